@@ -1,0 +1,125 @@
+# Everything there is to type; `make help` lists it. Python 3.11-3.13, a POSIX shell and GNU make 3.81 are enough:
+# each target first makes .venv from the lock files, and makes it anew only when something it came from has changed.
+#
+#   ARGS="model=d4 seed=1"      passed on to mlxchat
+#   TESTS="tests/model -k rope" which tests, passed on to pytest
+#   DEVICE=cpu|cuda12|cuda13    MLX's backend on Linux; .venv remembers it (a Mac always computes on Metal)
+#   PYTHON=python3.12           the interpreter of a new .venv (`make clean` first); default: the newest that fits
+
+SWEEP ?= model=d2,d4 optimizer=muon_oct2025,adamw
+
+BIN := .venv/bin
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
+# "<device> <folder>", written last; empty if .venv is missing, unfinished, or its interpreter has gone.
+MADE_FOR := $(shell $(BIN)/python -c '' 2>/dev/null && cat .venv/made-for 2>/dev/null)
+DEVICE := $(or $(DEVICE),$(firstword $(MADE_FOR)),cpu)
+
+LOCKS := requirements.lock
+ifneq ($(DEVICE),cpu)
+ifeq ($(filter $(DEVICE),cuda12 cuda13),)
+$(error DEVICE is "$(DEVICE)"; expected cpu, cuda12 or cuda13)
+endif
+# CUDA's wheel and the CPU's both bring mlx/lib/libmlx.so, so they must never meet in one environment.
+LOCKS += requirements-$(DEVICE).lock
+LEAVE_OUT := /^mlx-cpu==/,/[^\\]$$/d
+endif
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/installed ## make .venv with everything in it (NVIDIA: make setup DEVICE=cuda13)
+
+run: setup ## run the pipeline, as far as it is not done yet
+	$(BIN)/mlxchat $(ARGS)
+
+chat: setup ## talk to the latest model
+	$(BIN)/mlxchat chat $(ARGS)
+
+report: setup ## write the report of the latest run
+	$(BIN)/mlxchat report $(ARGS)
+
+sweep: setup ## run every combination of SWEEP="model=d2,d4 ..."
+	$(BIN)/mlxchat -m $(SWEEP) $(ARGS)
+
+speedrun: setup ## nanochat's published run, d20 (hours on a large GPU)
+	$(BIN)/mlxchat experiment=speedrun_d20 $(ARGS)
+
+speedrun-d12: setup ## the same, small enough for a good Mac
+	$(BIN)/mlxchat experiment=speedrun_d12 $(ARGS)
+
+check: lint type ## lint, types and the fast tests: what every change must pass
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+test: check ## the same as check
+
+test-slow: setup ## the tests that take minutes or install packages
+	$(BIN)/python -m pytest -m slow $(TESTS)
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+
+type: setup ## mypy, strict
+	$(BIN)/mypy
+
+wheel-check: setup ## install the wheel in a fresh environment and run it from another folder
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py
+
+# Versions already locked stay; ARGS=--upgrade takes the newest. A CUDA lock holds what CUDA adds to the first one.
+COMPILE = uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
+lock: ## resolve pyproject.toml into the lock files anew (needs uv)
+	$(if $(UV),,$(error `make lock` needs uv; install it with: pip install uv))
+	$(COMPILE) pyproject.toml --extra test -o requirements.lock
+	for device in cuda12 cuda13; do \
+	  echo "mlx[$$device]" | $(COMPILE) - -c requirements.lock -o requirements-$$device.lock \
+	    $$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock) && \
+	  sed '/^# The following packages were excluded/,$$d' requirements-$$device.lock > lock.tmp && \
+	  mv lock.tmp requirements-$$device.lock || exit 1; \
+	done
+
+clean: ## remove .venv, caches and build output, never outputs/
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find conf src stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call install,OPTIONS): by uv where it works, else by pip. Building without isolation keeps to the locked setuptools.
+pip = { $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null; } && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --no-build-isolation $(1)
+ifdef UV
+install = uv pip install --quiet --python $(BIN)/python --no-build-isolation $(1) || \
+	{ echo "uv failed, trying pip"; $(pip); }
+else
+install = $(pip)
+endif
+
+# Interpreters are tried, not looked up: a pyenv shim is on PATH even where it cannot run. The base executable is
+# used because the first on PATH may be that of the .venv about to be removed.
+CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
+PROBE = import sys, venv$(if $(UV),,, ensurepip); \
+	(3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit(1); print(sys._base_executable)
+
+.venv/made-for: $(LOCKS)
+	@for candidate in $(CANDIDATES); do \
+	  python=$$("$$candidate" -c '$(PROBE)' 2>/dev/null) && break; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: none of these is a working Python 3.11, 3.12 or 3.13 with its venv module:" $(CANDIDATES) >&2; \
+	  echo "       Install one (Debian and Ubuntu: python3-venv too), or name it: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	echo "Making .venv for $(DEVICE) with $$python: some 180 MB to download the first time (CUDA: gigabytes)"; \
+	rm -rf .venv && "$$python" -m venv --without-pip .venv
+	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > .venv/build.lock
+	@sed '$(LEAVE_OUT)' $(LOCKS) > .venv/all.lock
+	@$(call install,--require-hashes -r .venv/build.lock)
+	@$(call install,--require-hashes -r .venv/all.lock)
+	@printf '%s\n' "$(DEVICE) $(CURDIR)" > $@
+
+.venv/installed: .venv/made-for pyproject.toml src/mlxchat/__init__.py
+	@$(call install,--no-deps --force-reinstall -e .)
+	@touch $@
+
+ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
+.venv/made-for: FORCE
+endif
+
+.PHONY: help setup run chat report sweep speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE

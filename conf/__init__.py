@@ -1,0 +1,1 @@
+"""The configuration: a folder Python can import, so that Hydra finds it as `pkg://mlxchat.conf`."""

@@ -1,0 +1,98 @@
+"""The command line: verbs, help, and errors to exit codes. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from mlxchat import __version__
+from mlxchat.errors import ConfigError, MlxchatError, suggest
+
+# Verb → (module in mlxchat.commands, what it does).
+VERBS = {
+    "run": ("run", "run the pipeline, or what `stage=` selects; this is what plain `mlxchat` does"),
+    "plan": ("plan", "show what would run, and why"),
+    "status": ("status", "show what is done, running and left over in the outputs folder"),
+    "ls": ("ls", "list the artifacts"),
+    "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
+    "report": ("report", "write and print the report of the latest run"),
+    "graph": ("graph", "draw the pipeline (--format ascii or mermaid)"),
+    "doctor": ("doctor", "check device, BLAS, memory, disk and versions, and say how to mend what is wrong"),
+}
+
+_USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG.
+
+  mlxchat [run] [SETTINGS]           corpus → tokenizer → pretrain → midtrain → sft → rl → eval; what is done is kept
+  mlxchat stage=pretrain model=d20   up to and including a stage, with another model
+  mlxchat -m model=d2,d4             a sweep: one run per value, shared steps computed once
+  mlxchat experiment=speedrun_d20    a recipe from conf/experiment
+  mlxchat VERB [SETTINGS] [--help]
+
+Verbs
+{verbs}
+
+Settings are written group=option or key=value:
+{groups}
+  any key of the configuration: `mlxchat --cfg job` prints it; +key adds, ~key removes
+  outputs=PATH    where artifacts are kept        force=[sft]    run a step again although it is done
+
+Further options
+  -m, --multirun            sweep over comma-separated values
+  --cfg job [-p SECTION]    print the composed configuration (--resolve: with its references resolved)
+  --config-dir DIR          find further YAML files in DIR
+  --shell-completion, --hydra-help, --info    Hydra's own
+  --version, --help
+
+MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS names or switches off the BLAS that serves MLX on a Linux CPU.
+"""
+
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line and exit: 0 done, 1 a step failed, 2 a mistake of the user's, 128 + n for signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        sys.exit(_dispatch(arguments))
+    except MlxchatError as error:
+        if os.environ.get("MLXCHAT_DEBUG"):
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        print("error: " + "\n       ".join(lines), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read us has left (`mlxchat ls | head`); nothing more to say to them.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("--version", "-V"):
+        print(f"mlxchat {__version__}")
+        return 0
+    if not arguments or arguments[0] not in VERBS:
+        if arguments and arguments[0] in ("--help", "-h", "help"):
+            print(_help())
+            return 0
+        if arguments and arguments[0].isidentifier():
+            raise ConfigError(
+                f'there is no verb "{arguments[0]}": {", ".join(VERBS)}.{suggest(arguments[0], VERBS)} '
+                "Settings are written key=value."
+            )
+        arguments = ["run", *arguments]
+    verb, rest = arguments[0], arguments[1:]
+    command: Callable[[list[str]], int] = import_module(f"mlxchat.commands.{VERBS[verb][0]}").main
+    return command(rest)
+
+
+def _help() -> str:
+    from mlxchat.compose import group_names, group_options
+
+    verbs = "\n".join(f"  {verb:<8} {purpose}" for verb, (_, purpose) in VERBS.items())
+    groups = "\n".join(
+        f"  {group + '=':<14} {' '.join(group_options(group))}" for group in group_names() if group != "settings"
+    )
+    return _USAGE.format(version=__version__, verbs=verbs, groups=groups)

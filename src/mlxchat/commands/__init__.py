@@ -1,0 +1,1 @@
+"""The verbs, one module each; `main(arguments)` returns the exit code."""

@@ -1,0 +1,64 @@
+"""What verbs share: an argument parser that also takes `outputs=PATH`, as the configuration spells it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from mlxchat.errors import ConfigError
+
+DEFAULT_OUTPUTS = "outputs"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are ours: one message, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise ConfigError(f"{message}. See: {self.prog} --help")
+
+
+def make_parser(verb: str, purpose: str) -> Parser:
+    """Return a parser for a verb that works on an outputs folder."""
+    parser = Parser(prog=f"mlxchat {verb}", description=purpose, allow_abbrev=False)
+    parser.add_argument("settings", nargs="*", metavar="outputs=PATH", help="the outputs folder (default: outputs)")
+    return parser
+
+
+def outputs_folder(settings: list[str]) -> Path:
+    """Return the folder that `outputs=PATH` names among the settings.
+
+    Raises:
+        ConfigError: there is another setting, which this verb would not use.
+    """
+    folder = DEFAULT_OUTPUTS
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key != "outputs" or not value:
+            raise ConfigError(f'"{setting}" is not used here; this verb takes outputs=PATH')
+        folder = value
+    return Path(folder)
+
+
+def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without `--config-dir DIR`, and the folders it named.
+
+    Raises:
+        ConfigError: another option is left, or a folder is missing.
+    """
+    rest, folders = [], []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        name, _, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            value = value or (queue.pop(0) if queue else "")
+            if not Path(value).is_dir():
+                raise ConfigError(f'--config-dir: there is no folder "{value}"')
+            folders.append(str(Path(value).resolve()))
+        elif argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument}. See: mlxchat --help")
+        else:
+            rest.append(argument)
+    return rest, folders

@@ -1,0 +1,59 @@
+"""mlxchat chat: talk to a trained model in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.errors import StoreError
+from mlxchat.runner.store import Store, read_manifest
+
+
+def main(arguments: list[str]) -> int:
+    """Answer one question with -p, or converse until /quit."""
+    parser = make_parser("chat", "Talk to a model of the outputs folder.")
+    parser.add_argument("-p", "--prompt", help="answer this one question and leave; - reads it from standard input")
+    parser.add_argument("--model", help="a step (sft, rl, …), an artifact's name, or the start of its id")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=50, help="draw among so many tokens (default: 50)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_intermixed_args(arguments)
+    place = find_model(Store(outputs_folder(options.settings)), options.model)
+
+    from mlxchat.terminal_chat import Chat
+
+    chat = Chat.load(
+        place,
+        temperature=options.temperature,
+        top_k=options.top_k or None,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    if options.prompt is not None:
+        chat.answer_once(options.prompt)
+    else:
+        chat.converse()
+    return 0
+
+
+def find_model(store: Store, name: str | None) -> Path:
+    """Return the folder of the model that `name` means; None: the last chat model of the latest run.
+
+    Raises:
+        StoreError: there is none, or the name is no model.
+    """
+    if name is not None:
+        place = store.resolve(name)
+        if read_manifest(place)["kind"] != "checkpoint":
+            raise StoreError(f"{place.name} is no model but a {read_manifest(place)['kind']}")
+        return place
+    found = {
+        manifest["stage"]: place
+        for place in store.refs().values()
+        if (manifest := read_manifest(place))["kind"] == "checkpoint"
+    }
+    for stage in ("rl", "sft", "midtrain"):
+        if stage in found:
+            return found[stage]
+    raise StoreError(f"{store.outputs} holds no chat model yet: run mlxchat first (or choose with --model)")

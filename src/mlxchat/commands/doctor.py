@@ -1,0 +1,99 @@
+"""mlxchat doctor: what this machine has, what is wrong, and how to mend it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlxchat import __version__
+from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.runner.environment import versions
+from mlxchat.runner.progress import format_bytes
+
+_SLOW_GFLOPS = 30
+_LITTLE_DISK_BYTES = 5e9
+
+Finding = tuple[str, str, str]
+"""Mark (ok, note, wrong), what, and details with the remedy."""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the findings; return 1 if something is wrong."""
+    parser = make_parser("doctor", "Check this machine and installation.")
+    outputs = outputs_folder(parser.parse_intermixed_args(arguments).settings)
+    findings = [*_installation(), *_device(), *_resources(outputs)]
+    for mark, what, details in findings:
+        print(f"{mark:<5} {what:<10} {details}")
+    return int(any(mark == "wrong" for mark, _, _ in findings))
+
+
+def _installation() -> Iterator[Finding]:
+    good = (3, 11) <= sys.version_info[:2] < (3, 14)
+    remedy = "" if good else ": mlxchat needs Python 3.11 to 3.13"
+    yield ("ok" if good else "wrong", "python", f"{platform.python_version()} ({sys.executable}){remedy}")
+    found = versions()
+    yield ("ok", "versions", "  ".join(f"{name} {number}" for name, number in found.items() if name != "python"))
+    if "mlxchat" in found and found["mlxchat"] != __version__:
+        yield ("wrong", "versions", f"mlxchat is {__version__} but installed as {found['mlxchat']}: make setup")
+    backends = [name for name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda") if _version(name)]
+    if len(backends) > 1:
+        yield (
+            "wrong",
+            "backend",
+            f"{' and '.join(backends)} are installed together and overwrite each other's library: "
+            f"pip uninstall {' '.join(backends)}, then make setup (DEVICE=cuda13 for NVIDIA)",
+        )
+    elif sys.platform == "linux" and not backends:
+        yield ("wrong", "backend", "MLX has no backend: pip install 'mlx[cpu]', or make setup DEVICE=cuda13")
+
+
+def _device() -> Iterator[Finding]:
+    try:
+        import mlx.core as mx
+
+        from mlxchat.ops import blas
+        from mlxchat.ops.device import describe_device
+    except ImportError as error:
+        yield ("wrong", "mlx", f"cannot be imported ({error}): make setup")
+        return
+    device = describe_device()
+    yield ("ok", "device", f"{device['name']} ({device['backend']}), {device['cores']} cores, {device['platform']}")
+    remedy = blas.remedy()
+    if remedy.needed:
+        mark = "ok" if remedy.library else "wrong"
+        yield (mark, "blas", f"{remedy.reason} ({remedy.library or 'the reference BLAS serves: slow'})")
+    if device["backend"] == "cpu" and sys.platform == "linux" and shutil.which("g++") is None:
+        yield ("note", "compiler", "no g++: compiled kernels fall back to slower ones. Install g++ for about 1.4×.")
+    matrix = mx.random.normal((1024, 1024))
+    mx.eval(matrix @ matrix)
+    began = time.perf_counter()
+    for _ in range(5):
+        mx.eval(matrix @ matrix)
+    gflops = 5 * 2 * 1024**3 / (time.perf_counter() - began) / 1e9
+    slow = gflops < _SLOW_GFLOPS
+    remedy_text = ": far too slow. Is another program using the cores, or no fast BLAS loaded?" if slow else ""
+    yield ("wrong" if slow else "ok", "speed", f"{gflops:,.0f} GFLOP/s in float32 matrix products{remedy_text}")
+
+
+def _resources(outputs: Path) -> Iterator[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield ("ok", "memory", f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}")
+    place = outputs if outputs.exists() else Path()
+    disk = shutil.disk_usage(place)
+    little = disk.free < _LITTLE_DISK_BYTES
+    remedy = ": little. Free some, or choose another place with outputs=PATH" if little else ""
+    yield ("note" if little else "ok", "disk", f"{format_bytes(disk.free)} free for {outputs}{remedy}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,34 @@
+"""mlxchat plan: what would run, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlxchat.commands.arguments import split_config_dirs
+from mlxchat.runner.plan import PlannedStep
+
+
+def main(arguments: list[str]) -> int:
+    """Print the plan for the settings; nothing is written."""
+    if "--help" in arguments or "-h" in arguments:
+        print("usage: mlxchat plan [SETTINGS]\n\nShow for each step whether it is done or would run, and why.")
+        return 0
+    from mlxchat.commands.run import plan_of
+    from mlxchat.compose import compose_config
+    from mlxchat.runner.store import Store
+
+    overrides, config_dirs = split_config_dirs(arguments)
+    config = compose_config(overrides, config_dirs).config
+    print(format_plan(plan_of(config, Store(Path(config.outputs)))))
+    return 0
+
+
+def format_plan(plan: list[PlannedStep]) -> str:
+    """Return a line per step: state, artifact and reason."""
+    width = max(len(step.name) for step in plan)
+    names = max(len(step.artifact) for step in plan)
+    lines = [
+        f"{step.name:<{width}}  {step.state:<4}  {step.artifact:<{names}}  {step.reason}".rstrip() for step in plan
+    ]
+    to_run = sum(not step.done for step in plan)
+    return "\n".join([*lines, f"{len(plan)} steps: {len(plan) - to_run} done, {to_run} to run"])

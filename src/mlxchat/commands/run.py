@@ -1,0 +1,131 @@
+"""mlxchat run: compose, plan, execute, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlxchat.commands.arguments import split_config_dirs
+from mlxchat.commands.plan import format_plan
+from mlxchat.compose import Composed, compose_config
+from mlxchat.config import Config
+from mlxchat.runner.environment import Environment
+from mlxchat.runner.execute import Run, execute
+from mlxchat.runner.fingerprint import plain_of
+from mlxchat.runner.plan import PlannedStep, make_plan
+from mlxchat.runner.records import now
+from mlxchat.runner.store import Store
+
+_HYDRA_FLAGS = {
+    "-m", "--multirun", "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc",
+    "--resolve", "--package", "-p",
+}  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Run the pipeline; sweeps and Hydra's own options go through Hydra."""
+    if any(argument.partition("=")[0] in _HYDRA_FLAGS for argument in arguments):
+        from mlxchat.sweep import run_with_hydra
+
+        return run_with_hydra(arguments)
+    if "--help" in arguments or "-h" in arguments:
+        from mlxchat.cli import main as cli
+
+        cli(["--help"])
+    overrides, config_dirs = split_config_dirs(arguments)
+    run_pipeline(compose_config(overrides, config_dirs))
+    return 0
+
+
+def run_pipeline(composed: Composed) -> Path | None:
+    """Complete the targets of a configuration; return the run's folder, or None if nothing had to be done.
+
+    Raises:
+        MlxchatError: what the steps and the store raise.
+    """
+    config = composed.config
+    store = Store(Path(config.outputs))
+    store.prepare()
+    plan = plan_of(config, store)
+    print(format_plan(plan), flush=True)
+    if all(step.done for step in plan):
+        for step in plan:
+            place = store.find(step.rid)
+            if place is not None and store.refs().get(step.name) != place.resolve():
+                store.set_ref("latest", step.name, place)
+        print(f"nothing to do: all {len(plan)} steps are done. mlxchat report shows the results.")
+        return None
+    folder = _start_run(composed, plan, store)
+    tracker = _start_tracker(config, folder.name)
+    run = Run(
+        folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
+        environment=Environment(_describe_device), say=_say, on_metrics=tracker.log,
+    )  # fmt: skip
+    try:
+        execute(plan, store, run)
+    finally:
+        tracker.finish()
+    from mlxchat.commands.report import show_report
+
+    show_report(store.outputs, folder)
+    return folder
+
+
+def plan_of(config: Config, store: Store) -> list[PlannedStep]:
+    """Return the plan of a configuration."""
+    return make_plan(
+        config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force
+    )
+
+
+def _start_run(composed: Composed, plan: list[PlannedStep], store: Store) -> Path:
+    """Make the run's folder, whose name no two runs share, and say in it what will be done."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    folder = store.outputs / "runs" / f"{stamp}-{os.getpid()}-{composed.config.name}"
+    folder.mkdir(parents=True)
+    record: dict[str, Any] = {
+        "run": folder.name,
+        "experiment": composed.choices.get("experiment"),
+        "choices": composed.choices,
+        "overrides": composed.overrides,
+        "started": now(),
+        "targets": composed.config.targets or list(composed.config.pipeline),
+        "steps": [
+            {
+                "step": step.name,
+                "stage": step.stage.name,
+                "kind": step.stage.produces,
+                "artifact": step.artifact,
+                "rid": step.rid,
+                "inputs": step.inputs,
+                "state": step.state,
+                "reason": step.reason,
+            }
+            for step in plan
+        ],
+    }
+    (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    import yaml
+
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain_of(composed.config), sort_keys=False), encoding="utf-8")
+    return folder
+
+
+def _start_tracker(config: Config, name: str) -> Any:
+    from mlxchat.tracker import Tracker
+
+    return Tracker(config.tracker, name, plain_of(config))
+
+
+def _describe_device() -> dict[str, Any]:
+    from mlxchat.ops.device import describe_device
+
+    return describe_device()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True, file=sys.stdout)

@@ -1,0 +1,303 @@
+"""The schema: one dataclass per section, with each field's meaning and unit. Values stand in conf/.
+
+`metadata={"identity": False}` keeps a field out of artifact ids: it may change speed or reporting, never results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Sizes of the transformer, by the one dial of depth."""
+
+    name: str = field(default=MISSING, metadata={"identity": False})
+    """What artifacts are called."""
+    depth: int = MISSING
+    """Number of layers."""
+    aspect_ratio: int = MISSING
+    """Width per layer of depth."""
+    head_width: int = MISSING
+    """Wished width of a head; heads = ceil(width / head_width)."""
+    num_kv_heads: int | None = MISSING
+    """Key/value heads; null: as many as query heads."""
+    context_tokens: int = MISSING
+    """Tokens per row in training, and the longest context."""
+
+
+@dataclass(kw_only=True)
+class ArchitectureConfig:
+    """Which transformer."""
+
+    name: str = MISSING
+    """oct2025: nanochat's published speedrun."""
+    rope_theta: float = MISSING
+    """Base of the rotary wavelengths."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Rules and rates. Each stage multiplies the rates by its own init_lr_frac."""
+
+    kind: str = MISSING
+    """muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all."""
+    matrix_lr: float = MISSING
+    """Rate of the blocks' matrices."""
+    embedding_lr: float = MISSING
+    """AdamW rate of the embedding at reference_width."""
+    unembedding_lr: float = MISSING
+    """AdamW rate of the head at reference_width."""
+    reference_width: int = MISSING
+    """AdamW's embedding rates scale with (width / reference_width)^-0.5."""
+    weight_decay: float = MISSING
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = MISSING
+    adam_beta2: float = MISSING
+    adam_epsilon: float = MISSING
+    momentum_start: float = MISSING
+    """Muon's momentum at iteration 0."""
+    momentum_end: float = MISSING
+    """Muon's momentum after momentum_warmup_iterations."""
+    momentum_warmup_iterations: int = MISSING
+    newton_schulz_iterations: int = MISSING
+    grad_clip: float | None = MISSING
+    """Largest 2-norm of all gradients together; null: no clipping."""
+
+
+@dataclass(kw_only=True)
+class HubConfig:
+    """A dataset repository of the Hugging Face Hub."""
+
+    repository: str = MISSING
+    """<organisation>/<name>."""
+    revision: str = MISSING
+    """Commit, tag or branch; a commit pins the content."""
+    train_files: str = MISSING
+    """Shell pattern of the training files in the repository."""
+    num_train_files: int | None = MISSING
+    """Use the first so many, in order of their names; null: all."""
+    validation_files: str = MISSING
+    """Shell pattern of the files held out for validation; never trained on."""
+    column: str = MISSING
+    """Column that holds the text."""
+
+
+@dataclass(kw_only=True)
+class CorpusConfig:
+    """Where the pretraining text comes from, and how it is cut into shards."""
+
+    name: str = MISSING
+    """What the artifact is called."""
+    packages: list[str] = field(default_factory=list, metadata={"external": "package"})
+    """Bundled text: names of installed packages that ship it."""
+    paths: list[str] = field(default_factory=list, metadata={"external": "file"})
+    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files."""
+    hub: HubConfig | None = None
+    """A dataset on the Hub; its files are used as they are, one shard each."""
+    validation_documents: int = MISSING
+    """Documents held out as the validation shard (bundled and local text)."""
+    shard_documents: int = MISSING
+    """Documents per training shard (bundled and local text)."""
+    row_group_documents: int = MISSING
+    """Documents per parquet row group."""
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """Training of the byte-pair encoding."""
+
+    vocab_size: int = MISSING
+    """Tokens, the 9 special ones included; at least 265."""
+    max_chars: int = MISSING
+    """Characters of text to train on."""
+    document_chars: int = MISSING
+    """Characters of one document that are used."""
+
+
+@dataclass(kw_only=True)
+class TaskItem:
+    """One task of a mixture or a suite."""
+
+    task: str = MISSING
+    """Name in mlxchat.tasks."""
+    split: str = "train"
+    """train or test."""
+    size: int | None = None
+    """Number of conversations; null: the task's own."""
+    epochs: int = 1
+    """How often each conversation occurs in one pass over the mixture."""
+    path: str | None = field(default=None, metadata={"external": "file"})
+    """File of a task that reads one (jsonl, identity)."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Further numbers that the task takes."""
+
+
+@dataclass(kw_only=True)
+class BatchConfig:
+    """One iteration's tokens."""
+
+    tokens: int = MISSING
+    """Tokens per iteration; a multiple of row_tokens."""
+    row_tokens: int = MISSING
+    """Tokens per row."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Learning rates over the iterations."""
+
+    init_lr_frac: float = MISSING
+    """Factor of every rate of the optimizer section."""
+    warmup_frac: float = MISSING
+    """Share of iterations that rise."""
+    warmdown_frac: float = MISSING
+    """Share of iterations that fall, at the end."""
+    final_lr_frac: float = MISSING
+    """What the fall reaches at the end."""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """Pretraining. Exactly one of the three horizons is set."""
+
+    num_iterations: int | None = MISSING
+    target_flops: float | None = MISSING
+    tokens_per_parameter: float | None = MISSING
+    """nanochat's param-data ratio; 20 is Chinchilla's."""
+    batch: BatchConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    packing_buffer_documents: int = MISSING
+    """Documents that best-fit packing chooses from."""
+    eval_every: int | None = field(default=MISSING, metadata={"identity": False})
+    """Iterations between validations; null: only at the end."""
+    eval_tokens: int = MISSING
+    """Tokens of each validation."""
+    sample_every: int | None = field(default=MISSING, metadata={"identity": False})
+    """Iterations between samples; null: only at the end."""
+    sample_tokens: int = MISSING
+    prompts: list[str] = MISSING
+    """Prompts that samples continue."""
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """Training on conversations: midtrain and sft."""
+
+    mixture: dict[str, TaskItem] = MISSING
+    validation: dict[str, TaskItem] = MISSING
+    """Conversations held out for the validation loss."""
+    num_epochs: int = MISSING
+    """Passes over the mixture."""
+    num_iterations: int | None = MISSING
+    """Stop after so many iterations; null: after num_epochs."""
+    train_on: str = MISSING
+    """assistant: only the assistant's tokens; all: every token (nanochat's midtraining)."""
+    batch: BatchConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    packing_buffer_conversations: int = MISSING
+    eval_every: int | None = field(default=MISSING, metadata={"identity": False})
+    """Iterations between validations; null: only at the end."""
+    eval_tokens: int = MISSING
+    """Tokens of each validation."""
+
+
+@dataclass(kw_only=True)
+class RLConfig:
+    """Policy gradient on sampled answers, nanochat's simplified GRPO."""
+
+    task: TaskItem = MISSING
+    """Problems to practise on; answers are rewarded by the task's verdict."""
+    evaluation: TaskItem = MISSING
+    """Held-out problems for pass@k."""
+    num_iterations: int | None = MISSING
+    """null: one pass over the task."""
+    questions_per_iteration: int = MISSING
+    samples_per_question: int = MISSING
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    top_k: int | None = MISSING
+    schedule: ScheduleConfig = MISSING
+    eval_every: int | None = field(default=MISSING, metadata={"identity": False})
+    """Iterations between evaluations; null: only before and after."""
+    eval_samples: int = MISSING
+    """Samples per held-out problem, for pass@1 … pass@eval_samples."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Evaluation of a checkpoint."""
+
+    bpb_tokens: int = MISSING
+    """Validation tokens for bits per byte."""
+    max_new_tokens: int = MISSING
+    """Longest generated answer."""
+    batch_rows: int = field(default=MISSING, metadata={"identity": False})
+    """Questions answered at a time."""
+    prompts: list[str] = MISSING
+    """Questions, or beginnings for a base model, whose answers are shown in the report."""
+
+
+@dataclass(kw_only=True)
+class MachineConfig:
+    """Speed and limits of this machine; no part of any identity."""
+
+    device: str = MISSING
+    """auto, cpu or gpu."""
+    compute_dtype: str = MISSING
+    """auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
+    device_batch_tokens: int = MISSING
+    """Tokens per micro-batch; the rest of an iteration is accumulated."""
+    checkpoint_seconds: float = MISSING
+    """Seconds between resumable states; 0: every iteration."""
+    log_every: int = MISSING
+    """Iterations between metrics records."""
+    memory_limit_bytes: int | None = MISSING
+    """MLX's memory limit; null: its own."""
+    cache_limit_bytes: int | None = MISSING
+    """Memory MLX may keep for reuse; null: its own."""
+    blas_threads: int | None = MISSING
+    """Cores of a matrix product on a Linux CPU; null: all available."""
+
+
+@dataclass(kw_only=True)
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    kind: str = MISSING
+    """none, wandb or trackio."""
+    project: str = MISSING
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The whole configuration."""
+
+    name: str = MISSING
+    """Name of the run."""
+    seed: int = MISSING
+    """All randomness derives from it."""
+    outputs: str = MISSING
+    """Folder of the store."""
+    targets: list[str] | None = MISSING
+    """Steps or stages to complete, with what they need; null: the whole pipeline. Set by the stage group."""
+    force: list[str] = MISSING
+    """Steps to run although their artifact is there; "all" for every one."""
+    pipeline: dict[str, dict[str, str]] = MISSING
+    """Step → {stage, role: step}."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    midtrain: FinetuneConfig = field(default_factory=FinetuneConfig)
+    sft: FinetuneConfig = field(default_factory=FinetuneConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    suite: dict[str, TaskItem] = MISSING
+    """Tasks that chat models are evaluated on."""
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -1,0 +1,1 @@
+"""Text, tokens, conversations, and the rows that training reads."""

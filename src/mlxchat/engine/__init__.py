@@ -1,0 +1,1 @@
+"""Inference: cached decoding of batches, sampling, tools."""

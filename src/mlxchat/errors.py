@@ -1,0 +1,55 @@
+"""What goes wrong, and how the command line says it.
+
+MlxchatError            one clear message, no traceback, exit code 2
+├── ConfigError         the configuration, a file of it, or an override
+├── DataError           a document, conversation, shard or artifact that cannot be read
+├── StoreError          the outputs folder: not writable, damaged, no such artifact
+├── StepFailed          a step raised or did not make what it promised (exit code 1)
+└── Interrupted         a signal stopped the run at a safe point (exit code 128 + signal)
+
+`MLXCHAT_DEBUG=1` shows the traceback in every case. Programming faults are plain assertions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MlxchatError(Exception):
+    """A fault that the user can mend. The message says where, what was expected, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(MlxchatError):
+    """The configuration cannot be used."""
+
+
+class DataError(MlxchatError):
+    """Data cannot be read or does not have the promised form."""
+
+
+class StoreError(MlxchatError):
+    """The outputs folder cannot be used or lacks what was asked for."""
+
+
+class StepFailed(MlxchatError):
+    """A step raised, or left a promised file unwritten."""
+
+    exit_code = 1
+
+
+class Interrupted(MlxchatError):
+    """A signal arrived and the run stopped where it can continue."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        """Keep the signal, since the exit code is 128 plus its number."""
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """Return ' Did you mean "x"?' for the nearest of `choices`, or an empty string."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f' Did you mean "{near[0]}"?' if near else ""

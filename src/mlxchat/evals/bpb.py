@@ -1,0 +1,66 @@
+"""Bits per byte: a loss that does not depend on the tokenizer. Counterpart of nanochat/loss_eval.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.data.packing import Row
+from mlxchat.model.gpt import GPT
+from mlxchat.ops.cross_entropy import token_losses
+
+
+def bits_per_byte(
+    model: GPT, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
+) -> float:
+    """Return the model's bits per byte of the rows' targets.
+
+    A target counts if it is not ignored and stands for bytes; special tokens stand for none and count neither in
+    bits nor in bytes. Infinite if no byte counts.
+
+    Args:
+        model: to evaluate.
+        rows: inputs (T,) and targets (T,), −1 = ignored.
+        token_bytes: (V,) raw bytes of each id, 0 for special tokens.
+        micro_tokens: tokens per forward pass, at most.
+    """
+    nats, counted_bytes = 0.0, 0
+    for losses, targets in _losses(model, rows, micro_tokens):
+        weight = np.where(targets >= 0, token_bytes[np.maximum(targets, 0)], 0)
+        nats += float((losses * (weight > 0)).sum(dtype=np.float64))
+        counted_bytes += int(weight.sum())
+    return nats / (math.log(2) * counted_bytes) if counted_bytes else math.inf
+
+
+def mean_loss(model: GPT, rows: list[Row], *, micro_tokens: int) -> float:
+    """Return the mean cross-entropy in nats over the rows' targets that are not ignored."""
+    total, count = 0.0, 0
+    for losses, targets in _losses(model, rows, micro_tokens):
+        total += float(losses.sum(dtype=np.float64))
+        count += int((targets >= 0).sum())
+    return total / max(1, count)
+
+
+def uniform_bits_per_byte(rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]]) -> float:
+    """Return the bits per byte of a model that knows nothing: every token equally likely, as before training."""
+    targets = np.concatenate([row[1] for row in rows])
+    weight = np.where(targets >= 0, token_bytes[np.maximum(targets, 0)], 0)
+    return float((weight > 0).sum() * math.log2(len(token_bytes)) / weight.sum())
+
+
+def _losses(
+    model: GPT, rows: list[Row], micro_tokens: int
+) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int32]]]]:
+    """Return loss and target of every token, flat, micro-batch by micro-batch."""
+    per_pass = max(1, micro_tokens // len(rows[0][0]))
+    parts = []
+    for start in range(0, len(rows), per_pass):
+        ids = np.stack([row[0] for row in rows[start : start + per_pass]])
+        targets = np.stack([row[1] for row in rows[start : start + per_pass]])
+        hidden = model.hidden(mx.array(ids)).reshape(-1, model.sizes.width)
+        losses = token_losses(hidden, model.lm_head.weight, mx.array(targets.reshape(-1)))
+        parts.append((np.asarray(losses), targets.reshape(-1)))
+    return parts

@@ -1,0 +1,44 @@
+"""Text that a model writes, to be read by people."""
+
+from __future__ import annotations
+
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.model.gpt import GPT
+
+
+def continue_prompts(
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
+) -> list[tuple[str, str]]:
+    """Return each prompt with the model's greedy continuation."""
+    return _complete(model, tokenizer, prompts, [[tokenizer.bos, *tokenizer.encode(text)] for text in prompts], max_new_tokens)
+
+
+def answer_prompts(
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
+) -> list[tuple[str, str]]:
+    """Return each prompt with the model's greedy answer as an assistant."""
+    rendered = [
+        render_for_completion(tokenizer, {"messages": [{"role": "user", "content": prompt}]}) for prompt in prompts
+    ]
+    return _complete(model, tokenizer, prompts, rendered, max_new_tokens)
+
+
+def readable(text: str) -> str:
+    """Return generated text with its calculator calls as people write them, and without other special tokens."""
+    for token, shown in (("<|python_start|>", "<<"), ("<|python_end|><|output_start|>", "="), ("<|output_end|>", ">>")):
+        text = text.replace(token, shown)
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, "")
+    return text
+
+
+def _complete(
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], ids: list[list[int]], max_new_tokens: int
+) -> list[tuple[str, str]]:
+    if not ids:
+        return []
+    completions = Engine(model, tokenizer).complete(ids, max_new_tokens=max_new_tokens)
+    texts = [readable(tokenizer.decode(completion.ids)) for completion in completions]
+    return list(zip(prompts, texts, strict=True))

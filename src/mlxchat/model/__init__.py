@@ -1,0 +1,1 @@
+"""The transformer, its sizes and its files."""

@@ -1,0 +1,93 @@
+"""Models on disk: a folder that the ecosystem opens. Safe formats only.
+
+model.safetensors with nanochat's parameter names, config.json with `model_type: nanochat` (as mlx-lm reads it),
+the tokenizer's files, and checkpoint.json with what the training knew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.optim.groups import flatten
+
+
+def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+    """Write a model folder.
+
+    Args:
+        folder: exists.
+        model: its parameters are written in float32, in an order and layout that depend on nothing else.
+        tokenizer: written beside the weights, so that they never part.
+        facts: plain data for checkpoint.json: 'stage', 'format' ('base' or 'chat'), 'iterations', …
+    """
+    arrays = {name: np.asarray(value.astype(mx.float32)) for name, value in flatten(model).items()}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "mlx"})
+    sizes = model.sizes
+    config = {
+        "model_type": "nanochat",
+        "architectures": ["NanoChatForCausalLM"],
+        "hidden_size": sizes.width,
+        "intermediate_size": 4 * sizes.width,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "vocab_size": sizes.vocab_size,
+        "max_position_embeddings": sizes.context_tokens,
+        "rope_theta": sizes.rope_theta,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.assistant_end,
+        "tie_word_embeddings": False,
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "checkpoint.json", facts)
+    tokenizer.save(folder)
+
+
+def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Return the model, its tokenizer and the facts of checkpoint.json.
+
+    Raises:
+        DataError: a file is missing or damaged, or weights and config do not fit each other.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        arrays = load_file(folder / "model.safetensors")
+        sizes = GPTSizes(
+            vocab_size=config["vocab_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config["num_key_value_heads"],
+            width=config["hidden_size"],
+            context_tokens=config["max_position_embeddings"],
+            rope_theta=config["rope_theta"],
+        )
+    except Exception as error:  # the safetensors reader has several error types of its own
+        raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
+    model = GPT(sizes)
+    expected = {name: tuple(value.shape) for name, value in flatten(model).items()}
+    found = {name: tuple(value.shape) for name, value in arrays.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise DataError(f"{folder}: weights do not fit config.json: {', '.join(wrong[:5])}")
+    model.load_weights([(name, mx.array(value)) for name, value in arrays.items()])
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size != sizes.vocab_size:
+        raise DataError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}"
+        )
+    return model, tokenizer, facts
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

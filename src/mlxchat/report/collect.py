@@ -1,0 +1,323 @@
+"""Read one run and the artifacts it made or reused into a `RunReport`.
+
+Everything here is tolerant: a report may be asked for while the run is still going, after it failed, or
+after some artifacts were removed. What is absent is None or empty, never an exception; only a run folder
+without a readable plan is a fault. Standard library only, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import StoreError
+from mlxchat.report.sources import count_parameters, mapping, number, read_json, read_jsonl, sequence, text
+
+# How much of an id the name of an artifact's folder carries.
+RID_LETTERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A prompt and what the model made of it."""
+
+    prompt: str
+    text: str
+    iteration: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """How well a checkpoint did on one task; all fractions lie in 0 to 1."""
+
+    kind: str
+    accuracy: float | None
+    chance: float | None
+    stderr: float | None
+    num_examples: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What an eval step measured; None or empty where it did not measure."""
+
+    checkpoint: str
+    bpb: float | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Bits per byte of other predictors of the same text, such as ngram_order2 and untrained."""
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    mean_centered: float | None = None
+    pass_at_k: dict[int, float] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step of the plan, with all that its artifact tells."""
+
+    name: str
+    stage: str
+    kind: str
+    artifact: str
+    rid: str
+    inputs: dict[str, str]
+    """Role to the name of the step that fills it."""
+    outcome: str
+    """run (computed by this run), cached, failed, unfinished (begun, no result) or missing."""
+    reason: str = ""
+    error: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """Empty while there is no artifact."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of metrics.jsonl, one per iteration and sort, in order of iteration."""
+    samples: list[Sample] = field(default_factory=list)
+    scores: Scores | None = None
+    compression: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    num_parameters: int | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall clock of all attempts, whenever they happened."""
+        return number(self.manifest.get("seconds"))
+
+    def fact(self, name: str) -> float | None:
+        """Return a number that the step derived from its settings or, failing that, measured."""
+        derived, metrics = mapping(self.manifest.get("derived")), mapping(self.manifest.get("metrics"))
+        value = number(derived.get(name))
+        return number(metrics.get(name)) if value is None else value
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Return (iterations, values) of one metric, finite values only."""
+        points = [(number(r.get("iteration")), number(r.get(name))) for r in self.records]
+        kept = [(i, v) for i, v in points if i is not None and v is not None]
+        return [i for i, _ in kept], [v for _, v in kept]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """One run: its plan, what became of each step, and how long it took."""
+
+    name: str
+    experiment: str | None
+    started: str
+    folder: Path
+    outcome: str
+    """done, failed or unfinished."""
+    error: str
+    seconds: float | None
+    """From the first to the last event of this run."""
+    targets: list[str]
+    steps: list[StepReport]
+    """Inputs come before the steps that use them."""
+
+    def step(self, name: str) -> StepReport | None:
+        """Return the step called `name`, or None if the plan has none."""
+        return next((step for step in self.steps if step.name == name), None)
+
+    @property
+    def evals(self) -> list[StepReport]:
+        """Steps that score a checkpoint, in the order in which those checkpoints are made."""
+        order = {step.name: position for position, step in enumerate(self.steps)}
+        evals = [step for step in self.steps if step.kind == "scores" or step.stage == "eval"]
+        return sorted(evals, key=lambda step: order.get(checkpoint_name(step), len(order)))
+
+
+def checkpoint_name(step: StepReport) -> str:
+    """Return the name of the step whose checkpoint an eval step scored, or an empty string."""
+    return step.inputs.get("checkpoint") or (step.scores.checkpoint if step.scores else "")
+
+
+def latest_run(outputs: Path) -> Path:
+    """Return the newest run folder that has a plan.
+
+    Raises:
+        StoreError: there is no such folder.
+
+    """
+    runs = outputs / "runs"
+    # Names begin with the time of the start, so the order of names is the order of runs.
+    planned = sorted(path.parent for path in runs.glob("*/plan.json")) if runs.is_dir() else []
+    if not planned:
+        raise StoreError(f"{runs} holds no run with a plan.json; expected at least one; start one with: mlxchat")
+    return planned[-1]
+
+
+def collect(outputs: Path, run: Path) -> RunReport:
+    """Read a run and every artifact of its plan.
+
+    Args:
+        outputs: the outputs folder, which has store/ and work/.
+        run: the run's folder, which has plan.json and events.jsonl.
+
+    Returns:
+        The run with its steps in topological order; steps without an artifact are marked so.
+
+    Raises:
+        StoreError: `run` has no readable plan.json.
+
+    """
+    plan = read_json(run / "plan.json")
+    entries = [mapping(entry) for entry in sequence(plan.get("steps"))]
+    entries = [entry for entry in entries if text(entry.get("step"))]
+    if not entries:
+        raise StoreError(
+            f"{run / 'plan.json'} is absent, unreadable or without steps; expected the plan of a run; "
+            "name a folder of outputs/runs"
+        )
+    events = read_jsonl(run / "events.jsonl")
+    outcome, error = _run_outcome(events)
+    return RunReport(
+        name=text(plan.get("run")) or run.name,
+        experiment=text(plan.get("experiment")) or None,
+        started=text(plan.get("started")),
+        folder=run,
+        outcome=outcome,
+        error=error,
+        seconds=_elapsed_seconds(events),
+        targets=[text(target) for target in sequence(plan.get("targets"))],
+        steps=_inputs_first([_read_step(outputs, entry, events) for entry in entries]),
+    )
+
+
+def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]]) -> StepReport:
+    name, artifact, rid = (text(entry.get(key)) for key in ("step", "artifact", "rid"))
+    own = [e for e in events if e.get("step") == name and text(e.get("event")).startswith("step_")]
+    named = [text(event.get("artifact")) for event in reversed(own)]
+    folder = _find_artifact(outputs / "store", rid, [*named, artifact])
+    manifest = read_json(folder / "manifest.json") if folder else {}
+    if folder and manifest:
+        artifact = folder.name
+        records = folder
+    else:
+        # What a step has recorded so far is worth showing while it runs.
+        folder = outputs / "work" / rid / "out"
+        records = outputs / "work" / rid / "ckpt" / "records"
+    outcome, error = _step_outcome([text(event.get("event")) for event in own], bool(manifest)), ""
+    if outcome == "failed":
+        error = next((message for event in reversed(own) if (message := text(event.get("error")))), "")
+    scores = read_json(folder / "scores.json")
+    return StepReport(
+        name=name,
+        stage=text(entry.get("stage")),
+        kind=text(entry.get("kind")),
+        artifact=artifact,
+        rid=rid,
+        inputs={role: text(step) for role, step in mapping(entry.get("inputs")).items()},
+        outcome=outcome,
+        reason=text(entry.get("reason")),
+        error=error,
+        manifest=manifest,
+        records=_by_iteration(read_jsonl(records / "metrics.jsonl")),
+        samples=_last_samples(read_jsonl(records / "samples.jsonl")),
+        scores=_parse_scores(scores) if scores else None,
+        compression=read_json(folder / "compression.json"),
+        model=read_json(folder / "config.json"),
+        num_parameters=count_parameters(folder / "model.safetensors"),
+    )
+
+
+def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
+    """Return the folder of the complete artifact: of one of `names`, or else of this id."""
+    short = rid[:RID_LETTERS]
+    # A run that found the artifact of another one keeps that one's name, which may have another label.
+    same = sorted(store.glob(f"*-{short}")) if short.isalnum() else []
+    folders = [*(store / name for name in names if name and Path(name).name == name), *same]
+    return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
+
+
+def _step_outcome(events: list[str], is_published: bool) -> str:
+    ends = [event for event in events if event != "step_started"]
+    last = ends[-1] if ends else ""
+    if is_published:
+        return "run" if events and last not in ("step_cached", "step_failed") else "cached"
+    if last == "step_failed":
+        return "failed"
+    return "unfinished" if events and events[-1] == "step_started" else "missing"
+
+
+def _run_outcome(events: list[dict[str, Any]]) -> tuple[str, str]:
+    for event in reversed(events):
+        if event.get("event") == "run_done":
+            return "done", ""
+        if event.get("event") == "run_failed":
+            return "failed", text(event.get("error"))
+    return "unfinished", ""
+
+
+def _elapsed_seconds(events: list[dict[str, Any]]) -> float | None:
+    times = []
+    for event in events:
+        try:
+            times.append(datetime.fromisoformat(text(event.get("time"))).timestamp())
+        except ValueError:
+            continue
+    return max(times) - min(times) if len(times) > 1 else None
+
+
+def _by_iteration(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    # A resumed step writes some iterations again; the later record is the one that counts.
+    latest: dict[tuple[float, tuple[str, ...]], dict[str, Any]] = {}
+    for record in records:
+        if (iteration := number(record.get("iteration"))) is not None:
+            latest[iteration, tuple(sorted(record))] = record
+    return [latest[key] for key in sorted(latest, key=lambda key: key[0])]
+
+
+def _last_samples(records: list[dict[str, Any]]) -> list[Sample]:
+    last = max((number(record.get("iteration")) or 0 for record in records), default=0)
+    return list(_parse_samples(r for r in records if (number(r.get("iteration")) or 0) == last))
+
+
+def _parse_samples(records: Iterable[object]) -> Iterator[Sample]:
+    for record in map(mapping, records):
+        if "text" in record:
+            iteration = number(record.get("iteration"))
+            yield Sample(
+                prompt=text(record.get("prompt")),
+                text=text(record["text"]),
+                iteration=None if iteration is None else int(iteration),
+            )
+
+
+def _parse_scores(raw: dict[str, Any]) -> Scores:
+    bpb = {name: value for name, v in mapping(raw.get("bpb")).items() if (value := number(v)) is not None}
+    pass_at_k = mapping(raw.get("pass_at_k"))
+    return Scores(
+        checkpoint=text(raw.get("checkpoint")),
+        bpb=bpb.pop("val", None),
+        baselines=bpb,
+        tasks={name: _parse_task(mapping(task)) for name, task in mapping(raw.get("tasks")).items()},
+        mean_centered=number(raw.get("mean_centered")),
+        pass_at_k={int(k): p for k, v in pass_at_k.items() if k.isdecimal() and (p := number(v)) is not None},
+        samples=list(_parse_samples(sequence(raw.get("samples")))),
+    )
+
+
+def _parse_task(raw: dict[str, Any]) -> TaskScore:
+    num_examples = number(raw.get("num_examples"))
+    return TaskScore(
+        kind=text(raw.get("kind")),
+        accuracy=number(raw.get("accuracy")),
+        chance=number(raw.get("chance")),
+        stderr=number(raw.get("stderr")),
+        num_examples=None if num_examples is None else int(num_examples),
+    )
+
+
+def _inputs_first(steps: list[StepReport]) -> list[StepReport]:
+    """Sort topologically, otherwise as the plan has them."""
+    names = {step.name for step in steps}
+    placed: set[str] = set()
+    ordered: list[StepReport] = []
+    while len(ordered) < len(steps):
+        waiting = [step for step in steps if step.name not in placed]
+        ready = (s for s in waiting if placed.issuperset(names.intersection(s.inputs.values())))
+        # A cycle cannot come from the runner; should a plan hold one, keep its order.
+        chosen = next(ready, waiting[0])
+        ordered.append(chosen)
+        placed.add(chosen.name)
+    return ordered

@@ -1,0 +1,175 @@
+"""The table of metrics, nanochat's report card: Metric | BASE | MID | SFT | RL.
+
+Its columns follow from the eval steps of the run and its rows from what they measured; chance and standard error
+stand beside each accuracy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlxchat.report.collect import RunReport, Scores, StepReport, checkpoint_name
+from mlxchat.report.tables import Cell, Table
+from mlxchat.report.wording import (
+    ABSENT,
+    STAGE_LABELS,
+    baseline_label,
+    format_fraction,
+    join,
+    plural,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """An eval step as a column of the metric table."""
+
+    label: str
+    step: StepReport
+    scores: Scores | None
+    pass_at_k: dict[int, float]
+
+
+def columns(report: RunReport) -> list[Column]:
+    """Return one column per eval step, in order of training, each with a label of its own."""
+    evals = report.evals
+    scored = [checkpoint_name(step) for step in evals]
+    sources = [report.step(name) for name in scored]
+    stages = [STAGE_LABELS.get(source.stage, "") if source else "" for source in sources]
+    choices = [[*pair, step.name] for *pair, step in zip(stages, scored, evals, strict=True)]
+    # The first kind of name that no other eval shares: the stage's, the checkpoint's, its own.
+    counts = [Counter(kind) for kind in zip(*choices, strict=True)]
+    return [
+        Column(
+            label=next((c for c, count in zip(choice, counts, strict=True) if c and count[c] == 1), step.name),
+            step=step,
+            scores=step.scores,
+            pass_at_k=_pass_at_k(report, step),
+        )
+        for choice, step in zip(choices, evals, strict=True)
+    ]
+
+
+def passes(step: StepReport) -> list[int]:
+    """Return the k for which a step logged pass@k, ascending: powers of two and the largest."""
+    names = {name for record in step.records for name in record if re.fullmatch(r"pass_at_\d{1,6}", name)}
+    ks = sorted(int(name.removeprefix("pass_at_")) for name in names if step.series(name)[0])
+    return [k for k in ks if k.bit_count() == 1 or k == ks[-1]]
+
+
+def _pass_at_k(report: RunReport, step: StepReport) -> dict[int, float]:
+    """Return pass@k of the checkpoint that an eval step scored.
+
+    If the eval did not measure it, an rl step did: of its own checkpoint at its last iteration, and of the one
+    it began with before its first.
+    """
+    if step.scores and step.scores.pass_at_k:
+        return step.scores.pass_at_k
+    checkpoint = checkpoint_name(step)
+    for trained in report.steps:
+        curves = {k: trained.series(f"pass_at_{k}") for k in passes(trained)}
+        if curves and trained.name == checkpoint and trained.manifest:
+            return {k: values[-1] for k, (_, values) in curves.items()}
+        if curves and trained.inputs.get("checkpoint") == checkpoint:
+            return {k: values[0] for k, (iterations, values) in curves.items() if iterations[0] == 0}
+    return {}
+
+
+def metric_table(report: RunReport) -> Table | None:
+    """Return Metric | BASE | MID | SFT | RL as far as there are eval steps, None if there is none."""
+    chosen = columns(report)
+    if not chosen:
+        return None
+    scores = [column.scores or Scores(checkpoint="") for column in chosen]
+    rows = []
+    if any(s.bpb is not None for s in scores):
+        rows.append(_row(Cell("val bpb"), [s.bpb for s in scores], _four_decimals, best=min))
+    for task in task_names(chosen):
+        results = [s.tasks.get(task) for s in scores]
+        chances = sorted({r.chance for r in results if r and r.chance is not None})
+        chance = " or ".join(map(format_fraction, chances))
+        rows.append(
+            _row(
+                Cell(task, f"chance {chance}" if chance else ""),
+                [r.accuracy if r else None for r in results],
+                format_fraction,
+                errors=[r.stderr if r else None for r in results],
+            )
+        )
+    if any(s.mean_centered is not None for s in scores):
+        values = [s.mean_centered for s in scores]
+        rows.append(_row(Cell("mean centred"), values, _four_decimals, best=max if _same_tasks(scores) else None))
+    for k in sorted({k for column in chosen for k in column.pass_at_k}):
+        rows.append(_row(Cell(f"pass@{k}"), [c.pass_at_k.get(k) for c in chosen], format_fraction))
+    header = ["Metric", *(column.label for column in chosen)]
+    align = "l" + "r" * len(chosen)
+    return Table(header=header, align=align, rows=rows, notes=_metric_notes(chosen, scores))
+
+
+def task_names(chosen: list[Column]) -> list[str]:
+    """Return every task that some column measured, in order of first appearance."""
+    return list(dict.fromkeys(task for c in chosen if c.scores for task in c.scores.tasks))
+
+
+def _row(
+    label: Cell,
+    values: list[float | None],
+    show: Callable[[float], str],
+    *,
+    best: Callable[[list[float]], float] | None = max,
+    errors: list[float | None] | None = None,
+) -> list[Cell]:
+    measured = [value for value in values if value is not None]
+    # With one value, or all alike, nothing is best.
+    top = best(measured) if best and len(set(measured)) > 1 else None
+    cells = [label]
+    for value, error in zip(values, errors or [None] * len(values), strict=True):
+        detail = f"± {100 * error:.1f}" if value is not None and error is not None else ""
+        cells.append(Cell(ABSENT if value is None else show(value), detail, value is not None and value == top))
+    return cells
+
+
+def _four_decimals(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _same_tasks(scores: list[Scores]) -> bool:
+    return len({frozenset(s.tasks) for s in scores if s.mean_centered is not None}) <= 1
+
+
+def _metric_notes(chosen: list[Column], scores: list[Scores]) -> list[str]:
+    notes = []
+    if any(s.bpb is not None for s in scores):
+        notes.append("val bpb: bits per byte of held-out text, lower is better; it does not depend on the vocabulary.")
+        for column in chosen:
+            if column.scores and column.scores.baselines:
+                others = [f"the {baseline_label(n)} {v:.4f}" for n, v in column.scores.baselines.items()]
+                notes.append(f"Baselines on the same text as {column.label}: {join(others)}.")
+    tasks = {name: task for s in scores for name, task in s.tasks.items()}
+    if tasks:
+        kinds = {
+            "categorical": "the answer letter that the model finds likeliest is right",
+            "generative": "the answer that the model writes is right",
+        }
+        for kind, meaning in kinds.items():
+            if of_kind := [name for name, task in tasks.items() if task.kind == kind]:
+                sized = [
+                    f"{name} ({plural(n, 'example')})" if (n := tasks[name].num_examples) else name for name in of_kind
+                ]
+                notes.append(f"{join(sized)}: share of examples in which {meaning}.")
+        notes.append("chance: what guessing scores. ±: one standard error, in percentage points.")
+    if any(s.mean_centered is not None for s in scores):
+        formula = "(accuracy − chance) / (1 − chance)"
+        notes.append(
+            f"mean centred: mean over the tasks of {formula}, the formula of nanochat's ChatCORE; "
+            "0 is guessing, 1 is perfect."
+        )
+        if not _same_tasks(scores):
+            notes.append("The columns were scored on different tasks: their mean centred are not comparable.")
+    if any(column.pass_at_k for column in chosen):
+        notes.append("pass@k: share of held-out problems for which at least one of k sampled answers is right.")
+    notes.append(f"Bold: best of the row. {ABSENT}: not measured.")
+    return notes

@@ -1,0 +1,202 @@
+"""The tables of the report, free of any output format.
+
+A `Table` holds plain text; markdown.py, html.py and terminal.py escape and lay it out. Which rows there are
+follows from the steps of the run alone. The table of metrics is in scorecard.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mlxchat.report.collect import RunReport, StepReport
+from mlxchat.report.sources import mapping, number, sequence, text
+from mlxchat.report.wording import (
+    ABSENT,
+    computing_seconds,
+    format_bytes,
+    format_count,
+    format_seconds,
+    format_value,
+    join,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: its text, a lesser remark beside it, and whether it is the best of its row."""
+
+    text: str
+    detail: str = ""
+    is_best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of cells under a header; `align` has one l or r per column."""
+
+    header: list[str]
+    align: str
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+
+
+def timing_table(report: RunReport) -> Table:
+    """Return how long each step took, how fast it was, how much memory it used, and how it went."""
+    rows = []
+    for step in report.steps:
+        manifest = step.manifest
+        speed = number(manifest.get("tokens_per_second"))
+        rows.append(
+            [
+                Cell(step.name),
+                Cell(step.outcome),
+                Cell(format_seconds(step.seconds)),
+                Cell(format_count(speed)),
+                Cell(format_bytes(number(manifest.get("peak_memory_bytes")))),
+                Cell(*_attempts(step)),
+            ]
+        )
+    total = [Cell("all steps"), Cell(""), Cell(format_seconds(computing_seconds(report)))]
+    rows.append(total + [Cell("")] * 3)
+    notes = [
+        "Wall clock, over all attempts of a step. A cached step shows what it took when it was computed.",
+    ]
+    if report.seconds is not None:
+        notes.append(f"This run: {format_seconds(report.seconds)} from its first to its last event.")
+    header = ["Step", "State", "Time", "Tokens/s", "Peak memory", "Attempts"]
+    return Table(header=header, align="llrrrr", rows=rows, notes=notes)
+
+
+def _attempts(step: StepReport) -> tuple[str, str]:
+    attempts = [text(mapping(a).get("outcome")) for a in sequence(step.manifest.get("attempts"))]
+    broken = Counter(outcome for outcome in attempts if outcome not in ("done", ""))
+    detail = ", ".join(f"{count} {outcome}" for outcome, count in broken.items())
+    return str(len(attempts)) if attempts else ABSENT, f"({detail})" if detail else ""
+
+
+def machine_table(report: RunReport) -> Table | None:
+    """Return hardware, software and code of all steps; where steps differ, each value names its steps."""
+    facts: dict[str, dict[str, list[str]]] = {}
+
+    def note(name: str, value: str, step: StepReport) -> None:
+        if value:
+            facts.setdefault(name, {}).setdefault(value, []).append(step.name)
+
+    for step in report.steps:
+        device = dict(mapping(step.manifest.get("device")))
+        memory = number(device.pop("memory_bytes", None))
+        for name, value in device.items():
+            note({"name": "device"}.get(name, name), text(value), step)
+        note("memory", format_bytes(memory) if memory else "", step)
+        for name, value in mapping(step.manifest.get("versions")).items():
+            note(name, text(value), step)
+        git = mapping(step.manifest.get("git"))
+        dirty = " with uncommitted changes" if git.get("dirty") else ""
+        note("git commit", text(git.get("commit"))[:12] + dirty if git.get("commit") else "", step)
+    rows = []
+    for name, values in facts.items():
+        # The value of most steps needs no names; those that differ do.
+        usual = max(values, key=lambda value: len(values[value]))
+        differing = [f"{value} ({', '.join(at)})" for value, at in values.items() if value != usual]
+        shown = [usual, *differing]
+        rows.append([Cell(name), Cell("; ".join(shown))])
+    return Table(header=["What", "Value"], align="ll", rows=rows) if rows else None
+
+
+def compression_tables(report: RunReport) -> list[tuple[StepReport, Table]]:
+    """Return, for each tokenizer, the tokens it needs per text beside GPT-2's and GPT-4's."""
+    found = []
+    for step in report.steps:
+        texts = [mapping(row) for row in sequence(step.compression.get("rows"))]
+        if not texts:
+            continue
+        rivals = [
+            (key, label)
+            for key, label in (("gpt2", "GPT-2"), ("gpt4", "GPT-4"))
+            if any(number(row.get(key)) for row in texts)
+        ]
+        rows = []
+        for row in texts:
+            size, ours = number(row.get("bytes")), number(row.get("ours"))
+            ratio = f"{size / ours:.2f}" if size and ours else ABSENT
+            cells = [Cell(text(row.get("text"))), Cell(_whole(size)), Cell(_whole(ours)), Cell(ratio)]
+            for key, _ in rivals:
+                theirs = number(row.get(key))
+                gain = f"({(theirs - ours) / theirs:+.1%})" if theirs and ours is not None else ""
+                cells.append(Cell(_whole(theirs), gain.replace("-", "−")))
+            rows.append(cells)
+        notes = []
+        if vocabulary := number(step.compression.get("vocab_size")):
+            notes.append(f"Vocabulary of {step.name}: {vocabulary:,.0f} tokens.")
+        if rivals:
+            notes.append("In brackets: how many tokens fewer ours needs than that tokenizer; negative is more.")
+        header = ["Text", "Bytes", "Tokens", "Bytes/token", *(label for _, label in rivals)]
+        found.append((step, Table(header=header, align="l" + "r" * (len(header) - 1), rows=rows, notes=notes)))
+    return found
+
+
+def _whole(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def artifact_table(report: RunReport) -> Table:
+    """Return every artifact with its id, size and the artifacts it was made from."""
+    rows = []
+    total = 0.0
+    for step in report.steps:
+        outputs = [mapping(file) for file in sequence(step.manifest.get("outputs"))]
+        size = sum(number(file.get("bytes")) or 0 for file in outputs)
+        total += size
+        made_from = [f"{role}: {source}" for role, source in _input_artifacts(report, step)]
+        rows.append(
+            [
+                Cell(step.name),
+                Cell(step.artifact or ABSENT),
+                Cell(step.kind),
+                Cell(format_bytes(size) if step.manifest else ABSENT),
+                Cell(", ".join(made_from) or ABSENT),
+            ]
+        )
+    rows.append([Cell("all steps"), Cell(""), Cell(""), Cell(format_bytes(total)), Cell("")])
+    return Table(header=["Step", "Artifact", "Kind", "Size", "Made from"], align="lllrl", rows=rows)
+
+
+def _input_artifacts(report: RunReport, step: StepReport) -> Iterable[tuple[str, str]]:
+    recorded = mapping(step.manifest.get("inputs"))
+    for role, name in step.inputs.items():
+        planned = report.step(name)
+        source = text(mapping(recorded.get(role)).get("artifact"))
+        # A step's name says enough while its artifact of this run is what was used.
+        yield role, source if source and planned and source != planned.artifact else name
+
+
+def source_table(report: RunReport) -> Table | None:
+    """Return the outside data that steps used, each pinned and with its licence."""
+    rows = []
+    for step in report.steps:
+        for item in map(mapping, sequence(step.manifest.get("externals"))):
+            pin = next((text(item[key]) for key in ("version", "revision", "url") if item.get(key)), ABSENT)
+            name, licence = text(item.get("name")) or ABSENT, text(item.get("licence")) or ABSENT
+            rows.append([Cell(name), Cell(pin), Cell(licence), Cell(step.name)])
+    return Table(header=["Data", "Version", "Licence", "Used by"], align="llll", rows=rows) if rows else None
+
+
+def derived_table(report: RunReport) -> Table | None:
+    """Return the hyperparameters that each step derived from its configuration."""
+    rows = []
+    for step in report.steps:
+        for position, (name, value) in enumerate(mapping(step.manifest.get("derived")).items()):
+            rows.append([Cell("" if position else step.name), Cell(name), Cell(format_value(value))])
+    return Table(header=["Step", "Setting", "Value"], align="llr", rows=rows) if rows else None
+
+
+def overrides(report: RunReport) -> list[tuple[str, list[str]]]:
+    """Return (names of steps, overrides they were computed under), alike steps together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for step in report.steps:
+        if step.manifest:
+            given = tuple(text(override) for override in sequence(step.manifest.get("overrides")))
+            groups.setdefault(given, []).append(step.name)
+    return [(join(names), list(given)) for given, names in groups.items()]

@@ -1,0 +1,107 @@
+"""What a stage's `run` receives: typed config, inputs, a place to write, and the run's services."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxchat.errors import Interrupted
+from mlxchat.runner.progress import Progress
+from mlxchat.runner.records import Record, Records
+
+if TYPE_CHECKING:
+    from mlxchat.config import Config
+
+
+class Sections:
+    """The sections of the configuration that a stage declares in CONFIG; any other is refused.
+
+    The refusal keeps identities honest: a stage cannot read what its artifact's id does not cover.
+    """
+
+    def __init__(self, config: Any, declared: tuple[str, ...], stage: str) -> None:
+        """Show `declared` sections of `config`, and `machine`, which is never part of an identity."""
+        self._stage, self._declared = stage, (*declared, "machine")
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a declared section."""
+        if name not in self._declared:
+            raise AttributeError(f"stage {self._stage} reads config.{name}, which its CONFIG does not declare")
+        return getattr(self._config, name)
+
+
+@dataclass(kw_only=True)
+class Context:
+    """Everything a stage may touch."""
+
+    step: str
+    """Name of the step in the pipeline."""
+    config: Config
+    """The typed configuration, limited to the sections that the stage declares."""
+    inputs: dict[str, Path]
+    """Role → folder of the artifact that fills it; an optional role may be absent."""
+    input_steps: dict[str, str]
+    """Role → name of the step that fills it."""
+    out: Path
+    """Where the artifact is made. Nothing else may be written, except under `work`."""
+    work: Path
+    """Resumable state; it survives crashes and is removed when the step is done."""
+    root_seed: int
+    """The run's seed."""
+    stage: str
+    """Name of the stage."""
+    stop_signal: Callable[[], int | None]
+    """Returns the signal that asked the run to stop, if one did."""
+    on_metrics: Callable[[str, Record], None]
+    """Called with the step's name and each record, for trackers."""
+    externals: list[dict[str, Any]] = field(default_factory=list)
+    """What was read from outside the store: name, version or revision, licence, sha256."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The step's final numbers, for its manifest."""
+    derived: dict[str, Any] = field(default_factory=dict)
+    """Derived hyperparameters, for its manifest and the terminal."""
+    resumed_from: int | None = None
+    """Iteration at which this attempt continued, if it did."""
+
+    def seed(self, purpose: str) -> int:
+        """Return a seed for one purpose of this stage, in [0, 2^32): equal settings draw equal numbers."""
+        text = f"{self.root_seed}/{self.stage}/{purpose}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+    def records(self, name: str) -> Records:
+        """Return a .jsonl file that travels with the resumable work and ends in the artifact."""
+        return Records(self.work / "records" / f"{name}.jsonl")
+
+    def log(self, record: Record) -> None:
+        """Add a record to the step's metrics.jsonl (units in the keys) and pass it to the tracker."""
+        self.records("metrics").append(record)
+        self.on_metrics(self.step, record)
+
+    def derive(self, numbers: dict[str, Any]) -> None:
+        """Record and show hyperparameters that follow from the configuration."""
+        self.derived |= numbers
+        for key, value in numbers.items():
+            print(f"  {key:<24} {value:,}" if isinstance(value, int) else f"  {key:<24} {value:.6g}", flush=True)
+
+    def rewind_records(self, iteration: int) -> None:
+        """Forget what was recorded after `iteration`, from where this attempt continues."""
+        for path in (self.work / "records").glob("*.jsonl"):
+            Records(path).truncate(iteration)
+        self.resumed_from = iteration or None
+
+    def progress(self, total: int, unit: str, *, start: int = 0) -> Progress:
+        """Return a progress display for this step."""
+        return Progress(self.step, total, unit, start=start)
+
+    def should_stop(self) -> bool:
+        """Tell whether a signal asked the run to stop; ask at iteration borders."""
+        return self.stop_signal() is not None
+
+    def stop(self, where: str) -> Interrupted:
+        """Return the exception to raise after state was saved at `where`."""
+        number = self.stop_signal() or 15
+        return Interrupted(f"{self.step} stopped at {where}. The same command continues from there.", number)

@@ -1,0 +1,81 @@
+"""What a run was made with: code, versions, machine, command line. Recorded, never part of an identity."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("mlxchat", "mlx", "hydra-core", "numpy", "tiktoken", "rustbpe", "pyarrow", "safetensors")
+
+
+class Environment:
+    """Facts gathered once per run, when the first step needs them."""
+
+    def __init__(self, describe_device: Callable[[], dict[str, Any]]) -> None:
+        """Take the function that describes the device, since only it may import MLX."""
+        self._describe_device = describe_device
+
+    def record(self) -> dict[str, Any]:
+        """Return git, versions, device and argv for a manifest."""
+        return self._facts
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "git": git_state(Path(__file__).parent),
+            "versions": versions(),
+            "device": self._describe_device(),
+            "argv": ["mlxchat", *sys.argv[1:]],
+        }
+
+
+def versions() -> dict[str, str]:
+    """Return Python's version and those of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return commit and dirtiness of the checkout that this code runs from, or None if it is installed elsewhere."""
+    try:
+        ask = ["git", "-C", str(folder)]
+        tracked = subprocess.run([*ask, "ls-files", "--error-unmatch", "environment.py"], capture_output=True)
+        if tracked.returncode:
+            return None
+        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*ask, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak for `peak_memory_bytes`, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process held since the reset, or since its start where there is no reset."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

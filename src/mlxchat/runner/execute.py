@@ -1,0 +1,232 @@
+"""Run a plan: one step after the other, each under its lock, each published whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import Interrupted, MlxchatError, StepFailed
+from mlxchat.runner import attempts as attempt_log
+from mlxchat.runner import locks
+from mlxchat.runner.context import Context, Sections
+from mlxchat.runner.environment import Environment, peak_memory_bytes, reset_peak_memory
+from mlxchat.runner.fingerprint import plain_of
+from mlxchat.runner.plan import PlannedStep, judge
+from mlxchat.runner.progress import format_bytes, format_count, format_seconds
+from mlxchat.runner.records import Record, Records, now
+from mlxchat.runner.store import Manifest, Store, describe_outputs
+
+
+def _ignore_metrics(step: str, record: Record) -> None:
+    """Drop a record: nobody tracks this run."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One invocation: where it reports, and what it knows about itself."""
+
+    folder: Path
+    """outputs/runs/<…>."""
+    config: Any
+    """The typed configuration."""
+    seed: int
+    force: list[str]
+    overrides: list[str]
+    environment: Environment
+    say: Callable[[str], None] = print
+    """Where lines for people go."""
+    on_metrics: Callable[[str, Record], None] = _ignore_metrics
+    """Called with step and record, for trackers."""
+    stop_signal: int | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return self.folder.name
+
+    def event(self, event: str, **details: Any) -> None:
+        """Add a line to events.jsonl."""
+        Records(self.folder / "events.jsonl").append({"time": now(), "event": event, **details})
+
+
+def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
+    """Run what the plan says is not done, and point the refs of this run and `latest` at every step's artifact.
+
+    Raises:
+        Interrupted: a signal arrived; everything finished so far is kept, the current step can continue.
+        StepFailed: a step raised or did not make its outputs.
+    """
+    planned = {step.name: step for step in plan}
+    run.event("run_started", steps=[step.name for step in plan])
+    with _signals(run):
+        for step in plan:
+            try:
+                place = _complete(step, store, run, planned)
+            except MlxchatError as error:
+                run.event("run_failed", step=step.name, error=str(error))
+                raise
+            store.set_ref(run.name, step.name, place)
+            store.set_ref("latest", step.name, place)
+    run.event("run_done")
+
+
+def _complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
+    """Return the step's artifact, made now if need be."""
+    forced = not step.done and step.reason == "forced"
+    step.done, step.reason = judge(step, store, forced=forced, planned=planned)
+    place = store.find(step.rid) if step.done else None
+    if place is not None:
+        run.event("step_cached", step=step.name, artifact=place.name)
+        return place
+    began = now()
+
+    def tell_waiting(owner: dict[str, Any]) -> None:
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} (run {owner.get('run', '?')})"
+        run.say(f"{step.name:<10} waits: {who} is making it")
+
+    with locks.hold(store.lock(step.rid), {"run": run.name, "step": step.name}, tell_waiting) as waited:
+        if waited:
+            store.forget()
+            error = attempt_log.failure_since(store.work(step.rid), began)
+            if error is not None:
+                raise StepFailed(f"step {step.name} failed in the process that was waited for: {error}")
+            place = store.find(step.rid)
+            if place is not None:
+                run.event("step_cached", step=step.name, artifact=place.name)
+                return place
+        return _make(step, store, run, planned)
+
+
+def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
+    """Run the stage in the step's work folder and publish what it made. The caller holds the lock."""
+    work = store.work(step.rid)
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    inputs: dict[str, Manifest] = {}
+    folders: dict[str, Path] = {}
+    for role, source in step.inputs.items():
+        folder, manifest = store.find(planned[source].rid), store.read(planned[source].rid)
+        assert folder is not None and manifest is not None, f"{source} ran before {step.name}"
+        folders[role], inputs[role] = folder, manifest
+    ctx = Context(
+        step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,
+        config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
+        work=work / "ckpt", root_seed=run.seed, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
+    )  # fmt: skip
+    attempt = attempt_log.start(work, run.name)
+    run.event("step_started", step=step.name, artifact=step.artifact, reason=step.reason)
+    run.say(f"{step.name:<10} starts ({step.reason})")
+    reset_peak_memory()
+    began = time.monotonic()
+    try:
+        step.stage.load()(ctx)
+        missing = [name for name in step.stage.outputs if not (out / name).exists()]
+        if missing:
+            raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({out})")
+    except Interrupted as stop:
+        attempt_log.finish(work, attempt, "interrupted", str(stop), ctx.resumed_from)
+        run.event("step_failed", step=step.name, error=str(stop))
+        raise
+    except BaseException as error:
+        text = f"{type(error).__name__}: {error}"
+        attempt_log.finish(work, attempt, "failed", text, ctx.resumed_from)
+        run.event("step_failed", step=step.name, error=text)
+        if isinstance(error, MlxchatError) or not isinstance(error, Exception):
+            raise
+        log = run.folder / f"{step.name}-error.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        raise StepFailed(f"step {step.name} failed: {text}\nTraceback: {log}") from error
+    for path in (ctx.work / "records").glob("*.jsonl"):
+        shutil.copyfile(path, out / path.name)
+    attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
+    manifest = _describe(step, ctx, run, inputs, attempt_log.read(work))
+    place = store.publish(out, step.artifact, manifest)
+    shutil.rmtree(work, ignore_errors=True)
+    seconds = time.monotonic() - began
+    run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
+    run.say(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(manifest)}")
+    return place
+
+
+def _describe(
+    step: PlannedStep, ctx: Context, run: Run, inputs: dict[str, Manifest], attempts: list[Record]
+) -> Manifest:
+    """Return everything that the manifest says."""
+    outputs, tree = describe_outputs(ctx.out)
+    metrics = dict(ctx.metrics)
+    sections = {section: plain_of(getattr(run.config, section)) for section in step.stage.config}
+    return {
+        "schema": 1,
+        "rid": step.rid,
+        "name": step.artifact,
+        "stage": step.stage.name,
+        "step": step.name,
+        "kind": step.stage.produces,
+        "version": step.stage.version,
+        "config": step.identity,
+        "excluded": {"machine": plain_of(run.config.machine)},
+        "full_config": sections,
+        "overrides": run.overrides,
+        "inputs": {
+            role: {key: manifest[source] for key, source in _INPUT_KEYS.items()} for role, manifest in inputs.items()
+        },
+        "outputs": outputs,
+        "tree": tree,
+        "pins": step.externals,
+        "externals": ctx.externals,
+        "tokens_per_second": metrics.pop("tokens_per_second", None),
+        "metrics": metrics,
+        "derived": ctx.derived,
+        "seed": run.seed,
+        "attempts": attempts,
+        "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "code": {"stage": step.stage.code_digest()},
+        **run.environment.record(),
+        "run": run.name,
+        "published": now(),
+    }
+
+
+_INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
+
+
+def _summary(manifest: Manifest) -> str:
+    """Return the artifact's name, size and numbers in one line."""
+    size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
+    numbers = [f"{key} {value:.4g}" for key, value in manifest["metrics"].items()][:4]
+    if manifest["tokens_per_second"]:
+        numbers.append(f"{format_count(manifest['tokens_per_second'])} tok/s")
+    return "  ".join([f"{manifest['name']} ({size})", *numbers])
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a request to stop; the second one leaves at once."""
+
+    def request_stop(number: int, frame: object) -> None:
+        if run.stop_signal is not None:
+            # Everything on disk is whole at any moment, so nothing needs to be cleaned up.
+            os._exit(128 + number)
+        run.stop_signal = number
+        run.say("stopping at the next iteration border (again: stop at once)")
+
+    try:
+        previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

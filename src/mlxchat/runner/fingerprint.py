@@ -1,0 +1,110 @@
+"""Identity: what makes two artifacts the same, as canonical JSON and its hash.
+
+Fields of the typed configuration are part of the identity unless their metadata says `identity: False`. A field
+that was added later declares `since_default`; while it has that value it is left out, so old artifacts stay valid.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import dataclasses
+import enum
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+def identity_of(config: Any) -> Any:
+    """Return the identity part of a typed configuration as plain, canonical data.
+
+    Raises:
+        TypeError: a value has no canonical form (a function, NaN, an object with an address).
+    """
+    return _plain(config, identity_only=True)
+
+
+def plain_of(config: Any) -> Any:
+    """Return a typed configuration as plain data, everything included."""
+    return _plain(config, identity_only=False)
+
+
+def compute_rid(
+    stage: str, version: int, identity: Any, inputs: Mapping[str, str], externals: Mapping[str, str]
+) -> str:
+    """Return the id of the artifact a step will make, 52 characters of lower-case base32, known before it runs.
+
+    Args:
+        stage: name of the stage.
+        version: its VERSION.
+        identity: `identity_of` its configuration.
+        inputs: role → rid.
+        externals: name → content hash or revision of everything read from outside.
+    """
+    record = {
+        "schema": SCHEMA,
+        "stage": stage,
+        "version": version,
+        "config": identity,
+        "inputs": dict(inputs),
+        "externals": dict(externals),
+    }
+    digest = hashlib.sha256(canonical_json(record).encode()).digest()
+    # Lower case throughout: the disks of Macs do not tell cases apart.
+    return base64.b32encode(digest).decode().rstrip("=").lower()
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of plain data: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_code(path: Path) -> str:
+    """Return a digest of a Python file that comments, docstrings and layout do not change."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = body[1:] or [ast.Pass()]
+    # ast.dump, unlike bytecode, does not depend on where the file lies; its fields vary with the Python version.
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any, *, identity_only: bool) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        record = {}
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            metadata = field.metadata
+            if identity_only and metadata.get("identity") is False:
+                continue
+            if identity_only and "since_default" in metadata and item == metadata["since_default"]:
+                continue
+            record[field.name] = _plain(item, identity_only=identity_only)
+        return record
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, identity_only=identity_only) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, identity_only=identity_only) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{value} has no place in an identity")
+        return value
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    raise TypeError(f"{value!r} ({type(value).__name__}) has no canonical form")

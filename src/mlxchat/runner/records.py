@@ -1,0 +1,49 @@
+"""Append-only JSON lines that survive a kill: of a step's metrics, of its attempts, of a run's events."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def now() -> str:
+    """Return the time as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Records:
+    """One .jsonl file."""
+
+    def __init__(self, path: Path) -> None:
+        """Remember the file; it is made by the first record."""
+        self.path = path
+
+    def append(self, record: Record) -> None:
+        """Write one line, at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def read(self) -> list[Record]:
+        """Return all whole records; a line cut by a crash is left out."""
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+    def truncate(self, iteration: int) -> None:
+        """Drop the records after `iteration`: work that a resumed attempt does again."""
+        kept = [record for record in self.read() if record.get("iteration", 0) <= iteration]
+        temporary = self.path.with_suffix(".tmp")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), "utf-8")
+        temporary.replace(self.path)

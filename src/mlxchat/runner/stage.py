@@ -1,0 +1,101 @@
+"""A stage: one file in stages/, read here for what it declares and imported only when it runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.runner.fingerprint import hash_code
+
+_PACKAGE = "mlxchat.stages"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage file declares."""
+
+    name: str
+    path: Path
+    version: int
+    """Raised by hand when a change of the code changes results."""
+    config: tuple[str, ...]
+    """Sections of the configuration that it reads; they are its identity."""
+    inputs: dict[str, str]
+    """Role → kind of artifact."""
+    optional_inputs: dict[str, str]
+    """Roles that a step may leave unfilled."""
+    produces: str
+    """Kind of the artifact."""
+    outputs: tuple[str, ...]
+    """Files that must exist afterwards."""
+    label: str | None
+    """Dotted path of the config value that goes into the artifact's name; None: the label of the first input."""
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """All roles, filled or not."""
+        return self.inputs | self.optional_inputs
+
+    def load(self) -> Callable[[Any], None]:
+        """Import the stage and return its `run`; this is where MLX comes in."""
+        run: Callable[[Any], None] = importlib.import_module(f"{_PACKAGE}.{self.name}").run
+        return run
+
+    def code_digest(self) -> str:
+        """Return a digest of the file that comments and docstrings do not change."""
+        return hash_code(self.path)
+
+
+def stage_names() -> list[str]:
+    """Return the names of all stages, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.py") if path.stem != "__init__")
+
+
+@cache
+def read_stage(name: str) -> Stage:
+    """Return what the stage's file declares, without importing it: planning must not load MLX.
+
+    Raises:
+        ConfigError: there is no such stage, or a declaration is missing or no literal.
+    """
+    path = _folder() / f"{name}.py"
+    if name not in stage_names():
+        raise ConfigError(f'there is no stage "{name}". Stages: {", ".join(stage_names())}.{suggest(name, stage_names())}')
+    values: dict[str, Any] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = getattr(node, "value", None)
+        if isinstance(target, ast.Name) and target.id.isupper() and value is not None:
+            try:
+                values[target.id] = ast.literal_eval(value)
+            except ValueError:
+                continue
+    missing = [key for key in ("VERSION", "CONFIG", "INPUTS", "PRODUCES", "OUTPUTS") if key not in values]
+    if missing:
+        raise ConfigError(f"{path}: a stage must declare {', '.join(missing)} as literals")
+    return Stage(
+        name=name,
+        path=path,
+        version=values["VERSION"],
+        config=tuple(values["CONFIG"]),
+        inputs=dict(values["INPUTS"]),
+        optional_inputs=dict(values.get("OPTIONAL_INPUTS", {})),
+        produces=values["PRODUCES"],
+        outputs=tuple(values["OUTPUTS"]),
+        label=values.get("LABEL"),
+    )
+
+
+@cache
+def _folder() -> Path:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("the stages are not installed: run `make setup` in the checkout, or install the package")
+    return Path(next(iter(spec.submodule_search_locations)))

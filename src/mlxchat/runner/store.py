@@ -1,0 +1,189 @@
+"""The outputs folder: immutable artifacts, their names, and the one way in.
+
+    store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json is there
+    work/<rid>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
+    locks/<rid>.lock                 flock files
+    refs/<run>/<step>, refs/latest/<step>   relative symlinks: names for people
+    runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
+
+No other file decides anything: a step is done if its manifest is there, running if its lock is held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import StoreError
+from mlxchat.runner.fingerprint import canonical_json, hash_file
+
+Manifest = dict[str, Any]
+
+MANIFEST = "manifest.json"
+# Records of the execution, not of the result: they hold times, so two equal artifacts differ in them.
+OBSERVATIONS = ("metrics.jsonl", "samples.jsonl")
+_SHORT = 16
+
+
+class Store:
+    """The artifacts under one outputs folder."""
+
+    def __init__(self, outputs: Path) -> None:
+        """Remember the folder; nothing is read or written yet."""
+        self.outputs = outputs
+        self._folders: dict[str, Path] | None = None
+
+    def prepare(self) -> None:
+        """Make the folders.
+
+        Raises:
+            StoreError: the outputs folder cannot be written.
+        """
+        try:
+            for name in ("store", "work", "locks", "refs", "runs"):
+                (self.outputs / name).mkdir(parents=True, exist_ok=True)
+            probe = self.outputs / "work" / f".probe-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"outputs folder {self.outputs} cannot be written ({error.strerror}). "
+                "Choose another with outputs=PATH, or mend its permissions."
+            ) from None
+
+    def find(self, rid: str) -> Path | None:
+        """Return the folder of the complete artifact with this rid, or None."""
+        if self._folders is None:
+            self._folders = {folder.name[-_SHORT:]: folder for folder in self._list()}
+        folder = self._folders.get(rid[:_SHORT])
+        return folder if folder is not None and (folder / MANIFEST).exists() else None
+
+    def forget(self) -> None:
+        """Look at the disk again at the next `find`: another process may have published."""
+        self._folders = None
+
+    def read(self, rid: str) -> Manifest | None:
+        """Return the manifest of the complete artifact with this rid, or None."""
+        folder = self.find(rid)
+        return read_manifest(folder) if folder is not None else None
+
+    def manifests(self) -> Iterator[Manifest]:
+        """Yield the manifests of all complete artifacts."""
+        for folder in self._list():
+            if (folder / MANIFEST).exists():
+                yield read_manifest(folder)
+
+    def work(self, rid: str) -> Path:
+        """Return the folder of the resumable work of a step."""
+        return self.outputs / "work" / rid
+
+    def lock(self, rid: str) -> Path:
+        """Return the step's lock file."""
+        return self.outputs / "locks" / f"{rid}.lock"
+
+    def publish(self, out: Path, name: str, manifest: Manifest) -> Path:
+        """Make the folder `out` an artifact in one rename; return its new place.
+
+        Everything is on disk before the rename. An artifact of the same name (a forced rebuild) is moved aside
+        first and removed afterwards.
+        """
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+        (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        for path in [*sorted(out.rglob("*")), out]:
+            _sync(path)
+        place = self.outputs / "store" / name
+        trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"
+        if place.exists():
+            place.rename(trash)
+        out.rename(place)
+        _sync(place.parent)
+        shutil.rmtree(trash, ignore_errors=True)
+        self.forget()
+        return place
+
+    def set_ref(self, group: str, step: str, artifact: Path) -> None:
+        """Point refs/<group>/<step> at an artifact, atomically."""
+        link = self.outputs / "refs" / group / step
+        link.parent.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath(artifact, link.parent)
+        temporary = link.with_name(f".{step}-{uuid.uuid4().hex}")
+        temporary.symlink_to(target)
+        temporary.replace(link)
+
+    def refs(self, group: str = "latest") -> dict[str, Path]:
+        """Return step → artifact folder of a group of refs, those that still lead somewhere."""
+        folder = self.outputs / "refs" / group
+        if not folder.is_dir():
+            return {}
+        links = {link.name: link.resolve() for link in sorted(folder.iterdir()) if link.is_symlink()}
+        return {step: place for step, place in links.items() if (place / MANIFEST).exists()}
+
+    def resolve(self, name: str) -> Path:
+        """Return the artifact that a person means: a step of the latest run, a folder's name, or the start of an id.
+
+        Raises:
+            StoreError: nothing or more than one thing has this name.
+        """
+        latest = self.refs()
+        if name in latest:
+            return latest[name]
+        found = [
+            folder for folder in self._list()
+            if (folder / MANIFEST).exists() and (folder.name == name or folder.name[-_SHORT:].startswith(name))
+        ]  # fmt: skip
+        if len(found) == 1:
+            return found[0]
+        known = ", ".join(latest) or "none yet: run mlxchat first"
+        problem = "is ambiguous" if found else "is no artifact"
+        raise StoreError(f'"{name}" {problem} in {self.outputs}. Steps of the latest run: {known}.')
+
+    def _list(self) -> list[Path]:
+        folder = self.outputs / "store"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def artifact_name(stage: str, label: str, rid: str) -> str:
+    """Return the folder name of an artifact: what it is for people, then 80 bits of its id."""
+    clean = "".join(char if char.isalnum() or char in "._" else "_" for char in label)
+    return f"{stage}-{clean}-{rid[:_SHORT]}" if clean else f"{stage}-{rid[:_SHORT]}"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return an artifact's manifest.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{folder / MANIFEST} is damaged ({error}). Remove the folder; the next run makes it again."
+        ) from None
+    return dict(manifest)
+
+
+def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return each file's path, bytes and sha256, and the digest of the whole without the observations."""
+    files = [
+        {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    ]
+    content = [[file["path"], file["sha256"]] for file in files if file["path"] not in OBSERVATIONS]
+    return files, hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,102 @@
+"""Sweeps and Hydra's own options: `-m`, `--cfg`, `--info`, completion. Plain runs do not come this way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from mlxchat.compose import Composed, compose_config, register_schema, to_typed
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError
+from mlxchat.runner.store import Store, read_manifest
+
+Row = dict[str, Any]
+
+
+def run_with_hydra(arguments: list[str]) -> int:
+    """Hand a command line to Hydra; return 1 if a job of a sweep failed, else 0.
+
+    Raises:
+        ConfigError: the composition is wrong.
+        Interrupted: a signal stopped a job; no further one is started.
+    """
+    register_schema()
+    # Otherwise Hydra prints its own errors and exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    rows: list[Row] = []
+    folder: list[Path] = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://mlxchat.conf", config_name="config")
+    def run_job(composed: DictConfig) -> None:
+        settings = HydraConfig.get()
+        folder[:] = [Path(settings.sweep.dir)]
+        overrides = [str(item) for item in settings.overrides.task]
+        rows.append(_run_job(composed, overrides, settings))
+
+    argv, sys.argv = sys.argv, ["mlxchat", *arguments]
+    try:
+        run_job()
+    except (HydraException, OmegaConfBaseException) as error:
+        compose_config([item for item in arguments if not item.startswith("-") and "," not in item])
+        raise ConfigError(str(error).splitlines()[0]) from None
+    finally:
+        sys.argv = argv
+    if not rows:
+        return 0
+    _write_table(rows, folder[0])
+    return int(any(row["status"] != "done" for row in rows))
+
+
+def _run_job(composed: DictConfig, overrides: list[str], settings: Any) -> Row:
+    """Run one job of a sweep; a failure is a row of the table and does not keep the others from running."""
+    from mlxchat.commands.run import run_pipeline
+
+    varied = " ".join(overrides)
+    print(f"\n── job {settings.job.num}: {varied}", flush=True)
+    row: Row = {"job": settings.job.num, "overrides": varied, "status": "done"}
+    try:
+        choices = {str(group): str(option) for group, option in settings.runtime.choices.items()}
+        config = to_typed(composed)
+        run_pipeline(Composed(config, overrides, choices))
+    except Interrupted:
+        raise
+    except MlxchatError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return row | {"status": "failed", "error": str(error).splitlines()[0]}
+    store = Store(Path(config.outputs))
+    for step, place in store.refs().items():
+        manifest = read_manifest(place)
+        if step in config.pipeline and manifest["kind"] in ("scores", "checkpoint"):
+            shown = {key: value for key, value in manifest["metrics"].items() if key in _SHOWN}
+            row |= {f"{step}.{key}": round(value, 4) for key, value in shown.items()}
+    return row
+
+
+_SHOWN = ("val_bpb", "val_loss", "mean_centered", "pass_at_1")
+
+
+def _write_table(rows: list[Row], folder: Path) -> None:
+    """Write table.md, table.csv and table.json of a sweep and print it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for job in folder.glob("[0-9]*"):
+        if job.is_dir() and not any(job.iterdir()):
+            job.rmdir()  # Hydra makes one per job; the runs are under outputs/runs
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(key, "")) for key in columns] for row in rows)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"\n{table}\n\nsweep: {folder / 'table.md'}")

@@ -1,0 +1,66 @@
+"""Tasks: conversations to train on and questions to be judged by. Loading one imports only its own module."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any, cast
+
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.tasks.base import SPLITS, Conversation, Task
+
+_TASKS = {
+    "facts": ("facts", "Facts"),
+    "facts_mc": ("facts", "FactsMC"),
+    "reading_mc": ("facts", "ReadingMC"),
+    "arithmetic": ("arithmetic", "Arithmetic"),
+    "spelling": ("spelling", "Spelling"),
+    "letter_count": ("spelling", "LetterCount"),
+    "identity": ("identity", "Identity"),
+    "jsonl": ("jsonl", "Jsonl"),
+}
+
+__all__ = ["SPLITS", "Conversation", "Task", "load_task", "task_class", "task_names"]
+
+
+def task_names() -> list[str]:
+    """Return the names that `load_task` knows."""
+    return list(_TASKS)
+
+
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task; its `kind` and `chance` are there without loading any data.
+
+    Raises:
+        ConfigError: no task has this name.
+
+    """
+    if name not in _TASKS:
+        raise ConfigError(f'task is "{name}", expected one of {", ".join(_TASKS)}.{suggest(name, _TASKS)}')
+    module, cls = _TASKS[name]
+    return cast(type[Task], getattr(importlib.import_module(f"mlxchat.tasks.{module}"), cls))
+
+
+def load_task(name: str, split: str, **options: Any) -> Task:
+    """Make a task ready to use.
+
+    Args:
+        name: one of `task_names()`.
+        split: "train" or "test"; the two never share a user message.
+        options: those of the task's class: `size` and `seed` everywhere, others by task.
+
+    Raises:
+        ConfigError: the name, the split or an option is unknown, or an option's value is out of range.
+        DataError: the data behind the task is missing or unreadable.
+
+    """
+    cls = task_class(name)
+    known = [option for option in inspect.signature(cls).parameters if option != "split"]
+    for option in options:
+        if option not in known:
+            expected = ", ".join(known)
+            hint = suggest(option, known)
+            raise ConfigError(f'task {name} has no option "{option}", expected one of {expected}.{hint}')
+    if name == "jsonl" and "path" not in options:
+        raise ConfigError("task jsonl has no path. Give it the .jsonl file to read: path=my.jsonl.")
+    return cls(split, **options)

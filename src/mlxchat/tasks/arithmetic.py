@@ -1,0 +1,308 @@
+"""Word problems of one or two steps, in the form of GSM8K: a calculator call, then #### and the number.
+
+A problem is of the test split by a hash of its template and its numbers, whatever the names and things in it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from mlxchat.errors import ConfigError
+from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_out
+
+_TEST_FRACTION = 0.1
+
+_HE = re.findall(
+    r"\w+",
+    "Tom Ben Sam Jack Leo Max Paul Peter Adam David Mark Luke Noah Omar Ali Ivan Hugo Carl Finn Ravi",
+)
+_SHE = re.findall(
+    r"\w+",
+    "Ann Mia Eva Lucy Emma Rosa Nina Sara Zoe Kate Lily Anna Maria Ruth Jane Clara Ella Maya Olga Alice",
+)
+_THINGS = re.findall(
+    r"\w+",
+    "apples books pens coins stamps cards eggs shells stones flowers cookies balloons pencils marbles"
+    " stickers buttons oranges lemons cakes candles toys cups plates keys nuts seeds beads tickets bottles",
+)
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A question and the words of its answer; each `{work}` is a calculator call, one of `steps`."""
+
+    question: str
+    answer: str
+    steps: tuple[str, ...]
+
+
+def _one(operation: str, question: str, answer: str) -> _Template:
+    return _Template(question, answer, (f"{{a}}{operation}{{b}}",))
+
+
+_ONE_STEP = (
+    _one(
+        "+",
+        "{name} has {a} {things}. {He} buys {b} more. How many {things} does {name} have now?",
+        "{name} has {work} {things}.",
+    ),
+    _one(
+        "+",
+        "{name} has {a} {things}. {other} gives {him} {b} more. How many {things} does {name} have now?",
+        "{name} has {work} {things}.",
+    ),
+    _one(
+        "+",
+        "{name} finds {a} {things} and {other} finds {b} {things}. How many {things} do they find together?",
+        "They find {work} {things}.",
+    ),
+    _one(
+        "+",
+        "There are {a} {things} on the table and {b} in the box. How many {things} are there in all?",
+        "There are {work} {things}.",
+    ),
+    _one(
+        "+",
+        "A shop sold {a} {things} on Monday and {b} on Tuesday. How many {things} did it sell in all?",
+        "The shop sold {work} {things}.",
+    ),
+    _one(
+        "-",
+        "{name} has {a} {things}. {He} gives {b} to {other}. How many {things} are left?",
+        "{name} has {work} {things} left.",
+    ),
+    _one(
+        "-",
+        "{name} had {a} {things} and lost {b} of them. How many {things} are left?",
+        "{name} has {work} {things} left.",
+    ),
+    _one(
+        "-",
+        "There are {a} {things} in the box. {name} takes {b} out. How many {things} are left in the box?",
+        "There are {work} {things} left.",
+    ),
+    _one(
+        "-",
+        "{name} needs {a} {things}. {He} has {b}. How many more {things} does {name} need?",
+        "{name} needs {work} more {things}.",
+    ),
+    _one(
+        "-",
+        "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?",
+        "{name} has {work} more {things}.",
+    ),
+    _one(
+        "*",
+        "{name} has {a} boxes with {b} {things} in each box. How many {things} does {name} have?",
+        "{name} has {work} {things}.",
+    ),
+    _one(
+        "*",
+        "There are {a} tables with {b} {things} on each table. How many {things} are there in all?",
+        "There are {work} {things}.",
+    ),
+    _one(
+        "*",
+        "{name} makes {a} {things} every day. How many {things} does {he} make in {b} days?",
+        "{name} makes {work} {things}.",
+    ),
+    _one(
+        "*",
+        "{name} buys {a} {things} for {b} dollars each. How many dollars does {he} pay?",
+        "{name} pays {work} dollars.",
+    ),
+    _one(
+        "/",
+        "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
+        "Each friend gets {work} {things}.",
+    ),
+    _one(
+        "/",
+        "{name} puts {a} {things} into {b} bags, the same number in each. How many {things} are in each bag?",
+        "Each bag has {work} {things}.",
+    ),
+    _one(
+        "/",
+        "{name} paid {a} dollars for {b} {things}, all at one price. How many dollars did each cost?",
+        "Each cost {work} dollars.",
+    ),
+)
+
+_TWO_STEP = (
+    _Template(
+        "{name} has {a} {things}. {He} buys {b} more and gives {c} to {other}. How many {things} are left?",
+        "{name} has {work} {things}. Then {he} has {work} {things}.",
+        ("{a}+{b}", "{r}-{c}"),
+    ),
+    _Template(
+        "{name} has {a} boxes with {b} {things} in each box. {He} gives {c} {things} away. "
+        "How many {things} are left?",
+        "{name} has {work} {things}. Then {he} has {work} {things}.",
+        ("{a}*{b}", "{r}-{c}"),
+    ),
+    _Template(
+        "{name} buys {a} {things} for {b} dollars each and a bag for {c} dollars. "
+        "How many dollars does {he} pay?",
+        "The {things} cost {work} dollars. In all {he} pays {work} dollars.",
+        ("{a}*{b}", "{r}+{c}"),
+    ),
+    _Template(
+        "{name} has {a} {things} and {other} has {b}. They put them all into {c} bags, the same number "
+        "in each. How many {things} are in each bag?",
+        "They have {work} {things}. Each bag has {work} {things}.",
+        ("{a}+{b}", "{r}/{c}"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem; the answer is in GSM8K's raw form: <<12+7=19>> after each calculation, #### last."""
+
+    question: str
+    answer: str
+
+
+class Arithmetic(Task):
+    """Sums about people and things; right where the response holds #### and the right number.
+
+    One step by default. Numbers are 2 to 99, products and dividends below 250, results whole and at least 2.
+    """
+
+    name = "arithmetic"
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        size: int | None = None,
+        seed: int = 0,
+        steps: int = 1,
+        two_step_frac: float | None = None,
+    ) -> None:
+        """Choose the problems.
+
+        Args:
+            split: "train" or "test".
+            size: number of problems; None: 8,000 in train, 400 in test.
+            seed: another seed gives other problems of the same split.
+            steps: calculations in each problem, 1 or 2.
+            two_step_frac: part of the problems with two steps, 0 to 1; None: as `steps` says.
+
+        Raises:
+            ConfigError: an option is out of range.
+
+        """
+        super().__init__(split, size=size, seed=seed)
+        if steps not in (1, 2):
+            raise ConfigError(f"steps of task arithmetic is {steps}, expected 1 or 2.")
+        if two_step_frac is not None and not 0 <= two_step_frac <= 1:
+            raise ConfigError(
+                f"two_step_frac of task arithmetic is {two_step_frac}, expected 0 to 1, or null."
+            )
+        self.two_step_frac = float(steps - 1) if two_step_frac is None else two_step_frac
+
+    def _own_size(self) -> int:
+        return 8000 if self.split == "train" else 400
+
+    def problem(self, index: int) -> Problem:
+        """Return problem `index` as GSM8K would store it."""
+        conversation = self[index]
+        return Problem(conversation["messages"][0]["content"], conversation["raw"])
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        number, template = rng.choice(
+            list(enumerate(_TWO_STEP if rng.random() < self.two_step_frac else _ONE_STEP))
+        )
+        while True:
+            numbers = _numbers(template, rng)
+            key = f"arithmetic/{len(template.steps)}/{number}/{','.join(map(str, numbers))}"
+            if held_out(key, _TEST_FRACTION) == (self.split == "test"):
+                break
+        words = _words(rng)
+        a, b, c = (*numbers, 0)[:3]
+        question = template.question.format(a=a, b=b, c=c, **words)
+        answer, result = template.answer, 0
+        for step in template.steps:
+            work = step.format(a=a, b=b, c=c, r=result)
+            result = _calculate(work)
+            answer = answer.replace("{work}", f"{work}=<<{work}={result}>>{result}", 1)
+        raw = f"{answer.format(**words)}\n#### {result}"
+        return dialogue(question, parse_gsm8k(raw), raw=raw, answer=str(result))
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Compare the number after #### with the right one; a response without the marker is wrong."""
+        return same_final_number(answer_text(conversation), response)
+
+
+def _words(rng: random.Random) -> dict[str, str]:
+    is_he = rng.random() < 0.5
+    name = rng.choice(_HE if is_he else _SHE)
+    he, him = ("he", "him") if is_he else ("she", "her")
+    other = rng.choice([person for person in _HE + _SHE if person != name])
+    return {
+        "name": name,
+        "other": other,
+        "he": he,
+        "He": he.capitalize(),
+        "him": him,
+        "things": rng.choice(_THINGS),
+    }
+
+
+def _numbers(template: _Template, rng: random.Random) -> tuple[int, ...]:
+    """Draw numbers for which every step of the template gives a whole number of 2 or more."""
+    while True:
+        first = template.steps[0][3]
+        if first == "/":
+            b = rng.randint(2, 10)
+            numbers = (b * rng.randint(2, 20), b)
+        elif first == "*":
+            numbers = (rng.randint(2, 20), rng.randint(2, 12))
+        else:
+            numbers = (rng.randint(2, 99), rng.randint(2, 99))
+        third = (rng.randint(2, 10 if "/" in template.steps[-1] else 50),) if len(template.steps) > 1 else ()
+        result = 0
+        for step in template.steps:
+            work = step.format(a=numbers[0], b=numbers[1], c=third[0] if third else 0, r=result)
+            result = _calculate(work)
+            if result < 2:
+                break
+        else:
+            return numbers + third
+
+
+def _calculate(work: str) -> int:
+    """Return the result of one operation on two whole numbers, or 0 where a division leaves a rest."""
+    left, sign, right = re.fullmatch(r"(\d+)([-+*/])(\d+)", work).groups()  # type: ignore[union-attr]
+    a, b = int(left), int(right)
+    if sign == "/":
+        return a // b if a % b == 0 else 0
+    return {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
+def parse_gsm8k(answer: str) -> list[dict[str, str]]:
+    """Return a raw GSM8K answer as parts: every <<12+7=19>> becomes a python and a python_output part."""
+    parts = []
+    for piece in re.split(r"(<<[^<>]*>>)", answer):
+        if piece.startswith("<<") and piece.endswith(">>"):
+            expression, _, result = piece[2:-2].rpartition("=")
+            parts.append({"type": "python", "text": expression or result})
+            parts.append({"type": "python_output", "text": result if expression else ""})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def final_number(text: str) -> str | None:
+    """Return the number after the first ####, without commas and a closing full stop, or None."""
+    found = re.search(r"#### (-?[0-9.,]+)", text)
+    return found[1].replace(",", "").rstrip(".") if found else None
+
+
+def same_final_number(right: str, response: str) -> bool:
+    """Say whether two texts have the same number after ####, digit for digit."""
+    number = final_number(response)
+    return number is not None and number == final_number(right)

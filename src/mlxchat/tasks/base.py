@@ -1,0 +1,116 @@
+"""What every task is: conversations by index, and a verdict on a response.
+
+A train and a test split never share a user message: what a conversation is about is hashed, and the hash
+decides the split. Conversations are plain dictionaries in the form of `render_conversation`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, TypeVar
+
+from mlxchat.errors import ConfigError, suggest
+
+_T = TypeVar("_T")
+Conversation = dict[str, Any]
+"""{"messages": [{"role", "content"}, ...]}, plus "letters" and "answer" in a categorical task."""
+
+SPLITS = ("train", "test")
+LETTERS = ("A", "B", "C", "D")
+
+
+class Task(ABC):
+    """Conversations numbered from 0, the same for the same options, on every machine.
+
+    Attributes:
+        name: as in the registry.
+        kind: "categorical" if the answer is one of conversation["letters"], "generative" if it is free text.
+        chance: accuracy of blind guessing, 0 to 1.
+
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["categorical", "generative"]] = "generative"
+    chance: ClassVar[float] = 0.0
+
+    def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
+        """Choose a split.
+
+        Args:
+            split: "train" or "test".
+            size: number of conversations; None takes the task's own.
+            seed: another seed gives other conversations of the same split.
+
+        Raises:
+            ConfigError: the split is unknown or size is below 1.
+
+        """
+        if split not in SPLITS:
+            hint = suggest(split, SPLITS)
+            raise ConfigError(f'split of task {self.name} is "{split}", expected train or test.{hint}')
+        if size is not None and size < 1:
+            raise ConfigError(f"size of task {self.name} is {size}, expected 1 or more, or null for all.")
+        self.split = split
+        self.seed = int(seed)  # numbers from a configuration may come as floats
+        self._size = None if size is None else int(size)
+
+    @abstractmethod
+    def _own_size(self) -> int:
+        """Return the number of conversations where the option `size` is None."""
+
+    @abstractmethod
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        """Make conversation `index`; all chance comes from `rng`, which belongs to this index alone."""
+
+    @abstractmethod
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Say whether a response, the text after the last user message, is right."""
+
+    def reward(self, conversation: Conversation, response: str) -> float:
+        """Return 1.0 for a right response and 0.0 for a wrong one."""
+        return float(self.evaluate(conversation, response))
+
+    def __len__(self) -> int:
+        return self._own_size() if self._size is None else self._size
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not 0 <= index < len(self):
+            raise IndexError(f"task {self.name} has {len(self)} conversations, none is number {index}")
+        return self._conversation(index, random.Random(f"{self.name}/{self.split}/{self.seed}/{index}"))
+
+    def _shuffled(self, items: Sequence[_T]) -> list[_T]:
+        """Return the items in an order of this task, split and seed."""
+        return random.Random(f"{self.name}/{self.split}/{self.seed}").sample(items, len(items))
+
+
+def held_out(key: str, fraction: float) -> bool:
+    """Say whether what `key` names belongs to the test split: a stable hash is below `fraction` (0 to 1)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2.0**64
+
+
+def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """Return a multiple-choice question in nanochat's words.
+
+    The letter follows its choice without a space, so that it is the same token as in the answer.
+    """
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
+    return (
+        f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    )
+
+
+def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> Conversation:
+    """Return a conversation of one question and one answer; `extra` keys stand beside its messages."""
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"messages": messages, **extra}
+
+
+def answer_text(conversation: Conversation) -> str:
+    """Return the text of the last message: a string, or its parts of type text joined."""
+    content = conversation["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")

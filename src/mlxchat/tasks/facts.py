@@ -1,0 +1,160 @@
+"""Questions about the countries of the Factbook: free answers, multiple choice, and reading a passage.
+
+What is held out is the pair of a country and a field, such as Peru and capital. A held-out pair is in no
+training conversation of any of these tasks, in no form; as any other fact, it may stand in the corpus.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+
+from mlxchat.data.factbook import Fact, facts
+from mlxchat.data.wordings import FIELDS
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.tasks.base import LETTERS, Conversation, Task, dialogue, held_out, render_mc
+
+_TEST_FRACTION = 0.15
+# Pairs that examples and demonstrations ask for are trained on.
+_SHOWN = (
+    "Brazil|Canada|China|Egypt|France|Germany|India|Italy|Japan|Mexico|Peru|Russia|Spain|United Kingdom"
+    "|United States"
+)
+_ALWAYS_TRAINED = frozenset(("capital", country) for country in _SHOWN.split("|"))
+
+
+def is_test_pair(fact: Fact) -> bool:
+    """Say whether the fact's country and field are held out: about 15 in 100 are."""
+    if (fact.field, fact.country) in _ALWAYS_TRAINED:
+        return False
+    return held_out(f"{fact.field}/{fact.country}", _TEST_FRACTION)
+
+
+class _FactTask(Task):
+    """Facts of some fields and of one split, each asked for several times."""
+
+    own_fields: tuple[str, ...]
+    train_rounds: int
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        size: int | None = None,
+        seed: int = 0,
+        fields: Sequence[str] | None = None,
+    ) -> None:
+        """Choose the facts; `fields` are names from `wordings.FIELDS`, None for the task's own."""
+        super().__init__(split, size=size, seed=seed)
+        self.fields = self.own_fields if fields is None else tuple(fields)
+        for field in self.fields:
+            if field not in FIELDS:
+                known = ", ".join(FIELDS)
+                hint = suggest(field, FIELDS)
+                raise ConfigError(
+                    f'fields of task {self.name} has "{field}", expected some of {known}.{hint}'
+                )
+        if not self.fields:
+            raise ConfigError(f"fields of task {self.name} is empty, expected some of {', '.join(FIELDS)}.")
+        self._facts = self._shuffled(
+            [
+                fact
+                for fact in facts()
+                if fact.field in self.fields and is_test_pair(fact) == (split == "test")
+            ]
+        )
+
+    def _own_size(self) -> int:
+        return len(self._facts) * (self.train_rounds if self.split == "train" else 1)
+
+    def _fact(self, index: int) -> Fact:
+        return self._facts[index % len(self._facts)]
+
+
+def _question(fact: Fact, rng: random.Random) -> str:
+    return FIELDS[fact.field].ask(fact.country, rng.randrange(len(FIELDS[fact.field].questions)))
+
+
+class Facts(_FactTask):
+    """A question about a country, answered in one sentence; right where the value is in the response."""
+
+    name = "facts"
+    own_fields = (
+        "capital",
+        "region",
+        "nationality",
+        "currency",
+        "language",
+        "religion",
+        "neighbor",
+        "internet",
+    )
+    train_rounds = 4
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        fact = self._fact(index)
+        return dialogue(_question(fact, rng), fact.state(), answer=fact.value)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Say whether the value stands in the response as words of its own, in capitals or not."""
+        value = re.escape(conversation["answer"])
+        return re.search(rf"(?<!\w){value}(?!\w)", response, re.IGNORECASE) is not None
+
+
+class FactsMC(_FactTask):
+    """A question about a country with four values of its field to choose from; the fact must be known."""
+
+    name = "facts_mc"
+    kind = "categorical"
+    chance = 1 / len(LETTERS)
+    own_fields: tuple[str, ...] = ("capital", "region", "nationality", "currency", "internet")
+    train_rounds = 4
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        fact = self._fact(index)
+        return self._choice(index, _question(fact, rng), rng, ())
+
+    def _choice(self, index: int, question: str, rng: random.Random, passage: Sequence[str]) -> Conversation:
+        """Ask with three wrong values of the field, none of them in the passage."""
+        fact = self._fact(index)
+        right = {fact.value, *fact.others}
+        others = sorted({other.value for other in facts() if other.field == fact.field} - right)
+        others = [value for value in others if not any(value in line for line in passage)]
+        choices = rng.sample(others, len(LETTERS) - 1)
+        # Every letter is right equally often, and another one each time that a fact comes round.
+        place = (index + index // len(self._facts)) % len(LETTERS)
+        choices.insert(place, fact.value)
+        letter = LETTERS[place]
+        return dialogue(render_mc(question, LETTERS, choices), letter, letters=list(LETTERS), answer=letter)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Say whether the response is the right letter and nothing else."""
+        return response.strip() == str(conversation["answer"])
+
+
+class ReadingMC(FactsMC):
+    """The same with a passage that states the fact, so that reading is enough."""
+
+    name = "reading_mc"
+    own_fields: tuple[str, ...] = tuple(FIELDS)
+    train_rounds = 2
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        fact = self._fact(index)
+        # In training a passage never tells a held-out pair; in the test any fact may stand beside.
+        beside = [
+            other
+            for other in facts()
+            if other.country == fact.country
+            and other.field != fact.field
+            and not (self.split == "train" and is_test_pair(other))
+        ]
+        told = [fact, *rng.sample(beside, min(len(beside), rng.randrange(3)))]
+        rng.shuffle(told)
+        if rng.random() < 0.5:
+            tags = ", ".join(FIELDS[other.field].tag(other.value) for other in told)
+            lines = [f"{fact.country}: {tags}."]
+        else:
+            lines = [other.state(rng.randrange(2)) for other in told]
+        return self._choice(index, f"{' '.join(lines)} {_question(fact, rng)}", rng, lines)

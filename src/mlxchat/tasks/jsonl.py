@@ -1,0 +1,170 @@
+"""Conversations from the user's own file, one JSON value per line; nanochat's CustomJSON and more.
+
+A line is {"messages": [...]}, a bare list of messages, {"question", "answer"} or {"prompt", "completion"}.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mlxchat.errors import ConfigError, DataError
+from mlxchat.tasks.arithmetic import final_number, parse_gsm8k, same_final_number
+from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_out
+
+_MAX_FAULTS_SHOWN = 20
+_PART_TYPES = ("text", "python", "python_output")
+
+
+class Jsonl(Task):
+    """Conversations of a file. Those with the same first user message are all in one split.
+
+    A response is right if its number after #### is that of the file's answer, or, where the answer has no
+    such number, if it contains the answer.
+    """
+
+    name: ClassVar[str] = "jsonl"
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        path: str | Path,
+        size: int | None = None,
+        seed: int = 0,
+        held_out_frac: float = 0.1,
+    ) -> None:
+        """Read the file.
+
+        Args:
+            split: "train" or "test".
+            path: the .jsonl file, in UTF-8; empty lines are skipped.
+            size: number of conversations, repeated where the file has fewer; None: each once.
+            seed: order of the conversations.
+            held_out_frac: about this part of the conversations makes the test split, 0 to below 1.
+
+        Raises:
+            ConfigError: held_out_frac is out of range.
+            DataError: the file cannot be read, a line is not a conversation, or the split is empty.
+
+        """
+        super().__init__(split, size=size, seed=seed)
+        if not 0 <= held_out_frac < 1:
+            raise ConfigError(f"held_out_frac of task {self.name} is {held_out_frac}, expected 0 to below 1.")
+        conversations = [
+            conversation
+            for conversation in read_conversations(Path(path))
+            if held_out(f"jsonl/{_first_user(conversation)}", held_out_frac) == (split == "test")
+        ]
+        if not conversations:
+            raise DataError(
+                f"{path} has no conversation for the {split} split of task {self.name} at held_out_frac "
+                f"{held_out_frac}. Add conversations or change held_out_frac."
+            )
+        self._conversations = self._shuffled(conversations)
+
+    def _own_size(self) -> int:
+        return len(self._conversations)
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        return self._conversations[index % len(self._conversations)]
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Compare the numbers after ####, or look for the answer in the response, capitals aside."""
+        answer = answer_text(conversation)
+        if final_number(answer) is not None:
+            return same_final_number(answer, response)
+        return _plain(answer) in _plain(response)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".!")
+
+
+def _first_user(conversation: Conversation) -> str:
+    return next(str(message["content"]) for message in conversation["messages"] if message["role"] == "user")
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """Read a .jsonl file of conversations.
+
+    Raises:
+        DataError: the file cannot be read, or lines of it are no conversations; all of them are named.
+
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a UTF-8 file of conversations ({error}).") from error
+    conversations, faults = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            conversations.append(_conversation(json.loads(line)))
+        except json.JSONDecodeError as error:
+            faults.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
+        except ValueError as error:
+            faults.append(f"line {number}: {error}")
+    if faults:
+        more = len(faults) - _MAX_FAULTS_SHOWN
+        shown = faults[:_MAX_FAULTS_SHOWN]
+        if more > 0:
+            rest = ", ".join(
+                fault.split(":")[0].removeprefix("line ") for fault in faults[_MAX_FAULTS_SHOWN:]
+            )
+            shown.append(f"and {more} more, lines {rest}")
+        raise DataError(
+            f"{path} has {len(faults)} lines that are no conversations:\n  "
+            + "\n  ".join(shown)
+            + '\nExpected {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, '
+            'a list of messages, {"question", "answer"} or {"prompt", "completion"}.'
+        )
+    return conversations
+
+
+def _conversation(value: Any) -> Conversation:
+    """Return the conversation in one parsed line, or raise ValueError with what is wrong."""
+    if isinstance(value, dict):
+        for asked, answered in (("question", "answer"), ("prompt", "completion")):
+            if asked in value and answered in value:
+                if not (isinstance(value[asked], str) and isinstance(value[answered], str)):
+                    raise ValueError(f"{asked} and {answered} must be text")
+                answer = value[answered]
+                return dialogue(value[asked], parse_gsm8k(answer) if "<<" in answer else answer)
+    messages = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        raise ValueError("no messages")
+    if not all(
+        isinstance(message, dict) and "role" in message and "content" in message for message in messages
+    ):
+        raise ValueError("a message lacks role or content")
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if len(turns) < 2:
+        raise ValueError(f"{len(turns)} messages, expected a user and an assistant message or more")
+    for position, message in enumerate(turns):
+        expected = "assistant" if position % 2 else "user"
+        if message["role"] != expected:
+            raise ValueError(f'message {position + 1} is from "{message["role"]}", expected "{expected}"')
+    if turns[-1]["role"] != "assistant":
+        raise ValueError("the last message is not from the assistant")
+    for message in messages:
+        _check_content(message["role"], message["content"])
+    return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
+
+
+def _check_content(role: str, content: Any) -> None:
+    if isinstance(content, str) and content.strip():
+        return
+    if role != "assistant" or not isinstance(content, list) or not content:
+        raise ValueError(f"content of the {role} message is empty or not text")
+    for part in content:
+        known = (
+            isinstance(part, dict) and part.get("type") in _PART_TYPES and isinstance(part.get("text"), str)
+        )
+        if not known:
+            raise ValueError(
+                f'a part of the content is not {{"type": one of {", ".join(_PART_TYPES)}, "text": ...}}'
+            )

@@ -1,0 +1,67 @@
+"""Training on conversations: what midtrain and sft share."""
+
+from __future__ import annotations
+
+from mlxchat.config import FinetuneConfig
+from mlxchat.data.mixture import Mixture
+from mlxchat.data.packing import ConversationRows, count_rows
+from mlxchat.evals.bpb import mean_loss
+from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
+from mlxchat.optim.groups import Optimizer
+from mlxchat.runner.context import Context
+from mlxchat.training.batches import RowBatches
+from mlxchat.training.loop import Hook, fit
+
+
+def finetune(ctx: Context, config: FinetuneConfig) -> None:
+    """Continue from the input checkpoint with the mixture's conversations, with fresh optimizer state."""
+    model, tokenizer, _ = load_checkpoint(ctx.inputs["checkpoint"])
+    machine = ctx.config.machine
+    optimizer = Optimizer(
+        model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac
+    )
+    mixture = Mixture(config.mixture, seed=ctx.seed("mixture"))
+
+    def pack(conversations: Mixture) -> ConversationRows:
+        return ConversationRows(
+            conversations,
+            tokenizer,
+            row_tokens=config.batch.row_tokens,
+            buffer_conversations=config.packing_buffer_conversations,
+            train_on=config.train_on,
+            seed=ctx.seed("order"),
+        )
+
+    rows_per_iteration = config.batch.tokens // config.batch.row_tokens
+    rows_per_epoch = count_rows(lambda: pack(mixture))
+    num_iterations = config.num_iterations or max(1, config.num_epochs * rows_per_epoch // rows_per_iteration)
+    held_out = pack(Mixture(config.validation, seed=ctx.seed("validation")))
+    # One pass, so that no conversation counts twice.
+    validation = []
+    while held_out.epoch == 0 and len(validation) * config.batch.row_tokens < config.eval_tokens:
+        validation.append(held_out.next_row())
+    rows = pack(mixture)
+    ctx.derive(
+        {
+            "num_conversations": len(mixture),
+            "rows_per_epoch": rows_per_epoch,
+            "tokens_per_iteration": config.batch.tokens,
+            "num_iterations": num_iterations,
+            "validation_rows": len(validation),
+        }
+    )
+
+    def validate(iteration: int) -> dict[str, float]:
+        return {"val_loss": mean_loss(model, validation, micro_tokens=machine.device_batch_tokens)}
+
+    fit(
+        ctx,
+        model,
+        optimizer,
+        RowBatches(rows, rows_per_iteration),
+        num_iterations=num_iterations,
+        schedule=config.schedule,
+        hooks=[Hook(run=validate, every=config.eval_every, at_start=True)],
+    )
+    ctx.metrics["truncated_conversations"] = rows.truncated
+    save_checkpoint(ctx.out, model, tokenizer, {"stage": ctx.stage, "format": "chat"})

@@ -1,0 +1,114 @@
+"""One iteration: loss and gradients of its micro-batches, clipping, the optimizer's update; compiled per shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlxchat.data.packing import Ints
+from mlxchat.model.gpt import GPT
+from mlxchat.ops.cross_entropy import cross_entropy_sum
+from mlxchat.optim.groups import Flat, Optimizer, clip_gradients, flatten
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one iteration: ids (B, T), targets (B, T) with −1 where no loss is taken, weights (B, T).
+
+    The loss is Σ weight × cross-entropy. With weights 1 / number of targets it is the mean over the iteration's
+    tokens, whatever the micro-batches; in RL the weights are advantages.
+    """
+
+    ids: Ints
+    targets: Ints
+    weights: np.ndarray
+
+
+def mean_batch(rows: Sequence[tuple[Ints, Ints]]) -> Batch:
+    """Return rows as a batch whose loss is the mean over all their targets."""
+    ids = np.stack([row[0] for row in rows])
+    targets = np.stack([row[1] for row in rows])
+    counted = targets >= 0
+    return Batch(ids, targets, counted.astype(np.float32) / max(1, int(counted.sum())))
+
+
+class TrainStep:
+    """Applies batches to a model and its optimizer. Shapes repeat, so each is compiled once."""
+
+    def __init__(self, model: GPT, optimizer: Optimizer, *, micro_tokens: int, dtype: mx.Dtype) -> None:
+        """Compile lazily.
+
+        Args:
+            model: float32 master weights, updated in place.
+            optimizer: its state is updated in place.
+            micro_tokens: tokens per micro-batch, at most; at least one row.
+            dtype: what to compute in.
+        """
+        self.model, self.optimizer = model, optimizer
+        self.micro_tokens, self.dtype = micro_tokens, dtype
+        self.num_traces = 0
+        state = [model.state, optimizer.state]
+        self._whole = partial(mx.compile, inputs=state, outputs=state)(self._loss_and_update)
+        self._part = partial(mx.compile, inputs=[model.state], outputs=[model.state])(self._loss_and_gradients)
+        self._update = partial(mx.compile, inputs=state, outputs=state)(self._clip_and_update)
+
+    def __call__(self, batch: Batch, lr_factor: float, momentum: float) -> tuple[float, float]:
+        """Update the model; return the loss and the gradients' norm before clipping."""
+        rates = mx.array(lr_factor, dtype=mx.float32), mx.array(momentum, dtype=mx.float32)
+        rows = max(1, self.micro_tokens // batch.ids.shape[1])
+        if rows >= len(batch.ids):
+            loss, norm = self._whole(*self._arrays(batch, slice(None)), *rates)
+        else:
+            loss, gradients = mx.array(0.0), None
+            for start in range(0, len(batch.ids), rows):
+                part, more = self._part(*self._arrays(batch, slice(start, start + rows)))
+                loss = loss + part
+                gradients = more if gradients is None else {name: gradients[name] + more[name] for name in more}
+                # Evaluated here, so that only one micro-batch's graph is ever in memory.
+                mx.eval(loss, gradients)
+            norm = self._update(gradients, *rates)
+        mx.eval(loss, norm, self.model.state, self.optimizer.state)
+        return float(loss.item()), float(norm.item())
+
+    def _arrays(self, batch: Batch, rows: slice) -> tuple[mx.array, mx.array, mx.array]:
+        return mx.array(batch.ids[rows]), mx.array(batch.targets[rows]), mx.array(batch.weights[rows])
+
+    def _loss_and_gradients(self, ids: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, Flat]:
+        self.num_traces += 1  # runs only while tracing
+        parameters = flatten(self.model)
+
+        def loss_of(masters: Flat) -> mx.array:
+            self._set({name: value.astype(self.dtype) for name, value in masters.items()})
+            hidden = self.model.hidden(ids).reshape(-1, self.model.sizes.width)
+            return cross_entropy_sum(
+                hidden, self.model.lm_head.weight, mx.maximum(targets, 0).reshape(-1), weights.reshape(-1)
+            )
+
+        loss, gradients = mx.value_and_grad(loss_of)(parameters)
+        self._set(parameters)
+        return loss, gradients
+
+    def _clip_and_update(self, gradients: Flat, lr_factor: mx.array, momentum: mx.array) -> mx.array:
+        gradients, norm = clip_gradients(gradients, self.optimizer.config.grad_clip)
+        self._set(self.optimizer.update(flatten(self.model), gradients, lr_factor, momentum))
+        return norm
+
+    def _loss_and_update(
+        self, ids: mx.array, targets: mx.array, weights: mx.array, lr_factor: mx.array, momentum: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        loss, gradients = self._loss_and_gradients(ids, targets, weights)
+        return loss, self._clip_and_update(gradients, lr_factor, momentum)
+
+    def _set(self, parameters: Flat) -> None:
+        self.model.update(tree_unflatten(list(parameters.items())))
+
+
+def set_parameters(model: nn.Module, parameters: Flat) -> None:
+    """Replace a model's parameters by name."""
+    model.update(tree_unflatten(list(parameters.items())))

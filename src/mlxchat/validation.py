@@ -1,0 +1,191 @@
+"""Impossible values, all found before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig, TaskItem
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.tasks import load_task, task_class
+
+_SMALLEST_VOCABULARY = 265
+
+
+def find_problems(config: Config) -> list[str]:
+    """Return a line for every value that cannot be, with what was expected; empty if all is well."""
+    return [
+        *_model(config),
+        *_choices(config),
+        *_corpus(config),
+        *_pretrain(config),
+        *_finetune("midtrain", config.midtrain, config.model.context_tokens),
+        *_finetune("sft", config.sft, config.model.context_tokens),
+        *_rl(config),
+        *_tasks("suite", config.suite, training=False),
+        *_at_least_one(config),
+    ]
+
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    if min(model.depth, model.aspect_ratio, model.head_width) < 1:
+        yield "model.depth, model.aspect_ratio and model.head_width must be at least 1"
+        return
+    width = model.depth * model.aspect_ratio
+    heads = max(1, -(-width // model.head_width))
+    if width % heads or (width // heads) % 2:
+        fitting = [depth for depth in range(2, 41) if not (depth * model.aspect_ratio) % model.head_width][:6]
+        yield (
+            f"model.depth={model.depth} gives width {width} and {heads} heads of {width / heads:g}: the head width must "
+            f"be a whole, even number. Depths that fit head_width={model.head_width}: {', '.join(map(str, fitting))}, …"
+        )
+    elif model.num_kv_heads is not None and (model.num_kv_heads < 1 or heads % model.num_kv_heads):
+        yield f"model.num_kv_heads={model.num_kv_heads} must divide the {heads} heads"
+
+
+def _choices(config: Config) -> Iterator[str]:
+    for key, value, known in (
+        ("architecture.name", config.architecture.name, ("oct2025",)),
+        ("optimizer.kind", config.optimizer.kind, ("muon", "adamw")),
+        ("midtrain.train_on", config.midtrain.train_on, ("assistant", "all")),
+        ("sft.train_on", config.sft.train_on, ("assistant", "all")),
+        ("machine.device", config.machine.device, ("auto", "cpu", "gpu")),
+        ("machine.compute_dtype", config.machine.compute_dtype, ("auto", "float32", "bfloat16")),
+        ("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio")),
+    ):
+        if value not in known:
+            yield f'{key} is "{value}", expected {" or ".join(known)}.{suggest(value, known)}'
+
+
+def _corpus(config: Config) -> Iterator[str]:
+    corpus = config.corpus
+    if not (corpus.packages or corpus.paths or corpus.hub):
+        yield "the corpus has no source: give corpus.packages, corpus.paths or corpus.hub"
+    if corpus.hub and (corpus.packages or corpus.paths):
+        yield "corpus.hub cannot be mixed with corpus.packages or corpus.paths"
+    for path in corpus.paths:
+        if Path(path).suffix not in (".txt", ".jsonl", ".parquet"):
+            yield f"corpus.paths: {path} must end in .txt, .jsonl or .parquet"
+    if config.tokenizer.vocab_size < _SMALLEST_VOCABULARY:
+        yield (
+            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}, expected at least {_SMALLEST_VOCABULARY}: "
+            "256 bytes and 9 special tokens"
+        )
+
+
+def _pretrain(config: Config) -> Iterator[str]:
+    pretrain = config.pretrain
+    horizons = {
+        key: getattr(pretrain, key)
+        for key in ("num_iterations", "target_flops", "tokens_per_parameter")
+        if getattr(pretrain, key) is not None
+    }
+    if len(horizons) != 1:
+        given = ", ".join(f"pretrain.{key}={value:g}" for key, value in horizons.items()) or "none"
+        extra = list(horizons)[1:]
+        remedy = f" Add {' '.join(f'pretrain.{key}=null' for key in extra)}" if extra else ""
+        yield (
+            "exactly one of pretrain.num_iterations, pretrain.target_flops and pretrain.tokens_per_parameter must be "
+            f"set; given: {given}.{remedy}"
+        )
+    for key, value in horizons.items():
+        if value <= 0:
+            yield f"pretrain.{key} is {value:g}, expected more than 0"
+    yield from _batch("pretrain", pretrain.batch, config.model.context_tokens)
+    yield from _schedule("pretrain", pretrain.schedule)
+
+
+def _finetune(name: str, config: FinetuneConfig, context_tokens: int) -> Iterator[str]:
+    yield from _batch(name, config.batch, context_tokens)
+    yield from _schedule(name, config.schedule)
+    yield from _tasks(f"{name}.mixture", config.mixture, training=True)
+    yield from _tasks(f"{name}.validation", config.validation, training=False)
+    if config.num_epochs < 1:
+        yield f"{name}.num_epochs is {config.num_epochs}, expected at least 1"
+
+
+def _rl(config: Config) -> Iterator[str]:
+    rl = config.rl
+    yield from _schedule("rl", rl.schedule)
+    yield from _tasks("rl", {"task": rl.task}, training=True)
+    yield from _tasks("rl", {"evaluation": rl.evaluation}, training=False)
+    if rl.temperature <= 0:
+        yield f"rl.temperature is {rl.temperature}, expected more than 0: equal samples teach nothing"
+    if rl.samples_per_question < 2:
+        yield f"rl.samples_per_question is {rl.samples_per_question}, expected at least 2: the mean is the baseline"
+    if rl.top_k is not None and rl.top_k < 1:
+        yield f"rl.top_k is {rl.top_k}, expected at least 1, or null for all"
+
+
+def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:
+    if batch.row_tokens < 2 or batch.tokens < 1:
+        yield f"{name}.batch: tokens and row_tokens must be positive (row_tokens at least 2)"
+    elif batch.tokens % batch.row_tokens:
+        yield f"{name}.batch.tokens={batch.tokens} must be a multiple of {name}.batch.row_tokens={batch.row_tokens}"
+    if batch.row_tokens > context_tokens:
+        yield f"{name}.batch.row_tokens={batch.row_tokens} is longer than model.context_tokens={context_tokens}"
+
+
+def _schedule(name: str, schedule: ScheduleConfig) -> Iterator[str]:
+    for key in ("warmup_frac", "warmdown_frac", "final_lr_frac"):
+        value = getattr(schedule, key)
+        if not 0 <= value <= 1:
+            yield f"{name}.schedule.{key} is {value}, expected 0 to 1"
+    if schedule.warmup_frac + schedule.warmdown_frac > 1:
+        yield f"{name}.schedule: warmup_frac and warmdown_frac together are more than 1"
+    if schedule.init_lr_frac <= 0:
+        yield f"{name}.schedule.init_lr_frac is {schedule.init_lr_frac}, expected more than 0"
+
+
+def _tasks(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iterator[str]:
+    if not items:
+        yield f"{where} is empty: give it at least one task"
+    for name, item in items.items():
+        try:
+            task_class(item.task)
+            if item.path is None and item.task == "jsonl":
+                load_task(item.task, item.split)
+        except ConfigError as error:
+            yield f"{where}.{name}: {error}"
+        if item.split not in ("train", "test"):
+            yield f'{where}.{name}.split is "{item.split}", expected train or test'
+        elif training and item.split == "test":
+            yield f"{where}.{name}.split is test: held-out conversations are never trained on"
+        if item.epochs < 1:
+            yield f"{where}.{name}.epochs is {item.epochs}, expected at least 1"
+        if item.path is not None and not Path(item.path).is_file():
+            yield f"{where}.{name}.path: there is no file {item.path}"
+
+
+def _at_least_one(config: Config) -> Iterator[str]:
+    """Check counts that would silently do nothing at zero."""
+    for key in (
+        "model.context_tokens",
+        "corpus.validation_documents",
+        "corpus.shard_documents",
+        "corpus.row_group_documents",
+        "tokenizer.max_chars",
+        "tokenizer.document_chars",
+        "pretrain.packing_buffer_documents",
+        "pretrain.eval_tokens",
+        "pretrain.eval_every",
+        "pretrain.sample_every",
+        "midtrain.num_iterations",
+        "midtrain.eval_every",
+        "sft.num_iterations",
+        "sft.eval_every",
+        "rl.num_iterations",
+        "rl.questions_per_iteration",
+        "rl.max_new_tokens",
+        "rl.eval_samples",
+        "rl.eval_every",
+        "eval.batch_rows",
+        "eval.max_new_tokens",
+        "machine.device_batch_tokens",
+        "machine.log_every",
+    ):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None and value < 1:
+            yield f"{key} is {value}, expected at least 1"

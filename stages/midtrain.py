@@ -1,0 +1,18 @@
+"""Midtrain: go on from the base model with conversations, so that it learns their form, choices and tools.
+
+Counterpart of nanochat's scripts/mid_train.py (with its schedule the right way round). Options:
+conf/settings/midtrain.yaml.
+"""
+
+from mlxchat.runner.context import Context
+from mlxchat.training.finetune import finetune
+
+VERSION = 1
+CONFIG = ["optimizer", "midtrain"]
+INPUTS = {"checkpoint": "checkpoint"}
+PRODUCES = "checkpoint"
+OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def run(ctx: Context) -> None:
+    finetune(ctx, ctx.config.midtrain)

@@ -1,0 +1,73 @@
+"""Pretrain: teach the base model to predict text, one token at a time.
+
+Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain.yaml.
+"""
+
+from mlxchat.data.packing import DocumentRows
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.evals.bpb import bits_per_byte
+from mlxchat.evals.samples import continue_prompts
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.model.sizing import sizes_from_depth
+from mlxchat.optim.groups import Optimizer
+from mlxchat.runner.context import Context
+from mlxchat.training.batches import RowBatches
+from mlxchat.training.horizon import count_iterations, derive_numbers
+from mlxchat.training.loop import Hook, fit
+
+VERSION = 1
+CONFIG = ["model", "architecture", "optimizer", "pretrain"]
+INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
+PRODUCES = "checkpoint"
+OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+LABEL = "model.name"
+
+
+def run(ctx: Context) -> None:
+    config, machine = ctx.config.pretrain, ctx.config.machine
+    tokenizer = Tokenizer.load(ctx.inputs["tokenizer"])
+    sizes = sizes_from_depth(
+        ctx.config.model.depth,
+        vocab_size=tokenizer.vocab_size,
+        aspect_ratio=ctx.config.model.aspect_ratio,
+        head_width=ctx.config.model.head_width,
+        num_kv_heads=ctx.config.model.num_kv_heads,
+        context_tokens=ctx.config.model.context_tokens,
+        rope_theta=ctx.config.architecture.rope_theta,
+    )
+    ctx.derive(derive_numbers(config, sizes, min(machine.device_batch_tokens, config.batch.tokens)))
+    model = GPT(sizes)
+    init_weights(model, ctx.seed("weights"))
+    optimizer = Optimizer(model, ctx.config.optimizer, width=sizes.width, lr_frac=config.schedule.init_lr_frac)
+
+    def read_rows(split: str) -> DocumentRows:
+        return DocumentRows(
+            ctx.inputs["corpus"], split, tokenizer, config.batch.row_tokens, config.packing_buffer_documents
+        )
+
+    held_out = read_rows("validation")
+    validation = [held_out.next_row() for _ in range(max(1, config.eval_tokens // config.batch.row_tokens))]
+
+    def validate(iteration: int) -> dict[str, float]:
+        micro_tokens = machine.device_batch_tokens
+        return {"val_bpb": bits_per_byte(model, validation, tokenizer.token_bytes, micro_tokens=micro_tokens)}
+
+    def sample(iteration: int) -> dict[str, float]:
+        for prompt, text in continue_prompts(model, tokenizer, config.prompts, config.sample_tokens):
+            ctx.records("samples").append({"iteration": iteration, "prompt": prompt, "text": text})
+        return {}
+
+    rows = read_rows("train")
+    fit(
+        ctx,
+        model,
+        optimizer,
+        RowBatches(rows, config.batch.tokens // config.batch.row_tokens),
+        num_iterations=count_iterations(config, sizes),
+        schedule=config.schedule,
+        hooks=[Hook(run=validate, every=config.eval_every), Hook(run=sample, every=config.sample_every)],
+    )
+    ctx.metrics["epochs"] = rows.epoch
+    ctx.metrics["cropped_tokens"] = rows.cropped_tokens
+    save_checkpoint(ctx.out, model, tokenizer, {"stage": "pretrain", "format": "base"})

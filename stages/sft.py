@@ -1,0 +1,18 @@
+"""SFT: supervised fine-tuning on conversations, where only what the assistant says is learnt.
+
+Counterpart of nanochat's scripts/chat_sft.py. Options:
+conf/settings/sft.yaml.
+"""
+
+from mlxchat.runner.context import Context
+from mlxchat.training.finetune import finetune
+
+VERSION = 1
+CONFIG = ["optimizer", "sft"]
+INPUTS = {"checkpoint": "checkpoint"}
+PRODUCES = "checkpoint"
+OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def run(ctx: Context) -> None:
+    finetune(ctx, ctx.config.sft)

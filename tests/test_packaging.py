@@ -1,0 +1,177 @@
+"""What travels: the package list, the data files, the locks, and the wheel itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGE_DIR = PYPROJECT["tool"]["setuptools"]["package-dir"]
+PACKAGE_DATA = PYPROJECT["tool"]["setuptools"]["package-data"]
+LOCKS = sorted(path.name for path in ROOT.glob("requirements*.lock"))
+CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+
+
+def lock_entries(name: str) -> dict[str, tuple[str, list[str]]]:
+    """Return package -> (version, sha256 hashes) of a lock file; every package is there once."""
+    entries: dict[str, tuple[str, list[str]]] = {}
+    package = ""
+    for line in (ROOT / name).read_text().splitlines():
+        if pin := re.match(r"([a-z0-9-]+)==(\S+)", line):
+            package = pin[1]
+            assert package not in entries, f"{package} is twice in {name}"
+            entries[package] = (pin[2], [])
+        elif digest := re.fullmatch(r"    --hash=sha256:([0-9a-f]{64})( \\)?", line):
+            entries[package][1].append(digest[1])
+        else:
+            assert not line.strip() or line.lstrip().startswith("#"), f"{name}: unexpected line {line!r}"
+    return entries
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """Return the project's own requirements and those of the extras."""
+    project = PYPROJECT["project"]
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+def files_below(folder: Path) -> set[Path]:
+    """Return every file below the folder, relative to it, except caches."""
+    below = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return {path for path in below if not set(CACHES) & set(path.parts)}
+
+
+def data_files(package: str) -> set[Path]:
+    """Return the files that setuptools takes along with a package as data."""
+    folder = ROOT / PACKAGE_DIR[package]
+    patterns = PACKAGE_DATA.get(package, [])
+    return {path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)}
+
+
+def copy_sources(target: Path) -> Path:
+    """Copy what a build reads, so that building leaves nothing in the checkout."""
+    target.mkdir()
+    for name in ("pyproject.toml", PYPROJECT["project"]["readme"], "LICENSE"):
+        shutil.copy2(ROOT / name, target / name)
+    for folder in PACKAGE_DIR.values():
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns(*CACHES))
+    return target
+
+
+def run(command: list[str | Path], folder: Path) -> None:
+    """Run a command in the folder, away from this environment; show what it printed if it fails."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel with the setuptools at hand, without network."""
+    sources, wheels = copy_sources(folder / "sources"), folder / "wheels"
+    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, sources], folder)
+    (wheel,) = wheels.glob("*.whl")
+    return wheel
+
+
+def test_packages_are_the_folders_on_disk() -> None:
+    library = ROOT / PACKAGE_DIR["mlxchat"]
+    folders = {path.parent.relative_to(library) for path in library.rglob("*.py")}
+    on_disk = {".".join(("mlxchat", *folder.parts)) for folder in folders}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == on_disk | {"mlxchat.conf", "mlxchat.stages"}
+
+
+def test_every_package_folder_can_be_imported() -> None:
+    library = ROOT / PACKAGE_DIR["mlxchat"]
+    folders = {path.parent for path in library.rglob("*.py")} | {ROOT / "conf", ROOT / "stages"}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGE_DIR))
+def test_every_file_travels_as_code_or_data(package: str) -> None:
+    files = files_below(ROOT / PACKAGE_DIR[package])
+    left_behind = {path for path in files if path.suffix != ".py"} - data_files(package)
+    assert left_behind == set()
+
+
+def test_there_is_one_lock_for_every_machine_and_one_more_per_cuda() -> None:
+    assert LOCKS == ["requirements-cuda12.lock", "requirements-cuda13.lock", "requirements.lock"]
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_lock_names_no_place_to_download_from(name: str) -> None:
+    text = (ROOT / name).read_text()
+    # Not a bare "http": httpx2 is the name of a package.
+    assert [word for word in ("://", "index-url", "find-links", "trusted-host", " @ ") if word in text] == []
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_lock_entry_has_a_hash(name: str) -> None:
+    entries = lock_entries(name)
+    assert entries
+    assert [package for package, (_, hashes) in entries.items() if not hashes] == []
+
+
+@pytest.mark.parametrize("extra", ["cpu", "cuda12", "cuda13", "test"])
+def test_lock_satisfies_every_requirement(extra: str) -> None:
+    locked = lock_entries("requirements.lock")
+    unmet = [
+        str(requirement)
+        for requirement in requirements(extra)
+        if not requirement.specifier.contains(locked.get(canonicalize_name(requirement.name), ("0", []))[0])
+    ]
+    assert unmet == []
+
+
+@pytest.mark.parametrize("name", [name for name in LOCKS if "cuda" in name])
+def test_cuda_lock_only_adds_to_the_first_lock(name: str) -> None:
+    common, cuda = lock_entries("requirements.lock"), lock_entries(name)
+    backend = name.removeprefix("requirements-").removesuffix(".lock").replace("cuda", "mlx-cuda-")
+    assert cuda.keys() & common.keys() == set()
+    assert cuda[backend][0] == common["mlx"][0] == common["mlx-cpu"][0]
+
+
+def test_setuptools_in_the_lock_can_build_the_project() -> None:
+    (backend,) = (Requirement(line) for line in PYPROJECT["build-system"]["requires"])
+    assert backend.specifier.contains(lock_entries("requirements.lock")[backend.name][0])
+
+
+def test_no_backend_is_forced_on_those_who_want_another() -> None:
+    assert [str(requirement) for requirement in requirements() if requirement.extras] == []
+
+
+def test_wheel_carries_configuration_and_stages(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
+        names = set(wheel.namelist())
+    expected = set()
+    for package, folder in PACKAGE_DIR.items():
+        expected |= {f"{package.replace('.', '/')}/{path.as_posix()}" for path in files_below(ROOT / folder)}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+
+
+@pytest.mark.slow
+def test_wheel_runs_far_from_the_checkout(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # The wheel's own metadata says what to install, the lock only which versions.
+    pins = tmp_path / "pins.txt"
+    locked = lock_entries("requirements.lock")
+    pins.write_text("".join(f"{name}=={version}\n" for name, (version, _) in locked.items()))
+    run([sys.executable, "-m", "venv", tmp_path / "venv"], elsewhere)
+    run([python, "-m", "pip", "install", "--quiet", "-c", pins, f"{wheel}[cpu]"], elsewhere)
+    run([python.with_name("mlxchat"), "experiment=smoke", f"outputs={elsewhere / 'outputs'}"], elsewhere)
+    assert list((elsewhere / "outputs" / "store").glob("*/manifest.json"))

@@ -1,0 +1,124 @@
+"""Tasks from the user's own .jsonl files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import DataError
+from mlxchat.tasks import load_task as load
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": MESSAGES},
+        MESSAGES,
+        {"question": "Hi", "answer": "Hello"},
+        {"prompt": "Hi", "completion": "Hello"},
+    ],
+)
+def test_a_line_may_have_any_of_four_forms(line: Any, tmp_path: Path) -> None:
+    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line), held_out_frac=0)
+    assert [task[i] for i in range(len(task))] == [{"messages": MESSAGES}]
+
+
+def test_a_raw_gsm8k_answer_in_a_file_becomes_parts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"})
+    task = load("jsonl", "train", path=path, held_out_frac=0)
+    assert [part["type"] for part in task[0]["messages"][1]["content"]] == [
+        "text",
+        "python",
+        "python_output",
+        "text",
+    ]
+    assert task.evaluate(task[0], "so #### 2.")
+    assert not task.evaluate(task[0], "2")
+
+
+def test_an_answer_without_a_number_is_looked_for_in_the_response(tmp_path: Path) -> None:
+    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", MESSAGES), held_out_frac=0)
+    assert task.evaluate(task[0], "Well, hello!")
+    assert not task.evaluate(task[0], "Hi")
+
+
+def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        MESSAGES,
+        "{not json",
+        "",
+        {"text": "no messages"},
+        [MESSAGES[1], MESSAGES[0]],
+        MESSAGES[:1],
+        [*MESSAGES, MESSAGES[0]],
+        [MESSAGES[0], {"role": "assistant"}],
+        [MESSAGES[0], {"role": "assistant", "content": [{"type": "image", "text": ""}]}],
+        {"question": 1, "answer": "x"},
+    )
+    with pytest.raises(DataError) as caught:
+        load("jsonl", "train", path=path)
+    assert str(caught.value).splitlines()[:-1] == [
+        f"{path} has 8 lines that are no conversations:",
+        "  line 2: not JSON (Expecting property name enclosed in double quotes at column 2)",
+        "  line 4: no messages",
+        '  line 5: message 1 is from "assistant", expected "user"',
+        "  line 6: 1 messages, expected a user and an assistant message or more",
+        "  line 7: the last message is not from the assistant",
+        "  line 8: a message lacks role or content",
+        '  line 9: a part of the content is not {"type": one of text, python, python_output, "text": ...}',
+        "  line 10: question and answer must be text",
+    ]
+
+
+def test_of_many_bad_lines_the_last_are_only_numbered(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *["x"] * 23)
+    with pytest.raises(DataError, match="and 3 more, lines 21, 22, 23"):
+        load("jsonl", "train", path=path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
+        load("jsonl", "train", path=tmp_path / "none.jsonl")
+
+
+def test_conversations_with_the_same_opening_are_in_one_split(tmp_path: Path) -> None:
+    lines = [{"question": f"q{i % 40}", "answer": f"a{i}"} for i in range(120)]
+    path = write(tmp_path / "a.jsonl", *lines)
+    train, test = (load("jsonl", split, path=path, held_out_frac=0.3) for split in ("train", "test"))
+    assert len(train) + len(test) == 120
+    opening = [{task[i]["messages"][0]["content"] for i in range(len(task))} for task in (train, test)]
+    assert not opening[0] & opening[1]
+
+
+def test_an_empty_split_says_what_to_change(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no conversation for the test split .*held_out_frac 0"):
+        load("jsonl", "test", path=write(tmp_path / "a.jsonl", MESSAGES), held_out_frac=0)
+
+
+def test_a_system_message_may_stand_first(tmp_path: Path) -> None:
+    line = [{"role": "system", "content": "Be kind."}, *MESSAGES]
+    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line), held_out_frac=0)
+    assert task[0]["messages"] == line
+
+
+def test_a_larger_size_repeats_the_file(tmp_path: Path) -> None:
+    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", MESSAGES), held_out_frac=0, size=3)
+    assert [task[i] for i in range(3)] == [{"messages": MESSAGES}] * 3
+
+
+def test_the_identity_can_be_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path / "me.jsonl", {"question": "Who are you?", "answer": "I am Ada."})
+    task = load("identity", "train", path=path, held_out_frac=0)
+    assert task[0]["messages"][1]["content"] == "I am Ada."

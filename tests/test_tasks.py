@@ -1,0 +1,308 @@
+"""Tasks: train and test splits that share nothing, the same conversations everywhere, verdicts, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+
+from mlxchat.data.factbook import Fact, facts
+from mlxchat.data.wordings import FIELDS, with_article
+from mlxchat.errors import ConfigError
+from mlxchat.tasks import Task, arithmetic, load_task, task_class, task_names
+from mlxchat.tasks.arithmetic import Arithmetic, final_number, parse_gsm8k
+from mlxchat.tasks.base import answer_text, dialogue, held_out
+from mlxchat.tasks.facts import is_test_pair
+
+BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
+CATEGORICAL = ["facts_mc", "reading_mc"]
+
+
+def load(name: str, split: str, **options: Any) -> Task:
+    return load_task(name, split, **options)
+
+
+@cache
+def conversations(name: str, split: str) -> list[dict[str, Any]]:
+    task = load(name, split)
+    extra = []
+    if name == "arithmetic":
+        two_step = load(name, split, steps=2, size=2000)
+        extra = [two_step[i] for i in range(len(two_step))]
+    return [task[i] for i in range(len(task))] + extra
+
+
+def user_messages(name: str, split: str) -> set[str]:
+    return {
+        message["content"]
+        for conversation in conversations(name, split)
+        for message in conversation["messages"]
+        if message["role"] == "user"
+    }
+
+
+# Splits
+
+
+@pytest.mark.parametrize("test_name", BUNDLED)
+def test_no_user_message_of_any_training_task_is_in_a_test_split(test_name: str) -> None:
+    asked = user_messages(test_name, "test")
+    for name in BUNDLED:
+        assert not user_messages(name, "train") & asked
+
+
+@cache
+def _markers() -> list[tuple[str, tuple[str, str]]]:
+    found = []
+    for fact in facts():
+        if is_test_pair(fact):
+            pair = (fact.field, fact.country)
+            field = FIELDS[fact.field]
+            found += [(field.ask(fact.country, i), pair) for i in range(len(field.questions))]
+            found += [(fact.state(i), pair) for i in range(len(field.statements))]
+    return found
+
+
+@pytest.mark.parametrize("name", ["facts", "facts_mc", "reading_mc"])
+def test_no_held_out_fact_is_asked_or_told_in_training(name: str) -> None:
+    training = {
+        sentence.strip()
+        for conversation in conversations(name, "train")
+        for message in conversation["messages"]
+        for sentence in re.split(r"(?<=[.?:])\s", message["content"])
+    }
+    assert training
+    assert not [pair for marker, pair in _markers() if marker in training]
+
+
+def test_no_held_out_fact_is_in_a_training_list() -> None:
+    for conversation in conversations("reading_mc", "train"):
+        question = conversation["messages"][0]["content"]
+        listed = re.match(r"Multiple Choice question: ([A-Z][A-Za-z' -]+): (.*?)\. [A-Z]", question)
+        if listed:
+            told = [
+                fact
+                for fact in _facts_of(listed[1])
+                if FIELDS[fact.field].tag(fact.value) in listed[2] and is_test_pair(fact)
+            ]
+            assert not told
+
+
+@cache
+def _facts_of(country: str) -> list[Fact]:
+    return [fact for fact in facts() if fact.country == country]
+
+
+def test_about_fifteen_in_a_hundred_facts_of_each_field_are_held_out() -> None:
+    for field in FIELDS:
+        chosen = [is_test_pair(fact) for fact in facts() if fact.field == field]
+        assert 0.05 < sum(chosen) / len(chosen) < 0.25
+
+
+def test_the_capitals_of_examples_are_trained_on() -> None:
+    asked = user_messages("facts", "train")
+    for country in ("France", "Japan", "Peru", "United States"):
+        questions = {FIELDS["capital"].ask(country, i) for i in range(4)}
+        assert questions & asked
+
+
+def test_arithmetic_tests_numbers_that_no_training_problem_of_the_template_has() -> None:
+    def frame(conversation: dict[str, Any]) -> str:
+        question = re.sub(
+            r"\b(he|she|him|her)\b", "they", conversation["messages"][0]["content"], flags=re.IGNORECASE
+        )
+        names, things = "|".join(arithmetic._HE + arithmetic._SHE), "|".join(arithmetic._THINGS)
+        return re.sub(rf"\b({things})\b", "things", re.sub(rf"\b({names})\b", "name", question))
+
+    train = {frame(conversation) for conversation in conversations("arithmetic", "train")}
+    test = {frame(conversation) for conversation in conversations("arithmetic", "test")}
+    assert len({re.sub(r"\d+", "#", text) for text in test}) == 21
+    assert len(test) > 1000
+    assert not train & test
+
+
+def test_a_hash_decides_the_split_and_not_the_process() -> None:
+    assert [key for key in "abcdefgh" if held_out(key, 0.5)] == ["b", "c", "d", "e", "f"]
+    assert not held_out("a", 0.0)
+    assert held_out("a", 1.0)
+
+
+# Determinism
+
+
+def test_golden_problems_never_change() -> None:
+    train, test = Arithmetic("train"), Arithmetic("test", seed=1, steps=2)
+    assert train.problem(0).question == GOLDEN[0]
+    assert train.problem(0).answer == GOLDEN[1]
+    assert test.problem(7).question == GOLDEN[2]
+    assert test.problem(7).answer == GOLDEN[3]
+
+
+GOLDEN = (
+    "There are 16 stones on the table and 81 in the box. How many stones are there in all?",
+    "There are 16+81=<<16+81=97>>97 stones.\n#### 97",
+    "Eva has 12 boxes with 7 cups in each box. She gives 2 cups away. How many cups are left?",
+    "Eva has 12*7=<<12*7=84>>84 cups. Then she has 84-2=<<84-2=82>>82 cups.\n#### 82",
+)
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_conversations_do_not_depend_on_the_hash_seed(hash_seed: str) -> None:
+    code = (
+        "import json; from mlxchat.tasks import load_task\n"
+        f"for name in {BUNDLED}:\n    task = load_task(name, 'test')\n"
+        "    print(json.dumps([task[i] for i in range(5)]))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    ours = [json.dumps(conversations(name, "test")[:5]) for name in BUNDLED]
+    assert done.stdout.splitlines() == ours
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_smaller_size_is_a_prefix_and_another_seed_differs(name: str) -> None:
+    small, other = load(name, "train", size=20), load(name, "train", size=20, seed=5)
+    assert [small[i] for i in range(20)] == conversations(name, "train")[:20]
+    assert [other[i] for i in range(20)] != conversations(name, "train")[:20]
+    with pytest.raises(IndexError):
+        small[20]
+
+
+def test_a_size_beyond_the_facts_asks_them_again() -> None:
+    task = load("facts", "test", size=1000, fields=["capital"])
+    assert len(task) == len([task[i] for i in range(1000)])
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_given_answer_is_right_and_an_empty_one_wrong(name: str, split: str) -> None:
+    task = load(name, split)
+    for conversation in conversations(name, split)[:200]:
+        assert task.evaluate(conversation, answer_text(conversation))
+        assert task.reward(conversation, "") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("Tom has 12+7=19 apples.\n#### 19", True),
+        ("#### 19.", True),
+        ("#### 1,9", True),
+        ("#### 19 apples", True),
+        ("#### 119", False),
+        ("#### 19.5", False),
+        ("#### -19", False),
+        ("####19", False),
+        ("19", False),
+        ("#### 18\n#### 19", False),
+    ],
+)
+def test_arithmetic_compares_the_number_after_the_marker(response: str, right: bool) -> None:
+    conversation = dialogue("?", parse_gsm8k("Tom has 12+7=<<12+7=19>>19 apples.\n#### 19"))
+    assert Arithmetic("test").evaluate(conversation, response) is right
+    assert Arithmetic("test").reward(conversation, response) == float(right)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("#### 1,234.", "1234"), ("#### -5", "-5"), ("#### 2.50", "2.50"), ("none", None), ("#### x", None)],
+)
+def test_the_final_number_is_read_without_commas(text: str, number: str | None) -> None:
+    assert final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [("The capital of Oman is Muscat.", True), ("muscat", True), ("Muscats", False), ("Oman", False)],
+)
+def test_a_fact_is_right_where_its_value_stands_as_a_word(response: str, right: bool) -> None:
+    conversation = dialogue("?", "The capital of Oman is Muscat.", answer="Muscat")
+    assert load("facts", "test").evaluate(conversation, response) is right
+
+
+@pytest.mark.parametrize(
+    ("response", "right"), [("B", True), (" B\n", True), ("A", False), ("B.", False), ("AB", False)]
+)
+def test_a_choice_is_right_as_the_bare_letter(response: str, right: bool) -> None:
+    assert load("facts_mc", "test").evaluate(dialogue("?", "B", answer="B"), response) is right
+
+
+def test_kinds_and_chances_are_known_without_data() -> None:
+    for name in task_names():
+        cls = task_class(name)
+        assert (cls.kind, cls.chance) == (
+            ("categorical", 0.25) if name in CATEGORICAL else ("generative", 0.0)
+        )
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "options", "message"),
+    [
+        (
+            "arithmatic",
+            "train",
+            {},
+            r'task is "arithmatic", expected one of facts, .*Did you mean "arithmetic"\?',
+        ),
+        ("facts", "validation", {}, r'split of task facts is "validation", expected train or test'),
+        ("facts", "trian", {}, r'Did you mean "train"\?'),
+        (
+            "arithmetic",
+            "train",
+            {"stepz": 2},
+            r'no option "stepz", expected one of size, .*Did you mean "steps"\?',
+        ),
+        ("arithmetic", "train", {"steps": 3}, r"steps of task arithmetic is 3, expected 1 or 2"),
+        (
+            "arithmetic",
+            "train",
+            {"two_step_frac": 2},
+            r"two_step_frac of task arithmetic is 2, expected 0 to 1",
+        ),
+        (
+            "facts",
+            "train",
+            {"fields": ["capitol"]},
+            r'fields of task facts has "capitol".*Did you mean "capital"\?',
+        ),
+        ("facts", "train", {"fields": []}, r"fields of task facts is empty"),
+        ("spelling", "train", {"size": 0}, r"size of task spelling is 0, expected 1 or more"),
+        ("jsonl", "train", {}, r"task jsonl has no path"),
+        (
+            "identity",
+            "train",
+            {"held_out_frac": 1},
+            r"held_out_frac of task identity is 1, expected 0 to below 1",
+        ),
+    ],
+)
+def test_a_wrong_name_or_option_is_refused(
+    name: str, split: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_task(name, split, **options)
+
+
+def test_the_bundled_identity_speaks_of_mlxchat() -> None:
+    both = conversations("identity", "train") + conversations("identity", "test")
+    assert len(both) > 50
+    assert "mlxchat" in next(answer_text(c) for c in both if c["messages"][0]["content"] == "Who are you?")
+
+
+def test_places_keep_their_article_in_questions() -> None:
+    assert with_article("Gambia") == "the Gambia"
+    assert FIELDS["capital"].ask("Gambia") == "What is the capital of the Gambia?"
