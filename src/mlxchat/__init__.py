@@ -4,5 +4,5 @@ from mlxchat.ops.blas import install_hook
 
 __version__ = "0.1.0"
 
-# MLX's Linux CPU wheel is about fifty times slower than it need be unless a fast BLAS is loaded before its first import.
+# Without a fast BLAS, loaded before its first import, MLX's Linux CPU wheel is some fifty times slower.
 install_hook()

@@ -37,8 +37,9 @@ def _model(config: Config) -> Iterator[str]:
     if width % heads or (width // heads) % 2:
         fitting = [depth for depth in range(2, 41) if not (depth * model.aspect_ratio) % model.head_width][:6]
         yield (
-            f"model.depth={model.depth} gives width {width} and {heads} heads of {width / heads:g}: the head width must "
-            f"be a whole, even number. Depths that fit head_width={model.head_width}: {', '.join(map(str, fitting))}, …"
+            f"model.depth={model.depth} gives width {width} and {heads} heads of {width / heads:g}: the head width "
+            f"must be a whole, even number. Depths that fit head_width={model.head_width}: "
+            f"{', '.join(map(str, fitting))}, …"
         )
     elif model.num_kv_heads is not None and (model.num_kv_heads < 1 or heads % model.num_kv_heads):
         yield f"model.num_kv_heads={model.num_kv_heads} must divide the {heads} heads"

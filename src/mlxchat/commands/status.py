@@ -38,7 +38,8 @@ def _describe_work(store: Store, rid: str) -> str:
     iteration = f" at iteration {records[-1].get('iteration')}" if records else ""
     if locks.is_held(store.lock(rid)):
         owner = locks.read_owner(store.lock(rid))
-        return f"{owner.get('step', rid[:16]):<11} running in process {owner.get('pid')} on {owner.get('host')}{iteration}"
+        name = owner.get("step", rid[:16])
+        return f"{name:<11} running in process {owner.get('pid')} on {owner.get('host')}{iteration}"
     if not executions:
         return f"{rid[:16]}  never started"
     last = executions[-1]

@@ -77,7 +77,7 @@ class DocumentCursor:
 
     def next(self, count: int) -> list[tuple[tuple[int, int, int], str]]:
         """Return the next `count` documents with their addresses."""
-        found = []
+        found: list[tuple[tuple[int, int, int], str]] = []
         while len(found) < count:
             shard, group, row = self._position
             if shard == len(self._files):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.kv_cache import LayerKVCache, make_caches
@@ -105,12 +106,12 @@ class Engine:
                     blas.set_blas_threads(1)
                 keys, key = mx.random.split(keys)
                 logits = self._last_logits(ids, caches)
-                drawn = sample_tokens(logits, temperature=temperature, top_k=top_k, key=key).tolist()
+                drawn = np.asarray(sample_tokens(logits, temperature=temperature, top_k=top_k, key=key))
                 column, going = [], []
                 for place, index in enumerate(active):
                     row = rows[index]
                     sampled = 0 if row.forced else 1
-                    token = row.forced.popleft() if row.forced else drawn[place]
+                    token = row.forced.popleft() if row.forced else int(drawn[place])
                     column.append((index, token, sampled))
                     row.completion.ids.append(token)
                     self._advance(row, token, special)

@@ -12,7 +12,8 @@ def continue_prompts(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
 ) -> list[tuple[str, str]]:
     """Return each prompt with the model's greedy continuation."""
-    return _complete(model, tokenizer, prompts, [[tokenizer.bos, *tokenizer.encode(text)] for text in prompts], max_new_tokens)
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    return _complete(model, tokenizer, prompts, ids, max_new_tokens)
 
 
 def answer_prompts(

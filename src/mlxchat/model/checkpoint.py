@@ -16,9 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
-from mlxchat.model.gpt import GPT
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizing import GPTSizes
-from mlxchat.optim.groups import flatten
 
 
 def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
@@ -30,7 +29,7 @@ def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[
         tokenizer: written beside the weights, so that they never part.
         facts: plain data for checkpoint.json: 'stage', 'format' ('base' or 'chat'), 'iterations', …
     """
-    arrays = {name: np.asarray(value.astype(mx.float32)) for name, value in flatten(model).items()}
+    arrays = {name: np.asarray(value.astype(mx.float32)) for name, value in flatten_parameters(model).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mlx"})
     sizes = model.sizes
     config = {
@@ -75,12 +74,12 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     except Exception as error:  # the safetensors reader has several error types of its own
         raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
     model = GPT(sizes)
-    expected = {name: tuple(value.shape) for name, value in flatten(model).items()}
+    expected = {name: tuple(value.shape) for name, value in flatten_parameters(model).items()}
     found = {name: tuple(value.shape) for name, value in arrays.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise DataError(f"{folder}: weights do not fit config.json: {', '.join(wrong[:5])}")
-    model.load_weights([(name, mx.array(value)) for name, value in arrays.items()])
+    set_parameters(model, {name: mx.array(value) for name, value in arrays.items()})
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != sizes.vocab_size:
         raise DataError(

@@ -8,13 +8,16 @@ Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head wid
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.ops.attention import causal_attention
+from mlxchat.ops.compiled import compiled, differentiable
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.device import backend
 from mlxchat.ops.formulas import squared_relu
@@ -111,20 +114,20 @@ class GPT(nn.Module):
         """Make the layers; weights are MLX's defaults until `init_weights` or a checkpoint sets them."""
         super().__init__()
         self.sizes = sizes
-        self.transformer = {
+        self.transformer: dict[str, Any] = {
             "wte": nn.Embedding(sizes.vocab_size, sizes.width),
             "h": [Block(sizes) for _ in range(sizes.num_layers)],
         }
         self.lm_head = nn.Linear(sizes.width, sizes.vocab_size, bias=False)
 
-    def hidden(self, ids: mx.array, caches: list[LayerCache] | None = None) -> mx.array:
+    def hidden(self, ids: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         """Return the final normalised states (B, T, C) of token ids (B, T)."""
         x = rms_norm(self.transformer["wte"](ids))
         for index, block in enumerate(self.transformer["h"]):
             x = block(x, caches[index] if caches is not None else None)
         return rms_norm(x)
 
-    def __call__(self, ids: mx.array, caches: list[LayerCache] | None = None) -> mx.array:
+    def __call__(self, ids: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         """Return soft-capped logits (B, T, V) in float32 of token ids (B, T)."""
         return soft_cap(self.lm_head(self.hidden(ids, caches)))
 
@@ -135,25 +138,29 @@ def init_weights(model: GPT, seed: int) -> None:
     Embedding N(0, 1); linear layers N(0, s²) with s = min(1, sqrt(out/in)) / sqrt(in) (arXiv 2310.17813); the
     projections back into the stream and the head start at zero.
     """
-    names = [name for name, _ in _named_parameters(model)]
-    keys = mx.random.split(mx.random.key(seed), len(names))
-    weights: list[tuple[str, mx.array]] = []
-    for index, (name, value) in enumerate(_named_parameters(model)):
+    parameters = flatten_parameters(model)
+    keys = mx.random.split(mx.random.key(seed), len(parameters))
+    for index, (name, value) in enumerate(parameters.items()):
         if name.endswith("c_proj.weight") or name == "lm_head.weight":
-            weights.append((name, mx.zeros_like(value)))
+            parameters[name] = mx.zeros_like(value)
             continue
         rows, columns = value.shape
         deviation = 1.0 if "wte" in name else min(1.0, (rows / columns) ** 0.5) / columns**0.5
-        weights.append((name, deviation * mx.random.normal(value.shape, key=keys[index])))
-    model.load_weights(weights)
+        parameters[name] = deviation * mx.random.normal(value.shape, key=keys[index])
+    set_parameters(model, parameters)
 
 
-def _named_parameters(model: GPT) -> list[tuple[str, mx.array]]:
-    flat: list[tuple[str, mx.array]] = nn.utils.tree_flatten(model.parameters())
-    return flat
+def flatten_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return a model's parameters by dotted name."""
+    return cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
 
 
-_squared_relu = mx.compile(squared_relu)
+def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array]) -> None:
+    """Replace a model's parameters by dotted name."""
+    model.update(tree_unflatten(dict(parameters)))
+
+
+_squared_relu = compiled(squared_relu)
 
 
 def _activate(x: mx.array) -> mx.array:
@@ -162,16 +169,16 @@ def _activate(x: mx.array) -> mx.array:
     return mx.square(nn.relu(x))
 
 
-@mx.custom_function
+@differentiable
 def _compiled_activation(x: mx.array) -> mx.array:
     return _squared_relu(x)
 
 
-@_compiled_activation.vjp  # type: ignore[untyped-decorator]
+@_compiled_activation.vjp
 def _activation_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return _activation_gradient(x, cotangent)
 
 
-@mx.compile
+@compiled
 def _activation_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
     return (x + mx.abs(x)) * cotangent

@@ -42,7 +42,7 @@ def sizes_from_depth(
     context_tokens: int,
     rope_theta: float,
 ) -> GPTSizes:
-    """Return the sizes of the model with `depth` layers: width = depth × aspect_ratio, heads = ceil(width / head_width).
+    """Return the sizes at a depth: width = depth × aspect_ratio, heads = ceil(width / head_width).
 
     The caller has checked divisibility (`config.validate`).
     """

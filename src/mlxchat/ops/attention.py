@@ -5,10 +5,9 @@ Shapes: B batch, H query heads, K key/value heads, T tokens, D head width.
 
 from __future__ import annotations
 
-from functools import partial
-
 import mlx.core as mx
 
+from mlxchat.ops.compiled import compiled, differentiable
 from mlxchat.ops.device import backend
 from mlxchat.ops.formulas import bounded_exp
 
@@ -38,7 +37,7 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return out.reshape(batch, heads, tokens, width)
 
 
-@mx.custom_function
+@differentiable
 def _blocked_attention(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     """Return the attention (…, T, D) and the reciprocal of each row's sum (…, T, 1), block by block of queries."""
     outs, reciprocals = [], []
@@ -52,7 +51,7 @@ def _blocked_attention(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array,
     return mx.concatenate(outs, axis=-2), mx.concatenate(reciprocals, axis=-2)
 
 
-@_blocked_attention.vjp  # type: ignore[untyped-decorator]
+@_blocked_attention.vjp
 def _blocked_attention_vjp(
     primals: tuple[mx.array, mx.array, mx.array],
     cotangents: tuple[mx.array, mx.array],
@@ -100,12 +99,12 @@ def _sum_prefixes(parts: list[mx.array]) -> mx.array:
     return total
 
 
-@partial(mx.compile, shapeless=False)
+@compiled
 def _masked_exp(scores: mx.array, mask: mx.array, scale: float) -> mx.array:
     return bounded_exp(scores * scale) * mask
 
 
-@mx.compile
+@compiled
 def _softmax_gradient(
     weights: mx.array, reciprocal: mx.array, d_weights: mx.array, inner: mx.array, scale: float
 ) -> tuple[mx.array, mx.array]:

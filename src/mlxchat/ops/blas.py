@@ -174,7 +174,7 @@ def _lend_fortran_runtime() -> bool:
             for needed in libraries.glob("libquadmath-*.so*"):
                 ctypes.CDLL(str(needed), mode=ctypes.RTLD_GLOBAL)
             memory = os.memfd_create("libgfortran.so.5")
-            with open(memory, "wb") as file:
+            with os.fdopen(memory, "wb") as file:
                 file.write(image)
                 file.flush()
                 ctypes.CDLL(f"/proc/self/fd/{memory}", mode=ctypes.RTLD_GLOBAL)

@@ -8,10 +8,9 @@ Shapes: N rows (tokens), C width, V vocabulary.
 
 from __future__ import annotations
 
-from functools import partial
-
 import mlx.core as mx
 
+from mlxchat.ops.compiled import compiled, differentiable
 from mlxchat.ops.device import backend
 from mlxchat.ops.formulas import bounded_exp, rational_tanh
 
@@ -51,7 +50,7 @@ def cross_entropy_sum(x: mx.array, weight: mx.array, targets: mx.array, row_weig
         row_weights: (N,) factor of each token's loss; 0 leaves it out. Rewards' advantages may be negative.
     """
     if backend() == "cpu":
-        total: mx.array = _cross_entropy_cpu(x, weight, targets, row_weights)[0]
+        total, _, _ = _cross_entropy_cpu(x, weight, targets, row_weights)
         return total
     total = mx.array(0.0)
     for rows in _chunks(x.shape[0], weight.shape[0]):
@@ -60,7 +59,7 @@ def cross_entropy_sum(x: mx.array, weight: mx.array, targets: mx.array, row_weig
     return total
 
 
-@mx.custom_function
+@differentiable
 def _cross_entropy_cpu(
     x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -82,7 +81,7 @@ def _cross_entropy_cpu(
     return total, mx.concatenate(d_x), d_weight
 
 
-@_cross_entropy_cpu.vjp  # type: ignore[untyped-decorator]
+@_cross_entropy_cpu.vjp
 def _cross_entropy_cpu_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
@@ -108,21 +107,21 @@ def _losses_of_capped(logits: mx.array, targets: mx.array) -> mx.array:
     return mx.log(exponentials.sum(-1)) - chosen
 
 
-@mx.compile
+@compiled
 def _cap(logits: mx.array) -> mx.array:
     return SOFT_CAP * rational_tanh(logits * (1 / SOFT_CAP))
 
 
-_exp = mx.compile(bounded_exp)
+_exp = compiled(bounded_exp)
 
 
-@partial(mx.compile)
+@compiled
 def _capped_exp_and_slope(logits: mx.array) -> tuple[mx.array, mx.array]:
     """Return exp(soft cap) and the soft cap's derivative, 1 − tanh²."""
     tanh = rational_tanh(logits * (1 / SOFT_CAP))
     return bounded_exp(SOFT_CAP * tanh), 1 - tanh * tanh
 
 
-@mx.compile
+@compiled
 def _probability_gradient(exponentials: mx.array, slope: mx.array, factor: mx.array) -> mx.array:
     return exponentials * factor * slope

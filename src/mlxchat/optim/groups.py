@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from mlxchat.config import OptimizerConfig
 from mlxchat.errors import ConfigError
+from mlxchat.model.gpt import flatten_parameters
 from mlxchat.ops.device import backend
 from mlxchat.optim.adamw import adamw_update
 from mlxchat.optim.muon import muon_update
@@ -40,7 +41,7 @@ class Optimizer:
             ConfigError: a parameter belongs to no group.
         """
         self.config = config
-        parameters = flatten(model)
+        parameters = flatten_parameters(model)
         scale = (width / config.reference_width) ** -0.5 * lr_frac
         self.adamw_lrs: dict[str, float] = {}
         self.muon_shapes: dict[str, list[str]] = defaultdict(list)
@@ -102,11 +103,6 @@ class Optimizer:
             for index, name in enumerate(names):
                 new[name] = parameters[name] - self.muon_lr * lr_factor * direction[index]
         return new
-
-
-def flatten(model: nn.Module) -> Flat:
-    """Return the model's parameters by dotted name."""
-    return dict(nn.utils.tree_flatten(model.parameters()))
 
 
 def clip_gradients(gradients: Flat, max_norm: float | None) -> tuple[Flat, mx.array]:

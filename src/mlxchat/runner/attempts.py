@@ -28,7 +28,7 @@ def finish(work: Path, number: int, outcome: str, error: str | None, resumed_fro
 
 
 def read(work: Path) -> list[Record]:
-    """Return one record per execution: attempt, started, ended, outcome, seconds, pid, host, run, resumed_from, error."""
+    """Return a record per execution: attempt, started, ended, outcome, seconds, pid, host, run, resumed_from, error."""
     merged: dict[int, Record] = {}
     for record in Records(work / "attempts.jsonl").read():
         merged.setdefault(record["attempt"], {"outcome": "killed", "ended": None}).update(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import resource
@@ -63,10 +64,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 def reset_peak_memory() -> None:
     """Start a new peak for `peak_memory_bytes`, where the system can (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_memory_bytes() -> int:

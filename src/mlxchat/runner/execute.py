@@ -115,7 +115,8 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
     folders: dict[str, Path] = {}
     for role, source in step.inputs.items():
         folder, manifest = store.find(planned[source].rid), store.read(planned[source].rid)
-        assert folder is not None and manifest is not None, f"{source} ran before {step.name}"
+        assert folder is not None, f"{source} ran before {step.name}"
+        assert manifest is not None
         folders[role], inputs[role] = folder, manifest
     ctx = Context(
         step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,

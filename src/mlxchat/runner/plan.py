@@ -202,7 +202,8 @@ def _check_wiring(pipeline: Pipeline) -> list[str]:
         name = entry.get("stage")
         if name not in stage_names():
             known = ", ".join(stage_names())
-            problems.append(f'pipeline.{step}.stage is "{name}", which is no stage: {known}.{suggest(str(name), stage_names())}')
+            hint = suggest(str(name), stage_names())
+            problems.append(f'pipeline.{step}.stage is "{name}", which is no stage: {known}.{hint}')
             continue
         stage = read_stage(name)
         for role in stage.inputs.keys() - entry.keys():
@@ -212,7 +213,8 @@ def _check_wiring(pipeline: Pipeline) -> list[str]:
                 continue
             if role not in stage.roles:
                 known = ", ".join(stage.roles) or "none"
-                problems.append(f'pipeline.{step}: "{role}" is no role of stage {name}: {known}.{suggest(role, stage.roles)}')
+                hint = suggest(role, stage.roles)
+                problems.append(f'pipeline.{step}: "{role}" is no role of stage {name}: {known}.{hint}')
             elif source not in pipeline:
                 problems.append(
                     f'pipeline.{step}.{role} is "{source}", which is no step of this pipeline: '

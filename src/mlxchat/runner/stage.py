@@ -67,7 +67,8 @@ def read_stage(name: str) -> Stage:
     """
     path = _folder() / f"{name}.py"
     if name not in stage_names():
-        raise ConfigError(f'there is no stage "{name}". Stages: {", ".join(stage_names())}.{suggest(name, stage_names())}')
+        known = stage_names()
+        raise ConfigError(f'there is no stage "{name}". Stages: {", ".join(known)}.{suggest(name, known)}')
     values: dict[str, Any] = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlxchat.config import FinetuneConfig
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.packing import ConversationRows, count_rows
+from mlxchat.data.packing import ConversationRows, Row, count_rows
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.optim.groups import Optimizer
@@ -37,7 +37,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     num_iterations = config.num_iterations or max(1, config.num_epochs * rows_per_epoch // rows_per_iteration)
     held_out = pack(Mixture(config.validation, seed=ctx.seed("validation")))
     # One pass, so that no conversation counts twice.
-    validation = []
+    validation: list[Row] = []
     while held_out.epoch == 0 and len(validation) * config.batch.row_tokens < config.eval_tokens:
         validation.append(held_out.next_row())
     rows = pack(mixture)

@@ -1,4 +1,4 @@
-"""The loop: batches in, an updated model out; validation, metrics, resumable state and interruption between iterations."""
+"""The loop: batches in, an updated model out; validation, metrics, resumable state and signals in between."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from mlxchat.model.gpt import GPT
-from mlxchat.optim.groups import Optimizer, flatten
-from mlxchat.training.step import set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.optim.groups import Optimizer
 
 
 def save_state(work: Path, iteration: int, model: GPT, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -25,7 +24,7 @@ def save_state(work: Path, iteration: int, model: GPT, optimizer: Optimizer, sta
     temporary = work / f".{iteration:08d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    arrays = {f"model.{name}": np.asarray(value) for name, value in flatten(model).items()}
+    arrays = {f"model.{name}": np.asarray(value) for name, value in flatten_parameters(model).items()}
     arrays |= {f"optimizer.{name}": np.asarray(value) for name, value in optimizer.state.items()}
     save_file(arrays, temporary / "arrays.safetensors")
     (temporary / "state.json").write_text(json.dumps({"iteration": iteration, **state}), encoding="utf-8")

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from mlxchat.data.packing import Ints
-from mlxchat.model.gpt import GPT
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum
-from mlxchat.optim.groups import Flat, Optimizer, clip_gradients, flatten
+from mlxchat.optim.groups import Flat, Optimizer, clip_gradients
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Batch:
 
     ids: Ints
     targets: Ints
-    weights: np.ndarray
+    weights: np.ndarray[Any, np.dtype[np.float32]]
 
 
 def mean_batch(rows: Sequence[tuple[Ints, Ints]]) -> Batch:
@@ -35,7 +34,7 @@ def mean_batch(rows: Sequence[tuple[Ints, Ints]]) -> Batch:
     ids = np.stack([row[0] for row in rows])
     targets = np.stack([row[1] for row in rows])
     counted = targets >= 0
-    return Batch(ids, targets, counted.astype(np.float32) / max(1, int(counted.sum())))
+    return Batch(ids, targets, (counted / max(1, int(counted.sum()))).astype(np.float32))
 
 
 class TrainStep:
@@ -65,38 +64,40 @@ class TrainStep:
         if rows >= len(batch.ids):
             loss, norm = self._whole(*self._arrays(batch, slice(None)), *rates)
         else:
-            loss, gradients = mx.array(0.0), None
-            for start in range(0, len(batch.ids), rows):
+            loss, gradients = self._part(*self._arrays(batch, slice(0, rows)))
+            mx.eval(loss, gradients)
+            for start in range(rows, len(batch.ids), rows):
                 part, more = self._part(*self._arrays(batch, slice(start, start + rows)))
                 loss = loss + part
-                gradients = more if gradients is None else {name: gradients[name] + more[name] for name in more}
+                gradients = {name: gradients[name] + more[name] for name in more}
                 # Evaluated here, so that only one micro-batch's graph is ever in memory.
                 mx.eval(loss, gradients)
             norm = self._update(gradients, *rates)
         mx.eval(loss, norm, self.model.state, self.optimizer.state)
-        return float(loss.item()), float(norm.item())
+        return float(cast(float, loss.item())), float(cast(float, norm.item()))
 
     def _arrays(self, batch: Batch, rows: slice) -> tuple[mx.array, mx.array, mx.array]:
         return mx.array(batch.ids[rows]), mx.array(batch.targets[rows]), mx.array(batch.weights[rows])
 
     def _loss_and_gradients(self, ids: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, Flat]:
         self.num_traces += 1  # runs only while tracing
-        parameters = flatten(self.model)
+        parameters = flatten_parameters(self.model)
 
         def loss_of(masters: Flat) -> mx.array:
-            self._set({name: value.astype(self.dtype) for name, value in masters.items()})
+            set_parameters(self.model, {name: value.astype(self.dtype) for name, value in masters.items()})
             hidden = self.model.hidden(ids).reshape(-1, self.model.sizes.width)
             return cross_entropy_sum(
                 hidden, self.model.lm_head.weight, mx.maximum(targets, 0).reshape(-1), weights.reshape(-1)
             )
 
         loss, gradients = mx.value_and_grad(loss_of)(parameters)
-        self._set(parameters)
+        set_parameters(self.model, parameters)
         return loss, gradients
 
     def _clip_and_update(self, gradients: Flat, lr_factor: mx.array, momentum: mx.array) -> mx.array:
         gradients, norm = clip_gradients(gradients, self.optimizer.config.grad_clip)
-        self._set(self.optimizer.update(flatten(self.model), gradients, lr_factor, momentum))
+        new = self.optimizer.update(flatten_parameters(self.model), gradients, lr_factor, momentum)
+        set_parameters(self.model, new)
         return norm
 
     def _loss_and_update(
@@ -104,11 +105,3 @@ class TrainStep:
     ) -> tuple[mx.array, mx.array]:
         loss, gradients = self._loss_and_gradients(ids, targets, weights)
         return loss, self._clip_and_update(gradients, lr_factor, momentum)
-
-    def _set(self, parameters: Flat) -> None:
-        self.model.update(tree_unflatten(list(parameters.items())))
-
-
-def set_parameters(model: nn.Module, parameters: Flat) -> None:
-    """Replace a model's parameters by name."""
-    model.update(tree_unflatten(list(parameters.items())))
