@@ -23,7 +23,9 @@ def run(ctx: Context) -> None:
     if config.hub is not None:
         ctx.externals += link_hub_shards(config.hub, ctx.out)
     else:
-        documents, sources = gather_documents(config.packages, config.paths, seed=ctx.seed("order"))
+        documents, sources = gather_documents(
+            config.packages, config.paths, document_chars=config.document_chars, seed=ctx.seed("order")
+        )
         ctx.externals += sources
         write_shards(
             ctx.out,

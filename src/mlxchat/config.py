@@ -97,6 +97,8 @@ class CorpusConfig:
     """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files."""
     hub: HubConfig | None = None
     """A dataset on the Hub; its files are used as they are, one shard each."""
+    document_chars: int | None = MISSING
+    """Bundled documents are cut at sentence ends into parts of at most so many characters; null: kept whole."""
     validation_documents: int = MISSING
     """Documents held out as the validation shard (bundled and local text)."""
     shard_documents: int = MISSING

@@ -20,8 +20,16 @@ from mlxchat.errors import DataError
 from mlxchat.runner.fingerprint import hash_file
 
 
-def gather_documents(packages: list[str], paths: list[str], *, seed: int) -> tuple[list[str], list[dict[str, Any]]]:
+def gather_documents(
+    packages: list[str], paths: list[str], *, document_chars: int | None, seed: int
+) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the documents of packages and local files, shuffled once, and a record of each source.
+
+    Args:
+        packages: names of packages that ship text.
+        paths: local files.
+        document_chars: packages' documents are cut at sentence ends into parts no longer than this; None: whole.
+        seed: of the order.
 
     Raises:
         DataError: a package or file is missing, cannot be read or holds no text.
@@ -29,7 +37,7 @@ def gather_documents(packages: list[str], paths: list[str], *, seed: int) -> tup
     documents: list[str] = []
     sources: list[dict[str, Any]] = []
     for source in bundled.sources(packages):
-        texts = [document.text for document in bundled.documents([source.name])]
+        texts = [document.text for document in bundled.documents([source.name], document_chars)]
         documents += texts
         sources.append(
             {

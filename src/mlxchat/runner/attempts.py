@@ -13,11 +13,12 @@ from pathlib import Path
 from mlxchat.runner.records import Record, Records, now
 
 
-def start(work: Path, run: str) -> int:
+def start(work: Path, run: str, step: str) -> int:
     """Record the start of an execution in this process; return its number, from 1."""
     log = Records(work / "attempts.jsonl")
     number = sum("started" in record for record in log.read()) + 1
-    log.append({"attempt": number, "started": now(), "pid": os.getpid(), "host": socket.gethostname(), "run": run})
+    record = {"attempt": number, "step": step, "started": now(), "pid": os.getpid(), "host": socket.gethostname()}
+    log.append({**record, "run": run})
     return number
 
 

@@ -123,7 +123,7 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
         work=work / "ckpt", root_seed=run.seed, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
     )  # fmt: skip
-    attempt = attempt_log.start(work, run.name)
+    attempt = attempt_log.start(work, run.name, step.name)
     run.event("step_started", step=step.name, artifact=step.artifact, reason=step.reason)
     run.say(f"{step.name:<10} starts ({step.reason})")
     reset_peak_memory()
