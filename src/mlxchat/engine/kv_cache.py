@@ -45,12 +45,8 @@ class LayerKVCache:
         end = self.offset + k.shape[2]
         if self._keys is None or self._values is None or end > self._keys.shape[2]:
             room = -(-end // _GROWTH_TOKENS) * _GROWTH_TOKENS - self.offset
-            empty = mx.zeros((k.shape[0], k.shape[1], room, k.shape[3]), dtype=k.dtype)
-            if self._keys is None or self._values is None:
-                self._keys, self._values = empty, empty
-            else:
-                self._keys = mx.concatenate([self._keys[:, :, : self.offset], empty], axis=2)
-                self._values = mx.concatenate([self._values[:, :, : self.offset], empty], axis=2)
+            self._keys = _extend(self._keys, self.offset, room, k)
+            self._values = _extend(self._values, self.offset, room, v)
         self._keys[:, :, self.offset : end] = k
         self._values[:, :, self.offset : end] = v
         self.offset = end
@@ -62,3 +58,9 @@ def make_caches(num_layers: int, prompt_lengths: list[int]) -> list[LayerKVCache
     longest = max(prompt_lengths)
     starts = mx.array([longest - length for length in prompt_lengths])
     return [LayerKVCache(starts) for _ in range(num_layers)]
+
+
+def _extend(cached: mx.array | None, used: int, room: int, like: mx.array) -> mx.array:
+    """Return the `used` tokens of a cache with room for more; a new array each time, since caches are written into."""
+    empty = mx.zeros((*like.shape[:2], room, like.shape[3]), dtype=like.dtype)
+    return empty if cached is None else mx.concatenate([cached[:, :, :used], empty], axis=2)

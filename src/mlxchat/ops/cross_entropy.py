@@ -67,15 +67,15 @@ def _cross_entropy_cpu(
     total, d_x, d_weight = mx.array(0.0), [], mx.zeros_like(weight)
     for rows in _chunks(x.shape[0], weight.shape[0]):
         chunk, target, factor = x[rows], targets[rows][:, None], row_weights[rows][:, None]
-        exponentials, slope = _capped_exp_and_slope(chunk @ weight.T)
+        tanh = _tanh_of_cap(chunk @ weight.T)
+        exponentials = _exp_of_capped(tanh)
         sums = exponentials.sum(-1, keepdims=True)
         target_exponential = mx.take_along_axis(exponentials, target, axis=-1)
         total = total + ((mx.log(sums) - mx.log(target_exponential)) * factor).sum()
-        d_logits = _probability_gradient(exponentials, slope, factor / sums)
-        at_target = mx.take_along_axis(d_logits, target, axis=-1)
-        d_logits = mx.put_along_axis(
-            d_logits, target, at_target - factor * mx.take_along_axis(slope, target, axis=-1), axis=-1
-        )
+        d_logits = _probability_gradient(exponentials, tanh, factor / sums)
+        target_slope = 1 - mx.square(mx.take_along_axis(tanh, target, axis=-1))
+        at_target = mx.take_along_axis(d_logits, target, axis=-1) - factor * target_slope
+        d_logits = mx.put_along_axis(d_logits, target, at_target, axis=-1)
         d_x.append(d_logits @ weight)
         d_weight = d_weight + d_logits.T @ chunk
     return total, mx.concatenate(d_x), d_weight
@@ -115,13 +115,18 @@ def _cap(logits: mx.array) -> mx.array:
 _exp = compiled(bounded_exp)
 
 
+# Several kernels of one output each: a compiled loop with two outputs took as long again.
 @compiled
-def _capped_exp_and_slope(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """Return exp(soft cap) and the soft cap's derivative, 1 − tanh²."""
-    tanh = rational_tanh(logits * (1 / SOFT_CAP))
-    return bounded_exp(SOFT_CAP * tanh), 1 - tanh * tanh
+def _tanh_of_cap(logits: mx.array) -> mx.array:
+    return rational_tanh(logits * (1 / SOFT_CAP))
 
 
 @compiled
-def _probability_gradient(exponentials: mx.array, slope: mx.array, factor: mx.array) -> mx.array:
-    return exponentials * factor * slope
+def _exp_of_capped(tanh: mx.array) -> mx.array:
+    return bounded_exp(SOFT_CAP * tanh)
+
+
+@compiled
+def _probability_gradient(exponentials: mx.array, tanh: mx.array, factor: mx.array) -> mx.array:
+    """Return factor × exp × (1 − tanh²), the last being the soft cap's derivative."""
+    return exponentials * factor * (1 - tanh * tanh)
