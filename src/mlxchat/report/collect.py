@@ -233,10 +233,10 @@ def _step_outcome(events: list[str], is_published: bool) -> str:
     ends = [event for event in events if event != "step_started"]
     last = ends[-1] if ends else ""
     if is_published:
-        return "run" if events and last not in ("step_cached", "step_failed") else "cached"
+        return "run" if events and last not in ("step_cached", "step_failed", "step_interrupted") else "cached"
     if last == "step_failed":
         return "failed"
-    return "unfinished" if events and events[-1] == "step_started" else "missing"
+    return "unfinished" if events and events[-1] in ("step_started", "step_interrupted") else "missing"
 
 
 def _run_outcome(events: list[dict[str, Any]]) -> tuple[str, str]:

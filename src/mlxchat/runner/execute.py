@@ -135,7 +135,7 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
             raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({out})")
     except Interrupted as stop:
         attempt_log.finish(work, attempt, "interrupted", str(stop), ctx.resumed_from)
-        run.event("step_failed", step=step.name, error=str(stop))
+        run.event("step_interrupted", step=step.name, error=str(stop))
         raise
     except BaseException as error:
         text = f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ _TASKS = {
     "facts": ("facts", "Facts"),
     "facts_mc": ("facts", "FactsMC"),
     "reading_mc": ("facts", "ReadingMC"),
+    "kinds_mc": ("facts", "KindsMC"),
     "arithmetic": ("arithmetic", "Arithmetic"),
     "spelling": ("spelling", "Spelling"),
     "letter_count": ("spelling", "LetterCount"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from mlxchat.data.factbook import Fact, facts
 from mlxchat.data.wordings import FIELDS
@@ -121,10 +122,15 @@ class FactsMC(_FactTask):
         right = {fact.value, *fact.others}
         others = sorted({other.value for other in facts() if other.field == fact.field} - right)
         others = [value for value in others if not any(value in line for line in passage)]
-        choices = rng.sample(others, len(LETTERS) - 1)
-        # Every letter is right equally often, and another one each time that a fact comes round.
+        return self._offer(index, question, rng.sample(others, len(LETTERS) - 1))
+
+    def _offer(self, index: int, question: str, wrong: list[str]) -> Conversation:
+        """Return the question with the fact's value among the wrong ones.
+
+        Every letter is right equally often, and another one each time that a fact comes round.
+        """
         place = (index + index // len(self._facts)) % len(LETTERS)
-        choices.insert(place, fact.value)
+        choices = [*wrong[:place], self._fact(index).value, *wrong[place:]]
         letter = LETTERS[place]
         return dialogue(render_mc(question, LETTERS, choices), letter, letters=list(LETTERS), answer=letter)
 
@@ -158,3 +164,54 @@ class ReadingMC(FactsMC):
         else:
             lines = [other.state(rng.randrange(2)) for other in told]
         return self._choice(index, f"{' '.join(lines)} {_question(fact, rng)}", rng, lines)
+
+
+class KindsMC(FactsMC):
+    """Facts of one country to choose from: it is enough to know what a capital, a currency, a language looks like.
+
+    In training the user goes on to ask for the other choices too, so that one list teaches several answers.
+    """
+
+    name = "kinds_mc"
+    own_fields: tuple[str, ...] = tuple(FIELDS)
+    train_rounds = 4
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        fact = self._fact(index)
+        # In training no choice tells a held-out pair; in the test any fact of the country may be offered.
+        beside = {
+            other.value: other
+            for other in _facts_of(fact.country)
+            if other.field != fact.field
+            and other.value not in (fact.value, *fact.others)
+            and not (self.split == "train" and is_test_pair(other))
+        }
+        wrong = rng.sample(sorted(beside), min(len(beside), len(LETTERS) - 1))
+        wrong += _borrow(fact, wrong, len(LETTERS) - 1 - len(wrong), rng)
+        conversation = self._offer(index, _question(fact, rng), wrong)
+        if self.split == "train":
+            lettered = dict(zip(_choices_of(conversation), LETTERS, strict=True))
+            for value in rng.sample(wrong, len(wrong)):
+                if value in beside:
+                    conversation["messages"] += [
+                        {"role": "user", "content": _question(beside[value], rng)},
+                        {"role": "assistant", "content": lettered[value]},
+                    ]
+        return conversation
+
+
+def _choices_of(conversation: Conversation) -> list[str]:
+    """Return the choices of a multiple-choice question, in the order of their letters."""
+    lines = conversation["messages"][0]["content"].split("\n")
+    return [line[2:].rpartition("=")[0] for line in lines if line.startswith("- ")]
+
+
+@cache
+def _facts_of(country: str) -> tuple[Fact, ...]:
+    return tuple(fact for fact in facts() if fact.country == country)
+
+
+def _borrow(fact: Fact, known: list[str], count: int, rng: random.Random) -> list[str]:
+    """Return `count` values of other countries' other fields, for a country of which little is known."""
+    pool = sorted({other.value for other in facts() if other.field != fact.field and other.country != fact.country})
+    return rng.sample([value for value in pool if value not in (fact.value, *fact.others, *known)], count)
