@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from functools import cache
+from typing import ClassVar
 
 from mlxchat.data.factbook import Fact, facts
 from mlxchat.data.wordings import FIELDS
@@ -166,52 +166,49 @@ class ReadingMC(FactsMC):
         return self._choice(index, f"{' '.join(lines)} {_question(fact, rng)}", rng, lines)
 
 
-class KindsMC(FactsMC):
-    """Facts of one country to choose from: it is enough to know what a capital, a currency, a language looks like.
+class KindsMC(Task):
+    """What kind of thing a name is: a capital, a currency, a mountain or a nationality, in this order.
 
-    In training the user goes on to ask for the other choices too, so that one list teaches several answers.
+    The easiest of the choices: with one order the letter is a class, and names of a kind look alike. Held out are
+    names; no pair of a country and a field is told.
     """
 
     name = "kinds_mc"
-    own_fields: tuple[str, ...] = tuple(FIELDS)
-    train_rounds = 4
+    kind = "categorical"
+    chance = 1 / len(LETTERS)
+    kinds: ClassVar[dict[str, str]] = {
+        "capital": "a capital city",
+        "currency": "a currency",
+        "highest_point": "a mountain or hill",
+        "nationality": "a nationality",
+    }
+    questions = ("What is {name}?", "What kind of thing is {name}?", "Which of these is {name}?")
+
+    def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
+        """Choose the names of a split."""
+        super().__init__(split, size=size, seed=seed)
+        kinds_of: dict[str, set[str]] = {}
+        for fact in facts():
+            if fact.field in self.kinds:
+                kinds_of.setdefault(fact.value, set()).add(fact.field)
+        # A name of two kinds has no right answer. The split is by name, so the same name is never asked in both.
+        names = [
+            (name, next(iter(kinds)))
+            for name, kinds in sorted(kinds_of.items())
+            if len(kinds) == 1 and held_out(f"kind/{name}", _TEST_FRACTION) == (split == "test")
+        ]
+        self._names = self._shuffled(names)
+
+    def _own_size(self) -> int:
+        return len(self._names) * (len(self.questions) if self.split == "train" else 1)
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        fact = self._fact(index)
-        # In training no choice tells a held-out pair; in the test any fact of the country may be offered.
-        beside = {
-            other.value: other
-            for other in _facts_of(fact.country)
-            if other.field != fact.field
-            and other.value not in (fact.value, *fact.others)
-            and not (self.split == "train" and is_test_pair(other))
-        }
-        wrong = rng.sample(sorted(beside), min(len(beside), len(LETTERS) - 1))
-        wrong += _borrow(fact, wrong, len(LETTERS) - 1 - len(wrong), rng)
-        conversation = self._offer(index, _question(fact, rng), wrong)
-        if self.split == "train":
-            lettered = dict(zip(_choices_of(conversation), LETTERS, strict=True))
-            for value in rng.sample(wrong, len(wrong)):
-                if value in beside:
-                    conversation["messages"] += [
-                        {"role": "user", "content": _question(beside[value], rng)},
-                        {"role": "assistant", "content": lettered[value]},
-                    ]
-        return conversation
+        name, field = self._names[index % len(self._names)]
+        question = self.questions[(index // len(self._names)) % len(self.questions)].format(name=name)
+        letter = LETTERS[list(self.kinds).index(field)]
+        text = render_mc(question, LETTERS, list(self.kinds.values()))
+        return dialogue(text, letter, letters=list(LETTERS), answer=letter)
 
-
-def _choices_of(conversation: Conversation) -> list[str]:
-    """Return the choices of a multiple-choice question, in the order of their letters."""
-    lines = conversation["messages"][0]["content"].split("\n")
-    return [line[2:].rpartition("=")[0] for line in lines if line.startswith("- ")]
-
-
-@cache
-def _facts_of(country: str) -> tuple[Fact, ...]:
-    return tuple(fact for fact in facts() if fact.country == country)
-
-
-def _borrow(fact: Fact, known: list[str], count: int, rng: random.Random) -> list[str]:
-    """Return `count` values of other countries' other fields, for a country of which little is known."""
-    pool = sorted({other.value for other in facts() if other.field != fact.field and other.country != fact.country})
-    return rng.sample([value for value in pool if value not in (fact.value, *fact.others, *known)], count)
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Say whether the response is the right letter and nothing else."""
+        return response.strip() == str(conversation["answer"])
