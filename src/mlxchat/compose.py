@@ -15,9 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError, suggest
+from mlxchat.runner.plan import flatten_config
 from mlxchat.validation import find_problems
 
 CONF_MODULE = "mlxchat.conf"
+_MAPPINGS = ("pipeline", "suite", "midtrain.mixture", "midtrain.validation", "sft.mixture", "sft.validation")
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,16 @@ def _explain(override: str, error: Exception) -> str:
         options, value = group_options(group), override.partition("=")[2]
         if value not in options and "@" not in key:
             return f'{key} has no option "{value}": {", ".join(options)}.{suggest(value, options)}'
-    if "is not in struct" in str(error) or "not in '" in str(error) or "No match in the defaults" in str(error):
-        known = [*group_names(), *_known_keys(Config)]
-        return f'there is no "{key}" to set.{suggest(key, known)}'
-    return f"{override}: {_first_line(error)}"
+    known = [*group_names(), *_known_keys(Config)]
+    if not key.startswith("hydra") and not override.startswith(("+", "~")):
+        if any(key.startswith(f"{mapping}.") for mapping in _MAPPINGS):
+            # The names in there are the user's own: those of the default configuration are the nearest guess.
+            known = list(flatten_config(OmegaConf.to_container(_compose([]))))
+            if key not in known:
+                return f'there is no "{key}" to set; +{override} would add it.{suggest(key, known)}'
+        elif group not in known:
+            return f'there is no "{key}" to set.{suggest(key, known)}'
+    return f"{override}: {_first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)}"
 
 
 def _known_keys(schema: Any, prefix: str = "") -> list[str]:
