@@ -64,8 +64,8 @@ def render_conversation(
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     """Return the ids that prompt the assistant for its next message; a final assistant message is left out."""
-    messages = conversation["messages"]
-    if messages and messages[-1]["role"] == "assistant":
+    messages = conversation.get("messages") or []
+    if messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens=None)
     return [*ids, tokenizer.special_ids["<|assistant_start|>"]]
@@ -75,10 +75,14 @@ def _merge_system(conversation: Conversation) -> list[dict[str, Any]]:
     messages = list(conversation.get("messages") or [])
     if not messages:
         raise DataError("a conversation has no messages")
+    if not all(isinstance(message, dict) for message in messages):
+        raise DataError("a message of a conversation is no object with role and content")
     if messages[0].get("role") != "system":
         return messages
     if len(messages) < 2 or messages[1].get("role") != "user":
         raise DataError("a system message must be followed by a user message")
+    if not all(isinstance(message.get("content"), str) for message in messages[:2]):
+        raise DataError("the contents of a system message and of the user message after it must be text")
     first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
     return [first, *messages[2:]]
 
@@ -88,6 +92,8 @@ def _parts(content: Any, index: int) -> list[tuple[str, str]]:
         return [("text", content)]
     if not isinstance(content, list):
         raise DataError(f"message {index} of a conversation: content must be text or a list of parts")
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        raise DataError(f"message {index} of a conversation: every part must be an object with type and text")
     unknown = [part.get("type") for part in content if part.get("type") not in _PARTS]
     if unknown:
         raise DataError(f"message {index} of a conversation has parts {unknown}; known: {', '.join(_PARTS)}")

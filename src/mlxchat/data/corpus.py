@@ -64,25 +64,48 @@ def read_file(path: Path) -> Iterator[str]:
     Raises:
         DataError: another ending, no such field, or lines that are not JSON, all of them by number.
     """
-    if path.suffix == ".txt":
-        yield from path.read_text(encoding="utf-8").split("\n\n\n")
-    elif path.suffix == ".jsonl":
-        bad = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                bad.append(str(number))
-        if bad:
-            raise DataError(f'{path}: lines {", ".join(bad[:20])} are no JSON objects with a field "text"')
-    elif path.suffix == ".parquet":
-        file = pq.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise DataError(f'{path}: no column "text"; there are {", ".join(file.schema_arrow.names)}')
-        for batch in file.iter_batches(columns=["text"]):
-            yield from batch.column(0).to_pylist()
-    else:
+    if path.suffix not in (".txt", ".jsonl", ".parquet"):
         raise DataError(f"{path}: expected a .txt, .jsonl or .parquet file")
+    try:
+        yield from _READERS[path.suffix](path)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    yield from path.read_text(encoding="utf-8").split("\n\n\n")
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    bad = []
+    # Not splitlines: JSON allows U+2028 and its like inside a line.
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if isinstance(text, str):
+            yield text
+        else:
+            bad.append(str(number))
+    if bad:
+        raise DataError(f'{path}: lines {", ".join(bad[:20])} are no JSON objects with a field "text"')
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    file = pq.ParquetFile(path)
+    if "text" not in file.schema_arrow.names:
+        raise DataError(f'{path}: no column "text"; there are {", ".join(file.schema_arrow.names)}')
+    kind = file.schema_arrow.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f'{path}: column "text" holds {kind}, expected text')
+    for batch in file.iter_batches(columns=["text"]):
+        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+
+
+_READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
 def link_hub_shards(hub: HubConfig, out: Path) -> list[dict[str, Any]]:
@@ -95,11 +118,13 @@ def link_hub_shards(hub: HubConfig, out: Path) -> list[dict[str, Any]]:
         DataError: no file matches, or the column is missing.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    # Not from the HTTP library itself, which has another name in each major version of huggingface_hub.
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     try:
         info = HfApi().dataset_info(hub.repository, revision=hub.revision)
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise DataError(f"{hub.repository}@{hub.revision}: the Hub cannot be asked ({error})") from None
     names = sorted(sibling.rfilename for sibling in info.siblings or [])
     validation = fnmatch.filter(names, hub.validation_files)
@@ -114,10 +139,8 @@ def link_hub_shards(hub: HubConfig, out: Path) -> list[dict[str, Any]]:
     parts: list[Path] = []
     for name in [*train, *validation]:
         try:
-            path = Path(
-                hf_hub_download(hub.repository, name, repo_type="dataset", revision=info.sha)
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            path = Path(hf_hub_download(hub.repository, name, repo_type="dataset", revision=info.sha))
+        except (HTTPError, LocalEntryNotFoundError, OSError) as error:
             raise DataError(f"{hub.repository}: {name} could not be downloaded ({error})") from None
         records.append({"url": f"{hub.repository}/{name}", "revision": info.sha, "sha256": hash_file(path)})
         if name in validation:

@@ -186,6 +186,9 @@ class ConversationRows:
                 break
             ids += found[0]
             mask += found[1]
+        if not self._buffer and self._next == len(self._order):
+            self.epoch, self._next = self.epoch + 1, 0
+            self._order = self._shuffle()
         padding = capacity - len(ids)
         row = np.array(ids + [self._tokenizer.bos] * padding, dtype=np.int32)
         trained = np.array(mask + [0] * padding, dtype=bool)
@@ -210,10 +213,7 @@ class ConversationRows:
         self.truncated = state["truncated"]
 
     def _fill(self) -> None:
-        while len(self._buffer) < self._wanted:
-            if self._next == len(self._order):
-                self.epoch, self._next = self.epoch + 1, 0
-                self._order = self._shuffle()
+        while len(self._buffer) < self._wanted and self._next < len(self._order):
             self._add(self._order[self._next])
             self._next += 1
 

@@ -71,6 +71,8 @@ class DocumentCursor:
     def __init__(self, corpus: Path, split: str) -> None:
         """Start at the first document."""
         self._files = [pq.ParquetFile(path) for path in shard_paths(corpus, split)]
+        if not any(file.metadata.num_rows for file in self._files):
+            raise DataError(f"{corpus}: the {split} shards hold no document")
         self._cached: tuple[tuple[int, int], list[str]] | None = None
         self.epoch = 0
         self._position = (0, 0, 0)

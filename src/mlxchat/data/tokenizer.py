@@ -123,11 +123,12 @@ class Tokenizer:
         path = folder / "ranks.tiktoken"
         try:
             pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: no readable tokenizer ({error})") from None
-        if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-            raise DataError(f"{path}: ranks must be 0 … n − 1, at least 256; the file is damaged")
+        whole = len(ranks) == len(pairs) and sorted(ranks.values()) == list(range(len(ranks)))
+        if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
+            raise DataError(f"{path}: ranks must be 0 … n − 1 and hold all 256 bytes; the file is damaged")
         return cls(ranks)
 
     def _to_hf(self) -> dict[str, Any]:

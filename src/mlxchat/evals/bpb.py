@@ -55,7 +55,7 @@ def _losses(
     model: GPT, rows: list[Row], micro_tokens: int
 ) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int32]]]]:
     """Return loss and target of every token, flat, micro-batch by micro-batch."""
-    per_pass = max(1, micro_tokens // len(rows[0][0]))
+    per_pass = max(1, micro_tokens // len(rows[0][0])) if rows else 1
     parts = []
     for start in range(0, len(rows), per_pass):
         ids = np.stack([row[0] for row in rows[start : start + per_pass]])

@@ -71,9 +71,9 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
             context_tokens=config["max_position_embeddings"],
             rope_theta=config["rope_theta"],
         )
+        model = GPT(sizes)
     except Exception as error:  # the safetensors reader has several error types of its own
         raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
-    model = GPT(sizes)
     expected = {name: tuple(value.shape) for name, value in flatten_parameters(model).items()}
     found = {name: tuple(value.shape) for name, value in arrays.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -72,7 +72,8 @@ def _blocked_attention_vjp(
         d_q.append(d_scores @ k[past])
         d_keys.append(_sum_groups(d_scores.swapaxes(-1, -2) @ q[rows], k))
         d_values.append(_sum_groups(probabilities.swapaxes(-1, -2) @ d_out[rows], v))
-    return mx.concatenate(d_q, axis=-2), _sum_prefixes(d_keys), _sum_prefixes(d_values)
+    d_k, d_v = _sum_prefixes(d_keys), _sum_prefixes(d_values)
+    return mx.concatenate(d_q, axis=-2).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
 def _blocks(q: mx.array) -> list[tuple[int, int, mx.array]]:

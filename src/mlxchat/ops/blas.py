@@ -107,13 +107,15 @@ def set_blas_threads(count: int) -> None:
     Training's fat products want all cores. Decoding's thin ones are fastest on one, because idle BLAS threads
     wait by spinning.
     """
-    if _openblas is not None:
+    if _openblas is not None and hasattr(_openblas, "openblas_set_num_threads"):
         _openblas.openblas_set_num_threads(ctypes.c_int(count))
 
 
 def blas_threads() -> int | None:
     """Return the cores a matrix product uses, or None if our OpenBLAS is not loaded."""
-    return int(_openblas.openblas_get_num_threads()) if _openblas is not None else None
+    if _openblas is None or not hasattr(_openblas, "openblas_get_num_threads"):
+        return None
+    return int(_openblas.openblas_get_num_threads())
 
 
 def available_cores() -> int:

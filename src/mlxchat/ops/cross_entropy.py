@@ -86,8 +86,9 @@ def _cross_entropy_cpu_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
     """Scale the gradients that the forward pass has already made."""
-    _, d_x, d_weight = outputs
-    return d_x * cotangents[0], d_weight * cotangents[0], mx.zeros_like(primals[2]), mx.zeros_like(primals[3])
+    x, weight, targets, row_weights = primals
+    d_x, d_weight = (gradient * cotangents[0] for gradient in outputs[1:])
+    return d_x.astype(x.dtype), d_weight.astype(weight.dtype), mx.zeros_like(targets), mx.zeros_like(row_weights)
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:
@@ -103,7 +104,8 @@ def _losses_of_head(x: mx.array, weight: mx.array, targets: mx.array) -> mx.arra
 def _losses_of_capped(logits: mx.array, targets: mx.array) -> mx.array:
     """Return logsumexp(logits) − logits[target] per row, for logits within ±15."""
     exponentials = _exp(logits) if backend() == "cpu" else mx.exp(logits)
-    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    # mx.checkpoint differentiates all arguments of what it wraps, and indices have no gradient.
+    chosen = mx.take_along_axis(logits, mx.stop_gradient(targets)[:, None], axis=-1)[:, 0]
     return mx.log(exponentials.sum(-1)) - chosen
 
 

@@ -90,7 +90,7 @@ class Context:
     def rewind_records(self, iteration: int) -> None:
         """Forget what was recorded after `iteration`, from where this attempt continues."""
         for path in (self.work / "records").glob("*.jsonl"):
-            Records(path).truncate(iteration)
+            Records(path).truncate(iteration or -1)  # what stands at 0 comes again if nothing was saved
         self.resumed_from = iteration or None
 
     def progress(self, total: int, unit: str, *, start: int = 0) -> Progress:

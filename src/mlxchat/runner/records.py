@@ -33,7 +33,7 @@ class Records:
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):  # not splitlines: text may hold U+2028
             try:
                 records.append(json.loads(line))
             except ValueError:

@@ -1,0 +1,44 @@
+"""A small tokenizer, and a corpus of short documents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlxchat.data.shards import write_shards
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+
+TEXT = """the a cat dog sat on mat and then we saw 12 or 345 café naïve 你好 don't I'll x = y ; ( ) whether weather
+another other brother mother rather gather number under thunder wonder \n"""
+WORDS = TEXT.split(" ")
+
+
+def text_of(num_words: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=num_words))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([text_of(200, seed) for seed in range(20)], 320)
+
+
+@pytest.fixture(scope="session")
+def make_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    def make(documents: list[str], *, validation: int = 1, shard: int = 40, row_group: int = 7) -> Path:
+        """Write a corpus folder; row groups and shards are small, so that positions cross their borders."""
+        folder = tmp_path_factory.mktemp("corpus")
+        write_shards(
+            folder, documents, validation_documents=validation, shard_documents=shard, row_group_documents=row_group
+        )
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def corpus(make_corpus: Callable[..., Path]) -> Path:
+    """Two hundred documents of 1 to 60 words."""
+    return make_corpus([text_of(random.Random(seed).randint(1, 60), seed) for seed in range(200)], validation=20)

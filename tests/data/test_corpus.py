@@ -1,0 +1,249 @@
+"""Where documents come from: local files of three kinds, and datasets of a Hub that this machine plays itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlxchat.data.corpus import gather_documents, read_file
+from mlxchat.errors import DataError
+
+HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
+
+
+def read(path: Path) -> list[str]:
+    return list(read_file(path))
+
+
+def jsonl(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+# Local files
+
+
+def test_a_text_file_is_cut_at_two_empty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\nstill one\n\n\ntwo é", encoding="utf-8")
+    assert read(path) == ["one\n\nstill one", "two é"]
+
+
+def test_a_jsonl_file_gives_its_text_fields(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", '{"text": "one\\ntwo", "id": 1}', '{"text": "é"}')
+    assert read(path) == ["one\ntwo", "é"]
+
+
+def test_a_jsonl_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
+    """JSON allows U+2028, U+2029 and U+0085 in strings as they are, and text from the web has them."""
+    text = "one\u2028two\u2029three\u0085four"
+    path = jsonl(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False))
+    assert read(path) == [text]
+
+
+def test_a_parquet_file_gives_its_text_column(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": ["one", "two", "é"]}), tmp_path / "a.parquet", row_group_size=2)
+    assert read(tmp_path / "a.parquet") == ["one", "two", "é"]
+
+
+def test_every_bad_line_of_a_jsonl_file_is_listed(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl", '{"text": "good"}', "{", '{"txt": "x"}', '["text"]', "5", '{"text": 5}', '{"text": null}'
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl: lines 2, 3, 4, 5, 6, 7 are"):
+        read(path)
+
+
+def test_a_parquet_file_without_the_column_lists_those_it_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"story": ["x"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match='no column "text"; there are story, id'):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        gather_documents([], [str(tmp_path / "a.parquet")], document_chars=None, seed=0)
+
+
+def test_empty_cells_of_a_parquet_column_are_left_out(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
+    documents, _ = gather_documents([], [str(tmp_path / "a.parquet")], document_chars=None, seed=0)
+    assert sorted(documents) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=name):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither text nor parquet")
+    with pytest.raises(DataError, match=name):
+        read(tmp_path / name)
+
+
+def test_another_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected a \.txt, \.jsonl or \.parquet file"):
+        read(tmp_path / "a.csv")
+
+
+@pytest.fixture
+def three_files(tmp_path: Path) -> list[str]:
+    (tmp_path / "a.txt").write_text("\n\n\n".join(f"text {number}" for number in range(20)))
+    jsonl(tmp_path / "b.jsonl", *(json.dumps({"text": f"json {number}"}) for number in range(20)), '{"text": "  "}')
+    pq.write_table(pa.table({"text": [f"parquet {number}" for number in range(20)]}), tmp_path / "c.parquet")
+    return [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")]
+
+
+def test_documents_of_all_files_are_gathered_and_blank_ones_left_out(three_files: list[str]) -> None:
+    documents, _ = gather_documents([], three_files, document_chars=None, seed=0)
+    assert sorted(documents) == sorted(
+        f"{kind} {number}" for kind in ("text", "json", "parquet") for number in range(20)
+    )
+
+
+def test_a_seed_decides_the_order(three_files: list[str]) -> None:
+    first, same, other = (gather_documents([], three_files, document_chars=None, seed=seed)[0] for seed in (1, 1, 2))
+    assert first == same
+    assert first != other
+    assert first != sorted(first)
+
+
+def test_each_file_is_recorded_with_its_digest(three_files: list[str]) -> None:
+    _, sources = gather_documents([], three_files, document_chars=None, seed=0)
+    for path, source in zip(map(Path, three_files), sources, strict=True):
+        assert source["name"] == path.name
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in source["sha256"]
+
+
+def test_nothing_at_all_is_refused() -> None:
+    with pytest.raises(DataError, match="corpus is empty"):
+        gather_documents([], [], document_chars=None, seed=0)
+
+
+def test_files_with_blank_text_only_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n\n\n \n")
+    with pytest.raises(DataError, match="corpus is empty"):
+        gather_documents([], [str(tmp_path / "a.txt")], document_chars=None, seed=0)
+
+
+# A Hub on this machine
+
+MakeCorpus = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def make_corpus_stage(tmp_path: Path) -> MakeCorpus:
+    def run(endpoint: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        """Run the corpus stage in a process of its own against a Hub at `endpoint`."""
+        environment = os.environ | {
+            "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
+        }  # fmt: skip
+        return subprocess.run(
+            [sys.executable, "-m", "mlxchat", "stage=corpus", f"outputs={tmp_path / 'outputs'}", *overrides],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def start_hub() -> Iterator[Callable[..., str]]:
+    if not HUB.exists():
+        pytest.skip("there is no Hub to play")
+    servers: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> str:
+        command = [sys.executable, str(HUB / "serve.py"), "--root", str(HUB / "root"), "--port", "0", *options]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        servers.append(server)
+        assert server.stdout is not None
+        return server.stdout.readline().split()[-1]
+
+    yield start
+    for server in servers:
+        server.terminate()
+        server.communicate(timeout=10)
+
+
+def artifact(folder: Path) -> Path:
+    (found,) = [path.parent for path in (folder / "outputs" / "store").glob("*/corpus.json")]
+    return found
+
+
+def texts(path: Path) -> list[str]:
+    return pq.read_table(path)["text"].to_pylist()
+
+
+def test_tinystories_come_from_the_hub(
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MakeCorpus
+) -> None:
+    done = make_corpus_stage(start_hub(), "corpus=tinystories")
+    assert done.returncode == 0, done.stderr
+    folder, source = artifact(tmp_path), HUB / "root/datasets/roneneldan/TinyStories/data"
+    assert texts(folder / "shard_00000.parquet") == texts(source / "train-00000-of-00001.parquet")
+    assert texts(folder / "validation.parquet") == texts(source / "validation-00000-of-00001.parquet")
+
+
+def test_shards_of_fineweb_keep_their_order_and_their_validation_file(
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MakeCorpus
+) -> None:
+    done = make_corpus_stage(
+        start_hub("--redirect"), "corpus=fineweb_edu", "corpus.hub.num_train_files=2",
+        "corpus.hub.validation_files=shard_00005.parquet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder, source = artifact(tmp_path), HUB / "root/datasets/karpathy/fineweb-edu-100b-shuffle"
+    assert sorted(path.name for path in folder.glob("*.parquet")) == [
+        "shard_00000.parquet", "shard_00001.parquet", "validation.parquet",
+    ]  # fmt: skip
+    for name, original in [
+        ("shard_00000", "shard_00000"),
+        ("shard_00001", "shard_00001"),
+        ("validation", "shard_00005"),
+    ]:
+        assert texts(folder / f"{name}.parquet") == texts(source / f"{original}.parquet")
+    sources = json.loads((folder / "corpus.json").read_text())["sources"]
+    assert [record["url"].rsplit("/", 1)[-1] for record in sources] == [
+        "shard_00000.parquet", "shard_00001.parquet", "shard_00005.parquet",
+    ]  # fmt: skip
+    assert {record["revision"] for record in sources} == {"5ca1ab1e0ddba11c0ffee5eed5ca1ab1e0ddba11"}
+
+
+REFUSALS = {
+    "a pattern that no file matches": (["corpus.hub.train_files=nothing-*"], "has 0 files like nothing-*"),
+    "a dataset that is not there": (["corpus.hub.repository=nobody/nothing"], "nobody/nothing"),
+    "a column that is not there": (["corpus.hub.column=story"], 'no column "story"'),
+    "a revision that is not there": (["corpus.hub.revision=v9"], "v9"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_hub_does_not_have_is_refused_in_one_message(
+    start_hub: Callable[..., str], make_corpus_stage: MakeCorpus, name: str
+) -> None:
+    overrides, message = REFUSALS[name]
+    done = make_corpus_stage(start_hub(), "corpus=tinystories", *overrides)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_refused_in_one_message(make_corpus_stage: MakeCorpus) -> None:
+    done = make_corpus_stage("http://127.0.0.1:9", "corpus=tinystories")
+    assert done.returncode != 0
+    assert "roneneldan/TinyStories" in done.stderr
+    assert "Traceback" not in done.stderr

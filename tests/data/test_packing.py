@@ -1,0 +1,291 @@
+"""Packing: rows are full, what fits best goes first, nothing is lost, and any position can be returned to."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxchat.data import packing
+from mlxchat.data.conversation import render_conversation
+from mlxchat.data.packing import IGNORED, BestFitBuffer, ConversationRows, DocumentRows, RowStream, count_rows
+from mlxchat.data.shards import iterate_documents
+from mlxchat.data.tokenizer import Tokenizer
+
+# The buffer
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "largest", "shortest"]), st.integers(0, 12)), max_size=60))
+def test_the_buffer_gives_what_a_search_of_a_list_gives(operations: list[tuple[str, int]]) -> None:
+    buffer, waiting = BestFitBuffer(), []
+    for number, (operation, size) in enumerate(operations):
+        if operation == "add":
+            buffer.add(number, [number] * size, [1] * size)
+            waiting.append((size, number))
+            continue
+        fitting = [entry for entry in waiting if operation == "shortest" or entry[0] <= size]
+        # `min` keeps the first among equals, and so does the larger of negated sizes.
+        chosen = min(fitting, key=lambda entry: entry[0] if operation == "shortest" else -entry[0], default=None)
+        if operation == "shortest" and chosen is None:
+            continue
+        got = buffer.take_shortest() if operation == "shortest" else buffer.take_largest(size)
+        assert got == (None if chosen is None else ([chosen[1]] * chosen[0], [1] * chosen[0]))
+        if chosen is not None:
+            waiting.remove(chosen)
+    assert len(buffer) == len(waiting)
+    assert buffer.addresses() == [number for _, number in waiting]
+
+
+# Documents
+
+
+def naive_document_rows(
+    corpus: Path, tokenizer: Tokenizer, row_tokens: int, wanted: int, count: int
+) -> tuple[Any, int]:
+    """Return rows of nanochat's best-fit loader, by searching a list, and the tokens that were cropped."""
+    documents = tokenizer.encode_documents(list(iterate_documents(corpus, "train")))
+    waiting: list[list[int]] = []
+    rows, read, cropped = [], 0, 0
+    for _ in range(count):
+        row: list[int] = []
+        while len(row) < row_tokens + 1:
+            while len(waiting) < wanted:
+                for _ in range(packing._ENCODE_DOCUMENTS):
+                    waiting.append(documents[read % len(documents)])
+                    read += 1
+            space = row_tokens + 1 - len(row)
+            fitting = [index for index, ids in enumerate(waiting) if len(ids) <= space]
+            if fitting:
+                row += waiting.pop(max(fitting, key=lambda index: (len(waiting[index]), -index)))
+            else:
+                shortest = waiting.pop(min(range(len(waiting)), key=lambda index: len(waiting[index])))
+                cropped += len(shortest) - space
+                row += shortest[:space]
+        rows.append(row)
+    return rows, cropped
+
+
+@settings(max_examples=25)
+@given(row_tokens=st.integers(3, 120), wanted=st.integers(1, 250))
+def test_document_rows_are_those_of_a_search_of_a_list(
+    corpus: Path, tokenizer: Tokenizer, row_tokens: int, wanted: int
+) -> None:
+    rows = DocumentRows(corpus, "train", tokenizer, row_tokens, wanted)
+    got = [rows.next_row() for _ in range(30)]
+    expected, cropped = naive_document_rows(corpus, tokenizer, row_tokens, wanted, 30)
+    assert [[*inputs.tolist(), int(targets[-1])] for inputs, targets in got] == expected
+    assert rows.cropped_tokens == cropped
+
+
+@settings(max_examples=25)
+@given(row_tokens=st.integers(1, 120), wanted=st.integers(1, 250))
+def test_document_rows_are_full_begin_with_bos_and_every_next_token_is_a_target(
+    corpus: Path, tokenizer: Tokenizer, row_tokens: int, wanted: int
+) -> None:
+    rows = DocumentRows(corpus, "train", tokenizer, row_tokens, wanted)
+    for inputs, targets in (rows.next_row() for _ in range(30)):
+        assert inputs.shape == targets.shape == (row_tokens,)
+        assert inputs.dtype == targets.dtype == np.int32
+        assert inputs[0] == tokenizer.bos
+        np.testing.assert_array_equal(inputs[1:], targets[:-1])
+        assert (targets >= 0).all()
+
+
+def pieces(row: list[int], bos: int) -> list[tuple[int, ...]]:
+    """Split a row at its <|bos|>."""
+    starts = [*(index for index, token in enumerate(row) if token == bos), len(row)]
+    return [tuple(row[start:stop]) for start, stop in pairwise(starts)]
+
+
+def test_only_the_last_document_of_a_row_is_cropped(corpus: Path, tokenizer: Tokenizer) -> None:
+    documents = {tuple(ids) for ids in tokenizer.encode_documents(list(iterate_documents(corpus, "train")))}
+    rows = DocumentRows(corpus, "train", tokenizer, 50, 100)
+    cropped = 0
+    for inputs, targets in (rows.next_row() for _ in range(60)):
+        *whole, last = pieces([*inputs.tolist(), int(targets[-1])], tokenizer.bos)
+        assert all(piece in documents for piece in whole)
+        assert any(document[: len(last)] == last for document in documents)
+        cropped += last not in documents
+    assert cropped > 0
+
+
+def test_the_same_corpus_gives_the_same_rows(corpus: Path, tokenizer: Tokenizer) -> None:
+    first, second = (DocumentRows(corpus, "train", tokenizer, 40, 50) for _ in range(2))
+    assert_same_rows(first, second, 20)
+
+
+def test_validation_rows_hold_validation_documents_only(corpus: Path, tokenizer: Tokenizer) -> None:
+    held_out = {tuple(ids) for ids in tokenizer.encode_documents(list(iterate_documents(corpus, "validation")))}
+    rows = DocumentRows(corpus, "validation", tokenizer, 80, 10)
+    for inputs, targets in (rows.next_row() for _ in range(20)):
+        *whole, _ = pieces([*inputs.tolist(), int(targets[-1])], tokenizer.bos)
+        assert held_out.issuperset(whole)
+
+
+# Conversations
+
+
+def conversation(number: int, question: int, answer: int) -> dict[str, Any]:
+    """A conversation that no other number has."""
+    return {
+        "messages": [
+            {"role": "user", "content": f"{number}:" + " the" * question},
+            {"role": "assistant", "content": " cat" * answer},
+        ]
+    }
+
+
+def chat_rows(
+    conversations: list[dict[str, Any]], tokenizer: Tokenizer, *, row_tokens: int = 60, wanted: int = 10,
+    train_on: str = "assistant", seed: int = 0,
+) -> ConversationRows:  # fmt: skip
+    return ConversationRows(
+        conversations, tokenizer, row_tokens=row_tokens, buffer_conversations=wanted, train_on=train_on, seed=seed
+    )
+
+
+def some(count: int) -> list[dict[str, Any]]:
+    sizes = random.Random(count)
+    return [conversation(number, sizes.randint(0, 8), sizes.randint(0, 8)) for number in range(count)]
+
+
+def placed(row: packing.Row, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Return the conversations of a row. Padding is <|bos|> that no user follows."""
+    ids = row[0].tolist() + ([int(row[1][-1])] if row[1][-1] >= 0 else [])
+    begins = [i for i in range(len(ids) - 1) if ids[i] == tokenizer.bos and ids[i + 1] != tokenizer.bos]
+    found = []
+    for start, stop in zip(begins, [*begins[1:], len(ids)], strict=True):
+        piece = ids[start:stop]
+        while piece[-1] == tokenizer.bos:
+            piece.pop()
+        found.append(tuple(piece))
+    return found
+
+
+CONVERSATIONS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=30).map(
+    lambda sizes: [conversation(number, *size) for number, size in enumerate(sizes)]
+)
+
+
+@settings(max_examples=40)
+@given(conversations=CONVERSATIONS, row_tokens=st.integers(30, 100), wanted=st.integers(1, 40), seed=st.integers(0, 9))
+def test_the_rows_of_an_epoch_hold_every_conversation_whole_and_once(
+    tokenizer: Tokenizer, conversations: list[dict[str, Any]], row_tokens: int, wanted: int, seed: int
+) -> None:
+    def make() -> ConversationRows:
+        return chat_rows(conversations, tokenizer, row_tokens=row_tokens, wanted=wanted, seed=seed)
+
+    rows = make()
+    found = Counter(ids for _ in range(count_rows(make)) for ids in placed(rows.next_row(), tokenizer))
+    assert found == Counter(tuple(render_conversation(tokenizer, each)[0]) for each in conversations)
+    assert rows.truncated == 0
+
+
+@settings(max_examples=25)
+@given(conversations=CONVERSATIONS, row_tokens=st.integers(30, 100), wanted=st.integers(1, 40))
+def test_targets_are_the_next_tokens_that_are_trained_on_and_nothing_else(
+    tokenizer: Tokenizer, conversations: list[dict[str, Any]], row_tokens: int, wanted: int
+) -> None:
+    masks = {tuple(ids): mask for ids, mask in (render_conversation(tokenizer, each) for each in conversations)}
+    rows = chat_rows(conversations, tokenizer, row_tokens=row_tokens, wanted=wanted)
+    for _ in range(15):
+        inputs, targets = rows.next_row()
+        found = placed((inputs, targets), tokenizer)
+        padding = row_tokens + 1 - sum(map(len, found))
+        ids = [token for each in found for token in each] + [tokenizer.bos] * padding
+        mask = [bit for each in found for bit in masks[each]] + [0] * padding
+        assert inputs.tolist() == ids[:-1]
+        assert targets.tolist() == [token if bit else IGNORED for token, bit in zip(ids[1:], mask[1:], strict=True)]
+
+
+def test_training_on_all_makes_every_token_but_bos_and_padding_a_target(tokenizer: Tokenizer) -> None:
+    rows = chat_rows(some(20), tokenizer, train_on="all")
+    for inputs, targets in (rows.next_row() for _ in range(10)):
+        following = inputs[1:]
+        np.testing.assert_array_equal(targets[:-1], np.where(following == tokenizer.bos, IGNORED, following))
+
+
+def test_a_conversation_longer_than_a_row_is_cut_and_counted(tokenizer: Tokenizer) -> None:
+    """nanochat's loader of 2026 never places such a conversation, and its buffer fills up with them."""
+    long = conversation(0, 0, 50)
+    rows = chat_rows([long], tokenizer, row_tokens=20, wanted=1)
+    inputs, targets = rows.next_row()
+    ids, mask = render_conversation(tokenizer, long)
+    assert inputs.tolist() == ids[:20]
+    assert targets.tolist() == [token if bit else IGNORED for token, bit in zip(ids[1:21], mask[1:21], strict=True)]
+    assert rows.truncated == 1
+
+
+def test_a_seed_gives_the_same_rows_and_another_seed_another_order(tokenizer: Tokenizer) -> None:
+    first, same, other = (chat_rows(some(40), tokenizer, wanted=3, seed=seed) for seed in (1, 1, 2))
+    one, two = first.next_row(), other.next_row()
+    assert_equal(one, same.next_row())
+    assert placed(one, tokenizer) != placed(two, tokenizer)
+
+
+def test_every_epoch_has_an_order_of_its_own(tokenizer: Tokenizer) -> None:
+    """One conversation per row, so that the order is seen as it is."""
+    rows = chat_rows([conversation(number, 9, 9) for number in range(20)], tokenizer, row_tokens=36, wanted=1)
+    order = [placed(rows.next_row(), tokenizer)[0] for _ in range(40)]
+    assert sorted(order[:20]) == sorted(order[20:])
+    assert order[:20] != order[20:]
+
+
+@pytest.mark.parametrize("wanted", [1, 5, 100])
+def test_one_conversation_per_row_makes_as_many_rows_as_conversations(tokenizer: Tokenizer, wanted: int) -> None:
+    conversations = [conversation(number, 9, 9) for number in range(20)]
+    assert count_rows(lambda: chat_rows(conversations, tokenizer, row_tokens=36, wanted=wanted)) == 20
+
+
+# Positions
+
+
+def assert_equal(one: packing.Row, other: packing.Row) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def assert_same_rows(one: RowStream, other: RowStream, count: int) -> None:
+    for _ in range(count):
+        assert_equal(one.next_row(), other.next_row())
+
+
+@pytest.fixture(params=["documents", "conversations"])
+def make_rows(request: pytest.FixtureRequest, corpus: Path, tokenizer: Tokenizer) -> Callable[[], RowStream]:
+    if request.param == "documents":  # 180 documents fill some 100 rows
+        return lambda: DocumentRows(corpus, "train", tokenizer, 40, 30)
+    return lambda: chat_rows(some(40), tokenizer, wanted=12)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144])
+def test_rows_after_a_restored_position_are_the_same_bits(make_rows: Callable[[], RowStream], position: int) -> None:
+    straight = make_rows()
+    for _ in range(position):
+        straight.next_row()
+    resumed = make_rows()
+    for _ in range(3):  # a stream that has moved on is brought back as well
+        resumed.next_row()
+    resumed.restore(json.loads(json.dumps(straight.state())))
+    assert_same_rows(straight, resumed, 120)
+    assert straight.state() == resumed.state()
+
+
+def test_positions_cross_the_border_of_an_epoch(corpus: Path, tokenizer: Tokenizer) -> None:
+    """What the positions above are chosen for."""
+    documents, conversations = (
+        DocumentRows(corpus, "train", tokenizer, 40, 30),
+        chat_rows(some(40), tokenizer, wanted=12),
+    )
+    for rows in (documents, conversations):
+        for _ in range(144):
+            rows.next_row()
+        assert rows.epoch > 0

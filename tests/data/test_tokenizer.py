@@ -1,0 +1,245 @@
+"""The tokenizer: lossless, blind to special tokens in text, the same in every format, and refused when damaged."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors.numpy import load_file
+
+from mlxchat.data.conversation import render_conversation, render_for_completion
+from mlxchat.data.tokenizer import FILES, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from mlxchat.errors import DataError
+
+VARIED = [
+    "",
+    " ",
+    "   \n\n\t ",
+    "The cat sat, didn't it? I'LL say we'd've.",
+    "1234567 3.14159 12:30 -5%",
+    "def f(x):\n    return x**2  # four spaces\n\n\n",
+    "naïve café — “quotes” …",
+    "你好，世界！ こんにちは Привет مرحبا",
+    "emoji 🤖👩‍👩‍👧 and flags 🇨🇭",
+    "a\r\nb\rc\u00a0d\u2003e",
+    "http://x.y/z?a=b&c=d#e_f",
+    "\x00\x01\x7f control",
+    "x" * 500,
+    " " * 50 + "end",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(place)
+    return place
+
+
+# Encoding
+
+
+@given(st.text())
+@example("<|bos|><|user_start|>")
+@example("\U0001f600\u0301 ZWJ \u200d")
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text())
+def test_ids_stand_for_the_bytes_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
+
+
+@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "bos", "a"])).map("".join))
+def test_special_tokens_in_a_text_are_ordinary_text(tokenizer: Tokenizer, text: str) -> None:
+    assert max(tokenizer.encode(text), default=0) < tokenizer.bos
+
+
+@given(st.binary())
+def test_any_bytes_can_be_spelled_and_decode_with_replacement(tokenizer: Tokenizer, data: bytes) -> None:
+    ids = [tokenizer.ranks[bytes([byte])] for byte in data]
+    assert tokenizer.decode_bytes(ids) == data
+    assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
+
+
+def test_digits_are_grouped_by_at_most_two(tokenizer: Tokenizer) -> None:
+    assert all(
+        sum(character.isdigit() for character in tokenizer.decode([token])) <= 2
+        for token in tokenizer.encode("1234567890 " * 5)
+    )
+
+
+def test_documents_begin_with_bos(tokenizer: Tokenizer) -> None:
+    texts = ["one cat", "", "<|bos|>"]
+    assert tokenizer.encode_documents(texts) == [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+
+
+def test_ids_do_not_depend_on_the_number_of_threads(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_documents(VARIED, num_threads=1) == tokenizer.encode_documents(VARIED, num_threads=4)
+
+
+# The vocabulary
+
+
+def test_bytes_have_the_lowest_ids_and_special_tokens_the_highest_in_order(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.ranks[bytes([byte])] for byte in range(256)] == list(range(256))
+    assert list(tokenizer.special_ids) == list(SPECIAL_TOKENS)
+    assert list(tokenizer.special_ids.values()) == list(range(320 - 9, 320))
+    assert tokenizer.vocab_size == 320
+
+
+def test_token_bytes_are_raw_lengths_and_zero_for_special_tokens(tokenizer: Tokenizer) -> None:
+    lengths = {rank: len(token) for token, rank in tokenizer.ranks.items()}
+    assert tokenizer.token_bytes.tolist() == [lengths.get(rank, 0) for rank in range(320)]
+    assert tokenizer.token_bytes[0xC3] == 1  # the first half of é, which alone is no UTF-8
+
+
+def test_the_most_frequent_pair_is_merged_first() -> None:
+    """The textbook's example: aa is the most frequent pair, then ab, then aa with ab."""
+    ranks = train_tokenizer(["aaabdaaabac"], 256 + 9 + 3).ranks
+    assert [ranks[token] for token in (b"aa", b"ab", b"aaab")] == [256, 257, 258]
+
+
+def test_merges_do_not_cross_words() -> None:
+    assert not any(b" " in token[1:] for token in train_tokenizer(["to be to be to be"], 256 + 9 + 4).ranks)
+
+
+def test_training_twice_gives_the_same_tokenizer() -> None:
+    texts = [f"some words {number} and others" for number in range(50)]
+    assert train_tokenizer(texts, 300).ranks == train_tokenizer(texts, 300).ranks
+
+
+def test_a_vocabulary_too_large_for_the_text_is_refused_with_both_numbers() -> None:
+    with pytest.raises(DataError, match="vocab_size is 1000, but the corpus yields only 266 tokens"):
+        train_tokenizer(["ab"], 1000)
+
+
+# Files
+
+
+def test_saving_and_loading_keeps_every_id(tokenizer: Tokenizer, folder: Path) -> None:
+    loaded = Tokenizer.load(folder)
+    assert loaded.ranks == tokenizer.ranks
+    assert loaded.special_ids == tokenizer.special_ids
+    assert [loaded.encode(text) for text in VARIED] == [tokenizer.encode(text) for text in VARIED]
+
+
+def test_a_folder_holds_exactly_the_files_that_are_promised(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+
+
+def test_token_bytes_are_saved_as_they_are(tokenizer: Tokenizer, folder: Path) -> None:
+    np.testing.assert_array_equal(load_file(folder / "token_bytes.safetensors")["token_bytes"], tokenizer.token_bytes)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(folder: Path) -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("text", VARIED)
+def test_the_tokenizers_library_gives_the_same_ids(tokenizer: Tokenizer, hugging_face: Any, text: str) -> None:
+    ids = hugging_face.encode(text).ids
+    assert ids == tokenizer.encode(text)
+    assert hugging_face.decode(ids, skip_special_tokens=False) == text
+
+
+# Letters and marks that were in Unicode long before either library's tables.
+ESTABLISHED = st.characters(max_codepoint=0x4FF, blacklist_categories=("Cn", "Cs"), blacklist_characters="\u0149\u017f")
+
+
+@given(st.text(alphabet=ESTABLISHED))
+def test_the_tokenizers_library_gives_the_same_ids_for_any_text(
+    tokenizer: Tokenizer, hugging_face: Any, text: str
+) -> None:
+    assert hugging_face.encode(text).ids == tokenizer.encode(text)
+
+
+def test_the_tokenizers_library_knows_the_special_tokens(tokenizer: Tokenizer, hugging_face: Any) -> None:
+    assert {name: hugging_face.token_to_id(name) for name in SPECIAL_TOKENS} == tokenizer.special_ids
+    assert hugging_face.get_vocab_size() == tokenizer.vocab_size
+
+
+def render_template(folder: Path, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """Render as transformers does."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(config["chat_template"]).render(
+        messages=messages, add_generation_prompt=add_generation_prompt
+    )
+
+
+USER, ASSISTANT = {"role": "user", "content": " Hi {{ 1 }}\n"}, {"role": "assistant", "content": "Yo  \n\n"}
+SYSTEM = {"role": "system", "content": "Be brief. "}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[USER, ASSISTANT], [SYSTEM, USER, ASSISTANT], [SYSTEM, USER, ASSISTANT, USER, ASSISTANT], [USER]],
+)
+def test_the_chat_template_writes_what_render_conversation_does(
+    tokenizer: Tokenizer, folder: Path, messages: list[dict[str, str]]
+) -> None:
+    ids, _ = render_conversation(tokenizer, {"messages": messages})
+    assert render_template(folder, messages, add_generation_prompt=False) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER], [USER, ASSISTANT, USER]])
+def test_the_chat_template_prompts_as_render_for_completion_does(
+    tokenizer: Tokenizer, folder: Path, messages: list[dict[str, str]]
+) -> None:
+    ids = render_for_completion(tokenizer, {"messages": messages})
+    assert render_template(folder, messages, add_generation_prompt=True) == tokenizer.decode(ids)
+
+
+# Refusals
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ranks\.tiktoken"):
+        Tokenizer.load(tmp_path)
+
+
+def line(token: bytes, rank: int) -> str:
+    return f"{base64.b64encode(token).decode()} {rank}"
+
+
+BYTES = [line(bytes([byte]), byte) for byte in range(256)]
+DAMAGE = {
+    "empty": [],
+    "too few": BYTES[:255],
+    "a rank missing": [*BYTES, line(b"ab", 257)],
+    "a rank twice": [*BYTES, line(b"ab", 255)],
+    "a token twice": [*BYTES, line(b"ab", 256), line(b"ab", 257)],
+    "no rank": [*BYTES, "YWI="],
+    "no number": [*BYTES, "YWI= x"],
+    "no base64": [*BYTES, "YWI 256"],
+    "letters outside base64": [*BYTES, "Y!W*I= 256"],
+    "not ascii": [*BYTES, "é 256"],
+    "a byte replaced": [line(b"ab", 0), *BYTES[1:]],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "ranks.tiktoken").write_text("\n".join(DAMAGE[name]) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"ranks\.tiktoken"):
+        Tokenizer.load(tmp_path)
+
+
+def test_special_tokens_are_those_of_nanochat() -> None:
+    assert SPECIAL_TOKENS == (
+        "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>",
+        "<|python_end|>", "<|output_start|>", "<|output_end|>",
+    )  # fmt: skip

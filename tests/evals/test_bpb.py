@@ -1,0 +1,90 @@
+"""Bits per byte, recomputed from logits in numpy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.data.packing import IGNORED, Row
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.evals.bpb import bits_per_byte, mean_loss, uniform_bits_per_byte
+from mlxchat.model.gpt import GPT
+
+
+@pytest.fixture
+def rows(tokenizer: Tokenizer) -> list[Row]:
+    """Seven rows of 20: text, special tokens and bytes that are no UTF-8; some targets are ignored."""
+    rng, made = np.random.default_rng(0), []
+    for _ in range(7):
+        ids = rng.integers(0, tokenizer.vocab_size, 21).astype(np.int32)
+        ids[rng.integers(0, 21, 3)] = tokenizer.bos
+        targets = np.where(rng.random(20) < 0.3, IGNORED, ids[1:]).astype(np.int32)
+        made.append((ids[:-1], targets))
+    return made
+
+
+def losses(model: GPT, row: Row) -> np.ndarray:
+    """Return −log softmax of each target in nats, in float64; 0 where it is ignored."""
+    logits = np.asarray(model(mx.array(row[0][None])), dtype=np.float64)[0]
+    logsumexp = np.log(np.exp(logits - 15).sum(-1)) + 15
+    return np.where(row[1] >= 0, logsumexp - logits[np.arange(20), np.maximum(row[1], 0)], 0)
+
+
+def raw_bytes(tokenizer: Tokenizer, row: Row) -> np.ndarray:
+    """Return the bytes of each target, by spelling it."""
+    lengths = [
+        len(tokenizer.decode_bytes([target])) if 0 <= target < tokenizer.bos else 0 for target in row[1].tolist()
+    ]
+    return np.array(lengths)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 40, 50, 10_000])
+def test_bits_per_byte_count_the_bits_and_bytes_of_text_only(
+    model: GPT, tokenizer: Tokenizer, rows: list[Row], micro_tokens: int
+) -> None:
+    bits = sum((losses(model, row) * (raw_bytes(tokenizer, row) > 0)).sum() for row in rows) / math.log(2)
+    expected = bits / sum(raw_bytes(tokenizer, row).sum() for row in rows)
+    got = bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)
+    assert got == pytest.approx(expected, rel=1e-5)  # float32 losses
+
+
+def test_special_tokens_would_have_changed_the_number(model: GPT, tokenizer: Tokenizer, rows: list[Row]) -> None:
+    """What the test above would not see if there were none."""
+    special = [target for row in rows for target in row[1].tolist() if target >= tokenizer.bos]
+    assert len(special) > 5
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 50, 10_000])
+def test_the_mean_loss_is_over_all_targets_special_tokens_too(model: GPT, rows: list[Row], micro_tokens: int) -> None:
+    expected = sum(losses(model, row).sum() for row in rows) / sum((row[1] >= 0).sum() for row in rows)
+    assert mean_loss(model, rows, micro_tokens=micro_tokens) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_head_of_zeros_costs_what_the_uniform_model_costs(model: GPT, tokenizer: Tokenizer, rows: list[Row]) -> None:
+    model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
+    got = bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=1000)
+    assert got == pytest.approx(uniform_bits_per_byte(rows, tokenizer.token_bytes), rel=1e-6)
+
+
+def test_the_uniform_model_by_hand() -> None:
+    """Two counted targets of 1 and 3 bytes in a vocabulary of 4 cost 2 bits each: 4 bits for 4 bytes."""
+    rows: list[Row] = [(np.zeros(4, np.int32), np.array([0, 1, 3, IGNORED], np.int32))]
+    assert uniform_bits_per_byte(rows, np.array([1, 3, 1, 0], np.int32)) == 1.0
+
+
+def only(target: int) -> list[Row]:
+    return [(np.zeros(4, np.int32), np.full(4, target, np.int32))]
+
+
+@pytest.mark.parametrize("which", ["ignored", "special"])
+def test_without_a_counted_byte_the_number_is_infinite(model: GPT, tokenizer: Tokenizer, which: str) -> None:
+    rows: Any = only(IGNORED if which == "ignored" else tokenizer.bos)
+    assert bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=100) == math.inf
+
+
+def test_without_any_row_the_number_is_infinite(model: GPT, tokenizer: Tokenizer) -> None:
+    assert bits_per_byte(model, [], tokenizer.token_bytes, micro_tokens=100) == math.inf

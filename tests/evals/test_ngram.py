@@ -1,0 +1,59 @@
+"""The n-gram baseline equals the same model with dictionaries, byte by byte."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+
+import pytest
+
+from mlxchat.evals.ngram import ngram_bits_per_byte
+
+TRAINING = ["the cat sat on the mat.", "the dog sat; naïve café!", "on and on and on", "x"]
+HELD_OUT = ["the cat and the dog", "zebra ünseen", "on"]
+
+
+def slow_bits_per_byte(training: list[str], held_out: list[str]) -> float:
+    """Witten-Bell: P(c | context) = (count + kinds × P(c | shorter context)) / (total + kinds)."""
+
+    def to_bytes(documents: list[str]) -> bytes:
+        return b"\0\0" + b"\0".join(document.encode() for document in documents)
+
+    train, test = to_bytes(training), to_bytes(held_out)
+    followers: dict[bytes, Counter[int]] = defaultdict(Counter)
+    for order in (0, 1, 2):
+        for end in range(order, len(train)):
+            followers[train[end - order : end]][train[end]] += 1
+
+    def probability(context: bytes, byte: int) -> float:
+        lower = probability(context[1:], byte) if context else 1 / 256
+        seen = followers.get(context)
+        if not seen:
+            return lower
+        return (seen[byte] + len(seen) * lower) / (seen.total() + len(seen))
+
+    bits = [-math.log2(probability(test[end - 2 : end], test[end])) for end in range(2, len(test)) if test[end]]
+    return sum(bits) / len(bits)
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out"),
+    [(TRAINING, HELD_OUT), (TRAINING, TRAINING), (["a"], HELD_OUT), ([""], HELD_OUT), (HELD_OUT, ["a"])],
+)
+def test_the_number_equals_the_slow_model(training: list[str], held_out: list[str]) -> None:
+    assert ngram_bits_per_byte(training, held_out) == pytest.approx(slow_bits_per_byte(training, held_out), rel=1e-9)
+
+
+def test_without_training_a_byte_costs_almost_eight_bits() -> None:
+    assert 7 < ngram_bits_per_byte([], ["abc"]) < 10
+
+
+def test_more_of_the_same_text_is_predicted_better() -> None:
+    assert ngram_bits_per_byte(TRAINING * 20, TRAINING) < ngram_bits_per_byte(TRAINING, TRAINING)
+
+
+def test_documents_do_not_run_into_each_other() -> None:
+    """A document begins after a separator, not after the last letters of another."""
+    joined = ngram_bits_per_byte(["ab" * 50], ["ab"])
+    apart = ngram_bits_per_byte(["a", "b"] * 50, ["ab"])
+    assert joined < apart

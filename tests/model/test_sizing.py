@@ -1,0 +1,67 @@
+"""Depth to sizes: the numbers that nanochat publishes for its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
+
+# depth, width, heads, all parameters, parameters of matrices; vocabulary 65,536 (nanochat, October 2025).
+PUBLISHED = [
+    (4, 256, 2, 36_700_160, 3_145_728),
+    (8, 512, 4, 92_274_688, 25_165_824),
+    (12, 768, 6, 185_597_952, 84_934_656),
+    (20, 1280, 10, 560_988_160, 393_216_000),
+    (26, 1664, 13, 1_081_999_360, 863_895_552),
+    (30, 1920, 15, 1_578_762_240, 1_327_104_000),
+    (32, 2048, 16, 1_879_048_192, 1_610_612_736),
+    (34, 2176, 17, 2_217_082_880, 1_931_870_208),
+]
+
+
+def published_sizes(depth: int, num_kv_heads: int | None = None) -> GPTSizes:
+    return sizes_from_depth(
+        depth, vocab_size=65_536, aspect_ratio=64, head_width=128, num_kv_heads=num_kv_heads, context_tokens=2048,
+        rope_theta=10_000.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("depth", "width", "heads", "total", "matrices"), PUBLISHED)
+def test_depth_gives_the_published_sizes_and_parameters(
+    depth: int, width: int, heads: int, total: int, matrices: int
+) -> None:
+    sizes = published_sizes(depth)
+    counts = count_parameters(sizes)
+    assert (sizes.num_layers, sizes.width, sizes.num_heads, sizes.num_kv_heads) == (depth, width, heads, heads)
+    assert (counts["total"], counts["matrices"]) == (total, matrices)
+    assert counts["embedding"] == counts["head"] == 65_536 * width
+
+
+def test_d20_takes_the_published_operations_per_token() -> None:
+    assert flops_per_token(published_sizes(20)) == 3_491_758_080
+
+
+def test_heads_divide_the_width_evenly() -> None:
+    assert {published_sizes(depth).head_width for depth, *_ in PUBLISHED} == {128}
+
+
+def test_fewer_key_heads_are_kept() -> None:
+    assert published_sizes(8, num_kv_heads=2).num_kv_heads == 2
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_the_count_is_what_the_model_holds(make_model: Callable[..., GPT], num_kv_heads: int) -> None:
+    model = make_model(4, num_kv_heads)
+    counts = count_parameters(model.sizes)
+    held = {name: value.size for name, value in flatten_parameters(model).items()}
+    assert counts["total"] == sum(held.values())
+    assert counts["matrices"] == sum(size for name, size in held.items() if ".h." in name)
+    assert counts["head"] == held["lm_head.weight"]
+
+
+def test_sizes_become_plain_numbers() -> None:
+    sizes = published_sizes(4)
+    assert GPTSizes(**sizes.to_dict()) == sizes

@@ -1,0 +1,112 @@
+"""Causal attention equals the textbook's, in values and gradients, whatever the number of tokens.
+
+Shapes: B batch, H query heads, K key/value heads, T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.ops.attention import causal_attention
+
+# One token, a part of a block of 128, just below, at and above its end, and several blocks with a rest.
+LENGTHS = [1, 5, 127, 128, 129, 256, 300]
+# The exponential is within 4e-6, float32 sums of a few hundred products within about as much again.
+TOLERANCE = 2e-5
+
+
+def normalised(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Heads as the model makes them: random, with a root mean square of 1."""
+    x = rng.normal(size=shape)
+    return (x / np.sqrt((x**2).mean(-1, keepdims=True))).astype(np.float32)
+
+
+def example(tokens: int, *, heads: int = 4, kv_heads: int = 2, width: int = 16) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(tokens)
+    q = normalised(rng, 2, heads, tokens, width)
+    k = normalised(rng, 2, kv_heads, tokens, width)
+    v, d_out = rng.normal(size=k.shape).astype(np.float32), rng.normal(size=q.shape).astype(np.float32)
+    return q, k, v, d_out
+
+
+def softmax_weights(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    tokens, width = q.shape[-2:]
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(width)
+    scores = np.where(np.tril(np.ones((tokens, tokens), dtype=bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def reference(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Softmax attention and its gradients, in float64 with the whole (T, T) matrix."""
+    q, k, v, d_out = (x.astype(np.float64) for x in (q, k, v, d_out))
+    groups, kv_shape = q.shape[1] // k.shape[1], k.shape
+    k, v = k.repeat(groups, axis=1), v.repeat(groups, axis=1)
+    weights = softmax_weights(q, k)
+    d_weights = d_out @ v.swapaxes(-1, -2)
+    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
+    d_k, d_v = d_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ d_out
+
+    def add_group(x: np.ndarray) -> np.ndarray:
+        return x.reshape(kv_shape[0], kv_shape[1], groups, *kv_shape[2:]).sum(2)
+
+    return weights @ v, (d_scores @ k, add_group(d_k), add_group(d_v))
+
+
+def relative_norm(got: mx.array, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_values_equal_softmax_attention(path: str, tokens: int) -> None:
+    q, k, v, d_out = example(tokens)
+    got = causal_attention(mx.array(q), mx.array(k), mx.array(v))
+    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out)[0], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (1, 1)])
+def test_query_heads_of_a_group_share_a_key_head(path: str, heads: int, kv_heads: int) -> None:
+    q, k, v, d_out = example(140, heads=heads, kv_heads=kv_heads)
+    got = causal_attention(mx.array(q), mx.array(k), mx.array(v))
+    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out)[0], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("tokens", [5, 128, 129, 300])
+def test_gradients_equal_those_of_softmax_attention(path: str, tokens: int, kv_heads: int) -> None:
+    q, k, v, d_out = example(tokens, kv_heads=kv_heads)
+    weight = mx.array(d_out)
+    gradients = mx.grad(lambda q, k, v: (causal_attention(q, k, v) * weight).sum(), argnums=(0, 1, 2))(
+        mx.array(q), mx.array(k), mx.array(v)
+    )
+    for got, expected in zip(gradients, reference(q, k, v, d_out)[1], strict=True):
+        assert relative_norm(got, expected) < TOLERANCE
+
+
+def test_the_widest_heads_allowed_stay_exact(path: str) -> None:
+    """Width 256 with q = ±k brings scores to ±16, near the ±20 that the exponential is made for."""
+    q, k, v, d_out = example(130, heads=2, kv_heads=2, width=256)
+    k[:, :, ::2], k[:, :, 1::2] = q[:, :, ::2], -q[:, :, 1::2]
+    got = causal_attention(mx.array(q), mx.array(k), mx.array(v))
+    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out)[0], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("changed", [1, 100, 128, 199])
+def test_a_future_token_changes_nothing_before_it(path: str, changed: int) -> None:
+    q, k, v, _ = example(200)
+    before = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
+    for x in (q, k, v):
+        x[:, :, changed:] = x[:, :, changed:][:, :, ::-1] * 0.5
+    after = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
+    np.testing.assert_array_equal(after[:, :, :changed], before[:, :, :changed])
+    assert np.abs(after[:, :, changed:] - before[:, :, changed:]).max() > 0.1
+
+
+def test_the_first_token_attends_only_to_itself(path: str) -> None:
+    q, k, v, _ = example(129)
+    got = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
+    np.testing.assert_allclose(got[:, :, 0], v.repeat(2, axis=1)[:, :, 0], atol=1e-6)

@@ -1,0 +1,113 @@
+"""The remedy for MLX's Linux CPU wheel: loaded in time, told about, and never in the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.ops import blas
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel needs a BLAS from outside")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, where nothing of MLX or mlxchat is imported yet."""
+    inherited = {key: value for key, value in os.environ.items() if key != "MLXCHAT_BLAS"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def output_of(code: str, **environment: str) -> str:
+    done = run_python(code, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_mlxchat_imports_neither_mlx_nor_numpy() -> None:
+    assert output_of("import sys, mlxchat; print({'mlx.core', 'numpy'} & set(sys.modules))") == "set()"
+
+
+@linux_only
+def test_the_first_import_of_mlx_loads_the_packaged_openblas() -> None:
+    pytest.importorskip("ngsolve_openblas" if os.uname().machine == "x86_64" else "cmeel")
+    code = "import mlxchat, mlx.core; from mlxchat.ops.blas import remedy; print(remedy().library)"
+    assert "openblas" in output_of(code)
+
+
+@linux_only
+def test_the_hook_leaves_the_way_once_mlx_is_imported() -> None:
+    code = "import sys, mlxchat, mlx.core; print(any('BeforeMLX' in type(f).__name__ for f in sys.meta_path))"
+    assert output_of(code) == "False"
+
+
+@linux_only
+def test_mlx_imported_first_is_told_how_to_mend_it() -> None:
+    code = "import mlx.core, mlxchat; from mlxchat.ops.blas import remedy; print(remedy().reason)"
+    assert "import mlxchat first" in output_of(code)
+
+
+PRODUCT = "import mlxchat, mlx.core as mx; print(int((mx.ones((64, 64)) @ mx.ones((64, 64))).sum().item()))"
+
+
+@linux_only
+def test_off_leaves_mlx_its_own_blas_which_computes_the_same() -> None:
+    code = f"{PRODUCT}; from mlxchat.ops.blas import remedy; print(remedy().library, remedy().reason)"
+    assert output_of(code, MLXCHAT_BLAS="off") == f"{64**3}\nNone switched off by MLXCHAT_BLAS=off"
+
+
+@linux_only
+def test_a_named_library_that_is_missing_warns_what_to_do_and_mlx_still_computes() -> None:
+    done = run_python(PRODUCT, MLXCHAT_BLAS="/nowhere/libopenblas.so")
+    assert done.stdout.strip() == str(64**3)
+    assert "/nowhere/libopenblas.so" in done.stderr
+    assert "mlxchat[cpu]" in done.stderr
+
+
+@linux_only
+def test_threads_of_a_named_library_that_is_no_openblas_are_left_alone() -> None:
+    code = f"{PRODUCT}; from mlxchat.ops import blas; blas.set_blas_threads(1); print(blas.blas_threads())"
+    assert output_of(code, MLXCHAT_BLAS="libm.so.6") == f"{64**3}\nNone"
+
+
+@linux_only
+def test_the_thread_count_is_what_was_set() -> None:
+    before = blas.blas_threads()
+    if before is None:
+        pytest.skip("no OpenBLAS here")
+    try:
+        blas.set_blas_threads(1)
+        assert blas.blas_threads() == 1
+    finally:
+        blas.set_blas_threads(before)
+
+
+def test_at_least_one_core_is_available() -> None:
+    assert 1 <= blas.available_cores() <= (os.cpu_count() or 1)
+
+
+def test_the_reason_is_one_line() -> None:
+    assert blas.remedy().reason
+    assert "\n" not in blas.remedy().reason
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (130, 257, 64), (1, 300, 200)])
+@pytest.mark.parametrize("transposed", ["neither", "left", "right"])
+def test_matrix_products_equal_numpy(shape: tuple[int, int, int], transposed: str) -> None:
+    rows, inner, columns = shape
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(rows, inner)).astype(np.float32), rng.normal(size=(inner, columns)).astype(np.float32)
+    left = mx.array(a.T.copy()).T if transposed == "left" else mx.array(a)
+    right = mx.array(b.T.copy()).T if transposed == "right" else mx.array(b)
+    # Float32 rounding of sums of at most 300 products of order one.
+    np.testing.assert_allclose(np.asarray(left @ right), a.astype(np.float64) @ b.astype(np.float64), atol=1e-4)

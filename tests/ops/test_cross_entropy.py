@@ -1,0 +1,147 @@
+"""The soft-capped cross-entropy equals the textbook's, in values and gradients.
+
+Shapes: N rows (tokens), C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.ops import cross_entropy
+from mlxchat.ops.cross_entropy import cross_entropy_sum, soft_cap, token_losses
+
+WIDTH, VOCABULARY = 16, 50
+# Rows on both sides of the chunks of 64 that `small_chunks` makes.
+NUM_ROWS = [1, 63, 64, 65, 128, 200]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 1)  # so 64 rows, the least there are in a chunk
+
+
+def example(num_rows: int, *, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Hidden states, head, targets and weights; logits reach well into the bend of the cap."""
+    rng = np.random.default_rng(num_rows)
+    x = (scale * rng.normal(size=(num_rows, WIDTH))).astype(np.float32)
+    weight = rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
+    targets = rng.integers(0, VOCABULARY, num_rows).astype(np.int32)
+    return x, weight, targets, rng.normal(size=num_rows).astype(np.float32)
+
+
+def reference_losses(x: np.ndarray, weight: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    logits = 15 * np.tanh(x.astype(np.float64) @ weight.astype(np.float64).T / 15)
+    top = logits.max(-1, keepdims=True)
+    logsumexp = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
+    return logsumexp - logits[np.arange(len(targets)), targets]
+
+
+def reference_gradients(
+    x: np.ndarray, weight: np.ndarray, targets: np.ndarray, row_weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    x, weight = x.astype(np.float64), weight.astype(np.float64)
+    tanh = np.tanh(x @ weight.T / 15)
+    probabilities = np.exp(15 * tanh) / np.exp(15 * tanh).sum(-1, keepdims=True)
+    probabilities[np.arange(len(targets)), targets] -= 1
+    d_logits = probabilities * row_weights[:, None] * (1 - tanh**2)
+    return d_logits @ weight, d_logits.T @ x
+
+
+def gradients(
+    x: np.ndarray, weight: np.ndarray, targets: np.ndarray, row_weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    d_x, d_weight = mx.grad(cross_entropy_sum, argnums=(0, 1))(
+        mx.array(x), mx.array(weight), mx.array(targets), mx.array(row_weights)
+    )
+    return np.asarray(d_x), np.asarray(d_weight)
+
+
+def assert_close_in_norm(got: np.ndarray, expected: np.ndarray) -> None:
+    """Within 2e-5 of the norm: the formulas' 4e-6 and float32 sums of 200 terms."""
+    assert np.linalg.norm(got - expected) <= 2e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_the_weighted_sum_equals_the_reference_at_every_chunk_border(path: str, num_rows: int) -> None:
+    x, weight, targets, row_weights = example(num_rows)
+    got = cross_entropy_sum(mx.array(x), mx.array(weight), mx.array(targets), mx.array(row_weights)).item()
+    losses = reference_losses(x, weight, targets) * row_weights
+    # Weights of both signs cancel, so the error is measured against the sum of magnitudes.
+    assert abs(got - losses.sum()) <= 2e-6 * np.abs(losses).sum()
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_gradients_equal_the_reference_with_weights_of_both_signs(path: str, num_rows: int) -> None:
+    inputs = example(num_rows)
+    assert (inputs[3] < 0).any() or num_rows == 1
+    for got, expected in zip(gradients(*inputs), reference_gradients(*inputs), strict=True):
+        assert_close_in_norm(got, expected)
+
+
+def test_negating_the_weights_negates_the_gradients(path: str) -> None:
+    x, weight, targets, row_weights = example(100)
+    plus, minus = gradients(x, weight, targets, row_weights), gradients(x, weight, targets, -row_weights)
+    for a, b in zip(plus, minus, strict=True):
+        np.testing.assert_array_equal(a, -b)
+
+
+def test_the_gradient_is_scaled_by_what_follows_the_loss(path: str) -> None:
+    x, weight, targets, row_weights = example(100)
+    got = mx.grad(lambda x: 3 * cross_entropy_sum(x, mx.array(weight), mx.array(targets), mx.array(row_weights)))(
+        mx.array(x)
+    )
+    assert_close_in_norm(np.asarray(got), 3 * reference_gradients(x, weight, targets, row_weights)[0])
+
+
+def test_a_row_of_weight_zero_is_as_if_it_were_not_there(path: str) -> None:
+    x, weight, targets, row_weights = example(100)
+    row_weights[::3] = 0
+    kept = row_weights != 0
+    d_x, d_weight = gradients(x, weight, targets, row_weights)
+    assert (d_x[~kept] == 0).all()
+    fewer = reference_gradients(x[kept], weight, targets[kept], row_weights[kept])
+    assert_close_in_norm(d_x[kept], fewer[0])
+    assert_close_in_norm(d_weight, fewer[1])
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e15, 1e30])
+def test_huge_hidden_states_give_finite_losses_and_gradients(path: str, scale: float) -> None:
+    x, weight, targets, _ = example(70, scale=scale)
+    ones = np.ones(70, dtype=np.float32)
+    loss = cross_entropy_sum(mx.array(x), mx.array(weight), mx.array(targets), mx.array(ones)).item()
+    # Every logit is at the cap, ±15, so a loss is known by counting.
+    assert loss == pytest.approx(reference_losses(x, weight, targets).sum(), rel=1e-5)
+    assert all(np.isfinite(gradient).all() for gradient in gradients(x, weight, targets, ones))
+
+
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+def test_token_losses_equal_the_reference(path: str, num_rows: int) -> None:
+    x, weight, targets, _ = example(num_rows)
+    got = token_losses(mx.array(x), mx.array(weight), mx.array(targets))
+    # Losses reach 30 nats; their float32 sums of exponentials are within 4e-6 relative, so of the loss absolutely.
+    np.testing.assert_allclose(np.asarray(got), reference_losses(x, weight, targets), atol=2e-5)
+
+
+def test_token_losses_of_negative_targets_are_zero(path: str) -> None:
+    x, weight, targets, _ = example(70)
+    targets[[0, 5, 64, 69]] = -1
+    got = np.asarray(token_losses(mx.array(x), mx.array(weight), mx.array(targets)))
+    assert set(np.flatnonzero(got == 0)) == {0, 5, 64, 69}
+
+
+def test_a_head_of_zeros_costs_the_logarithm_of_the_vocabulary(path: str) -> None:
+    x, weight, targets, _ = example(3)
+    got = token_losses(mx.array(x), mx.zeros_like(mx.array(weight)), mx.array(targets))
+    np.testing.assert_allclose(np.asarray(got), math.log(VOCABULARY), rtol=1e-6)
+
+
+def test_the_soft_cap_bounds_logits_at_fifteen_in_float32(path: str) -> None:
+    logits = mx.array([-1e30, -20.0, -0.1, 0.0, 2.0, 1e30]).astype(mx.bfloat16)
+    got = soft_cap(logits)
+    assert got.dtype == mx.float32
+    exact = 15 * np.tanh(np.asarray(logits.astype(mx.float32), dtype=np.float64) / 15)
+    np.testing.assert_allclose(np.asarray(got), exact, rtol=1e-6)

@@ -1,0 +1,82 @@
+"""AdamW equals torch.optim.AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.optim.adamw import adamw_update
+
+BETAS = (0.8, 0.95)
+LRS = [0.2, 0.1, 0.05]
+
+
+def gradients() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    # Of all magnitudes, zero among them.
+    return [(rng.normal(size=50) * 10.0 ** rng.integers(-6, 3, 50) * (np.arange(50) > 2)) for _ in LRS]
+
+
+def start() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=50)
+
+
+def our_updates(parameter: np.ndarray, *, epsilon: float, weight_decay: float) -> list[np.ndarray]:
+    """Return the parameter after each of the updates."""
+    value = mx.array(parameter.astype(np.float32))
+    first, second = mx.zeros_like(value), mx.zeros_like(value)
+    after = []
+    for count, (gradient, lr) in enumerate(zip(gradients(), LRS, strict=True), 1):
+        value, first, second = adamw_update(
+            value, mx.array(gradient.astype(np.float32)), first, second, count=mx.array(float(count)),
+            lr=mx.array(lr), betas=BETAS, epsilon=epsilon, weight_decay=weight_decay,
+        )  # fmt: skip
+        after.append(np.asarray(value))
+    return after
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("epsilon", [1e-10, 1e-3])
+def test_three_updates_equal_the_published_formula(epsilon: float, weight_decay: float) -> None:
+    value, first, second = start(), 0.0, 0.0
+    after: list[np.ndarray] = []
+    for count, (gradient, lr) in enumerate(zip(gradients(), LRS, strict=True), 1):
+        value = value * (1 - lr * weight_decay)
+        first = BETAS[0] * first + (1 - BETAS[0]) * gradient
+        second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
+        corrected_first, corrected_second = first / (1 - BETAS[0] ** count), second / (1 - BETAS[1] ** count)
+        value = value - lr * corrected_first / (np.sqrt(corrected_second) + epsilon)
+        after.append(value)
+    for got, expected in zip(our_updates(start(), epsilon=epsilon, weight_decay=weight_decay), after, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-6)  # float32 rounding of parameters of order one
+
+
+def test_three_updates_equal_torch() -> None:
+    torch: Any = pytest.importorskip("torch")
+    parameter = torch.nn.Parameter(torch.tensor(start(), dtype=torch.float32))
+    optimizer = torch.optim.AdamW([parameter], betas=BETAS, eps=1e-10, weight_decay=0.1)
+    got = our_updates(start(), epsilon=1e-10, weight_decay=0.1)
+    for gradient, lr, ours in zip(gradients(), LRS, got, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        parameter.grad = torch.tensor(gradient, dtype=torch.float32)
+        optimizer.step()
+        np.testing.assert_allclose(ours, parameter.detach().numpy(), atol=2e-6)
+
+
+def test_the_first_update_is_the_rate_against_the_gradients_sign() -> None:
+    gradient = gradients()[0]
+    moved = our_updates(start(), epsilon=1e-10, weight_decay=0.0)[0] - start()
+    # An epsilon of 1e-10 against gradients down to 1e-8 leaves up to a hundredth.
+    np.testing.assert_allclose(moved[3:], -LRS[0] * np.sign(gradient[3:]), rtol=1e-2)
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    assert (our_updates(start(), epsilon=1e-10, weight_decay=0.0)[2][:3] == start().astype(np.float32)[:3]).all()
+
+
+def test_weight_decay_shrinks_what_has_no_gradient_by_the_rate() -> None:
+    after = our_updates(start(), epsilon=1e-10, weight_decay=0.1)[0]
+    np.testing.assert_allclose(after[:3], start()[:3] * (1 - 0.1 * LRS[0]), rtol=1e-6)

@@ -1,0 +1,174 @@
+"""Every parameter has one rule and one rate, and all of them move by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlxchat.config import OptimizerConfig
+from mlxchat.errors import ConfigError
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.optim.groups import Optimizer, clip_gradients
+
+MakeConfig = Callable[..., OptimizerConfig]
+TABLES = {"transformer.wte.weight", "lm_head.weight"}
+
+
+def random_gradients(model: GPT) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    return {name: rng.normal(size=value.shape).astype(np.float32) for name, value in flatten_parameters(model).items()}
+
+
+def updated(
+    optimizer: Optimizer, model: GPT, gradients: dict[str, np.ndarray], lr_factor: float = 1.0
+) -> dict[str, np.ndarray]:
+    new = optimizer.update(
+        flatten_parameters(model), {name: mx.array(value) for name, value in gradients.items()},
+        mx.array(lr_factor), mx.array(0.9),
+    )  # fmt: skip
+    return {name: np.asarray(value) for name, value in new.items()}
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_every_parameter_is_in_exactly_one_group(model: GPT, make_config: MakeConfig, kind: str) -> None:
+    optimizer = Optimizer(model, make_config(kind=kind), width=16)
+    grouped = [*optimizer.adamw_lrs, *(name for names in optimizer.muon_shapes.values() for name in names)]
+    assert sorted(grouped) == sorted(flatten_parameters(model))
+
+
+def test_muon_has_the_matrices_and_adamw_the_tables(model: GPT, make_config: MakeConfig) -> None:
+    assert set(Optimizer(model, make_config(), width=16).adamw_lrs) == TABLES
+
+
+def test_kind_adamw_leaves_nothing_to_muon(model: GPT, make_config: MakeConfig) -> None:
+    assert not Optimizer(model, make_config(kind="adamw"), width=16).muon_shapes
+
+
+@pytest.mark.parametrize("name", ["resid_lambdas", "transformer.h.0.attn.bias", "transformer.value_embeds.weight"])
+def test_a_parameter_of_no_group_is_named(model: GPT, make_config: MakeConfig, name: str) -> None:
+    class Foreign(nn.Module):
+        def parameters(self) -> dict[str, object]:
+            return {**flatten_parameters(model), name: mx.zeros(3)}
+
+    with pytest.raises(ConfigError, match=name):
+        Optimizer(Foreign(), make_config(), width=16)
+
+
+@pytest.mark.parametrize(("width", "scale"), [(768, 1.0), (192, 2.0), (3072, 0.5)])
+def test_table_rates_scale_with_the_root_of_the_width_and_matrix_rates_do_not(
+    model: GPT, make_config: MakeConfig, width: int, scale: float
+) -> None:
+    optimizer = Optimizer(model, make_config(), width=width)
+    assert optimizer.adamw_lrs == {
+        "transformer.wte.weight": pytest.approx(0.2 * scale),
+        "lm_head.weight": pytest.approx(0.004 * scale),
+    }
+    assert optimizer.muon_lr == 0.02
+
+
+def test_the_stages_fraction_scales_every_rate(model: GPT, make_config: MakeConfig) -> None:
+    optimizer = Optimizer(model, make_config(), width=768, lr_frac=0.02)
+    assert optimizer.adamw_lrs["transformer.wte.weight"] == pytest.approx(0.2 * 0.02)
+    assert optimizer.adamw_lrs["lm_head.weight"] == pytest.approx(0.004 * 0.02)
+    assert optimizer.muon_lr == pytest.approx(0.02 * 0.02)
+
+
+def test_the_first_update_moves_tables_by_adam_and_matrices_by_muon(model: GPT, make_config: MakeConfig) -> None:
+    gradients = random_gradients(model)
+    new = updated(Optimizer(model, make_config(), width=768), model, gradients, lr_factor=0.5)
+    for name, value in flatten_parameters(model).items():
+        moved, gradient = new[name] - np.asarray(value), gradients[name].astype(np.float64)
+        if name in TABLES:
+            lr = 0.2 if "wte" in name else 0.004
+            expected = -0.5 * lr * np.sign(gradient)
+        else:
+            u, s, v = np.linalg.svd(gradient, full_matrices=False)
+            s /= np.linalg.norm(s)
+            for _ in range(5):
+                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+            expected = -0.5 * 0.02 * np.sqrt(max(1, gradient.shape[0] / gradient.shape[1])) * (u * s) @ v
+        # A parameter of order one carries a rounding of 6e-8, which is up to 1e-5 of these steps.
+        assert np.linalg.norm(moved - expected) < 2e-4 * np.linalg.norm(expected), name
+
+
+def test_an_update_reaches_every_parameter(model: GPT, make_config: MakeConfig) -> None:
+    new = updated(Optimizer(model, make_config(), width=16), model, random_gradients(model))
+    assert new.keys() == flatten_parameters(model).keys()
+    for name, value in flatten_parameters(model).items():
+        assert (new[name] != np.asarray(value)).mean() > 0.9, name
+
+
+def test_a_rate_of_zero_changes_no_parameter_but_remembers_the_gradient(model: GPT, make_config: MakeConfig) -> None:
+    optimizer = Optimizer(model, make_config(), width=16)
+    new = updated(optimizer, model, random_gradients(model), lr_factor=0.0)
+    for name, value in flatten_parameters(model).items():
+        np.testing.assert_array_equal(new[name], np.asarray(value))
+    assert all(mx.any(value != 0).item() for value in optimizer.state.values())
+
+
+def test_moments_start_at_zero_and_state_is_arrays_only(model: GPT, make_config: MakeConfig) -> None:
+    state = Optimizer(model, make_config(), width=16).state
+    assert all(isinstance(value, mx.array) and not mx.any(value != 0).item() for value in state.values())
+    moments = sum(value.size for value in state.values()) - 1  # the count
+    counts = {name: value.size for name, value in flatten_parameters(model).items()}
+    assert moments == sum(counts.values()) + sum(counts[name] for name in TABLES)
+
+
+def test_restored_state_continues_with_the_same_bits(model: GPT, make_config: MakeConfig) -> None:
+    gradients = random_gradients(model)
+    straight = Optimizer(model, make_config(), width=16)
+    updated(straight, model, gradients)
+    resumed = Optimizer(model, make_config(), width=16)
+    for name, value in straight.state.items():
+        resumed.state[name] = mx.array(np.asarray(value))
+    first, second = updated(straight, model, gradients), updated(resumed, model, gradients)
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+# Clipping
+
+
+def arrays(*values: list[float]) -> dict[str, mx.array]:
+    return {str(index): mx.array(value) for index, value in enumerate(values)}
+
+
+def test_the_norm_is_that_of_all_gradients_together() -> None:
+    _, norm = clip_gradients(arrays([3.0, 0.0], [4.0], [12.0]), None)
+    assert norm.item() == 13.0
+
+
+def test_gradients_above_the_limit_are_scaled_as_torch_does() -> None:
+    clipped, norm = clip_gradients(arrays([3.0, -0.0], [4.0]), 1.0)
+    assert norm.item() == 5.0
+    factor = 1.0 / (5.0 + 1e-6)
+    np.testing.assert_allclose(np.asarray(clipped["0"]), [3 * factor, 0], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(clipped["1"]), [4 * factor], rtol=1e-6)
+
+
+def test_gradients_below_the_limit_are_left_alone() -> None:
+    clipped, norm = clip_gradients(arrays([0.3], [0.4]), 1.0)
+    assert norm.item() == pytest.approx(0.5)
+    assert clipped["0"].item() == np.float32(0.3)
+    assert clipped["1"].item() == np.float32(0.4)
+
+
+def test_no_limit_leaves_gradients_alone() -> None:
+    gradients = arrays([300.0], [400.0])
+    assert clip_gradients(gradients, None)[0] == gradients
+
+
+def test_clipping_equals_torch() -> None:
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).normal(size=(2, 10)).astype(np.float32)
+    parameters = [torch.nn.Parameter(torch.zeros(10)) for _ in values]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.grad = torch.tensor(value.copy())
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    clipped, _ = clip_gradients({str(i): mx.array(value) for i, value in enumerate(values)}, 1.0)
+    for index, parameter in enumerate(parameters):
+        np.testing.assert_allclose(np.asarray(clipped[str(index)]), parameter.grad.numpy(), rtol=1e-6)

@@ -1,0 +1,83 @@
+"""Schedules of rates and momentum, at their edges and against nanochat's formulas."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxchat.optim.schedule import lr_multiplier, muon_momentum
+
+PRETRAIN = {"warmup_frac": 0.0, "warmdown_frac": 0.2, "final_frac": 0.0}
+SFT = {"warmup_frac": 0.0, "warmdown_frac": 1.0, "final_frac": 0.0}
+
+
+def nanochat(it: int, n: int, warmup_frac: float, warmdown_frac: float, final_frac: float) -> float:
+    """Return base_train's get_lr_multiplier."""
+    warmup, warmdown = round(warmup_frac * n), round(warmdown_frac * n)
+    if it < warmup:
+        return (it + 1) / warmup
+    if it <= n - warmdown:
+        return 1.0
+    progress = (n - it) / warmdown
+    return progress * 1.0 + (1 - progress) * final_frac
+
+
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [(0, 1.0), (79, 1.0), (80, 1.0), (81, 0.95), (90, 0.5), (99, 0.05)],
+)
+def test_pretraining_is_constant_then_falls_over_the_last_fifth(iteration: int, expected: float) -> None:
+    assert lr_multiplier(iteration, 100, **PRETRAIN) == pytest.approx(expected)
+
+
+def test_a_warmup_rises_to_one_at_its_last_iteration() -> None:
+    values = [lr_multiplier(it, 40, warmup_frac=0.1, warmdown_frac=0.0, final_frac=0.0) for it in range(6)]
+    assert values == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_the_fall_ends_towards_the_final_fraction() -> None:
+    values = [lr_multiplier(it, 10, warmup_frac=0.0, warmdown_frac=0.5, final_frac=0.1) for it in range(5, 10)]
+    assert values == pytest.approx([1.0, 0.82, 0.64, 0.46, 0.28])
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 651])
+def test_a_fall_over_all_iterations_is_sfts_rule(n: int) -> None:
+    assert [lr_multiplier(it, n, **SFT) for it in range(n)] == pytest.approx([1 - it / n for it in range(n)])
+
+
+def test_a_training_of_one_iteration_has_the_full_rate() -> None:
+    assert lr_multiplier(0, 1, **PRETRAIN) == 1.0
+
+
+@given(
+    n=st.integers(1, 3000),
+    place=st.floats(0, 1, exclude_max=True),
+    warmup=st.floats(0, 0.4),
+    warmdown=st.floats(0, 0.6),
+    final=st.floats(0, 1),
+)
+def test_multipliers_equal_nanochats_everywhere(
+    n: int, place: float, warmup: float, warmdown: float, final: float
+) -> None:
+    it = int(place * n)
+    got = lr_multiplier(it, n, warmup_frac=warmup, warmdown_frac=warmdown, final_frac=final)
+    assert got == pytest.approx(nanochat(it, n, warmup, warmdown, final), abs=1e-12)
+    assert 0 < got <= 1
+
+
+@pytest.mark.parametrize("iteration", [100, 101, 1000])
+def test_beyond_the_end_the_rate_is_never_negative(iteration: int) -> None:
+    assert lr_multiplier(iteration, 100, **PRETRAIN) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [(0, 0.85), (1, 0.85 + 0.1 / 300), (150, 0.9), (299, 0.95 - 0.1 / 300), (300, 0.95), (9999, 0.95)],
+)
+def test_momentum_rises_from_85_to_95_percent_over_300_iterations(iteration: int, expected: float) -> None:
+    assert muon_momentum(iteration, start=0.85, end=0.95, warmup_iterations=300) == pytest.approx(expected)
+
+
+def test_momentum_without_a_warmup_is_at_its_end_at_once() -> None:
+    assert muon_momentum(0, start=0.85, end=0.95, warmup_iterations=0) == 0.95

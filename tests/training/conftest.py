@@ -1,0 +1,93 @@
+"""A small random model, its optimizer, and the context that a stage gives to the loop."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.config import MachineConfig, OptimizerConfig
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.ops.device import backend
+from mlxchat.optim.groups import Optimizer
+from mlxchat.runner.context import Context
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    backend.cache_clear()
+    yield
+    mx.set_default_device(before)
+    backend.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["the cat sat on the mat and the dog sat on the log " * 5], 280)
+
+
+@pytest.fixture
+def make_model() -> Callable[[], GPT]:
+    def make() -> GPT:
+        """Return the same small model each time; none of its projections is zero, as nanochat's initial ones are."""
+        model = GPT(
+            GPTSizes(
+                vocab_size=280, num_layers=2, num_heads=4, num_kv_heads=2, width=32, context_tokens=64, rope_theta=1e4
+            )
+        )
+        rng = np.random.default_rng(7)
+        weights = {
+            name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.2, size=value.shape).astype(np.float32))
+            for name, value in flatten_parameters(model).items()
+        }
+        set_parameters(model, weights)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_optimizer() -> Callable[..., Optimizer]:
+    def make(model: GPT, **changes: Any) -> Optimizer:
+        config = OptimizerConfig(
+            kind="muon", matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, reference_width=768, weight_decay=0.0,
+            adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-10, momentum_start=0.85, momentum_end=0.95,
+            momentum_warmup_iterations=300, newton_schulz_iterations=5, grad_clip=1.0,
+        )  # fmt: skip
+        return Optimizer(model, replace(config, **changes), width=model.sizes.width)
+
+    return make
+
+
+@pytest.fixture
+def make_context(tmp_path: Path) -> Callable[..., Context]:
+    def make(name: str = "run", stop_signal: Callable[[], int | None] = lambda: None, **machine: Any) -> Context:
+        """Return a context whose work lies in a folder of this name, so that a second attempt continues a first."""
+        defaults = MachineConfig(
+            device="cpu", compute_dtype="float32", device_batch_tokens=64, checkpoint_seconds=1e9, log_every=1,
+            memory_limit_bytes=None, cache_limit_bytes=None, blas_threads=1,
+        )  # fmt: skip
+        work, out = tmp_path / name / "work", tmp_path / name / "out"
+        for folder in (work, out):
+            folder.mkdir(parents=True, exist_ok=True)
+        config: Any = SimpleNamespace(machine=replace(defaults, **machine))
+        return Context(
+            step="toy", stage="toy", config=config, inputs={}, input_steps={}, out=out, work=work, root_seed=0,
+            stop_signal=stop_signal, on_metrics=lambda step, record: None,
+        )  # fmt: skip
+
+    return make

@@ -1,0 +1,213 @@
+"""The loop: what it records, when it calls, and that an interrupted training ends as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlxchat.config import ScheduleConfig
+from mlxchat.errors import Interrupted
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.optim.groups import Optimizer
+from mlxchat.runner.context import Context
+from mlxchat.training.batches import RowBatches
+from mlxchat.training.loop import Hook, Meter, fit
+
+MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
+NUM_ITERATIONS = 6
+SCHEDULE = ScheduleConfig(init_lr_frac=1.0, warmup_frac=0.2, warmdown_frac=0.5, final_lr_frac=0.0)
+
+
+class CountedRows:
+    """Rows that follow from their number, which is all the position there is."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+        row = np.random.default_rng(self.number).integers(0, 280, 17).astype(np.int32)
+        self.number += 1
+        return row[:-1], row[1:]
+
+    def state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+class Crash(Exception):
+    """What a power cut is to a process."""
+
+
+@pytest.fixture
+def train(
+    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer
+) -> Callable[..., tuple[Context, dict[str, np.ndarray]]]:
+    def run(
+        name: str, *, stop_after: int | None = None, hooks: list[Hook] | None = None, **machine: Any
+    ) -> tuple[Context, dict[str, np.ndarray]]:
+        """Train, from where an earlier attempt of this name stopped; return the context and all arrays at the end."""
+        model, rows = make_model(), CountedRows()
+        optimizer = make_optimizer(model)
+        stop = (lambda: 15 if rows.number >= 3 * stop_after else None) if stop_after is not None else (lambda: None)
+        ctx = make_context(name, stop, **machine)
+        fit(
+            ctx, model, optimizer, RowBatches(rows, 3), num_iterations=NUM_ITERATIONS, schedule=SCHEDULE,
+            hooks=hooks or [],
+        )  # fmt: skip
+        arrays = flatten_parameters(model) | optimizer.state
+        return ctx, {key: np.array(value) for key, value in arrays.items()}
+
+    return run
+
+
+def records(ctx: Context) -> list[dict[str, Any]]:
+    return ctx.records("metrics").read()
+
+
+def same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(one[key].tobytes() == other[key].tobytes() for key in one)
+
+
+def reproducible(ctx: Context) -> list[dict[str, Any]]:
+    """Return the records without what clocks and memory say."""
+    measured = ("tokens_per_second", "elapsed_seconds", "peak_memory_bytes")
+    return [{key: value for key, value in record.items() if key not in measured} for record in records(ctx)]
+
+
+# Records
+
+
+def test_every_iteration_is_recorded_with_its_numbers(train: Callable[..., Any]) -> None:
+    ctx, _ = train("run")
+    assert [record["iteration"] for record in records(ctx)] == [1, 2, 3, 4, 5, 6]
+    for record in records(ctx):
+        assert {
+            "loss",
+            "lr_multiplier",
+            "grad_norm",
+            "tokens_per_second",
+            "elapsed_seconds",
+            "peak_memory_bytes",
+        } <= set(record)
+        assert record["tokens_per_second"] > 0
+        assert 0 < record["loss"] < 20
+
+
+def test_records_may_be_rarer_but_the_last_iteration_has_one(train: Callable[..., Any]) -> None:
+    ctx, _ = train("run", log_every=4)
+    assert [record["iteration"] for record in records(ctx)] == [4, 6]
+
+
+def test_the_schedule_sets_the_rate_of_each_iteration(train: Callable[..., Any]) -> None:
+    ctx, _ = train("run")
+    assert [record["lr_multiplier"] for record in records(ctx)] == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3])
+
+
+def test_the_final_numbers_are_in_the_metrics_of_the_step(train: Callable[..., Any]) -> None:
+    ctx, _ = train("run")
+    assert ctx.metrics["loss"] == pytest.approx(records(ctx)[-1]["smooth_loss"])
+    assert ctx.metrics["tokens_per_second"] > 0
+
+
+def test_the_smoothed_loss_is_an_unbiased_mean_of_decay_nine_tenths() -> None:
+    meter, losses = Meter(), [5.0, 4.0, 3.5, 3.0]
+    for loss in losses:
+        meter.add(loss, 10, 1.0)
+    weights = 0.9 ** np.arange(3, -1, -1)
+    assert meter.loss == pytest.approx(float(weights @ losses / weights.sum()))
+
+
+# Hooks
+
+
+@pytest.mark.parametrize(
+    ("every", "at_start", "called"),
+    [(None, False, [6]), (2, False, [2, 4, 6]), (2, True, [0, 2, 4, 6]), (4, True, [0, 4, 6]), (None, True, [0, 6])],
+)
+def test_a_hook_is_called_at_its_cadence_and_once_at_the_end(
+    train: Callable[..., Any], every: int | None, at_start: bool, called: list[int]
+) -> None:
+    calls: list[int] = []
+
+    def note(iteration: int) -> dict[str, float]:
+        calls.append(iteration)
+        return {"val_loss": float(iteration)}
+
+    ctx, _ = train("run", hooks=[Hook(run=note, every=every, at_start=at_start)])
+    assert calls == called
+    assert [record["iteration"] for record in records(ctx) if "val_loss" in record] == called
+    assert ctx.metrics["val_loss"] == 6.0
+
+
+# Interruption
+
+
+def test_a_repeated_training_gives_the_same_bits(train: Callable[..., Any]) -> None:
+    (first, one), (second, other) = train("one"), train("other")
+    assert same_bits(one, other)
+    assert reproducible(first) == reproducible(second)
+
+
+@pytest.mark.parametrize("stops", [[1], [3], [5], [2, 4], [1, 2, 3, 4, 5]], ids=str)
+def test_an_interrupted_training_ends_with_the_same_bits(train: Callable[..., Any], stops: list[int]) -> None:
+    straight, expected = train("straight")
+    for stop in stops:
+        with pytest.raises(Interrupted, match=f"iteration {stop} of 6"):
+            train("interrupted", stop_after=stop)
+    ctx, got = train("interrupted")
+    assert ctx.resumed_from == stops[-1]
+    assert same_bits(got, expected)
+    assert reproducible(ctx) == reproducible(straight)
+
+
+def test_a_signal_during_the_last_iteration_lets_it_end(train: Callable[..., Any]) -> None:
+    assert same_bits(train("interrupted", stop_after=NUM_ITERATIONS)[1], train("straight")[1])
+
+
+def test_an_interruption_keeps_the_number_of_its_signal(train: Callable[..., Any]) -> None:
+    with pytest.raises(Interrupted) as caught:
+        train("interrupted", stop_after=1)
+    assert caught.value.exit_code == 128 + 15
+
+
+def crash_at(iteration: int, done: dict[str, bool]) -> Hook:
+    def run(now: int) -> dict[str, float]:
+        if now == iteration and not done.get("crashed"):
+            done["crashed"] = True
+            raise Crash
+        return {"val_loss": float(now)}
+
+    return Hook(run=run, every=1, at_start=True)
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9], ids=["saved every iteration", "never saved"])
+@pytest.mark.parametrize("iteration", [1, 3, 5])
+def test_a_killed_training_ends_with_the_same_bits_and_records(
+    train: Callable[..., Any], iteration: int, checkpoint_seconds: float
+) -> None:
+    """It continues from its last save, or from the beginning, and what it did after that leaves no trace."""
+    straight, expected = train("straight", hooks=[crash_at(99, {})])
+    crashed: dict[str, bool] = {}
+    with pytest.raises(Crash):
+        train("killed", hooks=[crash_at(iteration, crashed)], checkpoint_seconds=checkpoint_seconds)
+    ctx, got = train("killed", hooks=[crash_at(iteration, crashed)], checkpoint_seconds=checkpoint_seconds)
+    assert same_bits(got, expected)
+    assert reproducible(ctx) == reproducible(straight)
+
+
+@pytest.mark.parametrize("damage", ["arrays.safetensors", "state.json"])
+def test_a_save_that_a_crash_damaged_is_not_used(train: Callable[..., Any], tmp_path: Path, damage: str) -> None:
+    expected = train("straight")[1]
+    with pytest.raises(Interrupted):
+        train("damaged", stop_after=3)
+    (path,) = (tmp_path / "damaged").rglob(damage)
+    path.write_bytes(path.read_bytes()[:-20])
+    ctx, got = train("damaged")
+    assert ctx.resumed_from is None
+    assert same_bits(got, expected)

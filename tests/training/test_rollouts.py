@@ -1,0 +1,278 @@
+"""RL: who is rewarded, which tokens are trained, and how much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.config import RLConfig
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Completion, Engine
+from mlxchat.model.gpt import GPT
+from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.optim.groups import Optimizer
+from mlxchat.training.rollouts import Rollouts, centre_rewards, pass_at_k, weighted_batch
+from mlxchat.training.step import Batch, TrainStep
+
+PAD = 275
+
+
+def completion(ids: list[int], mask: list[int] | None = None) -> Completion:
+    return Completion(ids=ids, mask=mask or [1] * len(ids), finished=True)
+
+
+# Two prompts with two answers each; the third answer has a tool's output, 30 and 31, that was forced.
+PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [4, 5]]
+ANSWERS = [
+    completion([10, 11, PAD]),
+    completion([12, PAD]),
+    completion([20, 30, 31, 21, PAD], [1, 0, 0, 1, 1]),
+    completion([22]),
+]
+ADVANTAGES = np.array([0.5, -0.5, -0.25, 0.25])
+SAMPLED_TOKENS = 3 + 2 + 3 + 1
+
+
+def batch(advantages: np.ndarray = ADVANTAGES) -> Batch:
+    return weighted_batch(PROMPTS, ANSWERS, advantages, padding=PAD)
+
+
+# Advantages
+
+
+def test_an_advantage_is_the_reward_less_the_mean_of_its_question() -> None:
+    got = centre_rewards(np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    np.testing.assert_array_equal(got, [[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]])
+
+
+# Weights
+
+
+def test_exactly_the_sampled_tokens_have_a_weight() -> None:
+    made = batch()
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        whole = [*prompt, *answer.ids]
+        assert made.ids[row, : len(whole)].tolist() == whole
+        sampled = [0] * (len(prompt) - 1) + answer.mask
+        assert (made.weights[row] != 0).tolist()[: len(sampled)] == [bool(bit) for bit in sampled]
+        assert not made.weights[row, len(sampled) :].any()
+
+
+def test_a_weight_is_the_advantage_over_the_sampled_tokens_of_all_rows() -> None:
+    made = batch()
+    for row, advantage in enumerate(ADVANTAGES):
+        assert set(made.weights[row][made.weights[row] != 0].tolist()) == {np.float32(advantage / SAMPLED_TOKENS)}
+
+
+def test_targets_are_the_sampled_tokens_the_end_among_them_and_nothing_else() -> None:
+    made = batch()
+    assert made.targets[0, :5].tolist() == [-1, -1, 10, 11, PAD]
+    assert made.targets[2, :6].tolist() == [-1, 20, -1, -1, 21, PAD]
+    assert ((made.targets >= 0) == (made.weights != 0)).all()
+
+
+def test_rows_without_advantage_are_left_out_but_count_in_the_divisor() -> None:
+    made = batch(np.array([0.5, -0.5, 0.0, 0.0]))
+    assert np.abs(made.weights).sum() == pytest.approx((3 * 0.5 + 2 * 0.5) / SAMPLED_TOKENS)
+    assert not (made.ids == 20).any()
+
+
+def test_shapes_repeat_so_that_few_are_compiled() -> None:
+    shapes = {
+        weighted_batch([[1]] * rows, [completion([7] * length)] * rows, np.ones(rows), padding=PAD).ids.shape
+        for rows in (1, 7, 16)
+        for length in (1, 20, 31)
+    }
+    assert shapes == {(16, 32)}
+
+
+def test_no_advantage_at_all_makes_a_batch_without_targets() -> None:
+    made = batch(np.zeros(4))
+    assert (made.targets < 0).all()
+    assert not made.weights.any()
+
+
+# The loss
+
+
+def as_nanochat(model: GPT, advantages: np.ndarray) -> float:
+    """Return −Σ log p × advantage / sampled tokens, row by row without padding."""
+    total = 0.0
+    for prompt, answer, advantage in zip(PROMPTS, ANSWERS, advantages, strict=True):
+        ids = mx.array([prompt + answer.ids])
+        losses = token_losses(model.hidden(ids[:, :-1])[0], model.lm_head.weight, ids[0, 1:])
+        sampled = np.array([0] * (len(prompt) - 1) + answer.mask)
+        total += advantage * float((np.asarray(losses) * sampled).sum())
+    return total / SAMPLED_TOKENS
+
+
+@pytest.mark.parametrize("advantages", [ADVANTAGES, np.array([0.5, -0.5, 0.0, 0.0])], ids=["all", "some"])
+@pytest.mark.parametrize("micro_tokens", [64, 10_000])
+def test_the_loss_is_the_advantage_times_the_cross_entropy_of_sampled_tokens(
+    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer], advantages: np.ndarray, micro_tokens: int
+) -> None:
+    model = make_model()
+    expected = as_nanochat(model, advantages)
+    step = TrainStep(model, make_optimizer(model), micro_tokens=micro_tokens, dtype=mx.float32)
+    assert step(batch(advantages), 1.0, 0.9)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_leaving_rows_out_changes_no_gradient(
+    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer]
+) -> None:
+    """Against the same rows left in with a weight of zero."""
+    advantages = np.array([0.5, -0.5, 0.0, 0.0])
+    lean, full = batch(advantages), batch()
+    kept = np.concatenate([full.weights[:2], np.zeros_like(full.weights[2:])])
+    padded = Batch(full.ids, full.targets, kept)
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model), micro_tokens=10_000, dtype=mx.float32)
+    (one, got), (other, expected) = (
+        step._loss_and_gradients(mx.array(each.ids), mx.array(each.targets), mx.array(each.weights))
+        for each in (lean, padded)
+    )
+    assert one.item() == pytest.approx(other.item(), rel=1e-6)
+    for name in expected:
+        np.testing.assert_allclose(np.asarray(got[name]), np.asarray(expected[name]), atol=1e-6)
+
+
+def test_rewarded_answers_become_likelier_and_others_less(
+    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer]
+) -> None:
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model), micro_tokens=10_000, dtype=mx.float32)
+    advantages = np.array([1.0, -1.0, 0.0, 0.0])
+    first, second = np.eye(4)[:2]
+    good, bad = as_nanochat(model, first), as_nanochat(model, second)
+    for _ in range(3):
+        step(batch(advantages), 0.2, 0.9)
+    assert as_nanochat(model, first) < good
+    assert as_nanochat(model, second) > bad
+
+
+# Questions
+
+
+class Numbers:
+    """A task whose question is its number; an answer is right if it is the letter 'a'."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": str(index)}, {"role": "assistant", "content": "a"}]}
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        return response.startswith("a")
+
+
+class ScriptedEngine:
+    """An engine whose k-th answer to a question is decided by `right(question, k)`."""
+
+    def __init__(self, tokenizer: Tokenizer, right: Callable[[int, int], bool]) -> None:
+        self.tokenizer, self.right = tokenizer, right
+        self.asked: list[list[int]] = []
+        self.seeds: list[int] = []
+
+    def complete(self, prompts: list[list[int]], *, seed: int, **settings: Any) -> list[Completion]:
+        questions = [int("".join(c for c in self.tokenizer.decode(prompt[1:]) if c.isdigit())) for prompt in prompts]
+        self.asked.append(questions)
+        self.seeds.append(seed)
+        drawn: dict[int, int] = {}
+        answers = []
+        for question in questions:
+            sample = drawn.get(question, 0)
+            drawn[question] = sample + 1
+            text = "a" if self.right(question, sample) else "b"
+            answers.append(completion([*self.tokenizer.encode(text), self.tokenizer.assistant_end]))
+        return answers
+
+
+def settings(**changes: Any) -> RLConfig:
+    return RLConfig(
+        **{"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 8, "temperature": 1.0,
+           "top_k": 50, "eval_samples": 4} | changes
+    )  # fmt: skip
+
+
+def rollouts(
+    engine: Any, task: Any, log: Callable[[dict[str, Any]], None] = lambda record: None, **changes: Any
+) -> Rollouts:
+    return Rollouts(engine, task, settings(**changes), seed=3, log=log)
+
+
+def test_a_pass_asks_every_question_once_in_a_shuffled_order(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
+    source = rollouts(engine, Numbers(10))
+    for iteration in range(5):
+        source.next_batch(iteration)
+    asked = [question for batch in engine.asked for question in batch[::4]]
+    assert sorted(asked) == list(range(10))
+    assert asked != sorted(asked)
+    assert all(batch == [question for question in batch[::4] for _ in range(4)] for batch in engine.asked)
+
+
+def test_each_iteration_draws_with_a_seed_of_its_own(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
+    source = rollouts(engine, Numbers(4))
+    for iteration in range(8):
+        source.next_batch(iteration)
+    assert len(set(engine.seeds)) == 8
+
+
+def test_rewards_and_lengths_are_logged(tokenizer: Tokenizer) -> None:
+    log: list[dict[str, Any]] = []
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample < 1)
+    source = rollouts(engine, Numbers(4), log.append)
+    source.next_batch(2)
+    assert log == [{"iteration": 3, "reward": 0.25, "completion_tokens": 2.0, "finished": 1.0}]
+    assert source.mean_reward == 0.25
+
+
+def test_the_batch_of_an_iteration_is_weighted_by_its_rewards(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample < 1)
+    made = rollouts(engine, Numbers(4)).next_batch(0)
+    # Two questions, one right answer of four each, two tokens per answer: 16 sampled tokens.
+    weights = made.weights[made.weights != 0]
+    assert sorted(weights.tolist()) == pytest.approx([-0.25 / 16] * 12 + [0.75 / 16] * 4)
+
+
+def test_an_iterations_batch_does_not_depend_on_what_came_before(
+    make_model: Callable[[], GPT], tokenizer: Tokenizer
+) -> None:
+    """So that a resumed training samples what it would have sampled."""
+    task: Any = Numbers(6)
+    task.evaluate = lambda conversation, response: len(response) % 2 == 0
+    straight, resumed = (rollouts(Engine(make_model(), tokenizer), task) for _ in range(2))
+    straight.next_batch(0)
+    expected = straight.next_batch(1)
+    resumed.restore(straight.state())
+    got = resumed.next_batch(1)
+    for name in ("ids", "targets", "weights"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+
+
+# pass@k
+
+
+def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer: Tokenizer) -> None:
+    outcomes = [[0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]]
+    engine: Any = ScriptedEngine(tokenizer, lambda question, sample: bool(outcomes[question][sample]))
+    got = pass_at_k(engine, Numbers(5), settings(), seed=0)  # type: ignore[arg-type]
+    assert got == {"pass_at_1": 0.2, "pass_at_2": 0.4, "pass_at_3": 0.6, "pass_at_4": 0.8}
+
+
+def test_pass_at_k_asks_every_problem_also_beyond_one_pass(tokenizer: Tokenizer) -> None:
+    """128 rows are answered at a time: 32 problems of four samples."""
+    engine: Any = ScriptedEngine(tokenizer, lambda question, sample: question % 2 == 0)
+    assert pass_at_k(engine, Numbers(70), settings(), seed=0)["pass_at_1"] == 0.5  # type: ignore[arg-type]
+    assert sorted({question for batch in engine.asked for question in batch}) == list(range(70))
+    assert max(map(len, engine.asked)) <= 128
+    assert len(set(engine.seeds)) == len(engine.asked)

@@ -1,0 +1,214 @@
+"""One iteration: the micro-batches do not matter, every target counts once, and the masters stay float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.data.packing import IGNORED
+from mlxchat.model import gpt
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.ops import attention, cross_entropy
+from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.optim.groups import Optimizer
+from mlxchat.training.step import Batch, TrainStep, mean_batch
+
+MakeModel, MakeOptimizer = Callable[[], GPT], Callable[..., Optimizer]
+ROW_TOKENS = 16
+
+
+def rows(count: int, *, seed: int = 0, targets_per_row: list[int] | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Random rows; where numbers are given, only so many targets of each row count."""
+    rng, made = np.random.default_rng(seed), []
+    for row in range(count):
+        ids = rng.integers(0, 280, ROW_TOKENS + 1).astype(np.int32)
+        targets = ids[1:].copy()
+        if targets_per_row is not None:
+            targets[targets_per_row[row] :] = IGNORED
+        made.append((ids[:-1], targets))
+    return made
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two code paths computes; the GPU's is run on the CPU, where its products are exact."""
+    for module in (attention, cross_entropy, gpt):
+        monkeypatch.setattr(module, "backend", lambda: request.param)
+    return str(request.param)
+
+
+def losses_of(model: GPT, batch: Batch) -> np.ndarray:
+    hidden = model.hidden(mx.array(batch.ids)).reshape(-1, model.sizes.width)
+    return np.asarray(token_losses(hidden, model.lm_head.weight, mx.array(batch.targets.reshape(-1))))
+
+
+def arrays(model: GPT) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in flatten_parameters(model).items()}
+
+
+def train(
+    model: GPT, optimizer: Optimizer, batches: list[Batch], *, micro_rows: int = 100, dtype: mx.Dtype = mx.float32
+) -> list[tuple[float, float]]:
+    step = TrainStep(model, optimizer, micro_tokens=micro_rows * ROW_TOKENS, dtype=dtype)
+    return [step(batch, 1.0, 0.9) for batch in batches]
+
+
+# The loss
+
+
+@pytest.mark.parametrize("micro_rows", [1, 2, 100])
+def test_the_loss_is_the_mean_over_all_targets_whatever_row_they_are_in(
+    make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int
+) -> None:
+    """The mean of the micro-batches' means, which nanochat takes, would be another number."""
+    model = make_model()
+    batch = mean_batch(rows(4, targets_per_row=[16, 1, 3, 0]))
+    losses = losses_of(model, batch)
+    ((loss, _),) = train(model, make_optimizer(model), [batch], micro_rows=micro_rows)
+    assert loss == pytest.approx(losses.sum() / 20, rel=1e-5)
+    means = [losses[:16].mean(), losses[16:17].mean(), losses[32:35].mean()]
+    assert abs(loss - np.mean(means)) > 1e-3
+
+
+def test_a_batch_weighs_each_target_alike_and_ignored_ones_not() -> None:
+    batch = mean_batch(rows(3, targets_per_row=[5, 0, 3]))
+    assert batch.weights.dtype == np.float32
+    assert batch.weights.sum() == pytest.approx(1)
+    assert ((batch.weights > 0) == (batch.targets >= 0)).all()
+    assert len(set(batch.weights[batch.weights > 0].tolist())) == 1
+
+
+def test_a_batch_without_targets_changes_nothing(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+    model = make_model()
+    before = arrays(model)
+    assert train(model, make_optimizer(model), [mean_batch(rows(2, targets_per_row=[0, 0]))]) == [(0.0, 0.0)]
+    for name, value in arrays(model).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+# Gradients
+
+
+def test_gradients_are_the_slopes_of_the_loss(path: str, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+    """Against central differences along a random direction of each parameter."""
+    model, batch = make_model(), mean_batch(rows(3))
+    inputs = mx.array(batch.ids), mx.array(batch.targets), mx.array(batch.weights)
+    step = TrainStep(model, make_optimizer(model), micro_tokens=1000, dtype=mx.float32)
+    _, gradients = step._loss_and_gradients(*inputs)
+    start, rng = flatten_parameters(model), np.random.default_rng(0)
+    for name, value in start.items():
+        direction = rng.normal(size=value.shape).astype(np.float32)
+        direction /= np.linalg.norm(direction)
+        # A part of the gradient, so that the slope is not lost in rounding.
+        direction += np.asarray(gradients[name]) / np.linalg.norm(np.asarray(gradients[name]))
+        ends = []
+        for sign in (1, -1):
+            set_parameters(model, start | {name: value + sign * 1e-2 * mx.array(direction)})
+            ends.append(losses_of(model, batch).astype(np.float64).mean())
+        set_parameters(model, start)
+        slope = float((np.asarray(gradients[name]) * direction).sum())
+        # Differences of 0.01 in float32 are good for about one percent.
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2), name
+
+
+def test_the_norm_is_reported_before_clipping(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+    model, batch = make_model(), mean_batch(rows(3))
+    step = TrainStep(model, make_optimizer(model, grad_clip=0.01), micro_tokens=1000, dtype=mx.float32)
+    _, gradients = step._loss_and_gradients(mx.array(batch.ids), mx.array(batch.targets), mx.array(batch.weights))
+    expected = np.sqrt(sum((np.asarray(value, dtype=np.float64) ** 2).sum() for value in gradients.values()))
+    assert step(batch, 1.0, 0.9)[1] == pytest.approx(expected, rel=1e-5)
+    assert expected > 0.1
+
+
+def test_weights_of_zero_take_a_row_out(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+    made = rows(3)
+    few, many = mean_batch(made[:2]), mean_batch(made)
+    padded = Batch(many.ids, many.targets, np.concatenate([few.weights, np.zeros((1, ROW_TOKENS), np.float32)]))
+    first, second = make_model(), make_model()
+    (one,), (other,) = train(first, make_optimizer(first), [few]), train(second, make_optimizer(second), [padded])
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize("micro_rows", [1, 2, 3, 4, 5])
+def test_accumulation_equals_the_whole_batch(
+    make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int
+) -> None:
+    """Also where the last micro-batch is smaller."""
+    batches = [mean_batch(rows(6, seed=seed, targets_per_row=[16, 2, 9, 0, 16, 5])) for seed in range(3)]
+    whole, parts, start = make_model(), make_model(), arrays(make_model())
+    expected = train(whole, make_optimizer(whole), batches)
+    got = train(parts, make_optimizer(parts), batches, micro_rows=micro_rows)
+    # Other sums of the same float32 numbers; Adam's root and Muon's iteration amplify the rounding.
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    for name, value in arrays(whole).items():
+        moved = np.linalg.norm(value - start[name])
+        assert np.linalg.norm(arrays(parts)[name] - value) < 2e-3 * moved, name
+
+
+def test_a_row_longer_than_a_micro_batch_is_computed_all_the_same(
+    make_model: MakeModel, make_optimizer: MakeOptimizer
+) -> None:
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model), micro_tokens=1, dtype=mx.float32)
+    assert np.isfinite(step(mean_batch(rows(2)), 1.0, 0.9)).all()
+
+
+# Compilation
+
+
+@pytest.mark.parametrize(("micro_rows", "traces"), [(100, 1), (2, 1), (4, 2)])
+def test_changing_rates_and_data_trace_nothing_again(
+    make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int, traces: int
+) -> None:
+    """One trace per shape of a micro-batch: six rows by four leave one of two rows."""
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model), micro_tokens=micro_rows * ROW_TOKENS, dtype=mx.float32)
+    for iteration in range(4):
+        step(mean_batch(rows(6, seed=iteration)), 1.0 - 0.1 * iteration, 0.85 + 0.01 * iteration)
+    assert step.num_traces == traces
+
+
+def test_the_rate_is_the_one_of_this_iteration(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model), micro_tokens=1000, dtype=mx.float32)
+    batch = mean_batch(rows(2))
+    step(batch, 1.0, 0.9)
+    before = arrays(model)
+    step(batch, 0.0, 0.9)
+    for name, value in arrays(model).items():
+        np.testing.assert_array_equal(value, before[name])
+    step(batch, 0.5, 0.9)
+    assert all((value != before[name]).any() for name, value in arrays(model).items())
+
+
+# Precision
+
+
+@pytest.mark.parametrize("micro_rows", [1, 100])
+def test_bfloat16_computes_beside_float32_masters(
+    path: str, make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int
+) -> None:
+    exact, coarse = make_model(), make_model()
+    batches = [mean_batch(rows(3, seed=seed)) for seed in range(2)]
+    optimizer = make_optimizer(coarse)
+    expected = train(exact, make_optimizer(exact), batches)
+    got = train(coarse, optimizer, batches, micro_rows=micro_rows, dtype=mx.bfloat16)
+    masters = flatten_parameters(coarse)
+    assert {value.dtype for value in masters.values()} == {mx.float32}
+    assert {value.dtype for value in optimizer.state.values()} == {mx.float32}
+    # More digits than bfloat16 has, so they were never rounded to it.
+    assert all((value != value.astype(mx.bfloat16).astype(mx.float32)).any().item() for value in masters.values())
+    np.testing.assert_allclose(got, expected, rtol=0.05)  # eight bits of mantissa
+    assert got != expected
+
+
+def test_a_few_steps_learn_a_batch_by_heart(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+    model, batch = make_model(), mean_batch(rows(2))
+    results = train(model, make_optimizer(model), [batch] * 40)
+    assert results[-1][0] < 0.2 * results[0][0]
