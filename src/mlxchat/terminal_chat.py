@@ -31,9 +31,7 @@ class Chat:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
-    def load(
-        cls, folder: Path, *, temperature: float, top_k: int | None, max_tokens: int, seed: int
-    ) -> Chat:
+    def load(cls, folder: Path, *, temperature: float, top_k: int | None, max_tokens: int, seed: int) -> Chat:
         """Load a checkpoint artifact.
 
         Raises:

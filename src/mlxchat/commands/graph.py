@@ -36,9 +36,7 @@ def draw_mermaid(plan: list[PlannedStep]) -> str:
 def draw_tree(plan: list[PlannedStep]) -> str:
     """Return the steps as a tree: each hangs on the input that is made last; further inputs are named beside it."""
     position = {step.name: index for index, step in enumerate(plan)}
-    parent = {
-        step.name: max(step.inputs.values(), key=lambda source: position[source]) for step in plan if step.inputs
-    }
+    parent = {step.name: max(step.inputs.values(), key=lambda source: position[source]) for step in plan if step.inputs}
     lines: list[str] = []
 
     def draw(step: PlannedStep, before: str, last: bool) -> None:

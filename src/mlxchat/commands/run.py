@@ -77,9 +77,7 @@ def run_pipeline(composed: Composed) -> Path | None:
 
 def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     """Return the plan of a configuration."""
-    return make_plan(
-        config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force
-    )
+    return make_plan(config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force)
 
 
 def _start_run(composed: Composed, plan: list[PlannedStep], store: Store) -> Path:

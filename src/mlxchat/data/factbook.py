@@ -106,9 +106,7 @@ def files() -> list[Path]:
 
 def _name(code: str, sections: dict[str, Any]) -> str:
     titles = sections.get("Government", {}).get("Country name", {})
-    forms = [
-        clean(titles.get(f"conventional {form} form", {}).get("text", "none")) for form in ("short", "long")
-    ]
+    forms = [clean(titles.get(f"conventional {form} form", {}).get("text", "none")) for form in ("short", "long")]
     known = [form for form in forms if form and form != "none"]
     name = _NAMES.get(code) or (known[0] if known else code)
     name = ascii_form(re.sub(r"\s*\([^)]*\)|,.*", "", name))
@@ -158,10 +156,7 @@ class Fact:
         return FIELDS[self.field].state(self.country, self.value, wording)
 
 
-_REGIONS = (
-    "Africa|Southeast Asia|Middle East|South America|Central America|North America|Caribbean|Oceania"
-    "|Asia|Europe"
-)
+_REGIONS = "Africa|Southeast Asia|Middle East|South America|Central America|North America|Caribbean|Oceania|Asia|Europe"
 # Regions of which one may be taken for another: neither is a wrong answer where the other is right.
 _REGION_GROUPS = ("Asia|Southeast Asia|Middle East", "North America|Central America|Caribbean")
 _CURRENCY_SHORT = {"Financiere": "CFA franc", "Comptoirs": "CFP franc", "Renminbi": "yuan", "markas": "mark"}
@@ -224,9 +219,7 @@ def _region(country: Country) -> list[str]:
     if reference == "Central America and the Caribbean":
         found = ["Central America" if "Central America" in place else "Caribbean"]
     groups = [group.split("|") for group in _REGION_GROUPS]
-    return found + [
-        near for group in groups for near in group if found and found[0] in group and near not in found
-    ]
+    return found + [near for group in groups for near in group if found and found[0] in group and near not in found]
 
 
 def _nationality(country: Country) -> list[str]:

@@ -86,9 +86,7 @@ class BestFitBuffer:
 class DocumentRows:
     """Rows of a corpus, best fit with cropping; every token but the row's first is a target."""
 
-    def __init__(
-        self, corpus: Path, split: str, tokenizer: Tokenizer, row_tokens: int, buffer_documents: int
-    ) -> None:
+    def __init__(self, corpus: Path, split: str, tokenizer: Tokenizer, row_tokens: int, buffer_documents: int) -> None:
         """Start at the split's first document."""
         self._cursor = DocumentCursor(corpus, split)
         self._tokenizer, self._row_tokens, self._wanted = tokenizer, row_tokens, buffer_documents

@@ -31,9 +31,7 @@ class LayerKVCache:
         own = mx.arange(total - tokens, total)[:, None]
         # A padding token may see itself, or its row of the softmax would be empty and its values not finite.
         visible = (position <= own) & (position >= self.starts[:, None, None]) | (position == own)
-        return mx.fast.scaled_dot_product_attention(
-            q, keys, values, scale=q.shape[-1] ** -0.5, mask=visible[:, None]
-        )
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=q.shape[-1] ** -0.5, mask=visible[:, None])
 
     def keep_rows(self, rows: mx.array) -> None:
         """Go on with these rows of the batch only."""

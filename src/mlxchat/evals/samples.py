@@ -16,9 +16,7 @@ def continue_prompts(
     return _complete(model, tokenizer, prompts, ids, max_new_tokens)
 
 
-def answer_prompts(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
-) -> list[tuple[str, str]]:
+def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int) -> list[tuple[str, str]]:
     """Return each prompt with the model's greedy answer as an assistant."""
     rendered = [
         render_for_completion(tokenizer, {"messages": [{"role": "user", "content": prompt}]}) for prompt in prompts

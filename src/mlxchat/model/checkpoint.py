@@ -82,9 +82,7 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     set_parameters(model, {name: mx.array(value) for name, value in arrays.items()})
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != sizes.vocab_size:
-        raise DataError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}"
-        )
+        raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}")
     return model, tokenizer, facts
 
 

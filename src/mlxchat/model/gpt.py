@@ -73,9 +73,7 @@ class Attention(nn.Module):
 
     def _rotate(self, x: mx.array, offset: int) -> mx.array:
         """Rotate by minus theta, nanochat's sense, which a scale of −1 on the positions gives."""
-        return mx.fast.rope(
-            x, x.shape[-1], traditional=False, base=self.rope_theta, scale=-1.0, offset=offset
-        )
+        return mx.fast.rope(x, x.shape[-1], traditional=False, base=self.rope_theta, scale=-1.0, offset=offset)
 
 
 class MLP(nn.Module):

@@ -125,9 +125,7 @@ def make_plan(
     return list(planned.values())
 
 
-def judge(
-    step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str, PlannedStep]
-) -> tuple[bool, str]:
+def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str, PlannedStep]) -> tuple[bool, str]:
     """Return whether a step is done, and the reason to run it or a remark."""
     if forced:
         return False, "forced"

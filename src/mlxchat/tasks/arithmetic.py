@@ -137,14 +137,12 @@ _TWO_STEP = (
         ("{a}+{b}", "{r}-{c}"),
     ),
     _Template(
-        "{name} has {a} boxes with {b} {things} in each box. {He} gives {c} {things} away. "
-        "How many {things} are left?",
+        "{name} has {a} boxes with {b} {things} in each box. {He} gives {c} {things} away. How many {things} are left?",
         "{name} has {work} {things}. Then {he} has {work} {things}.",
         ("{a}*{b}", "{r}-{c}"),
     ),
     _Template(
-        "{name} buys {a} {things} for {b} dollars each and a bag for {c} dollars. "
-        "How many dollars does {he} pay?",
+        "{name} buys {a} {things} for {b} dollars each and a bag for {c} dollars. How many dollars does {he} pay?",
         "The {things} cost {work} dollars. In all {he} pays {work} dollars.",
         ("{a}*{b}", "{r}+{c}"),
     ),
@@ -199,9 +197,7 @@ class Arithmetic(Task):
         if steps not in (1, 2):
             raise ConfigError(f"steps of task arithmetic is {steps}, expected 1 or 2.")
         if two_step_frac is not None and not 0 <= two_step_frac <= 1:
-            raise ConfigError(
-                f"two_step_frac of task arithmetic is {two_step_frac}, expected 0 to 1, or null."
-            )
+            raise ConfigError(f"two_step_frac of task arithmetic is {two_step_frac}, expected 0 to 1, or null.")
         self.two_step_frac = float(steps - 1) if two_step_frac is None else two_step_frac
 
     def _own_size(self) -> int:
@@ -213,9 +209,7 @@ class Arithmetic(Task):
         return Problem(conversation["messages"][0]["content"], conversation["raw"])
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        number, template = rng.choice(
-            list(enumerate(_TWO_STEP if rng.random() < self.two_step_frac else _ONE_STEP))
-        )
+        number, template = rng.choice(list(enumerate(_TWO_STEP if rng.random() < self.two_step_frac else _ONE_STEP)))
         while True:
             numbers = _numbers(template, rng)
             key = f"arithmetic/{len(template.steps)}/{number}/{','.join(map(str, numbers))}"

@@ -97,9 +97,7 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
     The letter follows its choice without a space, so that it is the same token as in the answer.
     """
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    return (
-        f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-    )
+    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 
 def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> Conversation:

@@ -19,8 +19,7 @@ from mlxchat.tasks.base import LETTERS, Conversation, Task, dialogue, held_out, 
 _TEST_FRACTION = 0.15
 # Pairs that examples and demonstrations ask for are trained on.
 _SHOWN = (
-    "Brazil|Canada|China|Egypt|France|Germany|India|Italy|Japan|Mexico|Peru|Russia|Spain|United Kingdom"
-    "|United States"
+    "Brazil|Canada|China|Egypt|France|Germany|India|Italy|Japan|Mexico|Peru|Russia|Spain|United Kingdom|United States"
 )
 _ALWAYS_TRAINED = frozenset(("capital", country) for country in _SHOWN.split("|"))
 
@@ -53,17 +52,11 @@ class _FactTask(Task):
             if field not in FIELDS:
                 known = ", ".join(FIELDS)
                 hint = suggest(field, FIELDS)
-                raise ConfigError(
-                    f'fields of task {self.name} has "{field}", expected some of {known}.{hint}'
-                )
+                raise ConfigError(f'fields of task {self.name} has "{field}", expected some of {known}.{hint}')
         if not self.fields:
             raise ConfigError(f"fields of task {self.name} is empty, expected some of {', '.join(FIELDS)}.")
         self._facts = self._shuffled(
-            [
-                fact
-                for fact in facts()
-                if fact.field in self.fields and is_test_pair(fact) == (split == "test")
-            ]
+            [fact for fact in facts() if fact.field in self.fields and is_test_pair(fact) == (split == "test")]
         )
 
     def _own_size(self) -> int:

@@ -112,9 +112,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         more = len(faults) - _MAX_FAULTS_SHOWN
         shown = faults[:_MAX_FAULTS_SHOWN]
         if more > 0:
-            rest = ", ".join(
-                fault.split(":")[0].removeprefix("line ") for fault in faults[_MAX_FAULTS_SHOWN:]
-            )
+            rest = ", ".join(fault.split(":")[0].removeprefix("line ") for fault in faults[_MAX_FAULTS_SHOWN:])
             shown.append(f"and {more} more, lines {rest}")
         raise DataError(
             f"{path} has {len(faults)} lines that are no conversations:\n  "
@@ -137,9 +135,7 @@ def _conversation(value: Any) -> Conversation:
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list):
         raise ValueError("no messages")
-    if not all(
-        isinstance(message, dict) and "role" in message and "content" in message for message in messages
-    ):
+    if not all(isinstance(message, dict) and "role" in message and "content" in message for message in messages):
         raise ValueError("a message lacks role or content")
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if len(turns) < 2:
@@ -161,10 +157,6 @@ def _check_content(role: str, content: Any) -> None:
     if role != "assistant" or not isinstance(content, list) or not content:
         raise ValueError(f"content of the {role} message is empty or not text")
     for part in content:
-        known = (
-            isinstance(part, dict) and part.get("type") in _PART_TYPES and isinstance(part.get("text"), str)
-        )
+        known = isinstance(part, dict) and part.get("type") in _PART_TYPES and isinstance(part.get("text"), str)
         if not known:
-            raise ValueError(
-                f'a part of the content is not {{"type": one of {", ".join(_PART_TYPES)}, "text": ...}}'
-            )
+            raise ValueError(f'a part of the content is not {{"type": one of {", ".join(_PART_TYPES)}, "text": ...}}')

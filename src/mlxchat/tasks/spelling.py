@@ -26,9 +26,7 @@ class _WordTask(Task):
     def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
         """Choose the words of a split; `size` None means every word once."""
         super().__init__(split, size=size, seed=seed)
-        words = [
-            word for word in common_words() if held_out(f"word/{word}", _TEST_FRACTION) == (split == "test")
-        ]
+        words = [word for word in common_words() if held_out(f"word/{word}", _TEST_FRACTION) == (split == "test")]
         self._words = self._shuffled(words)
 
     def _own_size(self) -> int:

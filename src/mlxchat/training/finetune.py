@@ -17,9 +17,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     """Continue from the input checkpoint with the mixture's conversations, with fresh optimizer state."""
     model, tokenizer, _ = load_checkpoint(ctx.inputs["checkpoint"])
     machine = ctx.config.machine
-    optimizer = Optimizer(
-        model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac
-    )
+    optimizer = Optimizer(model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     mixture = Mixture(config.mixture, seed=ctx.seed("mixture"))
 
     def pack(conversations: Mixture) -> ConversationRows:
