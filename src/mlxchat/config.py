@@ -133,6 +133,8 @@ class TaskItem:
     """How often each conversation occurs in one pass over the mixture."""
     path: str | None = field(default=None, metadata={"external": "file"})
     """File of a task that reads one (jsonl, identity)."""
+    fields: list[str] | None = None
+    """Fields of the Factbook, for the tasks that ask about countries; null: the task's own."""
     options: dict[str, float] = field(default_factory=dict)
     """Further numbers that the task takes."""
 

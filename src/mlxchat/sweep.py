@@ -6,11 +6,13 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +31,8 @@ def run_with_hydra(arguments: list[str]) -> int:
         ConfigError: the composition is wrong.
         Interrupted: a signal stopped a job; no further one is started.
     """
+    for overrides in _single_values(arguments):
+        compose_config(overrides)
     register_schema()
     # Otherwise Hydra prints its own errors and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -46,7 +50,6 @@ def run_with_hydra(arguments: list[str]) -> int:
     try:
         run_job()
     except (HydraException, OmegaConfBaseException) as error:
-        compose_config([item for item in arguments if not item.startswith("-") and "," not in item])
         raise ConfigError(str(error).splitlines()[0]) from None
     finally:
         sys.argv = argv
@@ -54,6 +57,36 @@ def run_with_hydra(arguments: list[str]) -> int:
         return 0
     _write_table(rows, folder[0])
     return int(any(row["status"] != "done" for row in rows))
+
+
+def _single_values(arguments: list[str]) -> Iterator[list[str]]:
+    """Yield plain overrides that together have every value of a sweep once, so that mistakes are found beforehand."""
+    overrides, queue = [], list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if argument in _OPTIONS_WITH_VALUE:
+            queue = queue[1:]
+        elif not argument.startswith("-"):
+            overrides.append(argument)
+    alternatives: list[list[str]] = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+            plain = parsed.is_sweep_override() and parsed.is_choice_sweep()
+        except HydraException:
+            plain = False
+        alternatives.append([f"{key}={part}" for part in value.split(",")] if plain else [override])
+    if any("--config-dir" in argument or "-cd" in argument for argument in arguments):
+        return  # names from the user's own folders are Hydra's to check
+    first = [values[0] for values in alternatives]
+    yield first
+    for place, values in enumerate(alternatives):
+        for value in values[1:]:
+            yield [*first[:place], value, *first[place + 1 :]]
+
+
+_OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
 
 
 def _run_job(composed: DictConfig, overrides: list[str], settings: Any) -> Row:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig, TaskItem
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.tasks import load_task, task_class
+from mlxchat.runner.fingerprint import plain_of
+from mlxchat.runner.plan import flatten_config
+from mlxchat.tasks import load_task, task_options
 
 _SMALLEST_VOCABULARY = 265
 
@@ -24,6 +27,7 @@ def find_problems(config: Config) -> list[str]:
         *_rl(config),
         *_tasks("suite", config.suite, training=False),
         *_at_least_one(config),
+        *_numbers(config),
     ]
 
 
@@ -144,7 +148,9 @@ def _tasks(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iter
         yield f"{where} is empty: give it at least one task"
     for name, item in items.items():
         try:
-            task_class(item.task)
+            known = task_options(item.task)
+            for option in (item.options.keys() | ({"fields"} if item.fields else set())) - set(known):
+                yield f'{where}.{name}.options: task {item.task} has no "{option}".{suggest(option, known)}'
             if item.path is None and item.task == "jsonl":
                 load_task(item.task, item.split)
         except ConfigError as error:
@@ -153,10 +159,32 @@ def _tasks(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iter
             yield f'{where}.{name}.split is "{item.split}", expected train or test'
         elif training and item.split == "test":
             yield f"{where}.{name}.split is test: held-out conversations are never trained on"
+        if item.size is not None and item.size < 1:
+            yield f"{where}.{name}.size is {item.size}, expected at least 1, or null for all"
         if item.epochs < 1:
             yield f"{where}.{name}.epochs is {item.epochs}, expected at least 1"
         if item.path is not None and not Path(item.path).is_file():
             yield f"{where}.{name}.path: there is no file {item.path}"
+
+
+def _numbers(config: Config) -> Iterator[str]:
+    """Check the ranges of plain numbers, and that none is infinite or no number at all."""
+    optimizer, machine = config.optimizer, config.machine
+    for key in ("matrix_lr", "embedding_lr", "unembedding_lr", "adam_epsilon"):
+        if not getattr(optimizer, key) > 0:
+            yield f"optimizer.{key} is {getattr(optimizer, key)}, expected more than 0"
+    for key in ("adam_beta1", "adam_beta2", "momentum_start", "momentum_end"):
+        if not 0 <= getattr(optimizer, key) < 1:
+            yield f"optimizer.{key} is {getattr(optimizer, key)}, expected 0 up to, but not, 1"
+    if optimizer.grad_clip is not None and not optimizer.grad_clip > 0:
+        yield f"optimizer.grad_clip is {optimizer.grad_clip}, expected more than 0, or null for no clipping"
+    if optimizer.weight_decay < 0:
+        yield f"optimizer.weight_decay is {optimizer.weight_decay}, expected at least 0"
+    if machine.checkpoint_seconds < 0:
+        yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
+    for key, value in flatten_config(plain_of(config)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} is {value}, expected a number"
 
 
 def _at_least_one(config: Config) -> Iterator[str]:
@@ -184,6 +212,7 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "eval.batch_rows",
         "eval.max_new_tokens",
         "machine.device_batch_tokens",
+        "machine.blas_threads",
         "machine.log_every",
     ):
         section, _, name = key.partition(".")

@@ -49,7 +49,6 @@ def run_pipeline(composed: Composed) -> Path | None:
     """
     config = composed.config
     store = Store(Path(config.outputs))
-    store.prepare()
     plan = plan_of(config, store)
     print(format_plan(plan), flush=True)
     if all(step.done for step in plan):
@@ -59,8 +58,10 @@ def run_pipeline(composed: Composed) -> Path | None:
                 store.set_ref("latest", step.name, place)
         print(f"nothing to do: all {len(plan)} steps are done. mlxchat report shows the results.")
         return None
-    folder = _start_run(composed, plan, store)
-    tracker = _start_tracker(config, folder.name)
+    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{config.name}"
+    tracker = _start_tracker(config, name)
+    store.prepare()
+    folder = _start_run(composed, plan, store, name)
     run = Run(
         folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
         environment=Environment(_describe_device), say=_say, on_metrics=tracker.log,
@@ -80,10 +81,9 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     return make_plan(config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force)
 
 
-def _start_run(composed: Composed, plan: list[PlannedStep], store: Store) -> Path:
+def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> Path:
     """Make the run's folder, whose name no two runs share, and say in it what will be done."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    folder = store.outputs / "runs" / f"{stamp}-{os.getpid()}-{composed.config.name}"
+    folder = store.outputs / "runs" / name
     folder.mkdir(parents=True)
     record: dict[str, Any] = {
         "run": folder.name,

@@ -19,7 +19,7 @@ def load_item(item: TaskItem) -> Task:
         ConfigError: its name, split or options are wrong.
         DataError: its data cannot be read.
     """
-    options = {"size": item.size, "path": item.path, **item.options}
+    options = {"size": item.size, "path": item.path, "fields": item.fields, **item.options}
     return load_task(item.task, item.split, **{key: value for key, value in options.items() if value is not None})
 
 
@@ -32,10 +32,12 @@ class Mixture(Sequence[Conversation]):
         Raises:
             ConfigError: the mixture is empty.
         """
-        self._tasks = {name: load_item(item) for name, item in items.items()}
+        # By name: the order in which a file lists its tasks is no part of its identity.
+        ordered = dict(sorted(items.items()))
+        self._tasks = {name: load_item(item) for name, item in ordered.items()}
         self._order = [
             (name, index)
-            for name, item in items.items()
+            for name, item in ordered.items()
             for _ in range(item.epochs)
             for index in range(len(self._tasks[name]))
         ]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import Interrupted, MlxchatError, StepFailed
+from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner import attempts as attempt_log
 from mlxchat.runner import locks
 from mlxchat.runner.context import Context, Sections
@@ -75,12 +76,18 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
                 raise
             store.set_ref(run.name, step.name, place)
             store.set_ref("latest", step.name, place)
+            # A stage need not look at signals: then the run stops between its steps.
+            if run.stop_signal is not None and step is not plan[-1]:
+                message = f"stopped after {step.name}. The same command continues from there."
+                run.event("run_failed", error=message)
+                raise Interrupted(message, run.stop_signal)
     run.event("run_done")
 
 
 def _complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
     """Return the step's artifact, made now if need be."""
     forced = not step.done and step.reason == "forced"
+    store.forget()
     step.done, step.reason = judge(step, store, forced=forced, planned=planned)
     place = store.find(step.rid) if step.done else None
     if place is not None:
@@ -118,6 +125,7 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
         assert folder is not None, f"{source} ran before {step.name}"
         assert manifest is not None
         folders[role], inputs[role] = folder, manifest
+    _drop_work_on_other_inputs(work, {role: manifest["tree"] for role, manifest in inputs.items()})
     ctx = Context(
         step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
@@ -146,16 +154,30 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
         log = run.folder / f"{step.name}-error.log"
         log.write_text(traceback.format_exc(), encoding="utf-8")
         raise StepFailed(f"step {step.name} failed: {text}\nTraceback: {log}") from error
-    for path in (ctx.work / "records").glob("*.jsonl"):
-        shutil.copyfile(path, out / path.name)
-    attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
-    manifest = _describe(step, ctx, run, inputs, attempt_log.read(work))
-    place = store.publish(out, step.artifact, manifest)
+    try:
+        for path in (ctx.work / "records").glob("*.jsonl"):
+            shutil.copyfile(path, out / path.name)
+        attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
+        manifest = _describe(step, ctx, run, inputs, attempt_log.read(work))
+        place = store.publish(out, step.artifact, manifest)
+    except OSError as error:
+        text = f"{step.name} was made but could not be published: {error.strerror or error} ({error.filename or out})"
+        with suppress(OSError):  # a full disk takes no notes either
+            attempt_log.finish(work, attempt, "failed", text, ctx.resumed_from)
+        raise StoreError(f"{text}. Mend that and run the same command again.") from error
     shutil.rmtree(work, ignore_errors=True)
     seconds = time.monotonic() - began
     run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
     run.say(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(manifest)}")
     return place
+
+
+def _drop_work_on_other_inputs(work: Path, trees: dict[str, str]) -> None:
+    """Throw resumable state away if an input was rebuilt with other bytes since it was saved."""
+    note, text = work / "inputs.json", json.dumps(trees, sort_keys=True)
+    if note.exists() and note.read_text(encoding="utf-8") != text:
+        shutil.rmtree(work / "ckpt", ignore_errors=True)
+    note.write_text(text, encoding="utf-8")
 
 
 def _describe(

@@ -102,7 +102,7 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, float):
-        if not math.isfinite(value):
+        if identity_only and not math.isfinite(value):
             raise TypeError(f"{value} has no place in an identity")
         return value
     if value is None or isinstance(value, str | int | bool):

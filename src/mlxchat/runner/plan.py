@@ -121,6 +121,9 @@ def make_plan(
         )  # fmt: skip
         forced = name in force or "all" in force
         step.done, step.reason = judge(step, store, forced=forced, planned=planned)
+        place = store.find(rid) if step.done else None
+        if place is not None:
+            step.artifact = place.name  # made under another label
         planned[name] = step
     return list(planned.values())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Record = dict[str, Any]
 
@@ -25,20 +25,30 @@ class Records:
     def append(self, record: Record) -> None:
         """Write one line, at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        with self.path.open("ab+") as file:
+            if file.tell() and self._is_cut(file):
+                file.write(b"\n")
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
     def read(self) -> list[Record]:
         """Return all whole records; a line cut by a crash is left out."""
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):  # not splitlines: text may hold U+2028
+        for line in self.path.read_bytes().split(b"\n"):  # not splitlines: text may hold U+2028
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(record, dict):
+                records.append(record)
         return records
+
+    @staticmethod
+    def _is_cut(file: IO[bytes]) -> bool:
+        """Tell whether the last line lacks its end, as a crash leaves it."""
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
 
     def truncate(self, iteration: int) -> None:
         """Drop the records after `iteration`: work that a resumed attempt does again."""

@@ -99,8 +99,10 @@ class Store:
             _sync(path)
         place = self.outputs / "store" / name
         trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"
-        if place.exists():
-            place.rename(trash)
+        self.forget()
+        former = self.find(name[-_SHORT:]) or place  # it may bear another label
+        if former.exists():
+            former.rename(trash)
         out.rename(place)
         _sync(place.parent)
         shutil.rmtree(trash, ignore_errors=True)
@@ -166,7 +168,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(
             f"{folder / MANIFEST} is damaged ({error}). Remove the folder; the next run makes it again."
         ) from None
-    return dict(manifest)
+    if not isinstance(manifest, dict):
+        raise StoreError(f"{folder / MANIFEST} is damaged. Remove the folder; the next run makes it again.")
+    return manifest
 
 
 def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:

@@ -21,7 +21,7 @@ _TASKS = {
     "jsonl": ("jsonl", "Jsonl"),
 }
 
-__all__ = ["SPLITS", "Conversation", "Task", "load_task", "task_class", "task_names"]
+__all__ = ["SPLITS", "Conversation", "Task", "load_task", "task_class", "task_names", "task_options"]
 
 
 def task_names() -> list[str]:
@@ -42,6 +42,16 @@ def task_class(name: str) -> type[Task]:
     return cast(type[Task], getattr(importlib.import_module(f"mlxchat.tasks.{module}"), cls))
 
 
+def task_options(name: str) -> list[str]:
+    """Return the names of the options that a task takes.
+
+    Raises:
+        ConfigError: no task has this name.
+
+    """
+    return [option for option in inspect.signature(task_class(name)).parameters if option != "split"]
+
+
 def load_task(name: str, split: str, **options: Any) -> Task:
     """Make a task ready to use.
 
@@ -56,7 +66,7 @@ def load_task(name: str, split: str, **options: Any) -> Task:
 
     """
     cls = task_class(name)
-    known = [option for option in inspect.signature(cls).parameters if option != "split"]
+    known = task_options(name)
     for option in options:
         if option not in known:
             expected = ", ".join(known)

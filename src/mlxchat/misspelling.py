@@ -1,0 +1,99 @@
+"""What is wrong with a command line that Hydra refused, override by override, with the nearest right names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from mlxchat.config import Config
+from mlxchat.errors import suggest
+from mlxchat.runner.plan import flatten_config
+
+# Below these the names are the user's own.
+_MAPPINGS = ("pipeline", "suite", "midtrain.mixture", "midtrain.validation", "sft.mixture", "sft.validation")
+_HYDRAS_OWN = ("hydra",)
+
+
+def explain_override(
+    override: str, error: Exception, groups: dict[str, list[str]], default: Callable[[], DictConfig]
+) -> str:
+    """Return one line about an override that does not compose.
+
+    Args:
+        override: as typed.
+        error: what composing it alone raised.
+        groups: config group → options.
+        default: composes the configuration without overrides.
+    """
+    try:
+        key = OverridesParser.create().parse_override(override).key_or_group
+    except HydraException:
+        key = ""
+    if not key:
+        return f'"{override}" is no override: expected key=value (quote special characters in the shell)'
+    group, value = key.split("@")[0], override.partition("=")[2]
+    if group in groups and value not in groups[group] and "@" not in key:
+        if "," in value:
+            return f"{override}: several values are a sweep; add -m"
+        return f'{key} has no option "{value}": {", ".join(groups[group])}.{suggest(value, groups[group])}'
+    known = [*groups, *_known_keys(Config)]
+    present = flatten_config(OmegaConf.to_container(default()))
+    present = {**present, **{key.rpartition(".")[0]: None for key in present}}
+    if not key.startswith(_HYDRAS_OWN) and not override.startswith("+"):
+        hint = suggest(key, [*known, *present])
+        if any(key.startswith(f"{mapping}.") for mapping in _MAPPINGS) and key not in present:
+            adding = "" if override.startswith("~") else f"; +{override} would add it"
+            return f'there is no "{key}" to {"remove" if override.startswith("~") else "set"}{adding}.{hint}'
+        if group not in known and key not in present:
+            return f'there is no "{key}" to set.{hint}'
+    return f"{override}: {first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)}"
+
+
+def unknown_keys(composed: DictConfig) -> list[str]:
+    """Return a line for every key of a composed configuration that the schema does not have (added with +)."""
+    return [f'there is no "{key}" to set.{suggest(key, _known_keys(Config))}' for key in _strangers(composed, Config)]
+
+
+def first_line(error: Exception) -> str:
+    """Return what a Hydra or OmegaConf error says in its first line, with the key that it is about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    where = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key")), "")
+    return f"{where}: {lines[0]}" if where and where not in lines[0] else lines[0]
+
+
+def _strangers(node: Any, schema: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, ListConfig) or not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    names = [str(key) for key in node.keys()]  # noqa: SIM118  (iterating a DictConfig resolves its values)
+    if get_origin(schema) is dict:
+        for name in names:
+            yield from _strangers(node._get_node(name), get_args(schema)[1], f"{prefix}{name}.")
+        return
+    kinds = [kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)]
+    if not kinds:
+        return
+    hints = get_type_hints(kinds[0])
+    for name in names:
+        if name in hints:
+            yield from _strangers(node._get_node(name), hints[name], f"{prefix}{name}.")
+        elif f"{prefix}{name}" not in _HYDRAS_OWN:
+            yield f"{prefix}{name}"
+
+
+def _known_keys(schema: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys of the schema."""
+    keys = []
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        hint = hints[item.name]
+        candidates = [hint, *get_args(hint)] if get_origin(hint) is not dict else []
+        nested = next((kind for kind in candidates if is_dataclass(kind)), None)
+        keys.append(f"{prefix}{item.name}")
+        if nested is not None:
+            keys += _known_keys(nested, f"{prefix}{item.name}.")
+    return keys

@@ -1,0 +1,136 @@
+"""Who may import whom, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = sorted((ROOT / "src" / "mlxchat").rglob("*.py"))
+STAGES = sorted(path for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
+RUNNER = [path for path in LIBRARY if path.parent.name == "runner"]
+# The library's parts from the bottom up. A part may import those of its own line and of earlier ones, never later ones.
+LAYERS = [
+    {"errors"},
+    {"config", "ops"},
+    {"runner"},
+    {"data", "tasks"},
+    {"model"},
+    {"optim", "engine"},
+    {"evals"},
+    {"training"},
+    {"validation", "misspelling", "compose", "tracker", "report", "terminal_chat"},
+    {"commands", "sweep", "cli"},
+]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path, *, everywhere: bool = True) -> set[str]:
+    """Return the dotted names that a file imports: anywhere in it, or only when it is itself imported."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            found.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if not everywhere and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def packages(path: Path, **options: bool) -> set[str]:
+    """Return the top-level packages that a file imports."""
+    return {module.split(".")[0] for module in imports(path, **options)}
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert (len(LIBRARY) > 40, len(STAGES), len(RUNNER) > 8) == (True, 7, True)
+    assert imports(ROOT / "stages" / "sft.py") >= {"mlxchat.training.finetune", "mlxchat.training.finetune.finetune"}
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name)
+def test_a_stage_imports_only_the_library_and_the_standard_library(path: Path) -> None:
+    assert packages(path) - set(sys.stdlib_module_names) - {"mlxchat"} == set()
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name)
+def test_a_stage_imports_no_other_stage_and_no_command(path: Path) -> None:
+    forbidden = ("mlxchat.stages", "mlxchat.commands", "mlxchat.cli", "mlxchat.compose", "stages")
+    assert [module for module in imports(path) if module.startswith(forbidden)] == []
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_the_library_never_imports_a_stage(path: Path) -> None:
+    assert [module for module in imports(path) if module.startswith(("mlxchat.stages", "stages"))] == []
+
+
+def test_only_the_loader_names_the_package_of_the_stages() -> None:
+    naming = {name(path) for path in LIBRARY if "mlxchat.stages" in path.read_text(encoding="utf-8")}
+    assert naming == {"src/mlxchat/runner/stage.py"}
+
+
+@pytest.mark.parametrize("path", RUNNER, ids=name)
+def test_the_runner_needs_nothing_beyond_the_standard_library_and_rich(path: Path) -> None:
+    # rich draws the bar on a terminal, and is imported only there.
+    assert packages(path) - set(sys.stdlib_module_names) - {"mlxchat", "rich"} == set()
+    assert packages(path, everywhere=False) - set(sys.stdlib_module_names) - {"mlxchat"} == set()
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_a_part_imports_no_part_above_it(path: Path) -> None:
+    parts = path.relative_to(ROOT / "src" / "mlxchat").parts
+    part = parts[0].removesuffix(".py")
+    if part in ("__init__", "__main__"):
+        pytest.skip("the package itself")
+    order = {member: index for index, layer in enumerate(LAYERS) for member in layer}
+    assert part in order, f"put {part} into LAYERS"
+    used = {module.split(".")[1] for module in imports(path) if module.startswith("mlxchat.")} & order.keys()
+    assert {other for other in used if order[other] > order[part]} == set()
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *STAGES], ids=name)
+def test_a_file_has_at_most_350_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name)
+def test_a_stage_is_a_recipe_of_at_most_130_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_no_module_is_called_after_nothing_in_particular() -> None:
+    vague = ("util", "common", "helper", "manager", "misc")
+    assert [name(path) for path in LIBRARY if path.stem.startswith(vague)] == []
+
+
+def test_all_of_the_runner_is_imported_without_mlx_or_numpy(tmp_path: Path) -> None:
+    modules = ", ".join(f"mlxchat.runner.{path.stem}" for path in RUNNER if path.stem != "__init__")
+    code = f"import sys, {modules}, mlxchat.compose\nprint(sorted({{'mlx', 'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_importing_mlxchat_first_puts_the_blas_before_mlx(tmp_path: Path) -> None:
+    code = (
+        "import mlxchat, sys; assert 'mlx' not in sys.modules; import mlx.core;"
+        "from mlxchat.ops import blas; print(blas.remedy())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "imported before mlxchat" not in done.stdout
+    assert "not loaded yet" not in done.stdout
