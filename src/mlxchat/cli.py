@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit: 0 done, 1 a step failed, 2 a mistake of the user's, 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        sys.exit(_dispatch(arguments))
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        sys.exit(code)
     except MlxchatError as error:
         if os.environ.get("MLXCHAT_DEBUG"):
             raise
@@ -92,6 +94,10 @@ def _help() -> str:
 
     verbs = "\n".join(f"  {verb:<8} {purpose}" for verb, (_, purpose) in VERBS.items())
     groups = "\n".join(
-        f"  {group + '=':<14} {' '.join(group_options(group))}" for group in group_names() if group != "settings"
+        f"  {group + '=':<14} {' '.join(group_options(group))}"
+        for group in group_names()
+        if group not in ("settings", "mixture")
     )
+    # The one group that is used at several places.
+    groups += f"\n  mixture@sft.mixture= (or @midtrain.mixture=)  {' '.join(group_options('mixture'))}"
     return _USAGE.format(version=__version__, verbs=verbs, groups=groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from importlib.resources import files
 
@@ -87,7 +88,9 @@ def to_typed(composed: DictConfig) -> Config:
 def group_options(group: str) -> list[str]:
     """Return the options of a config group that ships with mlxchat."""
     folder = files(CONF_MODULE).joinpath(group)
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    # d2 before d12
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def group_names() -> list[str]:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mlxchat.compose import Composed, compose_config, register_schema, to_typed
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.runner.store import Store
 
 Row = dict[str, Any]
 
@@ -91,7 +91,7 @@ _OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", 
 
 def _run_job(composed: DictConfig, overrides: list[str], settings: Any) -> Row:
     """Run one job of a sweep; a failure is a row of the table and does not keep the others from running."""
-    from mlxchat.commands.run import run_pipeline
+    from mlxchat.commands.run import plan_of, run_pipeline
 
     varied = " ".join(overrides)
     print(f"\n── job {settings.job.num}: {varied}", flush=True)
@@ -106,11 +106,10 @@ def _run_job(composed: DictConfig, overrides: list[str], settings: Any) -> Row:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return row | {"status": "failed", "error": str(error).splitlines()[0]}
     store = Store(Path(config.outputs))
-    for step, place in store.refs().items():
-        manifest = read_manifest(place)
-        if step in config.pipeline and manifest["kind"] in ("scores", "checkpoint"):
-            shown = {key: value for key, value in manifest["metrics"].items() if key in _SHOWN}
-            row |= {f"{step}.{key}": round(value, 4) for key, value in shown.items()}
+    for step in plan_of(config, store):
+        manifest = store.read(step.rid)
+        shown = {key: value for key, value in manifest["metrics"].items() if key in _SHOWN} if manifest else {}
+        row |= {f"{step.name}.{key}": round(value, 4) for key, value in shown.items()}
     return row
 
 
@@ -123,6 +122,9 @@ def _write_table(rows: list[Row], folder: Path) -> None:
     for job in folder.glob("[0-9]*"):
         if job.is_dir() and not any(job.iterdir()):
             job.rmdir()  # Hydra makes one per job; the runs are under outputs/runs
+    every = set.intersection(*(set(row["overrides"].split()) for row in rows)) if len(rows) > 1 else set()
+    for row in rows:  # what all jobs share says nothing about any of them
+        row["overrides"] = " ".join(override for override in row["overrides"].split() if override not in every)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns), *([str(row.get(key, "")) for key in columns] for row in rows)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

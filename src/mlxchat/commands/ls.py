@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlxchat.commands.arguments import make_parser, outputs_folder
-from mlxchat.runner.progress import format_bytes, format_seconds
+from mlxchat.runner.progress import format_bytes, format_number, format_seconds
 from mlxchat.runner.store import Store
 
 
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     manifests = sorted(store.manifests(), key=lambda manifest: str(manifest["published"]))
     for manifest in manifests:
         size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in list(manifest["metrics"].items())[:3])
+        numbers = "  ".join(f"{key} {format_number(value)}" for key, value in list(manifest["metrics"].items())[:3])
         print(
             f"{manifest['published'][:16].replace('T', ' ')}  {manifest['name']:<36} {manifest['step']:<10} "
             f"{size:>9}  {format_seconds(manifest['seconds']):>7}  {numbers}"

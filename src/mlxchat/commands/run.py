@@ -50,17 +50,19 @@ def run_pipeline(composed: Composed) -> Path | None:
     config = composed.config
     store = Store(Path(config.outputs))
     plan = plan_of(config, store)
+    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{config.name}"
+    finished = all(step.done for step in plan)
+    # Whatever may be refused is refused before anything is written or said to run.
+    tracker = None if finished else _start_tracker(config, name)
+    store.prepare()
     print(format_plan(plan), flush=True)
-    if all(step.done for step in plan):
+    if finished or tracker is None:
         for step in plan:
             place = store.find(step.rid)
             if place is not None and store.refs().get(step.name) != place.resolve():
                 store.set_ref("latest", step.name, place)
         print(f"nothing to do: all {len(plan)} steps are done. mlxchat report shows the results.")
         return None
-    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{config.name}"
-    tracker = _start_tracker(config, name)
-    store.prepare()
     folder = _start_run(composed, plan, store, name)
     run = Run(
         folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,

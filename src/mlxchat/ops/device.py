@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
+from mlxchat.errors import ConfigError
 from mlxchat.ops import blas
 
 
@@ -24,9 +25,18 @@ def select_device(choice: str, dtype: str) -> mx.Dtype:
     """Make `choice` ('auto', 'cpu' or 'gpu') MLX's default device; return the dtype to compute in.
 
     `dtype` 'auto' is float32 on a CPU, where half precision is forty times slower, and bfloat16 on a GPU.
+
+    Raises:
+        ConfigError: there is no GPU.
     """
     if choice != "auto":
-        mx.set_default_device(mx.cpu if choice == "cpu" else mx.gpu)
+        try:
+            mx.set_default_device(mx.cpu if choice == "cpu" else mx.gpu)
+        except ValueError:
+            raise ConfigError(
+                "machine.device is gpu, but MLX finds no GPU here. Choose machine=auto or machine=cpu; for NVIDIA, "
+                "install with: make setup DEVICE=cuda13"
+            ) from None
         backend.cache_clear()
     if dtype == "auto":
         return mx.float32 if backend() == "cpu" else mx.bfloat16

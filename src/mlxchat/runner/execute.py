@@ -21,7 +21,7 @@ from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.environment import Environment, peak_memory_bytes, reset_peak_memory
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import PlannedStep, judge
-from mlxchat.runner.progress import format_bytes, format_count, format_seconds
+from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
 from mlxchat.runner.records import Record, Records, now
 from mlxchat.runner.store import Manifest, Store, describe_outputs
 
@@ -226,7 +226,7 @@ _INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
 def _summary(manifest: Manifest) -> str:
     """Return the artifact's name, size and numbers in one line."""
     size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
-    numbers = [f"{key} {value:.4g}" for key, value in manifest["metrics"].items()][:4]
+    numbers = [f"{key} {format_number(value)}" for key, value in manifest["metrics"].items()][:4]
     if manifest["tokens_per_second"]:
         numbers.append(f"{format_count(manifest['tokens_per_second'])} tok/s")
     return "  ".join([f"{manifest['name']} ({size})", *numbers])

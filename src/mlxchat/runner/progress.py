@@ -84,6 +84,11 @@ def format_count(count: float) -> str:
     return f"{count:.4g}"
 
 
+def format_number(number: float) -> str:
+    """Return a number of any kind: four digits, or a count with a thousands' letter."""
+    return format_count(number) if abs(number) >= 1000 else f"{number:.4g}"
+
+
 def format_bytes(count: float) -> str:
     """Return a size: 120 kB, 3.4 MB, 1.2 GB (powers of 1,000)."""
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

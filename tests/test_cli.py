@@ -1,0 +1,459 @@
+"""The command line as a user meets it: every verb, in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat import __version__
+from mlxchat.cli import VERBS, main
+from mlxchat.compose import group_names, group_options
+from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed, StoreError
+from mlxchat.runner.records import Records
+from mlxchat.runner.store import Store, read_manifest
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+STEPS = ["corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"]
+
+
+def states(text: str) -> dict[str, str]:
+    """Return step → done or run of a printed plan."""
+    return {line.split()[0]: line.split()[1] for line in text.splitlines() if line.split()[0] in STEPS}
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command line in this process; return what it printed."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        output = capsys.readouterr()
+        assert caught.value.code == code, output.err
+        return output.out + output.err
+
+    return run
+
+
+def test_version_is_one_line(say: Any) -> None:
+    assert say("--version") == f"mlxchat {__version__}\n"
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "help"])
+def test_help_lists_every_verb_and_every_group_with_its_options_in_our_own_words(option: str, say: Any) -> None:
+    text = say(option)
+    for verb, (_, purpose) in VERBS.items():
+        assert re.search(rf"^  {verb} +{re.escape(purpose)}$", text, re.MULTILINE)
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("  ") and line.split()}
+    for group in set(group_names()) - {"settings", "mixture"}:
+        assert set(lines[f"{group}="]) == set(group_options(group))
+    assert "mixture@sft.mixture=" in text, "a mixture is chosen at the place it is for"
+    assert "Powered by Hydra" not in text
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_help_lists_the_models_by_size(say: Any) -> None:
+    (line,) = (line for line in say("--help").splitlines() if line.startswith("  model="))
+    depths = [int(word[1:]) for word in line.split()[1:]]
+    assert depths == sorted(depths)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, say: Any) -> None:
+    text = say(verb, "--help")
+    assert f"mlxchat {verb}" in text or verb == "run"
+    assert len(text.splitlines()) >= 3
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("run", "plan", "graph")])
+def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
+    assert say(verb, "model=d4", code=2).startswith('error: "model=d4" is not used here')
+    assert say(verb, "--foo", code=2) == f"error: unrecognized arguments: --foo. See: mlxchat {verb} --help\n"
+
+
+def test_the_composed_configuration_is_printed(say: Any) -> None:
+    text = say("--cfg", "job", "sft.num_epochs=3")
+    assert text.startswith("name: quickstart\nseed: 42\n")
+    assert "\n  num_epochs: 3\n" in text
+    assert say("--cfg", "job", "-p", "sft.batch", "sft.batch.tokens=1024") == (
+        "# @package sft.batch\ntokens: 1024\nrow_tokens: ${model.context_tokens}\n"
+    )
+
+
+def test_a_folder_of_ones_own_adds_options(say: Any, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [d4, _self_]\nname: mine\ndepth: 6\n")
+    text = say("plan", "model=mine", "--config-dir", str(tmp_path), f"outputs={tmp_path}/outputs")
+    assert "pretrain-mine-" in text
+
+
+@pytest.mark.parametrize("verb", ["status", "ls"])
+def test_an_empty_outputs_folder_is_told_what_to_do_and_not_made(verb: str, say: Any, tmp_path: Path) -> None:
+    text = say(verb, f"outputs={tmp_path}/none")
+    assert re.fullmatch(rf"{tmp_path}/none holds (nothing|no artifacts) yet: run mlxchat first\n", text)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("verb", ["chat", "report"])
+def test_a_verb_that_needs_a_run_says_so(verb: str, say: Any, tmp_path: Path) -> None:
+    more = ["-p", "hi"] if verb == "chat" else []
+    text = say(verb, f"outputs={tmp_path}/none", *more, code=2)
+    assert text.startswith("error: ")
+    assert "mlxchat" in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_plan_without_a_step_leaves_it_out_of_what_follows(say: Any, tmp_path: Path) -> None:
+    text = say(
+        "plan",
+        "~pipeline.midtrain",
+        "~pipeline.eval_mid",
+        "pipeline.sft.checkpoint=pretrain",
+        f"outputs={tmp_path}/none",
+    )
+    assert list(states(text)) == [step for step in STEPS if step not in ("midtrain", "eval_mid")]
+    assert text.endswith("8 steps: 0 done, 8 to run\n")
+
+
+def test_plan_with_one_more_step_is_one_line(say: Any, tmp_path: Path) -> None:
+    text = say("plan", "+pipeline.again={stage: sft, checkpoint: rl}", f"outputs={tmp_path}/none")
+    assert "\nagain " in text
+    assert text.endswith("11 steps: 0 done, 11 to run\n")
+
+
+def test_a_target_plans_what_it_needs(say: Any, tmp_path: Path) -> None:
+    assert list(states(say("plan", "stage=pretrain", f"outputs={tmp_path}/none"))) == [
+        "corpus",
+        "tokenizer",
+        "pretrain",
+    ]
+
+
+def test_an_outputs_folder_that_cannot_be_made_is_refused_without_a_traceback(
+    mlxchat: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        done = mlxchat("experiment=smoke", f"outputs={place}")
+        assert done.returncode == 2
+        assert "starts" not in done.stdout
+        assert re.fullmatch(rf"error: outputs folder {place} cannot be written .*outputs=PATH.*\n", done.stderr)
+
+
+def test_status_shows_every_step(finished: Any, say: Any) -> None:
+    text = say("status", f"outputs={finished.outputs}")
+    assert {line.split()[0] for line in text.splitlines()[1:]} == set(STEPS)
+    assert "left over" not in text
+
+
+def test_status_names_the_step_that_was_left_over_and_how_it_ended(outputs: Path, say: Any) -> None:
+    work = outputs / "work" / ("a" * 52)
+    Records(work / "attempts.jsonl").append(
+        {"attempt": 1, "started": "2026-01-01T00:00:00+00:00", "step": "pretrain", "run": "r", "pid": 1, "host": "h"}
+    )
+    Records(work / "ckpt" / "records" / "metrics.jsonl").append({"iteration": 7})
+    (line,) = (line for line in say("status", f"outputs={outputs}").splitlines() if "killed" in line)
+    assert re.fullmatch(r"  pretrain +killed at iteration 7", line)
+
+
+def test_ls_lists_every_artifact_once_the_newest_last(finished: Any, say: Any) -> None:
+    lines = say("ls", f"outputs={finished.outputs}").splitlines()
+    folders = {path.name for path in (finished.outputs / "store").iterdir()}
+    assert {line.split()[2] for line in lines} == folders
+    assert len(lines) == len(folders) == 10
+    assert sorted(line[:16] for line in lines) == [line[:16] for line in lines]
+
+
+def test_a_number_in_ls_is_written_as_people_write_it(finished: Any, say: Any) -> None:
+    assert not re.search(r"\de[+-]\d", say("ls", f"outputs={finished.outputs}"))
+
+
+def test_the_graph_is_a_tree_that_holds_every_step_once(finished: Any, tiny: tuple[str, ...], say: Any) -> None:
+    text = say("graph", *tiny, f"outputs={finished.outputs}")
+    assert re.findall(r"(\w+) \[(\w+)\]", text) != []
+    assert sorted(step for step, _ in re.findall(r"(\w+) \[(\w+)\]", text)) == sorted(STEPS)
+    assert {state for _, state in re.findall(r"(\w+) \[(\w+)\]", text)} == {"done"}
+    assert text.splitlines()[0] == "corpus [done]"
+    assert "└─ tokenizer [done]" in text
+
+
+def test_the_mermaid_graph_has_an_edge_per_input_and_marks_what_is_done(
+    finished: Any, tiny: tuple[str, ...], say: Any
+) -> None:
+    text = say("graph", "--format", "mermaid", *tiny, f"outputs={finished.outputs}", "rl.temperature=0.9")
+    assert text.startswith("flowchart LR\n")
+    edges = set(re.findall(r"^  (\w+) --> (\w+)$", text, re.MULTILINE))
+    assert edges == {
+        ("corpus", "tokenizer"), ("corpus", "pretrain"), ("tokenizer", "pretrain"), ("pretrain", "midtrain"),
+        ("midtrain", "sft"), ("sft", "rl"), ("pretrain", "eval_base"), ("corpus", "eval_base"),
+        ("midtrain", "eval_mid"), ("sft", "eval_sft"), ("rl", "eval_rl"),
+    }  # fmt: skip
+    assert set(re.findall(r"(\w+)\[\w+\]:::done", text)) == set(STEPS) - {"rl", "eval_rl"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Accelerate serves MLX on a Mac")
+def test_doctor_finds_this_machine_fit_and_names_the_blas_that_serves_mlx(mlxchat: CommandLine, tmp_path: Path) -> None:
+    done = mlxchat("doctor", cwd=tmp_path, environ={"OPENBLAS_NUM_THREADS": "1"})
+    marks = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
+    assert done.returncode == 0, done.stdout
+    assert set(marks.values()) <= {"ok", "note"}
+    assert {"python", "versions", "device", "speed", "memory", "disk"} <= set(marks)
+    if "(cpu)" in done.stdout:
+        assert re.search(r"^ok +blas +OpenBLAS.*\(/.*openblas.*\)$", done.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Accelerate serves MLX on a Mac")
+def test_doctor_says_what_is_wrong_when_the_blas_is_switched_off(mlxchat: CommandLine) -> None:
+    done = mlxchat("doctor", environ={"MLXCHAT_BLAS": "off"})
+    if "(cpu)" in done.stdout:
+        assert done.returncode == 1
+        assert re.search(r"^wrong +blas +switched off by MLXCHAT_BLAS=off.*slow", done.stdout, re.MULTILINE)
+
+
+def test_report_prints_a_table_and_names_the_file_it_wrote(finished: Any, outputs: Path, mlxchat: CommandLine) -> None:
+    done = mlxchat("report", f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert "val bpb" in done.stdout
+    written = Path(done.stdout.split("report: ")[1].strip())
+    assert written.is_relative_to(outputs / "runs")
+    assert written.stat().st_size > 1000
+
+
+def test_chat_answers_one_question(finished: Any, mlxchat: CommandLine) -> None:
+    done = mlxchat("chat", "-p", "Who are you?", "--max-tokens", "5", f"outputs={finished.outputs}")
+    assert (done.returncode, done.stderr) == (0, "")
+    again = mlxchat("chat", f"outputs={finished.outputs}", "-p", "Who are you?", "--max-tokens=5", "--model", "rl")
+    assert again.stdout == done.stdout != "", "greedy answers of the same, latest model"
+
+
+def test_chat_refuses_what_is_no_model(finished: Any, say: Any) -> None:
+    text = say("chat", "-p", "hi", "--model", "corpus", f"outputs={finished.outputs}", code=2)
+    assert re.match(r"error: corpus-\S+ is no model but a corpus", text)
+
+
+# Prints what a command line imported, and how much time it took the processor.
+WATCH = """
+import resource, sys
+from mlxchat.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+usage = resource.getrusage(resource.RUSAGE_SELF)
+heavy = {"mlx", "numpy", "pyarrow", "matplotlib", "safetensors", "tiktoken", "rich", "huggingface_hub", "jinja2"}
+print("watched", usage.ru_utime + usage.ru_stime, sorted(heavy & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["status"], ["ls"], ["plan"], ["graph"], ["run"]], ids=lambda part: part[0]
+)
+def test_what_only_looks_is_quick_and_imports_nothing_heavy(
+    arguments: list[str], finished: Any, outputs: Path, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings = tiny if arguments[0] in ("plan", "graph", "run") else ()
+    place = [] if arguments[0].startswith("--") else [f"outputs={outputs}"]
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, *arguments, *settings, *place],
+        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    _, seconds, modules = done.stdout.splitlines()[-1].split(maxsplit=2)
+    assert modules == "[]"
+    assert float(seconds) < 2
+    if arguments == ["run"]:
+        assert "nothing to do: all 10 steps are done" in done.stdout
+
+
+def test_a_second_run_has_nothing_to_do_and_makes_no_run_folder(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
+) -> None:
+    def files() -> dict[Path, int]:
+        return {path: path.lstat().st_mtime_ns for path in outputs.rglob("*") if not path.is_dir()}
+
+    before, used = files(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.monotonic()
+    done = mlxchat(*tiny, f"outputs={outputs}")
+    seconds = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert set(states(done.stdout).values()) == {"done"}
+    assert done.stdout.splitlines()[-1].startswith("nothing to do: all 10 steps are done")
+    assert files() == before
+    # On a busy machine the wall clock tells about the others; the processor's time tells about us.
+    assert min(seconds, after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime) < 2
+
+
+def test_without_a_verb_the_pipeline_runs(finished: Any) -> None:
+    lines = finished.stdout.splitlines()
+    assert "10 steps: 0 done, 10 to run" in lines
+    assert [line.split()[0] for line in lines if re.match(r"\w+ +starts", line)] == STEPS
+    assert [line.split()[0] for line in lines if re.match(r"\w+ +done in ", line)] == STEPS
+    assert lines[-1].startswith("report: ")
+
+
+def started(outputs: Path) -> list[str]:
+    """Return the steps that were started in any run of an outputs folder."""
+    events = [event for log in (outputs / "runs").glob("*/events.jsonl") for event in Records(log).read()]
+    return sorted(event["step"] for event in events if event["event"] == "step_started")
+
+
+def test_a_sweep_computes_shared_steps_once_and_writes_a_table(
+    tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
+) -> None:
+    outputs = tmp_path / "outputs"
+    done = mlxchat("-m", *tiny, "stage=pretrain", "pretrain.num_iterations=1,2", f"outputs={outputs}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert started(outputs) == ["corpus", "pretrain", "pretrain", "tokenizer"]
+    (folder,) = (outputs / "multirun").iterdir()
+    rows = json.loads((folder / "table.json").read_text())
+    made = {
+        manifest["config"]["pretrain"]["num_iterations"]: manifest["metrics"]["val_bpb"]
+        for manifest in Store(outputs).manifests() if manifest["step"] == "pretrain"
+    }  # fmt: skip
+    assert [row["pretrain.val_bpb"] for row in rows] == [pytest.approx(made[count], abs=1e-4) for count in (1, 2)]
+    assert made[1] != made[2]
+    assert [row["status"] for row in rows] == ["done", "done"]
+    with (folder / "table.csv").open() as file:
+        assert [float(row["pretrain.val_bpb"]) for row in csv.DictReader(file)] == [
+            row["pretrain.val_bpb"] for row in rows
+        ]
+    table = (folder / "table.md").read_text()
+    assert table in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outputs"], "Hydra leaves nothing beside it"
+
+
+def test_the_table_of_a_sweep_shows_what_varies_and_not_what_all_jobs_share(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
+) -> None:
+    done = mlxchat("-m", *tiny, "stage=pretrain", "machine.log_every=1,2", f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (outputs / "multirun").iterdir()
+    table = (folder / "table.md").read_text()
+    assert "machine.log_every=1" in table
+    assert "model.aspect_ratio" not in table
+
+
+def test_the_table_of_a_sweep_shows_only_the_steps_of_its_jobs(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
+) -> None:
+    done = mlxchat("-m", *tiny, "stage=pretrain", "machine.log_every=1,2", f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (outputs / "multirun").iterdir()
+    rows = json.loads((folder / "table.json").read_text())
+    steps = {key.split(".")[0] for row in rows for key in row if "." in key}
+    assert steps == {"pretrain"}, "other steps of the outputs folder are no result of these jobs"
+
+
+def test_a_job_of_a_sweep_that_fails_is_a_row_and_the_others_run(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
+) -> None:
+    done = mlxchat("-m", *tiny, "stage=tokenizer", "tokenizer.vocab_size=60000,310", f"outputs={outputs}")
+    assert done.returncode == 1, done.stderr
+    assert "error: tokenizer.vocab_size is 60000, but the corpus yields only" in done.stderr
+    assert "Traceback" not in done.stderr
+    (folder,) = (outputs / "multirun").iterdir()
+    rows = json.loads((folder / "table.json").read_text())
+    assert [row["status"] for row in rows] == ["failed", "done"]
+    assert rows[0]["error"].startswith("tokenizer.vocab_size is 60000, but the corpus yields only")
+    assert any("tokenizer-310-" in manifest["name"] for manifest in Store(outputs).manifests())
+
+
+def test_a_sweep_with_an_impossible_value_is_refused_before_its_first_job(
+    tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
+) -> None:
+    done = mlxchat("-m", *tiny, "sft.num_epochs=1,0", f"outputs={tmp_path}/outputs")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: sft.num_epochs is 0, expected at least 1\n"
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sweep_takes_lists(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
+    done = mlxchat("-m", *tiny, "targets=[corpus],[corpus,tokenizer]", f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert "all 1 steps are done" in done.stdout
+    assert "all 2 steps are done" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2),
+        (DataError("x"), 2),
+        (StoreError("x"), 2),
+        (StepFailed("x"), 1),
+        (Interrupted("x", 2), 130),
+        (Interrupted("x", 15), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=repr,
+)
+def test_what_goes_wrong_decides_the_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("mlxchat.commands.status.main", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["status"])
+    assert caught.value.code == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_message_of_several_lines_is_indented_under_its_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise ConfigError("one\ntwo")
+
+    monkeypatch.setattr("mlxchat.commands.status.main", fail)
+    with pytest.raises(SystemExit):
+        main(["status"])
+    assert capsys.readouterr().err == "error: one\n       two\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac has a GPU")
+def test_a_gpu_that_is_not_there_is_told_with_the_setting_to_change(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
+) -> None:
+    if "(cpu)" not in mlxchat("doctor").stdout:
+        pytest.skip("there is one")
+    done = mlxchat(*tiny, "machine.device=gpu", "pretrain.num_iterations=2", "stage=pretrain", f"outputs={outputs}")
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"error: machine\.device is (\")?gpu", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_console_script_is_the_same_program(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("mlxchat")
+    done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"mlxchat {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["plan"]], ids=lambda part: part[0])
+def test_a_reader_who_leaves_early_hears_no_complaint(arguments: list[str], start_mlxchat: Any) -> None:
+    process = start_mlxchat(*arguments, stderr=subprocess.PIPE)
+    process.stdout.close()  # long before anything is printed
+    _, complaint = process.communicate(timeout=60)
+    assert (complaint, process.returncode) == ("", 0)
+
+
+def test_warnings_of_python_are_not_shown_to_users(finished: Any) -> None:
+    assert "Warning" not in finished.stderr
+
+
+def test_every_artifact_of_the_run_has_a_manifest_that_names_the_command(finished: Any, tiny: tuple[str, ...]) -> None:
+    for place in (finished.outputs / "store").iterdir():
+        assert read_manifest(place)["argv"] == ["mlxchat", *tiny, f"outputs={finished.outputs}"]
