@@ -38,13 +38,19 @@ def run_with_hydra(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     rows: list[Row] = []
     folder: list[Path] = []
+    stopped: list[Interrupted] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://mlxchat.conf", config_name="config")
     def run_job(composed: DictConfig) -> None:
         settings = HydraConfig.get()
         folder[:] = [Path(settings.sweep.dir)]
         overrides = [str(item) for item in settings.overrides.task]
-        rows.append(_run_job(composed, overrides, settings))
+        if stopped:  # Hydra's launcher goes on to the next job whatever this one raises
+            return
+        try:
+            rows.append(_run_job(composed, overrides, settings))
+        except Interrupted as stop:
+            stopped.append(stop)
 
     argv, sys.argv = sys.argv, ["mlxchat", *arguments]
     try:
@@ -53,9 +59,10 @@ def run_with_hydra(arguments: list[str]) -> int:
         raise ConfigError(str(error).splitlines()[0]) from None
     finally:
         sys.argv = argv
-    if not rows:
-        return 0
-    _write_table(rows, folder[0])
+    if rows and not stopped:
+        _write_table(rows, folder[0])
+    if stopped:
+        raise stopped[0]
     return int(any(row["status"] != "done" for row in rows))
 
 
