@@ -266,7 +266,7 @@ def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer: Tokenize
     outcomes = [[0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]]
     engine: Any = ScriptedEngine(tokenizer, lambda question, sample: bool(outcomes[question][sample]))
     got = pass_at_k(engine, Numbers(5), settings(), seed=0)  # type: ignore[arg-type]
-    assert got == {"pass_at_1": 0.2, "pass_at_2": 0.4, "pass_at_3": 0.6, "pass_at_4": 0.8}
+    assert got == {"pass_at_1": 0.2, "pass_at_2": 0.4, "pass_at_3": 0.6, "pass_at_4": 0.8, "held_out_reward": 0.3}
 
 
 def test_pass_at_k_asks_every_problem_also_beyond_one_pass(tokenizer: Tokenizer) -> None:
