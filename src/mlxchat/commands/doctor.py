@@ -68,7 +68,7 @@ def _device() -> Iterator[Finding]:
         mark = "ok" if remedy.library else "wrong"
         yield (mark, "blas", f"{remedy.reason} ({remedy.library or 'the reference BLAS serves: slow'})")
     if device["backend"] == "cpu" and sys.platform == "linux" and shutil.which("g++") is None:
-        yield ("note", "compiler", "no g++: compiled kernels fall back to slower ones. Install g++ for about 1.4×.")
+        yield ("note", "compiler", "no g++: MLX cannot compile kernels and falls back to slower ones. Install g++.")
     matrix = mx.random.normal((1024, 1024))
     mx.eval(matrix @ matrix)
     seconds = []
