@@ -61,6 +61,14 @@ def finish(*processes: subprocess.Popen[str]) -> None:
     assert [process.returncode for process in processes] == [0] * len(processes), "\n\n".join(texts)
 
 
+def pause_in_training(maker: subprocess.Popen[str], outputs: Path) -> None:
+    """Stop the process, as ctrl-z does, after some iterations of its first training."""
+    while not any(len(Records(log).read()) > 5 for log in (outputs / "work").glob("*/ckpt/records/metrics.jsonl")):
+        assert maker.poll() is None
+        time.sleep(0.005)
+    os.kill(maker.pid, signal.SIGSTOP)
+
+
 def test_two_runs_started_together_make_every_step_once(tiny: tuple[str, ...], start: Start, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     finish(*(start(*tiny, f"outputs={outputs}") for _ in range(2)))
@@ -86,17 +94,12 @@ def test_a_waiter_goes_on_where_a_killed_maker_was(tiny: tuple[str, ...], start:
     settings = [
         *tiny,
         "stage=pretrain",
-        "pretrain.num_iterations=400",
+        "pretrain.num_iterations=120",
         "machine.checkpoint_seconds=0",
         f"outputs={outputs}",
     ]
     maker = start(*settings)
-    log: list[Path] = []
-    while not (log and len(Records(log[0]).read()) > 5):
-        log = list((outputs / "work").glob("*/ckpt/records/metrics.jsonl"))
-        assert maker.poll() is None
-        time.sleep(0.005)
-    os.kill(maker.pid, signal.SIGSTOP)  # so that it is still at it when the waiter comes
+    pause_in_training(maker, outputs)  # so that it is still at it when the waiter comes
     waiter = start(*settings)
     assert waiter.stdout is not None
     printed = iter(waiter.stdout.readline, "")
@@ -114,11 +117,8 @@ def test_status_tells_who_is_at_work_without_disturbing(
     tiny: tuple[str, ...], start: Start, mlxchat: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     outputs = tmp_path / "outputs"
-    maker = start(*tiny, "stage=pretrain", "pretrain.num_iterations=300", f"outputs={outputs}")
-    while not list((outputs / "work").glob("*/ckpt/records/metrics.jsonl")):
-        assert maker.poll() is None
-        time.sleep(0.005)
-    os.kill(maker.pid, signal.SIGSTOP)
+    maker = start(*tiny, "stage=pretrain", "pretrain.num_iterations=100", f"outputs={outputs}")
+    pause_in_training(maker, outputs)
     done = mlxchat("status", f"outputs={outputs}")
     os.kill(maker.pid, signal.SIGCONT)
     finish(maker)

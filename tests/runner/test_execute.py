@@ -1,0 +1,474 @@
+"""Execution: whole or not at all, told truly, and never twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import DataError, Interrupted, MlxchatError, StepFailed
+from mlxchat.runner import attempts, locks
+from mlxchat.runner.context import Context
+from mlxchat.runner.plan import make_plan
+from mlxchat.runner.records import Record, Records
+from mlxchat.runner.store import Store
+
+ONE = {"one": {"stage": "make"}}
+CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
+
+
+def states(toys: Any, **options: Any) -> dict[str, str]:
+    """Return step → 'done', or the reason to run."""
+    return {step.name: step.reason if not step.done else "done" for step in toys.plan(CHAIN, **options)}
+
+
+def result(toys: Any, step: str) -> str:
+    """Return what the artifact of a step of CHAIN holds."""
+    rid = {planned.name: planned.rid for planned in toys.plan(CHAIN)}[step]
+    place = toys.store.find(rid)
+    assert place is not None
+    return str((place / "result.txt").read_text())
+
+
+def events(run: Any) -> list[tuple[str, str | None]]:
+    """Return (event, step) of a run."""
+    return [(event["event"], event.get("step")) for event in Records(run.folder / "events.jsonl").read()]
+
+
+COUNTED = """
+with open(ctx.out.parents[2] / "count", "a") as file:
+    file.write("x")
+(ctx.out / "result.txt").write_text("made")
+"""
+
+
+def count(toys: Any) -> int:
+    """Return how often a COUNTED stage ran."""
+    return len((toys.outputs / "count").read_text())
+
+
+# What every manifest must say.
+CONTRACT = {
+    "schema", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs", "outputs",
+    "tree", "externals", "metrics", "derived", "seed", "attempts", "code", "git", "versions", "device",
+    "peak_memory_bytes", "seconds", "tokens_per_second", "argv", "published",
+}  # fmt: skip
+
+
+def test_a_chain_runs_in_order_and_its_results_are_found(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    assert (result(toys, "one"), result(toys, "two")) == ("1", "1 1")
+    assert states(toys) == {"one": "done", "two": "done"}
+
+
+def test_a_manifest_says_everything_of_the_contract(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    for manifest in toys.store.manifests():
+        assert manifest.keys() >= CONTRACT
+        assert manifest["attempts"][0].keys() >= {
+            "started",
+            "ended",
+            "outcome",
+            "pid",
+            "host",
+            "seconds",
+            "resumed_from",
+        }
+
+
+def test_a_manifest_tells_where_its_artifact_came_from(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    one, two = (toys.store.read(step.rid) for step in toys.plan(CHAIN))
+    assert two["inputs"] == {"source": {"step": "one", "artifact": one["name"], "rid": one["rid"], "tree": one["tree"]}}
+    assert (two["config"], two["seed"], two["overrides"]) == ({"seed": 1, "other": {"number": 1}}, 1, ["toy.number=1"])
+    assert (two["step"], two["stage"], two["kind"], two["version"]) == ("two", "copy", "thing", 1)
+    assert two["device"] == {"name": "toy"}
+    assert [file["path"] for file in two["outputs"]] == ["result.txt"]
+
+
+def test_what_a_stage_reports_is_in_its_manifest(toys: Any) -> None:
+    toys.add("make", """
+        ctx.metrics |= {"loss": 2.5, "tokens_per_second": 10.0}
+        ctx.derived["width"] = 3
+        ctx.externals.append({"name": "book", "sha256": "0"})
+        ctx.log({"iteration": 1, "loss": 2.5})
+        (ctx.out / "result.txt").touch()
+    """)  # fmt: skip
+    tracked: list[tuple[str, Record]] = []
+    toys.run(toys.plan(ONE), on_metrics=lambda step, record: tracked.append((step, record)))
+    (manifest,) = toys.store.manifests()
+    assert (manifest["metrics"], manifest["tokens_per_second"], manifest["derived"]) == (
+        {"loss": 2.5},
+        10.0,
+        {"width": 3},
+    )
+    assert manifest["externals"] == [{"name": "book", "sha256": "0"}]
+    place = toys.store.find(manifest["rid"])
+    assert Records(place / "metrics.jsonl").read() == [{"iteration": 1, "loss": 2.5}]
+    assert tracked == [("one", {"iteration": 1, "loss": 2.5})]
+
+
+def test_the_work_folder_is_gone_once_the_artifact_is_there(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    assert list((toys.outputs / "work").iterdir()) == []
+
+
+def test_the_run_and_latest_point_at_every_step_also_at_those_done_before(toys: Any) -> None:
+    toys.run(toys.plan(ONE))
+    run = toys.run(toys.plan(CHAIN))
+    places = {step.name: toys.store.find(step.rid) for step in toys.plan(CHAIN)}
+    assert toys.store.refs(run.name) == toys.store.refs() == places
+    assert events(run) == [
+        ("run_started", None), ("step_cached", "one"), ("step_started", "two"), ("step_done", "two"),
+        ("run_done", None),
+    ]  # fmt: skip
+
+
+def test_every_promised_file_that_is_missing_is_named(toys: Any) -> None:
+    toys.add("make", "(ctx.out / 'b').touch()", outputs=("a", "b", "c"))
+    with pytest.raises(StepFailed, match="step one did not make a, c"):
+        toys.run(toys.plan(ONE))
+    assert list(toys.store.manifests()) == []
+    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(toys.plan(ONE)[0].rid))] == ["failed"]
+
+
+def test_a_step_that_raises_fails_with_a_log_and_publishes_nothing(toys: Any) -> None:
+    toys.add("make", "(ctx.out / 'result.txt').touch(); raise ValueError('oh no')")
+    with pytest.raises(StepFailed, match="step one failed: ValueError: oh no") as caught:
+        toys.run(toys.plan(CHAIN))
+    assert caught.value.exit_code == 1
+    log = Path(str(caught.value).split("Traceback: ")[1])
+    assert "raise ValueError('oh no')" in log.read_text()
+    assert list((toys.outputs / "store").iterdir()) == []
+    (attempt,) = attempts.read(toys.store.work(toys.plan(ONE)[0].rid))
+    assert (attempt["outcome"], attempt["error"]) == ("failed", "ValueError: oh no")
+
+
+def test_a_fault_of_the_user_passes_a_step_unchanged(toys: Any) -> None:
+    toys.add("make", "raise DataError('line 3 of x.jsonl is no conversation')")
+    with pytest.raises(DataError, match=r"^line 3 of x\.jsonl is no conversation$"):
+        toys.run(toys.plan(ONE))
+
+
+def test_steps_before_a_failure_stay_done_and_the_next_invocation_tries_again(toys: Any) -> None:
+    copy = (toys.package / "copy.py").read_text()
+    toys.add("copy", "(ctx.out / 'rest').touch(); raise OSError('no')", inputs={"source": "thing"}, config=("other",))
+    with pytest.raises(StepFailed):
+        toys.run(toys.plan(CHAIN))
+    assert states(toys)["one"] == "done"
+    (toys.package / "copy.py").write_text(copy)
+    sys.modules.pop(f"{toys.package.name}.copy")
+    toys.run(toys.plan(CHAIN))
+    manifest = toys.store.read(toys.plan(CHAIN)[1].rid)
+    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["failed", "done"]
+    assert [file["path"] for file in manifest["outputs"]] == ["result.txt"], "nothing of the failed attempt is left"
+
+
+def test_a_full_disk_at_publishing_is_told_in_words_and_the_next_invocation_succeeds(
+    toys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "publish", full)
+        with pytest.raises(MlxchatError, match="No space left on device"):
+            toys.run(toys.plan(ONE))
+    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(toys.plan(ONE)[0].rid))] == ["failed"]
+    toys.run(toys.plan(ONE))
+    assert result(toys, "one") == "1"
+
+
+def test_a_stage_cannot_read_settings_that_its_id_does_not_cover(toys: Any) -> None:
+    toys.add("make", "ctx.config.other")
+    with pytest.raises(StepFailed, match=r"stage make reads config\.other, which its CONFIG does not declare"):
+        toys.run(toys.plan(ONE))
+
+
+RESUMABLE = """
+done = ctx.work / "0001"
+if not done.exists():
+    done.mkdir(parents=True)
+    ctx.log({{"iteration": 1}})
+    os.kill(os.getpid(), signal.{signal})
+    assert ctx.should_stop()
+    raise ctx.stop("iteration 1 of 2")
+ctx.rewind_records(1)
+(ctx.out / "result.txt").write_text("continued")
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_step_says_so_and_continues_at_the_next_invocation(name: str, code: int, toys: Any) -> None:
+    toys.add("make", RESUMABLE.format(signal=name))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted, match=r"one stopped at iteration 1 of 2\. The same command continues") as caught:
+        toys.run(toys.plan(CHAIN))
+    assert caught.value.exit_code == code
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert list((toys.outputs / "store").iterdir()) == []
+    assert states(toys)["one"] == "missing, resumes"
+    toys.run(toys.plan(CHAIN))
+    manifest = toys.store.read(toys.plan(CHAIN)[0].rid)
+    assert [(attempt["outcome"], attempt["resumed_from"]) for attempt in manifest["attempts"]] == [
+        ("interrupted", None), ("done", 1),
+    ]  # fmt: skip
+    assert result(toys, "one") == "continued"
+
+
+def test_a_signal_in_a_stage_that_never_looks_stops_the_run_after_that_step(toys: Any) -> None:
+    toys.add("make", "os.kill(os.getpid(), signal.SIGTERM); (ctx.out / 'result.txt').write_text('1')")
+    with pytest.raises(Interrupted) as caught:
+        toys.run(toys.plan(CHAIN))
+    assert caught.value.exit_code == 143
+    assert states(toys) == {"one": "done", "two": "missing"}
+
+
+TWO_SIGNALS = """
+import importlib.util, sys
+from pathlib import Path
+from mlxchat.runner import stage
+spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
+shared = importlib.util.module_from_spec(spec)
+sys.modules["shared"] = shared
+spec.loader.exec_module(shared)
+package = Path(sys.argv[2]) / "twosignals"
+package.mkdir()
+sys.path.insert(0, sys.argv[2])
+stage._PACKAGE, stage._folder = "twosignals", lambda: package
+toys = shared.Toys(package, Path(sys.argv[2]) / "outputs")
+toys.add("make", '''
+    os.kill(os.getpid(), signal.SIGINT)
+    (ctx.out / "between").touch()
+    os.kill(os.getpid(), signal.SIGINT)
+    (ctx.out / "after").touch()
+''')
+toys.run(toys.plan({"one": {"stage": "make"}}))
+"""
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    shared = Path(__file__).parents[1] / "conftest.py"
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_SIGNALS, str(shared), str(tmp_path)], capture_output=True, timeout=60
+    )
+    assert done.returncode == 130, done.stderr.decode()
+    (out,) = (tmp_path / "outputs" / "work").glob("*/out")
+    assert [path.name for path in out.iterdir()] == ["between"]
+    assert [attempt["outcome"] for attempt in attempts.read(out.parent)] == ["killed"]
+    assert list((tmp_path / "outputs" / "store").iterdir()) == []
+
+
+def test_executions_that_were_killed_are_listed_in_the_manifest(toys: Any) -> None:
+    (step,) = toys.plan(ONE)
+    attempts.start(toys.store.work(step.rid), "killed_run", "one")
+    toys.run(toys.plan(ONE))
+    manifest = toys.store.read(step.rid)
+    assert [(attempt["outcome"], attempt["run"]) for attempt in manifest["attempts"]] == [
+        ("killed", "killed_run"), ("done", "run1"),
+    ]  # fmt: skip
+
+
+WAITS = """
+ready, go = ctx.out.parents[2] / "ready", ctx.out.parents[2] / "go"
+ready.touch()
+while not go.exists():
+    time.sleep(0.01)
+"""
+
+
+def run_two(toys: Any) -> tuple[list[BaseException], list[str], threading.Thread]:
+    """Run ONE in a thread until it is in its stage; the stage goes on once `say` hears that somebody waits."""
+    raised: list[BaseException] = []
+
+    def first() -> None:
+        try:
+            toys.run(toys.plan(ONE))
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    while not (toys.outputs / "ready").exists():
+        thread.join(0.01)
+    return raised, [], thread
+
+
+def let_go(toys: Any, heard: list[str], line: str) -> None:
+    heard.append(line)
+    if "waits" in line:
+        (toys.outputs / "go").touch()
+
+
+def test_a_waiter_whose_step_failed_fails_with_the_same_error(toys: Any) -> None:
+    toys.add("make", WAITS + COUNTED + "raise ValueError('oh no')")
+    raised, heard, thread = run_two(toys)
+    with pytest.raises(StepFailed, match="failed in the process that was waited for: ValueError: oh no"):
+        toys.run(toys.plan(ONE), say=lambda line: let_go(toys, heard, line))
+    thread.join()
+    assert isinstance(raised[0], StepFailed)
+    assert count(toys) == 1
+
+
+def test_a_waiter_says_for_whom_and_uses_the_result(toys: Any) -> None:
+    toys.add("make", WAITS + COUNTED)
+    raised, heard, thread = run_two(toys)
+    run = toys.run(toys.plan(ONE), say=lambda line: let_go(toys, heard, line))
+    thread.join()
+    assert (raised, count(toys)) == ([], 1)
+    assert heard == [f"one        waits: process {os.getpid()} on {os.uname().nodename} (run run1) is making it"]
+    assert ("step_cached", "one") in events(run)
+
+
+def test_a_step_that_another_process_finished_after_our_plan_is_not_made_again(toys: Any) -> None:
+    toys.add("make", COUNTED)
+    ours = toys.store
+    ours.prepare()
+    plan = make_plan(toys.config, ONE, ours, targets=None, seed=1, force=[])
+    assert not plan[0].done
+    toys.run(toys.plan(ONE))  # the other process, from start to end
+    toys.run(plan, ours)
+    assert count(toys) == 1
+
+
+def test_a_step_that_another_process_finishes_between_our_look_and_our_lock_is_not_made_again(
+    toys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toys.add("make", COUNTED)
+    plan, hold = toys.plan(ONE), locks.hold
+
+    def hold_after_the_other(*arguments: Any) -> Any:
+        monkeypatch.setattr(locks, "hold", hold)
+        toys.run(toys.plan(ONE))  # the other process, from start to end
+        return hold(*arguments)
+
+    monkeypatch.setattr(locks, "hold", hold_after_the_other)
+    toys.run(plan)
+    assert count(toys) == 1
+
+
+def test_a_waiter_whose_maker_died_makes_the_step_itself_although_an_outdated_artifact_is_there(
+    toys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
+    toys.run(toys.plan(ONE, force=["one"]))
+    hold = locks.hold
+
+    @contextmanager
+    def hold_after_a_dead_maker(*arguments: Any) -> Iterator[bool]:
+        with hold(*arguments):
+            yield True
+
+    monkeypatch.setattr(locks, "hold", hold_after_a_dead_maker)
+    toys.run(toys.plan(CHAIN))
+    assert result(toys, "two") == "other 1"
+
+
+def test_a_forced_step_replaces_its_artifact(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    before = toys.store.read(toys.plan(CHAIN)[0].rid)
+    toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
+    toys.run(toys.plan(CHAIN, force=["one"]))
+    after = toys.store.read(toys.plan(CHAIN)[0].rid)
+    assert (after["rid"], after["name"]) == (before["rid"], before["name"])
+    assert after["published"] > before["published"]
+    assert len(list((toys.outputs / "store").iterdir())) == 2
+    assert result(toys, "one") == "other"
+
+
+def test_a_forced_step_with_other_bytes_has_its_followers_made_again_in_the_same_run(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
+    run = toys.run(toys.plan(CHAIN, force=["one"]))
+    assert ("step_done", "two") in events(run)
+    assert result(toys, "two") == "other 1"
+
+
+def test_a_forced_step_with_the_same_bytes_leaves_its_followers_done(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    run = toys.run(toys.plan(CHAIN, force=["one"]))
+    assert events(run)[1:] == [
+        ("step_started", "one"), ("step_done", "one"), ("step_cached", "two"), ("run_done", None),
+    ]  # fmt: skip
+
+
+def test_a_follower_of_an_artifact_rebuilt_with_other_bytes_is_planned_with_that_reason(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
+    toys.run(toys.plan(ONE, force=["one"]))
+    assert states(toys) == {"one": "done", "two": "input changed: source (one)"}
+
+
+def test_observations_do_not_make_followers_run(toys: Any) -> None:
+    toys.add("make", "ctx.log({'iteration': 1, 'time': time.time()}); (ctx.out / 'result.txt').write_text('1')")
+    toys.run(toys.plan(CHAIN))
+    first = toys.store.read(toys.plan(ONE)[0].rid)
+    toys.run(toys.plan(ONE, force=["one"]))
+    second = toys.store.read(toys.plan(ONE)[0].rid)
+    assert first["outputs"] != second["outputs"], "the times differ"
+    assert first["tree"] == second["tree"]
+    assert states(toys) == {"one": "done", "two": "done"}
+
+
+def test_a_rebuild_under_another_label_leaves_one_folder_per_id(toys: Any) -> None:
+    toys.add("make", COUNTED)
+    path = toys.package / "make.py"
+    path.write_text(path.read_text() + '\nLABEL = "machine"\n')
+    for label in ("before", "after"):
+        toys.config.machine = label
+        toys.run(toys.plan(ONE, force=["one"]))
+    assert len(list((toys.outputs / "store").iterdir())) == 1
+
+
+def test_work_left_over_from_other_input_bytes_is_not_continued(toys: Any) -> None:
+    toys.add("copy", """
+        text = (ctx.inputs["source"] / "result.txt").read_text()
+        saved = ctx.work / "state"
+        if not saved.exists():
+            saved.parent.mkdir(parents=True)
+            saved.write_text(text)
+            raise ctx.stop("half")
+        (ctx.out / "result.txt").write_text(f"{saved.read_text()} then {text}")
+    """, inputs={"source": "thing"}, config=("other",))  # fmt: skip
+    with pytest.raises(Interrupted):
+        toys.run(toys.plan(CHAIN))
+    toys.add("make", "(ctx.out / 'result.txt').write_text('new')")
+    with pytest.raises(Interrupted):
+        toys.run(toys.plan(CHAIN, force=["one"]))
+    toys.run(toys.plan(CHAIN))
+    assert result(toys, "two") == "new then new"
+
+
+def context(root: int = 1, stage: str = "sft") -> Context:
+    return Context(
+        step="s", config=None, inputs={}, input_steps={}, out=Path(), work=Path(), root_seed=root, stage=stage,  # type: ignore[arg-type]
+        stop_signal=lambda: None, on_metrics=lambda step, record: None,
+    )  # fmt: skip
+
+
+def test_seeds_depend_on_run_stage_and_purpose_only() -> None:
+    assert context().seed("weights") == context().seed("weights")
+    seeds = {
+        context(root, stage).seed(purpose)
+        for root in range(5) for stage in ("sft", "rl") for purpose in ("weights", "order", "mixture")
+    }  # fmt: skip
+    assert len(seeds) == 30
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_events_are_json_lines_with_a_time(toys: Any) -> None:
+    run = toys.run(toys.plan(ONE))
+    lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["run_started", "step_started", "step_done", "run_done"]
+    assert sorted(line["time"] for line in lines) == [line["time"] for line in lines]

@@ -1,0 +1,367 @@
+"""Identity: what changes an artifact's id, and what does not."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxchat.compose import compose_config
+from mlxchat.config import Config
+from mlxchat.data.mixture import Mixture
+from mlxchat.runner.fingerprint import canonical_json, compute_rid, hash_code, identity_of, plain_of
+from mlxchat.runner.plan import make_plan
+from mlxchat.runner.store import Store
+
+# The fields that no artifact's id knows. A new one belongs here only if it can change no byte of a result.
+NOT_IDENTITY = {
+    "model.name",
+    "pretrain.eval_every",
+    "pretrain.sample_every",
+    "midtrain.eval_every",
+    "sft.eval_every",
+    "rl.eval_every",
+    "eval.batch_rows",
+}
+# Sections that no stage may declare, and those that are declared, with the steps that read them.
+NEVER = ("machine", "tracker", "name", "outputs", "targets", "force")
+READ_BY = {
+    "model": {"pretrain"},
+    "architecture": {"pretrain"},
+    "optimizer": {"pretrain", "midtrain", "sft", "rl"},
+    "corpus": {"corpus"},
+    "tokenizer": {"tokenizer"},
+    "pretrain": {"pretrain"},
+    "midtrain": {"midtrain"},
+    "sft": {"sft"},
+    "rl": {"rl"},
+    "eval": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
+    "suite": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
+    "seed": {
+        "corpus",
+        "tokenizer",
+        "pretrain",
+        "midtrain",
+        "sft",
+        "rl",
+        "eval_base",
+        "eval_mid",
+        "eval_sft",
+        "eval_rl",
+    },
+}
+
+plain_data = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@cache
+def full_config() -> Config:
+    """A configuration in which every optional section is there, so that every field of the schema occurs."""
+    config = compose_config(["corpus=fineweb_edu", "experiment=quickstart", "corpus.packages=[]"]).config
+    config.sft.mixture["facts"].options = {"seed": 3.0}
+    return config
+
+
+def leaves(section: Any, path: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted path, object that holds it, attribute or key) of every leaf below a dataclass or mapping."""
+    if is_dataclass(section):
+        items = [(name.name, getattr(section, name.name)) for name in fields(section)]
+    else:
+        items = list(section.items())
+    for name, value in items:
+        here = f"{path}.{name}" if path else name
+        if is_dataclass(value) or (isinstance(value, dict) and value and path != "pipeline"):
+            yield from leaves(value, here)
+        else:
+            yield here, section, name
+
+
+LEAVES = [path for path, _, _ in leaves(full_config(), "") if not path.startswith("pipeline")]
+
+
+def other_value(value: Any, holder: Any, name: str) -> Any:
+    """Return another value of the leaf's type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 + 1
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, list):
+        return [*value, "x"]
+    if isinstance(value, dict):
+        return {**value, "x": 1.0}
+    assert value is None
+    kinds = str(get_type_hints(type(holder))[name])
+    return 7 if "int" in kinds else 7.5 if "float" in kinds else ["x"] if "list" in kinds else "x"
+
+
+def changed(path: str) -> Config:
+    """Return a copy of the full configuration in which one leaf has another value."""
+    config = copy.deepcopy(full_config())
+    (holder, name) = next((holder, name) for here, holder, name in leaves(config, "") if here == path)
+    if isinstance(holder, dict):
+        holder[name] = other_value(holder[name], holder, name)
+    else:
+        setattr(holder, name, other_value(getattr(holder, name), holder, name))
+    assert plain_of(config) != plain_of(full_config())
+    return config
+
+
+def ids(config: Config) -> dict[str, str]:
+    """Return step → id."""
+    store = Store(Path("/nonexistent"))
+    plan = make_plan(config, config.pipeline, store, targets=None, seed=config.seed, force=[])
+    return {step.name: step.rid for step in plan}
+
+
+@cache
+def full_ids() -> dict[str, str]:
+    """Return the ids of the full configuration."""
+    return ids(full_config())
+
+
+def below(steps: set[str]) -> set[str]:
+    """Return the steps and everything that is made from them."""
+    wiring = full_config().pipeline
+    while True:
+        more = {
+            step
+            for step, entry in wiring.items()
+            for role, source in entry.items()
+            if role != "stage" and source in steps
+        }
+        if more <= steps:
+            return steps
+        steps = steps | more
+
+
+def shuffled(value: Any, rng: random.Random) -> Any:
+    """Return equal data whose mappings list their keys in another order."""
+    if isinstance(value, Mapping):
+        return {key: shuffled(value[key], rng) for key in rng.sample(list(value), len(value))}
+    return [shuffled(item, rng) for item in value] if isinstance(value, list) else value
+
+
+@given(plain_data, st.randoms(use_true_random=False))
+def test_key_order_does_not_change_an_id(data: Any, rng: random.Random) -> None:
+    assert compute_rid("sft", 1, data, {}, {}) == compute_rid("sft", 1, shuffled(data, rng), {}, {})
+
+
+@given(plain_data)
+def test_the_canonical_text_gives_the_data_back_so_different_data_never_share_one(data: Any) -> None:
+    assert json.loads(canonical_json(data)) == data
+
+
+def test_the_leaves_cover_every_field_of_the_schema() -> None:
+    def names(schema: type, prefix: str = "") -> Iterator[str]:
+        for item in fields(schema):
+            hint = get_type_hints(schema)[item.name]
+            nested = [kind for kind in (hint, *getattr(hint, "__args__", ())) if is_dataclass(kind)]
+            if nested and not str(hint).startswith("dict"):
+                yield from names(nested[0], f"{prefix}{item.name}.")
+            else:
+                yield f"{prefix}{item.name}"
+
+    found = {name for name in names(Config) if name != "pipeline"}
+    assert {name for name in found if not any(leaf == name or leaf.startswith(f"{name}.") for leaf in LEAVES)} == set()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in LEAVES if path.split(".")[0] in READ_BY and path not in NOT_IDENTITY]
+)
+def test_an_identity_field_changes_the_ids_of_the_steps_that_read_it_and_of_no_others(path: str) -> None:
+    section = path.split(".")[0]
+    if path.endswith((".packages", ".paths", ".path")):  # these must exist for a plan, and are hashed besides
+        before, after = getattr(full_config(), section), getattr(changed(path), section)
+        assert identity_of(before) != identity_of(after)
+        return
+    before, after = full_ids(), ids(changed(path))
+    assert {step for step in before if before[step] != after[step]} == below(set(READ_BY[section]))
+
+
+@pytest.mark.parametrize("path", [*sorted(NOT_IDENTITY), *[path for path in LEAVES if path.split(".")[0] in NEVER]])
+def test_an_excluded_field_changes_no_id(path: str) -> None:
+    assert ids(changed(path)) == full_ids()
+
+
+def test_the_excluded_fields_are_those_listed_here() -> None:
+    marked = set()
+    for path, holder, name in leaves(full_config(), ""):
+        metadata = {item.name: item.metadata for item in fields(holder)} if is_dataclass(holder) else {}
+        if metadata.get(name, {}).get("identity") is False:
+            marked.add(path)
+    assert marked == NOT_IDENTITY
+
+
+def test_every_section_is_either_read_by_a_stage_or_named_as_never_read() -> None:
+    assert {item.name for item in fields(Config)} == {*READ_BY, *NEVER, "pipeline"}
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("optimizer.matrix_lr=1", "optimizer.matrix_lr=1.0"),
+        ("optimizer.matrix_lr=0.02", "optimizer.matrix_lr=2e-2"),
+        ("++sft.mixture.facts.options.seed=1", "++sft.mixture.facts.options.seed=1.0"),
+        ("rl.temperature=1", "rl.temperature=1.00"),
+        ("model.depth=4", "model.depth='4'"),
+    ],
+)
+def test_ways_to_write_one_number_give_one_id(left: str, right: str) -> None:
+    assert ids(compose_config([left]).config) == ids(compose_config([right]).config)
+
+
+def test_the_same_conversations_come_in_the_same_order_whatever_the_order_of_the_keys() -> None:
+    # The id sorts the keys, so what is made must not depend on their order either.
+    items = {name: full_config().sft.mixture[name] for name in ("identity", "spelling", "letters")}
+    backwards = dict(reversed(items.items()))
+    assert canonical_json(identity_of(items)) == canonical_json(identity_of(backwards))
+    assert list(Mixture(items, seed=1)) == list(Mixture(backwards, seed=1))
+
+
+def test_a_field_added_later_leaves_old_ids_alone_while_it_has_its_default() -> None:
+    @dataclass
+    class Before:
+        rate: float = 1.0
+
+    @dataclass
+    class After:
+        rate: float = 1.0
+        window: int | None = field(default=None, metadata={"since_default": None})
+
+    assert identity_of(After()) == identity_of(Before())
+    assert identity_of(After(window=3)) == {"rate": 1.0, "window": 3}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), -float("inf"), len, lambda: 1, object(), {1, 2}, b"bytes", Path("x"), Config, 1j],
+    ids=str,
+)
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: {"a": [value]}], ids=["alone", "nested"])
+def test_what_has_no_canonical_form_is_refused(value: Any, wrap: Any) -> None:
+    with pytest.raises(TypeError, match=r"identity|canonical"):
+        identity_of(wrap(value))
+
+
+GOLDEN = {
+    "stage": "sft", "version": 3, "config": {"b": [1, 2.5, None, True], "a": {"ü": "né"}},
+    "inputs": {"checkpoint": "abc", "corpus": "def"}, "externals": {"package x": "1.0"},
+}  # fmt: skip
+# Written out by hand: sorted keys, no spaces, text as it is.
+GOLDEN_TEXT = (
+    '{"config":{"a":{"ü":"né"},"b":[1,2.5,null,true]},"externals":{"package x":"1.0"},'
+    '"inputs":{"checkpoint":"abc","corpus":"def"},"schema":1,"stage":"sft","version":3}'
+)
+GOLDEN_RID = base64.b32encode(hashlib.sha256(GOLDEN_TEXT.encode()).digest()).decode().strip("=").lower()
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "1", "random"])
+def test_the_golden_id_is_the_same_in_every_process_and_folder(hash_seed: str, tmp_path: Path) -> None:
+    code = (
+        "import json, sys; from mlxchat.runner.fingerprint import compute_rid; r = json.loads(sys.argv[1]);"
+        "print(compute_rid(r['stage'], r['version'], r['config'], r['inputs'], r['externals']))"
+    )
+    folder = tmp_path / hash_seed
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(GOLDEN)],
+        cwd=folder, env=os.environ | {"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == GOLDEN_RID == "toptyhoq2jrc" + GOLDEN_RID[12:]
+
+
+def test_an_id_is_52_characters_that_disks_without_cases_tell_apart() -> None:
+    rid = compute_rid("a", 1, {}, {}, {})
+    assert len(rid) == 52
+    assert set(rid) <= set("abcdefghijklmnopqrstuvwxyz234567")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage": "rl"},
+        {"version": 4},
+        {"config": {}},
+        {"inputs": {"checkpoint": "def", "corpus": "abc"}},
+        {"inputs": {"checkpoint": "abc"}},
+        {"externals": {"package x": "1.1"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_part_of_the_record_changes_the_id(change: dict[str, Any]) -> None:
+    def rid(record: dict[str, Any]) -> str:
+        return compute_rid(record["stage"], record["version"], record["config"], record["inputs"], record["externals"])
+
+    assert rid(GOLDEN | change) != rid(GOLDEN)
+
+
+CODE = '''"""A module."""
+import os
+
+LIMIT = 3  # as many as fit
+
+
+@cache
+def run(ctx, rate=0.1):
+    """Run."""
+    total = os.cpu_count() + LIMIT
+    return {"total": total}
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# as many as fit", "# fewer"),
+        ("  # as many as fit", ""),
+        ('"""A module."""', '"""Another text\n\nof two paragraphs."""'),
+        ('    """Run."""\n', ""),
+        ("os.cpu_count() + LIMIT", "(\n        os.cpu_count()\n        + LIMIT\n    )"),
+        ('{"total": total}', "{'total': total,}"),
+        ("\n\n\n", "\n\n\n\n\n"),
+    ],
+)
+def test_comments_docstrings_and_layout_do_not_change_the_code_digest(old: str, new: str, tmp_path: Path) -> None:
+    assert digest(CODE.replace(old, new, 1), tmp_path / "b.py") == digest(CODE, tmp_path / "a.py")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("LIMIT = 3", "LIMIT = 4"),
+        ("LIMIT = 3", "LIMIT = 3.0"),
+        ("rate=0.1", "rate=0.2"),
+        ("@cache\n", ""),
+        ("+ LIMIT", "- LIMIT"),
+        ('{"total": total}', '{"Total": total}'),
+        ("    total =", "    print()\n    total ="),
+    ],
+)
+def test_code_changes_the_code_digest(old: str, new: str, tmp_path: Path) -> None:
+    assert digest(CODE.replace(old, new, 1), tmp_path / "b.py") != digest(CODE, tmp_path / "a.py")
+
+
+def digest(code: str, path: Path) -> str:
+    """Return the digest of a file with this code."""
+    path.write_text(code, encoding="utf-8")
+    return hash_code(path)

@@ -1,0 +1,299 @@
+"""The plan: order, wiring, and for every step whether it runs and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxchat.errors import ConfigError
+from mlxchat.runner.plan import flatten_config, order_steps, pin_externals
+
+CHAIN = {
+    "one": {"stage": "make"},
+    "two": {"stage": "copy", "source": "one"},
+    "three": {"stage": "copy", "source": "two"},
+}
+REAL = {
+    "corpus": {"stage": "corpus"},
+    "tokenizer": {"stage": "tokenizer", "corpus": "corpus"},
+    "pretrain": {"stage": "pretrain", "corpus": "corpus", "tokenizer": "tokenizer"},
+    "sft": {"stage": "sft", "checkpoint": "pretrain"},
+    "eval_sft": {"stage": "eval", "checkpoint": "sft"},
+    "eval_base": {"stage": "eval", "checkpoint": "pretrain", "corpus": "corpus"},
+}
+
+
+def changed(**steps: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Return the real pipeline with steps replaced."""
+    return {**REAL, **steps}
+
+
+@given(st.permutations(list(REAL)), st.none() | st.lists(st.sampled_from(list(REAL)), min_size=1))
+def test_inputs_come_before_what_they_feed_whatever_the_order_of_the_file(
+    names: list[str], targets: list[str] | None
+) -> None:
+    pipeline = {name: REAL[name] for name in names}
+    order = order_steps(pipeline, targets)
+    assert len(set(order)) == len(order)
+    assert set(targets or names) <= set(order)
+    for step in order:
+        sources = {source for role, source in REAL[step].items() if role != "stage"}
+        assert sources <= set(order[: order.index(step)])
+
+
+def test_a_file_in_a_possible_order_is_followed() -> None:
+    assert order_steps(REAL, None) == list(REAL)
+
+
+@pytest.mark.parametrize(
+    ("target", "steps"),
+    [
+        ("sft", ["corpus", "tokenizer", "pretrain", "sft"]),
+        ("corpus", ["corpus"]),
+        ("eval", ["corpus", "tokenizer", "pretrain", "sft", "eval_sft", "eval_base"]),  # a stage: all its steps
+        ("eval_base", ["corpus", "tokenizer", "pretrain", "eval_base"]),
+    ],
+)
+def test_a_target_brings_what_it_needs_and_nothing_else(target: str, steps: list[str]) -> None:
+    assert order_steps(REAL, [target]) == steps
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        (
+            changed(sft={"stage": "stf", "checkpoint": "pretrain"}),
+            r'pipeline\.sft\.stage is "stf".*Did you mean "sft"\?',
+        ),
+        (changed(sft={"checkpoint": "pretrain"}), r"pipeline\.sft.*stage"),
+        (
+            changed(sft={"stage": "sft", "checkpont": "pretrain"}),
+            r'"checkpont" is no role.*Did you mean "checkpoint"\?',
+        ),
+        (changed(sft={"stage": "sft", "checkpoint": "pretrian"}), r'is "pretrian".*Did you mean "pretrain"\?'),
+        (changed(sft={"stage": "sft"}), r"pipeline\.sft\.checkpoint is missing: stage sft needs a checkpoint"),
+        (
+            changed(sft={"stage": "sft", "checkpoint": "corpus"}),
+            r"checkpoint is corpus, a corpus; expected a checkpoint",
+        ),
+        (
+            changed(pretrain={"stage": "pretrain", "corpus": "tokenizer", "tokenizer": "corpus"}),
+            r"a tokenizer; expected a c",
+        ),
+        (changed(sft={"stage": "sft", "checkpoint": "eval_sft"}), r"eval_sft, a scores; expected a checkpoint"),
+        (changed(sft={"stage": "sft", "checkpoint": "sft"}), r"cycle: sft → sft"),
+        (changed(a={"stage": "sft", "checkpoint": "b"}, b={"stage": "sft", "checkpoint": "a"}), r"cycle: a → b → a"),
+    ],
+)
+def test_wrong_wiring_is_refused_with_the_nearest_right_name(pipeline: dict[str, dict[str, str]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        order_steps(pipeline, None)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("sftt", r'target "sftt" is no step.*Did you mean "sft"\?'), ("midtrain", r'"midtrain".*no step of this stage')],
+)
+def test_an_unknown_target_is_refused(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        order_steps(REAL, [target])
+
+
+def test_every_mistake_of_the_wiring_is_named_at_once() -> None:
+    wrong = changed(sft={"stage": "sft"}, eval_sft={"stage": "evla"}, more={"stage": "rl", "checkpoint": "nope"})
+    with pytest.raises(ConfigError) as caught:
+        order_steps(wrong, ["nothing"])
+    lines = str(caught.value).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "pipeline.sft.checkpoint",
+        "pipeline.eval_sft.stage",
+        "pipeline.more.checkpoint",
+        "target",
+    ]
+
+
+def test_an_optional_role_may_be_left_out_but_not_filled_with_another_kind() -> None:
+    assert "eval_sft" in order_steps(REAL, None)
+    with pytest.raises(ConfigError, match=r"eval_sft\.corpus is tokenizer, a tokenizer; expected a corpus"):
+        order_steps(changed(eval_sft={"stage": "eval", "checkpoint": "sft", "corpus": "tokenizer"}), None)
+
+
+def test_an_unknown_step_in_force_is_refused(toys: Any) -> None:
+    with pytest.raises(ConfigError, match=r'force names tow.*Did you mean "two"\?'):
+        toys.plan(CHAIN, force=["tow"])
+
+
+def reasons(toys: Any, **options: Any) -> dict[str, tuple[str, str]]:
+    """Return step → (state, reason) as the next invocation sees them."""
+    return {step.name: (step.state, step.reason) for step in toys.plan(CHAIN, **options)}
+
+
+def test_at_first_everything_is_missing(toys: Any) -> None:
+    assert set(reasons(toys).values()) == {("run", "missing")}
+
+
+def test_afterwards_everything_is_done(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    assert set(reasons(toys).values()) == {("done", "")}
+
+
+def test_a_changed_setting_is_shown_old_and_new_and_its_followers_name_their_input(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy.number = 2
+    assert reasons(toys) == {
+        "one": ("run", "config changed: toy.number 1 → 2"),
+        "two": ("run", "input changed: source (one)"),
+        "three": ("run", "input changed: source (two)"),
+    }
+
+
+def test_a_setting_of_a_later_stage_leaves_the_earlier_done(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.config.other.number = 5
+    assert [state for state, _ in reasons(toys).values()] == ["done", "run", "run"]
+    assert reasons(toys)["two"][1] == "config changed: other.number 1 → 5"
+
+
+def test_the_nearest_artifact_is_the_one_that_is_explained_from(toys: Any) -> None:
+    for number, seed in ((1, 1), (7, 1), (1, 2)):
+        toys.config.toy.number = number
+        toys.run(toys.plan({"one": CHAIN["one"]}, seed=seed))
+    toys.config.toy.number = 9
+    (step,) = toys.plan({"one": CHAIN["one"]}, seed=2)
+    assert step.reason == "config changed: toy.number 1 → 9"
+
+
+def test_an_excluded_setting_leaves_everything_done(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy.cadence, toys.config.machine = 99, {"threads": 1}
+    assert set(reasons(toys).values()) == {("done", "")}
+
+
+def test_another_seed_is_another_artifact(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    assert reasons(toys, seed=2)["one"] == ("run", "config changed: seed 1 → 2")
+
+
+@pytest.mark.parametrize(("force", "forced"), [(["two"], {"two"}), (["all"], set(CHAIN)), ([], set())])
+def test_force_runs_exactly_what_it_names(force: list[str], forced: set[str], toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    found = reasons(toys, force=force)
+    assert {step for step, reason in found.items() if reason == ("run", "forced")} == forced
+    assert {state for step, (state, _) in found.items() if step not in forced} <= {"done"}
+
+
+def test_changed_code_of_a_stage_is_remarked_but_runs_nothing(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.add("make", "(ctx.out / 'result.txt').write_text('more')")
+    assert reasons(toys)["one"] == ("done", "code drift (warn)")
+    assert reasons(toys)["two"] == ("done", "")
+
+
+def test_a_comment_in_a_stage_is_not_remarked(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    path = toys.package / "make.py"
+    path.write_text("# a remark\n" + path.read_text())
+    assert reasons(toys)["one"] == ("done", "")
+
+
+def test_a_raised_version_runs_the_stage_again(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.add("make", "(ctx.out / 'result.txt').write_text('x')", version=2)
+    assert reasons(toys)["one"] == ("run", "stage changed: version 1 → 2")
+
+
+def test_left_over_work_is_announced_as_resuming(toys: Any) -> None:
+    (step, *_) = toys.plan(CHAIN)
+    (toys.store.work(step.rid) / "ckpt").mkdir(parents=True)
+    assert reasons(toys)["one"] == ("run", "missing, resumes")
+
+
+def test_the_targets_change_no_id(toys: Any) -> None:
+    whole = {step.name: step.rid for step in toys.plan(CHAIN)}
+    for target in CHAIN:
+        part = {step.name: step.rid for step in toys.plan(CHAIN, targets=[target])}
+        assert part == {name: whole[name] for name in part}
+        assert target in part
+
+
+def test_the_name_of_a_step_changes_no_id(toys: Any) -> None:
+    renamed = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
+    assert [step.rid for step in toys.plan(renamed)] == [step.rid for step in toys.plan(CHAIN)][:2]
+
+
+def test_a_done_step_is_named_after_the_folder_that_is_there(toys: Any) -> None:
+    toys.package.joinpath("make.py").write_text(toys.package.joinpath("make.py").read_text() + '\nLABEL = "machine"\n')
+    toys.config.machine = "before"
+    toys.run(toys.plan(CHAIN))
+    folder = next(path.name for path in (toys.outputs / "store").iterdir() if path.name.startswith("make-"))
+    toys.config.machine = "after"  # another label, the same id
+    (one, *_) = toys.plan(CHAIN)
+    assert (one.state, one.artifact) == ("done", folder)
+
+
+def test_planning_writes_nothing(toys: Any) -> None:
+    toys.plan(CHAIN)
+    assert not toys.outputs.exists()
+
+
+@dataclass
+class Sources:
+    packages: list[str] = field(default_factory=list, metadata={"external": "package"})
+    paths: list[str] = field(default_factory=list, metadata={"external": "file"})
+
+
+def test_the_content_of_an_outside_file_is_part_of_the_identity_and_its_time_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one")
+    before = pin_externals({"toy": Sources(paths=[str(path)])})
+    path.write_text("one")
+    assert pin_externals({"toy": Sources(paths=[str(path)])}) == before
+    path.write_text("two")
+    assert pin_externals({"toy": Sources(paths=[str(path)])}) != before
+
+
+def test_the_version_of_an_outside_package_is_part_of_the_identity() -> None:
+    assert pin_externals({"toy": Sources(packages=["pytest"])}) == {
+        "package pytest": importlib.metadata.version("pytest")
+    }
+
+
+def test_every_missing_file_and_package_is_named_at_once(tmp_path: Path) -> None:
+    sources = {"a": Sources(paths=["/no/such"], packages=["no-such-package"]), "b": {"x": Sources(paths=["/nor/this"])}}
+    with pytest.raises(ConfigError) as caught:
+        pin_externals(sources)
+    text = str(caught.value)
+    assert "a.paths: /no/such cannot be read" in text
+    assert "a.packages: package no-such-package is missing: pip install no-such-package" in text
+    assert "b.x.paths: /nor/this cannot be read" in text
+
+
+def test_flattened_settings_are_dotted_keys() -> None:
+    assert flatten_config({"a": {"b": 1, "c": {"d": None}}, "e": [1]}) == {"a.b": 1, "a.c.d": None, "e": [1]}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda text: text.replace("VERSION = 1", "VERSION = int('1')"), "must declare VERSION as literals"),
+        (lambda text: text.replace("PRODUCES", "MAKES").replace("OUTPUTS", "FILES"), "PRODUCES, OUTPUTS"),
+    ],
+)
+def test_a_stage_that_declares_too_little_is_refused(write: Callable[[str], str], message: str, toys: Any) -> None:
+    path = toys.package / "make.py"
+    path.write_text(write(path.read_text()))
+    with pytest.raises(ConfigError, match=message):
+        toys.plan(CHAIN)
+
+
+def test_planning_does_not_import_the_stages(toys: Any) -> None:
+    path = toys.package / "make.py"
+    path.write_text("raise RuntimeError('imported')\n" + path.read_text())
+    assert [step.name for step in toys.plan(CHAIN)] == list(CHAIN)

@@ -1,0 +1,202 @@
+"""conf/: every file composes, the recipes derive nanochat's numbers, and no key is there in vain."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from mlxchat.compose import Composed, compose_config, group_names, group_options
+from mlxchat.config import Config
+from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
+from mlxchat.runner.plan import make_plan
+from mlxchat.runner.stage import read_stage, stage_names
+from mlxchat.runner.store import Store
+from mlxchat.training.horizon import count_iterations, derive_numbers
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(
+    path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml") if path.name != "config.yaml"
+)
+
+
+@cache
+def composed(*overrides: str) -> Composed:
+    """Compose once what several tests look at."""
+    return compose_config(list(overrides))
+
+
+def selecting(file: Path, text: Path) -> list[str]:
+    """Return the overrides that choose an option: `model=d4`, a list for the settings, a place for the mixtures."""
+    group, option = file.parent.as_posix(), file.stem
+    if group == "settings":
+        return []  # all of them are always composed
+    if group == "mixture":
+        return [f"mixture@{stage}.mixture={option}" for stage in ("midtrain", "sft") if option != "bundled_validation"]
+    return [f"{group}={option}", *([f"corpus.paths=[{text}]"] if file.name == "files.yaml" else [])]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes_to_a_plan_of_every_step(file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some text.")
+    found = composed(*selecting(file, text))
+    if file.parent.name not in ("settings", "mixture"):
+        assert found.choices[file.parent.as_posix()] == file.stem
+    config = found.config
+    plan = make_plan(config, config.pipeline, Store(tmp_path), targets=config.targets, seed=config.seed, force=[])
+    assert len({step.rid for step in plan}) == len(plan) >= 1
+
+
+def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
+    on_disk = {file.parent.as_posix() for file in FILES}
+    assert set(group_names()) == on_disk
+    assert {f"{group}/{option}.yaml" for group in on_disk for option in group_options(group)} == {
+        str(file) for file in FILES
+    }
+
+
+def test_the_stage_group_selects_targets_and_changes_nothing_else() -> None:
+    for stage in stage_names():
+        chosen = composed(f"stage={stage}").config
+        assert chosen.targets == [stage]
+        assert replace(chosen, targets=None) == composed().config
+
+
+def test_the_machine_and_tracker_groups_change_no_identity() -> None:
+    def ids(*overrides: str) -> list[str]:
+        config = composed(*overrides).config
+        plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
+        return [step.rid for step in plan]
+
+    choices = [f"{group}={option}" for group in ("machine", "tracker") for option in group_options(group)]
+    assert {tuple(ids(choice)) for choice in choices} == {tuple(ids())}
+
+
+def test_mixtures_are_chosen_at_the_place_they_are_for() -> None:
+    config = composed("mixture@sft.mixture=bundled_mid").config
+    assert config.sft.mixture == config.midtrain.mixture != composed().config.sft.mixture
+
+
+def sizes(config: Config) -> GPTSizes:
+    """Return the transformer's sizes as the pretrain stage makes them."""
+    return sizes_from_depth(
+        config.model.depth,
+        vocab_size=config.tokenizer.vocab_size,
+        aspect_ratio=config.model.aspect_ratio,
+        head_width=config.model.head_width,
+        num_kv_heads=config.model.num_kv_heads,
+        context_tokens=config.model.context_tokens,
+        rope_theta=config.architecture.rope_theta,
+    )
+
+
+# What nanochat (October 2025) prints for its published speedrun.
+D20 = {
+    "num_layers": 20, "width": 1280, "num_heads": 10, "vocab_size": 65_536, "num_parameters": 560_988_160,
+    "num_matrix_parameters": 393_216_000, "tokens_per_iteration": 524_288, "num_iterations": 21_400,
+    "total_tokens": 11_219_763_200,
+}  # fmt: skip
+
+
+def test_speedrun_d20_derives_the_numbers_that_nanochat_published() -> None:
+    config = composed("experiment=speedrun_d20").config
+    derived = derive_numbers(config.pretrain, sizes(config), 32 * 2048)
+    assert {key: derived[key] for key in D20} == D20
+    assert derived["flops_per_token"] == pytest.approx(3.491758e9, rel=1e-6)
+    assert derived["total_flops"] == pytest.approx(3.917670e19, rel=1e-6)
+    assert derived["tokens_per_parameter"] == pytest.approx(20, rel=1e-4)
+    assert derived["num_accumulations"] == 8
+    assert config.model.context_tokens == 2048
+
+
+def test_speedrun_d20_has_the_learning_rates_that_nanochat_published() -> None:
+    config = composed("experiment=speedrun_d20").config
+    rates = config.optimizer
+    assert (rates.matrix_lr, rates.embedding_lr, rates.unembedding_lr) == (0.02, 0.2, 0.004)
+    assert (rates.adam_beta1, rates.adam_beta2, rates.weight_decay, rates.grad_clip) == (0.8, 0.95, 0.0, 1.0)
+    schedule = config.pretrain.schedule
+    assert (schedule.warmup_frac, schedule.warmdown_frac, schedule.final_lr_frac) == (0.0, 0.2, 0.0)
+    assert (config.sft.schedule.init_lr_frac, config.rl.schedule.init_lr_frac) == (0.02, 0.05)
+
+
+# depth: width, heads, parameters, parameters of matrices, iterations at 20 tokens per parameter.
+NANOCHAT = {
+    4: (256, 2, 36_700_160, 3_145_728, 1_400),
+    8: (512, 4, 92_274_688, 25_165_824, 3_520),
+    12: (768, 6, 185_597_952, 84_934_656, 7_080),
+    20: (1280, 10, 560_988_160, 393_216_000, 21_400),
+    26: (1664, 13, 1_081_999_360, 863_895_552, 41_275),
+    32: (2048, 16, 1_879_048_192, 1_610_612_736, 71_680),
+}
+
+
+@pytest.mark.parametrize("depth", [int(option[1:]) for option in group_options("model")])
+def test_a_depth_gives_the_sizes_that_nanochat_gives_it(depth: int) -> None:
+    config = composed(f"model=d{depth}", "experiment=speedrun_d20", f"model.depth={depth}").config
+    found = sizes(config)
+    # 12 L d² + 2 V d, with d = 64 L
+    width = 64 * depth
+    expected = NANOCHAT.get(
+        depth, (width, -(-width // 128), 12 * depth * width**2 + 2 * 65_536 * width, 12 * depth * width**2, None)
+    )
+    counts = count_parameters(found)
+    assert (found.width, found.num_heads, counts["total"], counts["matrices"]) == expected[:4]
+    assert flops_per_token(found) == 6 * (counts["total"] - 65_536 * width) + 12 * depth * width * 2048
+    if expected[4] is not None:
+        assert count_iterations(config.pretrain, found) == expected[4]
+
+
+@pytest.mark.parametrize("option", group_options("model"))
+def test_a_model_is_called_by_its_depth(option: str) -> None:
+    config = composed(f"model={option}").config
+    assert (config.model.name, config.model.depth) == (option, int(option[1:]))
+
+
+def leaf_names(schema: type) -> Iterator[tuple[str, str]]:
+    """Yield (class, field) of every leaf of the schema."""
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        nested = [
+            kind for kind in (hints[field.name], *getattr(hints[field.name], "__args__", ())) if is_dataclass(kind)
+        ]
+        if nested:
+            yield from leaf_names(nested[0])
+        else:
+            yield schema.__name__, field.name
+
+
+@cache
+def attributes_read() -> set[str]:
+    """Return every name that the library or a stage reads as an attribute, except where keys are only checked."""
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in files if path.name not in ("config.py", "validation.py")]
+    return {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+@pytest.mark.parametrize(("schema", "name"), sorted(set(leaf_names(Config))), ids=lambda part: str(part))
+def test_every_key_of_the_configuration_is_used_somewhere(schema: str, name: str) -> None:
+    assert name in attributes_read()
+
+
+@pytest.mark.parametrize("stage", stage_names())
+def test_a_stage_declares_sections_and_a_label_that_exist(stage: str) -> None:
+    declared = read_stage(stage)
+    config = composed().config
+    assert [
+        section for section in declared.config if not is_dataclass(getattr(config, section, {})) and section != "suite"
+    ] == []
+    value = config
+    for part in (declared.label or "model.name").split("."):
+        value = getattr(value, part)
+    assert isinstance(value, str | int)

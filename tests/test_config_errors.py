@@ -1,0 +1,218 @@
+"""Mistakes in settings: each refused before anything runs, with what was meant, what was expected, and exit code 2."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlxchat.cli import main
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
+    """Run a command line that must be refused with exit code 2 and without writing; return the message."""
+
+    def run(*overrides: str, verb: str = "plan") -> str:
+        folder = tmp_path / "cwd"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit) as caught:
+            main([verb, *overrides])
+        message = capsys.readouterr().err
+        assert caught.value.code == 2, message
+        assert message.startswith("error: ")
+        assert "Traceback" not in message
+        assert list(folder.iterdir()) == [], "nothing was written"
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "wrong", "meant"),
+    [
+        ("modle=d4", "modle", "model"),
+        ("sft.num_epoch=2", "sft.num_epoch", "sft.num_epochs"),
+        ("+sft.num_epoch=2", "sft.num_epoch", "sft.num_epochs"),
+        ("++sft.num_epoch=2", "sft.num_epoch", "sft.num_epochs"),
+        ("+modle.depth=3", "modle", "model"),
+        ("+model.dept=3", "model.dept", "model.depth"),
+        ("pretrain.batch.token=512", "pretrain.batch.token", "pretrain.batch.tokens"),
+        ("pipelin.sft.checkpoint=pretrain", "pipelin", "pipeline"),
+        ("pipeline.stf.checkpoint=pretrain", "stf", "sft"),
+        ("pipeline.sft.checkpont=pretrain", "checkpont", "checkpoint"),
+        ("+pipeline.sft.checkpont=pretrain", "checkpont", "checkpoint"),
+        ("pipeline.sft.checkpoint=pretrian", "pretrian", "pretrain"),
+        ("pipeline.sft.stage=stf", "stf", "sft"),
+        ("~pipeline.midtrian", "midtrian", "midtrain"),
+        ("~sft.mixture.fact", "sft.mixture.fact", "facts"),
+        ("model=d5", "d5", "d6|d4|d8|d2"),
+        ("experiment=quikstart", "quikstart", "quickstart"),
+        ("optimizer=adam", "adam", "adamw"),
+        ("stage=sfft", "sfft", "sft"),
+        ("mixture@sft.mixture=bundeld_sft", "bundeld_sft", "bundled_sft"),
+        ("sft.mixture.facts.task=fact", "fact", "facts"),
+        ("rl.task.task=arithmetc", "arithmetc", "arithmetic"),
+        ("suite.letters.task=speling", "speling", "spelling"),
+        ("suite.leters.size=3", "suite.leters", "letters"),
+        ("+sft.mixture.facts.options.sede=1", "sede", "seed"),
+        ("targets=[sfft]", "sfft", "sft"),
+        ("force=[sfft]", "sfft", "sft"),
+        ("optimizer.kind=moun", "moun", "muon"),
+        ("machine.device=cpuu", "cpuu", "cpu"),
+        ("architecture.name=oct2024", "oct2024", "oct2025"),
+        ("tracker.kind=wandv", "wandv", "wandb"),
+        ("sft.train_on=asistant", "asistant", "assistant"),
+    ],
+)
+def test_a_misspelt_name_is_refused_with_the_right_one(override: str, wrong: str, meant: str, refuse: Refuse) -> None:
+    message = refuse(override)
+    assert re.search(rf'(?<!\w){re.escape(wrong)}(?!\w).*Did you mean "[\w.]*({meant})[\w.]*"\?', message), message
+
+
+@pytest.mark.parametrize("verb", ["statsu", "rnu", "grahp"])
+def test_a_misspelt_verb_is_refused_with_the_right_one(verb: str, refuse: Refuse) -> None:
+    message = refuse(verb=verb)
+    assert f'"{verb}"' in message
+    assert re.search(r'Did you mean "(status|run|graph)"\?', message)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pretrain.num_iterations=abc", r"pretrain\.num_iterations.*'?abc'?.*[Ii]nteger"),
+        ("pretrain.num_iterations=2.5", r"pretrain\.num_iterations.*2\.5.*[Ii]nteger"),
+        ("optimizer.matrix_lr=fast", r"optimizer\.matrix_lr.*fast.*[Ff]loat"),
+        ("sft.num_epochs=true", r"sft\.num_epochs.*[Tt]rue.*[Ii]nteger"),
+        ("sft.num_epochs=null", r"sft\.num_epochs"),
+        ("seed=abc", r"seed.*abc.*[Ii]nteger"),
+        ("pretrain.prompts=hello", r"pretrain\.prompts.*"),
+        ("sft.mixture.facts=3", r"sft\.mixture\.facts"),
+        ("model=3", r'model has no option "3"'),
+        ("targets=sft", r"targets"),
+        ("name=null", r"name"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_type(
+    override: str, expected: str, refuse: Refuse
+) -> None:
+    assert re.search(expected, refuse(override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["model.depth=4", "model.aspect_ratio=64", "model.head_width=7"],
+            r"model\.depth=4 gives width 256 .*Depths that fit head_width=7: 7, 14, 21",
+        ),
+        (
+            ["model.depth=4", "model.aspect_ratio=64", "model.head_width=128", "model.num_kv_heads=3"],
+            r"model\.num_kv_heads=3 must divide the 2 heads",
+        ),
+        (["model.depth=0"], r"at least 1"),
+        (["pretrain.batch.tokens=2000"], r"pretrain\.batch\.tokens=2000 must be a multiple of .*row_tokens=\d+"),
+        (["sft.batch.tokens=300"], r"sft\.batch\.tokens=300 must be a multiple"),
+        (
+            ["sft.batch.row_tokens=4096", "sft.batch.tokens=4096"],
+            r"row_tokens=4096 is longer than model\.context_tokens=\d+",
+        ),
+        (["pretrain.schedule.warmdown_frac=1.5"], r"pretrain\.schedule\.warmdown_frac is 1\.5, expected 0 to 1"),
+        (["rl.schedule.warmup_frac=0.5"], r"rl\.schedule: warmup_frac and warmdown_frac together are more than 1"),
+        (["sft.schedule.init_lr_frac=0"], r"sft\.schedule\.init_lr_frac is 0"),
+        (["tokenizer.vocab_size=264"], r"tokenizer\.vocab_size is 264, expected at least 265"),
+        (["pretrain.target_flops=1e12"], r"exactly one of .*given: .*num_iterations=\d+.*target_flops=1e\+12"),
+        (["pretrain.num_iterations=null"], r"exactly one of .*given: none"),
+        (["pretrain.num_iterations=0"], r"pretrain\.num_iterations is 0, expected more than 0"),
+        (["sft.mixture.facts.split=test"], r"sft\.mixture\.facts\.split is test: .*never trained on"),
+        (["rl.task.split=test"], r"rl\.task\.split is test: .*never trained on"),
+        (["midtrain.mixture.facts.split=valid"], r'split is "valid", expected train or test'),
+        (["sft.mixture.facts.epochs=0"], r"sft\.mixture\.facts\.epochs is 0"),
+        (["sft.mixture.facts.size=-3"], r"sft\.mixture\.facts.*size.*-3"),
+        (["suite.facts_mc.size=0"], r"suite\.facts_mc.*size.*0"),
+        (["sft.num_epochs=0"], r"sft\.num_epochs is 0, expected at least 1"),
+        (["rl.temperature=0"], r"rl\.temperature is 0"),
+        (["rl.samples_per_question=1"], r"rl\.samples_per_question is 1, expected at least 2"),
+        (["rl.top_k=0"], r"rl\.top_k is 0"),
+        (["machine.log_every=0"], r"machine\.log_every is 0"),
+        (["machine.checkpoint_seconds=-1"], r"machine\.checkpoint_seconds is -1"),
+        (["machine.blas_threads=0"], r"machine\.blas_threads is 0"),
+        (["optimizer.grad_clip=0"], r"optimizer\.grad_clip is 0"),
+        (["optimizer.matrix_lr=-0.1"], r"optimizer\.matrix_lr is -0\.1"),
+        (["optimizer.matrix_lr=nan"], r"optimizer\.matrix_lr.*nan"),
+        (["optimizer.adam_beta1=1.5"], r"optimizer\.adam_beta1 is 1\.5"),
+        (["corpus.packages=[]"], r"the corpus has no source"),
+        (["corpus=fineweb_edu", "corpus.paths=[a.txt]"], r"corpus\.hub cannot be mixed"),
+        (["corpus=files", "corpus.paths=[a.pdf]"], r"a\.pdf must end in \.txt, \.jsonl or \.parquet"),
+        (["corpus=files", "corpus.paths=[/no/such.txt]"], r"/no/such\.txt cannot be read"),
+        (["corpus=files"], r"corpus\.paths"),
+        (["corpus.packages=[no-such-package]"], r"no-such-package is missing: pip install no-such-package"),
+        (["sft.mixture.facts.task=jsonl"], r"sft\.mixture\.facts: task jsonl has no path"),
+        (["sft.mixture.facts.task=jsonl", "sft.mixture.facts.path=/no/such.jsonl"], r"no file /no/such\.jsonl"),
+        (["sft.mixture={}", "~sft.mixture"], r"sft\.mixture"),
+        (["~pipeline.midtrain"], r'pipeline\.sft\.checkpoint is "midtrain", which is no step'),
+        (["pipeline.sft.checkpoint=rl"], r"pipeline has a cycle: "),
+        (["pipeline.sft.checkpoint=corpus"], r"is corpus, a corpus; expected a checkpoint"),
+        (["model=d4,d6"], r"-m"),
+        (["=3"], r'"=3" is no override'),
+        (["sft"], r'"sft" is no override'),
+        (["--foo"], r"unknown option --foo"),
+        (["--config-dir", "/no/such"], r'there is no folder "/no/such"'),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_an_impossible_value_is_refused_with_what_was_expected(
+    overrides: list[str], expected: str, refuse: Refuse
+) -> None:
+    assert re.search(expected, refuse(*overrides))
+
+
+def test_mistakes_in_several_names_are_all_reported_at_once(refuse: Refuse) -> None:
+    lines = refuse("modle=d4", "sft.num_epoch=2", "optimizer=adam", "seed=1").splitlines()
+    assert [line for line in lines if "modle" in line or "num_epoch" in line or "adam" in line] == lines
+    assert len(lines) == 3
+
+
+def test_impossible_values_of_several_sections_are_all_reported_at_once(refuse: Refuse) -> None:
+    message = refuse("tokenizer.vocab_size=3", "sft.num_epochs=0", "rl.top_k=0", "pretrain.batch.tokens=1000")
+    assert len(message.splitlines()) == 4
+    for key in ("tokenizer.vocab_size", "sft.num_epochs", "rl.top_k", "pretrain.batch.tokens"):
+        assert key in message
+
+
+def test_a_wrong_pipeline_stops_a_run_before_it_writes(refuse: Refuse) -> None:
+    assert "cycle" in refuse("pipeline.sft.checkpoint=rl", verb="run")
+
+
+def test_a_wrong_value_stops_a_run_before_it_writes(refuse: Refuse) -> None:
+    assert "sft.num_epochs" in refuse("sft.num_epochs=0", verb="run")
+
+
+def test_a_tracker_that_is_not_installed_stops_a_run_before_it_writes(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in refuse("tracker=wandb", verb="run")
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXCHAT_DEBUG", "1")
+    with pytest.raises(Exception, match=r"sft\.num_epochs is 0"):
+        main(["plan", "sft.num_epochs=0"])
+
+
+@pytest.mark.parametrize("override", ["model=d5", "sft.num_epoch=1,2"])
+def test_a_sweep_refuses_a_mistake_as_a_run_does(override: str, refuse: Refuse) -> None:
+    assert "Did you mean" in refuse("-m", override, "seed=1,2", verb="run")
+
+
+def test_a_mistake_beside_hydras_own_options_is_the_only_one_named(refuse: Refuse) -> None:
+    lines = refuse("--cfg", "job", "-p", "sft", "sft.num_epoch=2", verb="run").splitlines()
+    assert len(lines) == 1
+    assert "sft.num_epoch" in lines[0]

@@ -1,0 +1,343 @@
+"""The whole pipeline on bundled text: what it makes, that it makes the same again, and what a change costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlxchat.runner.fingerprint import hash_file
+from mlxchat.runner.records import Records
+from mlxchat.runner.store import Store, read_manifest
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+KINDS = {
+    "corpus": "corpus", "tokenizer": "tokenizer",
+    "pretrain": "checkpoint", "midtrain": "checkpoint", "sft": "checkpoint", "rl": "checkpoint",
+    "eval_base": "scores", "eval_mid": "scores", "eval_sft": "scores", "eval_rl": "scores",
+}  # fmt: skip
+INPUTS = {
+    "corpus": {}, "tokenizer": {"corpus": "corpus"}, "pretrain": {"corpus": "corpus", "tokenizer": "tokenizer"},
+    "midtrain": {"checkpoint": "pretrain"}, "sft": {"checkpoint": "midtrain"}, "rl": {"checkpoint": "sft"},
+    "eval_base": {"checkpoint": "pretrain", "corpus": "corpus"}, "eval_mid": {"checkpoint": "midtrain"},
+    "eval_sft": {"checkpoint": "sft"}, "eval_rl": {"checkpoint": "rl"},
+}  # fmt: skip
+MODEL_FILES = {
+    "model.safetensors",
+    "config.json",
+    "checkpoint.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "metrics.jsonl",
+}
+FILES = {
+    "corpus": {"validation.parquet", "corpus.json"},
+    "tokenizer": {
+        "tokenizer.json",
+        "ranks.tiktoken",
+        "tokenizer_config.json",
+        "token_bytes.safetensors",
+        "compression.json",
+    },
+    "pretrain": MODEL_FILES | {"samples.jsonl"},
+    **dict.fromkeys(("midtrain", "sft", "rl"), MODEL_FILES),
+    **{step: {"scores.json", "examples.jsonl"} for step in KINDS if step.startswith("eval")},
+}
+CONTRACT = {
+    "schema", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs", "outputs",
+    "tree", "externals", "metrics", "derived", "seed", "attempts", "code", "git", "versions", "device",
+    "peak_memory_bytes", "seconds", "tokens_per_second", "argv", "published",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def manifests(finished: Any) -> dict[str, dict[str, Any]]:
+    """Step → manifest of the finished run."""
+    return {step: read_manifest(place) for step, place in Store(finished.outputs).refs().items()}
+
+
+@pytest.fixture
+def plan(mlxchat: CommandLine, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, str]]]:
+    """Return step → (state, reason) that `mlxchat plan` prints for further settings."""
+
+    def run(outputs: Path, *settings: str) -> dict[str, tuple[str, str]]:
+        done = mlxchat("plan", *tiny, f"outputs={outputs}", *settings)
+        assert done.returncode == 0, done.stderr
+        parts = [line.split(maxsplit=3) for line in done.stdout.splitlines()[:-1]]
+        return {step: (state, reason[0] if reason else "") for step, state, _, *reason in parts}
+
+    return run
+
+
+def to_run(plan: dict[str, tuple[str, str]]) -> dict[str, str]:
+    return {step: reason for step, (state, reason) in plan.items() if state == "run"}
+
+
+def test_every_step_has_an_artifact_of_its_kind_made_from_its_inputs(manifests: dict[str, dict[str, Any]]) -> None:
+    assert {step: manifest["kind"] for step, manifest in manifests.items()} == KINDS
+    found = {
+        step: {role: source["step"] for role, source in manifest["inputs"].items()}
+        for step, manifest in manifests.items()
+    }
+    assert found == INPUTS
+    for manifest in manifests.values():
+        for source in manifest["inputs"].values():
+            made = manifests[source["step"]]
+            assert (source["rid"], source["tree"], source["artifact"]) == (made["rid"], made["tree"], made["name"])
+
+
+@pytest.mark.parametrize("step", KINDS)
+def test_a_manifest_says_everything_of_the_contract(step: str, manifests: dict[str, dict[str, Any]]) -> None:
+    manifest = manifests[step]
+    assert manifest.keys() >= CONTRACT
+    assert {"name", "backend", "blas", "cores", "memory_bytes", "platform"} <= manifest["device"].keys()
+    assert {"python", "mlx", "mlxchat"} <= manifest["versions"].keys()
+    assert manifest["git"] is None or len(manifest["git"]["commit"]) == 40
+    assert manifest["peak_memory_bytes"] > 10e6
+    assert 0 < manifest["seconds"] < 120
+    trained = step in ("pretrain", "midtrain", "sft", "rl")
+    assert (manifest["tokens_per_second"] is not None) == trained
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in manifest["metrics"].values())
+
+
+@pytest.mark.parametrize("step", KINDS)
+def test_an_artifact_holds_its_files_as_its_manifest_says(
+    step: str, manifests: dict[str, dict[str, Any]], finished: Any
+) -> None:
+    place = finished.outputs / "store" / manifests[step]["name"]
+    files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    listed = {file["path"]: (file["bytes"], file["sha256"]) for file in manifests[step]["outputs"]}
+    assert files == listed.keys() | {"manifest.json"}
+    assert files >= FILES[step]
+    assert listed == {name: ((place / name).stat().st_size, hash_file(place / name)) for name in listed}
+
+
+def test_bundled_text_is_named_with_version_and_licence(manifests: dict[str, dict[str, Any]]) -> None:
+    (source,) = manifests["corpus"]["externals"]
+    assert source["name"] == "randfacts"
+    assert source.keys() >= {"name", "version", "licence", "sha256"}
+
+
+def records(manifests: dict[str, dict[str, Any]], finished: Any, step: str) -> list[dict[str, Any]]:
+    return Records(finished.outputs / "store" / manifests[step]["name"] / "metrics.jsonl").read()
+
+
+@pytest.mark.parametrize(("step", "count"), [("pretrain", 4), ("midtrain", 2), ("sft", 2), ("rl", 2)])
+def test_a_training_records_every_iteration(
+    step: str, count: int, manifests: dict[str, dict[str, Any]], finished: Any
+) -> None:
+    found = [record for record in records(manifests, finished, step) if "loss" in record]
+    assert [record["iteration"] for record in found] == list(range(1, count + 1))
+    keys = {"lr_multiplier", "grad_norm", "tokens_per_second", "elapsed_seconds", "peak_memory_bytes"}
+    assert all(record.keys() >= keys for record in found)
+    assert manifests[step]["derived"]["num_iterations"] == count
+
+
+@pytest.mark.parametrize(
+    ("step", "keys"),
+    [("pretrain", {"val_bpb"}), ("midtrain", {"val_loss"}), ("sft", {"val_loss"}), ("rl", {"pass_at_1", "pass_at_2"})],
+)
+def test_a_training_ends_with_a_validation_that_is_its_final_number(
+    step: str, keys: set[str], manifests: dict[str, dict[str, Any]], finished: Any
+) -> None:
+    last = records(manifests, finished, step)[-1]
+    assert last.keys() >= keys
+    assert {key: manifests[step]["metrics"][key] for key in keys} == {key: last[key] for key in keys}
+    if step != "rl":  # an untrained model solves nothing
+        assert all(last[key] > 0 for key in keys)
+
+
+def test_scores_hold_bits_per_byte_of_a_base_model_and_tasks_of_a_chat_model(
+    manifests: dict[str, dict[str, Any]], finished: Any
+) -> None:
+    def scores(step: str) -> dict[str, Any]:
+        return dict(json.loads((finished.outputs / "store" / manifests[step]["name"] / "scores.json").read_text()))
+
+    base, chat = scores("eval_base"), scores("eval_rl")
+    assert (base["checkpoint"], base["tasks"], base["mean_centered"]) == ("pretrain", {}, None)
+    assert 0 < base["bpb"]["ngram_order2"] < base["bpb"]["untrained"]
+    assert base["bpb"]["val"] == pytest.approx(manifests["pretrain"]["metrics"]["val_bpb"], rel=0.2)
+    assert (chat["checkpoint"], chat["bpb"]) == ("rl", None)
+    suite = manifests["eval_rl"]["config"]["suite"]
+    assert {name: task["num_examples"] for name, task in chat["tasks"].items()} == dict.fromkeys(suite, 3)
+    for task in chat["tasks"].values():
+        assert task["centered"] == pytest.approx((task["accuracy"] - task["chance"]) / (1 - task["chance"]))
+    assert len(base["samples"]) == len(chat["samples"]) == 3
+
+
+def test_the_run_folder_says_what_was_planned_and_what_happened(
+    finished: Any, tiny: tuple[str, ...], manifests: dict[str, dict[str, Any]]
+) -> None:
+    (folder,) = (finished.outputs / "runs").iterdir()
+    plan = json.loads((folder / "plan.json").read_text())
+    assert (plan["run"], plan["experiment"], plan["targets"]) == (folder.name, "smoke", list(KINDS))
+    assert plan["overrides"] == [*tiny, f"outputs={finished.outputs}"]
+    assert {step["step"]: (step["kind"], step["inputs"], step["rid"], step["artifact"]) for step in plan["steps"]} == {
+        name: (KINDS[name], INPUTS[name], manifest["rid"], manifest["name"]) for name, manifest in manifests.items()
+    }
+    assert {(step["state"], step["reason"]) for step in plan["steps"]} == {("run", "missing")}
+    events = [(event["event"], event.get("step")) for event in Records(folder / "events.jsonl").read()]
+    middle = [(event, step) for step in KINDS for event in ("step_started", "step_done")]
+    assert events == [("run_started", None), *middle, ("run_done", None)]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["sft"]["num_iterations"], config["seed"]) == (2, 42)
+
+
+def test_two_runs_of_the_same_settings_make_the_same_bytes(
+    finished: Any, manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    outputs = tmp_path / "again"
+    done = mlxchat(*tiny, f"outputs={outputs}", environ={"PYTHONHASHSEED": "7"})
+    assert done.returncode == 0, done.stderr
+    again = {step: read_manifest(place) for step, place in Store(outputs).refs().items()}
+    for key in ("rid", "tree", "name", "derived"):
+        assert {step: manifest[key] for step, manifest in again.items()} == {
+            step: manifest[key] for step, manifest in manifests.items()
+        }
+
+
+def test_another_seed_makes_other_bytes_of_what_is_random(
+    manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = mlxchat(*tiny, "stage=pretrain", "seed=43", f"outputs={tmp_path}/outputs")
+    assert done.returncode == 0, done.stderr
+    for step, place in Store(tmp_path / "outputs").refs().items():
+        assert read_manifest(place)["tree"] != manifests[step]["tree"]
+
+
+def test_a_longer_sft_runs_exactly_what_depends_on_it_and_says_why(finished: Any, plan: Any) -> None:
+    reasons = to_run(plan(finished.outputs, "sft.num_epochs=2"))
+    assert reasons == {
+        "sft": "config changed: sft.num_epochs 1 → 2",
+        "rl": "input changed: checkpoint (sft)",
+        "eval_sft": "input changed: checkpoint (sft)",
+        "eval_rl": "input changed: checkpoint (rl)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "steps"),
+    [
+        ("tokenizer.vocab_size=310", set(KINDS) - {"corpus"}),
+        ("optimizer.matrix_lr=0.01", set(KINDS) - {"corpus", "tokenizer"}),
+        ("midtrain.mixture.letters.size=5", {"midtrain", "sft", "rl", "eval_mid", "eval_sft", "eval_rl"}),
+        ("rl.temperature=0.9", {"rl", "eval_rl"}),
+        ("suite.arithmetic.size=1", {"eval_base", "eval_mid", "eval_sft", "eval_rl"}),
+        ("seed=1", set(KINDS)),
+    ],
+)
+def test_a_changed_setting_runs_exactly_what_depends_on_it(
+    setting: str, steps: set[str], finished: Any, plan: Any
+) -> None:
+    assert set(to_run(plan(finished.outputs, setting))) == steps
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["machine=auto", "machine.checkpoint_seconds=7", "machine.device_batch_tokens=128"],
+        ["tracker=trackio", "name=other", "machine.log_every=10"],
+        [
+            "pretrain.eval_every=3",
+            "pretrain.sample_every=1",
+            "sft.eval_every=null",
+            "rl.eval_every=1",
+            "eval.batch_rows=2",
+        ],
+        ["stage=eval"],
+        ["model.name=mine"],
+        ["optimizer.matrix_lr=2e-2"],
+    ],
+)
+def test_what_is_no_part_of_the_result_leaves_everything_done(settings: list[str], finished: Any, plan: Any) -> None:
+    assert to_run(plan(finished.outputs, *settings)) == {}
+
+
+def test_a_moved_outputs_folder_is_still_all_done(outputs: Path, plan: Any, tmp_path: Path) -> None:
+    moved = outputs.rename(tmp_path / "elsewhere")
+    assert to_run(plan(moved)) == {}
+    assert set(Store(moved).refs()) == set(KINDS)
+
+
+def test_a_removed_artifact_is_made_again_and_its_followers_stay_done(
+    outputs: Path, manifests: dict[str, dict[str, Any]], plan: Any, mlxchat: CommandLine, tiny: tuple[str, ...]
+) -> None:
+    place = outputs / "store" / manifests["tokenizer"]["name"]
+    shutil.rmtree(place)
+    assert to_run(plan(outputs)) == {"tokenizer": "missing"}
+    done = mlxchat(*tiny, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(place)["tree"] == manifests["tokenizer"]["tree"]
+    assert to_run(plan(outputs)) == {}
+
+
+def test_an_artifact_without_its_manifest_does_not_count(
+    outputs: Path, manifests: dict[str, dict[str, Any]], plan: Any
+) -> None:
+    (outputs / "store" / manifests["rl"]["name"] / "manifest.json").unlink()
+    assert to_run(plan(outputs)) == {"rl": "missing"}
+
+
+def test_a_damaged_manifest_is_refused_with_the_remedy(
+    outputs: Path, manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...]
+) -> None:
+    path = outputs / "store" / manifests["sft"]["name"] / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    for arguments in (["plan", *tiny], [*tiny], ["ls"], ["status"]):
+        done = mlxchat(*arguments, f"outputs={outputs}")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {path} is damaged")
+        assert "Remove the folder; the next run makes it again." in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_forced_step_is_the_only_one_that_runs_and_makes_the_same_bytes(
+    outputs: Path, manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...]
+) -> None:
+    done = mlxchat(*tiny, "force=[sft]", f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    (run,) = set((outputs / "runs").iterdir()) - {outputs / "runs" / manifests["sft"]["run"]}
+    started = [event["step"] for event in Records(run / "events.jsonl").read() if event["event"] == "step_started"]
+    again = read_manifest(outputs / "store" / manifests["sft"]["name"])
+    assert started == ["sft"]
+    assert again["tree"] == manifests["sft"]["tree"]
+    assert again["published"] > manifests["sft"]["published"]
+
+
+def test_own_text_makes_a_corpus_and_a_change_in_it_is_noticed(
+    plan: Any, mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    text = tmp_path / "own.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Document {number}."}) + "\n" for number in range(9)))
+    own = [
+        "corpus=files",
+        f"corpus.paths=[{text}]",
+        "corpus.packages=[]",
+        "corpus.validation_documents=1",
+        "stage=corpus",
+    ]
+    done = mlxchat(*tiny, *own, f"outputs={tmp_path}/outputs")
+    assert done.returncode == 0, done.stderr
+    assert to_run(plan(tmp_path / "outputs", *own)) == {}
+    text.write_text(text.read_text() + '{"text": "One more."}\n')
+    assert to_run(plan(tmp_path / "outputs", *own)) == {"corpus": "external data changed"}
+
+
+def test_a_pipeline_without_midtraining_runs(
+    outputs: Path, mlxchat: CommandLine, tiny: tuple[str, ...], manifests: dict[str, dict[str, Any]]
+) -> None:
+    shorter = ["~pipeline.midtrain", "~pipeline.eval_mid", "pipeline.sft.checkpoint=pretrain", "stage=sft"]
+    done = mlxchat(*tiny, *shorter, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert Store(outputs).refs().keys() == KINDS.keys()
+    new = read_manifest(Store(outputs).refs()["sft"])
+    assert new["inputs"]["checkpoint"]["rid"] == manifests["pretrain"]["rid"]
+    assert new["tree"] != manifests["sft"]["tree"]
