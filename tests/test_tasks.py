@@ -21,7 +21,7 @@ from mlxchat.tasks.base import answer_text, dialogue, held_out
 from mlxchat.tasks.facts import is_test_pair
 
 BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
-CATEGORICAL = ["facts_mc", "reading_mc"]
+CATEGORICAL = ["facts_mc", "reading_mc", "kinds_mc"]
 
 
 def load(name: str, split: str, **options: Any) -> Task:

@@ -77,13 +77,13 @@ def _single_values(arguments: list[str]) -> Iterator[list[str]]:
             overrides.append(argument)
     alternatives: list[list[str]] = []
     for override in overrides:
-        key, _, value = override.partition("=")
         try:
             parsed = OverridesParser.create().parse_override(override)
-            plain = parsed.is_sweep_override() and parsed.is_choice_sweep()
+            sweeps = parsed.is_sweep_override() and parsed.is_choice_sweep()
         except HydraException:
-            plain = False
-        alternatives.append([f"{key}={part}" for part in value.split(",")] if plain else [override])
+            sweeps = False
+        key = override.partition("=")[0]
+        alternatives.append([f"{key}={value}" for value in parsed.sweep_string_iterator()] if sweeps else [override])
     if any("--config-dir" in argument or "-cd" in argument for argument in arguments):
         return  # names from the user's own folders are Hydra's to check
     first = [values[0] for values in alternatives]

@@ -100,15 +100,17 @@ def _complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plan
         run.say(f"{step.name:<10} waits: {who} is making it")
 
     with locks.hold(store.lock(step.rid), {"run": run.name, "step": step.name}, tell_waiting) as waited:
+        store.forget()
         if waited:
-            store.forget()
             error = attempt_log.failure_since(store.work(step.rid), began)
             if error is not None:
                 raise StepFailed(f"step {step.name} failed in the process that was waited for: {error}")
-            place = store.find(step.rid)
-            if place is not None:
-                run.event("step_cached", step=step.name, artifact=place.name)
-                return place
+        # Another process may have finished it before we got the lock.
+        done = (waited or not forced) and judge(step, store, forced=False, planned=planned)[0]
+        place = store.find(step.rid) if done else None
+        if place is not None:
+            run.event("step_cached", step=step.name, artifact=place.name)
+            return place
         return _make(step, store, run, planned)
 
 
