@@ -3,13 +3,15 @@
 Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain.yaml.
 """
 
+from mlxchat.data.encoded import open_documents
 from mlxchat.data.packing import DocumentRows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.evals.samples import continue_prompts
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, init_weights
-from mlxchat.model.sizing import sizes_from_depth
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import sizes_of
+from mlxchat.model.weights import init_weights
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
@@ -27,15 +29,7 @@ LABEL = "model.name"
 def run(ctx: Context) -> None:
     config, machine = ctx.config.pretrain, ctx.config.machine
     tokenizer = Tokenizer.load(ctx.inputs["tokenizer"])
-    sizes = sizes_from_depth(
-        ctx.config.model.depth,
-        vocab_size=tokenizer.vocab_size,
-        aspect_ratio=ctx.config.model.aspect_ratio,
-        head_width=ctx.config.model.head_width,
-        num_kv_heads=ctx.config.model.num_kv_heads,
-        context_tokens=ctx.config.model.context_tokens,
-        rope_theta=ctx.config.architecture.rope_theta,
-    )
+    sizes = sizes_of(ctx.config.model, ctx.config.architecture, tokenizer.vocab_size)
     ctx.derive(derive_numbers(config, sizes, min(machine.device_batch_tokens, config.batch.tokens)))
     model = GPT(sizes)
     init_weights(model, ctx.seed("weights"))

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
@@ -61,15 +62,15 @@ class ScriptedModel:
 
     def __init__(self, scripts: Sequence[Sequence[int]], padding: Sequence[int], vocab_size: int) -> None:
         self.scripts = dict(zip(padding, scripts, strict=True))
-        self.sizes = SimpleNamespace(num_layers=1)
-        self.lm_head = lambda hidden: hidden
+        self.sizes = SimpleNamespace(windows=lambda: [None])
+        self.logits = lambda hidden: hidden
         self.vocab_size, self.step = vocab_size, 0
         self.given: list[list[int]] = []
 
-    def hidden(self, ids: mx.array, caches: Any) -> mx.array:
+    def hidden(self, ids: mx.array, cache: Any) -> mx.array:
         self.given.append(ids[:, -1].tolist())
         logits = np.zeros((ids.shape[0], ids.shape[1], self.vocab_size), dtype=np.float32)
-        for row, padding in enumerate(caches[0].starts.tolist()):
+        for row, padding in enumerate(cache.starts.tolist()):
             script = self.scripts[padding]
             logits[row, -1, script[self.step] if self.step < len(script) else 32] = 1000.0
         self.step += 1

@@ -10,7 +10,7 @@ import pytest
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.kv_cache import make_caches
+from mlxchat.engine.kv_cache import KVCache
 from mlxchat.model.gpt import GPT
 from mlxchat.ops import blas
 
@@ -60,10 +60,10 @@ def test_greedy_decoding_goes_on_across_the_borders_of_the_cache(model: GPT, tok
 
 def test_logits_through_the_cache_equal_those_of_the_whole_rows(model: GPT, tokenizer: Tokenizer) -> None:
     rows = prompts_of([40, 31, 13], tokenizer)
-    caches = make_caches(model.sizes.num_layers, [len(row) for row in rows])
+    cache = KVCache(model.sizes, [len(row) for row in rows])
     ids = np.array([[tokenizer.bos] * (40 - len(row)) + row for row in rows])
     got = np.concatenate(
-        [np.asarray(model(mx.array(ids[:, start:stop]), caches)) for start, stop in [(0, 30), (30, 31), (31, 40)]],
+        [np.asarray(model(mx.array(ids[:, start:stop]), cache)) for start, stop in [(0, 30), (30, 31), (31, 40)]],
         axis=1,
     )
     for row, each in enumerate(rows):

@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.engine.kv_cache import LayerKVCache, make_caches
+from mlxchat.engine.kv_cache import KVCache, LayerKVCache
+from mlxchat.model.gpt import GPT
 
 # Float32 softmax over at most 300 keys of width 8.
 TOLERANCE = 1e-5
@@ -94,7 +95,7 @@ def test_the_offset_counts_the_cached_tokens() -> None:
     assert cache.offset == 130
 
 
-def test_every_layer_has_a_cache_of_its_own_with_the_padding_of_each_prompt() -> None:
-    caches = make_caches(3, [4, 9, 1])
-    assert len({id(cache) for cache in caches}) == 3
-    assert [cache.starts.tolist() for cache in caches] == [[5, 0, 8]] * 3
+def test_every_layer_has_a_cache_of_its_own_with_the_padding_of_each_prompt(model: GPT) -> None:
+    cache = KVCache(model.sizes, [4, 9, 1])
+    assert len({id(layer) for layer in cache.layers}) == 3
+    assert [layer.starts.tolist() for layer in cache.layers] == [[5, 0, 8]] * 3

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters, set_parameters
 
 FILES = {
     "model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json",
@@ -70,7 +71,8 @@ SAVE = """
 import hashlib, pathlib, sys, mlxchat
 from mlxchat.data.tokenizer import train_tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import init_weights
 from mlxchat.model.sizing import GPTSizes
 tokenizer = train_tokenizer(["the cat sat on the mat " * 5], 270)
 sizes = GPTSizes(

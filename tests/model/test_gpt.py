@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from mlxchat.model import gpt
-from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, rms_norm
+from mlxchat.model.gpt import GPT, rms_norm
 from mlxchat.model.sizing import GPTSizes, sizes_from_depth
+from mlxchat.model.weights import flatten_parameters, init_weights
 from mlxchat.ops.cross_entropy import token_losses
 
 MakeModel = Callable[..., GPT]
@@ -96,38 +97,10 @@ def test_a_later_token_changes_no_earlier_logit(make_model: MakeModel) -> None:
     assert np.abs(after[:, 130:] - before[:, 130:]).max() > 1e-2
 
 
-def test_heads_rotate_by_minus_theta(make_model: MakeModel) -> None:
-    attention = make_model().transformer["h"][0].attn
-    x = np.random.default_rng(0).normal(size=(1, 2, 50, 8)).astype(np.float32)  # (B, H, T, D)
-    got = np.asarray(attention._rotate(mx.array(x), 0))
-    expected = numpy_rotate(x.astype(np.float64).swapaxes(1, 2), 10_000.0).swapaxes(1, 2)
-    np.testing.assert_allclose(got, expected, atol=1e-5)  # float32 sines of angles up to 50
-
-
-def test_an_offset_continues_the_rotation(make_model: MakeModel) -> None:
-    attention = make_model().transformer["h"][0].attn
-    x = mx.array(np.random.default_rng(0).normal(size=(1, 2, 50, 8)).astype(np.float32))
-    np.testing.assert_allclose(
-        np.asarray(attention._rotate(x[:, :, 30:], 30)), np.asarray(attention._rotate(x, 0))[:, :, 30:], atol=1e-6
-    )
-
-
 def test_the_norm_has_the_epsilon_of_float32() -> None:
     """At a mean square of 1e-7 an epsilon of 1e-5, as other ports have, would shrink the result tenfold."""
     x = np.full((1, 8), 1e-7**0.5, dtype=np.float32)
     np.testing.assert_allclose(np.asarray(rms_norm(mx.array(x))), numpy_norm(x.astype(np.float64)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("path", ["cpu", "gpu"])
-def test_the_activation_and_its_gradient_are_those_of_the_squared_relu(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpt, "backend", lambda: path)
-    rng = np.random.default_rng(0)
-    x, cotangent = rng.normal(size=(2, 1000)).astype(np.float32)
-    _, gradients = mx.vjp(gpt._activate, [mx.array(x)], [mx.array(cotangent)])
-    np.testing.assert_allclose(np.asarray(gpt._activate(mx.array(x))), np.maximum(x, 0) ** 2, rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(gradients[0]), 2 * np.maximum(x, 0) * cotangent, rtol=1e-6)
 
 
 def test_parameters_bear_nanochats_names(make_model: MakeModel) -> None:

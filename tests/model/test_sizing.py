@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
+from mlxchat.model.weights import flatten_parameters
 
 # depth, width, heads, all parameters, parameters of matrices; vocabulary 65,536 (nanochat, October 2025).
 PUBLISHED = [

@@ -14,12 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.kv_cache import LayerKVCache, make_caches
+from mlxchat.engine.kv_cache import KVCache
 from mlxchat.engine.sample import sample_tokens
 from mlxchat.engine.tools import calculate
 from mlxchat.model.gpt import GPT
 from mlxchat.ops import blas
-from mlxchat.ops.cross_entropy import soft_cap
 
 # Thin products are fastest on one core: waiting BLAS threads spin.
 _ROWS_WORTH_ALL_CORES = 32
@@ -95,7 +94,7 @@ class Engine:
         tokenizer, special = self.tokenizer, self.tokenizer.special_ids
         rows = [_Row() for _ in prompts]
         active = list(range(len(prompts)))
-        caches = make_caches(self.model.sizes.num_layers, [len(prompt) for prompt in prompts])
+        cache = KVCache(self.model.sizes, [len(prompt) for prompt in prompts])
         longest = max(len(prompt) for prompt in prompts)
         ids = mx.array([[tokenizer.bos] * (longest - len(prompt)) + prompt for prompt in prompts])
         keys = mx.random.key(seed)
@@ -105,7 +104,7 @@ class Engine:
                 if threads is not None and ids.shape[1] == 1 and len(active) < _ROWS_WORTH_ALL_CORES:
                     blas.set_blas_threads(1)
                 keys, key = mx.random.split(keys)
-                logits = self._last_logits(ids, caches)
+                logits = self._last_logits(ids, cache)
                 drawn = np.asarray(sample_tokens(logits, temperature=temperature, top_k=top_k, key=key))
                 column, going = [], []
                 for place, index in enumerate(active):
@@ -121,18 +120,16 @@ class Engine:
                 if not going:
                     return
                 if len(going) < len(active):
-                    kept = mx.array(going)
-                    for cache in caches:
-                        cache.keep_rows(kept)
+                    cache.keep_rows(mx.array(going))
                     active = [active[place] for place in going]
                 ids = mx.array([[rows[index].completion.ids[-1]] for index in active])
         finally:
             if threads is not None:
                 blas.set_blas_threads(threads)
 
-    def _last_logits(self, ids: mx.array, caches: list[LayerKVCache]) -> mx.array:
+    def _last_logits(self, ids: mx.array, cache: KVCache) -> mx.array:
         """Return the logits (B, V) after the last of `ids`."""
-        return soft_cap(self.model.lm_head(self.model.hidden(ids, caches)[:, -1]))
+        return self.model.logits(self.model.hidden(ids, cache)[:, -1])
 
     def _ends(self) -> tuple[int, int]:
         return self.tokenizer.assistant_end, self.tokenizer.bos

@@ -61,6 +61,6 @@ def _losses(
         ids = np.stack([row[0] for row in rows[start : start + per_pass]])
         targets = np.stack([row[1] for row in rows[start : start + per_pass]])
         hidden = model.hidden(mx.array(ids)).reshape(-1, model.sizes.width)
-        losses = token_losses(hidden, model.lm_head.weight, mx.array(targets.reshape(-1)))
+        losses = token_losses(hidden, model.head_weight, mx.array(targets.reshape(-1)))
         parts.append((np.asarray(losses), targets.reshape(-1)))
     return parts

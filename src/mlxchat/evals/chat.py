@@ -97,7 +97,7 @@ def _choose_letters(
     ids = mx.array([prompt + [engine.tokenizer.bos] * (longest - len(prompt)) for prompt in prompts])
     hidden = engine.model.hidden(ids)
     last = hidden[mx.arange(len(prompts)), mx.array([len(prompt) - 1 for prompt in prompts])]
-    logits = np.asarray(engine.model.lm_head(last).astype(mx.float32))
+    logits = np.asarray((last @ engine.model.head_weight.T).astype(mx.float32))
     answers = []
     for row, conversation in zip(logits, conversations, strict=True):
         letters = conversation["letters"]

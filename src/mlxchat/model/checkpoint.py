@@ -6,6 +6,7 @@ the tokenizer's files, and checkpoint.json with what the training knew.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+
+# What an architecture may have beyond the published one of October 2025, under these names in config.json.
+_FEATURES = [field.name for field in dataclasses.fields(GPTSizes) if field.default is not dataclasses.MISSING]
 
 
 def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
@@ -43,6 +48,7 @@ def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[
         "vocab_size": sizes.vocab_size,
         "max_position_embeddings": sizes.context_tokens,
         "rope_theta": sizes.rope_theta,
+        **_features(sizes),
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.assistant_end,
         "tie_word_embeddings": False,
@@ -70,6 +76,7 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
             width=config["hidden_size"],
             context_tokens=config["max_position_embeddings"],
             rope_theta=config["rope_theta"],
+            **{name: config[name] for name in _FEATURES if name in config},
         )
         model = GPT(sizes)
     except Exception as error:  # the safetensors reader has several error types of its own
@@ -84,6 +91,12 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     if tokenizer.vocab_size != sizes.vocab_size:
         raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}")
     return model, tokenizer, facts
+
+
+def _features(sizes: GPTSizes) -> dict[str, Any]:
+    """Return the fields that differ from October 2025: none, so that mlx-lm opens such a model as its own."""
+    fields = {field.name: field for field in dataclasses.fields(sizes)}
+    return {name: getattr(sizes, name) for name in _FEATURES if getattr(sizes, name) != fields[name].default}
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

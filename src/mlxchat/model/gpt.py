@@ -1,79 +1,92 @@
-"""The transformer of nanochat's published speedrun (October 2025), forward only.
+"""The transformer of nanochat, in its two published forms, forward only.
 
-Rotary positions, RMS norm without weights, norm of queries and keys after the rotation, squared-ReLU MLP, untied
-embedding and head, no biases, soft-capped logits. Counterpart of nanochat/gpt.py; parameters bear its names.
+October 2025: rotary positions, RMS norm without weights, norm of queries and keys after the rotation, squared-ReLU
+MLP, untied embedding and head, no biases, soft-capped logits. July 2026 adds, each one switchable in `GPTSizes`:
+value embeddings behind gates, sliding windows, learnt residual scalars, the smear and the backout. Counterpart of
+nanochat/gpt.py; parameters bear its names.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
+from mlxchat.ops.activation import gated_sum, squared_relu
 from mlxchat.ops.attention import causal_attention
-from mlxchat.ops.compiled import compiled, differentiable
 from mlxchat.ops.cross_entropy import soft_cap
-from mlxchat.ops.device import backend
-from mlxchat.ops.formulas import squared_relu
+from mlxchat.ops.normalisation import rms_norm, rotate_and_normalise
 
-# float32's machine epsilon: what torch's F.rms_norm(eps=None) uses, so what nanochat's weights were trained with.
-RMS_NORM_EPSILON = 1.1920929e-07
+BACKOUT_INIT = 0.2
 
 
 class LayerCache(Protocol):
     """Keys and values of one layer's past."""
 
-    @property
-    def offset(self) -> int:
-        """Tokens already cached."""
-
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Append k and v (B, K, T, D) and return the attention of q (B, H, T, D) over everything cached."""
 
 
-def rms_norm(x: mx.array) -> mx.array:
-    """Return x divided by the root of its mean square over the last axis."""
-    return mx.fast.rms_norm(x, None, RMS_NORM_EPSILON)
+class Cache(Protocol):
+    """The past of a batch of rows, as the model needs it."""
+
+    @property
+    def offset(self) -> int:
+        """Tokens already cached."""
+
+    @property
+    def layers(self) -> list[Any]:
+        """A `LayerCache` for each layer."""
+
+    def shift(self, x: mx.array) -> mx.array:
+        """Return for each token of x (B, T, C) the one before it, across calls; zeros before a row's first."""
 
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and normalised queries and keys."""
 
-    def __init__(self, sizes: GPTSizes) -> None:
-        """Make the four projections; their weights come from `init_weights`."""
+    def __init__(self, sizes: GPTSizes, layer: int) -> None:
+        """Make the projections; their weights come from `init_weights`."""
         super().__init__()
-        self.num_heads, self.num_kv_heads = sizes.num_heads, sizes.num_kv_heads
-        self.rope_theta = sizes.rope_theta
-        kv_width = sizes.num_kv_heads * sizes.head_width
+        self.sizes, self.window = sizes, sizes.windows()[layer]
         self.c_q = nn.Linear(sizes.width, sizes.width, bias=False)
-        self.c_k = nn.Linear(sizes.width, kv_width, bias=False)
-        self.c_v = nn.Linear(sizes.width, kv_width, bias=False)
+        self.c_k = nn.Linear(sizes.width, sizes.kv_width, bias=False)
+        self.c_v = nn.Linear(sizes.width, sizes.kv_width, bias=False)
         self.c_proj = nn.Linear(sizes.width, sizes.width, bias=False)
+        if sizes.has_value_embedding(layer):
+            self.ve_gate = nn.Linear(VALUE_GATE_CHANNELS, sizes.num_kv_heads, bias=False)
 
-    def __call__(self, x: mx.array, cache: LayerCache | None = None) -> mx.array:
-        """Return (B, T, C)."""
+    def __call__(
+        self, x: mx.array, value_embedding: mx.array | None = None, *, offset: int = 0, cache: LayerCache | None = None
+    ) -> mx.array:
+        """Return (B, T, C).
+
+        Args:
+            x: (B, T, C), normalised.
+            value_embedding: (B, T, K D), what the layer's table says of each token.
+            offset: position of the first token.
+            cache: the past.
+        """
+        sizes = self.sizes
         batch, tokens, width = x.shape
-        offset = cache.offset if cache is not None else 0
-        q = self._split_heads(self.c_q(x), self.num_heads)
-        k = self._split_heads(self.c_k(x), self.num_kv_heads)
-        v = self._split_heads(self.c_v(x), self.num_kv_heads)
-        q, k = rms_norm(self._rotate(q, offset)), rms_norm(self._rotate(k, offset))
-        out = causal_attention(q, k, v) if cache is None else cache.attend(q, k, v)
-        return self.c_proj(out.transpose(0, 2, 1, 3).reshape(batch, tokens, width))
-
-    def _split_heads(self, x: mx.array, heads: int) -> mx.array:
-        """(B, T, H D) → (B, H, T, D)."""
-        return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(0, 2, 1, 3)
-
-    def _rotate(self, x: mx.array, offset: int) -> mx.array:
-        """Rotate by minus theta, nanochat's sense, which a scale of −1 on the positions gives."""
-        return mx.fast.rope(x, x.shape[-1], traditional=False, base=self.rope_theta, scale=-1.0, offset=offset)
+        v = self.c_v(x).reshape(batch, tokens, sizes.num_kv_heads, sizes.head_width)
+        if value_embedding is not None:
+            gate = self.ve_gate(x[..., :VALUE_GATE_CHANNELS])
+            v = gated_sum(v, gate[..., None], value_embedding.reshape(v.shape), scale=3.0)
+        q, k = (
+            rotate_and_normalise(
+                projection(x).reshape(batch, tokens, heads, sizes.head_width).swapaxes(1, 2),
+                offset=offset, theta=sizes.rope_theta, scale=sizes.query_key_scale,
+            )
+            for projection, heads in ((self.c_q, sizes.num_heads), (self.c_k, sizes.num_kv_heads))
+        )  # fmt: skip
+        v = v.swapaxes(1, 2)
+        out = causal_attention(q, k, v, window=self.window) if cache is None else cache.attend(q, k, v)
+        return self.c_proj(out.swapaxes(1, 2).reshape(batch, tokens, width))
 
 
 class MLP(nn.Module):
@@ -87,21 +100,23 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return (B, T, C)."""
-        return self.c_proj(_activate(self.c_fc(x)))
+        return self.c_proj(squared_relu(self.c_fc(x)))
 
 
 class Block(nn.Module):
     """Attention and MLP, each on the normalised stream and added to it."""
 
-    def __init__(self, sizes: GPTSizes) -> None:
+    def __init__(self, sizes: GPTSizes, layer: int) -> None:
         """Make one layer."""
         super().__init__()
-        self.attn = Attention(sizes)
+        self.attn = Attention(sizes, layer)
         self.mlp = MLP(sizes)
 
-    def __call__(self, x: mx.array, cache: LayerCache | None = None) -> mx.array:
-        """Return (B, T, C)."""
-        x = x + self.attn(rms_norm(x), cache)
+    def __call__(
+        self, x: mx.array, value_embedding: mx.array | None = None, *, offset: int = 0, cache: LayerCache | None = None
+    ) -> mx.array:
+        """Return (B, T, C); the arguments are `Attention`'s."""
+        x = x + self.attn(rms_norm(x), value_embedding, offset=offset, cache=cache)
         return x + self.mlp(rms_norm(x))
 
 
@@ -113,70 +128,57 @@ class GPT(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.transformer: dict[str, Any] = {
-            "wte": nn.Embedding(sizes.vocab_size, sizes.width),
-            "h": [Block(sizes) for _ in range(sizes.num_layers)],
+            "wte": nn.Embedding(sizes.padded_vocab_size, sizes.width),
+            "h": [Block(sizes, layer) for layer in range(sizes.num_layers)],
         }
-        self.lm_head = nn.Linear(sizes.width, sizes.vocab_size, bias=False)
+        self.lm_head = nn.Linear(sizes.width, sizes.padded_vocab_size, bias=False)
+        if sizes.value_embeddings:
+            self.value_embeds = {
+                str(layer): nn.Embedding(sizes.padded_vocab_size, sizes.kv_width)
+                for layer in range(sizes.num_layers)
+                if sizes.has_value_embedding(layer)
+            }
+        if sizes.residual_scalars:
+            self.resid_lambdas, self.x0_lambdas = mx.ones(sizes.num_layers), mx.zeros(sizes.num_layers)
+        if sizes.smear:
+            self.smear_gate, self.smear_lambda = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False), mx.zeros(1)
+        if sizes.backout:
+            self.backout_lambda = mx.full(1, BACKOUT_INIT)
 
-    def hidden(self, ids: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
+    @property
+    def head_weight(self) -> mx.array:
+        """The head (V, C) without the rows that only pad it."""
+        weight = self.lm_head.weight
+        return weight if len(weight) == self.sizes.vocab_size else weight[: self.sizes.vocab_size]
+
+    def hidden(self, ids: mx.array, cache: Cache | None = None) -> mx.array:
         """Return the final normalised states (B, T, C) of token ids (B, T)."""
+        sizes, middle = self.sizes, None
+        offset = cache.offset if cache is not None else 0
         x = rms_norm(self.transformer["wte"](ids))
-        for index, block in enumerate(self.transformer["h"]):
-            x = block(x, caches[index] if caches is not None else None)
+        if sizes.smear:
+            x = self._smear(x, cache)
+        first = x
+        for layer, block in enumerate(self.transformer["h"]):
+            if sizes.residual_scalars:
+                x = self.resid_lambdas[layer].astype(x.dtype) * x + self.x0_lambdas[layer].astype(x.dtype) * first
+            value_embedding = self.value_embeds[str(layer)](ids) if sizes.has_value_embedding(layer) else None
+            x = block(x, value_embedding, offset=offset, cache=cache.layers[layer] if cache is not None else None)
+            if layer == sizes.num_layers // 2:
+                middle = x
+        if sizes.backout and middle is not None:
+            x = x - self.backout_lambda.astype(x.dtype) * middle
         return rms_norm(x)
 
-    def __call__(self, ids: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return soft-capped logits (…, V) in float32 of final states (…, C)."""
+        return soft_cap(hidden @ self.head_weight.T)
+
+    def __call__(self, ids: mx.array, cache: Cache | None = None) -> mx.array:
         """Return soft-capped logits (B, T, V) in float32 of token ids (B, T)."""
-        return soft_cap(self.lm_head(self.hidden(ids, caches)))
+        return self.logits(self.hidden(ids, cache))
 
-
-def init_weights(model: GPT, seed: int) -> None:
-    """Draw nanochat's initial weights from `seed`, the same on every backend.
-
-    Embedding N(0, 1); linear layers N(0, s²) with s = min(1, sqrt(out/in)) / sqrt(in) (arXiv 2310.17813); the
-    projections back into the stream and the head start at zero.
-    """
-    parameters = flatten_parameters(model)
-    keys = mx.random.split(mx.random.key(seed), len(parameters))
-    for index, (name, value) in enumerate(parameters.items()):
-        if name.endswith("c_proj.weight") or name == "lm_head.weight":
-            parameters[name] = mx.zeros_like(value)
-            continue
-        rows, columns = value.shape
-        deviation = 1.0 if "wte" in name else min(1.0, (rows / columns) ** 0.5) / columns**0.5
-        parameters[name] = deviation * mx.random.normal(value.shape, key=keys[index])
-    set_parameters(model, parameters)
-
-
-def flatten_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Return a model's parameters by dotted name."""
-    return cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
-
-
-def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array]) -> None:
-    """Replace a model's parameters by dotted name."""
-    model.update(tree_unflatten(dict(parameters)))
-
-
-_squared_relu = compiled(squared_relu)
-
-
-def _activate(x: mx.array) -> mx.array:
-    if backend() == "cpu":
-        return _compiled_activation(x)
-    return mx.square(nn.relu(x))
-
-
-@differentiable
-def _compiled_activation(x: mx.array) -> mx.array:
-    return _squared_relu(x)
-
-
-@_compiled_activation.vjp
-def _activation_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return _activation_gradient(x, cotangent)
-
-
-@compiled
-def _activation_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
-    return (x + mx.abs(x)) * cotangent
+    def _smear(self, x: mx.array, cache: Cache | None) -> mx.array:
+        before = mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1) if cache is None else cache.shift(x)
+        gate = self.smear_lambda.astype(x.dtype) * mx.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))
+        return x + gate * before

@@ -9,10 +9,18 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlxchat.config import ArchitectureConfig, ModelConfig
+
+# Channels of the input that the gates of value embeddings and of the smear look at.
+VALUE_GATE_CHANNELS = 12
+SMEAR_GATE_CHANNELS = 24
+# Short windows are whole tiles of the attention kernel that nanochat uses.
+_WINDOW_TILE = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTSizes:
-    """Everything that fixes the shape of a GPT."""
+    """Everything that fixes the shape of a GPT. The features default to the architecture of October 2025."""
 
     vocab_size: int
     num_layers: int
@@ -21,11 +29,47 @@ class GPTSizes:
     width: int
     context_tokens: int
     rope_theta: float
+    architecture: str = "oct2025"
+    """Whose initial weights `init_weights` draws: oct2025 or jul2026."""
+    vocab_multiple: int = 1
+    """The tables have this many rows or a multiple; logits are cropped to vocab_size."""
+    window_pattern: str = "L"
+    """S (short window) or L (whole context) for each layer, repeated; the last layer is always L."""
+    query_key_scale: float = 1.0
+    """Factor of the normalised queries and keys."""
+    value_embeddings: bool = False
+    """Whether every second layer, the last included, adds a gated table of its own to the values."""
+    residual_scalars: bool = False
+    """Whether each layer scales the stream and adds the first embedding to it, by learnt scalars."""
+    smear: bool = False
+    """Whether a gated share of the previous token's embedding is added to each token's."""
+    backout: bool = False
+    """Whether a learnt share of the middle layer's stream is subtracted before the head."""
 
     @property
     def head_width(self) -> int:
         """Numbers per head."""
         return self.width // self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers per token of all keys, or of all values."""
+        return self.num_kv_heads * self.head_width
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def windows(self) -> list[int | None]:
+        """Return for each layer how many earlier tokens one sees besides itself; None: all of them."""
+        short = -(-self.context_tokens // 4 // _WINDOW_TILE) * _WINDOW_TILE
+        kinds = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.num_layers)]
+        return [short if kind == "S" else None for kind in kinds[:-1]] + [None]
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Tell whether a layer has a value embedding."""
+        return self.value_embeddings and layer % 2 == (self.num_layers - 1) % 2
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sizes as plain numbers."""
@@ -41,12 +85,27 @@ def sizes_from_depth(
     num_kv_heads: int | None,
     context_tokens: int,
     rope_theta: float,
+    whole_heads: bool = False,
+    **features: Any,
 ) -> GPTSizes:
     """Return the sizes at a depth: width = depth × aspect_ratio, heads = ceil(width / head_width).
 
-    The caller has checked divisibility (`config.validate`).
+    The caller has checked divisibility (`validation.find_problems`).
+
+    Args:
+        depth: number of layers.
+        vocab_size: of the tokenizer.
+        aspect_ratio: width per layer.
+        head_width: wished width of a head.
+        num_kv_heads: None: as many as query heads.
+        context_tokens: longest context.
+        rope_theta: base of the rotary wavelengths.
+        whole_heads: round the width up to a multiple of head_width (nanochat since 2026).
+        features: the further fields of GPTSizes.
     """
     width = depth * aspect_ratio
+    if whole_heads:
+        width = -(-width // head_width) * head_width
     num_heads = max(1, math.ceil(width / head_width))
     return GPTSizes(
         vocab_size=vocab_size,
@@ -56,20 +115,57 @@ def sizes_from_depth(
         width=width,
         context_tokens=context_tokens,
         rope_theta=rope_theta,
+        **features,
+    )
+
+
+def sizes_of(model: ModelConfig, architecture: ArchitectureConfig, vocab_size: int) -> GPTSizes:
+    """Return the sizes that a configuration asks for."""
+    features = {key: value for key, value in vars(architecture).items() if key not in ("name", "whole_heads")}
+    return sizes_from_depth(
+        model.depth,
+        vocab_size=vocab_size,
+        aspect_ratio=model.aspect_ratio,
+        head_width=model.head_width,
+        num_kv_heads=model.num_kv_heads,
+        context_tokens=model.context_tokens,
+        whole_heads=architecture.whole_heads,
+        architecture=architecture.name,
+        **features,
     )
 
 
 def count_parameters(sizes: GPTSizes) -> dict[str, int]:
-    """Return the number of parameters: 'embedding', 'head', 'matrices' and 'total'."""
-    kv_width = sizes.num_kv_heads * sizes.head_width
-    attention = 2 * sizes.width * sizes.width + 2 * sizes.width * kv_width
+    """Return the number of parameters by kind, and their 'total'.
+
+    'matrices' are all weights inside the layers, the gates of value embeddings included; 'scalars' are the learnt
+    scalars with the smear's gate (nanochat's `num_scaling_params`).
+    """
+    value_layers = sum(map(sizes.has_value_embedding, range(sizes.num_layers)))
+    attention = 2 * sizes.width * sizes.width + 2 * sizes.width * sizes.kv_width
     matrices = sizes.num_layers * (attention + 8 * sizes.width * sizes.width)
-    table = sizes.vocab_size * sizes.width
-    return {"embedding": table, "head": table, "matrices": matrices, "total": matrices + 2 * table}
+    matrices += value_layers * VALUE_GATE_CHANNELS * sizes.num_kv_heads
+    scalars = 2 * sizes.num_layers * sizes.residual_scalars
+    scalars += (SMEAR_GATE_CHANNELS + 1) * sizes.smear + sizes.backout
+    table = sizes.padded_vocab_size * sizes.width
+    counts = {
+        "embedding": table,
+        "head": table,
+        "value_embeddings": value_layers * sizes.padded_vocab_size * sizes.kv_width,
+        "matrices": matrices,
+        "scalars": scalars,
+    }
+    return {**counts, "total": sum(counts.values())}
 
 
 def flops_per_token(sizes: GPTSizes) -> int:
-    """Return training FLOPs per token, 6 (N − N_embedding) + 12 L H Q T (PaLM appendix B, as nanochat counts)."""
+    """Return training FLOPs per token as nanochat counts them (after PaLM, appendix B).
+
+    6 for every weight that is multiplied with the stream, and 12 H Q min(window, T) per layer for attention. The
+    snapshot of October 2025 counts every weight but the embedding, which there is the same.
+    """
     counts = count_parameters(sizes)
-    attention = 12 * sizes.num_layers * sizes.num_heads * sizes.head_width * sizes.context_tokens
-    return 6 * (counts["total"] - counts["embedding"]) + attention
+    multiplied = counts["matrices"] + counts["head"] + SMEAR_GATE_CHANNELS * sizes.smear
+    context = sizes.context_tokens
+    seen = sum(context if window is None else min(window, context) for window in sizes.windows())
+    return 6 * multiplied + 12 * sizes.num_heads * sizes.head_width * seen
