@@ -5,8 +5,9 @@ Counterpart of nanochat's base_eval.py and chat_eval.py. Options: conf/settings/
 
 import json
 
+from mlxchat.data.encoded import open_documents
 from mlxchat.data.mixture import load_item
-from mlxchat.data.packing import DocumentRows
+from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.shards import iterate_documents
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import bits_per_byte, uniform_bits_per_byte
@@ -34,8 +35,8 @@ def run(ctx: Context) -> None:
 
     if "corpus" in ctx.inputs:
         corpus, context_tokens = ctx.inputs["corpus"], model.sizes.context_tokens
-        stream = DocumentRows(corpus, "validation", tokenizer, context_tokens, buffer_documents=1000)
-        rows = [stream.next_row() for _ in range(max(1, config.bpb_tokens // context_tokens))]
+        stream = DocumentRows(open_documents(ctx, "validation", tokenizer), context_tokens, buffer_documents=1000)
+        rows = take_rows(stream, max(1, config.bpb_tokens // context_tokens))
         micro_tokens = machine.device_batch_tokens
         bpb = {
             "val": bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=micro_tokens),

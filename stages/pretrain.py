@@ -4,7 +4,7 @@ Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain
 """
 
 from mlxchat.data.encoded import open_documents
-from mlxchat.data.packing import DocumentRows
+from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.evals.samples import continue_prompts
@@ -36,12 +36,10 @@ def run(ctx: Context) -> None:
     optimizer = Optimizer(model, ctx.config.optimizer, width=sizes.width, lr_frac=config.schedule.init_lr_frac)
 
     def read_rows(split: str) -> DocumentRows:
-        return DocumentRows(
-            ctx.inputs["corpus"], split, tokenizer, config.batch.row_tokens, config.packing_buffer_documents
-        )
+        documents = open_documents(ctx, split, tokenizer)
+        return DocumentRows(documents, config.batch.row_tokens, config.packing_buffer_documents)
 
-    held_out = read_rows("validation")
-    validation = [held_out.next_row() for _ in range(max(1, config.eval_tokens // config.batch.row_tokens))]
+    validation = take_rows(read_rows("validation"), max(1, config.eval_tokens // config.batch.row_tokens))
 
     def validate(iteration: int) -> dict[str, float]:
         micro_tokens = machine.device_batch_tokens
@@ -52,16 +50,16 @@ def run(ctx: Context) -> None:
             ctx.records("samples").append({"iteration": iteration, "prompt": prompt, "text": text})
         return {}
 
-    rows = read_rows("train")
-    fit(
-        ctx,
-        model,
-        optimizer,
-        RowBatches(rows, config.batch.tokens // config.batch.row_tokens),
-        num_iterations=count_iterations(config, sizes),
-        schedule=config.schedule,
-        hooks=[Hook(run=validate, every=config.eval_every), Hook(run=sample, every=config.sample_every)],
-    )
-    ctx.metrics["epochs"] = rows.epoch
-    ctx.metrics["cropped_tokens"] = rows.cropped_tokens
+    rows_per_iteration = config.batch.tokens // config.batch.row_tokens
+    with RowBatches(read_rows("train"), rows_per_iteration, ahead=machine.prefetch_batches) as batches:
+        fit(
+            ctx,
+            model,
+            optimizer,
+            batches,
+            num_iterations=count_iterations(config, sizes),
+            schedule=config.schedule,
+            hooks=[Hook(run=validate, every=config.eval_every), Hook(run=sample, every=config.sample_every)],
+        )
+    ctx.metrics |= batches.counts()
     save_checkpoint(ctx.out, model, tokenizer, {"stage": "pretrain", "format": "base"})

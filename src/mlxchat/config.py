@@ -256,6 +256,8 @@ class MachineConfig:
     """Tokens per micro-batch; the rest of an iteration is accumulated."""
     checkpoint_seconds: float = MISSING
     """Seconds between resumable states; 0: every iteration."""
+    prefetch_batches: int = MISSING
+    """Batches that a thread prepares before training asks for them; 0: none, each is made when it is needed."""
     log_every: int = MISSING
     """Iterations between metrics records."""
     memory_limit_bytes: int | None = MISSING

@@ -182,6 +182,8 @@ def _numbers(config: Config) -> Iterator[str]:
         yield f"optimizer.weight_decay is {optimizer.weight_decay}, expected at least 0"
     if machine.checkpoint_seconds < 0:
         yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
+    if machine.prefetch_batches < 0:
+        yield f"machine.prefetch_batches is {machine.prefetch_batches}, expected at least 0 (no batch made ahead)"
     for key, value in flatten_config(plain_of(config)).items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key} is {value}, expected a number"

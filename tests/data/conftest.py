@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.data.shards import write_shards
+from mlxchat.data.documents import DocumentCursor, EncodedShards
+from mlxchat.data.encoded import encode_shard
+from mlxchat.data.shards import shard_paths, write_shards
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = """the a cat dog sat on mat and then we saw 12 or 345 café naïve 你好 don't I'll x = y ; ( ) whether weather
@@ -42,3 +44,21 @@ def make_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def corpus(make_corpus: Callable[..., Path]) -> Path:
     """Two hundred documents of 1 to 60 words."""
     return make_corpus([text_of(random.Random(seed).randint(1, 60), seed) for seed in range(200)], validation=20)
+
+
+@pytest.fixture(scope="session")
+def read_documents(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DocumentCursor]:
+    """Return a new cursor over a split of a corpus; each shard is encoded once per session."""
+    made: dict[Path, Path] = {}
+
+    def obtain(shard: Path, is_awaited: bool, check: Callable[[], None]) -> Path:
+        if shard not in made:
+            folder = tmp_path_factory.mktemp("tokens")
+            encode_shard(shard, tokenizer, folder, threads=1)
+            made[shard] = folder
+        return made[shard]
+
+    def read(corpus: Path, split: str = "train") -> DocumentCursor:
+        return DocumentCursor(EncodedShards(shard_paths(corpus, split), obtain))
+
+    return read

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from hypothesis import strategies as st
 
 from mlxchat.data import packing
 from mlxchat.data.conversation import render_conversation
+from mlxchat.data.documents import DocumentCursor
 from mlxchat.data.packing import IGNORED, BestFitBuffer, ConversationRows, DocumentRows, RowStream, count_rows
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import read_tokens, write_tokens
+
+Read = Callable[..., DocumentCursor]
 
 # The buffer
 
@@ -29,7 +34,7 @@ def test_the_buffer_gives_what_a_search_of_a_list_gives(operations: list[tuple[s
     buffer, waiting = BestFitBuffer(), []
     for number, (operation, size) in enumerate(operations):
         if operation == "add":
-            buffer.add(number, [number] * size, [1] * size)
+            buffer.add(number, size)
             waiting.append((size, number))
             continue
         fitting = [entry for entry in waiting if operation == "shortest" or entry[0] <= size]
@@ -38,7 +43,7 @@ def test_the_buffer_gives_what_a_search_of_a_list_gives(operations: list[tuple[s
         if operation == "shortest" and chosen is None:
             continue
         got = buffer.take_shortest() if operation == "shortest" else buffer.take_largest(size)
-        assert got == (None if chosen is None else ([chosen[1]] * chosen[0], [1] * chosen[0]))
+        assert got == (None if chosen is None else (chosen[1], chosen[0]))
         if chosen is not None:
             waiting.remove(chosen)
     assert len(buffer) == len(waiting)
@@ -52,14 +57,14 @@ def naive_document_rows(
     corpus: Path, tokenizer: Tokenizer, row_tokens: int, wanted: int, count: int
 ) -> tuple[Any, int]:
     """Return rows of nanochat's best-fit loader, by searching a list, and the tokens that were cropped."""
-    documents = tokenizer.encode_documents(list(iterate_documents(corpus, "train")))
+    documents = [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "train")]
     waiting: list[list[int]] = []
     rows, read, cropped = [], 0, 0
     for _ in range(count):
         row: list[int] = []
         while len(row) < row_tokens + 1:
             while len(waiting) < wanted:
-                for _ in range(packing._ENCODE_DOCUMENTS):
+                for _ in range(packing._REFILL_DOCUMENTS):
                     waiting.append(documents[read % len(documents)])
                     read += 1
             space = row_tokens + 1 - len(row)
@@ -75,13 +80,14 @@ def naive_document_rows(
 
 
 @settings(max_examples=25)
-@given(row_tokens=st.integers(3, 120), wanted=st.integers(1, 250))
-def test_document_rows_are_those_of_a_search_of_a_list(
-    corpus: Path, tokenizer: Tokenizer, row_tokens: int, wanted: int
+@given(row_tokens=st.integers(3, 120), wanted=st.integers(1, 250), count=st.sampled_from([30, 30, 400]))
+def test_document_rows_are_those_of_a_search_of_a_list_of_texts_encoded_as_they_come(
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, wanted: int, count: int
 ) -> None:
-    rows = DocumentRows(corpus, "train", tokenizer, row_tokens, wanted)
-    got = [rows.next_row() for _ in range(30)]
-    expected, cropped = naive_document_rows(corpus, tokenizer, row_tokens, wanted, 30)
+    """400 rows of 120 tokens are several epochs."""
+    rows = DocumentRows(read_documents(corpus), row_tokens, wanted)
+    got = [rows.next_row() for _ in range(count)]
+    expected, cropped = naive_document_rows(corpus, tokenizer, row_tokens, wanted, count)
     assert [[*inputs.tolist(), int(targets[-1])] for inputs, targets in got] == expected
     assert rows.cropped_tokens == cropped
 
@@ -89,9 +95,9 @@ def test_document_rows_are_those_of_a_search_of_a_list(
 @settings(max_examples=25)
 @given(row_tokens=st.integers(1, 120), wanted=st.integers(1, 250))
 def test_document_rows_are_full_begin_with_bos_and_every_next_token_is_a_target(
-    corpus: Path, tokenizer: Tokenizer, row_tokens: int, wanted: int
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, wanted: int
 ) -> None:
-    rows = DocumentRows(corpus, "train", tokenizer, row_tokens, wanted)
+    rows = DocumentRows(read_documents(corpus), row_tokens, wanted)
     for inputs, targets in (rows.next_row() for _ in range(30)):
         assert inputs.shape == targets.shape == (row_tokens,)
         assert inputs.dtype == targets.dtype == np.int32
@@ -106,9 +112,9 @@ def pieces(row: list[int], bos: int) -> list[tuple[int, ...]]:
     return [tuple(row[start:stop]) for start, stop in pairwise(starts)]
 
 
-def test_only_the_last_document_of_a_row_is_cropped(corpus: Path, tokenizer: Tokenizer) -> None:
-    documents = {tuple(ids) for ids in tokenizer.encode_documents(list(iterate_documents(corpus, "train")))}
-    rows = DocumentRows(corpus, "train", tokenizer, 50, 100)
+def test_only_the_last_document_of_a_row_is_cropped(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
+    documents = {tuple(ids.tolist()) for ids in tokenizer.encode_documents(list(iterate_documents(corpus, "train")))}
+    rows = DocumentRows(read_documents(corpus), 50, 100)
     cropped = 0
     for inputs, targets in (rows.next_row() for _ in range(60)):
         *whole, last = pieces([*inputs.tolist(), int(targets[-1])], tokenizer.bos)
@@ -118,14 +124,17 @@ def test_only_the_last_document_of_a_row_is_cropped(corpus: Path, tokenizer: Tok
     assert cropped > 0
 
 
-def test_the_same_corpus_gives_the_same_rows(corpus: Path, tokenizer: Tokenizer) -> None:
-    first, second = (DocumentRows(corpus, "train", tokenizer, 40, 50) for _ in range(2))
+def test_the_same_corpus_gives_the_same_rows(corpus: Path, read_documents: Read) -> None:
+    first, second = (DocumentRows(read_documents(corpus), 40, 50) for _ in range(2))
     assert_same_rows(first, second, 20)
 
 
-def test_validation_rows_hold_validation_documents_only(corpus: Path, tokenizer: Tokenizer) -> None:
-    held_out = {tuple(ids) for ids in tokenizer.encode_documents(list(iterate_documents(corpus, "validation")))}
-    rows = DocumentRows(corpus, "validation", tokenizer, 80, 10)
+def test_validation_rows_hold_validation_documents_only(
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer
+) -> None:
+    texts = list(iterate_documents(corpus, "validation"))
+    held_out = {tuple(ids.tolist()) for ids in tokenizer.encode_documents(texts)}
+    rows = DocumentRows(read_documents(corpus, "validation"), 80, 10)
     for inputs, targets in (rows.next_row() for _ in range(20)):
         *whole, _ = pieces([*inputs.tolist(), int(targets[-1])], tokenizer.bos)
         assert held_out.issuperset(whole)
@@ -148,9 +157,14 @@ def chat_rows(
     conversations: list[dict[str, Any]], tokenizer: Tokenizer, *, row_tokens: int = 60, wanted: int = 10,
     train_on: str = "assistant", seed: int = 0,
 ) -> ConversationRows:  # fmt: skip
+    file = BytesIO()
+    rendered = (render_conversation(tokenizer, each, max_tokens=None) for each in conversations)
+    sequences = ((np.array(ids), np.array(mask, dtype=bool)) for ids, mask in rendered)
+    write_tokens(file, sequences, count=len(conversations), vocab_size=tokenizer.vocab_size)
     return ConversationRows(
-        conversations, tokenizer, row_tokens=row_tokens, buffer_conversations=wanted, train_on=train_on, seed=seed
-    )
+        read_tokens(file.getvalue()), padding=tokenizer.bos, row_tokens=row_tokens, buffer_conversations=wanted,
+        train_on=train_on, seed=seed,
+    )  # fmt: skip
 
 
 def some(count: int) -> list[dict[str, Any]]:
@@ -260,9 +274,11 @@ def assert_same_rows(one: RowStream, other: RowStream, count: int) -> None:
 
 
 @pytest.fixture(params=["documents", "conversations"])
-def make_rows(request: pytest.FixtureRequest, corpus: Path, tokenizer: Tokenizer) -> Callable[[], RowStream]:
+def make_rows(
+    request: pytest.FixtureRequest, corpus: Path, read_documents: Read, tokenizer: Tokenizer
+) -> Callable[[], RowStream]:
     if request.param == "documents":  # 180 documents fill some 100 rows
-        return lambda: DocumentRows(corpus, "train", tokenizer, 40, 30)
+        return lambda: DocumentRows(read_documents(corpus), 40, 30)
     return lambda: chat_rows(some(40), tokenizer, wanted=12)
 
 
@@ -279,10 +295,10 @@ def test_rows_after_a_restored_position_are_the_same_bits(make_rows: Callable[[]
     assert straight.state() == resumed.state()
 
 
-def test_positions_cross_the_border_of_an_epoch(corpus: Path, tokenizer: Tokenizer) -> None:
+def test_positions_cross_the_border_of_an_epoch(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
     """What the positions above are chosen for."""
     documents, conversations = (
-        DocumentRows(corpus, "train", tokenizer, 40, 30),
+        DocumentRows(read_documents(corpus), 40, 30),
         chat_rows(some(40), tokenizer, wanted=12),
     )
     for rows in (documents, conversations):

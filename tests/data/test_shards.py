@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.data.shards import DocumentCursor, iterate_documents, shard_paths, write_shards
+from mlxchat.data.shards import iterate_documents, shard_paths, write_shards
 from mlxchat.errors import DataError
 
 DOCUMENTS = [f"document {number}" for number in range(100)]
@@ -18,10 +18,6 @@ DOCUMENTS = [f"document {number}" for number in range(100)]
 def hundred(make_corpus: Callable[..., Path]) -> Path:
     """10 for validation; 90 for training in shards of 40, 40 and 10, row groups of 7."""
     return make_corpus(DOCUMENTS, validation=10, shard=40, row_group=7)
-
-
-def read(cursor: DocumentCursor, count: int) -> list[str]:
-    return [text for _, text in cursor.next(count)]
 
 
 def test_each_document_is_in_one_split_once_in_order(hundred: Path) -> None:
@@ -57,49 +53,3 @@ def test_a_corpus_without_training_documents_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_shards_is_refused(tmp_path: Path, split: str) -> None:
     with pytest.raises(DataError, match="holds no"):
         shard_paths(tmp_path, split)
-
-
-@pytest.mark.parametrize("count", [1, 7, 64])
-def test_a_cursor_gives_every_document_in_order_over_and_over(hundred: Path, count: int) -> None:
-    cursor, found = DocumentCursor(hundred, "train"), []
-    while len(found) < 200:
-        found += read(cursor, count)
-    assert found == (DOCUMENTS[10:] * 3)[: len(found)]
-
-
-def test_an_epoch_is_counted_when_the_next_one_begins(hundred: Path) -> None:
-    cursor = DocumentCursor(hundred, "train")
-    read(cursor, 90)
-    assert cursor.epoch == 0
-    read(cursor, 1)
-    assert cursor.epoch == 1
-
-
-@pytest.mark.parametrize("position", [0, 1, 7, 39, 40, 89, 90, 91, 150])
-def test_a_restored_cursor_goes_on_from_any_position(hundred: Path, position: int) -> None:
-    first = DocumentCursor(hundred, "train")
-    first.next(position)
-    second = DocumentCursor(hundred, "train")
-    second.restore(first.state())
-    assert second.next(100) == first.next(100)
-    assert second.epoch == first.epoch
-
-
-def test_a_document_is_found_again_by_its_address(hundred: Path) -> None:
-    cursor = DocumentCursor(hundred, "train")
-    for address, text in reversed(cursor.next(90)):
-        assert cursor.fetch(address) == text
-
-
-def test_a_row_group_without_documents_is_passed_over(make_corpus: Callable[..., Path]) -> None:
-    folder = make_corpus(["held", "a", "b"], validation=1, shard=1, row_group=1)
-    empty = pq.read_table(folder / "shard_00000.parquet").slice(0, 0)
-    pq.write_table(empty, folder / "shard_00000.parquet")
-    assert read(DocumentCursor(folder, "train"), 3) == ["b", "b", "b"]
-
-
-def test_shards_without_any_document_are_refused(make_corpus: Callable[..., Path]) -> None:
-    folder = make_corpus(["held", "a"], validation=1)
-    pq.write_table(pq.read_table(folder / "shard_00000.parquet").slice(0, 0), folder / "shard_00000.parquet")
-    with pytest.raises(DataError):
-        DocumentCursor(folder, "train")

@@ -81,11 +81,23 @@ def test_digits_are_grouped_by_at_most_two(tokenizer: Tokenizer) -> None:
 
 def test_documents_begin_with_bos(tokenizer: Tokenizer) -> None:
     texts = ["one cat", "", "<|bos|>"]
-    assert tokenizer.encode_documents(texts) == [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+    encoded = [ids.tolist() for ids in tokenizer.encode_documents(texts)]
+    assert encoded == [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
 
 
-def test_ids_do_not_depend_on_the_number_of_threads(tokenizer: Tokenizer) -> None:
-    assert tokenizer.encode_documents(VARIED, num_threads=1) == tokenizer.encode_documents(VARIED, num_threads=4)
+@given(st.text())
+def test_a_document_has_the_ids_of_its_text(tokenizer: Tokenizer, text: str) -> None:
+    (ids,) = tokenizer.encode_documents([text])
+    assert ids.tolist() == [tokenizer.bos, *tokenizer.encode(text)]
+
+
+def test_the_digest_tells_tokenizers_apart_and_survives_saving(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).digest == tokenizer.digest
+    ranks = dict(tokenizer.ranks)
+    first, second = (token for token, rank in ranks.items() if rank in (300, 301))
+    ranks[first], ranks[second] = ranks[second], ranks[first]
+    assert Tokenizer(ranks).digest != tokenizer.digest
 
 
 # The vocabulary

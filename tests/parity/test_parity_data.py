@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +19,7 @@ import pytest
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.packing import ConversationRows, DocumentRows
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.data.tokens import read_tokens, write_tokens
 from mlxchat.errors import DataError
 
 files = pytest.mark.parametrize_files
@@ -112,9 +115,10 @@ def test_what_nanochat_refuses_is_refused(file: Path, read: Read, tokenizer_of: 
 class NanochatBatches:
     """nanochat's reading of a corpus: batches of documents that end with their row group, by rank."""
 
-    def __init__(self, folder: Path, case: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, case: dict[str, Any], tokenizer: Tokenizer) -> None:
         self.epoch = 0
         self.batches = self.read(folder, case)
+        self.tokenizer, self.documents = tokenizer, []
 
     def read(self, folder: Path, case: dict[str, Any]) -> Iterator[list[str]]:
         paths = sorted(folder.glob("*.parquet"))
@@ -126,8 +130,13 @@ class NanochatBatches:
                     size = case.get("tokenizer_batch_size", 128)
                     yield from (texts[start : start + size] for start in range(0, len(texts), size))
 
-    def next(self, count: int) -> list[tuple[tuple[int, int, int], str]]:
-        return [((0, 0, 0), text) for text in next(self.batches)]
+    def next(self, count: int) -> list[tuple[int, int]]:
+        first = len(self.documents)
+        self.documents += self.tokenizer.encode_documents(next(self.batches))
+        return [(index, len(self.documents[index])) for index in range(first, len(self.documents))]
+
+    def ids(self, address: int) -> Any:
+        return self.documents[address]
 
 
 @files("packing_*.json")
@@ -141,8 +150,9 @@ def test_document_rows_agree(file: Path, read: Read, tokenizer_of: TokenizerOf, 
     for case in values["jul2026_bestfit"]:
         if case["resume_state"] is not None:  # nanochat resumes roughly, ours exactly
             continue
-        rows = DocumentRows(tmp_path, "train", tokenizer_of(file), case["T"], case.get("buffer_size", 1000))
-        rows._cursor = NanochatBatches(tmp_path, case)  # type: ignore[assignment]
+        rows = DocumentRows(
+            NanochatBatches(tmp_path, case, tokenizer_of(file)), case["T"], case.get("buffer_size", 1000)
+        )
         for batch in case["batches"]:
             for inputs, targets in zip(batch["inputs"], batch["targets"], strict=True):
                 got = rows.next_row()
@@ -167,8 +177,12 @@ def test_conversation_rows_agree_within_an_epoch(file: Path, read: Read, tokeniz
         longest = max(values["conversation_lengths"][index] for index in used)
         if longest > case["max_seq_len"] + 1 or case["split"] != "train":  # epochs are counted in training only
             continue
+        tokenizer, encoded = tokenizer_of(file), BytesIO()
+        rendered = (render_conversation(tokenizer, values["conversations"][index], None) for index in used)
+        sequences = ((np.array(ids), np.array(mask, dtype=bool)) for ids, mask in rendered)
+        write_tokens(encoded, sequences, count=len(used), vocab_size=tokenizer.vocab_size)
         rows = InOrder(
-            [values["conversations"][index] for index in used], tokenizer_of(file), row_tokens=case["max_seq_len"],
+            read_tokens(encoded.getvalue()), padding=tokenizer.bos, row_tokens=case["max_seq_len"],
             buffer_conversations=case["buffer_size"], train_on="assistant", seed=0,
         )  # fmt: skip
         for batch in (batch for batch in case["batches"] if batch["epoch"] == 1):

@@ -59,3 +59,8 @@ class Mixture(Sequence[Conversation]):
             return [self._tasks[name][place] for name, place in self._order[index]]
         name, place = self._order[index]
         return self._tasks[name][place]
+
+    def name(self, index: int) -> str:
+        """Return what people call a conversation: its task's entry and its number there, from 0."""
+        task, place = self._order[index]
+        return f"{task} conversation {place}"

@@ -5,25 +5,26 @@ cropped to fill the row, so rows are always full and begin with <|bos|>. Convers
 rest of a row is padding that no loss counts. Counterparts: nanochat's best-fit loaders of 2026.
 
 Streams yield rows one at a time, so that what a micro-batch holds never changes the order of the data, and their
-state says exactly which documents wait in the buffer, so that a resumed training sees the same rows.
+state says exactly which documents wait in the buffer, so that a resumed training sees the same rows. Only addresses
+and lengths wait; the tokens are copied from their file when a row is made.
 """
 
 from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
-from mlxchat.data.conversation import Conversation, render_conversation
-from mlxchat.data.shards import DocumentCursor
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.documents import DocumentSource
+from mlxchat.data.tokens import Tokens
 
 IGNORED = -1
-_ENCODE_DOCUMENTS = 128
+_REFILL_DOCUMENTS = 128
+# A key is length × 2^40 + arrival: plain numbers compare fastest, and a trillion documents are enough.
+_ARRIVAL_BITS = 40
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Row = tuple[Ints, Ints]
@@ -35,110 +36,139 @@ class RowStream(Protocol):
     def next_row(self) -> Row:
         """Return the next row."""
 
+    def placed(self) -> list[Any]:
+        """Return the addresses of what the last row holds."""
+
+    def name(self, address: Any) -> str:
+        """Return what people call the document at an address; any thread may ask."""
+
+    def counts(self) -> dict[str, int]:
+        """Return what was counted up to the last row: epochs, losses to cropping."""
+
     def state(self) -> dict[str, Any]:
         """Return the position, as JSON data."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
 
+    def close(self) -> None:
+        """End what goes on in the background, until the next `restore`; any thread may call."""
+
 
 class BestFitBuffer:
-    """Waiting token sequences, found by length in logarithmic time. Among equals the first to arrive comes first."""
+    """Waiting sequences, found by length in logarithmic time. Among equals the first to arrive comes first."""
 
     def __init__(self) -> None:
         """Begin empty."""
-        self._keys: list[tuple[int, int]] = []  # (length, arrival), sorted
-        self._items: dict[int, tuple[Any, list[int], list[int]]] = {}
+        self._keys: list[int] = []  # sorted
+        self._addresses: dict[int, Any] = {}  # arrival → address; a dict keeps the order of arrival
         self._arrivals = 0
 
     def __len__(self) -> int:
         """Number of waiting sequences."""
         return len(self._keys)
 
-    def add(self, address: Any, ids: list[int], mask: list[int]) -> None:
-        """Let a sequence wait; `address` is what its saved state will be."""
-        bisect.insort(self._keys, (len(ids), self._arrivals))
-        self._items[self._arrivals] = (address, ids, mask)
+    def add(self, address: Any, length: int) -> None:
+        """Let a sequence wait."""
+        bisect.insort(self._keys, (length << _ARRIVAL_BITS) + self._arrivals)
+        self._addresses[self._arrivals] = address
         self._arrivals += 1
 
-    def take_largest(self, space: int) -> tuple[list[int], list[int]] | None:
-        """Remove and return the longest sequence of at most `space` tokens, or None if none fits."""
-        end = bisect.bisect_right(self._keys, (space, self._arrivals))
+    def take_largest(self, space: int) -> tuple[Any, int] | None:
+        """Remove the longest sequence of at most `space` tokens; return its address and length, or None."""
+        end = bisect.bisect_left(self._keys, (space + 1) << _ARRIVAL_BITS)
         if end == 0:
             return None
-        longest = self._keys[end - 1][0]
-        return self._remove(bisect.bisect_left(self._keys, (longest, -1)))
+        longest = self._keys[end - 1] >> _ARRIVAL_BITS
+        return self._remove(bisect.bisect_left(self._keys, longest << _ARRIVAL_BITS, 0, end))
 
-    def take_shortest(self) -> tuple[list[int], list[int]]:
-        """Remove and return the shortest sequence."""
+    def take_shortest(self) -> tuple[Any, int]:
+        """Remove the shortest sequence; return its address and length."""
         return self._remove(0)
 
     def addresses(self) -> list[Any]:
         """Return the addresses of what waits, in order of arrival."""
-        return [address for _, (address, _, _) in sorted(self._items.items())]
+        return list(self._addresses.values())
 
-    def _remove(self, index: int) -> tuple[list[int], list[int]]:
-        _, arrival = self._keys.pop(index)
-        _, ids, mask = self._items.pop(arrival)
-        return ids, mask
+    def _remove(self, index: int) -> tuple[Any, int]:
+        key = self._keys.pop(index)
+        return self._addresses.pop(key & ((1 << _ARRIVAL_BITS) - 1)), key >> _ARRIVAL_BITS
 
 
 class DocumentRows:
     """Rows of a corpus, best fit with cropping; every token but the row's first is a target."""
 
-    def __init__(self, corpus: Path, split: str, tokenizer: Tokenizer, row_tokens: int, buffer_documents: int) -> None:
-        """Start at the split's first document."""
-        self._cursor = DocumentCursor(corpus, split)
-        self._tokenizer, self._row_tokens, self._wanted = tokenizer, row_tokens, buffer_documents
+    def __init__(self, documents: DocumentSource, row_tokens: int, buffer_documents: int) -> None:
+        """Start where the source is; best fit chooses from `buffer_documents`."""
+        self._source, self._row_tokens, self._wanted = documents, row_tokens, buffer_documents
         self._buffer = BestFitBuffer()
+        self._placed: list[Any] = []
         self.documents = 0
         self.cropped_tokens = 0
 
     @property
     def epoch(self) -> int:
         """Passes over the corpus that are behind us."""
-        return self._cursor.epoch
+        return self._source.epoch
 
     def next_row(self) -> Row:
         """Return the next row."""
         capacity = self._row_tokens + 1
-        ids: list[int] = []
-        while len(ids) < capacity:
+        row = np.empty(capacity, dtype=np.int32)
+        filled, self._placed = 0, []
+        while filled < capacity:
             self._fill()
-            found = self._buffer.take_largest(capacity - len(ids))
+            space = capacity - filled
+            found = self._buffer.take_largest(space)
             if found is None:
                 found = self._buffer.take_shortest()
-                self.cropped_tokens += len(found[0]) - (capacity - len(ids))
-            ids += found[0][: capacity - len(ids)]
-        row = np.array(ids, dtype=np.int32)
+                self.cropped_tokens += found[1] - space
+            address, length = found
+            used = min(length, space)
+            row[filled : filled + used] = self._source.ids(address)[:used]
+            filled += used
+            self._placed.append(address)
         return row[:-1], row[1:]
 
+    def placed(self) -> list[Any]:
+        """Return the addresses of the last row's documents."""
+        return self._placed
+
+    def name(self, address: Any) -> str:
+        """Return a document's shard and number."""
+        return self._source.name(address)
+
+    def counts(self) -> dict[str, int]:
+        """Return the passes over the corpus, and the tokens lost to cropping."""
+        return {"epochs": self.epoch, "cropped_tokens": self.cropped_tokens}
+
     def state(self) -> dict[str, Any]:
-        """Return the cursor and the addresses of the waiting documents."""
+        """Return the source's position and the addresses of the waiting documents."""
         return {
-            "cursor": self._cursor.state(),
+            "cursor": self._source.state(),
             "waiting": self._buffer.addresses(),
             "documents": self.documents,
             "cropped_tokens": self.cropped_tokens,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Return to a position; waiting documents are read and encoded again."""
+        """Return to a position."""
+        self._source.restore(state["cursor"])
         self._buffer = BestFitBuffer()
-        self._add([(address, self._cursor.fetch(address)) for address in state["waiting"]])
-        self._cursor.restore(state["cursor"])
+        for address in map(tuple, state["waiting"]):
+            self._buffer.add(address, self._source.length(address))
         self.documents, self.cropped_tokens = state["documents"], state["cropped_tokens"]
+
+    def close(self) -> None:
+        """End what the source does in the background."""
+        self._source.close()
 
     def _fill(self) -> None:
         while len(self._buffer) < self._wanted:
-            found = self._cursor.next(_ENCODE_DOCUMENTS)
-            self._add(found)
+            found = self._source.next(_REFILL_DOCUMENTS)
+            for address, length in found:
+                self._buffer.add(address, length)
             self.documents += len(found)
-
-    def _add(self, documents: Sequence[tuple[Any, str]]) -> None:
-        encoded = self._tokenizer.encode_documents([text for _, text in documents]) if documents else []
-        for (address, _), ids in zip(documents, encoded, strict=True):
-            self._buffer.add(list(address), ids, [])
 
 
 class ConversationRows:
@@ -146,28 +176,32 @@ class ConversationRows:
 
     def __init__(
         self,
-        conversations: Sequence[Conversation],
-        tokenizer: Tokenizer,
+        conversations: Tokens,
         *,
+        padding: int,
         row_tokens: int,
         buffer_conversations: int,
         train_on: str,
         seed: int,
+        name_of: Callable[[int], str] = "conversation {}".format,
     ) -> None:
         """Start the first epoch.
 
         Args:
-            conversations: the mixture.
-            tokenizer: of the model.
+            conversations: the mixture, encoded.
+            padding: the id that follows what does not fill a row: <|bos|>.
             row_tokens: T; a longer conversation is cut at T + 1 and counted in `truncated`.
             buffer_conversations: how many best fit chooses from.
             train_on: 'assistant' or 'all'.
             seed: of the order.
+            name_of: what people call a conversation, by its number.
         """
-        self._conversations, self._tokenizer = conversations, tokenizer
+        self._conversations, self._padding = conversations, padding
         self._row_tokens, self._wanted = row_tokens, buffer_conversations
-        self._train_on, self._seed = train_on, seed
+        self._train_on, self._seed, self.name = train_on, seed, name_of
+        self._lengths = conversations.lengths(0, len(conversations))
         self._buffer = BestFitBuffer()
+        self._placed: list[int] = []
         self.epoch, self._next = 0, 0
         self._order = self._shuffle()
         self.truncated = 0
@@ -175,22 +209,31 @@ class ConversationRows:
     def next_row(self) -> Row:
         """Return the next row. Conversations keep to themselves: padding follows what does not fit."""
         capacity = self._row_tokens + 1
-        ids: list[int] = []
-        mask: list[int] = []
-        while len(ids) < capacity:
+        row = np.full(capacity, self._padding, dtype=np.int32)
+        trained = np.zeros(capacity, dtype=np.bool_)
+        filled, self._placed = 0, []
+        while filled < capacity:
             self._fill()
-            found = self._buffer.take_largest(capacity - len(ids))
+            found = self._buffer.take_largest(capacity - filled)
             if found is None:
                 break
-            ids += found[0]
-            mask += found[1]
+            index, length = found
+            row[filled : filled + length] = self._conversations.ids(index)[:length]
+            trained[filled : filled + length] = self._mask(index)[:length]
+            filled += length
+            self._placed.append(index)
         if not self._buffer and self._next == len(self._order):
             self.epoch, self._next = self.epoch + 1, 0
             self._order = self._shuffle()
-        padding = capacity - len(ids)
-        row = np.array(ids + [self._tokenizer.bos] * padding, dtype=np.int32)
-        trained = np.array(mask + [0] * padding, dtype=bool)
-        return row[:-1], np.where(trained[1:], row[1:], IGNORED).astype(np.int32)
+        return row[:-1], np.where(trained[1:], row[1:], np.int32(IGNORED))
+
+    def placed(self) -> list[Any]:
+        """Return the numbers of the last row's conversations."""
+        return self._placed
+
+    def counts(self) -> dict[str, int]:
+        """Return how many conversations were cut."""
+        return {"truncated_conversations": self.truncated}
 
     def state(self) -> dict[str, Any]:
         """Return the epoch, the place in its order and the waiting conversations."""
@@ -210,24 +253,38 @@ class ConversationRows:
             self._add(index)
         self.truncated = state["truncated"]
 
+    def close(self) -> None:
+        """Nothing goes on in the background."""
+
     def _fill(self) -> None:
         while len(self._buffer) < self._wanted and self._next < len(self._order):
             self._add(self._order[self._next])
             self._next += 1
 
     def _add(self, index: int) -> None:
-        ids, mask = render_conversation(self._tokenizer, self._conversations[index], max_tokens=None)
-        if len(ids) > self._row_tokens + 1:
+        length = self._lengths[index]
+        if length > self._row_tokens + 1:
             self.truncated += 1
-            ids, mask = ids[: self._row_tokens + 1], mask[: self._row_tokens + 1]
+            length = self._row_tokens + 1
+        self._buffer.add(index, length)
+
+    def _mask(self, index: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         if self._train_on == "all":
-            mask = [0, *[1] * (len(ids) - 1)]
-        self._buffer.add(index, ids, mask)
+            return np.arange(self._lengths[index]) > 0
+        return self._conversations.trained(index)
 
     def _shuffle(self) -> list[int]:
         order = list(range(len(self._conversations)))
         random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
         return order
+
+
+def take_rows(rows: RowStream, count: int) -> list[Row]:
+    """Return the first `count` rows of a stream that nobody else reads, and close it."""
+    try:
+        return [rows.next_row() for _ in range(count)]
+    finally:
+        rows.close()
 
 
 def count_rows(make_rows: Callable[[], ConversationRows]) -> int:

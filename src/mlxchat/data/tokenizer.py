@@ -7,6 +7,7 @@ truth), tokenizer.json and tokenizer_config.json (the same for the Hugging Face 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -71,9 +72,11 @@ class Tokenizer:
         """Return the ids of a text. What looks like a special token in it is ordinary text."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_documents(self, texts: list[str], num_threads: int = 2) -> list[list[int]]:
-        """Return each document's ids, with <|bos|> in front."""
-        return [[self.bos, *ids] for ids in self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)]
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
+        """Return each document's ids, with <|bos|> in front. Other threads run meanwhile."""
+        # Without lists of Python numbers it takes half the time, and most of that without Python's lock.
+        encoded = (self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)
+        return [np.concatenate((np.array([self.bos], dtype=np.uint32), ids)) for ids in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -82,6 +85,16 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids."""
         return self.encoding.decode_bytes(list(ids))
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of everything that decides how a text is encoded, in hex."""
+        lines = [
+            SPLIT_PATTERN,
+            *SPECIAL_TOKENS,
+            *(token.hex() for token in sorted(self.ranks, key=self.ranks.__getitem__)),
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @cached_property
     def token_bytes(self) -> np.ndarray[Any, np.dtype[np.int32]]:

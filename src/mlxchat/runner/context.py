@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlxchat.errors import Interrupted
 from mlxchat.runner.progress import Progress
 from mlxchat.runner.records import Record, Records
+from mlxchat.runner.shared import SharedArtifacts
 
 if TYPE_CHECKING:
     from mlxchat.config import Config
@@ -58,6 +60,8 @@ class Context:
     """Returns the signal that asked the run to stop, if one did."""
     on_metrics: Callable[[str, Record], None]
     """Called with the step's name and each record, for trackers."""
+    shared: SharedArtifacts | None = None
+    """Artifacts that stages make on demand and share; None where there is no store."""
     externals: list[dict[str, Any]] = field(default_factory=list)
     """What was read from outside the store: name, version or revision, licence, sha256."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -93,9 +97,22 @@ class Context:
             Records(path).truncate(iteration or -1)  # what stands at 0 comes again if nothing was saved
         self.resumed_from = iteration or None
 
+    def take_records(self, folder: Path) -> None:
+        """Begin with the records of a finished artifact that this step continues."""
+        for path in (self.work / "records").glob("*.jsonl"):
+            path.unlink()
+        for path in folder.glob("*.jsonl"):
+            self.records(path.stem).path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, self.records(path.stem).path)
+
     def progress(self, total: int, unit: str, *, start: int = 0) -> Progress:
         """Return a progress display for this step."""
         return Progress(self.step, total, unit, start=start)
+
+    def artifact(self, kind: str, **request: Any) -> Path:
+        """Return the folder of an artifact that stages share, made now if need be: see `SharedArtifacts.obtain`."""
+        assert self.shared is not None, "this context was made without a store"
+        return self.shared.obtain(kind, **request)
 
     def should_stop(self) -> bool:
         """Tell whether a signal asked the run to stop; ask at iteration borders."""

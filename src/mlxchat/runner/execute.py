@@ -23,6 +23,7 @@ from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import PlannedStep, judge
 from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
 from mlxchat.runner.records import Record, Records, now
+from mlxchat.runner.shared import SharedArtifacts
 from mlxchat.runner.store import Manifest, Store, describe_outputs
 
 
@@ -127,11 +128,17 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
         assert folder is not None, f"{source} ran before {step.name}"
         assert manifest is not None
         folders[role], inputs[role] = folder, manifest
+    lineage = {
+        role: {key: manifest[source] for key, source in _INPUT_KEYS.items()} for role, manifest in inputs.items()
+    }
     _drop_work_on_other_inputs(work, {role: manifest["tree"] for role, manifest in inputs.items()})
     ctx = Context(
         step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
         work=work / "ckpt", root_seed=run.seed, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
+        shared=SharedArtifacts(
+            outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
+        ),
     )  # fmt: skip
     attempt = attempt_log.start(work, run.name, step.name)
     run.event("step_started", step=step.name, artifact=step.artifact, reason=step.reason)
@@ -160,7 +167,7 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
         for path in (ctx.work / "records").glob("*.jsonl"):
             shutil.copyfile(path, out / path.name)
         attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
-        manifest = _describe(step, ctx, run, inputs, attempt_log.read(work))
+        manifest = _describe(step, ctx, run, lineage, attempt_log.read(work))
         place = store.publish(out, step.artifact, manifest)
     except OSError as error:
         text = f"{step.name} was made but could not be published: {error.strerror or error} ({error.filename or out})"
@@ -183,7 +190,7 @@ def _drop_work_on_other_inputs(work: Path, trees: dict[str, str]) -> None:
 
 
 def _describe(
-    step: PlannedStep, ctx: Context, run: Run, inputs: dict[str, Manifest], attempts: list[Record]
+    step: PlannedStep, ctx: Context, run: Run, lineage: dict[str, Manifest], attempts: list[Record]
 ) -> Manifest:
     """Return everything that the manifest says."""
     outputs, tree = describe_outputs(ctx.out)
@@ -201,14 +208,12 @@ def _describe(
         "excluded": {"machine": plain_of(run.config.machine)},
         "full_config": sections,
         "overrides": run.overrides,
-        "inputs": {
-            role: {key: manifest[source] for key, source in _INPUT_KEYS.items()} for role, manifest in inputs.items()
-        },
+        "inputs": lineage,
         "outputs": outputs,
         "tree": tree,
         "pins": step.externals,
         "externals": ctx.externals,
-        "tokens_per_second": metrics.pop("tokens_per_second", None),
+        **{key: metrics.pop(key, None) for key in _MEASURED},
         "metrics": metrics,
         "derived": ctx.derived,
         "seed": run.seed,
@@ -222,6 +227,8 @@ def _describe(
     }
 
 
+# Numbers of the execution, not of the result.
+_MEASURED = ("tokens_per_second", "data_wait_frac")
 _INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
 
 

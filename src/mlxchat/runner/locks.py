@@ -19,13 +19,19 @@ _POLL_SECONDS = 0.1
 
 
 @contextlib.contextmanager
-def hold(path: Path, owner: dict[str, Any], on_wait: Callable[[dict[str, Any]], None]) -> Iterator[bool]:
+def hold(
+    path: Path,
+    owner: dict[str, Any],
+    on_wait: Callable[[dict[str, Any]], None],
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[bool]:
     """Hold the lock file while the body runs; yield whether another process held it first.
 
     Args:
         path: the lock file; it is made, and never removed while in use.
         owner: what to tell others about us (the process id and the host are added).
         on_wait: called once, with the holder's record, if we have to wait.
+        check: called again and again while we wait; it may raise, to wait no longer.
 
     Raises:
         StoreError: the file system has no locks.
@@ -39,6 +45,7 @@ def hold(path: Path, owner: dict[str, Any], on_wait: Callable[[dict[str, Any]], 
             if not waited:
                 on_wait(read_owner(path))
                 waited = True
+            check()
             time.sleep(_POLL_SECONDS)
         record = {"pid": os.getpid(), "host": socket.gethostname(), **owner}
         os.ftruncate(handle, 0)

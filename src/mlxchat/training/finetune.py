@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from mlxchat.config import FinetuneConfig
+from mlxchat.data.encoded import open_mixture
 from mlxchat.data.mixture import Mixture
 from mlxchat.data.packing import ConversationRows, Row, count_rows
+from mlxchat.data.tokens import Tokens
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.optim.groups import Optimizer
@@ -20,25 +22,28 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     optimizer = Optimizer(model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     mixture = Mixture(config.mixture, seed=ctx.seed("mixture"))
 
-    def pack(conversations: Mixture) -> ConversationRows:
+    encoded = open_mixture(ctx, mixture, tokenizer)
+    held_out_mixture = Mixture(config.validation, seed=ctx.seed("validation"))
+
+    def pack(conversations: Tokens) -> ConversationRows:
         return ConversationRows(
             conversations,
-            tokenizer,
+            padding=tokenizer.bos,
             row_tokens=config.batch.row_tokens,
             buffer_conversations=config.packing_buffer_conversations,
             train_on=config.train_on,
             seed=ctx.seed("order"),
+            name_of=mixture.name,
         )
 
     rows_per_iteration = config.batch.tokens // config.batch.row_tokens
-    rows_per_epoch = count_rows(lambda: pack(mixture))
+    rows_per_epoch = count_rows(lambda: pack(encoded))
     num_iterations = config.num_iterations or max(1, config.num_epochs * rows_per_epoch // rows_per_iteration)
-    held_out = pack(Mixture(config.validation, seed=ctx.seed("validation")))
+    held_out = pack(open_mixture(ctx, held_out_mixture, tokenizer))
     # One pass, so that no conversation counts twice.
     validation: list[Row] = []
     while held_out.epoch == 0 and len(validation) * config.batch.row_tokens < config.eval_tokens:
         validation.append(held_out.next_row())
-    rows = pack(mixture)
     ctx.derive(
         {
             "num_conversations": len(mixture),
@@ -52,14 +57,15 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     def validate(iteration: int) -> dict[str, float]:
         return {"val_loss": mean_loss(model, validation, micro_tokens=machine.device_batch_tokens)}
 
-    fit(
-        ctx,
-        model,
-        optimizer,
-        RowBatches(rows, rows_per_iteration),
-        num_iterations=num_iterations,
-        schedule=config.schedule,
-        hooks=[Hook(run=validate, every=config.eval_every, at_start=True)],
-    )
-    ctx.metrics["truncated_conversations"] = rows.truncated
+    with RowBatches(pack(encoded), rows_per_iteration, ahead=machine.prefetch_batches) as batches:
+        fit(
+            ctx,
+            model,
+            optimizer,
+            batches,
+            num_iterations=num_iterations,
+            schedule=config.schedule,
+            hooks=[Hook(run=validate, every=config.eval_every, at_start=True)],
+        )
+    ctx.metrics |= batches.counts()
     save_checkpoint(ctx.out, model, tokenizer, {"stage": ctx.stage, "format": "chat"})

@@ -31,6 +31,9 @@ class Rollouts:
         """Ask the task's questions in a shuffled order; rewards go to `log` after each iteration."""
         self.engine, self.task, self.config, self.seed, self.log = engine, task, config, seed, log
         self.mean_reward = 0.0
+        self.waited_seconds = 0.0
+        """Sampling is work, no waiting."""
+        self._questions: list[int] = []
 
     def next_batch(self, iteration: int) -> Batch:
         """Sample answers to the iteration's questions and return them as weighted rows."""
@@ -38,6 +41,7 @@ class Rollouts:
         order = np.random.default_rng(self.seed).permutation(len(self.task))
         first = iteration * config.questions_per_iteration
         questions = [int(order[(first + index) % len(order)]) for index in range(config.questions_per_iteration)]
+        self._questions = questions
         conversations = [self.task[index] for index in questions]
         prompts = [render_for_completion(self.engine.tokenizer, conversation) for conversation in conversations]
         samples = config.samples_per_question
@@ -66,6 +70,10 @@ class Rollouts:
         )
         repeated = [prompt for prompt in prompts for _ in range(samples)]
         return weighted_batch(repeated, completions, advantages, padding=self.engine.tokenizer.assistant_end)
+
+    def documents(self) -> list[str]:
+        """Return what people call the questions of the last batch."""
+        return [f"question {index}" for index in self._questions]
 
     def state(self) -> dict[str, Any]:
         """Return the last reward; questions and seeds follow from the iteration."""

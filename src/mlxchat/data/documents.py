@@ -1,0 +1,172 @@
+"""Documents as token ids, in order, forever: a split's shards, each encoded when it is needed, the next one ahead."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow.parquet as pq
+
+from mlxchat.data.tokens import Array, Tokens, open_tokens
+from mlxchat.errors import DataError
+
+Address = tuple[int, int]
+"""Shard and document in it, both from 0."""
+
+Obtain = Callable[[Path, bool, Callable[[], None]], Path]
+"""Takes a text shard, whether somebody waits for it, and what to call now and then (it may raise, to end the work);
+returns the folder with its tokens."""
+
+_MOST_OPEN_SHARDS = 16
+_POLL_SECONDS = 0.1
+
+
+class Closed(Exception):
+    """The work is not wanted any more."""
+
+
+class DocumentSource(Protocol):
+    """Where packing takes documents from: it needs their lengths at once, and their ids when a row is made."""
+
+    epoch: int
+
+    def next(self, count: int) -> list[tuple[Address, int]]:
+        """Return addresses and lengths in tokens of the next `count` documents."""
+
+    def length(self, address: Address) -> int:
+        """Return the length in tokens of a document."""
+
+    def ids(self, address: Address) -> Array:
+        """Return the ids of a document, <|bos|> first."""
+
+    def name(self, address: Address) -> str:
+        """Return what people call a document."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the position, as JSON data."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position."""
+
+    def close(self) -> None:
+        """End what goes on in the background; any thread may call."""
+
+
+class EncodedShards:
+    """The shards of a split as token ids. `obtain` makes them; while one is read, the next is made in a thread."""
+
+    def __init__(self, paths: Sequence[Path], obtain: Obtain) -> None:
+        """Take the text shards in order; nothing is read yet."""
+        self.paths, self._obtain = list(paths), obtain
+        # Few at a time: every open file takes a handle, and documents that wait for a row come from few shards.
+        self._open: OrderedDict[int, Tokens] = OrderedDict()
+        self._closing = threading.Event()
+        self._worker: tuple[int, threading.Thread] | None = None
+
+    def open(self, index: int) -> Tokens:
+        """Return a shard's tokens, encoding it first if nobody has."""
+        found = self._open.get(index)
+        if found is None:
+            if self._worker is not None and self._worker[0] == index:
+                while self._worker[1].is_alive():
+                    self._check()
+                    self._worker[1].join(_POLL_SECONDS)
+            found = open_tokens(self._obtain(self.paths[index], True, self._check))
+            self._open[index] = found
+            while len(self._open) > _MOST_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(index)
+        return found
+
+    def prepare(self, index: int) -> None:
+        """Begin to encode a shard in the background, unless another one still is."""
+        if index in self._open or (self._worker is not None and self._worker[1].is_alive()):
+            return
+
+        def work() -> None:
+            # Whatever fails here fails again, and is told, once somebody needs the shard.
+            with suppress(Exception):
+                self._obtain(self.paths[index], False, self._check)
+
+        self._worker = index, threading.Thread(target=work, name=f"encode {self.paths[index].name}", daemon=True)
+        self._worker[1].start()
+
+    def close(self) -> None:
+        """End the background work, and any `open` that encodes in another thread (it raises Closed)."""
+        self._closing.set()
+        if self._worker is not None:
+            self._worker[1].join()
+            self._worker = None
+
+    def reopen(self) -> None:
+        """Allow work again."""
+        self._closing.clear()
+
+    def _check(self) -> None:
+        if self._closing.is_set():
+            raise Closed
+
+
+class DocumentCursor:
+    """Documents of a split in order, forever, with a position that can be saved and returned to."""
+
+    def __init__(self, shards: EncodedShards) -> None:
+        """Start at the first document.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not any(pq.read_metadata(path).num_rows for path in shards.paths):
+            raise DataError(f"{shards.paths[0].parent} holds no document in {', '.join(p.name for p in shards.paths)}")
+        self._shards = shards
+        self.epoch = 0
+        self._position: Address = (0, 0)
+
+    def next(self, count: int) -> list[tuple[Address, int]]:
+        """Return addresses and lengths in tokens of the next `count` documents."""
+        found: list[tuple[Address, int]] = []
+        while len(found) < count:
+            shard, start = self._position
+            if shard == len(self._shards.paths):
+                self.epoch, self._position = self.epoch + 1, (0, 0)
+                continue
+            tokens = self._shards.open(shard)
+            self._shards.prepare((shard + 1) % len(self._shards.paths))
+            stop = min(len(tokens), start + count - len(found))
+            found += (((shard, start + i), length) for i, length in enumerate(tokens.lengths(start, stop)))
+            self._position = (shard, stop) if stop < len(tokens) else (shard + 1, 0)
+        return found
+
+    def length(self, address: Address) -> int:
+        """Return the length in tokens of a document."""
+        shard, document = address
+        return self._shards.open(shard).lengths(document, document + 1)[0]
+
+    def ids(self, address: Address) -> Array:
+        """Return the ids of a document, <|bos|> first."""
+        shard, document = address
+        return self._shards.open(shard).ids(document)
+
+    def name(self, address: Address) -> str:
+        """Return the shard's file and the document's number in it, from 0."""
+        shard, document = address
+        return f"{self._shards.paths[shard].name} document {document}"
+
+    def state(self) -> dict[str, Any]:
+        """Return the position as plain numbers."""
+        return {"epoch": self.epoch, "position": list(self._position)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position; a closed cursor works again."""
+        self._shards.reopen()
+        self.epoch = state["epoch"]
+        shard, document = state["position"]
+        self._position = (shard, document)
+
+    def close(self) -> None:
+        """End what goes on in the background; any thread may call."""
+        self._shards.close()

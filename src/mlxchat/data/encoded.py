@@ -1,0 +1,113 @@
+"""Text and conversations as artifacts of token ids: encoded once per content and tokenizer, whoever asks."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mlxchat.data.conversation import render_conversation
+from mlxchat.data.documents import DocumentCursor, EncodedShards
+from mlxchat.data.mixture import Mixture
+from mlxchat.data.shards import shard_paths
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import FILE, FORMAT, Array, Tokens, open_tokens, write_tokens
+from mlxchat.ops.blas import available_cores
+from mlxchat.runner.context import Context
+from mlxchat.runner.fingerprint import canonical_json
+from mlxchat.runner.store import read_manifest
+
+KIND = "tokens"
+# Documents that one thread encodes at a time: a fraction of a second, after which a stop is noticed.
+_PART_DOCUMENTS = 128
+
+
+def open_documents(ctx: Context, split: str, tokenizer: Tokenizer) -> DocumentCursor:
+    """Return the documents of a split ('train' or 'validation') of the step's corpus.
+
+    Each shard is encoded when it is needed, on all cores; the one after it meanwhile, on a quarter of them.
+    """
+    corpus = ctx.inputs["corpus"]
+    hashes = {file["path"]: file["sha256"] for file in read_manifest(corpus)["outputs"]}
+
+    def obtain(shard: Path, is_awaited: bool, check: Callable[[], None]) -> Path:
+        threads = available_cores() if is_awaited else max(1, available_cores() // 4)
+
+        def look() -> None:
+            check()
+            if ctx.should_stop():
+                raise ctx.stop(f"the encoding of {shard.name}")
+
+        return ctx.artifact(
+            KIND,
+            version=FORMAT,
+            label=shard.stem,
+            identity={"text": hashes[shard.name], "tokenizer": tokenizer.digest},
+            make=lambda folder: encode_shard(shard, tokenizer, folder, threads=threads, check=look),
+            check=look,
+        )
+
+    return DocumentCursor(EncodedShards(shard_paths(corpus, split), obtain))
+
+
+def encode_shard(
+    shard: Path, tokenizer: Tokenizer, folder: Path, *, threads: int, check: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Encode a text shard into a folder; return the numbers for its manifest.
+
+    Args:
+        shard: parquet, column `text`.
+        tokenizer: puts <|bos|> before each document.
+        folder: exists.
+        threads: how many encode at once.
+        check: called every few hundred documents; it may raise, to end the work.
+    """
+    parquet = pq.ParquetFile(shard)
+    began = time.monotonic()
+
+    def encode() -> Iterator[tuple[Array, None]]:
+        with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
+            for group in range(parquet.num_row_groups):
+                texts = parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
+                for start in range(0, len(texts), threads * _PART_DOCUMENTS):
+                    check()
+                    stop = min(len(texts), start + threads * _PART_DOCUMENTS)
+                    size = -(-(stop - start) // threads)
+                    parts = [texts[first : min(stop, first + size)] for first in range(start, stop, size)]
+                    for part in pool.map(tokenizer.encode_documents, parts):
+                        yield from ((ids, None) for ids in part)
+
+    count = parquet.metadata.num_rows
+    with (folder / FILE).open("wb") as file:
+        tokens = write_tokens(file, encode(), count=count, vocab_size=tokenizer.vocab_size)
+    seconds = max(1e-9, time.monotonic() - began)
+    return {"documents": count, "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def open_mixture(ctx: Context, mixture: Mixture, tokenizer: Tokenizer) -> Tokens:
+    """Return the conversations of a mixture, each with what is trained on in it."""
+    digest = hashlib.sha256()
+    for conversation in mixture:
+        digest.update(canonical_json(conversation.get("messages")).encode() + b"\n")
+
+    def render() -> Iterator[tuple[Array, Array]]:
+        for conversation in mixture:
+            if ctx.should_stop():
+                raise ctx.stop("the encoding of its conversations")
+            ids, mask = render_conversation(tokenizer, conversation, max_tokens=None)
+            yield np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.bool_)
+
+    def make(folder: Path) -> dict[str, float]:
+        began = time.monotonic()
+        with (folder / FILE).open("wb") as file:
+            tokens = write_tokens(file, render(), count=len(mixture), vocab_size=tokenizer.vocab_size)
+        seconds = max(1e-9, time.monotonic() - began)
+        return {"conversations": len(mixture), "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+    identity = {"conversations": digest.hexdigest(), "tokenizer": tokenizer.digest}
+    return open_tokens(ctx.artifact(KIND, version=FORMAT, label=f"{ctx.step}_mixture", identity=identity, make=make))

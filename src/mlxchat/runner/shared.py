@@ -1,0 +1,106 @@
+"""Artifacts that stages make on demand and share: encoded text. No plan names them, each is made once.
+
+Their id covers contents alone (what was read, with which tokenizer, in which format), so trainings, evaluations and
+sweeps that read the same find the same. They may be removed at any time: who needs one makes it again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import StoreError
+from mlxchat.runner import attempts as attempt_log
+from mlxchat.runner import locks
+from mlxchat.runner.fingerprint import compute_rid
+from mlxchat.runner.records import now
+from mlxchat.runner.store import Manifest, Store, artifact_name, describe_outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedArtifacts:
+    """The store as a stage sees it: a place to find and leave what others can use. Any thread may call."""
+
+    outputs: Path
+    """The outputs folder."""
+    run: str
+    """Name of the run, for the manifest and for whoever waits."""
+    inputs: dict[str, Manifest]
+    """Role → what manifests record of the asking step's input: lineage, no identity."""
+    facts: Callable[[], dict[str, Any]]
+    """Returns what is recorded of code, versions and machine."""
+    say: Callable[[str], None]
+    """Where lines for people go."""
+
+    def obtain(
+        self,
+        kind: str,
+        *,
+        version: int,
+        label: str,
+        identity: dict[str, Any],
+        make: Callable[[Path], dict[str, float]],
+        check: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Return the folder of the artifact of this identity; make it if the store has none.
+
+        One process makes it, others wait for that one. A killed maker leaves nothing that could be taken for whole.
+
+        Args:
+            kind: stands for stage and kind in the manifest, and begins the folder's name.
+            version: of the format.
+            label: for people, in the folder's name.
+            identity: contents that it follows from, as plain data.
+            make: fills the folder it is given and returns metrics.
+            check: called while another process is waited for; it may raise, to wait no longer.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+        rid = compute_rid(kind, version, identity, {}, {})
+        store = Store(self.outputs)  # its own, because a store remembers what it saw
+        place = store.find(rid)
+        if place is not None:
+            return place
+
+        def tell_waiting(owner: dict[str, Any]) -> None:
+            check()
+            self.say(f"{kind:<10} waits: process {owner.get('pid', '?')} is making {label}")
+
+        with locks.hold(store.lock(rid), {"run": self.run, "step": kind}, tell_waiting, check):
+            store.forget()
+            place = store.find(rid)
+            if place is not None:
+                return place
+            work = store.work(rid)
+            shutil.rmtree(work / "out", ignore_errors=True)
+            (work / "out").mkdir(parents=True)
+            try:
+                attempt = attempt_log.start(work, self.run, kind)
+                began = time.monotonic()
+                metrics = make(work / "out")
+                seconds = time.monotonic() - began
+                attempt_log.finish(work, attempt, "done", None, None)
+                outputs, tree = describe_outputs(work / "out")
+                name = artifact_name(kind, label, rid)
+                manifest = {
+                    "schema": 1, "rid": rid, "name": name, "stage": kind, "step": kind, "kind": kind,
+                    "version": version, "config": identity, "excluded": {}, "overrides": [], "inputs": self.inputs,
+                    "outputs": outputs, "tree": tree, "pins": {}, "externals": [],
+                    "tokens_per_second": metrics.pop("tokens_per_second", None), "metrics": metrics, "derived": {},
+                    "seed": None, "attempts": attempt_log.read(work), "seconds": round(seconds, 3),
+                    "peak_memory_bytes": None, "code": {}, **self.facts(), "run": self.run, "published": now(),
+                }  # fmt: skip
+                return store.publish(work / "out", name, manifest)
+            except OSError as error:
+                reason = error.strerror or error
+                raise StoreError(
+                    f"{label} could not be encoded into {self.outputs} ({reason}). "
+                    "Mend that and run the same command again."
+                ) from error
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
