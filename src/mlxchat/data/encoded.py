@@ -22,7 +22,6 @@ from mlxchat.runner.context import Context
 from mlxchat.runner.fingerprint import canonical_json
 from mlxchat.runner.store import read_manifest
 
-KIND = "tokens"
 # Documents that one thread encodes at a time: a fraction of a second, after which a stop is noticed.
 _PART_DOCUMENTS = 128
 
@@ -43,8 +42,7 @@ def open_documents(ctx: Context, split: str, tokenizer: Tokenizer) -> DocumentCu
             if ctx.should_stop():
                 raise ctx.stop(f"the encoding of {shard.name}")
 
-        return ctx.artifact(
-            KIND,
+        return ctx.encoded(
             version=FORMAT,
             label=shard.stem,
             identity={"text": hashes[shard.name], "tokenizer": tokenizer.digest},
@@ -89,8 +87,8 @@ def encode_shard(
     return {"documents": count, "tokens": tokens, "tokens_per_second": tokens / seconds}
 
 
-def open_mixture(ctx: Context, mixture: Mixture, tokenizer: Tokenizer) -> Tokens:
-    """Return the conversations of a mixture, each with what is trained on in it."""
+def open_mixture(ctx: Context, name: str, mixture: Mixture, tokenizer: Tokenizer) -> Tokens:
+    """Return the conversations of a mixture, each with what is trained on in it; `name` is for people."""
     digest = hashlib.sha256()
     for conversation in mixture:
         digest.update(canonical_json(conversation.get("messages")).encode() + b"\n")
@@ -110,4 +108,4 @@ def open_mixture(ctx: Context, mixture: Mixture, tokenizer: Tokenizer) -> Tokens
         return {"conversations": len(mixture), "tokens": tokens, "tokens_per_second": tokens / seconds}
 
     identity = {"conversations": digest.hexdigest(), "tokenizer": tokenizer.digest}
-    return open_tokens(ctx.artifact(KIND, version=FORMAT, label=f"{ctx.step}_mixture", identity=identity, make=make))
+    return open_tokens(ctx.encoded(version=FORMAT, label=f"{ctx.step}_{name}", identity=identity, make=make))

@@ -109,10 +109,10 @@ class Context:
         """Return a progress display for this step."""
         return Progress(self.step, total, unit, start=start)
 
-    def artifact(self, kind: str, **request: Any) -> Path:
+    def encoded(self, **request: Any) -> Path:
         """Return the folder of an artifact that stages share, made now if need be: see `SharedArtifacts.obtain`."""
         assert self.shared is not None, "this context was made without a store"
-        return self.shared.obtain(kind, **request)
+        return self.shared.obtain(**request)
 
     def should_stop(self) -> bool:
         """Tell whether a signal asked the run to stop; ask at iteration borders."""

@@ -20,6 +20,8 @@ from mlxchat.runner.fingerprint import compute_rid
 from mlxchat.runner.records import now
 from mlxchat.runner.store import Manifest, Store, artifact_name, describe_outputs
 
+SHARED_KIND = "tokens"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SharedArtifacts:
@@ -38,7 +40,6 @@ class SharedArtifacts:
 
     def obtain(
         self,
-        kind: str,
         *,
         version: int,
         label: str,
@@ -51,7 +52,6 @@ class SharedArtifacts:
         One process makes it, others wait for that one. A killed maker leaves nothing that could be taken for whole.
 
         Args:
-            kind: stands for stage and kind in the manifest, and begins the folder's name.
             version: of the format.
             label: for people, in the folder's name.
             identity: contents that it follows from, as plain data.
@@ -61,7 +61,7 @@ class SharedArtifacts:
         Raises:
             StoreError: it could not be written.
         """
-        rid = compute_rid(kind, version, identity, {}, {})
+        rid = compute_rid(SHARED_KIND, version, identity, {}, {})
         store = Store(self.outputs)  # its own, because a store remembers what it saw
         place = store.find(rid)
         if place is not None:
@@ -69,9 +69,9 @@ class SharedArtifacts:
 
         def tell_waiting(owner: dict[str, Any]) -> None:
             check()
-            self.say(f"{kind:<10} waits: process {owner.get('pid', '?')} is making {label}")
+            self.say(f"{SHARED_KIND:<10} waits: process {owner.get('pid', '?')} is making {label}")
 
-        with locks.hold(store.lock(rid), {"run": self.run, "step": kind}, tell_waiting, check):
+        with locks.hold(store.lock(rid), {"run": self.run, "step": SHARED_KIND}, tell_waiting, check):
             store.forget()
             place = store.find(rid)
             if place is not None:
@@ -80,26 +80,25 @@ class SharedArtifacts:
             shutil.rmtree(work / "out", ignore_errors=True)
             (work / "out").mkdir(parents=True)
             try:
-                attempt = attempt_log.start(work, self.run, kind)
+                attempt = attempt_log.start(work, self.run, SHARED_KIND)
                 began = time.monotonic()
                 metrics = make(work / "out")
                 seconds = time.monotonic() - began
                 attempt_log.finish(work, attempt, "done", None, None)
                 outputs, tree = describe_outputs(work / "out")
-                name = artifact_name(kind, label, rid)
+                name = artifact_name(SHARED_KIND, label, rid)
                 manifest = {
-                    "schema": 1, "rid": rid, "name": name, "stage": kind, "step": kind, "kind": kind,
-                    "version": version, "config": identity, "excluded": {}, "overrides": [], "inputs": self.inputs,
-                    "outputs": outputs, "tree": tree, "pins": {}, "externals": [],
+                    "schema": 1, "rid": rid, "name": name, "version": version, "stage": SHARED_KIND,
+                    "step": SHARED_KIND, "kind": SHARED_KIND, "config": identity, "excluded": {}, "overrides": [],
+                    "inputs": self.inputs, "outputs": outputs, "tree": tree, "pins": {}, "externals": [],
                     "tokens_per_second": metrics.pop("tokens_per_second", None), "metrics": metrics, "derived": {},
                     "seed": None, "attempts": attempt_log.read(work), "seconds": round(seconds, 3),
                     "peak_memory_bytes": None, "code": {}, **self.facts(), "run": self.run, "published": now(),
                 }  # fmt: skip
                 return store.publish(work / "out", name, manifest)
             except OSError as error:
-                reason = error.strerror or error
                 raise StoreError(
-                    f"{label} could not be encoded into {self.outputs} ({reason}). "
+                    f"{label} could not be encoded ({error.strerror or error}: {error.filename or work}). "
                     "Mend that and run the same command again."
                 ) from error
             finally:

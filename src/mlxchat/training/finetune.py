@@ -22,7 +22,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     optimizer = Optimizer(model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     mixture = Mixture(config.mixture, seed=ctx.seed("mixture"))
 
-    encoded = open_mixture(ctx, mixture, tokenizer)
+    encoded = open_mixture(ctx, "mixture", mixture, tokenizer)
     held_out_mixture = Mixture(config.validation, seed=ctx.seed("validation"))
 
     def pack(conversations: Tokens) -> ConversationRows:
@@ -39,7 +39,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     rows_per_iteration = config.batch.tokens // config.batch.row_tokens
     rows_per_epoch = count_rows(lambda: pack(encoded))
     num_iterations = config.num_iterations or max(1, config.num_epochs * rows_per_epoch // rows_per_iteration)
-    held_out = pack(open_mixture(ctx, held_out_mixture, tokenizer))
+    held_out = pack(open_mixture(ctx, "validation", held_out_mixture, tokenizer))
     # One pass, so that no conversation counts twice.
     validation: list[Row] = []
     while held_out.epoch == 0 and len(validation) * config.batch.row_tokens < config.eval_tokens:

@@ -1,0 +1,172 @@
+"""Documents as token ids: in order, from any position; their shards are encoded when needed, the next one ahead."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from mlxchat.data import documents as documents_module
+from mlxchat.data.documents import DocumentCursor, EncodedShards
+from mlxchat.data.encoded import encode_shard
+from mlxchat.data.shards import shard_paths
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError
+
+Read = Callable[..., DocumentCursor]
+DOCUMENTS = [f"document {number}" for number in range(100)]
+
+
+@pytest.fixture(scope="module")
+def hundred(make_corpus: Callable[..., Path]) -> Path:
+    """10 for validation; 90 for training in shards of 40, 40 and 10, row groups of 7."""
+    return make_corpus(DOCUMENTS, validation=10, shard=40, row_group=7)
+
+
+def texts(cursor: DocumentCursor, count: int, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(cursor.ids(address)[1:].tolist()) for address, _ in cursor.next(count)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_a_cursor_gives_every_document_in_order_over_and_over(
+    hundred: Path, read_documents: Read, tokenizer: Tokenizer, count: int
+) -> None:
+    cursor, found = read_documents(hundred), []
+    while len(found) < 200:
+        found += texts(cursor, count, tokenizer)
+    assert found == (DOCUMENTS[10:] * 3)[: len(found)]
+
+
+def test_a_document_has_the_ids_of_its_text_after_bos(
+    hundred: Path, read_documents: Read, tokenizer: Tokenizer
+) -> None:
+    cursor = read_documents(hundred, "validation")
+    for (address, length), text in zip(cursor.next(10), DOCUMENTS, strict=False):
+        expected = [tokenizer.bos, *tokenizer.encode(text)]
+        assert (cursor.ids(address).tolist(), length, cursor.length(address)) == (expected, len(expected), length)
+
+
+def test_an_epoch_is_counted_when_the_next_one_begins(hundred: Path, read_documents: Read) -> None:
+    cursor = read_documents(hundred)
+    cursor.next(90)
+    assert cursor.epoch == 0
+    cursor.next(1)
+    assert cursor.epoch == 1
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 39, 40, 89, 90, 91, 150])
+def test_a_restored_cursor_goes_on_from_any_position(hundred: Path, read_documents: Read, position: int) -> None:
+    first = read_documents(hundred)
+    first.next(position)
+    second = read_documents(hundred)
+    second.restore(first.state())
+    assert second.next(100) == first.next(100)
+    assert second.epoch == first.epoch
+
+
+def test_a_name_leads_to_the_document(hundred: Path, read_documents: Read) -> None:
+    cursor = read_documents(hundred)
+    address, _ = cursor.next(44)[-1]
+    assert cursor.name(address) == "shard_00001.parquet document 3"
+    assert pq.read_table(hundred / "shard_00001.parquet")["text"][3].as_py() == DOCUMENTS[10 + 43]
+
+
+def test_a_shard_without_documents_is_passed_over(
+    make_corpus: Callable[..., Path], read_documents: Read, tokenizer: Tokenizer
+) -> None:
+    folder = make_corpus(["held", "a", "b"], validation=1, shard=1, row_group=1)
+    empty = pq.read_table(folder / "shard_00000.parquet").slice(0, 0)
+    pq.write_table(empty, folder / "shard_00000.parquet")
+    assert texts(read_documents(folder), 3, tokenizer) == ["b", "b", "b"]
+
+
+def test_shards_without_any_document_are_refused(make_corpus: Callable[..., Path], read_documents: Read) -> None:
+    folder = make_corpus(["held", "a"], validation=1)
+    pq.write_table(pq.read_table(folder / "shard_00000.parquet").slice(0, 0), folder / "shard_00000.parquet")
+    with pytest.raises(DataError, match=r"holds no document in shard_00000\.parquet"):
+        read_documents(folder)
+
+
+# When shards are encoded
+
+
+class Maker:
+    """Encodes shards, and remembers which, whether somebody waited, and in which thread."""
+
+    def __init__(self, corpus: Path, tokenizer: Tokenizer, work: Path) -> None:
+        self.tokenizer, self.work, self.paths = tokenizer, work, shard_paths(corpus, "train")
+        self.asked: list[tuple[str, bool, str]] = []
+        self.block = threading.Event()
+        self.block.set()
+
+    def __call__(self, shard: Path, is_awaited: bool, check: Callable[[], None]) -> Path:
+        self.asked.append((shard.stem, is_awaited, threading.current_thread().name))
+        while not self.block.wait(0.001):
+            check()
+        folder = self.work / shard.stem
+        if not folder.exists():
+            folder.mkdir()
+            encode_shard(shard, self.tokenizer, folder, threads=1, check=check)
+        return folder
+
+
+@pytest.fixture
+def maker(hundred: Path, tokenizer: Tokenizer, tmp_path: Path) -> Maker:
+    return Maker(hundred, tokenizer, tmp_path)
+
+
+def test_only_the_shard_that_is_read_and_the_next_one_are_encoded(maker: Maker) -> None:
+    cursor = DocumentCursor(EncodedShards(maker.paths, maker))
+    assert maker.asked == [], "nothing is encoded before a document is wanted"
+    cursor.next(1)
+    cursor.close()
+    assert maker.asked == [
+        ("shard_00000", True, "MainThread"),
+        ("shard_00001", False, "encode shard_00001.parquet"),
+    ]
+
+
+def test_a_shard_that_the_background_is_at_is_waited_for(maker: Maker) -> None:
+    shards = EncodedShards(maker.paths, maker)
+    maker.block.clear()
+    shards.prepare(1)
+    threading.Timer(0.05, maker.block.set).start()
+    assert len(shards.open(1)) == 40
+    assert [asked[:2] for asked in maker.asked] == [("shard_00001", False), ("shard_00001", True)]
+    assert sorted(path.name for path in maker.work.iterdir()) == ["shard_00001"]
+
+
+def test_closing_ends_the_background_work(maker: Maker) -> None:
+    shards, before = EncodedShards(maker.paths, maker), threading.active_count()
+    maker.block.clear()
+    shards.prepare(1)
+    assert threading.active_count() == before + 1
+    shards.close()
+    assert threading.active_count() == before
+    assert list(maker.work.iterdir()) == []
+
+
+def test_what_fails_in_the_background_is_told_when_the_shard_is_needed(maker: Maker) -> None:
+    def obtain(shard: Path, is_awaited: bool, check: Callable[[], None]) -> Path:
+        if shard.stem == "shard_00001":
+            raise OSError("disk is full")
+        return maker(shard, is_awaited, check)
+
+    cursor = DocumentCursor(EncodedShards(maker.paths, obtain))
+    cursor.next(40)
+    with pytest.raises(OSError, match="disk is full"):
+        cursor.next(1)
+
+
+def test_few_shards_are_open_at_a_time(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "_MOST_OPEN_SHARDS", 2)
+    shards = EncodedShards(maker.paths, maker)
+    cursor = DocumentCursor(shards)
+    addresses = [address for address, _ in cursor.next(90)]
+    for address in (addresses[0], addresses[50], addresses[89]):
+        assert cursor.length(address) == len(cursor.ids(address))
+        assert len(shards._open) <= 2
+    cursor.close()

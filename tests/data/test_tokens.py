@@ -1,0 +1,84 @@
+"""Tokens on disk: a safetensors file like any other, equal to what was written, and refused when it is damaged."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load
+
+from mlxchat.data.tokens import FILE, Tokens, open_tokens, read_tokens, write_tokens
+from mlxchat.errors import DataError
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 299), max_size=9), max_size=9)
+
+
+def write(sequences: list[list[int]], *, vocab_size: int = 300, masks: bool = False) -> bytes:
+    file = BytesIO()
+    pairs = ((np.array(ids, dtype=np.uint32), np.array(ids) % 2 == 0 if masks else None) for ids in sequences)
+    write_tokens(file, pairs, count=len(sequences), vocab_size=vocab_size)
+    return file.getvalue()
+
+
+def as_lists(tokens: Tokens) -> list[list[int]]:
+    return [tokens.ids(index).tolist() for index in range(len(tokens))]
+
+
+@given(SEQUENCES)
+def test_what_is_read_is_what_was_written(sequences: list[list[int]]) -> None:
+    tokens = read_tokens(write(sequences))
+    assert as_lists(tokens) == sequences
+    assert tokens.lengths(0, len(tokens)) == [len(ids) for ids in sequences]
+
+
+@given(SEQUENCES.filter(lambda sequences: any(sequences)))
+def test_masks_are_kept_beside_the_ids(sequences: list[list[int]]) -> None:
+    tokens = read_tokens(write(sequences, masks=True))
+    assert [tokens.trained(index).tolist() for index in range(len(tokens))] == [
+        [token % 2 == 0 for token in ids] for ids in sequences
+    ]
+
+
+def test_the_safetensors_package_reads_the_same_arrays() -> None:
+    arrays = load(write([[1, 2, 3], [], [299]], masks=True))
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "offsets": [0, 3, 3, 4],
+        "ids": [1, 2, 3, 299],
+        "trained": [False, True, False, False],
+    }
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_ids_are_as_narrow_as_the_vocabulary_allows(vocab_size: int, dtype: type) -> None:
+    largest = vocab_size - 1
+    tokens = read_tokens(write([[largest]], vocab_size=vocab_size))
+    assert tokens.flat.dtype == dtype
+    assert as_lists(tokens) == [[largest]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_more_or_fewer_sequences_than_promised_are_refused(count: int) -> None:
+    pairs = [(np.array([1]), None), (np.array([2]), None)]
+    with pytest.raises(DataError, match=f"2 sequences were encoded where {count} were expected"):
+        write_tokens(BytesIO(), iter(pairs), count=count, vocab_size=300)
+
+
+def test_a_file_cut_anywhere_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    whole = write([[1, 2, 3], [4]], masks=True)
+    for length in range(len(whole)):
+        (tmp_path / FILE).write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"tokens\.safetensors is damaged.*Remove the folder"):
+            open_tokens(tmp_path)
+
+
+def test_the_tokens_of_a_folder_are_mapped_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(write([[1, 2, 3], [4]]))
+    tokens = open_tokens(tmp_path)
+    assert as_lists(tokens) == [[1, 2, 3], [4]]
+    assert not tokens.flat.flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        tokens.ids(0)[0] = 5
