@@ -170,6 +170,8 @@ def _input_artifacts(report: RunReport, step: StepReport) -> Iterable[tuple[str,
         source = text(mapping(recorded.get(role)).get("artifact"))
         # A step's name says enough while its artifact of this run is what was used.
         yield role, source if source and planned and source != planned.artifact else name
+    for role in recorded.keys() - step.inputs.keys():  # named by the configuration, made by no step of this run
+        yield role, text(mapping(recorded[role]).get("artifact"))
 
 
 def source_table(report: RunReport) -> Table | None:

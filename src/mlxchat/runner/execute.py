@@ -128,6 +128,11 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
         assert folder is not None, f"{source} ran before {step.name}"
         assert manifest is not None
         folders[role], inputs[role] = folder, manifest
+    for role, manifest in step.artifacts.items():
+        folder = store.find(manifest["rid"])
+        if folder is None:
+            raise StoreError(f"{manifest['name']}, which {step.name} needs as {role}, is no longer in {store.outputs}")
+        folders[role], inputs[role] = folder, manifest
     lineage = {
         role: {key: manifest[source] for key, source in _INPUT_KEYS.items()} for role, manifest in inputs.items()
     }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.fingerprint import compute_rid, hash_file, identity_of
 from mlxchat.runner.stage import Stage, read_stage, stage_names
-from mlxchat.runner.store import Manifest, Store, artifact_name
+from mlxchat.runner.store import Manifest, Store, artifact_name, read_manifest
 
 Pipeline = Mapping[str, Mapping[str, str]]
 _MOST_CHANGES_SHOWN = 3
@@ -25,6 +26,8 @@ class PlannedStep:
     stage: Stage
     inputs: dict[str, str]
     """Role → step."""
+    artifacts: dict[str, Manifest] = field(default_factory=dict)
+    """Role → manifest of an artifact that the configuration names, instead of a step."""
     identity: dict[str, Any]
     externals: dict[str, str]
     rid: str
@@ -113,10 +116,12 @@ def make_plan(
         identity = {"seed": seed, **{section: identity_of(value) for section, value in sections.items()}}
         externals = pin_externals(sections)
         rids = {role: planned[step].rid for role, step in inputs.items()}
-        rid = compute_rid(stage.name, stage.version, identity, rids, externals)
+        rid_with = partial(_rid_with, stage, identity, externals, rids)
+        artifacts = find_artifacts(sections, store, rid_with)
+        rid = rid_with(artifacts)
         label = _label(stage, config, [planned[step].label for step in inputs.values()])
         step = PlannedStep(
-            name=name, stage=stage, inputs=inputs, identity=identity, externals=externals, rid=rid,
+            name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=externals, rid=rid,
             artifact=artifact_name(stage.name, label, rid), label=label, done=False, reason="",
         )  # fmt: skip
         forced = name in force or "all" in force
@@ -139,11 +144,18 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
             for role, source in step.inputs.items()
             if (made := store.read(planned[source].rid)) and made["tree"] != manifest["inputs"][role]["tree"]
         ]
+        changed += [
+            f"{role} ({made['name']})"
+            for role, made in step.artifacts.items()
+            if made["tree"] != manifest["inputs"][role]["tree"]
+        ]
         if changed:
             return False, f"input changed: {', '.join(changed)}"
         drifted = manifest["code"].get("stage") != step.stage.code_digest()
         return True, "code drift (warn)" if drifted else ""
     resumable = ", resumes" if (store.work(step.rid) / "ckpt").is_dir() else ""
+    if step.artifacts:
+        return False, ", ".join(f"{role} {made['name']}" for role, made in step.artifacts.items()) + resumable
     nearest = _nearest(step, store)
     return False, (_explain(step, nearest, planned) if nearest else "missing") + resumable
 
@@ -187,6 +199,36 @@ def pin_externals(sections: Mapping[str, Any]) -> dict[str, str]:
     return pins
 
 
+def find_artifacts(
+    sections: Mapping[str, Any], store: Store, rid_with: Callable[[Mapping[str, Manifest]], str]
+) -> dict[str, Manifest]:
+    """Return role → manifest of the artifacts that fields with metadata `artifact: role` name, where they are set.
+
+    What is named by a step of the latest run may be what this very step made before: a run that was stopped
+    afterwards, or is repeated, means the artifact that stood there first, which is the one it was made from.
+
+    Args:
+        sections: of the configuration.
+        store: where names are looked up.
+        rid_with: id of the step if it takes these artifacts.
+
+    Raises:
+        StoreError: a name leads to nothing, or to more than one thing.
+    """
+    found: dict[str, Manifest] = {}
+    for section in sections.values():
+        for item in fields(section) if is_dataclass(section) else ():
+            role, name = item.metadata.get("artifact"), getattr(section, item.name)
+            if role is None or name is None:
+                continue
+            found[role] = read_manifest(store.resolve(name))
+            before = found[role]["inputs"].get(role)
+            first = store.read(before["rid"]) if before and name in store.refs() else None
+            if first and rid_with({role: first}) == found[role]["rid"]:
+                found[role] = first
+    return found
+
+
 def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return plain nested data as dotted key → value."""
     if not isinstance(config, Mapping):
@@ -195,6 +237,13 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten_config(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _rid_with(
+    stage: Stage, identity: Any, externals: Mapping[str, str], rids: Mapping[str, str], named: Mapping[str, Manifest]
+) -> str:
+    further = {role: manifest["rid"] for role, manifest in named.items()}
+    return compute_rid(stage.name, stage.version, identity, {**rids, **further}, externals)
 
 
 def _check_wiring(pipeline: Pipeline) -> list[str]:

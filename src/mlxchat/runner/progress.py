@@ -61,6 +61,14 @@ class Progress:
             self.last_line = now
             print(f"  {self.title:<9} {done / max(1, self.total):>4.0%}  {text}", file=self.stream, flush=True)
 
+    def note(self, text: str) -> None:
+        """Print a line that stays, above the bar if there is one."""
+        line = f"  {self.title:<9} {text}"
+        if self.bar is not None:
+            self.bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=self.stream, flush=True)
+
     def _eta(self, done: int, now: float) -> str:
         fresh = done - self.start
         return format_seconds((now - self.began) / fresh * (self.total - done)) if fresh > 0 else ""

@@ -28,6 +28,8 @@ Manifest = dict[str, Any]
 MANIFEST = "manifest.json"
 # Records of the execution, not of the result: they hold times, so two equal artifacts differ in them.
 OBSERVATIONS = ("metrics.jsonl", "samples.jsonl")
+# What only a continuation of a training reads. A person may do without it, and has the same artifact then.
+CONTINUATION = ("training_state.safetensors", "training_state.json")
 _SHORT = 16
 
 
@@ -137,7 +139,7 @@ class Store:
             return latest[name]
         found = [
             folder for folder in self._list()
-            if (folder / MANIFEST).exists() and (folder.name == name or folder.name[-_SHORT:].startswith(name))
+            if (folder / MANIFEST).exists() and (folder.name == name or _is_start_of_id(name, folder))
         ]  # fmt: skip
         if len(found) == 1:
             return found[0]
@@ -148,6 +150,12 @@ class Store:
     def _list(self) -> list[Path]:
         folder = self.outputs / "store"
         return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_start_of_id(name: str, folder: Path) -> bool:
+    if len(name) <= _SHORT:
+        return folder.name[-_SHORT:].startswith(name)
+    return name[:_SHORT] == folder.name[-_SHORT:] and str(read_manifest(folder)["rid"]).startswith(name)
 
 
 def artifact_name(stage: str, label: str, rid: str) -> str:
@@ -174,13 +182,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return each file's path, bytes and sha256, and the digest of the whole without the observations."""
+    """Return each file's path, bytes and sha256, and the digest of the whole without observations and continuation."""
     files = [
         {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     ]
-    content = [[file["path"], file["sha256"]] for file in files if file["path"] not in OBSERVATIONS]
+    content = [[file["path"], file["sha256"]] for file in files if file["path"] not in OBSERVATIONS + CONTINUATION]
     return files, hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 

@@ -1,0 +1,85 @@
+"""How many floating-point operations per second this device can do, to compare a training with."""
+
+from __future__ import annotations
+
+import re
+import time
+from functools import cache
+
+import mlx.core as mx
+
+from mlxchat.ops.device import backend
+
+# Rows, inner width and columns of the product: about what a block of a small model multiplies.
+_SHAPE = 2048, 1024, 4096
+_PROBE = 512
+
+# Dense TFLOP/s of (bfloat16, float32) by words of the device's name, the more specific first; None: no figure that a
+# maker published. NVIDIA: data sheets and architecture white papers, which state products with structured sparsity at
+# twice these; float32 is TF32, in which MLX multiplies there. Apple: its announcements of the chips, float32.
+_TABLE: tuple[tuple[tuple[str, ...], float | None, float | None], ...] = (
+    (("h200", "nvl"), 836.0, 418.0),
+    (("h200",), 989.4, 494.7),
+    (("h100", "nvl"), 835.0, 417.5),
+    (("h100", "pcie"), 756.0, 378.0),
+    (("h100",), 989.4, 494.7),
+    (("a100",), 312.0, 156.0),
+    (("l40s",), 362.0, None),
+    (("l4",), 121.0, None),
+    (("rtx", "4090"), 165.2, None),
+    (("rtx", "5090"), 209.5, None),
+    (("apple", "m1", "ultra"), None, 21.0),
+    (("apple", "m1", "max"), None, 10.4),
+    (("apple", "m1", "pro"), None, 5.2),
+    (("apple", "m1"), None, 2.6),
+    (("apple", "m2", "ultra"), None, None),
+    (("apple", "m2", "max"), None, None),
+    (("apple", "m2", "pro"), None, None),
+    (("apple", "m2"), None, 3.6),
+)
+
+
+def peak_flops(dtype: mx.Dtype) -> float | None:
+    """Return the peak FLOP/s of the default device in `dtype`: measured on a CPU, from a table on a GPU.
+
+    None: unknown.
+    """
+    if backend() == "cpu":
+        return measured_peak_flops() if dtype == mx.float32 else None
+    return tabled_peak_flops(str(mx.device_info().get("device_name", "")), dtype)
+
+
+@cache
+def measured_peak_flops(seconds: float = 0.3) -> float:
+    """Return the highest rate in FLOP/s of float32 matrix products in about `seconds`; once per process.
+
+    The products are 2048×1024×4096, unless this machine is too slow for even one of them in that time.
+    """
+    rows, inner, columns = _SHAPE
+    rate = _rate(_PROBE, _PROBE, _PROBE, seconds / 10)
+    if 2 * rows * inner * columns / rate < seconds:
+        rate = max(rate, _rate(rows, inner, columns, seconds))
+    mx.clear_cache()
+    return rate
+
+
+def tabled_peak_flops(device_name: str, dtype: mx.Dtype) -> float | None:
+    """Return the published dense peak in FLOP/s of a GPU by its name; None: not known."""
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    for wanted, half, single in _TABLE:
+        if words.issuperset(wanted):
+            teraflops = {mx.bfloat16: half, mx.float32: single}.get(dtype)
+            return None if teraflops is None else teraflops * 1e12
+    return None
+
+
+def _rate(rows: int, inner: int, columns: int, seconds: float) -> float:
+    """Return the highest rate of the products that fit in so many seconds; the first, which wakes threads, is extra."""
+    one, other = mx.ones((rows, inner)), mx.ones((inner, columns))
+    mx.eval(one, other, one @ other)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        began = time.perf_counter()
+        mx.eval(one @ other)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * rows * inner * columns / best
