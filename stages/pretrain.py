@@ -15,7 +15,7 @@ from mlxchat.model.weights import init_weights
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
-from mlxchat.training.horizon import count_iterations, derive_numbers
+from mlxchat.training.horizon import derive_hyperparameters, derive_numbers, reference_sizes
 from mlxchat.training.loop import Hook, fit
 
 VERSION = 1
@@ -27,13 +27,22 @@ LABEL = "model.name"
 
 
 def run(ctx: Context) -> None:
-    config, machine = ctx.config.pretrain, ctx.config.machine
+    config, rates, machine = ctx.config.pretrain, ctx.config.optimizer, ctx.config.machine
     tokenizer = Tokenizer.load(ctx.inputs["tokenizer"])
     sizes = sizes_of(ctx.config.model, ctx.config.architecture, tokenizer.vocab_size)
-    ctx.derive(derive_numbers(config, sizes, min(machine.device_batch_tokens, config.batch.tokens)))
+    reference = reference_sizes(ctx.config.model, ctx.config.architecture, rates, tokenizer.vocab_size)
+    derived = derive_hyperparameters(config, rates, sizes, reference)
+    ctx.derive(derive_numbers(derived, sizes, min(machine.device_batch_tokens, derived.batch_tokens)))
     model = GPT(sizes)
     init_weights(model, ctx.seed("weights"))
-    optimizer = Optimizer(model, ctx.config.optimizer, width=sizes.width, lr_frac=config.schedule.init_lr_frac)
+    optimizer = Optimizer(
+        model,
+        rates,
+        width=sizes.width,
+        lr_frac=config.schedule.init_lr_frac,
+        batch_lr_scale=derived.batch_lr_scale,
+        weight_decay=derived.weight_decay,
+    )
 
     def read_rows(split: str) -> DocumentRows:
         documents = open_documents(ctx, split, tokenizer)
@@ -50,14 +59,14 @@ def run(ctx: Context) -> None:
             ctx.records("samples").append({"iteration": iteration, "prompt": prompt, "text": text})
         return {}
 
-    rows_per_iteration = config.batch.tokens // config.batch.row_tokens
+    rows_per_iteration = derived.batch_tokens // config.batch.row_tokens
     with RowBatches(read_rows("train"), rows_per_iteration, ahead=machine.prefetch_batches) as batches:
         fit(
             ctx,
             model,
             optimizer,
             batches,
-            num_iterations=count_iterations(config, sizes),
+            num_iterations=derived.num_iterations,
             schedule=config.schedule,
             hooks=[Hook(run=validate, every=config.eval_every), Hook(run=sample, every=config.sample_every)],
         )

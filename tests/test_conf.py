@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
@@ -17,7 +18,7 @@ from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, si
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.stage import read_stage, stage_names
 from mlxchat.runner.store import Store
-from mlxchat.training.horizon import count_iterations, derive_numbers
+from mlxchat.training.horizon import count_iterations, derive_hyperparameters, derive_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
@@ -106,7 +107,9 @@ D20 = {
 
 def test_speedrun_d20_derives_the_numbers_that_nanochat_published() -> None:
     config = composed("experiment=speedrun_d20").config
-    derived = derive_numbers(config.pretrain, sizes(config), 32 * 2048)
+    derived = derive_numbers(
+        derive_hyperparameters(config.pretrain, config.optimizer, sizes(config), None), sizes(config), 32 * 2048
+    )
     assert {key: derived[key] for key in D20} == D20
     assert derived["flops_per_token"] == pytest.approx(3.491758e9, rel=1e-6)
     assert derived["total_flops"] == pytest.approx(3.917670e19, rel=1e-6)
@@ -149,7 +152,7 @@ def test_a_depth_gives_the_sizes_that_nanochat_gives_it(depth: int) -> None:
     assert (found.width, found.num_heads, counts["total"], counts["matrices"]) == expected[:4]
     assert flops_per_token(found) == 6 * (counts["total"] - 65_536 * width) + 12 * depth * width * 2048
     if expected[4] is not None:
-        assert count_iterations(config.pretrain, found) == expected[4]
+        assert count_iterations(config.pretrain, found, 524_288) == expected[4]
 
 
 @pytest.mark.parametrize("option", group_options("model"))
@@ -173,15 +176,16 @@ def leaf_names(schema: type) -> Iterator[tuple[str, str]]:
 
 @cache
 def attributes_read() -> set[str]:
-    """Return every name that the library or a stage reads as an attribute, except where keys are only checked."""
+    """Return every name that the library, a stage or another value of conf/ reads, except where keys are checked."""
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]
     trees = [ast.parse(path.read_text()) for path in files if path.name not in ("config.py", "validation.py")]
+    interpolated = re.findall(r"\$\{\w+\.(\w+)\}", "".join((ROOT / "conf" / file).read_text() for file in FILES))
     return {
         node.attr
         for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
+    } | set(interpolated)
 
 
 @pytest.mark.parametrize(("schema", "name"), sorted(set(leaf_names(Config))), ids=lambda part: str(part))

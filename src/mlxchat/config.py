@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from mlxchat.optimizer_config import OptimizerConfig as OptimizerConfig
+from mlxchat.optimizer_config import ScheduleConfig as ScheduleConfig
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -30,41 +33,28 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class ArchitectureConfig:
-    """Which transformer."""
+    """Which transformer: a snapshot of nanochat's, whose features can be switched one by one."""
 
     name: str = MISSING
-    """oct2025: nanochat's published speedrun."""
+    """oct2025 (nanochat's published speedrun) or jul2026: whose initial weights are drawn."""
     rope_theta: float = MISSING
     """Base of the rotary wavelengths."""
-
-
-@dataclass(kw_only=True)
-class OptimizerConfig:
-    """Rules and rates. Each stage multiplies the rates by its own init_lr_frac."""
-
-    kind: str = MISSING
-    """muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all."""
-    matrix_lr: float = MISSING
-    """Rate of the blocks' matrices."""
-    embedding_lr: float = MISSING
-    """AdamW rate of the embedding at reference_width."""
-    unembedding_lr: float = MISSING
-    """AdamW rate of the head at reference_width."""
-    reference_width: int = MISSING
-    """AdamW's embedding rates scale with (width / reference_width)^-0.5."""
-    weight_decay: float = MISSING
-    """AdamW's decoupled weight decay."""
-    adam_beta1: float = MISSING
-    adam_beta2: float = MISSING
-    adam_epsilon: float = MISSING
-    momentum_start: float = MISSING
-    """Muon's momentum at iteration 0."""
-    momentum_end: float = MISSING
-    """Muon's momentum after momentum_warmup_iterations."""
-    momentum_warmup_iterations: int = MISSING
-    newton_schulz_iterations: int = MISSING
-    grad_clip: float | None = MISSING
-    """Largest 2-norm of all gradients together; null: no clipping."""
+    whole_heads: bool = MISSING
+    """Whether the width is rounded up to a multiple of model.head_width."""
+    vocab_multiple: int = MISSING
+    """The embedding and the head have a multiple of so many rows; logits are cropped to the vocabulary."""
+    window_pattern: str = MISSING
+    """S (a quarter of the context, in whole 128 tokens) or L (all of it) for each layer, repeated; the last is L."""
+    query_key_scale: float = MISSING
+    """Factor of the normalised queries and of the normalised keys."""
+    value_embeddings: bool = MISSING
+    """Whether every second layer adds a gated embedding table of its own to the values."""
+    residual_scalars: bool = MISSING
+    """Whether each layer scales the stream and adds the first embedding to it, by learnt scalars."""
+    smear: bool = MISSING
+    """Whether a gated share of the previous token's embedding is added to each token's."""
+    backout: bool = MISSING
+    """Whether a learnt share of the middle layer's stream is subtracted before the head."""
 
 
 @dataclass(kw_only=True)
@@ -150,17 +140,13 @@ class BatchConfig:
 
 
 @dataclass(kw_only=True)
-class ScheduleConfig:
-    """Learning rates over the iterations."""
+class PretrainBatchConfig:
+    """One iteration's tokens in pretraining."""
 
-    init_lr_frac: float = MISSING
-    """Factor of every rate of the optimizer section."""
-    warmup_frac: float = MISSING
-    """Share of iterations that rise."""
-    warmdown_frac: float = MISSING
-    """Share of iterations that fall, at the end."""
-    final_lr_frac: float = MISSING
-    """What the fall reaches at the end."""
+    tokens: int | None = MISSING
+    """Tokens per iteration, a multiple of row_tokens; null: what optimizer.scaling finds best for the model."""
+    row_tokens: int = MISSING
+    """Tokens per row."""
 
 
 @dataclass(kw_only=True)
@@ -171,7 +157,9 @@ class PretrainConfig:
     target_flops: float | None = MISSING
     tokens_per_parameter: float | None = MISSING
     """nanochat's param-data ratio; 20 is Chinchilla's."""
-    batch: BatchConfig = MISSING
+    horizon_parameters: str = MISSING
+    """Which parameters tokens_per_parameter and the optimizer's scaling count: all, or matrices_and_head."""
+    batch: PretrainBatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
     packing_buffer_documents: int = MISSING
     """Documents that best-fit packing chooses from."""

@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig, TaskItem
+from mlxchat.config import BatchConfig, Config, FinetuneConfig, PretrainBatchConfig, ScheduleConfig, TaskItem
 from mlxchat.errors import ConfigError, suggest
+from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import flatten_config
 from mlxchat.tasks import load_task, task_options
 
 _SMALLEST_VOCABULARY = 265
+_POLAR_EXPRESS_ITERATIONS = 5
 
 
 def find_problems(config: Config) -> list[str]:
@@ -27,6 +29,7 @@ def find_problems(config: Config) -> list[str]:
         *_rl(config),
         *_tasks("suite", config.suite, training=False),
         *_at_least_one(config),
+        *_optimizer(config.optimizer),
         *_numbers(config),
     ]
 
@@ -36,7 +39,16 @@ def _model(config: Config) -> Iterator[str]:
     if min(model.depth, model.aspect_ratio, model.head_width) < 1:
         yield "model.depth, model.aspect_ratio and model.head_width must be at least 1"
         return
+    architecture = config.architecture
     width = model.depth * model.aspect_ratio
+    if architecture.whole_heads:
+        width = -(-width // model.head_width) * model.head_width
+    if architecture.vocab_multiple < 1:
+        yield f"architecture.vocab_multiple is {architecture.vocab_multiple}, expected at least 1"
+    if not architecture.window_pattern or set(architecture.window_pattern) - set("SL"):
+        yield f'architecture.window_pattern is "{architecture.window_pattern}", expected letters S and L, such as SSSL'
+    if architecture.smear and width < 24:
+        yield f"architecture.smear needs a width of at least 24, got {width}"
     heads = max(1, -(-width // model.head_width))
     if width % heads or (width // heads) % 2:
         fitting = [depth for depth in range(2, 41) if not (depth * model.aspect_ratio) % model.head_width][:6]
@@ -51,8 +63,10 @@ def _model(config: Config) -> Iterator[str]:
 
 def _choices(config: Config) -> Iterator[str]:
     for key, value, known in (
-        ("architecture.name", config.architecture.name, ("oct2025",)),
+        ("architecture.name", config.architecture.name, ("oct2025", "jul2026")),
         ("optimizer.kind", config.optimizer.kind, ("muon", "adamw")),
+        ("optimizer.variant", config.optimizer.variant, ("oct2025", "jul2026")),
+        ("pretrain.horizon_parameters", config.pretrain.horizon_parameters, ("all", "matrices_and_head")),
         ("midtrain.train_on", config.midtrain.train_on, ("assistant", "all")),
         ("sft.train_on", config.sft.train_on, ("assistant", "all")),
         ("machine.device", config.machine.device, ("auto", "cpu", "gpu")),
@@ -98,6 +112,11 @@ def _pretrain(config: Config) -> Iterator[str]:
         if value <= 0:
             yield f"pretrain.{key} is {value:g}, expected more than 0"
     yield from _batch("pretrain", pretrain.batch, config.model.context_tokens)
+    if pretrain.batch.tokens is None and config.optimizer.scaling is None:
+        yield (
+            "pretrain.batch.tokens is null, but optimizer.scaling, which would choose the batch, is null too. Give "
+            "pretrain.batch.tokens, or choose optimizer=muon_jul2026"
+        )
     yield from _schedule("pretrain", pretrain.schedule)
 
 
@@ -123,10 +142,10 @@ def _rl(config: Config) -> Iterator[str]:
         yield f"rl.top_k is {rl.top_k}, expected at least 1, or null for all"
 
 
-def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:
-    if batch.row_tokens < 2 or batch.tokens < 1:
+def _batch(name: str, batch: BatchConfig | PretrainBatchConfig, context_tokens: int) -> Iterator[str]:
+    if batch.row_tokens < 2 or (batch.tokens is not None and batch.tokens < 1):
         yield f"{name}.batch: tokens and row_tokens must be positive (row_tokens at least 2)"
-    elif batch.tokens % batch.row_tokens:
+    elif batch.tokens is not None and batch.tokens % batch.row_tokens:
         yield f"{name}.batch.tokens={batch.tokens} must be a multiple of {name}.batch.row_tokens={batch.row_tokens}"
     if batch.row_tokens > context_tokens:
         yield f"{name}.batch.row_tokens={batch.row_tokens} is longer than model.context_tokens={context_tokens}"
@@ -137,7 +156,16 @@ def _schedule(name: str, schedule: ScheduleConfig) -> Iterator[str]:
         value = getattr(schedule, key)
         if not 0 <= value <= 1:
             yield f"{name}.schedule.{key} is {value}, expected 0 to 1"
-    if schedule.warmup_frac + schedule.warmdown_frac > 1:
+    if schedule.warmup_iterations is not None and schedule.warmup_iterations < 0:
+        yield f"{name}.schedule.warmup_iterations is {schedule.warmup_iterations}, expected at least 0, or null"
+    if schedule.weight_decay_frac < 0:
+        yield f"{name}.schedule.weight_decay_frac is {schedule.weight_decay_frac}, expected at least 0"
+    if schedule.momentum is not None:
+        for key in ("start", "end", "final"):
+            value = getattr(schedule.momentum, key)
+            if value is not None and not 0 <= value < 1:
+                yield f"{name}.schedule.momentum.{key} is {value}, expected 0 up to, but not, 1"
+    if schedule.warmup_iterations is None and schedule.warmup_frac + schedule.warmdown_frac > 1:
         yield f"{name}.schedule: warmup_frac and warmdown_frac together are more than 1"
     if schedule.init_lr_frac <= 0:
         yield f"{name}.schedule.init_lr_frac is {schedule.init_lr_frac}, expected more than 0"
@@ -167,19 +195,43 @@ def _tasks(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iter
             yield f"{where}.{name}.path: there is no file {item.path}"
 
 
-def _numbers(config: Config) -> Iterator[str]:
-    """Check the ranges of plain numbers, and that none is infinite or no number at all."""
-    optimizer, machine = config.optimizer, config.machine
-    for key in ("matrix_lr", "embedding_lr", "unembedding_lr", "adam_epsilon"):
+def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
+    for key in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "reference_width", "adam_epsilon"):
         if not getattr(optimizer, key) > 0:
             yield f"optimizer.{key} is {getattr(optimizer, key)}, expected more than 0"
-    for key in ("adam_beta1", "adam_beta2", "momentum_start", "momentum_end"):
-        if not 0 <= getattr(optimizer, key) < 1:
-            yield f"optimizer.{key} is {getattr(optimizer, key)}, expected 0 up to, but not, 1"
+    for key in ("adam_beta1", "adam_beta2", "momentum_start", "momentum_end", "momentum_final", "muon_beta2"):
+        value = getattr(optimizer, key)
+        if value is not None and not 0 <= value < 1:
+            yield f"optimizer.{key} is {value}, expected 0 up to, but not, 1"
     if optimizer.grad_clip is not None and not optimizer.grad_clip > 0:
         yield f"optimizer.grad_clip is {optimizer.grad_clip}, expected more than 0, or null for no clipping"
     if optimizer.weight_decay < 0:
         yield f"optimizer.weight_decay is {optimizer.weight_decay}, expected at least 0"
+    if optimizer.variant == "jul2026" and optimizer.newton_schulz_iterations > _POLAR_EXPRESS_ITERATIONS:
+        yield (
+            f"optimizer.newton_schulz_iterations is {optimizer.newton_schulz_iterations}, expected at most "
+            f"{_POLAR_EXPRESS_ITERATIONS}: jul2026 has coefficients for so many"
+        )
+    if missing := [name for name in ADAMW_GROUPS if name not in optimizer.adamw_groups]:
+        yield f"optimizer.adamw_groups has no {', '.join(missing)}: every kind of parameter needs its numbers"
+    for name, group in optimizer.adamw_groups.items():
+        if name not in ADAMW_GROUPS:
+            yield f'optimizer.adamw_groups: there is no kind of parameter "{name}".{suggest(name, ADAMW_GROUPS)}'
+        for key in ("lr", "lr_frac", "weight_decay"):
+            if not getattr(group, key) >= 0:
+                yield f"optimizer.adamw_groups.{name}.{key} is {getattr(group, key)}, expected at least 0"
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(group, key) < 1:
+                yield f"optimizer.adamw_groups.{name}.{key} is {getattr(group, key)}, expected 0 up to, but not, 1"
+    if optimizer.scaling is not None:
+        for key in ("reference_depth", "reference_batch_tokens"):
+            if getattr(optimizer.scaling, key) < 1:
+                yield f"optimizer.scaling.{key} is {getattr(optimizer.scaling, key)}, expected at least 1"
+
+
+def _numbers(config: Config) -> Iterator[str]:
+    """Check the ranges of plain numbers, and that none is infinite or no number at all."""
+    machine = config.machine
     if machine.checkpoint_seconds < 0:
         yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
     if machine.prefetch_batches < 0:

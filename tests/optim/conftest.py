@@ -6,15 +6,18 @@ import mlxchat  # isort: split
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.config import OptimizerConfig
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.compose import compose_config
+from mlxchat.config import ModelConfig, OptimizerConfig
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes, sizes_of
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
@@ -30,24 +33,42 @@ def on_cpu() -> Iterator[None]:
     backend.cache_clear()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config() -> Callable[..., OptimizerConfig]:
-    def make(**changes: Any) -> OptimizerConfig:
-        config = OptimizerConfig(
-            kind="muon", matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, reference_width=768, weight_decay=0.0,
-            adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-10, momentum_start=0.85, momentum_end=0.95,
-            momentum_warmup_iterations=300, newton_schulz_iterations=5, grad_clip=1.0,
-        )  # fmt: skip
-        return replace(config, **changes)
+    @cache
+    def composed(option: str) -> OptimizerConfig:
+        return compose_config(["experiment=speedrun_d12", f"optimizer={option}"]).config.optimizer
+
+    def make(option: str = "muon_oct2025", **changes: Any) -> OptimizerConfig:
+        """Return what conf/optimizer/<option>.yaml holds, with changes."""
+        return replace(composed(option), **changes)
+
+    return make
+
+
+@pytest.fixture
+def make_model() -> Callable[[str], GPT]:
+    def make(architecture: str) -> GPT:
+        """Return a small model whose parameters are all of order one."""
+        features = compose_config([f"architecture={architecture}"]).config.architecture
+        dials = ModelConfig(name="", depth=2, aspect_ratio=16, head_width=8, num_kv_heads=2, context_tokens=8)
+        return randomised(GPT(sizes_of(dials, features, 50)))
 
     return make
 
 
 @pytest.fixture
 def model() -> GPT:
-    model = GPT(
-        GPTSizes(vocab_size=50, num_layers=2, num_heads=2, num_kv_heads=1, width=16, context_tokens=8, rope_theta=1e4)
+    return randomised(
+        GPT(
+            GPTSizes(
+                vocab_size=50, num_layers=2, num_heads=2, num_kv_heads=1, width=16, context_tokens=8, rope_theta=1e4
+            )
+        )
     )
+
+
+def randomised(model: GPT) -> GPT:
     rng = np.random.default_rng(0)
     weights = {
         name: mx.array(rng.normal(size=value.shape).astype(np.float32))

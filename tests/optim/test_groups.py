@@ -11,10 +11,13 @@ import pytest
 
 from mlxchat.config import OptimizerConfig
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters
 from mlxchat.optim.groups import Optimizer, clip_gradients
+from mlxchat.optim.schedule import Rates
 
-MakeConfig = Callable[..., OptimizerConfig]
+MakeConfig, MakeModel = Callable[..., OptimizerConfig], Callable[[str], GPT]
+OPTIONS = ["muon_oct2025", "muon_jul2026", "adamw"]
 TABLES = {"transformer.wte.weight", "lm_head.weight"}
 
 
@@ -28,27 +31,71 @@ def updated(
 ) -> dict[str, np.ndarray]:
     new = optimizer.update(
         flatten_parameters(model), {name: mx.array(value) for name, value in gradients.items()},
-        mx.array(lr_factor), mx.array(0.9),
+        Rates(mx.array(lr_factor), mx.array(0.9), mx.array(1.0)),
     )  # fmt: skip
     return {name: np.asarray(value) for name, value in new.items()}
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_every_parameter_is_in_exactly_one_group(model: GPT, make_config: MakeConfig, kind: str) -> None:
-    optimizer = Optimizer(model, make_config(kind=kind), width=16)
-    grouped = [*optimizer.adamw_lrs, *(name for names in optimizer.muon_shapes.values() for name in names)]
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_every_parameter_is_in_exactly_one_group(
+    make_model: MakeModel, make_config: MakeConfig, architecture: str, option: str
+) -> None:
+    model = make_model(architecture)
+    optimizer = Optimizer(model, make_config(option), width=32)
+    grouped = [*optimizer.adamw_rules, *(name for names in optimizer.muon_shapes.values() for name in names)]
     assert sorted(grouped) == sorted(flatten_parameters(model))
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_any_optimizer_moves_every_parameter_of_any_architecture(
+    make_model: MakeModel, make_config: MakeConfig, architecture: str, option: str
+) -> None:
+    model = make_model(architecture)
+    new = updated(Optimizer(model, make_config(option), width=32), model, random_gradients(model))
+    assert new.keys() == flatten_parameters(model).keys()
+    for name, value in flatten_parameters(model).items():
+        assert new[name].shape == value.shape
+        assert np.isfinite(new[name]).all()
+        assert (new[name] != np.asarray(value)).mean() > 0.9, name
+
+
+def test_jul2026_has_nanochats_rates_at_d4(make_model: MakeModel, make_config: MakeConfig) -> None:
+    """As computed by nanochat for width 256 and a quarter of a million tokens per iteration."""
+    optimizer = Optimizer(make_model("jul2026"), make_config("muon_jul2026"), width=256, batch_lr_scale=0.5**0.5)
+    expected = {
+        "lm_head.weight": (0.009797958971132715, (0.8, 0.96), 0.01),
+        "transformer.wte.weight": (0.3674234614174767, (0.8, 0.995), 0.001),
+        "value_embeds.1.weight": (0.18371173070873836, (0.8, 0.995), 0.01),
+        "resid_lambdas": (0.003535533905932738, (0.8, 0.95), 0.05),
+        "x0_lambdas": (0.3535533905932738, (0.96, 0.95), 0.0),
+        "smear_gate.weight": (0.2, (0.8, 0.95), 0.0),
+        "smear_lambda": (0.2, (0.8, 0.95), 0.0),
+        "backout_lambda": (0.2, (0.8, 0.95), 0.0),
+    }
+    assert optimizer.adamw_rules.keys() == expected.keys()
+    for name, (lr, betas, weight_decay) in expected.items():
+        assert optimizer.adamw_rules[name] == (pytest.approx(lr, rel=1e-12), betas, weight_decay), name
+    assert optimizer.muon_lr == pytest.approx(0.014142135623730952, rel=1e-12)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_weight_decay_is_configured_or_given(make_model: MakeModel, make_config: MakeConfig, option: str) -> None:
+    config = make_config(option)
+    assert Optimizer(make_model("jul2026"), config, width=32).weight_decay == config.weight_decay
+    assert Optimizer(make_model("jul2026"), config, width=32, weight_decay=0.1).weight_decay == 0.1
+
+
 def test_muon_has_the_matrices_and_adamw_the_tables(model: GPT, make_config: MakeConfig) -> None:
-    assert set(Optimizer(model, make_config(), width=16).adamw_lrs) == TABLES
+    assert set(Optimizer(model, make_config(), width=16).adamw_rules) == TABLES
 
 
 def test_kind_adamw_leaves_nothing_to_muon(model: GPT, make_config: MakeConfig) -> None:
     assert not Optimizer(model, make_config(kind="adamw"), width=16).muon_shapes
 
 
-@pytest.mark.parametrize("name", ["resid_lambdas", "transformer.h.0.attn.bias", "transformer.value_embeds.weight"])
+@pytest.mark.parametrize("name", ["lambdas", "transformer.h.0.attn.bias", "transformer.value_embeds.weight"])
 def test_a_parameter_of_no_group_is_named(model: GPT, make_config: MakeConfig, name: str) -> None:
     class Foreign(nn.Module):
         def parameters(self) -> dict[str, object]:
@@ -63,7 +110,7 @@ def test_table_rates_scale_with_the_root_of_the_width_and_matrix_rates_do_not(
     model: GPT, make_config: MakeConfig, width: int, scale: float
 ) -> None:
     optimizer = Optimizer(model, make_config(), width=width)
-    assert optimizer.adamw_lrs == {
+    assert {name: rule.lr for name, rule in optimizer.adamw_rules.items()} == {
         "transformer.wte.weight": pytest.approx(0.2 * scale),
         "lm_head.weight": pytest.approx(0.004 * scale),
     }
@@ -72,8 +119,8 @@ def test_table_rates_scale_with_the_root_of_the_width_and_matrix_rates_do_not(
 
 def test_the_stages_fraction_scales_every_rate(model: GPT, make_config: MakeConfig) -> None:
     optimizer = Optimizer(model, make_config(), width=768, lr_frac=0.02)
-    assert optimizer.adamw_lrs["transformer.wte.weight"] == pytest.approx(0.2 * 0.02)
-    assert optimizer.adamw_lrs["lm_head.weight"] == pytest.approx(0.004 * 0.02)
+    assert optimizer.adamw_rules["transformer.wte.weight"].lr == pytest.approx(0.2 * 0.02)
+    assert optimizer.adamw_rules["lm_head.weight"].lr == pytest.approx(0.004 * 0.02)
     assert optimizer.muon_lr == pytest.approx(0.02 * 0.02)
 
 

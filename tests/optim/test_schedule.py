@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxchat.optim.schedule import lr_multiplier, muon_momentum
+from mlxchat.compose import compose_config
+from mlxchat.optim.schedule import cosine_decay, lr_multiplier, muon_momentum, rates_at
 
 PRETRAIN = {"warmup_frac": 0.0, "warmdown_frac": 0.2, "final_frac": 0.0}
+OCT2025 = {"start": 0.85, "end": 0.95, "warmup_iterations": 300, "final": None, "warmdown_frac": 0.2}
+JUL2026 = {"start": 0.85, "end": 0.97, "warmup_iterations": 400, "final": 0.9, "warmdown_frac": 0.65}
 SFT = {"warmup_frac": 0.0, "warmdown_frac": 1.0, "final_frac": 0.0}
 
 
@@ -76,8 +81,63 @@ def test_beyond_the_end_the_rate_is_never_negative(iteration: int) -> None:
     [(0, 0.85), (1, 0.85 + 0.1 / 300), (150, 0.9), (299, 0.95 - 0.1 / 300), (300, 0.95), (9999, 0.95)],
 )
 def test_momentum_rises_from_85_to_95_percent_over_300_iterations(iteration: int, expected: float) -> None:
-    assert muon_momentum(iteration, start=0.85, end=0.95, warmup_iterations=300) == pytest.approx(expected)
+    assert muon_momentum(iteration, 10_000, **OCT2025) == pytest.approx(expected)
 
 
 def test_momentum_without_a_warmup_is_at_its_end_at_once() -> None:
-    assert muon_momentum(0, start=0.85, end=0.95, warmup_iterations=0) == 0.95
+    assert muon_momentum(0, 100, **OCT2025 | {"warmup_iterations": 0}) == 0.95
+
+
+@pytest.mark.parametrize(
+    ("iteration", "expected"),
+    [(0, 0.85), (200, 0.91), (399, 0.97 - 0.12 / 400), (400, 0.97), (700, 0.97), (1350, 0.935), (2000, 0.9)],
+)
+def test_momentum_falls_while_the_rates_fall(iteration: int, expected: float) -> None:
+    assert muon_momentum(iteration, 2000, **JUL2026) == pytest.approx(expected)
+
+
+def test_the_rise_of_momentum_comes_before_its_fall_where_both_overlap() -> None:
+    values = [muon_momentum(it, 500, **JUL2026) for it in (399, 400)]
+    assert values == pytest.approx([0.97 - 0.12 / 400, 0.97 - 0.07 * (400 - 175) / 325])
+
+
+# Warmup in iterations, weight decay, and all of it together
+
+
+def test_a_warmup_can_be_a_number_of_iterations() -> None:
+    values = [lr_multiplier(it, 1000, **PRETRAIN, warmup_iterations=4) for it in range(6)]
+    assert values == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_warmup_longer_than_the_training_never_reaches_the_full_rate() -> None:
+    """nanochat: 40 iterations rise, however many there are."""
+    assert [lr_multiplier(it, 2, **PRETRAIN, warmup_iterations=40) for it in range(2)] == [1 / 40, 2 / 40]
+
+
+def test_weight_decay_falls_along_half_a_cosine() -> None:
+    assert [cosine_decay(it, 4) for it in range(4)] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+
+
+@pytest.mark.parametrize("iteration", [0, 20, 39, 40, 500, 900, 999])
+def test_the_recipe_of_july_2026_has_nanochats_rates(iteration: int) -> None:
+    config = compose_config(["experiment=speedrun_jul2026_d12"]).config
+    rates = rates_at(iteration, 1000, config.pretrain.schedule, config.optimizer)
+    fall = (1000 - iteration) / 650
+    assert rates.lr_factor == pytest.approx(
+        (iteration + 1) / 40 if iteration < 40 else 1.0 if fall >= 1 else fall + (1 - fall) * 0.05
+    )
+    assert rates.momentum == muon_momentum(iteration, 1000, **JUL2026)
+    assert rates.weight_decay_factor == pytest.approx(0.5 * (1 + math.cos(math.pi * iteration / 1000)))
+
+
+def test_conversations_have_a_momentum_of_their_own_and_no_weight_decay() -> None:
+    config = compose_config(["experiment=speedrun_jul2026_d12"]).config
+    for iteration, momentum in ((0, 0.85), (150, 0.9), (300, 0.95), (999, 0.95)):
+        rates = rates_at(iteration, 1000, config.sft.schedule, config.optimizer)
+        assert (rates.momentum, rates.weight_decay_factor) == (pytest.approx(momentum), 0.0)
+
+
+def test_a_stage_without_a_momentum_of_its_own_has_the_optimizers() -> None:
+    config = compose_config(["experiment=speedrun_d12"]).config
+    for stage in (config.pretrain, config.midtrain, config.sft, config.rl):
+        assert rates_at(150, 1000, stage.schedule, config.optimizer).momentum == pytest.approx(0.9)

@@ -16,8 +16,9 @@ import pytest
 from safetensors import safe_open
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.model.gpt import GPT, set_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import set_parameters
 from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first

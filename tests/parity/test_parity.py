@@ -6,6 +6,7 @@ The tolerances are those that the values' own README expects of float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,16 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mlxchat.config import OptimizerConfig
+from mlxchat.compose import compose_config
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.evals.bpb import bits_per_byte, mean_loss
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import flops_per_token
+from mlxchat.model.weights import flatten_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import Rates
 from mlxchat.training.rollouts import centre_rewards, weighted_batch
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
@@ -35,12 +38,8 @@ def relative_norm(got: Any, expected: np.ndarray) -> float:
 
 
 def optimizer_of(model: GPT, lr_frac: float = 1.0) -> Optimizer:
-    settings = {
-        "kind": "muon", "matrix_lr": 0.02, "embedding_lr": 0.2, "unembedding_lr": 0.004, "reference_width": 768,
-        "weight_decay": 0.0, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-10, "momentum_start": 0.95,
-        "momentum_end": 0.95, "momentum_warmup_iterations": 0, "newton_schulz_iterations": 5, "grad_clip": None,
-    }  # fmt: skip
-    return Optimizer(model, OptimizerConfig(**settings), width=model.sizes.width, lr_frac=lr_frac)
+    config = replace(compose_config(["experiment=speedrun_d12"]).config.optimizer, grad_clip=None)
+    return Optimizer(model, config, width=model.sizes.width, lr_frac=lr_frac)
 
 
 def tensors(path: Path, prefix: str = "") -> dict[str, np.ndarray]:
@@ -101,7 +100,7 @@ def test_gradients_agree(file: Path, load_model: LoadModel) -> None:
 def test_three_optimizer_steps_agree(file: Path, load_model: LoadModel) -> None:
     model = load_model(file, "weights.")
     step = TrainStep(model, optimizer_of(model), micro_tokens=1 << 30, dtype=mx.float32)
-    losses = [step(whole_batch(file), 1.0, 0.95)[0] for _ in range(3)]
+    losses = [step(whole_batch(file), Rates(1.0, 0.95, 1.0))[0] for _ in range(3)]
     np.testing.assert_allclose(losses, tensors(file)["losses3"], rtol=1e-4)
     start, expected = tensors(file, "weights."), tensors(file, "after3.")
     for name, value in flatten_parameters(model).items():
@@ -212,7 +211,10 @@ def test_the_update_of_rl_agrees(file: Path, read: Read, tokenizer_of: Tokenizer
         before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
         optimizer = optimizer_of(model, lr_frac=case["settings"]["init_lr_frac"])
         step = TrainStep(model, optimizer, micro_tokens=1 << 30, dtype=mx.float32)
-        step(Batch(ours.ids, ours.targets, nanochat_weights(case, ours, advantages)), case["lr_multiplier"], 0.95)
+        step(
+            Batch(ours.ids, ours.targets, nanochat_weights(case, ours, advantages)),
+            Rates(case["lr_multiplier"], 0.95, 1.0),
+        )
         for name, value in flatten_parameters(model).items():
             norm = np.linalg.norm(np.asarray(value) - before[name])
             # nanochat orthogonalises the matrices in bfloat16.

@@ -30,6 +30,8 @@ Read, LoadModel, TokenizerOf = Callable[[Path], Any], Callable[..., GPT], Callab
 
 # Schedules and sizes
 
+MOMENTUM = {"start": 0.85, "end": 0.95, "warmup_iterations": 300, "final": None, "warmdown_frac": 0.2}
+
 
 @files("schedules_*.json")
 def test_multipliers_and_momentum_agree_at_every_update(file: Path, read: Read) -> None:
@@ -42,7 +44,7 @@ def test_multipliers_and_momentum_agree_at_every_update(file: Path, read: Read) 
         }
         assert [lr_multiplier(it, n, **settings) for it in range(n)] == pytest.approx(case["lr_multiplier"], abs=1e-9)
         if "muon_momentum" in case:
-            got = [muon_momentum(it, start=0.85, end=0.95, warmup_iterations=300) for it in range(n)]
+            got = [muon_momentum(it, n, **MOMENTUM) for it in range(n)]
             assert got == pytest.approx(case["muon_momentum"], abs=1e-9)
 
 
@@ -59,7 +61,7 @@ def test_the_mended_midtraining_schedule_agrees(file: Path, read: Read) -> None:
         got = lr_multiplier(round(progress * 200_000), 200_000, warmup_frac=0.0, warmdown_frac=0.2, final_frac=0.0)
         assert got == pytest.approx(value, abs=1e-9)
     for iteration, value in zip(case["muon_momentum_steps"], case["muon_momentum"], strict=True):
-        assert muon_momentum(iteration, start=0.85, end=0.95, warmup_iterations=300) == pytest.approx(value, abs=1e-9)
+        assert muon_momentum(iteration, 10_000, **MOMENTUM) == pytest.approx(value, abs=1e-9)
 
 
 def horizon(settings: dict[str, Any]) -> PretrainConfig:
@@ -72,7 +74,9 @@ def horizon(settings: dict[str, Any]) -> PretrainConfig:
     chosen = next(key for key, value in set_to.items() if value > 0)
     only = {key: value if key == chosen else None for key, value in set_to.items()}
     return PretrainConfig(
-        batch=BatchConfig(tokens=settings["total_batch_size"], row_tokens=settings["max_seq_len"]), **only
+        batch=BatchConfig(tokens=settings["total_batch_size"], row_tokens=settings["max_seq_len"]),
+        horizon_parameters="all",
+        **only,
     )
 
 
@@ -89,7 +93,7 @@ def test_derived_hyperparameters_agree_at_every_depth(file: Path, read: Read) ->
             depth, vocab_size=settings["vocab_size"], aspect_ratio=64, head_width=128, num_kv_heads=None,
             context_tokens=settings["max_seq_len"], rope_theta=10_000.0,
         )  # fmt: skip
-        iterations = count_iterations(horizon(settings), sizes)
+        iterations = count_iterations(horizon(settings), sizes, settings["total_batch_size"])
         assert iterations == row["num_iterations"]
         assert iterations * settings["total_batch_size"] == row["total_tokens"]
         if "num_params" in row:
@@ -138,14 +142,14 @@ class Scripted:
 
     def __init__(self, scripts: list[list[int]], filler: int, vocab_size: int) -> None:
         self.scripts, self.filler, self.vocab_size, self.step = scripts, filler, vocab_size, 0
-        self.sizes = SimpleNamespace(num_layers=1)
+        self.sizes = SimpleNamespace(windows=lambda: [None])
 
-    def lm_head(self, hidden: mx.array) -> mx.array:
+    def logits(self, hidden: mx.array) -> mx.array:
         return hidden
 
-    def hidden(self, ids: mx.array, caches: Any) -> mx.array:
+    def hidden(self, ids: mx.array, cache: Any) -> mx.array:
         logits = np.zeros((*ids.shape, self.vocab_size), dtype=np.float32)
-        for place, padding in enumerate(caches[0].starts.tolist()):
+        for place, padding in enumerate(cache.starts.tolist()):
             script = self.scripts[len(self.scripts) - 1 - padding]
             logits[place, -1, script[self.step] if self.step < len(script) else self.filler] = 1000
         self.step += 1

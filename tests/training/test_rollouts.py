@@ -15,6 +15,7 @@ from mlxchat.engine.generate import Completion, Engine
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import Rates
 from mlxchat.training.rollouts import Rollouts, centre_rewards, pass_at_k, weighted_batch
 from mlxchat.training.step import Batch, TrainStep
 
@@ -118,7 +119,7 @@ def test_the_loss_is_the_advantage_times_the_cross_entropy_of_sampled_tokens(
     model = make_model()
     expected = as_nanochat(model, advantages)
     step = TrainStep(model, make_optimizer(model), micro_tokens=micro_tokens, dtype=mx.float32)
-    assert step(batch(advantages), 1.0, 0.9)[0] == pytest.approx(expected, rel=1e-4)
+    assert step(batch(advantages), Rates(1.0, 0.9, 1.0))[0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_leaving_rows_out_changes_no_gradient(
@@ -149,7 +150,7 @@ def test_rewarded_answers_become_likelier_and_others_less(
     first, second = np.eye(4)[:2]
     good, bad = as_nanochat(model, first), as_nanochat(model, second)
     for _ in range(3):
-        step(batch(advantages), 0.2, 0.9)
+        step(batch(advantages), Rates(0.2, 0.9, 1.0))
     assert as_nanochat(model, first) < good
     assert as_nanochat(model, second) > bad
 

@@ -10,10 +10,12 @@ import pytest
 
 from mlxchat.data.packing import IGNORED
 from mlxchat.model import gpt
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops import attention, cross_entropy
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import Rates
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
 MakeModel, MakeOptimizer = Callable[[], GPT], Callable[..., Optimizer]
@@ -53,7 +55,7 @@ def train(
     model: GPT, optimizer: Optimizer, batches: list[Batch], *, micro_rows: int = 100, dtype: mx.Dtype = mx.float32
 ) -> list[tuple[float, float]]:
     step = TrainStep(model, optimizer, micro_tokens=micro_rows * ROW_TOKENS, dtype=dtype)
-    return [step(batch, 1.0, 0.9) for batch in batches]
+    return [step(batch, Rates(1.0, 0.9, 1.0)) for batch in batches]
 
 
 # The loss
@@ -119,7 +121,7 @@ def test_the_norm_is_reported_before_clipping(make_model: MakeModel, make_optimi
     step = TrainStep(model, make_optimizer(model, grad_clip=0.01), micro_tokens=1000, dtype=mx.float32)
     _, gradients = step._loss_and_gradients(mx.array(batch.ids), mx.array(batch.targets), mx.array(batch.weights))
     expected = np.sqrt(sum((np.asarray(value, dtype=np.float64) ** 2).sum() for value in gradients.values()))
-    assert step(batch, 1.0, 0.9)[1] == pytest.approx(expected, rel=1e-5)
+    assert step(batch, Rates(1.0, 0.9, 1.0))[1] == pytest.approx(expected, rel=1e-5)
     assert expected > 0.1
 
 
@@ -156,7 +158,7 @@ def test_a_row_longer_than_a_micro_batch_is_computed_all_the_same(
 ) -> None:
     model = make_model()
     step = TrainStep(model, make_optimizer(model), micro_tokens=1, dtype=mx.float32)
-    assert np.isfinite(step(mean_batch(rows(2)), 1.0, 0.9)).all()
+    assert np.isfinite(step(mean_batch(rows(2)), Rates(1.0, 0.9, 1.0))).all()
 
 
 # Compilation
@@ -170,7 +172,7 @@ def test_changing_rates_and_data_trace_nothing_again(
     model = make_model()
     step = TrainStep(model, make_optimizer(model), micro_tokens=micro_rows * ROW_TOKENS, dtype=mx.float32)
     for iteration in range(4):
-        step(mean_batch(rows(6, seed=iteration)), 1.0 - 0.1 * iteration, 0.85 + 0.01 * iteration)
+        step(mean_batch(rows(6, seed=iteration)), Rates(1.0 - 0.1 * iteration, 0.85 + 0.01 * iteration, 1.0))
     assert step.num_traces == traces
 
 
@@ -178,12 +180,12 @@ def test_the_rate_is_the_one_of_this_iteration(make_model: MakeModel, make_optim
     model = make_model()
     step = TrainStep(model, make_optimizer(model), micro_tokens=1000, dtype=mx.float32)
     batch = mean_batch(rows(2))
-    step(batch, 1.0, 0.9)
+    step(batch, Rates(1.0, 0.9, 1.0))
     before = arrays(model)
-    step(batch, 0.0, 0.9)
+    step(batch, Rates(0.0, 0.9, 1.0))
     for name, value in arrays(model).items():
         np.testing.assert_array_equal(value, before[name])
-    step(batch, 0.5, 0.9)
+    step(batch, Rates(0.5, 0.9, 1.0))
     assert all((value != before[name]).any() for name, value in arrays(model).items())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlxchat.ops.compiled import compiled
+
 
 def adamw_update(
     parameter: mx.array,
@@ -30,10 +32,26 @@ def adamw_update(
         epsilon: added to the root of the second moment.
         weight_decay: decoupled; the parameter shrinks by lr × weight_decay.
     """
-    first = betas[0] * first + (1 - betas[0]) * gradient
-    second = betas[1] * second + (1 - betas[1]) * mx.square(gradient)
+    # Scalars are made here, so that the arrays are passed over once, by one kernel.
     step = lr / (1 - betas[0] ** count)
-    denominator = mx.sqrt(second) * mx.rsqrt(1 - betas[1] ** count) + epsilon
-    if weight_decay:
-        parameter = parameter * (1 - lr * weight_decay)
-    return parameter - step * first / denominator, first, second
+    correction = mx.rsqrt(1 - betas[1] ** count)
+    keep = 1 - lr * weight_decay
+    return _move(parameter, gradient, first, second, step, correction, keep, *map(mx.array, (*betas, epsilon)))
+
+
+@compiled
+def _move(
+    parameter: mx.array,
+    gradient: mx.array,
+    first: mx.array,
+    second: mx.array,
+    step: mx.array,
+    correction: mx.array,
+    keep: mx.array,
+    beta1: mx.array,
+    beta2: mx.array,
+    epsilon: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
+    first = beta1 * first + (1 - beta1) * gradient
+    second = beta2 * second + (1 - beta2) * mx.square(gradient)
+    return parameter * keep - step * first / (mx.sqrt(second) * correction + epsilon), first, second

@@ -1,6 +1,7 @@
-"""Muon: momentum, orthogonalised by Newton-Schulz, for the transformer's matrices.
+"""Muon: momentum, orthogonalised, for the transformer's matrices; as nanochat had it in 2025 and in 2026.
 
-Counterpart of nanochat/muon.py of October 2025 (Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon/).
+Counterpart of nanochat/muon.py of October 2025 and of `muon_step_fused` in nanochat/optim.py of July 2026 (Keller
+Jordan's Muon, https://kellerjordan.github.io/posts/muon/).
 
 Shapes: S matrices of one shape, R rows, C columns.
 """
@@ -9,8 +10,21 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-# Quintic whose slope at zero is as steep as the iteration allows.
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+from mlxchat.ops.device import backend
+
+Quintic = tuple[float, float, float]
+
+# Its slope at zero is as steep as the iteration allows.
+_NEWTON_SCHULZ: Quintic = (3.4445, -4.7750, 2.0315)
+# Polar Express for five iterations, safety factor 2e-2, cushion 2 (arXiv 2505.16932).
+POLAR_EXPRESS: tuple[Quintic, ...] = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+_EPSILON = 1e-6
 
 
 def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
@@ -21,26 +35,129 @@ def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
         num_iterations: Newton-Schulz iterations, 5 in nanochat.
         dtype: what to compute in: bfloat16 on a GPU, float32 on a CPU.
     """
-    a, b, c = _COEFFICIENTS
     x = matrices.astype(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.swapaxes(-1, -2)
-    x = x / (mx.sqrt(mx.square(x).sum((-2, -1), keepdims=True)) + 1e-7)
-    for _ in range(num_iterations):
-        gram = x @ x.swapaxes(-1, -2)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.swapaxes(-1, -2) if tall else x).astype(matrices.dtype)
+    x = x / (_norm(x, (-2, -1)).astype(dtype) + 1e-7)
+    return _iterate(x, [_NEWTON_SCHULZ] * num_iterations).astype(matrices.dtype)
+
+
+def polar_express(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
+    """Return for each matrix (S, R, C) the nearest one whose singular values are 1, after balancing its rows.
+
+    Rows are scaled to their mean norm first (MuonEq, arXiv 2603.28254).
+
+    Args:
+        matrices: any scale.
+        num_iterations: of Polar Express, at most 5.
+        dtype: what to compute in: bfloat16 on a GPU, float32 on a CPU.
+    """
+    x = matrices.astype(dtype)
+    row_norms = _norm(x, (-1,))
+    target = mx.sqrt(mx.square(row_norms).sum(-2, keepdims=True) / x.shape[-2])
+    balance = target / mx.maximum(row_norms, _EPSILON)
+    # The norm of the balanced matrix, known without another pass over it.
+    norm = mx.sqrt(mx.square(row_norms * balance).sum(-2, keepdims=True))
+    x = x * (balance / (norm * 1.01 + _EPSILON)).astype(dtype)
+    return _iterate(x, POLAR_EXPRESS[:num_iterations]).astype(matrices.dtype)
+
+
+def nesterov(gradients: mx.array, momenta: mx.array, momentum: mx.array) -> tuple[mx.array, mx.array]:
+    """Return gradients (S, R, C) looking ahead along their new momenta, and these."""
+    momenta = momenta + (1 - momentum) * (gradients - momenta)
+    return gradients + momentum * (momenta - gradients), momenta
 
 
 def muon_update(
     gradients: mx.array, momenta: mx.array, momentum: mx.array, num_iterations: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """Return the step direction of matrices (S, R, C), to be multiplied by −lr, and their new momenta.
+    """Return oct2025's step of matrices (S, R, C), to be multiplied by −lr, and their new momenta.
 
     Nesterov momentum, then orthogonalisation, then the factor sqrt(max(1, R/C)).
     """
-    momenta = momenta + (1 - momentum) * (gradients - momenta)
-    lookahead = gradients + momentum * (momenta - gradients)
-    rows, columns = gradients.shape[-2:]
-    return orthogonalise(lookahead, num_iterations, dtype) * max(1.0, rows / columns) ** 0.5, momenta
+    ahead, momenta = nesterov(gradients, momenta, momentum)
+    return orthogonalise(ahead, num_iterations, dtype) * aspect_factor(gradients), momenta
+
+
+def normuon_update(
+    gradients: mx.array,
+    momenta: mx.array,
+    variances: mx.array,
+    momentum: mx.array,
+    beta2: float,
+    num_iterations: int,
+    dtype: mx.Dtype,
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Return jul2026's step of matrices (S, R, C) in two factors, and their new momenta and variances.
+
+    Nesterov momentum, Polar Express, a Frobenius norm of sqrt(min(R, C)) (Muon+, arXiv 2602.21545), then steps evened
+    out by a running mean of squares of each row or column, at the same norm (NorMuon, arXiv 2510.05491).
+
+    Args:
+        gradients: of the loss.
+        momenta: like gradients.
+        variances: (S, R, 1), or (S, 1, C) where matrices are wide: a mean along the other side.
+        momentum: scalar.
+        beta2: decay of the variances.
+        num_iterations: of Polar Express.
+        dtype: what Polar Express computes in.
+
+    Returns:
+        Directions (S, R, C); their scales, shaped like variances, sqrt(max(1, R/C)) not included; momenta; variances.
+    """
+    ahead, momenta = nesterov(gradients, momenta, momentum)
+    direction = polar_express(ahead, num_iterations, dtype)
+    rows, columns = direction.shape[-2:]
+    axis, size = (-1, columns) if rows >= columns else (-2, rows)
+    means = mx.square(direction).mean(axis, keepdims=True)
+    norm = mx.maximum(mx.sqrt(means.sum((-2, -1), keepdims=True) * size), _EPSILON)
+    scale = min(rows, columns) ** 0.5 / norm
+    means = means * mx.square(scale)
+    variances = variances + (1 - beta2) * (means - variances)
+    evened = mx.rsqrt(mx.maximum(variances, 1e-10))
+    before = mx.sqrt(means.sum((-2, -1), keepdims=True) * size)
+    after = mx.sqrt((means * mx.square(evened)).sum((-2, -1), keepdims=True) * size)
+    return direction, scale * evened * (before / mx.maximum(after, 1e-10)), momenta, variances
+
+
+def variance_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Return the shape of one matrix's variances: a number per row, or per column where the matrix is wide."""
+    return (rows, 1) if rows >= columns else (1, columns)
+
+
+def aspect_factor(matrices: mx.array) -> float:
+    """Return sqrt(max(1, R/C)), by which tall matrices step further."""
+    rows, columns = matrices.shape[-2:]
+    return float(max(1.0, rows / columns) ** 0.5)
+
+
+def _norm(x: mx.array, axes: tuple[int, ...]) -> mx.array:
+    return mx.sqrt(mx.square(x.astype(mx.float32)).sum(axes, keepdims=True))
+
+
+def _iterate(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
+    """Apply odd quintics to the singular values of matrices (S, R, C)."""
+    tall = x.shape[-2] > x.shape[-1]
+    if x.dtype == mx.bfloat16 and backend() == "cpu":
+        return _iterate_rounded(x, quintics)
+    for a, b, c in quintics:
+        gram = x.swapaxes(-1, -2) @ x if tall else x @ x.swapaxes(-1, -2)
+        inner = mx.addmm(gram, gram, gram, alpha=c, beta=b)
+        x = mx.addmm(x, x, inner, beta=a) if tall else mx.addmm(x, inner, x, beta=a)
+    return x
+
+
+def _iterate_rounded(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
+    """Do the same as torch does it in bfloat16 on a CPU: computed in float32, every result rounded.
+
+    Only for comparison: MLX's own bfloat16 would round the coefficients too.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = (x.swapaxes(-1, -2) if tall else x).astype(mx.float32)
+    for a, b, c in quintics:
+        gram = _rounded(x @ x.swapaxes(-1, -2))
+        inner = _rounded(_rounded(b * gram) + _rounded(_rounded(c * gram) @ gram))
+        x = _rounded(_rounded(a * x) + _rounded(inner @ x))
+    return x.swapaxes(-1, -2) if tall else x
+
+
+def _rounded(x: mx.array) -> mx.array:
+    return x.astype(mx.bfloat16).astype(mx.float32)

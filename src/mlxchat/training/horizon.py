@@ -1,27 +1,118 @@
-"""How long to train: iterations from FLOPs or from tokens per parameter. Counterpart of nanochat's base_train."""
+"""How long to train, with which batch: iterations from FLOPs or from tokens per parameter, and nanochat's scaling.
+
+Counterpart of nanochat's base_train. Since 2026 its batch, rates and weight decay follow from the model's size. The
+unit is a training of the reference model: with ratio = D / D_ref, tokens of this training over tokens of that one,
+
+    batch B = 2^round(log2(B_ref × ratio^0.383)), rates × sqrt(B / B_ref), weight decay × sqrt(B / B_ref) / ratio.
+"""
 
 from __future__ import annotations
 
-from mlxchat.config import PretrainConfig
-from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token
+import math
+from dataclasses import dataclass, replace
+
+from mlxchat.config import ArchitectureConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
+from mlxchat.optimizer_config import ScalingConfig
 
 
-def count_iterations(config: PretrainConfig, sizes: GPTSizes) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """What follows from the size of a model."""
+
+    horizon_parameters: int
+    """Parameters that tokens per parameter count."""
+    batch_tokens: int
+    """Tokens per iteration."""
+    num_iterations: int
+    batch_lr_scale: float
+    """Factor of the rates that scale with the batch."""
+    weight_decay: float
+    """Of Muon jul2026, at the start."""
+
+
+def derive_hyperparameters(
+    pretrain: PretrainConfig, optimizer: OptimizerConfig, sizes: GPTSizes, reference: GPTSizes | None
+) -> Hyperparameters:
+    """Return batch, iterations and scaled numbers of a pretraining.
+
+    Args:
+        pretrain: the horizon; the batch, or null for the one that scaling finds best.
+        optimizer: with `scaling`, or without: then rates and weight decay are as given.
+        sizes: of the model.
+        reference: of the model of depth `scaling.reference_depth` and otherwise equal dials; None without scaling.
+    """
+    parameters = count_horizon_parameters(sizes, pretrain.horizon_parameters)
+    batch_tokens, lr_scale, weight_decay = pretrain.batch.tokens, 1.0, optimizer.weight_decay
+    scaling = optimizer.scaling
+    if scaling is not None:
+        assert reference is not None, "the caller knows the reference model"
+        per_parameter = pretrain.tokens_per_parameter or 1.0
+        tokens = int(per_parameter * parameters) if pretrain.tokens_per_parameter else parameters
+        ratio = tokens / (per_parameter * count_horizon_parameters(reference, pretrain.horizon_parameters))
+        if batch_tokens is None:
+            batch_tokens = whole_rows(best_batch_tokens(ratio, scaling), pretrain.batch.row_tokens)
+        lr_scale = math.sqrt(batch_tokens / scaling.reference_batch_tokens)
+        weight_decay = scaled_weight_decay(optimizer.weight_decay, batch_tokens, ratio, scaling)
+    assert batch_tokens is not None, "validation has checked that there is a batch or a rule for it"
+    return Hyperparameters(
+        horizon_parameters=parameters,
+        batch_tokens=batch_tokens,
+        num_iterations=count_iterations(pretrain, sizes, batch_tokens),
+        batch_lr_scale=lr_scale,
+        weight_decay=weight_decay,
+    )
+
+
+def reference_sizes(
+    model: ModelConfig, architecture: ArchitectureConfig, optimizer: OptimizerConfig, vocab_size: int
+) -> GPTSizes | None:
+    """Return the sizes of the model that the rates were tuned at, with this model's dials; None without scaling."""
+    if optimizer.scaling is None:
+        return None
+    return sizes_of(replace(model, depth=optimizer.scaling.reference_depth), architecture, vocab_size)
+
+
+def count_horizon_parameters(sizes: GPTSizes, which: str) -> int:
+    """Return how many parameters the horizon counts: 'all', or 'matrices_and_head' (nanochat since 2026)."""
+    counts = count_parameters(sizes)
+    return counts["total"] if which == "all" else counts["matrices"] + counts["head"]
+
+
+def best_batch_tokens(ratio: float, scaling: ScalingConfig) -> int:
+    """Return the power of two that is nearest to the best batch of a training `ratio` times the reference's length."""
+    return int(2 ** round(math.log2(scaling.reference_batch_tokens * ratio**scaling.batch_exponent)))
+
+
+def whole_rows(tokens: int, row_tokens: int) -> int:
+    """Return the nearest number of tokens, at most `tokens`, that is a positive number of rows."""
+    return max(1, tokens // row_tokens) * row_tokens
+
+
+def scaled_weight_decay(weight_decay: float, batch_tokens: int, ratio: float, scaling: ScalingConfig) -> float:
+    """Return the weight decay that keeps B / (rate × decay × D) as it is at the reference, bounded (arXiv 2405.13698).
+
+    With `max_weight_decay` null it is nanochat's, unbounded.
+    """
+    scaled = weight_decay * math.sqrt(batch_tokens / scaling.reference_batch_tokens) / ratio
+    return scaled if scaling.max_weight_decay is None else min(scaled, max(weight_decay, scaling.max_weight_decay))
+
+
+def count_iterations(config: PretrainConfig, sizes: GPTSizes, batch_tokens: int) -> int:
     """Return the number of iterations that the one horizon which is set asks for, at least 1."""
     if config.num_iterations is not None:
         return config.num_iterations
     if config.target_flops is not None:
-        return max(1, round(config.target_flops / (flops_per_token(sizes) * config.batch.tokens)))
-    assert config.tokens_per_parameter is not None, "config.validate has checked that one horizon is set"
-    wanted_tokens = int(config.tokens_per_parameter * count_parameters(sizes)["total"])
-    return max(1, wanted_tokens // config.batch.tokens)
+        return max(1, round(config.target_flops / (flops_per_token(sizes) * batch_tokens)))
+    assert config.tokens_per_parameter is not None, "validation has checked that one horizon is set"
+    wanted_tokens = int(config.tokens_per_parameter * count_horizon_parameters(sizes, config.horizon_parameters))
+    return max(1, wanted_tokens // batch_tokens)
 
 
-def derive_numbers(config: PretrainConfig, sizes: GPTSizes, micro_tokens: int) -> dict[str, float | int]:
+def derive_numbers(derived: Hyperparameters, sizes: GPTSizes, micro_tokens: int) -> dict[str, float | int]:
     """Return what nanochat prints before it trains: sizes, parameters, FLOPs, iterations, tokens, accumulation."""
     counts = count_parameters(sizes)
-    iterations = count_iterations(config, sizes)
-    tokens = iterations * config.batch.tokens
+    tokens = derived.num_iterations * derived.batch_tokens
     return {
         "num_layers": sizes.num_layers,
         "width": sizes.width,
@@ -31,11 +122,13 @@ def derive_numbers(config: PretrainConfig, sizes: GPTSizes, micro_tokens: int) -
         "num_parameters": counts["total"],
         "num_matrix_parameters": counts["matrices"],
         "flops_per_token": flops_per_token(sizes),
-        "tokens_per_iteration": config.batch.tokens,
+        "tokens_per_iteration": derived.batch_tokens,
         "micro_batch_tokens": micro_tokens,
-        "num_accumulations": -(-config.batch.tokens // micro_tokens),
-        "num_iterations": iterations,
+        "num_accumulations": -(-derived.batch_tokens // micro_tokens),
+        "num_iterations": derived.num_iterations,
         "total_tokens": tokens,
-        "tokens_per_parameter": tokens / counts["total"],
+        "tokens_per_parameter": tokens / derived.horizon_parameters,
         "total_flops": flops_per_token(sizes) * tokens,
+        "batch_lr_scale": derived.batch_lr_scale,
+        "weight_decay": derived.weight_decay,
     }

@@ -14,7 +14,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.ops import blas
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import lr_multiplier, muon_momentum
+from mlxchat.optim.schedule import rates_at
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import format_bytes, format_count
 from mlxchat.training.resume import load_state, save_state
@@ -95,19 +95,12 @@ def fit(
         while done < num_iterations:
             began = time.perf_counter()
             batch = batches.next_batch(done)
-            factor = lr_multiplier(
-                done, num_iterations, warmup_frac=schedule.warmup_frac,
-                warmdown_frac=schedule.warmdown_frac, final_frac=schedule.final_lr_frac,
-            )  # fmt: skip
-            momentum = muon_momentum(
-                done, start=optimizer.config.momentum_start, end=optimizer.config.momentum_end,
-                warmup_iterations=optimizer.config.momentum_warmup_iterations,
-            )  # fmt: skip
-            loss, norm = step(batch, factor, momentum)
+            rates = rates_at(done, num_iterations, schedule, optimizer.config)
+            loss, norm = step(batch, rates)
             done += 1
             meter.add(loss, batch.ids.size, time.perf_counter() - began)
             if done % machine.log_every == 0 or done == num_iterations:
-                ctx.log({"iteration": done, **meter.record(loss), "lr_multiplier": factor, "grad_norm": norm})
+                ctx.log({"iteration": done, **meter.record(loss), "lr_multiplier": rates.lr_factor, "grad_norm": norm})
             progress.update(done, **meter.show())
             _run_hooks(ctx, hooks, done, num_iterations, starting=False)
             if ctx.should_stop() and done < num_iterations:

@@ -11,9 +11,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import Ints
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum
 from mlxchat.optim.groups import Flat, Optimizer, clip_gradients
+from mlxchat.optim.schedule import Rates
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ class TrainStep:
         self._part = partial(mx.compile, inputs=[model.state], outputs=[model.state])(self._loss_and_gradients)
         self._update = partial(mx.compile, inputs=state, outputs=state)(self._clip_and_update)
 
-    def __call__(self, batch: Batch, lr_factor: float, momentum: float) -> tuple[float, float]:
+    def __call__(self, batch: Batch, rates: Rates[float]) -> tuple[float, float]:
         """Update the model; return the loss and the gradients' norm before clipping."""
-        rates = mx.array(lr_factor, dtype=mx.float32), mx.array(momentum, dtype=mx.float32)
+        varying = Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates))
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
         if rows >= len(batch.ids):
-            loss, norm = self._whole(*self._arrays(batch, slice(None)), *rates)
+            loss, norm = self._whole(*self._arrays(batch, slice(None)), varying)
         else:
             loss, gradients = self._part(*self._arrays(batch, slice(0, rows)))
             mx.eval(loss, gradients)
@@ -72,7 +74,7 @@ class TrainStep:
                 gradients = {name: gradients[name] + more[name] for name in more}
                 # Evaluated here, so that only one micro-batch's graph is ever in memory.
                 mx.eval(loss, gradients)
-            norm = self._update(gradients, *rates)
+            norm = self._update(gradients, varying)
         mx.eval(loss, norm, self.model.state, self.optimizer.state)
         return float(cast(float, loss.item())), float(cast(float, norm.item()))
 
@@ -87,21 +89,21 @@ class TrainStep:
             set_parameters(self.model, {name: value.astype(self.dtype) for name, value in masters.items()})
             hidden = self.model.hidden(ids).reshape(-1, self.model.sizes.width)
             return cross_entropy_sum(
-                hidden, self.model.lm_head.weight, mx.maximum(targets, 0).reshape(-1), weights.reshape(-1)
+                hidden, self.model.head_weight, mx.maximum(targets, 0).reshape(-1), weights.reshape(-1)
             )
 
         loss, gradients = mx.value_and_grad(loss_of)(parameters)
         set_parameters(self.model, parameters)
         return loss, gradients
 
-    def _clip_and_update(self, gradients: Flat, lr_factor: mx.array, momentum: mx.array) -> mx.array:
+    def _clip_and_update(self, gradients: Flat, rates: Rates[mx.array]) -> mx.array:
         gradients, norm = clip_gradients(gradients, self.optimizer.config.grad_clip)
-        new = self.optimizer.update(flatten_parameters(self.model), gradients, lr_factor, momentum)
+        new = self.optimizer.update(flatten_parameters(self.model), gradients, rates)
         set_parameters(self.model, new)
         return norm
 
     def _loss_and_update(
-        self, ids: mx.array, targets: mx.array, weights: mx.array, lr_factor: mx.array, momentum: mx.array
+        self, ids: mx.array, targets: mx.array, weights: mx.array, rates: Rates[mx.array]
     ) -> tuple[mx.array, mx.array]:
         loss, gradients = self._loss_and_gradients(ids, targets, weights)
-        return loss, self._clip_and_update(gradients, lr_factor, momentum)
+        return loss, self._clip_and_update(gradients, rates)
