@@ -305,3 +305,45 @@ def test_positions_cross_the_border_of_an_epoch(corpus: Path, read_documents: Re
         for _ in range(144):
             rows.next_row()
         assert rows.epoch > 0
+
+
+@settings(max_examples=60)
+@given(
+    stops=st.lists(st.integers(0, 60), min_size=1, max_size=4),
+    row_tokens=st.integers(5, 80),
+    wanted=st.integers(1, 200),
+    chats=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_a_stream_that_is_stopped_at_any_rows_goes_on_with_the_same_rows(
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer, stops: list[int], row_tokens: int, wanted: int,
+    chats: bool, seed: int,
+) -> None:  # fmt: skip
+    def start() -> RowStream:
+        if chats:
+            return chat_rows(some(40), tokenizer, row_tokens=max(30, row_tokens), wanted=wanted, seed=seed)
+        return DocumentRows(read_documents(corpus), row_tokens, wanted)
+
+    straight, stopped = start(), start()
+    for stop in stops:
+        for _ in range(stop):
+            assert_equal(straight.next_row(), stopped.next_row())
+            assert straight.placed() == stopped.placed()
+        position = json.loads(json.dumps(stopped.state()))
+        stopped.close()
+        stopped = start()
+        stopped.restore(position)
+    assert_same_rows(straight, stopped, 10)
+    assert (straight.counts(), straight.state()) == (stopped.counts(), stopped.state())
+
+
+def test_a_row_is_made_of_the_documents_it_names(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
+    texts = list(iterate_documents(corpus, "train"))
+    rows = DocumentRows(read_documents(corpus), 50, 100)
+    for _ in range(30):
+        inputs, targets = rows.next_row()
+        expected: list[int] = []
+        for name in map(rows.name, rows.placed()):
+            shard, number = name.removeprefix("shard_").split(".parquet document ")
+            expected += [tokenizer.bos, *tokenizer.encode(texts[40 * int(shard) + int(number)])]
+        assert [*inputs.tolist(), int(targets[-1])] == expected[:51]

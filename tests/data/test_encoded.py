@@ -1,0 +1,144 @@
+"""Encoded text as artifacts: equal to the text, shared by whoever reads the same, and made only where it is needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from mlxchat.config import TaskItem
+from mlxchat.data import encoded as encoded_module
+from mlxchat.data.conversation import render_conversation
+from mlxchat.data.encoded import encode_shard, open_documents, open_mixture
+from mlxchat.data.mixture import Mixture
+from mlxchat.data.shards import iterate_documents, shard_paths
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.errors import Interrupted
+from mlxchat.runner.context import Context
+from mlxchat.runner.shared import SharedArtifacts
+from mlxchat.runner.store import MANIFEST, Store, describe_outputs
+
+
+@pytest.fixture
+def make_context(corpus: Path, tmp_path: Path) -> Callable[..., Context]:
+    """Return the context of a step that reads the corpus, as an artifact in a place of its own."""
+
+    def make(place: str = "corpus", stop_signal: Callable[[], int | None] = lambda: None) -> Context:
+        folder = tmp_path / place
+        if not folder.exists():
+            shutil.copytree(corpus, folder)
+            (folder / MANIFEST).write_text(json.dumps({"outputs": describe_outputs(corpus)[0]}))
+        outputs = tmp_path / "outputs"
+        Store(outputs).prepare()
+        shared = SharedArtifacts(outputs=outputs, run="run", inputs={}, facts=dict, say=print)
+        config: Any = SimpleNamespace()
+        return Context(
+            step="toy", stage="toy", config=config, inputs={"corpus": folder}, input_steps={}, out=tmp_path / "out",
+            work=tmp_path / "work", root_seed=0, stop_signal=stop_signal, on_metrics=lambda step, record: None,
+            shared=shared,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    return Mixture(
+        {"arithmetic": TaskItem(task="arithmetic", size=20), "facts": TaskItem(task="facts", size=5)}, seed=1
+    )
+
+
+def names(tmp_path: Path) -> list[str]:
+    return sorted(folder.name.rpartition("-")[0] for folder in (tmp_path / "outputs" / "store").iterdir())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_shard_holds_the_ids_of_its_texts_whatever_the_threads(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoded_module, "_PART_DOCUMENTS", 2)  # so that row groups of 7 make several parts
+    (shard,) = shard_paths(corpus, "validation")
+    numbers = encode_shard(shard, tokenizer, tmp_path, threads=threads)
+    expected = [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "validation")]
+    arrays = load_file(tmp_path / "tokens.safetensors")
+    assert arrays["ids"].tolist() == [token for ids in expected for token in ids]
+    assert [b - a for a, b in zip(arrays["offsets"], arrays["offsets"][1:], strict=False)] == list(map(len, expected))
+    assert (numbers["documents"], numbers["tokens"]) == (len(expected), len(arrays["ids"]))
+
+
+def test_documents_of_a_step_are_those_of_its_corpus(
+    make_context: Callable[..., Context], corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    cursor = open_documents(make_context(), "train", tokenizer)
+    got = [cursor.ids(address).tolist() for address, _ in cursor.next(180)]
+    cursor.close()
+    assert got == [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "train")]
+    assert names(tmp_path) == [f"tokens-shard_0000{index}" for index in range(5)]
+
+
+def test_shards_that_nobody_reads_are_not_encoded(
+    make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    cursor = open_documents(make_context(), "train", tokenizer)
+    cursor.next(1)
+    cursor._shards._worker[1].join()  # type: ignore[index]
+    assert names(tmp_path) == ["tokens-shard_00000", "tokens-shard_00001"]
+
+
+def test_equal_text_and_tokenizers_share_and_others_do_not(
+    make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(place: str, by: Tokenizer) -> None:
+        open_documents(make_context(place), "validation", by).next(1)
+
+    read("corpus", tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoded_module, "encode_shard", None)
+        tokenizer.save(tmp_path)
+        read("corpus", tokenizer)
+        read("elsewhere", Tokenizer.load(tmp_path))
+    read("corpus", train_tokenizer(["the cat sat on the mat " * 9], 270))
+    assert names(tmp_path) == ["tokens-validation", "tokens-validation"]
+
+
+def test_a_stop_signal_ends_the_encoding_and_leaves_nothing(
+    make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    cursor = open_documents(make_context(stop_signal=lambda: 15), "train", tokenizer)
+    with pytest.raises(Interrupted, match=r"toy stopped at the encoding of shard_00000\.parquet"):
+        cursor.next(1)
+    assert names(tmp_path) == list((tmp_path / "outputs" / "work").iterdir()) == []
+
+
+def test_a_mixture_holds_what_rendering_its_conversations_gives(
+    make_context: Callable[..., Context], mixture: Mixture, tokenizer: Tokenizer
+) -> None:
+    tokens = open_mixture(make_context(), "mixture", mixture, tokenizer)
+    for index, conversation in enumerate(mixture):
+        ids, mask = render_conversation(tokenizer, conversation, None)
+        assert tokens.ids(index).tolist() == ids
+        assert tokens.trained(index).tolist() == [bool(bit) for bit in mask]
+    assert len(tokens) == len(mixture) == 25
+
+
+def test_a_mixture_is_rendered_once(
+    make_context: Callable[..., Context], mixture: Mixture, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_mixture(make_context(), "mixture", mixture, tokenizer)
+    monkeypatch.setattr(encoded_module, "render_conversation", None)
+    again = open_mixture(make_context(), "mixture", mixture, tokenizer)
+    assert again.flat.tobytes() == first.flat.tobytes()
+    with pytest.raises(TypeError):
+        open_mixture(make_context(), "mixture", mixture, train_tokenizer(["the cat sat on the mat " * 9], 270))
+
+
+def test_a_conversation_is_named_by_its_task_and_number(mixture: Mixture) -> None:
+    index = next(index for index in range(len(mixture)) if mixture.name(index).startswith("facts "))
+    number = int(mixture.name(index).removeprefix("facts conversation "))
+    assert mixture[index] == mixture._tasks["facts"][number]

@@ -1,0 +1,179 @@
+"""Artifacts that stages share: made once per content, by whoever comes first, and never half."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import StoreError
+from mlxchat.runner import locks
+from mlxchat.runner.fingerprint import compute_rid
+from mlxchat.runner.shared import SHARED_KIND, SharedArtifacts
+from mlxchat.runner.store import Store, describe_outputs
+
+LINEAGE = {"corpus": {"step": "corpus", "artifact": "corpus-a", "rid": "r", "tree": "t"}}
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> SharedArtifacts:
+    Store(tmp_path / "outputs").prepare()
+    return open_shared(tmp_path / "outputs")
+
+
+def open_shared(outputs: Path, say: Callable[[str], None] = print) -> SharedArtifacts:
+    return SharedArtifacts(outputs=outputs, run="run", inputs=LINEAGE, facts=lambda: {"git": None}, say=say)
+
+
+def obtain(shared: SharedArtifacts, make: Callable[[Path], dict[str, float]], **changes: Any) -> Path:
+    return shared.obtain(**{"version": 1, "label": "shard", "identity": {"text": "abc"}, "make": make, **changes})
+
+
+def write(folder: Path) -> dict[str, float]:
+    (folder / "tokens").write_text("content")
+    return {"tokens": 7, "tokens_per_second": 5.0}
+
+
+def refuse(folder: Path) -> dict[str, float]:
+    raise AssertionError("it is there already")
+
+
+def test_what_was_made_once_is_found_again(shared: SharedArtifacts) -> None:
+    place = obtain(shared, write)
+    assert (place / "tokens").read_text() == "content"
+    assert obtain(shared, refuse) == obtain(open_shared(shared.outputs), refuse) == place
+
+
+@pytest.mark.parametrize("changes", [{"version": 2}, {"identity": {"text": "abd"}}], ids=str)
+def test_another_format_or_content_is_another_artifact(shared: SharedArtifacts, changes: dict[str, Any]) -> None:
+    assert obtain(shared, write, **changes) != obtain(shared, write)
+
+
+@pytest.mark.parametrize("changes", [{"label": "other"}], ids=str)
+def test_the_label_is_for_people_only(shared: SharedArtifacts, changes: dict[str, Any]) -> None:
+    assert obtain(shared, write, **changes) == obtain(shared, refuse)
+
+
+def test_it_is_an_artifact_of_the_store_with_its_lineage_and_digests(shared: SharedArtifacts) -> None:
+    place = obtain(shared, write)
+    (manifest,) = Store(shared.outputs).manifests()
+    assert place.name == manifest["name"] == f"tokens-shard-{manifest['rid'][:16]}"
+    assert manifest["kind"] == manifest["stage"] == manifest["step"] == SHARED_KIND
+    assert manifest["inputs"] == LINEAGE
+    assert (manifest["metrics"], manifest["tokens_per_second"]) == ({"tokens": 7}, 5.0)
+    assert (manifest["outputs"], manifest["tree"]) == describe_outputs(place)
+    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["done"]
+    assert list((shared.outputs / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["fault", "interrupt"])
+def test_a_maker_that_fails_leaves_nothing_and_the_next_one_makes_it(
+    shared: SharedArtifacts, error: BaseException
+) -> None:
+    def fail(folder: Path) -> dict[str, float]:
+        write(folder)
+        raise error
+
+    with pytest.raises(type(error)):
+        obtain(shared, fail)
+    assert list((shared.outputs / "store").iterdir()) == list((shared.outputs / "work").iterdir()) == []
+    assert (obtain(shared, write) / "tokens").exists()
+
+
+def test_a_full_disk_is_told_in_one_message(shared: SharedArtifacts) -> None:
+    def fail(folder: Path) -> dict[str, float]:
+        raise OSError(28, "No space left on device", str(folder / "tokens"))
+
+    with pytest.raises(StoreError, match=r"shard could not be encoded \(No space left on device: .*tokens\)"):
+        obtain(shared, fail)
+
+
+def test_of_many_threads_one_makes_it_and_all_get_it(shared: SharedArtifacts) -> None:
+    made: list[int] = []
+    places: list[Path] = []
+
+    def make(folder: Path) -> dict[str, float]:
+        made.append(threading.get_ident())
+        time.sleep(0.05)
+        return write(folder)
+
+    threads = [threading.Thread(target=lambda: places.append(obtain(shared, make))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert len(places) == 8
+    assert len(set(places)) == 1
+
+
+def test_who_waits_says_so_once_and_may_give_up(shared: SharedArtifacts) -> None:
+    said: list[str] = []
+    patience = [1, 2, 3]
+
+    def check() -> None:
+        if not patience:
+            raise TimeoutError
+        patience.pop()
+
+    rid = compute_rid(SHARED_KIND, 1, {"text": "abc"}, {}, {})
+    with (
+        locks.hold(Store(shared.outputs).lock(rid), {"run": "other"}, lambda owner: None),
+        pytest.raises(TimeoutError),
+    ):
+        obtain(open_shared(shared.outputs, said.append), refuse, check=check)
+    assert said == [f"tokens     waits: process {os.getpid()} is making shard"]
+
+
+PROCESS = """
+import sys, time
+from pathlib import Path
+from mlxchat.runner.shared import SharedArtifacts
+outputs, log, slow = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+
+def make(folder):
+    with log.open("a") as file:
+        file.write("made\\n")
+    (folder / "tokens").write_text("con")
+    time.sleep(slow)
+    (folder / "tokens").write_text("content")
+    return {"tokens": 7}
+
+shared = SharedArtifacts(outputs=outputs, run="run", inputs={}, facts=dict, say=lambda line: None)
+place = shared.obtain(version=1, label="shard", identity={"text": "abc"}, make=make)
+print((place / "tokens").read_text(), flush=True)
+"""
+
+
+def start(outputs: Path, log: Path, slow: float) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", PROCESS, str(outputs), str(log), str(slow)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_makes_it_and_both_get_it(shared: SharedArtifacts, tmp_path: Path) -> None:
+    processes = [start(shared.outputs, tmp_path / "log", 0.3) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == ["content\n", "content\n"]
+    assert (tmp_path / "log").read_text() == "made\n"
+    assert list((shared.outputs / "work").iterdir()) == []
+
+
+def test_a_killed_maker_leaves_no_artifact_and_the_next_run_makes_it(shared: SharedArtifacts, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(shared.outputs, log, 60)
+    while not any((shared.outputs / "work").glob("*/out/tokens")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list((shared.outputs / "store").iterdir()) == []
+    assert start(shared.outputs, log, 0).communicate(timeout=60)[0] == "content\n"
+    assert log.read_text() == "made\nmade\n"
+    (manifest,) = Store(shared.outputs).manifests()
+    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]
