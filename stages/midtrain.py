@@ -8,7 +8,7 @@ from mlxchat.runner.context import Context
 from mlxchat.training.finetune import finetune
 
 VERSION = 1
-CONFIG = ["optimizer", "midtrain"]
+CONFIG = ["optimizer", "midtrain", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]

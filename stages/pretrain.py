@@ -19,7 +19,7 @@ from mlxchat.training.horizon import derive_hyperparameters, derive_numbers, ref
 from mlxchat.training.loop import Hook, fit
 
 VERSION = 1
-CONFIG = ["model", "architecture", "optimizer", "pretrain"]
+CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
 INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
 PRODUCES = "checkpoint"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
@@ -69,6 +69,8 @@ def run(ctx: Context) -> None:
             num_iterations=derived.num_iterations,
             schedule=config.schedule,
             hooks=[Hook(run=validate, every=config.eval_every), Hook(run=sample, every=config.sample_every)],
+            extends=ctx.inputs.get("extends"),
+            keep_state=config.save_training_state,
         )
     ctx.metrics |= batches.counts()
     save_checkpoint(ctx.out, model, tokenizer, {"stage": "pretrain", "format": "base"})

@@ -13,7 +13,7 @@ from mlxchat.training.loop import Hook, fit
 from mlxchat.training.rollouts import Rollouts, pass_at_k
 
 VERSION = 1
-CONFIG = ["optimizer", "rl"]
+CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]

@@ -153,6 +153,11 @@ class PretrainBatchConfig:
 class PretrainConfig:
     """Pretraining. Exactly one of the three horizons is set."""
 
+    extend: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "extends"})
+    """A finished pretraining to continue under this horizon, which counts from its beginning: a step of the latest
+    run, a folder's name in the store, or the start of an id. What it stands for is an input, part of the identity."""
+    save_training_state: bool = field(default=MISSING, metadata={"identity": False})
+    """Whether the artifact keeps the moments and the position in the data, without which it cannot be extended."""
     num_iterations: int | None = MISSING
     target_flops: float | None = MISSING
     tokens_per_parameter: float | None = MISSING
@@ -242,6 +247,8 @@ class MachineConfig:
     """auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
     device_batch_tokens: int = MISSING
     """Tokens per micro-batch; the rest of an iteration is accumulated."""
+    grad_checkpointing: bool = MISSING
+    """Whether each layer's activations are computed again for the gradient instead of being kept: less memory."""
     checkpoint_seconds: float = MISSING
     """Seconds between resumable states; 0: every iteration."""
     prefetch_batches: int = MISSING
@@ -252,8 +259,26 @@ class MachineConfig:
     """MLX's memory limit; null: its own."""
     cache_limit_bytes: int | None = MISSING
     """Memory MLX may keep for reuse; null: its own."""
+    wired_limit_bytes: int | None = MISSING
+    """Memory MLX may keep resident on a Mac; null: its own. Elsewhere it has no meaning."""
     blas_threads: int | None = MISSING
     """Cores of a matrix product on a Linux CPU; null: all available."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """What every training does when numbers go wrong.
+
+    No part of any identity: a training in which nothing goes wrong gives the same result under all of it, one that is
+    stopped gives none, and one that leaves updates out can only have been told to.
+    """
+
+    on_nan: str = field(default=MISSING, metadata={"identity": False})
+    """stop: a loss or gradient norm that is NaN or infinite ends the training; skip: its update is left out."""
+    max_skipped_in_a_row: int = field(default=MISSING, metadata={"identity": False})
+    """Updates that may be left out one after the other before the training ends all the same."""
+    norm_warning_factor: float | None = field(default=MISSING, metadata={"identity": False})
+    """A gradient norm so many times the median of the last 100 is warned of; null: none is."""
 
 
 @dataclass(kw_only=True)
@@ -293,5 +318,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     suite: dict[str, TaskItem] = MISSING
     """Tasks that chat models are evaluated on."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -69,6 +69,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("pretrain.horizon_parameters", config.pretrain.horizon_parameters, ("all", "matrices_and_head")),
         ("midtrain.train_on", config.midtrain.train_on, ("assistant", "all")),
         ("sft.train_on", config.sft.train_on, ("assistant", "all")),
+        ("training.on_nan", config.training.on_nan, ("stop", "skip")),
         ("machine.device", config.machine.device, ("auto", "cpu", "gpu")),
         ("machine.compute_dtype", config.machine.compute_dtype, ("auto", "float32", "bfloat16")),
         ("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio")),
@@ -232,6 +233,12 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
 def _numbers(config: Config) -> Iterator[str]:
     """Check the ranges of plain numbers, and that none is infinite or no number at all."""
     machine = config.machine
+    factor = config.training.norm_warning_factor
+    if factor is not None and not factor > 1:
+        yield f"training.norm_warning_factor is {factor}, expected more than 1, or null for no warnings"
+    for key in ("memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes"):
+        if (limit := getattr(machine, key)) is not None and limit < 0:
+            yield f"machine.{key} is {limit}, expected at least 0, or null for MLX's own"
     if machine.checkpoint_seconds < 0:
         yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
     if machine.prefetch_batches < 0:
@@ -263,6 +270,7 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "rl.max_new_tokens",
         "rl.eval_samples",
         "rl.eval_every",
+        "training.max_skipped_in_a_row",
         "eval.batch_rows",
         "eval.max_new_tokens",
         "machine.device_batch_tokens",

@@ -6,6 +6,7 @@ import mlxchat  # isort: split
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +15,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.config import MachineConfig, OptimizerConfig
+from mlxchat.compose import compose_config
+from mlxchat.config import Config
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.device import backend
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+
+@cache
+def composed(*overrides: str) -> Config:
+    return compose_config(list(overrides)).config
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +71,7 @@ def make_model() -> Callable[[], GPT]:
 @pytest.fixture
 def make_optimizer() -> Callable[..., Optimizer]:
     def make(model: GPT, **changes: Any) -> Optimizer:
-        config = OptimizerConfig(
-            kind="muon", matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, reference_width=768, weight_decay=0.0,
-            adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-10, momentum_start=0.85, momentum_end=0.95,
-            momentum_warmup_iterations=300, newton_schulz_iterations=5, grad_clip=1.0,
-        )  # fmt: skip
+        config = composed("experiment=speedrun_d12").optimizer
         return Optimizer(model, replace(config, **changes), width=model.sizes.width)
 
     return make
@@ -75,18 +79,23 @@ def make_optimizer() -> Callable[..., Optimizer]:
 
 @pytest.fixture
 def make_context(tmp_path: Path) -> Callable[..., Context]:
-    def make(name: str = "run", stop_signal: Callable[[], int | None] = lambda: None, **machine: Any) -> Context:
+    def make(
+        name: str = "run",
+        stop_signal: Callable[[], int | None] = lambda: None,
+        training: dict[str, Any] | None = None,
+        **machine: Any,
+    ) -> Context:
         """Return a context whose work lies in a folder of this name, so that a second attempt continues a first."""
-        defaults = MachineConfig(
-            device="cpu", compute_dtype="float32", device_batch_tokens=64, checkpoint_seconds=1e9, log_every=1,
-            memory_limit_bytes=None, cache_limit_bytes=None, blas_threads=1,
-        )  # fmt: skip
+        config = composed("machine=cpu")
+        defaults = replace(config.machine, device_batch_tokens=64, checkpoint_seconds=1e9, blas_threads=1)
         work, out = tmp_path / name / "work", tmp_path / name / "out"
         for folder in (work, out):
             folder.mkdir(parents=True, exist_ok=True)
-        config: Any = SimpleNamespace(machine=replace(defaults, **machine))
+        settings: Any = SimpleNamespace(
+            machine=replace(defaults, **machine), training=replace(config.training, **(training or {}))
+        )
         return Context(
-            step="toy", stage="toy", config=config, inputs={}, input_steps={}, out=out, work=work, root_seed=0,
+            step="toy", stage="toy", config=settings, inputs={}, input_steps={}, out=out, work=work, root_seed=0,
             stop_signal=stop_signal, on_metrics=lambda step, record: None,
         )  # fmt: skip
 

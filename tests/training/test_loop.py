@@ -10,19 +10,24 @@ import numpy as np
 import pytest
 
 from mlxchat.config import ScheduleConfig
+from mlxchat.data.packing import RowStream
 from mlxchat.errors import Interrupted
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
-from mlxchat.training.loop import Hook, Meter, fit
+from mlxchat.training.loop import Hook, fit
+from mlxchat.training.meter import Meter
 
 MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
 NUM_ITERATIONS = 6
-SCHEDULE = ScheduleConfig(init_lr_frac=1.0, warmup_frac=0.2, warmdown_frac=0.5, final_lr_frac=0.0)
+SCHEDULE = ScheduleConfig(
+    init_lr_frac=1.0, warmup_frac=0.2, warmdown_frac=0.5, final_lr_frac=0.0, weight_decay_frac=1.0
+)
 
 
-class CountedRows:
+class CountedRows(RowStream):
     """Rows that follow from their number, which is all the position there is."""
 
     def __init__(self) -> None:
@@ -32,6 +37,12 @@ class CountedRows:
         row = np.random.default_rng(self.number).integers(0, 280, 17).astype(np.int32)
         self.number += 1
         return row[:-1], row[1:]
+
+    def placed(self) -> list[Any]:
+        return [self.number - 1]
+
+    def counts(self) -> dict[str, int]:
+        return {}
 
     def state(self) -> dict[str, Any]:
         return {"number": self.number}
@@ -76,7 +87,7 @@ def same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
 
 def reproducible(ctx: Context) -> list[dict[str, Any]]:
     """Return the records without what clocks and memory say."""
-    measured = ("tokens_per_second", "elapsed_seconds", "peak_memory_bytes")
+    measured = ("tokens_per_second", "mfu", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes")
     return [{key: value for key, value in record.items() if key not in measured} for record in records(ctx)]
 
 
@@ -89,6 +100,7 @@ def test_every_iteration_is_recorded_with_its_numbers(train: Callable[..., Any])
     for record in records(ctx):
         assert {
             "loss",
+            "mfu",
             "lr_multiplier",
             "grad_norm",
             "tokens_per_second",

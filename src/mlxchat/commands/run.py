@@ -19,6 +19,7 @@ from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.records import now
 from mlxchat.runner.store import Store
+from mlxchat.training.extension import check_extensions
 
 _HYDRA_FLAGS = {
     "-m", "--multirun", "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc",
@@ -79,8 +80,14 @@ def run_pipeline(composed: Composed) -> Path | None:
 
 
 def plan_of(config: Config, store: Store) -> list[PlannedStep]:
-    """Return the plan of a configuration."""
-    return make_plan(config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force)
+    """Return the plan of a configuration.
+
+    Raises:
+        MlxchatError: it cannot be planned, or a training cannot be extended as it asks.
+    """
+    plan = make_plan(config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force)
+    check_extensions(config, plan)
+    return plan
 
 
 def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxchat.model.recompute import recomputed
 from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
 from mlxchat.ops.activation import gated_sum, squared_relu
 from mlxchat.ops.attention import causal_attention
@@ -151,8 +152,12 @@ class GPT(nn.Module):
         weight = self.lm_head.weight
         return weight if len(weight) == self.sizes.vocab_size else weight[: self.sizes.vocab_size]
 
-    def hidden(self, ids: mx.array, cache: Cache | None = None) -> mx.array:
-        """Return the final normalised states (B, T, C) of token ids (B, T)."""
+    def hidden(self, ids: mx.array, cache: Cache | None = None, *, recompute: bool = False) -> mx.array:
+        """Return the final normalised states (B, T, C) of token ids (B, T).
+
+        With `recompute` a gradient keeps each layer's input alone and computes the rest of the layer again: less
+        memory, more time, the same numbers.
+        """
         sizes, middle = self.sizes, None
         offset = cache.offset if cache is not None else 0
         x = rms_norm(self.transformer["wte"](ids))
@@ -163,7 +168,10 @@ class GPT(nn.Module):
             if sizes.residual_scalars:
                 x = self.resid_lambdas[layer].astype(x.dtype) * x + self.x0_lambdas[layer].astype(x.dtype) * first
             value_embedding = self.value_embeds[str(layer)](ids) if sizes.has_value_embedding(layer) else None
-            x = block(x, value_embedding, offset=offset, cache=cache.layers[layer] if cache is not None else None)
+            if recompute:
+                x = recomputed(block, x) if value_embedding is None else recomputed(block, x, value_embedding)
+            else:
+                x = block(x, value_embedding, offset=offset, cache=cache.layers[layer] if cache is not None else None)
             if layer == sizes.num_layers // 2:
                 middle = x
         if sizes.backout and middle is not None:

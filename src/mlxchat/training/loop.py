@@ -5,29 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlxchat.config import MachineConfig, ScheduleConfig
+from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import flops_per_token
 from mlxchat.ops import blas
-from mlxchat.ops.device import select_device
+from mlxchat.ops.device import backend, select_device
+from mlxchat.ops.peak import peak_flops
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.runner.context import Context
-from mlxchat.runner.progress import format_bytes, format_count
-from mlxchat.training.resume import load_state, save_state
+from mlxchat.training.meter import Meter
+from mlxchat.training.resume import load_finished, load_state, save_finished, save_state
 from mlxchat.training.step import Batch, TrainStep
-
-_EMA_DECAY = 0.9
+from mlxchat.training.watch import Watch, is_finite, name_documents
 
 
 class BatchSource(Protocol):
     """Where batches come from, one per iteration."""
 
+    waited_seconds: float
+    """How long the loop has waited for data so far."""
+
     def next_batch(self, iteration: int) -> Batch:
         """Return the batch of an iteration."""
+
+    def documents(self) -> list[str]:
+        """Return what people call the documents of the last batch."""
 
     def state(self) -> dict[str, Any]:
         """Return the position, as JSON data."""
@@ -57,51 +66,100 @@ def fit(
     num_iterations: int,
     schedule: ScheduleConfig,
     hooks: list[Hook],
+    extends: Path | None = None,
+    keep_state: bool = False,
 ) -> None:
     """Train for `num_iterations`, continuing where an earlier attempt of this step stopped.
 
     On a CPU the result is the same bit for bit however often it was interrupted: weights, optimizer, position in
     the data and the iteration are restored, and nothing else enters the computation.
 
+    With `extends` it begins where that finished training ended, say at iteration 6 of 10: with its weights, moments
+    and position in the data. Rates are those of a training of 10 iterations from its seventh on; what the first six
+    were trained with, the end of the shorter schedule included, stays as it was. So it equals a straight training of
+    10 where both schedules agree on the first six (a constant rate), and not where the shorter one had begun to fall.
+
     Args:
         ctx: of the step; its metrics get final loss and tokens per second.
         model: float32 weights, trained in place.
         optimizer: of the model's parameters.
         batches: one batch per iteration.
-        num_iterations: of the whole training.
+        num_iterations: of the whole training, what it extends included.
         schedule: learning rates over the iterations.
         hooks: called at their cadence and after the last iteration.
+        extends: folder of a finished training with its state.
+        keep_state: leave in the artifact what an extension needs.
 
     Raises:
         Interrupted: a signal arrived; the state was saved.
+        StepFailed: loss or gradients became NaN or Inf, and on_nan says to stop; the state before that was saved.
+        DataError: what is to be extended does not fit.
     """
     machine = ctx.config.machine
     dtype = prepare_machine(machine)
-    step = TrainStep(model, optimizer, micro_tokens=machine.device_batch_tokens, dtype=dtype)
-    meter = Meter()
+    peak = peak_flops(dtype)
+    mx.reset_peak_memory()
+    step = TrainStep(
+        model, optimizer, micro_tokens=machine.device_batch_tokens, dtype=dtype, recompute=machine.grad_checkpointing
+    )
+    meter = Meter(flops_per_token=flops_per_token(model.sizes), peak_flops=peak)
+    watch = Watch(ctx.config.training)
     state = load_state(ctx.work, model, optimizer)
-    done = state["iteration"] if state else 0
-    if state:
+    if state is not None:
+        ctx.rewind_records(state["iteration"])
+    elif extends is not None:
+        state = load_finished(extends, model, optimizer)
+        ctx.take_records(extends)
+    else:
+        ctx.rewind_records(0)
+    done = 0
+    if state is not None:
+        done = state["iteration"]
         batches.restore(state["batches"])
         meter.restore(state["meter"])
-    ctx.rewind_records(done)
+        watch.restore(state["watch"])
     saved_at = time.monotonic()
 
+    def progress_so_far() -> dict[str, Any]:
+        return {"batches": batches.state(), "meter": meter.state(), "watch": watch.state()}
+
     def save() -> None:
-        save_state(ctx.work, done, model, optimizer, {"batches": batches.state(), "meter": meter.state()})
+        save_state(ctx.work, done, model, optimizer, progress_so_far())
 
     with ctx.progress(num_iterations, "iterations", start=done) as progress:
         _run_hooks(ctx, hooks, done, num_iterations, starting=True)
         while done < num_iterations:
-            began = time.perf_counter()
-            batch = batches.next_batch(done)
+            before = progress_so_far()
+            began, waited = time.perf_counter(), batches.waited_seconds
+            try:
+                batch = batches.next_batch(done)
+            except Interrupted:  # while text was encoded, which the loop waited for
+                save()
+                raise
+            waited = batches.waited_seconds - waited
             rates = rates_at(done, num_iterations, schedule, optimizer.config)
             loss, norm = step(batch, rates)
+            seconds = time.perf_counter() - began
+            record: dict[str, Any] = {}
+            good = is_finite(loss, norm)
+            if good:
+                warning = watch.warn(done + 1, norm)
+            else:
+                warning = f"loss {loss} and gradient norm {norm}, batch of {name_documents(batches.documents())}"
+                if watch.must_stop():
+                    save_state(ctx.work, done, model, optimizer, before)
+                    raise StepFailed(_explain_stop(ctx, done + 1, num_iterations, warning))
+                warning += "; the update was left out"
+                record["skipped_iterations"] = watch.num_skipped
             done += 1
-            meter.add(loss, batch.ids.size, time.perf_counter() - began)
-            if done % machine.log_every == 0 or done == num_iterations:
-                ctx.log({"iteration": done, **meter.record(loss), "lr_multiplier": rates.lr_factor, "grad_norm": norm})
-            progress.update(done, **meter.show())
+            meter.add(loss if good else None, batch.ids.size, seconds, waited)
+            if warning is not None:
+                progress.note(f"iteration {done}: {warning}")
+                record["warning"] = warning
+            if done % machine.log_every == 0 or done == num_iterations or record:
+                record |= {"lr_multiplier": rates.lr_factor, **({"grad_norm": norm} if good else {})}
+                ctx.log({"iteration": done, **meter.record(loss if good else None), **record})
+            progress.update(done, **meter.show(), **watch.show(done))
             _run_hooks(ctx, hooks, done, num_iterations, starting=False)
             if ctx.should_stop() and done < num_iterations:
                 save()
@@ -109,8 +167,13 @@ def fit(
             if time.monotonic() - saved_at >= machine.checkpoint_seconds:
                 save()
                 saved_at = time.monotonic()
+    if keep_state:
+        save_finished(ctx.out, done, optimizer, progress_so_far())
+    if watch.num_skipped:
+        ctx.metrics["skipped_iterations"] = watch.num_skipped
     ctx.metrics["loss"] = meter.loss
     ctx.metrics["tokens_per_second"] = meter.tokens / max(meter.seconds, 1e-9)
+    ctx.metrics["data_wait_frac"] = meter.waited / max(meter.seconds, 1e-9)
 
 
 def prepare_machine(machine: MachineConfig) -> mx.Dtype:
@@ -120,62 +183,19 @@ def prepare_machine(machine: MachineConfig) -> mx.Dtype:
         mx.set_memory_limit(machine.memory_limit_bytes)
     if machine.cache_limit_bytes is not None:
         mx.set_cache_limit(machine.cache_limit_bytes)
+    if machine.wired_limit_bytes is not None and backend() == "metal":  # elsewhere memory is not wired
+        mx.set_wired_limit(machine.wired_limit_bytes)
     blas.set_blas_threads(machine.blas_threads or blas.available_cores())
     return dtype
 
 
-class Meter:
-    """Smoothed loss, speed and memory of a training."""
-
-    def __init__(self) -> None:
-        """Begin at nothing."""
-        self._ema, self._weight = 0.0, 0.0
-        self.tokens, self.seconds = 0, 0.0
-        self._recent: list[tuple[int, float]] = []
-
-    @property
-    def loss(self) -> float:
-        """Debiased exponential mean of the loss (decay 0.9, as nanochat prints it)."""
-        return self._ema / self._weight if self._weight else 0.0
-
-    def add(self, loss: float, tokens: int, seconds: float) -> None:
-        """Count one iteration."""
-        self._ema = _EMA_DECAY * self._ema + (1 - _EMA_DECAY) * loss
-        self._weight = _EMA_DECAY * self._weight + (1 - _EMA_DECAY)
-        self.tokens += tokens
-        self.seconds += seconds
-        self._recent = [*self._recent[-9:], (tokens, seconds)]
-
-    def tokens_per_second(self) -> float:
-        """Return the speed of the last ten iterations."""
-        return sum(tokens for tokens, _ in self._recent) / max(1e-9, sum(seconds for _, seconds in self._recent))
-
-    def record(self, loss: float) -> dict[str, float]:
-        """Return the numbers for metrics.jsonl."""
-        return {
-            "loss": loss,
-            "smooth_loss": self.loss,
-            "tokens_per_second": self.tokens_per_second(),
-            "elapsed_seconds": self.seconds,
-            "peak_memory_bytes": mx.get_peak_memory(),
-        }
-
-    def show(self) -> dict[str, str]:
-        """Return the numbers for the progress line."""
-        return {
-            "loss": f"{self.loss:.3f}",
-            "speed": f"{format_count(self.tokens_per_second())} tok/s",
-            "memory": format_bytes(mx.get_peak_memory()),
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed training continues with."""
-        return {"ema": self._ema, "weight": self._weight, "tokens": self.tokens, "seconds": self.seconds}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self._ema, self._weight = state["ema"], state["weight"]
-        self.tokens, self.seconds = state["tokens"], state["seconds"]
+def _explain_stop(ctx: Context, iteration: int, num_iterations: int, what: str) -> str:
+    """Return what is told when NaN or Inf ends a training."""
+    return (
+        f"{ctx.step} stopped: iteration {iteration} of {num_iterations} gave {what}. Its update was left out.\n"
+        f"The state before it, after iteration {iteration - 1}, lies in {ctx.work}. The same command continues there; "
+        "with training.on_nan=skip it leaves such updates out and goes on."
+    )
 
 
 def _run_hooks(ctx: Context, hooks: list[Hook], done: int, total: int, *, starting: bool) -> None:

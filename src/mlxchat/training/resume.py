@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.optim.groups import Optimizer
@@ -52,6 +53,40 @@ def load_state(work: Path, model: GPT, optimizer: Optimizer) -> dict[str, Any] |
         mx.eval(model.state, optimizer.state)
         return state
     return None
+
+
+def save_finished(out: Path, iteration: int, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Leave beside a finished model what an extension of its training needs: moments, and `state` (JSON data)."""
+    save_file({name: np.asarray(value) for name, value in optimizer.state.items()}, out / "training_state.safetensors")
+    (out / "training_state.json").write_text(json.dumps({"iteration": iteration, **state}), encoding="utf-8")
+
+
+def load_finished(folder: Path, model: GPT, optimizer: Optimizer) -> dict[str, Any]:
+    """Set model and optimizer to the end of a finished training; return the rest of its state.
+
+    Raises:
+        DataError: a file is missing or damaged, or holds other arrays than this model and optimizer have.
+    """
+    try:
+        weights = load_file(folder / "model.safetensors")
+        moments = load_file(folder / "training_state.safetensors")
+        state: dict[str, Any] = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
+    except Exception as error:  # the safetensors reader has several error types of its own
+        raise DataError(f"{folder}: no readable training state ({type(error).__name__}: {error})") from None
+    expected: dict[str, mx.array]
+    for expected, found in ((flatten_parameters(model), weights), (optimizer.state, moments)):
+        wrong = sorted(
+            name
+            for name in expected.keys() | found.keys()
+            if name not in expected or name not in found or tuple(expected[name].shape) != found[name].shape
+        )
+        if wrong:
+            raise DataError(f"{folder} cannot be extended, other arrays are needed: {', '.join(wrong[:5])}")
+    set_parameters(model, {name: mx.array(value) for name, value in weights.items()})
+    for name, value in moments.items():
+        optimizer.state[name] = mx.array(value)
+    mx.eval(model.state, optimizer.state)
+    return state
 
 
 def _saves(work: Path) -> list[Path]:

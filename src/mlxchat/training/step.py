@@ -42,7 +42,9 @@ def mean_batch(rows: Sequence[tuple[Ints, Ints]]) -> Batch:
 class TrainStep:
     """Applies batches to a model and its optimizer. Shapes repeat, so each is compiled once."""
 
-    def __init__(self, model: GPT, optimizer: Optimizer, *, micro_tokens: int, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, model: GPT, optimizer: Optimizer, *, micro_tokens: int, dtype: mx.Dtype, recompute: bool = False
+    ) -> None:
         """Compile lazily.
 
         Args:
@@ -50,9 +52,10 @@ class TrainStep:
             optimizer: its state is updated in place.
             micro_tokens: tokens per micro-batch, at most; at least one row.
             dtype: what to compute in.
+            recompute: whether a layer's activations are computed again instead of being kept for the gradient.
         """
         self.model, self.optimizer = model, optimizer
-        self.micro_tokens, self.dtype = micro_tokens, dtype
+        self.micro_tokens, self.dtype, self.recompute = micro_tokens, dtype, recompute
         self.num_traces = 0
         state = [model.state, optimizer.state]
         self._whole = partial(mx.compile, inputs=state, outputs=state)(self._loss_and_update)
@@ -60,7 +63,10 @@ class TrainStep:
         self._update = partial(mx.compile, inputs=state, outputs=state)(self._clip_and_update)
 
     def __call__(self, batch: Batch, rates: Rates[float]) -> tuple[float, float]:
-        """Update the model; return the loss and the gradients' norm before clipping."""
+        """Update the model; return the loss and the gradients' norm before clipping.
+
+        If either is NaN or infinite, weights and optimizer stay as they were.
+        """
         varying = Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates))
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
         if rows >= len(batch.ids):
@@ -74,7 +80,7 @@ class TrainStep:
                 gradients = {name: gradients[name] + more[name] for name in more}
                 # Evaluated here, so that only one micro-batch's graph is ever in memory.
                 mx.eval(loss, gradients)
-            norm = self._update(gradients, varying)
+            norm = self._update(loss, gradients, varying)
         mx.eval(loss, norm, self.model.state, self.optimizer.state)
         return float(cast(float, loss.item())), float(cast(float, norm.item()))
 
@@ -87,7 +93,7 @@ class TrainStep:
 
         def loss_of(masters: Flat) -> mx.array:
             set_parameters(self.model, {name: value.astype(self.dtype) for name, value in masters.items()})
-            hidden = self.model.hidden(ids).reshape(-1, self.model.sizes.width)
+            hidden = self.model.hidden(ids, recompute=self.recompute).reshape(-1, self.model.sizes.width)
             return cross_entropy_sum(
                 hidden, self.model.head_weight, mx.maximum(targets, 0).reshape(-1), weights.reshape(-1)
             )
@@ -96,14 +102,19 @@ class TrainStep:
         set_parameters(self.model, parameters)
         return loss, gradients
 
-    def _clip_and_update(self, gradients: Flat, rates: Rates[mx.array]) -> mx.array:
+    def _clip_and_update(self, loss: mx.array, gradients: Flat, rates: Rates[mx.array]) -> mx.array:
         gradients, norm = clip_gradients(gradients, self.optimizer.config.grad_clip)
-        new = self.optimizer.update(flatten_parameters(self.model), gradients, rates)
-        set_parameters(self.model, new)
+        parameters, state = flatten_parameters(self.model), dict(self.optimizer.state)
+        new = self.optimizer.update(parameters, gradients, rates)
+        # Inside the compiled step, since afterwards the old arrays are gone.
+        is_finite = mx.isfinite(loss) & mx.isfinite(norm)
+        set_parameters(self.model, {name: mx.where(is_finite, new[name], parameters[name]) for name in new})
+        for name, before in state.items():
+            self.optimizer.state[name] = mx.where(is_finite, self.optimizer.state[name], before)
         return norm
 
     def _loss_and_update(
         self, ids: mx.array, targets: mx.array, weights: mx.array, rates: Rates[mx.array]
     ) -> tuple[mx.array, mx.array]:
         loss, gradients = self._loss_and_gradients(ids, targets, weights)
-        return loss, self._clip_and_update(gradients, rates)
+        return loss, self._clip_and_update(loss, gradients, rates)

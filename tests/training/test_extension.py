@@ -1,0 +1,149 @@
+"""A finished training is extended: as if it had been longer from the start, where the rates allow that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mlxchat.config import ScheduleConfig
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError, Interrupted
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters
+from mlxchat.optim.groups import Optimizer
+from mlxchat.runner.context import Context
+from mlxchat.training.loop import fit
+from mlxchat.training.step import Batch, mean_batch
+
+MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
+
+
+def schedule(warmdown_frac: float) -> ScheduleConfig:
+    return ScheduleConfig(
+        init_lr_frac=1.0, warmup_frac=0.0, warmdown_frac=warmdown_frac, final_lr_frac=0.0, weight_decay_frac=1.0
+    )
+
+
+class Numbers:
+    """Batches that follow from their number; after `stop_after` of them a signal arrives."""
+
+    waited_seconds = 0.0
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def next_batch(self, iteration: int) -> Batch:
+        ids = np.random.default_rng(self.number).integers(0, 280, (3, 17)).astype(np.int32)
+        self.number += 1
+        return mean_batch([(row[:-1], row[1:]) for row in ids])
+
+    def documents(self) -> list[str]:
+        return []
+
+    def state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+@pytest.fixture
+def train(
+    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, tokenizer: Tokenizer
+) -> Callable[..., tuple[Context, dict[str, bytes]]]:
+    def run(
+        name: str, num_iterations: int, *, extends: Path | None = None, warmdown_frac: float = 0.0,
+        stop_after: int = 99, keep_state: bool = True, **optimizer_changes: Any,
+    ) -> tuple[Context, dict[str, bytes]]:  # fmt: skip
+        """Train to the end, or to a signal; publish as the runner does; return the context and all arrays."""
+        model, batches = make_model(), Numbers()
+        optimizer = make_optimizer(model, **optimizer_changes)
+        ctx = make_context(name, lambda: 15 if batches.number >= stop_after else None)
+        fit(
+            ctx, model, optimizer, batches, num_iterations=num_iterations, schedule=schedule(warmdown_frac), hooks=[],
+            extends=extends, keep_state=keep_state,
+        )  # fmt: skip
+        save_checkpoint(ctx.out, model, tokenizer, {})
+        (ctx.out / "metrics.jsonl").write_bytes(ctx.records("metrics").path.read_bytes())
+        found = flatten_parameters(model) | optimizer.state
+        return ctx, {key: np.array(value).tobytes() for key, value in found.items()}
+
+    return run
+
+
+def losses(ctx: Context) -> list[tuple[int, float]]:
+    return [(record["iteration"], record["loss"]) for record in ctx.records("metrics").read()]
+
+
+def multipliers(ctx: Context) -> list[float]:
+    return [record["lr_multiplier"] for record in ctx.records("metrics").read()]
+
+
+def test_six_extended_to_ten_equal_ten_bit_for_bit_at_a_constant_rate(train: Callable[..., Any]) -> None:
+    straight, expected = train("straight", 10)
+    short, _ = train("short", 6)
+    long, got = train("long", 10, extends=short.out)
+    assert got == expected
+    assert losses(long) == losses(straight), "its records begin with those of what it extends"
+    assert long.resumed_from is None, "nothing of its own was interrupted"
+
+
+def test_an_extension_that_is_interrupted_ends_with_the_same_bits(train: Callable[..., Any]) -> None:
+    short, _ = train("short", 4)
+    expected = train("straight", 8, extends=short.out)[1]
+    with pytest.raises(Interrupted, match="iteration 6 of 8"):
+        train("long", 8, extends=short.out, stop_after=6)
+    ctx, got = train("long", 8, extends=short.out)
+    assert got == expected
+    assert ctx.resumed_from == 6
+    assert [iteration for iteration, _ in losses(ctx)] == list(range(1, 9))
+
+
+def test_rates_follow_the_new_horizon_from_the_extended_iteration_on(train: Callable[..., Any]) -> None:
+    short, _ = train("short", 4, warmdown_frac=0.5)
+    long, _ = train("long", 8, extends=short.out, warmdown_frac=0.5)
+    assert multipliers(short) == pytest.approx([1, 1, 1, 0.5])
+    assert multipliers(long) == pytest.approx([1, 1, 1, 0.5, 1, 0.75, 0.5, 0.25])
+
+
+def test_an_extension_can_be_extended(train: Callable[..., Any]) -> None:
+    first, _ = train("first", 2)
+    second, _ = train("second", 4, extends=first.out)
+    assert train("third", 6, extends=second.out)[1] == train("straight", 6)[1]
+
+
+def test_the_state_holds_the_moments_alone(train: Callable[..., Any]) -> None:
+    """The weights lie beside it already."""
+    ctx, _ = train("run", 2)
+    state, model = load_file(ctx.out / "training_state.safetensors"), load_file(ctx.out / "model.safetensors")
+    assert state
+    assert not state.keys() & model.keys()
+
+
+def test_without_keeping_it_there_is_no_state(train: Callable[..., Any]) -> None:
+    ctx, _ = train("run", 1, keep_state=False)
+    assert list(ctx.out.glob("training_state*")) == []
+
+
+def test_moments_of_other_rules_are_refused_by_name(train: Callable[..., Any]) -> None:
+    short, _ = train("short", 1)
+    with pytest.raises(DataError, match=r"cannot be extended, other arrays are needed: first\.transformer\.h\.0"):
+        train("long", 2, extends=short.out, kind="adamw")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_state_is_refused(train: Callable[..., Any], damage: str) -> None:
+    short, _ = train("short", 1)
+    path = short.out / "training_state.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        save_file({"count": np.zeros(())}, path)
+    with pytest.raises(DataError, match=r"no readable training state|other arrays are needed"):
+        train("long", 2, extends=short.out)

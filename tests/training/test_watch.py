@@ -1,0 +1,233 @@
+"""NaN and Inf: nothing is updated, and the training stops or goes on as it was told; warnings of exploding norms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.compose import compose_config
+from mlxchat.config import ScheduleConfig
+from mlxchat.errors import StepFailed
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters
+from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import Rates
+from mlxchat.runner.context import Context
+from mlxchat.training.loop import fit
+from mlxchat.training.step import Batch, TrainStep, mean_batch
+from mlxchat.training.watch import Watch
+
+MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
+NUM_ITERATIONS = 8
+CONSTANT = ScheduleConfig(
+    init_lr_frac=1.0, warmup_frac=0.0, warmdown_frac=0.0, final_lr_frac=0.0, weight_decay_frac=1.0
+)
+
+
+def rows(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    ids = np.random.default_rng(seed).integers(0, 280, (4, 17)).astype(np.int32)
+    return [(row[:-1], row[1:]) for row in ids]
+
+
+class Batches:
+    """Batches that follow from their number; those in `bad` have a weight that is no number."""
+
+    waited_seconds = 0.0
+
+    def __init__(self, bad: set[int], value: float = float("nan")) -> None:
+        self.bad, self.value, self.number = bad, value, 0
+
+    def next_batch(self, iteration: int) -> Batch:
+        batch = mean_batch(rows(self.number))
+        if self.number in self.bad:
+            batch.weights[0, 0] = self.value
+        self.number += 1
+        return batch
+
+    def documents(self) -> list[str]:
+        return [f"book {self.number - 1}", "page 7"]
+
+    def state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+def arrays(model: GPT, optimizer: Optimizer) -> dict[str, bytes]:
+    return {name: np.array(value).tobytes() for name, value in (flatten_parameters(model) | optimizer.state).items()}
+
+
+@pytest.fixture
+def train(make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer) -> Callable[..., Any]:
+    def run(name: str, bad: set[int], **training: Any) -> tuple[Context, dict[str, bytes]]:
+        model = make_model()
+        optimizer = make_optimizer(model)
+        ctx = make_context(name, training=training)
+        fit(ctx, model, optimizer, Batches(bad), num_iterations=NUM_ITERATIONS, schedule=CONSTANT, hooks=[])
+        return ctx, arrays(model, optimizer)
+
+    return run
+
+
+def records(ctx: Context) -> list[dict[str, Any]]:
+    return ctx.records("metrics").read()
+
+
+# The step
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("micro_rows", [1, 3, 4], ids=["four parts", "two parts", "whole"])
+def test_a_step_without_numbers_changes_neither_weights_nor_moments(
+    make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int, value: float
+) -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    step, source = TrainStep(model, optimizer, micro_tokens=16 * micro_rows, dtype=mx.float32), Batches({1}, value)
+    step(source.next_batch(0), Rates(1.0, 0.9, 1.0))
+    before = arrays(model, optimizer)
+    assert not np.isfinite(step(source.next_batch(1), Rates(1.0, 0.9, 1.0))).all()
+    assert arrays(model, optimizer) == before
+    assert np.isfinite(step(source.next_batch(2), Rates(1.0, 0.9, 1.0))).all()
+    assert arrays(model, optimizer) != before
+
+
+# on_nan=stop
+
+
+def test_a_nan_stops_with_iteration_numbers_documents_and_the_way_on(train: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(StepFailed) as caught:
+        train("run", {3})
+    said = str(caught.value)
+    assert "iteration 4 of 8 gave loss nan and gradient norm nan" in said
+    assert "book 3, page 7" in said
+    assert f"after iteration 3, lies in {tmp_path / 'run' / 'work'}" in said
+    assert "training.on_nan=skip" in said
+    assert caught.value.exit_code == 1
+
+
+def test_after_a_stop_the_same_command_continues_before_the_bad_batch(train: Callable[..., Any]) -> None:
+    """As if whatever made the batch bad had been mended."""
+    expected = train("straight", set())[1]
+    with pytest.raises(StepFailed):
+        train("run", {3})
+    ctx, got = train("run", set())
+    assert ctx.resumed_from == 3
+    assert got == expected
+
+
+def test_a_nan_in_the_first_iteration_leaves_a_state_too(train: Callable[..., Any]) -> None:
+    with pytest.raises(StepFailed, match="after iteration 0"):
+        train("run", {0})
+    assert train("run", set())[1] == train("straight", set())[1]
+
+
+# on_nan=skip
+
+
+def test_a_skipped_update_is_counted_recorded_and_the_rest_goes_on(
+    train: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ctx, _ = train("run", {2, 5}, on_nan="skip")
+    found = records(ctx)
+    assert ctx.metrics["skipped_iterations"] == 2
+    assert [record["iteration"] for record in found] == list(range(1, 9))
+    assert [record["iteration"] for record in found if "loss" not in record] == [3, 6]
+    assert [record["skipped_iterations"] for record in found if "skipped_iterations" in record] == [1, 2]
+    assert "book 2, page 7" in found[2]["warning"]
+    assert np.isfinite(ctx.metrics["loss"])
+    json.dumps(found, allow_nan=False)  # else no reader but Python's takes the file
+    assert "iteration 3: loss nan" in capsys.readouterr().err
+
+
+def test_where_nothing_goes_wrong_skipping_changes_nothing(train: Callable[..., Any]) -> None:
+    (stop, one), (skip, other) = train("stop", set()), train("skip", set(), on_nan="skip")
+    assert one == other
+    assert "skipped_iterations" not in skip.metrics
+    assert [record["loss"] for record in records(stop)] == [record["loss"] for record in records(skip)]
+
+
+def test_skipping_after_a_stop_ends_as_skipping_from_the_beginning(train: Callable[..., Any]) -> None:
+    """Which is why on_nan is no part of the identity."""
+    expected = train("straight", {3}, on_nan="skip")[1]
+    with pytest.raises(StepFailed):
+        train("run", {3}, on_nan="stop")
+    ctx, got = train("run", {3}, on_nan="skip")
+    assert ctx.resumed_from == 3
+    assert got == expected
+
+
+def test_too_many_skipped_in_a_row_stop_all_the_same(train: Callable[..., Any]) -> None:
+    bad = {1, 3, 4, 5}
+    assert train("enough", bad, on_nan="skip", max_skipped_in_a_row=3)[0].metrics["skipped_iterations"] == 4
+    with pytest.raises(StepFailed, match="iteration 6 of 8"):
+        train("too many", bad, on_nan="skip", max_skipped_in_a_row=2)
+
+
+# Warnings
+
+
+def warned(norms: list[float], **settings: Any) -> list[int]:
+    """Return the iterations at which these norms are warned of."""
+    config = compose_config([f"training.{key}={value}" for key, value in settings.items()]).config.training
+    watch = Watch(config)
+    return [iteration for iteration, norm in enumerate(norms, 1) if watch.warn(iteration, norm) is not None]
+
+
+USUAL = [1.0, 1.2, 0.8, 1.1] * 5
+
+
+def test_a_norm_far_above_the_median_is_warned_of() -> None:
+    assert warned([*USUAL, 9.0]) == []
+    assert warned([*USUAL, 11.0]) == [21]
+    assert warned([*USUAL, 3.5], norm_warning_factor=3) == [21]
+
+
+def test_trouble_that_lasts_is_warned_of_once_per_while() -> None:
+    assert warned([*USUAL, *[11.0] * 9]) == [21]
+    assert warned([*USUAL * 3, 12.0, *USUAL * 3, 12.0]) == [61, 122]
+
+
+def test_the_first_norms_and_a_rise_over_many_iterations_are_not_warned_of() -> None:
+    assert warned([100.0, 1.0, 50.0, 1.0]) == []
+    assert warned([1.03**iteration for iteration in range(100)]) == []
+
+
+def test_warnings_can_be_switched_off() -> None:
+    assert warned([*USUAL, 1e9], norm_warning_factor="null") == []
+
+
+def test_a_warning_does_not_depend_on_interruptions() -> None:
+    config = compose_config([]).config.training
+    norms = [*USUAL, 11.0, 11.0, *USUAL * 3, 12.0]
+    watch, said = Watch(config), []
+    for iteration, norm in enumerate(norms, 1):
+        said.append(watch.warn(iteration, norm))
+        state, watch = watch.state(), Watch(config)
+        watch.restore(json.loads(json.dumps(state)))
+    assert [index for index, text in enumerate(said, 1) if text] == warned(norms)
+
+
+def test_an_exploding_norm_is_recorded_and_shown(
+    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Loud(Batches):
+        def next_batch(self, iteration: int) -> Batch:
+            batch = super().next_batch(iteration)
+            return Batch(batch.ids, batch.targets, batch.weights * (1000 if iteration == 12 else 1))
+
+    model, ctx = make_model(), make_context()
+    fit(ctx, model, make_optimizer(model), Loud(set()), num_iterations=14, schedule=CONSTANT, hooks=[])
+    (record,) = (record for record in records(ctx) if "warning" in record)
+    assert record["iteration"] == 13
+    assert "times its median of late" in record["warning"]
+    said = capsys.readouterr().err
+    assert "iteration 13: gradient norm" in said
+    assert "warning gradient norm" in said
