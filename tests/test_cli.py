@@ -168,11 +168,17 @@ def test_status_names_the_step_that_was_left_over_and_how_it_ended(outputs: Path
 
 
 def test_ls_lists_every_artifact_once_the_newest_last(finished: Any, say: Any) -> None:
-    lines = say("ls", f"outputs={finished.outputs}").splitlines()
-    folders = {path.name for path in (finished.outputs / "store").iterdir()}
+    lines = say("ls", f"outputs={finished.outputs}").splitlines()[:-1]
+    folders = {path.name for path in (finished.outputs / "store").iterdir() if not path.name.startswith("tokens-")}
     assert {line.split()[2] for line in lines} == folders
     assert len(lines) == len(folders) == 10
     assert sorted(line[:16] for line in lines) == [line[:16] for line in lines]
+
+
+def test_ls_tells_of_encoded_text_in_one_line(finished: Any, say: Any) -> None:
+    encoded = [path for path in (finished.outputs / "store").iterdir() if path.name.startswith("tokens-")]
+    last = say("ls", f"outputs={finished.outputs}").splitlines()[-1]
+    assert re.match(rf"and {len(encoded)} folders of encoded text, tokens-\* \(\d[\d.]* [kM]?B\)", last)
 
 
 def test_a_number_in_ls_is_written_as_people_write_it(finished: Any, say: Any) -> None:
