@@ -1,0 +1,119 @@
+"""Compare mlxchat with values that nanochat's own code computed: python tests/parity/check.py FILE...
+
+The first word of a file's name says what it holds. One line per quantity: its error, what is tolerated, ok or FAIL.
+Exit code 0: all agree; 1: something does not; 2: a file cannot be read.
+"""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import compare_bpb
+import compare_core
+import compare_engine
+import compare_model
+import compare_packing
+import compare_rl
+import compare_schedules
+import compare_tasks
+import compare_text
+import mlx.core as mx
+from comparison import Comparison, Line, Quantity, Unchecked, UnreadableError
+from parity_file import ParityFile
+
+from mlxchat.ops.device import backend
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+QUANTITIES: dict[str, tuple[Quantity, ...]] = {
+    "nanochat": compare_model.QUANTITIES,
+    "tokenizer": compare_text.TOKENIZER,
+    "conversation": compare_text.CONVERSATION,
+    "packing": compare_packing.QUANTITIES,
+    "schedules": compare_schedules.QUANTITIES,
+    "bpb": compare_bpb.QUANTITIES,
+    "rl": compare_rl.QUANTITIES,
+    "core": compare_core.QUANTITIES,
+    "engine": compare_engine.QUANTITIES,
+    "tasks": compare_tasks.QUANTITIES,
+}
+"""What is compared, by the first word of a file's name. Later formats add a line."""
+
+SUFFIXES = (".json", ".safetensors")
+
+
+def open_file(path: Path) -> ParityFile:
+    """Return a file whose kind is known.
+
+    Raises:
+        UnreadableError: it is missing, or of an unknown format.
+    """
+    if not path.is_file():
+        raise UnreadableError(f"{path}: there is no such file")
+    file = ParityFile(path)
+    if file.kind not in QUANTITIES or path.suffix not in SUFFIXES:
+        names = ", ".join(f"{kind}_*" for kind in QUANTITIES)
+        raise UnreadableError(
+            f"{path}: unknown format; expected a name like {names}, ending in {' or '.join(SUFFIXES)}"
+        )
+    return file
+
+
+def compare(file: ParityFile, quantity: Quantity) -> Iterator[Line]:
+    """Yield a quantity's lines. What our code refuses to compute is a failure like any other.
+
+    Raises:
+        UnreadableError: the file does not hold what the quantity needs.
+    """
+    try:
+        yield from quantity(file)
+    except UnreadableError:
+        raise
+    except Exception as error:
+        yield Comparison(quantity.__name__, float("inf"), 0, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def show(line: Line) -> str:
+    """Return a line of the table."""
+    if isinstance(line, Unchecked):
+        return f"  {line.name:<48} not checked yet: {line.reason}"
+    verdict = "ok" if line.ok else "FAIL"
+    return f"  {line.name:<48} {line.error:>10.3g}  ≤ {line.tolerance:<8.3g} {verdict:<4}  {line.detail}".rstrip()
+
+
+def main(arguments: list[str]) -> int:
+    """Compare files and print what was found; return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    mx.set_default_device(mx.cpu)  # the tolerances are those of float32
+    backend.cache_clear()
+    found: list[Comparison] = []
+    unchecked = unreadable = 0
+    for argument in arguments:
+        try:
+            file = open_file(Path(argument))
+            print(f"{argument}", flush=True)
+            for quantity in QUANTITIES[file.kind]:
+                for line in compare(file, quantity):
+                    print(show(line), flush=True)
+                    if isinstance(line, Unchecked):
+                        unchecked += 1
+                    else:
+                        found.append(line)
+        except UnreadableError as error:
+            print(f"error: {error}", file=sys.stderr)
+            unreadable += 1
+    failed = [line for line in found if not line.ok]
+    print(f"{len(found) - len(failed)} of {len(found)} quantities agree", end="")
+    print(f"; {unchecked} not checked yet" if unchecked else "", end="")
+    print(f"; {unreadable} of {len(arguments)} files cannot be read" if unreadable else "")
+    return 2 if unreadable else 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

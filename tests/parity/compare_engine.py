@@ -1,0 +1,217 @@
+"""engine_*.json: the calculator's protocol, distributions of draws, greedy decoding of both snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from compare_tasks import our_rule
+from comparison import Line, Quantity, Unchecked, largest, same
+from parity_file import ParityFile
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine import generate
+from mlxchat.engine.generate import Completion, Engine
+from mlxchat.engine.sample import sample_tokens
+from mlxchat.engine.tools import calculate
+
+VARIANTS = ("oct2025", "jul2026")
+PROBABILITY = 1e-6
+_DRAWS = 20_000
+_UNLIMITED = 1000
+# Where two logits are closer than both sides may be off, either is right.
+_TIE = 4e-4
+
+
+class Scripted:
+    """A stand-in model: row r wants scripts[r][t] after t tokens. Rows are told apart by their padding."""
+
+    def __init__(self, scripts: list[list[int]], filler: int, vocab_size: int) -> None:
+        """Take the scripts."""
+        self.scripts, self.filler, self.vocab_size, self.step = scripts, filler, vocab_size, 0
+        self.sizes = SimpleNamespace(windows=lambda: [None])
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return them as they come."""
+        return hidden
+
+    def hidden(self, ids: mx.array, cache: Any) -> mx.array:
+        """Return logits (B, T, V) that name the next token of each row's script."""
+        logits = np.zeros((*ids.shape, self.vocab_size), dtype=np.float32)
+        for place, padding in enumerate(cache.starts.tolist()):
+            script = self.scripts[len(self.scripts) - 1 - padding]
+            logits[place, -1, script[self.step] if self.step < len(script) else self.filler] = 1000
+        self.step += 1
+        return mx.array(logits)
+
+
+def protocol(file: ParityFile) -> Iterator[Line]:
+    """Compare tokens and masks of scripted rows, with nanochat's answers in place of our calculator's."""
+    file.require("scripted", "prompt", "filler_token")
+    tokenizer, pairs, answers = file.tokenizer(), [], []
+    for case in file.json["scripted"]:
+        rows = [_row(tokenizer, case, row) for row in range(len(case["scripts"]))]
+        calls = [call for row in rows for call in _calls(tokenizer, *row)]
+        answers += [call[:2] for call in calls if call[2]]
+        with _calculator({expression: answer for expression, answer, _ in calls}.get):
+            got = _run(file, tokenizer, case["scripts"], case["max_tokens"])
+        pairs += [
+            (f"{case['name']}, row {number}", (completion.ids, completion.mask), row)
+            for number, (completion, row) in enumerate(zip(got, rows, strict=True))
+        ]
+    yield same("tokens and masks of the calculator's protocol", pairs)
+    rules = [(expression, our_rule(expression, answer)) for expression, answer in answers]
+    yield same(
+        "the calculator's answers in it, by our rule",
+        [(expression, calculate(expression), wanted) for expression, wanted in rules if wanted != "skip"],
+    )
+
+
+def refusals(file: ParityFile) -> Iterator[Line]:
+    """Compare what must not leave the calculator, and first tokens; say what is not compared."""
+    values, tokenizer = file.json, file.tokenizer()
+    if "exit_in_expression" in values:
+        case = values["exit_in_expression"]["jul2026"]
+        (got,) = _run(file, tokenizer, [case["script"]], None)
+        ended = got.ids[:-1] if got.ids and got.ids[-1] in (tokenizer.assistant_end, tokenizer.bos) else got.ids
+        yield same("exit() in an expression", [("tokens", [*values["prompt"], *ended], case["batch_results"][0])])
+    if "first_token_of_64_rows" in values:
+        drawn = sample_tokens(mx.zeros((64, 32)), temperature=1.0, top_k=None, key=mx.random.key(0)).tolist()
+        shared = values["first_token_of_64_rows"]["jul2026"]["all_rows_share_the_first_token"]
+        yield same("rows share their first token", [("64 rows", len(set(drawn)) == 1, shared)])
+    if "result_above_4300_digits" in values:
+        yield Unchecked("results above 4300 digits", "ours refuses what is beyond 1e15")
+    if "input_errors" in values:
+        yield Unchecked("inputs that are no lists of ids", "they cannot come from our tokenizer")
+
+
+def distributions(file: ParityFile) -> Iterator[Line]:
+    """Compare the exact distribution that a token is drawn from, and the shares of many draws."""
+    file.require("sampling")
+    exact, argmax, shares, refused = {}, [], {}, 0
+    for number, case in enumerate(file.json["sampling"]):
+        if "error" in case:
+            refused += 1
+            continue
+        # Off is null in ours, and 0 in jul2026; the configuration refuses the rest.
+        top_k = case["top_k"] if case["top_k"] is None or case["top_k"] > 0 else None
+        logits = mx.array(np.array(case["logits"], np.float32))
+        name = f"{number}: temperature {case['temperature']}, top_k {case['top_k']}"
+        if "argmax" in case:
+            got = sample_tokens(logits, temperature=case["temperature"], top_k=top_k, key=mx.random.key(0))
+            argmax.append((name, got.tolist(), case["argmax"]))
+            continue
+        expected = np.array(case["probs"])
+        found = _distribution(logits, case["temperature"], top_k)
+        exact[name] = float(np.abs(found - expected).max())
+        for row, wanted in enumerate(expected):
+            batch = mx.broadcast_to(logits[row], (_DRAWS, logits.shape[1]))
+            drawn = sample_tokens(batch, temperature=case["temperature"], top_k=top_k, key=mx.random.key(row))
+            share = np.bincount(np.asarray(drawn), minlength=logits.shape[1]) / _DRAWS
+            if (share[wanted == 0] > 0).any():
+                shares[f"{name}, row {row}"] = float("inf")
+                continue
+            deviation = np.sqrt(wanted * (1 - wanted) / _DRAWS) + 2e-4
+            shares[f"{name}, row {row}"] = float((np.abs(share - wanted) / deviation).max())
+    yield largest("probabilities that are drawn from", exact, PROBABILITY)
+    # There are hundreds of shares, so some are several standard errors off.
+    yield largest("shares of many draws, in standard errors", shares, 6)
+    if argmax:
+        yield same("tokens at temperature 0", argmax)
+    if refused:
+        yield Unchecked(
+            "temperatures and top_k that nanochat refuses", "the configuration does, before anything is drawn"
+        )
+
+
+def greedy(file: ParityFile) -> Iterator[Line]:
+    """Compare greedy decoding with special tokens."""
+    file.require("greedy")
+    tokenizer = file.tokenizer()
+    for variant in VARIANTS:
+        model, pairs, ties = file.core_model(variant), [], 0
+        for number, case in enumerate(file.json["greedy"][variant]):
+            if case["min_top2_logit_gap"] < _TIE:
+                ties += 1
+                continue
+            (completion,) = Engine(model, tokenizer).complete([case["prompt"]], max_new_tokens=case["max_tokens"])
+            pairs.append((f"prompt {number}", completion.ids, case["tokens"]))
+        yield same(f"greedy continuations, {variant}", pairs)
+        if ties:
+            yield Unchecked(f"{ties} continuations with a tie, {variant}", f"two logits are within {_TIE}")
+
+
+QUANTITIES: tuple[Quantity, ...] = (protocol, refusals, distributions, greedy)
+
+
+def _run(file: ParityFile, tokenizer: Tokenizer, scripts: list[list[int]], limit: int | None) -> list[Completion]:
+    """Return what rows of scripts become. All begin with the first script's token, as nanochat's do."""
+    scripts = [[scripts[0][0], *script[1:]] for script in scripts]
+    prompts = [file.json["prompt"] + [file.json["filler_token"]] * row for row in range(len(scripts))]
+    model: Any = Scripted(scripts, file.json["filler_token"], tokenizer.vocab_size)
+    return Engine(model, tokenizer).complete(prompts, max_new_tokens=_UNLIMITED if limit is None else limit)
+
+
+def _row(tokenizer: Tokenizer, case: dict[str, Any], row: int) -> tuple[list[int], list[int]]:
+    """Return tokens and mask of a row up to its end; nanochat goes on computing rows that have ended."""
+    ids, mask = [column[row] for column in case["columns"]], [column[row] for column in case["masks"]]
+    ends = [place for place, token in enumerate(ids) if token in (tokenizer.assistant_end, tokenizer.bos)]
+    stop = ends[0] + 1 if ends else len(ids)
+    return ids[:stop], mask[:stop]
+
+
+def _calls(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Iterator[tuple[str, str | None, bool]]:
+    """Yield every expression of a row, the answer that was forced after it, and whether all of it was."""
+    special, call = tokenizer.special_ids, None
+    for place, token in enumerate(ids):
+        if token == special["<|python_start|>"]:
+            call = []
+        elif token == special["<|python_end|>"] and call is not None:
+            answer, is_whole = None, False
+            if ids[place + 1 : place + 2] == [special["<|output_start|>"]] and mask[place + 1] == 0:
+                stop = place + 2
+                while stop < len(ids) and ids[stop] != special["<|output_end|>"]:
+                    stop += 1
+                answer, is_whole = tokenizer.decode(ids[place + 2 : stop]), stop < len(ids)
+            yield tokenizer.decode(call), answer, is_whole
+            call = None
+        elif call is not None:
+            call.append(token)
+
+
+@contextmanager
+def _calculator(answer: Callable[[str], str | None]) -> Iterator[None]:
+    """Let the engine ask somebody else."""
+    own, generate.calculate = generate.calculate, answer
+    try:
+        yield
+    finally:
+        generate.calculate = own
+
+
+def _distribution(logits: mx.array, temperature: float, top_k: int | None) -> np.ndarray[Any, Any]:
+    """Return the probabilities (B, V) of what `sample_tokens` draws: what it hands to the generator, by token."""
+    handed: list[np.ndarray[Any, Any]] = []
+    place = 0
+
+    def pick(given: mx.array, **_: Any) -> mx.array:
+        handed.append(np.asarray(given, dtype=np.float64))
+        return mx.full(given.shape[0], place)
+
+    own, mx.random.categorical = mx.random.categorical, pick
+    tokens = []
+    try:
+        while not handed or place < handed[0].shape[1]:
+            drawn = sample_tokens(logits, temperature=temperature, top_k=top_k, key=mx.random.key(0))
+            tokens.append(np.asarray(drawn))
+            place += 1
+    finally:
+        mx.random.categorical = own
+    weights = np.exp(handed[0] - handed[0].max(-1, keepdims=True))
+    found = np.zeros(logits.shape)
+    np.put_along_axis(found, np.stack(tokens, axis=1), weights / weights.sum(-1, keepdims=True), axis=1)
+    return found

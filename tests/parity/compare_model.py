@@ -1,0 +1,271 @@
+"""nanochat_*.safetensors: logits, losses, gradients, three optimizer steps, greedy decoding and counts of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from comparison import (
+    Comparison,
+    Line,
+    Quantity,
+    UnreadableError,
+    distance,
+    exact,
+    largest,
+    relative_distance,
+    same,
+    scaled_distance,
+)
+from parity_file import ParityFile
+
+from mlxchat.compose import compose_config
+from mlxchat.config import OptimizerConfig
+from mlxchat.engine.generate import Engine
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import count_parameters, flops_per_token
+from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
+from mlxchat.optim import groups
+from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.muon import aspect_factor, normuon_update
+from mlxchat.optim.schedule import Rates
+from mlxchat.training.step import Batch, TrainStep, mean_batch
+
+LOGITS, LOSS, RELATIVE = 2e-4, 1e-5, 1e-3
+# nanochat orthogonalises in bfloat16, whose roundings alone move a matrix by 2 to 4 % in three steps; the tables'
+# gradients follow the matrices from the second step on. In float32 ours stays that far from it.
+FLOAT32_MATRICES, FLOAT32_TABLES = 0.035, 0.003
+# Of all gradients' norm: what is smaller is 0 but for rounding, such as the backout's of two layers, whose scale the
+# last norm takes away again. AdamW makes a whole step of it, in whatever direction.
+ZERO = 1e-6
+
+
+def logits(file: ParityFile) -> Iterator[Line]:
+    """Compare the logits of all tokens."""
+    got = np.asarray(file.model("weights.")(mx.array(_tensor(file, "ids"))))
+    yield Comparison("logits, absolute", distance(got, _tensor(file, "logits")), LOGITS)
+
+
+def losses(file: ParityFile) -> Iterator[Line]:
+    """Compare each token's loss, and their mean."""
+    model, targets = file.model("weights."), _tensor(file, "targets").reshape(-1)
+    hidden = model.hidden(mx.array(_tensor(file, "ids"))).reshape(-1, model.sizes.width)
+    got, expected = np.asarray(token_losses(hidden, model.head_weight, mx.array(targets))), _tensor(file, "loss_none")
+    yield Comparison("loss of each token", scaled_distance(got, expected.reshape(-1)), LOSS)
+    ignored = [("", value, 0.0) for value in got[targets < 0].tolist()]
+    if ignored:
+        yield same("ignored targets have no loss", ignored)
+    mean, _ = loss_and_gradients(model, whole_batch(file))
+    yield Comparison("mean loss", scaled_distance(mean, _tensor(file, "loss_mean").item()), LOSS)
+
+
+def gradients(file: ParityFile) -> Iterator[Line]:
+    """Compare the gradient of every parameter."""
+    _, got = loss_and_gradients(file.model("weights."), whole_batch(file))
+    expected = file.weights("grads.")
+    yield same("parameters with a gradient", [("names", got.keys(), expected.keys())])
+    vanishing = _vanishing(file)
+    names = sorted(got.keys() & expected.keys())
+    errors = {name: relative_distance(got[name], expected[name]) for name in names if name not in vanishing}
+    yield largest("gradients, relative norm", errors, RELATIVE)
+    if vanishing:
+        total = float(np.sqrt(sum(np.linalg.norm(value) ** 2 for value in expected.values())))
+        zeros = {name: float(np.linalg.norm(got[name])) / total for name in names if name in vanishing}
+        yield largest("gradients that are 0 but for rounding, share of all", zeros, ZERO)
+
+
+def optimizer_steps(file: ParityFile) -> Iterator[Line]:
+    """Compare the weights after three steps, as our loop takes them, orthogonalised in the type that nanochat used."""
+    dtype = {"oct2025": mx.bfloat16, "jul2026": mx.float32}[file.variant]
+    losses3, weights = _three_steps(file, dtype)
+    yield Comparison("losses of three steps", scaled_distance(losses3, _tensor(file, "losses3")), 10 * LOSS)
+    undecided = _undecided(file) if file.variant == "jul2026" else {}
+    yield largest("change in three steps, relative norm", _changes(file, weights, undecided), RELATIVE)
+    if undecided:
+        yield _decays(file, weights, undecided)
+    _, weights = _three_steps(file, dtype, micro_tokens=1)
+    yield largest("the same, one row at a time", _changes(file, weights, undecided), RELATIVE)
+
+
+def optimizer_steps_in_float32(file: ParityFile) -> Iterator[Line]:
+    """Compare the same with what a CPU computes by default, where nanochat used another type."""
+    if file.variant != "oct2025":
+        return
+    changes = _changes(file, _three_steps(file, mx.float32)[1], {})
+    matrices = {name: error for name, error in changes.items() if ".h." in name}
+    tables = {name: error for name, error in changes.items() if name not in matrices}
+    yield largest("three steps in float32: matrices", matrices, FLOAT32_MATRICES)
+    yield largest("three steps in float32: the rest", tables, FLOAT32_TABLES)
+
+
+def greedy(file: ParityFile) -> Iterator[Line]:
+    """Compare the most likely continuation after the three steps, with and without a cache."""
+    model, prompt = file.model("after3."), _tensor(file, "greedy_prompt").tolist()
+    expected = _tensor(file, "greedy").tolist()
+    beyond = model.sizes.vocab_size  # such a model has no special tokens
+    special = {"<|python_start|>": beyond, "<|python_end|>": beyond}
+    tokenizer: Any = SimpleNamespace(bos=beyond, assistant_end=beyond, special_ids=special)
+    (completion,) = Engine(model, tokenizer).complete([prompt], max_new_tokens=len(expected))
+    yield _tokens("greedy continuation through the cache", completion.ids, expected)
+    ids = list(prompt)
+    for _ in expected:
+        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1]).item()))
+    yield _tokens("greedy continuation without a cache", ids[len(prompt) :], expected)
+
+
+def counts(file: ParityFile) -> Iterator[Line]:
+    """Compare numbers of parameters and FLOPs."""
+    weights = sum(value.size for value in file.weights("weights.").values())
+    yield Comparison("number of parameters", abs(count_parameters(file.sizes)["total"] - weights), 0)
+    try:
+        expected = int(file.metadata["flops_per_token"])
+    except (KeyError, ValueError):
+        raise UnreadableError(f"{file.path}: its metadata has no number flops_per_token") from None
+    yield Comparison("FLOPs per token", abs(flops_per_token(file.sizes) - expected), 0)
+
+
+QUANTITIES: tuple[Quantity, ...] = (
+    counts,
+    logits,
+    losses,
+    gradients,
+    optimizer_steps,
+    optimizer_steps_in_float32,
+    greedy,
+)
+
+
+@cache
+def optimizer_config(variant: str, **numbers: float) -> OptimizerConfig:
+    """Return a snapshot's optimizer, as nanochat's values were made: without clipping and scaling."""
+    changes = [f"optimizer.{key}={value}" for key, value in numbers.items()]
+    config = compose_config([f"optimizer=muon_{variant}", *changes]).config.optimizer
+    return replace(config, grad_clip=None, scaling=None)
+
+
+def optimizer_of(
+    model: GPT, variant: str, dtype: mx.Dtype | None = None, lr_frac: float = 1.0, **numbers: float
+) -> Optimizer:
+    """Return a snapshot's optimizer of a model; dtype is what it orthogonalises in, numbers are fields to change."""
+    return Optimizer(model, optimizer_config(variant, **numbers), width=model.sizes.width, lr_frac=lr_frac, dtype=dtype)
+
+
+def whole_batch(file: ParityFile) -> Batch:
+    """Return the file's rows as one batch."""
+    return mean_batch(list(zip(_tensor(file, "ids"), _tensor(file, "targets"), strict=True)))
+
+
+def loss_and_gradients(model: GPT, batch: Batch) -> tuple[float, dict[str, np.ndarray[Any, Any]]]:
+    """Return the weighted loss of a batch and the gradient of every parameter."""
+    parameters = flatten_parameters(model)
+
+    def loss_of(weights: dict[str, mx.array]) -> mx.array:
+        set_parameters(model, weights)
+        hidden = model.hidden(mx.array(batch.ids)).reshape(-1, model.sizes.width)
+        targets = mx.array(np.maximum(batch.targets, 0).reshape(-1))
+        return cross_entropy_sum(hidden, model.head_weight, targets, mx.array(batch.weights.reshape(-1)))
+
+    loss, got = mx.value_and_grad(loss_of)(parameters)
+    mx.eval(loss, got)
+    set_parameters(model, parameters)
+    return float(loss.item()), {name: np.asarray(value) for name, value in got.items()}
+
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def _three_steps(file: ParityFile, dtype: mx.Dtype, micro_tokens: int = 1 << 30) -> tuple[list[float], Arrays]:
+    """Return the losses of three steps, and the weights after them."""
+    model = file.model("weights.")
+    step = TrainStep(model, optimizer_of(model, file.variant, dtype), micro_tokens=micro_tokens, dtype=mx.float32)
+    batch = whole_batch(file)
+    found = [step(batch, Rates(1.0, 0.95, 1.0))[0] for _ in range(3)]
+    return found, {name: np.asarray(value) for name, value in flatten_parameters(model).items()}
+
+
+def _changes(file: ParityFile, weights: Arrays, undecided: Arrays) -> dict[str, float]:
+    """Return the relative error of every parameter's change, without elements whose decay hangs on rounding."""
+    start, expected = file.weights("weights."), file.weights("after3.")
+    if weights.keys() != expected.keys():
+        return {"parameters": float("nan")}
+    return {
+        name: relative_distance(
+            np.where(undecided.get(name, False), 0, value - start[name]),
+            np.where(undecided.get(name, False), 0, expected[name] - start[name]),
+        )
+        for name, value in weights.items()
+        if name not in _vanishing(file)
+    }
+
+
+def _vanishing(file: ParityFile) -> set[str]:
+    """Return the parameters whose gradient is 0 but for rounding."""
+    norms = {name: float(np.linalg.norm(value)) for name, value in file.weights("grads.").items()}
+    total = float(np.sqrt(sum(norm**2 for norm in norms.values())))
+    return {name for name, norm in norms.items() if norm < ZERO * total}
+
+
+def _decays(file: ParityFile, weights: Arrays, undecided: Arrays) -> Comparison:
+    """Return how many of the elements whose decay hangs on rounding differ by more than that decay, in three steps."""
+    config, differing, count = optimizer_config(file.variant), [], 0
+    for name, hangs in undecided.items():
+        expected, rate = file.weights("after3.")[name], config.matrix_lr * aspect_factor(mx.array(weights[name]))
+        decay = 3 * rate * config.weight_decay * (np.abs(expected) + 3 * rate)
+        beyond = hangs & ~(np.abs(weights[name] - expected) <= decay)
+        differing += [f"{name}{place}" for place in np.argwhere(beyond).tolist()]
+        count += int(hangs.sum())
+    elements = sum(hangs.size for hangs in undecided.values())
+    if count > 1e-3 * elements:
+        return Comparison("elements whose decay hangs on rounding", count / elements, 1e-3)
+    return exact("elements whose decay hangs on rounding", differing, max(count, 1))
+
+
+def _undecided(file: ParityFile) -> Arrays:
+    """Return for every matrix which elements had, in one of three steps, a step that is 0 but for rounding.
+
+    jul2026 decays a weight where step and weight have the same sign. Steps are the outcome of five iterations in
+    float32, so below a ten-thousandth of their root mean square their sign is that of rounding errors.
+    """
+    steps: list[np.ndarray[Any, Any]] = []
+
+    def recorded(*arguments: Any) -> Any:
+        found = normuon_update(*arguments)
+        steps.append(np.asarray(found[0] * found[1]))
+        return found
+
+    model, batch = file.model("weights."), whole_batch(file)
+    optimizer = optimizer_of(model, file.variant, mx.float32)
+    mx.disable_compile()
+    groups.normuon_update = recorded
+    try:
+        for _ in range(3):
+            _, got = loss_and_gradients(model, batch)
+            rates = Rates(mx.array(1.0), mx.array(0.95), mx.array(1.0))
+            arrays = {name: mx.array(value) for name, value in got.items()}
+            set_parameters(model, optimizer.update(flatten_parameters(model), arrays, rates))
+    finally:
+        groups.normuon_update = normuon_update
+        mx.enable_compile()
+    undecided: Arrays = {}
+    for index, names in enumerate(optimizer.muon_shapes.values()):
+        for place, name in enumerate(names):
+            own = [stacked[place] for stacked in steps[index :: len(optimizer.muon_shapes)]]
+            undecided[name] = np.any([np.abs(step) < 1e-4 * np.sqrt((step**2).mean()) for step in own], axis=0)
+    return undecided
+
+
+def _tokens(name: str, got: list[int], expected: list[int]) -> Comparison:
+    differing = sum(ours != theirs for ours, theirs in zip(got, expected, strict=True))
+    return Comparison(name, differing, 0, f"{len(expected)} tokens")
+
+
+def _tensor(file: ParityFile, name: str) -> np.ndarray[Any, Any]:
+    if name not in file.tensors:
+        raise UnreadableError(f"{file.path}: has no tensor {name}; it is not in the format of nanochat_*.safetensors")
+    return file.tensors[name]

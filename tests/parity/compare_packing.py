@@ -1,0 +1,156 @@
+"""packing_*.json: best-fit rows of documents and of conversations, from nanochat's order of reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from comparison import Line, Quantity, Unchecked, same
+from parity_file import ParityFile
+
+from mlxchat.data.conversation import render_conversation
+from mlxchat.data.documents import Address
+from mlxchat.data.packing import ConversationRows, DocumentRows
+from mlxchat.data.tokens import Array, Tokens
+
+
+class NanochatOrder:
+    """Documents as nanochat reads them: batches that end with their row group, by rank, from a state or the start."""
+
+    def __init__(self, file: ParityFile, documents: list[Array], case: dict[str, Any]) -> None:
+        """Take encoded documents; nothing is read yet."""
+        self.epoch = 0
+        self._documents = documents
+        self._batches = self._read(file.json, case)
+
+    def _read(self, values: dict[str, Any], case: dict[str, Any]) -> Iterator[list[int]]:
+        sizes, group, world = values["shard_sizes"], values["row_group_size"], case["world_size"]
+        starts = np.cumsum([0, *sizes]).tolist()
+        shards = range(len(sizes) - 1) if case["split"] == "train" else range(len(sizes) - 1, len(sizes))
+        resume = case.get("resume_state")
+        first, first_group = (resume["pq_idx"], resume["rg_idx"]) if resume else (0, None)
+        size = case.get("tokenizer_batch_size", 128)
+        while True:
+            for place, shard in enumerate(shards):
+                if place < first:
+                    continue
+                begin = case["rank"]
+                if first_group is not None:
+                    begin, first_group = (first_group // world + 1) * world + case["rank"], None
+                for start in range(begin * group, sizes[shard], world * group):
+                    stop = min(start + group, sizes[shard])
+                    for part in range(start, stop, size):
+                        yield [starts[shard] + index for index in range(part, min(part + size, stop))]
+            first = 0
+
+    def next(self, count: int) -> list[tuple[Address, int]]:
+        """Return nanochat's next batch, whatever `count` is."""
+        return [((0, index), len(self._documents[index])) for index in next(self._batches)]
+
+    def length(self, address: Address) -> int:
+        """Return the length of a document."""
+        return len(self._documents[address[1]])
+
+    def ids(self, address: Address) -> Array:
+        """Return the ids of a document."""
+        return self._documents[address[1]]
+
+    def name(self, address: Address) -> str:
+        """Return what people call a document."""
+        return f"document {address[1]}"
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing: this source is read once."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class InOrder(ConversationRows):
+    """Conversations as they come, which nanochat's mixture has shuffled before."""
+
+    def _shuffle(self) -> list[int]:
+        return list(range(len(self._conversations)))
+
+
+def documents(file: ParityFile) -> Iterator[Line]:
+    """Compare the ids of documents, and rows of them: whole cases, ranks and resumed ones included."""
+    file.require("documents", "token_ids", "shard_sizes", "row_group_size", "jul2026_bestfit")
+    encoded = file.tokenizer().encode_documents(file.json["documents"])
+    yield same(
+        "ids of documents",
+        (
+            (str(number), got.tolist(), expected)
+            for number, (got, expected) in enumerate(zip(encoded, file.json["token_ids"], strict=True))
+        ),
+    )
+    pairs = []
+    for number, case in enumerate(file.json["jul2026_bestfit"]):
+        source = NanochatOrder(file, encoded, case)
+        rows = DocumentRows(source, case["T"], case.get("buffer_size", 1000))
+        for inputs, targets in _expected_rows(case["batches"]):
+            got = rows.next_row()
+            pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
+    yield same("rows of documents, best fit", pairs)
+
+
+def conversations(file: ParityFile) -> Iterator[Line]:
+    """Compare rows of conversations until the first epoch has been read.
+
+    nanochat lets two epochs share a row, and never places a conversation that is longer than a row; ours cuts it.
+    """
+    file.require("conversations", "conversation_lengths", "chat_jul2026")
+    values, tokenizer = file.json, file.tokenizer()
+    rendered = [render_conversation(tokenizer, conversation) for conversation in values["conversations"]]
+    lengths = values["conversation_lengths"]
+    yield same(
+        "lengths of conversations",
+        ((str(number), len(ids), lengths[number]) for number, (ids, _) in enumerate(rendered)),
+    )
+    pairs, left_out = [], 0
+    for number, case in enumerate(values["chat_jul2026"]):
+        used = case["uses_conversations"][case["rank"] :: case["world_size"]]
+        if max(lengths[index] for index in used) > case["max_seq_len"] + 1:
+            left_out += 1
+            continue
+        rows = InOrder(
+            _tokens([rendered[index] for index in used]), padding=tokenizer.bos, row_tokens=case["max_seq_len"],
+            buffer_conversations=case["buffer_size"], train_on="assistant", seed=0,
+        )  # fmt: skip
+        for inputs, targets in _expected_rows(case["batches"]):
+            got = rows.next_row()
+            position = rows.state()
+            if position["epoch"] or position["next"] == len(used):
+                break
+            pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
+    yield same("rows of conversations, best fit", pairs)
+    if left_out:
+        yield Unchecked("rows where a conversation is longer than a row", "ours cuts it, nanochat never places it")
+
+
+def unchecked(file: ParityFile) -> Iterator[Line]:
+    """Say which loaders ours has no counterpart of."""
+    if "oct2025_stream" in file.json:
+        yield Unchecked("rows of one token stream, oct2025", "ours packs by best fit only")
+    if "chat_oct2025" in file.json:
+        yield Unchecked("rows of conversations, oct2025", "ours packs by best fit only")
+
+
+QUANTITIES: tuple[Quantity, ...] = (documents, conversations, unchecked)
+
+
+def _expected_rows(batches: list[dict[str, Any]]) -> Iterator[tuple[list[int], list[int]]]:
+    for batch in batches:
+        yield from zip(batch["inputs"], batch["targets"], strict=True)
+
+
+def _tokens(sequences: list[tuple[list[int], list[int]]]) -> Tokens:
+    """Return rendered conversations as sequences in memory."""
+    offsets = np.cumsum([0, *(len(ids) for ids, _ in sequences)])
+    flat = np.array([id_ for ids, _ in sequences for id_ in ids], dtype=np.uint32)
+    return Tokens(offsets, flat, np.array([bit for _, mask in sequences for bit in mask], dtype=np.bool_))

@@ -1,0 +1,214 @@
+"""rl_*.json: advantages, what is trained on, the policy gradient and its update, of both snapshots; pass@k; steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from compare_model import ZERO, loss_and_gradients, optimizer_of
+from comparison import Comparison, Line, Quantity, Unchecked, distance, largest, same
+from parity_file import ParityFile
+
+from mlxchat.engine.generate import Completion
+from mlxchat.model.weights import flatten_parameters
+from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.optim.schedule import Rates, lr_multiplier
+from mlxchat.training.rollouts import centre_rewards, weighted_batch
+from mlxchat.training.step import Batch, TrainStep
+
+VARIANTS = ("oct2025", "jul2026")
+RELATIVE = 1e-5
+# Of one parameter's gradient: its first values relative to its largest, its sum relative to its 1-norm.
+PARTS = 1e-4
+# oct2025 orthogonalises in bfloat16, whose roundings alone move the norm of a step by 1 %.
+MATRICES = {"oct2025": 2e-2, "jul2026": 1e-4}
+
+
+def advantages(file: ParityFile) -> Iterator[Line]:
+    """Compare rewards less their mean."""
+    file.require("cases")
+    errors = {
+        f"{case['name']}, example {index}": distance(
+            centre_rewards(np.array([example["rewards"]]))[0], example["advantages"]
+        )
+        for case in file.json["cases"]
+        for index, example in enumerate(case["examples"])
+    }
+    yield largest("advantages, absolute", errors, 1e-6)
+
+
+def trained_tokens(file: ParityFile) -> Iterator[Line]:
+    """Compare inputs and targets of the rows that have an advantage; others change nothing and are left out."""
+    file.require("cases")
+    padding, pairs = file.tokenizer().assistant_end, []
+    for case in file.json["cases"]:
+        prompts, completions, weights = _rows(case)
+        batch = weighted_batch(prompts, completions, weights, padding=padding)
+        inputs = [row for example in case["examples"] for row in example["inputs"]]
+        targets = [row for example in case["examples"] for row in example["targets"]]
+        for row, index in enumerate(np.flatnonzero(weights)):
+            # Ours are as wide as the longest row of the iteration, nanochat's as that of the example.
+            length = len(inputs[index])
+            width = max(batch.ids.shape[1], length)
+            got = (
+                _padded(batch.ids[row].tolist(), width, padding)[:length],
+                _padded(batch.targets[row].tolist(), width, -1),
+            )
+            expected = inputs[index], _padded(targets[index], width, -1)
+            pairs.append((f"{case['name']}, row {index}", got, expected))
+    yield same("inputs and targets", pairs)
+
+
+def policy_gradient(file: ParityFile) -> Iterator[Line]:
+    """Compare loss and gradients with nanochat's weights, and with ours the loss that its log-probabilities give."""
+    file.require("cases")
+    padding = file.tokenizer().assistant_end
+    for variant in VARIANTS:
+        model = file.core_model(variant)
+        losses, norms, parts, ours, logps = {}, {}, {}, {}, {}
+        for case in file.json["cases"]:
+            prompts, completions, weights = _rows(case)
+            batch = weighted_batch(prompts, completions, weights, padding=padding)
+            theirs = Batch(batch.ids, batch.targets, _nanochat_weights(case, batch, weights))
+            loss, gradients = loss_and_gradients(model, theirs)
+            expected, name = case[variant], case["name"]
+            losses[name] = abs(loss - expected["loss_sum_over_passes"])
+            total = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in gradients.values()))
+            norms[name] = abs(total / expected["grad_norm_total"] - 1)
+            if gradients.keys() != expected["grads"].keys():
+                parts[f"{name}: parameters"] = float("inf")
+            for parameter, values in expected["grads"].items():
+                zero = ZERO * expected["grad_norm_total"]
+                parts[f"{name}: {parameter}"] = _gradient_error(gradients.get(parameter, np.zeros(0)), values, zero)
+            logp = [np.array(each) for example in case["examples"] for each in example[variant]["logp"]]
+            count = sum(sum(completion.mask) for completion in completions)
+            wanted = -sum((each.sum(-1) * part).sum() for each, part in zip(logp, _passes(case), strict=True)) / count
+            ours[name] = abs(loss_and_gradients(model, batch)[0] - wanted)
+            logps[name] = max(
+                distance(_log_probabilities(model, example, start, case), each)
+                for example in case["examples"]
+                for start, each in enumerate(example[variant]["logp"])
+            )
+        yield largest(f"log-probabilities, absolute, {variant}", logps, 1e-4)
+        yield largest(f"loss, absolute, {variant}", losses, RELATIVE)
+        yield largest(f"norm of all gradients, relative, {variant}", norms, RELATIVE)
+        yield largest(f"each gradient's norm, sum and first values, {variant}", parts, PARTS)
+        yield largest(f"loss as ours weights it, absolute, {variant}", ours, RELATIVE)
+
+
+def update(file: ParityFile) -> Iterator[Line]:
+    """Compare how far one step moves each parameter."""
+    file.require("cases")
+    padding = file.tokenizer().assistant_end
+    for variant in VARIANTS:
+        matrices, rest = {}, {}
+        for case in file.json["cases"]:
+            prompts, completions, weights = _rows(case)
+            batch = weighted_batch(prompts, completions, weights, padding=padding)
+            model, settings = file.core_model(variant), case["settings"]
+            before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
+            rates = {key: settings[key] for key in ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")}
+            optimizer = optimizer_of(model, variant, mx.float32, lr_frac=settings["init_lr_frac"], **rates)
+            step = TrainStep(model, optimizer, micro_tokens=1 << 30, dtype=mx.float32)
+            step(
+                Batch(batch.ids, batch.targets, _nanochat_weights(case, batch, weights)),
+                Rates(case["lr_multiplier"], 0.95, 0.0),
+            )
+            moved = {name: np.asarray(value) - before[name] for name, value in flatten_parameters(model).items()}
+            for name, expected in case[variant]["update_norms"].items():
+                if case[variant]["grads"][name]["norm"] < ZERO * case[variant]["grad_norm_total"]:
+                    continue  # AdamW makes a whole step of a gradient that is 0 but for rounding
+                error = abs(np.linalg.norm(moved[name]) / expected - 1) if name in moved else float("inf")
+                (matrices if ".h." in name else rest)[f"{case['name']}: {name}"] = float(error)
+        yield largest(f"one step's norm, relative: matrices, {variant}", matrices, MATRICES[variant])
+        yield largest(f"one step's norm, relative: the rest, {variant}", rest, 1e-3)
+
+
+def multipliers(file: ParityFile) -> Iterator[Line]:
+    """Compare the rates' factor: 1 − step / num_steps."""
+    file.require("cases")
+    errors = {}
+    for case in file.json["cases"]:
+        step, steps = case["settings"]["step"], case["settings"]["num_steps"]
+        got = lr_multiplier(step, steps, warmup_frac=0.0, warmdown_frac=1.0, final_frac=0.0)
+        errors[case["name"]] = abs(got - case["lr_multiplier"])
+    yield largest("multipliers, absolute", errors, 1e-9)
+
+
+def passes(file: ParityFile) -> Iterator[Line]:
+    """Compare pass@k and numbers of steps, by the formulas that our loops follow."""
+    if "pass_at_k" in file.json:
+        values = file.json["pass_at_k"]
+        outcomes = np.array(values["outcomes"], dtype=bool)
+        got = [outcomes[:, :k].any(axis=1).mean() for k in range(1, outcomes.shape[1] + 1)]
+        yield Comparison("pass@k, absolute", distance(got, values["pass_at_k"]), 1e-6)
+    if "num_steps" in file.json:
+        yield Unchecked("number of steps", "ours counts questions per iteration; a stage's number is its plan's")
+
+
+QUANTITIES: tuple[Quantity, ...] = (advantages, trained_tokens, policy_gradient, update, multipliers, passes)
+
+
+def _rows(case: dict[str, Any]) -> tuple[list[list[int]], list[Completion], np.ndarray[Any, Any]]:
+    """Return prompts, completions and advantages of a case."""
+    prompts, completions, weights = [], [], []
+    for example in case["examples"]:
+        start = example["prompt_length"]
+        for ids, mask in zip(example["sequences"], example["masks"], strict=True):
+            prompts.append(ids[:start])
+            completions.append(Completion(ids=ids[start:], mask=mask[start:]))
+        weights += example["advantages"]
+    return prompts, completions, np.array(weights)
+
+
+def _nanochat_weights(case: dict[str, Any], batch: Batch, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return nanochat's weights of our rows: normalised by pass, and these averaged."""
+    settings, useful = case["settings"], np.flatnonzero(weights)
+    found = np.zeros_like(batch.weights)
+    rows, samples = settings["device_batch_size"], settings["num_samples"]
+    for row, index in enumerate(useful):
+        valid = case["examples"][index // samples]["num_valid"][index % samples // rows]
+        scale = weights[index] / (valid * settings["num_passes"] * settings["examples_per_rank"])
+        found[row] = np.where(batch.targets[row] >= 0, scale, 0)
+    return found
+
+
+def _passes(case: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
+    """Return the advantages of every pass of every example."""
+    rows = case["settings"]["device_batch_size"]
+    return [
+        np.array(example["advantages"][start : start + rows])
+        for example in case["examples"]
+        for start in range(0, len(example["advantages"]), rows)
+    ]
+
+
+def _log_probabilities(model: Any, example: dict[str, Any], number: int, case: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Return the log-probabilities of a pass's targets (rows, T), 0 where there is none."""
+    rows = case["settings"]["device_batch_size"]
+    ids, targets = (np.array(example[key][number * rows : (number + 1) * rows]) for key in ("inputs", "targets"))
+    hidden = model.hidden(mx.array(ids)).reshape(-1, model.sizes.width)
+    return -np.asarray(token_losses(hidden, model.head_weight, mx.array(targets.reshape(-1)))).reshape(targets.shape)
+
+
+def _gradient_error(got: np.ndarray[Any, Any], values: dict[str, Any], zero: float) -> float:
+    """Return the largest of the relative errors of a gradient's norm, sum and first values.
+
+    Below `zero` a gradient is 0 but for rounding, and ours has to be, too.
+    """
+    first = np.array(values["first"])
+    if values["norm"] < zero:
+        return 0.0 if np.linalg.norm(got) < zero else float("inf")
+    if got.size < first.size or not got.size:
+        return float("inf")
+    flat = got.astype(np.float64).reshape(-1)
+    norm = abs(np.linalg.norm(flat) - values["norm"]) / max(values["norm"], 1e-30)
+    total = abs(flat.sum() - values["sum"]) / max(float(np.abs(flat).sum()), 1e-30)
+    begin = float(np.abs(flat[: first.size] - first).max()) / max(float(np.abs(flat).max()), 1e-30)
+    return float(np.max([norm, total, begin]))
+
+
+def _padded(ids: list[int], width: int, padding: int) -> list[int]:
+    return ids + [padding] * (width - len(ids))

@@ -1,0 +1,97 @@
+"""What a comparison with nanochat's values is, and what it may find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_NAMED = 3  # offenders that a line names
+
+
+class UnreadableError(Exception):
+    """A file is missing, damaged or of an unknown format; the message is for people."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity: how far ours is from nanochat's, and how far it may be."""
+
+    name: str
+    error: float
+    """Absolute or relative, as the name says; of exact quantities, how many cases differ."""
+    tolerance: float
+    detail: str = ""
+    """Where the error is."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether ours is close enough; an error that is no number is not."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Unchecked:
+    """A quantity that the file holds and nothing compares yet."""
+
+    name: str
+    reason: str
+
+
+Line = Comparison | Unchecked
+Quantity = Callable[[Any], Iterator[Line]]
+"""Compares one quantity, or a few that belong together, of a `ParityFile`."""
+
+
+def exact(name: str, differing: Sequence[str], count: int) -> Comparison:
+    """Return how many of `count` cases differ; none may, and there must be one."""
+    if not count:
+        return Comparison(name, float("nan"), 0, "no case was compared")
+    named = ", ".join(differing[:_NAMED]) + (", …" if len(differing) > _NAMED else "")
+    return Comparison(
+        name, len(differing), 0, f"{len(differing)} of {count} differ: {named}" if differing else f"{count} cases"
+    )
+
+
+def same(name: str, pairs: Iterable[tuple[str, Any, Any]]) -> Comparison:
+    """Return how many of the cases (what, got, expected) are not equal."""
+    cases = [(what, got == expected) for what, got, expected in pairs]
+    return exact(name, [what for what, is_equal in cases if not is_equal], len(cases))
+
+
+def largest(name: str, differences: Mapping[str, float], tolerance: float) -> Comparison:
+    """Return the largest of the errors; one that is no number is the largest."""
+    if not differences:
+        return Comparison(name, float("nan"), tolerance, "nothing was compared")
+    where = max(differences, key=lambda key: np.nan_to_num(differences[key], nan=np.inf, posinf=np.inf))
+    detail = f"{len(differences)} cases, worst: {where}" if len(differences) > 1 else ""
+    return Comparison(name, differences[where], tolerance, detail)
+
+
+def distance(got: Any, expected: Any) -> float:
+    """Return the largest absolute difference; infinite if the shapes differ."""
+    got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    if got.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(got - expected).max()) if got.size else 0.0
+
+
+def scaled_distance(got: Any, expected: Any) -> float:
+    """Return the largest difference, absolute below 1 and relative above; infinite if the shapes differ."""
+    scale = np.maximum(1, np.abs(np.asarray(expected, dtype=np.float64)))
+    if np.shape(got) != scale.shape:
+        return float("inf")
+    return distance(np.asarray(got, dtype=np.float64) / scale, np.asarray(expected, dtype=np.float64) / scale)
+
+
+def relative_distance(got: Any, expected: Any) -> float:
+    """Return |got − expected| / |expected| in the 2-norm; infinite if the shapes differ."""
+    got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    if got.shape != expected.shape:
+        return float("inf")
+    difference, norm = float(np.linalg.norm(got - expected)), float(np.linalg.norm(expected))
+    if norm == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return difference / norm

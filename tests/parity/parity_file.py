@@ -1,0 +1,218 @@
+"""A file of nanochat's values, the files that belong to it, and what they describe."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from comparison import UnreadableError
+from safetensors import SafetensorError, safe_open
+
+from mlxchat.compose import compose_config
+from mlxchat.config import ArchitectureConfig
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+
+FOLDER = Path(os.environ.get("MLXCHAT_PARITY") or Path(__file__).resolve().parents[3] / "shared" / "parity")
+"""Where the values are; MLXCHAT_PARITY says otherwise."""
+
+# How the files call the snapshots.
+_VARIANTS = {"oct": "oct2025", "oct2025": "oct2025", "head": "jul2026", "jul2026": "jul2026"}
+
+
+class ParityFile:
+    """One file, read once, with its companions: the tokenizer and the models of its set."""
+
+    def __init__(self, path: Path) -> None:
+        """Take a path; nothing is read yet."""
+        self.path = path
+        self.kind = path.name.partition("_")[0].partition(".")[0]
+
+    @cached_property
+    def json(self) -> Any:
+        """The content of a JSON file.
+
+        Raises:
+            UnreadableError: it cannot be read, or is no object.
+        """
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UnreadableError(f"{self.path}: cannot be read as JSON ({_reason(error)})") from None
+        if not isinstance(data, dict):
+            raise UnreadableError(f"{self.path}: is JSON but no object; expected the format of parity/README.md")
+        return data
+
+    @cached_property
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The tensors of a safetensors file by name.
+
+        Raises:
+            UnreadableError: it cannot be read.
+        """
+        return self._safetensors[1]
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of a safetensors file.
+
+        Raises:
+            UnreadableError: it cannot be read.
+        """
+        return self._safetensors[0]
+
+    @cached_property
+    def _safetensors(self) -> tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]:
+        try:
+            with safe_open(self.path, "np") as file:
+                return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UnreadableError(f"{self.path}: cannot be read as safetensors ({_reason(error)})") from None
+
+    def require(self, *keys: str) -> None:
+        """Check that a JSON file has these keys at its top.
+
+        Raises:
+            UnreadableError: it lacks some.
+        """
+        missing = [key for key in keys if key not in self.json]
+        if missing:
+            raise UnreadableError(
+                f"{self.path}: has no {', '.join(missing)}; it is not in the format of {self.kind}_*.json"
+            )
+
+    def companion(self, stem: str, suffix: str) -> ParityFile:
+        """Return another file of the same set, such as `tokenizer`, '.json' of engine_b.json: tokenizer_b.json.
+
+        It is looked for beside this file by the end of its name, then by what this file's `about` names, and then
+        where nanochat's values are.
+
+        Raises:
+            UnreadableError: there is none.
+        """
+        ends = [self.path.stem.rpartition("_")[2], self.path.stem.partition("_")[2]]
+        names = [f"{stem}_{end}{suffix}" for end in ends]
+        about = str(self.json.get("about", "")) if self.path.suffix == ".json" else ""
+        names += re.findall(rf"\b{stem}_[A-Za-z0-9]+{re.escape(suffix)}", about)
+        for folder in (self.path.parent, FOLDER):
+            for name in names:
+                if (folder / name).is_file():
+                    return ParityFile(folder / name)
+        raise UnreadableError(f"{self.path}: needs {names[0]} beside it, which is not there")
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of this file's set (of the file itself, if it is one).
+
+        Raises:
+            UnreadableError: there is none, or it is damaged.
+        """
+        file = self if self.kind == "tokenizer" else self.companion("tokenizer", ".json")
+        file.require("mergeable_ranks_base64", "special_tokens")
+        try:
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(file.json["mergeable_ranks_base64"])}
+            tokenizer = Tokenizer(ranks)
+        except (TypeError, ValueError, KeyError) as error:
+            raise UnreadableError(f"{file.path}: holds no usable merges ({_reason(error)})") from None
+        if len(ranks) != len(file.json["mergeable_ranks_base64"]):
+            raise UnreadableError(f"{file.path}: two ids have the same bytes")
+        return tokenizer
+
+    def core_model(self, variant: str) -> GPT:
+        """Return the tiny trained model of this file's set, of one snapshot.
+
+        Raises:
+            UnreadableError: there is none, or it is damaged.
+        """
+        stem = "core_model" if variant == "oct2025" else f"core_model_{variant}"
+        return self.companion(stem, ".safetensors").model("")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """nanochat's sizes, from the metadata.
+
+        Raises:
+            UnreadableError: there are none.
+        """
+        try:
+            config = json.loads(self.metadata["config"])
+            for key in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+                config[key] = int(config[key])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnreadableError(
+                f"{self.path}: its metadata has no config of a nanochat model ({_reason(error)}); expected JSON with "
+                "sequence_len, vocab_size, n_layer, n_head, n_kv_head, n_embd"
+            ) from None
+        return dict(config)
+
+    @cached_property
+    def variant(self) -> str:
+        """Which snapshot a model is of: oct2025 or jul2026; without a word about it, by its weights.
+
+        Raises:
+            UnreadableError: it says another one.
+        """
+        said = self.metadata.get("variant")
+        if said is None:
+            return "jul2026" if any(name.endswith("resid_lambdas") for name in self.tensors) else "oct2025"
+        if said not in _VARIANTS:
+            raise UnreadableError(f"{self.path}: variant is {said!r}, expected one of {', '.join(_VARIANTS)}")
+        return _VARIANTS[said]
+
+    @cached_property
+    def sizes(self) -> GPTSizes:
+        """The sizes of a model.
+
+        Raises:
+            UnreadableError: the file does not say them.
+        """
+        config = self.config
+        features = architecture_features(self.variant)
+        if "window_pattern" in config:
+            features["window_pattern"] = config["window_pattern"]
+        return GPTSizes(
+            vocab_size=config["vocab_size"], num_layers=config["n_layer"], num_heads=config["n_head"],
+            num_kv_heads=config["n_kv_head"], width=config["n_embd"], context_tokens=config["sequence_len"], **features,
+        )  # fmt: skip
+
+    def weights(self, prefix: str) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the tensors under a prefix."""
+        return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+    def model(self, prefix: str) -> GPT:
+        """Return a model with the weights under a prefix.
+
+        Raises:
+            UnreadableError: names or shapes of the weights are not those of the model that the file describes.
+        """
+        model, weights = GPT(self.sizes), self.weights(prefix)
+        wanted = {name: value.shape for name, value in flatten_parameters(model).items()}
+        found = {name: value.shape for name, value in weights.items()}
+        if wanted != found:
+            differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            name = differing[0]
+            raise UnreadableError(
+                f"{self.path}: {prefix}{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'none')} of "
+                f"a {self.variant} model of these sizes ({len(differing)} weights differ)"
+            )
+        set_parameters(model, {name: mx.array(value) for name, value in weights.items()})
+        return model
+
+
+def architecture_features(variant: str) -> dict[str, Any]:
+    """Return what conf/architecture says of a snapshot, as fields of GPTSizes."""
+    architecture: ArchitectureConfig = compose_config([f"architecture={variant}"]).config.architecture
+    features = {key: value for key, value in vars(architecture).items() if key not in ("name", "whole_heads")}
+    return {"architecture": architecture.name, **features}
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
