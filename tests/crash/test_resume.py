@@ -18,14 +18,29 @@ from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import Store
 
-# Long enough to be stopped halfway. RL needs a model that is now and then right: it picks letters, by chance or better.
+# Long enough to be stopped halfway. RL needs a model that is now and then right: it picks letters.
 SETTINGS = """
-    stage=rl ~pipeline.midtrain ~pipeline.eval_mid pipeline.sft.checkpoint=pretrain machine.checkpoint_seconds=0
-    pretrain.num_iterations=120 pretrain.eval_every=40
-    sft.mixture.facts_mc.size=60 sft.num_iterations=120 sft.schedule.init_lr_frac=1 sft.eval_every=50
-    rl.task.task=facts_mc rl.task.size=30 rl.evaluation.task=facts_mc rl.num_iterations=80
+    stage=rl machine.checkpoint_seconds=0
+    pretrain.num_iterations=60 pretrain.eval_every=20
+    midtrain.num_iterations=60 midtrain.eval_every=25
+    sft.mixture.facts_mc.size=60 sft.num_iterations=80 sft.schedule.init_lr_frac=1 sft.eval_every=50
+    rl.task.task=facts_mc rl.task.size=30 rl.evaluation.task=facts_mc rl.num_iterations=60
     rl.questions_per_iteration=4 rl.samples_per_question=4 rl.max_new_tokens=3 rl.top_k=4
 """
+
+
+TRAININGS = ("pretrain", "midtrain", "sft", "rl")
+ENDS = (
+    ("pretrain", 5, signal.SIGKILL),
+    ("pretrain", 30, signal.SIGTERM),
+    ("midtrain", 3, signal.SIGTERM),
+    ("midtrain", 27, signal.SIGKILL),
+    ("sft", 10, signal.SIGKILL),
+    ("sft", 40, signal.SIGTERM),
+    ("rl", 4, signal.SIGKILL),
+    ("rl", 20, signal.SIGTERM),
+    ("rl", 35, signal.SIGINT),
+)
 
 
 @dataclass
@@ -70,14 +85,10 @@ def undisturbed(settings: list[str], mlxchat: Callable[..., Any], tmp_path_facto
 def disturbed(
     settings: list[str], start_mlxchat: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Story:
-    """The same, killed in pretrain, asked to stop in pretrain, in sft and in rl, and each time started again."""
+    """The same, killed and asked to stop in each training, early and late, and each time started again."""
     story = Story(tmp_path_factory.mktemp("disturbed") / "outputs")
     for step, iteration, number in (
-        ("pretrain", 10, signal.SIGKILL),
-        ("pretrain", 60, signal.SIGKILL),
-        ("sft", 30, signal.SIGTERM),
-        ("rl", 20, signal.SIGTERM),
-        ("rl", 50, signal.SIGINT),
+        *ENDS,
         (None, None, None),
     ):
         process = start_mlxchat(*settings, f"outputs={story.outputs}")
@@ -108,18 +119,22 @@ def wait_for(process: subprocess.Popen[str], outputs: Path, step: str, iteration
 
 
 def test_each_end_has_its_exit_code(disturbed: Story) -> None:
-    assert disturbed.codes == [-signal.SIGKILL, -signal.SIGKILL, 143, 143, 130, 0], disturbed.printed
+    expected = [-number if number == signal.SIGKILL else 128 + number for _, _, number in ENDS]
+    assert disturbed.codes == [*expected, 0], disturbed.printed
 
 
 def test_a_stop_is_told_in_one_line_with_the_way_on(disturbed: Story) -> None:
-    for printed, step, total in ((disturbed.printed[2], "sft", 120), (disturbed.printed[3], "rl", 80)):
+    totals = dict(zip(TRAININGS, (60, 60, 80, 60), strict=True))
+    for printed, (step, _, number) in zip(disturbed.printed, ENDS, strict=False):
+        if number == signal.SIGKILL:
+            continue
         assert f"{step} stopped at iteration " in printed
-        assert f" of {total}. The same command continues from there." in printed
+        assert f" of {totals[step]}. The same command continues from there." in printed
         assert "Traceback" not in printed
 
 
 def test_the_next_invocation_says_that_it_resumes(disturbed: Story) -> None:
-    for printed, step in zip(disturbed.printed[1:], ("pretrain", "pretrain", "sft", "rl", "rl"), strict=True):
+    for printed, (step, _, _) in zip(disturbed.printed[1:], ENDS, strict=True):
         (line,) = (line for line in printed.splitlines() if line.startswith(f"{step} ") and " run " in line)
         assert line.endswith("missing, resumes")
 
@@ -127,9 +142,10 @@ def test_the_next_invocation_says_that_it_resumes(disturbed: Story) -> None:
 @pytest.mark.parametrize(
     ("step", "outcomes"),
     [
-        ("pretrain", ["killed", "killed", "done"]),
-        ("sft", ["interrupted", "done"]),
-        ("rl", ["interrupted", "interrupted", "done"]),
+        ("pretrain", ["killed", "interrupted", "done"]),
+        ("midtrain", ["interrupted", "killed", "done"]),
+        ("sft", ["killed", "interrupted", "done"]),
+        ("rl", ["killed", "interrupted", "interrupted", "done"]),
     ],
 )
 def test_the_manifest_lists_every_execution_and_where_it_continued(
@@ -145,14 +161,14 @@ def test_the_manifest_lists_every_execution_and_where_it_continued(
     assert min(starts) > 0
 
 
-@pytest.mark.parametrize("step", ["pretrain", "sft", "rl"])
+@pytest.mark.parametrize("step", TRAININGS)
 def test_the_model_is_the_same_bit_for_bit(step: str, disturbed: Story, undisturbed: Story) -> None:
     name = "model.safetensors"
     assert disturbed.file(step, name).read_bytes() == undisturbed.file(step, name).read_bytes()
     assert disturbed.manifest(step)["tree"] == undisturbed.manifest(step)["tree"]
 
 
-@pytest.mark.parametrize(("step", "before"), [("sft", "pretrain")])  # so small a model earns no reward in rl
+@pytest.mark.parametrize(("step", "before"), list(zip(TRAININGS[1:], TRAININGS, strict=False)))
 def test_each_training_has_changed_the_model(step: str, before: str, undisturbed: Story) -> None:
     # Otherwise equal models would prove nothing.
     name = "model.safetensors"
@@ -162,7 +178,7 @@ def test_each_training_has_changed_the_model(step: str, before: str, undisturbed
 OBSERVED = ("tokens_per_second", "mfu", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes")
 
 
-@pytest.mark.parametrize("step", ["pretrain", "sft", "rl"])
+@pytest.mark.parametrize("step", TRAININGS)
 def test_the_records_have_every_iteration_once_and_the_same_losses(
     step: str, disturbed: Story, undisturbed: Story
 ) -> None:
@@ -175,7 +191,7 @@ def test_the_records_have_every_iteration_once_and_the_same_losses(
     assert losses == list(range(1, len(losses) + 1))
 
 
-@pytest.mark.parametrize("step", ["pretrain", "sft", "rl"])
+@pytest.mark.parametrize("step", TRAININGS)
 def test_the_final_numbers_are_the_same(step: str, disturbed: Story, undisturbed: Story) -> None:
     assert disturbed.manifest(step)["metrics"] == undisturbed.manifest(step)["metrics"]
     assert disturbed.manifest(step)["derived"] == undisturbed.manifest(step)["derived"]
@@ -186,7 +202,7 @@ def test_nothing_is_left_over(disturbed: Story) -> None:
     made = [manifest["step"] for manifest in Store(disturbed.outputs).manifests()]
     assert len(made) == len(list((disturbed.outputs / "store").iterdir()))
     assert sorted(set(made) - {"tokens"}) == sorted(step for step in made if step != "tokens")
-    assert set(made) == {"corpus", "tokenizer", "pretrain", "sft", "rl", "tokens"}
+    assert set(made) == {"corpus", "tokenizer", *TRAININGS, "tokens"}
 
 
 def test_a_sweep_that_is_stopped_starts_no_further_job(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -16,8 +17,9 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
+from mlxchat.training import loop
 from mlxchat.training.batches import RowBatches
-from mlxchat.training.loop import Hook, fit
+from mlxchat.training.loop import Hook, fit, prepare_machine
 from mlxchat.training.meter import Meter
 
 MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
@@ -133,6 +135,39 @@ def test_the_smoothed_loss_is_an_unbiased_mean_of_decay_nine_tenths() -> None:
         meter.add(loss, 10, 1.0)
     weights = 0.9 ** np.arange(3, -1, -1)
     assert meter.loss == pytest.approx(float(weights @ losses / weights.sum()))
+
+
+def test_utilisation_is_the_models_operations_per_second_over_the_peak() -> None:
+    meter = Meter(flops_per_token=6e6, peak_flops=1e10)
+    for _ in range(3):
+        meter.add(1.0, 500, 0.5)  # 1000 tokens/s, so 6e9 FLOP/s
+    assert meter.record(1.0)["mfu"] == pytest.approx(0.6)
+    assert meter.show()["mfu"] == "60%"
+
+
+def test_where_the_peak_is_unknown_nothing_is_said_of_utilisation() -> None:
+    meter = Meter(flops_per_token=6e6, peak_flops=None)
+    meter.add(1.0, 500, 0.5)
+    assert "mfu" not in meter.record(1.0).keys() | meter.show().keys()
+
+
+@pytest.mark.parametrize(("where", "wired"), [("cpu", []), ("cuda", []), ("metal", [3000])])
+def test_limits_are_applied_where_the_device_has_them(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, where: str, wired: list[int]
+) -> None:
+    calls: dict[str, list[int]] = {"memory": [], "cache": [], "wired": []}
+    for name, seen in calls.items():
+        monkeypatch.setattr(mx, f"set_{name}_limit", seen.append)
+    monkeypatch.setattr(loop, "backend", lambda: where)
+    limits = {"memory_limit_bytes": 1000, "cache_limit_bytes": 2000, "wired_limit_bytes": 3000}
+    prepare_machine(make_context(**limits).config.machine)
+    assert calls == {"memory": [1000], "cache": [2000], "wired": wired}
+
+
+def test_without_limits_none_is_set(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("memory", "cache", "wired"):
+        monkeypatch.setattr(mx, f"set_{name}_limit", lambda limit: pytest.fail(f"set to {limit}"))
+    prepare_machine(make_context().config.machine)
 
 
 # Hooks

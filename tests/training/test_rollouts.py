@@ -237,6 +237,17 @@ def test_rewards_and_lengths_are_logged(tokenizer: Tokenizer) -> None:
     assert source.mean_reward == 0.25
 
 
+def test_the_token_that_ends_an_answer_is_not_judged(tokenizer: Tokenizer) -> None:
+    """Else a task that compares whole answers, such as a letter, would never reward one."""
+    task: Any = Numbers(4)
+    task.evaluate = lambda conversation, response: response == "a"
+    source = rollouts(ScriptedEngine(tokenizer, lambda question, sample: sample < 1), task)
+    source.next_batch(0)
+    assert source.mean_reward == 0.25
+    numbers = pass_at_k(ScriptedEngine(tokenizer, lambda question, sample: sample < 1), task, settings(), seed=0)
+    assert numbers["held_out_reward"] == 0.25
+
+
 def test_the_batch_of_an_iteration_is_weighted_by_its_rewards(tokenizer: Tokenizer) -> None:
     engine = ScriptedEngine(tokenizer, lambda question, sample: sample < 1)
     made = rollouts(engine, Numbers(4)).next_batch(0)

@@ -35,6 +35,10 @@ class Completion:
     finished: bool = False
     """Whether the row ended by itself."""
 
+    def text(self, tokenizer: Tokenizer) -> str:
+        """Return what was said: the token that ended it is no part of the answer that tasks judge."""
+        return tokenizer.decode(self.ids[:-1] if self.finished else self.ids)
+
 
 @dataclass
 class _Row:

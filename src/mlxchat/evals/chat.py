@@ -113,4 +113,4 @@ def _generate_answers(
 ) -> list[str]:
     """Return the greedy answer to each prompt."""
     completions = engine.complete(prompts, max_new_tokens=max_new_tokens)
-    return [engine.tokenizer.decode(completion.ids) for completion in completions]
+    return [completion.text(engine.tokenizer) for completion in completions]

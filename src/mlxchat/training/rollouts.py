@@ -54,7 +54,7 @@ class Rollouts:
         )
         rewards = np.array(
             [
-                float(self.task.evaluate(conversations[index // samples], self.engine.tokenizer.decode(row.ids)))
+                float(self.task.evaluate(conversations[index // samples], row.text(self.engine.tokenizer)))
                 for index, row in enumerate(completions)
             ]
         )
@@ -141,7 +141,7 @@ def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dic
         )
         for place, completion in enumerate(completions):
             index = part[place // samples]
-            text = engine.tokenizer.decode(completion.ids)
+            text = completion.text(engine.tokenizer)
             solved[index, place % samples] = task.evaluate(conversations[index], text)
     numbers = {f"pass_at_{k}": float(solved[:, :k].any(axis=1).mean()) for k in range(1, samples + 1)}
     return {**numbers, "held_out_reward": float(solved.mean())}

@@ -1,0 +1,136 @@
+"""`pretrain.extend=ID`: planned, refused and recorded on the command line. The numbers: training/test_extension.py."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.commands.run import plan_of
+from mlxchat.compose import compose_config
+from mlxchat.errors import MlxchatError
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.store import Store, read_manifest
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+DONE = 4  # iterations of the finished run's pretraining
+
+
+@pytest.fixture
+def plan(tiny: tuple[str, ...], finished: Any) -> Callable[..., PlannedStep]:
+    """Return pretrain as it would be planned, on the finished outputs, which no plan changes."""
+
+    def run(*settings: str) -> PlannedStep:
+        config = compose_config([*tiny, "stage=pretrain", *settings, f"outputs={finished.outputs}"]).config
+        (step,) = (step for step in plan_of(config, Store(finished.outputs)) if step.name == "pretrain")
+        return step
+
+    return run
+
+
+@pytest.fixture
+def pretrain(finished: Any) -> dict[str, Any]:
+    """The manifest of the finished pretraining."""
+    return read_manifest(Store(finished.outputs).refs()["pretrain"])
+
+
+def test_a_step_a_folder_an_id_and_its_beginning_mean_the_same(
+    plan: Callable[..., PlannedStep], pretrain: dict[str, Any]
+) -> None:
+    names = ("pretrain", pretrain["name"], pretrain["rid"], pretrain["rid"][:8])
+    steps = [plan(f"pretrain.extend={name}", "pretrain.num_iterations=6") for name in names]
+    assert len({step.rid for step in steps}) == 1
+    assert {step.state for step in steps} == {"run"}
+    assert {step.reason for step in steps} == {f"extends {pretrain['name']}"}
+
+
+def test_an_extension_is_another_artifact_than_a_training_of_that_length(plan: Callable[..., PlannedStep]) -> None:
+    assert plan("pretrain.extend=pretrain", "pretrain.num_iterations=6").rid != plan("pretrain.num_iterations=6").rid
+
+
+def test_keeping_the_state_changes_no_id(plan: Callable[..., PlannedStep]) -> None:
+    assert plan("pretrain.save_training_state=false").rid == plan().rid
+
+
+@pytest.mark.parametrize("wanted", [DONE, DONE - 1])
+def test_no_more_iterations_than_there_are_is_refused_with_both_numbers(
+    plan: Callable[..., PlannedStep], wanted: int
+) -> None:
+    with pytest.raises(MlxchatError, match=rf"already has {DONE} iterations.* asks for {wanted} in all"):
+        plan("pretrain.extend=pretrain", f"pretrain.num_iterations={wanted}")
+
+
+def test_another_horizon_is_counted_in_iterations_too(plan: Callable[..., PlannedStep]) -> None:
+    horizon = ["pretrain.extend=pretrain", "pretrain.num_iterations=null"]
+    with pytest.raises(MlxchatError, match=rf"already has {DONE} iterations.* asks for 1 in all"):
+        plan(*horizon, "pretrain.tokens_per_parameter=0.01")
+    assert plan(*horizon, "pretrain.tokens_per_parameter=10").state == "run"
+
+
+def test_every_difference_of_model_tokenizer_and_corpus_is_told_at_once(plan: Callable[..., PlannedStep]) -> None:
+    with pytest.raises(MlxchatError) as caught:
+        plan(
+            "pretrain.extend=pretrain", "pretrain.num_iterations=6", "model=d4", "model.context_tokens=512",
+            "pretrain.batch.row_tokens=256", "architecture.rope_theta=5000", "optimizer.kind=adamw",
+            "tokenizer.vocab_size=310", "corpus.validation_documents=31",
+        )  # fmt: skip
+    said = str(caught.value)
+    for difference in (
+        "model.depth is 4, but", "model.context_tokens is 512, but", "architecture.rope_theta is 5000.0, but",
+        "optimizer.kind is adamw, but", "its tokenizer is tokenizer-310-", "its corpus is corpus-bundled-",
+    ):  # fmt: skip
+        assert difference in said
+    assert len(said.splitlines()) == 6
+
+
+def test_rates_and_batches_may_differ(plan: Callable[..., PlannedStep]) -> None:
+    settings = ["optimizer.matrix_lr=0.01", "pretrain.batch.tokens=1024", "pretrain.schedule.warmdown_frac=0.1"]
+    assert plan("pretrain.extend=pretrain", "pretrain.num_iterations=6", *settings).state == "run"
+
+
+def test_only_a_pretraining_can_be_extended(plan: Callable[..., PlannedStep]) -> None:
+    with pytest.raises(MlxchatError, match="is made by stage sft; only a pretraining can be extended"):
+        plan("pretrain.extend=sft", "pretrain.num_iterations=6")
+
+
+def test_an_unknown_name_is_refused_with_those_there_are(plan: Callable[..., PlannedStep]) -> None:
+    with pytest.raises(MlxchatError, match=r'"pretrian" is no artifact.*pretrain'):
+        plan("pretrain.extend=pretrian", "pretrain.num_iterations=6")
+
+
+def test_without_its_state_it_is_told_how_to_keep_it(
+    mlxchat: CommandLine, tiny: tuple[str, ...], outputs: Path
+) -> None:
+    (place,) = outputs.glob("store/pretrain-*")
+    settings = [*tiny, "stage=pretrain", f"outputs={outputs}"]
+    done = mlxchat(*settings, "pretrain.save_training_state=false", "force=[pretrain]")
+    assert done.returncode == 0, done.stderr
+    assert not list(place.glob("training_state*"))
+    assert "0 to run" in mlxchat("plan", *tiny, f"outputs={outputs}").stdout, "what it is for others is the same"
+    refused = mlxchat("plan", *settings, "pretrain.extend=pretrain", "pretrain.num_iterations=6")
+    assert refused.returncode == 2
+    assert "kept no training state" in refused.stderr
+    assert "pretrain.save_training_state=true 'force=[pretrain]'" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_an_extension_records_what_it_extends_and_is_done_when_it_is_repeated(
+    mlxchat: CommandLine, tiny: tuple[str, ...], outputs: Path, pretrain: dict[str, Any]
+) -> None:
+    settings = [*tiny, "stage=pretrain", f"outputs={outputs}", "pretrain.extend=pretrain", "pretrain.num_iterations=6"]
+    done = mlxchat(*settings)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(Store(outputs).refs()["pretrain"])
+    lineage = {key: pretrain[key] for key in ("step", "rid", "tree")} | {"artifact": pretrain["name"]}
+    assert manifest["inputs"]["extends"] == lineage
+    assert manifest["derived"]["num_iterations"] == 6
+    assert f"extends {pretrain['name']}" in mlxchat("ls", f"outputs={outputs}").stdout
+    report = max((outputs / "runs").glob("*/report.md"), key=lambda page: page.parent.name).read_text()
+    assert f"extends: {pretrain['name']}" in report
+    again = mlxchat(*settings)  # by now the step `pretrain` of the latest run is the extension itself
+    assert "nothing to do" in again.stdout, again.stdout + again.stderr
+    further = mlxchat("plan", *settings[:-1], "pretrain.num_iterations=8")
+    assert f"extends {manifest['name']}" in further.stdout
