@@ -189,6 +189,13 @@ def test_the_norm_is_that_of_all_gradients_together() -> None:
     assert norm.item() == 13.0
 
 
+def test_the_norm_of_millions_of_numbers_keeps_its_digits() -> None:
+    """A plain float32 sum of them is off by a percent."""
+    gradient = np.random.default_rng(0).normal(size=(4096, 1024)).astype(np.float32)
+    _, norm = clip_gradients({"table": mx.array(gradient)}, None)
+    assert norm.item() == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=2e-6)
+
+
 def test_gradients_above_the_limit_are_scaled_as_torch_does() -> None:
     clipped, norm = clip_gradients(arrays([3.0, -0.0], [4.0]), 1.0)
     assert norm.item() == 5.0

@@ -98,3 +98,16 @@ def test_only_tall_matrices_step_further(shape: tuple[int, int], factor: float) 
     direction, _ = muon_update(mx.array(gradients), mx.zeros((1, *shape)), mx.array(0.0), 5, mx.float32)
     plain = np.asarray(orthogonalise(mx.array(gradients), 5, mx.float32))
     np.testing.assert_allclose(np.asarray(direction), factor * plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(128, 32), (32, 128), (128, 96)])
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-7, 0.0])
+def test_singular_values_of_every_magnitude_follow_the_quintic(shape: tuple[int, int], smallest: float) -> None:
+    """Long matrices go by products of their Gram matrix, which squares their singular values."""
+    rng = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    rank = min(shape)
+    values = np.geomspace(1, smallest, rank) if smallest else np.arange(rank) < 8
+    matrix = ((u * values) @ v).astype(np.float32)
+    got = orthogonalise(mx.array(matrix[None]), 5, mx.float32)[0]
+    assert relative_norm(got, newton_schulz_of_singular_values(matrix)) < 1e-4

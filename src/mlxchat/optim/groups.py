@@ -171,7 +171,9 @@ class Optimizer:
 
 def clip_gradients(gradients: Flat, max_norm: float | None) -> tuple[Flat, mx.array]:
     """Return gradients whose common 2-norm is at most `max_norm` (None: unchanged), and the norm before clipping."""
-    norm = mx.sqrt(sum((mx.square(gradient).sum() for gradient in gradients.values()), mx.array(0.0)))
+    # One axis after the other: a sum of millions of numbers at once loses digits on a CPU.
+    squares = (mx.square(gradient).sum(-1).sum() for gradient in gradients.values())
+    norm = mx.sqrt(sum(squares, mx.array(0.0)))
     if max_norm is None:
         return gradients, norm
     factor = mx.minimum(1.0, max_norm / (norm + 1e-6))

@@ -25,6 +25,8 @@ POLAR_EXPRESS: tuple[Quintic, ...] = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 _EPSILON = 1e-6
+# Quintics after which the Gram matrix is made anew.
+_FRESH_GRAM = 2
 
 
 def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
@@ -130,19 +132,52 @@ def aspect_factor(matrices: mx.array) -> float:
 
 
 def _norm(x: mx.array, axes: tuple[int, ...]) -> mx.array:
-    return mx.sqrt(mx.square(x.astype(mx.float32)).sum(axes, keepdims=True))
+    squares = mx.square(x.astype(mx.float32))
+    # One axis after the other: a sum of a million numbers at once is off by 1e-4 on a CPU.
+    for axis in sorted(axes, reverse=True):
+        squares = squares.sum(axis, keepdims=True)
+    return mx.sqrt(squares)
 
 
 def _iterate(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
     """Apply odd quintics to the singular values of matrices (S, R, C)."""
-    tall = x.shape[-2] > x.shape[-1]
+    rows, columns = x.shape[-2:]
     if x.dtype == mx.bfloat16 and backend() == "cpu":
         return _iterate_rounded(x, quintics)
+    if x.dtype == mx.float32 and max(rows, columns) >= 2 * min(rows, columns):
+        return _iterate_gram(x, quintics)
+    tall = rows > columns
     for a, b, c in quintics:
-        gram = x.swapaxes(-1, -2) @ x if tall else x @ x.swapaxes(-1, -2)
+        gram = _gram(x)
         inner = mx.addmm(gram, gram, gram, alpha=c, beta=b)
         x = mx.addmm(x, x, inner, beta=a) if tall else mx.addmm(x, inner, x, beta=a)
     return x
+
+
+def _iterate_gram(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
+    """Do the same with fewer products of the long side.
+
+    Every quintic multiplies x with a polynomial of its Gram matrix; the polynomials commute, so that the product of
+    several is made of small matrices alone. Squaring loses half of the digits of small singular values, which every
+    further quintic would amplify, so the Gram matrix is made anew in between.
+    """
+    for part in (quintics[:_FRESH_GRAM], quintics[_FRESH_GRAM:]):
+        gram, product = _gram(x), None
+        identity = mx.eye(gram.shape[-1])
+        for index, (a, b, c) in enumerate(part):
+            inner = mx.addmm(b * gram + a * identity, gram, gram, alpha=c)
+            product = inner if product is None else product @ inner
+            if index < len(part) - 1:
+                gram = gram @ inner @ inner
+        if product is not None:
+            x = x @ product if x.shape[-2] > x.shape[-1] else product @ x
+    return x
+
+
+def _gram(x: mx.array) -> mx.array:
+    """Return the products of the rows of matrices (S, R, C), or of their columns where these are fewer."""
+    transposed = x.swapaxes(-1, -2)
+    return transposed @ x if x.shape[-2] > x.shape[-1] else x @ transposed
 
 
 def _iterate_rounded(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
