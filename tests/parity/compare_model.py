@@ -37,10 +37,15 @@ from mlxchat.optim.muon import aspect_factor, normuon_update
 from mlxchat.optim.schedule import Rates
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
+Arrays = dict[str, np.ndarray[Any, Any]]
+
 LOGITS, LOSS, RELATIVE = 2e-4, 1e-5, 1e-3
-# nanochat orthogonalises in bfloat16, whose roundings alone move a matrix by 2 to 4 % in three steps; the tables'
-# gradients follow the matrices from the second step on. In float32 ours stays that far from it.
-FLOAT32_MATRICES, FLOAT32_TABLES = 0.035, 0.003
+# oct2025 orthogonalises in bfloat16, which is chaotic: one flipped last bit of the weights moves a matrix by 2 to 3 % of
+# its change in three steps, and from the second step on the tables' gradients follow. So agreement to a thousandth is
+# beyond nanochat itself. Ours may differ by twice what a last bit does, each norm of a change by 1 %, and in float32,
+# measured against bfloat16 for five shapes with two seeds, by 2.3 to 3.5 % (the tables by 1.4 to 2.2 thousandths).
+CHAOS, NORMS = 2.0, 0.01
+FLOAT32_MATRICES, FLOAT32_TABLES = 0.04, 0.003
 # Of all gradients' norm: what is smaller is 0 but for rounding, such as the backout's of two layers, whose scale the
 # last norm takes away again. AdamW makes a whole step of it, in whatever direction.
 ZERO = 1e-6
@@ -82,26 +87,43 @@ def gradients(file: ParityFile) -> Iterator[Line]:
 
 def optimizer_steps(file: ParityFile) -> Iterator[Line]:
     """Compare the weights after three steps, as our loop takes them, orthogonalised in the type that nanochat used."""
-    dtype = {"oct2025": mx.bfloat16, "jul2026": mx.float32}[file.variant]
-    losses3, weights = _three_steps(file, dtype)
+    if file.variant == "oct2025":
+        yield from _chaotic_steps(file)
+        return
+    losses3, weights = _three_steps(file, mx.float32)
     yield Comparison("losses of three steps", scaled_distance(losses3, _tensor(file, "losses3")), 10 * LOSS)
-    undecided = _undecided(file) if file.variant == "jul2026" else {}
+    undecided = _undecided(file)
     yield largest("change in three steps, relative norm", _changes(file, weights, undecided), RELATIVE)
-    if undecided:
-        yield _decays(file, weights, undecided)
-    _, weights = _three_steps(file, dtype, micro_tokens=1)
+    yield _decays(file, weights, undecided)
+    _, weights = _three_steps(file, mx.float32, micro_tokens=1)
     yield largest("the same, one row at a time", _changes(file, weights, undecided), RELATIVE)
 
 
-def optimizer_steps_in_float32(file: ParityFile) -> Iterator[Line]:
-    """Compare the same with what a CPU computes by default, where nanochat used another type."""
-    if file.variant != "oct2025":
-        return
-    changes = _changes(file, _three_steps(file, mx.float32)[1], {})
+def _chaotic_steps(file: ParityFile) -> Iterator[Line]:
+    losses3, weights = _three_steps(file, mx.bfloat16)
+    yield Comparison("losses of three steps", scaled_distance(losses3, _tensor(file, "losses3")), 10 * LOSS)
+    flipped = _changes(file, _three_steps(file, mx.bfloat16, flip_last_bits=True)[1], {}, expected=weights)
+
+    def chaos(found: Arrays) -> dict[str, float]:
+        return {name: error / max(flipped[name], RELATIVE) for name, error in _changes(file, found, {}).items()}
+
+    yield largest("change in three steps ÷ what a last bit changes", chaos(weights), CHAOS)
+    rows = _three_steps(file, mx.bfloat16, micro_tokens=1)[1]
+    yield largest("the same, one row at a time", chaos(rows), CHAOS)
+    found = _three_steps(file, mx.float32)[1]
+    changes = _changes(file, found, {})
     matrices = {name: error for name, error in changes.items() if ".h." in name}
     tables = {name: error for name, error in changes.items() if name not in matrices}
-    yield largest("three steps in float32: matrices", matrices, FLOAT32_MATRICES)
-    yield largest("three steps in float32: the rest", tables, FLOAT32_TABLES)
+    yield largest("change in float32, relative norm: matrices", matrices, FLOAT32_MATRICES)
+    yield largest("change in float32, relative norm: tables", tables, FLOAT32_TABLES)
+    start, expected = file.weights("weights."), file.weights("after3.")
+    norms = {
+        name: np.linalg.norm(value - start[name]) / np.linalg.norm(expected[name] - start[name])
+        for name, value in found.items()
+    }
+    yield largest(
+        "change in float32, ratio of norms − 1", {name: abs(float(each) - 1) for name, each in norms.items()}, NORMS
+    )
 
 
 def greedy(file: ParityFile) -> Iterator[Line]:
@@ -136,7 +158,6 @@ QUANTITIES: tuple[Quantity, ...] = (
     losses,
     gradients,
     optimizer_steps,
-    optimizer_steps_in_float32,
     greedy,
 )
 
@@ -177,21 +198,26 @@ def loss_and_gradients(model: GPT, batch: Batch) -> tuple[float, dict[str, np.nd
     return float(loss.item()), {name: np.asarray(value) for name, value in got.items()}
 
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-def _three_steps(file: ParityFile, dtype: mx.Dtype, micro_tokens: int = 1 << 30) -> tuple[list[float], Arrays]:
+def _three_steps(
+    file: ParityFile, dtype: mx.Dtype, *, micro_tokens: int = 1 << 30, flip_last_bits: bool = False
+) -> tuple[list[float], Arrays]:
     """Return the losses of three steps, and the weights after them."""
-    model = file.model("weights.")
+    model, batch = file.model("weights."), whole_batch(file)
+    if flip_last_bits:
+        rng = np.random.default_rng(0)
+        start = {
+            name: np.nextafter(value, rng.choice([-9, 9], value.shape).astype(np.float32))
+            for name, value in file.weights("weights.").items()
+        }
+        set_parameters(model, {name: mx.array(value) for name, value in start.items()})
     step = TrainStep(model, optimizer_of(model, file.variant, dtype), micro_tokens=micro_tokens, dtype=mx.float32)
-    batch = whole_batch(file)
     found = [step(batch, Rates(1.0, 0.95, 1.0))[0] for _ in range(3)]
     return found, {name: np.asarray(value) for name, value in flatten_parameters(model).items()}
 
 
-def _changes(file: ParityFile, weights: Arrays, undecided: Arrays) -> dict[str, float]:
+def _changes(file: ParityFile, weights: Arrays, undecided: Arrays, expected: Arrays | None = None) -> dict[str, float]:
     """Return the relative error of every parameter's change, without elements whose decay hangs on rounding."""
-    start, expected = file.weights("weights."), file.weights("after3.")
+    start, expected = file.weights("weights."), file.weights("after3.") if expected is None else expected
     if weights.keys() != expected.keys():
         return {"parameters": float("nan")}
     return {
