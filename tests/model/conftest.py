@@ -5,11 +5,14 @@ from __future__ import annotations
 import mlxchat  # isort: split
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.compose import compose_config
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
@@ -34,22 +37,34 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["the cat sat on the mat and the dog sat on the log " * 5], 280)
 
 
+@cache
+def features_of(architecture: str) -> dict[str, Any]:
+    """Return what conf/architecture says, as fields of GPTSizes."""
+    config = vars(compose_config([f"architecture={architecture}"]).config.architecture)
+    fields = {key: value for key, value in config.items() if key not in ("name", "whole_heads")}
+    return {"architecture": config["name"], **fields}
+
+
 @pytest.fixture
 def make_model() -> Callable[..., GPT]:
-    def make(num_heads: int = 4, num_kv_heads: int = 2, vocab_size: int = 280, rope_theta: float = 10_000.0) -> GPT:
-        """Return a model none of whose projections is zero, as nanochat's initial ones are."""
+    def make(
+        num_heads: int = 4, num_kv_heads: int = 2, vocab_size: int = 280, *, architecture: str = "oct2025", **sizes: Any
+    ) -> GPT:
+        """Return a model none of whose projections and scalars is zero, as some of nanochat's initial ones are."""
         model = GPT(
             GPTSizes(
-                vocab_size=vocab_size, num_layers=3, num_heads=num_heads, num_kv_heads=num_kv_heads, width=32,
-                context_tokens=64, rope_theta=rope_theta,
+                **{
+                    "vocab_size": vocab_size, "num_layers": 3, "num_heads": num_heads, "num_kv_heads": num_kv_heads,
+                    "width": 32, "context_tokens": 64, **features_of(architecture), **sizes,
+                }
             )
         )  # fmt: skip
         rng = np.random.default_rng(7)
         weights = {
-            name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.3, size=value.shape).astype(np.float32))
+            name: rng.normal(scale=1.0 if "wte" in name else 0.3, size=value.shape) + (name == "resid_lambdas")
             for name, value in flatten_parameters(model).items()
         }
-        set_parameters(model, weights)
+        set_parameters(model, {name: mx.array(value.astype(np.float32)) for name, value in weights.items()})
         return model
 
     return make

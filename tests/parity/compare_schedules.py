@@ -133,7 +133,7 @@ def hyperparameters(file: ParityFile) -> Iterator[Line]:
         refused: list[tuple[str, Any, Any]] = []
         scales: dict[str, float] = {}
         groups: dict[str, float] = {}
-        for settings, row in cases:
+        for number, (settings, row) in enumerate(cases):
             config = _config(variant, tuple(settings.items()), row["depth"])
             if "error" in row:  # depths that have no whole heads
                 problems = [line for line in find_problems(config) if "model" in line]
@@ -143,7 +143,7 @@ def hyperparameters(file: ParityFile) -> Iterator[Line]:
             reference = reference_sizes(config.model, config.architecture, config.optimizer, settings["vocab_size"])
             derived = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference)
             got = _integers(sizes, derived, settings)
-            name = f"d{row['depth']}"
+            name = f"{number}: d{row['depth']}"
             integers += [(f"{name} {key}", got[key], value) for key, value in _flat(row) if key in got]
             for key, number in (
                 ("batch_lr_scale", derived.batch_lr_scale),

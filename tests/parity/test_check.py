@@ -37,8 +37,20 @@ def failures(path: Path, quantity: str) -> list[str]:
 # Altered values
 
 
-def flip(row: list[Any], place: int = -1) -> None:
+def flip(row: Any, place: Any = -1) -> None:
     row[place] = row[place] + 1
+
+
+def swap(row: list[Any]) -> None:
+    row[-1], row[-2] = row[-2], row[-1]
+
+
+def best_fit(values: Any, case: int, batch: int) -> Any:
+    return values["jul2026_bestfit"][case]["batches"][batch]
+
+
+def sized(values: Any, variant: str, row: int) -> Any:
+    return values[variant]["hyperparameters"][0]["rows"][row]
 
 
 def first_long(rows: list[Any]) -> list[Any]:
@@ -46,38 +58,43 @@ def first_long(rows: list[Any]) -> list[Any]:
 
 
 JSON: dict[str, tuple[str, str, Alter]] = {
-    "a merge": ("tokenizer", "training", lambda v: v["mergeable_ranks_base64"].insert(300, v["mergeable_ranks_base64"].pop())),
+    "a merge": ("tokenizer", "training", lambda v: swap(v["mergeable_ranks_base64"])),
     "a token's bytes": ("tokenizer", "training", lambda v: flip(v["token_bytes"], 400)),
     "an encoded text": ("tokenizer", "encoding", lambda v: flip(first_long([case["ids"] for case in v["encode"]]))),
     "a decoded text": ("tokenizer", "encoding", lambda v: v["decode"][-1].update(text="altered")),
     "a document": ("tokenizer", "encoding", lambda v: flip(v["encode_batch"]["ids"][0])),
-    "a small corpus": ("tokenizer", "small_corpora", lambda v: v["training_cases"][0]["learned_base64"].reverse()),
+    "a small corpus": ("tokenizer", "small_corpora", lambda v: swap(v["training_cases"][0]["learned_base64"])),
     "a conversation": ("conversation", "conversations", lambda v: flip(v["cases"][0]["ids"], 3)),
     "a mask": ("conversation", "conversations", lambda v: flip(v["cases"][0]["mask"], 3)),
     "a prompt": ("conversation", "prompts", lambda v: flip(v["cases"][0]["completion_ids"])),
-    "a refusal": ("conversation", "refusals", lambda v: v["errors"][0].update(conversation=v["cases"][0]["conversation"])),
-    "a row of documents": ("packing", "documents", lambda v: flip(v["jul2026_bestfit"][4]["batches"][5]["inputs"][2])),
-    "a resumed row": ("packing", "documents", lambda v: flip(v["jul2026_bestfit"][-1]["batches"][0]["targets"][0])),
+    "a refusal": (
+        "conversation", "refusals", lambda v: v["errors"][0].update(conversation=v["cases"][0]["conversation"])
+    ),
+    "a row of documents": ("packing", "documents", lambda v: flip(best_fit(v, 4, 5)["inputs"][2])),
+    "a resumed row": ("packing", "documents", lambda v: flip(best_fit(v, -1, 0)["targets"][0])),
     "a document's ids": ("packing", "documents", lambda v: flip(v["token_ids"][7])),
-    "a row of conversations": ("packing", "conversations", lambda v: flip(v["chat_jul2026"][1]["batches"][0]["targets"][0])),
-    "a multiplier": ("schedules", "schedules", lambda v: v["jul2026"]["schedules"][5]["lr_multiplier"].reverse()),
+    "a row of conversations": (
+        "packing", "conversations", lambda v: flip(v["chat_jul2026"][1]["batches"][0]["targets"][0])
+    ),
+    "a multiplier": ("schedules", "schedules", lambda v: swap(v["jul2026"]["schedules"][5]["lr_multiplier"])),
     "a momentum": ("schedules", "schedules", lambda v: flip(v["oct2025"]["schedules"][5]["muon_momentum"])),
     "a weight decay": ("schedules", "schedules", lambda v: flip(v["jul2026"]["schedules"][0]["weight_decay"])),
     "a multiplier over progress": (
         "schedules", "progress", lambda v: flip(v["jul2026"]["progress_schedules"][0]["lr_multiplier"], 2)
     ),
     "a run of a script": ("schedules", "scripts", lambda v: flip(v["jul2026"]["script_runs"][0]["muon_weight_decay"])),
-    "an iteration": ("schedules", "hyperparameters", lambda v: v["oct2025"]["hyperparameters"][0]["rows"][2].update(num_iterations=1)),
-    "an overridden horizon": ("schedules", "hyperparameters", lambda v: v["jul2026"]["horizon_overrides"][2].update(num_iterations=1)),
-    "a batch's scale": (
-        "schedules", "hyperparameters", lambda v: v["jul2026"]["hyperparameters"][0]["rows"][4].update(batch_lr_scale=0.7)
+    "a number of updates": ("schedules", "scripts", lambda v: v["oct2025"]["script_runs"][0].update(num_updates=11)),
+    "an iteration": ("schedules", "hyperparameters", lambda v: sized(v, "oct2025", 2).update(num_iterations=1)),
+    "an overridden horizon": (
+        "schedules", "hyperparameters", lambda v: v["jul2026"]["horizon_overrides"][2].update(num_iterations=1)
     ),
+    "a batch's scale": ("schedules", "hyperparameters", lambda v: sized(v, "jul2026", 4).update(batch_lr_scale=0.7)),
     "a group's rate": (
-        "schedules",
-        "hyperparameters",
-        lambda v: v["jul2026"]["hyperparameters"][0]["rows"][0]["optimizer_groups"][3].update(lr=0.00251),
+        "schedules", "hyperparameters", lambda v: flip(sized(v, "jul2026", 0)["optimizer_groups"][3], "lr")
     ),
-    "bits per byte": ("bpb", "bits", lambda v: v["cases"][5]["jul2026"].update(bpb=v["cases"][5]["jul2026"]["bpb"] + 1e-5)),
+    "bits per byte": (
+        "bpb", "bits", lambda v: v["cases"][5]["jul2026"].update(bpb=v["cases"][5]["jul2026"]["bpb"] + 1e-5)
+    ),
     "an infinite case": ("bpb", "bits", lambda v: v["cases"][0].update(infinite=True)),
     "counted bytes": ("bpb", "counted_bytes", lambda v: v["cases"][0].update(total_bytes=1)),
     "a mean loss": ("bpb", "losses", lambda v: v["mean_loss"]["oct2025"].update(text1=1.0885)),
@@ -85,17 +102,24 @@ JSON: dict[str, tuple[str, str, Alter]] = {
     "an advantage": ("rl", "advantages", lambda v: flip(v["cases"][1]["examples"][0]["advantages"])),
     "a trained token": ("rl", "trained_tokens", lambda v: flip(v["cases"][0]["examples"][0]["targets"][0], 20)),
     "a policy loss": ("rl", "policy_gradient", lambda v: v["cases"][0]["oct2025"].update(loss_sum_over_passes=0.5)),
-    "a log-probability": ("rl", "policy_gradient", lambda v: flip(v["cases"][2]["examples"][0]["jul2026"]["logp"][0][0])),
-    "a gradient's norm": (
-        "rl", "policy_gradient", lambda v: v["cases"][0]["jul2026"]["grads"]["smear_gate.weight"].update(norm=0.0013)
+    "a log-probability": (
+        "rl", "policy_gradient", lambda v: flip(v["cases"][2]["examples"][0]["jul2026"]["logp"][0][0])
     ),
-    "a moved weight": ("rl", "update", lambda v: v["cases"][0]["jul2026"]["update_norms"].update({"lm_head.weight": 0.1})),
+    "a gradient's norm": (
+        "rl", "policy_gradient", lambda v: flip(v["cases"][0]["jul2026"]["grads"]["smear_gate.weight"], "norm")
+    ),
+    "a moved weight": (
+        "rl", "update", lambda v: v["cases"][0]["jul2026"]["update_norms"].update({"lm_head.weight": 0.1})
+    ),
     "a multiplier of RL": ("rl", "multipliers", lambda v: v["cases"][2].update(lr_multiplier=1.0)),
     "pass@k": ("rl", "passes", lambda v: flip(v["pass_at_k"]["pass_at_k"])),
     "a forced token": ("engine", "protocol", lambda v: flip(v["scripted"][1]["columns"][9])),
-    "a mask of the protocol": ("engine", "protocol", lambda v: v["scripted"][0]["masks"].__setitem__(0, [0])),
+    "a mask of the protocol": ("engine", "protocol", lambda v: flip(v["scripted"][0]["masks"][0])),
     "an exit": ("engine", "refusals", lambda v: flip(v["exit_in_expression"]["jul2026"]["batch_results"][0])),
-    "first tokens": ("engine", "refusals", lambda v: v["first_token_of_64_rows"]["jul2026"].update(all_rows_share_the_first_token=True)),
+    "first tokens": (
+        "engine", "refusals",
+        lambda v: v["first_token_of_64_rows"]["jul2026"].update(all_rows_share_the_first_token=True),
+    ),
     "a probability": ("engine", "distributions", lambda v: flip(v["sampling"][3]["probs"][0])),
     "a greedy token": ("engine", "greedy", lambda v: flip(v["greedy"]["jul2026"][1]["tokens"])),
     "a calculation": ("tasks", "calculator", lambda v: v["calculator"][0].update(result="5")),
@@ -210,7 +234,8 @@ def write_own(path: Path, variant: str, **sizes: Any) -> None:
     values |= {f"weights.{name}": value for name, value in weights.items()}
     values |= {f"grads.{name}": value for name, value in gradients.items()}
     values |= {f"after3.{name}": np.asarray(value) for name, value in flatten_parameters(model).items()}
-    save_file(values, path, metadata=metadata)
+    # safetensors writes the bytes of an array as they lie.
+    save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path, metadata=metadata)
 
 
 @pytest.mark.parametrize(
