@@ -16,13 +16,14 @@ RUNNER = [path for path in LIBRARY if path.parent.name == "runner"]
 # The library's parts from the bottom up. A part may import those of its own line and of earlier ones, never later ones.
 LAYERS = [
     {"errors"},
-    {"config", "optimizer_config", "ops"},
+    {"config", "optimizer_config", "bench_config", "ops"},
     {"runner"},
     {"data", "tasks"},
     {"model"},
     {"optim", "engine"},
     {"evals"},
     {"training"},
+    {"bench"},
     {"validation", "misspelling", "compose", "tracker", "report", "terminal_chat"},
     {"commands", "sweep", "cli"},
 ]

@@ -19,6 +19,7 @@ VERBS = {
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
     "report": ("report", "write and print the report of the latest run"),
     "graph": ("graph", "draw the pipeline (--format ascii or mermaid)"),
+    "bench": ("bench", "measure how fast this machine trains (bench train; --json for programs)"),
     "doctor": ("doctor", "check device, BLAS, memory, disk and versions, and say how to mend what is wrong"),
 }
 

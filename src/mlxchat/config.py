@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from mlxchat.bench_config import BenchConfig as BenchConfig
 from mlxchat.optimizer_config import OptimizerConfig as OptimizerConfig
 from mlxchat.optimizer_config import ScheduleConfig as ScheduleConfig
 
@@ -321,3 +322,4 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)

@@ -241,6 +241,8 @@ def _numbers(config: Config) -> Iterator[str]:
             yield f"machine.{key} is {limit}, expected at least 0, or null for MLX's own"
     if machine.checkpoint_seconds < 0:
         yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
+    if config.bench.warmup_steps < 0:
+        yield f"bench.warmup_steps is {config.bench.warmup_steps}, expected at least 0"
     if machine.prefetch_batches < 0:
         yield f"machine.prefetch_batches is {machine.prefetch_batches}, expected at least 0 (no batch made ahead)"
     for key, value in flatten_config(plain_of(config)).items():
@@ -276,6 +278,10 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "machine.device_batch_tokens",
         "machine.blas_threads",
         "machine.log_every",
+        "bench.vocab_size",
+        "bench.batch_rows",
+        "bench.row_tokens",
+        "bench.steps",
     ):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)

@@ -38,7 +38,7 @@ NOT_IDENTITY = {
     "eval.batch_rows",
 }
 # Sections that no stage may declare, and those that are declared, with the steps that read them.
-NEVER = ("machine", "tracker", "name", "outputs", "targets", "force")
+NEVER = ("machine", "tracker", "bench", "name", "outputs", "targets", "force")
 READ_BY = {
     "model": {"pretrain"},
     "architecture": {"pretrain"},

@@ -1,0 +1,171 @@
+"""The parts of a training step, each compiled and run alone at the shapes that it has in the step.
+
+Alone, a part shares no cache and no fused kernel with the others: the sum of the parts is near the step, not equal.
+
+Shapes: B rows of a micro-batch, T tokens, C width, N = B T, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
+from mlxchat.ops.normalisation import rms_norm
+from mlxchat.optim.groups import Flat, Optimizer, clip_gradients
+from mlxchat.optim.schedule import Rates
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a step."""
+
+    name: str
+    times: float
+    """How often a step does it."""
+    prepare: Callable[[], Work]
+    """Make its inputs; return what does it once. Prepared only when its turn comes, for the sake of memory."""
+
+
+def phases_of_step(
+    model: GPT, optimizer: Optimizer, ids: mx.array, rates: Rates[float], *, dtype: mx.Dtype, recompute: bool
+) -> list[Part]:
+    """Return 'forward', 'forward_and_backward' and 'optimizer' of a step on the micro-batch `ids` (B, T), once each."""
+    targets, weights = ids.reshape(-1), mx.full(ids.size, 1 / ids.size)
+
+    def hidden(parameters: Flat) -> mx.array:
+        set_parameters(model, {name: value.astype(dtype) for name, value in parameters.items()})
+        return model.hidden(ids, recompute=recompute).reshape(-1, model.sizes.width)
+
+    def loss_alone(parameters: Flat) -> mx.array:
+        return token_losses(hidden(parameters), model.head_weight, targets).mean()
+
+    def loss(parameters: Flat) -> mx.array:
+        return cross_entropy_sum(hidden(parameters), model.head_weight, targets, weights)
+
+    def applied(function: Callable[[Flat], Any]) -> Callable[[], Work]:
+        return lambda: _compiled(_keeping_parameters(model, function), flatten_parameters(model))
+
+    return [
+        Part("forward", 1, applied(loss_alone)),
+        Part("forward_and_backward", 1, applied(mx.value_and_grad(loss))),
+        Part("optimizer", 1, partial(_optimizer, model, optimizer, rates)),
+    ]
+
+
+def parts_of_step(model: GPT, ids: mx.array, *, dtype: mx.Dtype) -> list[Part]:
+    """Return 'embedding', 'attention', 'mlp' and 'head_and_loss', each forward and backward.
+
+    There is an 'attention' for every kind of layer: with this window, with or without a value embedding.
+    """
+    sizes = model.sizes
+    kinds = [(window, sizes.has_value_embedding(layer)) for layer, window in enumerate(sizes.windows())]
+    return [
+        Part("embedding", 1, partial(_embedding, model, ids, dtype)),
+        *(
+            Part("attention", count, partial(_attention, model, kinds.index(kind), ids.shape, dtype))
+            for kind, count in Counter(kinds).items()
+        ),
+        Part("mlp", sizes.num_layers, partial(_mlp, model, ids.shape, dtype)),
+        Part("head_and_loss", 1, partial(_head_and_loss, model, ids, dtype)),
+    ]
+
+
+def _embedding(model: GPT, ids: mx.array, dtype: mx.Dtype) -> Work:
+    tables = [model.transformer["wte"], *(model.value_embeds.values() if model.sizes.value_embeddings else [])]
+
+    def look_up(*weights: mx.array) -> list[mx.array]:
+        first, *others = (weight.astype(dtype)[ids] for weight in weights)
+        return [rms_norm(first), *others]
+
+    return _forward_and_backward(look_up, [table.weight for table in tables])
+
+
+def _attention(model: GPT, layer: int, shape: tuple[int, ...], dtype: mx.Dtype) -> Work:
+    attention = model.transformer["h"][layer].attn
+    inputs = [_random((*shape, model.sizes.width), dtype)]
+    if model.sizes.has_value_embedding(layer):
+        inputs.append(_random((*shape, model.sizes.kv_width), dtype))
+    return _layer(attention, lambda x, *value_embedding: x + attention(rms_norm(x), *value_embedding), inputs, dtype)
+
+
+def _mlp(model: GPT, shape: tuple[int, ...], dtype: mx.Dtype) -> Work:
+    mlp = model.transformer["h"][0].mlp
+    return _layer(mlp, lambda x: x + mlp(rms_norm(x)), [_random((*shape, model.sizes.width), dtype)], dtype)
+
+
+def _head_and_loss(model: GPT, ids: mx.array, dtype: mx.Dtype) -> Work:
+    targets, weights = ids.reshape(-1), mx.full(ids.size, 1 / ids.size)
+
+    def loss(hidden: mx.array, head: mx.array) -> list[mx.array]:
+        return [cross_entropy_sum(hidden, head.astype(dtype), targets, weights)]
+
+    return _forward_and_backward(loss, [rms_norm(_random((ids.size, model.sizes.width), dtype)), model.head_weight])
+
+
+def _optimizer(model: GPT, optimizer: Optimizer, rates: Rates[float]) -> Work:
+    parameters = flatten_parameters(model)
+    gradients = {name: 0.01 * _random(value.shape, mx.float32) for name, value in parameters.items()}
+    mx.eval(gradients)
+    varying = Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates))
+
+    @partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)
+    def update(parameters: Flat, gradients: Flat, rates: Rates[mx.array]) -> Flat:
+        clipped, _ = clip_gradients(gradients, optimizer.config.grad_clip)
+        return optimizer.update(parameters, clipped, rates)
+
+    def work() -> None:
+        mx.eval(update(parameters, gradients, varying), optimizer.state)
+
+    return work
+
+
+def _layer(module: nn.Module, call: Callable[..., mx.array], inputs: list[mx.array], dtype: mx.Dtype) -> Work:
+    """Return the work of a module with its inputs' and its parameters' gradients."""
+    names, values = zip(*flatten_parameters(module).items(), strict=True)
+
+    def run(*arrays: mx.array) -> list[mx.array]:
+        weights = (weight.astype(dtype) for weight in arrays[len(inputs) :])
+        set_parameters(module, dict(zip(names, weights, strict=True)))
+        return [call(*arrays[: len(inputs)])]
+
+    return _forward_and_backward(_keeping_parameters(module, run), [*inputs, *values])
+
+
+def _forward_and_backward(function: Callable[..., list[mx.array]], primals: list[mx.array]) -> Work:
+    """Return the work of a function and of the gradients in all its arguments, for random ones of its results."""
+    cotangents = [_random(output.shape, output.dtype) for output in function(*primals)]
+    mx.eval(primals, cotangents)
+    return _compiled(lambda *arrays: mx.vjp(function, list(arrays), cotangents), *primals)
+
+
+def _keeping_parameters(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, after which the module has its parameters again: tracing puts others there."""
+
+    def run(*arguments: Any) -> Any:
+        before = flatten_parameters(module)
+        try:
+            return function(*arguments)
+        finally:
+            set_parameters(module, before)
+
+    return run
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Work:
+    fast = mx.compile(function)
+    return lambda: mx.eval(fast(*arguments))
+
+
+def _random(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)

@@ -1,0 +1,78 @@
+"""A measurement as people read it."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlxchat.runner.progress import format_bytes, format_count
+
+
+def print_tables(record: dict[str, Any], stream: TextIO) -> None:
+    """Print what `measure_training` returned."""
+    console = Console(file=stream, highlight=False)
+    bench, sizes, device = record["bench"], record["sizes"], record["device"]
+    console.print(
+        Text(
+            f"{record['model']} {record['architecture']}: {format_count(record['num_parameters'])} parameters, "
+            f"{sizes['num_layers']} layers of width {sizes['width']}, vocabulary {sizes['vocab_size']}, "
+            f"{bench['batch_rows']} × {bench['row_tokens']} tokens, {record['optimizer']['kind']} "
+            f"{record['optimizer']['variant']}, {record['dtype']}",
+            style="bold",
+        )
+    )
+    versions = " ".join(f"{name} {record['versions'].get(name, '?')}" for name in ("mlxchat", "mlx"))
+    console.print(
+        Text(f"{device['name']} ({device['backend']}), {device['cores']} cores, {record['blas']}; {versions}")
+    )
+    console.print(_speeds(record))
+    if record["split"]:
+        console.print(_split(record))
+        console.print(Text(f"Shares are of the median step; {record['split']['how']}.", style="dim"))
+
+
+def _speeds(record: dict[str, Any]) -> Table:
+    table = _table("", "measured", "")
+    seconds, forward = record["seconds"], record["forward_seconds"]
+    table.add_row("training step", f"{record['tokens_per_second']:,.0f} tok/s", _spread(seconds))
+    table.add_row("forward (validation)", f"{record['forward_tokens_per_second']:,.0f} tok/s", _spread(forward))
+    flops = f"{format_count(record['flops_per_token'])} FLOPs per token"
+    table.add_row("model's FLOPs", f"{record['gflops']:,.1f} GFLOP/s", flops)
+    if record["peak_gflops"] is None:
+        table.add_row("peak of the device", "unknown", "")
+    else:
+        what = "matrix product" if record["peak_is"] == "measured" else "published"
+        table.add_row("peak of the device", f"{record['peak_gflops']:,.1f} GFLOP/s", f"{record['peak_is']}: {what}")
+        table.add_row("share of the peak", f"{record['share_of_peak']:.1%}", "")
+    held = f"MLX {format_bytes(record['mlx_peak_bytes'])}, process +{format_bytes(record['resident_growth_bytes'])}"
+    table.add_row("peak memory", format_bytes(record["peak_bytes"]), held)
+    table.add_row("peak of the process", format_bytes(record["peak_rss_bytes"]), "resident, all libraries included")
+    return table
+
+
+def _split(record: dict[str, Any]) -> Table:
+    table = _table("of a step", "seconds", "share")
+    step = record["tokens_per_step"] / record["tokens_per_second"]
+    split = record["split"]
+    groups = (split["phases"], {**split["parts"], "rest": split["rest"]})
+    for group in groups:
+        for name, seconds in group.items():
+            table.add_row(name.replace("_", " "), f"{seconds:.4f}", f"{seconds / step:.1%}")
+        table.add_section()
+    return table
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column(titles[0])
+    table.add_column(titles[1], justify="right")
+    table.add_column(titles[2], justify="right" if titles[2] else "left")
+    return table
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{min(seconds):.3f} to {max(seconds):.3f} s, {len(seconds)} times"

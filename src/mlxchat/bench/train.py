@@ -1,0 +1,166 @@
+"""How fast this machine trains: whole steps, validation's forward pass, the peak they are compared with, the parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.bench.parts import Part, parts_of_step, phases_of_step
+from mlxchat.bench.timing import Stopwatch, fill_zero_weights, median, random_rows
+from mlxchat.config import Config
+from mlxchat.evals.bpb import mean_loss
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
+from mlxchat.model.weights import init_weights
+from mlxchat.ops.device import backend, describe_device
+from mlxchat.ops.peak import peak_flops
+from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import Rates, rates_at
+from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
+from mlxchat.runner.progress import Progress
+from mlxchat.training.loop import prepare_machine
+from mlxchat.training.step import TrainStep, mean_batch
+
+# A part is timed so often after it was compiled; a median of three is enough for a share.
+_PART_STEPS, _PART_WARMUP_STEPS = 3, 1
+
+HOW_PARTS_ARE_MEASURED = (
+    "each part is compiled and run alone at the step's shapes, forward and backward together; of equal layers one is "
+    "measured and multiplied; backward is how much longer both take than forward; rest is the step less its parts"
+)
+
+
+def measure_training(config: Config) -> dict[str, Any]:
+    """Return what `mlxchat bench train --json` prints: plain data, seconds, bytes and 10⁹ FLOP/s.
+
+    'tokens_per_second' is a whole step's (loss, gradients, clipping, update; data lies ready), of the median of
+    `seconds`. 'forward_tokens_per_second' is the validation loss's, computed as evaluations compute it. 'gflops' are
+    the model's FLOPs as nanochat counts them, whatever is computed besides or left out. 'peak_bytes' is of the training
+    steps, weights and moments included: the most that MLX held, on a CPU the growth of the process if that is more.
+    """
+    bench, machine, seed = config.bench, config.machine, config.seed
+    dtype = prepare_machine(machine)
+    sizes = sizes_of(replace(config.model, context_tokens=bench.row_tokens), config.architecture, bench.vocab_size)
+    tokens = bench.batch_rows * bench.row_tokens
+    micro_rows = min(bench.batch_rows, max(1, machine.device_batch_tokens // bench.row_tokens))
+
+    def rows(batch: int, count: int = bench.batch_rows) -> Any:
+        return random_rows(count, bench.row_tokens, bench.vocab_size, seed=seed, batch=batch)
+
+    reset_peak_memory()
+    resident_before = peak_memory_bytes()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    model, optimizer = _make_model(config, sizes)
+    phases: list[Part] = []
+    parts: list[Part] = []
+    rates = rates_at(0, 1000, config.pretrain.schedule, config.optimizer)
+    if bench.split:
+        ids = mx.array(np.stack([row[0] for row in rows(0, micro_rows)]))
+        phases = phases_of_step(model, optimizer, ids, rates, dtype=dtype, recompute=machine.grad_checkpointing)
+        parts = parts_of_step(model, ids, dtype=dtype)
+    repetitions = bench.warmup_steps + bench.steps
+    total = 2 * repetitions + (len(phases) + len(parts)) * (_PART_STEPS + _PART_WARMUP_STEPS)
+    with Progress("bench", total, "measurements") as progress:
+        watch = Stopwatch(progress)
+        step, losses = _step(config, model, optimizer, dtype, rates, rows)
+        seconds = watch.seconds("step", step, steps=bench.steps, warmup_steps=bench.warmup_steps)
+        mlx_peak, resident_peak = mx.get_peak_memory(), peak_memory_bytes()
+        forward = watch.seconds(
+            "forward",
+            lambda index: mean_loss(model, rows(index), micro_tokens=machine.device_batch_tokens),
+            steps=bench.steps,
+            warmup_steps=bench.warmup_steps,
+        )
+        peak = peak_flops(dtype)
+        split = _split(watch, phases, parts, bench.batch_rows / micro_rows, median(seconds)) if bench.split else None
+    growth = max(0, resident_peak - resident_before)
+    flops = flops_per_token(sizes) * tokens / median(seconds)
+    device = describe_device()
+    return {
+        "tokens_per_second": tokens / median(seconds),
+        "forward_tokens_per_second": tokens / median(forward),
+        "peak_bytes": max(mlx_peak, growth) if backend() == "cpu" else mlx_peak,
+        "gflops": flops / 1e9,
+        "peak_gflops": peak / 1e9 if peak else None,
+        "share_of_peak": flops / peak if peak else None,
+        "seconds": seconds,
+        "forward_seconds": forward,
+        "split": split,
+        "tokens_per_step": tokens,
+        "micro_batch_tokens": micro_rows * bench.row_tokens,
+        "mlx_peak_bytes": mlx_peak,
+        "resident_growth_bytes": growth,
+        "peak_rss_bytes": resident_peak,
+        "loss": losses[-1] if math.isfinite(losses[-1]) else None,
+        "model": config.model.name,
+        "architecture": config.architecture.name,
+        "optimizer": {"kind": config.optimizer.kind, "variant": config.optimizer.variant},
+        "sizes": sizes.to_dict(),
+        "num_parameters": count_parameters(sizes)["total"],
+        "flops_per_token": flops_per_token(sizes),
+        "bench": asdict(bench),
+        "seed": seed,
+        "dtype": str(dtype).removeprefix("mlx.core."),
+        "peak_is": "measured" if backend() == "cpu" else "tabled",
+        "device": device,
+        "blas": device["blas"],
+        "versions": versions(),
+    }
+
+
+def _make_model(config: Config, sizes: GPTSizes) -> tuple[GPT, Optimizer]:
+    model = GPT(sizes)
+    init_weights(model, config.seed)
+    fill_zero_weights(model, config.seed + 1)
+    optimizer = Optimizer(model, config.optimizer, width=sizes.width)
+    mx.eval(model.state, optimizer.state)
+    return model, optimizer
+
+
+def _step(
+    config: Config, model: GPT, optimizer: Optimizer, dtype: mx.Dtype, rates: Rates[float], rows: Callable[[int], Any]
+) -> tuple[Callable[[int], None], list[float]]:
+    """Return what trains on one batch, by its number, and the list that it adds the losses to."""
+    machine, bench = config.machine, config.bench
+    train_step = TrainStep(
+        model, optimizer, micro_tokens=machine.device_batch_tokens, dtype=dtype, recompute=machine.grad_checkpointing
+    )
+    batches = [mean_batch(rows(index)) for index in range(bench.warmup_steps + bench.steps)]
+    losses: list[float] = []
+
+    def step(index: int) -> None:
+        loss, _ = train_step(batches[index], rates)
+        losses.append(loss)
+
+    return step, losses
+
+
+def _split(
+    watch: Stopwatch, phases: list[Part], parts: list[Part], micro_batches: float, step: float
+) -> dict[str, Any]:
+    """Return the seconds of a step by phase and by part."""
+
+    def measure(part: Part) -> float:
+        work = part.prepare()
+        times = part.times * (1 if part.name == "optimizer" else micro_batches)
+        found = watch.seconds(part.name, lambda _: work(), steps=_PART_STEPS, warmup_steps=_PART_WARMUP_STEPS)
+        mx.clear_cache()
+        return median(found) * times
+
+    forward, both, optimizer = (measure(part) for part in phases)
+    seconds = {part.name: 0.0 for part in parts}
+    for part in parts:
+        seconds[part.name] += measure(part)
+    seconds["optimizer"] = optimizer
+    return {
+        "phases": {"forward": forward, "backward": both - forward, "optimizer": optimizer},
+        "parts": seconds,
+        "rest": step - sum(seconds.values()),
+        "how": HOW_PARTS_ARE_MEASURED,
+    }

@@ -1,0 +1,66 @@
+"""mlxchat bench: how fast this machine is at one kind of work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from typing import Any
+
+from mlxchat.commands.arguments import split_config_dirs
+from mlxchat.errors import ConfigError, suggest
+
+# Kind → (module in mlxchat.bench, its function from configuration to plain data, what it measures).
+KINDS = {"train": ("train", "measure_training", "training steps, validation's forward pass, memory, share of the peak")}
+
+_USAGE = """usage: mlxchat bench KIND [SETTINGS] [--json] [--config-dir DIR]
+
+Measure how fast this machine works, with random weights and text; nothing is read or written.
+
+{kinds}
+
+  --json               print one JSON object instead of tables
+  bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: conf/settings/bench.yaml
+  model=d8             nanochat's own sizes, since experiment=bench is the default here
+  architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
+  experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and print tables, or with --json one JSON object; progress goes to stderr."""
+    if "--help" in arguments or "-h" in arguments:
+        kinds = "\n".join(f"  {kind:<20} {purpose}" for kind, (_, _, purpose) in KINDS.items())
+        print(_USAGE.format(kinds=kinds), end="")
+        return 0
+    overrides, config_dirs = split_config_dirs([argument for argument in arguments if argument != "--json"])
+    kind = overrides.pop(0) if overrides and "=" not in overrides[0] else ""
+    if kind not in KINDS:
+        problem = f'there is no bench "{kind}"' if kind else "say what to measure"
+        raise ConfigError(f"{problem}: {', '.join(KINDS)}.{suggest(kind, KINDS)} See: mlxchat bench --help")
+    from mlxchat.compose import compose_config
+
+    config = compose_config(_with_defaults(overrides), config_dirs).config
+    module, function, _ = KINDS[kind]
+    record: dict[str, Any] = getattr(import_module(f"mlxchat.bench.{module}"), function)(config)
+    if "--json" in arguments:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        from mlxchat.bench.tables import print_tables
+
+        print_tables(record, sys.stdout)
+    return 0
+
+
+def _with_defaults(overrides: list[str]) -> list[str]:
+    """Return the overrides with experiment=bench, and with the optimizer that belongs to the architecture."""
+    from mlxchat.compose import group_options
+
+    given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    if "experiment" in given:
+        return overrides
+    chosen = ["experiment=bench"]
+    fitting = f"muon_{given.get('architecture')}"
+    if "optimizer" not in given and fitting in group_options("optimizer"):
+        chosen.append(f"optimizer={fitting}")
+    return [*chosen, *overrides]

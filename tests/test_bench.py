@@ -1,0 +1,255 @@
+"""`mlxchat bench`: what is composed, what is measured, how it is printed. How fast it is, no test says."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import json
+import re
+import statistics
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.bench.parts import parts_of_step, phases_of_step
+from mlxchat.bench.timing import fill_zero_weights, random_rows
+from mlxchat.cli import main
+from mlxchat.compose import compose_config
+from mlxchat.config import Config
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import sizes_of
+from mlxchat.model.weights import flatten_parameters, init_weights
+from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import Rates
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+Done = subprocess.CompletedProcess[str]
+
+TINY = (
+    "machine=cpu", "machine.blas_threads=1", "model=d2", "bench.vocab_size=512", "bench.batch_rows=2",
+    "bench.row_tokens=64", "bench.steps=2", "bench.warmup_steps=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(mlxchat: Callable[..., Done]) -> Done:
+    """One measurement in a process of its own."""
+    return mlxchat("bench", "train", *TINY, "--json")
+
+
+@pytest.fixture(scope="module")
+def record(done: Done) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+    def compose(*arguments: str) -> Config:
+        """Return the configuration that a command line would measure."""
+        found: list[Config] = []
+        monkeypatch.setattr("mlxchat.bench.train.measure_training", lambda config: found.append(config) or {})
+        with pytest.raises(SystemExit) as caught:
+            main(["bench", "train", *arguments, "--json"])
+        assert caught.value.code == 0
+        return found[0]
+
+    return compose
+
+
+def test_json_is_one_line_and_all_of_stdout(done: Done) -> None:
+    assert (done.stdout.count("\n"), done.stdout[0], done.stdout[-2:]) == (1, "{", "}\n")
+    assert "measurements" in done.stderr
+
+
+def test_every_number_is_there_and_positive(record: dict[str, Any]) -> None:
+    positive = {
+        "tokens_per_second", "forward_tokens_per_second", "peak_bytes", "mlx_peak_bytes", "peak_rss_bytes", "gflops",
+        "peak_gflops", "share_of_peak", "loss", "num_parameters", "flops_per_token", "micro_batch_tokens",
+    }  # fmt: skip
+    assert {key: record[key] for key in positive if not record[key] > 0} == {}
+    assert (len(record["seconds"]), len(record["forward_seconds"])) == (2, 2)
+    assert all(second > 0 for second in record["seconds"] + record["forward_seconds"])
+    assert (record["dtype"], record["device"]["backend"], record["architecture"]) == ("float32", "cpu", "oct2025")
+    assert record["blas"]
+    assert {"mlx", "mlxchat"} <= record["versions"].keys()
+
+
+def test_speeds_follow_from_the_median_of_the_seconds(record: dict[str, Any]) -> None:
+    assert record["tokens_per_second"] == pytest.approx(128 / statistics.median(record["seconds"]))
+    assert record["forward_tokens_per_second"] == pytest.approx(128 / statistics.median(record["forward_seconds"]))
+    # d2: two layers of 12 × 128² weights and a head of 512 × 128; attention over 64 tokens.
+    flops = 6 * (2 * 12 * 128**2 + 512 * 128) + 12 * 2 * 128 * 64
+    assert record["gflops"] == pytest.approx(flops * record["tokens_per_second"] / 1e9)
+    assert record["share_of_peak"] == pytest.approx(record["gflops"] / record["peak_gflops"])
+
+
+def test_memory_is_at_least_what_weights_gradients_and_moments_take(record: dict[str, Any]) -> None:
+    # Muon keeps one moment of a matrix, AdamW two of a table.
+    assert record["num_parameters"] == 2 * 12 * 128**2 + 2 * 512 * 128
+    assert record["mlx_peak_bytes"] > 3 * 4 * record["num_parameters"]
+    assert record["peak_bytes"] == max(record["mlx_peak_bytes"], record["resident_growth_bytes"])
+    assert record["peak_rss_bytes"] > record["peak_bytes"]
+
+
+def test_the_parts_and_the_rest_are_the_median_step(record: dict[str, Any]) -> None:
+    split = record["split"]
+    assert set(split["parts"]) == {"embedding", "attention", "mlp", "head_and_loss", "optimizer"}
+    assert set(split["phases"]) == {"forward", "backward", "optimizer"}
+    assert all(seconds > 0 for seconds in split["parts"].values())
+    assert sum(split["parts"].values()) + split["rest"] == pytest.approx(statistics.median(record["seconds"]))
+    assert "alone" in split["how"]
+
+
+def test_tables_say_the_same_numbers_and_no_json(
+    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mlxchat.bench.train.measure_training", lambda config: record)
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "train", *TINY])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"{record['tokens_per_second']:,.0f} tok/s" in text
+    assert f"{record['share_of_peak']:.1%}" in text
+    for word in ("forward", "backward", "optimizer", "attention", "mlp", "head and loss", "embedding", "rest", "alone"):
+        assert word in text
+    assert "{" not in text
+
+
+def test_july_2026_in_micro_batches_is_measured_without_its_parts_if_they_are_not_wanted(
+    mlxchat: Callable[..., Done],
+) -> None:
+    found = json.loads(
+        mlxchat(
+            "bench", "train", *TINY, "architecture=jul2026", "machine.device_batch_tokens=64", "bench.split=false",
+            "--json",
+        ).stdout
+    )  # fmt: skip
+    assert (found["split"], found["micro_batch_tokens"], found["tokens_per_step"]) == (None, 64, 128)
+    assert found["optimizer"] == {"kind": "muon", "variant": "jul2026"}
+
+
+def test_a_depth_means_nanochats_own_sizes(composed: Callable[..., Config]) -> None:
+    config = composed("model=d8", "bench.vocab_size=32768", "bench.row_tokens=512")
+    sizes = sizes_of(config.model, config.architecture, config.bench.vocab_size)
+    assert (sizes.width, sizes.num_heads, sizes.head_width, config.bench.row_tokens) == (512, 4, 128, 512)
+
+
+def test_without_arguments_it_is_d4_on_4096_tokens(composed: Callable[..., Config]) -> None:
+    config = composed()
+    assert (config.model.depth * config.model.aspect_ratio, config.architecture.name) == (256, "oct2025")
+    assert (config.bench.vocab_size, config.bench.batch_rows, config.bench.row_tokens) == (8192, 8, 512)
+    assert (config.bench.steps, config.bench.warmup_steps) == (5, 2)
+
+
+def test_an_experiment_brings_its_own_sizes(composed: Callable[..., Config]) -> None:
+    config, wanted = composed("experiment=quickstart"), compose_config(["experiment=quickstart"]).config
+    assert (config.model, config.optimizer) == (wanted.model, wanted.optimizer)
+    assert (config.bench.vocab_size, config.bench.row_tokens) == (4096, 256)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "variant"),
+    [
+        ([], "muon", "oct2025"),
+        (["architecture=jul2026"], "muon", "jul2026"),
+        (["architecture=jul2026", "optimizer=muon_oct2025"], "muon", "oct2025"),
+        (["optimizer=adamw", "architecture=jul2026"], "adamw", "oct2025"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else part,
+)
+def test_the_optimizer_fits_the_architecture_unless_one_is_given(
+    arguments: list[str], kind: str, variant: str, composed: Callable[..., Config]
+) -> None:
+    config = composed(*arguments)
+    assert (config.optimizer.kind, config.optimizer.variant) == (kind, variant)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], r"say what to measure: train\."),
+        (["--json"], r"say what to measure: train\."),
+        (["foo"], r'there is no bench "foo": train\.'),
+        (["trian", "model=d2"], r'there is no bench "trian": train\. Did you mean "train"\?'),
+        (["train", "bench.step=2"], r'there is no "bench\.step" to set\. Did you mean "bench\.steps"\?'),
+        (["train", "model=d5"], r'model has no option "d5"'),
+        (["train", "bench.steps=0"], r"bench\.steps is 0, expected at least 1"),
+        (["train", "bench.steps=two"], r"bench\.steps.*two.*[Ii]nteger"),
+        (["train", "bench.warmup_steps=-1"], r"bench\.warmup_steps is -1, expected at least 0"),
+        (["train", "bench.vocab_size=0"], r"bench\.vocab_size is 0"),
+        (["train", "bench.batch_rows=0"], r"bench\.batch_rows is 0"),
+        (["train", "bench.row_tokens=0"], r"bench\.row_tokens is 0"),
+        (["train", "--foo"], r"unknown option --foo"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_a_mistake_is_refused_before_anything_is_measured(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *arguments])
+    output = capsys.readouterr()
+    assert (caught.value.code, output.out) == (2, "")
+    assert re.search(expected, output.err)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_help_says_what_can_be_measured(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *arguments])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert re.search(r"^  train +\w", text, re.MULTILINE)
+
+
+def make_model(architecture: str) -> tuple[GPT, Config]:
+    config = compose_config([f"architecture={architecture}", f"optimizer=muon_{architecture}", "model=d2"]).config
+    model = GPT(sizes_of(config.model, config.architecture, 300))
+    init_weights(model, 1)
+    fill_zero_weights(model, 2)
+    return model, config
+
+
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_no_weight_matrix_is_zero_and_all_are_the_same_every_time(architecture: str) -> None:
+    first, second = (flatten_parameters(make_model(architecture)[0]) for _ in range(2))
+    assert [name for name, value in first.items() if not np.asarray(value).any()] == []
+    assert [name for name in first if not np.array_equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_measuring_the_parts_leaves_the_weights_as_they_are(architecture: str) -> None:
+    model, config = make_model(architecture)
+    before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
+    optimizer = Optimizer(model, config.optimizer, width=model.sizes.width)
+    ids = mx.array(np.arange(64, dtype=np.int32).reshape(2, 32))
+    rates = Rates(1.0, 0.9, 1.0)
+    parts = phases_of_step(model, optimizer, ids, rates, dtype=mx.float32, recompute=False)
+    for part in [*parts, *parts_of_step(model, ids, dtype=mx.float32)]:
+        work = part.prepare()
+        work()
+        work()
+    after = {name: np.array(value) for name, value in flatten_parameters(model).items()}
+    assert [name for name in before if not np.array_equal(before[name], after[name])] == []
+
+
+def test_every_layers_attention_is_counted_once() -> None:
+    model, _ = make_model("jul2026")
+    parts = parts_of_step(model, mx.zeros((1, 8), dtype=mx.int32), dtype=mx.float32)
+    # Of two layers the last one has a value embedding and sees everything, the first has none and a window.
+    assert [part.times for part in parts if part.name == "attention"] == [1, 1]
+
+
+def test_rows_are_the_same_every_time_and_targets_are_the_ids_after() -> None:
+    first, second, other = (random_rows(3, 5, 100, seed=1, batch=batch) for batch in (0, 0, 1))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first[0][0], other[0][0])
+    assert all(np.array_equal(ids[1:], targets[:-1]) for ids, targets in first)
+    assert max(ids.max() for ids, _ in random_rows(50, 50, 100, seed=1, batch=0)) == 99
