@@ -67,6 +67,7 @@ def _device() -> Iterator[Finding]:
     if remedy.needed:
         mark = "ok" if remedy.library else "wrong"
         yield (mark, "blas", f"{remedy.reason} ({remedy.library or 'the reference BLAS serves: slow'})")
+        yield ("ok", "kernels", f"compiled with g++ {remedy.compiler}")
     if device["backend"] == "cpu" and sys.platform == "linux" and shutil.which("g++") is None:
         yield ("note", "compiler", "no g++: MLX cannot compile kernels and falls back to slower ones. Install g++.")
     matrix = mx.random.normal((1024, 1024))

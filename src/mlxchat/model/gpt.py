@@ -80,14 +80,17 @@ class Attention(nn.Module):
             v = gated_sum(v, gate[..., None], value_embedding.reshape(v.shape), scale=3.0)
         q, k = (
             rotate_and_normalise(
-                projection(x).reshape(batch, tokens, heads, sizes.head_width).swapaxes(1, 2),
+                projection(x).reshape(batch, tokens, heads, sizes.head_width),
                 offset=offset, theta=sizes.rope_theta, scale=sizes.query_key_scale,
             )
             for projection, heads in ((self.c_q, sizes.num_heads), (self.c_k, sizes.num_kv_heads))
         )  # fmt: skip
-        v = v.swapaxes(1, 2)
-        out = causal_attention(q, k, v, window=self.window) if cache is None else cache.attend(q, k, v)
-        return self.c_proj(out.swapaxes(1, 2).reshape(batch, tokens, width))
+        v = mx.contiguous(v.swapaxes(1, 2))
+        if cache is None:
+            out = causal_attention(q, k, v, window=self.window)
+        else:
+            out = cache.attend(q, k, v).swapaxes(1, 2)
+        return self.c_proj(out.reshape(batch, tokens, width))
 
 
 class MLP(nn.Module):

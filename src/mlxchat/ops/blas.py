@@ -17,6 +17,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxchat.ops.jit import install_compiler_flags
+
 # Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -31,6 +33,8 @@ class Remedy:
     """The file that serves `cblas_*`, or None if MLX's own serves."""
     reason: str
     """One line for people: what was loaded, or why nothing was."""
+    compiler: str = "as MLX does"
+    """One line for people: how element-wise kernels are compiled."""
 
 
 _remedy: Remedy | None = None
@@ -78,6 +82,10 @@ def apply_remedy() -> Remedy:
         _remedy = Remedy(needed=True, library=None, reason="switched off by MLXCHAT_BLAS=off")
         return _remedy
     _calm_malloc()
+    compiler = install_compiler_flags()
+    # MLX orders a graph by breadth up to so many branches, then by depth. At its own 20 the two halves of a batch
+    # (ops/lanes.py), which run side by side, would be handed to the cores one after the other.
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100")
     found = _find_openblas()
     if found is None:
         reason = "no OpenBLAS found"
@@ -97,7 +105,7 @@ def apply_remedy() -> Remedy:
             "Install the cpu extra (pip install 'mlxchat[cpu]') or set MLXCHAT_BLAS to a libopenblas.so.",
             stacklevel=2,
         )
-    _remedy = Remedy(needed=True, library=str(found) if found else None, reason=reason)
+    _remedy = Remedy(needed=True, library=str(found) if found else None, reason=reason, compiler=compiler)
     return _remedy
 
 

@@ -7,6 +7,11 @@ from typing import Generic, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 
+# About row factors. `mx.compile` fuses a broadcast with what makes its operand, so that a reciprocal or a root of one
+# number per row would be computed again for every element of the row. Where rows are scaled, the code here keeps the
+# factors in an array without the row's axis and adds that with [..., None], which nothing is fused across. Scalars that
+# are computed inside a compiled function go through `made_once` for the same reason.
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -14,6 +19,19 @@ R = TypeVar("R")
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Return `mx.compile(function)`."""
     return cast(Callable[P, R], mx.compile(function))
+
+
+def made_once(scalar: mx.array) -> mx.array:
+    """Return a scalar as (1,), which kernels read instead of computing it again for every element."""
+    return scalar[None]
+
+
+def sum_rows(x: mx.array) -> mx.array:
+    """Return the sums over the last axis (…,) as a product with ones.
+
+    On a CPU that is faster than MLX's own sum, which also loses digits: at 65,536 numbers it is 8e-5 too small.
+    """
+    return x @ mx.ones(x.shape[-1], dtype=x.dtype)
 
 
 class differentiable(Generic[P, R]):  # noqa: N801  (a decorator)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxchat.ops.compiled import compiled, differentiable
+from mlxchat.ops.compiled import compiled, differentiable, sum_rows
 from mlxchat.ops.device import backend
-from mlxchat.ops.formulas import bounded_exp, rational_tanh
+from mlxchat.ops.formulas import exp_of_capped, rational_tanh
 
 SOFT_CAP = 15.0
-# A chunk's logits should stay in the second-level cache: 4 MB of float32.
-_CHUNK_FLOATS = 1 << 20
+# Few rows keep a chunk's logits in the cache; many spare BLAS from rearranging the head for each chunk.
+_CHUNK_FLOATS = 1 << 22
+_LEAST_ROWS = 256
 
 
 def soft_cap(logits: mx.array) -> mx.array:
@@ -35,7 +36,12 @@ def token_losses(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
     """
     parts = []
     for rows in _chunks(x.shape[0], weight.shape[0]):
-        losses = _losses_of_capped(soft_cap(x[rows] @ weight.T), mx.maximum(targets[rows], 0))
+        target = mx.maximum(targets[rows], 0)
+        if backend() == "cpu":
+            tanh, exponentials = _tanh_and_exp(x[rows], weight)
+            losses = _losses(sum_rows(exponentials), mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0])
+        else:
+            losses = _losses_of_head(x[rows], weight, target)
         parts.append(mx.where(targets[rows] >= 0, losses, 0.0))
     return mx.concatenate(parts)
 
@@ -63,22 +69,26 @@ def cross_entropy_sum(x: mx.array, weight: mx.array, targets: mx.array, row_weig
 def _cross_entropy_cpu(
     x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the loss and, computed while each chunk's logits are at hand, its gradients in x and weight."""
-    total, d_x, d_weight = mx.array(0.0), [], mx.zeros_like(weight)
+    """Return the loss and, computed while each chunk's logits are at hand, its gradients in x and weight.
+
+    The gradient in a logit is factor × (p − 1 at the target) × (1 − tanh²), p = exp / sum. Everything that is one
+    number per row goes to the thin matrices (x and the product with the head) and the target's term is added by
+    index, so that the wide matrix is passed over four times in all: tanh, exp, sum, slope.
+    """
+    losses, d_x, d_weight, at_target = [], [], mx.zeros_like(weight), []
     for rows in _chunks(x.shape[0], weight.shape[0]):
-        chunk, target, factor = x[rows], targets[rows][:, None], row_weights[rows][:, None]
-        tanh = _tanh_of_cap(chunk @ weight.T)
-        exponentials = _exp_of_capped(tanh)
-        sums = exponentials.sum(-1, keepdims=True)
-        target_exponential = mx.take_along_axis(exponentials, target, axis=-1)
-        total = total + ((mx.log(sums) - mx.log(target_exponential)) * factor).sum()
-        d_logits = _probability_gradient(exponentials, tanh, factor / sums)
-        target_slope = 1 - mx.square(mx.take_along_axis(tanh, target, axis=-1))
-        at_target = mx.take_along_axis(d_logits, target, axis=-1) - factor * target_slope
-        d_logits = mx.put_along_axis(d_logits, target, at_target, axis=-1)
-        d_x.append(d_logits @ weight)
-        d_weight = d_weight + d_logits.T @ chunk
-    return total, mx.concatenate(d_x), d_weight
+        chunk, target, factor = x[rows], targets[rows], row_weights[rows]
+        tanh, exponentials = _tanh_and_exp(chunk, weight)
+        sums = sum_rows(exponentials)
+        target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
+        losses.append((_losses(sums, target_tanh) * factor).sum())
+        slope = _slope(exponentials, tanh).astype(chunk.dtype)
+        row_factor, target_slope = (factor / sums)[:, None], (factor * (1 - mx.square(target_tanh)))[:, None]
+        d_x.append((slope @ weight) * row_factor - target_slope * weight[target])
+        d_weight = mx.addmm(d_weight, slope.T, (chunk * row_factor).astype(chunk.dtype))
+        at_target.append(target_slope * chunk)
+    d_weight = d_weight.at[targets].subtract(mx.concatenate(at_target))
+    return sum(losses[1:], losses[0]), mx.concatenate(d_x), d_weight
 
 
 @_cross_entropy_cpu.vjp
@@ -92,21 +102,28 @@ def _cross_entropy_cpu_vjp(
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:
-    """Return slices of rows whose logits fit the cache, at least 64 rows each."""
-    size = max(64, _CHUNK_FLOATS // vocab_size)
+    """Return slices of rows whose logits are worked on at a time."""
+    size = max(_LEAST_ROWS, _CHUNK_FLOATS // vocab_size)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def _tanh_and_exp(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
+    """Return tanh(x Wᵀ / 15) and exp of the capped logits (N, V) in float32."""
+    tanh = _tanh(((x * (1 / SOFT_CAP)) @ weight.T).astype(mx.float32))
+    return tanh, _exp(tanh)
+
+
+def _losses(sums: mx.array, target_tanh: mx.array) -> mx.array:
+    """Return log(sums) − the capped target logit."""
+    return mx.log(sums) - SOFT_CAP * target_tanh
+
+
 def _losses_of_head(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
-    return _losses_of_capped(soft_cap(x @ weight.T), targets)
-
-
-def _losses_of_capped(logits: mx.array, targets: mx.array) -> mx.array:
-    """Return logsumexp(logits) − logits[target] per row, for logits within ±15."""
-    exponentials = _exp(logits) if backend() == "cpu" else mx.exp(logits)
+    """Return logsumexp(logits) − logits[target] per row, by MLX's own operations."""
+    logits = soft_cap(x @ weight.T)
     # mx.checkpoint differentiates all arguments of what it wraps, and indices have no gradient.
     chosen = mx.take_along_axis(logits, mx.stop_gradient(targets)[:, None], axis=-1)[:, 0]
-    return mx.log(exponentials.sum(-1)) - chosen
+    return mx.log(mx.exp(logits).sum(-1)) - chosen
 
 
 @compiled
@@ -114,21 +131,16 @@ def _cap(logits: mx.array) -> mx.array:
     return SOFT_CAP * rational_tanh(logits * (1 / SOFT_CAP))
 
 
-_exp = compiled(bounded_exp)
+_tanh = compiled(rational_tanh)
 
 
-# Several kernels of one output each: a compiled loop with two outputs took as long again.
+# Kernels of one output each: a compiled loop with two outputs took as long again.
 @compiled
-def _tanh_of_cap(logits: mx.array) -> mx.array:
-    return rational_tanh(logits * (1 / SOFT_CAP))
-
-
-@compiled
-def _exp_of_capped(tanh: mx.array) -> mx.array:
-    return bounded_exp(SOFT_CAP * tanh)
+def _exp(tanh: mx.array) -> mx.array:
+    return exp_of_capped(tanh, SOFT_CAP)
 
 
 @compiled
-def _probability_gradient(exponentials: mx.array, tanh: mx.array, factor: mx.array) -> mx.array:
-    """Return factor × exp × (1 − tanh²), the last being the soft cap's derivative."""
-    return exponentials * factor * (1 - tanh * tanh)
+def _slope(exponentials: mx.array, tanh: mx.array) -> mx.array:
+    """Return exp × (1 − tanh²), the last being the soft cap's derivative."""
+    return exponentials * (1 - tanh * tanh)

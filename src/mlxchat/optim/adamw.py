@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxchat.ops.compiled import compiled
+from mlxchat.ops.compiled import compiled, made_once
 
 
 def adamw_update(
@@ -32,10 +32,10 @@ def adamw_update(
         epsilon: added to the root of the second moment.
         weight_decay: decoupled; the parameter shrinks by lr × weight_decay.
     """
-    # Scalars are made here, so that the arrays are passed over once, by one kernel.
-    step = lr / (1 - betas[0] ** count)
-    correction = mx.rsqrt(1 - betas[1] ** count)
-    keep = 1 - lr * weight_decay
+    # The arrays are passed over once, by one kernel, and powers of beta are not taken for each of their elements.
+    step = made_once(lr / (1 - betas[0] ** count))
+    correction = made_once(mx.rsqrt(1 - betas[1] ** count))
+    keep = made_once(1 - lr * weight_decay)
     return _move(parameter, gradient, first, second, step, correction, keep, *map(mx.array, (*betas, epsilon)))
 
 

@@ -6,7 +6,9 @@ As in nanochat, Muon moves every matrix of the blocks and AdamW the rest, in gro
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,6 +17,7 @@ import mlx.nn as nn
 from mlxchat.config import OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.weights import flatten_parameters
+from mlxchat.ops.compiled import made_once
 from mlxchat.ops.device import backend
 from mlxchat.optim.adamw import adamw_update
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
@@ -99,85 +102,136 @@ class Optimizer:
         for name in self.adamw_rules:
             self.state[f"first.{name}"] = mx.zeros(parameters[name].shape)
             self.state[f"second.{name}"] = mx.zeros(parameters[name].shape)
-        for shape, names in self.muon_shapes.items():
-            rows, columns = parameters[names[0]].shape
-            self.state[f"momentum.{shape}"] = mx.zeros((len(names), rows, columns))
-            if config.variant == "jul2026":
-                self.state[f"variance.{shape}"] = mx.zeros((len(names), *variance_shape(rows, columns)))
+        for names in self.muon_shapes.values():
+            for name in names:
+                self.state[f"momentum.{name}"] = mx.zeros(parameters[name].shape)
+                if config.variant == "jul2026":
+                    self.state[f"variance.{name}"] = mx.zeros(variance_shape(*parameters[name].shape))
 
     def update(self, parameters: Flat, gradients: Flat, rates: Rates[mx.array]) -> Flat:
-        """Return the new parameters and advance `state`.
+        """Return the new parameters and advance `state`; the arguments are `move`'s."""
+        new, state = self.move(parameters, gradients, self.state, rates)
+        self.state.update(state)
+        return new
+
+    def move(
+        self, parameters: Flat, gradients: Flat, state: Flat, rates: Rates[mx.array]
+    ) -> tuple[Flat, Flat]:
+        """Return the new values of parameters, and of the state, for those that have a gradient.
+
+        Matrices of one shape are moved together.
 
         Args:
             parameters: by name.
-            gradients: by name, of the loss averaged over the iteration's tokens.
+            gradients: of all or of some of them, of the loss averaged over the iteration's tokens.
+            state: as `state` holds it, at least what `state_names` tells.
             rates: of this iteration.
         """
-        state = self.state
-        state["count"] = count = state["count"] + 1
+        new_state: Flat = {"count": state["count"] + 1}
         new: Flat = {}
         for name, rule in self.adamw_rules.items():
-            new[name], state[f"first.{name}"], state[f"second.{name}"] = adamw_update(
+            if name not in gradients:
+                continue
+            new[name], new_state[f"first.{name}"], new_state[f"second.{name}"] = adamw_update(
                 parameters[name],
                 gradients[name],
                 state[f"first.{name}"],
                 state[f"second.{name}"],
-                count=count,
+                count=new_state["count"],
                 lr=rule.lr * rates.lr_factor,
                 betas=rule.betas,
                 epsilon=self.config.adam_epsilon,
                 weight_decay=rule.weight_decay,
             )
         move = self._move_jul2026 if self.config.variant == "jul2026" else self._move_oct2025
-        for shape, names in self.muon_shapes.items():
-            stacked = mx.stack([gradients[name] for name in names])
-            new |= dict(zip(names, move(shape, [parameters[name] for name in names], stacked, rates), strict=True))
-        return new
+        for shape_names in self.muon_shapes.values():
+            names = [name for name in shape_names if name in gradients]
+            if names:
+                new |= move(names, parameters, gradients, state, new_state, rates)
+        return new, new_state
+
+    def state_names(self, names: Iterable[str]) -> list[str]:
+        """Return the names in `state` of what belongs to parameters."""
+        kinds = ("first", "second", "momentum", "variance")
+        return ["count", *(f"{kind}.{name}" for name in names for kind in kinds if f"{kind}.{name}" in self.state)]
+
+    def share(self, parts: int) -> list[list[str]]:
+        """Return the parameters' names in so many parts that take about equally long to move."""
+        costs = {name: 1.0 * self.state[f"first.{name}"].size for name in self.adamw_rules}
+        for names in self.muon_shapes.values():
+            for name in names:
+                shape = self.state[f"momentum.{name}"].shape
+                # Its products against a table's passes over memory: some 25 for each number of a short side.
+                costs[name] = math.prod(shape) * min(shape) / 25
+        shares: list[list[str]] = [[] for _ in range(parts)]
+        loads = [0.0] * parts
+        for name in sorted(costs, key=lambda name: -costs[name]):
+            lightest = loads.index(min(loads))
+            shares[lightest].append(name)
+            loads[lightest] += costs[name]
+        return shares
 
     def _move_oct2025(
-        self, shape: str, matrices: list[mx.array], gradients: mx.array, rates: Rates[mx.array]
-    ) -> list[mx.array]:
+        self, names: list[str], parameters: Flat, gradients: Flat, state: Flat, new_state: Flat, rates: Rates[mx.array]
+    ) -> Flat:
         """Return matrices of one shape after Muon's step."""
-        step, self.state[f"momentum.{shape}"] = muon_update(
-            gradients,
-            self.state[f"momentum.{shape}"],
+        step, momenta = muon_update(
+            _stack(gradients, names),
+            _stack(state, names, "momentum."),
             rates.momentum,
             self.config.newton_schulz_iterations,
             self.dtype,
         )
-        lr = self.muon_lr * rates.lr_factor
-        return [matrix - lr * step[index] for index, matrix in enumerate(matrices)]
+        new_state |= {f"momentum.{name}": momenta[index] for index, name in enumerate(names)}
+        lr = made_once(self.muon_lr * rates.lr_factor)
+        return {name: parameters[name] - lr * step[index] for index, name in enumerate(names)}
 
     def _move_jul2026(
-        self, shape: str, matrices: list[mx.array], gradients: mx.array, rates: Rates[mx.array]
-    ) -> list[mx.array]:
+        self, names: list[str], parameters: Flat, gradients: Flat, state: Flat, new_state: Flat, rates: Rates[mx.array]
+    ) -> Flat:
         """Return matrices of one shape after Muon's step; they shrink where step and weight have the same sign."""
-        step, scale, self.state[f"momentum.{shape}"], self.state[f"variance.{shape}"] = normuon_update(
-            gradients,
-            self.state[f"momentum.{shape}"],
-            self.state[f"variance.{shape}"],
+        stacked = _stack(gradients, names)
+        step, scale, momenta, variances = normuon_update(
+            stacked,
+            _stack(state, names, "momentum."),
+            _stack(state, names, "variance."),
             rates.momentum,
             self.config.muon_beta2,
             self.config.newton_schulz_iterations,
             self.dtype,
         )
-        lr = self.muon_lr * aspect_factor(gradients) * rates.lr_factor
-        decay = lr * self.weight_decay * rates.weight_decay_factor
-        return [
-            matrix - lr * scale[index] * step[index] - decay * matrix * (step[index] * matrix >= 0)
-            for index, matrix in enumerate(matrices)
-        ]
+        new_state |= {f"momentum.{name}": momenta[index] for index, name in enumerate(names)}
+        new_state |= {f"variance.{name}": variances[index] for index, name in enumerate(names)}
+        lr = self.muon_lr * aspect_factor(stacked) * rates.lr_factor
+        lr, decay = made_once(lr), made_once(lr * self.weight_decay * rates.weight_decay_factor)
+        return {
+            name: parameters[name]
+            - lr * scale[index] * step[index]
+            - decay * parameters[name] * (step[index] * parameters[name] >= 0)
+            for index, name in enumerate(names)
+        }
+
+
+def sum_squares(gradients: Flat) -> mx.array:
+    """Return the sum of the squares of all gradients together."""
+    # One axis after the other: a sum of millions of numbers at once loses digits on a CPU.
+    return sum((mx.square(gradient).sum(-1).sum() for gradient in gradients.values()), mx.array(0.0))
+
+
+def clip_factor(norm: mx.array, max_norm: float | None) -> mx.array | None:
+    """Return what gradients of this common 2-norm are to be multiplied by (None: nothing)."""
+    return None if max_norm is None else made_once(mx.minimum(1.0, max_norm / (norm + 1e-6)))
 
 
 def clip_gradients(gradients: Flat, max_norm: float | None) -> tuple[Flat, mx.array]:
     """Return gradients whose common 2-norm is at most `max_norm` (None: unchanged), and the norm before clipping."""
-    # One axis after the other: a sum of millions of numbers at once loses digits on a CPU.
-    squares = (mx.square(gradient).sum(-1).sum() for gradient in gradients.values())
-    norm = mx.sqrt(sum(squares, mx.array(0.0)))
-    if max_norm is None:
-        return gradients, norm
-    factor = mx.minimum(1.0, max_norm / (norm + 1e-6))
-    return {name: gradient * factor for name, gradient in gradients.items()}, norm
+    norm = mx.sqrt(sum_squares(gradients))
+    factor = clip_factor(norm, max_norm)
+    return gradients if factor is None else {name: gradient * factor for name, gradient in gradients.items()}, norm
+
+
+def _stack(arrays: Flat, names: list[str], prefix: str = "") -> mx.array:
+    return mx.stack([arrays[prefix + name] for name in names])
 
 
 def _group_of(name: str, value: mx.array) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any, cast
 
 import mlx.core as mx
@@ -13,9 +14,13 @@ import numpy as np
 from mlxchat.data.packing import Ints
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.ops.compiled import made_once
 from mlxchat.ops.cross_entropy import cross_entropy_sum
-from mlxchat.optim.groups import Flat, Optimizer, clip_gradients
+from mlxchat.ops.lanes import Lanes
+from mlxchat.optim.groups import Flat, Optimizer, clip_factor, sum_squares
 from mlxchat.optim.schedule import Rates
+
+LossAndGradients = tuple[mx.array, Flat]
 
 
 @dataclass(frozen=True)
@@ -57,39 +62,76 @@ class TrainStep:
         self.model, self.optimizer = model, optimizer
         self.micro_tokens, self.dtype, self.recompute = micro_tokens, dtype, recompute
         self.num_traces = 0
-        state = [model.state, optimizer.state]
-        self._whole = partial(mx.compile, inputs=state, outputs=state)(self._loss_and_update)
-        self._part = partial(mx.compile, inputs=[model.state], outputs=[model.state])(self._loss_and_gradients)
-        self._update = partial(mx.compile, inputs=state, outputs=state)(self._clip_and_update)
+        self._lanes = Lanes()
+        self._shares = optimizer.share(len(self._lanes))
+        self._gradients: Callable[..., tuple[mx.array, Flat]] = mx.compile(self._loss_and_gradients)
+        self._sum: Callable[..., tuple[Flat, mx.array]] = mx.compile(_sum_gradients)
+        self._move: Callable[..., tuple[Flat, Flat]] = mx.compile(self._clip_and_move)
 
     def __call__(self, batch: Batch, rates: Rates[float]) -> tuple[float, float]:
         """Update the model; return the loss and the gradients' norm before clipping.
 
         If either is NaN or infinite, weights and optimizer stay as they were.
         """
-        varying = Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates))
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
-        if rows >= len(batch.ids):
-            loss, norm = self._whole(*self._arrays(batch, slice(None)), varying)
-        else:
-            loss, gradients = self._part(*self._arrays(batch, slice(0, rows)))
-            mx.eval(loss, gradients)
-            for start in range(rows, len(batch.ids), rows):
-                part, more = self._part(*self._arrays(batch, slice(start, start + rows)))
-                loss = loss + part
-                gradients = {name: gradients[name] + more[name] for name in more}
+        starts = range(0, len(batch.ids), rows)
+        with self._lanes.sharing(len(self._lanes.deal(min(rows, len(batch.ids))))):
+            totals = self._micro_batch(batch, slice(0, rows))
+            for start in starts[1:]:
                 # Evaluated here, so that only one micro-batch's graph is ever in memory.
-                mx.eval(loss, gradients)
-            norm = self._update(loss, gradients, varying)
-        mx.eval(loss, norm, self.model.state, self.optimizer.state)
+                mx.eval(totals)
+                more = self._micro_batch(batch, slice(start, start + rows))
+                totals = self._lanes.run([partial(_add, *pair) for pair in zip_longest(totals, more)])
+            loss, norm = self._update(totals, Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates)))
+            del totals
+            mx.eval(loss, norm, self.model.state, self.optimizer.state)
         return float(cast(float, loss.item())), float(cast(float, norm.item()))
 
-    def _arrays(self, batch: Batch, rows: slice) -> tuple[mx.array, mx.array, mx.array]:
-        return mx.array(batch.ids[rows]), mx.array(batch.targets[rows]), mx.array(batch.weights[rows])
-
-    def _loss_and_gradients(self, ids: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, Flat]:
-        self.num_traces += 1  # runs only while tracing
+    def _micro_batch(self, batch: Batch, rows: slice) -> list[LossAndGradients]:
+        """Return the sums over the rows of each lane."""
+        arrays = [array[rows] for array in (batch.ids, batch.targets, batch.weights)]
         parameters = flatten_parameters(self.model)
+        return self._lanes.run(
+            [
+                partial(self._gradients, parameters, *(mx.array(array[part]) for array in arrays))
+                for part in self._lanes.deal(len(arrays[0]))
+            ]
+        )
+
+    def _update(self, totals: list[LossAndGradients], rates: Rates[mx.array]) -> tuple[mx.array, mx.array]:
+        """Add up the lanes' gradients and move the parameters, each lane its share of them; return loss and norm."""
+        parameters, state = flatten_parameters(self.model), self.optimizer.state
+        loss = sum((part for part, _ in totals[1:]), totals[0][0])
+        sums = self._lanes.run(
+            [
+                partial(self._sum, [{name: gradients[name] for name in names} for _, gradients in totals])
+                for names in self._shares
+            ]
+        )
+        norm = mx.sqrt(sum((squares for _, squares in sums[1:]), sums[0][1]))
+        moved = self._lanes.run(
+            [
+                partial(
+                    self._move,
+                    {name: parameters[name] for name in names},
+                    gradients,
+                    {name: state[name] for name in self.optimizer.state_names(names)},
+                    loss,
+                    norm,
+                    rates,
+                )
+                for names, (gradients, _) in zip(self._shares, sums, strict=True)
+            ]
+        )
+        for new, new_state in moved:
+            set_parameters(self.model, new)
+            state.update(new_state)
+        return loss, norm
+
+    def _loss_and_gradients(
+        self, parameters: Flat, ids: mx.array, targets: mx.array, weights: mx.array
+    ) -> LossAndGradients:
+        self.num_traces += 1  # runs only while tracing
 
         def loss_of(masters: Flat) -> mx.array:
             set_parameters(self.model, {name: value.astype(self.dtype) for name, value in masters.items()})
@@ -98,23 +140,40 @@ class TrainStep:
                 hidden, self.model.head_weight, mx.maximum(targets, 0).reshape(-1), weights.reshape(-1)
             )
 
+        masters = flatten_parameters(self.model)
         loss, gradients = mx.value_and_grad(loss_of)(parameters)
-        set_parameters(self.model, parameters)
+        set_parameters(self.model, masters)
         return loss, gradients
 
-    def _clip_and_update(self, loss: mx.array, gradients: Flat, rates: Rates[mx.array]) -> mx.array:
-        gradients, norm = clip_gradients(gradients, self.optimizer.config.grad_clip)
-        parameters, state = flatten_parameters(self.model), dict(self.optimizer.state)
-        new = self.optimizer.update(parameters, gradients, rates)
+    def _clip_and_move(
+        self,
+        parameters: Flat,
+        gradients: Flat,
+        state: Flat,
+        loss: mx.array,
+        norm: mx.array,
+        rates: Rates[mx.array],
+    ) -> tuple[Flat, Flat]:
+        factor = clip_factor(norm, self.optimizer.config.grad_clip)
+        if factor is not None:
+            gradients = {name: gradient * factor for name, gradient in gradients.items()}
+        new, new_state = self.optimizer.move(parameters, gradients, state, rates)
         # Inside the compiled step, since afterwards the old arrays are gone.
-        is_finite = mx.isfinite(loss) & mx.isfinite(norm)
-        set_parameters(self.model, {name: mx.where(is_finite, new[name], parameters[name]) for name in new})
-        for name, before in state.items():
-            self.optimizer.state[name] = mx.where(is_finite, self.optimizer.state[name], before)
-        return norm
+        is_finite = made_once(mx.isfinite(loss) & mx.isfinite(norm))
+        return (
+            {name: mx.where(is_finite, value, parameters[name]) for name, value in new.items()},
+            {name: mx.where(is_finite, value, state[name]).reshape(value.shape) for name, value in new_state.items()},
+        )
 
-    def _loss_and_update(
-        self, ids: mx.array, targets: mx.array, weights: mx.array, rates: Rates[mx.array]
-    ) -> tuple[mx.array, mx.array]:
-        loss, gradients = self._loss_and_gradients(ids, targets, weights)
-        return loss, self._clip_and_update(loss, gradients, rates)
+
+def _sum_gradients(parts: list[Flat]) -> tuple[Flat, mx.array]:
+    """Return the sum of gradients and the sum of its squares."""
+    total = {name: sum((part[name] for part in parts[1:]), value) for name, value in parts[0].items()}
+    return total, sum_squares(total)
+
+
+def _add(total: LossAndGradients, more: LossAndGradients | None) -> LossAndGradients:
+    """Return the sum of two micro-batches; the last one may have fewer lanes."""
+    if more is None:
+        return total
+    return total[0] + more[0], {name: value + more[1][name] for name, value in total[1].items()}
