@@ -86,10 +86,7 @@ class Attention(nn.Module):
             for projection, heads in ((self.c_q, sizes.num_heads), (self.c_k, sizes.num_kv_heads))
         )  # fmt: skip
         v = mx.contiguous(v.swapaxes(1, 2))
-        if cache is None:
-            out = causal_attention(q, k, v, window=self.window)
-        else:
-            out = cache.attend(q, k, v).swapaxes(1, 2)
+        out = causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v).swapaxes(1, 2)
         return self.c_proj(out.reshape(batch, tokens, width))
 
 

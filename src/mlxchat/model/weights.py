@@ -15,7 +15,8 @@ from mlxchat.model.gpt import BACKOUT_INIT, GPT
 
 def flatten_parameters(model: nn.Module) -> dict[str, mx.array]:
     """Return a model's parameters by dotted name."""
-    return cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
+    parameters: Any = model.parameters()  # type: ignore[no-untyped-call]
+    return cast(dict[str, mx.array], tree_flatten(parameters, destination={}))
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TypeVar
 
 import mlx.core as mx
@@ -39,7 +40,7 @@ class Lanes:
         """Return parts of `count` rows, as equal as can be and none empty, at most one for each lane."""
         parts = min(len(self), count)
         borders = [count * part // parts for part in range(parts + 1)]
-        return [slice(start, stop) for start, stop in zip(borders[:-1], borders[1:], strict=True)]
+        return [slice(start, stop) for start, stop in pairwise(borders)]
 
     def run(self, calls: list[Callable[[], R]]) -> list[R]:
         """Return the results of calls, the i-th built on lane i. MLX computes them, side by side, when asked to."""
@@ -61,4 +62,3 @@ class Lanes:
             yield
         finally:
             blas.set_blas_threads(threads)
-

@@ -56,7 +56,7 @@ def _rms_norm(x: mx.array) -> tuple[mx.array, mx.array]:
 
 @_rms_norm.vjp
 def _rms_norm_vjp(x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]) -> mx.array:
-    """dx = r g − x r³ mean(g x)."""
+    """Return r g − x r³ mean(g x), r being the factors."""
     gradient, reciprocal = cotangents[0], outputs[1]
     along = sum_rows(_product(gradient, x)) * reciprocal**3 * (1 / x.shape[-1])
     return _norm_gradient(gradient, reciprocal[..., None], x, along[..., None])
@@ -80,7 +80,7 @@ def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: mx.array) ->
 def _rotated_norm_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
 ) -> tuple[mx.array, ...]:
-    """dx = f Rᵀg − x r² mean(g y) with f = scale × r, R the rotation and y the output."""
+    """Return f Rᵀg − x r² mean(g y) for x, with f = scale × r, R the rotation and y the output."""
     x, cos, sin, scale = primals
     batch, tokens, heads, width = x.shape
     gradient, (out, factor) = cotangents[0], outputs

@@ -114,9 +114,7 @@ class Optimizer:
         self.state.update(state)
         return new
 
-    def move(
-        self, parameters: Flat, gradients: Flat, state: Flat, rates: Rates[mx.array]
-    ) -> tuple[Flat, Flat]:
+    def move(self, parameters: Flat, gradients: Flat, state: Flat, rates: Rates[mx.array]) -> tuple[Flat, Flat]:
         """Return the new values of parameters, and of the state, for those that have a gradient.
 
         Matrices of one shape are moved together.
