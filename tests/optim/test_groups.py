@@ -13,7 +13,7 @@ from mlxchat.config import OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters
-from mlxchat.optim.groups import Optimizer, clip_gradients
+from mlxchat.optim.groups import Optimizer, clip_factor, clip_gradients, sum_squares
 from mlxchat.optim.schedule import Rates
 
 MakeConfig, MakeModel = Callable[..., OptimizerConfig], Callable[[str], GPT]
@@ -24,6 +24,10 @@ TABLES = {"transformer.wte.weight", "lm_head.weight"}
 def random_gradients(model: GPT) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(5)
     return {name: rng.normal(size=value.shape).astype(np.float32) for name, value in flatten_parameters(model).items()}
+
+
+def all_names(model: GPT) -> list[str]:
+    return list(flatten_parameters(model))
 
 
 def updated(
@@ -177,6 +181,78 @@ def test_restored_state_continues_with_the_same_bits(model: GPT, make_config: Ma
         np.testing.assert_array_equal(first[name], second[name])
 
 
+# Parts of an update
+
+
+def test_state_is_kept_by_the_parameters_names(model: GPT, make_config: MakeConfig) -> None:
+    optimizer = Optimizer(model, make_config("muon_jul2026"), width=16)
+    kinds = {name: ("first", "second") if name in TABLES else ("momentum", "variance") for name in all_names(model)}
+    assert set(optimizer.state) == {"count", *(f"{kind}.{name}" for name in kinds for kind in kinds[name])}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_state_of_some_parameters_is_theirs_and_the_count(
+    make_model: MakeModel, make_config: MakeConfig, option: str
+) -> None:
+    model = make_model("jul2026")
+    optimizer = Optimizer(model, make_config(option), width=32)
+    names = all_names(model)
+    parts = [optimizer.state_names([name]) for name in names]
+    assert all(
+        part[0] == "count" and all(key.endswith(f".{name}") for key in part[1:])
+        for part, name in zip(parts, names, strict=True)
+    )
+    assert sorted(key for part in parts for key in part[1:]) == sorted(optimizer.state.keys() - {"count"})
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 16, 50])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_sharing_gives_every_parameter_to_exactly_one_part(
+    make_model: MakeModel, make_config: MakeConfig, architecture: str, option: str, parts: int
+) -> None:
+    """Also where there are more parts than parameters."""
+    model = make_model(architecture)
+    shares = Optimizer(model, make_config(option), width=32).share(parts)
+    assert len(shares) == parts
+    assert sorted(name for names in shares for name in names) == sorted(all_names(model))
+
+
+def test_shares_of_equal_matrices_are_equally_large(make_model: MakeModel, make_config: MakeConfig) -> None:
+    """With AdamW alone the time goes with the number of weights; no share is above the mean by more than the largest
+    parameter."""
+    model = make_model("jul2026")
+    sizes = {name: value.size for name, value in flatten_parameters(model).items()}
+    for parts in (2, 3):
+        loads = [sum(map(sizes.get, names)) for names in Optimizer(model, make_config("adamw"), width=32).share(parts)]
+        assert max(loads) - min(loads) <= max(sizes.values())
+        assert max(loads) < 1.2 * sum(sizes.values()) / parts
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_move_as_the_whole_does(make_model: MakeModel, make_config: MakeConfig, option: str, parts: int) -> None:
+    """Twice, so that the moments matter; products of other stacks of matrices may round differently."""
+    model = make_model("jul2026")
+    whole, divided = (Optimizer(model, make_config(option), width=32) for _ in range(2))
+    gradients = {name: mx.array(value) for name, value in random_gradients(model).items()}
+    rates = Rates(mx.array(1.0), mx.array(0.9), mx.array(1.0))
+    one = other = flatten_parameters(model)
+    for _ in range(2):
+        one, before, state = whole.update(one, gradients, rates), other, {}
+        other = {}
+        for names in divided.share(parts):
+            part, part_state = divided.move(before, {name: gradients[name] for name in names}, divided.state, rates)
+            assert part.keys() == set(names)
+            assert part_state.keys() == set(divided.state_names(names))
+            other, state = other | part, state | part_state
+        divided.state.update(state)
+    for name, value in one.items():
+        np.testing.assert_allclose(np.asarray(other[name]), np.asarray(value), atol=1e-6, rtol=1e-6, err_msg=name)
+    for name, value in whole.state.items():
+        np.testing.assert_allclose(np.asarray(divided.state[name]), np.asarray(value), atol=1e-6, rtol=1e-6)
+
+
 # Clipping
 
 
@@ -214,6 +290,26 @@ def test_gradients_below_the_limit_are_left_alone() -> None:
 def test_no_limit_leaves_gradients_alone() -> None:
     gradients = arrays([300.0], [400.0])
     assert clip_gradients(gradients, None)[0] == gradients
+    assert clip_factor(mx.array(500.0), None) is None
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.5, 1.0, 2.0, 1e20])
+def test_the_factor_is_one_up_to_the_limit_and_falls_with_the_norm_above_it(norm: float) -> None:
+    factor = clip_factor(mx.array(norm), 1.0)
+    assert factor is not None
+    assert factor.item() == pytest.approx(min(1.0, 1.0 / (norm + 1e-6)), rel=1e-6)
+
+
+def test_squares_of_parts_add_up_to_those_of_the_whole() -> None:
+    """As lanes add theirs up."""
+    rng = np.random.default_rng(0)
+    values = {str(index): rng.normal(size=shape) for index, shape in enumerate([(3,), (4, 5), (2, 3, 4), (1, 1)])}
+    gradients = {name: mx.array(value.astype(np.float32)) for name, value in values.items()}
+    exact = sum((value**2).sum() for value in values.values())
+    assert sum_squares(gradients).item() == pytest.approx(exact, rel=1e-6)
+    parts = [sum_squares({name: gradients[name] for name in names}).item() for names in ("02", "13")]
+    assert sum(parts) == pytest.approx(exact, rel=1e-6)
+    assert sum_squares({}).item() == 0
 
 
 def test_clipping_equals_torch() -> None:
