@@ -30,7 +30,7 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, window: int | None =
         window: earlier tokens that one sees besides itself (flash-attention's left window); None: all.
 
     Returns:
-        (B, T, H, D).
+        (B, T, H, D), of the dtype of q; computed in float32 on a CPU.
     """
     batch, heads, tokens, width = q.shape
     if window is None or window >= tokens:
@@ -39,9 +39,10 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, window: int | None =
         mask = "causal" if window == tokens else mx.array(_visible(0, tokens, 0, window))
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=width**-0.5, mask=mask).swapaxes(1, 2)
     # Query heads of one group share a key head: (B, K, G, T, D) against (B, K, 1, T, D).
+    dtype, (q, k, v) = q.dtype, (x.astype(mx.float32) for x in (q, k, v))
     q = q.reshape(batch, k.shape[1], heads // k.shape[1], tokens, width) * (width**-0.5 / EXP_UNIT)
     out, _ = _windowed(window)(q, k[:, :, None], v[:, :, None])
-    return out.reshape(batch, tokens, heads, width)
+    return out.reshape(batch, tokens, heads, width).astype(dtype)
 
 
 @cache

@@ -35,6 +35,8 @@ def token_losses(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
         targets: (N,) token ids; negative ones are ignored.
     """
     parts = []
+    if backend() == "cpu":
+        x, weight = x.astype(mx.float32), weight.astype(mx.float32)
     for rows in _chunks(x.shape[0], weight.shape[0]):
         target = mx.maximum(targets[rows], 0)
         if backend() == "cpu":
@@ -56,7 +58,7 @@ def cross_entropy_sum(x: mx.array, weight: mx.array, targets: mx.array, row_weig
         row_weights: (N,) factor of each token's loss; 0 leaves it out. Rewards' advantages may be negative.
     """
     if backend() == "cpu":
-        total, _, _ = _cross_entropy_cpu(x, weight, targets, row_weights)
+        total, _, _ = _cross_entropy_cpu(x.astype(mx.float32), weight.astype(mx.float32), targets, row_weights)
         return total
     total = mx.array(0.0)
     for rows in _chunks(x.shape[0], weight.shape[0]):
@@ -82,10 +84,10 @@ def _cross_entropy_cpu(
         sums = sum_rows(exponentials)
         target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
         losses.append((_losses(sums, target_tanh) * factor).sum())
-        slope = _slope(exponentials, tanh).astype(chunk.dtype)
+        slope = _slope(exponentials, tanh)
         row_factor, target_slope = (factor / sums)[:, None], (factor * (1 - mx.square(target_tanh)))[:, None]
         d_x.append((slope @ weight) * row_factor - target_slope * weight[target])
-        d_weight = mx.addmm(d_weight, slope.T, (chunk * row_factor).astype(chunk.dtype))
+        d_weight = mx.addmm(d_weight, slope.T, chunk * row_factor)
         at_target.append(target_slope * chunk)
     d_weight = d_weight.at[targets].subtract(mx.concatenate(at_target))
     return sum(losses[1:], losses[0]), mx.concatenate(d_x), d_weight
@@ -96,9 +98,9 @@ def _cross_entropy_cpu_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
     """Scale the gradients that the forward pass has already made."""
-    x, weight, targets, row_weights = primals
+    _, _, targets, row_weights = primals
     d_x, d_weight = (gradient * cotangents[0] for gradient in outputs[1:])
-    return d_x.astype(x.dtype), d_weight.astype(weight.dtype), mx.zeros_like(targets), mx.zeros_like(row_weights)
+    return d_x, d_weight, mx.zeros_like(targets), mx.zeros_like(row_weights)
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:
@@ -108,8 +110,8 @@ def _chunks(rows: int, vocab_size: int) -> list[slice]:
 
 
 def _tanh_and_exp(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
-    """Return tanh(x Wᵀ / 15) and exp of the capped logits (N, V) in float32."""
-    tanh = _tanh(((x * (1 / SOFT_CAP)) @ weight.T).astype(mx.float32))
+    """Return tanh(x Wᵀ / 15) and exp of the capped logits (N, V)."""
+    tanh = _tanh((x * (1 / SOFT_CAP)) @ weight.T)
     return tanh, _exp(tanh)
 
 
