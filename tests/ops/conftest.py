@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
-from mlxchat.ops import attention, cross_entropy
+from mlxchat.ops import activation, attention, cross_entropy, normalisation
 from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
@@ -28,6 +28,6 @@ def on_cpu() -> Iterator[None]:
 @pytest.fixture(params=["cpu", "gpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two code paths computes; the GPU's is run on the CPU, where its products are exact."""
-    monkeypatch.setattr(attention, "backend", lambda: request.param)
-    monkeypatch.setattr(cross_entropy, "backend", lambda: request.param)
+    for module in (activation, attention, cross_entropy, normalisation):
+        monkeypatch.setattr(module, "backend", lambda: request.param)
     return str(request.param)

@@ -1,4 +1,7 @@
-"""What queries and keys go through: rotation, norm and scale, against numpy in float64."""
+"""What queries and keys go through: rotation, norm and scale, against numpy in float64.
+
+Shapes: B batch, T tokens, H heads, D head width.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +17,60 @@ def numpy_norm(x: np.ndarray) -> np.ndarray:
 
 
 def numpy_rotate(x: np.ndarray, theta: float) -> np.ndarray:
-    """y1 = x1 cos + x2 sin, y2 = −x1 sin + x2 cos over the two halves of each head; x is (B, H, T, D)."""
+    """y1 = x1 cos + x2 sin, y2 = −x1 sin + x2 cos over the two halves of each head; (B, T, H, D) → (B, H, T, D)."""
+    x = x.swapaxes(1, 2)
     tokens, half = x.shape[2], x.shape[3] // 2
     angle = np.outer(np.arange(tokens), theta ** (-np.arange(half) / half))
     x1, x2 = x[..., :half], x[..., half:]
     return np.concatenate([x1 * np.cos(angle) + x2 * np.sin(angle), -x1 * np.sin(angle) + x2 * np.cos(angle)], axis=-1)
 
 
-def heads() -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(1, 2, 50, 8))
+def heads(*, tokens: int = 50, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(2, tokens, 3, 8))
 
 
 @pytest.mark.parametrize(("theta", "scale"), [(10_000.0, 1.0), (100_000.0, 1.2)])
-def test_heads_rotate_by_minus_theta_and_are_normalised(theta: float, scale: float) -> None:
+def test_heads_rotate_by_minus_theta_and_are_normalised(path: str, theta: float, scale: float) -> None:
     got = rotate_and_normalise(mx.array(heads().astype(np.float32)), offset=0, theta=theta, scale=scale)
     expected = scale * numpy_norm(numpy_rotate(heads(), theta))
     np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)  # float32 sines of angles up to 50
 
 
-def test_an_offset_continues_the_rotation() -> None:
-    x = mx.array(heads().astype(np.float32))
+@pytest.mark.parametrize("tokens", [1, 1023, 1024, 1025, 2100])
+def test_rows_of_any_length_rotate(path: str, tokens: int) -> None:
+    """Also across the borders of the tables, which grow by 1,024 tokens."""
+    got = rotate_and_normalise(mx.array(heads(tokens=tokens).astype(np.float32)), offset=0, theta=1e4, scale=1.0)
+    # Angles up to 2,100 are known to 1e-4 in float32.
+    np.testing.assert_allclose(np.asarray(got), numpy_norm(numpy_rotate(heads(tokens=tokens), 1e4)), atol=1e-3)
+
+
+@pytest.mark.parametrize(("first", "tokens"), [(30, 50), (49, 50), (1020, 1030), (1024, 1030)])
+def test_an_offset_continues_the_rotation(path: str, first: int, tokens: int) -> None:
+    x = mx.array(heads(tokens=tokens).astype(np.float32))
     whole = np.asarray(rotate_and_normalise(x, offset=0, theta=1e4, scale=1.0))
-    rest = np.asarray(rotate_and_normalise(x[:, :, 30:], offset=30, theta=1e4, scale=1.0))
-    np.testing.assert_allclose(rest, whole[:, :, 30:], atol=1e-6)
+    rest = np.asarray(rotate_and_normalise(x[:, first:], offset=first, theta=1e4, scale=1.0))
+    np.testing.assert_allclose(rest, whole[:, :, first:], atol=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
+def test_the_norm_divides_by_the_root_mean_square(path: str, magnitude: float) -> None:
+    """Small numbers too, where the epsilon under the root counts."""
+    x = magnitude * heads()
+    np.testing.assert_allclose(np.asarray(rms_norm(mx.array(x.astype(np.float32)))), numpy_norm(x), rtol=1e-5)
+
+
+def test_a_row_of_zeros_stays_zero(path: str) -> None:
+    zeros = mx.zeros((1, 2, 3, 8))
+    assert not mx.any(rms_norm(zeros) != 0).item()
+    assert not mx.any(rotate_and_normalise(zeros, offset=0, theta=1e4, scale=1.2) != 0).item()
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "rotate_and_normalise"])
-def test_gradients_equal_those_of_differences(function: str) -> None:
+def test_gradients_equal_those_of_differences(path: str, function: str) -> None:
     """Central differences in float64 of the numpy formula, along a random direction."""
-    x, direction, weights = (np.random.default_rng(seed).normal(size=(1, 2, 50, 8)) for seed in range(3))
+    x, direction, weights = (heads(seed=seed) for seed in range(3))
+    if function == "rotate_and_normalise":
+        weights = weights.swapaxes(1, 2)
 
     def numpy_value(x: np.ndarray) -> float:
         inside = x if function == "rms_norm" else numpy_rotate(x, 1e4)
@@ -55,3 +83,22 @@ def test_gradients_equal_those_of_differences(function: str) -> None:
     gradient = np.asarray(mx.grad(value)(mx.array(x.astype(np.float32))))
     expected = (numpy_value(x + 1e-5 * direction) - numpy_value(x - 1e-5 * direction)) / 2e-5
     assert (gradient * direction).sum() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("function", ["rms_norm", "rotate_and_normalise"])
+def test_bfloat16_gives_bfloat16_and_gradients_of_it(path: str, function: str) -> None:
+    """Within eight bits of mantissa of what float32 gives for the rounded numbers."""
+    x = mx.array(heads()).astype(mx.bfloat16)
+
+    def run(x: mx.array) -> tuple[mx.array, mx.array]:
+        def normalise(x: mx.array) -> mx.array:
+            return rms_norm(x) if function == "rms_norm" else rotate_and_normalise(x, offset=3, theta=1e4, scale=1.2)
+
+        out = normalise(x)
+        cotangent = mx.array(np.random.default_rng(1).normal(size=out.shape)).astype(mx.bfloat16).astype(x.dtype)
+        return out, mx.vjp(normalise, [x], [cotangent])[1][0]
+
+    for coarse, fine in zip(run(x), run(x.astype(mx.float32)), strict=True):
+        assert coarse.dtype == mx.bfloat16
+        difference = np.asarray(coarse.astype(mx.float32)) - np.asarray(fine)
+        assert np.linalg.norm(difference) < 2e-2 * np.linalg.norm(np.asarray(fine))

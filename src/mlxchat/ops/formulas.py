@@ -7,8 +7,6 @@ formula cut in two costs another pass over memory. Errors were measured against 
 
 from __future__ import annotations
 
-import math
-
 import mlx.core as mx
 
 # Rational minimax fit of tanh on [-7.9, 7.9]: odd numerator, even denominator, lowest power first.
@@ -18,19 +16,29 @@ _TANH_OVER = (
 )  # fmt: skip
 _TANH_UNDER = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
 
+# Minimax fits of exp in relative error on [-0.75, 0.75] and [-1, 1], lowest power first. Taylor's series of the same
+# degrees, squared as often, is off by 1.6e-4 and 1.3e-5 at the negative ends.
+_EXP_7 = (
+    1.0, 1.0, 5.000005291e-01, 1.666658241e-01, 4.165942309e-02, 8.337151151e-03, 1.413935910e-03, 1.956799949e-04,
+)  # fmt: skip
+_EXP_9 = (
+    1.0, 1.0, 4.999999910e-01, 1.666666942e-01, 4.166679466e-02, 8.333194884e-03, 1.388421297e-03, 1.986085603e-04,
+    2.542680109e-05, 2.695181888e-06,
+)  # fmt: skip
+
 EXP_UNIT = 32
 """`masked_exp_of_units` takes its argument in units of so much."""
 
 
 def masked_exp_of_units(x: mx.array, mask: mx.array) -> mx.array:
-    """Return mask × exp(32 x) for a mask of ones and zeros: Taylor of exp(x), squared five times.
+    """Return mask × exp(32 x) for a mask of ones and zeros: a polynomial for exp(x), squared five times.
 
-    Relative errors: 4e-6 for |32 x| <= 16, 8e-5 up to 24. The mask is multiplied in where the chain is not at its
+    Within 7e-6 relative for |32 x| <= 24, rounding included. The mask is multiplied in where the chain is not at its
     longest.
     """
     square = x * x
-    low = _taylor(0, x) + _taylor(2, x) * square
-    high = _taylor(4, x) + _taylor(6, x) * square
+    low = _pair(0, x) + _pair(2, x) * square
+    high = _pair(4, x) + _pair(6, x) * square
     power = low * mask + high * (square * square * mask)
     for _ in range(5):
         power = power * power
@@ -38,9 +46,9 @@ def masked_exp_of_units(x: mx.array, mask: mx.array) -> mx.array:
 
 
 def exp_of_capped(tanh: mx.array, cap: float) -> mx.array:
-    """Return exp(cap × tanh) for |tanh| <= 1 and cap <= 16, within 8e-6 relative."""
+    """Return exp(cap × tanh) for |tanh| <= 1 and cap <= 16, within 5e-6 relative."""
     scale = cap / 16
-    power = _polynomial(tanh, tuple(scale**power / math.factorial(power) for power in range(10)))
+    power = _polynomial(tanh, tuple(scale**power * factor for power, factor in enumerate(_EXP_9)))
     for _ in range(4):
         power = power * power
     return power
@@ -59,9 +67,9 @@ def squared_relu(x: mx.array) -> mx.array:
     return positive * positive
 
 
-def _taylor(power: int, x: mx.array) -> mx.array:
-    """Return 1 / power! + x / (power + 1)!, two terms of exp(x) divided by x**power."""
-    return 1 / math.factorial(power) + x * (1 / math.factorial(power + 1))
+def _pair(power: int, x: mx.array) -> mx.array:
+    """Return two terms of exp(x) divided by x**power."""
+    return _EXP_7[power] + x * _EXP_7[power + 1]
 
 
 def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:

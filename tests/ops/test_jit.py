@@ -1,0 +1,169 @@
+"""Kernels compiled for this machine: flags reach the compiler, kernels get a folder of their own, nothing else moves.
+
+Each test is a fresh process with a home folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlxchat.ops import jit
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel compiles with g++"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here"),
+]
+
+# A chain that fuses, so that MLX compiles a kernel; its value is known.
+KERNEL = "import mlxchat, mlx.core as mx; print(mx.compile(lambda x: (x * 2 + 1) * x)(mx.array([3.0])).item()); "
+REMEDY = "from mlxchat.ops.blas import remedy; print(remedy().compiler); "
+SAYS = "as MLX does"
+
+Run = Callable[..., list[str]]
+
+
+def plain_path() -> str:
+    """PATH without the folder that this very process may have put in front of it."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if not folder.endswith("mlxchat-compiler"))
+
+
+def write_script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def run(code: str, **environment: str) -> list[str]:
+        """Return the lines that code prints in a fresh interpreter, in which nothing is imported yet."""
+        (tmp_path / "home").mkdir(exist_ok=True)
+        (tmp_path / "tmp").mkdir(exist_ok=True)
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "XDG_", "TMP", "TEMP"))
+        }
+        settings = {"HOME": str(tmp_path / "home"), "PATH": plain_path(), "TMPDIR": str(tmp_path / "tmp")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=inherited | settings | environment,
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def kernels_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*.so") if "probe" not in path.name]
+
+
+def test_kernels_land_in_the_users_cache_and_compute(run: Run, tmp_path: Path) -> None:
+    assert run(KERNEL + REMEDY) == ["21.0", " ".join(jit._FLAGS)]
+    folder = tmp_path / "home" / ".cache" / "mlxchat" / "kernels"
+    (private,) = folder.iterdir()
+    assert private.stat().st_mode & 0o077 == 0, "others must not be able to put code there"
+    assert kernels_below(private)
+    assert not kernels_below(tmp_path / "tmp")
+    assert not list(private.glob("probe*"))
+
+
+def test_the_cache_is_where_xdg_says(run: Run, tmp_path: Path) -> None:
+    run(KERNEL, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert kernels_below(tmp_path / "cache" / "mlxchat" / "kernels")
+    assert not (tmp_path / "home" / ".cache").exists()
+
+
+def test_the_compiler_is_called_with_the_flags(run: Run, tmp_path: Path) -> None:
+    """By a compiler that writes down what it was called with."""
+    log, real = tmp_path / "calls", shutil.which("g++", path=plain_path())
+    write_script(tmp_path / "bin" / "g++", f'echo "$@" >> "{log}"; exec "{real}" "$@"')
+    assert run(KERNEL, PATH=f"{tmp_path / 'bin'}{os.pathsep}{plain_path()}") == ["21.0"]
+    calls = [line for line in log.read_text().splitlines() if "probe" not in line]
+    assert calls
+    assert all(line.split()[: len(jit._FLAGS)] == jit._FLAGS for line in calls)
+
+
+def test_a_second_process_finds_everything_made(run: Run, tmp_path: Path) -> None:
+    log, real = tmp_path / "calls", shutil.which("g++", path=plain_path())
+    write_script(tmp_path / "bin" / "g++", f'echo "$@" >> "{log}"; exec "{real}" "$@"')
+    path = f"{tmp_path / 'bin'}{os.pathsep}{plain_path()}"
+    run(KERNEL, PATH=path)
+    calls = log.read_text()
+    assert run(KERNEL, PATH=path) == ["21.0"]
+    assert [call for call in log.read_text()[len(calls) :].splitlines() if "--version" not in call] == []
+
+
+def test_a_child_process_does_not_stack_a_second_wrapper(run: Run) -> None:
+    code = (
+        "import mlxchat, mlx.core, os, subprocess, sys; "
+        'code = \'import mlxchat, mlx.core, os; print(os.environ["PATH"], os.environ["TMPDIR"])\'; '
+        "print(os.environ['PATH'], os.environ['TMPDIR']); sys.stdout.flush(); "
+        "subprocess.run([sys.executable, '-c', code], check=True)"
+    )
+    parent, child = run(code)
+    assert parent == child
+    assert parent.count("mlxchat-compiler") == 1
+
+
+@pytest.mark.parametrize("switch", ["MLXCHAT_JIT_FLAGS", "MLXCHAT_BLAS"])
+def test_off_leaves_the_environment_alone(run: Run, tmp_path: Path, switch: str) -> None:
+    code = "import os; before = dict(os.environ); import mlxchat, mlx.core; " + (
+        "print([before[key] == os.environ[key] for key in ('PATH', 'TMPDIR')]); "
+    )
+    assert run(code + KERNEL, **{switch: "off"}) == ["[True, True]", "21.0"]
+    assert not (tmp_path / "home" / ".cache").exists()
+    assert run(REMEDY, MLXCHAT_JIT_FLAGS="off") == ["as MLX does"], "nothing is said before MLX is imported"
+    assert run("import mlxchat, mlx.core; " + REMEDY, MLXCHAT_JIT_FLAGS="off") == [
+        "as MLX does: switched off by MLXCHAT_JIT_FLAGS=off"
+    ]
+
+
+def test_without_a_compiler_it_says_so_and_changes_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code = (
+        "import os; before = dict(os.environ); from mlxchat.ops.jit import install_compiler_flags; "
+        "print(install_compiler_flags()); print(os.environ['PATH'] == before['PATH'])"
+    )
+    assert run(code, PATH=str(tmp_path / "empty")) == ["no g++: element-wise operations are not fused", "True"]
+
+
+def test_a_compiler_that_refuses_the_flags_is_used_as_mlx_does(run: Run, tmp_path: Path) -> None:
+    real = shutil.which("g++", path=plain_path())
+    write_script(tmp_path / "bin" / "g++", f'case "$*" in *-march=native*) exit 1;; esac; exec "{real}" "$@"')
+    path = f"{tmp_path / 'bin'}{os.pathsep}{plain_path()}"
+    result, said = run(KERNEL + REMEDY, PATH=path)
+    assert result == "21.0"
+    assert said.startswith(SAYS)
+    assert run("import mlxchat, mlx.core, os; print(os.environ['PATH'])", PATH=path) == [path]
+
+
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "/dev/null"])
+def test_a_cache_that_cannot_be_written_gives_a_temporary_folder(run: Run, tmp_path: Path, cache: str) -> None:
+    assert run(KERNEL + REMEDY, XDG_CACHE_HOME=cache) == ["21.0", " ".join(jit._FLAGS)]
+    (folder,) = (tmp_path / "tmp").glob("mlxchat-kernels-*")
+    assert kernels_below(folder)
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_pythons_own_temporary_folder_stays_where_it_was(run: Run, tmp_path: Path) -> None:
+    code = "import mlxchat, mlx.core, os, tempfile; print(tempfile.gettempdir()); print(os.environ['TMPDIR'])"
+    python, mlx = run(code)
+    assert python == str(tmp_path / "tmp")
+    assert mlx != python
+
+
+def test_another_compiler_gets_another_folder(run: Run, tmp_path: Path) -> None:
+    """Kernels that one compiler made are not taken for those of another."""
+    real = shutil.which("g++", path=plain_path())
+    for name in ("one", "other"):
+        write_script(tmp_path / name / "g++", f'exec "{real}" "$@"')
+        run(KERNEL, PATH=f"{tmp_path / name}{os.pathsep}{plain_path()}")
+    assert len(list((tmp_path / "home" / ".cache" / "mlxchat" / "kernels").iterdir())) == 2

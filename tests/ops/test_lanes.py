@@ -1,0 +1,114 @@
+"""Lanes: rows are dealt out once, calls stay on their streams, and threads of products come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxchat.ops import blas, lanes
+from mlxchat.ops.lanes import Lanes
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = blas.blas_threads()
+    yield
+    if before is not None:
+        blas.set_blas_threads(before)
+
+
+def lanes_of(count: int) -> Lanes:
+    """So many lanes, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "backend", lambda: "cpu")
+        patch.setattr(blas, "blas_threads", lambda: count)
+        return Lanes()
+
+
+class Dealer(Lanes):
+    """Deals for so many lanes without making their streams."""
+
+    def __init__(self, count: int) -> None:
+        self.streams = [mx.default_stream(mx.cpu)] * count
+
+
+@given(st.integers(1, 40), st.integers(1, 200))
+def test_rows_are_dealt_exactly_once_in_equal_parts(num_lanes: int, rows: int) -> None:
+    parts = Dealer(num_lanes).deal(rows)
+    assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
+    sizes = [part.stop - part.start for part in parts]
+    assert len(parts) == min(num_lanes, rows)
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (3, 3), (64, 16)])
+def test_there_is_a_lane_for_each_core_up_to_sixteen(cores: int, expected: int) -> None:
+    assert len(lanes_of(cores)) == expected
+
+
+def test_a_gpu_and_a_machine_without_our_blas_have_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "blas_threads", lambda: None)
+    assert len(Lanes()) == 1
+    monkeypatch.setattr(blas, "blas_threads", lambda: 8)
+    monkeypatch.setattr(lanes, "backend", lambda: "metal")
+    assert len(Lanes()) == 1
+
+
+def test_the_first_lane_is_the_default_stream_and_no_two_are_the_same() -> None:
+    streams = lanes_of(3).streams
+    assert streams[0] == mx.default_stream(mx.default_device())
+    assert len({str(stream) for stream in streams}) == 3
+
+
+def test_results_come_in_the_order_of_the_calls_each_from_its_own_stream() -> None:
+    three = lanes_of(3)
+    seen = three.run([partial(lambda index: (index, mx.default_stream(mx.default_device())), i) for i in range(3)])
+    assert seen == list(enumerate(three.streams))
+    assert mx.default_stream(mx.default_device()) == three.streams[0]
+
+
+def test_fewer_calls_than_lanes_take_the_first_lanes() -> None:
+    assert len(lanes_of(3).run([lambda: 1, lambda: 2])) == 2
+
+
+def test_lanes_compute_what_one_stream_does() -> None:
+    x = np.random.default_rng(0).normal(size=(6, 20, 30)).astype(np.float32)
+    two = lanes_of(2)
+    parts = two.run(
+        [partial(lambda part: (mx.array(x[part]) @ mx.array(x[part]).swapaxes(1, 2)).sum(0), p) for p in two.deal(6)]
+    )
+    # Sums of 180 products of order one.
+    np.testing.assert_allclose(np.asarray(parts[0] + parts[1]), (x @ x.swapaxes(1, 2)).sum(0), atol=1e-4)
+
+
+needs_openblas = pytest.mark.skipif(blas.blas_threads() is None, reason="no OpenBLAS here")
+
+
+@needs_openblas
+def test_products_have_one_thread_while_lanes_are_at_work_and_all_afterwards() -> None:
+    blas.set_blas_threads(2)
+    with lanes_of(2).sharing(2):
+        assert blas.blas_threads() == 1
+    assert blas.blas_threads() == 2
+
+
+@needs_openblas
+def test_one_part_alone_has_all_threads() -> None:
+    blas.set_blas_threads(2)
+    with lanes_of(2).sharing(1):
+        assert blas.blas_threads() == 2
+
+
+@needs_openblas
+def test_threads_come_back_after_an_error() -> None:
+    blas.set_blas_threads(2)
+    with pytest.raises(ZeroDivisionError), lanes_of(2).sharing(2):
+        raise ZeroDivisionError
+    assert blas.blas_threads() == 2
