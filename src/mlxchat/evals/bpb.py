@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +12,9 @@ import numpy as np
 
 from mlxchat.data.packing import Row
 from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.ops.lanes import Lanes
 
 
 def bits_per_byte(
@@ -56,11 +60,30 @@ def _losses(
 ) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int32]]]]:
     """Return loss and target of every token, flat, micro-batch by micro-batch."""
     per_pass = max(1, micro_tokens // len(rows[0][0])) if rows else 1
-    parts = []
+    lanes, compiled_losses = Lanes(), _compiled_losses(model)
+    weights, parts = flatten_parameters(model), []
     for start in range(0, len(rows), per_pass):
-        ids = np.stack([row[0] for row in rows[start : start + per_pass]])
-        targets = np.stack([row[1] for row in rows[start : start + per_pass]])
-        hidden = model.hidden(mx.array(ids)).reshape(-1, model.sizes.width)
-        losses = token_losses(hidden, model.head_weight, mx.array(targets.reshape(-1)))
+        ids, targets = (np.stack([row[side] for row in rows[start : start + per_pass]]) for side in (0, 1))
+        deals = lanes.deal(len(ids))
+        calls = [partial(compiled_losses, weights, mx.array(ids[deal]), mx.array(targets[deal])) for deal in deals]
+        with lanes.sharing(len(deals)):
+            losses = mx.concatenate(lanes.run(calls))
+            mx.eval(losses)
         parts.append((np.asarray(losses), targets.reshape(-1)))
     return parts
+
+
+def _compiled_losses(model: GPT) -> Callable[..., mx.array]:
+    """Return weights, ids (B, T), targets (B, T) → losses (B T,), compiled once for a model."""
+
+    def losses_of(weights: dict[str, mx.array], ids: mx.array, targets: mx.array) -> mx.array:
+        own = flatten_parameters(model)
+        set_parameters(model, weights)
+        hidden = model.hidden(ids).reshape(-1, model.sizes.width)
+        losses = token_losses(hidden, model.head_weight, targets.reshape(-1))
+        set_parameters(model, own)
+        return losses
+
+    # Kept with the model, so that it lives as long; a model's own attributes are no parameters.
+    kept: Callable[..., mx.array] = vars(model).setdefault("_compiled_losses", mx.compile(losses_of))
+    return kept

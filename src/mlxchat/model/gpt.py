@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlxchat.model.recompute import recomputed
 from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
-from mlxchat.ops.activation import gated_sum, squared_relu
+from mlxchat.ops.activation import gated_sum, squared_relu_product
 from mlxchat.ops.attention import causal_attention
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.normalisation import rms_norm, rotate_and_normalise
@@ -101,7 +101,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return (B, T, C)."""
-        return self.c_proj(squared_relu(self.c_fc(x)))
+        return squared_relu_product(self.c_fc(x), self.c_proj.weight)
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""The MLP's activation and the gates, with gradients of few passes on a CPU."""
+"""The MLP's activation with its second product, and the gates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from mlxchat.ops.compiled import compiled, differentiable
 from mlxchat.ops.device import backend
 
 
-def squared_relu(x: mx.array) -> mx.array:
-    """Return max(x, 0)²."""
+def squared_relu_product(x: mx.array, weight: mx.array) -> mx.array:
+    """Return max(x, 0)² Wᵀ for x (…, F) and weight W (C, F).
+
+    On a CPU the gradient keeps x alone and squares it again, which costs less than the memory for both.
+    """
     if backend() == "cpu":
-        return _compiled_squared_relu(x)
-    return mx.square(nn.relu(x))
+        return _squared_relu_product(x, weight)
+    return mx.square(nn.relu(x)) @ weight.T
 
 
 def gated_sum(x: mx.array, gate: mx.array, y: mx.array, *, scale: float) -> mx.array:
@@ -26,13 +29,20 @@ _squared_relu = compiled(formulas.squared_relu)
 
 
 @differentiable
-def _compiled_squared_relu(x: mx.array) -> mx.array:
-    return _squared_relu(x)
+def _squared_relu_product(x: mx.array, weight: mx.array) -> mx.array:
+    return _squared_relu(x) @ weight.T
 
 
-@_compiled_squared_relu.vjp
-def _squared_relu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return _squared_relu_gradient(x, cotangent)
+@_squared_relu_product.vjp
+def _squared_relu_product_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    x, weight = primals
+    # Only once the cotangent is there: else compilation would keep what the forward pass computed.
+    (again,) = mx.depends([x], [cotangent])
+    flat = cotangent.reshape(-1, cotangent.shape[-1])
+    d_weight = flat.T @ _squared_relu(again).reshape(-1, x.shape[-1])
+    return _squared_relu_gradient(x, cotangent @ weight).astype(x.dtype), d_weight.astype(weight.dtype)
 
 
 @compiled

@@ -1,6 +1,7 @@
 """RMS norm without weights, and what queries and keys go through: rotation, norm, scale.
 
-On a CPU both have gradients of their own in few passes; on a GPU they are MLX's fused operations.
+On a CPU both have gradients of their own in few passes; on a GPU they are MLX's fused operations. Both compute in
+float32 and return what they are given: float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TABLE_TOKENS = 1024
 def rms_norm(x: mx.array) -> mx.array:
     """Return x divided by the root of its mean square over the last axis."""
     if backend() == "cpu":
-        return _rms_norm(x)[0]
+        return _rms_norm(x.astype(mx.float32))[0].astype(x.dtype)
     return mx.fast.rms_norm(x, None, RMS_NORM_EPSILON)
 
 
@@ -39,7 +40,7 @@ def rotate_and_normalise(x: mx.array, *, offset: int, theta: float, scale: float
     if backend() == "cpu":
         end = offset + x.shape[1]
         cos, sin = (table[offset:end] for table in _rotation(-(-end // _TABLE_TOKENS), x.shape[3], theta))
-        return _rotated_norm(x, cos, sin, mx.array(scale))[0]
+        return _rotated_norm(x.astype(mx.float32), cos, sin, mx.array(scale))[0].astype(x.dtype)
     x = x.swapaxes(1, 2)
     # A scale of −1 on the positions turns MLX's rotation by θ into nanochat's.
     rotated = mx.fast.rope(x, x.shape[-1], traditional=False, base=theta, scale=-1.0, offset=offset)
@@ -56,10 +57,10 @@ def _rms_norm(x: mx.array) -> tuple[mx.array, mx.array]:
 
 @_rms_norm.vjp
 def _rms_norm_vjp(x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]) -> mx.array:
-    """Return r g − x r³ mean(g x), r being the factors."""
-    gradient, reciprocal = cotangents[0], outputs[1]
-    along = sum_rows(_product(gradient, x)) * reciprocal**3 * (1 / x.shape[-1])
-    return _norm_gradient(gradient, reciprocal[..., None], x, along[..., None])
+    """Return r (g − y mean(g y)): from the output, which the next product keeps anyway, so that x need not be kept."""
+    gradient, (out, reciprocal) = cotangents[0], outputs
+    along = sum_rows(_product(gradient, out)) * (1 / out.shape[-1])
+    return _norm_gradient(gradient, out, along[..., None], reciprocal[..., None]).astype(x.dtype)
 
 
 @differentiable
@@ -80,23 +81,15 @@ def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: mx.array) ->
 def _rotated_norm_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
 ) -> tuple[mx.array, ...]:
-    """Return f Rᵀg − x r² mean(g y) for x, with f = scale × r, R the rotation and y the output."""
+    """Return f Rᵀ(g − y mean(g y) / scale²) with f = scale × r, R the rotation and y the output; x need not be kept."""
     x, cos, sin, scale = primals
     batch, tokens, heads, width = x.shape
     gradient, (out, factor) = cotangents[0], outputs
-    along = sum_rows(_product(gradient, out)).swapaxes(1, 2) * mx.square(factor / scale) * (1 / width)
-    halves = gradient.reshape(batch, heads, tokens, 2, width // 2).swapaxes(1, 2)
+    along = sum_rows(_product(gradient, out)) * (1 / (width * mx.square(scale)))
     # Written in the order of x, so that the projections' gradients take it without a copy.
-    d_x = _rotate_gradient(
-        halves,
-        halves[..., ::-1, :],
-        cos[:, None],
-        sin[:, None],
-        factor[..., None, None],
-        x.reshape(batch, tokens, heads, 2, width // 2),
-        along[..., None, None],
-    )
-    return d_x.reshape(x.shape), mx.zeros_like(cos), mx.zeros_like(sin), mx.zeros_like(scale)
+    halves = _across(gradient, out, along[..., None]).reshape(batch, heads, tokens, 2, width // 2).swapaxes(1, 2)
+    d_x = _rotate(halves, halves[..., ::-1, :], cos[:, None], -sin[:, None], factor[..., None, None])
+    return d_x.reshape(x.shape).astype(x.dtype), mx.zeros_like(cos), mx.zeros_like(sin), mx.zeros_like(scale)
 
 
 @cache
@@ -128,17 +121,15 @@ def _multiply(x: mx.array, factor: mx.array) -> mx.array:
 
 
 @compiled
-def _norm_gradient(gradient: mx.array, reciprocal: mx.array, x: mx.array, along: mx.array) -> mx.array:
-    return gradient * reciprocal - x * along
+def _norm_gradient(gradient: mx.array, out: mx.array, along: mx.array, reciprocal: mx.array) -> mx.array:
+    return (gradient - out * along) * reciprocal
+
+
+@compiled
+def _across(gradient: mx.array, out: mx.array, along: mx.array) -> mx.array:
+    return gradient - out * along
 
 
 @compiled
 def _rotate(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array) -> mx.array:
     return (halves * cos + swapped * sin) * factor
-
-
-@compiled
-def _rotate_gradient(
-    halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array, x: mx.array, along: mx.array
-) -> mx.array:
-    return (halves * cos - swapped * sin) * factor - x * along

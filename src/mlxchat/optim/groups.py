@@ -153,6 +153,12 @@ class Optimizer:
         kinds = ("first", "second", "momentum", "variance")
         return ["count", *(f"{kind}.{name}" for name in names for kind in kinds if f"{kind}.{name}" in self.state)]
 
+    def batches(self, names: Iterable[str]) -> list[list[str]]:
+        """Return names in groups that are moved together: matrices of one shape, every other parameter alone."""
+        wanted = set(names)
+        stacks = [[name for name in stack if name in wanted] for stack in self.muon_shapes.values()]
+        return [stack for stack in stacks if stack] + [[name] for name in self.adamw_rules if name in wanted]
+
     def share(self, parts: int) -> list[list[str]]:
         """Return the parameters' names in so many parts that take about equally long to move."""
         costs = {name: 1.0 * self.state[f"first.{name}"].size for name in self.adamw_rules}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,6 @@ import numpy as np
 from mlxchat.data.packing import Ints
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
-from mlxchat.ops.compiled import made_once
 from mlxchat.ops.cross_entropy import cross_entropy_sum
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor, sum_squares
@@ -82,10 +82,13 @@ class TrainStep:
                 mx.eval(totals)
                 more = self._micro_batch(batch, slice(start, start + rows))
                 totals = self._lanes.run([partial(_add, *pair) for pair in zip_longest(totals, more)])
-            loss, norm = self._update(totals, Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates)))
+            loss, sums, norm = self._sum_lanes(totals)
             del totals
-            mx.eval(loss, norm, self.model.state, self.optimizer.state)
-        return float(cast(float, loss.item())), float(cast(float, norm.item()))
+            mx.eval(loss, sums, norm)
+            result = float(cast(float, loss.item())), float(cast(float, norm.item()))
+            if math.isfinite(result[0]) and math.isfinite(result[1]):
+                self._update(sums, norm, Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates)))
+        return result
 
     def _micro_batch(self, batch: Batch, rows: slice) -> list[LossAndGradients]:
         """Return the sums over the rows of each lane."""
@@ -98,35 +101,41 @@ class TrainStep:
             ]
         )
 
-    def _update(self, totals: list[LossAndGradients], rates: Rates[mx.array]) -> tuple[mx.array, mx.array]:
-        """Add up the lanes' gradients and move the parameters, each lane its share of them; return loss and norm."""
-        parameters, state = flatten_parameters(self.model), self.optimizer.state
+    def _sum_lanes(self, totals: list[LossAndGradients]) -> tuple[mx.array, list[Flat], mx.array]:
+        """Return the loss, the gradients' sums, each lane its share of them, and their common norm."""
         loss = sum((part for part, _ in totals[1:]), totals[0][0])
-        sums = self._lanes.run(
-            [
-                partial(self._sum, [{name: gradients[name] for name in names} for _, gradients in totals])
-                for names in self._shares
-            ]
-        )
-        norm = mx.sqrt(sum((squares for _, squares in sums[1:]), sums[0][1]))
-        moved = self._lanes.run(
-            [
+        calls = [
+            partial(self._sum, [{name: gradients[name] for name in names} for _, gradients in totals])
+            for names in self._shares
+        ]
+        sums = self._lanes.run(calls)
+        return loss, [total for total, _ in sums], mx.sqrt(sum((squares for _, squares in sums[1:]), sums[0][1]))
+
+    def _update(self, sums: list[Flat], norm: mx.array, rates: Rates[mx.array]) -> None:
+        """Move the parameters, each lane its share of them, a few at a time, so that few exist both old and new."""
+        parameters, state = flatten_parameters(self.model), self.optimizer.state
+        count = state["count"]
+        for names_of_lanes in zip_longest(*(self.optimizer.batches(names) for names in self._shares), fillvalue=()):
+            calls = [
                 partial(
                     self._move,
-                    {name: parameters[name] for name in names},
-                    gradients,
-                    {name: state[name] for name in self.optimizer.state_names(names)},
-                    loss,
+                    {name: parameters.pop(name) for name in names},
+                    {name: gradients.pop(name) for name in names},
+                    {
+                        "count": count,
+                        **{name: state.pop(name) for name in self.optimizer.state_names(names) if name != "count"},
+                    },
                     norm,
                     rates,
                 )
-                for names, (gradients, _) in zip(self._shares, sums, strict=True)
+                for names, gradients in zip(names_of_lanes, sums, strict=True)
             ]
-        )
-        for new, new_state in moved:
-            set_parameters(self.model, new)
-            state.update(new_state)
-        return loss, norm
+            moved = self._lanes.run(calls)
+            del calls
+            for new, new_state in moved:
+                set_parameters(self.model, new)
+                state.update(new_state)
+            mx.eval(moved)
 
     def _loss_and_gradients(
         self, parameters: Flat, ids: mx.array, targets: mx.array, weights: mx.array
@@ -146,24 +155,12 @@ class TrainStep:
         return loss, gradients
 
     def _clip_and_move(
-        self,
-        parameters: Flat,
-        gradients: Flat,
-        state: Flat,
-        loss: mx.array,
-        norm: mx.array,
-        rates: Rates[mx.array],
+        self, parameters: Flat, gradients: Flat, state: Flat, norm: mx.array, rates: Rates[mx.array]
     ) -> tuple[Flat, Flat]:
         factor = clip_factor(norm, self.optimizer.config.grad_clip)
         if factor is not None:
             gradients = {name: gradient * factor for name, gradient in gradients.items()}
-        new, new_state = self.optimizer.move(parameters, gradients, state, rates)
-        # Inside the compiled step, since afterwards the old arrays are gone.
-        is_finite = made_once(mx.isfinite(loss) & mx.isfinite(norm))
-        return (
-            {name: mx.where(is_finite, value, parameters[name]) for name, value in new.items()},
-            {name: mx.where(is_finite, value, state[name]).reshape(value.shape) for name, value in new_state.items()},
-        )
+        return self.optimizer.move(parameters, gradients, state, rates)
 
 
 def _sum_gradients(parts: list[Flat]) -> tuple[Flat, mx.array]:
