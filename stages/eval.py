@@ -17,8 +17,9 @@ from mlxchat.evals.samples import answer_prompts, continue_prompts
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import prepare_machine
+from mlxchat.training.micro_batch import forward_tokens
 
-VERSION = 1
+VERSION = 2
 CONFIG = ["suite", "eval"]
 INPUTS = {"checkpoint": "checkpoint"}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
@@ -37,7 +38,7 @@ def run(ctx: Context) -> None:
         corpus, context_tokens = ctx.inputs["corpus"], model.sizes.context_tokens
         stream = DocumentRows(open_documents(ctx, "validation", tokenizer), context_tokens, buffer_documents=1000)
         rows = take_rows(stream, max(1, config.bpb_tokens // context_tokens))
-        micro_tokens = machine.device_batch_tokens
+        micro_tokens = forward_tokens(machine, model.sizes)
         bpb = {
             "val": bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=micro_tokens),
             "ngram_order2": ngram_bits_per_byte(

@@ -17,8 +17,9 @@ from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.horizon import derive_hyperparameters, derive_numbers, reference_sizes
 from mlxchat.training.loop import Hook, fit
+from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
 
-VERSION = 1
+VERSION = 2
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
 INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
 PRODUCES = "checkpoint"
@@ -32,7 +33,10 @@ def run(ctx: Context) -> None:
     sizes = sizes_of(ctx.config.model, ctx.config.architecture, tokenizer.vocab_size)
     reference = reference_sizes(ctx.config.model, ctx.config.architecture, rates, tokenizer.vocab_size)
     derived = derive_hyperparameters(config, rates, sizes, reference)
-    ctx.derive(derive_numbers(derived, sizes, min(machine.device_batch_tokens, derived.batch_tokens)))
+    row_tokens = config.batch.row_tokens
+    rows_per_iteration = derived.batch_tokens // row_tokens
+    micro_batch = choose_micro_batch(ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens)
+    ctx.derive(derive_numbers(derived, sizes, micro_batch.tokens))
     model = GPT(sizes)
     init_weights(model, ctx.seed("weights"))
     optimizer = Optimizer(
@@ -51,7 +55,7 @@ def run(ctx: Context) -> None:
     validation = take_rows(read_rows("validation"), max(1, config.eval_tokens // config.batch.row_tokens))
 
     def validate(iteration: int) -> dict[str, float]:
-        micro_tokens = machine.device_batch_tokens
+        micro_tokens = forward_tokens(machine, sizes)
         return {"val_bpb": bits_per_byte(model, validation, tokenizer.token_bytes, micro_tokens=micro_tokens)}
 
     def sample(iteration: int) -> dict[str, float]:
@@ -59,7 +63,6 @@ def run(ctx: Context) -> None:
             ctx.records("samples").append({"iteration": iteration, "prompt": prompt, "text": text})
         return {}
 
-    rows_per_iteration = derived.batch_tokens // config.batch.row_tokens
     with RowBatches(read_rows("train"), rows_per_iteration, ahead=machine.prefetch_batches) as batches:
         fit(
             ctx,
@@ -69,6 +72,7 @@ def run(ctx: Context) -> None:
             num_iterations=derived.num_iterations,
             schedule=config.schedule,
             hooks=[Hook(run=validate, every=config.eval_every), Hook(run=sample, every=config.sample_every)],
+            micro_tokens=micro_batch.tokens,
             extends=ctx.inputs.get("extends"),
             keep_state=config.save_training_state,
         )

@@ -10,9 +10,10 @@ from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import Hook, fit
+from mlxchat.training.micro_batch import choose_micro_batch
 from mlxchat.training.rollouts import Rollouts, pass_at_k
 
-VERSION = 1
+VERSION = 2
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
@@ -26,12 +27,18 @@ def run(ctx: Context) -> None:
     practice, held_out = load_item(config.task), load_item(config.evaluation)
     optimizer = Optimizer(model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
+    samples_per_iteration = config.questions_per_iteration * config.samples_per_question
     ctx.derive(
         {
             "num_iterations": num_iterations,
-            "samples_per_iteration": config.questions_per_iteration * config.samples_per_question,
+            "samples_per_iteration": samples_per_iteration,
             "num_questions": len(practice),
         }
+    )
+
+    # Samples are seldom as long as the context, but may be.
+    micro_batch = choose_micro_batch(
+        ctx, model.sizes, rows=samples_per_iteration, row_tokens=model.sizes.context_tokens
     )
 
     def evaluate(iteration: int) -> dict[str, float]:
@@ -46,6 +53,7 @@ def run(ctx: Context) -> None:
         num_iterations=num_iterations,
         schedule=config.schedule,
         hooks=[Hook(run=evaluate, every=config.eval_every, at_start=True)],
+        micro_tokens=micro_batch.tokens,
     )
     ctx.metrics["reward"] = rollouts.mean_reward
     save_checkpoint(ctx.out, model, tokenizer, {"stage": "rl", "format": "chat"})

@@ -13,6 +13,7 @@ import numpy as np
 from mlxchat.bench.parts import Part, parts_of_step, phases_of_step
 from mlxchat.bench.timing import Stopwatch, fill_zero_weights, median, random_rows
 from mlxchat.config import Config
+from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
@@ -24,6 +25,7 @@ from mlxchat.optim.schedule import Rates, rates_at
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.runner.progress import Progress
 from mlxchat.training.loop import prepare_machine
+from mlxchat.training.micro_batch import Training, find_device, forward_tokens, rows_at_a_time
 from mlxchat.training.step import TrainStep, mean_batch
 
 # A part is timed so often after it was compiled; a median of three is enough for a share.
@@ -47,7 +49,17 @@ def measure_training(config: Config) -> dict[str, Any]:
     dtype = prepare_machine(machine)
     sizes = sizes_of(replace(config.model, context_tokens=bench.row_tokens), config.architecture, bench.vocab_size)
     tokens = bench.batch_rows * bench.row_tokens
-    micro_rows = min(bench.batch_rows, max(1, machine.device_batch_tokens // bench.row_tokens))
+    training = Training(
+        sizes=sizes,
+        optimizer=config.optimizer,
+        rows=bench.batch_rows,
+        row_tokens=bench.row_tokens,
+        recompute=machine.grad_checkpointing,
+        device=find_device(machine, ask_mlx=True),
+    )
+    micro_rows = rows_at_a_time(training, machine)
+    if micro_rows == 0:
+        raise ConfigError(f"the step {training.explain_excess(1)}")
 
     def rows(batch: int, count: int = bench.batch_rows) -> Any:
         return random_rows(count, bench.row_tokens, bench.vocab_size, seed=seed, batch=batch)
@@ -68,12 +80,12 @@ def measure_training(config: Config) -> dict[str, Any]:
     total = 2 * repetitions + (len(phases) + len(parts)) * (_PART_STEPS + _PART_WARMUP_STEPS)
     with Progress("bench", total, "measurements") as progress:
         watch = Stopwatch(progress)
-        step, losses = _step(config, model, optimizer, dtype, rates, rows)
+        step, losses = _step(config, model, optimizer, dtype, rates, rows, micro_rows * bench.row_tokens)
         seconds = watch.seconds("step", step, steps=bench.steps, warmup_steps=bench.warmup_steps)
         mlx_peak, resident_peak = mx.get_peak_memory(), peak_memory_bytes()
         forward = watch.seconds(
             "forward",
-            lambda index: mean_loss(model, rows(index), micro_tokens=machine.device_batch_tokens),
+            lambda index: mean_loss(model, rows(index), micro_tokens=forward_tokens(machine, sizes)),
             steps=bench.steps,
             warmup_steps=bench.warmup_steps,
         )
@@ -94,6 +106,7 @@ def measure_training(config: Config) -> dict[str, Any]:
         "split": split,
         "tokens_per_step": tokens,
         "micro_batch_tokens": micro_rows * bench.row_tokens,
+        "predicted_peak_bytes": training.peak_bytes(micro_rows),
         "mlx_peak_bytes": mlx_peak,
         "resident_growth_bytes": growth,
         "peak_rss_bytes": resident_peak,
@@ -124,12 +137,18 @@ def _make_model(config: Config, sizes: GPTSizes) -> tuple[GPT, Optimizer]:
 
 
 def _step(
-    config: Config, model: GPT, optimizer: Optimizer, dtype: mx.Dtype, rates: Rates[float], rows: Callable[[int], Any]
+    config: Config,
+    model: GPT,
+    optimizer: Optimizer,
+    dtype: mx.Dtype,
+    rates: Rates[float],
+    rows: Callable[[int], Any],
+    micro_tokens: int,
 ) -> tuple[Callable[[int], None], list[float]]:
     """Return what trains on one batch, by its number, and the list that it adds the losses to."""
     machine, bench = config.machine, config.bench
     train_step = TrainStep(
-        model, optimizer, micro_tokens=machine.device_batch_tokens, dtype=dtype, recompute=machine.grad_checkpointing
+        model, optimizer, micro_tokens=micro_tokens, dtype=dtype, recompute=machine.grad_checkpointing
     )
     batches = [mean_batch(rows(index)) for index in range(bench.warmup_steps + bench.steps)]
     losses: list[float] = []

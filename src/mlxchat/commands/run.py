@@ -20,6 +20,7 @@ from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.records import now
 from mlxchat.runner.store import Store
 from mlxchat.training.extension import check_extensions
+from mlxchat.training.memory_check import check_memory
 
 _HYDRA_FLAGS = {
     "-m", "--multirun", "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc",
@@ -51,6 +52,7 @@ def run_pipeline(composed: Composed) -> Path | None:
     config = composed.config
     store = Store(Path(config.outputs))
     plan = plan_of(config, store)
+    check_memory(config, plan)
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{config.name}"
     finished = all(step.done for step in plan)
     # Whatever may be refused is refused before anything is written or said to run.

@@ -13,6 +13,7 @@ from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.loop import Hook, fit
+from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
 
 
 def finetune(ctx: Context, config: FinetuneConfig) -> None:
@@ -54,8 +55,11 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         }
     )
 
+    row_tokens = config.batch.row_tokens
+    micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens)
+
     def validate(iteration: int) -> dict[str, float]:
-        return {"val_loss": mean_loss(model, validation, micro_tokens=machine.device_batch_tokens)}
+        return {"val_loss": mean_loss(model, validation, micro_tokens=forward_tokens(machine, model.sizes))}
 
     with RowBatches(pack(encoded), rows_per_iteration, ahead=machine.prefetch_batches) as batches:
         fit(
@@ -66,6 +70,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
             num_iterations=num_iterations,
             schedule=config.schedule,
             hooks=[Hook(run=validate, every=config.eval_every, at_start=True)],
+            micro_tokens=micro_batch.tokens,
         )
     ctx.metrics |= batches.counts()
     save_checkpoint(ctx.out, model, tokenizer, {"stage": ctx.stage, "format": "chat"})

@@ -21,6 +21,7 @@ from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.runner.context import Context
 from mlxchat.training.meter import Meter
+from mlxchat.training.micro_batch import MOST_TOKENS
 from mlxchat.training.resume import load_finished, load_state, save_finished, save_state
 from mlxchat.training.step import Batch, TrainStep
 from mlxchat.training.watch import Watch, is_finite, name_documents
@@ -66,6 +67,7 @@ def fit(
     num_iterations: int,
     schedule: ScheduleConfig,
     hooks: list[Hook],
+    micro_tokens: int | None = None,
     extends: Path | None = None,
     keep_state: bool = False,
 ) -> None:
@@ -87,6 +89,7 @@ def fit(
         num_iterations: of the whole training, what it extends included.
         schedule: learning rates over the iterations.
         hooks: called at their cadence and after the last iteration.
+        micro_tokens: tokens per micro-batch; None: `machine.device_batch_tokens`, or no more than help.
         extends: folder of a finished training with its state.
         keep_state: leave in the artifact what an extension needs.
 
@@ -99,9 +102,8 @@ def fit(
     dtype = prepare_machine(machine)
     peak = peak_flops(dtype)
     mx.reset_peak_memory()
-    step = TrainStep(
-        model, optimizer, micro_tokens=machine.device_batch_tokens, dtype=dtype, recompute=machine.grad_checkpointing
-    )
+    micro_tokens = micro_tokens or machine.device_batch_tokens or MOST_TOKENS[backend()]
+    step = TrainStep(model, optimizer, micro_tokens=micro_tokens, dtype=dtype, recompute=machine.grad_checkpointing)
     meter = Meter(flops_per_token=flops_per_token(model.sizes), peak_flops=peak)
     watch = Watch(ctx.config.training)
     state = load_state(ctx.work, model, optimizer)

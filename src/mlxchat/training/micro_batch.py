@@ -1,0 +1,224 @@
+"""How much of an iteration is computed at a time: what was asked for, or the largest that fits and still helps.
+
+Nothing here imports MLX, so that a plan can say it, and refuse what cannot fit before anything runs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from mlxchat.errors import ConfigError
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.ops import blas
+from mlxchat.runner.progress import format_bytes
+from mlxchat.training.memory import predict_forward_bytes, predict_peak_bytes
+
+if TYPE_CHECKING:
+    from mlxchat.config import MachineConfig, OptimizerConfig
+    from mlxchat.runner.context import Context
+
+# Of the memory that a device has. On a CPU the rest is Python's, the system's and what malloc keeps; a Mac lets its GPU
+# wire three quarters and needs the rest itself; on CUDA the driver and MLX's own kernels take some.
+MEMORY_SHARE = {"cpu": 0.8, "metal": 0.7, "cuda": 0.9}
+# Beyond so many tokens a step was no faster per token on a CPU (DECISIONS.md); on GPUs what nanochat and the Mac
+# configurations use.
+MOST_TOKENS = {"cpu": 8192, "metal": 32768, "cuda": 65536}
+_MOST_LANES = 16  # of ops/lanes.py
+_CHOICE = "micro_batch.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a training has to fit into."""
+
+    kind: str
+    """cpu, metal or cuda."""
+    num_lanes: int
+    compute_bytes: int
+    limit_bytes: int | None
+    """Bytes that may be used; None: only MLX knows."""
+    limit_is: str
+    """Where the limit comes from, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What of a training its memory depends on."""
+
+    sizes: GPTSizes
+    optimizer: OptimizerConfig
+    rows: int
+    """Of an iteration."""
+    row_tokens: int
+    recompute: bool
+    device: Device
+
+    def peak_bytes(self, micro_rows: int) -> int:
+        """Return the predicted peak with so many rows at a time."""
+        return predict_peak_bytes(
+            self.sizes,
+            self.optimizer,
+            rows=self.rows,
+            micro_rows=micro_rows,
+            row_tokens=self.row_tokens,
+            num_lanes=self.device.num_lanes,
+            compute_bytes=self.device.compute_bytes,
+            recompute=self.recompute,
+        ).total
+
+    def fits(self, micro_rows: int) -> bool:
+        """Tell whether so many rows at a time fit, as far as is known."""
+        return self.device.limit_bytes is None or self.peak_bytes(micro_rows) <= self.device.limit_bytes
+
+    def explain_excess(self, micro_rows: int) -> str:
+        """Return what so many rows at a time need, and that there is less."""
+        limit = format_bytes(self.device.limit_bytes or 0)
+        rows = "one row" if micro_rows == 1 else f"{micro_rows} rows"
+        return (
+            f"needs about {format_bytes(self.peak_bytes(micro_rows))} for {rows} of {self.row_tokens:,} tokens at a "
+            f"time, but may use {limit} ({self.device.limit_is})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What is computed at a time."""
+
+    tokens: int
+    predicted_peak_bytes: int
+
+
+def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
+    """Return what will compute and how much memory it may use.
+
+    Args:
+        machine: what was asked for.
+        ask_mlx: whether MLX may be imported, without which a CUDA device's memory is not known.
+    """
+    kind = _kind(machine.device)
+    half = machine.compute_dtype == "bfloat16" or (machine.compute_dtype == "auto" and kind != "cpu")
+    lanes = min(machine.blas_threads or blas.available_cores(), _MOST_LANES) if kind == "cpu" else 1
+    total = _memory_bytes(kind, ask_mlx=ask_mlx)
+    limit = machine.memory_limit_bytes
+    if limit is not None:
+        where = "machine.memory_limit_bytes"
+    elif total is None:
+        where = "the device's memory"
+    else:
+        limit = int(total * MEMORY_SHARE[kind])
+        where = f"{MEMORY_SHARE[kind]:.0%} of this machine's {format_bytes(total)}"
+    return Device(kind=kind, num_lanes=lanes, compute_bytes=2 if half else 4, limit_bytes=limit, limit_is=where)
+
+
+def choose_micro_rows(training: Training, most_tokens: int) -> int:
+    """Return the rows of the largest micro-batch that fits and has at most `most_tokens` (0: not even one row fits).
+
+    Micro-batches of one size where that costs less than half of it; else as equal as can be.
+    """
+    most = max(1, min(training.rows, most_tokens // training.row_tokens))
+    fitting = next((rows for rows in range(most, 0, -1) if training.fits(rows)), 0)
+    if fitting == 0:
+        return 0
+    divisor = next(rows for rows in range(fitting, 0, -1) if training.rows % rows == 0)
+    return divisor if 2 * divisor > fitting else -(-training.rows // -(-training.rows // fitting))
+
+
+def choose_micro_batch(ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: int) -> MicroBatch:
+    """Return what a stage computes at a time, and record it with its predicted peak.
+
+    A training that continues takes what it began with, as long as that fits: sums are rounded by micro-batch.
+
+    Args:
+        ctx: of the step.
+        sizes: of its model.
+        rows: of an iteration.
+        row_tokens: of a row, at most.
+
+    Raises:
+        ConfigError: it does not fit; with the predicted bytes and settings that would.
+    """
+    machine = ctx.config.machine
+    training = Training(
+        sizes=sizes,
+        optimizer=ctx.config.optimizer,
+        rows=rows,
+        row_tokens=row_tokens,
+        recompute=machine.grad_checkpointing,
+        device=find_device(machine, ask_mlx=True),
+    )
+    before = ctx.work / _CHOICE
+    begun = None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        begun = max(1, int(json.loads(before.read_text(encoding="utf-8"))["tokens"]) // row_tokens)
+    if machine.device_batch_tokens is None and begun is not None and training.fits(min(rows, begun)):
+        micro_rows = min(rows, begun)
+    else:
+        micro_rows = rows_at_a_time(training, machine)
+    if micro_rows == 0:
+        rows = 1 if machine.device_batch_tokens is None else max(1, machine.device_batch_tokens // row_tokens)
+        raise ConfigError(
+            f"{ctx.step} {training.explain_excess(min(rows, training.rows))}. Give it machine.grad_checkpointing=true, "
+            "fewer tokens at a time or in a row, or a smaller model"
+        )
+    found = MicroBatch(tokens=micro_rows * row_tokens, predicted_peak_bytes=training.peak_bytes(micro_rows))
+    before.parent.mkdir(parents=True, exist_ok=True)
+    before.write_text(json.dumps({"tokens": found.tokens}), encoding="utf-8")
+    ctx.derive({"micro_batch_tokens": found.tokens, "predicted_peak_bytes": found.predicted_peak_bytes})
+    return found
+
+
+def rows_at_a_time(training: Training, machine: MachineConfig) -> int:
+    """Return the rows of a micro-batch: as `machine.device_batch_tokens` says, or chosen; 0: they do not fit."""
+    if machine.device_batch_tokens is None:
+        return choose_micro_rows(training, MOST_TOKENS[training.device.kind])
+    rows = min(training.rows, max(1, machine.device_batch_tokens // training.row_tokens))
+    # On a GPU, where no prediction was measured, whoever gives a number knows better.
+    return rows if training.device.kind != "cpu" or training.fits(rows) else 0
+
+
+def forward_tokens(machine: MachineConfig, sizes: GPTSizes) -> int:
+    """Return how many tokens an evaluation passes through the model at a time."""
+    if machine.device_batch_tokens is not None:
+        return machine.device_batch_tokens
+    device = find_device(machine, ask_mlx=True)
+    tokens = 2 * MOST_TOKENS[device.kind]
+    while tokens > sizes.context_tokens and device.limit_bytes is not None:
+        if predict_forward_bytes(sizes, tokens=tokens, compute_bytes=device.compute_bytes) <= device.limit_bytes:
+            break
+        tokens //= 2
+    return tokens
+
+
+def _kind(choice: str) -> str:
+    if choice == "cpu":
+        return "cpu"
+    if sys.platform == "darwin":
+        return "metal"
+    for package in ("mlx-cuda-12", "mlx-cuda-13"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(package)
+            return "cuda"
+    return "cpu"
+
+
+def _memory_bytes(kind: str, *, ask_mlx: bool) -> int | None:
+    """Return the memory of the device; a container's share of the machine where it has one."""
+    if kind != "cuda":
+        total = int(psutil.virtual_memory().total)
+        with suppress(OSError, ValueError):
+            return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+        return total
+    if not ask_mlx:
+        return None
+    import mlx.core as mx
+
+    info = mx.device_info()
+    return int(info["total_memory"]) if "total_memory" in info else None

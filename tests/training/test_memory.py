@@ -1,0 +1,230 @@
+"""Predicted against measured peaks, the choice of a micro-batch, and the refusal of what cannot fit."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.compose import compose_config
+from mlxchat.config import Config
+from mlxchat.errors import ConfigError
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes, count_parameters, sizes_of
+from mlxchat.model.weights import init_weights
+from mlxchat.ops import attention, blas, lanes
+from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import rates_at
+from mlxchat.runner.context import Context
+from mlxchat.runner.plan import PlannedStep, make_plan
+from mlxchat.runner.store import Store
+from mlxchat.training import memory, micro_batch
+from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.training.memory_check import check_memory, describe_memory
+from mlxchat.training.micro_batch import Device, Training, choose_micro_batch, choose_micro_rows
+from mlxchat.training.step import TrainStep, mean_batch
+
+assert mlxchat
+
+# (depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at which each part counts.
+SMALL = [
+    (2, 512, 256, 4, 4, False, 2),
+    (2, 8192, 512, 2, 2, False, 2),
+    (2, 4096, 256, 8, 2, False, 2),
+    (4, 4096, 256, 1, 1, False, 1),
+    (4, 2048, 512, 4, 4, True, 2),
+]
+LARGE = [
+    (4, 4096, 512, 8, 8, False, 2),
+    (4, 4096, 2048, 2, 2, False, 2),
+    (4, 32768, 512, 4, 4, False, 2),
+    (4, 4096, 1024, 8, 2, True, 2),
+    (6, 512, 512, 8, 8, False, 2),
+    (6, 16384, 512, 4, 2, False, 1),
+    (8, 4096, 256, 2, 1, False, 2),
+    (8, 4096, 512, 2, 2, True, 2),
+]
+Case = tuple[int, int, int, int, int, bool, int]
+
+
+def measured_and_predicted(case: Case, architecture: str, optimizer_name: str) -> tuple[int, int]:
+    """Return the bytes that two steps of a training held at most, by MLX's own count, and those predicted."""
+    depth, vocab_size, row_tokens, rows, micro_rows, recompute, num_lanes = case
+    config = compose_config([f"model=d{depth}", f"architecture={architecture}", f"optimizer={optimizer_name}"]).config
+    sizes = sizes_of(replace(config.model, context_tokens=row_tokens), config.architecture, vocab_size)
+    threads = blas.blas_threads() or 1
+    blas.set_blas_threads(num_lanes)
+    try:
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        model = GPT(sizes)
+        init_weights(model, 0)
+        optimizer = Optimizer(model, config.optimizer, width=sizes.width)
+        step = TrainStep(model, optimizer, micro_tokens=micro_rows * row_tokens, dtype=mx.float32, recompute=recompute)
+        ids = np.random.default_rng(0).integers(0, vocab_size, (rows, row_tokens + 1), dtype=np.int32)
+        for _ in range(2):
+            step(
+                mean_batch([(row[:-1], row[1:]) for row in ids]),
+                rates_at(0, 100, config.sft.schedule, config.optimizer),
+            )
+        measured = mx.get_peak_memory() - before
+    finally:
+        blas.set_blas_threads(threads)
+    predicted = predict_peak_bytes(
+        sizes, config.optimizer, rows=rows, micro_rows=micro_rows, row_tokens=row_tokens, num_lanes=num_lanes,
+        recompute=recompute,
+    )  # fmt: skip
+    return measured, predicted.total
+
+
+def needs_lanes() -> None:
+    if blas.blas_threads() is None:
+        pytest.skip("factors were measured with OpenBLAS")
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_the_predicted_peak_is_within_15_percent_of_what_mlx_held(case: Case) -> None:
+    needs_lanes()
+    measured, predicted = measured_and_predicted(case, "oct2025", "muon_oct2025")
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["oct2025", "jul2026"])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_it_is_for_larger_models_of_both_architectures_too(case: Case, variant: str) -> None:
+    needs_lanes()
+    measured, predicted = measured_and_predicted(case, variant, f"muon_{variant}")
+    print(f"{variant} {case}: predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_the_prediction_knows_the_sizes_that_the_kernels_work_with() -> None:
+    assert memory._BLOCK_TOKENS == attention._BLOCK_TOKENS
+    assert micro_batch._MOST_LANES == lanes._MOST_LANES
+
+
+SIZES = GPTSizes(
+    vocab_size=1000, num_layers=4, num_heads=2, num_kv_heads=2, width=64, context_tokens=128, rope_theta=1e4
+)
+
+
+def config_of(*overrides: str) -> Config:
+    return compose_config([*overrides]).config
+
+
+def training(limit: int | None, rows: int = 12, **changes: Any) -> Training:
+    device = Device(kind="cpu", num_lanes=2, compute_bytes=4, limit_bytes=limit, limit_is="a test")
+    return Training(
+        sizes=SIZES,
+        optimizer=config_of().optimizer,
+        rows=rows,
+        row_tokens=128,
+        recompute=False,
+        device=device,
+        **changes,
+    )
+
+
+def test_weights_and_moments_are_counted_exactly() -> None:
+    peak = predict_peak_bytes(SIZES, config_of().optimizer, rows=1, micro_rows=1, row_tokens=128, num_lanes=1)
+    counts = count_parameters(SIZES)
+    assert peak.weights == 4 * counts["total"]
+    assert peak.moments == 4 * (counts["matrices"] + 2 * (counts["embedding"] + counts["head"]))
+
+
+def test_without_a_limit_the_whole_iteration_is_one_micro_batch_up_to_where_more_brings_nothing() -> None:
+    assert choose_micro_rows(training(None), 10**6) == 12
+    assert choose_micro_rows(training(None), 6 * 128) == 6
+    assert choose_micro_rows(training(None), 1) == 1, "a row is never cut"
+
+
+@pytest.mark.parametrize(("rows", "most", "expected"), [(12, 5, 4), (12, 7, 6), (13, 8, 7), (13, 12, 7), (7, 3, 3)])
+def test_micro_batches_are_of_one_size_where_that_is_cheap_and_else_about_equal(
+    rows: int, most: int, expected: int
+) -> None:
+    assert choose_micro_rows(training(None, rows), most * 128) == expected
+
+
+def test_the_largest_micro_batch_that_fits_is_taken() -> None:
+    free = training(None)
+    limit = free.peak_bytes(5)
+    chosen = choose_micro_rows(training(limit), 10**6)
+    assert chosen == 4, "the largest divisor of 12 up to 5"
+    assert choose_micro_rows(training(free.peak_bytes(1) - 1), 10**6) == 0
+
+
+def test_a_training_that_continues_keeps_its_micro_batch_unless_that_no_longer_fits(
+    make_context: Callable[..., Context],
+) -> None:
+    def chosen(limit: int | None, tokens: int | None = None) -> int:
+        context = make_context(device_batch_tokens=tokens, memory_limit_bytes=limit)
+        context.config.optimizer = config_of().optimizer
+        return choose_micro_batch(context, SIZES, rows=12, row_tokens=128).tokens
+
+    small = predict_peak_bytes(SIZES, config_of().optimizer, rows=12, micro_rows=3, row_tokens=128, num_lanes=1).total
+    first = chosen(small)
+    assert first < 12 * 128
+    assert chosen(None) == first
+    assert chosen(None, tokens=256) == 256, "what is asked for goes first"
+    assert chosen(None) == 256
+    with pytest.raises(ConfigError, match=r"toy needs about .* for one row of 128 tokens"):
+        chosen(1000)
+
+
+def planned(config: Config, tmp_path: Path) -> list[PlannedStep]:
+    return make_plan(config, config.pipeline, Store(tmp_path), targets=["sft"], seed=0, force=[])
+
+
+def test_a_plan_says_what_its_trainings_need(tmp_path: Path) -> None:
+    config = config_of("machine=cpu")
+    lines = describe_memory(config, planned(config, tmp_path))
+    assert list(lines) == ["pretrain", "midtrain", "sft"]
+    assert lines["pretrain"].endswith("MB with 2,048 tokens")
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers_and_three_settings_that_fit(tmp_path: Path) -> None:
+    limit = "machine.memory_limit_bytes=90000000"
+    config = config_of("machine=auto", "model=d6", "machine.blas_threads=2", limit)
+    with pytest.raises(ConfigError) as caught:
+        check_memory(config, planned(config, tmp_path))
+    first, *settings, last = str(caught.value).splitlines()
+    assert first.startswith("pretrain needs about ")
+    assert "may use 90.0 MB (machine.memory_limit_bytes)" in first
+    assert last == "Too large as well: midtrain, sft."
+    assert len(settings) == 3
+    for setting in settings:
+        changes = setting.split(" → ")[0].split()
+        kept = [] if any("memory_limit_bytes" in change for change in changes) else [limit]
+        eased = config_of("machine=auto", "model=d6", "machine.blas_threads=2", *kept, *changes)
+        assert " → " in setting
+        steps = [step for step in planned(eased, tmp_path) if step.name in ("corpus", "tokenizer", "pretrain")]
+        check_memory(eased, steps)
+        assert describe_memory(eased, steps)["pretrain"].startswith(setting.split(" → ")[1])
+
+
+def test_a_micro_batch_that_was_asked_for_is_refused_if_it_does_not_fit(tmp_path: Path) -> None:
+    config = config_of("machine=cpu", "machine.memory_limit_bytes=250000000")
+    with pytest.raises(ConfigError, match=r"for 8 rows of 256(.|\n)*machine.device_batch_tokens=null → 2\d\d.\d MB"):
+        check_memory(config, planned(config, tmp_path))
+
+
+def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
+    code = (
+        "import sys, json; from mlxchat.compose import compose_config; from mlxchat.training import memory_check as m;"
+        "config = compose_config([]).config; m.training_of(config, 'pretrain').peak_bytes(1);"
+        "print(json.dumps('mlx' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) is False
