@@ -1,20 +1,52 @@
-"""The activation and its gradient against numpy, on the paths of both kinds of device."""
+"""The activation with its second product against numpy, on the paths of both kinds of device.
+
+Shapes: B batch, T tokens, F inner width, C width.
+"""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 from mlxchat.ops import activation
 
 
-@pytest.mark.parametrize("path", ["cpu", "gpu"])
-def test_the_activation_and_its_gradient_are_those_of_the_squared_relu(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(activation, "backend", lambda: path)
-    x, cotangent = np.random.default_rng(0).normal(size=(2, 1000)).astype(np.float32)
-    _, gradients = mx.vjp(activation.squared_relu, [mx.array(x)], [mx.array(cotangent)])
-    np.testing.assert_allclose(np.asarray(activation.squared_relu(mx.array(x))), np.maximum(x, 0) ** 2, rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(gradients[0]), 2 * np.maximum(x, 0) * cotangent, rtol=1e-6)
+def example() -> list[np.ndarray]:
+    """What is activated (B, T, F), the second matrix (C, F), and a cotangent of their product (B, T, C)."""
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 40), (7, 40), (2, 5, 7))]
+
+
+def reference(*inputs: np.ndarray) -> list[np.ndarray]:
+    """The product and its gradients in x and weight, in float64."""
+    x, weight, cotangent = (value.astype(np.float64) for value in inputs)
+    squared = np.maximum(x, 0) ** 2
+    return [
+        squared @ weight.T,
+        2 * np.maximum(x, 0) * (cotangent @ weight),
+        np.einsum("btc,btf->cf", cotangent, squared),
+    ]
+
+
+def test_the_product_and_its_gradients_are_those_of_the_squared_relu(path: str) -> None:
+    x, weight, cotangent = (mx.array(value) for value in example())
+    out, gradients = mx.vjp(activation.squared_relu_product, [x, weight], [cotangent])
+    for got, expected in zip([out[0], *gradients], reference(*example()), strict=True):
+        # Sums of at most 40 products of order one.
+        np.testing.assert_allclose(np.asarray(got), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_bfloat16_gives_bfloat16_and_gradients_of_it(path: str) -> None:
+    """Within some roundings of eight bits of mantissa, in norm."""
+    x, weight, cotangent = (mx.array(value).astype(mx.bfloat16) for value in example())
+    out, gradients = mx.vjp(activation.squared_relu_product, [x, weight], [cotangent])
+    expected = reference(*(np.asarray(value.astype(mx.float32)) for value in (x, weight, cotangent)))
+    for got, exact in zip([out[0], *gradients], expected, strict=True):
+        assert got.dtype == mx.bfloat16
+        assert np.linalg.norm(np.asarray(got.astype(mx.float32)) - exact) < 1e-2 * np.linalg.norm(exact)
+
+
+def test_a_gated_sum_adds_the_scaled_share_that_the_gate_lets_through() -> None:
+    x, gate, y = np.random.default_rng(0).normal(size=(3, 100)).astype(np.float32)
+    got = activation.gated_sum(mx.array(x), mx.array(gate), mx.array(y), scale=3.0)
+    np.testing.assert_allclose(np.asarray(got), x + 3 / (1 + np.exp(-gate)) * y, rtol=1e-5, atol=1e-6)

@@ -38,7 +38,7 @@ class Outcome:
 
 @pytest.fixture
 def train(make_optimizer: MakeOptimizer) -> Callable[..., Outcome]:
-    def run(features: dict[str, Any], *, recompute: bool) -> Outcome:
+    def run(features: dict[str, Any], *, recompute: bool, dtype: mx.Dtype = mx.float32) -> Outcome:
         """Train a model of six layers, all of whose projections are at work, for three steps."""
         model = GPT(
             GPTSizes(
@@ -52,7 +52,7 @@ def train(make_optimizer: MakeOptimizer) -> Callable[..., Outcome]:
             for name, value in flatten_parameters(model).items()
         }
         set_parameters(model, weights)
-        step = TrainStep(model, make_optimizer(model), micro_tokens=4096, dtype=mx.float32, recompute=recompute)
+        step = TrainStep(model, make_optimizer(model), micro_tokens=4096, dtype=dtype, recompute=recompute)
         ids = rng.integers(0, 280, (8, 129)).astype(np.int32)
         batch = mean_batch([(row[:-1], row[1:]) for row in ids])
         mx.clear_cache()
@@ -73,3 +73,12 @@ def test_recomputing_gives_the_same_bits_with_half_the_memory(train: Callable[..
     assert recomputed.numbers == kept.numbers
     assert recomputed.weights == kept.weights
     assert recomputed.peak_bytes < 0.5 * kept.peak_bytes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recomputing_in_bfloat16_gives_the_same_bits(train: Callable[..., Outcome], architecture: str) -> None:
+    kept = train(ARCHITECTURES[architecture], recompute=False, dtype=mx.bfloat16)
+    recomputed = train(ARCHITECTURES[architecture], recompute=True, dtype=mx.bfloat16)
+    assert np.isfinite(kept.numbers).all()
+    assert recomputed.numbers == kept.numbers
+    assert recomputed.weights == kept.weights

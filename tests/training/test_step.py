@@ -11,10 +11,12 @@ import pytest
 from mlxchat.data.packing import IGNORED
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
-from mlxchat.ops import activation, attention, cross_entropy
+from mlxchat.ops import activation, attention, blas, cross_entropy, normalisation
 from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
+from mlxchat.training import step as step_module
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
 MakeModel, MakeOptimizer = Callable[[], GPT], Callable[..., Optimizer]
@@ -36,9 +38,22 @@ def rows(count: int, *, seed: int = 0, targets_per_row: list[int] | None = None)
 @pytest.fixture(params=["cpu", "gpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two code paths computes; the GPU's is run on the CPU, where its products are exact."""
-    for module in (activation, attention, cross_entropy):
+    for module in (activation, attention, cross_entropy, normalisation):
         monkeypatch.setattr(module, "backend", lambda: request.param)
     return str(request.param)
+
+
+@pytest.fixture
+def set_lanes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make steps have so many lanes, whatever the machine has."""
+
+    def make(count: int) -> Lanes:
+        lanes = Lanes()
+        missing = max(0, count - len(lanes))
+        lanes.streams = [*lanes.streams[:count], *(mx.new_stream(mx.cpu) for _ in range(missing))]
+        return lanes
+
+    return lambda count: monkeypatch.setattr(step_module, "Lanes", lambda: make(count))
 
 
 def losses_of(model: GPT, batch: Batch) -> np.ndarray:
@@ -96,10 +111,11 @@ def test_a_batch_without_targets_changes_nothing(make_model: MakeModel, make_opt
 def test_gradients_are_the_slopes_of_the_loss(path: str, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
     """Against central differences along a random direction of each parameter."""
     model, batch = make_model(), mean_batch(rows(3))
-    inputs = mx.array(batch.ids), mx.array(batch.targets), mx.array(batch.weights)
+    start = flatten_parameters(model)
+    inputs = start, mx.array(batch.ids), mx.array(batch.targets), mx.array(batch.weights)
     step = TrainStep(model, make_optimizer(model), micro_tokens=1000, dtype=mx.float32)
     _, gradients = step._loss_and_gradients(*inputs)
-    start, rng = flatten_parameters(model), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name, value in start.items():
         direction = rng.normal(size=value.shape).astype(np.float32)
         direction /= np.linalg.norm(direction)
@@ -118,7 +134,8 @@ def test_gradients_are_the_slopes_of_the_loss(path: str, make_model: MakeModel, 
 def test_the_norm_is_reported_before_clipping(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
     model, batch = make_model(), mean_batch(rows(3))
     step = TrainStep(model, make_optimizer(model, grad_clip=0.01), micro_tokens=1000, dtype=mx.float32)
-    _, gradients = step._loss_and_gradients(mx.array(batch.ids), mx.array(batch.targets), mx.array(batch.weights))
+    inputs = (mx.array(each) for each in (batch.ids, batch.targets, batch.weights))
+    _, gradients = step._loss_and_gradients(flatten_parameters(model), *inputs)
     expected = np.sqrt(sum((np.asarray(value, dtype=np.float64) ** 2).sum() for value in gradients.values()))
     assert step(batch, Rates(1.0, 0.9, 1.0))[1] == pytest.approx(expected, rel=1e-5)
     assert expected > 0.1
@@ -160,19 +177,98 @@ def test_a_row_longer_than_a_micro_batch_is_computed_all_the_same(
     assert np.isfinite(step(mean_batch(rows(2)), Rates(1.0, 0.9, 1.0))).all()
 
 
+# Lanes
+
+
+@pytest.mark.parametrize("variant", ["oct2025", "jul2026"])
+@pytest.mark.parametrize("micro_rows", [100, 4])
+@pytest.mark.parametrize("num_lanes", [2, 3])
+def test_lanes_give_what_one_gives(
+    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None],
+    num_lanes: int, micro_rows: int, variant: str,
+) -> None:  # fmt: skip
+    """Seven rows, so that lanes have unlike parts, and in micro-batches of four the last one has other parts."""
+    batches = [mean_batch(rows(7, seed=seed, targets_per_row=[16, 2, 9, 0, 16, 5, 1])) for seed in range(2)]
+    one, other = make_model(), make_model()
+    set_lanes(1)
+    expected = train(one, make_optimizer(one, variant=variant), batches, micro_rows=micro_rows)
+    set_lanes(num_lanes)
+    got = train(other, make_optimizer(other, variant=variant), batches, micro_rows=micro_rows)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for name, value in arrays(one).items():
+        assert np.linalg.norm(arrays(other)[name] - value) < 1e-5 * np.linalg.norm(value), name
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2, 3])
+def test_the_same_lanes_give_the_same_bits(
+    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None], num_lanes: int
+) -> None:
+    set_lanes(num_lanes)
+    batches = [mean_batch(rows(7, seed=seed)) for seed in range(3)]
+    one, other = make_model(), make_model()
+    first, second = train(one, make_optimizer(one), batches), train(other, make_optimizer(other), batches)
+    assert first == second
+    for name, value in arrays(one).items():
+        np.testing.assert_array_equal(arrays(other)[name], value)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_fewer_rows_than_lanes_are_trained_on(
+    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None], num_rows: int
+) -> None:
+    batch, results = mean_batch(rows(num_rows)), []
+    for num_lanes in (1, 3):
+        set_lanes(num_lanes)
+        model = make_model()
+        results.append(train(model, make_optimizer(model), [batch]))
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
+
+
+@pytest.mark.skipif(blas.blas_threads() is None, reason="no OpenBLAS here")
+def test_the_threads_of_products_come_back_after_a_step_and_after_an_error(
+    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None]
+) -> None:
+    before = blas.blas_threads()
+    assert before is not None
+    set_lanes(2)
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model), micro_tokens=1000, dtype=mx.float32)
+    blas.set_blas_threads(2)
+    try:
+        step(mean_batch(rows(4)), Rates(1.0, 0.9, 1.0))
+        assert blas.blas_threads() == 2
+        bad = mean_batch(rows(4))
+        with pytest.raises(ValueError, match="shape"):
+            step(Batch(bad.ids, bad.targets, bad.weights[:, :-1]), Rates(1.0, 0.9, 1.0))
+        assert blas.blas_threads() == 2
+    finally:
+        blas.set_blas_threads(before)
+
+
 # Compilation
 
 
-@pytest.mark.parametrize(("micro_rows", "traces"), [(100, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("num_lanes", "micro_rows", "traces"), [(1, 100, 1), (1, 2, 1), (1, 4, 2), (2, 100, 2), (2, 4, 4), (3, 2, 2)]
+)
 def test_changing_rates_and_data_trace_nothing_again(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int, traces: int
-) -> None:
-    """One trace per shape of a micro-batch: six rows by four leave one of two rows."""
+    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None],
+    num_lanes: int, micro_rows: int, traces: int,
+) -> None:  # fmt: skip
+    """One trace per shape and lane: six rows by four leave a micro-batch of two; one of two rows takes two lanes."""
+    set_lanes(num_lanes)
     model = make_model()
-    step = TrainStep(model, make_optimizer(model), micro_tokens=micro_rows * ROW_TOKENS, dtype=mx.float32)
+    optimizer, moves = make_optimizer(model), []
+    move = optimizer.move
+    optimizer.move = lambda *arguments: (moves.append(1), move(*arguments))[1]  # type: ignore[method-assign]
+    step = TrainStep(model, optimizer, micro_tokens=micro_rows * ROW_TOKENS, dtype=mx.float32)
+    traced = []
     for iteration in range(4):
-        step(mean_batch(rows(6, seed=iteration)), Rates(1.0 - 0.1 * iteration, 0.85 + 0.01 * iteration, 1.0))
+        rates = Rates(1.0 - 0.1 * iteration, 0.85 + 0.01 * iteration, 1.0 - 0.2 * iteration)
+        step(mean_batch(rows(6, seed=iteration)), rates)
+        traced.append((step.num_traces, len(moves)))
     assert step.num_traces == traces
+    assert len(set(traced)) == 1, "neither gradients nor the update are traced after the first iteration"
 
 
 def test_the_rate_is_the_one_of_this_iteration(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
