@@ -36,7 +36,7 @@ def run(ctx: Context) -> None:
     row_tokens = config.batch.row_tokens
     rows_per_iteration = derived.batch_tokens // row_tokens
     micro_batch = choose_micro_batch(ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens)
-    ctx.derive(derive_numbers(derived, sizes, micro_batch.tokens))
+    ctx.derive({**derive_numbers(derived, sizes, micro_batch.tokens), **micro_batch.numbers()})
     model = GPT(sizes)
     init_weights(model, ctx.seed("weights"))
     optimizer = Optimizer(

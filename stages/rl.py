@@ -28,17 +28,16 @@ def run(ctx: Context) -> None:
     optimizer = Optimizer(model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
+    # Samples are seldom as long as the context, but may be.
+    longest = model.sizes.context_tokens
+    micro_batch = choose_micro_batch(ctx, model.sizes, rows=samples_per_iteration, row_tokens=longest)
     ctx.derive(
         {
             "num_iterations": num_iterations,
             "samples_per_iteration": samples_per_iteration,
             "num_questions": len(practice),
+            **micro_batch.numbers(),
         }
-    )
-
-    # Samples are seldom as long as the context, but may be.
-    micro_batch = choose_micro_batch(
-        ctx, model.sizes, rows=samples_per_iteration, row_tokens=model.sizes.context_tokens
     )
 
     def evaluate(iteration: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.cli import main
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
@@ -218,6 +219,17 @@ def test_a_micro_batch_that_was_asked_for_is_refused_if_it_does_not_fit(tmp_path
     config = config_of("machine=cpu", "machine.memory_limit_bytes=250000000")
     with pytest.raises(ConfigError, match=r"for 8 rows of 256(.|\n)*machine.device_batch_tokens=null → 2\d\d.\d MB"):
         check_memory(config, planned(config, tmp_path))
+
+
+@pytest.mark.parametrize("verb", [["plan"], []], ids=["plan", "run"])
+def test_a_refusal_comes_before_anything_is_written_with_exit_code_2(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*verb, "machine.memory_limit_bytes=30000000", f"outputs={tmp_path / 'none'}"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: pretrain needs about ")
+    assert not (tmp_path / "none").exists()
 
 
 def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     validation: list[Row] = []
     while held_out.epoch == 0 and len(validation) * config.batch.row_tokens < config.eval_tokens:
         validation.append(held_out.next_row())
+    row_tokens = config.batch.row_tokens
+    micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens)
     ctx.derive(
         {
             "num_conversations": len(mixture),
@@ -52,11 +54,9 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
             "tokens_per_iteration": config.batch.tokens,
             "num_iterations": num_iterations,
             "validation_rows": len(validation),
+            **micro_batch.numbers(),
         }
     )
-
-    row_tokens = config.batch.row_tokens
-    micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens)
 
     def validate(iteration: int) -> dict[str, float]:
         return {"val_loss": mean_loss(model, validation, micro_tokens=forward_tokens(machine, model.sizes))}

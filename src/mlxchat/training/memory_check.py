@@ -112,8 +112,8 @@ def _remedies(config: Config, stage: str) -> Iterator[tuple[str, int]]:
         if remedy := next(((setting, peak) for setting, peak in tried if peak), None):
             named.add(remedy[0])
             yield remedy
-    for setting, changed in _shallower_models(replace(config, machine=free), stage):
-        if setting not in named and (peak := _least_peak(changed, stage)):
+    for setting, shallower in _shallower_models(replace(config, machine=free), stage):
+        if setting not in named and (peak := _least_peak(shallower, stage)):
             yield setting, peak
 
 

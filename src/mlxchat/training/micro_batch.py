@@ -95,6 +95,10 @@ class MicroBatch:
     tokens: int
     predicted_peak_bytes: int
 
+    def numbers(self) -> dict[str, int]:
+        """Return what is shown and recorded of it."""
+        return {"micro_batch_tokens": self.tokens, "predicted_peak_bytes": self.predicted_peak_bytes}
+
 
 def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
     """Return what will compute and how much memory it may use.
@@ -132,7 +136,7 @@ def choose_micro_rows(training: Training, most_tokens: int) -> int:
 
 
 def choose_micro_batch(ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: int) -> MicroBatch:
-    """Return what a stage computes at a time, and record it with its predicted peak.
+    """Return what a stage computes at a time.
 
     A training that continues takes what it began with, as long as that fits: sums are rounded by micro-batch.
 
@@ -171,7 +175,6 @@ def choose_micro_batch(ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: 
     found = MicroBatch(tokens=micro_rows * row_tokens, predicted_peak_bytes=training.peak_bytes(micro_rows))
     before.parent.mkdir(parents=True, exist_ok=True)
     before.write_text(json.dumps({"tokens": found.tokens}), encoding="utf-8")
-    ctx.derive({"micro_batch_tokens": found.tokens, "predicted_peak_bytes": found.predicted_peak_bytes})
     return found
 
 
