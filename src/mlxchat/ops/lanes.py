@@ -8,7 +8,7 @@ lane: MLX's default stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
@@ -42,7 +42,7 @@ class Lanes:
         borders = [count * part // parts for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in pairwise(borders)]
 
-    def run(self, calls: list[Callable[[], R]]) -> list[R]:
+    def run(self, calls: Sequence[Callable[[], R]]) -> list[R]:
         """Return the results of calls, the i-th built on lane i. MLX computes them, side by side, when asked to."""
         results = []
         for stream, call in zip(self.streams, calls, strict=False):
