@@ -23,7 +23,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes, count_parameters, sizes_of
 from mlxchat.model.weights import init_weights
-from mlxchat.ops import attention, blas, lanes
+from mlxchat.ops import attention, blas, cross_entropy, lanes
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.runner.context import Context
@@ -113,6 +113,7 @@ def test_it_is_for_larger_models_of_both_architectures_too(case: Case, variant: 
 
 def test_the_prediction_knows_the_sizes_that_the_kernels_work_with() -> None:
     assert memory._BLOCK_TOKENS == attention._BLOCK_TOKENS
+    assert (memory._CHUNK_FLOATS, memory._LEAST_CHUNK_ROWS) == (cross_entropy._CHUNK_FLOATS, cross_entropy._LEAST_ROWS)
     assert micro_batch._MOST_LANES == lanes._MOST_LANES
 
 

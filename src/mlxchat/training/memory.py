@@ -1,8 +1,9 @@
 """How many bytes a training step needs at its peak, in plain arithmetic, so that planning can ask without MLX.
 
-A step peaks either at the border of forward and backward pass (activations, logits, gradients of the tables) or in the
-update (gradients of every lane, the optimizer's workspace). What is kept for how long is MLX's choice, so the factors
-below were fitted to `mx.get_peak_memory()` on a CPU; tests/training/test_memory.py compares them with it.
+A step peaks at one of three moments: between forward and backward pass (activations, logits, gradients of embedding and
+head), when the lanes' gradients are added up, or while matrices move (Muon's workspace). What is kept for how long is
+MLX's choice, so the factors below were fitted to `mx.get_peak_memory()` on a CPU (DECISIONS.md has the table);
+tests/training/test_memory.py compares them with it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from mlxchat.model.sizing import GPTSizes, count_parameters
 from mlxchat.optimizer_config import OptimizerConfig
 
 _MASTER_BYTES = 4
-# Numbers that live per token and channel: in each layer, in its input alone, and outside of the layers.
-_LAYER, _LAYER_INPUT, _ENDS = 18.6, 1.7, 22.2
-# Copies of the logits. Chunks need not wait for each other, so all of them may be there at once.
-_LOGITS = 2.8
+# Numbers per token and channel between forward and backward: of each layer, of its input alone, outside of the layers.
+_LAYER, _LAYER_INPUT, _ENDS = 18.6, 0.5, 17.9
+# Copies of a lane's gradients of embedding and head at that moment.
+_TABLES = 0.6
+# Copies of a chunk's logits. Chunks need not wait for each other, so several are there at once.
+_LOGITS, _MOST_CHUNKS = 3.14, 10.5
+_CHUNK_FLOATS, _LEAST_CHUNK_ROWS = 1 << 22, 256  # of ops/cross_entropy.py
 # Copies of the attention's weights of one layer: with few blocks MLX computes them all before it uses the first.
-_ATTENTION, _MOST_BLOCKS_AT_ONCE = 4.8, 20
+_ATTENTION, _MOST_BLOCKS = 1.5, 20
 _BLOCK_TOKENS = 128  # of ops/attention.py
-# The update's copies of matrices under Muon and of everything else, and of every further lane's gradients.
-_MUON, _ADAMW, _LANE = 3.3, 1.7, 1.95
+# Copies of the gradients when they are added up, and numbers per token and channel that are still there.
+_SUM, _STILL_THERE = 1.06, 37.6
+# Copies of all matrices in Muon's workspace, by variant; AdamW's is a table at a time.
+_MUON = {"oct2025": 6.2, "jul2026": 3.4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +39,21 @@ class PeakBytes:
     """The optimizer's state."""
     accumulated: int
     """Gradients of earlier micro-batches, one set for each lane."""
-    gradients: int
-    """Gradients of embedding, head and value embeddings while the backward pass begins."""
     activations: int
+    """What the backward pass needs of the layers, and its first gradients."""
     attention: int
     """Scores and weights of one layer."""
     logits: int
-    update: int
-    """Everything besides weights and moments while the optimizer moves them: gradients, their sum, its workspace."""
-
-    @property
-    def backward(self) -> int:
-        """Everything besides weights and moments where forward and backward pass meet."""
-        return self.accumulated + self.gradients + self.activations + self.attention + self.logits
+    summing: int
+    """Gradients of every lane and their sum, once the backward pass is done."""
+    moving: int
+    """The summed gradients and the optimizer's workspace."""
 
     @property
     def total(self) -> int:
-        """The peak."""
-        return self.weights + self.moments + max(self.backward, self.update)
+        """The peak: weights, moments and accumulated gradients, with what there is besides at the worst moment."""
+        worst = max(self.activations + self.attention + self.logits, self.summing, self.moving)
+        return self.weights + self.moments + self.accumulated + worst
 
 
 def predict_peak_bytes(
@@ -64,7 +67,7 @@ def predict_peak_bytes(
     compute_bytes: int = 4,
     recompute: bool = False,
 ) -> PeakBytes:
-    """Return what a `TrainStep` needs, within 15 % on a CPU; on a GPU, where it is not measured, roughly.
+    """Return what a `TrainStep` needs, on a CPU within about 15 %; on a GPU, where it is not measured, roughly.
 
     Args:
         sizes: of the model.
@@ -78,25 +81,27 @@ def predict_peak_bytes(
     """
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
-    others = parameters - matrices
-    lanes = min(num_lanes, micro_rows)
     muon = optimizer.kind == "muon"
+    lanes = min(num_lanes, micro_rows)
     tokens = min(micro_rows, rows) * row_tokens
     stream = tokens * sizes.width
     kept = stream * (sizes.num_layers * (_LAYER_INPUT if recompute else _LAYER) + _ENDS)
-    pairs = tokens * sizes.num_heads * (row_tokens / 2 + _BLOCK_TOKENS / 2)
-    at_once = lanes * row_tokens / _BLOCK_TOKENS <= _MOST_BLOCKS_AT_ONCE
-    update = matrices * (_MUON if muon else _ADAMW) + others * _ADAMW + (lanes - 1) * _LANE * parameters
-    copies = parameters * compute_bytes if compute_bytes != _MASTER_BYTES else 0
+    tables = _TABLES * lanes * (counts["embedding"] + counts["head"])
+    cast = parameters * compute_bytes if compute_bytes != _MASTER_BYTES else 0
+    pairs = tokens * sizes.num_heads * (row_tokens + _BLOCK_TOKENS) / 2
+    all_blocks = lanes * row_tokens / _BLOCK_TOKENS <= _MOST_BLOCKS
+    chunk_rows = max(_LEAST_CHUNK_ROWS, _CHUNK_FLOATS // sizes.vocab_size)
+    logits_rows = min(tokens, _MOST_CHUNKS * chunk_rows)
+    workspace = matrices * _MUON[optimizer.variant] if muon else counts["embedding"]
     return PeakBytes(
         weights=parameters * _MASTER_BYTES,
-        moments=(matrices * (1 if muon else 2) + 2 * others) * _MASTER_BYTES,
+        moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES,
         accumulated=lanes * parameters * _MASTER_BYTES if rows > micro_rows else 0,
-        gradients=lanes * others * _MASTER_BYTES + copies,
-        activations=round(kept * compute_bytes),
-        attention=round(_ATTENTION * pairs * compute_bytes) if at_once and not recompute else 0,
-        logits=round(_LOGITS * tokens * sizes.vocab_size * _MASTER_BYTES),
-        update=round(update * _MASTER_BYTES),
+        activations=round(kept * compute_bytes + tables * _MASTER_BYTES + cast),
+        attention=round(_ATTENTION * pairs * compute_bytes) if all_blocks else 0,
+        logits=round(_LOGITS * logits_rows * sizes.vocab_size * _MASTER_BYTES),
+        summing=round((lanes + 1) * _SUM * parameters * _MASTER_BYTES + _STILL_THERE * stream * compute_bytes),
+        moving=round((parameters + workspace) * _MASTER_BYTES),
     )
 
 
