@@ -40,7 +40,7 @@ assert mlxchat
 # (depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at which each part counts.
 SMALL = [
     (2, 512, 256, 4, 4, False, 2),
-    (2, 8192, 512, 2, 2, False, 2),
+    (4, 8192, 512, 2, 2, False, 2),
     (2, 4096, 256, 8, 2, False, 2),
     (4, 4096, 256, 1, 1, False, 1),
     (4, 2048, 512, 4, 4, True, 2),

@@ -15,11 +15,11 @@ from mlxchat.optimizer_config import OptimizerConfig
 
 _MASTER_BYTES = 4
 # Numbers per token and channel between forward and backward: of each layer, of its input alone, outside of the layers.
-_LAYER, _LAYER_INPUT, _ENDS = 18.6, 0.5, 17.9
+_LAYER, _LAYER_INPUT, _ENDS = 18.3, 0.2, 17.7
 # Copies of a lane's gradients of embedding and head at that moment.
 _TABLES = 0.6
 # Copies of a chunk's logits. Chunks need not wait for each other, so several are there at once.
-_LOGITS, _MOST_CHUNKS = 3.14, 10.5
+_LOGITS, _MOST_CHUNKS = 3.2, 10.2
 _CHUNK_FLOATS, _LEAST_CHUNK_ROWS = 1 << 22, 256  # of ops/cross_entropy.py
 # Copies of the attention's weights of one layer: with few blocks MLX computes them all before it uses the first.
 _ATTENTION, _MOST_BLOCKS = 1.5, 20
