@@ -13,7 +13,7 @@ from mlxchat.ops.attention import causal_attention
 
 # One token, a part of a block of 128, just below, at and above its end, and several blocks with a rest.
 LENGTHS = [1, 5, 127, 128, 129, 256, 300]
-# The exponential is within 7e-6, float32 sums of a few hundred products within about as much again.
+# The exponential is within 6e-6, float32 sums of a few hundred products within about as much again.
 TOLERANCE = 2e-5
 
 
