@@ -218,6 +218,22 @@ def test_sharing_gives_every_parameter_to_exactly_one_part(
     assert sorted(name for names in shares for name in names) == sorted(all_names(model))
 
 
+def test_batches_hold_every_name_once_and_matrices_of_one_shape_together(
+    make_model: MakeModel, make_config: MakeConfig
+) -> None:
+    model = make_model("jul2026")
+    optimizer = Optimizer(model, make_config("muon_jul2026"), width=32)
+    wanted = all_names(model)[::2]
+    batches = optimizer.batches(wanted)
+    assert sorted(name for names in batches for name in names) == sorted(wanted)
+    shapes = [{flatten_parameters(model)[name].shape for name in names} for names in batches]
+    assert all(len(shape) == 1 for shape in shapes)
+    matrices = [names for names in batches if names[0] not in optimizer.adamw_rules]
+    assert len(matrices) == len({flatten_parameters(model)[names[0]].shape for names in matrices})
+    assert any(len(names) > 1 for names in matrices)
+    assert optimizer.batches([]) == []
+
+
 def test_shares_of_equal_matrices_are_equally_large(make_model: MakeModel, make_config: MakeConfig) -> None:
     """With AdamW alone the time goes with the number of weights; no share is above the mean by more than the largest
     parameter."""
