@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlxchat.model.recompute import recomputed
 from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
-from mlxchat.ops.activation import gated_sum, squared_relu_product
+from mlxchat.ops.activation import gated_sum, product, squared_relu_product
 from mlxchat.ops.attention import causal_attention
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.normalisation import rms_norm, rotate_and_normalise
@@ -74,20 +74,20 @@ class Attention(nn.Module):
         """
         sizes = self.sizes
         batch, tokens, width = x.shape
-        v = self.c_v(x).reshape(batch, tokens, sizes.num_kv_heads, sizes.head_width)
+        v = product(x, self.c_v.weight).reshape(batch, tokens, sizes.num_kv_heads, sizes.head_width)
         if value_embedding is not None:
             gate = self.ve_gate(x[..., :VALUE_GATE_CHANNELS])
             v = gated_sum(v, gate[..., None], value_embedding.reshape(v.shape), scale=3.0)
         q, k = (
             rotate_and_normalise(
-                projection(x).reshape(batch, tokens, heads, sizes.head_width),
+                product(x, projection.weight).reshape(batch, tokens, heads, sizes.head_width),
                 offset=offset, theta=sizes.rope_theta, scale=sizes.query_key_scale,
             )
             for projection, heads in ((self.c_q, sizes.num_heads), (self.c_k, sizes.num_kv_heads))
         )  # fmt: skip
         v = mx.contiguous(v.swapaxes(1, 2))
         out = causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v).swapaxes(1, 2)
-        return self.c_proj(out.reshape(batch, tokens, width))
+        return product(out.reshape(batch, tokens, width), self.c_proj.weight)
 
 
 class MLP(nn.Module):
@@ -101,7 +101,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return (B, T, C)."""
-        return squared_relu_product(self.c_fc(x), self.c_proj.weight)
+        return squared_relu_product(product(x, self.c_fc.weight), self.c_proj.weight)
 
 
 class Block(nn.Module):

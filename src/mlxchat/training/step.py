@@ -77,11 +77,11 @@ class TrainStep:
         starts = range(0, len(batch.ids), rows)
         with self._lanes.sharing(len(self._lanes.deal(min(rows, len(batch.ids))))):
             totals = self._micro_batch(batch, slice(0, rows))
+            # Evaluated one after the other, so that only one micro-batch's graph is ever in memory.
+            mx.eval(totals)
             for start in starts[1:]:
-                # Evaluated here, so that only one micro-batch's graph is ever in memory.
+                totals = self._add(totals, self._micro_batch(batch, slice(start, start + rows)))
                 mx.eval(totals)
-                more = self._micro_batch(batch, slice(start, start + rows))
-                totals = self._lanes.run([partial(_add, *pair) for pair in zip_longest(totals, more)])
             loss, sums, norm = self._sum_lanes(totals)
             del totals
             mx.eval(loss, sums, norm)
@@ -100,6 +100,10 @@ class TrainStep:
                 for part in self._lanes.deal(len(arrays[0]))
             ]
         )
+
+    def _add(self, totals: list[LossAndGradients], more: list[LossAndGradients]) -> list[LossAndGradients]:
+        """Return the lanes' sums of two micro-batches."""
+        return self._lanes.run([partial(_add, *pair) for pair in zip_longest(totals, more)])
 
     def _sum_lanes(self, totals: list[LossAndGradients]) -> tuple[mx.array, list[Flat], mx.array]:
         """Return the loss, the gradients' sums, each lane its share of them, and their common norm."""
