@@ -18,8 +18,8 @@ _MASTER_BYTES = 4
 _LAYER, _LAYER_INPUT, _ENDS = 18.3, 0.2, 17.7
 # Copies of a lane's gradients of embedding and head at that moment.
 _TABLES = 0.6
-# Copies of a chunk's logits. Chunks need not wait for each other, so several are there at once.
-_LOGITS, _MOST_CHUNKS = 3.2, 10.2
+# Copies of a chunk's logits, and chunks of a lane that are there at once: one is not quite gone when the next begins.
+_LOGITS, _CHUNKS_AT_ONCE = 3.2, 1.25
 _CHUNK_FLOATS, _LEAST_CHUNK_ROWS = 1 << 22, 256  # of ops/cross_entropy.py
 # Copies of the attention's weights of one layer: with few blocks MLX computes them all before it uses the first.
 _ATTENTION, _MOST_BLOCKS = 1.5, 20
@@ -27,7 +27,7 @@ _BLOCK_TOKENS = 128  # of ops/attention.py
 # Copies of the gradients when they are added up, and numbers per token and channel that are still there.
 _SUM, _STILL_THERE = 1.06, 37.6
 # Copies of all matrices in Muon's workspace, by variant; AdamW's is a table at a time.
-_MUON = {"oct2025": 6.2, "jul2026": 3.4}
+_MUON = {"oct2025": 5.2, "jul2026": 3.4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ class PeakBytes:
 
     @property
     def total(self) -> int:
-        """The peak: weights, moments and accumulated gradients, with what there is besides at the worst moment."""
-        worst = max(self.activations + self.attention + self.logits, self.summing, self.moving)
-        return self.weights + self.moments + self.accumulated + worst
+        """The peak: weights and moments, with what there is besides at the worst of the three moments."""
+        backward = self.accumulated + self.activations + self.attention + self.logits
+        return self.weights + self.moments + max(backward, self.summing, self.moving)
 
 
 def predict_peak_bytes(
@@ -91,7 +91,7 @@ def predict_peak_bytes(
     pairs = tokens * sizes.num_heads * (row_tokens + _BLOCK_TOKENS) / 2
     all_blocks = lanes * row_tokens / _BLOCK_TOKENS <= _MOST_BLOCKS
     chunk_rows = max(_LEAST_CHUNK_ROWS, _CHUNK_FLOATS // sizes.vocab_size)
-    logits_rows = min(tokens, _MOST_CHUNKS * chunk_rows)
+    logits_rows = min(tokens, lanes * _CHUNKS_AT_ONCE * chunk_rows)
     workspace = matrices * _MUON[optimizer.variant] if muon else counts["embedding"]
     return PeakBytes(
         weights=parameters * _MASTER_BYTES,
