@@ -17,7 +17,7 @@ _MASTER_BYTES = 4
 # Numbers per token and channel between forward and backward: of each layer, of its input alone, outside of the layers.
 _LAYER, _LAYER_INPUT, _ENDS = 18.3, 0.2, 17.7
 # Copies of a lane's gradients of embedding and head at that moment.
-_TABLES = 0.6
+_TABLES = 1.7
 # Copies of a chunk's logits, and chunks of a lane that are there at once: one is not quite gone when the next begins.
 _LOGITS, _CHUNKS_AT_ONCE = 3.2, 1.25
 _CHUNK_FLOATS, _LEAST_CHUNK_ROWS = 1 << 22, 256  # of ops/cross_entropy.py
