@@ -75,7 +75,7 @@ def tabled_peak_flops(device_name: str, dtype: mx.Dtype) -> float | None:
 
 
 def _rate(rows: int, inner: int, columns: int, seconds: float) -> float:
-    """Return the highest rate of the products that fit in so many seconds; the first ones, which wake threads, are extra.
+    """Return the highest rate of the products that fit in so many seconds; the first, which wake threads, are extra.
 
     Each core does products of its own, as in training: threads that share one wait for each other by spinning, and
     beside another program's work they have shown a thirtieth of the rate.
