@@ -85,7 +85,7 @@ def apply_remedy() -> Remedy:
     compiler = install_compiler_flags()
     # MLX orders a graph by breadth up to so many branches, then by depth. At its own 20 the two halves of a batch
     # (ops/lanes.py), which run side by side, would be handed to the cores one after the other.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "40")
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "400")
     found = _find_openblas()
     if found is None:
         reason = "no OpenBLAS found"
