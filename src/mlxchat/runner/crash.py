@@ -1,0 +1,85 @@
+"""Named points at which a test can have this process die, be asked to stop, or meet a full disk.
+
+Switched off unless the environment says where: `MLXCHAT_CRASH_AT=publish.synced` or `MLXCHAT_CRASH_AT=train.iteration:3`
+for the third passing. There the process kills itself; with `MLXCHAT_CRASH_SIGNAL=TERM` (or INT) it sends itself that
+signal and goes on; with `MLXCHAT_CRASH_ERROR=ENOSPC` (or EROFS, EIO) it raises that OSError. `MLXCHAT_CRASH_TRACE=FILE`
+gets a line for each passing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+# What is true at each point. A process may die at any of them, and the next one must end as if nothing had happened.
+CRASH_POINTS = {
+    "run.folder": "the run's folder is there, plan.json is not",
+    "step.locked": "the step's lock is held, nothing else was done",
+    "step.prepared": "work/<rid>/out is there and empty, the inputs are known",
+    "step.started": "attempts.jsonl has the start of this attempt",
+    "step.ran": "the stage returned, its outputs were not looked at",
+    "step.recorded": "records are beside the outputs, the attempt has its end",
+    "publish.described": "outputs are hashed, there is no manifest",
+    "publish.written": "work/<rid>/out has its manifest, which need not be on disk",
+    "publish.synced": "everything is on disk, the folder is still in work/",
+    "publish.aside": "a former artifact of this id was moved away, the new one is not in its place",
+    "publish.renamed": "the artifact is in store/, the rename need not be on disk",
+    "publish.done": "the artifact is in store/, a former one is gone",
+    "step.indexed": "the action index knows the artifact, the work folder is still there",
+    "step.cleaned": "the work folder is gone, the lock is held",
+    "ref.made": "the new symlink has a temporary name",
+    "ref.swapped": "the ref leads to the new artifact",
+    "index.written": "the new entry of the action index has a temporary name",
+    "shared.locked": "the lock of a shared artifact is held",
+    "shared.made": "a shared artifact was filled, not published",
+    "shared.published": "a shared artifact is in store/, its work folder is still there",
+    "train.iteration": "an iteration was done, nothing of it was saved",
+    "checkpoint.arrays": "arrays of a checkpoint are written, its state is not",
+    "checkpoint.written": "a checkpoint is whole under a temporary name",
+    "checkpoint.renamed": "a checkpoint has its name, the older ones are still there",
+    "checkpoint.done": "the older checkpoints are gone",
+    "train.finished": "the last iteration was done, the model is not written",
+    "gc.planned": "what may go is known, nothing was touched",
+    "gc.moved": "one thing was moved to trash/",
+    "gc.deleted": "one thing in trash/ was deleted",
+    "import.unpacked": "one artifact was copied under a temporary name",
+    "import.checked": "the copy was hashed and is right, it is not in store/",
+    "import.renamed": "one imported artifact is in store/",
+    "search.asked": "a search chose values, its state does not have them",
+    "search.written": "a search's new state has a temporary name",
+    "search.told": "a search's state has the trial's result",
+}
+
+_SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
+_passed: dict[str, int] = {}
+
+
+def crash_point(name: str) -> None:
+    """Do nothing, unless the environment names this point.
+
+    Args:
+        name: one of CRASH_POINTS.
+
+    Raises:
+        OSError: the environment asks for one here.
+    """
+    wanted, trace = os.environ.get("MLXCHAT_CRASH_AT"), os.environ.get("MLXCHAT_CRASH_TRACE")
+    if wanted is None and trace is None:
+        return
+    assert name in CRASH_POINTS, name
+    _passed[name] = _passed.get(name, 0) + 1
+    if trace is not None:
+        with Path(trace).open("a") as file:
+            file.write(f"{name}\n")
+    if wanted is None:
+        return
+    point, _, passing = wanted.partition(":")
+    if point != name or int(passing or 1) != _passed[name]:
+        return
+    failure = os.environ.get("MLXCHAT_CRASH_ERROR")
+    if failure is not None:
+        number = getattr(errno, failure)
+        raise OSError(number, os.strerror(number))
+    os.kill(os.getpid(), _SIGNALS[os.environ.get("MLXCHAT_CRASH_SIGNAL", "KILL")])
