@@ -1,9 +1,9 @@
 """Named points at which a test can have this process die, be asked to stop, or meet a full disk.
 
-Switched off unless the environment says where: `MLXCHAT_CRASH_AT=publish.synced` or `MLXCHAT_CRASH_AT=train.iteration:3`
-for the third passing. There the process kills itself; with `MLXCHAT_CRASH_SIGNAL=TERM` (or INT) it sends itself that
-signal and goes on; with `MLXCHAT_CRASH_ERROR=ENOSPC` (or EROFS, EIO) it raises that OSError. `MLXCHAT_CRASH_TRACE=FILE`
-gets a line for each passing.
+Switched off unless the environment says where: `MLXCHAT_CRASH_AT=publish.synced`, or `train.iteration:3` for the third
+passing. There the process kills itself; with `MLXCHAT_CRASH_SIGNAL=TERM` (or INT) it sends itself that signal and goes
+on; with `MLXCHAT_CRASH_ERROR=ENOSPC` (or EROFS, EIO) it raises that OSError. `MLXCHAT_CRASH_TRACE=FILE` gets a line
+for each passing.
 """
 
 from __future__ import annotations
