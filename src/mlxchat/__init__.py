@@ -1,6 +1,6 @@
 """mlxchat: nanochat's pipeline on Apple MLX, as a declarative, cached, versioned DAG."""
 
-from mlxchat.ops.blas import install_hook
+from mlxchat.ops.import_hook import install_hook
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,6 @@ MlxchatError            one clear message, no traceback, exit code 2
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -51,5 +50,7 @@ class Interrupted(MlxchatError):
 
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Return ' Did you mean "x"?' for the nearest of `choices`, or an empty string."""
+    import difflib  # only when there is something to mend
+
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f' Did you mean "{near[0]}"?' if near else ""

@@ -9,7 +9,6 @@ two malloc settings keep them. On macOS, where Accelerate serves MLX, all of thi
 from __future__ import annotations
 
 import ctypes
-import importlib.abc
 import importlib.util
 import os
 import sys
@@ -39,21 +38,6 @@ class Remedy:
 
 _remedy: Remedy | None = None
 _openblas: ctypes.CDLL | None = None
-
-
-class _BeforeMLX(importlib.abc.MetaPathFinder):
-    """Applies the remedy at the first import of MLX, wherever that happens, and then leaves the way."""
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        if fullname == "mlx" or fullname.startswith("mlx."):
-            sys.meta_path.remove(self)
-            apply_remedy()
-
-
-def install_hook() -> None:
-    """Arrange that the remedy is applied just before MLX is first imported."""
-    if "mlx.core" not in sys.modules and not any(isinstance(finder, _BeforeMLX) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _BeforeMLX())
 
 
 def remedy() -> Remedy:
