@@ -17,10 +17,11 @@ from typing import Any
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner import attempts as attempt_log
 from mlxchat.runner import locks
+from mlxchat.runner.aliases import action_key, publish_alias, remember_action
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.environment import Environment, peak_memory_bytes, reset_peak_memory
 from mlxchat.runner.fingerprint import plain_of
-from mlxchat.runner.plan import PlannedStep, judge
+from mlxchat.runner.plan import PlannedStep, Verdict, judge
 from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
 from mlxchat.runner.records import Record, Records, now
 from mlxchat.runner.shared import SharedArtifacts
@@ -86,10 +87,9 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
 
 
 def _complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Return the step's artifact, made now if need be."""
-    forced = not step.done and step.reason == "forced"
+    """Return the folder with the step's files, made now if need be."""
     store.forget()
-    step.done, step.reason = judge(step, store, forced=forced, planned=planned)
+    step.verdict = judge(step, store, forced=step.forced, planned=planned)
     place = store.find(step.rid) if step.done else None
     if place is not None:
         run.event("step_cached", step=step.name, artifact=place.name)
@@ -107,20 +107,32 @@ def _complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plan
             if error is not None:
                 raise StepFailed(f"step {step.name} failed in the process that was waited for: {error}")
         # Another process may have finished it before we got the lock.
-        done = (waited or not forced) and judge(step, store, forced=False, planned=planned)[0]
-        place = store.find(step.rid) if done else None
+        step.verdict = judge(step, store, forced=step.forced and not waited, planned=planned)
+        place = store.find(step.rid) if step.done else None
         if place is not None:
             run.event("step_cached", step=step.name, artifact=place.name)
-            return place
-        return _make(step, store, run, planned)
+        elif step.verdict.original is not None:
+            place = _share(step, step.verdict.original, store, run, planned)
+        else:
+            place = _make(step, store, run, planned)
+        step.verdict = Verdict(state="done")  # for the steps below
+        return place
 
 
-def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Run the stage in the step's work folder and publish what it made. The caller holds the lock."""
-    work = store.work(step.rid)
-    out = work / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+def _share(step: PlannedStep, original: Manifest, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
+    """Publish an alias of an artifact that was made from inputs of the same contents. The caller holds the lock."""
+    _, lineage = _find_inputs(step, store, planned)
+    facts = {"run": run.name, "overrides": run.overrides, "argv": run.environment.record()["argv"]}
+    place = publish_alias(store, step, original, lineage, facts)
+    run.event("step_shared", step=step.name, artifact=step.artifact, original=place.name)
+    run.say(f"{step.name:<10} done: its inputs have the contents that {place.name} was made from")
+    return place
+
+
+def _find_inputs(
+    step: PlannedStep, store: Store, planned: dict[str, PlannedStep]
+) -> tuple[dict[str, Path], dict[str, Manifest]]:
+    """Return role → folder, and role → what the manifest records of it."""
     inputs: dict[str, Manifest] = {}
     folders: dict[str, Path] = {}
     for role, source in step.inputs.items():
@@ -136,7 +148,18 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
     lineage = {
         role: {key: manifest[source] for key, source in _INPUT_KEYS.items()} for role, manifest in inputs.items()
     }
-    _drop_work_on_other_inputs(work, {role: manifest["tree"] for role, manifest in inputs.items()})
+    return folders, lineage
+
+
+def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
+    """Run the stage in the step's work folder and publish what it made. The caller holds the lock."""
+    work = store.work(step.rid)
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    folders, lineage = _find_inputs(step, store, planned)
+    trees = {role: manifest["tree"] for role, manifest in lineage.items()}
+    _drop_work_on_other_inputs(work, trees)
     ctx = Context(
         step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
@@ -174,6 +197,7 @@ def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
         attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
         manifest = _describe(step, ctx, run, lineage, attempt_log.read(work))
         place = store.publish(out, step.artifact, manifest)
+        remember_action(store, manifest["akey"], step.rid)
     except OSError as error:
         text = f"{step.name} was made but could not be published: {error.strerror or error} ({error.filename or out})"
         with suppress(OSError):  # a full disk takes no notes either
@@ -204,6 +228,8 @@ def _describe(
     return {
         "schema": 1,
         "rid": step.rid,
+        "akey": action_key(step, {role: made["tree"] for role, made in lineage.items()}),
+        "alias_of": None,
         "name": step.artifact,
         "stage": step.stage.name,
         "step": step.name,

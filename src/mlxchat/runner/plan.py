@@ -1,21 +1,37 @@
-"""The plan: which steps there are, in which order, what each one's artifact will be called, and what must run why."""
+"""The plan: what each step's artifact will be called, and whether and why the step has to run."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.runner.fingerprint import compute_rid, hash_file, identity_of
-from mlxchat.runner.stage import Stage, read_stage, stage_names
+from mlxchat.runner import locks
+from mlxchat.runner.aliases import action_key, find_action
+from mlxchat.runner.externals import pin_externals as pin_externals
+from mlxchat.runner.fingerprint import compute_rid, identity_of
+from mlxchat.runner.pipeline import Pipeline as Pipeline
+from mlxchat.runner.pipeline import order_steps as order_steps
+from mlxchat.runner.reasons import Difference, find_difference
+from mlxchat.runner.reasons import flatten_config as flatten_config
+from mlxchat.runner.stage import Stage, read_stage
 from mlxchat.runner.store import Manifest, Store, artifact_name, read_manifest
 
-Pipeline = Mapping[str, Mapping[str, str]]
-_MOST_CHANGES_SHOWN = 3
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a step has to run, and why."""
+
+    state: str
+    """done, run, maybe (an input will be rebuilt; with the same bytes the step is done) or waiting (see make_plan)."""
+    reason: str = ""
+    """Why it runs; of a step that is done, a remark or nothing."""
+    original: Manifest | None = None
+    """The artifact that the step shall share by alias instead of running."""
+    difference: Difference | None = None
+    """What differs from the nearest artifact, if the step has none."""
 
 
 @dataclass(kw_only=True)
@@ -34,58 +50,24 @@ class PlannedStep:
     artifact: str
     """Name of the artifact's folder."""
     label: str
-    done: bool
-    reason: str
+    forced: bool = False
+    """Whether it shall run although its artifact is there."""
+    verdict: Verdict = field(default_factory=lambda: Verdict(state="run"))
 
     @property
     def state(self) -> str:
-        """'done' or 'run'."""
-        return "done" if self.done else "run"
+        """'done', 'run', 'maybe' or 'waiting'."""
+        return self.verdict.state
 
+    @property
+    def reason(self) -> str:
+        """Why it runs, or a remark."""
+        return self.verdict.reason
 
-def order_steps(pipeline: Pipeline, targets: Iterable[str] | None) -> list[str]:
-    """Return the names of the steps that the targets need, inputs first.
-
-    Args:
-        pipeline: step → {stage, role: step}.
-        targets: steps, or stages (all steps of that stage); None: every step.
-
-    Raises:
-        ConfigError: naming every unknown stage, role, step or target, every unfilled role, every kind that does not
-            fit, or a cycle.
-    """
-    problems = _check_wiring(pipeline)
-    wanted: list[str] = []
-    for target in targets if targets is not None else pipeline:
-        if target in pipeline:
-            wanted.append(target)
-        elif target in stage_names():
-            of_stage = [step for step, entry in pipeline.items() if entry.get("stage") == target]
-            wanted += of_stage
-            if not of_stage:
-                problems.append(f'target "{target}": the pipeline has no step of this stage')
-        else:
-            problems.append(f'target "{target}" is no step: {", ".join(pipeline)}.{suggest(target, pipeline)}')
-    if problems:
-        raise ConfigError("\n".join(problems))
-    order: list[str] = []
-    trail: list[str] = []
-
-    def visit(step: str) -> None:
-        if step in order:
-            return
-        if step in trail:
-            raise ConfigError(f"pipeline has a cycle: {' → '.join([*trail[trail.index(step) :], step])}")
-        trail.append(step)
-        for role, source in pipeline[step].items():
-            if role != "stage":
-                visit(source)
-        trail.pop()
-        order.append(step)
-
-    for step in wanted:
-        visit(step)
-    return [step for step in pipeline if step in order] if _is_sorted(pipeline, order) else order
+    @property
+    def done(self) -> bool:
+        """Whether nothing has to be computed."""
+        return self.verdict.state == "done"
 
 
 def make_plan(
@@ -122,81 +104,82 @@ def make_plan(
         label = _label(stage, config, [planned[step].label for step in inputs.values()])
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=externals, rid=rid,
-            artifact=artifact_name(stage.name, label, rid), label=label, done=False, reason="",
+            artifact=artifact_name(stage.name, label, rid), label=label, forced=name in force or "all" in force,
         )  # fmt: skip
-        forced = name in force or "all" in force
-        step.done, step.reason = judge(step, store, forced=forced, planned=planned)
-        place = store.find(rid) if step.done else None
+        step.verdict = judge(step, store, forced=step.forced, planned=planned)
+        place = store.own_folder(rid) if step.done else None
         if place is not None:
             step.artifact = place.name  # made under another label
+        elif not step.done and locks.is_held(store.lock(rid)):
+            step.verdict = Verdict(state="waiting", reason=_tell_maker(store, rid), difference=step.verdict.difference)
         planned[name] = step
     return list(planned.values())
 
 
-def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str, PlannedStep]) -> tuple[bool, str]:
-    """Return whether a step is done, and the reason to run it or a remark."""
+def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str, PlannedStep]) -> Verdict:
+    """Return whether a step is done, has to run, or may have to, and why.
+
+    Args:
+        step: the step.
+        store: where artifacts are looked up.
+        forced: whether it runs although its artifact is there.
+        planned: name → step, of its inputs at least, which are judged before: those that are done have their artifact.
+    """
     if forced:
-        return False, "forced"
+        return Verdict(state="run", reason="forced")
+    pending = {role: source for role, source in step.inputs.items() if not planned[source].done}
+    trees = {role: made["tree"] for role, made in _inputs_made(step, store, planned, pending).items()}
     manifest = store.read(step.rid)
     if manifest is not None:
         changed = [
-            f"{role} ({source})"
-            for role, source in step.inputs.items()
-            if (made := store.read(planned[source].rid)) and made["tree"] != manifest["inputs"][role]["tree"]
+            f"{role} ({step.inputs.get(role) or step.artifacts[role]['name']})"
+            for role, tree in trees.items()
+            if tree != manifest["inputs"][role]["tree"]
         ]
-        changed += [
-            f"{role} ({made['name']})"
-            for role, made in step.artifacts.items()
-            if made["tree"] != manifest["inputs"][role]["tree"]
-        ]
-        if changed:
-            return False, f"input changed: {', '.join(changed)}"
-        drifted = manifest["code"].get("stage") != step.stage.code_digest()
-        return True, "code drift (warn)" if drifted else ""
+        if changed and manifest.get("alias_of") is None:
+            return Verdict(state="run", reason=f"input changed: {', '.join(changed)}")
+        if not changed and pending:
+            return Verdict(state="maybe", reason=_tell_pending(pending))
+        if not changed:
+            drifted = manifest["code"].get("stage") != step.stage.code_digest()
+            return Verdict(state="done", reason="code drift (warn)" if drifted else "")
+    original = None if pending else find_action(store, action_key(step, trees), step.stage.name)
+    if original is not None:
+        return Verdict(state="done", reason=f"same inputs as {original['name']}", original=original)
+    rids = {role: planned[source].rid for role, source in step.inputs.items()}
+    rids |= {role: made["rid"] for role, made in step.artifacts.items()}
+    difference = find_difference(step, store, rids)
     resumable = ", resumes" if (store.work(step.rid) / "ckpt").is_dir() else ""
+    if pending and difference.only_inputs:
+        return Verdict(state="maybe", reason=_tell_pending(pending) + resumable, difference=difference)
     if step.artifacts:
-        return False, ", ".join(f"{role} {made['name']}" for role, made in step.artifacts.items()) + resumable
-    nearest = _nearest(step, store)
-    return False, (_explain(step, nearest, planned) if nearest else "missing") + resumable
+        reason = ", ".join(f"{role} {made['name']}" for role, made in step.artifacts.items())
+    else:
+        reason = str(difference)
+    return Verdict(state="run", reason=reason + resumable, difference=difference)
 
 
-def pin_externals(sections: Mapping[str, Any]) -> dict[str, str]:
-    """Return name → content hash or version of everything outside the store that the config refers to.
+def _inputs_made(
+    step: PlannedStep, store: Store, planned: Mapping[str, PlannedStep], pending: Mapping[str, str]
+) -> dict[str, Manifest]:
+    """Return role → manifest of the inputs that are there and will not be rebuilt."""
+    found = dict(step.artifacts)
+    for role, source in step.inputs.items():
+        if role not in pending:
+            # A step that shares another one's artifact may not have its alias yet.
+            made = store.read(planned[source].rid) or planned[source].verdict.original
+            assert made is not None, f"{source} is done but has no artifact"
+            found[role] = made
+    return found
 
-    Fields whose metadata says `external: file` hold paths, those with `external: package` names of packages.
 
-    Raises:
-        ConfigError: listing every file that cannot be read and every package that is not installed.
-    """
-    pins: dict[str, str] = {}
-    problems: list[str] = []
+def _tell_pending(pending: Mapping[str, str]) -> str:
+    return f"input {', '.join(f'{role} ({source})' for role, source in pending.items())} will be rebuilt"
 
-    def visit(where: str, value: Any) -> None:
-        if is_dataclass(value):
-            for field in fields(value):
-                item, kind = getattr(value, field.name), field.metadata.get("external")
-                if kind is None:
-                    visit(f"{where}.{field.name}", item)
-                    continue
-                for name in [item] if isinstance(item, str) else item or []:
-                    try:
-                        if kind == "file":
-                            pins[f"file {len(pins)} {Path(name).name}"] = hash_file(Path(name))
-                        else:
-                            pins[f"package {name}"] = importlib.metadata.version(name)
-                    except OSError as error:
-                        problems.append(f"{where}.{field.name}: {name} cannot be read ({error.strerror})")
-                    except importlib.metadata.PackageNotFoundError:
-                        problems.append(f"{where}.{field.name}: package {name} is missing: pip install {name}")
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                visit(f"{where}.{key}", item)
 
-    for section, value in sections.items():
-        visit(section, value)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return pins
+def _tell_maker(store: Store, rid: str) -> str:
+    owner = locks.read_owner(store.lock(rid))
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} is making it"
 
 
 def find_artifacts(
@@ -229,63 +212,11 @@ def find_artifacts(
     return found
 
 
-def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return plain nested data as dotted key → value."""
-    if not isinstance(config, Mapping):
-        return {prefix: config}
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten_config(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 def _rid_with(
     stage: Stage, identity: Any, externals: Mapping[str, str], rids: Mapping[str, str], named: Mapping[str, Manifest]
 ) -> str:
     further = {role: manifest["rid"] for role, manifest in named.items()}
     return compute_rid(stage.name, stage.version, identity, {**rids, **further}, externals)
-
-
-def _check_wiring(pipeline: Pipeline) -> list[str]:
-    problems = []
-    for step, entry in pipeline.items():
-        name = entry.get("stage")
-        if name not in stage_names():
-            known = ", ".join(stage_names())
-            hint = suggest(str(name), stage_names())
-            problems.append(f'pipeline.{step}.stage is "{name}", which is no stage: {known}.{hint}')
-            continue
-        stage = read_stage(name)
-        for role in stage.inputs.keys() - entry.keys():
-            problems.append(f"pipeline.{step}.{role} is missing: stage {name} needs a {stage.inputs[role]}")
-        for role, source in entry.items():
-            if role == "stage":
-                continue
-            if role not in stage.roles:
-                known = ", ".join(stage.roles) or "none"
-                hint = suggest(role, stage.roles)
-                problems.append(f'pipeline.{step}: "{role}" is no role of stage {name}: {known}.{hint}')
-            elif source not in pipeline:
-                problems.append(
-                    f'pipeline.{step}.{role} is "{source}", which is no step of this pipeline: '
-                    f"{', '.join(pipeline)}.{suggest(str(source), pipeline)}"
-                )
-            elif pipeline[source].get("stage") in stage_names():
-                kind = read_stage(pipeline[source]["stage"]).produces
-                if kind != stage.roles[role]:
-                    problems.append(f"pipeline.{step}.{role} is {source}, a {kind}; expected a {stage.roles[role]}")
-    return problems
-
-
-def _is_sorted(pipeline: Pipeline, steps: list[str]) -> bool:
-    """Tell whether the pipeline's own order already puts inputs first: then it is the order that people know."""
-    position = {step: index for index, step in enumerate(pipeline)}
-    return all(
-        position[source] < position[step]
-        for step in steps
-        for role, source in pipeline[step].items()
-        if role != "stage"
-    )
 
 
 def _label(stage: Stage, config: Any, inherited: list[str]) -> str:
@@ -295,45 +226,3 @@ def _label(stage: Stage, config: Any, inherited: list[str]) -> str:
     for part in stage.label.split("."):
         value = getattr(value, part)
     return str(value)
-
-
-def _nearest(step: PlannedStep, store: Store) -> Manifest | None:
-    """Return the artifact of the same step that differs in the fewest config keys, the newest among equals."""
-    flat = flatten_config(step.identity)
-    best: tuple[int, str, Manifest] | None = None
-    for manifest in store.manifests():
-        if manifest["stage"] != step.stage.name or manifest["step"] != step.name:
-            continue
-        other = flatten_config(manifest["config"])
-        distance = sum(flat.get(key) != other.get(key) for key in flat.keys() | other.keys())
-        # Fewer differences first, then later: compare (−distance, time).
-        if best is None or (-distance, manifest["published"]) > (-best[0], best[1]):
-            best = (distance, manifest["published"], manifest)
-    return best[2] if best else None
-
-
-def _explain(step: PlannedStep, nearest: Manifest, planned: Mapping[str, PlannedStep]) -> str:
-    """Return what differs between a step and its nearest artifact."""
-    if nearest["version"] != step.stage.version:
-        return f"stage changed: version {nearest['version']} → {step.stage.version}"
-    now, before = flatten_config(step.identity), flatten_config(nearest["config"])
-    changes = [
-        f"{key} {_show(before.get(key, 'absent'))} → {_show(now.get(key, 'absent'))}"
-        for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key)
-    ]
-    if changes:
-        more = f" and {len(changes) - _MOST_CHANGES_SHOWN} more" if len(changes) > _MOST_CHANGES_SHOWN else ""
-        return f"config changed: {', '.join(changes[:_MOST_CHANGES_SHOWN])}{more}"
-    inputs = [
-        f"{role} ({source})"
-        for role, source in step.inputs.items()
-        if nearest["inputs"].get(role, {}).get("rid") != planned[source].rid
-    ]
-    if inputs:
-        return f"input changed: {', '.join(inputs)}"
-    return "external data changed" if nearest.get("pins", {}) != step.externals else "missing"
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)

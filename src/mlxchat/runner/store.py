@@ -39,7 +39,8 @@ class Store:
     def __init__(self, outputs: Path) -> None:
         """Remember the folder; nothing is read or written yet."""
         self.outputs = outputs
-        self._folders: dict[str, Path] | None = None
+        self._folders: dict[str, str] | None = None
+        self._read: dict[Path, tuple[tuple[int, int], Manifest]] = {}
 
     def prepare(self) -> None:
         """Make the folders.
@@ -60,10 +61,35 @@ class Store:
             ) from None
 
     def find(self, rid: str) -> Path | None:
-        """Return the folder of the complete artifact with this rid, or None."""
+        """Return the folder with the files of the complete artifact with this rid, or None.
+
+        An alias has no files of its own: the folder is that of the artifact it stands for, as long as that one still
+        has the contents that the alias was made for.
+
+        Raises:
+            StoreError: the manifest is damaged.
+        """
+        folder = self.own_folder(rid)
+        if folder is None:
+            return None
+        manifest = self.manifest_of(folder)
+        original = manifest.get("alias_of")
+        if original is None:
+            return folder
+        place = self.own_folder(original)
+        made = self.manifest_of(place) if place is not None else {}
+        return place if made.get("tree") == manifest["tree"] and made.get("alias_of") is None else None
+
+    def own_folder(self, rid: str) -> Path | None:
+        """Return the folder that bears this rid, if it is complete: of an alias, the one without files."""
         if self._folders is None:
-            self._folders = {folder.name[-_SHORT:]: folder for folder in self._list()}
-        folder = self._folders.get(rid[:_SHORT])
+            try:
+                with os.scandir(self.outputs / "store") as entries:
+                    self._folders = {entry.name[-_SHORT:]: entry.name for entry in entries}
+            except OSError:
+                self._folders = {}
+        name = self._folders.get(rid[:_SHORT])
+        folder = self.outputs / "store" / name if name is not None else None
         return folder if folder is not None and (folder / MANIFEST).exists() else None
 
     def forget(self) -> None:
@@ -71,9 +97,20 @@ class Store:
         self._folders = None
 
     def read(self, rid: str) -> Manifest | None:
-        """Return the manifest of the complete artifact with this rid, or None."""
-        folder = self.find(rid)
-        return read_manifest(folder) if folder is not None else None
+        """Return the manifest of the complete artifact with this rid (of an alias: its own), or None."""
+        folder = self.own_folder(rid) if self.find(rid) is not None else None
+        return self.manifest_of(folder) if folder is not None else None
+
+    def manifest_of(self, folder: Path) -> Manifest:
+        """Return the manifest of an artifact's folder, read once as long as the file is the same."""
+        try:
+            status = (folder / MANIFEST).stat()
+        except OSError:
+            return read_manifest(folder)
+        seen, known = (status.st_mtime_ns, status.st_ino), self._read.get(folder)
+        if known is None or known[0] != seen:
+            known = self._read[folder] = (seen, read_manifest(folder))
+        return known[1]
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield the manifests of all complete artifacts."""
@@ -102,7 +139,7 @@ class Store:
         place = self.outputs / "store" / name
         trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"
         self.forget()
-        former = self.find(name[-_SHORT:]) or place  # it may bear another label
+        former = self.own_folder(name[-_SHORT:]) or place  # it may bear another label
         if former.exists():
             former.rename(trash)
         out.rename(place)

@@ -1,0 +1,97 @@
+"""The wiring of a pipeline: which step feeds which, checked, and in which order they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.runner.stage import read_stage, stage_names
+
+Pipeline = Mapping[str, Mapping[str, str]]
+
+
+def order_steps(pipeline: Pipeline, targets: Iterable[str] | None) -> list[str]:
+    """Return the names of the steps that the targets need, inputs first.
+
+    Args:
+        pipeline: step → {stage, role: step}.
+        targets: steps, or stages (all steps of that stage); None: every step.
+
+    Raises:
+        ConfigError: naming every unknown stage, role, step or target, every unfilled role, every kind that does not
+            fit, or a cycle.
+    """
+    problems = _check_wiring(pipeline)
+    wanted: list[str] = []
+    for target in targets if targets is not None else pipeline:
+        if target in pipeline:
+            wanted.append(target)
+        elif target in stage_names():
+            of_stage = [step for step, entry in pipeline.items() if entry.get("stage") == target]
+            wanted += of_stage
+            if not of_stage:
+                problems.append(f'target "{target}": the pipeline has no step of this stage')
+        else:
+            problems.append(f'target "{target}" is no step: {", ".join(pipeline)}.{suggest(target, pipeline)}')
+    if problems:
+        raise ConfigError("\n".join(problems))
+    order: list[str] = []
+    trail: list[str] = []
+
+    def visit(step: str) -> None:
+        if step in order:
+            return
+        if step in trail:
+            raise ConfigError(f"pipeline has a cycle: {' → '.join([*trail[trail.index(step) :], step])}")
+        trail.append(step)
+        for role, source in pipeline[step].items():
+            if role != "stage":
+                visit(source)
+        trail.pop()
+        order.append(step)
+
+    for step in wanted:
+        visit(step)
+    return [step for step in pipeline if step in order] if _is_sorted(pipeline, order) else order
+
+
+def _check_wiring(pipeline: Pipeline) -> list[str]:
+    problems = []
+    for step, entry in pipeline.items():
+        name = entry.get("stage")
+        if name not in stage_names():
+            known = ", ".join(stage_names())
+            hint = suggest(str(name), stage_names())
+            problems.append(f'pipeline.{step}.stage is "{name}", which is no stage: {known}.{hint}')
+            continue
+        stage = read_stage(name)
+        for role in stage.inputs.keys() - entry.keys():
+            problems.append(f"pipeline.{step}.{role} is missing: stage {name} needs a {stage.inputs[role]}")
+        for role, source in entry.items():
+            if role == "stage":
+                continue
+            if role not in stage.roles:
+                known = ", ".join(stage.roles) or "none"
+                hint = suggest(role, stage.roles)
+                problems.append(f'pipeline.{step}: "{role}" is no role of stage {name}: {known}.{hint}')
+            elif source not in pipeline:
+                problems.append(
+                    f'pipeline.{step}.{role} is "{source}", which is no step of this pipeline: '
+                    f"{', '.join(pipeline)}.{suggest(str(source), pipeline)}"
+                )
+            elif pipeline[source].get("stage") in stage_names():
+                kind = read_stage(pipeline[source]["stage"]).produces
+                if kind != stage.roles[role]:
+                    problems.append(f"pipeline.{step}.{role} is {source}, a {kind}; expected a {stage.roles[role]}")
+    return problems
+
+
+def _is_sorted(pipeline: Pipeline, steps: list[str]) -> bool:
+    """Tell whether the pipeline's own order already puts inputs first: then it is the order that people know."""
+    position = {step: index for index, step in enumerate(pipeline)}
+    return all(
+        position[source] < position[step]
+        for step in steps
+        for role, source in pipeline[step].items()
+        if role != "stage"
+    )

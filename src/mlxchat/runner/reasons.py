@@ -1,0 +1,113 @@
+"""Why a step runs: what differs between it and the nearest artifact, key by key, old → new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mlxchat.runner.aliases import recent_artifacts
+from mlxchat.runner.store import Manifest, Store
+
+if TYPE_CHECKING:
+    from mlxchat.runner.plan import PlannedStep
+
+_MOST_CHANGES_SHOWN = 3
+_ABSENT = "absent"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What differs between a step and the nearest artifact."""
+
+    nearest: str | None = None
+    """Name of that artifact; None: there is none of this step."""
+    version: tuple[int, int] | None = None
+    """VERSION, old and new, if it differs."""
+    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Dotted key → old and new value; "absent" where there was or is none."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Role → step, of the inputs that are other artifacts."""
+    externals: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """File or package → old and new pin."""
+
+    @property
+    def only_inputs(self) -> bool:
+        """Whether an artifact differs in nothing but its inputs, or not even there."""
+        return self.nearest is not None and not (self.version or self.config or self.externals)
+
+    def __str__(self) -> str:
+        """Return it in one line; the first few keys are enough for people."""
+        if self.nearest is None:
+            return "missing"
+        if self.version is not None:
+            return f"stage changed: version {self.version[0]} → {self.version[1]}"
+        if self.config:
+            shown = [f"{key} {_show(old)} → {_show(new)}" for key, (old, new) in self.config.items()]
+            more = f" and {len(shown) - _MOST_CHANGES_SHOWN} more" if len(shown) > _MOST_CHANGES_SHOWN else ""
+            return f"config changed: {', '.join(shown[:_MOST_CHANGES_SHOWN])}{more}"
+        if self.inputs:
+            return f"input changed: {', '.join(f'{role} ({source})' for role, source in self.inputs.items())}"
+        return "external data changed" if self.externals else "missing"
+
+
+def find_difference(step: PlannedStep, store: Store, rids: Mapping[str, str]) -> Difference:
+    """Return what differs between a step and the nearest artifact of the same step.
+
+    Args:
+        step: whose identity is compared.
+        store: where artifacts are looked for.
+        rids: role → id of the input.
+    """
+    nearest = _nearest(step, recent_artifacts(store, step.stage.name))
+    if nearest is None:
+        return Difference()
+    before, now = flatten_config(nearest["config"]), flatten_config(step.identity)
+    pins = nearest.get("pins", {})
+    return Difference(
+        nearest=nearest["name"],
+        version=None if nearest["version"] == step.stage.version else (nearest["version"], step.stage.version),
+        config=_changes(before, now),
+        inputs={
+            role: step.inputs.get(role, role)
+            for role, rid in rids.items()
+            if nearest["inputs"].get(role, {}).get("rid") != rid
+        },
+        externals=_changes(pins, step.externals),
+    )
+
+
+def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return plain nested data as dotted key → value."""
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten_config(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _nearest(step: PlannedStep, candidates: Iterable[Manifest]) -> Manifest | None:
+    """Return the artifact of the same step that differs in the fewest config keys, the newest among equals."""
+    flat = flatten_config(step.identity)
+    best: tuple[int, str, Manifest] | None = None
+    for manifest in candidates:
+        if manifest["step"] != step.name:
+            continue
+        distance = len(_changes(flatten_config(manifest["config"]), flat))
+        # Fewer differences first, then later: compare (−distance, time).
+        if best is None or (-distance, manifest["published"]) > (-best[0], best[1]):
+            best = (distance, manifest["published"], manifest)
+    return best[2] if best else None
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        key: (before.get(key, _ABSENT), now.get(key, _ABSENT))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
+    }
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
