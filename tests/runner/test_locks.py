@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,3 +151,123 @@ def test_waiting_takes_no_cpu(tmp_path: Path, hold_elsewhere: Any) -> None:
         used.append(time.process_time())
     assert killer.wait() == 0
     assert used[1] - used[0] < 0.2
+
+
+FORKER = """
+import os, sys, time
+from pathlib import Path
+from mlxchat.runner import locks
+with locks.hold(Path(sys.argv[1]), {"step": "pretrain", "run": "run7"}, lambda owner: None):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_forked_child_that_lives_on_does_not_keep_the_lock(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", FORKER, str(tmp_path / "x.lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        time.sleep(0.1)  # the child's first lines of Python, in which it closes what it inherited
+        assert locks.is_held(tmp_path / "x.lock")
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # it lives
+        assert not locks.is_held(tmp_path / "x.lock")
+    finally:
+        holder.stdout.close()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_child_that_leaves_the_body_does_not_take_the_lock_from_its_parent(tmp_path: Path) -> None:
+    with locks.hold(tmp_path / "x.lock", {"step": "sft"}, lambda owner: None):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert locks.is_held(tmp_path / "x.lock")
+        assert locks.owns(tmp_path / "x.lock")
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_the_probe_refuses_a_file_system_without_locks(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(StoreError, match=r"no locks .*outputs=PATH"):
+        locks.check_locks(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_probe_refuses_a_file_system_that_grants_every_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
+    with pytest.raises(StoreError, match=r"grants a lock to two holders at once.*outputs=PATH"):
+        locks.check_locks(tmp_path)
+
+
+def test_the_probe_leaves_nothing_where_locks_work(tmp_path: Path) -> None:
+    locks.check_locks(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_waiter_for_a_removed_lock_file_takes_the_one_that_others_see(tmp_path: Path, hold_elsewhere: Any) -> None:
+    hold_elsewhere()
+    path = tmp_path / "x.lock"
+    with locks.hold(path, {"step": "mine"}, lambda owner: path.unlink()):
+        assert locks.is_held(path)
+        assert locks.owns(path)
+
+
+def test_a_lock_whose_file_was_removed_is_no_longer_owned(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with locks.hold(path, {}, lambda owner: None):
+        assert locks.owns(path)
+        path.unlink()
+        assert not locks.owns(path)
+        path.touch()  # as another process would make it
+        assert not locks.owns(path)
+
+
+def test_shared_holders_do_not_wait_for_each_other_but_one_that_holds_it_alone_waits(tmp_path: Path) -> None:
+    path = tmp_path / "gc.lock"
+
+    def refuse(owner: dict[str, Any]) -> None:
+        raise TimeoutError
+
+    both = locks.hold(path, {}, refuse, shared=True), locks.hold(path, {}, refuse, shared=True)
+    with both[0], both[1], pytest.raises(TimeoutError), locks.hold(path, {}, refuse):
+        pass
+    with locks.hold(path, {}, refuse), pytest.raises(TimeoutError), locks.hold(path, {}, refuse, shared=True):
+        pass
+
+
+def test_who_only_looks_is_not_waited_for_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    path.write_text('{"pid": 999999999, "host": "' + os.uname().nodename + '"}')  # left by a process that was killed
+    glance = os.open(path, os.O_RDWR)
+    fcntl.flock(glance, fcntl.LOCK_EX)
+    timer = threading.Timer(0.01, lambda: os.close(glance))
+    timer.start()
+    with locks.hold(path, {}, lambda owner: pytest.fail("nobody holds it")) as waited:
+        assert not waited
+    timer.join()
+
+
+def test_a_lock_in_a_folder_that_cannot_be_written_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(StoreError, match=r"x\.lock cannot be made"),
+        locks.hold(tmp_path / "file" / "x.lock", {}, print),
+    ):
+        pass

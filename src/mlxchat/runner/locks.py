@@ -9,13 +9,31 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
+from mlxchat.runner.secrets import redact
 
 _POLL_SECONDS = 0.1
+# Whoever only looks whether a lock is held takes it for an instant; that is nobody to wait for.
+_GLANCE_SECONDS = 0.05
+_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+# Open lock files of this process: handle → path.
+_held: dict[int, Path] = {}
+
+
+def _close_in_child() -> None:
+    """Drop the locks of the parent: a forked child that lived on would keep them after the parent's death."""
+    for handle in list(_held):
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextlib.contextmanager
@@ -24,36 +42,50 @@ def hold(
     owner: dict[str, Any],
     on_wait: Callable[[dict[str, Any]], None],
     check: Callable[[], None] = lambda: None,
+    *,
+    shared: bool = False,
 ) -> Iterator[bool]:
     """Hold the lock file while the body runs; yield whether another process held it first.
 
     Args:
-        path: the lock file; it is made, and never removed while in use.
+        path: the lock file; it is made if it is not there.
         owner: what to tell others about us (the process id and the host are added).
-        on_wait: called once, with the holder's record, if we have to wait.
+        on_wait: called once, with the holder's record, if we have to wait; it may raise, to not wait.
         check: called again and again while we wait; it may raise, to wait no longer.
+        shared: together with other shared holders, but not with one that holds it alone. They leave no record.
 
     Raises:
-        StoreError: the file system has no locks.
+        StoreError: the file cannot be made, or its file system has no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Close-on-exec is Python's default; forked children would keep the lock, so none are made while it is held.
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    waited = False
+    asked = time.monotonic()
+    handle = _open(path)
     try:
-        waited = False
-        while not _try_lock(handle, path):
-            if not waited:
-                on_wait(read_owner(path))
+        while not _try_lock(handle, path, shared=shared) or not _is_named(handle, path):
+            holder = read_owner(path)
+            if not waited and (_may_be_alive(holder) or time.monotonic() - asked > _GLANCE_SECONDS):
+                on_wait(holder)
                 waited = True
             check()
-            time.sleep(_POLL_SECONDS)
-        record = {"pid": os.getpid(), "host": socket.gethostname(), **owner}
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(record).encode(), 0)
+            time.sleep(_POLL_SECONDS if waited else 0.002)
+            if not _is_named(handle, path):  # the file was removed meanwhile; a lock on it would keep nobody out
+                _close(handle)
+                handle = _open(path)
+        if not shared:
+            _write_owner(handle, {"pid": os.getpid(), "host": socket.gethostname(), **owner})
         yield waited
-        os.ftruncate(handle, 0)
     finally:
-        os.close(handle)
+        if handle in _held:  # in a forked child it is closed already, and the number may mean another file
+            if not shared and _is_named(handle, path):
+                _write_owner(handle, None)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # also for whoever inherited the handle
+            _close(handle)
+
+
+def owns(path: Path) -> bool:
+    """Tell whether this process holds the lock that others see under this name."""
+    return any(held == path and _is_named(handle, path) for handle, held in list(_held.items()))
 
 
 def is_held(path: Path) -> bool:
@@ -62,8 +94,10 @@ def is_held(path: Path) -> bool:
         handle = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return False
+    except OSError:  # a folder that may only be read
+        handle = os.open(path, os.O_RDONLY)
     try:
-        return not _try_lock(handle, path)
+        return not _try_lock(handle, path, shared=False)
     finally:
         os.close(handle)
 
@@ -77,11 +111,77 @@ def read_owner(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _try_lock(handle: int, path: Path) -> bool:
+def check_locks(folder: Path) -> None:
+    """Make sure that locks work in a folder, before anything relies on them.
+
+    Raises:
+        StoreError: its file system has no locks, or grants the same one twice, as some network mounts do.
+    """
+    path = folder / f".probe-{uuid.uuid4().hex}"
+    handles = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644), os.open(path, os.O_RDWR)]
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        granted = [_try_lock(handle, path, shared=False) for handle in handles]
+    finally:
+        for handle in handles:
+            os.close(handle)
+        path.unlink()
+    if granted != [True, False]:
+        raise StoreError(
+            f"{folder}: this file system grants a lock to two holders at once, so two runs could make the same step. "
+            "Choose another folder: outputs=PATH"
+        )
+
+
+def _open(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # Python's files are closed on exec
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+        raise StoreError(f"lock file {path} cannot be made ({error.strerror})") from None
+    _held[handle] = path
+    return handle
+
+
+def _close(handle: int) -> None:
+    del _held[handle]
+    os.close(handle)
+
+
+def _is_named(handle: int, path: Path) -> bool:
+    """Tell whether the open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
+def _may_be_alive(holder: dict[str, Any]) -> bool:
+    """Tell whether a record is of a process that may hold the lock; those of the dead stay in the file."""
+    if not holder:
+        return False
+    if holder.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, KeyError, ValueError, TypeError):
+        return True
+    return True
+
+
+def _write_owner(handle: int, record: dict[str, Any] | None) -> None:
+    with contextlib.suppress(OSError):  # a full disk: it is only for people
+        os.ftruncate(handle, 0)
+        if record is not None:
+            os.pwrite(handle, json.dumps(redact(record)).encode(), 0)
+
+
+def _try_lock(handle: int, path: Path, *, shared: bool) -> bool:
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _BUSY:
             return False
         raise StoreError(
             f"{path}: this file system has no locks ({error.strerror}). Choose another folder: outputs=PATH"
