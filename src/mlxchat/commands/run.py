@@ -31,7 +31,7 @@ _HYDRA_FLAGS = {
 def main(arguments: list[str]) -> int:
     """Run the pipeline; sweeps and Hydra's own options go through Hydra."""
     if any(argument.partition("=")[0] in _HYDRA_FLAGS for argument in arguments):
-        from mlxchat.sweep import run_with_hydra
+        from mlxchat.sweep.grid import run_with_hydra
 
         return run_with_hydra(arguments)
     if "--help" in arguments or "-h" in arguments:
@@ -87,7 +87,9 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     Raises:
         MlxchatError: it cannot be planned, or a training cannot be extended as it asks.
     """
-    plan = make_plan(config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force)
+    plan = make_plan(
+        config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force, code=config.code
+    )
     check_extensions(config, plan)
     return plan
 
