@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from os import scandir
@@ -52,7 +51,7 @@ def key_of(manifest: Manifest) -> str:
 def remember_action(store: Store, akey: str, rid: str) -> None:
     """Note under which action key an artifact was made. A note that cannot be written costs nothing but a search."""
     place = store.outputs / "index" / "act" / akey
-    temporary = place.with_name(f".{akey}-{uuid.uuid4().hex}")
+    temporary = store.outputs / "index" / f".{akey}"  # where what a killed process leaves is swept away
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(rid + "\n", encoding="ascii")

@@ -7,9 +7,7 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +70,7 @@ def hold(
                 _close(handle)
                 handle = _open(path)
         if not shared:
-            _write_owner(handle, {"pid": os.getpid(), "host": socket.gethostname(), **owner})
+            _write_owner(handle, {"pid": os.getpid(), "host": host_name(), **owner})
         yield waited
     finally:
         if handle in _held:  # in a forked child it is closed already, and the number may mean another file
@@ -102,6 +100,11 @@ def is_held(path: Path) -> bool:
         os.close(handle)
 
 
+def host_name() -> str:
+    """Return what this machine is called in records."""
+    return os.uname().nodename
+
+
 def read_owner(path: Path) -> dict[str, Any]:
     """Return what the holder wrote about itself, or an empty record."""
     try:
@@ -117,7 +120,7 @@ def check_locks(folder: Path) -> None:
     Raises:
         StoreError: its file system has no locks, or grants the same one twice, as some network mounts do.
     """
-    path = folder / f".probe-{uuid.uuid4().hex}"
+    path = folder / f".probe-{os.urandom(8).hex()}"
     handles = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644), os.open(path, os.O_RDWR)]
     try:
         granted = [_try_lock(handle, path, shared=False) for handle in handles]
@@ -159,7 +162,7 @@ def _may_be_alive(holder: dict[str, Any]) -> bool:
     """Tell whether a record is of a process that may hold the lock; those of the dead stay in the file."""
     if not holder:
         return False
-    if holder.get("host") != socket.gethostname():
+    if holder.get("host") != host_name():
         return True
     try:
         os.kill(int(holder["pid"]), 0)

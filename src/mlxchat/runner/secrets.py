@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping
 from typing import TypeVar
-from urllib.parse import quote
 
 # HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, DB_PASSWORD, but not TOKENIZERS_PARALLELISM.
 _NAME = re.compile(r"(^|_)(TOKEN|(API|ACCESS|PRIVATE)_?KEY)$|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
@@ -27,6 +26,8 @@ def _secrets() -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in os.environ.items():
         if _NAME.search(name) and len(value.strip()) >= _SHORTEST:
+            from urllib.parse import quote
+
             for form in (value, value.strip(), quote(value.strip(), safe="")):
                 found.setdefault(form, f"<{name}>")
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))

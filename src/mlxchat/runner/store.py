@@ -12,20 +12,26 @@ No other file decides anything: a step is done if its manifest is there, running
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
+from mlxchat.runner import locks
+from mlxchat.runner.crash import crash_point
 from mlxchat.runner.fingerprint import canonical_json, hash_file
+from mlxchat.runner.sealed import seal, sync, unseal
+from mlxchat.runner.secrets import redact
 
 Manifest = dict[str, Any]
 
 MANIFEST = "manifest.json"
+# Of manifests: from 2 on they have a digest.
+SCHEMA = 2
 # Records of the execution, not of the result: they hold times, so two equal artifacts differ in them.
 OBSERVATIONS = ("metrics.jsonl", "samples.jsonl")
 # What only a continuation of a training reads. A person may do without it, and has the same artifact then.
@@ -46,7 +52,7 @@ class Store:
         """Make the folders.
 
         Raises:
-            StoreError: the outputs folder cannot be written.
+            StoreError: the outputs folder cannot be written, or its file system has no locks.
         """
         try:
             for name in ("store", "work", "locks", "refs", "runs"):
@@ -54,6 +60,8 @@ class Store:
             probe = self.outputs / "work" / f".probe-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
+            locks.check_locks(self.outputs / "locks")
+            sweep(self.outputs)
         except OSError as error:
             raise StoreError(
                 f"outputs folder {self.outputs} cannot be written ({error.strerror}). "
@@ -132,30 +140,39 @@ class Store:
         Everything is on disk before the rename. An artifact of the same name (a forced rebuild) is moved aside
         first and removed afterwards.
         """
-        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        (out / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        crash_point("publish.described")
+        write_manifest(out, manifest)
+        crash_point("publish.written")
         for path in [*sorted(out.rglob("*")), out]:
-            _sync(path)
+            sync(path)
+        crash_point("publish.synced")
         place = self.outputs / "store" / name
         trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"
         self.forget()
         former = self.own_folder(name[-_SHORT:]) or place  # it may bear another label
         if former.exists():
             former.rename(trash)
+            crash_point("publish.aside")
         out.rename(place)
-        _sync(place.parent)
+        crash_point("publish.renamed")
+        sync(place.parent)
         shutil.rmtree(trash, ignore_errors=True)
         self.forget()
+        crash_point("publish.done")
         return place
 
     def set_ref(self, group: str, step: str, artifact: Path) -> None:
         """Point refs/<group>/<step> at an artifact, atomically."""
-        link = self.outputs / "refs" / group / step
-        link.parent.mkdir(parents=True, exist_ok=True)
-        target = os.path.relpath(artifact, link.parent)
-        temporary = link.with_name(f".{step}-{uuid.uuid4().hex}")
-        temporary.symlink_to(target)
-        temporary.replace(link)
+        refs = self.outputs / "refs"
+        link, temporary = refs / group / step, refs / ".new"
+        # One at a time, so that a temporary name can only be a dead process's.
+        with locks.hold(self.outputs / "locks" / "refs.lock", {"step": "refs"}, lambda owner: None):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(os.path.relpath(artifact, link.parent))
+            crash_point("ref.made")
+            temporary.replace(link)
+            crash_point("ref.swapped")
 
     def refs(self, group: str = "latest") -> dict[str, Path]:
         """Return step → artifact folder of a group of refs, those that still lead somewhere."""
@@ -207,15 +224,28 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         StoreError: it is damaged.
     """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest, sealed = unseal(path.read_bytes())
+        if not sealed and manifest.get("schema", 1) != 1:
+            raise ValueError("it lacks its digest")
     except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{folder / MANIFEST} is damaged ({error}). Remove the folder; the next run makes it again."
-        ) from None
-    if not isinstance(manifest, dict):
-        raise StoreError(f"{folder / MANIFEST} is damaged. Remove the folder; the next run makes it again.")
+        raise StoreError(f"{path} is damaged ({error}). Remove the folder; the next run makes it again.") from None
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write an artifact's manifest, with its digest and without the environment's secrets."""
+    (folder / MANIFEST).write_bytes(seal({**redact(manifest), "schema": SCHEMA}))
+
+
+def sweep(outputs: Path) -> None:
+    """Remove what killed processes left for nobody: artifacts that were replaced, names that were not given yet."""
+    for folder in (outputs / "work").glob(".trash-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for path in (outputs / "index").glob(".*"):
+            path.unlink(missing_ok=True)
 
 
 def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:
@@ -227,12 +257,3 @@ def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:
     ]
     content = [[file["path"], file["sha256"]] for file in files if file["path"] not in OBSERVATIONS + CONTINUATION]
     return files, hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
