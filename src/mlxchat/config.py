@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
 from mlxchat.bench_config import BenchConfig as BenchConfig
+from mlxchat.missing import MISSING
 from mlxchat.optimizer_config import OptimizerConfig as OptimizerConfig
 from mlxchat.optimizer_config import ScheduleConfig as ScheduleConfig
 
@@ -305,6 +304,8 @@ class Config:
     """Steps or stages to complete, with what they need; null: the whole pipeline. Set by the stage group."""
     force: list[str] = MISSING
     """Steps to run although their artifact is there; "all" for every one."""
+    code: str = MISSING
+    """What a changed module of a stage that is done leads to: warn (a remark), strict (it runs again) or ignore."""
     pipeline: dict[str, dict[str, str]] = MISSING
     """Step → {stage, role: step}."""
     model: ModelConfig = field(default_factory=ModelConfig)

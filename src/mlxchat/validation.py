@@ -63,6 +63,7 @@ def _model(config: Config) -> Iterator[str]:
 
 def _choices(config: Config) -> Iterator[str]:
     for key, value, known in (
+        ("code", config.code, ("warn", "strict", "ignore")),
         ("architecture.name", config.architecture.name, ("oct2025", "jul2026")),
         ("optimizer.kind", config.optimizer.kind, ("muon", "adamw")),
         ("optimizer.variant", config.optimizer.variant, ("oct2025", "jul2026")),

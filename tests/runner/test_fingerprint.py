@@ -44,7 +44,7 @@ NOT_IDENTITY = {
     "training.norm_warning_factor",
 }
 # Sections that no stage may declare, and those that are declared, with the steps that read them.
-NEVER = ("machine", "tracker", "bench", "name", "outputs", "targets", "force")
+NEVER = ("machine", "tracker", "bench", "name", "outputs", "targets", "force", "code")
 READ_BY = {
     "model": {"pretrain"},
     "architecture": {"pretrain"},

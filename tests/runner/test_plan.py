@@ -194,7 +194,7 @@ def test_force_runs_exactly_what_it_names(force: list[str], forced: set[str], to
 def test_changed_code_of_a_stage_is_remarked_but_runs_nothing(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.add("make", "(ctx.out / 'result.txt').write_text('more')")
-    assert reasons(toys)["one"] == ("done", "code drift (warn)")
+    assert reasons(toys)["one"] == ("done", "code drift (warn): stages/make.py")
     assert reasons(toys)["two"] == ("done", "")
 
 

@@ -68,6 +68,8 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
         StepFailed: a step raised or did not make its outputs.
     """
     planned = {step.name: step for step in plan}
+    for step in plan:
+        _ = step.code  # looked at now: an edit while the first steps run is not what later ones are made with
     run.event("run_started", steps=[step.name for step in plan])
     with _signals(run):
         for step in plan:
@@ -251,7 +253,7 @@ def _describe(
         "attempts": attempts,
         "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "code": {"stage": step.stage.code_digest()},
+        "code": step.code,
         **run.environment.record(),
         "run": run.name,
         "published": now(),

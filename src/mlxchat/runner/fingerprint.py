@@ -72,15 +72,20 @@ def hash_file(path: Path) -> str:
 
 def hash_code(path: Path) -> str:
     """Return a digest of a Python file that comments, docstrings and layout do not change."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = strip_docstrings(ast.parse(path.read_text(encoding="utf-8")))
+    # ast.dump, unlike bytecode, does not depend on where the file lies; its fields vary with the Python version.
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+def strip_docstrings(tree: ast.Module) -> ast.Module:
+    """Return a syntax tree without its docstrings; the tree itself is changed."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
             first = body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body = body[1:] or [ast.Pass()]
-    # ast.dump, unlike bytecode, does not depend on where the file lies; its fields vary with the Python version.
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+    return tree
 
 
 def _plain(value: Any, *, identity_only: bool) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner import locks
 from mlxchat.runner.aliases import action_key, find_action
+from mlxchat.runner.code_digest import CodeDigests, changed_modules
 from mlxchat.runner.externals import pin_externals as pin_externals
 from mlxchat.runner.fingerprint import compute_rid, identity_of
 from mlxchat.runner.pipeline import Pipeline as Pipeline
@@ -18,6 +20,8 @@ from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.reasons import flatten_config as flatten_config
 from mlxchat.runner.stage import Stage, read_stage
 from mlxchat.runner.store import Manifest, Store, artifact_name, read_manifest
+
+_MOST_MODULES_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class Verdict:
     """The artifact that the step shall share by alias instead of running."""
     difference: Difference | None = None
     """What differs from the nearest artifact, if the step has none."""
+    drift: list[str] = field(default_factory=list)
+    """Modules that changed since the step's artifact was made."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +58,10 @@ class PlannedStep:
     label: str
     forced: bool = False
     """Whether it shall run although its artifact is there."""
+    code_policy: str = "warn"
+    """What changed code does: warn, strict (the step runs again) or ignore."""
+    digests: CodeDigests | None = None
+    """Where digests of source files come from."""
     verdict: Verdict = field(default_factory=lambda: Verdict(state="run"))
 
     @property
@@ -69,9 +79,30 @@ class PlannedStep:
         """Whether nothing has to be computed."""
         return self.verdict.state == "done"
 
+    @cached_property
+    def code(self) -> dict[str, Any]:
+        """Digests of the code that the stage runs, as its manifest records them; looked at once."""
+        if self.digests is None:
+            return {"stage": self.stage.code_digest()}
+        return {"stage": self.digests.of_file(self.stage.path), "modules": self.digests.of_stage(self.stage.path)}
+
+    def drift(self, manifest: Manifest) -> list[str]:
+        """Return the names of the modules that changed since an artifact was made."""
+        before = manifest["code"]
+        if "modules" in before and "modules" in self.code:
+            return changed_modules(before["modules"], self.code["modules"])
+        return [f"stages/{self.stage.path.name}"] if before.get("stage") != self.code["stage"] else []
+
 
 def make_plan(
-    config: Any, pipeline: Pipeline, store: Store, *, targets: Iterable[str] | None, seed: int, force: Iterable[str]
+    config: Any,
+    pipeline: Pipeline,
+    store: Store,
+    *,
+    targets: Iterable[str] | None,
+    seed: int,
+    force: Iterable[str],
+    code: str = "warn",
 ) -> list[PlannedStep]:
     """Return the steps in order, each with its artifact's id and whether and why it has to run.
 
@@ -82,6 +113,7 @@ def make_plan(
         targets: steps or stages; None: all.
         seed: the run's seed, part of every identity.
         force: steps to run although their artifact is there; "all" for every one.
+        code: what changed code does to a step that is done: warn, strict (it runs again) or ignore.
 
     Raises:
         ConfigError: the pipeline is wired wrongly, or a file that the config names cannot be read.
@@ -90,6 +122,7 @@ def make_plan(
     unknown = [name for name in force if name not in pipeline and name != "all"]
     if unknown:
         raise ConfigError(f"force names {', '.join(unknown)}, no step of the pipeline.{suggest(unknown[0], pipeline)}")
+    digests = CodeDigests(store.outputs / "index" / "code.json", Path(__file__).parents[1])
     planned: dict[str, PlannedStep] = {}
     for name in order_steps(pipeline, targets):
         stage = read_stage(pipeline[name]["stage"])
@@ -105,6 +138,7 @@ def make_plan(
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=externals, rid=rid,
             artifact=artifact_name(stage.name, label, rid), label=label, forced=name in force or "all" in force,
+            code_policy=code, digests=digests,
         )  # fmt: skip
         step.verdict = judge(step, store, forced=step.forced, planned=planned)
         place = store.own_folder(rid) if step.done else None
@@ -113,6 +147,7 @@ def make_plan(
         elif not step.done and locks.is_held(store.lock(rid)):
             step.verdict = Verdict(state="waiting", reason=_tell_maker(store, rid), difference=step.verdict.difference)
         planned[name] = step
+    digests.save()
     return list(planned.values())
 
 
@@ -138,13 +173,15 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
         ]
         if changed and manifest.get("alias_of") is None:
             return Verdict(state="run", reason=f"input changed: {', '.join(changed)}")
-        if not changed and pending:
-            return Verdict(state="maybe", reason=_tell_pending(pending))
         if not changed:
-            drifted = manifest["code"].get("stage") != step.stage.code_digest()
-            return Verdict(state="done", reason="code drift (warn)" if drifted else "")
+            drift = [] if step.code_policy == "ignore" else step.drift(manifest)
+            if drift and step.code_policy == "strict":
+                return Verdict(state="run", reason=f"code changed: {_list(drift)}", drift=drift)
+            if pending:
+                return Verdict(state="maybe", reason=_tell_pending(pending), drift=drift)
+            return Verdict(state="done", reason=f"code drift (warn): {_list(drift)}" if drift else "", drift=drift)
     original = None if pending else find_action(store, action_key(step, trees), step.stage.name)
-    if original is not None:
+    if original is not None and not (step.code_policy == "strict" and step.drift(original)):
         return Verdict(state="done", reason=f"same inputs as {original['name']}", original=original)
     rids = {role: planned[source].rid for role, source in step.inputs.items()}
     rids |= {role: made["rid"] for role, made in step.artifacts.items()}
@@ -171,6 +208,11 @@ def _inputs_made(
             assert made is not None, f"{source} is done but has no artifact"
             found[role] = made
     return found
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_MODULES_SHOWN} more" if len(names) > _MOST_MODULES_SHOWN else ""
+    return ", ".join(names[:_MOST_MODULES_SHOWN]) + more
 
 
 def _tell_pending(pending: Mapping[str, str]) -> str:

@@ -1,0 +1,284 @@
+"""Which code a stage runs, what changes its digest, and what a change leads to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.runner import code_digest
+from mlxchat.runner.code_digest import CodeDigests, changed_modules
+from mlxchat.runner.records import Records
+from mlxchat.runner.stage import read_stage
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
+
+FILES = {
+    "mlxchat/__init__.py": "VERSION = 1\n",
+    "mlxchat/model/__init__.py": '"""Models."""\n',
+    "mlxchat/model/gpt.py": "import math\nfrom mlxchat.ops.norm import norm\nSCALE = 2\n",
+    "mlxchat/ops/__init__.py": "",
+    "mlxchat/ops/norm.py": "from mlxchat.model import gpt\ndef norm(x):\n    return x\n",
+    "mlxchat/ops/late.py": "RATE = 1\n",
+    "mlxchat/ops/unused.py": "import mlxchat.ops.norm\n",
+    "mlxchat/tasks/__init__.py": "import importlib\ndef load(n):\n    importlib.import_module(f'mlxchat.tasks.{n}')\n",
+    "mlxchat/tasks/sums.py": "ONE = 1\n",
+    "mlxchat/typed.py": "x = 1\n",
+    "mlxchat/errors.py": "class Wrong(Exception): ...\n",
+    "mlxchat/runner/context.py": "import mlxchat.ops.unused\n",
+    "recipes/__init__.py": "",
+    "recipes/train.py": (
+        "from typing import TYPE_CHECKING\n"
+        "from mlxchat.errors import Wrong\n"
+        "from mlxchat.model.gpt import SCALE\n"
+        "from mlxchat.runner.context import Context\n"
+        "if TYPE_CHECKING:\n    from mlxchat.typed import x\n"
+        "def run(ctx):\n    from mlxchat.ops import late\n    import mlxchat.tasks\n"
+    ),
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def modules(tree: Path, cache: str = "none/index/code.json") -> dict[str, str]:
+    """Return the digests of the stage `train` as a new process finds them."""
+    digests = CodeDigests(tree / cache, tree / "mlxchat")
+    found = digests.of_stage(tree / "recipes" / "train.py")
+    digests.save()
+    return found
+
+
+def test_the_closure_is_what_is_imported_also_in_functions_in_circles_and_by_computed_names(tree: Path) -> None:
+    assert list(modules(tree)) == [
+        "model/__init__.py", "model/gpt.py", "ops/__init__.py", "ops/late.py", "ops/norm.py", "stages/train.py",
+        "tasks/__init__.py", "tasks/sums.py",
+    ]  # fmt: skip
+
+
+def test_a_real_stage_uses_the_model_and_not_the_runner() -> None:
+    found = CodeDigests(Path("/none/index/x"), ROOT / "src/mlxchat").of_stage(read_stage("pretrain").path)
+    assert {"stages/pretrain.py", "model/gpt.py", "optim/muon.py", "training/loop.py", "ops/attention.py"} <= set(found)
+    assert not [name for name in found if name.startswith(("runner/", "commands/", "report/", "cli"))]
+
+
+def test_the_closure_holds_every_module_of_the_library_that_python_itself_imports_for_a_stage(tmp_path: Path) -> None:
+    code = "import sys, mlxchat.stages.sft; print(*[m.__file__ for n, m in sys.modules.items() if n[:8] == 'mlxchat.'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    library = ROOT / "src" / "mlxchat"
+    loaded = {Path(path) for path in done.stdout.split() if path != "None"}
+    names = {str(path.relative_to(library)) for path in loaded if path.is_relative_to(library)}
+    computing = {name for name in names if name.removesuffix(".py").split("/")[0] not in code_digest._LEFT_OUT}
+    found = CodeDigests(Path("/none/index/x"), library).of_stage(read_stage("sft").path)
+    # ops/import_hook.py is imported by the package itself, before any stage.
+    assert computing - set(found) <= {"__init__.py", "ops/import_hook.py"}
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("mlxchat/model/gpt.py", "SCALE = 2", "SCALE = 3"),
+        ("mlxchat/ops/norm.py", "return x", "return -x"),
+        ("mlxchat/ops/late.py", "RATE = 1", "RATE = 1.0"),
+        ("mlxchat/tasks/sums.py", "ONE", "TWO"),
+    ],
+)
+def test_a_change_is_named_by_its_module_alone(name: str, old: str, new: str, tree: Path) -> None:
+    before = modules(tree)
+    path = tree / name
+    path.write_text(path.read_text().replace(old, new))
+    assert changed_modules(before, modules(tree)) == [name.removeprefix("mlxchat/")]
+
+
+@pytest.mark.parametrize(
+    "name", ["mlxchat/ops/unused.py", "mlxchat/typed.py", "mlxchat/errors.py", "mlxchat/runner/context.py"]
+)
+def test_what_does_not_compute_for_the_stage_changes_nothing(name: str, tree: Path) -> None:
+    before = modules(tree)
+    (tree / name).write_text("raise SystemExit\n")
+    assert modules(tree) == before
+
+
+def test_comments_docstrings_and_layout_change_nothing(tree: Path) -> None:
+    before = modules(tree)
+    (tree / "mlxchat/ops/norm.py").write_text(
+        '"""Norms."""\nfrom mlxchat.model import gpt  # in a circle\n\n\ndef norm(x):\n    """Norm."""\n    return (\n'
+        "        x\n    )\n"
+    )
+    assert modules(tree) == before
+
+
+def test_a_module_that_is_no_longer_imported_and_a_new_one_are_named(tree: Path) -> None:
+    before = modules(tree)
+    (tree / "mlxchat/model/gpt.py").write_text("SCALE = 2\n")
+    (tree / "mlxchat/tasks/new.py").write_text("")
+    assert changed_modules(before, modules(tree)) == ["model/gpt.py", "ops/norm.py", "tasks/new.py"]
+
+
+def test_the_digests_do_not_depend_on_the_place(tree: Path, tmp_path: Path) -> None:
+    before = modules(tree)
+    shutil.copytree(tree / "mlxchat", tmp_path / "else" / "lib" / "mlxchat")
+    shutil.copytree(tree / "recipes", tmp_path / "else" / "recipes2")
+    digests = CodeDigests(tmp_path / "x/y/z", tmp_path / "else" / "lib" / "mlxchat")
+    assert digests.of_stage(tmp_path / "else" / "recipes2" / "train.py") == before
+
+
+def interpreters() -> list[str]:
+    """Return the other Pythons of this machine that this package supports."""
+    found = []
+    for name in ("python3.12", "python3.13"):
+        path = shutil.which(name)
+        if path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:
+            found.append(path)
+    pyenv = Path.home() / ".pyenv" / "versions"
+    return found or [str(path) for path in sorted(pyenv.glob("3.1[23]*/bin/python"))]
+
+
+DIGEST_CODE = """
+import importlib.util, json, sys, types
+root, library = sys.argv[1:3]
+for name in ("mlxchat", "mlxchat.runner"):  # without what the package imports besides
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [f"{root}/{name.replace('.', '/')}"]
+from pathlib import Path
+from mlxchat.runner.code_digest import CodeDigests
+digests = CodeDigests(Path("/none/index/x"), Path(library))
+print(json.dumps({stage: digests.of_stage(Path(stage)) for stage in sys.argv[3:]}))
+"""
+
+
+def test_the_digests_of_the_stages_are_the_same_in_every_supported_python() -> None:
+    stages = [str(ROOT / "stages" / f"{name}.py") for name in ("pretrain", "rl", "eval")]
+    others = interpreters()
+    if not others:
+        pytest.skip("no other Python here")
+    found = []
+    for python in [sys.executable, *others]:
+        done = subprocess.run(
+            [python, "-c", DIGEST_CODE, str(ROOT / "src"), str(ROOT / "src" / "mlxchat"), *stages],
+            capture_output=True, text=True, check=True, cwd="/",
+        )  # fmt: skip
+        found.append(json.loads(done.stdout))
+    assert all(digests == found[0] for digests in found)
+
+
+def test_what_was_read_is_remembered_and_read_again_when_it_changes(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = modules(tree, "index/code.json")
+
+    def refuse(path: Path) -> str:
+        raise AssertionError(f"{path} was hashed again")
+
+    monkeypatch.setattr(code_digest, "hash_code", refuse)
+    assert modules(tree, "index/code.json") == before
+    (tree / "mlxchat/ops/late.py").write_text("RATE = 7\n")
+    with pytest.raises(AssertionError, match=r"late\.py was hashed again"):
+        modules(tree, "index/code.json")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: '{"format": 1, "files": 3}',
+        lambda text: text.replace('"imports"', '"exports"'),
+        lambda text: text.replace('"format": 1', '"format": 0'),
+        lambda text: text.replace("[", '["x", '),
+    ],
+)
+def test_a_damaged_memory_counts_for_nothing(damage: Any, tree: Path) -> None:
+    before = modules(tree, "index/code.json")
+    cache = tree / "index" / "code.json"
+    cache.write_text(damage(cache.read_text()))
+    assert modules(tree, "index/code.json") == before
+
+
+def test_nothing_is_remembered_where_there_is_no_outputs_folder(tree: Path) -> None:
+    modules(tree, "outputs/index/code.json")
+    assert not (tree / "outputs").exists()
+
+
+def edit(toys: Any) -> None:
+    """Change the code of `make`, not what it makes."""
+    toys.add("make", "text = str(ctx.config.toy.number)\n(ctx.out / 'result.txt').write_text(text)")
+
+
+def states(toys: Any, code: str) -> dict[str, tuple[str, str]]:
+    return {step.name: (step.state, step.reason) for step in toys.plan(CHAIN, code=code)}
+
+
+def test_a_manifest_records_the_digest_of_every_module(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    manifest = toys.store.read(toys.plan(CHAIN)[0].rid)
+    assert list(manifest["code"]["modules"]) == ["stages/make.py"]
+    assert manifest["code"]["stage"] == toys.plan(CHAIN)[0].stage.code_digest()
+
+
+def test_warn_names_the_module_and_runs_nothing(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    edit(toys)
+    assert states(toys, "warn") == {"one": ("done", "code drift (warn): stages/make.py"), "two": ("done", "")}
+
+
+def test_ignore_says_nothing(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    edit(toys)
+    assert set(states(toys, "ignore").values()) == {("done", "")}
+
+
+def test_strict_runs_the_step_again_under_its_own_id_and_is_content_afterwards(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    rid = toys.plan(CHAIN)[0].rid
+    edit(toys)
+    assert states(toys, "strict") == {
+        "one": ("run", "code changed: stages/make.py"),
+        "two": ("maybe", "input source (one) will be rebuilt"),
+    }
+    run = toys.run(toys.plan(CHAIN, code="strict"))
+    started = [
+        event["step"] for event in Records(run.folder / "events.jsonl").read() if event["event"] == "step_started"
+    ]
+    assert started == ["one"]
+    assert set(states(toys, "strict").values()) == {("done", "")}
+    assert toys.plan(CHAIN)[0].rid == rid
+
+
+def test_strict_shares_no_artifact_that_other_code_made(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy.number = 2
+    toys.run(toys.plan(CHAIN))
+    toys.add("make", "(ctx.out / 'result.txt').write_text('1')")
+    path = toys.package / "copy.py"
+    path.write_text(path.read_text() + "\nMORE = 1\n")
+    run = toys.run(toys.plan(CHAIN, code="strict", force=["one"]))
+    assert {event["event"] for event in Records(run.folder / "events.jsonl").read()}.isdisjoint({"step_shared"})
+
+
+def test_manifests_that_know_only_the_stages_own_file_are_compared_by_it(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    for path in (toys.outputs / "store").glob("*/manifest.json"):
+        path.chmod(0o644)
+        manifest = json.loads(path.read_text())
+        del manifest["code"]["modules"], manifest["digest"]
+        manifest["schema"] = 1
+        path.write_text(json.dumps(manifest))
+        os.utime(path)
+    assert set(states(toys, "warn").values()) == {("done", "")}
+    edit(toys)
+    assert states(toys, "warn")["one"] == ("done", "code drift (warn): stages/make.py")
