@@ -15,8 +15,8 @@ STAGES = sorted(path for path in (ROOT / "stages").glob("*.py") if path.stem != 
 RUNNER = [path for path in LIBRARY if path.parent.name == "runner"]
 # The library's parts from the bottom up. A part may import those of its own line and of earlier ones, never later ones.
 LAYERS = [
-    {"errors"},
-    {"config", "optimizer_config", "bench_config", "ops"},
+    {"errors", "missing"},
+    {"config", "optimizer_config", "bench_config", "sweep_config", "ops"},
     {"runner"},
     {"data", "tasks"},
     {"model"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"evals"},
     {"training"},
     {"bench"},
-    {"validation", "misspelling", "compose", "tracker", "report", "terminal_chat"},
+    {"validation", "misspelling", "composed_cache", "compose", "tracker", "report", "terminal_chat"},
     {"commands", "sweep", "cli"},
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
+from mlxchat.missing import MISSING
 
 
 @dataclass(kw_only=True)

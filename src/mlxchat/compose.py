@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
-from importlib.resources import files
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from mlxchat.composed_cache import ComposedCache
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
-from mlxchat.misspelling import explain_override, first_line, unknown_keys
 from mlxchat.validation import find_problems
 
+if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
+    from omegaconf import DictConfig
+
 CONF_MODULE = "mlxchat.conf"
-# What composing raises; Hydra lets a ValueError through when a group is given a number.
-_REFUSALS = (HydraException, OmegaConfBaseException, ValueError)
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Composed:
 
 def register_schema() -> None:
     """Tell Hydra the types; config.yaml's defaults list refers to them as `schema`."""
+    from hydra.core.config_store import ConfigStore
+
     ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -48,70 +48,104 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None) -
     Raises:
         ConfigError: everything that is wrong, with the nearest right names.
     """
+    kept = ComposedCache(overrides, config_dirs or [], conf_folder())
+    known = kept.recall()
+    if known is not None:
+        _check(known[0])
+        return Composed(known[0], overrides, known[1])
     register_schema()
     search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
     try:
         composed = _compose(overrides + search)
-    except _REFUSALS as error:
+    except _refusals() as error:
         raise ConfigError(_diagnose(overrides, search, error)) from None
     choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
+    choices = {group: option for group, option in choices.items() if "hydra" not in group}
     config = to_typed(composed)
-    return Composed(config, overrides, {group: option for group, option in choices.items() if "hydra" not in group})
+    kept.keep(config, choices)
+    return Composed(config, overrides, choices)
 
 
 def to_typed(composed: DictConfig) -> Config:
-    """Return the dataclasses of a composed configuration, checked.
+    """Return the dataclasses of a composed configuration, checked; Hydra's own section is taken out of it.
 
     Raises:
         ConfigError: every value that is missing or impossible.
     """
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    from mlxchat.misspelling import first_line, unknown_keys
+
     strangers = unknown_keys(composed)
     if strangers:
         raise ConfigError("\n".join(strangers))
-    plain = OmegaConf.merge(
-        OmegaConf.structured(Config), OmegaConf.masked_copy(composed, [field.name for field in fields(Config)])
-    )
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(plain))
-    if missing:
-        raise ConfigError("\n".join(f"{key} has no value: give {key}=…" for key in missing))
+    with open_dict(composed):
+        composed.pop("hydra", None)
+    # The types of the schema are still there: merging into it once more would only take time.
+    assert OmegaConf.get_type(composed) is Config
     try:
-        config = OmegaConf.to_object(plain)
+        config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(first_line(error)) from None
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
+        lines = [f"{key} has no value: give {key}=…" for key in missing] or [first_line(error)]
+        raise ConfigError("\n".join(lines)) from None
     assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
     problems = find_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
-    return config
+
+
+@cache
+def conf_folder() -> Path:
+    """Return the folder of the YAML files that ship with mlxchat."""
+    spec = find_spec(CONF_MODULE)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def group_options(group: str) -> list[str]:
     """Return the options of a config group that ships with mlxchat."""
-    folder = files(CONF_MODULE).joinpath(group)
-    names = [entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    names = [entry.stem for entry in conf_folder().joinpath(group).glob("*.yaml")]
     # d2 before d12
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def group_names() -> list[str]:
     """Return the config groups that ship with mlxchat."""
-    return sorted(
-        entry.name for entry in files(CONF_MODULE).iterdir() if entry.is_dir() and not entry.name.startswith("_")
-    )
+    return sorted(entry.name for entry in conf_folder().iterdir() if entry.is_dir() and entry.name[0] not in "._")
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return what composing raises; Hydra lets a ValueError through when a group is given a number."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return (HydraException, OmegaConfBaseException, ValueError)
 
 
 def _compose(overrides: list[str]) -> DictConfig:
+    from hydra import compose, initialize_config_module
+
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
         return compose("config", overrides, return_hydra_config=True)
 
 
 def _diagnose(overrides: list[str], search: list[str], error: Exception) -> str:
     """Return one line per override that is wrong; Hydra itself stops at the first."""
+    from mlxchat.misspelling import explain_override, first_line
+
     groups = {group: group_options(group) for group in group_names()}
     problems = []
     for override in overrides:
         try:
             _compose([override, *search])
-        except _REFUSALS as alone:
+        except _refusals() as alone:
             problems.append(explain_override(override, alone, groups, lambda: _compose(search)))
     return "\n".join(problems) if problems else first_line(error)

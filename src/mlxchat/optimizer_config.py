@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
+from mlxchat.missing import MISSING
 
 ADAMW_GROUPS = (
     "embedding",

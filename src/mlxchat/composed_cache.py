@@ -1,0 +1,147 @@
+"""Configurations that were composed before, so that a command that changes nothing does not wait for Hydra.
+
+A file in the user's cache folder for each command line. Its name is a hash of the overrides and of (path, size,
+mtime_ns, inode) of everything that composing reads: every YAML that is searched, the schema's source, Hydra and
+OmegaConf. Nothing is kept that could come out otherwise next time (resolvers such as `${oc.env:…}`, settings of Hydra
+itself), that a file was changed for a moment ago, or that does not come back exactly equal. What is damaged is ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mlxchat.config import Config
+from mlxchat.runner.fingerprint import plain_of
+
+_FORMAT = 1
+_MOST_ENTRIES = 200
+_MOST_FILES = 2000
+# A file changed within this time may change again without its mtime moving on.
+_SETTLED_SECONDS = 2.0
+_RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:|searchpath")
+
+Stamp = tuple[str, int, int, int]
+
+
+class ComposedCache:
+    """The entry of one command line."""
+
+    def __init__(self, overrides: list[str], config_dirs: list[str], conf: Path) -> None:
+        """Look at the files that composing would read; `conf` is the folder with the built-in YAML."""
+        self._own, self._folders = [Path(folder) for folder in config_dirs], [conf, *map(Path, config_dirs)]
+        self._entry: Path | None = None
+        if os.environ.get("MLXCHAT_COMPOSED_CACHE") == "off" or any(map(_is_unsteady, overrides)):
+            return
+        try:
+            self._stamps = _stamp_all(self._folders)
+        except OSError:
+            return
+        if len(self._stamps) > _MOST_FILES:
+            return
+        key = json.dumps([_FORMAT, sys.version, overrides, config_dirs, self._stamps])
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._entry = home / "mlxchat" / "composed" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+    def recall(self) -> tuple[Config, dict[str, str]] | None:
+        """Return the configuration and the choices of groups, or None if they must be composed."""
+        if self._entry is None:
+            return None
+        try:
+            digest, _, text = self._entry.read_text(encoding="utf-8").partition("\n")
+            if digest != _digest(text):
+                return None
+            record = json.loads(text)
+            return _restore(Config, record["config"]), record["choices"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, config: Config, choices: dict[str, str]) -> None:
+        """Keep what was composed, if it is certain to come out the same next time."""
+        if self._entry is None or self._is_in_motion() or any(map(_has_resolver, self._own)):
+            return
+        text = json.dumps({"config": plain_of(config), "choices": choices})
+        # repr tells 1 from 1.0 and True, which are equal.
+        if repr(_restore(Config, json.loads(text)["config"])) != repr(config):
+            return
+        with contextlib.suppress(OSError):
+            folder = self._entry.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f".{self._entry.stem}-{os.getpid()}"
+            temporary.write_text(f"{_digest(text)}\n{text}", encoding="utf-8")
+            temporary.replace(self._entry)
+            entries = sorted(folder.iterdir(), key=lambda entry: entry.stat().st_mtime)
+            for entry in entries[:-_MOST_ENTRIES]:
+                entry.unlink(missing_ok=True)
+
+    def _is_in_motion(self) -> bool:
+        """Tell whether a file was changed just now, or since we looked."""
+        newest = max(stamp[2] for stamp in self._stamps) / 1e9
+        return newest > time.time() - _SETTLED_SECONDS or _stamp_all(self._folders) != self._stamps
+
+
+def _is_unsteady(override: str) -> bool:
+    """Tell whether an override says something about Hydra itself, or something that may differ next time."""
+    return override.lstrip("+~").startswith("hydra") or _RESOLVER.search(override) is not None
+
+
+def _has_resolver(folder: Path) -> bool:
+    files = (Path(stamp[0]) for stamp in _stamp_folder(folder))
+    return any(_RESOLVER.search(path.read_text(encoding="utf-8", errors="replace")) for path in files)
+
+
+def _stamp_all(folders: list[Path]) -> list[Stamp]:
+    stamps = [stamp for folder in folders for stamp in _stamp_folder(folder)]
+    sources = sorted(map(str, Path(__file__).parent.glob("*.py")))  # the schema, and how it is made of YAML
+    for package, name in (("hydra", "__init__.py"), ("omegaconf", "version.py")):  # where their versions stand
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        sources.append(str(Path(spec.origin).with_name(name)))
+    return stamps + [_stamp(path) for path in sources]
+
+
+def _stamp_folder(folder: Path) -> list[Stamp]:
+    found = []
+    for place, below, names in os.walk(folder, followlinks=True):
+        below.sort()
+        found += [_stamp(f"{place}/{name}") for name in sorted(names) if name.endswith((".yaml", ".yml"))]
+        if len(found) > _MOST_FILES:
+            break
+    return found
+
+
+def _stamp(path: str) -> Stamp:
+    status = Path(path).stat()
+    return (path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    """Return plain data as the type that a field of the schema declares."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if value is None:
+        return None
+    if origin in (Union, UnionType):
+        (kind, *others) = [argument for argument in arguments if argument is not type(None)]
+        return value if others else _restore(kind, value)
+    if origin is dict:
+        return {key: _restore(arguments[1], item) for key, item in value.items()}
+    if origin is list:
+        return [_restore(arguments[0], item) for item in value]
+    if hasattr(hint, "__dataclass_fields__"):
+        hints = get_type_hints(hint)
+        return hint(**{key: _restore(hints[key], item) for key, item in value.items()})
+    return value
