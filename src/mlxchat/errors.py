@@ -4,6 +4,7 @@ MlxchatError            one clear message, no traceback, exit code 2
 ├── ConfigError         the configuration, a file of it, or an override
 ├── DataError           a document, conversation, shard or artifact that cannot be read
 ├── StoreError          the outputs folder: not writable, damaged, no such artifact
+├── PassingError        something outside that another try may find mended: retried, see conf/config.yaml
 ├── StepFailed          a step raised or did not make what it promised (exit code 1)
 └── Interrupted         a signal stopped the run at a safe point (exit code 128 + signal)
 
@@ -31,6 +32,12 @@ class DataError(MlxchatError):
 
 class StoreError(MlxchatError):
     """The outputs folder cannot be used or lacks what was asked for."""
+
+
+class PassingError(MlxchatError):
+    """Something outside does not work now and may in a while: a step that raises it is tried again."""
+
+    exit_code = 1
 
 
 class StepFailed(MlxchatError):

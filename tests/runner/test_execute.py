@@ -366,8 +366,8 @@ def test_a_waiter_whose_maker_died_makes_the_step_itself_although_an_outdated_ar
     hold = locks.hold
 
     @contextmanager
-    def hold_after_a_dead_maker(*arguments: Any) -> Iterator[bool]:
-        with hold(*arguments):
+    def hold_after_a_dead_maker(*arguments: Any, **options: Any) -> Iterator[bool]:
+        with hold(*arguments, **options):
             yield True
 
     monkeypatch.setattr(locks, "hold", hold_after_a_dead_maker)

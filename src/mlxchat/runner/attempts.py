@@ -6,25 +6,33 @@ work/<rid>/attempts.jsonl holds a line per start and a line per end.
 from __future__ import annotations
 
 import os
-import socket
+import time
 from datetime import datetime
 from pathlib import Path
 
+from mlxchat.runner.locks import host_name
 from mlxchat.runner.records import Record, Records, now
+
+# Start of each execution of this process by a clock that nobody sets: work folder and number → seconds.
+_began: dict[tuple[Path, int], float] = {}
 
 
 def start(work: Path, run: str, step: str) -> int:
     """Record the start of an execution in this process; return its number, from 1."""
     log = Records(work / "attempts.jsonl")
     number = sum("started" in record for record in log.read()) + 1
-    record = {"attempt": number, "step": step, "started": now(), "pid": os.getpid(), "host": socket.gethostname()}
+    record = {"attempt": number, "step": step, "started": now(), "pid": os.getpid(), "host": host_name()}
     log.append({**record, "run": run})
+    _began[work, number] = time.monotonic()
     return number
 
 
 def finish(work: Path, number: int, outcome: str, error: str | None, resumed_from: int | None) -> None:
     """Record how an execution ended: done, failed or interrupted."""
     record = {"attempt": number, "ended": now(), "outcome": outcome, "error": error, "resumed_from": resumed_from}
+    began = _began.pop((work, number), None)
+    if began is not None:
+        record["seconds"] = round(time.monotonic() - began, 3)
     Records(work / "attempts.jsonl").append(record)
 
 
@@ -32,10 +40,24 @@ def read(work: Path) -> list[Record]:
     """Return a record per execution: attempt, started, ended, outcome, seconds, pid, host, run, resumed_from, error."""
     merged: dict[int, Record] = {}
     for record in Records(work / "attempts.jsonl").read():
-        merged.setdefault(record["attempt"], {"outcome": "killed", "ended": None}).update(record)
+        if isinstance(record.get("attempt"), int):
+            merged.setdefault(record["attempt"], {"outcome": "killed", "ended": None}).update(record)
     for record in merged.values():
-        record["seconds"] = _seconds(record)
+        record.setdefault("seconds", _seconds(record))
     return list(merged.values())
+
+
+def ended(work: Path) -> set[int]:
+    """Return the numbers of the executions that have ended."""
+    return {record["attempt"] for record in read(work) if record["ended"] is not None}
+
+
+def new_failure(work: Path, known: set[int]) -> str | None:
+    """Return the error of the last execution if it failed and its end is not among those `known`, else None."""
+    executions = read(work)
+    if executions and executions[-1]["outcome"] == "failed" and executions[-1]["attempt"] not in known:
+        return str(executions[-1]["error"])
+    return None
 
 
 def failure_since(work: Path, moment: str) -> str | None:
@@ -46,8 +68,26 @@ def failure_since(work: Path, moment: str) -> str | None:
     return None
 
 
+def iteration(work: Path) -> int | None:
+    """Return the last iteration that a training in this work folder recorded, or None."""
+    path = work / "ckpt" / "records" / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        record = Records.parse(line)
+        if record is not None and isinstance(record.get("iteration"), int):
+            found: int = record["iteration"]
+            return found
+    return None
+
+
 def _seconds(record: Record) -> float | None:
-    if record["ended"] is None:
+    """Return how long an execution took by the wall clock, for records from before they said so."""
+    if record["ended"] is None or "started" not in record:
         return None
     elapsed = datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])
-    return elapsed.total_seconds()
+    return max(0.0, elapsed.total_seconds())

@@ -1,297 +1,143 @@
-"""Run a plan: one step after the other, each under its lock, each published whole or not at all."""
+"""Run a plan: every step under its lock, each published whole or not at all, whatever happens to the others."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
-from mlxchat.runner import attempts as attempt_log
-from mlxchat.runner import locks
-from mlxchat.runner.aliases import action_key, publish_alias, remember_action
-from mlxchat.runner.context import Context, Sections
-from mlxchat.runner.environment import Environment, peak_memory_bytes, reset_peak_memory
-from mlxchat.runner.fingerprint import plain_of
-from mlxchat.runner.plan import PlannedStep, Verdict, judge
-from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
-from mlxchat.runner.records import Record, Records, now
-from mlxchat.runner.shared import SharedArtifacts
-from mlxchat.runner.store import Manifest, Store, describe_outputs
-
-
-def _ignore_metrics(step: str, record: Record) -> None:
-    """Drop a record: nobody tracks this run."""
-
-
-@dataclass(kw_only=True)
-class Run:
-    """One invocation: where it reports, and what it knows about itself."""
-
-    folder: Path
-    """outputs/runs/<…>."""
-    config: Any
-    """The typed configuration."""
-    seed: int
-    force: list[str]
-    overrides: list[str]
-    environment: Environment
-    say: Callable[[str], None] = print
-    """Where lines for people go."""
-    on_metrics: Callable[[str, Record], None] = _ignore_metrics
-    """Called with step and record, for trackers."""
-    stop_signal: int | None = field(default=None, init=False)
-
-    @property
-    def name(self) -> str:
-        """Name of the run's folder."""
-        return self.folder.name
-
-    def event(self, event: str, **details: Any) -> None:
-        """Add a line to events.jsonl."""
-        Records(self.folder / "events.jsonl").append({"time": now(), "event": event, **details})
+from mlxchat.runner.awake import keep_awake
+from mlxchat.runner.complete import complete
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.run import Policy as Policy
+from mlxchat.runner.run import Run as Run
+from mlxchat.runner.signals import stop_on_signals
+from mlxchat.runner.store import Store
 
 
 def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
     """Run what the plan says is not done, and point the refs of this run and `latest` at every step's artifact.
 
+    A step that fails takes those with it that need it. The others go on, unless the run shall fail fast.
+
     Raises:
-        Interrupted: a signal arrived; everything finished so far is kept, the current step can continue.
-        StepFailed: a step raised or did not make its outputs.
+        Interrupted: a signal arrived; everything finished so far is kept, the current steps can continue.
+        MlxchatError: what a step raised; StepFailed if several did.
+        StoreError: the outputs folder can no longer be written.
     """
-    planned = {step.name: step for step in plan}
     for step in plan:
         _ = step.code  # looked at now: an edit while the first steps run is not what later ones are made with
-    run.event("run_started", steps=[step.name for step in plan])
-    with _signals(run):
-        for step in plan:
-            try:
-                place = _complete(step, store, run, planned)
-            except MlxchatError as error:
-                run.event("run_failed", step=step.name, error=str(error))
-                raise
-            store.set_ref(run.name, step.name, place)
-            store.set_ref("latest", step.name, place)
-            # A stage need not look at signals: then the run stops between its steps.
-            if run.stop_signal is not None and step is not plan[-1]:
-                message = f"stopped after {step.name}. The same command continues from there."
-                run.event("run_failed", error=message)
-                raise Interrupted(message, run.stop_signal)
+    outcome = Outcome(plan, store, run)
+    try:
+        run.event("run_started", steps=[step.name for step in plan])
+        with keep_awake():
+            if run.policy.max_parallel_steps > 1:
+                from mlxchat.runner.parallel import execute_in_processes
+
+                execute_in_processes(outcome)
+            else:
+                _execute_here(outcome)
+        outcome.conclude()
+    except OSError as error:
+        raise StoreError(
+            f"outputs folder {store.outputs} can no longer be used ({error.strerror or error}: {error.filename}). "
+            "What is in it is whole. Mend that and run the same command again: it continues."
+        ) from error
+    except MlxchatError as error:
+        run.try_event("run_failed", step=outcome.last_step(), error=str(error))
+        raise
+    finally:
+        run.hooks.finish()
     run.event("run_done")
 
 
-def _complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Return the folder with the step's files, made now if need be."""
-    store.forget()
-    step.verdict = judge(step, store, forced=step.forced, planned=planned)
-    place = store.find(step.rid) if step.done else None
-    if place is not None:
-        run.event("step_cached", step=step.name, artifact=place.name)
-        return place
-    began = now()
+def _execute_here(outcome: Outcome) -> None:
+    """Complete one step after the other in this process."""
+    plan, run = outcome.plan, outcome.run
 
-    def tell_waiting(owner: dict[str, Any]) -> None:
-        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} (run {owner.get('run', '?')})"
-        run.say(f"{step.name:<10} waits: {who} is making it")
+    def request_stop(number: int) -> None:
+        if run.stop_signal is None:
+            run.stop_signal = number
+            run.say("stopping at the next iteration border (again: stop at once)")
 
-    with locks.hold(store.lock(step.rid), {"run": run.name, "step": step.name}, tell_waiting) as waited:
-        store.forget()
-        if waited:
-            error = attempt_log.failure_since(store.work(step.rid), began)
-            if error is not None:
-                raise StepFailed(f"step {step.name} failed in the process that was waited for: {error}")
-        # Another process may have finished it before we got the lock.
-        step.verdict = judge(step, store, forced=step.forced and not waited, planned=planned)
-        place = store.find(step.rid) if step.done else None
-        if place is not None:
-            run.event("step_cached", step=step.name, artifact=place.name)
-        elif step.verdict.original is not None:
-            place = _share(step, step.verdict.original, store, run, planned)
-        else:
-            place = _make(step, store, run, planned)
-        step.verdict = Verdict(state="done")  # for the steps below
-        return place
+    with stop_on_signals(request_stop):
+        for step in plan:
+            if outcome.must_skip(step):
+                continue
+            try:
+                place = complete(step, outcome.store, run, outcome.planned)
+            except (Interrupted, StoreError):
+                outcome.current = step.name
+                raise
+            except MlxchatError as error:
+                outcome.fail(step, error)
+                if run.policy.fail_fast:
+                    return
+                continue
+            outcome.finish(step, place)
+            # A stage need not look at signals: then the run stops between its steps.
+            if run.stop_signal is not None and step is not plan[-1]:
+                raise Interrupted(f"stopped after {step.name}. The same command continues from there.", run.stop_signal)
 
 
-def _share(step: PlannedStep, original: Manifest, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Publish an alias of an artifact that was made from inputs of the same contents. The caller holds the lock."""
-    _, lineage = _find_inputs(step, store, planned)
-    facts = {"run": run.name, "overrides": run.overrides, "argv": run.environment.record()["argv"]}
-    place = publish_alias(store, step, original, lineage, facts)
-    run.event("step_shared", step=step.name, artifact=step.artifact, original=place.name)
-    run.say(f"{step.name:<10} done: its inputs have the contents that {place.name} was made from")
-    return place
+class Outcome:
+    """What became of the steps of a run so far."""
 
+    def __init__(self, plan: list[PlannedStep], store: Store, run: Run) -> None:
+        """Begin with nothing done."""
+        self.plan, self.store, self.run = plan, store, run
+        self.planned = {step.name: step for step in plan}
+        self.finished: set[str] = set()
+        self.failures: dict[str, MlxchatError] = {}
+        self.skipped: dict[str, str] = {}
+        """Step → the one that failed."""
+        self.current: str | None = None
+        """The step that was at work when the run ended."""
 
-def _find_inputs(
-    step: PlannedStep, store: Store, planned: dict[str, PlannedStep]
-) -> tuple[dict[str, Path], dict[str, Manifest]]:
-    """Return role → folder, and role → what the manifest records of it."""
-    inputs: dict[str, Manifest] = {}
-    folders: dict[str, Path] = {}
-    for role, source in step.inputs.items():
-        folder, manifest = store.find(planned[source].rid), store.read(planned[source].rid)
-        assert folder is not None, f"{source} ran before {step.name}"
-        assert manifest is not None
-        folders[role], inputs[role] = folder, manifest
-    for role, manifest in step.artifacts.items():
-        folder = store.find(manifest["rid"])
-        if folder is None:
-            raise StoreError(f"{manifest['name']}, which {step.name} needs as {role}, is no longer in {store.outputs}")
-        folders[role], inputs[role] = folder, manifest
-    lineage = {
-        role: {key: manifest[source] for key, source in _INPUT_KEYS.items()} for role, manifest in inputs.items()
-    }
-    return folders, lineage
+    def finish(self, step: PlannedStep, place: Path) -> None:
+        """Note a step's artifact and give it its names."""
+        self.finished.add(step.name)
+        self.store.set_ref(self.run.name, step.name, place)
+        self.store.set_ref("latest", step.name, place)
 
+    def fail(self, step: PlannedStep, error: MlxchatError) -> None:
+        """Note that a step failed, and say so now if anything else goes on."""
+        self.failures[step.name] = error
+        self.current = step.name
+        if not self.run.policy.fail_fast and any(self._goes_on(other) for other in self.plan):
+            self.run.say(f"{step.name:<10} failed: {(str(error).splitlines() or ['?'])[0]} (other steps go on)")
 
-def _make(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Run the stage in the step's work folder and publish what it made. The caller holds the lock."""
-    work = store.work(step.rid)
-    out = work / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    folders, lineage = _find_inputs(step, store, planned)
-    trees = {role: manifest["tree"] for role, manifest in lineage.items()}
-    _drop_work_on_other_inputs(work, trees)
-    ctx = Context(
-        step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,
-        config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
-        work=work / "ckpt", root_seed=run.seed, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
-        shared=SharedArtifacts(
-            outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
-        ),
-    )  # fmt: skip
-    attempt = attempt_log.start(work, run.name, step.name)
-    run.event("step_started", step=step.name, artifact=step.artifact, reason=step.reason)
-    run.say(f"{step.name:<10} starts ({step.reason})")
-    reset_peak_memory()
-    began = time.monotonic()
-    try:
-        step.stage.load()(ctx)
-        missing = [name for name in step.stage.outputs if not (out / name).exists()]
-        if missing:
-            raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({out})")
-    except Interrupted as stop:
-        attempt_log.finish(work, attempt, "interrupted", str(stop), ctx.resumed_from)
-        run.event("step_interrupted", step=step.name, error=str(stop))
-        raise
-    except BaseException as error:
-        text = f"{type(error).__name__}: {error}"
-        attempt_log.finish(work, attempt, "failed", text, ctx.resumed_from)
-        run.event("step_failed", step=step.name, error=text)
-        if isinstance(error, MlxchatError) or not isinstance(error, Exception):
-            raise
-        log = run.folder / f"{step.name}-error.log"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
-        raise StepFailed(f"step {step.name} failed: {text}\nTraceback: {log}") from error
-    try:
-        for path in (ctx.work / "records").glob("*.jsonl"):
-            shutil.copyfile(path, out / path.name)
-        attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
-        manifest = _describe(step, ctx, run, lineage, attempt_log.read(work))
-        place = store.publish(out, step.artifact, manifest)
-        remember_action(store, manifest["akey"], step.rid)
-    except OSError as error:
-        text = f"{step.name} was made but could not be published: {error.strerror or error} ({error.filename or out})"
-        with suppress(OSError):  # a full disk takes no notes either
-            attempt_log.finish(work, attempt, "failed", text, ctx.resumed_from)
-        raise StoreError(f"{text}. Mend that and run the same command again.") from error
-    shutil.rmtree(work, ignore_errors=True)
-    seconds = time.monotonic() - began
-    run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
-    run.say(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(manifest)}")
-    return place
+    def must_skip(self, step: PlannedStep) -> bool:
+        """Tell whether a step needs one that failed; it is noted and said once."""
+        cause = next((self.cause_of(source) for source in step.inputs.values() if self.cause_of(source)), None)
+        if cause is None:
+            return False
+        if step.name not in self.skipped:
+            self.skipped[step.name] = cause
+            self.run.event("step_skipped", step=step.name, failed=cause)
+            self.run.say(f"{step.name:<10} is left out: {cause} failed")
+        return True
 
+    def cause_of(self, name: str) -> str | None:
+        """Return the failed step because of which this one is not there."""
+        return name if name in self.failures else self.skipped.get(name)
 
-def _drop_work_on_other_inputs(work: Path, trees: dict[str, str]) -> None:
-    """Throw resumable state away if an input was rebuilt with other bytes since it was saved."""
-    note, text = work / "inputs.json", json.dumps(trees, sort_keys=True)
-    if note.exists() and note.read_text(encoding="utf-8") != text:
-        shutil.rmtree(work / "ckpt", ignore_errors=True)
-    note.write_text(text, encoding="utf-8")
+    def conclude(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if len(self.failures) == 1:
+            raise next(iter(self.failures.values()))
+        if self.failures:
+            lines = [f"{name}: {(str(error).splitlines() or ['?'])[0]}" for name, error in self.failures.items()]
+            raise StepFailed(f"{len(lines)} steps failed:\n" + "\n".join(lines))
 
+    def last_step(self) -> str | None:
+        """Return the step that a failure of the run is about."""
+        return self.current
 
-def _describe(
-    step: PlannedStep, ctx: Context, run: Run, lineage: dict[str, Manifest], attempts: list[Record]
-) -> Manifest:
-    """Return everything that the manifest says."""
-    outputs, tree = describe_outputs(ctx.out)
-    metrics = dict(ctx.metrics)
-    sections = {section: plain_of(getattr(run.config, section)) for section in step.stage.config}
-    return {
-        "schema": 1,
-        "rid": step.rid,
-        "akey": action_key(step, {role: made["tree"] for role, made in lineage.items()}),
-        "alias_of": None,
-        "name": step.artifact,
-        "stage": step.stage.name,
-        "step": step.name,
-        "kind": step.stage.produces,
-        "version": step.stage.version,
-        "config": step.identity,
-        "excluded": {"machine": plain_of(run.config.machine)},
-        "full_config": sections,
-        "overrides": run.overrides,
-        "inputs": lineage,
-        "outputs": outputs,
-        "tree": tree,
-        "pins": step.externals,
-        "externals": ctx.externals,
-        **{key: metrics.pop(key, None) for key in _MEASURED},
-        "metrics": metrics,
-        "derived": ctx.derived,
-        "seed": run.seed,
-        "attempts": attempts,
-        "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "code": step.code,
-        **run.environment.record(),
-        "run": run.name,
-        "published": now(),
-    }
+    def _goes_on(self, step: PlannedStep) -> bool:
+        if step.name in self.finished or step.name in self.failures:
+            return False
+        return not any(self._lost(source) for source in step.inputs.values())
 
-
-# Numbers of the execution, not of the result.
-_MEASURED = ("tokens_per_second", "data_wait_frac")
-_INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
-
-
-def _summary(manifest: Manifest) -> str:
-    """Return the artifact's name, size and numbers in one line."""
-    size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
-    numbers = [f"{key} {format_number(value)}" for key, value in manifest["metrics"].items()][:4]
-    if manifest["tokens_per_second"]:
-        numbers.append(f"{format_count(manifest['tokens_per_second'])} tok/s")
-    return "  ".join([f"{manifest['name']} ({size})", *numbers])
-
-
-@contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a request to stop; the second one leaves at once."""
-
-    def request_stop(number: int, frame: object) -> None:
-        if run.stop_signal is not None:
-            # Everything on disk is whole at any moment, so nothing needs to be cleaned up.
-            os._exit(128 + number)
-        run.stop_signal = number
-        run.say("stopping at the next iteration border (again: stop at once)")
-
-    try:
-        previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def _lost(self, name: str) -> bool:
+        step = self.planned[name]
+        return name in self.failures or any(self._lost(source) for source in step.inputs.values())

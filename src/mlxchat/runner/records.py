@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from mlxchat.runner.secrets import redact
+
 Record = dict[str, Any]
 
 
@@ -23,26 +25,30 @@ class Records:
         self.path = path
 
     def append(self, record: Record) -> None:
-        """Write one line, at once."""
+        """Write one line, at once, without the environment's secrets."""
+        line = json.dumps(redact(record), ensure_ascii=False).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             if file.tell() and self._is_cut(file):
                 file.write(b"\n")
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.write(line)
 
     def read(self) -> list[Record]:
         """Return all whole records; a line cut by a crash is left out."""
         if not self.path.exists():
             return []
-        records = []
-        for line in self.path.read_bytes().split(b"\n"):  # not splitlines: text may hold U+2028
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-        return records
+        # Not splitlines: text may hold U+2028.
+        records = (self.parse(line) for line in self.path.read_bytes().split(b"\n"))
+        return [record for record in records if record is not None]
+
+    @staticmethod
+    def parse(line: bytes) -> Record | None:
+        """Return the record of a line, or None if it is cut or damaged."""
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return None
+        return record if isinstance(record, dict) else None
 
     @staticmethod
     def _is_cut(file: IO[bytes]) -> bool:

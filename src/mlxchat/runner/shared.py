@@ -16,9 +16,10 @@ from typing import Any
 from mlxchat.errors import StoreError
 from mlxchat.runner import attempts as attempt_log
 from mlxchat.runner import locks
+from mlxchat.runner.crash import crash_point
 from mlxchat.runner.fingerprint import compute_rid
 from mlxchat.runner.records import now
-from mlxchat.runner.store import Manifest, Store, artifact_name, describe_outputs
+from mlxchat.runner.store import SCHEMA, Manifest, Store, artifact_name, describe_outputs
 
 SHARED_KIND = "tokens"
 
@@ -72,6 +73,7 @@ class SharedArtifacts:
             self.say(f"{SHARED_KIND:<10} waits: process {owner.get('pid', '?')} is making {label}")
 
         with locks.hold(store.lock(rid), {"run": self.run, "step": SHARED_KIND}, tell_waiting, check):
+            crash_point("shared.locked")
             store.forget()
             place = store.find(rid)
             if place is not None:
@@ -83,19 +85,22 @@ class SharedArtifacts:
                 attempt = attempt_log.start(work, self.run, SHARED_KIND)
                 began = time.monotonic()
                 metrics = make(work / "out")
+                crash_point("shared.made")
                 seconds = time.monotonic() - began
                 attempt_log.finish(work, attempt, "done", None, None)
                 outputs, tree = describe_outputs(work / "out")
                 name = artifact_name(SHARED_KIND, label, rid)
                 manifest = {
-                    "schema": 1, "rid": rid, "name": name, "version": version, "stage": SHARED_KIND,
+                    "schema": SCHEMA, "rid": rid, "name": name, "version": version, "stage": SHARED_KIND,
                     "step": SHARED_KIND, "kind": SHARED_KIND, "config": identity, "excluded": {}, "overrides": [],
                     "inputs": self.inputs, "outputs": outputs, "tree": tree, "pins": {}, "externals": [],
                     "tokens_per_second": metrics.pop("tokens_per_second", None), "metrics": metrics, "derived": {},
                     "seed": None, "attempts": attempt_log.read(work), "seconds": round(seconds, 3),
                     "peak_memory_bytes": None, "code": {}, **self.facts(), "run": self.run, "published": now(),
                 }  # fmt: skip
-                return store.publish(work / "out", name, manifest)
+                place = store.publish(work / "out", name, manifest)
+                crash_point("shared.published")
+                return place
             except OSError as error:
                 raise StoreError(
                     f"{label} could not be encoded ({error.strerror or error}: {error.filename or work}). "

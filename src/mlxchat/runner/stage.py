@@ -35,6 +35,8 @@ class Stage:
     """Kind of the artifact."""
     outputs: tuple[str, ...]
     """Files that must exist afterwards."""
+    resources: tuple[str, ...]
+    """What it needs alone: "gpu", of which there is one."""
     label: str | None
     """Dotted path of the config value that goes into the artifact's name; None: the label of the first input."""
 
@@ -90,6 +92,7 @@ def read_stage(name: str) -> Stage:
         optional_inputs=dict(values.get("OPTIONAL_INPUTS", {})),
         produces=values["PRODUCES"],
         outputs=tuple(values["OUTPUTS"]),
+        resources=tuple(values.get("RESOURCES", ())),
         label=values.get("LABEL"),
     )
 

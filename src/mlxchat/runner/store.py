@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
-from mlxchat.runner import locks
+from mlxchat.runner import attempts, locks
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.fingerprint import canonical_json, hash_file
 from mlxchat.runner.sealed import seal, sync, unseal
@@ -240,12 +240,27 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def sweep(outputs: Path) -> None:
-    """Remove what killed processes left for nobody: artifacts that were replaced, names that were not given yet."""
-    for folder in (outputs / "work").glob(".trash-*"):
-        shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        for path in (outputs / "index").glob(".*"):
-            path.unlink(missing_ok=True)
+    """Remove what killed processes left for nobody.
+
+    These are artifacts that were replaced, names that were not given yet, and work whose artifact is in the store. Work
+    of a step that was not finished stays: it is what the step continues from.
+    """
+    store = Store(outputs)
+    for folder in (outputs / "work").iterdir():
+        if folder.name.startswith(".trash-"):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif store.own_folder(folder.name) is not None:
+            with suppress(BlockingIOError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
+                executions = attempts.read(folder)
+                if not executions or executions[-1]["outcome"] == "done":
+                    shutil.rmtree(folder, ignore_errors=True)
+    for path in (outputs / "index").glob(".*"):
+        path.unlink(missing_ok=True)
+
+
+def _leave(owner: Manifest) -> None:
+    """Do not wait for whoever holds a lock."""
+    raise BlockingIOError
 
 
 def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:

@@ -1,0 +1,294 @@
+"""Making one step's artifact: run the stage in its work folder, look at what it left, publish it whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+import traceback
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
+from mlxchat.runner import attempts as attempt_log
+from mlxchat.runner import locks
+from mlxchat.runner.aliases import action_key, remember_action
+from mlxchat.runner.context import Context, Sections
+from mlxchat.runner.crash import crash_point
+from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory
+from mlxchat.runner.fingerprint import plain_of
+from mlxchat.runner.integrity import find_damage
+from mlxchat.runner.passing import is_passing
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
+from mlxchat.runner.records import Record, now
+from mlxchat.runner.run import Run
+from mlxchat.runner.secrets import redact
+from mlxchat.runner.shared import SharedArtifacts
+from mlxchat.runner.store import SCHEMA, Manifest, Store, describe_outputs
+from mlxchat.runner.time_limit import TimeIsUp, TimeLimit
+from mlxchat.runner.waiting import Waiting
+
+# What a person has to mend before another try has a chance.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]) -> Path:
+    """Return the step's new artifact. The caller holds the lock.
+
+    Args:
+        step: what to make.
+        store: where it goes.
+        run: how, and where to report.
+        folders: role → folder of the input.
+        lineage: role → what the manifest records of it.
+
+    Raises:
+        Interrupted: a signal arrived; the stage has saved what it can go on from.
+        StepFailed: the stage raised, took too long, or did not make what it promised.
+        StoreError: an input is damaged, or the artifact cannot be written.
+    """
+    with ExitStack() as held:
+        if "gpu" in step.stage.resources and run.uses_gpu():
+            token = store.outputs / "locks" / "gpu0.lock"
+            waiting = Waiting(run, step.name, token, doing="has the GPU")
+            held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
+        _check_inputs(step, folders, store)
+        run.hooks.tell("on_start", **_facts(step, store, run))
+        began = time.monotonic()
+        try:
+            place = _make(step, store, run, folders, lineage)
+        except Interrupted:
+            raise
+        except Exception as error:
+            run.hooks.tell("on_failure", error=str(error), **_facts(step, store, run))
+            raise
+        seconds = round(time.monotonic() - began, 3)
+        run.hooks.tell("on_success", seconds=seconds, **_facts(step, store, run))
+        return place
+
+
+def _make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]) -> Path:
+    """Run the stage, again if what went wrong may pass, and publish what it made."""
+    work = store.work(step.rid)
+    began = time.monotonic()
+    tries = run.policy.retry_attempts
+    for number in range(1, tries + 1):
+        try:
+            ctx = _prepare(step, store, run, folders, lineage)
+            attempt = _attempt(step, ctx, run, work)
+            break
+        except Exception as error:
+            if isinstance(error, Interrupted):
+                raise
+            if number == tries or not is_passing(error):
+                explained = _explained(error, step, run)
+                if explained is error:
+                    raise
+                raise explained from error
+            delay = run.policy.retry_seconds * 2 ** (number - 1)
+            run.event("step_retries", step=step.name, error=_tell(error), attempt=number + 1, seconds=delay)
+            run.say(redact(
+                f"{step.name:<10} failed ({_tell(error)}), which may pass: "
+                f"try {number + 1} of {tries} in {format_seconds(delay)}"
+            ))  # fmt: skip
+            _pause(delay, step, run)
+    try:
+        for path in (ctx.work / "records").glob("*.jsonl"):
+            shutil.copyfile(path, ctx.out / path.name)
+        attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
+        crash_point("step.recorded")
+        manifest = _describe(step, ctx, run, lineage, attempt_log.read(work))
+        if not locks.owns(store.lock(step.rid)):
+            raise StoreError(
+                f"{store.outputs} was removed or exchanged while {step.name} was made, and with it the lock that kept "
+                "others from making it too. Nothing was published; run the same command again."
+            )
+        place = store.publish(ctx.out, step.artifact, manifest)
+        remember_action(store, manifest["akey"], step.rid)
+    except OSError as error:
+        text = f"{step.name} was made but could not be published: {error.strerror or error}"
+        text += f" ({error.filename or ctx.out})"
+        with suppress(OSError):  # a full disk takes no notes either
+            attempt_log.finish(work, attempt, "failed", text, ctx.resumed_from)
+        raise StoreError(f"{text}. Mend that and run the same command again.") from error
+    crash_point("step.indexed")
+    shutil.rmtree(work, ignore_errors=True)
+    crash_point("step.cleaned")
+    seconds = time.monotonic() - began
+    run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
+    run.say(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(manifest)}")
+    return place
+
+
+def _prepare(
+    step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]
+) -> Context:
+    """Return the context of an attempt, whose `out` is empty and whose `work` is what it can go on from."""
+    work = store.work(step.rid)
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    _drop_work_on_other_inputs(work, {role: manifest["tree"] for role, manifest in lineage.items()})
+    crash_point("step.prepared")
+    return Context(
+        step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,
+        config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
+        work=work / "ckpt", root_seed=run.seed, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
+        shared=SharedArtifacts(
+            outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
+        ),
+    )  # fmt: skip
+
+
+def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
+    """Run the stage once and note how that ended; return the attempt's number."""
+    attempt = attempt_log.start(work, run.name, step.name)
+    run.event("step_started", step=step.name, artifact=step.artifact, reason=step.reason)
+    crash_point("step.started")
+    run.say(f"{step.name:<10} starts ({step.reason})")
+    reset_peak_memory()
+    limit = TimeLimit(run.policy.timeouts.get(step.name))
+    ctx.stop_signal = lambda: run.stop_signal or (15 if limit.passed else None)
+    error: BaseException
+    try:
+        with limit:
+            step.stage.load()(ctx)
+        crash_point("step.ran")
+        missing = [name for name in step.stage.outputs if not (ctx.out / name).exists()]
+        if missing:
+            raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({ctx.out})")
+        return attempt
+    except Interrupted as stop:
+        if run.stop_signal is not None or not limit.passed:
+            with suppress(OSError):
+                attempt_log.finish(work, attempt, "interrupted", str(stop), ctx.resumed_from)
+            run.try_event("step_interrupted", step=step.name, error=str(stop))
+            raise
+        error = StepFailed(f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds. {stop}")
+    except TimeIsUp:
+        error = StepFailed(
+            f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds, did not stop when asked "
+            "to, and was ended."
+        )
+    except BaseException as raised:
+        error = raised
+    with suppress(OSError):
+        attempt_log.finish(work, attempt, "failed", _tell(error), ctx.resumed_from)
+    run.try_event("step_failed", step=step.name, error=_tell(error))
+    raise error
+
+
+def _explained(error: Exception, step: PlannedStep, run: Run) -> MlxchatError:
+    """Return what is told of an error: itself if it is for people, else one that says where its traceback is."""
+    if isinstance(error, MlxchatError):
+        return error
+    text = f"step {step.name} failed: {_tell(error)}"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        text += "\nMend that and run the same command again: it continues from what was saved last."
+    log = run.folder / f"{step.name}-error.log"
+    with suppress(OSError):
+        lines = traceback.format_exception(error)
+        log.write_text(redact("".join(lines)), encoding="utf-8")
+        text += f"\nTraceback: {log}"
+    return StepFailed(redact(text))
+
+
+def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
+    """Wait before another try, unless the run shall stop."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if run.stop_signal is not None:
+            raise Interrupted(
+                f"stopped before another try of {step.name}. The same command continues.", run.stop_signal
+            )
+        time.sleep(min(0.1, max(0.0, until - time.monotonic())))
+
+
+def _check_inputs(step: PlannedStep, folders: dict[str, Path], store: Store) -> None:
+    """Refuse inputs whose files are not those that were published."""
+    for folder in folders.values():
+        damage = list(find_damage(folder, store.manifest_of(folder)))
+        if damage:
+            raise StoreError(
+                f"{folder}, which {step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"
+                "Remove the folder; the next run makes it again."
+            )
+
+
+def _drop_work_on_other_inputs(work: Path, trees: dict[str, str]) -> None:
+    """Throw resumable state away unless it is known to be of the same bytes of every input."""
+    note, text = work / "inputs.json", json.dumps(trees, sort_keys=True)
+    try:
+        same = note.read_text(encoding="utf-8") == text
+    except (OSError, UnicodeDecodeError):
+        same = False
+    if not same:
+        shutil.rmtree(work / "ckpt", ignore_errors=True)
+        note.write_text(text, encoding="utf-8")
+
+
+def _describe(
+    step: PlannedStep, ctx: Context, run: Run, lineage: dict[str, Manifest], attempts: list[Record]
+) -> Manifest:
+    """Return everything that the manifest says."""
+    outputs, tree = describe_outputs(ctx.out)
+    metrics = dict(ctx.metrics)
+    sections = {section: plain_of(getattr(run.config, section)) for section in step.stage.config}
+    return {
+        "schema": SCHEMA,
+        "rid": step.rid,
+        "akey": action_key(step, {role: made["tree"] for role, made in lineage.items()}),
+        "alias_of": None,
+        "name": step.artifact,
+        "stage": step.stage.name,
+        "step": step.name,
+        "kind": step.stage.produces,
+        "version": step.stage.version,
+        "config": step.identity,
+        "excluded": {"machine": plain_of(run.config.machine)},
+        "full_config": sections,
+        "overrides": run.overrides,
+        "inputs": lineage,
+        "outputs": outputs,
+        "tree": tree,
+        "pins": step.externals,
+        "externals": ctx.externals,
+        **{key: metrics.pop(key, None) for key in _MEASURED},
+        "metrics": metrics,
+        "derived": ctx.derived,
+        "seed": run.seed,
+        "attempts": attempts,
+        "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "code": step.code,
+        **run.environment.record(),
+        "run": run.name,
+        "published": now(),
+    }
+
+
+# Numbers of the execution, not of the result.
+_MEASURED = ("tokens_per_second", "data_wait_frac")
+
+
+def _summary(manifest: Manifest) -> str:
+    """Return the artifact's name, size and numbers in one line."""
+    size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
+    numbers = [f"{key} {format_number(value)}" for key, value in manifest["metrics"].items()][:4]
+    if manifest["tokens_per_second"]:
+        numbers.append(f"{format_count(manifest['tokens_per_second'])} tok/s")
+    return "  ".join([f"{manifest['name']} ({size})", *numbers])
+
+
+def _facts(step: PlannedStep, store: Store, run: Run) -> dict[str, str]:
+    """Return what hooks are told."""
+    return {
+        "step": step.name, "stage": step.stage.name, "run": run.name, "artifact": step.artifact, "rid": step.rid,
+        "outputs": str(store.outputs.resolve()),
+    }  # fmt: skip
+
+
+def _tell(error: BaseException) -> str:
+    return redact(f"{type(error).__name__}: {error}")

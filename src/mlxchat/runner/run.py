@@ -1,0 +1,75 @@
+"""One invocation: where it reports, what it knows about itself, and how its steps are executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlxchat.runner.environment import Environment
+from mlxchat.runner.hooks import Hooks
+from mlxchat.runner.records import Record, Records, now
+
+
+def _ignore_metrics(step: str, record: Record) -> None:
+    """Drop a record: nobody tracks this run."""
+
+
+def _no_gpu() -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How steps are executed; it never changes what they compute."""
+
+    max_parallel_steps: int = 1
+    """Steps at a time; above 1 each runs in a process of its own."""
+    fail_fast: bool = False
+    """Whether a step that fails stops those that do not need it."""
+    retry_attempts: int = 1
+    """How often a step is tried whose error may pass by itself."""
+    retry_seconds: float = 10.0
+    """Before the second try; twice as long before each further one."""
+    timeouts: Mapping[str, float] = field(default_factory=dict)
+    """Step → seconds after which it is stopped."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One invocation."""
+
+    folder: Path
+    """outputs/runs/<…>."""
+    config: Any
+    """The typed configuration."""
+    seed: int
+    force: list[str]
+    overrides: list[str]
+    environment: Environment
+    say: Callable[[str], None] = print
+    """Where lines for people go."""
+    on_metrics: Callable[[str, Record], None] = _ignore_metrics
+    """Called with step and record, for trackers."""
+    policy: Policy = field(default_factory=Policy)
+    hooks: Hooks = field(default_factory=Hooks)
+    uses_gpu: Callable[[], bool] = _no_gpu
+    """Returns whether stages that declare `gpu` compute on one; may be slow, since it may load MLX."""
+    stop_signal: int | None = field(default=None, init=False)
+    """The signal that asked the run to stop, if one did."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return self.folder.name
+
+    def event(self, event: str, **details: Any) -> None:
+        """Add a line to events.jsonl."""
+        Records(self.folder / "events.jsonl").append({"time": now(), "event": event, **details})
+
+    def try_event(self, event: str, **details: Any) -> None:
+        """Add a line to events.jsonl if that is possible: what went wrong may be the disk."""
+        with suppress(OSError):
+            self.event(event, **details)

@@ -1,0 +1,62 @@
+"""Stopping: the first SIGINT or SIGTERM asks for it, the second one leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stop_on_signals(request: Callable[[int], None], leave: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Call `request` with the number of the first signal; at the second one call `leave` and end the process.
+
+    Everything on disk is whole at any moment, so nothing needs to be cleaned up. In any thread but the main one this
+    does nothing: whoever runs us there handles signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            _end(number, leave)
+        request(number)
+
+    def watch() -> None:
+        """End the process at the second signal even if the main thread is inside a library and handles none."""
+        seen = 0
+        while numbers := os.read(reading, 16):
+            for number in numbers:
+                seen += number in SIGNALS
+                if seen > 1:
+                    _end(number, leave)
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    thread.start()
+    former = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, handle) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(former)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
+
+
+def _end(number: int, leave: Callable[[], None]) -> None:
+    with suppress(Exception):
+        leave()
+    os._exit(128 + number)
