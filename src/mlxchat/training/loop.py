@@ -20,6 +20,7 @@ from mlxchat.ops.peak import peak_flops
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.runner.context import Context
+from mlxchat.runner.crash import crash_point
 from mlxchat.training.meter import Meter
 from mlxchat.training.micro_batch import MOST_TOKENS
 from mlxchat.training.resume import load_finished, load_state, save_finished, save_state
@@ -154,6 +155,7 @@ def fit(
                 warning += "; the update was left out"
                 record["skipped_iterations"] = watch.num_skipped
             done += 1
+            crash_point("train.iteration")
             meter.add(loss if good else None, batch.ids.size, seconds, waited)
             if warning is not None:
                 progress.note(f"iteration {done}: {warning}")
@@ -169,6 +171,7 @@ def fit(
             if time.monotonic() - saved_at >= machine.checkpoint_seconds:
                 save()
                 saved_at = time.monotonic()
+    crash_point("train.finished")
     if keep_state:
         save_finished(ctx.out, done, optimizer, progress_so_far())
     if watch.num_skipped:

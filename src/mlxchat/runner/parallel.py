@@ -1,0 +1,292 @@
+"""Several steps at a time, each in a process of its own that is started anew and never forked.
+
+A child completes one step under the step's lock, as any other process would. What it prints goes to <step>.log in the
+run's folder and, with the step's name before it, to the terminal. It has a session of its own, so that ctrl-c reaches
+it once, from here; if this process dies, it saves what it has and ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxchat import errors
+from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
+from mlxchat.runner.complete import complete, find_done
+from mlxchat.runner.environment import Environment
+from mlxchat.runner.hooks import Hooks
+from mlxchat.runner.plan import PlannedStep, Verdict
+from mlxchat.runner.records import Record
+from mlxchat.runner.run import Policy, Run
+from mlxchat.runner.secrets import redact
+from mlxchat.runner.signals import SIGNALS, stop_on_signals
+from mlxchat.runner.store import Store
+
+if TYPE_CHECKING:
+    from mlxchat.runner.execute import Outcome
+
+_LOOK_SECONDS = 0.2
+_PRINTER_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a child is told."""
+
+    step: str
+    planned: dict[str, PlannedStep]
+    outputs: Path
+    folder: Path
+    config: Any
+    seed: int
+    overrides: list[str]
+    policy: Policy
+    hooks: tuple[Any, Any, Any]
+    uses_gpu: Callable[[], bool]
+    environment: Environment
+
+
+@dataclass(kw_only=True)
+class _Child:
+    """A step at work in another process."""
+
+    step: PlannedStep
+    process: BaseProcess
+    messages: Connection
+    printer: threading.Thread
+    result: tuple[Any, ...] | None = None
+    asked_to_stop: int = 0
+    """The signal it was sent."""
+
+    def stop(self, number: int) -> None:
+        """Ask it, once, to save and end."""
+        if not self.asked_to_stop and self.process.pid is not None:
+            self.asked_to_stop = number
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
+
+
+def execute_in_processes(outcome: Outcome) -> None:
+    """Complete the steps of a plan, up to `max_parallel_steps` at a time, as soon as their inputs are there.
+
+    Raises:
+        Interrupted: a signal arrived; every step at work has saved what it can go on from.
+        StoreError: the outputs folder cannot be used.
+    """
+    run, children = outcome.run, dict[str, _Child]()
+
+    def request_stop(number: int) -> None:
+        if run.stop_signal is None:
+            run.stop_signal = number
+            run.say("stopping at the next iteration border (again: stop at once)")
+
+    def leave() -> None:
+        for child in children.values():
+            child.process.kill()
+
+    fatal: MlxchatError | None = None
+    with stop_on_signals(request_stop, leave):
+        try:
+            while True:
+                failing = fatal is not None or (run.policy.fail_fast and bool(outcome.failures))
+                if run.stop_signal is not None or failing:
+                    for child in children.values():
+                        child.stop(run.stop_signal or signal.SIGTERM)
+                else:
+                    _start_what_is_ready(outcome, children)
+                if not children:
+                    break
+                for child in _wait(children, run.on_metrics):
+                    del children[child.step.name]
+                    try:
+                        _take_result(child, outcome)
+                    except Interrupted as stop:
+                        if run.stop_signal is not None:
+                            fatal = fatal or stop
+                    except StoreError as error:
+                        outcome.current = child.step.name
+                        fatal = error
+        finally:
+            for child in children.values():
+                child.process.kill()
+                _end(child)
+    if fatal is not None:
+        raise fatal
+    if run.stop_signal is not None and len(outcome.finished) < len(outcome.plan) and not outcome.failures:
+        raise Interrupted("stopped between two steps. The same command continues from there.", run.stop_signal)
+
+
+def _start_what_is_ready(outcome: Outcome, children: dict[str, _Child]) -> None:
+    """Start every step whose inputs are there, as far as there is room; what is done already needs no process."""
+    for step in outcome.plan:
+        if step.name in outcome.finished or step.name in outcome.failures or step.name in children:
+            continue
+        if outcome.must_skip(step) or any(source not in outcome.finished for source in step.inputs.values()):
+            continue
+        if len(children) >= outcome.run.policy.max_parallel_steps:
+            return
+        place = find_done(step, outcome.store, outcome.run, outcome.planned)
+        if place is not None:
+            outcome.finish(step, place)
+        else:
+            children[step.name] = _start(step, outcome)
+
+
+def _start(step: PlannedStep, outcome: Outcome) -> _Child:
+    run = outcome.run
+    context = multiprocessing.get_context("spawn")
+    messages, theirs = context.Pipe()
+    printed, printing = context.Pipe(duplex=False)
+    hooks = (run.hooks.on_start, run.hooks.on_success, run.hooks.on_failure)
+    order = Order(
+        step=step.name, planned=_needed(step, outcome.planned), outputs=outcome.store.outputs, folder=run.folder,
+        config=run.config, seed=run.seed, overrides=run.overrides, policy=replace(run.policy, max_parallel_steps=1),
+        hooks=hooks, uses_gpu=run.uses_gpu, environment=run.environment,
+    )  # fmt: skip
+    process = context.Process(target=_work, args=(order, theirs, printing), name=step.name)
+    # A signal that came while it starts would end it before it can save.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    theirs.close()
+    printing.close()
+    log = run.folder / f"{step.name}.log"
+    printer = threading.Thread(
+        target=_print, args=(printed, log, step.name, run.say), name=f"{step.name} output", daemon=True
+    )
+    printer.start()
+    return _Child(step=step, process=process, messages=messages, printer=printer)
+
+
+def _needed(step: PlannedStep, planned: dict[str, PlannedStep]) -> dict[str, PlannedStep]:
+    """Return the step and its inputs, without what is remembered of source files."""
+    needed = {name: copy(planned[name]) for name in (step.name, *step.inputs.values())}
+    for other in needed.values():
+        other.digests = None  # what they found is kept in the step's `code`
+    return needed
+
+
+def _wait(children: dict[str, _Child], on_metrics: Callable[[str, Record], None]) -> list[_Child]:
+    """Pass on what children report, for an instant or until one ends; return those that have ended."""
+    ready = wait([child.process.sentinel for child in children.values()] + [c.messages for c in children.values()],
+                 timeout=_LOOK_SECONDS)  # fmt: skip
+    ended = []
+    for child in children.values():
+        over = child.process.sentinel in ready
+        with suppress(EOFError, OSError):
+            while child.messages.poll():
+                message = child.messages.recv()
+                if message[0] == "metrics":
+                    on_metrics(*message[1:])
+                else:
+                    child.result = message
+        if over:
+            ended.append(child)
+    return ended
+
+
+def _take_result(child: _Child, outcome: Outcome) -> None:
+    """Note what became of a child that has ended."""
+    _end(child)
+    step, result = child.step, child.result
+    if result is None and child.asked_to_stop:
+        raise Interrupted(f"{step.name} was stopped. The same command continues it.", child.asked_to_stop)
+    if result is None:
+        code = child.process.exitcode or 0
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        text = f"step {step.name} failed: its process ended {how} without a word. {outcome.run.folder}/{step.name}.log"
+        outcome.run.event("step_failed", step=step.name, error=text)
+        outcome.fail(step, StepFailed(text))
+    elif result[0] == "done":
+        step.verdict = Verdict(state="done")
+        outcome.store.forget()
+        outcome.finish(step, Path(result[1]))
+    else:
+        _, kind, message, code = result
+        if kind == "Interrupted":
+            raise Interrupted(message, code - 128)
+        if kind == "StoreError":
+            raise StoreError(message)
+        error = getattr(errors, kind, StepFailed)(message)
+        outcome.fail(step, error)
+
+
+def _end(child: _Child) -> None:
+    child.process.join()
+    child.printer.join(_PRINTER_SECONDS)  # a program that the stage left behind may keep the pipe open
+    child.messages.close()
+
+
+def _print(printed: Connection, log: Path, step: str, say: Callable[[str], None]) -> None:
+    """Write what a child prints to its log, and say it with the step's name, until the child has ended."""
+    file: Any = None
+    with suppress(OSError):
+        file = log.open("a", encoding="utf-8")
+    with os.fdopen(os.dup(printed.fileno()), encoding="utf-8", errors="replace") as lines:
+        printed.close()
+        for line in lines:
+            text = redact(line.rstrip("\n"))
+            if file is not None:
+                with suppress(OSError):
+                    file.write(text + "\n")
+                    file.flush()
+            say(text if text.startswith(step) else f"{step:<10} {text.strip()}")
+    if file is not None:
+        with suppress(OSError):
+            file.close()
+
+
+def _work(order: Order, messages: Connection, printing: Connection) -> None:
+    """Complete one step, in the child."""
+    os.setsid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(printing.fileno(), 1)
+    os.dup2(printing.fileno(), 2)
+    printing.close()
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    on_start, on_success, on_failure = order.hooks
+    say = partial(print, flush=True)
+    run = Run(
+        folder=order.folder, config=order.config, seed=order.seed, force=[], overrides=order.overrides,
+        environment=order.environment, say=say, policy=order.policy, uses_gpu=order.uses_gpu,
+        hooks=Hooks(on_start=on_start, on_success=on_success, on_failure=on_failure, warn=say),
+        on_metrics=lambda step, record: messages.send(("metrics", step, record)),
+    )  # fmt: skip
+
+    def request_stop(number: int) -> None:
+        run.stop_signal = run.stop_signal or number
+
+    try:
+        with stop_on_signals(request_stop):
+            place = complete(order.planned[order.step], Store(order.outputs), run, order.planned)
+        messages.send(("done", str(place)))
+    except MlxchatError as error:
+        messages.send(("failed", type(error).__name__, str(error), error.exit_code))
+    except OSError as error:
+        text = f"outputs folder {order.outputs} can no longer be used ({error.strerror or error}: {error.filename})"
+        messages.send(("failed", "StoreError", text, 2))
+    finally:
+        run.hooks.finish()
+
+
+def _end_with_parent() -> None:
+    """Ask for an end, as a signal would, when the process that started this one is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
