@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlxchat  # isort: split
 
+import gc
 import json
 import subprocess
 import sys
@@ -37,12 +38,13 @@ from mlxchat.training.step import TrainStep, mean_batch
 
 assert mlxchat
 
-# (depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at which each part counts.
+# (depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at which each part counts, and
+# of a hundred megabytes or more, beside which a few buffers that are there by chance do not matter.
 SMALL = [
-    (2, 512, 256, 4, 4, False, 2),
+    (4, 512, 512, 4, 4, False, 2),
     (4, 8192, 512, 2, 2, False, 2),
-    (2, 4096, 256, 8, 2, False, 2),
-    (4, 4096, 256, 1, 1, False, 1),
+    (4, 4096, 512, 4, 2, False, 2),
+    (6, 512, 256, 1, 1, False, 1),
     (4, 2048, 512, 4, 4, True, 2),
 ]
 LARGE = [
@@ -54,32 +56,25 @@ LARGE = [
     (6, 16384, 512, 4, 2, False, 1),
     (8, 4096, 256, 2, 1, False, 2),
     (8, 4096, 512, 2, 2, True, 2),
+    (8, 16384, 256, 2, 2, False, 2),
+    (6, 512, 2048, 2, 2, False, 2),
 ]
 Case = tuple[int, int, int, int, int, bool, int]
 
 
-def measured_and_predicted(case: Case, architecture: str, optimizer_name: str) -> tuple[int, int]:
-    """Return the bytes that two steps of a training held at most, by MLX's own count, and those predicted."""
+def measured_and_predicted(case: Case, variant: str, attempts: int = 2) -> tuple[int, int]:
+    """Return the bytes that a training held at most, by MLX's own count, and those predicted.
+
+    Memory is reserved before it is computed with, so a lane that another program delays holds less: of the attempts,
+    two steps each, the largest counts.
+    """
     depth, vocab_size, row_tokens, rows, micro_rows, recompute, num_lanes = case
-    config = compose_config([f"model=d{depth}", f"architecture={architecture}", f"optimizer={optimizer_name}"]).config
+    config = compose_config([f"model=d{depth}", f"architecture={variant}", f"optimizer=muon_{variant}"]).config
     sizes = sizes_of(replace(config.model, context_tokens=row_tokens), config.architecture, vocab_size)
     threads = blas.blas_threads() or 1
     blas.set_blas_threads(num_lanes)
     try:
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        model = GPT(sizes)
-        init_weights(model, 0)
-        optimizer = Optimizer(model, config.optimizer, width=sizes.width)
-        step = TrainStep(model, optimizer, micro_tokens=micro_rows * row_tokens, dtype=mx.float32, recompute=recompute)
-        ids = np.random.default_rng(0).integers(0, vocab_size, (rows, row_tokens + 1), dtype=np.int32)
-        for _ in range(2):
-            step(
-                mean_batch([(row[:-1], row[1:]) for row in ids]),
-                rates_at(0, 100, config.sft.schedule, config.optimizer),
-            )
-        measured = mx.get_peak_memory() - before
+        measured = max(peak_of_two_steps(config, sizes, case) for _ in range(attempts))
     finally:
         blas.set_blas_threads(threads)
     predicted = predict_peak_bytes(
@@ -87,6 +82,23 @@ def measured_and_predicted(case: Case, architecture: str, optimizer_name: str) -
         recompute=recompute,
     )  # fmt: skip
     return measured, predicted.total
+
+
+def peak_of_two_steps(config: Config, sizes: GPTSizes, case: Case) -> int:
+    _, vocab_size, row_tokens, rows, micro_rows, recompute, _ = case
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = GPT(sizes)
+    init_weights(model, 0)
+    optimizer = Optimizer(model, config.optimizer, width=sizes.width)
+    step = TrainStep(model, optimizer, micro_tokens=micro_rows * row_tokens, dtype=mx.float32, recompute=recompute)
+    ids = np.random.default_rng(0).integers(0, vocab_size, (rows, row_tokens + 1), dtype=np.int32)
+    batch = mean_batch([(row[:-1], row[1:]) for row in ids])
+    for _ in range(2):
+        step(batch, rates_at(0, 100, config.sft.schedule, config.optimizer))
+    return mx.get_peak_memory() - before
 
 
 def needs_lanes() -> None:
@@ -97,7 +109,7 @@ def needs_lanes() -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_the_predicted_peak_is_within_15_percent_of_what_mlx_held(case: Case) -> None:
     needs_lanes()
-    measured, predicted = measured_and_predicted(case, "oct2025", "muon_oct2025")
+    measured, predicted = measured_and_predicted(case, "oct2025")
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
@@ -106,7 +118,7 @@ def test_the_predicted_peak_is_within_15_percent_of_what_mlx_held(case: Case) ->
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_it_is_for_larger_models_of_both_architectures_too(case: Case, variant: str) -> None:
     needs_lanes()
-    measured, predicted = measured_and_predicted(case, variant, f"muon_{variant}")
+    measured, predicted = measured_and_predicted(case, variant, attempts=1)
     print(f"{variant} {case}: predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert predicted == pytest.approx(measured, rel=0.15)
 

@@ -1,9 +1,10 @@
 """How many bytes a training step needs at its peak, in plain arithmetic, so that planning can ask without MLX.
 
-A step peaks at one of three moments: between forward and backward pass (activations, logits, gradients of embedding and
-head), when the lanes' gradients are added up, or while matrices move (Muon's workspace). What is kept for how long is
-MLX's choice, so the factors below were fitted to `mx.get_peak_memory()` on a CPU (DECISIONS.md has the table);
-tests/training/test_memory.py compares them with it.
+A step peaks at one of four moments: when the backward pass begins (activations, logits, gradients of the head), when it
+ends and is added to earlier ones, when the lanes' gradients are added up, or while parameters move. MLX reserves an
+operation's memory when it hands it to a lane, up to about a hundred operations ahead of what is computed; that, not
+arithmetic alone, says how many of a kind are there at once. The factors below were fitted to `mx.get_peak_memory()` on
+a CPU (DECISIONS.md has the table); tests/training/test_memory.py compares them with it.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from mlxchat.model.sizing import GPTSizes, count_parameters
 from mlxchat.optimizer_config import OptimizerConfig
 
 _MASTER_BYTES = 4
-# Numbers per token and channel between forward and backward: of each layer, of its input alone, outside of the layers.
-_LAYER, _LAYER_INPUT, _ENDS = 18.3, 0.2, 17.7
-# Copies of a lane's gradients of embedding and head at that moment.
-_TABLES = 1.7
-# Copies of a chunk's logits, and chunks of a lane that are there at once: one is not quite gone when the next begins.
-_LOGITS, _CHUNKS_AT_ONCE = 3.2, 1.25
+# Numbers per token and channel when the backward pass begins: of each layer, of what is recomputed (its input and the
+# residual's sums) and outside of the layers (embedding, final norm, its gradient, the first layers' ones on their way).
+_LAYER, _LAYER_INPUT, _ENDS = 15.9, 0.5, 8.6
+# What a layer keeps besides for learnt residual scalars (the stream they scale) and for a gated value embedding.
+_RESIDUAL, _VALUE_EMBEDDING = 1.0, 1.4
+# Every layer keeps its attention's weights, which compilation finds again in the gradient instead of making them twice.
+_ATTENTION, _BLOCK_TOKENS = 0.89, 128  # the latter of ops/attention.py
+# Copies of a chunk's logits (product, tanh, exponential, slope), and chunks that all lanes together have at once.
+_LOGITS, _CHUNKS = 3.8, 3
 _CHUNK_FLOATS, _LEAST_CHUNK_ROWS = 1 << 22, 256  # of ops/cross_entropy.py
-# Copies of the attention's weights of one layer: with few blocks MLX computes them all before it uses the first.
-_ATTENTION, _MOST_BLOCKS = 1.5, 20
-_BLOCK_TOKENS = 128  # of ops/attention.py
-# Copies of the gradients when they are added up, and numbers per token and channel that are still there.
-_SUM, _STILL_THERE = 1.06, 37.6
-# Copies of all matrices in Muon's workspace, by variant; AdamW's is a table at a time.
-_MUON = {"oct2025": 5.2, "jul2026": 3.4}
+# Copies of the head's gradient of each lane, and one more for chunks handed out ahead, of so many at most.
+_HEAD, _HEAD_PER_CHUNK, _MOST_HEADS = 1.6, 0.6, 8
+# Copies of a lane's matrices in Muon's workspace: 21 of the first stack, the square ones, a third of them all. Handing
+# out ahead ends before all lanes have all of theirs.
+_MUON, _MUON_OF_ALL_LANES = 7.0, 12.0
+_ADAMW = 3  # a parameter and its two moments, old ones still there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +43,20 @@ class PeakBytes:
     accumulated: int
     """Gradients of earlier micro-batches, one set for each lane."""
     activations: int
-    """What the backward pass needs of the layers, and its first gradients."""
-    attention: int
-    """Scores and weights of one layer."""
+    """What the backward pass needs of the layers, attention's weights included."""
     logits: int
+    """Of some chunks, and the gradients of the head."""
+    gradients: int
+    """Of all lanes, once the backward pass is done."""
     summing: int
-    """Gradients of every lane and their sum, once the backward pass is done."""
+    """They, their sum and its squares."""
     moving: int
     """The summed gradients and the optimizer's workspace."""
 
     @property
     def total(self) -> int:
-        """The peak: weights and moments, with what there is besides at the worst of the three moments."""
-        backward = self.accumulated + self.activations + self.attention + self.logits
+        """The peak: weights and moments, with what there is besides at the worst of the four moments."""
+        backward = self.accumulated + max(self.activations + self.logits, self.gradients)
         return self.weights + self.moments + max(backward, self.summing, self.moving)
 
 
@@ -84,28 +88,41 @@ def predict_peak_bytes(
     muon = optimizer.kind == "muon"
     lanes = min(num_lanes, micro_rows)
     tokens = min(micro_rows, rows) * row_tokens
-    stream = tokens * sizes.width
-    kept = stream * (sizes.num_layers * (_LAYER_INPUT if recompute else _LAYER) + _ENDS)
-    tables = _TABLES * lanes * (counts["embedding"] + counts["head"])
+    value_layers = sum(map(sizes.has_value_embedding, range(sizes.num_layers)))
+    layers = sizes.num_layers * ((_LAYER_INPUT if recompute else _LAYER) + _RESIDUAL * sizes.residual_scalars)
+    kept = tokens * sizes.width * (layers + _VALUE_EMBEDDING * value_layers + _ENDS)
+    keys = [_mean_keys(row_tokens, window) for window in sizes.windows()]
+    kept += _ATTENTION * tokens * sizes.num_heads * (max(keys) if recompute else sum(keys))
     cast = parameters * compute_bytes if compute_bytes != _MASTER_BYTES else 0
-    pairs = tokens * sizes.num_heads * (row_tokens + _BLOCK_TOKENS) / 2
-    all_blocks = lanes * row_tokens / _BLOCK_TOKENS <= _MOST_BLOCKS
     chunk_rows = max(_LEAST_CHUNK_ROWS, _CHUNK_FLOATS // sizes.vocab_size)
-    logits_rows = min(tokens, lanes * _CHUNKS_AT_ONCE * chunk_rows)
-    workspace = matrices * _MUON[optimizer.variant] if muon else counts["embedding"]
+    chunks = lanes * -(-tokens // (lanes * chunk_rows))
+    logits = _LOGITS * min(tokens, _CHUNKS * chunk_rows) * sizes.vocab_size
+    logits += (_HEAD * lanes + _HEAD_PER_CHUNK * min(chunks, _MOST_HEADS)) * counts["head"]
+    # Shares of the matrices and tables move side by side, also where a micro-batch has fewer rows than there are lanes.
+    workspace = _ADAMW * max(counts["embedding"], 4 * sizes.width**2) * min(num_lanes, 2 + value_layers)
+    if muon:
+        workspace = max(workspace, round(matrices * min(_MUON, _MUON_OF_ALL_LANES / num_lanes)))
     return PeakBytes(
         weights=parameters * _MASTER_BYTES,
         moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES,
         accumulated=lanes * parameters * _MASTER_BYTES if rows > micro_rows else 0,
-        activations=round(kept * compute_bytes + tables * _MASTER_BYTES + cast),
-        attention=round(_ATTENTION * pairs * compute_bytes) if all_blocks else 0,
-        logits=round(_LOGITS * logits_rows * sizes.vocab_size * _MASTER_BYTES),
-        summing=round((lanes + 1) * _SUM * parameters * _MASTER_BYTES + _STILL_THERE * stream * compute_bytes),
-        moving=round((parameters + workspace) * _MASTER_BYTES),
+        activations=round(kept * compute_bytes + cast),
+        logits=round(logits * _MASTER_BYTES),
+        gradients=lanes * parameters * _MASTER_BYTES,
+        summing=(lanes + 2 if lanes > 1 else 2) * parameters * _MASTER_BYTES,
+        moving=(parameters + workspace) * _MASTER_BYTES,
     )
 
 
 def predict_forward_bytes(sizes: GPTSizes, *, tokens: int, compute_bytes: int = 4) -> int:
     """Return about how much a forward pass with losses needs: the weights, a few layers' streams, the logits."""
     weights = count_parameters(sizes)["total"] * _MASTER_BYTES
-    return weights + round(tokens * (_ENDS * sizes.width * compute_bytes + _LOGITS * sizes.vocab_size * _MASTER_BYTES))
+    return weights + round(
+        tokens * ((_LAYER + _ENDS) * sizes.width * compute_bytes + _LOGITS * sizes.vocab_size * _MASTER_BYTES)
+    )
+
+
+def _mean_keys(tokens: int, window: int | None) -> float:
+    """Return how many keys a token is multiplied with on average, in whole blocks."""
+    stops = range(_BLOCK_TOKENS, tokens + _BLOCK_TOKENS, _BLOCK_TOKENS)
+    return sum(min(stop, (tokens if window is None else window) + _BLOCK_TOKENS) for stop in stops) / len(stops)
