@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mlxchat.bench_config import BenchConfig as BenchConfig
+from mlxchat.execution_config import HooksConfig as HooksConfig
+from mlxchat.execution_config import RetryConfig as RetryConfig
 from mlxchat.missing import MISSING
 from mlxchat.optimizer_config import OptimizerConfig as OptimizerConfig
 from mlxchat.optimizer_config import ScheduleConfig as ScheduleConfig
+from mlxchat.sweep_config import SweepConfig as SweepConfig
 
 
 @dataclass(kw_only=True)
@@ -261,6 +264,8 @@ class MachineConfig:
     """Memory MLX may keep for reuse; null: its own."""
     wired_limit_bytes: int | None = MISSING
     """Memory MLX may keep resident on a Mac; null: its own. Elsewhere it has no meaning."""
+    max_parallel_steps: int = MISSING
+    """Steps at a time; above 1 each runs in a process of its own. A GPU computes one at a time all the same."""
     blas_threads: int | None = MISSING
     """Cores of a matrix product on a Linux CPU; null: all available."""
 
@@ -306,6 +311,10 @@ class Config:
     """Steps to run although their artifact is there; "all" for every one."""
     code: str = MISSING
     """What a changed module of a stage that is done leads to: warn (a remark), strict (it runs again) or ignore."""
+    fail_fast: bool = MISSING
+    """Whether a step that fails stops those that do not need it."""
+    timeout: dict[str, float] = MISSING
+    """Step → seconds after which it saves what it has and fails; the same command continues it."""
     pipeline: dict[str, dict[str, str]] = MISSING
     """Step → {stage, role: step}."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -322,5 +331,8 @@ class Config:
     """Tasks that chat models are evaluated on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    hooks: HooksConfig = field(default_factory=HooksConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -30,8 +30,27 @@ def find_problems(config: Config) -> list[str]:
         *_tasks("suite", config.suite, training=False),
         *_at_least_one(config),
         *_optimizer(config.optimizer),
+        *_sweep(config),
         *_numbers(config),
+        *_execution(config),
     ]
+
+
+def _execution(config: Config) -> Iterator[str]:
+    for step, seconds in config.timeout.items():
+        if step not in config.pipeline:
+            yield f"timeout.{step}: no step of the pipeline.{suggest(step, config.pipeline)}"
+        elif seconds <= 0:
+            yield f"timeout.{step} is {seconds:g}, expected seconds above 0"
+    if config.retry.attempts < 1 or config.retry.seconds < 0:
+        yield "retry.attempts must be at least 1 and retry.seconds at least 0"
+    if config.machine.max_parallel_steps < 1:
+        yield f"machine.max_parallel_steps is {config.machine.max_parallel_steps}, expected at least 1"
+    for name in ("on_start", "on_success", "on_failure"):
+        target = getattr(config.hooks, name)
+        parts = target if isinstance(target, list) and target else [target]
+        if target is not None and not all(isinstance(part, str) and part for part in parts):
+            yield f"hooks.{name} is {target!r}, expected a command, a list of its words, an http(s) address or null"
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -74,6 +93,8 @@ def _choices(config: Config) -> Iterator[str]:
         ("machine.device", config.machine.device, ("auto", "cpu", "gpu")),
         ("machine.compute_dtype", config.machine.compute_dtype, ("auto", "float32", "bfloat16")),
         ("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio")),
+        ("sweep.kind", config.sweep.kind, ("none", "tpe")),
+        ("sweep.direction", config.sweep.direction or "minimize", ("minimize", "maximize")),
     ):
         if value not in known:
             yield f'{key} is "{value}", expected {" or ".join(known)}.{suggest(value, known)}'
@@ -288,3 +309,16 @@ def _at_least_one(config: Config) -> Iterator[str]:
         value = getattr(getattr(config, section), name)
         if value is not None and value < 1:
             yield f"{key} is {value}, expected at least 1"
+
+
+def _sweep(config: Config) -> Iterator[str]:
+    sweep = config.sweep
+    for key, least in (("trials", 1), ("random_trials", 1), ("seed", 0)):
+        if getattr(sweep, key) < least:
+            yield f"sweep.{key} is {getattr(sweep, key)}, expected at least {least}"
+    if sweep.name is not None and (Path(sweep.name).name != sweep.name or sweep.name.startswith(".")):
+        yield f'sweep.name is "{sweep.name}", expected the name of a folder, without a path'
+    if sweep.metric is None and sweep.kind != "none":
+        yield "sweep.metric has no value: give sweep.metric=STEP.METRIC, such as pretrain.val_bpb"
+    elif sweep.metric is not None and "." not in sweep.metric:
+        yield f'sweep.metric is "{sweep.metric}", expected STEP.METRIC, such as pretrain.val_bpb'

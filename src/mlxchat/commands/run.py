@@ -6,40 +6,61 @@ import json
 import os
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlxchat.commands.arguments import split_config_dirs
 from mlxchat.commands.plan import format_plan
 from mlxchat.compose import Composed, compose_config
-from mlxchat.config import Config
+from mlxchat.config import Config, HooksConfig
+from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import Environment
-from mlxchat.runner.execute import Run, execute
+from mlxchat.runner.execute import Policy, Run, execute
 from mlxchat.runner.fingerprint import plain_of
+from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.records import now
+from mlxchat.runner.sealed import write_whole
+from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.training.extension import check_extensions
 from mlxchat.training.memory_check import check_memory
 
+_SWEEP_FLAGS = {"-m", "--multirun"}
 _HYDRA_FLAGS = {
-    "-m", "--multirun", "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc",
+    "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc",
     "--resolve", "--package", "-p",
 }  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
-    """Run the pipeline; sweeps and Hydra's own options go through Hydra."""
-    if any(argument.partition("=")[0] in _HYDRA_FLAGS for argument in arguments):
-        from mlxchat.sweep.grid import run_with_hydra
+    """Run the pipeline, or a sweep of it, or what Hydra's own options ask for."""
+    arguments = ["fail_fast=true" if argument == "--fail-fast" else argument for argument in arguments]
+    names = {argument.partition("=")[0] for argument in arguments}
+    if names & _HYDRA_FLAGS:
+        from mlxchat.commands.hydra_options import run_with_hydra
 
         return run_with_hydra(arguments)
+    if names & _SWEEP_FLAGS:
+        from mlxchat.sweep.grid import run_sweep
+
+        return run_sweep(arguments)
     if "--help" in arguments or "-h" in arguments:
         from mlxchat.cli import main as cli
 
         cli(["--help"])
+    if "sweep" in names:
+        from mlxchat.sweep.search import run_search
+
+        return run_search(arguments)
     overrides, config_dirs = split_config_dirs(arguments)
-    run_pipeline(compose_config(overrides, config_dirs))
+    composed = compose_config(overrides, config_dirs)
+    if composed.config.sweep.kind != "none":  # chosen by a file of the user's
+        from mlxchat.sweep.search import run_search
+
+        return run_search(arguments)
+    run_pipeline(composed)
     return 0
 
 
@@ -69,7 +90,8 @@ def run_pipeline(composed: Composed) -> Path | None:
     folder = _start_run(composed, plan, store, name)
     run = Run(
         folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
-        environment=Environment(_describe_device), say=_say, on_metrics=tracker.log,
+        environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config),
+        hooks=_hooks(config.hooks), uses_gpu=partial(_uses_gpu, config.machine.device),
     )  # fmt: skip
     try:
         execute(plan, store, run)
@@ -98,6 +120,7 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
     """Make the run's folder, whose name no two runs share, and say in it what will be done."""
     folder = store.outputs / "runs" / name
     folder.mkdir(parents=True)
+    crash_point("run.folder")
     record: dict[str, Any] = {
         "run": folder.name,
         "experiment": composed.choices.get("experiment"),
@@ -119,17 +142,42 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
             for step in plan
         ],
     }
-    (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "plan.json", json.dumps(redact(record), indent=1).encode() + b"\n")
     import yaml
 
-    (folder / "config.yaml").write_text(yaml.safe_dump(plain_of(composed.config), sort_keys=False), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(redact(plain_of(composed.config)), sort_keys=False), "utf-8")
     return folder
+
+
+def _policy(config: Config) -> Policy:
+    """Return how steps are executed."""
+    return Policy(
+        max_parallel_steps=config.machine.max_parallel_steps,
+        fail_fast=config.fail_fast,
+        retry_attempts=config.retry.attempts,
+        retry_seconds=config.retry.seconds,
+        timeouts=config.timeout,
+    )
+
+
+def _hooks(config: HooksConfig) -> Hooks:
+    """Return whom to tell."""
+    return Hooks(on_start=config.on_start, on_success=config.on_success, on_failure=config.on_failure, warn=_say)
+
+
+def _uses_gpu(device: str) -> bool:
+    """Tell whether stages compute on a GPU under `machine.device`."""
+    if device == "auto":
+        from mlxchat.ops.device import backend
+
+        return backend() != "cpu"
+    return device == "gpu"
 
 
 def _start_tracker(config: Config, name: str) -> Any:
     from mlxchat.tracker import Tracker
 
-    return Tracker(config.tracker, name, plain_of(config))
+    return Tracker(config.tracker, name, redact(plain_of(config)))
 
 
 def _describe_device() -> dict[str, Any]:
@@ -139,4 +187,4 @@ def _describe_device() -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True, file=sys.stdout)
+    print(redact(line), flush=True, file=sys.stdout)

@@ -2,8 +2,8 @@
 
 Switched off unless the environment says where: `MLXCHAT_CRASH_AT=publish.synced`, or `train.iteration:3` for the third
 passing. There the process kills itself; with `MLXCHAT_CRASH_SIGNAL=TERM` (or INT) it sends itself that signal and goes
-on; with `MLXCHAT_CRASH_ERROR=ENOSPC` (or EROFS, EIO) it raises that OSError. `MLXCHAT_CRASH_TRACE=FILE` gets a line
-for each passing.
+on; with `MLXCHAT_CRASH_ERROR=ENOSPC` (or EROFS, EIO) it raises that OSError; with `MLXCHAT_CRASH_RUN=COMMAND` it runs a
+command and goes on. `MLXCHAT_CRASH_TRACE=FILE` gets a line for each passing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CRASH_POINTS = {
     "import.checked": "the copy was hashed and is right, it is not in store/",
     "import.renamed": "one imported artifact is in store/",
     "search.asked": "a search chose values, its state does not have them",
-    "search.written": "a search's new state has a temporary name",
+    "search.written": "a search's journal has another line, which need not be on disk",
     "search.told": "a search's state has the trial's result",
 }
 
@@ -82,4 +82,10 @@ def crash_point(name: str) -> None:
     if failure is not None:
         number = getattr(errno, failure)
         raise OSError(number, os.strerror(number))
+    command = os.environ.get("MLXCHAT_CRASH_RUN")
+    if command is not None:
+        import subprocess
+
+        subprocess.run(command, shell=True, check=True)
+        return
     os.kill(os.getpid(), _SIGNALS[os.environ.get("MLXCHAT_CRASH_SIGNAL", "KILL")])

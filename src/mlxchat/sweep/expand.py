@@ -27,7 +27,7 @@ class Job:
     """One run of a sweep."""
 
     number: int
-    """From 0, in the order of the command line."""
+    """From 1, in the order of the command line."""
     overrides: list[str]
     composed: Composed
     plan: list[PlannedStep] = field(default_factory=list)
@@ -88,7 +88,7 @@ def compose_jobs(overrides: list[list[str]], config_dirs: list[str]) -> list[Job
 
     jobs: list[Job] = []
     refusals: list[MlxchatError] = []
-    for number, items in enumerate(overrides):
+    for number, items in enumerate(overrides, start=1):
         try:
             job = Job(number=number, overrides=items, composed=compose_config(items, config_dirs))
             job.plan = plan_of(job.composed.config, job.store)

@@ -1,9 +1,9 @@
 """The folder of a sweep: what its processes tell each other, and what is left for people.
 
-    sweep.json     the jobs, and what was computed for all of them
-    rows/<n>.json  the result of a job, written by whichever process ran it
-    stop           somebody asked for an end: no further job starts
-    table.*        at the end; the rows are in it and go
+sweep.json     the jobs, and what was computed for all of them
+rows/<n>.json  the result of a job, written by whichever process ran it
+stop           somebody asked for an end: no further job starts
+table.*        at the end; the rows are in it and go
 """
 
 from __future__ import annotations

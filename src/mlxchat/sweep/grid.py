@@ -1,144 +1,177 @@
-"""Sweeps and Hydra's own options: `-m`, `--cfg`, `--info`, completion. Plain runs do not come this way."""
+"""`mlxchat -m key=a,b`: every combination, what several need computed once beforehand, what is done only looked up."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from mlxchat.compose import Composed, compose_config, register_schema, to_typed
+from mlxchat.commands.arguments import split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
+from mlxchat.runner.progress import format_number
 from mlxchat.runner.store import Store
+from mlxchat.sweep.expand import Job, compose_jobs, expand_jobs, settings_of, split_hydras
+from mlxchat.sweep.folder import Row, SweepFolder, metrics_of
+from mlxchat.sweep.launch import launch, launcher_of, stopped_by_signals, told_as_they_end, whereabouts
+from mlxchat.sweep.shared import Shared, make_shared
+from mlxchat.sweep.table import differing, write_results
+from mlxchat.sweep.worker import rids_of, run_elsewhere, run_job
 
-Row = dict[str, Any]
 
+def run_sweep(arguments: list[str]) -> int:
+    """Run a sweep and write its table; return 1 if a job failed, else 0.
 
-def run_with_hydra(arguments: list[str]) -> int:
-    """Hand a command line to Hydra; return 1 if a job of a sweep failed, else 0.
+    Args:
+        arguments: those of the command line, with `-m`.
 
     Raises:
-        ConfigError: the composition is wrong.
-        Interrupted: a signal stopped a job; no further one is started.
+        ConfigError: something is wrong with a job's configuration or the launcher; nothing is run.
+        Interrupted: a signal arrived; what is finished is kept, and in the table.
     """
-    for overrides in _single_values(arguments):
-        compose_config(overrides)
-    register_schema()
-    # Otherwise Hydra prints its own errors and exits with 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    rows: list[Row] = []
-    folder: list[Path] = []
-    stopped: list[Interrupted] = []
-
-    @hydra.main(version_base="1.3", config_path="pkg://mlxchat.conf", config_name="config")
-    def run_job(composed: DictConfig) -> None:
-        settings = HydraConfig.get()
-        folder[:] = [Path(settings.sweep.dir)]
-        overrides = [str(item) for item in settings.overrides.task]
-        if stopped:  # Hydra's launcher goes on to the next job whatever this one raises
-            return
-        try:
-            rows.append(_run_job(composed, overrides, settings))
-        except Interrupted as stop:
-            stopped.append(stop)
-
-    argv, sys.argv = sys.argv, ["mlxchat", *arguments]
+    overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
+    tasks, hydras = split_hydras(overrides)
+    if any(task.partition("=")[0].lstrip("+") == "sweep" and not task.endswith("=none") for task in tasks):
+        raise ConfigError("sweep=tpe chooses its own runs, one after the other: leave out -m")
+    launcher = launcher_of(hydras)
+    hydras, place = _take_folder(hydras)
+    jobs = compose_jobs(expand_jobs(tasks, config_dirs), config_dirs)
+    store = jobs[0].store
+    store.prepare()
+    folder = SweepFolder(place or store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}")
+    told = _Teller(jobs)
+    settings = told.settings
+    rows = {job.number: _cached(job, settings[job.number]) for job in jobs if all(step.done for step in job.plan)}
+    pending = [job for job in jobs if job.number not in rows]
+    folder.prepare(
+        {
+            "parent": whereabouts(),
+            "arguments": arguments,
+            "jobs": {job.number: {"overrides": job.overrides, "settings": settings[job.number]} for job in jobs},
+            "pending": [],
+            "made": [],
+        }
+    )
+    for row in rows.values():
+        folder.add_row(row)
+        told(row)
+    stop: Interrupted | None = None
     try:
-        run_job()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
-    finally:
-        sys.argv = argv
-    if rows and not stopped:
-        _write_table(rows, folder[0])
-    if stopped:
-        raise stopped[0]
-    return int(any(row["status"] != "done" for row in rows))
+        _run(pending, launcher, hydras, config_dirs, folder, told)
+    except Interrupted as error:
+        stop = error
+    asked = folder.stop()
+    if stop is None and asked and asked["why"] == "signal":
+        stop = Interrupted("the sweep was stopped. The same command continues from there.", asked["signal"])
+    rows = folder.rows()
+    for job in jobs:
+        lost = {"job": job.number, "overrides": settings[job.number], "metrics": {}, "status": "not run"}
+        rows.setdefault(job.number, lost)
+    config = jobs[0].composed.config.sweep
+    write_results(
+        [rows[number] for number in sorted(rows)], folder.path, metric=config.metric, direction=config.direction
+    )
+    folder.tidy()
+    if stop is not None:
+        raise stop
+    return int(any(row["status"] != "done" for row in rows.values()))
 
 
-def _single_values(arguments: list[str]) -> Iterator[list[str]]:
-    """Yield plain overrides that together have every value of a sweep once, so that mistakes are found beforehand."""
-    overrides, queue = [], list(arguments)
-    while queue:
-        argument = queue.pop(0)
-        if argument in _OPTIONS_WITH_VALUE:
-            queue = queue[1:]
-        elif not argument.startswith("-"):
-            overrides.append(argument)
-    alternatives: list[list[str]] = []
-    for override in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(override)
-            sweeps = parsed.is_sweep_override() and parsed.is_choice_sweep()
-        except HydraException:
-            sweeps = False
-        key = override.partition("=")[0]
-        alternatives.append([f"{key}={value}" for value in parsed.sweep_string_iterator()] if sweeps else [override])
-    if any("--config-dir" in argument or "-cd" in argument for argument in arguments):
-        return  # names from the user's own folders are Hydra's to check
-    first = [values[0] for values in alternatives]
-    yield first
-    for place, values in enumerate(alternatives):
-        for value in values[1:]:
-            yield [*first[:place], value, *first[place + 1 :]]
+def _run(
+    pending: list[Job], launcher: str, hydras: list[str], config_dirs: list[str], folder: SweepFolder, told: _Teller
+) -> None:
+    """Make what is shared, then run the jobs that can run, here or elsewhere."""
+    fail_fast = any(getattr(job.composed.config, "fail_fast", False) for job in pending)
+    shared = make_shared(pending, fail_fast=fail_fast)
+    if shared.failed and fail_fast:
+        folder.ask_to_stop("fail_fast", signal.SIGTERM)
+    for job in pending:
+        reason = shared.failure_for(job)
+        if reason is not None:
+            row = {"job": job.number, "overrides": told.settings[job.number], "metrics": {}}
+            folder.add_row(row | {"status": "failed", "error": reason})
+            told(folder.rows()[job.number])
+    pending = [job for job in pending if shared.failure_for(job) is None]
+    if not pending:
+        return
+    if launcher == "basic":
+        for job in pending:
+            told.announce(job)
+            row = run_job(
+                folder, job.number, job.overrides, job.composed, told.settings[job.number], shared.made
+            )  # fmt: skip
+            told(row)
+        return
+    _run_elsewhere(pending, shared, launcher, hydras, config_dirs, folder, told)
 
 
-_OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
-
-
-def _run_job(composed: DictConfig, overrides: list[str], settings: Any) -> Row:
-    """Run one job of a sweep; a failure is a row of the table and does not keep the others from running."""
-    from mlxchat.commands.run import plan_of, run_pipeline
-
-    varied = " ".join(overrides)
-    print(f"\n── job {settings.job.num}: {varied}", flush=True)
-    row: Row = {"job": settings.job.num, "overrides": varied, "status": "done"}
+def _run_elsewhere(
+    pending: list[Job], shared: Shared, launcher: str, hydras: list[str], config_dirs: list[str],
+    folder: SweepFolder, told: _Teller,
+) -> None:  # fmt: skip
+    folder.write_state(folder.state() | {"pending": [job.number for job in pending], "made": sorted(shared.made)})
+    print(f"\n── {len(pending)} jobs by {launcher}; their lines begin with their number", flush=True)
     try:
-        choices = {str(group): str(option) for group, option in settings.runtime.choices.items()}
-        config = to_typed(composed)
-        run_pipeline(Composed(config, overrides, choices))
-    except Interrupted:
+        with stopped_by_signals(folder), told_as_they_end(folder, set(folder.rows()), told):
+            launch([job.overrides for job in pending], hydras, config_dirs, folder, run_elsewhere)
+    except MlxchatError:
         raise
-    except MlxchatError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return row | {"status": "failed", "error": str(error).splitlines()[0]}
-    store = Store(Path(config.outputs))
-    for step in plan_of(config, store):
-        manifest = store.read(step.rid)
-        shown = {key: value for key, value in manifest["metrics"].items() if key in _SHOWN} if manifest else {}
-        row |= {f"{step.name}.{key}": round(value, 4) for key, value in shown.items()}
-    return row
+    except Exception as error:  # a worker was killed, or could not be started: each launcher has its own exception
+        print(f"error: {launcher} gave up: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    known = folder.rows()
+    for job in pending:
+        if job.number not in known:
+            error = "its process ended without a result" if not folder.stop() else "stopped before it had a result"
+            row = {"job": job.number, "overrides": told.settings[job.number], "metrics": {}}
+            folder.add_row(row | {"status": "interrupted" if folder.stop() else "failed", "error": error})
+            told(folder.rows()[job.number])
 
 
-_SHOWN = ("val_bpb", "val_loss", "mean_centered", "pass_at_1")
+class _Teller:
+    """Says what becomes of each job, by what distinguishes it from the others."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        """Compare the jobs."""
+        self.count = len(jobs)
+        self.settings = {job.number: settings_of(job.overrides) for job in jobs}
+        keys = differing(list(self.settings.values()))
+        self.titles = {
+            number: " ".join(f"{key}={settings[key]}" for key in keys if key in settings)
+            for number, settings in self.settings.items()
+        }
+
+    def announce(self, job: Job) -> None:
+        """Say that a job begins in this process."""
+        print(f"\n── {self._title(job.number)}", flush=True)
+
+    def __call__(self, row: Row) -> None:
+        """Say how a job ended."""
+        numbers = "  ".join(f"{key} {format_number(value)}" for key, value in row["metrics"].items())
+        how = "is done already" if row.get("cached") else row["status"]
+        error = f": {row['error']}" if row.get("error") else ""
+        print(f"── {self._title(row['job'])} {how}{error}  {numbers}".rstrip(), flush=True)
+
+    def _title(self, number: int) -> str:
+        return f"job {number}/{self.count} {self.titles[number]}".rstrip()
 
 
-def _write_table(rows: list[Row], folder: Path) -> None:
-    """Write table.md, table.csv and table.json of a sweep and print it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for job in folder.glob("[0-9]*"):
-        if job.is_dir() and not any(job.iterdir()):
-            job.rmdir()  # Hydra makes one per job; the runs are under outputs/runs
-    every = set.intersection(*(set(row["overrides"].split()) for row in rows)) if len(rows) > 1 else set()
-    for row in rows:  # what all jobs share says nothing about any of them
-        row["overrides"] = " ".join(override for override in row["overrides"].split() if override not in every)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([str(row.get(key, "")) for key in columns] for row in rows)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"\n{table}\n\nsweep: {folder / 'table.md'}")
+def _cached(job: Job, settings: dict[str, Any]) -> Row:
+    """Return the row of a job of which everything is done."""
+    metrics = metrics_of(rids_of(job.plan), Store(job.store.outputs))
+    return {
+        "job": job.number,
+        "overrides": settings,
+        "status": "done",
+        "cached": True,
+        "metrics": metrics,
+        "seconds": 0.0,
+    }
+
+
+def _take_folder(hydras: list[str]) -> tuple[list[str], Path | None]:
+    """Return Hydra's overrides without the one that names the sweep's folder, and that folder."""
+    named = [override for override in hydras if override.startswith("hydra.sweep.dir=")]
+    place = Path(named[-1].partition("=")[2].strip("'\"")) if named else None
+    return [override for override in hydras if override not in named], place

@@ -1,0 +1,167 @@
+"""Hydra's launchers: jobs in other processes. Which one is checked by name before anything runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.sweep.folder import Row, SweepFolder
+
+# Launcher → the extra that brings it.
+EXTRAS = {
+    "joblib": "joblib",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+    "ray": "ray",
+    "ray_aws": "ray",
+}
+_POLL_SECONDS = 0.2
+
+
+def launcher_of(hydras: list[str]) -> str:
+    """Return the name of the launcher that Hydra's overrides choose: `basic` runs the jobs in this process.
+
+    Args:
+        hydras: the overrides that are Hydra's own.
+
+    Raises:
+        ConfigError: no such launcher, or what brings it is not installed; or another sweeper than the basic one.
+    """
+    chosen = "basic"
+    for override in hydras:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "hydra/sweeper" and value != "basic":
+            raise ConfigError(
+                f"{override}: -m lists its jobs beforehand, as Hydra's basic sweeper does. For a search: sweep=tpe"
+            )
+        if key == "hydra/launcher":
+            chosen = value
+    if chosen not in ("basic", *EXTRAS):
+        known = ("basic", *EXTRAS)
+        raise ConfigError(f'hydra/launcher has no option "{chosen}": {", ".join(known)}.{suggest(chosen, known)}')
+    if chosen != "basic" and importlib.util.find_spec(f"hydra_plugins.hydra_{EXTRAS[chosen]}_launcher") is None:
+        raise ConfigError(
+            f"hydra/launcher={chosen} is not installed: pip install 'mlxchat[{EXTRAS[chosen]}]' "
+            f"(or hydra-{EXTRAS[chosen]}-launcher)"
+        )
+    return chosen
+
+
+def launch(
+    jobs: Sequence[Sequence[str]],
+    hydras: list[str],
+    config_dirs: list[str],
+    folder: SweepFolder,
+    task: Callable[..., None],
+) -> None:
+    """Run jobs by the launcher of Hydra's overrides, and return when all have ended or were given up.
+
+    Args:
+        jobs: overrides of each; the task finds the job's place in this list as `hydra.job.num`.
+        hydras: Hydra's own overrides.
+        config_dirs: folders with further YAML files.
+        folder: the sweep's folder.
+        task: called in the job's process with its configuration.
+
+    Raises:
+        ConfigError: Hydra refuses the settings of the launcher.
+        Exception: whatever the launcher raises if it loses a process.
+    """
+    from hydra._internal.callbacks import Callbacks
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
+    from hydra.errors import HydraException
+    from hydra.types import HydraContext, RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    from mlxchat.compose import register_schema
+    from mlxchat.sweep.expand import search_path
+
+    register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        hydra = Hydra.create_main_hydra2("mlxchat", search_path(config_dirs))
+        place = str(folder.path.resolve()).replace("\\", "\\\\").replace("'", "\\'")
+        try:
+            config = hydra.compose_config(
+                "config", [*hydras, f"hydra.sweep.dir='{place}'"], run_mode=RunMode.MULTIRUN,
+                with_log_configuration=False,
+            )  # fmt: skip
+            callbacks = Callbacks(config)
+            launcher = Plugins.instance().instantiate_launcher(
+                HydraContext(config_loader=hydra.config_loader, callbacks=callbacks), task, config
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(str(error).splitlines()[0]) from None
+        size = config.hydra.sweeper.get("max_batch_size") or len(jobs)
+        callbacks.on_multirun_start(config=config, config_name="config")
+        for start in range(0, len(jobs), size):
+            launcher.launch(jobs[start : start + size], initial_job_idx=start)
+        callbacks.on_multirun_end(config=config, config_name="config")
+    finally:
+        GlobalHydra.instance().clear()
+
+
+@contextmanager
+def told_as_they_end(folder: SweepFolder, known: set[int], tell: Callable[[Row], None]) -> Iterator[None]:
+    """Tell of each job's result when it is there, while the body runs: launchers return only when all have ended.
+
+    Args:
+        folder: the sweep's folder.
+        known: jobs whose rows were told of before.
+        tell: called with each new row, in another thread.
+    """
+    ended = threading.Event()
+
+    def look() -> None:
+        for number, row in sorted(folder.rows().items()):
+            if number not in known:
+                known.add(number)
+                tell(row)
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        look()
+
+
+@contextmanager
+def stopped_by_signals(folder: SweepFolder) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a word to all jobs, wherever they run; the second leaves at once."""
+
+    def request_stop(number: int, frame: object) -> None:
+        if folder.stop():
+            os._exit(128 + number)  # the jobs see that nobody waits for them
+        folder.ask_to_stop("signal", number)
+        print(
+            "stopping: jobs end at their next iteration border, no further one starts (again: stop at once)", flush=True
+        )
+
+    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def whereabouts() -> dict[str, Any]:
+    """Return where this process is, for jobs that run elsewhere."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "cwd": str(Path.cwd())}

@@ -1,0 +1,29 @@
+"""The schema of `sweep`: what a sweep or a search is about. None of it is part of any identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlxchat.missing import MISSING
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """Many runs from one command."""
+
+    kind: str = MISSING
+    """none, or tpe: each trial is chosen by the results of those before."""
+    name: str | None = MISSING
+    """Folder of a search under outputs/multirun; null: the run's name. The same name goes on with the same search."""
+    metric: str | None = MISSING
+    """step.metric that is looked for or sorted by; null (only for -m): the last of the pipeline that differs."""
+    direction: str | None = MISSING
+    """minimize or maximize; null: what is good for this metric."""
+    trials: int = MISSING
+    """Trials of a search, those of earlier commands included."""
+    random_trials: int = MISSING
+    """Trials before the results so far begin to decide."""
+    seed: int = MISSING
+    """Seed of the choices."""
+    space: dict[str, str] = field(default_factory=dict)
+    """Key or group → what is tried: choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)), tag(log,…)."""
