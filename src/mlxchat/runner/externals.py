@@ -3,19 +3,93 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner.fingerprint import hash_file
 
+# A file that was changed a moment ago may change again without its time moving on: its hash is not remembered yet.
+_SETTLED_NANOSECONDS = 2_000_000_000
 
-def pin_externals(sections: Mapping[str, Any]) -> dict[str, str]:
+
+class FileHashes:
+    """Hashes of outside files, remembered by path, size, time and inode, so that planning reads a large text once."""
+
+    def __init__(self, cache: Path) -> None:
+        """Read what is remembered; a damaged cache counts for nothing."""
+        self._cache, self._changed = cache, False
+        self._known: dict[str, list[Any]] = {}
+        with suppress(OSError, ValueError):
+            record = json.loads(cache.read_text(encoding="utf-8"))
+            if isinstance(record, dict):
+                self._known = record
+
+    def of(self, path: Path) -> str:
+        """Return the sha256 of a file, in hex.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        place, status = str(path.resolve()), path.stat()
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        known = self._known.get(place)
+        if isinstance(known, list) and len(known) == 5 and known[:4] == stamp and isinstance(known[4], str):
+            return known[4]
+        digest = hash_file(path)
+        if time.time_ns() - max(stamp[1], stamp[2]) > _SETTLED_NANOSECONDS:
+            self._known[place], self._changed = [*stamp, digest], True
+        return digest
+
+    def save(self) -> None:
+        """Remember what was hashed, unless there is no outputs folder yet; that it cannot be written is no fault."""
+        if self._changed and self._cache.parent.parent.is_dir():
+            temporary = self._cache.with_name(f".{self._cache.name}-{os.getpid()}")
+            with suppress(OSError):
+                self._cache.parent.mkdir(exist_ok=True)
+                temporary.write_text(json.dumps(self._known), encoding="utf-8")
+                temporary.replace(self._cache)
+
+
+def check_pins(step: str, pins: Mapping[str, str], sections: Mapping[str, Any], when: str) -> None:
+    """Hash everything outside anew, and compare it with what the step's id says.
+
+    Args:
+        step: its name.
+        pins: `pin_externals` of the plan.
+        sections: of the configuration, as for `pin_externals`.
+        when: what happened since the plan, for the message: "since it was planned", "while it was read".
+
+    Raises:
+        StepFailed: naming what changed; what was made of it must not be published under that id.
+    """
+    try:
+        now = pin_externals(sections)
+    except ConfigError as error:
+        raise StepFailed(f"step {step}: {error}") from None
+    changed = [name for name in pins.keys() | now.keys() if pins.get(name) != now.get(name)]
+    if changed:
+        names = ", ".join(sorted(f"{name.split(maxsplit=2)[-1]}" for name in changed))
+        raise StepFailed(
+            f"step {step}: {names} changed {when}. Nothing was published, since it would not be what its id says. "
+            "Run the same command again when it no longer changes."
+        )
+
+
+def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = hash_file) -> dict[str, str]:
     """Return name → content hash or version of everything outside the store that the config refers to.
 
     Fields whose metadata says `external: file` hold paths, those with `external: package` names of packages.
+
+    Args:
+        sections: of the configuration.
+        hash_of: how files are hashed.
 
     Raises:
         ConfigError: listing every file that cannot be read and every package that is not installed.
@@ -33,7 +107,7 @@ def pin_externals(sections: Mapping[str, Any]) -> dict[str, str]:
                 for name in [item] if isinstance(item, str) else item or []:
                     try:
                         if kind == "file":
-                            pins[f"file {len(pins)} {Path(name).name}"] = hash_file(Path(name))
+                            pins[f"file {len(pins)} {Path(name).name}"] = hash_of(Path(name))
                         else:
                             pins[f"package {name}"] = importlib.metadata.version(name)
                     except OSError as error:

@@ -17,6 +17,7 @@ from mlxchat.runner.aliases import action_key, remember_action
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory
+from mlxchat.runner.externals import check_pins
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.passing import is_passing
@@ -31,7 +32,7 @@ from mlxchat.runner.time_limit import TimeIsUp, TimeLimit
 from mlxchat.runner.waiting import Waiting
 
 # What a person has to mend before another try has a chance.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 def make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]) -> Path:
@@ -151,11 +152,18 @@ def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
     reset_peak_memory()
     limit = TimeLimit(run.policy.timeouts.get(step.name))
     ctx.stop_signal = lambda: run.stop_signal or (15 if limit.passed else None)
+    sections = {section: getattr(run.config, section) for section in step.stage.config}
     error: BaseException
     try:
+        check_pins(step.name, step.externals, sections, "since it was planned")
         with limit:
             step.stage.load()(ctx)
         crash_point("step.ran")
+        try:
+            check_pins(step.name, step.externals, sections, "while it ran")
+        except StepFailed:
+            shutil.rmtree(ctx.work, ignore_errors=True)  # made from both the old and the new
+            raise
         missing = [name for name in step.stage.outputs if not (ctx.out / name).exists()]
         if missing:
             raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({ctx.out})")

@@ -12,6 +12,7 @@ from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner import locks
 from mlxchat.runner.aliases import action_key, find_action
 from mlxchat.runner.code_digest import CodeDigests, changed_modules
+from mlxchat.runner.externals import FileHashes
 from mlxchat.runner.externals import pin_externals as pin_externals
 from mlxchat.runner.fingerprint import compute_rid, identity_of
 from mlxchat.runner.pipeline import Pipeline as Pipeline
@@ -123,13 +124,14 @@ def make_plan(
     if unknown:
         raise ConfigError(f"force names {', '.join(unknown)}, no step of the pipeline.{suggest(unknown[0], pipeline)}")
     digests = CodeDigests(store.outputs / "index" / "code.json", Path(__file__).parents[1])
+    hashes = FileHashes(store.outputs / "index" / "files.json")
     planned: dict[str, PlannedStep] = {}
     for name in order_steps(pipeline, targets):
         stage = read_stage(pipeline[name]["stage"])
         inputs = {role: step for role, step in pipeline[name].items() if role != "stage"}
         sections = {section: getattr(config, section) for section in stage.config}
         identity = {"seed": seed, **{section: identity_of(value) for section, value in sections.items()}}
-        externals = pin_externals(sections)
+        externals = pin_externals(sections, hashes.of)
         rids = {role: planned[step].rid for role, step in inputs.items()}
         rid_with = partial(_rid_with, stage, identity, externals, rids)
         artifacts = find_artifacts(sections, store, rid_with)
@@ -148,6 +150,7 @@ def make_plan(
             step.verdict = Verdict(state="waiting", reason=_tell_maker(store, rid), difference=step.verdict.difference)
         planned[name] = step
     digests.save()
+    hashes.save()
     return list(planned.values())
 
 

@@ -1,0 +1,115 @@
+"""Outside files: part of the id by their contents, which are looked at before and after a step."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import StepFailed
+from mlxchat.runner import attempts, externals
+from mlxchat.runner.externals import FileHashes
+from mlxchat.runner.fingerprint import hash_file
+
+ONE = {"one": {"stage": "make"}}
+
+
+@dataclass
+class Source:
+    path: str = field(default="", metadata={"external": "file"})
+
+
+def reading(toys: Any, tmp_path: Path, body: str) -> Path:
+    """Have `make` read a file outside; return the file."""
+    path = tmp_path / "text.txt"
+    path.write_text("old")
+    toys.config.toy = Source(str(path))
+    toys.add("make", f"path = ctx.config.toy.path\n{body}")
+    return path
+
+
+COPY = "import pathlib; (ctx.out / 'result.txt').write_text(pathlib.Path(path).read_text())"
+
+
+@pytest.mark.parametrize("meddle", ["pathlib.Path(path).write_text('new')", "os.unlink(path)"], ids=["changed", "gone"])
+def test_a_file_that_changes_while_its_step_runs_fails_the_step_and_publishes_nothing(
+    meddle: str, toys: Any, tmp_path: Path
+) -> None:
+    path = reading(toys, tmp_path, f"{COPY}\n{meddle}")
+    plan = toys.plan(ONE)
+    with pytest.raises(StepFailed, match=r"step one: .*text\.txt (changed while it ran|cannot be read)"):
+        toys.run(plan)
+    assert list(toys.store.manifests()) == []
+    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(plan[0].rid))] == ["failed"]
+    path.write_text("new")
+    toys.add("make", f"path = ctx.config.toy.path\n{COPY}")
+    toys.run(toys.plan(ONE))
+    (step,) = toys.plan(ONE)
+    assert (toys.store.find(step.rid) / "result.txt").read_text() == "new"
+
+
+def test_a_file_that_changed_since_the_plan_is_not_read_under_the_old_id(toys: Any, tmp_path: Path) -> None:
+    path = reading(toys, tmp_path, COPY)
+    plan = toys.plan(ONE)
+    path.write_text("new")
+    with pytest.raises(StepFailed, match=r"text\.txt changed since it was planned.*Run the same command again"):
+        toys.run(plan)
+    assert list(toys.store.manifests()) == []
+
+
+def test_a_file_that_stays_the_same_is_no_hindrance(toys: Any, tmp_path: Path) -> None:
+    reading(toys, tmp_path, COPY)
+    toys.run(toys.plan(ONE))
+    assert [step.state for step in toys.plan(ONE)] == ["done"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("old")
+    hour = time.time_ns() - 3_600_000_000_000
+    os.utime(path, ns=(hour, hour))
+    return path
+
+
+def remembered(tmp_path: Path) -> FileHashes:
+    return FileHashes(tmp_path / "index" / "files.json")
+
+
+def test_a_settled_file_is_hashed_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(externals, "_SETTLED_NANOSECONDS", -1)
+    hashes = remembered(tmp_path)
+    digest = hashes.of(text)
+    hashes.save()
+    monkeypatch.setattr(externals, "hash_file", lambda path: pytest.fail("hashed again"))
+    assert remembered(tmp_path).of(text) == digest
+
+
+def test_a_file_changed_a_moment_ago_is_hashed_each_time(text: Path, tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        text.write_text(content)
+        hashes = remembered(tmp_path)
+        assert hashes.of(text) == hash_file(text)
+        hashes.save()
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_change_that_keeps_size_and_time_is_seen(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(externals, "_SETTLED_NANOSECONDS", -1)
+    hashes = remembered(tmp_path)
+    before, status = hashes.of(text), text.stat()
+    hashes.save()
+    text.write_text("new")
+    os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns))  # as `touch -r` does; the inode's own time moves on
+    assert remembered(tmp_path).of(text) != before
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", "{", '{"x": 3}', "\0"])
+def test_a_damaged_memory_counts_for_nothing(damage: str, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "files.json").write_text(damage.replace("x", str(text.resolve())))
+    assert remembered(tmp_path).of(text) == hash_file(text)
