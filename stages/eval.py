@@ -25,6 +25,7 @@ INPUTS = {"checkpoint": "checkpoint"}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
 PRODUCES = "scores"
 OUTPUTS = ["scores.json", "examples.jsonl"]
+RESOURCES = ["gpu"]
 
 
 def run(ctx: Context) -> None:

@@ -12,6 +12,7 @@ CONFIG = ["optimizer", "midtrain", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+RESOURCES = ["gpu"]
 
 
 def run(ctx: Context) -> None:

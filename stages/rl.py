@@ -18,6 +18,7 @@ CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+RESOURCES = ["gpu"]
 
 
 def run(ctx: Context) -> None:

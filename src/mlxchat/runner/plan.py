@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner import locks
 from mlxchat.runner.aliases import action_key, find_action
 from mlxchat.runner.code_digest import CodeDigests, changed_modules
@@ -208,7 +208,11 @@ def _inputs_made(
         if role not in pending:
             # A step that shares another one's artifact may not have its alias yet.
             made = store.read(planned[source].rid) or planned[source].verdict.original
-            assert made is not None, f"{source} is done but has no artifact"
+            if made is None:
+                raise StoreError(
+                    f"{planned[source].artifact}, which {step.name} needs as {role}, is no longer in {store.outputs}. "
+                    "Run the same command again: it is made anew."
+                )
             found[role] = made
     return found
 

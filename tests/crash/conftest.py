@@ -1,0 +1,114 @@
+"""The pipeline of stubs in processes of their own, and what must hold of an outputs folder whatever happened to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.runner import locks
+from mlxchat.runner.integrity import find_damage
+from mlxchat.runner.records import Records
+from mlxchat.runner.store import Store, read_manifest
+
+SCRIPT = Path(__file__).parent / "stub_run.py"
+
+
+@dataclass
+class Stubs:
+    """One folder with outputs/ in it, on which the stubs' pipeline runs."""
+
+    folder: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> Path:
+        return self.folder / "outputs"
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start the pipeline; variables are given without MLXCHAT_CRASH_ before their names."""
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "PYTHON"))}
+        wanted = {(f"MLXCHAT_CRASH_{key}" if key.isupper() else key.upper()): text for key, text in environment.items()}
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(self.outputs), *arguments],
+            cwd=self.folder, env=clean | wanted, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        """Run the pipeline to its end; return exit code and what was printed."""
+        process = self.start(*arguments, **environment)
+        text, _ = process.communicate(timeout=60)
+        return process.returncode, text
+
+    def trace(self, *arguments: str) -> list[str]:
+        """Run the pipeline undisturbed and return the crash points that were passed, in order."""
+        file = self.folder / "trace.txt"
+        code, text = self.run(*arguments, TRACE=str(file))
+        assert code == 0, text
+        return file.read_text().splitlines()
+
+    def trees(self) -> dict[str, str]:
+        """Return step → digest of the artifact that `latest` leads to."""
+        return {step: read_manifest(place)["tree"] for step, place in Store(self.outputs).refs().items()}
+
+    def executions(self) -> Counter[str]:
+        """Return step → how often its stage was run."""
+        return Counter((self.folder / "executions.txt").read_text().split())
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Return the events of this kind of all runs."""
+        logs = sorted((self.outputs / "runs").glob("*/events.jsonl"))
+        return [record for log in logs for record in Records(log).read() if record["event"] == event]
+
+    def check_whole(self) -> None:
+        """What must hold at any moment: what the store shows is whole, and no lock is held by the dead."""
+        for folder in (self.outputs / "store").glob("*"):
+            manifest = read_manifest(folder)
+            if manifest.get("alias_of") is None:
+                assert list(find_damage(folder, manifest)) == []
+        for lock in (self.outputs / "locks").glob("*"):
+            assert not locks.is_held(lock), lock
+
+    def check_clean(self) -> None:
+        """What must hold after a run that succeeded: it is whole, and nothing is left of what happened before."""
+        self.check_whole()
+        assert list((self.outputs / "work").iterdir()) == []
+        hidden = [path for path in self.outputs.rglob("*") if path.name.startswith(".")]
+        assert hidden == []
+
+    def copy(self, folder: Path) -> Stubs:
+        """Return a copy, outputs included."""
+        shutil.copytree(self.folder, folder, symlinks=True, dirs_exist_ok=True)
+        return Stubs(folder)
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Iterator[Stubs]:
+    """An empty folder for the stubs' pipeline."""
+    (tmp_path / "stubs").mkdir()
+    made = Stubs(tmp_path / "stubs")
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def make_stubs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Stubs]:
+    """Return a function that makes empty folders for the stubs' pipeline."""
+    return lambda: Stubs(tmp_path_factory.mktemp("stubs"))

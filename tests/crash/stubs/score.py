@@ -1,0 +1,28 @@
+"""Looks at a model, as eval does; settings make it fail or take its time."""
+
+import time
+
+from stubs.source import count_execution
+
+VERSION = 1
+CONFIG = ["score"]
+INPUTS = {"model": "model"}
+PRODUCES = "scores"
+OUTPUTS = ["scores.json"]
+
+
+def run(ctx):
+    look(ctx, ctx.inputs["model"] / "model.bin")
+
+
+def look(ctx, path):
+    """Write the size of a file."""
+    count_execution(ctx)
+    if ctx.step in ctx.config.score.failing:
+        raise ValueError(f"{ctx.step} cannot be scored")
+    until = time.monotonic() + ctx.config.score.seconds
+    while time.monotonic() < until:
+        if ctx.should_stop():
+            raise ctx.stop("half of it")
+        time.sleep(0.005)
+    (ctx.out / "scores.json").write_text(f'{{"size": {path.stat().st_size}}}\n')

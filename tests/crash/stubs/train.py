@@ -1,0 +1,45 @@
+"""Iterates, saves, continues and uses an artifact that others share, as trainings do."""
+
+import time
+
+import numpy as np
+
+from mlxchat.runner.crash import crash_point
+from mlxchat.training.saves import read_newest, write_save
+from stubs.source import count_execution
+
+VERSION = 1
+CONFIG = ["train"]
+INPUTS = {"text": "text", "table": "table"}
+PRODUCES = "model"
+OUTPUTS = ["model.bin"]
+RESOURCES = ["gpu"]
+
+
+def run(ctx):
+    count_execution(ctx)
+    settings = ctx.config.train
+    place = ctx.encoded(version=1, label="all", identity={"lines": 1}, make=lambda folder: encode(ctx, folder))
+    encoded = np.frombuffer((place / "encoded.bin").read_bytes(), dtype=np.uint8)
+    found = read_newest(ctx.work)
+    weights, done = np.zeros(64), 0
+    if found is not None:
+        weights, done = found[0]["weights"], found[1]["iteration"]
+    ctx.rewind_records(done)
+    while done < settings.iterations:
+        weights = weights * 0.9 + np.random.default_rng([done, ctx.seed("noise")]).normal(size=64) + encoded[done]
+        done += 1
+        crash_point("train.iteration")
+        ctx.log({"iteration": done, "norm": float(np.linalg.norm(weights)), "elapsed_seconds": time.monotonic()})
+        time.sleep(settings.pause)
+        write_save(ctx.work, done, {"weights": weights}, {"rate": 0.5})
+        if ctx.should_stop() and done < settings.iterations:
+            raise ctx.stop(f"iteration {done} of {settings.iterations}")
+    crash_point("train.finished")
+    (ctx.out / "model.bin").write_bytes(weights.tobytes())
+    ctx.metrics["norm"] = float(np.linalg.norm(weights))
+
+
+def encode(ctx, folder):
+    (folder / "encoded.bin").write_bytes((ctx.inputs["table"] / "table.txt").read_bytes())
+    return {"lines": 1}
