@@ -16,6 +16,11 @@ VERBS = {
     "plan": ("plan", "show what would run, and why"),
     "status": ("status", "show what is done, running and left over in the outputs folder"),
     "ls": ("ls", "list the artifacts"),
+    "show": ("show", "show everything about an artifact"),
+    "lineage": ("lineage", "show what an artifact was made from, and what was made from it"),
+    "diff": ("diff", "show how two artifacts differ: config, inputs, code, metrics, environment"),
+    "pin": ("pin", "name an artifact, which keeps it from being collected"),
+    "gc": ("gc", "show what may be removed and why; --apply removes it"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
     "report": ("report", "write and print the report of the latest run"),
     "graph": ("graph", "draw the pipeline (--format ascii or mermaid)"),
@@ -41,6 +46,7 @@ Settings are written group=option or key=value:
 
 Further options
   -m, --multirun            sweep over comma-separated values
+  --fail-fast               a step that fails stops the others too
   --cfg job [-p SECTION]    print the composed configuration (--resolve: with its references resolved)
   --config-dir DIR          find further YAML files in DIR
   --shell-completion, --hydra-help, --info    Hydra's own
@@ -60,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MlxchatError as error:
         if os.environ.get("MLXCHAT_DEBUG"):
             raise
-        lines = str(error).splitlines() or [type(error).__name__]
+        from mlxchat.runner.secrets import redact
+
+        lines = redact(str(error)).splitlines() or [type(error).__name__]
         print("error: " + "\n       ".join(lines), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

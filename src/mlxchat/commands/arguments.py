@@ -26,6 +26,33 @@ def make_parser(verb: str, purpose: str) -> Parser:
     return parser
 
 
+def make_naming_parser(verb: str, purpose: str, what: str = "ID") -> Parser:
+    """Return a parser for a verb that takes names of artifacts, which `split_words` then tells from settings."""
+    parser = Parser(
+        prog=f"mlxchat {verb}", description=purpose, allow_abbrev=False,
+        epilog="ID: a step of the latest run, RUN/STEP, a pin, an artifact's name, or the start of one or of an id",
+    )  # fmt: skip
+    parser.add_argument("settings", nargs="*", metavar=what, help="and outputs=PATH, the outputs folder")
+    return parser
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words that are names, and those that are settings (key=value)."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def take_names(words: list[str], verb: str, least: int, most: int | None, form: str) -> tuple[list[str], list[str]]:
+    """Return names and settings, and see to it that there are as many names as the verb takes.
+
+    Raises:
+        ConfigError: there are too few or too many.
+    """
+    names, settings = split_words(words)
+    if len(names) < least or (most is not None and len(names) > most):
+        raise ConfigError(f"expected mlxchat {verb} {form}, got {len(names) or 'no'} names. See: mlxchat {verb} --help")
+    return names, settings
+
+
 def outputs_folder(settings: list[str]) -> Path:
     """Return the folder that `outputs=PATH` names among the settings.
 

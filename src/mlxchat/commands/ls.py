@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
-from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.commands.arguments import make_parser, outputs_folder, split_words
+from mlxchat.commands.columns import aligned, print_json, when
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.runner.catalog import Summary, read_catalog
 from mlxchat.runner.progress import format_bytes, format_number, format_seconds
-from mlxchat.runner.shared import SHARED_KIND
-from mlxchat.runner.store import Manifest, Store
+from mlxchat.runner.store import Store
+
+_ENCODED = "tokens"
 
 
 def main(arguments: list[str]) -> int:
     """Print a line per artifact, the newest last."""
     parser = make_parser("ls", "List the artifacts, the newest last.")
-    store = Store(outputs_folder(parser.parse_intermixed_args(arguments).settings))
-    manifests = sorted(store.manifests(), key=lambda manifest: str(manifest["published"]))
-    encoded = [manifest for manifest in manifests if manifest["kind"] == SHARED_KIND]
-    for manifest in manifests:
-        if manifest["kind"] == SHARED_KIND:
-            continue
-        size = format_bytes(_bytes_of(manifest))
-        numbers = "  ".join(f"{key} {format_number(value)}" for key, value in list(manifest["metrics"].items())[:3])
-        extended = manifest["inputs"].get("extends")
-        lineage = f"  extends {extended['artifact']}" if extended else ""
+    parser.add_argument("--stage", action="append", default=[], help="only of this stage or step (repeatable)")
+    parser.add_argument("--json", action="store_true", help="one JSON array for programs")
+    options = parser.parse_intermixed_args(arguments)
+    names, settings = split_words(options.settings)
+    store = Store(outputs_folder(settings))
+    found = read_catalog(store)
+    wanted = [*options.stage, *names]
+    known = {str(summary.get(key)) for summary in found for key in ("stage", "step") if summary.get(key)}
+    for name in wanted:
+        if name not in known and found:
+            raise ConfigError(
+                f'no artifact is of stage or step "{name}": {", ".join(sorted(known))}.{suggest(name, known)}'
+            )
+    shown = [summary for summary in found if not wanted or {summary.get("stage"), summary.get("step")} & set(wanted)]
+    if options.json:
+        print_json(shown)
+        return 0
+    encoded = [summary for summary in shown if summary.get("kind") == _ENCODED]
+    listed = shown if _ENCODED in wanted else [summary for summary in shown if summary.get("kind") != _ENCODED]
+    if listed:
+        print(aligned([_row(summary) for summary in listed], right=(3, 4)))
+    if encoded and listed is not shown:
+        size = format_bytes(sum(summary["bytes"] for summary in encoded))
         print(
-            f"{manifest['published'][:16].replace('T', ' ')}  {manifest['name']:<36} {manifest['step']:<10} "
-            f"{size:>9}  {format_seconds(manifest['seconds']):>7}  {numbers}{lineage}"
-        )
-    if encoded:
-        size = format_bytes(sum(map(_bytes_of, encoded)))
-        print(
-            f"and {len(encoded)} folders of encoded text, {SHARED_KIND}-* ({size}), which trainings and evaluations "
+            f"and {len(encoded)} folders of encoded text, {_ENCODED}-* ({size}), which trainings and evaluations "
             "share, and make again if they are removed"
         )
-    if not manifests:
+    if not found:
         print(f"{store.outputs} holds no artifacts yet: run mlxchat first")
     return 0
 
 
-def _bytes_of(manifest: Manifest) -> int:
-    return sum(file["bytes"] for file in manifest["outputs"])
+def _row(summary: Summary) -> list[str]:
+    if "damaged" in summary:
+        return ["damaged         ", summary["folder"], "-", "-", "-", "its manifest cannot be read: see mlxchat verify"]
+    numbers = [f"{key} {format_number(value)}" for key, value in list(summary["metrics"].items())[:3]]
+    extended = summary["inputs"].get("extends")
+    if extended:
+        numbers.append(f"extends {extended['artifact']}")
+    if summary["alias_of"]:
+        numbers = [f"same contents as {summary['alias_of'][:16]}"]
+    size, seconds = format_bytes(summary["bytes"]), format_seconds(summary["seconds"] or 0)
+    return [when(summary["published"]), summary["folder"], str(summary["step"]), size, seconds, "  ".join(numbers)]

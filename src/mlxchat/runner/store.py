@@ -183,33 +183,18 @@ class Store:
         return {step: place for step, place in links.items() if (place / MANIFEST).exists()}
 
     def resolve(self, name: str) -> Path:
-        """Return the artifact that a person means: a step of the latest run, a folder's name, or the start of an id.
+        """Return the artifact that a person means: see runner/naming.py.
 
         Raises:
             StoreError: nothing or more than one thing has this name.
         """
-        latest = self.refs()
-        if name in latest:
-            return latest[name]
-        found = [
-            folder for folder in self._list()
-            if (folder / MANIFEST).exists() and (folder.name == name or _is_start_of_id(name, folder))
-        ]  # fmt: skip
-        if len(found) == 1:
-            return found[0]
-        known = ", ".join(latest) or "none yet: run mlxchat first"
-        problem = "is ambiguous" if found else "is no artifact"
-        raise StoreError(f'"{name}" {problem} in {self.outputs}. Steps of the latest run: {known}.')
+        from mlxchat.runner.naming import resolve
+
+        return resolve(self, name)
 
     def _list(self) -> list[Path]:
         folder = self.outputs / "store"
         return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _is_start_of_id(name: str, folder: Path) -> bool:
-    if len(name) <= _SHORT:
-        return folder.name[-_SHORT:].startswith(name)
-    return name[:_SHORT] == folder.name[-_SHORT:] and str(read_manifest(folder)["rid"]).startswith(name)
 
 
 def artifact_name(stage: str, label: str, rid: str) -> str:
@@ -249,10 +234,11 @@ def sweep(outputs: Path) -> None:
     for folder in (outputs / "work").iterdir():
         if folder.name.startswith(".trash-"):
             shutil.rmtree(folder, ignore_errors=True)
-        elif store.own_folder(folder.name) is not None:
-            with suppress(BlockingIOError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
-                executions = attempts.read(folder)
-                if not executions or executions[-1]["outcome"] == "done":
+        elif (made := store.own_folder(folder.name)) is not None:
+            with suppress(BlockingIOError, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
+                # What is no part of its history is of a step that was begun anew by force.
+                told = {attempt["started"] for attempt in read_manifest(made)["attempts"]}
+                if all(attempt.get("started") in told for attempt in attempts.read(folder)[-1:]):
                     shutil.rmtree(folder, ignore_errors=True)
     for path in (outputs / "index").glob(".*"):
         path.unlink(missing_ok=True)

@@ -1,0 +1,39 @@
+"""Aligned columns of plain text: for eyes and for grep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def aligned(rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), indent: str = "") -> str:
+    """Return rows as lines whose columns begin at the same place; columns in `right` end at the same place."""
+    table = [list(row) for row in rows]
+    count = max((len(row) for row in table), default=0)
+    widths = [max((len(row[column]) for row in table if column < len(row)), default=0) for column in range(count)]
+    lines = []
+    for row in table:
+        cells = [
+            cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
+            for column, cell in enumerate(row)
+        ]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def print_json(record: Any) -> None:
+    """Print plain data for a program."""
+    print(json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def show_value(value: Any) -> str:
+    """Return a value as YAML would write it, in one line."""
+    if value is None:
+        return "null"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def when(moment: str) -> str:
+    """Return an ISO time to the minute."""
+    return str(moment)[:16].replace("T", " ")

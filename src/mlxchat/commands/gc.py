@@ -1,0 +1,65 @@
+"""mlxchat gc: show, or remove, what nothing refers to."""
+
+from __future__ import annotations
+
+from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.commands.columns import aligned, print_json
+from mlxchat.errors import ConfigError
+from mlxchat.runner.gc import Collection, Limits, collect, find_garbage, parse_age, parse_bytes
+from mlxchat.runner.progress import format_bytes
+from mlxchat.runner.store import Store
+
+
+def main(arguments: list[str]) -> int:
+    """Print what may go with bytes and reason; with --apply remove it."""
+    parser = make_parser("gc", "Show what may be removed and why; --apply removes it.")
+    parser.add_argument("--apply", action="store_true", help="remove it; without this nothing is changed")
+    parser.add_argument(
+        "--keep-last", type=int, metavar="N", help="of ended runs, keep the newest N artifacts of a step"
+    )
+    parser.add_argument("--older-than", metavar="AGE", help="of ended runs, keep what is younger: 12h, 7d, 2w")
+    parser.add_argument("--max-bytes", metavar="SIZE", help="remove the oldest until the store is this small: 10GB")
+    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
+    options = parser.parse_intermixed_args(arguments)
+    if options.keep_last is not None and options.keep_last < 0:
+        raise ConfigError(f"--keep-last is {options.keep_last}, expected 0 or more")
+    limits = Limits(
+        keep_last=options.keep_last,
+        older_than_seconds=parse_age(options.older_than) if options.older_than else None,
+        max_bytes=parse_bytes(options.max_bytes) if options.max_bytes else None,
+    )
+    store = Store(outputs_folder(options.settings))
+    there = (store.outputs / "store").is_dir()
+    found = collect(store, limits) if options.apply and there else find_garbage(store, limits)
+    if options.json:
+        garbage = [
+            {
+                "path": str(item.path.relative_to(store.outputs)),
+                "kind": item.kind,
+                "bytes": item.bytes,
+                "reason": item.reason,
+            }
+            for item in found.garbage
+        ]
+        print_json({"applied": options.apply, "garbage": garbage, "kept": found.kept, "kept_bytes": found.kept_bytes})
+    else:
+        _show(found, options.apply, store)
+    return 0
+
+
+def _show(found: Collection, applied: bool, store: Store) -> None:
+    listed = [item for item in found.garbage if item.kind not in ("index", "ref")]
+    if listed:
+        rows = [[str(item.path.relative_to(store.outputs)), format_bytes(item.bytes), item.reason] for item in listed]
+        print(aligned(rows, right=(1,)))
+    links = len(found.garbage) - len(listed)
+    if links:
+        print(f"and {links} names or index entries that lead to nothing")
+    size = format_bytes(sum(item.bytes for item in found.garbage))
+    kept = f"{len(found.kept)} artifacts stay ({format_bytes(found.kept_bytes)})"
+    if not found.garbage:
+        print(f"nothing to remove: {kept}")
+    elif applied:
+        print(f"removed {size}; {kept}")
+    else:
+        print(f"{size} may go; {kept}. Nothing was changed: add --apply to remove it")

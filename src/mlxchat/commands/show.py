@@ -1,0 +1,76 @@
+"""mlxchat show: everything about one artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
+from mlxchat.commands.columns import aligned, print_json, show_value, when
+from mlxchat.runner.comparing import flatten
+from mlxchat.runner.naming import groups, links
+from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
+from mlxchat.runner.store import Manifest, Store, read_manifest
+
+
+def main(arguments: list[str]) -> int:
+    """Print an artifact's manifest for people, or with --json as it is."""
+    parser = make_naming_parser("show", "Show everything about an artifact.")
+    parser.add_argument("--json", action="store_true", help="the manifest as it is")
+    options = parser.parse_intermixed_args(arguments)
+    (name,), settings = take_names(options.settings, "show", 1, 1, "ID")
+    store = Store(outputs_folder(settings))
+    place = store.resolve(name)
+    manifest = read_manifest(place)
+    if options.json:
+        print_json(manifest)
+        return 0
+    print(place.name)
+    print(aligned(_facts(store, place, manifest), indent="  "))
+    for title, rows in _sections(manifest):
+        if rows:
+            print(f"{title}\n{aligned(rows, indent='  ')}")
+    return 0
+
+
+def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]:
+    yield ["id", manifest["rid"]]
+    yield ["step", f"{manifest['step']} (stage {manifest['stage']}, version {manifest['version']})"]
+    if manifest.get("alias_of"):
+        yield ["same as", f"{manifest['alias_of'][:16]}: inputs of equal contents, so nothing was made again"]
+    hosts = sorted({str(attempt.get("host")) for attempt in manifest.get("attempts", ()) if attempt.get("host")})
+    attempts = len(manifest.get("attempts", ()))
+    made = f"{when(manifest['published'])} in {format_seconds(manifest['seconds'] or 0)}"
+    yield [
+        "made",
+        made + (f" ({attempts} attempts)" if attempts > 1 else "") + (f" on {', '.join(hosts)}" if hosts else ""),
+    ]
+    yield ["run", str(manifest.get("run"))]
+    if manifest.get("overrides"):
+        yield ["settings", " ".join(manifest["overrides"])]
+    yield ["size", format_bytes(sum(file["bytes"] for file in manifest["outputs"]))]
+    yield ["folder", str(place)]
+    if manifest.get("tokens_per_second"):
+        yield ["speed", f"{format_count(manifest['tokens_per_second'])} tok/s"]
+    if manifest.get("peak_memory_bytes"):
+        yield ["memory", f"{format_bytes(manifest['peak_memory_bytes'])} at most"]
+    named = [f"{group}/{name}" for group in groups(store) for name, one in links(store, group).items() if one == place]
+    if named:
+        yield ["named", ", ".join(named)]
+
+
+def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
+    yield "inputs", [[role, str(made.get("artifact"))] for role, made in (manifest.get("inputs") or {}).items()]
+    yield "metrics", [[key, format_number(value)] for key, value in manifest["metrics"].items()]
+    yield "derived", [[key, show_value(value)] for key, value in flatten(manifest.get("derived") or {}).items()]
+    yield "config", [[key, show_value(value)] for key, value in flatten(manifest["config"]).items()]
+    outside = [
+        [str(item.get("name")), str(item.get("revision") or item.get("version") or "")]
+        for item in manifest.get("externals") or ()
+    ]
+    yield "from outside", outside
+    git, device = manifest.get("git") or {}, manifest.get("device") or {}
+    commit = [["git", f"{git.get('commit', '')[:12]}{' (changed since)' if git.get('dirty') else ''}"]] if git else []
+    versions = [[key, str(value)] for key, value in (manifest.get("versions") or {}).items()]
+    yield "made with", [*commit, *([["device", str(device.get("name"))]] if device else []), *versions]
+    yield "files", [[file["path"], format_bytes(file["bytes"]), file["sha256"][:12]] for file in manifest["outputs"]]

@@ -1,0 +1,121 @@
+"""The artifacts of a store in short, quickly: what lists, lineages and collecting garbage need of each manifest.
+
+`outputs/index/catalog.json` keeps the short form of every manifest with its (size, mtime_ns, inode). It is no truth: a
+manifest whose file is not exactly that one is read again, and a catalog that is damaged is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import StoreError
+from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
+
+Summary = dict[str, Any]
+"""folder, rid, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs, tree,
+alias_of, run; of a damaged manifest only folder and `damaged`, the reason."""
+
+_FORMAT = 1
+_COPIED = ("rid", "stage", "step", "kind", "version", "published", "seconds", "inputs", "metrics", "tree", "run")
+
+
+def read_catalog(store: Store, *, trusted: bool = True) -> list[Summary]:
+    """Return the short form of every artifact, the newest last; damaged ones come first.
+
+    Args:
+        store: where to look; nothing but its index is written.
+        trusted: whether the kept short forms may be used where nothing changed; False reads every manifest.
+    """
+    place = store.outputs / "index" / "catalog.json"
+    known = _read_kept(place) if trusted else {}
+    stamps = _stamps(store)
+    kept: dict[str, list[Any]] = {}
+    changed = len(known) != len(stamps)
+    for name, stamp in stamps.items():
+        entry = known.get(name)
+        if entry is None or entry[0] != stamp:
+            entry, changed = [stamp, summarise(store.outputs / "store" / name)], True
+        kept[name] = entry
+    if changed:
+        _write_kept(place, kept)
+    summaries = [summary for _, summary in kept.values()]
+    return sorted(summaries, key=lambda summary: (str(summary.get("published", "")), summary["folder"]))
+
+
+def summarise(folder: Path) -> Summary:
+    """Return the short form of one artifact."""
+    try:
+        return short_form(folder.name, read_manifest(folder))
+    except (StoreError, KeyError, TypeError) as error:
+        return {"folder": folder.name, "damaged": str(error) or type(error).__name__}
+
+
+def short_form(name: str, manifest: Manifest) -> Summary:
+    """Return the short form of a manifest; `name` is that of its folder."""
+    return {
+        "folder": name,
+        **{key: manifest[key] if key in ("rid", "published") else manifest.get(key) for key in _COPIED},
+        "inputs": manifest.get("inputs") or {},
+        "metrics": manifest.get("metrics") or {},
+        "alias_of": manifest.get("alias_of"),
+        "tokens_per_second": manifest.get("tokens_per_second"),
+        # An alias has no files of its own.
+        "bytes": 0 if manifest.get("alias_of") else sum(file["bytes"] for file in manifest.get("outputs", ())),
+        "files": 0 if manifest.get("alias_of") else len(manifest.get("outputs", ())),
+    }
+
+
+def references(summary: Summary) -> list[str]:
+    """Return the ids that an artifact refers to: of its inputs, and of the artifact that it is an alias of."""
+    found = [made["rid"] for made in (summary.get("inputs") or {}).values() if made and made.get("rid")]
+    return [*found, summary["alias_of"]] if summary.get("alias_of") else found
+
+
+def by_rid(summaries: Iterable[Summary]) -> dict[str, Summary]:
+    """Return id → short form of the artifacts that are not damaged."""
+    return {summary["rid"]: summary for summary in summaries if "damaged" not in summary}
+
+
+def _stamps(store: Store) -> dict[str, list[int]]:
+    """Return folder → [size, mtime_ns, inode] of every manifest."""
+    found: dict[str, list[int]] = {}
+    base = f"{store.outputs}/store"
+    with contextlib.suppress(OSError):
+        for name in os.listdir(base):  # noqa: PTH208  (ten thousand Path objects take as long as all else)
+            with contextlib.suppress(OSError):
+                status = os.stat(f"{base}/{name}/{MANIFEST}")  # noqa: PTH116
+                found[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
+    return found
+
+
+def _read_kept(place: Path) -> dict[str, list[Any]]:
+    try:
+        head, _, body = place.read_bytes().partition(b"\n")
+        if head != _head(body):
+            return {}
+        kept: dict[str, list[Any]] = json.loads(body)
+    except (OSError, ValueError):
+        return {}
+    return kept
+
+
+def _write_kept(place: Path, kept: dict[str, list[Any]]) -> None:
+    """Write the catalog, whole or not at all. Where that cannot be, the next command reads the manifests again."""
+    body = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
+    with contextlib.suppress(OSError):
+        if not (place.parent.parent / "store").is_dir():
+            return
+        place.parent.mkdir(exist_ok=True)
+        temporary = place.with_name(f".catalog-{os.getpid()}")  # what a killed process leaves is swept by its dot
+        temporary.write_bytes(_head(body) + b"\n" + body)
+        temporary.replace(place)
+
+
+def _head(body: bytes) -> bytes:
+    return f"mlxchat catalog {_FORMAT} {len(body)} {zlib.crc32(body):08x}".encode()

@@ -1,0 +1,347 @@
+"""What may go from an outputs folder, and why; and removing it, one rename at a time.
+
+Never removed: what `latest`, a pin or another group of people's own leads to; what a run in progress made or needs, or
+that is younger than such a run; what belongs to a run younger than a day; and what any of these were made from. The
+refs of an ended run keep its artifacts too, until a limit (age, number, bytes) is given.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlxchat.errors import ConfigError
+from mlxchat.runner import locks
+from mlxchat.runner.catalog import Summary, by_rid, read_catalog, references
+from mlxchat.runner.crash import crash_point
+from mlxchat.runner.naming import PINS, groups, links
+from mlxchat.runner.store import MANIFEST, Store
+
+DAY_SECONDS = 86400.0
+_LEFT_OVER_DAYS = 7
+_RUN = re.compile(r"\d{8}-\d{6}-")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is kept of ended runs; None: everything that a run's refs lead to."""
+
+    keep_last: int | None = None
+    """So many artifacts of each step, the newest."""
+    older_than_seconds: float | None = None
+    """Whatever was published later is kept; also the age from which work that was left over may go."""
+    max_bytes: float | None = None
+    """Remove, the oldest first, only until the store is as small as this."""
+
+    def given(self) -> bool:
+        """Tell whether there is any limit."""
+        return (self.keep_last, self.older_than_seconds, self.max_bytes) != (None, None, None)
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """One thing that may go."""
+
+    path: Path
+    kind: str
+    """artifact, work, trash, index or ref."""
+    bytes: int
+    reason: str
+
+
+@dataclass
+class Collection:
+    """What may go, and what stays why."""
+
+    garbage: list[Garbage] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    """Artifact's folder → reason."""
+    kept_bytes: int = 0
+
+
+def find_garbage(store: Store, limits: Limits, *, trusted: bool = True) -> Collection:
+    """Return what may go under these limits; nothing is changed.
+
+    Args:
+        store: the outputs folder.
+        limits: what is kept of ended runs.
+        trusted: whether the catalog may be used; False reads every manifest.
+    """
+    summaries = read_catalog(store, trusted=trusted)
+    known = by_rid(summaries)
+    kept = _keep(store, known, limits)
+    removable = [summary for summary in known.values() if summary["rid"] not in kept]
+    sizes = {summary["rid"]: summary["bytes"] for summary in known.values()}
+    if limits.max_bytes is not None:
+        removable = _until_small_enough(removable, sum(sizes.values()), limits.max_bytes)
+    gone = {summary["rid"] for summary in removable}
+    found = Collection()
+    for summary in removable:
+        path = store.outputs / "store" / summary["folder"]
+        found.garbage.append(Garbage(path, "artifact", summary["bytes"], _why(summary, limits)))
+    for summary in summaries:
+        if "damaged" in summary:
+            path = store.outputs / "store" / summary["folder"]
+            found.garbage.append(Garbage(path, "artifact", _size(path), "its manifest is damaged"))
+    for rid, summary in known.items():
+        if rid not in gone:
+            found.kept[summary["folder"]] = kept.get(rid, "the store is small enough")
+            found.kept_bytes += summary["bytes"]
+    found.garbage += _left_overs(store, limits)
+    found.garbage += _orphans(store, {rid for rid in known if rid not in gone})
+    return found
+
+
+def collect(store: Store, limits: Limits, *, on_wait_message: str = "") -> Collection:
+    """Remove what may go and return it. Every run stops this, and this stops every run from beginning a step.
+
+    Raises:
+        ConfigError: a step is running.
+    """
+
+    def refuse(owner: object) -> None:
+        running = ", ".join(sorted(running_runs(store))) or "another process"
+        raise ConfigError(f"gc has to wait until no step is running: {running}. See: mlxchat status")
+
+    with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "gc"}, refuse):
+        found = find_garbage(store, limits, trusted=False)
+        crash_point("gc.planned")
+        trash = store.outputs / "trash"
+        for item in found.garbage:
+            if item.kind in ("index", "ref"):
+                item.path.unlink(missing_ok=True)
+                continue
+            if item.kind == "work":
+                lock = store.lock(item.path.name)
+                if locks.is_held(lock):
+                    continue
+            moved = item.path
+            if item.kind != "trash":
+                trash.mkdir(exist_ok=True)
+                moved = trash / f"{item.path.name}-{uuid.uuid4().hex[:8]}"
+                item.path.rename(moved)
+                crash_point("gc.moved")
+            _remove(moved)
+            crash_point("gc.deleted")
+        for group in groups(store):
+            folder = store.outputs / "refs" / group
+            if group not in ("latest", PINS) and not any(folder.iterdir()):
+                folder.rmdir()
+        if trash.is_dir() and not any(trash.iterdir()):
+            trash.rmdir()
+    return found
+
+
+def running_runs(store: Store) -> set[str]:
+    """Return the names of the runs that hold a step's lock now."""
+    found = set()
+    for path in _entries(store.outputs / "work"):
+        lock = store.lock(path.name)
+        if lock.exists() and locks.is_held(lock):
+            found.add(str(locks.read_owner(lock).get("run") or path.name[:16]))
+    return found
+
+
+def parse_age(text: str) -> float:
+    """Return the seconds of 90s, 30m, 12h, 7d or 2w.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
+    if found is None:
+        raise ConfigError(f'"{text}" is no age: expected for instance 12h, 7d or 2w')
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_SECONDS, "w": 7 * DAY_SECONDS}[found[2]]
+
+
+def parse_bytes(text: str) -> float:
+    """Return the bytes of 500MB, 10GB or 1.5TB (powers of 1,000).
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
+    if found is None:
+        raise ConfigError(f'"{text}" is no size: expected for instance 500MB or 10GB')
+    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]]
+
+
+def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[str, str]:
+    """Return id → why it is kept, of what is kept for itself and of what that was made from."""
+    at = {summary["folder"]: rid for rid, summary in known.items()}
+    reasons: dict[str, str] = {}
+
+    def keep(rid: str, reason: str) -> None:
+        if rid in known:
+            reasons.setdefault(rid, reason)
+
+    for name in groups(store):
+        if limits.given() and _RUN.match(name):
+            continue
+        for step, place in links(store, name).items():
+            if place.name in at:
+                keep(at[place.name], f"pinned as {step}" if name == PINS else f"{name}/{step}")
+    now = time.time()
+    busy = running_runs(store)
+    young = DAY_SECONDS if limits.older_than_seconds is None else limits.older_than_seconds
+    oldest_running = ""
+    for run, started, rids in _runs(store):
+        if run in busy or (now - _seconds(started) < young and (limits.keep_last, limits.max_bytes) == (None, None)):
+            reason = f"run {run} is in progress" if run in busy else f"run {run} is young"
+            for rid in rids:
+                keep(rid, reason)
+        if run in busy:
+            oldest_running = min(oldest_running or started, started)
+    by_step: dict[str, list[Summary]] = {}
+    for rid, summary in known.items():
+        if oldest_running and summary["published"] >= oldest_running:
+            keep(rid, "younger than a run in progress")
+        if limits.older_than_seconds is not None and now - _seconds(summary["published"]) < limits.older_than_seconds:
+            keep(rid, "young")
+        if not summary["alias_of"]:
+            by_step.setdefault(str(summary["step"]), []).append(summary)
+    if limits.keep_last is not None:
+        for step, made in by_step.items():
+            newest = sorted(made, key=lambda summary: summary["published"])[
+                len(made) - min(limits.keep_last, len(made)) :
+            ]
+            for summary in newest:
+                if summary["kind"] != "tokens":
+                    keep(summary["rid"], f"one of the last {limits.keep_last} of {step}")
+    queue = list(reasons)
+    while queue:
+        summary = known[queue.pop()]
+        for rid in references(summary):
+            if rid in known and rid not in reasons:
+                reasons[rid] = f"{summary['folder']} was made from it"
+                queue.append(rid)
+    # Encoded text is nobody's input. It stays as long as what it was encoded from.
+    for rid, summary in known.items():
+        if summary["kind"] == "tokens" and all(source in reasons for source in references(summary)):
+            keep(rid, "encoded text of artifacts that are kept")
+    return reasons
+
+
+def _until_small_enough(removable: list[Summary], total: float, most: float) -> list[Summary]:
+    """Return the oldest of what may go, encoded text first, until the rest fits; users go before what they use."""
+    rids = {summary["rid"]: summary for summary in removable}
+    users = dict.fromkeys(rids, 0)
+    for summary in removable:
+        for rid in references(summary):
+            if rid in users and summary["kind"] != "tokens":
+                users[rid] += 1
+
+    def rank(summary: Summary) -> tuple[bool, str, str]:
+        return (summary["kind"] != "tokens", summary["published"], summary["rid"])
+
+    free = [rank(summary) for summary in removable if not users[summary["rid"]]]
+    heapq.heapify(free)
+    chosen: list[Summary] = []
+    while free and total > most:
+        summary = rids[heapq.heappop(free)[2]]
+        chosen.append(summary)
+        total -= summary["bytes"]
+        for rid in references(summary) if summary["kind"] != "tokens" else ():
+            if rid in users:
+                users[rid] -= 1
+                if not users[rid]:
+                    heapq.heappush(free, rank(rids[rid]))
+    return chosen
+
+
+def _why(summary: Summary, limits: Limits) -> str:
+    if summary["kind"] == "tokens":
+        return "encoded text: made again when needed"
+    if not limits.given():
+        return "nothing refers to it"
+    reasons = []
+    if limits.keep_last is not None:
+        reasons.append(f"not one of the last {limits.keep_last} of {summary['step']}")
+    if limits.older_than_seconds is not None:
+        reasons.append(f"{(time.time() - _seconds(summary['published'])) / DAY_SECONDS:.0f} days old")
+    if limits.max_bytes is not None:
+        reasons.append("among the oldest")
+    return ", ".join(reasons)
+
+
+def _left_overs(store: Store, limits: Limits) -> Iterator[Garbage]:
+    """Yield work that nobody continues, artifacts that were never finished, and what an earlier gc did not delete."""
+    age = limits.older_than_seconds if limits.older_than_seconds is not None else _LEFT_OVER_DAYS * DAY_SECONDS
+    for path in _entries(store.outputs / "work"):
+        if not path.is_dir() or locks.is_held(store.lock(path.name)):
+            continue
+        idle = time.time() - _last_change(path)
+        if idle >= age:
+            yield Garbage(path, "work", _size(path), f"left over, untouched for {idle / DAY_SECONDS:.0f} days")
+    for path in _entries(store.outputs / "store"):
+        if not (path / MANIFEST).exists():
+            yield Garbage(path, "artifact", _size(path), "never finished: it has no manifest")
+    for path in _entries(store.outputs / "trash"):
+        yield Garbage(path, "trash", _size(path), "an earlier gc was stopped before it deleted this")
+
+
+def _orphans(store: Store, staying: set[str]) -> Iterator[Garbage]:
+    """Yield entries of the action index and refs that lead to nothing, or will."""
+    for path in _entries(store.outputs / "index" / "act"):
+        try:
+            rid = path.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            rid = ""
+        if rid not in staying:
+            yield Garbage(path, "index", 0, "its artifact is gone")
+    folders = {rid[:16] for rid in staying}
+    for group in groups(store):
+        for link in _entries(store.outputs / "refs" / group):
+            if link.is_symlink() and os.readlink(link)[-16:] not in folders:  # noqa: PTH115
+                yield Garbage(link, "ref", 0, "its artifact is gone")
+
+
+def _runs(store: Store) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield name, start and the ids of the steps of every run."""
+    for folder in _entries(store.outputs / "runs"):
+        try:
+            record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+            yield folder.name, str(record["started"]), [str(step["rid"]) for step in record["steps"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _seconds(moment: str) -> float:
+    """Return a time as seconds since 1970; what cannot be read is now, and so young."""
+    try:
+        parsed = datetime.fromisoformat(moment)
+    except ValueError:
+        return time.time()
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+
+
+def _last_change(folder: Path) -> float:
+    return max((path.lstat().st_mtime for path in [folder, *folder.rglob("*")]), default=0.0)
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
