@@ -112,9 +112,8 @@ def test_gradients_are_the_slopes_of_the_loss(path: str, make_model: MakeModel, 
     """Against central differences along a random direction of each parameter."""
     model, batch = make_model(), mean_batch(rows(3))
     start = flatten_parameters(model)
-    inputs = start, mx.array(batch.ids), mx.array(batch.targets), mx.array(batch.weights)
     step = TrainStep(model, make_optimizer(model), micro_tokens=1000, dtype=mx.float32)
-    _, gradients = step._loss_and_gradients(*inputs)
+    _, gradients = step.gradients(batch)
     rng = np.random.default_rng(0)
     for name, value in start.items():
         direction = rng.normal(size=value.shape).astype(np.float32)
@@ -134,8 +133,7 @@ def test_gradients_are_the_slopes_of_the_loss(path: str, make_model: MakeModel, 
 def test_the_norm_is_reported_before_clipping(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
     model, batch = make_model(), mean_batch(rows(3))
     step = TrainStep(model, make_optimizer(model, grad_clip=0.01), micro_tokens=1000, dtype=mx.float32)
-    inputs = (mx.array(each) for each in (batch.ids, batch.targets, batch.weights))
-    _, gradients = step._loss_and_gradients(flatten_parameters(model), *inputs)
+    _, gradients = step.gradients(batch)
     expected = np.sqrt(sum((np.asarray(value, dtype=np.float64) ** 2).sum() for value in gradients.values()))
     assert step(batch, Rates(1.0, 0.9, 1.0))[1] == pytest.approx(expected, rel=1e-5)
     assert expected > 0.1

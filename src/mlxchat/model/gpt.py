@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head wid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.normalisation import rms_norm, rotate_and_normalise
 
 BACKOUT_INIT = 0.2
+_EMBEDDING, _VALUE_EMBEDDING = "transformer.wte.weight", "value_embeds.{}.weight"
 
 
 class LayerCache(Protocol):
@@ -152,22 +154,41 @@ class GPT(nn.Module):
         weight = self.lm_head.weight
         return weight if len(weight) == self.sizes.vocab_size else weight[: self.sizes.vocab_size]
 
-    def hidden(self, ids: mx.array, cache: Cache | None = None, *, recompute: bool = False) -> mx.array:
+    def table_names(self) -> list[str]:
+        """Return the names of the parameters of which tokens read one row each: the tables of embeddings."""
+        return [_EMBEDDING, *(_VALUE_EMBEDDING.format(layer) for layer in getattr(self, "value_embeds", {}))]
+
+    def hidden(
+        self,
+        ids: mx.array,
+        cache: Cache | None = None,
+        *,
+        recompute: bool = False,
+        table_rows: Mapping[str, mx.array] | None = None,
+    ) -> mx.array:
         """Return the final normalised states (B, T, C) of token ids (B, T).
 
-        With `recompute` a gradient keeps each layer's input alone and computes the rest of the layer again: less
-        memory, more time, the same numbers.
+        Args:
+            ids: tokens.
+            cache: the past.
+            recompute: a gradient keeps each layer's input alone and computes the rest of the layer again: less memory,
+                more time, the same numbers.
+            table_rows: by `table_names`, what the tables say of ids (B, T, …), if that has been looked up already: a
+                gradient is then taken in these rows instead of in whole tables.
         """
         sizes, middle = self.sizes, None
         offset = cache.offset if cache is not None else 0
-        x = rms_norm(self.transformer["wte"](ids))
+        x = rms_norm(self.transformer["wte"](ids) if table_rows is None else table_rows[_EMBEDDING])
         if sizes.smear:
             x = self._smear(x, cache)
         first = x
         for layer, block in enumerate(self.transformer["h"]):
             if sizes.residual_scalars:
                 x = self.resid_lambdas[layer].astype(x.dtype) * x + self.x0_lambdas[layer].astype(x.dtype) * first
-            value_embedding = self.value_embeds[str(layer)](ids) if sizes.has_value_embedding(layer) else None
+            value_embedding = None
+            if sizes.has_value_embedding(layer):
+                table = self.value_embeds[str(layer)]
+                value_embedding = table(ids) if table_rows is None else table_rows[_VALUE_EMBEDDING.format(layer)]
             if recompute:
                 x = recomputed(block, x) if value_embedding is None else recomputed(block, x, value_embedding)
             else:

@@ -70,7 +70,8 @@ def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tup
         outputs: tuple[mx.array, mx.array],
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Recompute each block's weights, so that no (T, T) matrix outlives its block."""
-        q, k, v = primals
+        # Only once the cotangent is there: else compilation would keep the weights of the forward pass.
+        q, k, v = mx.depends(list(primals), [cotangents[0]])
         out, reciprocal = (outputs[0].transpose(0, 2, 3, 1, 4), outputs[1])
         # The rows' factors are folded into the small matrices: the large ones see one product each.
         d_out = _multiply(cotangents[0].transpose(0, 2, 3, 1, 4), reciprocal[..., None])

@@ -21,6 +21,8 @@ from mlxchat.optim.groups import Flat, Optimizer, clip_factor, sum_squares
 from mlxchat.optim.schedule import Rates
 
 LossAndGradients = tuple[mx.array, Flat]
+# Of a table's gradient the rows that tokens have read, with the tokens: (N,) and (N, …).
+TableRows = dict[str, tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class TrainStep:
         self.num_traces = 0
         self._lanes = Lanes()
         self._shares = optimizer.share(len(self._lanes))
-        self._gradients: Callable[..., tuple[mx.array, Flat]] = mx.compile(self._loss_and_gradients)
+        self._gradients: Callable[..., tuple[mx.array, Flat, TableRows]] = mx.compile(self._loss_and_gradients)
         self._sum: Callable[..., tuple[Flat, mx.array]] = mx.compile(_sum_gradients)
         self._move: Callable[..., tuple[Flat, Flat]] = mx.compile(self._clip_and_move)
 
@@ -74,24 +76,39 @@ class TrainStep:
         If either is NaN or infinite, weights and optimizer stay as they were.
         """
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
-        starts = range(0, len(batch.ids), rows)
         with self._lanes.sharing(len(self._lanes.deal(min(rows, len(batch.ids))))):
-            totals = self._micro_batch(batch, slice(0, rows))
-            # Evaluated one after the other, so that only one micro-batch's graph is ever in memory.
-            mx.eval(totals)
-            for start in starts[1:]:
-                totals = self._add(totals, self._micro_batch(batch, slice(start, start + rows)))
-                mx.eval(totals)
-            loss, sums, norm = self._sum_lanes(totals)
-            del totals
-            mx.eval(loss, sums, norm)
+            loss, sums, norm = self._gradients_of(batch, rows)
             result = float(cast(float, loss.item())), float(cast(float, norm.item()))
             if math.isfinite(result[0]) and math.isfinite(result[1]):
                 self._update(sums, norm, Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates)))
         return result
 
-    def _micro_batch(self, batch: Batch, rows: slice) -> list[LossAndGradients]:
-        """Return the sums over the rows of each lane."""
+    def gradients(self, batch: Batch) -> LossAndGradients:
+        """Return the loss and the gradient of every parameter by name, before clipping; nothing is changed."""
+        rows = max(1, self.micro_tokens // batch.ids.shape[1])
+        loss, sums, _ = self._gradients_of(batch, rows)
+        return loss, {name: gradient for lane in sums for name, gradient in lane.items()}
+
+    def _gradients_of(self, batch: Batch, rows: int) -> tuple[mx.array, list[Flat], mx.array]:
+        """Return the loss, the gradients, each lane its share of them, and their common norm; all evaluated."""
+        totals: list[LossAndGradients] = []
+        tables: list[Flat] = [{} for _ in self._shares]
+        for start in range(0, len(batch.ids), rows):
+            parts = self._micro_batch(batch, slice(start, start + rows))
+            # Without what follows, which needs both: MLX would hand out one lane's work after the other's.
+            mx.eval(parts)
+            totals = self._add(totals, [(loss, gradients) for loss, gradients, _ in parts])
+            tables = self._add_tables(tables, [table_rows for _, _, table_rows in parts])
+            del parts
+            # Now, so that only one micro-batch is ever in memory.
+            mx.eval(totals, tables)
+        loss, sums, norm = self._sum_lanes(totals, tables)
+        del totals, tables
+        mx.eval(loss, sums, norm)
+        return loss, sums, norm
+
+    def _micro_batch(self, batch: Batch, rows: slice) -> list[tuple[mx.array, Flat, TableRows]]:
+        """Return the sums over the rows of each lane, and what it adds to the tables' gradients."""
         arrays = [array[rows] for array in (batch.ids, batch.targets, batch.weights)]
         parameters = flatten_parameters(self.model)
         return self._lanes.run(
@@ -103,14 +120,33 @@ class TrainStep:
 
     def _add(self, totals: list[LossAndGradients], more: list[LossAndGradients]) -> list[LossAndGradients]:
         """Return the lanes' sums of two micro-batches."""
+        if not totals:
+            return more
         return self._lanes.run([partial(_add, *pair) for pair in zip_longest(totals, more)])
 
-    def _sum_lanes(self, totals: list[LossAndGradients]) -> tuple[mx.array, list[Flat], mx.array]:
+    def _add_tables(self, totals: list[Flat], more: list[TableRows]) -> list[Flat]:
+        """Return the tables' gradients, each lane those of its share, with the rows of all lanes added."""
+        shapes = {name: value.shape for name, value in flatten_parameters(self.model).items()}
+        calls = [
+            partial(
+                _add_rows,
+                {name: total.get(name, mx.zeros(shapes[name])) for name in names if name in more[0]},
+                more,
+            )
+            for names, total in zip(self._shares, totals, strict=True)
+        ]
+        return self._lanes.run(calls)
+
+    def _sum_lanes(self, totals: list[LossAndGradients], tables: list[Flat]) -> tuple[mx.array, list[Flat], mx.array]:
         """Return the loss, the gradients' sums, each lane its share of them, and their common norm."""
         loss = sum((part for part, _ in totals[1:]), totals[0][0])
         calls = [
-            partial(self._sum, [{name: gradients[name] for name in names} for _, gradients in totals])
-            for names in self._shares
+            partial(
+                self._sum,
+                [{name: gradients[name] for name in names if name in gradients} for _, gradients in totals],
+                table,
+            )
+            for names, table in zip(self._shares, tables, strict=True)
         ]
         sums = self._lanes.run(calls)
         return loss, [total for total, _ in sums], mx.sqrt(sum((squares for _, squares in sums[1:]), sums[0][1]))
@@ -143,20 +179,31 @@ class TrainStep:
 
     def _loss_and_gradients(
         self, parameters: Flat, ids: mx.array, targets: mx.array, weights: mx.array
-    ) -> LossAndGradients:
+    ) -> tuple[mx.array, Flat, TableRows]:
+        """Return the loss, the gradients, and of the tables' ones the rows of the tokens that were read.
+
+        A table of embeddings is as large as all the layers of a small model, and few of its rows are read: whole
+        gradients of it would be filled, kept and added up by every lane.
+        """
         self.num_traces += 1  # runs only while tracing
 
-        def loss_of(masters: Flat) -> mx.array:
+        def loss_of(masters: Flat, table_rows: Flat) -> mx.array:
             set_parameters(self.model, {name: value.astype(self.dtype) for name, value in masters.items()})
-            hidden = self.model.hidden(ids, recompute=self.recompute).reshape(-1, self.model.sizes.width)
+            rows = {name: value.astype(self.dtype) for name, value in table_rows.items()}
+            hidden = self.model.hidden(ids, recompute=self.recompute, table_rows=rows)
             return cross_entropy_sum(
-                hidden, self.model.head_weight, mx.maximum(targets, 0).reshape(-1), weights.reshape(-1)
+                hidden.reshape(-1, self.model.sizes.width),
+                self.model.head_weight,
+                mx.maximum(targets, 0).reshape(-1),
+                weights.reshape(-1),
             )
 
         masters = flatten_parameters(self.model)
-        loss, gradients = mx.value_and_grad(loss_of)(parameters)
+        table_rows = {name: parameters[name][ids] for name in self.model.table_names()}
+        others = {name: value for name, value in parameters.items() if name not in table_rows}
+        loss, (gradients, rows) = mx.value_and_grad(loss_of, argnums=(0, 1))(others, table_rows)
         set_parameters(self.model, masters)
-        return loss, gradients
+        return loss, gradients, {name: (ids.reshape(-1), row.reshape(-1, row.shape[-1])) for name, row in rows.items()}
 
     def _clip_and_move(
         self, parameters: Flat, gradients: Flat, state: Flat, norm: mx.array, rates: Rates[mx.array]
@@ -167,10 +214,19 @@ class TrainStep:
         return self.optimizer.move(parameters, gradients, state, rates)
 
 
-def _sum_gradients(parts: list[Flat]) -> tuple[Flat, mx.array]:
-    """Return the sum of gradients and the sum of its squares."""
-    total = {name: sum((part[name] for part in parts[1:]), value) for name, value in parts[0].items()}
+def _sum_gradients(parts: list[Flat], tables: Flat) -> tuple[Flat, mx.array]:
+    """Return the sum of gradients, with the tables' ones, and the sum of its squares."""
+    total = {name: sum((part[name] for part in parts[1:]), value) for name, value in parts[0].items()} | tables
     return total, sum_squares(total)
+
+
+def _add_rows(totals: Flat, more: list[TableRows]) -> Flat:
+    """Return tables to which the rows of all lanes are added, always in the same order."""
+    added = {}
+    for name, total in totals.items():
+        ids, rows = (mx.concatenate(list(parts)) for parts in zip(*(part[name] for part in more), strict=True))
+        added[name] = total.at[ids].add(rows)
+    return added
 
 
 def _add(total: LossAndGradients, more: LossAndGradients | None) -> LossAndGradients:
