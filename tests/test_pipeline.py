@@ -67,12 +67,13 @@ def manifests(finished: Any) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def plan(mlxchat: CommandLine, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, str]]]:
-    """Return step → (state, reason) that `mlxchat plan` prints for further settings, without the memory it predicts."""
+    """Return step → (state, reason) that `mlxchat plan` prints for further settings, without the memory and time it predicts."""
 
     def run(outputs: Path, *settings: str) -> dict[str, tuple[str, str]]:
         done = mlxchat("plan", *tiny, f"outputs={outputs}", *settings)
         assert done.returncode == 0, done.stderr
-        lines = [re.sub(r" \([\d.,]+ \w+ with [\d,]+ tokens\)$", "", line) for line in done.stdout.splitlines()]
+        remarks = r" \(([\d.,]+ \w+ with [\d,]+ tokens; )?(~[^()]*|no estimate)\)$"
+        lines = [re.sub(remarks, "", line) for line in done.stdout.splitlines()]
         parts = [line.split(maxsplit=3) for line in lines[:-1]]
         return {step: (state, reason[0] if reason else "") for step, state, _, *reason in parts}
 

@@ -61,7 +61,7 @@ class ComposedCache:
             if digest != _digest(text):
                 return None
             record = json.loads(text)
-            return _restore(Config, record["config"]), record["choices"]
+            return restore(Config, record["config"]), record["choices"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -71,7 +71,7 @@ class ComposedCache:
             return
         text = json.dumps({"config": plain_of(config), "choices": choices})
         # repr tells 1 from 1.0 and True, which are equal.
-        if repr(_restore(Config, json.loads(text)["config"])) != repr(config):
+        if repr(restore(Config, json.loads(text)["config"])) != repr(config):
             return
         with contextlib.suppress(OSError):
             folder = self._entry.parent
@@ -129,19 +129,19 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _restore(hint: Any, value: Any) -> Any:
+def restore(hint: Any, value: Any) -> Any:
     """Return plain data as the type that a field of the schema declares."""
     origin, arguments = get_origin(hint), get_args(hint)
     if value is None:
         return None
     if origin in (Union, UnionType):
         (kind, *others) = [argument for argument in arguments if argument is not type(None)]
-        return value if others else _restore(kind, value)
+        return value if others else restore(kind, value)
     if origin is dict:
-        return {key: _restore(arguments[1], item) for key, item in value.items()}
+        return {key: restore(arguments[1], item) for key, item in value.items()}
     if origin is list:
-        return [_restore(arguments[0], item) for item in value]
+        return [restore(arguments[0], item) for item in value]
     if hasattr(hint, "__dataclass_fields__"):
         hints = get_type_hints(hint)
-        return hint(**{key: _restore(hints[key], item) for key, item in value.items()})
+        return hint(**{key: restore(hints[key], item) for key, item in value.items()})
     return value

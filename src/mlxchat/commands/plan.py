@@ -2,42 +2,144 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import split_config_dirs
+from mlxchat.commands.arguments import Parser, split_config_dirs
 from mlxchat.runner.plan import PlannedStep
+
+if TYPE_CHECKING:
+    from mlxchat.runner.estimates import Estimate
+
+_EXIT_PENDING = 3
+_PURPOSE = (
+    "Show for each step whether it is done, would run, may run (maybe: an input will be rebuilt, and with the same "
+    "bytes the step is done) or is being made by another process (waiting), and why; how long it took and how large "
+    "it was the last time; and for trainings the memory that they are predicted to need. Nothing is computed."
+)
 
 
 def main(arguments: list[str]) -> int:
-    """Print the plan for the settings; nothing is written."""
-    if "--help" in arguments or "-h" in arguments:
-        print(
-            "usage: mlxchat plan [SETTINGS]\n\nShow for each step whether it is done or would run, and why; for "
-            "trainings also the\nmemory that they are predicted to need, with so many tokens at a time."
-        )
-        return 0
+    """Print the plan for the settings; return 3 if --exit-code is given and something is not done."""
+    parser = Parser(
+        prog="mlxchat plan", description=_PURPOSE, allow_abbrev=False, usage="mlxchat plan [OPTIONS] [SETTINGS]"
+    )
+    parser.add_argument("--json", action="store_true", help="print it for programs, every changed key included")
+    parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
+    parser.add_argument("--save", metavar="FILE", help="keep it: `mlxchat run --plan FILE` runs exactly that")
+    options, rest = parser.parse_known_args(arguments)
     from mlxchat.commands.run import plan_of
     from mlxchat.compose import compose_config
+    from mlxchat.runner.estimates import estimate_steps
+    from mlxchat.runner.fingerprint import plain_of
+    from mlxchat.runner.saved_plan import save_plan
     from mlxchat.runner.store import Store
     from mlxchat.training.memory_check import check_memory, describe_memory
 
-    overrides, config_dirs = split_config_dirs(arguments)
-    config = compose_config(overrides, config_dirs).config
-    plan = plan_of(config, Store(Path(config.outputs)))
-    print(format_plan(plan, describe_memory(config, plan)), flush=True)
+    composed = compose_config(*split_config_dirs(rest))
+    config, store = composed.config, Store(Path(composed.config.outputs))
+    plan = plan_of(config, store)
+    estimates, memory = estimate_steps(plan, store), describe_memory(config, plan)
+    if options.json:
+        print(json.dumps(describe_plan(plan, estimates, memory), indent=1, ensure_ascii=False), flush=True)
+    else:
+        print(format_plan(plan, memory, estimates), flush=True)
     check_memory(config, plan)
-    return 0
+    if options.save:
+        save_plan(
+            Path(options.save), plan, config=plain_of(config), overrides=composed.overrides, choices=composed.choices
+        )
+        if not options.json:
+            print(f"saved: mlxchat run --plan {options.save}")
+    return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
 
 
-def format_plan(plan: list[PlannedStep], remarks: Mapping[str, str] | None = None) -> str:
-    """Return a line per step: state, artifact, reason, and a remark on steps that have one."""
+def format_plan(
+    plan: list[PlannedStep],
+    remarks: Mapping[str, str] | None = None,
+    estimates: Mapping[str, Estimate | None] | None = None,
+) -> str:
+    """Return a line per step: state, artifact, reason, and in brackets remarks on steps that have some.
+
+    Args:
+        plan: the steps.
+        remarks: step → what else is known of it.
+        estimates: step → what it will take; None: nothing is known.
+    """
     width = max(len(step.name) for step in plan)
     names = max(len(step.artifact) for step in plan)
+    states = max(len(step.state) for step in plan)
     lines = []
     for step in plan:
-        line = f"{step.name:<{width}}  {step.state:<4}  {step.artifact:<{names}}  {step.reason}".rstrip()
-        remark = (remarks or {}).get(step.name)
-        lines.append(f"{line} ({remark})" if remark else line)
-    to_run = sum(not step.done for step in plan)
-    return "\n".join([*lines, f"{len(plan)} steps: {len(plan) - to_run} done, {to_run} to run"])
+        line = f"{step.name:<{width}}  {step.state:<{states}}  {step.artifact:<{names}}  {step.reason}".rstrip()
+        notes = [remarks[step.name]] if remarks and step.name in remarks else []
+        if estimates is not None and step.name in estimates:
+            notes.append(str(estimates[step.name] or "no estimate"))
+        lines.append(f"{line} ({'; '.join(notes)})" if notes else line)
+    counts = {state: sum(step.state == state for step in plan) for state in ("run", "maybe", "waiting")}
+    summary = f"{len(plan)} steps: {sum(step.done for step in plan)} done, {counts['run']} to run"
+    summary += "".join(f", {counts[state]} {state}" for state in ("maybe", "waiting") if counts[state])
+    known = [estimate for estimate in (estimates or {}).values() if estimate is not None]
+    if known:
+        total = known[0].__class__(
+            seconds=sum(each.seconds for each in known), bytes=sum(each.bytes for each in known), artifact=""
+        )
+        unknown = len(estimates or {}) - len(known)
+        summary += f"; together {total}" + (f" and {unknown} without an estimate" if unknown else "")
+    return "\n".join([*lines, summary])
+
+
+def describe_plan(
+    plan: list[PlannedStep], estimates: Mapping[str, Estimate | None], memory: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the plan as plain data: everything that differs from the nearest artifact, key by key."""
+    planned = {step.name: step for step in plan}
+    steps = []
+    for step in plan:
+        verdict, estimate = step.verdict, estimates.get(step.name)
+        steps.append(
+            {
+                "step": step.name,
+                "stage": step.stage.name,
+                "state": step.state,
+                "reason": step.reason,
+                "rid": step.rid,
+                "artifact": step.artifact,
+                "forced": step.forced,
+                "inputs": {
+                    **{role: {"step": source, "rid": planned[source].rid} for role, source in step.inputs.items()},
+                    **{role: {"step": None, "rid": made["rid"]} for role, made in step.artifacts.items()},
+                },
+                "shares": verdict.original["name"] if verdict.original else None,
+                "difference": _describe_difference(step),
+                "changed_code": verdict.drift,
+                "estimate": asdict(estimate) if estimate else None,
+                "memory": memory.get(step.name),
+            }
+        )
+    return {
+        "schema": 1,
+        "pending": [step.name for step in plan if not step.done],
+        "estimate": {
+            "seconds": round(sum(estimate.seconds for estimate in estimates.values() if estimate), 3),
+            "bytes": sum(estimate.bytes for estimate in estimates.values() if estimate),
+            "unknown": [name for name, estimate in estimates.items() if estimate is None],
+        },
+        "steps": steps,
+    }
+
+
+def _describe_difference(step: PlannedStep) -> dict[str, Any] | None:
+    difference = step.verdict.difference
+    if difference is None or difference.nearest is None:
+        return None
+    return {
+        "nearest": difference.nearest,
+        "version": None if difference.version is None else dict(zip(("old", "new"), difference.version, strict=True)),
+        "config": {key: {"old": old, "new": new} for key, (old, new) in difference.config.items()},
+        "inputs": difference.inputs,
+        "externals": {key: {"old": old, "new": new} for key, (old, new) in difference.externals.items()},
+    }

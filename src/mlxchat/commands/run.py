@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,11 @@ def main(arguments: list[str]) -> int:
         from mlxchat.cli import main as cli
 
         cli(["--help"])
+    if "--plan" in names:
+        from mlxchat.commands.run_saved import run_saved
+
+        run_saved(arguments)
+        return 0
     if "sweep" in names:
         from mlxchat.sweep.search import run_search
 
@@ -64,8 +70,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run_pipeline(composed: Composed) -> Path | None:
+def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] = lambda plan: None) -> Path | None:
     """Complete the targets of a configuration; return the run's folder, or None if nothing had to be done.
+
+    Args:
+        composed: the configuration and how it came about.
+        check: looks at the plan before anything is written; it may raise.
 
     Raises:
         MlxchatError: what the steps and the store raise.
@@ -73,9 +83,11 @@ def run_pipeline(composed: Composed) -> Path | None:
     config = composed.config
     store = Store(Path(config.outputs))
     plan = plan_of(config, store)
+    check(plan)
     check_memory(config, plan)
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{config.name}"
-    finished = all(step.done for step in plan)
+    # A step that shares an artifact it has no alias of yet is done without computing, but not finished.
+    finished = all(step.done and step.verdict.original is None for step in plan)
     # Whatever may be refused is refused before anything is written or said to run.
     tracker = None if finished else _start_tracker(config, name)
     store.prepare()

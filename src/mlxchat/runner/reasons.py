@@ -59,7 +59,8 @@ def find_difference(step: PlannedStep, store: Store, rids: Mapping[str, str]) ->
         store: where artifacts are looked for.
         rids: role → id of the input.
     """
-    nearest = _nearest(step, recent_artifacts(store, step.stage.name))
+    artifacts = recent_artifacts(store, step.stage.name)
+    nearest = nearest_of(step.identity, (made for made in artifacts if made["step"] == step.name))
     if nearest is None:
         return Difference()
     before, now = flatten_config(nearest["config"]), flatten_config(step.identity)
@@ -87,13 +88,11 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _nearest(step: PlannedStep, candidates: Iterable[Manifest]) -> Manifest | None:
-    """Return the artifact of the same step that differs in the fewest config keys, the newest among equals."""
-    flat = flatten_config(step.identity)
+def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> Manifest | None:
+    """Return the artifact whose config differs from `identity` in the fewest keys, the newest among equals."""
+    flat = flatten_config(identity)
     best: tuple[int, str, Manifest] | None = None
     for manifest in candidates:
-        if manifest["step"] != step.name:
-            continue
         distance = len(_changes(flatten_config(manifest["config"]), flat))
         # Fewer differences first, then later: compare (−distance, time).
         if best is None or (-distance, manifest["published"]) > (-best[0], best[1]):
