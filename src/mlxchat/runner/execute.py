@@ -54,12 +54,7 @@ def _execute_here(outcome: Outcome) -> None:
     """Complete one step after the other in this process."""
     plan, run = outcome.plan, outcome.run
 
-    def request_stop(number: int) -> None:
-        if run.stop_signal is None:
-            run.stop_signal = number
-            run.say("stopping at the next iteration border (again: stop at once)")
-
-    with stop_on_signals(request_stop):
+    with stop_on_signals(run.request_stop, run.announce_stop):
         for step in plan:
             if outcome.must_skip(step):
                 continue

@@ -87,17 +87,12 @@ def execute_in_processes(outcome: Outcome) -> None:
     """
     run, children = outcome.run, dict[str, _Child]()
 
-    def request_stop(number: int) -> None:
-        if run.stop_signal is None:
-            run.stop_signal = number
-            run.say("stopping at the next iteration border (again: stop at once)")
-
     def leave() -> None:
         for child in children.values():
             child.process.kill()
 
     fatal: MlxchatError | None = None
-    with stop_on_signals(request_stop, leave):
+    with stop_on_signals(run.request_stop, run.announce_stop, leave):
         try:
             while True:
                 failing = fatal is not None or (run.policy.fail_fast and bool(outcome.failures))
@@ -268,11 +263,8 @@ def _work(order: Order, messages: Connection, printing: Connection) -> None:
         on_metrics=lambda step, record: messages.send(("metrics", step, record)),
     )  # fmt: skip
 
-    def request_stop(number: int) -> None:
-        run.stop_signal = run.stop_signal or number
-
     try:
-        with stop_on_signals(request_stop):
+        with stop_on_signals(run.request_stop, lambda: None):
             place = complete(order.planned[order.step], Store(order.outputs), run, order.planned)
         messages.send(("done", str(place)))
     except MlxchatError as error:

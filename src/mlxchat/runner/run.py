@@ -69,6 +69,14 @@ class Run:
         """Add a line to events.jsonl."""
         Records(self.folder / "events.jsonl").append({"time": now(), "event": event, **details})
 
+    def request_stop(self, number: int) -> None:
+        """Note the signal that asks the run to stop."""
+        self.stop_signal = self.stop_signal or number
+
+    def announce_stop(self) -> None:
+        """Say that the run will stop."""
+        self.say("stopping at the next iteration border (again: stop at once)")
+
     def try_event(self, event: str, **details: Any) -> None:
         """Add a line to events.jsonl if that is possible: what went wrong may be the disk."""
         with suppress(OSError):

@@ -12,8 +12,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stop_on_signals(request: Callable[[int], None], leave: Callable[[], None] = lambda: None) -> Iterator[None]:
+def stop_on_signals(
+    request: Callable[[int], None], announce: Callable[[], None], leave: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Call `request` with the number of the first signal; at the second one call `leave` and end the process.
+
+    `request` is called wherever the main thread is, so it may only take a note. `announce` is for people and is called
+    by a thread of its own: a line cannot be printed in the middle of another one.
 
     Everything on disk is whole at any moment, so nothing needs to be cleaned up. In any thread but the main one this
     does nothing: whoever runs us there handles signals.
@@ -34,9 +39,14 @@ def stop_on_signals(request: Callable[[int], None], leave: Callable[[], None] = 
         seen = 0
         while numbers := os.read(reading, 16):
             for number in numbers:
-                seen += number in SIGNALS
+                if number not in SIGNALS:
+                    continue
+                seen += 1
                 if seen > 1:
                     _end(number, leave)
+                if seen == 1:
+                    with suppress(Exception):
+                        announce()
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -27,7 +27,11 @@ def run(ctx):
         weights, done = found[0]["weights"], found[1]["iteration"]
     ctx.rewind_records(done)
     while done < settings.iterations:
-        weights = weights * 0.9 + np.random.default_rng([done, ctx.seed("noise")]).normal(size=64) + encoded[done]
+        weights = (
+            weights * 0.9
+            + np.random.default_rng([done, ctx.seed("noise")]).normal(size=64)
+            + encoded[done % len(encoded)]
+        )
         done += 1
         crash_point("train.iteration")
         ctx.log({"iteration": done, "norm": float(np.linalg.norm(weights)), "elapsed_seconds": time.monotonic()})

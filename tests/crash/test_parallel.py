@@ -1,0 +1,155 @@
+"""Steps in processes of their own: several at a time, one on the GPU, and none that outlives the run."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+PARALLEL = "max_parallel_steps=3"
+
+
+def wait_for(stubs: Any, pattern: str) -> None:
+    """Return when a file of the outputs is there."""
+    until = time.monotonic() + 60
+    while not list(stubs.outputs.glob(pattern)):
+        assert time.monotonic() < until, pattern
+        time.sleep(0.01)
+
+
+def test_branches_run_at_the_same_time_and_end_with_the_same_bytes(stubs: Any, make_stubs: Any) -> None:
+    code, text = stubs.run(PARALLEL, "train.pause=0.3", "score.seconds=0.5")
+    assert code == 0, text
+    started = {event["step"]: event["time"] for event in stubs.events("step_started")}
+    done = {event["step"]: event["time"] for event in stubs.events("step_done")}
+    assert started["inspect"] < done["train"]
+    assert started["train"] < done["inspect"]
+    assert stubs.executions() == Counter(["source", "convert", "train", "score", "inspect"])
+    stubs.check_clean()
+    alone = make_stubs()
+    assert alone.run()[0] == 0
+    assert stubs.trees() == alone.trees()
+
+
+def test_what_a_step_prints_bears_its_name_and_is_in_its_log(stubs: Any) -> None:
+    code, text = stubs.run(PARALLEL)
+    assert code == 0
+    assert all(line.split()[0] in ("source", "convert", "train", "score", "inspect") for line in text.splitlines())
+    (run,) = (stubs.outputs / "runs").iterdir()
+    assert (run / "train.log").read_text().splitlines()[0] == "train      starts (missing)"
+
+
+def test_a_branch_that_fails_does_not_stop_the_others_and_is_told_at_once_and_at_the_end(stubs: Any) -> None:
+    for how in ((), (PARALLEL,)):
+        code, text = stubs.run("score.failing=[inspect]", "train.pause=0.02", *how)
+        assert code == 1
+        assert "error: step inspect failed: ValueError: inspect cannot be scored" in text
+    assert stubs.trees().keys() == {"source", "convert", "train", "score"}
+
+
+def test_what_needs_a_step_that_failed_is_left_out(stubs: Any) -> None:
+    for how in ((), (PARALLEL,)):
+        code, text = stubs.run("train.iterations=1000", "train.pause=0.05", "timeout.train=0.3", *how)
+        assert code == 1
+        assert "score      is left out: train failed" in text
+        assert stubs.events("step_skipped")[-1]["failed"] == "train"
+
+
+def test_fail_fast_stops_the_other_branch_which_saves_what_it_has(stubs: Any) -> None:
+    settings = ("score.failing=[inspect]", "train.iterations=200", "train.pause=0.05", PARALLEL)
+    began = time.monotonic()
+    code, text = stubs.run(*settings, "fail_fast=true")
+    assert code == 1
+    assert "inspect cannot be scored" in text
+    assert time.monotonic() - began < 9, "200 iterations of 0.05 s were not waited for"
+    assert "train" not in stubs.trees()
+    (interrupted,) = stubs.events("step_interrupted")
+    assert interrupted["step"] == "train"
+    assert list((stubs.outputs / "work").glob("*/ckpt/0*"))
+
+
+def test_fail_fast_without_processes_runs_nothing_after_a_failure(stubs: Any) -> None:
+    code, text = stubs.run("score.failing=[score]", "fail_fast=true")
+    assert code == 1
+    assert stubs.trees().keys() == {"source", "convert", "train"}
+    assert "other steps go on" not in text
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_reaches_every_child_once_and_all_save(number: int, expected: int, stubs: Any) -> None:
+    settings = ("train.iterations=100", "train.pause=0.05", "score.seconds=60", PARALLEL)
+    process = stubs.start(*settings)
+    wait_for(stubs, "work/*/ckpt/0*")
+    while len(stubs.events("step_started")) < 4:
+        time.sleep(0.01)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=20)
+    assert process.returncode == expected, text
+    assert "The same command continues" in text
+    assert {event["step"] for event in stubs.events("step_interrupted")} == {"train", "inspect"}
+    stubs.check_whole()
+    code, text = stubs.run("train.iterations=100", PARALLEL)
+    assert code == 0, text
+    stubs.check_clean()
+
+
+def test_the_second_stop_leaves_at_once_with_every_child(stubs: Any) -> None:
+    process = stubs.start("train.iterations=100", "train.pause=30", "score.seconds=60", PARALLEL)
+    while not (stubs.folder / "executions.txt").exists() or len(stubs.events("step_started")) < 4:
+        time.sleep(0.01)
+    process.terminate()
+    time.sleep(0.3)
+    assert process.poll() is None, "train is in an iteration of 30 s"
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+    time.sleep(0.2)
+    stubs.check_whole()
+    assert stubs.run(PARALLEL)[0] == 0
+
+
+def test_children_of_a_run_that_is_killed_save_and_end(stubs: Any) -> None:
+    process = stubs.start("train.iterations=400", "train.pause=0.05", PARALLEL)
+    wait_for(stubs, "work/*/ckpt/0*")
+    process.kill()
+    until = time.monotonic() + 20
+    while not stubs.events("step_interrupted"):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    code, text = stubs.run("train.iterations=400")
+    assert code == 0, text
+    stubs.check_clean()
+
+
+@pytest.mark.parametrize("place", ["step.ran:3", "publish.renamed:3", "checkpoint.renamed:2", "train.iteration:2"])
+def test_a_child_that_is_killed_is_told_and_the_next_run_continues(place: str, stubs: Any, make_stubs: Any) -> None:
+    # Points are counted in each process: the first step that passes one so often does not exist, but train does.
+    point = place.split(":")[0]
+    code, text = stubs.run(PARALLEL, AT=place if point.startswith(("train", "checkpoint")) else f"{point}:1")
+    assert code == 1
+    assert "its process ended by signal 9" in text
+    stubs.check_whole()
+    code, text = stubs.run(PARALLEL)
+    assert code == 0, text
+    stubs.check_clean()
+    alone = make_stubs()
+    assert alone.run()[0] == 0
+    assert stubs.trees() == alone.trees()
+
+
+def test_only_one_step_at_a_time_has_the_gpu(stubs: Any) -> None:
+    assert stubs.run("targets=[convert]")[0] == 0
+    settings = ("targets=[train]", "gpu=true", "train.pause=0.1")
+    two = [stubs.start(*settings, f"train.iterations={count}") for count in (5, 6)]
+    texts = [process.communicate(timeout=60)[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0], texts
+    (late,) = (text for text in texts if "waits" in text)
+    assert "has the GPU" in late
+    events = [
+        event for kind in ("step_started", "step_done") for event in stubs.events(kind) if event["step"] == "train"
+    ]
+    in_order = sorted(events, key=lambda event: event["time"])
+    assert [event["event"] for event in in_order] == ["step_started", "step_done"] * 2
