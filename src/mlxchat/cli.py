@@ -10,7 +10,7 @@ from importlib import import_module
 from mlxchat import __version__
 from mlxchat.errors import ConfigError, MlxchatError, suggest
 
-# Verb → (module in mlxchat.commands, what it does).
+# Verb → (module in mlxchat.commands, with its function if that is not main; what it does).
 VERBS = {
     "run": ("run", "run the pipeline, or what `stage=` selects; this is what plain `mlxchat` does"),
     "plan": ("plan", "show what would run, and why"),
@@ -19,12 +19,17 @@ VERBS = {
     "show": ("show", "show everything about an artifact"),
     "lineage": ("lineage", "show what an artifact was made from, and what was made from it"),
     "diff": ("diff", "show how two artifacts differ: config, inputs, code, metrics, environment"),
+    "compare": ("compare", "compare runs, a sweep or a step's artifacts in a table (--sort, --format, --plot)"),
     "pin": ("pin", "name an artifact, which keeps it from being collected"),
+    "verify": ("verify", "hash artifacts again and list what differs"),
     "gc": ("gc", "show what may be removed and why; --apply removes it"),
+    "export": ("transfer:main_export", "copy artifacts and all they were made from to a folder or tar"),
+    "import": ("transfer:main_import", "take in exported artifacts, hashed first"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
     "report": ("report", "write and print the report of the latest run"),
-    "graph": ("graph", "draw the pipeline (--format ascii or mermaid)"),
+    "graph": ("graph", "draw the pipeline (--format ascii, mermaid, dot or json)"),
     "bench": ("bench", "measure how fast this machine trains (bench train; --json for programs)"),
+    "completion": ("completion", "print a script with which bash, zsh or fish completes all of this"),
     "doctor": ("doctor", "check device, BLAS, memory, disk and versions, and say how to mend what is wrong"),
 }
 
@@ -83,6 +88,10 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("--version", "-V"):
         print(f"mlxchat {__version__}")
         return 0
+    if arguments and arguments[0] == "_complete":  # what those scripts call
+        from mlxchat.commands.completion import main_complete
+
+        return main_complete(arguments[1:])
     if not arguments or arguments[0] not in VERBS:
         if arguments and arguments[0] in ("--help", "-h", "help"):
             print(_help())
@@ -94,14 +103,15 @@ def _dispatch(arguments: list[str]) -> int:
             )
         arguments = ["run", *arguments]
     verb, rest = arguments[0], arguments[1:]
-    command: Callable[[list[str]], int] = import_module(f"mlxchat.commands.{VERBS[verb][0]}").main
+    module, _, function = VERBS[verb][0].partition(":")
+    command: Callable[[list[str]], int] = getattr(import_module(f"mlxchat.commands.{module}"), function or "main")
     return command(rest)
 
 
 def _help() -> str:
     from mlxchat.compose import group_names, group_options
 
-    verbs = "\n".join(f"  {verb:<8} {purpose}" for verb, (_, purpose) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<10} {purpose}" for verb, (_, purpose) in VERBS.items())
     groups = "\n".join(
         f"  {group + '=':<14} {' '.join(group_options(group))}"
         for group in group_names()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from mlxchat.commands.arguments import make_parser, outputs_folder
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.errors import ConfigError
-from mlxchat.runner.gc import Collection, Limits, collect, find_garbage, parse_age, parse_bytes
+from mlxchat.runner.gc import Collection, collect, find_garbage
+from mlxchat.runner.leftovers import Limits, parse_age, parse_bytes
 from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.store import Store
 

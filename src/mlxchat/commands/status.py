@@ -1,47 +1,140 @@
-"""mlxchat status: what is done, running and left over in an outputs folder."""
+"""mlxchat status: what runs, what failed, what is done and what is left over in an outputs folder."""
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+from typing import Any
+
 from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.commands.columns import aligned, print_json, when
+from mlxchat.errors import StoreError
 from mlxchat.runner import attempts, locks
-from mlxchat.runner.progress import format_bytes, format_seconds
-from mlxchat.runner.records import Records
+from mlxchat.runner.naming import links
+from mlxchat.runner.progress import format_bytes, format_count, format_seconds
 from mlxchat.runner.store import Store, read_manifest
+
+_LOG_LINES = 3
+_TAIL_BYTES = 65536
+
+Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    """Print the steps of the latest run and the work in progress."""
-    parser = make_parser("status", "Show what is done, running and left over.")
-    store = Store(outputs_folder(parser.parse_intermixed_args(arguments).settings))
-    refs = store.refs()
-    if refs:
+    """Print the work in progress, what failed, and the steps of the latest run."""
+    parser = make_parser("status", "Show what is done, running, failed and left over.")
+    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
+    options = parser.parse_intermixed_args(arguments)
+    store = Store(outputs_folder(options.settings))
+    work = [describe_work(store, folder) for folder in _folders(store.outputs / "work")]
+    done = [_describe_done(step, place) for step, place in links(store, "latest").items()]
+    if options.json:
+        print_json({"outputs": str(store.outputs), "work": work, "done": done})
+        return 0
+    for title, chosen in (("running", "running"), ("failed", "failed"), ("left over (the same command continues)", "")):
+        rows = [
+            row for row in work if row["state"] == chosen or (not chosen and row["state"] not in ("running", "failed"))
+        ]
+        if rows:
+            print(title)
+        for row in rows:
+            print("\n".join(_lines_of(row)))
+    if done:
         print("done (latest of each step)")
-    for step, place in refs.items():
-        manifest = read_manifest(place)
-        size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
-        when = manifest["published"][:16].replace("T", " ")
-        print(f"  {step:<11} {place.name:<36} {size:>9}  {format_seconds(manifest['seconds']):>7}  {when}")
-    work = [folder for folder in sorted((store.outputs / "work").glob("[!.]*")) if folder.is_dir()]
-    if work:
-        print("in progress or left over")
-    for folder in work:
-        print(f"  {_describe_work(store, folder.name)}")
-    if not refs and not work:
+        print(aligned([_cells(row) for row in done], right=(2, 3), indent="  "))
+    if not done and not work:
         print(f"{store.outputs} holds nothing yet: run mlxchat first")
     return 0
 
 
-def _describe_work(store: Store, rid: str) -> str:
-    """Return a line about a step's unfinished work: who makes it now, or how the last attempt ended."""
-    executions = attempts.read(store.work(rid))
-    records = Records(store.work(rid) / "ckpt" / "records" / "metrics.jsonl").read()
-    iteration = f" at iteration {records[-1].get('iteration')}" if records else ""
-    if locks.is_held(store.lock(rid)):
-        owner = locks.read_owner(store.lock(rid))
-        name = owner.get("step", rid[:16])
-        return f"{name:<11} running in process {owner.get('pid')} on {owner.get('host')}{iteration}"
-    if not executions:
-        return f"{rid[:16]}  never started"
-    last = executions[-1]
-    error = f": {last['error']}" if last.get("error") else ""
-    return f"{last.get('step', rid[:16]):<11} {last['outcome']}{iteration}{error}"
+def describe_work(store: Store, folder: Path) -> Row:
+    """Return who makes a step now, or how its last attempt ended, and how far it got."""
+    rid = folder.name
+    executions = attempts.read(folder)
+    last = executions[-1] if executions else {}
+    held = locks.is_held(store.lock(rid))
+    owner = locks.read_owner(store.lock(rid)) if held else {}
+    latest = _last_record(folder / "ckpt" / "records" / "metrics.jsonl")
+    run = owner.get("run") or last.get("run")
+    state = "running" if held else str(last.get("outcome", "never started"))
+    log = store.outputs / "runs" / str(run) / f"{last.get('step')}-error.log"
+    return {
+        "state": state, "step": owner.get("step") or last.get("step") or rid[:16], "rid": rid, "run": run,
+        "pid": owner.get("pid") or last.get("pid"), "host": owner.get("host") or last.get("host"),
+        "started": last.get("started"), "ended": last.get("ended"), "attempts": len(executions),
+        "iteration": latest.get("iteration"), "loss": latest.get("loss"),
+        "tokens_per_second": latest.get("tokens_per_second"), "error": last.get("error"),
+        "log": str(log) if log.exists() else None, "log_tail": _tail(log) if state == "failed" else [],
+    }  # fmt: skip
+
+
+def _lines_of(row: Row) -> list[str]:
+    """Return the lines about one step's work."""
+    at = f" at iteration {row['iteration']}" if row["iteration"] is not None else ""
+    speed = f", {format_count(row['tokens_per_second'])} tok/s" if row["tokens_per_second"] else ""
+    if row["state"] == "running":
+        since = f", since {when(row['started'])}" if row["started"] else ""
+        who = f"running in process {row['pid']} on {row['host']} (run {row['run']}){at}{speed}{since}"
+        return [f"  {row['step']:<11} {who}"]
+    tries = f", attempt {row['attempts']}" if row["attempts"] > 1 else ""
+    error = f": {row['error']}" if row["error"] else ""
+    lines = [f"  {row['step']:<11} {row['state']}{at}{tries}{error}"]
+    lines += [f"              | {line}" for line in row["log_tail"]]
+    return [*lines, f"              whole log: {row['log']}"] if row["log"] and row["state"] == "failed" else lines
+
+
+def _describe_done(step: str, place: Path) -> Row:
+    try:
+        manifest = read_manifest(place)
+    except StoreError:
+        return {"step": step, "artifact": place.name, "damaged": True}
+    alias = manifest.get("alias_of")
+    size = 0 if alias else sum(file["bytes"] for file in manifest["outputs"])
+    return {
+        "step": step, "artifact": place.name, "rid": manifest["rid"], "bytes": size, "alias_of": alias,
+        "seconds": manifest["seconds"], "published": manifest["published"],
+    }  # fmt: skip
+
+
+def _cells(row: Row) -> list[str]:
+    if row.get("damaged"):
+        return [row["step"], row["artifact"], "-", "-", "damaged: see mlxchat verify"]
+    note = "  same contents as another" if row["alias_of"] else ""
+    return [
+        row["step"], row["artifact"], format_bytes(row["bytes"]), format_seconds(row["seconds"] or 0),
+        when(row["published"]) + note,
+    ]  # fmt: skip
+
+
+def _folders(place: Path) -> list[Path]:
+    try:
+        return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _last_record(path: Path) -> Row:
+    """Return the last whole record of a file that may be long and is being written."""
+    for line in reversed(_end_of(path).split(b"\n")):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def _tail(path: Path) -> list[str]:
+    lines = [line.rstrip() for line in _end_of(path).decode(errors="replace").splitlines() if line.strip()]
+    return lines[-_LOG_LINES:]
+
+
+def _end_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            return file.read()
+    except OSError:
+        return b""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import re
 import shutil
 import time
@@ -23,39 +22,11 @@ from mlxchat.errors import ConfigError
 from mlxchat.runner import locks
 from mlxchat.runner.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.runner.crash import crash_point
+from mlxchat.runner.leftovers import DAY_SECONDS, Garbage, Limits, entries, left_overs, orphans, size_of
 from mlxchat.runner.naming import PINS, groups, links
-from mlxchat.runner.store import MANIFEST, Store
+from mlxchat.runner.store import Store
 
-DAY_SECONDS = 86400.0
-_LEFT_OVER_DAYS = 7
 _RUN = re.compile(r"\d{8}-\d{6}-")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is kept of ended runs; None: everything that a run's refs lead to."""
-
-    keep_last: int | None = None
-    """So many artifacts of each step, the newest."""
-    older_than_seconds: float | None = None
-    """Whatever was published later is kept; also the age from which work that was left over may go."""
-    max_bytes: float | None = None
-    """Remove, the oldest first, only until the store is as small as this."""
-
-    def given(self) -> bool:
-        """Tell whether there is any limit."""
-        return (self.keep_last, self.older_than_seconds, self.max_bytes) != (None, None, None)
-
-
-@dataclass(frozen=True)
-class Garbage:
-    """One thing that may go."""
-
-    path: Path
-    kind: str
-    """artifact, work, trash, index or ref."""
-    bytes: int
-    reason: str
 
 
 @dataclass
@@ -91,17 +62,17 @@ def find_garbage(store: Store, limits: Limits, *, trusted: bool = True) -> Colle
     for summary in summaries:
         if "damaged" in summary:
             path = store.outputs / "store" / summary["folder"]
-            found.garbage.append(Garbage(path, "artifact", _size(path), "its manifest is damaged"))
+            found.garbage.append(Garbage(path, "artifact", size_of(path), "its manifest is damaged"))
     for rid, summary in known.items():
         if rid not in gone:
             found.kept[summary["folder"]] = kept.get(rid, "the store is small enough")
             found.kept_bytes += summary["bytes"]
-    found.garbage += _left_overs(store, limits)
-    found.garbage += _orphans(store, {rid for rid in known if rid not in gone})
+    found.garbage += left_overs(store, limits)
+    found.garbage += orphans(store, {rid for rid in known if rid not in gone})
     return found
 
 
-def collect(store: Store, limits: Limits, *, on_wait_message: str = "") -> Collection:
+def collect(store: Store, limits: Limits) -> Collection:
     """Remove what may go and return it. Every run stops this, and this stops every run from beginning a step.
 
     Raises:
@@ -144,35 +115,11 @@ def collect(store: Store, limits: Limits, *, on_wait_message: str = "") -> Colle
 def running_runs(store: Store) -> set[str]:
     """Return the names of the runs that hold a step's lock now."""
     found = set()
-    for path in _entries(store.outputs / "work"):
+    for path in entries(store.outputs / "work"):
         lock = store.lock(path.name)
         if lock.exists() and locks.is_held(lock):
             found.add(str(locks.read_owner(lock).get("run") or path.name[:16]))
     return found
-
-
-def parse_age(text: str) -> float:
-    """Return the seconds of 90s, 30m, 12h, 7d or 2w.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
-    if found is None:
-        raise ConfigError(f'"{text}" is no age: expected for instance 12h, 7d or 2w')
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_SECONDS, "w": 7 * DAY_SECONDS}[found[2]]
-
-
-def parse_bytes(text: str) -> float:
-    """Return the bytes of 500MB, 10GB or 1.5TB (powers of 1,000).
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
-    if found is None:
-        raise ConfigError(f'"{text}" is no size: expected for instance 500MB or 10GB')
-    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]]
 
 
 def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[str, str]:
@@ -194,7 +141,9 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
     busy = running_runs(store)
     young = DAY_SECONDS if limits.older_than_seconds is None else limits.older_than_seconds
     oldest_running = ""
-    for run, started, rids in _runs(store):
+    for run, started, ended, rids in _runs(store):
+        if not ended and now - _seconds(started) < DAY_SECONDS:
+            busy.add(run)  # between two steps it holds no lock
         if run in busy or (now - _seconds(started) < young and (limits.keep_last, limits.max_bytes) == (None, None)):
             reason = f"run {run} is in progress" if run in busy else f"run {run} is young"
             for rid in rids:
@@ -273,53 +222,17 @@ def _why(summary: Summary, limits: Limits) -> str:
     return ", ".join(reasons)
 
 
-def _left_overs(store: Store, limits: Limits) -> Iterator[Garbage]:
-    """Yield work that nobody continues, artifacts that were never finished, and what an earlier gc did not delete."""
-    age = limits.older_than_seconds if limits.older_than_seconds is not None else _LEFT_OVER_DAYS * DAY_SECONDS
-    for path in _entries(store.outputs / "work"):
-        if not path.is_dir() or locks.is_held(store.lock(path.name)):
-            continue
-        idle = time.time() - _last_change(path)
-        if idle >= age:
-            yield Garbage(path, "work", _size(path), f"left over, untouched for {idle / DAY_SECONDS:.0f} days")
-    for path in _entries(store.outputs / "store"):
-        if not (path / MANIFEST).exists():
-            yield Garbage(path, "artifact", _size(path), "never finished: it has no manifest")
-    for path in _entries(store.outputs / "trash"):
-        yield Garbage(path, "trash", _size(path), "an earlier gc was stopped before it deleted this")
-
-
-def _orphans(store: Store, staying: set[str]) -> Iterator[Garbage]:
-    """Yield entries of the action index and refs that lead to nothing, or will."""
-    for path in _entries(store.outputs / "index" / "act"):
-        try:
-            rid = path.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            rid = ""
-        if rid not in staying:
-            yield Garbage(path, "index", 0, "its artifact is gone")
-    folders = {rid[:16] for rid in staying}
-    for group in groups(store):
-        for link in _entries(store.outputs / "refs" / group):
-            if link.is_symlink() and os.readlink(link)[-16:] not in folders:  # noqa: PTH115
-                yield Garbage(link, "ref", 0, "its artifact is gone")
-
-
-def _runs(store: Store) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield name, start and the ids of the steps of every run."""
-    for folder in _entries(store.outputs / "runs"):
+def _runs(store: Store) -> Iterator[tuple[str, str, bool, list[str]]]:
+    """Yield name, start, whether it said that it ended, and the ids of the steps of every run."""
+    for folder in entries(store.outputs / "runs"):
         try:
             record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-            yield folder.name, str(record["started"]), [str(step["rid"]) for step in record["steps"]]
+            events = folder / "events.jsonl"
+            last = events.read_bytes().rstrip().rpartition(b"\n")[2] if events.exists() else b""
+            ended = b'"run_done"' in last or b'"run_failed"' in last
+            yield folder.name, str(record["started"]), ended, [str(step["rid"]) for step in record["steps"]]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError:
-        return []
 
 
 def _seconds(moment: str) -> float:
@@ -329,15 +242,6 @@ def _seconds(moment: str) -> float:
     except ValueError:
         return time.time()
     return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-
-
-def _last_change(folder: Path) -> float:
-    return max((path.lstat().st_mtime for path in [folder, *folder.rglob("*")]), default=0.0)
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,160 @@
+"""mlxchat completion: a script that makes a shell complete verbs, options, groups and names of artifacts."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from mlxchat.commands.arguments import Parser
+
+_BASH = r"""_mlxchat() {
+    local IFS=$'\n' word="${COMP_WORDS[COMP_CWORD]}" line="${COMP_LINE:0:COMP_POINT}"
+    COMPREPLY=()
+    # Bash breaks words at = and :, mlxchat does not.
+    local whole="${line##*[[:space:]]}"
+    local cut="${whole%"$word"}"
+    local found
+    for found in $("${COMP_WORDS[0]}" _complete "$line" 2>/dev/null); do
+        COMPREPLY+=("${found#"$cut"}")
+    done
+    [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace
+    return 0
+}
+complete -o default -F _mlxchat mlxchat
+"""
+_ZSH = r"""#compdef mlxchat
+_mlxchat() {
+    local -a found
+    found=("${(@f)$(${words[1]} _complete "${(j: :)words[1,CURRENT]}" 2>/dev/null)}")
+    compadd -Q -S '' -- ${found:#}
+}
+if [[ $funcstack[1] == _mlxchat ]]; then _mlxchat "$@"; else compdef _mlxchat mlxchat; fi
+"""
+_FISH = r"""complete -c mlxchat -e
+complete -c mlxchat -a '(mlxchat _complete (commandline -cp) 2>/dev/null)'
+"""
+_SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+_PLACES = """To use it:
+  bash   eval "$(mlxchat completion bash)"      in ~/.bashrc
+  zsh    eval "$(mlxchat completion zsh)"       in ~/.zshrc, after compinit
+  fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
+
+# Verbs that take names of artifacts, and those that take settings of the configuration.
+_NAMING = ("show", "lineage", "diff", "pin", "verify", "export")
+_SETTING = ("run", "plan", "graph", "bench")
+_OPTIONS = {
+    "run": ["--multirun", "--cfg", "--config-dir", "--plan", "--fail-fast", "--help"],
+    "plan": ["--json", "--exit-code", "--save", "--config-dir"],
+    "status": ["--json"], "ls": ["--stage", "--json"], "show": ["--json"], "lineage": ["--up", "--down", "--json"],
+    "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"], "export": ["--to"],
+    "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
+    "compare": ["--step", "--last", "--sort", "--format", "--plot"], "graph": ["--format", "--config-dir"],
+    "chat": ["--prompt", "--model", "--temperature", "--top-k", "--max-tokens", "--seed"], "report": ["--run"],
+    "bench": ["--json", "--config-dir"],
+}  # fmt: skip
+_FORMATS = {"graph": ("ascii", "mermaid", "dot", "json"), "compare": ("table", "csv", "json", "md")}
+
+
+def main(arguments: list[str]) -> int:
+    """Print the script for a shell."""
+    from argparse import RawDescriptionHelpFormatter
+
+    parser = Parser(
+        prog="mlxchat completion", description="Print a script that makes a shell complete mlxchat's words.",
+        epilog=_PLACES, formatter_class=RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("shell", choices=_SCRIPTS)
+    print(_SCRIPTS[parser.parse_args(arguments).shell], end="")
+    return 0
+
+
+def main_complete(arguments: list[str]) -> int:
+    """Print what the last word of a command line may become, one a line. Never fails: a shell is waiting."""
+    try:
+        for word in complete(arguments[0] if arguments else ""):
+            print(word)
+    except Exception:
+        return 1
+    return 0
+
+
+def complete(line: str) -> list[str]:
+    """Return the words that the last word of a command line may become."""
+    words = line.split()[1:]
+    current = "" if not words or line[-1:].isspace() else words.pop()
+    from mlxchat.cli import VERBS
+
+    verb = words[0] if words and words[0] in VERBS else "run"
+    previous = words[-1] if words else ""
+    outputs = next((word[8:] for word in reversed(words) if word.startswith("outputs=")), "outputs")
+    if previous == "--format":
+        found = list(_FORMATS.get(verb, ()))
+    elif previous == "--stage":
+        found = sorted({name.split("-")[0] for name in _names(Path(outputs) / "store")})
+    elif previous in ("--model", "--remove") or (
+        verb in _NAMING and not current.startswith("-") and "=" not in current
+    ):
+        found = [*_artifacts(Path(outputs), current), "outputs="]
+    elif current.startswith("-"):
+        found = [*_OPTIONS.get(verb, []), "--help"]
+    elif verb == "completion":
+        found = list(_SCRIPTS)
+    elif verb in _SETTING:
+        found = [*(VERBS if not words else ()), *_settings(current), "outputs="]
+    else:
+        found = ["outputs="]
+    return sorted({word for word in found if word.startswith(current)})
+
+
+def _artifacts(outputs: Path, current: str) -> list[str]:
+    latest, pins = (_names(outputs / "refs" / group) for group in ("latest", "pins"))
+    if "/" in current:
+        group = current.rpartition("/")[0]
+        return [f"{group}/{step}" for step in _names(outputs / "refs" / group)]
+    names = _names(outputs / "store") if current else []
+    runs = [f"{name}/" for name in _names(outputs / "refs")] if current else []
+    ids = [name[-16:] for name in names]
+    return [*latest, *pins, *names, *runs, *ids]
+
+
+def _settings(current: str) -> list[str]:
+    conf = _conf()
+    group, equals, _ = current.lstrip("+").partition("=")
+    if equals:
+        folder = conf / group.partition("@")[0]
+        return [f"{current.partition('=')[0]}={name[:-5]}" for name in _names(folder) if name.endswith(".yaml")]
+    groups = [f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in ("settings", "__pycache__")]
+    return [*groups, *(key if key.endswith(".") else f"{key}=" for key in _keys(conf, current))]
+
+
+def _keys(conf: Path, current: str) -> list[str]:
+    """Return the dotted keys below what was typed, as the files of conf/settings spell them."""
+    section = current.partition(".")[0]
+    if "." not in current:
+        return ["seed", "force", "name", *(f"{name[:-5]}." for name in _names(conf / "settings"))] if current else []
+    try:
+        lines = (conf / "settings" / f"{section}.yaml").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found, trail = [], [section]
+    for line in lines:
+        match = re.match(r"( *)(\w+):(.*)", line)
+        if match and match[2] != "defaults":
+            trail = [*trail[: len(match[1]) // 2 + 1], match[2]]
+            found.append(".".join(trail))
+    return found
+
+
+def _conf() -> Path:
+    spec = find_spec("mlxchat.conf")
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places))) if places else Path("conf")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if name[0] not in "._")  # noqa: PTH208
+    except OSError:
+        return []

@@ -1,0 +1,233 @@
+"""Artifacts from one outputs folder to another: with everything they were made from, whole or not at all.
+
+A folder has `store/<artifact>/…` as outputs folders have, so it can be synchronised by rsync, or be one. A tar has the
+same paths. What comes in is unpacked under work/, hashed against its manifest and then renamed into store/, inputs
+first, so that a store never holds an artifact without what it was made from.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import StoreError
+from mlxchat.runner import locks
+from mlxchat.runner.catalog import references, short_form
+from mlxchat.runner.crash import crash_point
+from mlxchat.runner.sealed import sync
+from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
+from mlxchat.runner.verifying import find_faults, is_plain
+
+_TARS: dict[str, Any] = {".tar": "w", ".tgz": "w:gz", ".gz": "w:gz", ".xz": "w:xz"}
+
+
+def closure(store: Store, folders: list[Path]) -> list[Path]:
+    """Return the artifacts and everything that they were made from, inputs first.
+
+    Raises:
+        StoreError: something of it is no longer in the store.
+    """
+    order: dict[Path, None] = {}
+    missing: list[str] = []
+
+    def visit(folder: Path) -> None:
+        if folder in order:
+            return
+        summary = short_form(folder.name, read_manifest(folder))
+        for rid in references(summary):
+            place = store.own_folder(rid)
+            if place is None:
+                missing.append(f"{rid[:16]}, from which {folder.name} was made, is no longer in {store.outputs}")
+            else:
+                visit(place)
+        order[folder] = None
+
+    for folder in folders:
+        visit(folder)
+    if missing:
+        raise StoreError("\n".join(missing))
+    return list(order)
+
+
+def is_tar(path: Path) -> bool:
+    """Tell whether a name is that of a tar file rather than of a folder."""
+    return path.suffix in _TARS and not path.is_dir()
+
+
+def export(store: Store, folders: list[Path], to: Path) -> int:
+    """Copy artifacts to a folder or a tar file; return how many were not there yet.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        if is_tar(to):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            temporary = to.with_name(f".{to.name}.{os.getpid()}")
+            try:
+                with tarfile.open(temporary, _TARS[to.suffix]) as tar:
+                    for folder in folders:
+                        for path in _files(folder):
+                            tar.add(path, f"store/{folder.name}/{path.relative_to(folder)}", recursive=False)
+                sync(temporary)
+                temporary.replace(to)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return len(folders)
+        copied = 0
+        for folder in folders:
+            place = to / "store" / folder.name
+            if (place / MANIFEST).exists():
+                continue
+            temporary = to / ".export" / folder.name
+            shutil.rmtree(temporary, ignore_errors=True)
+            for path in _files(folder):
+                target = temporary / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+                sync(target)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary.rename(place)
+            copied += 1
+        shutil.rmtree(to / ".export", ignore_errors=True)
+        return copied
+    except OSError as error:
+        raise StoreError(f"{to} cannot be written ({error.strerror or error})") from error
+
+
+def import_all(store: Store, source: Path) -> tuple[list[Path], list[Path]]:
+    """Take in every artifact of an exported folder or tar file; return the new ones, and those that were here already.
+
+    Raises:
+        StoreError: the source is none, a file in it is not what its manifest says, or leads out of its folder; or an
+            artifact lacks what it was made from. Nothing that is faulty reaches the store.
+    """
+    if not source.exists():
+        raise StoreError(f"there is no {source}")
+    store.prepare()
+    base = store.outputs / "work" / ".import"
+    with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, lambda owner: None):
+        shutil.rmtree(base, ignore_errors=True)
+        base.mkdir(parents=True)
+        try:
+            _unpack(source, base)
+            return _take_in(store, base / "store")
+        except OSError as error:
+            raise StoreError(f"{source} cannot be imported ({error.strerror or error})") from error
+        finally:
+            shutil.rmtree(base, ignore_errors=True)
+
+
+def _take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
+    staged = Store(incoming.parent)
+    folders = sorted(path for path in incoming.iterdir()) if incoming.is_dir() else []
+    if not folders:
+        raise StoreError("it holds no artifacts: expected store/<artifact>/manifest.json")
+    manifests: dict[Path, Manifest] = {folder: read_manifest(folder) for folder in folders}
+    faults = []
+    for folder, manifest in manifests.items():
+        for rid in references(short_form(folder.name, manifest)):
+            if staged.own_folder(rid) is None and store.own_folder(rid) is None:
+                faults.append(f"{folder.name} was made from {rid[:16]}, which is neither there nor in {store.outputs}")
+        # Inputs that only the store has are not looked for among what was unpacked.
+        found = [fault for fault in find_faults(staged, folder) if "no longer in the store" not in fault]
+        faults += [f"{folder.name}: {fault}" for fault in found]
+    if faults:
+        raise StoreError("nothing was imported:\n" + "\n".join(faults))
+    crash_point("import.checked")
+    new, known = [], []
+    with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "import"}, lambda owner: None, shared=True):
+        for folder in _inputs_first(folders, manifests):
+            rid = manifests[folder]["rid"]
+            with locks.hold(store.lock(rid), {"step": "import"}, lambda owner: None):
+                store.forget()
+                here = store.own_folder(rid)
+                if here is not None:
+                    known.append(here)
+                    continue
+                place = store.outputs / "store" / folder.name
+                folder.rename(place)
+                sync(place.parent)
+                crash_point("import.renamed")
+                new.append(place)
+        used = {rid for folder in folders for rid in references(short_form(folder.name, manifests[folder]))}
+        heads = [place for place in [*new, *known] if read_manifest(place)["rid"] not in used]
+        group = f"imported-{datetime.now():%Y%m%d-%H%M%S}"
+        for place in heads if new else []:
+            store.set_ref(group, place.name, place)
+    store.forget()
+    return new, known
+
+
+def _inputs_first(folders: list[Path], manifests: dict[Path, Manifest]) -> list[Path]:
+    by_rid = {manifests[folder]["rid"]: folder for folder in folders}
+    order: dict[Path, None] = {}
+
+    def visit(folder: Path) -> None:
+        if folder not in order:
+            for rid in references(short_form(folder.name, manifests[folder])):
+                if rid in by_rid:
+                    visit(by_rid[rid])
+            order[folder] = None
+
+    for folder in folders:
+        visit(folder)
+    return list(order)
+
+
+def _unpack(source: Path, base: Path) -> None:
+    """Copy what a folder or a tar file holds to base/store/<artifact>/.
+
+    Raises:
+        StoreError: a path leads elsewhere, or something is no plain file.
+    """
+    if source.is_dir():
+        found = source / "store"
+        for folder in sorted(found.iterdir()) if found.is_dir() else []:
+            if folder.name.startswith(".") or not (folder / MANIFEST).exists():
+                continue
+            for path in sorted(folder.rglob("*")):
+                if path.is_symlink():
+                    raise StoreError(f"{path} is a link; only plain files are imported")
+                if path.is_file():
+                    target = base / "store" / path.relative_to(found)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target)
+                    sync(target)
+            crash_point("import.unpacked")
+        return
+    try:
+        with tarfile.open(source) as tar:
+            for member in tar:
+                name = member.name.removeprefix("./").rstrip("/")
+                if member.isdir():
+                    continue
+                if not member.isfile() or not is_plain(name) or not name.startswith("store/") or name.count("/") < 2:
+                    raise StoreError(
+                        f'{source} holds "{member.name}", which is no file of an artifact: nothing was imported'
+                    )
+                content = tar.extractfile(member)
+                assert content is not None
+                target = base / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content, target.open("xb") as file:
+                    shutil.copyfileobj(content, file)
+                sync(target)
+                if name.endswith(f"/{MANIFEST}") and name.count("/") == 2:
+                    crash_point("import.unpacked")
+    except (tarfile.TarError, EOFError) as error:
+        raise StoreError(f"{source} is no tar file that can be read ({error})") from None
+    except FileExistsError as error:
+        raise StoreError(f"{source} holds {error.filename} twice: nothing was imported") from None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield an artifact's files, the manifest last: a copy that was cut short has none."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    yield from (path for path in files if path != folder / MANIFEST)
+    yield folder / MANIFEST

@@ -1,0 +1,70 @@
+"""Whether artifacts are what they say they are: id, digest, every file, and what they refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlxchat.errors import StoreError
+from mlxchat.runner.fingerprint import canonical_json, compute_rid
+from mlxchat.runner.integrity import find_damage
+from mlxchat.runner.store import CONTINUATION, MANIFEST, OBSERVATIONS, Manifest, Store, read_manifest
+
+
+def find_faults(store: Store, folder: Path) -> Iterator[str]:
+    """Yield a line for everything about an artifact that is not as its manifest, or the store, requires."""
+    try:
+        manifest = read_manifest(folder)
+    except StoreError:
+        yield f"{MANIFEST} cannot be read, or is not what was written"
+        return
+    yield from check_manifest(folder.name, manifest)
+    original = manifest.get("alias_of")
+    if original is None:
+        yield from find_damage(folder, manifest)
+        listed = {file["path"] for file in manifest["outputs"]} | {MANIFEST}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and str(path.relative_to(folder)) not in listed:
+                yield f"{path.relative_to(folder)} is no part of it"
+    elif store.find(manifest["rid"]) is None:
+        yield f"{original[:16]}, which has its files, is gone or has other contents"
+    for role, made in manifest["inputs"].items():
+        if manifest["kind"] != "tokens" and store.own_folder(made["rid"]) is None:
+            yield f"{made.get('artifact')}, its {role}, is no longer in the store"
+
+
+def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
+    """Yield what is inconsistent within a manifest; `name` is that of its folder."""
+    try:
+        # Encoded text follows from contents alone; its inputs are told for people.
+        shared = manifest["kind"] == "tokens"
+        inputs = {} if shared else {role: made["rid"] for role, made in manifest["inputs"].items()}
+        rid = compute_rid(
+            manifest["stage"], manifest["version"], manifest["config"], inputs, {} if shared else manifest["pins"]
+        )
+        if rid != manifest["rid"]:
+            yield "its id does not follow from its config, inputs and pins"
+        if manifest["rid"][:16] != name[-16:]:
+            yield f"its folder's name does not end in its id, {manifest['rid'][:16]}"
+        if tree_of(manifest) != manifest["tree"]:
+            yield "its digest does not follow from its files"
+        strange = [str(file["path"]) for file in manifest["outputs"] if not is_plain(str(file["path"]))]
+        if strange:
+            yield f"it lists files outside its folder: {', '.join(strange)}"
+    except (KeyError, TypeError, AttributeError) as error:
+        yield f"its manifest lacks what it must have ({error})"
+
+
+def tree_of(manifest: Manifest) -> str:
+    """Return the digest of the contents that the manifest lists, as `describe_outputs` makes it."""
+    from hashlib import sha256
+
+    left_out = OBSERVATIONS + CONTINUATION
+    content = [[file["path"], file["sha256"]] for file in manifest["outputs"] if file["path"] not in left_out]
+    return sha256(canonical_json(content).encode()).hexdigest()
+
+
+def is_plain(path: str) -> bool:
+    """Tell whether a relative path stays within its folder."""
+    parts = path.split("/")
+    return bool(path) and not path.startswith("/") and "\\" not in path and not {"", ".", ".."} & set(parts)
