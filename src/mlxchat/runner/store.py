@@ -211,11 +211,20 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        manifest, sealed = unseal(path.read_bytes())
-        if not sealed and manifest.get("schema", 1) != 1:
-            raise ValueError("it lacks its digest")
+        return parse_manifest(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} is damaged ({error}). Remove the folder; the next run makes it again.") from None
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Return a manifest from the bytes of its file.
+
+    Raises:
+        ValueError: they were cut or altered.
+    """
+    manifest, sealed = unseal(data)
+    if not sealed and manifest.get("schema", 1) != 1:
+        raise ValueError("it lacks its digest")
     return manifest
 
 
