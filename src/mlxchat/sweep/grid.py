@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from mlxchat.runner.progress import format_number
 from mlxchat.runner.store import Store
 from mlxchat.sweep.expand import Job, compose_jobs, expand_jobs, settings_of, split_hydras
 from mlxchat.sweep.folder import Row, SweepFolder, metrics_of
-from mlxchat.sweep.launch import launch, launcher_of, stopped_by_signals, told_as_they_end, whereabouts
+from mlxchat.sweep.launch import environment, launch, launcher_of, stopped_by_signals, told_as_they_end, whereabouts
 from mlxchat.sweep.shared import Shared, make_shared
 from mlxchat.sweep.table import differing, write_results
-from mlxchat.sweep.worker import rids_of, run_elsewhere, run_job
+from mlxchat.sweep.worker import is_finished, rids_of, run_elsewhere, run_job
 
 
 def run_sweep(arguments: list[str]) -> int:
@@ -31,6 +33,8 @@ def run_sweep(arguments: list[str]) -> int:
         ConfigError: something is wrong with a job's configuration or the launcher; nothing is run.
         Interrupted: a signal arrived; what is finished is kept, and in the table.
     """
+    # Once MLX is loaded these are for its compiler; whoever starts other processes needs those of before.
+    before = {name: os.environ.get(name) for name in ("PATH", "TMPDIR")}
     overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
     tasks, hydras = split_hydras(overrides)
     if any(task.partition("=")[0].lstrip("+") == "sweep" and not task.endswith("=none") for task in tasks):
@@ -43,7 +47,7 @@ def run_sweep(arguments: list[str]) -> int:
     folder = SweepFolder(place or store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}")
     told = _Teller(jobs)
     settings = told.settings
-    rows = {job.number: _cached(job, settings[job.number]) for job in jobs if all(step.done for step in job.plan)}
+    rows = {job.number: _cached(job, settings[job.number]) for job in jobs if is_finished(job.plan)}
     pending = [job for job in jobs if job.number not in rows]
     folder.prepare(
         {
@@ -58,8 +62,17 @@ def run_sweep(arguments: list[str]) -> int:
         folder.add_row(row)
         told(row)
     stop: Interrupted | None = None
+    elsewhere = partial(
+        _run_elsewhere,
+        launcher=launcher,
+        hydras=hydras,
+        config_dirs=config_dirs,
+        folder=folder,
+        told=told,
+        before=before,
+    )
     try:
-        _run(pending, launcher, hydras, config_dirs, folder, told)
+        _run(pending, folder, told, None if launcher == "basic" else elsewhere)
     except Interrupted as error:
         stop = error
     asked = folder.stop()
@@ -80,41 +93,35 @@ def run_sweep(arguments: list[str]) -> int:
 
 
 def _run(
-    pending: list[Job], launcher: str, hydras: list[str], config_dirs: list[str], folder: SweepFolder, told: _Teller
+    pending: list[Job], folder: SweepFolder, told: _Teller, elsewhere: Callable[[list[Job], Shared], None] | None
 ) -> None:
-    """Make what is shared, then run the jobs that can run, here or elsewhere."""
-    fail_fast = any(getattr(job.composed.config, "fail_fast", False) for job in pending)
+    """Make what is shared, then run the jobs that can run: elsewhere, or one after the other here."""
+    fail_fast = any(job.composed.config.fail_fast for job in pending)
     shared = make_shared(pending, fail_fast=fail_fast)
     if shared.failed and fail_fast:
         folder.ask_to_stop("fail_fast", signal.SIGTERM)
     for job in pending:
         reason = shared.failure_for(job)
         if reason is not None:
-            row = {"job": job.number, "overrides": told.settings[job.number], "metrics": {}}
-            folder.add_row(row | {"status": "failed", "error": reason})
-            told(folder.rows()[job.number])
+            told.lost(job, folder, "failed", reason)
     pending = [job for job in pending if shared.failure_for(job) is None]
-    if not pending:
+    if pending and elsewhere is not None:
+        elsewhere(pending, shared)
         return
-    if launcher == "basic":
-        for job in pending:
-            told.announce(job)
-            row = run_job(
-                folder, job.number, job.overrides, job.composed, told.settings[job.number], shared.made
-            )  # fmt: skip
-            told(row)
-        return
-    _run_elsewhere(pending, shared, launcher, hydras, config_dirs, folder, told)
+    for job in pending:
+        told.announce(job)
+        told(run_job(folder, job.number, job.overrides, job.composed, told.settings[job.number], shared.made))
 
 
 def _run_elsewhere(
-    pending: list[Job], shared: Shared, launcher: str, hydras: list[str], config_dirs: list[str],
-    folder: SweepFolder, told: _Teller,
+    pending: list[Job], shared: Shared, *, launcher: str, hydras: list[str], config_dirs: list[str],
+    folder: SweepFolder, told: _Teller, before: dict[str, str | None],
 ) -> None:  # fmt: skip
+    """Run jobs in processes that a launcher of Hydra's starts; a job that leaves no row has failed."""
     folder.write_state(folder.state() | {"pending": [job.number for job in pending], "made": sorted(shared.made)})
     print(f"\n── {len(pending)} jobs by {launcher}; their lines begin with their number", flush=True)
     try:
-        with stopped_by_signals(folder), told_as_they_end(folder, set(folder.rows()), told):
+        with environment(before), stopped_by_signals(folder), told_as_they_end(folder, set(folder.rows()), told):
             launch([job.overrides for job in pending], hydras, config_dirs, folder, run_elsewhere)
     except MlxchatError:
         raise
@@ -122,11 +129,10 @@ def _run_elsewhere(
         print(f"error: {launcher} gave up: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     known = folder.rows()
     for job in pending:
-        if job.number not in known:
-            error = "its process ended without a result" if not folder.stop() else "stopped before it had a result"
-            row = {"job": job.number, "overrides": told.settings[job.number], "metrics": {}}
-            folder.add_row(row | {"status": "interrupted" if folder.stop() else "failed", "error": error})
-            told(folder.rows()[job.number])
+        if job.number not in known and folder.stop():
+            told.lost(job, folder, "interrupted", "stopped before it had a result")
+        elif job.number not in known:
+            told.lost(job, folder, "failed", "its process ended without a result")
 
 
 class _Teller:
@@ -152,6 +158,13 @@ class _Teller:
         how = "is done already" if row.get("cached") else row["status"]
         error = f": {row['error']}" if row.get("error") else ""
         print(f"── {self._title(row['job'])} {how}{error}  {numbers}".rstrip(), flush=True)
+
+    def lost(self, job: Job, folder: SweepFolder, status: str, error: str) -> None:
+        """Say and keep that a job has no result."""
+        row: Row = {"job": job.number, "overrides": self.settings[job.number], "metrics": {}}
+        row |= {"status": status, "error": error}
+        folder.add_row(row)
+        self(row)
 
     def _title(self, number: int) -> str:
         return f"job {number}/{self.count} {self.titles[number]}".rstrip()

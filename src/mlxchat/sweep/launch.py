@@ -143,6 +143,25 @@ def told_as_they_end(folder: SweepFolder, known: set[int], tell: Callable[[Row],
 
 
 @contextmanager
+def environment(variables: dict[str, str | None]) -> Iterator[None]:
+    """Give environment variables other values while the body runs; None takes one away."""
+    former = {name: os.environ.get(name) for name in variables}
+
+    def put(values: dict[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(variables)
+    try:
+        yield
+    finally:
+        put(former)
+
+
+@contextmanager
 def stopped_by_signals(folder: SweepFolder) -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into a word to all jobs, wherever they run; the second leaves at once."""
 

@@ -22,7 +22,7 @@ from mlxchat.sweep.folder import metrics_of
 from mlxchat.sweep.journal import Journal, Trial
 from mlxchat.sweep.space import Space, describe, read_space
 from mlxchat.sweep.table import is_less_better, write_results
-from mlxchat.sweep.worker import rids_of
+from mlxchat.sweep.worker import is_finished, rids_of
 
 
 @dataclass(kw_only=True)
@@ -216,7 +216,7 @@ def _run_trials(search: Search, journal: Journal) -> None:
         journal.tell(trial, value, row)
         said = f"failed: {row['error']}" if value is None else f"{search.step}.{search.metric} {format_number(value)}"
         print(f"── {_title(search, trial)} {said}{_best_so_far(search, journal)}", flush=True)
-        if value is None and getattr(config, "fail_fast", False):
+        if value is None and config.fail_fast:
             return
 
 
@@ -234,7 +234,7 @@ def _run_trial(search: Search, trial: Trial) -> tuple[float | None, dict[str, An
         composed = compose_config(search.overrides(trial), search.config_dirs)
         composed = replace(composed, config=replace(composed.config, targets=search.base.config.targets))
         plan = _plan(composed)
-        if not all(step.done for step in plan):
+        if not is_finished(plan):
             place = run_pipeline(composed)
             row["run"] = place.name if place else None
     except Interrupted:

@@ -63,7 +63,7 @@ def run_job(
             error = MlxchatError(f"{type(error).__name__}: {error} (traceback: {log})")
         print(f"error: {error}", file=sys.stderr, flush=True)
         row |= {"status": "failed", "error": str(error).splitlines()[0]}
-        if getattr(config, "fail_fast", False):
+        if config.fail_fast:
             folder.ask_to_stop("fail_fast", signal.SIGTERM)
     row["seconds"] = round(time.monotonic() - began, 1)
     folder.add_row(row)
@@ -95,6 +95,11 @@ def run_elsewhere(composed: Any) -> None:
 def rids_of(plan: list[PlannedStep]) -> dict[str, str]:
     """Return step → id."""
     return {step.name: step.rid for step in plan}
+
+
+def is_finished(plan: list[PlannedStep]) -> bool:
+    """Tell whether nothing of a plan has to be computed or given its name in the store."""
+    return all(step.done and step.verdict.original is None for step in plan)
 
 
 def force_only_others(force: list[str], plan: list[PlannedStep], made: set[str]) -> list[str]:

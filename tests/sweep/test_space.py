@@ -1,0 +1,61 @@
+"""What a search may choose from: Hydra's expressions, and what is refused of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlxchat.errors import ConfigError
+from mlxchat.sweep.space import Choice, Interval, read_space
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("interval(0.1,1)", Interval(low=0.1, high=1.0, whole=False, log=False)),
+        ("tag(log,interval(0.001,1))", Interval(low=0.001, high=1.0, whole=False, log=True)),
+        ("int(interval(1,8))", Interval(low=1, high=8, whole=True, log=False)),
+        ("tag(log,int(interval(1,8)))", Interval(low=1, high=8, whole=True, log=True)),
+        ("range(1,9)", Interval(low=1, high=8, whole=True, log=False, step=1)),
+        ("range(1,10,4)", Interval(low=1, high=9, whole=True, log=False, step=4)),
+        ("range(0.1,0.95,0.1)", Interval(low=0.1, high=0.9, whole=False, log=False, step=0.1)),
+        ("choice(d2,d4)", Choice(values=("d2", "d4"))),
+        ("1,2,2", Choice(values=("1", "2"))),
+    ],
+)
+def test_an_expression_of_hydras_is_a_dimension(expression: str, expected: object) -> None:
+    for overrides, written in (([f"x.y={expression}"], {}), ([], {"x.y": expression})):
+        assert read_space(overrides, written) == ([], {"x.y": expected})
+
+
+def test_what_does_not_vary_is_fixed_and_the_command_line_goes_before_yaml() -> None:
+    fixed, space = read_space(["a=1", "b=interval(0,1)", "seed=3"], {"a": "1,2", "b": "interval(5,6)", "c": "1,2"})
+    assert fixed == ["a=1", "seed=3"]
+    assert space == {"b": Interval(low=0, high=1, whole=False, log=False), "c": Choice(values=("1", "2"))}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "written", "problem"),
+    [
+        (["a=1"], {}, "nothing to search"),
+        ([], {"a": "3"}, "a=3 does not vary"),
+        ([], {"a": "interval(1"}, "sweep.space"),
+        (["a=interval(1,1)"], {}, "the interval is empty"),
+        (["a=interval(2,1)"], {}, "the smaller end first"),
+        (["a=tag(log,interval(0,1))"], {}, "begins at more than 0"),
+        (["a=tag(log,int(interval(0,4)))"], {}, "begins at 1 or more"),
+        (["a=tag(lag,interval(1,2))"], {}, 'tag "lag" is unknown, expected log'),
+        (["a=choice(1)"], {}, "one value is no choice"),
+        (["a=range(3,3)"], {}, "the range is empty"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_with_the_reason(
+    overrides: list[str], written: dict[str, str], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
+        read_space(overrides, written)
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_space(["a=interval(1,1)", "b=range(3,3)"], {"c": "3"})
+    assert len(str(caught.value).splitlines()) == 3
