@@ -85,13 +85,13 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
     plan = plan_of(config, store)
     check(plan)
     check_memory(config, plan)
-    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{config.name}"
+    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}"
     # A step that shares an artifact it has no alias of yet is done without computing, but not finished.
     finished = all(step.done and step.verdict.original is None for step in plan)
     # Whatever may be refused is refused before anything is written or said to run.
     tracker = None if finished else _start_tracker(config, name)
     store.prepare()
-    print(format_plan(plan), flush=True)
+    _say(format_plan(plan))
     if finished or tracker is None:
         for step in plan:
             place = store.find(step.rid)

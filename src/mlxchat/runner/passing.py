@@ -15,11 +15,12 @@ _ERRNO = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
-# Of the HTTP libraries that huggingface_hub has used; named, because none of them need be installed.
+# Of the HTTP libraries that huggingface_hub has used. Named, because none of them need be installed; without the number
+# of a version, which one of them bears in its name.
 _CLASSES = frozenset(
     {
-        "httpx.TransportError", "requests.exceptions.ConnectionError", "requests.exceptions.Timeout",
-        "requests.exceptions.ChunkedEncodingError", "urllib3.exceptions.ProtocolError",
+        "httpx.TransportError", "requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError",
+        "urllib.ProtocolError",  # urllib3
     }
 )  # fmt: skip
 _TOO_BUSY = (408, 425, 429)
@@ -52,5 +53,7 @@ def _is_passing(error: BaseException) -> bool:
         return True
     if isinstance(reason := getattr(error, "reason", None), BaseException):  # urllib's URLError
         return _is_passing(reason)
-    names = {f"{kind.__module__.replace('httpx._exceptions', 'httpx')}.{kind.__name__}" for kind in type(error).__mro__}
+    names = {
+        f"{kind.__module__.partition('.')[0].rstrip('0123456789')}.{kind.__name__}" for kind in type(error).__mro__
+    }
     return bool(names & _CLASSES)

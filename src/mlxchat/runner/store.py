@@ -199,7 +199,7 @@ class Store:
 
 def artifact_name(stage: str, label: str, rid: str) -> str:
     """Return the folder name of an artifact: what it is for people, then 80 bits of its id."""
-    clean = "".join(char if char.isalnum() or char in "._" else "_" for char in label)
+    clean = "".join(char if char.isalnum() or char in "._" else "_" for char in redact(label))
     return f"{stage}-{clean}-{rid[:_SHORT]}" if clean else f"{stage}-{rid[:_SHORT]}"
 
 

@@ -1,0 +1,423 @@
+"""What surrounds a step: other tries, limits of time, hooks, clocks that jump, secrets, sleep."""
+
+from __future__ import annotations
+
+import errno
+import http.server
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import DataError, Interrupted, PassingError, StepFailed
+from mlxchat.runner import attempts, records, time_limit
+from mlxchat.runner.awake import keep_awake
+from mlxchat.runner.execute import Policy
+from mlxchat.runner.hooks import Hooks
+from mlxchat.runner.passing import is_passing
+from mlxchat.runner.records import Records
+from mlxchat.runner.secrets import redact
+from mlxchat.runner.time_limit import TimeIsUp, TimeLimit
+
+ONE = {"one": {"stage": "make"}}
+CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
+RETRY = Policy(retry_attempts=3, retry_seconds=0.01)
+
+
+class Answer(Exception):
+    """An error of an HTTP library, which has the server's answer."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.response = type("Response", (), {"status_code": status})()
+
+
+def wrapped(cause: Exception) -> Exception:
+    """Return the error that a stage makes of another one, with `from None`."""
+    try:
+        try:
+            raise cause
+        except Exception:
+            raise DataError("the Hub cannot be asked") from None
+    except DataError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PassingError("busy"), ConnectionResetError(), TimeoutError(), OSError(errno.ENETUNREACH, "no network"),
+        Answer(500), Answer(503), Answer(429), Answer(408), wrapped(ConnectionRefusedError()), wrapped(Answer(502)),
+        urllib.error.URLError(ConnectionRefusedError()), urllib.error.HTTPError("u", 504, "", {}, None),  # type: ignore[arg-type]
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_errors_of_the_network_and_of_busy_servers_may_pass(error: Exception) -> None:
+    assert is_passing(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("no"), DataError("line 3"), StepFailed("no"), FileNotFoundError(errno.ENOENT, "no file"),
+        OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "no"), MemoryError(), Answer(404), Answer(401),
+        wrapped(Answer(403)), urllib.error.HTTPError("u", 404, "", {}, None),  # type: ignore[arg-type]
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_all_other_errors_do_not(error: Exception) -> None:
+    assert not is_passing(error)
+
+
+def test_the_libraries_of_the_hub_raise_errors_that_may_pass() -> None:
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    httpx = importlib.import_module(HTTPError.__module__)  # whatever it is called in this version
+    request = httpx.Request("GET", "http://x")
+    assert is_passing(httpx.ConnectError("no route", request=request))
+    assert is_passing(httpx.ReadTimeout("slow", request=request))
+    assert is_passing(HfHubHTTPError("busy", response=httpx.Response(503, request=request)))
+    assert not is_passing(HfHubHTTPError("gone", response=httpx.Response(404, request=request)))
+
+
+FAILS_TWICE = """
+tries = ctx.out.parents[2] / "tries"
+number = len(tries.read_text()) + 1 if tries.exists() else 1
+tries.write_text("x" * number)
+(ctx.out / f"of try {number}").touch()
+if number < 3:
+    raise ConnectionResetError("the hub hung up")
+(ctx.out / "result.txt").write_text("1")
+"""
+
+
+def test_a_step_whose_error_may_pass_is_tried_again_with_growing_pauses(toys: Any) -> None:
+    toys.add("make", FAILS_TWICE)
+    run = toys.run(toys.plan(ONE), policy=RETRY)
+    manifest = toys.store.read(toys.plan(ONE)[0].rid)
+    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["failed", "failed", "done"]
+    assert [file["path"] for file in manifest["outputs"]] == ["of try 3", "result.txt"], "nothing of the other tries"
+    pauses = [
+        event["seconds"] for event in Records(run.folder / "events.jsonl").read() if event["event"] == "step_retries"
+    ]
+    assert pauses == [0.01, 0.02]
+    assert any(
+        "failed (ConnectionResetError: the hub hung up), which may pass: try 2 of 3" in line for line in toys.said
+    )
+
+
+def test_it_fails_when_the_last_try_does(toys: Any) -> None:
+    toys.add("make", FAILS_TWICE)
+    with pytest.raises(StepFailed, match="the hub hung up"):
+        toys.run(toys.plan(ONE), policy=Policy(retry_attempts=2, retry_seconds=0.01))
+    assert (toys.outputs / "tries").read_text() == "xx"
+
+
+def test_a_step_whose_error_stays_is_tried_once(toys: Any) -> None:
+    toys.add("make", FAILS_TWICE.replace("ConnectionResetError", "ValueError"))
+    with pytest.raises(StepFailed, match="ValueError: the hub hung up"):
+        toys.run(toys.plan(ONE), policy=RETRY)
+    assert (toys.outputs / "tries").read_text() == "x"
+
+
+def test_a_stop_ends_the_pause_before_another_try(toys: Any) -> None:
+    toys.add("make", FAILS_TWICE)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped before another try of one"):
+        toys.run(toys.plan(ONE), policy=Policy(retry_attempts=3, retry_seconds=60))
+    assert time.monotonic() - began < 10
+
+
+WAITS = """
+from pathlib import Path
+(ctx.work).mkdir(parents=True, exist_ok=True)
+for step in range(600):
+    time.sleep(0.01)
+    if ctx.should_stop():
+        (ctx.work / "saved").write_text(str(step))
+        raise ctx.stop(f"iteration {step} of 600")
+(ctx.out / "result.txt").touch()
+"""
+
+
+def test_a_step_that_takes_too_long_saves_and_fails_with_the_limit(toys: Any) -> None:
+    toys.add("make", WAITS)
+    with pytest.raises(
+        StepFailed, match=r"took longer than timeout\.one=0\.2 seconds\. one stopped at iteration"
+    ) as caught:
+        toys.run(toys.plan(ONE), policy=Policy(timeouts={"one": 0.2}))
+    assert caught.value.exit_code == 1
+    assert "The same command continues from there" in str(caught.value)
+    work = toys.store.work(toys.plan(ONE)[0].rid)
+    assert (work / "ckpt" / "saved").exists()
+    assert [attempt["outcome"] for attempt in attempts.read(work)] == ["failed"]
+
+
+def test_a_step_that_is_done_in_time_hears_nothing_of_its_limit(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN), policy=Policy(timeouts={"one": 60, "two": 60}))
+    assert threading.active_count() < 10
+
+
+def test_a_step_that_does_not_stop_when_asked_to_is_ended(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    toys.add("make", "time.sleep(60)")
+    monkeypatch.setattr(time_limit.TimeLimit.__init__, "__kwdefaults__", {"grace_seconds": 0.2})
+    began = time.monotonic()
+    with pytest.raises(StepFailed, match="did not stop when asked to, and was ended"):
+        toys.run(toys.plan(ONE), policy=Policy(timeouts={"one": 0.1}))
+    assert time.monotonic() - began < 10
+
+
+def test_a_limit_rings_in_its_body_only() -> None:
+    with pytest.raises(TimeIsUp), TimeLimit(0.02, grace_seconds=0.02):
+        time.sleep(10)
+    with TimeLimit(0.05, grace_seconds=0.05) as limit:
+        pass
+    time.sleep(0.15)
+    assert not limit.passed
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A web server that remembers what is posted; its address, and that."""
+    posted: list[dict[str, Any]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(500 if "broken" in self.path else 200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    serving = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{serving.server_port}", posted
+    serving.shutdown()
+    thread.join()
+    serving.server_close()
+
+
+def test_commands_are_told_of_start_and_end_in_order_with_the_facts(toys: Any, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    shell = f'echo "$MLXCHAT_EVENT $MLXCHAT_STEP $MLXCHAT_STAGE" >> {log}'
+    words = [sys.executable, "-c", f"import os; open({str(log)!r}, 'a').write(os.environ['MLXCHAT_ARTIFACT'] + '\\n')"]
+    run = toys.run(toys.plan(CHAIN), hooks=Hooks(on_start=shell, on_success=words))
+    names = [step.artifact for step in toys.plan(CHAIN)]
+    assert log.read_text().splitlines() == ["on_start one make", names[0], "on_start two copy", names[1]]
+    assert run.hooks._thread is None
+
+
+def test_an_address_gets_json(toys: Any, server: Any) -> None:
+    address, posted = server
+    toys.add("make", "raise ValueError('oh no')")
+    with pytest.raises(StepFailed):
+        toys.run(toys.plan(ONE), hooks=Hooks(on_start=address, on_success=address, on_failure=address))
+    assert [(facts["event"], facts["step"]) for facts in posted] == [("on_start", "one"), ("on_failure", "one")]
+    assert "ValueError: oh no" in posted[1]["error"]
+    assert posted[0]["run"] == "run1"
+
+
+BROKEN = ["exit 3", ["/no/such/program"], "sleep 60", "http://127.0.0.1:9/", "kill -9 $$", "{address}/broken"]
+
+
+@pytest.mark.parametrize("target", BROKEN, ids=str)
+def test_a_hook_that_is_broken_slow_or_missing_is_warned_of_once_and_breaks_nothing(
+    target: Any, toys: Any, server: Any
+) -> None:
+    target = target.format(address=server[0]) if isinstance(target, str) else target
+    began = time.monotonic()
+    hooks = Hooks(on_start=target, on_success=target, warn=toys.said.append, timeout_seconds=0.3)
+    toys.run(toys.plan(CHAIN), hooks=hooks)
+    assert time.monotonic() - began < 10
+    assert [step.state for step in toys.plan(CHAIN)] == ["done", "done"]
+    warnings = [line for line in toys.said if line.startswith("warning: hooks")]
+    assert 1 <= len(warnings) <= 3
+    assert len({line.split(" does not work")[0] for line in warnings}) == len(warnings), "each is warned of once"
+
+
+def test_a_slow_hook_delays_no_step(toys: Any) -> None:
+    hooks = Hooks(on_start="sleep 1", timeout_seconds=5)
+    run = toys.run(toys.plan(CHAIN), hooks=hooks)
+    times = {event["event"]: event["time"] for event in Records(run.folder / "events.jsonl").read()}
+    elapsed = datetime.fromisoformat(times["step_done"]) - datetime.fromisoformat(times["run_started"])
+    assert elapsed < timedelta(seconds=0.9)
+
+
+class JumpingClock(datetime):
+    """A wall clock that somebody sets at every look at it."""
+
+    jumps: Iterator[timedelta]
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + next(cls.jumps)
+
+
+def back_and_forth() -> Iterator[timedelta]:
+    while True:
+        yield from (timedelta(0), timedelta(hours=-2), timedelta(days=3), timedelta(days=-400))
+
+
+@pytest.fixture
+def jumping(monkeypatch: pytest.MonkeyPatch) -> None:
+    JumpingClock.jumps = back_and_forth()
+    monkeypatch.setattr(records, "datetime", JumpingClock)
+    offsets = back_and_forth()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(offsets).total_seconds())
+
+
+@pytest.mark.usefixtures("jumping")
+def test_a_clock_that_jumps_changes_no_duration_and_no_verdict(toys: Any) -> None:
+    toys.add("make", "time.sleep(0.05); (ctx.out / 'result.txt').write_text('1')")
+    toys.run(toys.plan(CHAIN))
+    manifest = toys.store.read(toys.plan(CHAIN)[0].rid)
+    assert 0.05 <= manifest["seconds"] < 5
+    assert 0.05 <= manifest["attempts"][0]["seconds"] < 5
+    run = toys.run(toys.plan(CHAIN))
+    assert [event["event"] for event in Records(run.folder / "events.jsonl").read()] == [
+        "run_started", "step_cached", "step_cached", "run_done",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("jumping")
+def test_a_clock_that_jumps_does_not_hide_a_failure_from_a_waiter(tmp_path: Path) -> None:
+    number = attempts.start(tmp_path, "run1", "one")
+    known = attempts.ended(tmp_path)
+    attempts.finish(tmp_path, number, "failed", "oh no", None)
+    assert attempts.new_failure(tmp_path, known) == "oh no"
+    assert attempts.new_failure(tmp_path, attempts.ended(tmp_path)) is None, "it ended before the wait began"
+
+
+@pytest.mark.usefixtures("jumping")
+def test_a_limit_of_time_does_not_follow_a_clock_that_jumps() -> None:
+    began = time.monotonic()
+    with TimeLimit(0.2) as limit:
+        while not limit.passed:
+            time.sleep(0.01)
+            assert time.monotonic() - began < 10
+    assert time.monotonic() - began >= 0.2
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_abcdefgh12345", "WANDB_API_KEY": "0123456789abcdef0123", "MY_SECRET": 'quoted "secret" ümläut',
+    "DB_PASSWORD": "pa/ss word+1", "GITHUB_TOKEN": "ghp_zzzzzzzzzzzz", "AWS_SECRET_ACCESS_KEY": "AKsecret+/=long",
+}  # fmt: skip
+
+
+@pytest.fixture
+def secrets(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    return SECRETS
+
+
+def test_a_secret_is_replaced_by_the_name_of_its_variable_wherever_it_stands(secrets: dict[str, str]) -> None:
+    nested = {"a": [f"x {value} y" for value in secrets.values()], SECRETS["HF_TOKEN"]: 1, "n": 2.5, "none": None}
+    assert redact(nested) == {"a": [f"x <{name}> y" for name in secrets], "<HF_TOKEN>": 1, "n": 2.5, "none": None}
+    assert redact("pa%2Fss%20word%2B1") == "<DB_PASSWORD>", "as part of an address"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("TOKENIZERS_PARALLELISM", "false-ish"), ("MAX_TOKENS", "1048576"), ("HOME", "/root/home"), ("X_TOKEN", "abc")],
+)
+def test_other_variables_and_values_too_short_to_tell_apart_are_left_alone(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert redact(f"x {value} y") == f"x {value} y"
+
+
+def leaks(folder: Path, secrets: dict[str, str]) -> list[str]:
+    """Return the files that hold a secret in any of the forms in which it could be written."""
+    found = []
+    for path in folder.rglob("*"):
+        data = path.read_bytes() if path.is_file() else b""
+        for name, value in secrets.items():
+            forms = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+            found += [f"{path}: {name}" for form in forms if form.encode() in data or form in path.name]
+    return found
+
+
+def test_no_secret_reaches_a_file_or_a_line_of_a_run(
+    toys: Any, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = " ".join(secrets.values())
+    monkeypatch.setattr(sys, "argv", ["mlxchat", f"hooks.on_start=curl -H '{everything}'"])
+    toys.add("make", """
+        told = " ".join(os.environ[name] for name in ("HF_TOKEN", "MY_SECRET", "DB_PASSWORD"))
+        ctx.log({"iteration": 1, "told": told})
+        ctx.externals.append({"url": f"https://x/{os.environ['HF_TOKEN']}"})
+        ctx.derived["header"] = told
+        (ctx.out / "result.txt").write_text("1")
+    """)  # fmt: skip
+    told = "' '.join(os.environ[name] for name in ('WANDB_API_KEY', 'MY_SECRET', 'GITHUB_TOKEN'))"
+    toys.add("copy", f"raise ValueError({told})", inputs={"source": "thing"}, config=("other",))
+    with pytest.raises(StepFailed) as caught:
+        toys.run(toys.plan(CHAIN), hooks=Hooks(on_failure="echo $HF_TOKEN >&2; exit 1", warn=toys.said.append))
+    assert leaks(toys.outputs, secrets) == []
+    text = "\n".join([str(caught.value), *toys.said])
+    assert [name for name, value in secrets.items() if value in text] == []
+    assert "<WANDB_API_KEY>" in str(caught.value)
+    manifest = toys.store.read(toys.plan(CHAIN)[0].rid)
+    assert manifest["externals"] == [{"url": "https://x/<HF_TOKEN>"}]
+
+
+def test_no_secret_of_the_command_line_reaches_the_outputs_folder(
+    mlxchat: Callable[..., subprocess.CompletedProcess[str]], tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    secrets = {"HF_TOKEN": "hf_abcdefgh12345", "WANDB_API_KEY": "0123456789abcdef0123", "DB_PASSWORD": "pass-word-1"}
+    text = tmp_path / "text.txt"
+    text.write_text("Some text.\n" * 50)
+    planted = f'hooks.on_success="true {secrets["HF_TOKEN"]} {secrets["DB_PASSWORD"]}"'
+    for more, code in (([], 0), (["corpus.validation_documents=100000", f"corpus.name={secrets['WANDB_API_KEY']}"], 2)):
+        done = mlxchat(*tiny, "stage=corpus", planted, *more, f"outputs={tmp_path / 'outputs'}", environ=secrets)
+        assert done.returncode == code, done.stderr
+        assert [name for name, value in secrets.items() if value in done.stdout + done.stderr] == []
+    assert len(list((tmp_path / "outputs" / "runs").glob("*/plan.json"))) == 2
+    assert leaks(tmp_path / "outputs", secrets) == []
+
+
+def test_a_mac_is_kept_awake_while_a_run_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, log = tmp_path / "caffeinate", tmp_path / "log"
+    program.write_text(f'#!/bin/sh\necho "$@" > {log}.new\nmv {log}.new {log}\nexec sleep 60\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with keep_awake():
+        until = time.monotonic() + 10
+        while not log.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+    assert log.read_text() == f"-i -w {os.getpid()}\n"
+
+
+def test_a_mac_without_that_program_and_other_systems_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("nothing is started"))
+    with keep_awake():
+        pass
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with keep_awake():
+        pass
+
+
+def test_times_are_utc() -> None:
+    assert datetime.fromisoformat(records.now()).tzinfo == UTC
