@@ -1,0 +1,138 @@
+"""The real stages, killed where they compute and save: the next run ends with the same bytes.
+
+The short matrix kills a pretraining; the whole one every stage, at each of its points.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.runner import locks
+from mlxchat.runner.integrity import find_damage
+from mlxchat.runner.store import Store, read_manifest
+
+_SETTINGS = """
+    machine.checkpoint_seconds=0 machine.prefetch_batches=0
+    pretrain.num_iterations=5 midtrain.num_iterations=4 sft.num_iterations=4 rl.num_iterations=3
+    rl.questions_per_iteration=2 rl.samples_per_question=2 rl.task.size=6
+"""
+# Step → what it needs, and what it saves between.
+TRAININGS = ("pretrain", "midtrain", "sft", "rl")
+PIPELINE = ("corpus", "tokenizer", *TRAININGS, "eval_rl")
+SAVING = (
+    "train.iteration:2", "checkpoint.arrays:2", "checkpoint.written:3", "checkpoint.renamed:3", "checkpoint.done:1",
+    "train.finished:1",
+)  # fmt: skip
+MAKING = ("run.folder:1", "step.started:1", "step.ran:1", "publish.written:1", "publish.renamed:1", "shared.made:1")
+
+
+@pytest.fixture(scope="module")
+def settings(tiny: tuple[str, ...]) -> list[str]:
+    """Tiny settings with a training of few iterations, each of which is saved."""
+    mine = _SETTINGS.split()
+    keys = {item.partition("=")[0] for item in mine}
+    return [*(item for item in tiny if item.partition("=")[0] not in keys), *mine]
+
+
+def complete(
+    mlxchat: Callable[..., Any], settings: list[str], outputs: Path, step: str, **environ: str
+) -> tuple[int, str]:
+    """Run the pipeline up to a step; return exit code and what was printed."""
+    done = mlxchat(*settings, f"targets=[{step}]", f"outputs={outputs}", environ=environ, timeout=200)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def stages(
+    settings: list[str], mlxchat: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, str]]:
+    """Return a function: step → outputs in which everything it needs is done, and the digest it must end with."""
+    outputs = tmp_path_factory.mktemp("stages") / "outputs"
+    before: dict[str, tuple[Path, str]] = {}
+
+    def prepare(step: str) -> tuple[Path, str]:
+        for name in PIPELINE[: PIPELINE.index(step) + 1]:
+            if name in before:
+                continue
+            place = outputs.with_name(name)
+            if outputs.exists():
+                shutil.copytree(outputs, place, symlinks=True)
+            code, text = complete(mlxchat, settings, outputs, name)
+            assert code == 0, text
+            before[name] = (place, read_manifest(Store(outputs).refs()[name])["tree"])
+        return before[step]
+
+    return prepare
+
+
+def kill_and_continue(
+    step: str, place: str, prepared: tuple[Path, str], settings: list[str], mlxchat: Callable[..., Any], folder: Path
+) -> None:
+    """Kill a run at a place, look at what it leaves, run again, and compare with the undisturbed digest."""
+    before, tree = prepared
+    outputs = folder / "outputs"
+    if before.exists():
+        shutil.copytree(before, outputs, symlinks=True)
+    code, text = complete(mlxchat, settings, outputs, step, MLXCHAT_CRASH_AT=place)
+    assert code == -9, (place, code, text)
+    check_whole(outputs)
+    code, text = complete(mlxchat, settings, outputs, step)
+    assert code == 0, text
+    check_whole(outputs)
+    assert list((outputs / "work").iterdir()) == []
+    assert read_manifest(Store(outputs).refs()[step])["tree"] == tree
+
+
+def check_whole(outputs: Path) -> None:
+    """What the store shows is whole, and no lock is held by the dead."""
+    for folder in (outputs / "store").glob("*"):
+        assert list(find_damage(folder, read_manifest(folder))) == []
+    for lock in (outputs / "locks").glob("*"):
+        assert not locks.is_held(lock)
+
+
+SHORT = ["run.folder:1", "train.iteration:2", "checkpoint.written:3", "train.finished:1", "shared.made:1"]
+
+
+@pytest.mark.parametrize("place", SHORT)
+def test_a_pretraining_killed_at_a_point_ends_with_the_same_bytes(
+    place: str, stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
+) -> None:
+    kill_and_continue("pretrain", place, stages("pretrain"), settings, mlxchat, tmp_path)
+
+
+WHOLE = [
+    (step, place) for step in TRAININGS for place in (*SAVING, *MAKING) if (step, place) != ("rl", "shared.made:1")
+]
+WHOLE += [(step, place) for step in ("corpus", "tokenizer", "eval_rl") for place in MAKING if place != "shared.made:1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "place"), WHOLE)
+def test_every_stage_killed_at_each_of_its_points_ends_with_the_same_bytes(
+    step: str, place: str, stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
+) -> None:
+    kill_and_continue(step, place, stages(step), settings, mlxchat, tmp_path)
+
+
+def test_a_disk_that_is_full_while_a_training_saves_is_told_and_it_is_continued(
+    stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
+) -> None:
+    before, tree = stages("pretrain")
+    outputs = tmp_path / "outputs"
+    shutil.copytree(before, outputs, symlinks=True)
+    full = {"MLXCHAT_CRASH_AT": "checkpoint.arrays:3", "MLXCHAT_CRASH_ERROR": "ENOSPC"}
+    code, text = complete(mlxchat, settings, outputs, "pretrain", **full)
+    assert code == 1
+    assert "error: step pretrain failed: OSError: [Errno 28] No space left on device" in text
+    assert "run the same command again: it continues from what was saved last" in text
+    code, text = complete(mlxchat, settings, outputs, "pretrain")
+    assert code == 0, text
+    manifest = read_manifest(Store(outputs).refs()["pretrain"])
+    assert manifest["tree"] == tree
+    assert manifest["attempts"][-1]["resumed_from"] == 2
