@@ -80,7 +80,7 @@ def _plot(columns: list[str], rows: list[Row], metrics: set[str], place: Path) -
     shown = [column for column in columns if column in metrics and numeric([*rows], column)][:12]
     if not shown:
         raise ConfigError("--plot: there is no metric to draw")
-    setting = next((column for column in columns[1:] if column not in metrics), None)
+    setting = next((column for column in columns[1:] if column not in metrics), "")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,7 +89,7 @@ def _plot(columns: list[str], rows: list[Row], metrics: set[str], place: Path) -
     across = min(3, len(shown))
     down = -(-len(shown) // across)
     figure, panels = pyplot.subplots(down, across, figsize=(4 * across, 3 * down), squeeze=False, layout="constrained")
-    numbers = setting is not None and numeric([*rows], setting)
+    numbers = bool(setting) and numeric([*rows], setting)
     for panel, metric in zip(panels.flat, shown, strict=False):
         have = [row for row in rows if row.get(metric) is not None and (not numbers or row.get(setting) is not None)]
         if numbers:
