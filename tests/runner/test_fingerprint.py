@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -44,7 +45,21 @@ NOT_IDENTITY = {
     "training.norm_warning_factor",
 }
 # Sections that no stage may declare, and those that are declared, with the steps that read them.
-NEVER = ("machine", "tracker", "bench", "name", "outputs", "targets", "force", "code")
+NEVER = (
+    "machine",
+    "tracker",
+    "bench",
+    "name",
+    "outputs",
+    "targets",
+    "force",
+    "code",
+    "fail_fast",
+    "timeout",
+    "retry",
+    "hooks",
+    "sweep",
+)
 READ_BY = {
     "model": {"pretrain"},
     "architecture": {"pretrain"},
@@ -327,6 +342,125 @@ def test_every_part_of_the_record_changes_the_id(change: dict[str, Any]) -> None
         return compute_rid(record["stage"], record["version"], record["config"], record["inputs"], record["externals"])
 
     assert rid(GOLDEN | change) != rid(GOLDEN)
+
+
+EXPERIMENT_IDS = Path(__file__).with_name("golden_ids.json")
+# Packages are pinned by version, which is another one elsewhere.
+PRINT_IDS = """
+import importlib.metadata, json, sys
+from pathlib import Path
+import mlxchat
+importlib.metadata.version = lambda name: "1.0"
+from mlxchat.compose import compose_config
+from mlxchat.runner.plan import make_plan
+from mlxchat.runner.store import Store
+found = {}
+for name in sys.argv[1:]:
+    config = compose_config([f"experiment={name}"]).config
+    plan = make_plan(config, config.pipeline, Store(Path("x")), targets=None, seed=config.seed, force=[])
+    found[name] = {step.name: step.rid for step in plan}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "random"])
+def test_the_shipped_experiments_keep_the_ids_that_they_had(hash_seed: str, tmp_path: Path) -> None:
+    # An id that changes makes everybody compute again: if it must, raise the stage's VERSION and write the file anew.
+    golden = json.loads(EXPERIMENT_IDS.read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_IDS, *golden],
+        cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": hash_seed, "MLXCHAT_COMPOSED_CACHE": "off"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == golden
+
+
+def test_every_shipped_experiment_but_the_benchmarks_has_golden_ids() -> None:
+    shipped = {path.stem for path in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml")}
+    assert shipped - {"bench"} == set(json.loads(EXPERIMENT_IDS.read_text()))
+
+
+LOAD_ALONE = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("fingerprint", sys.argv[1])
+fingerprint = importlib.util.module_from_spec(spec)
+sys.modules["fingerprint"] = fingerprint
+spec.loader.exec_module(fingerprint)
+record = json.loads(sys.argv[2])
+print(fingerprint.compute_rid(*(record[key] for key in ("stage", "version", "config", "inputs", "externals"))))
+print(sys.version_info[:2])
+"""
+
+
+def test_the_golden_id_is_the_same_in_every_supported_python_with_its_standard_library_alone(tmp_path: Path) -> None:
+    found = [shutil.which(name) for name in ("python3.12", "python3.13")]
+    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob("3.1[23]*/bin/python"))
+    source = Path(__file__).parents[2] / "src" / "mlxchat" / "runner" / "fingerprint.py"
+    ran = set()
+    for python in [sys.executable, *filter(None, found), *map(str, pyenv)]:
+        done = subprocess.run(
+            [python, "-I", "-S", "-c", LOAD_ALONE, str(source), json.dumps(GOLDEN)],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if "command not found" in done.stderr:  # a shim of pyenv without the version behind it
+            continue
+        rid, version = done.stdout.splitlines()
+        assert rid == GOLDEN_RID, done.stderr
+        ran.add(version)
+    if len(ran) == 1:
+        pytest.skip("no other Python here")
+
+
+typed = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(typed)
+def test_a_tuple_is_a_list(data: Any) -> None:
+    def tupled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tupled(item) for key, item in value.items()}
+        return tuple(map(tupled, value)) if isinstance(value, list) else value
+
+    assert canonical_json(identity_of(tupled(data))) == canonical_json(identity_of(data))
+
+
+@given(typed, typed)
+def test_equal_texts_mean_equal_values_of_equal_types(left: Any, right: Any) -> None:
+    same = canonical_json(identity_of(left)) == canonical_json(identity_of(right))
+    assert same == (repr(sorted_deep(left)) == repr(sorted_deep(right)))
+
+
+def sorted_deep(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: sorted_deep(value[key]) for key in sorted(value)}
+    return [sorted_deep(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_number_is_what_the_field_declares_and_true_is_no_number() -> None:
+    @dataclass
+    class Rates:
+        lr: float = 0.5
+        steps: int = 1
+        clip: float | None = None
+        rates: list[float] = field(default_factory=list)
+        options: dict[str, float] = field(default_factory=dict)
+
+    whole = Rates(lr=1, clip=2, rates=[1, 2], options={"a": 3})
+    assert canonical_json(identity_of(whole)) == canonical_json(
+        identity_of(Rates(lr=1.0, clip=2.0, rates=[1.0, 2.0], options={"a": 3.0}))
+    )
+    assert canonical_json(identity_of(Rates(steps=1))) != canonical_json(identity_of(Rates(steps=True)))
+    assert canonical_json(identity_of(Rates(lr=1))) != canonical_json(identity_of(Rates(lr=True)))
+    assert identity_of(Rates(steps=1))["steps"] == 1
+
+
+def test_two_keys_that_would_be_one_are_refused() -> None:
+    with pytest.raises(TypeError, match="canonical"):
+        identity_of({1: "a", "1": "b"})
 
 
 CODE = '''"""A module."""

@@ -13,6 +13,7 @@ import enum
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,15 +94,18 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
         record = {}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
-            metadata = field.metadata
-            if identity_only and metadata.get("identity") is False:
-                continue
-            if identity_only and "since_default" in metadata and item == metadata["since_default"]:
-                continue
+            if identity_only:
+                if field.metadata.get("identity") is False or _is_later_default(item, field.metadata):
+                    continue
+                if _FLOAT.search(str(field.type)) and not _INT.search(str(field.type)):
+                    item = _with_floats(item)
             record[field.name] = _plain(item, identity_only=identity_only)
         return record
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, identity_only=identity_only) for key, item in value.items()}
+        plain = {str(key): _plain(item, identity_only=identity_only) for key, item in value.items()}
+        if len(plain) < len(value):
+            raise TypeError(f"{value!r} has no canonical form: two of its keys would be one")
+        return plain
     if isinstance(value, list | tuple):
         return [_plain(item, identity_only=identity_only) for item in value]
     if isinstance(value, enum.Enum):
@@ -113,3 +117,24 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
     if value is None or isinstance(value, str | int | bool):
         return value
     raise TypeError(f"{value!r} ({type(value).__name__}) has no canonical form")
+
+
+# Of the types that fields declare, which are text where annotations are postponed.
+_FLOAT, _INT = re.compile(r"\bfloat\b"), re.compile(r"\bint\b")
+
+
+def _with_floats(value: Any) -> Any:
+    """Return the value of a field of floats with its whole numbers as floats: 1 and 1.0 are the same there."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_later_default(value: Any, metadata: Mapping[str, Any]) -> bool:
+    """Tell whether a field that was added later has the value at which it is left out."""
+    if "since_default" not in metadata:
+        return False
+    default = metadata["since_default"]
+    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
