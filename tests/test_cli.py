@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import resource
 import subprocess
@@ -20,7 +18,7 @@ from mlxchat.cli import VERBS, main
 from mlxchat.compose import group_names, group_options
 from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed, StoreError
 from mlxchat.runner.records import Records
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.runner.store import read_manifest
 
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -307,89 +305,6 @@ def test_without_a_verb_the_pipeline_runs(finished: Any) -> None:
     assert [line.split()[0] for line in lines if re.match(r"\w+ +starts", line)] == STEPS
     assert [line.split()[0] for line in lines if re.match(r"\w+ +done in ", line)] == STEPS
     assert lines[-1].startswith("report: ")
-
-
-def started(outputs: Path) -> list[str]:
-    """Return the steps that were started in any run of an outputs folder."""
-    events = [event for log in (outputs / "runs").glob("*/events.jsonl") for event in Records(log).read()]
-    return sorted(event["step"] for event in events if event["event"] == "step_started")
-
-
-def test_a_sweep_computes_shared_steps_once_and_writes_a_table(
-    tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
-) -> None:
-    outputs = tmp_path / "outputs"
-    done = mlxchat("-m", *tiny, "stage=pretrain", "pretrain.num_iterations=1,2", f"outputs={outputs}", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert started(outputs) == ["corpus", "pretrain", "pretrain", "tokenizer"]
-    (folder,) = (outputs / "multirun").iterdir()
-    rows = json.loads((folder / "table.json").read_text())
-    made = {
-        manifest["config"]["pretrain"]["num_iterations"]: manifest["metrics"]["val_bpb"]
-        for manifest in Store(outputs).manifests() if manifest["step"] == "pretrain"
-    }  # fmt: skip
-    assert [row["pretrain.val_bpb"] for row in rows] == [pytest.approx(made[count], abs=1e-4) for count in (1, 2)]
-    assert made[1] != made[2]
-    assert [row["status"] for row in rows] == ["done", "done"]
-    with (folder / "table.csv").open() as file:
-        assert [float(row["pretrain.val_bpb"]) for row in csv.DictReader(file)] == [
-            row["pretrain.val_bpb"] for row in rows
-        ]
-    table = (folder / "table.md").read_text()
-    assert table in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["outputs"], "Hydra leaves nothing beside it"
-
-
-def test_the_table_of_a_sweep_shows_what_varies_and_not_what_all_jobs_share(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
-) -> None:
-    done = mlxchat("-m", *tiny, "stage=pretrain", "machine.log_every=1,2", f"outputs={outputs}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = (outputs / "multirun").iterdir()
-    table = (folder / "table.md").read_text()
-    assert "machine.log_every=1" in table
-    assert "model.aspect_ratio" not in table
-
-
-def test_the_table_of_a_sweep_shows_only_the_steps_of_its_jobs(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
-) -> None:
-    done = mlxchat("-m", *tiny, "stage=pretrain", "machine.log_every=1,2", f"outputs={outputs}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = (outputs / "multirun").iterdir()
-    rows = json.loads((folder / "table.json").read_text())
-    steps = {key.split(".")[0] for row in rows for key in row if "." in key}
-    assert steps == {"pretrain"}, "other steps of the outputs folder are no result of these jobs"
-
-
-def test_a_job_of_a_sweep_that_fails_is_a_row_and_the_others_run(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
-) -> None:
-    done = mlxchat("-m", *tiny, "stage=tokenizer", "tokenizer.vocab_size=60000,310", f"outputs={outputs}")
-    assert done.returncode == 1, done.stderr
-    assert "error: tokenizer.vocab_size is 60000, but the corpus yields only" in done.stderr
-    assert "Traceback" not in done.stderr
-    (folder,) = (outputs / "multirun").iterdir()
-    rows = json.loads((folder / "table.json").read_text())
-    assert [row["status"] for row in rows] == ["failed", "done"]
-    assert rows[0]["error"].startswith("tokenizer.vocab_size is 60000, but the corpus yields only")
-    assert any("tokenizer-310-" in manifest["name"] for manifest in Store(outputs).manifests())
-
-
-def test_a_sweep_with_an_impossible_value_is_refused_before_its_first_job(
-    tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
-) -> None:
-    done = mlxchat("-m", *tiny, "sft.num_epochs=1,0", f"outputs={tmp_path}/outputs")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: sft.num_epochs is 0, expected at least 1\n"
-    assert not (tmp_path / "outputs").exists()
-
-
-def test_a_sweep_takes_lists(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
-    done = mlxchat("-m", *tiny, "targets=[corpus],[corpus,tokenizer]", f"outputs={outputs}")
-    assert done.returncode == 0, done.stderr
-    assert "all 1 steps are done" in done.stdout
-    assert "all 2 steps are done" in done.stdout
 
 
 @pytest.mark.parametrize(

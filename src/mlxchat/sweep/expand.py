@@ -19,8 +19,6 @@ from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
 from mlxchat.training.memory_check import check_memory
 
-_MOST_REFUSALS = 20
-
 
 @dataclass(kw_only=True)
 class Job:
@@ -87,20 +85,39 @@ def compose_jobs(overrides: list[list[str]], config_dirs: list[str]) -> list[Job
     from mlxchat.commands.run import plan_of
 
     jobs: list[Job] = []
-    refusals: list[MlxchatError] = []
+    problems: list[str] = []
+    wrong: dict[str, MlxchatError] = {}
     for number, items in enumerate(overrides, start=1):
+        if wrong.keys() & set(items):
+            continue  # what is wrong with it was said
         try:
             job = Job(number=number, overrides=items, composed=compose_config(items, config_dirs))
             job.plan = plan_of(job.composed.config, job.store)
             check_memory(job.composed.config, job.plan)
             jobs.append(job)
         except MlxchatError as error:
-            refusals.append(error)
-            if len(refusals) == _MOST_REFUSALS:
-                break
-    if refusals:
-        raise ConfigError("\n".join(dict.fromkeys(line for error in refusals for line in str(error).splitlines())))
+            if not problems:
+                wrong = _refused_alone(overrides, config_dirs)
+            fresh = [line for line in str(error).splitlines() if line not in problems]
+            if not fresh:
+                break  # the others have the same mistake, and to find it again takes time
+            problems += fresh
+    problems += [line for error in wrong.values() for line in str(error).splitlines()]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return jobs
+
+
+def _refused_alone(jobs: list[list[str]], config_dirs: list[str]) -> dict[str, MlxchatError]:
+    """Return the overrides that only some jobs have and that do not compose even alone, with what was said."""
+    refused = {}
+    for item in dict.fromkeys(item for job in jobs for item in job):
+        if not all(item in job for job in jobs):
+            try:
+                compose_config([item], config_dirs)
+            except MlxchatError as error:
+                refused[item] = error
+    return refused
 
 
 def settings_of(overrides: list[str]) -> dict[str, Any]:

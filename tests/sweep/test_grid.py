@@ -1,0 +1,232 @@
+"""`mlxchat -m`: what is shared is computed once and first, failures stay with their job, the same command resumes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.runner.store import Store
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+RATES = [round(0.001 * 1.3**power, 6) for power in range(16)]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def sixteen(
+    tmp_path_factory: pytest.TempPathFactory, mlxchat: CommandLine, short: tuple[str, ...]
+) -> tuple[Path, str, list[str]]:
+    """A sweep of sixteen jobs: its outputs, what it printed, its command."""
+    outputs = tmp_path_factory.mktemp("sixteen") / "outputs"
+    command = ["-m", *short, f"optimizer.matrix_lr={','.join(map(str, RATES))}", f"outputs={outputs}"]
+    done = mlxchat(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return outputs, done.stdout, command
+
+
+def test_sixteen_jobs_compute_their_tokenizer_once_and_before_the_first_of_them(sixteen: Any, swept: Any) -> None:
+    outputs, text, _ = sixteen
+    assert type(swept)(outputs).started() == {"corpus": 1, "tokenizer": 1, "pretrain": 16}
+    assert (
+        text.index("── shared by 16 jobs: corpus, tokenizer")
+        < text.index("tokenizer  done")
+        < text.index("── job 1/16")
+    )
+
+
+def test_the_table_has_a_row_for_each_job_the_best_first_and_only_what_differs(sixteen: Any, swept: Any) -> None:
+    outputs, text, _ = sixteen
+    found = type(swept)(outputs)
+    made = {
+        manifest["config"]["optimizer"]["matrix_lr"]: manifest["metrics"]["val_bpb"]
+        for manifest in Store(outputs).manifests() if manifest["step"] == "pretrain"
+    }  # fmt: skip
+    assert sorted(made) == RATES
+    rows = found.rows()
+    assert [row.keys() for row in rows] == [{"job", "optimizer.matrix_lr", "pretrain.val_bpb", "status"}] * 16
+    assert {row["optimizer.matrix_lr"]: row["pretrain.val_bpb"] for row in rows} == pytest.approx(made, abs=1e-4)
+    numbers = [row["pretrain.val_bpb"] for row in rows]
+    assert numbers == sorted(numbers)
+    assert {row["job"]: row["optimizer.matrix_lr"] for row in rows} == dict(enumerate(RATES, start=1))
+    with (found.folder / "table.csv").open() as file:
+        assert [float(row["pretrain.val_bpb"]) for row in csv.DictReader(file)] == numbers
+    assert (found.folder / "table.md").read_text() in text
+
+
+def test_a_sweep_ends_with_a_picture_and_without_litter(sixteen: Any) -> None:
+    outputs, _, _ = sixteen
+    (folder,) = (outputs / "multirun").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "plot.png",
+        "sweep.json",
+        "table.csv",
+        "table.json",
+        "table.md",
+    }
+    assert (folder / "plot.png").read_bytes().startswith(PNG)
+    assert sorted(path.name for path in outputs.parent.iterdir()) == ["outputs"]
+
+
+def test_the_same_sweep_again_starts_nothing_and_ends_with_the_same_table(
+    sixteen: Any, mlxchat: CommandLine, swept: Any
+) -> None:
+    outputs, _, command = sixteen
+    found = type(swept)(outputs)
+    before, table = found.started(), found.rows()
+    runs = len(list((outputs / "runs").iterdir()))
+    again = mlxchat(*command)
+    assert again.returncode == 0, again.stderr
+    assert (
+        len(re.findall(r"^── job \d+/16 optimizer\.matrix_lr=\S+ is done already  pretrain", again.stdout, re.M)) == 16
+    )
+    assert found.started() == before
+    assert len(list((outputs / "runs").iterdir())) == runs
+    assert found.rows() == table
+    assert len(list((outputs / "multirun").iterdir())) == 2
+
+
+def test_a_job_that_fails_is_told_at_once_and_the_others_run(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    vocabularies = "tokenizer.vocab_size=310,60000,320"
+    done = mlxchat("-m", *tiny, "stage=tokenizer", vocabularies, f"outputs={outputs}")
+    assert done.returncode == 1, done.stderr
+    assert "error: tokenizer.vocab_size is 60000, but the corpus yields only" in done.stderr
+    assert "Traceback" not in done.stderr
+    failed, later = "── job 2/3 tokenizer.vocab_size=60000 failed: tokenizer.vocab_size is 60000", "── job 3/3"
+    assert done.stdout.index(failed) < done.stdout.index(later)
+    rows = type(swept)(outputs).rows()
+    assert {row["tokenizer.vocab_size"]: row["status"] for row in rows} == {310: "done", 60000: "failed", 320: "done"}
+    (error,) = [row["error"] for row in rows if "error" in row]
+    assert error.startswith("tokenizer.vocab_size is 60000, but the corpus yields only")
+
+
+def test_with_fail_fast_a_failure_ends_the_sweep(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    vocabularies = "tokenizer.vocab_size=310,60000,320"
+    done = mlxchat("-m", *tiny, "stage=tokenizer", vocabularies, "fail_fast=true", f"outputs={outputs}")
+    assert done.returncode == 1, done.stderr
+    rows = type(swept)(outputs).rows()
+    found = {row["tokenizer.vocab_size"]: row["status"] for row in rows}
+    assert found == {310: "done", 60000: "failed", 320: "not run"}
+
+
+def test_a_shared_step_that_fails_is_tried_once_and_ends_only_the_jobs_that_need_it(
+    outputs: Path, short: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    found = type(swept)(outputs)
+    before = found.started()
+    settings = ["tokenizer.vocab_size=60000,310", "optimizer.matrix_lr=0.01,0.03"]
+    done = mlxchat("-m", *short, *settings, f"outputs={outputs}")
+    assert done.returncode == 1, done.stderr
+    rows = {(row["tokenizer.vocab_size"], row["optimizer.matrix_lr"]): row for row in found.rows()}
+    assert {key: row["status"] for key, row in rows.items()} == {
+        (60000, 0.01): "failed",
+        (60000, 0.03): "failed",
+        (310, 0.01): "done",
+        (310, 0.03): "done",
+    }
+    for rate in (0.01, 0.03):
+        assert rows[60000, rate]["error"].startswith("shared step tokenizer: tokenizer.vocab_size is 60000")
+    assert found.started() - before == {"tokenizer": 2, "pretrain": 2}
+
+
+def test_a_forced_step_that_jobs_share_is_run_once(
+    outputs: Path, short: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    found = type(swept)(outputs)
+    before = found.started()
+    done = mlxchat("-m", *short, "force=[tokenizer]", "optimizer.matrix_lr=0.01,0.03", f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert found.started() - before == {"tokenizer": 1, "pretrain": 2}
+
+
+def test_the_table_shows_only_the_steps_of_its_jobs(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    done = mlxchat("-m", *tiny, "stage=pretrain", "machine.log_every=1,2", f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (first, second) = type(swept)(outputs).rows()
+    assert first.keys() == second.keys() == {"job", "machine.log_every", "pretrain.val_bpb", "status"}
+
+
+def test_a_sweep_takes_lists_and_equal_jobs_are_one(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    done = mlxchat("-m", *tiny, "targets=[corpus],[corpus,tokenizer],[corpus]", f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert "job 1/2 targets=[corpus] is done already" in done.stdout
+    assert "job 2/2 targets=[corpus,tokenizer] is done already" in done.stdout
+
+
+def test_an_impossible_value_refuses_a_sweep_before_its_first_job(mlxchat: CommandLine, swept: Any) -> None:
+    done = mlxchat("-m", "sft.num_epochs=1,0", "model=d2,d3", f"outputs={swept.outputs}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sft.num_epochs is 0, expected at least 1" in done.stderr
+    assert 'model has no option "d3"' in done.stderr
+    assert not swept.outputs.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hydra/launcher=joblb", "seed=1,2"], 'hydra/launcher has no option "joblb".* Did you mean "joblib"?'),
+        (
+            ["hydra/launcher=ray_aws", "seed=1,2"],
+            r"hydra/launcher=ray_aws is not installed: pip install 'mlxchat\[ray\]'",
+        ),
+        (["hydra/sweeper=optuna", "seed=1,2"], "For a search: sweep=tpe"),
+        (["seed=interval(1,2)"], "to search an interval use sweep=tpe"),
+        (["sweep=tpe", "seed=1,2"], "leave out -m"),
+        (["sweep=tpa", "seed=1,2"], "leave out -m|has no option"),
+        (["model=d5", "seed=1,2"], "Did you mean"),
+        (["sweep.metric=bpb", "seed=1,2"], "expected STEP.METRIC"),
+        (["sweep.direction=minimise", "seed=1,2"], 'Did you mean "minimize"'),
+        (["--nothing", "seed=1,2"], "unknown option --nothing"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_refused_before_anything_is_written(
+    arguments: list[str], message: str, swept: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlxchat.cli import main
+    from mlxchat.sweep import launch
+
+    find = launch.importlib.util.find_spec
+    absent = "hydra_plugins.hydra_ray_launcher"
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None if name == absent else find(name))
+    with pytest.raises(SystemExit) as caught:
+        main(["-m", *arguments, f"outputs={swept.outputs}"])
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert re.search(message, output.err), output.err
+    assert not swept.outputs.exists()
+
+
+def test_a_sweep_can_be_sorted_by_another_metric_and_direction(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    settings = ["stage=pretrain", "pretrain.num_iterations=1,2", "sweep.direction=maximize"]
+    done = mlxchat("-m", *tiny, *settings, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    numbers = [row["pretrain.val_bpb"] for row in type(swept)(outputs).rows()]
+    assert numbers == sorted(numbers, reverse=True)
+
+
+def test_values_from_a_users_file_are_swept_too(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "own.yaml").write_text("defaults: [d2]\nname: own\n")
+    settings = ["--config-dir", tmp_path / "mine", "stage=tokenizer", "model=own,d2"]
+    done = mlxchat("-m", *tiny, *settings, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((type(swept)(outputs).folder / "table.json").read_text())[0]["model"] in ("own", "d2")
