@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.errors import ConfigError
+from mlxchat.runner import code_digest, externals, fingerprint
+from mlxchat.runner import store as store_module
 from mlxchat.runner.plan import flatten_config, order_steps, pin_externals
 
 CHAIN = {
@@ -243,6 +245,36 @@ def test_a_done_step_is_named_after_the_folder_that_is_there(toys: Any) -> None:
 def test_planning_writes_nothing(toys: Any) -> None:
     toys.plan(CHAIN)
     assert not toys.outputs.exists()
+
+
+def test_planning_what_is_done_reads_no_output_and_hashes_nothing(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.plan(CHAIN)
+
+    def refuse(path: Path) -> str:
+        raise AssertionError(f"{path} was hashed")
+
+    for module in (code_digest, externals, store_module, fingerprint):
+        for name in ("hash_file", "hash_code"):
+            monkeypatch.setattr(module, name, refuse, raising=False)
+    for path in (toys.outputs / "store").glob("*/result.txt"):
+        path.unlink()  # not missed: only `verify` and what uses an input look at its bytes
+    assert set(reasons(toys).values()) == {("done", "")}
+
+
+def test_ten_steps_that_are_done_among_many_artifacts_are_planned_by_looking_at_ten_manifests(
+    toys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = {"s0": {"stage": "make"}} | {f"s{n}": {"stage": "copy", "source": f"s{n - 1}"} for n in range(1, 10)}
+    toys.run(toys.plan(pipeline))
+    for number in range(200):
+        (toys.outputs / "store" / f"copy-other-{number:016d}").mkdir()
+        (toys.outputs / "store" / f"copy-other-{number:016d}" / "manifest.json").write_text("damaged, and never read")
+    seen: list[Path] = []
+    read = store_module.read_manifest
+    monkeypatch.setattr(store_module, "read_manifest", lambda folder: seen.append(folder) or read(folder))
+    assert {step.state for step in toys.plan(pipeline)} == {"done"}
+    assert len(seen) == 10
 
 
 @dataclass

@@ -191,6 +191,8 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
     manifest = read_json(folder / "manifest.json") if folder else {}
     if folder and manifest:
         artifact = folder.name
+        if original := text(manifest.get("alias_of")):  # the files are with the artifact that this one stands for
+            folder = _find_artifact(outputs / "store", original, []) or folder
         records = folder
     else:
         # What a step has recorded so far is worth showing while it runs.
@@ -229,11 +231,15 @@ def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 
 
+# How a step ends that has an artifact, but not from this run.
+_NOT_COMPUTED = ("step_cached", "step_shared", "step_failed", "step_interrupted")
+
+
 def _step_outcome(events: list[str], is_published: bool) -> str:
     ends = [event for event in events if event != "step_started"]
     last = ends[-1] if ends else ""
     if is_published:
-        return "run" if events and last not in ("step_cached", "step_failed", "step_interrupted") else "cached"
+        return "run" if events and last not in _NOT_COMPUTED else "cached"
     if last == "step_failed":
         return "failed"
     return "unfinished" if events and events[-1] in ("step_started", "step_interrupted") else "missing"

@@ -125,13 +125,20 @@ def make_plan(
         raise ConfigError(f"force names {', '.join(unknown)}, no step of the pipeline.{suggest(unknown[0], pipeline)}")
     digests = CodeDigests(store.outputs / "index" / "code.json", Path(__file__).parents[1])
     hashes = FileHashes(store.outputs / "index" / "files.json")
+    # Steps share sections, and need each of them once.
+    identities: dict[str, Any] = {}
+    pins: dict[tuple[str, ...], dict[str, str]] = {}
     planned: dict[str, PlannedStep] = {}
     for name in order_steps(pipeline, targets):
         stage = read_stage(pipeline[name]["stage"])
         inputs = {role: step for role, step in pipeline[name].items() if role != "stage"}
         sections = {section: getattr(config, section) for section in stage.config}
-        identity = {"seed": seed, **{section: identity_of(value) for section, value in sections.items()}}
-        externals = pin_externals(sections, hashes.of)
+        for section in sections.keys() - identities.keys():
+            identities[section] = identity_of(sections[section])
+        if stage.config not in pins:
+            pins[stage.config] = pin_externals(sections, hashes.of)
+        identity = {"seed": seed, **{section: identities[section] for section in sections}}
+        externals = pins[stage.config]
         rids = {role: planned[step].rid for role, step in inputs.items()}
         rid_with = partial(_rid_with, stage, identity, externals, rids)
         artifacts = find_artifacts(sections, store, rid_with)
