@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from mlxchat.runner.crash import CRASH_POINTS
+from mlxchat.runner.store import Store
 
 SOURCES = sorted((Path(__file__).resolve().parents[2] / "src").rglob("*.py"))
 # Scenario → what ran before, and what runs now.
@@ -109,6 +110,23 @@ def test_a_run_killed_at_any_passing_of_a_point_is_continued(
     disturb(scenarios[scenario], tmp_path, point, (-9,), every=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "continued"),
+    [
+        ("train.iteration:3", 2), ("checkpoint.arrays:3", 2), ("checkpoint.written:3", 2), ("checkpoint.renamed:3", 3),
+        ("checkpoint.done:3", 3), ("train.finished:1", 4), ("checkpoint.arrays:1", None),
+    ],
+)  # fmt: skip
+def test_a_kill_costs_no_more_than_what_was_done_since_the_last_save(
+    place: str, continued: int | None, stubs: Any
+) -> None:
+    assert stubs.run(AT=place)[0] == -9
+    assert stubs.run()[0] == 0
+    (manifest,) = (made for made in Store(stubs.outputs).manifests() if made["step"] == "train")
+    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]
+    assert manifest["attempts"][-1]["resumed_from"] == continued
+
+
 # A stop may come when nothing is left to stop: then the run is done.
 STOPPED = {"TERM": (143, 0), "INT": (130, 0)}
 
@@ -168,6 +186,14 @@ def test_outputs_that_vanish_at_a_point_end_the_run_and_the_next_one_starts_over
         assert "Traceback (" not in text
 
 
+@pytest.mark.parametrize("point", ["step.started:3", "step.ran:3", "checkpoint.done:2", "step.recorded:3"])
+def test_a_step_whose_lock_was_removed_is_not_published_since_others_may_be_making_it(
+    point: str, scenarios: dict[str, Scenario], tmp_path: Path
+) -> None:
+    text = end_and_continue(scenarios["made"], tmp_path, point, (2,), RUN="rm -rf outputs/locks")
+    assert "was removed or exchanged while train was made" in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "point"), CASES)
 def test_outputs_that_vanish_at_any_passing_end_the_run_and_the_next_one_starts_over(
@@ -187,7 +213,7 @@ def calls() -> list[tuple[str, str]]:
     ]
 
 
-def test_every_call_names_a_point_and_every_point_has_one_call() -> None:
+def test_every_call_names_a_point_and_every_point_has_a_call() -> None:
     named = Counter(point for _, point in calls())
     assert named.keys() <= CRASH_POINTS.keys()
     assert [point for point in CRASH_POINTS if point not in named] == []

@@ -18,9 +18,11 @@ def keep_awake() -> Iterator[None]:
         yield
         return
     # It ends with this process (-w) however that ends.
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet = subprocess.DEVNULL
     try:
-        watcher = subprocess.Popen([program, "-i", "-w", str(os.getpid())], start_new_session=True, **quiet)
+        watcher = subprocess.Popen(
+            [program, "-i", "-w", str(os.getpid())], start_new_session=True, stdin=quiet, stdout=quiet, stderr=quiet
+        )
     except OSError:
         yield
         return

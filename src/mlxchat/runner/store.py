@@ -246,7 +246,7 @@ def sweep(outputs: Path) -> None:
         elif (made := store.own_folder(folder.name)) is not None:
             with suppress(BlockingIOError, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
                 # What is no part of its history is of a step that was begun anew by force.
-                told = {attempt["started"] for attempt in read_manifest(made)["attempts"]}
+                told = {attempt.get("started") for attempt in read_manifest(made).get("attempts", [])}
                 if all(attempt.get("started") in told for attempt in attempts.read(folder)[-1:]):
                     shutil.rmtree(folder, ignore_errors=True)
     for path in (outputs / "index").glob(".*"):
