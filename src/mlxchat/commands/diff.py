@@ -27,11 +27,17 @@ def main(arguments: list[str]) -> int:
     print(f"a  {old['name']}\nb  {new['name']}")
     for section, changes in found.items():
         if changes:
-            rows = [[key, f"{show_value(a)} → {show_value(b)}{_delta(a, b)}"] for key, (a, b) in changes.items()]
+            rows = [[key, f"{_pair(a, b)}{_delta(a, b)}"] for key, (a, b) in changes.items()]
             print(f"{section}\n{aligned(rows, indent='  ')}")
     same = [section for section, changes in found.items() if not changes]
     print(f"equal: {', '.join(same)}" if any(found.values()) else "no difference")
     return 0
+
+
+def _pair(old: Any, new: Any) -> str:
+    """Return old → new, in six digits where those tell them apart."""
+    short = [f"{value:.6g}" if isinstance(value, float) else show_value(value) for value in (old, new)]
+    return " → ".join(short if short[0] != short[1] else [show_value(old), show_value(new)])
 
 
 def _delta(old: Any, new: Any) -> str:

@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
     store = Store(outputs_folder(options.settings))
     work = [describe_work(store, folder) for folder in _folders(store.outputs / "work")]
     done = [_describe_done(step, place) for step, place in links(store, "latest").items()]
+    done.sort(key=lambda row: str(row.get("published", "")))
     if options.json:
         print_json({"outputs": str(store.outputs), "work": work, "done": done})
         return 0

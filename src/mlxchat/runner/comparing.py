@@ -61,7 +61,7 @@ def _code(manifest: Manifest) -> dict[str, Any]:
     git = manifest.get("git") or {}
     return {
         "stage": manifest.get("stage"), "version": manifest.get("version"), **flatten(manifest.get("code", {})),
-        "git.commit": git.get("commit"), "git.dirty": git.get("dirty"),
+        "git.commit": str(git.get("commit"))[:12], "git.dirty": git.get("dirty"),
     }  # fmt: skip
 
 

@@ -52,8 +52,9 @@ def find_garbage(store: Store, limits: Limits, *, trusted: bool = True) -> Colle
     kept = _keep(store, known, limits)
     removable = [summary for summary in known.values() if summary["rid"] not in kept]
     sizes = {summary["rid"]: summary["bytes"] for summary in known.values()}
-    if limits.max_bytes is not None:
-        removable = _until_small_enough(removable, sum(sizes.values()), limits.max_bytes)
+    removable = _until_small_enough(
+        removable, sum(sizes.values()), -1 if limits.max_bytes is None else limits.max_bytes
+    )
     gone = {summary["rid"] for summary in removable}
     found = Collection()
     for summary in removable:
@@ -181,7 +182,10 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
 
 
 def _until_small_enough(removable: list[Summary], total: float, most: float) -> list[Summary]:
-    """Return the oldest of what may go, encoded text first, until the rest fits; users go before what they use."""
+    """Return the oldest of what may go, encoded text first, until the rest fits; users go before what they use.
+
+    So a gc that is killed leaves no artifact without what it was made from.
+    """
     rids = {summary["rid"]: summary for summary in removable}
     users = dict.fromkeys(rids, 0)
     for summary in removable:

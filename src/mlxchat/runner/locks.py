@@ -55,7 +55,7 @@ def hold(
     Raises:
         StoreError: the file cannot be made, or its file system has no locks.
     """
-    waited = False
+    waited = granted = False
     asked = time.monotonic()
     handle = _open(path)
     try:
@@ -69,12 +69,13 @@ def hold(
             if not _is_named(handle, path):  # the file was removed meanwhile; a lock on it would keep nobody out
                 _close(handle)
                 handle = _open(path)
+        granted = True
         if not shared:
             _write_owner(handle, {"pid": os.getpid(), "host": host_name(), **owner})
         yield waited
     finally:
         if handle in _held:  # in a forked child it is closed already, and the number may mean another file
-            if not shared and _is_named(handle, path):
+            if granted and not shared and _is_named(handle, path):  # whoever gave up waiting leaves the holder's record
                 _write_owner(handle, None)
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)  # also for whoever inherited the handle
