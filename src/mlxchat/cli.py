@@ -38,6 +38,7 @@ _USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG
   mlxchat [run] [SETTINGS]           corpus → tokenizer → pretrain → midtrain → sft → rl → eval; what is done is kept
   mlxchat stage=pretrain model=d20   up to and including a stage, with another model
   mlxchat -m model=d2,d4             a sweep: one run per value, shared steps computed once
+  mlxchat sweep=tpe 'KEY=interval(0.1,1)'   a search: each trial is chosen by the results so far
   mlxchat experiment=speedrun_d20    a recipe from conf/experiment
   mlxchat VERB [SETTINGS] [--help]
 

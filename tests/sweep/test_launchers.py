@@ -1,0 +1,135 @@
+"""Hydra's launchers: jobs in other processes give the same table, stop when they are told to, and may die."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
+SETTINGS = {
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "submitit_local": ["hydra.launcher.timeout_min=5"],
+    "ray": ["hydra.launcher.ray.init.num_cpus=2"],
+}
+
+
+@pytest.fixture(params=LAUNCHERS)
+def launcher(request: pytest.FixtureRequest) -> list[str]:
+    """The overrides that choose a launcher; left out where it is not installed."""
+    pytest.importorskip(f"hydra_plugins.hydra_{LAUNCHERS[request.param]}_launcher")
+    return [f"hydra/launcher={request.param}", *SETTINGS[request.param]]
+
+
+def test_jobs_in_other_processes_give_the_table_of_jobs_in_this_one(
+    launcher: list[str], outputs: Path, short: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    command = ["-m", *short, "optimizer.matrix_lr=0.01,0.03,0.05", "tokenizer.vocab_size=301"]
+    done = mlxchat(*command, *launcher, f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = type(swept)(outputs)
+    rows = found.rows()
+    assert [row["status"] for row in rows] == ["done"] * 3
+    assert sorted(row["optimizer.matrix_lr"] for row in rows) == [0.01, 0.03, 0.05]
+    for number in (1, 2, 3):
+        assert re.search(rf"^── job {number}/3 .* done  pretrain.val_bpb ", done.stdout, re.MULTILINE)
+    assert done.stdout.index("── shared by 3 jobs: tokenizer") < done.stdout.index("── 3 jobs by ")
+    # The same jobs here find everything done, under the same numbers: the processes computed what this one would.
+    again = mlxchat(*command, f"outputs={outputs}")
+    assert len(re.findall("is done already", again.stdout)) == 3
+    assert found.rows() == rows
+
+
+def test_a_job_that_fails_elsewhere_is_a_row_and_the_others_run(
+    launcher: list[str], outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
+) -> None:
+    vocabularies = "tokenizer.vocab_size=310,60000"
+    done = mlxchat("-m", *tiny, "stage=tokenizer", vocabularies, *launcher, f"outputs={outputs}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "── job 2/2 tokenizer.vocab_size=60000 failed: tokenizer.vocab_size is 60000" in done.stdout
+    assert "Traceback" not in done.stderr
+    rows = type(swept)(outputs).rows()
+    assert {row["tokenizer.vocab_size"]: row["status"] for row in rows} == {310: "done", 60000: "failed"}
+
+
+def wait_for_checkpoints(outputs: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many trainings have saved a state."""
+    end = time.monotonic() + 90
+    while len(list((outputs / "work").glob("*/ckpt/*"))) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "no training has saved anything"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def long(tiny: tuple[str, ...], outputs: Path) -> list[str]:
+    """A sweep of two jobs that take long and save after every iteration."""
+    return [
+        "-m", *tiny, "stage=pretrain", "pretrain.num_iterations=3000,3001", "machine.checkpoint_seconds=0",
+        "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"outputs={outputs}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_jobs_elsewhere_where_they_can_continue(
+    number: signal.Signals, long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Any
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    process = start_mlxchat(*long)
+    wait_for_checkpoints(outputs, 2, process)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, text
+    assert "Traceback" not in text
+    assert [row["status"] for row in type(swept)(outputs).rows()] == ["interrupted"] * 2
+    assert len(re.findall(r"pretrain stopped at iteration \d+", text)) >= 2
+    assert len(list((outputs / "work").glob("*/ckpt"))) == 2
+
+
+def test_a_worker_that_is_killed_is_a_failed_job_and_not_the_end_of_the_table(
+    long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Any
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    process = start_mlxchat(*long)
+    wait_for_checkpoints(outputs, 2, process)
+    log = next((outputs / "work").glob("*/attempts.jsonl"))
+    pid = int(re.findall(r'"pid": (\d+)', log.read_text())[-1])
+    assert pid != process.pid
+    os.kill(pid, signal.SIGKILL)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, text
+    assert "joblib gave up" in text
+    assert {row["status"] for row in type(swept)(outputs).rows()} <= {"failed", "interrupted"}
+
+
+def test_jobs_whose_sweep_was_killed_stop_by_themselves(
+    long: list[str], outputs: Path, start_mlxchat: Callable[..., Any]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    process = start_mlxchat(*long)
+    wait_for_checkpoints(outputs, 2, process)
+    logs = [log.read_text() for log in (outputs / "work").glob("*/attempts.jsonl")]
+    pids = {int(pid) for text in logs for pid in re.findall(r'"pid": (\d+)', text)}
+    assert process.pid not in pids
+    process.kill()
+    process.communicate(timeout=60)
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in _state(pid) for pid in pids):
+        assert time.monotonic() < end, "jobs go on although nobody waits for them"
+        time.sleep(0.1)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"

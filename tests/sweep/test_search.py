@@ -1,0 +1,238 @@
+"""`mlxchat sweep=tpe`: killed at any moment, a search ends as if it had not been; failing trials are results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from mlxchat.cli import main
+from mlxchat.sweep.journal import Journal, Trial
+from mlxchat.sweep.search import choose
+from mlxchat.sweep.space import Choice, Interval
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+SEARCH = [
+    "sweep=tpe", "sweep.trials=4", "sweep.random_trials=2", "sweep.name=s",
+    "optimizer.embedding_lr=tag(log,interval(0.02,2))", "tokenizer.vocab_size=choice(300,310)",
+]  # fmt: skip
+
+
+def told(outputs: Path) -> list[tuple[Any, ...]]:
+    """Return what a journal says of its trials, without times and names of runs."""
+    trials = Journal(outputs / "multirun" / "s" / "trials.jsonl").trials
+    return [(trial.number, trial.values, trial.status, trial.value) for trial in trials]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, mlxchat: CommandLine, short: tuple[str, ...]
+) -> tuple[Path, str]:
+    """A finished search: its outputs, and what it printed."""
+    outputs = tmp_path_factory.mktemp("search") / "outputs"
+    done = mlxchat(*short, *SEARCH, f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return outputs, done.stdout
+
+
+def test_a_search_ends_with_its_best_trial_and_the_command_that_runs_it(
+    undisturbed: tuple[Path, str], mlxchat: CommandLine
+) -> None:
+    outputs, text = undisturbed
+    trials = told(outputs)
+    assert [(number, status) for number, _, status, _ in trials] == [(n, "done") for n in (1, 2, 3, 4)]
+    best = min(trials, key=lambda trial: trial[3])
+    assert f"best: trial {best[0]}/4 " in text
+    command = re.search(r"^its command: mlxchat (.*)$", text, re.MULTILINE)
+    assert command is not None
+    again = mlxchat("plan", *shlex.split(command[1]))
+    assert again.stdout.splitlines()[-1].startswith("3 steps: 3 done"), again.stdout + again.stderr
+
+
+def test_a_search_ends_with_a_table_and_a_picture(undisturbed: tuple[Path, str]) -> None:
+    outputs, _ = undisturbed
+    folder = outputs / "multirun" / "s"
+    rows = json.loads((folder / "table.json").read_text())
+    assert [row["pretrain.val_bpb"] for row in rows] == pytest.approx(
+        sorted(trial[3] for trial in told(outputs)), abs=1e-5
+    )
+    assert rows[0].keys() >= {"trial", "optimizer.embedding_lr", "pretrain.val_bpb", "status"}
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["search.asked", "search.written", "search.written:2", "search.told", "search.asked:3", "search.written:5",
+     "train.iteration:2", "publish.renamed:4"],
+)  # fmt: skip
+def test_a_search_that_was_killed_ends_as_one_that_was_not(
+    point: str, undisturbed: tuple[Path, str], mlxchat: CommandLine, short: tuple[str, ...], tmp_path: Path
+) -> None:
+    outputs = tmp_path / "outputs"
+    killed = mlxchat(*short, *SEARCH, f"outputs={outputs}", environ={"MLXCHAT_CRASH_AT": point})
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    again = mlxchat(*short, *SEARCH, f"outputs={outputs}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert told(outputs) == told(undisturbed[0])
+
+
+def test_a_trial_that_was_killed_while_training_goes_on_from_its_last_state(
+    mlxchat: CommandLine, start_mlxchat: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    outputs = tmp_path / "outputs"
+    command = [
+        *tiny, "sweep=tpe", "sweep.name=s", "sweep.trials=1", "optimizer.matrix_lr=interval(0.01,0.02)",
+        "pretrain.num_iterations=150", "machine.checkpoint_seconds=0", f"outputs={outputs}",
+    ]  # fmt: skip
+    process = start_mlxchat(*command)
+    end = time.monotonic() + 60
+    while not list((outputs / "work").glob("*/ckpt/*")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    (before,) = told(outputs)
+    assert before[2] == "asked"
+    again = mlxchat(*command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    (after,) = told(outputs)
+    assert (after[0], after[1], after[2]) == (before[0], before[1], "done")
+    (manifest,) = [json.loads(path.read_text()) for path in (outputs / "store").glob("pretrain-*/manifest.json")]
+    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]
+    assert manifest["attempts"][1]["resumed_from"] > 0
+
+
+def test_a_finished_search_says_so_at_once_and_more_trials_continue_it(
+    undisturbed: tuple[Path, str], mlxchat: CommandLine, short: tuple[str, ...]
+) -> None:
+    outputs, _ = undisturbed
+    before = told(outputs)
+    again = mlxchat(*short, *SEARCH, f"outputs={outputs}")
+    assert again.returncode == 0
+    assert "──" not in again.stdout
+    assert "best: trial " in again.stdout
+    assert told(outputs) == before
+
+
+def test_trials_that_fail_are_results_and_the_search_goes_on(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
+) -> None:
+    settings = ["sweep=tpe", "sweep.name=s", "sweep.trials=5", "tokenizer.vocab_size=choice(300,60000)"]
+    done = mlxchat(*tiny, "stage=pretrain", "pretrain.num_iterations=1", *settings, f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = told(outputs)
+    assert {(values["tokenizer.vocab_size"], status) for _, values, status, _ in trials} == {
+        ("300", "done"),
+        ("60000", "failed"),
+    }
+    rows = json.loads((outputs / "multirun" / "s" / "table.json").read_text())
+    assert [row["status"] for row in rows] == sorted(row["status"] for row in rows)
+    assert "tokenizer.vocab_size is 60000" in rows[-1]["error"]
+
+
+def test_another_search_under_the_same_name_is_refused(
+    undisturbed: tuple[Path, str], mlxchat: CommandLine, short: tuple[str, ...]
+) -> None:
+    done = mlxchat(*short, *SEARCH, "sweep.seed=1", "pretrain.batch.tokens=1024", f"outputs={undisturbed[0]}")
+    assert done.returncode == 2
+    assert "seed: 0 → 1" in done.stderr
+    assert "fixed.pretrain: pretrain.batch.tokens: 512 → 1024" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep=tpe"], "nothing to search"),
+        (["sweep=tpa", "seed=1,2"], 'sweep has no option "tpa".* Did you mean "tpe"'),
+        (["sweep=tpe", "optimizer.matrx_lr=interval(0,1)"], 'Did you mean "optimizer.matrix_lr"'),
+        (["sweep=tpe", "optimizer.matrix_lr=interval(1,0)"], "the interval is empty"),
+        (["sweep=tpe", "model=choice(d2,d3)"], 'model has no option "d3"'),
+        (["sweep=tpe", "sft.num_epochs=range(0,3)"], "sft.num_epochs is 0, expected at least 1"),
+        (["sweep=tpe", "seed=1,2", "sweep.metric=pretran.val_bpb"], 'Did you mean "pretrain"'),
+        (["sweep=tpe", "seed=1,2", "sweep.metric=null"], "sweep.metric has no value"),
+        (["sweep=tpe", "seed=1,2", "sweep.trials=0"], "sweep.trials is 0"),
+        (["sweep=tpe", "seed=1,2", "sweep.name=a/b"], "name of a folder"),
+        (["sweep=tpe", "seed=1,2", "hydra/launcher=joblib"], "one after the other in this process"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_refused_before_anything_is_written(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = tmp_path / "outputs"
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, f"outputs={outputs}"])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert re.search(message, error), error
+    assert not outputs.exists()
+
+
+def test_without_optuna_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mlxchat.sweep.search.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep=tpe", "seed=1,2", f"outputs={tmp_path}/outputs"])
+    assert caught.value.code == 2
+    assert "pip install 'mlxchat[search]'" in capsys.readouterr().err
+
+
+SPACE = {
+    "x": Interval(low=-4.0, high=4.0, whole=False, log=False),
+    "n": Interval(low=1, high=64, whole=True, log=True),
+    "kind": Choice(values=("a", "b", "c")),
+}
+
+
+def bowl(values: dict[str, Any]) -> float:
+    """A function that is least, 0, at x=1, n=8, kind=b."""
+    distance = (values["x"] - 1) ** 2 + abs(values["n"] - 8) / 8
+    return float(distance + {"a": 2.0, "b": 0.0, "c": 1.0}[values["kind"]])
+
+
+def searched(count: int, seed: int, *, random_trials: int) -> list[Trial]:
+    trials: list[Trial] = []
+    for number in range(1, count + 1):
+        values = choose(SPACE, trials, number=number, seed=seed, random_trials=random_trials, less_is_better=True)
+        trials.append(Trial(number=number, values=values, status="done", value=bowl(values)))
+    return trials
+
+
+def test_choices_lie_in_the_space_and_are_plain_data() -> None:
+    for trial in searched(12, 0, random_trials=4):
+        assert -4 <= trial.values["x"] <= 4
+        assert trial.values["n"] in range(1, 65)
+        assert trial.values["kind"] in ("a", "b", "c")
+        assert json.loads(json.dumps(trial.values)) == trial.values
+
+
+def test_a_search_finds_more_than_chance_does() -> None:
+    seeds = range(6)
+    guided = [min(bowl(trial.values) for trial in searched(40, seed, random_trials=8)) for seed in seeds]
+    chance = [min(bowl(trial.values) for trial in searched(40, seed, random_trials=40)) for seed in seeds]
+    assert sum(guided) < 0.6 * sum(chance)
+
+
+def test_the_random_trials_of_a_seed_differ_from_each_other_and_from_those_of_another_seed() -> None:
+    drawn = [trial.values["x"] for seed in (0, 1) for trial in searched(10, seed, random_trials=10)]
+    assert len(set(drawn)) == 20
+
+
+def test_failed_trials_are_no_results_to_learn_from_and_do_no_harm() -> None:
+    trials = searched(10, 0, random_trials=4)
+    failed = [Trial(number=n, values=trials[0].values, status="failed") for n in range(11, 15)]
+    values = choose(SPACE, trials + failed, number=15, seed=0, random_trials=4, less_is_better=True)
+    assert -4 <= values["x"] <= 4
