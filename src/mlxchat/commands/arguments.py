@@ -45,9 +45,10 @@ def take_names(words: list[str], verb: str, least: int, most: int | None, form: 
     """Return names and settings, and see to it that there are as many names as the verb takes.
 
     Raises:
-        ConfigError: there are too few or too many.
+        ConfigError: there are too few or too many, or a setting that no such verb uses.
     """
     names, settings = split_words(words)
+    outputs_folder(settings)
     if len(names) < least or (most is not None and len(names) > most):
         raise ConfigError(f"expected mlxchat {verb} {form}, got {len(names) or 'no'} names. See: mlxchat {verb} --help")
     return names, settings

@@ -50,7 +50,7 @@ _OPTIONS = {
     "status": ["--json"], "ls": ["--stage", "--json"], "show": ["--json"], "lineage": ["--up", "--down", "--json"],
     "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"], "export": ["--to"],
     "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
-    "compare": ["--step", "--last", "--sort", "--format", "--plot"], "graph": ["--format", "--config-dir"],
+    "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
     "chat": ["--prompt", "--model", "--temperature", "--top-k", "--max-tokens", "--seed"], "report": ["--run"],
     "bench": ["--json", "--config-dir"],
 }  # fmt: skip

@@ -18,9 +18,11 @@ def main_export(arguments: list[str]) -> int:
         "Copy artifacts, and all that they were made from, to a folder (as rsync likes it) or a tar file.",
         "ID",
     )
-    parser.add_argument("--to", required=True, metavar="PLACE", help="a folder, or FILE.tar, .tar.gz, .tgz, .tar.xz")
+    parser.add_argument("--to", metavar="PLACE", help="a folder, or FILE.tar, .tar.gz, .tgz, .tar.xz")
     options = parser.parse_intermixed_args(arguments)
     names, settings = take_names(options.settings, "export", 1, None, "ID… --to PLACE")
+    if not options.to:
+        raise ConfigError("expected mlxchat export ID… --to PLACE: a folder or a tar file")
     store = Store(outputs_folder(settings))
     folders = closure(store, [store.resolve(name) for name in names])
     to = Path(options.to)

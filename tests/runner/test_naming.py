@@ -1,0 +1,117 @@
+"""Names of artifacts: every form that a person may use, and what is said if it means nothing or too much."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlxchat.errors import StoreError
+from mlxchat.runner.catalog import read_catalog
+from mlxchat.runner.store import Store
+
+FIRST, SECOND, THIRD = "abcdefgh" + "a" * 44, "abcdzzzz" + "b" * 44, "xyzxyzxy" + "c" * 44
+RUN = "20260101-000000-1-toy"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    found = Store(tmp_path / "outputs")
+    found.prepare()
+    for stage, rid in (("sft", FIRST), ("sft", SECOND), ("rl", THIRD)):
+        folder = found.outputs / "store" / f"{stage}-d4-{rid[:16]}"
+        folder.mkdir()
+        record = {"rid": rid, "stage": stage, "step": stage, "published": f"2026-01-0{len(stage)}", "outputs": []}
+        (folder / "manifest.json").write_text(json.dumps(record))
+    found.set_ref("latest", "sft", found.outputs / "store" / f"sft-d4-{FIRST[:16]}")
+    found.set_ref(RUN, "sft", found.outputs / "store" / f"sft-d4-{SECOND[:16]}")
+    found.set_ref("pins", "best", found.outputs / "store" / f"rl-d4-{THIRD[:16]}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "rid"),
+    [
+        ("sft", FIRST), ("latest/sft", FIRST), (f"{RUN}/sft", SECOND), ("20260101/sft", SECOND), ("best", THIRD),
+        ("pins/best", THIRD), (f"sft-d4-{FIRST[:16]}", FIRST), ("sft-d4-abcde", FIRST), ("rl-", THIRD),
+        ("abcde", FIRST), (SECOND, SECOND), (SECOND[:20], SECOND), ("x", THIRD),
+    ],
+)  # fmt: skip
+def test_every_form_of_a_name_leads_to_its_artifact(name: str, rid: str, store: Store) -> None:
+    assert store.resolve(name).name.endswith(rid[:16])
+
+
+def test_an_ambiguous_start_lists_what_may_be_meant(store: Store) -> None:
+    with pytest.raises(StoreError, match=rf'"abcd" is ambiguous.*sft-d4-{FIRST[:16]}, sft-d4-{SECOND[:16]}.*more of'):
+        store.resolve("abcd")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("sftt", "sft"),
+        ("bestt", "best"),
+        ("latest/rll", ""),
+        ("lates/sft", None),
+        ("nothing/sft", ""),
+        ("", ""),
+        ("/", ""),
+    ],
+)
+def test_a_name_of_nothing_is_refused_with_the_nearest_one(name: str, hint: str | None, store: Store) -> None:
+    if hint is None:
+        assert store.resolve(name) == store.resolve("latest/sft"), "the start of a group's name is enough"
+        return
+    with pytest.raises(StoreError) as caught:
+        store.resolve(name)
+    assert f'Did you mean "{hint}"?' in str(caught.value) or not hint
+
+
+def test_a_pin_named_as_a_step_has_to_be_told_from_it(store: Store) -> None:
+    store.set_ref("pins", "sft", store.outputs / "store" / f"rl-d4-{THIRD[:16]}")
+    with pytest.raises(StoreError, match="latest/sft or pins/sft"):
+        store.resolve("sft")
+    assert store.resolve("pins/sft").name.startswith("rl")
+
+
+def test_a_long_id_that_only_begins_alike_is_another_one(store: Store) -> None:
+    with pytest.raises(StoreError, match="is no artifact"):
+        store.resolve(FIRST[:16] + "zzzz")
+
+
+def test_the_catalog_is_the_same_kept_or_read_and_follows_every_change(store: Store) -> None:
+    read = read_catalog(store, trusted=False)
+    assert read_catalog(store) == read
+    folder = store.outputs / "store" / f"rl-d4-{THIRD[:16]}"
+    record = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**record, "step": "other"}))
+    assert {summary["step"] for summary in read_catalog(store)} == {"sft", "other"}
+    (folder / "manifest.json").unlink()
+    assert {summary["step"] for summary in read_catalog(store)} == {"sft"}
+
+
+def test_a_catalog_that_is_damaged_in_any_way_is_made_anew(store: Store) -> None:
+    expected = read_catalog(store)
+    place = store.outputs / "index" / "catalog.json"
+    whole = place.read_bytes()
+    for length in range(0, len(whole), 97):
+        place.write_bytes(whole[:length])
+        assert read_catalog(store) == expected
+    for position in range(0, len(whole), 61):
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        place.write_bytes(damaged)
+        assert read_catalog(store) == expected
+    assert place.read_bytes() == whole
+
+
+def test_a_damaged_manifest_is_in_the_catalog_as_such(store: Store) -> None:
+    (store.outputs / "store" / f"rl-d4-{THIRD[:16]}" / "manifest.json").write_text('{"rid": ')
+    (damaged,) = (summary for summary in read_catalog(store) if "damaged" in summary)
+    assert damaged["folder"].startswith("rl-d4-")
+
+
+def test_a_store_that_may_only_be_read_has_a_catalog_too(tmp_path: Path) -> None:
+    assert read_catalog(Store(tmp_path / "none")) == []
+    assert not (tmp_path / "none").exists()

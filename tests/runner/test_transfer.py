@@ -1,0 +1,178 @@
+"""Export and import: the whole closure or nothing, verified before it is in the store, and no path leads outside."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import StoreError
+from mlxchat.runner.gc import find_garbage
+from mlxchat.runner.leftovers import Limits
+from mlxchat.runner.store import Store
+from mlxchat.runner.transfer import closure, export, import_all
+from mlxchat.runner.verifying import find_faults
+
+PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
+
+
+@pytest.fixture
+def made(toys: Any) -> Any:
+    toys.run(toys.plan(PIPELINE))
+    return toys
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def exported(made: Any, to: Path) -> Path:
+    export(made.store, closure(made.store, [made.store.resolve("second")]), to)
+    return to
+
+
+@pytest.mark.parametrize("form", ["folder", "x.tar", "x.tar.gz"])
+def test_what_is_imported_is_byte_for_byte_what_was_exported_inputs_first(form: str, made: Any, tmp_path: Path) -> None:
+    other = Store(tmp_path / "other")
+    new, known = import_all(other, exported(made, tmp_path / form))
+    assert [place.name.split("-")[0] for place in new] == ["make", "copy"]
+    assert known == []
+    assert contents(other.outputs / "store") == contents(made.outputs / "store")
+    assert [fault for place in new for fault in find_faults(other, place)] == []
+    assert import_all(other, tmp_path / form)[0] == [], "the second time everything is there"
+    assert [item for item in find_garbage(other, Limits()).garbage if item.kind == "artifact"] == []
+
+
+def test_an_imported_artifact_is_done_for_a_plan(made: Any, tmp_path: Path) -> None:
+    export(made.store, closure(made.store, [made.store.resolve("second")]), tmp_path / "x.tar")
+    made.outputs = tmp_path / "other"
+    assert [step.state for step in made.plan(PIPELINE)] == ["run", "run"]
+    import_all(made.store, tmp_path / "x.tar")
+    assert [step.state for step in made.plan(PIPELINE)] == ["done", "done"]
+
+
+def test_an_export_to_a_folder_copies_what_is_missing_there(made: Any, tmp_path: Path) -> None:
+    place = exported(made, tmp_path / "folder")
+    folders = closure(made.store, [made.store.resolve("second")])
+    assert export(made.store, folders, place) == 0
+    manifest = place / "store" / folders[0].name / "manifest.json"
+    manifest.unlink()  # as a copy that was cut short
+    (place / "store" / folders[0].name / "result.txt").unlink()
+    manifest.parent.rmdir()
+    assert export(made.store, folders, place) == 1
+
+
+def test_what_lacks_an_input_is_not_exported(made: Any, tmp_path: Path) -> None:
+    first = made.store.resolve("first")
+    first.rename(tmp_path / first.name)
+    with pytest.raises(StoreError, match="no longer in"):
+        closure(made.store, [made.store.resolve("second")])
+
+
+@pytest.mark.parametrize("damage", ["file", "manifest", "missing", "extra"])
+def test_nothing_is_imported_if_one_file_is_not_what_its_manifest_says(damage: str, made: Any, tmp_path: Path) -> None:
+    place = exported(made, tmp_path / "folder")
+    victim = next((place / "store").glob("copy-*"))
+    if damage == "file":
+        (victim / "result.txt").write_text("9 9")
+    elif damage == "missing":
+        (victim / "result.txt").unlink()
+    elif damage == "extra":
+        (victim / "more.txt").write_text("x")
+    else:
+        content = bytearray((victim / "manifest.json").read_bytes())
+        content[len(content) // 2] ^= 1
+        (victim / "manifest.json").write_bytes(content)
+    other = Store(tmp_path / "other")
+    with pytest.raises(StoreError):
+        import_all(other, place)
+    assert list((other.outputs / "store").iterdir()) == []
+    assert list((other.outputs / "work").iterdir()) == []
+
+
+EVIL = [
+    "../evil.txt",
+    "/tmp/evil.txt",
+    "store/../../evil.txt",
+    "store/a/../../../evil.txt",
+    "evil.txt",
+    "store/evil.txt",
+]
+
+
+@pytest.mark.parametrize("name", [*EVIL, "link", "hardlink", "device"])
+def test_a_tar_whose_paths_lead_elsewhere_is_refused(name: str, made: Any, tmp_path: Path) -> None:
+    exported(made, tmp_path / "x.tar")
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        member = tarfile.TarInfo(name if name in EVIL else "store/a/b")
+        kinds = {"link": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}
+        member.type = kinds.get(name, tarfile.REGTYPE)
+        member.linkname = "/etc/passwd"
+        member.size = 4 if name in EVIL else 0
+        tar.addfile(member, io.BytesIO(b"evil"))
+    other = Store(tmp_path / "deep" / "other")
+    with pytest.raises(StoreError, match="no file of an artifact"):
+        import_all(other, tmp_path / "x.tar")
+    assert list((other.outputs / "store").iterdir()) == []
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_a_manifest_that_lists_files_outside_its_folder_is_refused(made: Any, tmp_path: Path) -> None:
+    place = exported(made, tmp_path / "folder")
+    path = next((place / "store").glob("copy-*")) / "manifest.json"
+    record = json.loads(path.read_text())
+    record.pop("digest", None)
+    record["schema"] = 1
+    record["outputs"].append({"path": "../../x", "bytes": 1, "sha256": "0"})
+    path.write_text(json.dumps(record))
+    with pytest.raises(StoreError, match="outside its folder"):
+        import_all(Store(tmp_path / "other"), place)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.3, 0.6, 0.9])
+def test_a_tar_that_was_cut_is_refused(length: float, made: Any, tmp_path: Path) -> None:
+    whole = exported(made, tmp_path / "x.tar").read_bytes()
+    used = whole.rstrip(b"\0")
+    (tmp_path / "x.tar").write_bytes(used[: int(len(used) * length)])
+    other = Store(tmp_path / "other")
+    with pytest.raises(StoreError):
+        import_all(other, tmp_path / "x.tar")
+    assert list((other.outputs / "store").iterdir()) == []
+
+
+@pytest.mark.parametrize("point", ["import.unpacked", "import.checked", "import.renamed", "import.unpacked:2"])
+def test_a_kill_while_importing_leaves_no_partial_artifact_and_the_next_import_ends_it(
+    point: str, made: Any, tmp_path: Path
+) -> None:
+    source, other = exported(made, tmp_path / "x.tar"), Store(tmp_path / "other")
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxchat", "import", str(source), f"outputs={other.outputs}"],
+        env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    here = list((other.outputs / "store").iterdir())
+    assert [fault for place in here for fault in find_faults(other, place)] == []
+    import_all(other, source)
+    assert contents(other.outputs / "store") == contents(made.outputs / "store")
+    assert list((other.outputs / "work").iterdir()) == []
+
+
+def test_a_full_disk_while_importing_is_told_and_leaves_nothing(made: Any, tmp_path: Path) -> None:
+    source = exported(made, tmp_path / "x.tar")
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxchat", "import", str(source), f"outputs={tmp_path}/other"], cwd=tmp_path,
+        env={**os.environ, "MLXCHAT_CRASH_AT": "import.unpacked", "MLXCHAT_CRASH_ERROR": "ENOSPC"},
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "other" / "store").iterdir()) == []

@@ -1,0 +1,274 @@
+"""The verbs that explain: what they say of a small store, for people and for programs."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.cli import VERBS, main
+from mlxchat.commands.completion import _OPTIONS, complete
+from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
+from mlxchat.compose import group_options
+from mlxchat.runner import attempts
+from mlxchat.runner.records import Records
+
+PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
+Say = Callable[..., str]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], toys: Any) -> Say:
+    """Run a command line on the toys' outputs; return what it printed."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, f"outputs={toys.outputs}"])
+        output = capsys.readouterr()
+        assert caught.value.code == code, output.err
+        return output.out + output.err
+
+    return run
+
+
+@pytest.fixture
+def two(toys: Any) -> Any:
+    """Two runs with another setting of the first step; the stage says its number as a metric."""
+    toys.add(
+        "make",
+        "number = ctx.config.toy.number; (ctx.out / 'result.txt').write_text(str(number)); ctx.metrics['score'] = number / 4",
+    )
+    for number in (2, 3):
+        toys.config.toy.number = number
+        run = toys.run(toys.plan(PIPELINE))
+        steps = [{"step": step.name, "rid": step.rid} for step in toys.plan(PIPELINE)]
+        record = {"started": "2026-01-01T00:00:00+00:00", "steps": steps}
+        (run.folder / "plan.json").write_text(json.dumps(record))
+    return toys
+
+
+def test_diff_tells_config_inputs_metrics_and_contents_old_and_new(two: Any, say: Say) -> None:
+    text = say("diff", "run1/first", "run2/first")
+    assert re.search(r"^config\n  toy\.number  2 → 3$", text, re.MULTILINE)
+    assert "  score  0.5 → 0.75  (+50.0%)" in text
+    record = json.loads(say("diff", "run1/second", "run2/second", "--json"))
+    assert record["config"] == {}
+    assert set(record["inputs"]) == {"source"}
+    assert record["contents"]["result.txt"][0] != record["contents"]["result.txt"][1]
+
+
+def test_an_artifact_does_not_differ_from_itself(two: Any, say: Say) -> None:
+    assert say("diff", "first", "latest/first").endswith("no difference\n")
+
+
+def test_lineage_goes_up_and_down(two: Any, say: Say) -> None:
+    first, second = two.store.resolve("run2/first").name, two.store.resolve("run2/second").name
+    text = say("lineage", "second")
+    assert text == (f"made from\n  {second}  [second]\n  └─ source: {first}  [first]\nused by nothing: {second}\n")
+    record = json.loads(say("lineage", "first", "--json", "--down"))
+    assert [node["artifact"] for node in record["uses"]["uses"]] == [second]
+    assert "inputs" not in record
+
+
+def test_lineage_names_what_is_no_longer_there(two: Any, say: Say) -> None:
+    first = two.store.resolve("first")
+    shutil.rmtree(first)
+    assert f"source: {first.name}  [first]  (no longer in the store)" in say("lineage", "second", "--up")
+
+
+def test_show_tells_the_manifest_and_as_json_is_the_manifest(two: Any, say: Say) -> None:
+    place = two.store.resolve("second")
+    text = say("show", "second")
+    assert text.splitlines()[0] == place.name
+    assert re.search(r"^  source  make-", text, re.MULTILINE)
+    assert re.search(r"^  named +latest/second, run2/second$", text, re.MULTILINE)
+    record = json.loads((place / "manifest.json").read_text())
+    assert json.loads(say("show", "second", "--json")).items() <= record.items()
+
+
+def test_ls_filters_by_stage_or_step_and_speaks_json(two: Any, say: Say) -> None:
+    assert len(say("ls").splitlines()) == 4
+    assert {line.split()[3] for line in say("ls", "--stage", "make").splitlines()} == {"first"}
+    assert [summary["step"] for summary in json.loads(say("ls", "second", "--json"))] == ["second", "second"]
+    assert 'Did you mean "second"?' in say("ls", "secnd", code=2)
+
+
+def test_verify_finds_a_flipped_bit_a_missing_and_a_strange_file(two: Any, say: Say) -> None:
+    assert say("verify").startswith("4 artifacts are right")
+    first, second = two.store.resolve("first"), two.store.resolve("second")
+    (first / "result.txt").write_text("2")
+    (second / "result.txt").unlink()
+    (second / "other.txt").touch()
+    text = say("verify", code=1)
+    assert f"{first.name}  result.txt has other contents" in text
+    assert f"{second.name}  result.txt is missing" in text
+    assert f"{second.name}  other.txt is no part of it" in text
+    assert list(json.loads(say("verify", "second", "--json", code=1))["faults"]) == [second.name]
+    assert say("verify", "run1/first").startswith("1 artifacts are right")
+
+
+def test_verify_finds_any_flipped_bit_of_a_manifest(two: Any, say: Say) -> None:
+    path = two.store.resolve("first") / "manifest.json"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 199):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        say("verify", code=1)
+
+
+def test_pins_are_made_listed_used_and_removed(two: Any, say: Say) -> None:
+    assert say("pin").startswith("no pins")
+    say("pin", "run1/first", "best")
+    assert say("pin") == f"best  {two.store.resolve('run1/first').name}\n"
+    assert say("show", "best").splitlines()[0] == two.store.resolve("run1/first").name
+    assert 'Did you mean "best"?' in say("pin", "--remove", "bst", code=2)
+    assert "no name for a pin" in say("pin", "first", "../x", code=2)
+    say("pin", "--remove", "best")
+    assert say("pin").startswith("no pins")
+
+
+def test_compare_shows_only_what_differs_sorted_in_four_formats(two: Any, say: Say) -> None:
+    lines = say("compare", "--sort=-score").splitlines()
+    assert lines[0].split() == ["name", "toy.number", "first.score"]
+    assert [line.split() for line in lines[1:]] == [["run2", "3", "0.75"], ["run1", "2", "0.5"]]
+    rows = list(csv.DictReader(io.StringIO(say("compare", "--format", "csv", "--sort", "toy.number"))))
+    assert [row["first.score"] for row in rows] == ["0.5", "0.75"]
+    assert json.loads(say("compare", "run1", "--format", "json"))[0]["first.score"] == 0.5
+    assert say("compare", "--format", "md").splitlines()[1] == "| --- | --- | --- |"
+    assert 'Did you mean "first.score"' in say("compare", "--sort", "first.scor", code=2)
+    assert "no run and no sweep" in say("compare", "run7", code=2)
+
+
+def test_compare_takes_the_artifacts_of_a_step_and_the_jobs_of_a_sweep(two: Any, say: Say) -> None:
+    assert [row["score"] for row in json.loads(say("compare", "--step", "first", "--format", "json"))] == [0.5, 0.75]
+    sweep = two.outputs / "multirun" / "sweep1"
+    sweep.mkdir(parents=True)
+    (sweep / "table.json").write_text(json.dumps([{"job": 0, "run": "run2"}, {"job": 1, "run": None}]))
+    assert [row["name"] for row in json.loads(say("compare", "sweep1", "--format", "json"))] == ["run2"]
+
+
+def test_compare_draws_a_picture(two: Any, say: Say, tmp_path: Path) -> None:
+    say("compare", "--plot", str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gc_says_that_nothing_was_changed_and_removes_only_with_apply(two: Any, say: Say) -> None:
+    (two.outputs / "refs" / "run1").rename(two.outputs / "refs" / "20260101-000000-1-toy")
+    text = say("gc", "--keep-last", "1")
+    assert text.count("not one of the last 1 of") == 2
+    assert text.endswith("add --apply to remove it\n")
+    assert len(list((two.outputs / "store").iterdir())) == 4
+    record = json.loads(say("gc", "--keep-last", "1", "--apply", "--json"))
+    assert {item["kind"] for item in record["garbage"]} >= {"artifact", "ref"}
+    assert len(list((two.outputs / "store").iterdir())) == len(record["kept"]) == 2
+
+
+def test_status_tells_who_runs_at_which_iteration_and_how_fast(two: Any, say: Say) -> None:
+    rid = "a" * 52
+    attempts.start(two.store.work(rid), "run9", "sft")
+    metrics = Records(two.store.work(rid) / "ckpt" / "records" / "metrics.jsonl")
+    for iteration in (1, 2):
+        metrics.append({"iteration": iteration, "tokens_per_second": 4321.0})
+    with two.store.lock(rid).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps({"pid": 77, "host": "here", "run": "run9", "step": "sft"}))
+        file.flush()
+        assert "running in process 77 on here (run run9) at iteration 2, 4.32k tok/s" in say("status")
+        (work,) = json.loads(say("status", "--json"))["work"]
+    assert (work["state"], work["pid"], work["iteration"], work["tokens_per_second"]) == ("running", 77, 2, 4321.0)
+    assert re.search(r"^left over.*\n  sft +killed at iteration 2$", say("status"), re.MULTILINE)
+
+
+def test_status_shows_the_end_of_a_failures_log(toys: Any, say: Say) -> None:
+    toys.add("make", "raise ValueError('no such luck')")
+    with pytest.raises(Exception, match="no such luck"):
+        toys.run(toys.plan(PIPELINE))
+    text = say("status")
+    assert re.search(r"^failed\n  first +failed: .*no such luck", text, re.MULTILINE)
+    assert re.search(r"^ +\| ValueError: no such luck$", text, re.MULTILINE)
+    assert "first-error.log" in text
+
+
+def test_a_half_written_record_does_not_keep_status_from_the_one_before(two: Any, say: Say) -> None:
+    rid = "b" * 52
+    attempts.start(two.store.work(rid), "run9", "sft")
+    metrics = Records(two.store.work(rid) / "ckpt" / "records" / "metrics.jsonl")
+    metrics.append({"iteration": 5})
+    with metrics.path.open("a") as file:
+        file.write('{"iteration": 6, "lo')
+    assert "at iteration 5" in say("status")
+
+
+def test_graphs_for_graphviz_mermaid_and_programs_have_every_step_and_edge(two: Any) -> None:
+    plan = two.plan(PIPELINE)
+    assert '"first" -> "second" [label="source"];' in draw_dot(plan)
+    assert '"second" [label="second\\ndone", fillcolor="#cde8d5"];' in draw_dot(plan)
+    assert "  first --> second" in draw_mermaid(plan)
+    assert [(step["step"], step["state"], step["inputs"]) for step in json.loads(draw_json(plan))] == [
+        ("first", "done", {}), ("second", "done", {"source": "first"}),
+    ]  # fmt: skip
+
+
+def test_completion_knows_verbs_options_groups_keys_and_artifacts(two: Any) -> None:
+    place = f"outputs={two.outputs}"
+    assert set(complete("mlxchat ")) >= set(VERBS)
+    assert complete("mlxchat lin") == ["lineage"]
+    assert complete("mlxchat plan model=d2") == ["model=d2", "model=d20", "model=d24", "model=d26"]
+    assert complete("mlxchat optimizer=") == [f"optimizer={name}" for name in sorted(group_options("optimizer"))]
+    assert "sft.batch.tokens=" in complete("mlxchat run sft.batch.")
+    assert complete("mlxchat gc --k") == ["--keep-last"]
+    assert complete(f"mlxchat show {place} fir") == ["first"]
+    rid = two.store.resolve("first").name[-16:]
+    assert complete(f"mlxchat show {place} {rid[:6]}") == [rid]
+    assert complete(f"mlxchat diff {place} run2/s") == ["run2/second"]
+    assert complete("mlxchat graph --format m") == ["mermaid"]
+    assert complete("mlxchat completion z") == ["zsh"]
+
+
+@pytest.mark.parametrize(
+    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "bench", "doctor", "completion")]
+)
+def test_completion_offers_the_options_that_a_verbs_help_names(verb: str, say: Say, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    options = set(re.findall(r"(--[a-z-]+)", capsys.readouterr().out)) - {"--help"}
+    assert set(_OPTIONS.get(verb, [])) - {"--config-dir"} == options - {"--config-dir"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_one_that_its_shell_can_read(shell: str, capsys: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["completion", shell])
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    assert " _complete " in script.read_text()
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    subprocess.run([shell, "-n", str(script)], check=True)
+
+
+def test_bash_completes_after_an_equals_sign_where_it_breaks_words(tmp_path: Path, capsys: Any) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("no bash here")
+    with pytest.raises(SystemExit):
+        main(["completion", "bash"])
+    program = tmp_path / "mlxchat"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mlxchat "$@"\n')
+    program.chmod(0o755)
+    script = capsys.readouterr().out + (
+        f"COMP_WORDS=({program} plan model = d1) COMP_CWORD=4 COMP_LINE='mlxchat plan model=d1' COMP_POINT=21\n"
+        '_mlxchat 2>/dev/null; echo "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["d12", "d16"]
