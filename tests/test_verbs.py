@@ -46,7 +46,10 @@ def two(toys: Any) -> Any:
     """Two runs with another setting of the first step; the stage says its number as a metric."""
     toys.add(
         "make",
-        "number = ctx.config.toy.number; (ctx.out / 'result.txt').write_text(str(number)); ctx.metrics['score'] = number / 4",
+        """
+        (ctx.out / 'result.txt').write_text(str(ctx.config.toy.number))
+        ctx.metrics['score'] = ctx.config.toy.number / 4
+        """,
     )
     for number in (2, 3):
         toys.config.toy.number = number

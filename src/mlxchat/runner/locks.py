@@ -91,7 +91,7 @@ def is_held(path: Path) -> bool:
     """Tell whether a live process holds this lock."""
     try:
         handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:  # a folder that may only be read
         handle = os.open(path, os.O_RDONLY)
