@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mlxchat.runner.store import Store, read_manifest
 
 PARALLEL = "max_parallel_steps=3"
 
@@ -153,3 +156,16 @@ def test_only_one_step_at_a_time_has_the_gpu(stubs: Any) -> None:
     ]
     in_order = sorted(events, key=lambda event: event["time"])
     assert [event["event"] for event in in_order] == ["step_started", "step_done"] * 2
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_in_processes_ends_with_the_same_bytes(
+    tiny: tuple[str, ...], mlxchat: Any, finished: Any, tmp_path: Path
+) -> None:
+    outputs = tmp_path / "outputs"
+    done = mlxchat(*tiny, "machine.max_parallel_steps=3", f"outputs={outputs}", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone, parallel = Store(finished.outputs).refs(), Store(outputs).refs()
+    assert alone.keys() == parallel.keys()
+    for step, place in alone.items():
+        assert read_manifest(parallel[step])["tree"] == read_manifest(place)["tree"], step
