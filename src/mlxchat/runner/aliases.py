@@ -14,7 +14,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from os import scandir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +96,7 @@ def recent_artifacts(store: Store, stage: str) -> Iterator[Manifest]:
 
     Damaged ones are left out: whoever needs them is told by `Store.find`.
     """
-    times = []
-    with suppress(OSError), scandir(store.outputs / "store") as entries:
-        for entry in entries:
-            if entry.name.startswith(f"{stage}-"):
-                with suppress(OSError):
-                    times.append((entry.stat().st_mtime_ns, entry.name))
-    for _, name in sorted(times, reverse=True)[:MOST_CANDIDATES]:
+    for name in store.newest(stage)[:MOST_CANDIDATES]:
         with suppress(StoreError):
             manifest = store.manifest_of(store.outputs / "store" / name)
             if manifest.get("stage") == stage:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlxchat.runner.plan import PlannedStep
 
 _MOST_CHANGES_SHOWN = 3
+_PLAIN = (str, int, float, bool, type(None))
 _ABSENT = "absent"
 
 
@@ -83,9 +84,18 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return {prefix: config}
     flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten_config(value, f"{prefix}.{key}" if prefix else str(key))
+    _flatten(config, f"{prefix}." if prefix else "", flat)
     return flat
+
+
+def _flatten(config: Mapping[str, Any], before: str, flat: dict[str, Any]) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):  # quicker than asking for a Mapping, which few are that are no dict
+            _flatten(value, f"{before}{key}.", flat)
+        elif type(value) in _PLAIN or not isinstance(value, Mapping):
+            flat[f"{before}{key}"] = value
+        else:
+            _flatten(value, f"{before}{key}.", flat)
 
 
 def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> Manifest | None:
@@ -93,7 +103,9 @@ def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> M
     flat = flatten_config(identity)
     best: tuple[int, str, Manifest] | None = None
     for manifest in candidates:
-        distance = len(_changes(flatten_config(manifest["config"]), flat))
+        other = flatten_config(manifest["config"])
+        common = flat.keys() & other.keys()
+        distance = len(flat) + len(other) - 2 * len(common) + sum(flat[key] != other[key] for key in common)
         # Fewer differences first, then later: compare (−distance, time).
         if best is None or (-distance, manifest["published"]) > (-best[0], best[1]):
             best = (distance, manifest["published"], manifest)

@@ -46,6 +46,7 @@ class Store:
         """Remember the folder; nothing is read or written yet."""
         self.outputs = outputs
         self._folders: dict[str, str] | None = None
+        self._newest: list[str] | None = None
         self._read: dict[Path, tuple[tuple[int, int], Manifest]] = {}
 
     def prepare(self) -> None:
@@ -102,7 +103,7 @@ class Store:
 
     def forget(self) -> None:
         """Look at the disk again at the next `find`: another process may have published."""
-        self._folders = None
+        self._folders = self._newest = None
 
     def read(self, rid: str) -> Manifest | None:
         """Return the manifest of the complete artifact with this rid (of an alias: its own), or None."""
@@ -125,6 +126,17 @@ class Store:
         for folder in self._list():
             if (folder / MANIFEST).exists():
                 yield read_manifest(folder)
+
+    def newest(self, stage: str) -> list[str]:
+        """Return the folders' names of a stage's artifacts, the newest first; whether they are whole is not seen."""
+        if self._newest is None:
+            times = []
+            with suppress(OSError), os.scandir(self.outputs / "store") as entries:
+                for entry in entries:
+                    with suppress(OSError):
+                        times.append((entry.stat().st_mtime_ns, entry.name))
+            self._newest = [name for _, name in sorted(times, reverse=True)]
+        return [name for name in self._newest if name.startswith(f"{stage}-")]
 
     def work(self, rid: str) -> Path:
         """Return the folder of the resumable work of a step."""
