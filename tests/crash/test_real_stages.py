@@ -120,6 +120,18 @@ def test_every_stage_killed_at_each_of_its_points_ends_with_the_same_bytes(
     kill_and_continue(step, place, stages(step), settings, mlxchat, tmp_path)
 
 
+@pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
+def test_a_disk_that_takes_no_run_is_told(
+    error: str, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
+) -> None:
+    full = {"MLXCHAT_CRASH_AT": "run.folder", "MLXCHAT_CRASH_ERROR": error}
+    code, text = complete(mlxchat, settings, tmp_path / "outputs", "corpus", **full)
+    assert code == 2
+    assert text.splitlines()[-1].startswith("error: ")
+    assert "cannot be written" in text
+    assert "Traceback" not in text
+
+
 def test_a_disk_that_is_full_while_a_training_saves_is_told_and_it_is_continued(
     stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -130,7 +130,7 @@ def test_who_waits_says_so_once_and_may_give_up(shared: SharedArtifacts) -> None
         pytest.raises(TimeoutError),
     ):
         obtain(open_shared(shared.outputs, said.append), refuse, check=check)
-    assert said == [f"tokens     waits: process {os.getpid()} is making shard"]
+    assert said == [f"tokens     waits: process {os.getpid()} on {os.uname().nodename} is making shard"]
 
 
 PROCESS = """

@@ -15,6 +15,7 @@ from mlxchat.commands.arguments import split_config_dirs
 from mlxchat.commands.plan import format_plan
 from mlxchat.compose import Composed, compose_config
 from mlxchat.config import Config, HooksConfig
+from mlxchat.errors import StoreError
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Policy, Run, execute
@@ -99,7 +100,10 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
                 store.set_ref("latest", step.name, place)
         print(f"nothing to do: all {len(plan)} steps are done. mlxchat report shows the results.")
         return None
-    folder = _start_run(composed, plan, store, name)
+    try:
+        folder = _start_run(composed, plan, store, name)
+    except OSError as error:
+        raise StoreError(f"{error.filename or store.outputs} cannot be written ({error.strerror})") from None
     run = Run(
         folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
         environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config),
@@ -111,7 +115,10 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
         tracker.finish()
     from mlxchat.commands.report import show_report
 
-    show_report(store.outputs, folder)
+    try:
+        show_report(store.outputs, folder)
+    except OSError as error:  # everything is done; the report can be had later
+        _say(f"the report could not be written ({error.strerror}: {error.filename}). Mend that and run: mlxchat report")
     return folder
 
 

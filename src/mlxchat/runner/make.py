@@ -217,7 +217,7 @@ def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
 def _check_inputs(step: PlannedStep, folders: dict[str, Path], store: Store) -> None:
     """Refuse inputs whose files are not those that were published."""
     for folder in folders.values():
-        damage = list(find_damage(folder, store.manifest_of(folder)))
+        damage = list(find_damage(folder, store.manifest_of(folder), again=False))
         if damage:
             raise StoreError(
                 f"{folder}, which {step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"

@@ -70,7 +70,8 @@ class SharedArtifacts:
 
         def tell_waiting(owner: dict[str, Any]) -> None:
             check()
-            self.say(f"{SHARED_KIND:<10} waits: process {owner.get('pid', '?')} is making {label}")
+            who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+            self.say(f"{SHARED_KIND:<10} waits: {who} is making {label}")
 
         with locks.hold(store.lock(rid), {"run": self.run, "step": SHARED_KIND}, tell_waiting, check):
             crash_point("shared.locked")

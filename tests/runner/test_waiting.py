@@ -1,0 +1,85 @@
+"""What a waiting process shows, and what ends its wait."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import Interrupted
+from mlxchat.runner import waiting
+from mlxchat.runner.attempts import iteration
+from mlxchat.runner.environment import Environment
+from mlxchat.runner.records import Records
+from mlxchat.runner.run import Run
+from mlxchat.runner.waiting import Waiting
+
+OWNER = {"pid": 12, "host": "alpha", "run": "run7", "step": "train"}
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def run(tmp_path: Path, said: list[str]) -> Run:
+    environment = Environment(lambda: {})
+    return Run(
+        folder=tmp_path / "run", config=None, seed=1, force=[], overrides=[], environment=environment, say=said.append
+    )
+
+
+def test_the_holder_is_shown_again_whenever_it_got_further(
+    run: Run, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, work = tmp_path / "x.lock", tmp_path / "work"
+    lock.write_text(json.dumps(OWNER))
+    metrics = Records(work / "ckpt" / "records" / "metrics.jsonl")
+    begin, look = Waiting(run, "train", lock, doing="is making it", work=work).calls
+    begin(OWNER)
+    look()
+    assert len(said) == 1, "not again before its time"
+    monkeypatch.setattr(waiting, "REFRESH_SECONDS", 0.0)
+    look()
+    assert len(said) == 1, "not again while it says the same"
+    for number in (1, 2):
+        metrics.append({"iteration": number})
+        look()
+    who = "train      waits: process 12 on alpha (run run7) is making it"
+    assert said == [who, f"{who}, at iteration 1", f"{who}, at iteration 2"]
+
+
+def test_another_holder_is_shown_too(
+    run: Run, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "REFRESH_SECONDS", 0.0)
+    lock = tmp_path / "x.lock"
+    begin, look = Waiting(run, "train", lock, doing="has the GPU").calls
+    begin(OWNER)
+    lock.write_text(json.dumps(OWNER | {"pid": 13, "host": "beta"}))
+    look()
+    assert said[1] == "train      waits: process 13 on beta (run run7) has the GPU"
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+def test_a_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) -> None:
+    _, look = Waiting(run, "train", tmp_path / "x.lock", doing="is making it").calls
+    look()
+    run.request_stop(number)
+    with pytest.raises(Interrupted, match=r"stopped while train waited\. The same command continues") as caught:
+        look()
+    assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", None), (b'{"iteration": 3}\n{"iter', 3), (b'{"loss": 1}\n', None), (b"\xff\n[]\n", None)],
+)
+def test_the_last_iteration_is_read_from_records_in_any_state(content: bytes, expected: Any, tmp_path: Path) -> None:
+    (tmp_path / "ckpt" / "records").mkdir(parents=True)
+    (tmp_path / "ckpt" / "records" / "metrics.jsonl").write_bytes(content)
+    assert iteration(tmp_path) == expected
+    assert iteration(tmp_path / "nothing") is None
