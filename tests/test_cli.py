@@ -74,7 +74,9 @@ def test_every_verb_explains_itself(verb: str, say: Any) -> None:
     assert len(text.splitlines()) >= 3
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("run", "plan", "graph", "bench", "completion")])
+@pytest.mark.parametrize(
+    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "graph", "bench", "completion")]
+)
 def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
     assert say(verb, "model=d4", code=2).startswith('error: "model=d4" is not used here')
     assert say(verb, "--foo", code=2) == f"error: unrecognized arguments: --foo. See: mlxchat {verb} --help\n"

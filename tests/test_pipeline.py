@@ -67,7 +67,7 @@ def manifests(finished: Any) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def plan(mlxchat: CommandLine, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, str]]]:
-    """Return step → (state, reason) that `mlxchat plan` prints for further settings, without the memory and time it predicts."""
+    """Return step → (state, reason) that `mlxchat plan` prints for further settings, without what it predicts."""
 
     def run(outputs: Path, *settings: str) -> dict[str, tuple[str, str]]:
         done = mlxchat("plan", *tiny, f"outputs={outputs}", *settings)
@@ -317,6 +317,25 @@ def test_a_forced_step_is_the_only_one_that_runs_and_makes_the_same_bytes(
     assert started == ["sft"]
     assert again["tree"] == manifests["sft"]["tree"]
     assert again["published"] > manifests["sft"]["published"]
+
+
+def test_a_corpus_that_another_setting_makes_with_the_same_bytes_runs_nothing_below_it(
+    outputs: Path, plan: Any, mlxchat: CommandLine, tiny: tuple[str, ...]
+) -> None:
+    named = "corpus.name=mine"
+    states = {step: state for step, (state, _) in plan(outputs, named).items()}
+    assert states == {step: "run" if step == "corpus" else "maybe" for step in KINDS}
+    before = set((outputs / "runs").iterdir())
+    done = mlxchat(*tiny, named, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    (run,) = set((outputs / "runs").iterdir()) - before
+    events = Records(run / "events.jsonl").read()
+    assert [event["step"] for event in events if event["event"] == "step_started"] == ["corpus"]
+    assert {event["step"] for event in events if event["event"] == "step_shared"} == KINDS.keys() - {"corpus"}
+    assert to_run(plan(outputs, named)) == {}
+    assert to_run(plan(outputs)) == {}
+    report = (run / "report.md").read_text()
+    assert "val_bpb" in report or "bits per byte" in report, "the report reads the files behind the aliases"
 
 
 def test_own_text_makes_a_corpus_and_a_change_in_it_is_noticed(

@@ -64,7 +64,7 @@ def test_a_job_that_fails_elsewhere_is_a_row_and_the_others_run(
 def wait_for_checkpoints(outputs: Path, count: int, process: subprocess.Popen[str]) -> None:
     """Wait until so many trainings have saved a state."""
     end = time.monotonic() + 90
-    while len(list((outputs / "work").glob("*/ckpt/*"))) < count:
+    while len(list((outputs / "work").glob("*/ckpt/[0-9]*/state.json"))) < count:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "no training has saved anything"
         time.sleep(0.1)
@@ -121,11 +121,12 @@ def test_jobs_whose_sweep_was_killed_stop_by_themselves(
     pids = {int(pid) for text in logs for pid in re.findall(r'"pid": (\d+)', text)}
     assert process.pid not in pids
     process.kill()
-    process.communicate(timeout=60)
+    # Not waited for yet: a process that is dead and has not been buried is dead all the same.
     end = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() and "Z" not in _state(pid) for pid in pids):
         assert time.monotonic() < end, "jobs go on although nobody waits for them"
         time.sleep(0.1)
+    process.communicate(timeout=10)
 
 
 def _state(pid: int) -> str:

@@ -9,7 +9,6 @@ two malloc settings keep them. On macOS, where Accelerate serves MLX, all of thi
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import sys
 import warnings

@@ -2,6 +2,7 @@
 
 sweep.json     the jobs, and what was computed for all of them
 rows/<n>.json  the result of a job, written by whichever process ran it
+sweep.lock     held as long as somebody waits for the jobs
 stop           somebody asked for an end: no further job starts
 table.*        at the end; the rows are in it and go
 """
@@ -26,6 +27,11 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         """Use a folder, which need not be there yet."""
         self.path = path
+
+    @property
+    def lock(self) -> Path:
+        """Return the lock file that the sweep's own process holds."""
+        return self.path / "sweep.lock"
 
     def prepare(self, state: dict[str, Any]) -> None:
         """Make the folder, and tell the jobs' processes about the sweep."""
@@ -69,6 +75,7 @@ class SweepFolder:
         """Remove what only processes needed, and the empty folders that Hydra makes for its jobs."""
         shutil.rmtree(self.path / "rows", ignore_errors=True)
         (self.path / "stop").unlink(missing_ok=True)
+        self.lock.unlink(missing_ok=True)
         for job in self.path.glob("[0-9]*"):
             if job.is_dir() and not any(job.iterdir()):
                 job.rmdir()

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlxchat.commands.arguments import split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
+from mlxchat.runner import locks
 from mlxchat.runner.progress import format_number
 from mlxchat.runner.store import Store
 from mlxchat.sweep.expand import Job, compose_jobs, expand_jobs, settings_of, split_hydras
@@ -21,6 +22,9 @@ from mlxchat.sweep.launch import environment, launch, launcher_of, stopped_by_si
 from mlxchat.sweep.shared import Shared, make_shared
 from mlxchat.sweep.table import differing, write_results
 from mlxchat.sweep.worker import is_finished, rids_of, run_elsewhere, run_job
+
+
+Elsewhere = Callable[[list[Job], Shared, SweepFolder, "_Teller"], None]
 
 
 def run_sweep(arguments: list[str]) -> int:
@@ -45,34 +49,38 @@ def run_sweep(arguments: list[str]) -> int:
     store = jobs[0].store
     store.prepare()
     folder = SweepFolder(place or store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}")
+    with locks.hold(folder.lock, {"sweep": folder.path.name}, _tell_waiting):
+        return _sweep(
+            jobs,
+            folder,
+            arguments,
+            partial(_run_elsewhere, launcher=launcher, hydras=hydras, config_dirs=config_dirs, before=before)
+            if launcher != "basic"
+            else None,
+        )
+
+
+def _sweep(jobs: list[Job], folder: SweepFolder, arguments: list[str], elsewhere: Elsewhere | None) -> int:
+    """Run the jobs that are not done, and write what came of all."""
     told = _Teller(jobs)
-    settings = told.settings
-    rows = {job.number: _cached(job, settings[job.number]) for job in jobs if is_finished(job.plan)}
-    pending = [job for job in jobs if job.number not in rows]
+    pending = [job for job in jobs if not is_finished(job.plan)]
     folder.prepare(
         {
             "parent": whereabouts(),
             "arguments": arguments,
-            "jobs": {job.number: {"overrides": job.overrides, "settings": settings[job.number]} for job in jobs},
+            "jobs": {job.number: {"overrides": job.overrides, "settings": told.settings[job.number]} for job in jobs},
             "pending": [],
             "made": [],
         }
     )
-    for row in rows.values():
-        folder.add_row(row)
-        told(row)
+    for job in jobs:
+        if job not in pending:
+            row = _cached(job, told.settings[job.number])
+            folder.add_row(row)
+            told(row)
     stop: Interrupted | None = None
-    elsewhere = partial(
-        _run_elsewhere,
-        launcher=launcher,
-        hydras=hydras,
-        config_dirs=config_dirs,
-        folder=folder,
-        told=told,
-        before=before,
-    )
     try:
-        _run(pending, folder, told, None if launcher == "basic" else elsewhere)
+        _run(pending, folder, told, elsewhere)
     except Interrupted as error:
         stop = error
     asked = folder.stop()
@@ -80,8 +88,8 @@ def run_sweep(arguments: list[str]) -> int:
         stop = Interrupted("the sweep was stopped. The same command continues from there.", asked["signal"])
     rows = folder.rows()
     for job in jobs:
-        lost = {"job": job.number, "overrides": settings[job.number], "metrics": {}, "status": "not run"}
-        rows.setdefault(job.number, lost)
+        settings = told.settings[job.number]
+        rows.setdefault(job.number, {"job": job.number, "overrides": settings, "metrics": {}, "status": "not run"})
     config = jobs[0].composed.config.sweep
     write_results(
         [rows[number] for number in sorted(rows)], folder.path, metric=config.metric, direction=config.direction
@@ -92,9 +100,7 @@ def run_sweep(arguments: list[str]) -> int:
     return int(any(row["status"] != "done" for row in rows.values()))
 
 
-def _run(
-    pending: list[Job], folder: SweepFolder, told: _Teller, elsewhere: Callable[[list[Job], Shared], None] | None
-) -> None:
+def _run(pending: list[Job], folder: SweepFolder, told: _Teller, elsewhere: Elsewhere | None) -> None:
     """Make what is shared, then run the jobs that can run: elsewhere, or one after the other here."""
     fail_fast = any(job.composed.config.fail_fast for job in pending)
     shared = make_shared(pending, fail_fast=fail_fast)
@@ -106,7 +112,7 @@ def _run(
             told.lost(job, folder, "failed", reason)
     pending = [job for job in pending if shared.failure_for(job) is None]
     if pending and elsewhere is not None:
-        elsewhere(pending, shared)
+        elsewhere(pending, shared, folder, told)
         return
     for job in pending:
         told.announce(job)
@@ -114,8 +120,8 @@ def _run(
 
 
 def _run_elsewhere(
-    pending: list[Job], shared: Shared, *, launcher: str, hydras: list[str], config_dirs: list[str],
-    folder: SweepFolder, told: _Teller, before: dict[str, str | None],
+    pending: list[Job], shared: Shared, folder: SweepFolder, told: _Teller, *,
+    launcher: str, hydras: list[str], config_dirs: list[str], before: dict[str, str | None],
 ) -> None:  # fmt: skip
     """Run jobs in processes that a launcher of Hydra's starts; a job that leaves no row has failed."""
     folder.write_state(folder.state() | {"pending": [job.number for job in pending], "made": sorted(shared.made)})
@@ -181,6 +187,10 @@ def _cached(job: Job, settings: dict[str, Any]) -> Row:
         "metrics": metrics,
         "seconds": 0.0,
     }
+
+
+def _tell_waiting(owner: dict[str, Any]) -> None:
+    print(f"process {owner.get('pid', '?')} on {owner.get('host', '?')} sweeps in this folder; waiting", flush=True)
 
 
 def _take_folder(hydras: list[str]) -> tuple[list[str], Path | None]:

@@ -71,9 +71,9 @@ def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 def main_metric(rows: Sequence[Row]) -> str | None:
     """Return the last metric of the pipeline that differs between the rows, else the last one there is."""
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    names: list[str] = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     telling = [name for name in names if len({row["metrics"][name] for row in rows if name in row["metrics"]}) > 1]
-    return (telling or names or [None])[-1]
+    return (telling or names)[-1] if names else None
 
 
 def is_less_better(metric: str | None, direction: str | None) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from mlxchat.compose import Composed
 from mlxchat.errors import Interrupted, MlxchatError
+from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
 from mlxchat.sweep.folder import Row, SweepFolder, metrics_of
@@ -83,7 +84,7 @@ def run_elsewhere(composed: Any) -> None:
     job = state["jobs"][str(number)]
     choices = {str(group): str(option) for group, option in hydra.runtime.choices.items() if "hydra" not in str(group)}
     at_home = os.getpid() == state["parent"]["pid"] and socket.gethostname() == state["parent"]["host"]
-    with _prefixed(f"[{number}] "), _stopping_with(folder, None if at_home else state["parent"]):
+    with _prefixed(f"[{number}] "), _stopping_with(folder, at_home=at_home):
         if not at_home:
             os.chdir(state["parent"]["cwd"])
         run_job(
@@ -146,27 +147,26 @@ def _prefixed(prefix: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stopping_with(folder: SweepFolder, parent: dict[str, Any] | None) -> Iterator[None]:
+def _stopping_with(folder: SweepFolder, *, at_home: bool) -> Iterator[None]:
     """Send this process one SIGTERM when the sweep is to stop, or nobody waits for it any more.
 
     The terminal's Ctrl-C reaches only the process that was started there, since a second signal means "at once".
 
     Args:
-        folder: where the word to stop is looked for.
-        parent: process that waits for us; None: it is this one, which gets its signals itself.
+        folder: where the word to stop is looked for, and whose lock is free once nobody waits.
+        at_home: whether this is the sweep's own process, which gets its signals itself.
     """
-    if parent is None:
+    if at_home:
         yield
         return
     with suppress(OSError):
         os.setpgid(0, 0)
     ended = threading.Event()
-    near = parent["host"] == socket.gethostname()
 
     def watch() -> None:
         told = False
         while not ended.wait(_POLL_SECONDS):
-            stop, orphaned = folder.stop(), near and not _is_alive(parent["pid"])
+            stop, orphaned = folder.stop(), not locks.is_held(folder.lock)
             if not told and (stop or orphaned):
                 told = True
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -188,13 +188,3 @@ def _stopping_with(folder: SweepFolder, parent: dict[str, Any] | None) -> Iterat
         ended.set()
         thread.join()
         signal.signal(signal.SIGTERM, former)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

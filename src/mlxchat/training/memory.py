@@ -17,10 +17,10 @@ from mlxchat.optimizer_config import OptimizerConfig
 _MASTER_BYTES = 4
 # Numbers per token and channel when the backward pass begins: of each layer, of what is recomputed (its input and the
 # residual's sums) and outside of the layers (embedding, final norm, its gradient, the first layers' ones on their way).
-_LAYER, _LAYER_INPUT, _ENDS = 15.9, 0.5, 8.6
+_LAYER, _LAYER_INPUT, _ENDS = 15.0, 0.5, 8.6
 # What a layer keeps besides for learnt residual scalars (the stream they scale) and for a gated value embedding.
 _RESIDUAL, _VALUE_EMBEDDING = 1.0, 1.4
-# Every layer keeps its attention's weights, which compilation finds again in the gradient instead of making them twice.
+# Copies of the attention's weights of one layer, whose blocks are all handed out before the first is done.
 _ATTENTION, _BLOCK_TOKENS = 0.89, 128  # the latter of ops/attention.py
 # Copies of a chunk's logits (product, tanh, exponential, slope), and chunks that all lanes together have at once.
 _LOGITS, _CHUNKS = 3.8, 3
@@ -85,6 +85,8 @@ def predict_peak_bytes(
     """
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
+    # A lane has whole gradients of its own but for the tables of embeddings, of which it makes the rows that it read.
+    tables = counts["embedding"] + counts["value_embeddings"]
     muon = optimizer.kind == "muon"
     lanes = min(num_lanes, micro_rows)
     tokens = min(micro_rows, rows) * row_tokens
@@ -92,7 +94,7 @@ def predict_peak_bytes(
     layers = sizes.num_layers * ((_LAYER_INPUT if recompute else _LAYER) + _RESIDUAL * sizes.residual_scalars)
     kept = tokens * sizes.width * (layers + _VALUE_EMBEDDING * value_layers + _ENDS)
     keys = [_mean_keys(row_tokens, window) for window in sizes.windows()]
-    kept += _ATTENTION * tokens * sizes.num_heads * (max(keys) if recompute else sum(keys))
+    kept += _ATTENTION * tokens * sizes.num_heads * max(keys)
     cast = parameters * compute_bytes if compute_bytes != _MASTER_BYTES else 0
     chunk_rows = max(_LEAST_CHUNK_ROWS, _CHUNK_FLOATS // sizes.vocab_size)
     chunks = lanes * -(-tokens // (lanes * chunk_rows))
@@ -102,14 +104,15 @@ def predict_peak_bytes(
     workspace = _ADAMW * max(counts["embedding"], 4 * sizes.width**2) * min(num_lanes, 2 + value_layers)
     if muon:
         workspace = max(workspace, round(matrices * min(_MUON, _MUON_OF_ALL_LANES / num_lanes)))
+    gradients = (lanes * (parameters - tables) + tables) * _MASTER_BYTES
     return PeakBytes(
         weights=parameters * _MASTER_BYTES,
         moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES,
-        accumulated=lanes * parameters * _MASTER_BYTES if rows > micro_rows else 0,
+        accumulated=gradients if rows > micro_rows else 0,
         activations=round(kept * compute_bytes + cast),
         logits=round(logits * _MASTER_BYTES),
-        gradients=lanes * parameters * _MASTER_BYTES,
-        summing=(lanes + 2 if lanes > 1 else 2) * parameters * _MASTER_BYTES,
+        gradients=gradients,
+        summing=gradients + ((2 if lanes > 1 else 1) * parameters - (lanes > 1) * tables) * _MASTER_BYTES,
         moving=(parameters + workspace) * _MASTER_BYTES,
     )
 
