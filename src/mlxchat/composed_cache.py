@@ -22,6 +22,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlxchat.config import Config
 from mlxchat.runner.fingerprint import plain_of
+from mlxchat.runner.secrets import redact
 
 _FORMAT = 1
 _MOST_ENTRIES = 200
@@ -69,7 +70,10 @@ class ComposedCache:
         """Keep what was composed, if it is certain to come out the same next time."""
         if self._entry is None or self._is_in_motion() or any(map(_has_resolver, self._own)):
             return
-        text = json.dumps({"config": plain_of(config), "choices": choices})
+        plain = {"config": plain_of(config), "choices": choices}
+        if redact(plain) != plain:  # secrets are nothing to keep
+            return
+        text = json.dumps(plain)
         # repr tells 1 from 1.0 and True, which are equal.
         if repr(restore(Config, json.loads(text)["config"])) != repr(config):
             return

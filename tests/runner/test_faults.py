@@ -391,6 +391,11 @@ def test_no_secret_of_the_command_line_reaches_the_outputs_folder(
         assert done.returncode == code, done.stderr
         assert [name for name, value in secrets.items() if value in done.stdout + done.stderr] == []
     assert len(list((tmp_path / "outputs" / "runs").glob("*/plan.json"))) == 2
+    sweep = ["-m", "corpus.row_group_documents=5,6", f"hooks.on_start={secrets['HF_TOKEN']},{secrets['DB_PASSWORD']}"]
+    done = mlxchat(*sweep, *tiny, "stage=corpus", f"outputs={tmp_path / 'outputs'}", environ=secrets)
+    assert done.returncode == 0, done.stderr
+    assert [name for name, value in secrets.items() if value in done.stdout + done.stderr] == []
+    assert list((tmp_path / "outputs" / "multirun").glob("*/table.md"))
     assert leaks(tmp_path / "outputs", secrets) == []
 
 

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 
 Row = dict[str, Any]
@@ -104,5 +105,5 @@ TELLING = {"val_bpb": True, "val_loss": True, "mean_centered": False, "pass_at_1
 
 def _write(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(redact(content), indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -15,6 +15,7 @@ from mlxchat.commands.arguments import split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
 from mlxchat.runner import locks
 from mlxchat.runner.progress import format_number
+from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.sweep.expand import Job, compose_jobs, expand_jobs, settings_of, split_hydras
 from mlxchat.sweep.folder import Row, SweepFolder, metrics_of
@@ -22,7 +23,6 @@ from mlxchat.sweep.launch import environment, launch, launcher_of, stopped_by_si
 from mlxchat.sweep.shared import Shared, make_shared
 from mlxchat.sweep.table import differing, write_results
 from mlxchat.sweep.worker import is_finished, rids_of, run_elsewhere, run_job
-
 
 Elsewhere = Callable[[list[Job], Shared, SweepFolder, "_Teller"], None]
 
@@ -132,7 +132,7 @@ def _run_elsewhere(
     except MlxchatError:
         raise
     except Exception as error:  # a worker was killed, or could not be started: each launcher has its own exception
-        print(f"error: {launcher} gave up: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {launcher} gave up: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
     known = folder.rows()
     for job in pending:
         if job.number not in known and folder.stop():
@@ -173,7 +173,7 @@ class _Teller:
         self(row)
 
     def _title(self, number: int) -> str:
-        return f"job {number}/{self.count} {self.titles[number]}".rstrip()
+        return redact(f"job {number}/{self.count} {self.titles[number]}".rstrip())
 
 
 def _cached(job: Job, settings: dict[str, Any]) -> Row:

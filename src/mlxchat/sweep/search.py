@@ -16,6 +16,7 @@ from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, flatten_config
 from mlxchat.runner.progress import format_number
+from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.sweep.expand import split_hydras
 from mlxchat.sweep.folder import metrics_of
@@ -78,7 +79,7 @@ def run_search(arguments: list[str]) -> int:
 
     with locks.hold(search.folder / "search.lock", {"search": search.folder.name}, tell_waiting):
         journal = Journal(search.folder / "trials.jsonl")
-        journal.begin(_study(search))
+        journal.begin(redact(_study(search)))
         try:
             _run_trials(search, journal)
         except Interrupted as stop:
@@ -275,7 +276,7 @@ def _conclude(search: Search, journal: Journal) -> int:
     command = [item for item in search.overrides(best) if item.partition("=")[0].split(".")[0] != "sweep"]
     dirs = [argument for folder in search.config_dirs for argument in ("--config-dir", folder)]
     print(f"best: {_title(search, best)}: {metric} {best.value:.6g}")
-    print(f"its command: mlxchat {shlex.join([*dirs, *command])}", flush=True)
+    print(redact(f"its command: mlxchat {shlex.join([*dirs, *command])}"), flush=True)
     return 0
 
 
@@ -294,4 +295,4 @@ def _title(search: Search, trial: Trial) -> str:
     chosen = " ".join(
         f"{key}={format_number(value) if isinstance(value, float) else value}" for key, value in trial.values.items()
     )
-    return f"trial {trial.number}/{search.base.config.sweep.trials} {chosen}"
+    return redact(f"trial {trial.number}/{search.base.config.sweep.trials} {chosen}")

@@ -10,6 +10,7 @@ from mlxchat.errors import Interrupted, MlxchatError
 from mlxchat.runner import attempts
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.records import now
+from mlxchat.runner.secrets import redact
 from mlxchat.sweep.expand import Job
 from mlxchat.sweep.worker import force_only_others
 
@@ -79,7 +80,7 @@ def _make(job: Job, steps: list[PlannedStep], shared: Shared) -> None:
         except Interrupted:
             raise
         except MlxchatError as error:
-            print(f"error: {error}", flush=True)
+            print(redact(f"error: {error}"), flush=True)
             reason = str(error).splitlines()[0]
             before = len(shared.failed)
             for step in waiting:

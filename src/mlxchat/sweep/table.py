@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlxchat.runner.secrets import redact
 from mlxchat.sweep.folder import TELLING, Row
 
 _LAST = ("status", "error")
@@ -30,7 +31,7 @@ def write_results(
     """
     metric = metric or main_metric(rows)
     less_is_better = is_less_better(metric, direction)
-    rows = sorted(rows, key=lambda row: _rank(row, metric, less_is_better))
+    rows = sorted(redact(rows), key=lambda row: _rank(row, metric, less_is_better))
     keys = differing([row["overrides"] for row in rows])
     flat = [flatten(row, keys, unit) for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row if key not in _LAST))

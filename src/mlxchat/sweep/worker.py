@@ -20,6 +20,7 @@ from mlxchat.compose import Composed
 from mlxchat.errors import Interrupted, MlxchatError
 from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.sweep.folder import Row, SweepFolder, metrics_of
 
@@ -60,9 +61,9 @@ def run_job(
     except Exception as error:
         if not isinstance(error, MlxchatError):
             log = folder.path / f"job-{number}-error.log"
-            log.write_text(traceback.format_exc(), encoding="utf-8")
+            log.write_text(redact(traceback.format_exc()), encoding="utf-8")
             error = MlxchatError(f"{type(error).__name__}: {error} (traceback: {log})")
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         row |= {"status": "failed", "error": str(error).splitlines()[0]}
         if config.fail_fast:
             folder.ask_to_stop("fail_fast", signal.SIGTERM)
