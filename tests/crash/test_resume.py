@@ -216,4 +216,6 @@ def test_a_sweep_that_is_stopped_starts_no_further_job(
     assert process.returncode == 143, text
     assert "Traceback" not in text
     assert "pretrain stopped at iteration " in text
-    assert len(list((outputs / "runs").iterdir())) == 1
+    plans = [json.loads(path.read_text()) for path in (outputs / "runs").glob("*/plan.json")]
+    trained = [plan for plan in plans if any(step["step"] == "pretrain" for step in plan["steps"])]
+    assert len(trained) == 1, "the run that makes what jobs share trains nothing"
