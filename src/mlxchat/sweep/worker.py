@@ -189,3 +189,5 @@ def _stopping_with(folder: SweepFolder, *, at_home: bool) -> Iterator[None]:
         ended.set()
         thread.join()
         signal.signal(signal.SIGTERM, former)
+        if not locks.is_held(folder.lock):
+            os._exit(1)  # nobody takes the result or gives more to do; idle workers would stay for minutes
