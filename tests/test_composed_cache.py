@@ -23,7 +23,7 @@ OPTIONS = [
     [
         "stage=sft",
         "force=[sft]",
-        "+sft.mixture.mine={task: jsonl, path: mine.jsonl}",
+        f"+sft.mixture.mine={{task: jsonl, path: '{__file__}'}}",
         "seed=${model.depth}",
     ],
     ["~pipeline.midtrain", "pipeline.sft.checkpoint=pretrain", "~pipeline.eval_mid"],

@@ -204,3 +204,12 @@ def test_a_stage_declares_sections_and_a_label_that_exist(stage: str) -> None:
     for part in (declared.label or "model.name").split("."):
         value = getattr(value, part)
     assert isinstance(value, str | int)
+
+
+def test_a_task_of_ones_own_is_added_to_a_mixture_on_the_command_line(tmp_path: Path) -> None:
+    """OmegaConf merges such an item, but refuses to set it."""
+    own = tmp_path / "mine.jsonl"
+    own.touch()
+    mixture = compose_config([f"+sft.mixture.mine={{task: jsonl, path: '{own}'}}"]).config.sft.mixture
+    assert (mixture["mine"].task, mixture["mine"].path) == ("jsonl", str(own))
+    assert set(mixture) - {"mine"} == set(compose_config([]).config.sft.mixture)

@@ -134,7 +134,12 @@ def _compose(overrides: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_module
 
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        return compose("config", overrides, return_hydra_config=True)
+        return compose("config", [_as_merge(override) for override in overrides], return_hydra_config=True)
+
+
+def _as_merge(override: str) -> str:
+    """Return `+sft.mixture.mine={…}` as `+sft.mixture={mine: {…}}`: OmegaConf merges a new task, but sets none."""
+    return re.sub(r"^(\+{1,2}[\w.]+\.(?:mixture|validation|suite))\.(\w+)=(\{.*\})$", r"\1={\2: \3}", override)
 
 
 def _diagnose(overrides: list[str], search: list[str], error: Exception) -> str:
