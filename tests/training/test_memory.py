@@ -65,8 +65,8 @@ Case = tuple[int, int, int, int, int, bool, int]
 def measured_and_predicted(case: Case, variant: str, attempts: int = 2) -> tuple[int, int]:
     """Return the bytes that a training held at most, by MLX's own count, and those predicted.
 
-    Memory is reserved before it is computed with, so a lane that another program delays holds less: of the attempts,
-    two steps each, the largest counts.
+    A step waits at the prediction, so that what is left to timing are the few buffers over it, and what is missing
+    where MLX did not get as far ahead: of the attempts, two steps each, the largest counts.
     """
     depth, vocab_size, row_tokens, rows, micro_rows, recompute, num_lanes = case
     config = compose_config([f"model=d{depth}", f"architecture={variant}", f"optimizer=muon_{variant}"]).config

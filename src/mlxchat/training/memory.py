@@ -2,9 +2,10 @@
 
 A step peaks at one of four moments: when the backward pass begins (activations, logits, gradients of the head), when it
 ends and is added to earlier ones, when the lanes' gradients are added up, or while parameters move. MLX reserves an
-operation's memory when it hands it to a lane, up to about a hundred operations ahead of what is computed; that, not
-arithmetic alone, says how many of a kind are there at once. The factors below were fitted to `mx.get_peak_memory()` on
-a CPU (DECISIONS.md has the table); tests/training/test_memory.py compares them with it.
+operation's memory when it hands it to a lane, about a hundred operations ahead of what is computed, so that left alone
+it holds up to a third more than is needed. `TrainStep` has it wait at what is predicted here: the prediction is a limit
+too, between what cannot be freed and what MLX would take. The factors below follow from `mx.get_peak_memory()` on a
+CPU, with that limit and without (DECISIONS.md); tests/training/test_memory.py compares them with it.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ _MASTER_BYTES = 4
 _LAYER, _LAYER_INPUT, _ENDS = 15.0, 0.5, 8.6
 # What a layer keeps besides for learnt residual scalars (the stream they scale) and for a gated value embedding.
 _RESIDUAL, _VALUE_EMBEDDING = 1.0, 1.4
-# Copies of the attention's weights of one layer, whose blocks are all handed out before the first is done.
-_ATTENTION, _BLOCK_TOKENS = 0.89, 128  # the latter of ops/attention.py
-# Copies of a chunk's logits (product, tanh, exponential, slope), and chunks that all lanes together have at once.
-_LOGITS, _CHUNKS = 3.8, 3
+# Copies of the attention's weights of one layer: in the gradient there are those of their gradient too, block by block.
+_ATTENTION, _BLOCK_TOKENS = 1.5, 128  # the latter of ops/attention.py
+# Copies of a chunk's logits (tanh, exponential, slope), and chunks that all lanes together have at once.
+_LOGITS, _CHUNKS = 2.7, 3
 _CHUNK_FLOATS, _LEAST_CHUNK_ROWS = 1 << 22, 256  # of ops/cross_entropy.py
-# Copies of the head's gradient of each lane, and one more for chunks handed out ahead, of so many at most.
-_HEAD, _HEAD_PER_CHUNK, _MOST_HEADS = 1.6, 0.6, 8
-# Copies of a lane's matrices in Muon's workspace: 21 of the first stack, the square ones, a third of them all. Handing
-# out ahead ends before all lanes have all of theirs.
-_MUON, _MUON_OF_ALL_LANES = 7.0, 12.0
+# Copies of the head's gradient of each lane, and sums of it for chunks handed out ahead, of so many at most.
+_HEAD, _HEAD_PER_CHUNK, _MOST_HEADS = 1.1, 0.4, 8
+# Copies of all matrices in Muon's workspace: 15 of the first stack, the square ones, which are a third of them. Handing
+# out ahead ends before all of several lanes have all of theirs.
+_MUON, _MUON_OF_ALL_LANES = 5.0, 8.5
 _ADAMW = 3  # a parameter and its two moments, old ones still there
 
 
@@ -49,7 +50,7 @@ class PeakBytes:
     gradients: int
     """Of all lanes, once the backward pass is done."""
     summing: int
-    """They, their sum and its squares."""
+    """They and their sum."""
     moving: int
     """The summed gradients and the optimizer's workspace."""
 
@@ -112,7 +113,7 @@ def predict_peak_bytes(
         activations=round(kept * compute_bytes + cast),
         logits=round(logits * _MASTER_BYTES),
         gradients=gradients,
-        summing=gradients + ((2 if lanes > 1 else 1) * parameters - (lanes > 1) * tables) * _MASTER_BYTES,
+        summing=gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES,
         moving=(parameters + workspace) * _MASTER_BYTES,
     )
 

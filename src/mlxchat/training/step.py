@@ -26,9 +26,6 @@ from mlxchat.training.memory import predict_peak_bytes
 LossAndGradients = tuple[mx.array, Flat]
 # Of a table's gradient the rows that tokens have read, with the tokens: (N,) and (N, …).
 TableRows = dict[str, tuple[mx.array, mx.array]]
-# Share of the planned working memory at which MLX begins to wait. Down to 0.6 steps take as long as without, at half of
-# it, when what cannot be freed exceeds the limit, a fifth longer.
-_HELD_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class TrainStep:
 
     @contextmanager
     def _memory_held_to_plan(self, batch: Batch, rows: int) -> Iterator[None]:
-        """Have MLX wait, on a CPU, while more memory is in use than the step needs.
+        """Have MLX wait, on a CPU, while more memory is in use than was planned.
 
         Left alone it reserves memory for a hundred operations ahead of those that are computed, a fifth of the peak.
         Waiting costs nothing, since the lanes have work, and what is used again is still in the cache.
@@ -115,8 +112,7 @@ class TrainStep:
             num_lanes=len(self._lanes),
             recompute=self.recompute,
         )
-        working = planned.total - planned.weights - planned.moments
-        limit = mx.get_active_memory() + round(_HELD_SHARE * working)
+        limit = mx.get_active_memory() + planned.total - planned.weights - planned.moments
         before = mx.set_memory_limit(limit)
         mx.set_memory_limit(min(limit, before))
         try:
