@@ -229,7 +229,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers_and_three_settings_that_fit
 
 
 def test_a_micro_batch_that_was_asked_for_is_refused_if_it_does_not_fit(tmp_path: Path) -> None:
-    config = config_of("machine=cpu", "machine.memory_limit_bytes=250000000")
+    config = config_of("machine=cpu", "machine.memory_limit_bytes=200000000")
     with pytest.raises(ConfigError, match=r"for 8 rows of 256(.|\n)*machine.device_batch_tokens=null → [12]\d\d"):
         check_memory(config, planned(config, tmp_path))
 
