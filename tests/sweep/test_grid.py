@@ -167,6 +167,12 @@ def test_a_sweep_takes_lists_and_equal_jobs_are_one(
     assert "job 2/2 targets=[corpus,tokenizer] is done already" in done.stdout
 
 
+def test_a_glob_stands_for_the_options_of_a_group(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
+    done = mlxchat("-m", *tiny, "stage=corpus", "machine=glob(c*)", f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"machine=(\w+) is done already", done.stdout) == ["cpu", "cuda_80gb"]
+
+
 def test_an_impossible_value_refuses_a_sweep_before_its_first_job(mlxchat: CommandLine, swept: Any) -> None:
     done = mlxchat("-m", "sft.num_epochs=1,0", "model=d2,d3", f"outputs={swept.outputs}")
     assert (done.returncode, done.stdout) == (2, "")
@@ -183,6 +189,7 @@ def test_an_impossible_value_refuses_a_sweep_before_its_first_job(mlxchat: Comma
             ["hydra/launcher=ray_aws", "seed=1,2"],
             r"hydra/launcher=ray_aws is not installed: pip install 'mlxchat\[ray\]'",
         ),
+        (["hydra.launcher.n_job=2", "seed=1,2"], "Hydra's settings: Could not override 'hydra.launcher.n_job'"),
         (["hydra/sweeper=optuna", "seed=1,2"], "For a search: sweep=tpe"),
         (["seed=interval(1,2)"], "to search an interval use sweep=tpe"),
         (["sweep=tpe", "seed=1,2"], "leave out -m"),
@@ -219,6 +226,19 @@ def test_a_sweep_can_be_sorted_by_another_metric_and_direction(
     assert done.returncode == 0, done.stderr
     numbers = [row["pretrain.val_bpb"] for row in type(swept)(outputs).rows()]
     assert numbers == sorted(numbers, reverse=True)
+
+
+def test_a_users_file_can_say_what_is_swept(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any, tmp_path: Path
+) -> None:
+    text = "# @package _global_\ndefaults: [smoke]\nhydra: {sweeper: {params: {tokenizer.vocab_size: '300,310'}}}\n"
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "sizes.yaml").write_text(text)
+    settings = [item for item in tiny if not item.startswith(("experiment=", "tokenizer.vocab_size="))]
+    command = ["--config-dir", tmp_path / "mine", "experiment=sizes", *settings, "stage=tokenizer"]
+    done = mlxchat("-m", *command, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(row["tokenizer.vocab_size"] for row in type(swept)(outputs).rows()) == [300, 310]
 
 
 def test_values_from_a_users_file_are_swept_too(

@@ -42,12 +42,9 @@ def split_hydras(overrides: list[str]) -> tuple[list[str], list[str]]:
     return [override for override in overrides if override not in own], own
 
 
-def search_path(config_dirs: list[str]) -> ConfigSearchPath:
-    """Return where Hydra looks for YAML files: the built-in ones first, then the user's folders."""
-    path = create_automatic_config_search_path(None, None, f"pkg://{CONF_MODULE}")
-    for folder in config_dirs:
-        path.append("command-line", f"file://{folder}")
-    return path
+def search_path() -> ConfigSearchPath:
+    """Return where Hydra looks for the built-in YAML files."""
+    return create_automatic_config_search_path(None, None, f"pkg://{CONF_MODULE}")
 
 
 def expand_jobs(overrides: list[str], config_dirs: list[str]) -> list[list[str]]:
@@ -60,12 +57,17 @@ def expand_jobs(overrides: list[str], config_dirs: list[str]) -> list[list[str]]
     Raises:
         ConfigError: an override that cannot be read, or whose values cannot be listed.
     """
-    loader = ConfigLoaderImpl(search_path(config_dirs)) if any("glob(" in item for item in overrides) else None
+    loader = None
+    if any("glob(" in item for item in overrides):
+        path = search_path()
+        for folder in config_dirs:
+            path.prepend("command-line", f"file://{folder}")
+        loader = ConfigLoaderImpl(path)
     parser = OverridesParser.create(config_loader=loader)
     parsed = []
     for override in overrides:
         try:
-            item = parser.parse_override(override)
+            (item,) = parser.parse_overrides([override])
         except HydraException:
             compose_config([override], config_dirs)  # says what is wrong with it
             raise ConfigError(f'"{override}" is no override: expected key=value') from None

@@ -19,7 +19,15 @@ from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.sweep.expand import Job, compose_jobs, expand_jobs, settings_of, split_hydras
 from mlxchat.sweep.folder import Row, SweepFolder, metrics_of
-from mlxchat.sweep.launch import environment, launch, launcher_of, stopped_by_signals, told_as_they_end, whereabouts
+from mlxchat.sweep.launch import (
+    check_settings,
+    environment,
+    launch,
+    launcher_of,
+    stopped_by_signals,
+    told_as_they_end,
+    whereabouts,
+)
 from mlxchat.sweep.shared import Shared, make_shared
 from mlxchat.sweep.table import differing, write_results
 from mlxchat.sweep.worker import is_finished, rids_of, run_elsewhere, run_job
@@ -45,6 +53,9 @@ def run_sweep(arguments: list[str]) -> int:
         raise ConfigError("sweep=tpe chooses its own runs, one after the other: leave out -m")
     launcher = launcher_of(hydras)
     hydras, place = _take_folder(hydras)
+    if hydras or config_dirs:
+        groups = [task for task in tasks if "." not in task.partition("=")[0] and "," not in task]
+        tasks = [*check_settings(hydras, config_dirs, groups), *tasks]
     jobs = compose_jobs(expand_jobs(tasks, config_dirs), config_dirs)
     store = jobs[0].store
     store.prepare()

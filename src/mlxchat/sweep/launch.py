@@ -8,12 +8,16 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.sweep.folder import Row, SweepFolder
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
 
 # Launcher → the extra that brings it.
 EXTRAS = {
@@ -47,12 +51,62 @@ def launcher_of(hydras: list[str]) -> str:
     if chosen not in ("basic", *EXTRAS):
         known = ("basic", *EXTRAS)
         raise ConfigError(f'hydra/launcher has no option "{chosen}": {", ".join(known)}.{suggest(chosen, known)}')
-    if chosen != "basic" and importlib.util.find_spec(f"hydra_plugins.hydra_{EXTRAS[chosen]}_launcher") is None:
+    if chosen != "basic" and not _is_installed(f"hydra_plugins.hydra_{EXTRAS[chosen]}_launcher"):
         raise ConfigError(
             f"hydra/launcher={chosen} is not installed: pip install 'mlxchat[{EXTRAS[chosen]}]' "
             f"(or hydra-{EXTRAS[chosen]}-launcher)"
         )
     return chosen
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that all plugins are in
+        return False
+
+
+def check_settings(hydras: list[str], config_dirs: list[str], tasks: list[str]) -> list[str]:
+    """Refuse settings of Hydra's that it does not have, before anything is computed.
+
+    Returns:
+        what `hydra.sweeper.params` varies, as overrides: a file of the user's may say it.
+
+    Raises:
+        ConfigError: what Hydra says about the first of them.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
+    try:
+        _compose(hydras, config_dirs)
+        with suppress(ConfigError):  # a mistake in the others is told later, in our words
+            config = _compose([*hydras, *tasks], config_dirs)[1]
+            return [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+        return []
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _compose(hydras: list[str], config_dirs: list[str]) -> tuple[Hydra, DictConfig]:
+    """Return Hydra, set up for a sweep, and the configuration that its launcher is made from."""
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    from mlxchat.compose import register_schema
+    from mlxchat.sweep.expand import search_path
+
+    register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        hydra = Hydra.create_main_hydra2("mlxchat", search_path())
+        folders = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
+        hydras = [*hydras, *folders]
+        return hydra, hydra.compose_config("config", hydras, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"Hydra's settings: {str(error).splitlines()[0]}") from None
 
 
 def launch(
@@ -76,32 +130,17 @@ def launch(
         Exception: whatever the launcher raises if it loses a process.
     """
     from hydra._internal.callbacks import Callbacks
-    from hydra._internal.hydra import Hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.plugins import Plugins
-    from hydra.errors import HydraException
-    from hydra.types import HydraContext, RunMode
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.types import HydraContext
 
-    from mlxchat.compose import register_schema
-    from mlxchat.sweep.expand import search_path
-
-    register_schema()
-    GlobalHydra.instance().clear()
+    place = str(folder.path.resolve()).replace("\\", "\\\\").replace("'", "\\'")
     try:
-        hydra = Hydra.create_main_hydra2("mlxchat", search_path(config_dirs))
-        place = str(folder.path.resolve()).replace("\\", "\\\\").replace("'", "\\'")
-        try:
-            config = hydra.compose_config(
-                "config", [*hydras, f"hydra.sweep.dir='{place}'"], run_mode=RunMode.MULTIRUN,
-                with_log_configuration=False,
-            )  # fmt: skip
-            callbacks = Callbacks(config)
-            launcher = Plugins.instance().instantiate_launcher(
-                HydraContext(config_loader=hydra.config_loader, callbacks=callbacks), task, config
-            )
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(str(error).splitlines()[0]) from None
+        hydra, config = _compose([*hydras, f"hydra.sweep.dir='{place}'"], config_dirs)
+        callbacks = Callbacks(config)
+        launcher = Plugins.instance().instantiate_launcher(
+            HydraContext(config_loader=hydra.config_loader, callbacks=callbacks), task, config
+        )
         size = config.hydra.sweeper.get("max_batch_size") or len(jobs)
         callbacks.on_multirun_start(config=config, config_name="config")
         for start in range(0, len(jobs), size):

@@ -92,4 +92,5 @@ def _rank(row: Row, metric: str | None, less_is_better: bool) -> tuple[bool, flo
 
 
 def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|")
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
