@@ -23,7 +23,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=LAUNCHERS)
+@pytest.fixture(params=["joblib", *(pytest.param(name, marks=pytest.mark.slow) for name in ("submitit_local", "ray"))])
 def launcher(request: pytest.FixtureRequest) -> list[str]:
     """The overrides that choose a launcher; left out where it is not installed."""
     pytest.importorskip(f"hydra_plugins.hydra_{LAUNCHERS[request.param]}_launcher")
@@ -79,7 +79,7 @@ def long(tiny: tuple[str, ...], outputs: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_jobs_elsewhere_where_they_can_continue(
     number: signal.Signals, long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Any
 ) -> None:
