@@ -78,4 +78,5 @@ def run(ctx: Context) -> None:
             keep_state=config.save_training_state,
         )
     ctx.metrics |= batches.counts()
-    save_checkpoint(ctx.out, model, tokenizer, {"stage": "pretrain", "format": "base"})
+    facts = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
+    save_checkpoint(ctx.out, model, tokenizer, facts)

@@ -4,6 +4,8 @@ Counterpart of nanochat's scripts/chat_rl.py: on-policy REINFORCE with the quest
 token-level normalisation; no KL penalty, no ratio, no clipping. Options: conf/settings/rl.yaml.
 """
 
+from dataclasses import replace
+
 from mlxchat.data.mixture import load_item
 from mlxchat.engine.generate import Engine
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
@@ -23,10 +25,11 @@ RESOURCES = ["gpu"]
 
 def run(ctx: Context) -> None:
     config = ctx.config.rl
-    model, tokenizer, _ = load_checkpoint(ctx.inputs["checkpoint"])
+    model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     engine = Engine(model, tokenizer)
     practice, held_out = load_item(config.task), load_item(config.evaluation)
-    optimizer = Optimizer(model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
+    rates = ctx.config.optimizer if config.clip_gradients else replace(ctx.config.optimizer, grad_clip=None)
+    optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
     # Samples are seldom as long as the context, but may be.
@@ -56,4 +59,4 @@ def run(ctx: Context) -> None:
         micro_tokens=micro_batch.tokens,
     )
     ctx.metrics["reward"] = rollouts.mean_reward
-    save_checkpoint(ctx.out, model, tokenizer, {"stage": "rl", "format": "chat"})
+    save_checkpoint(ctx.out, model, tokenizer, {**facts, "stage": "rl", "format": "chat"})

@@ -136,6 +136,17 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_typ
         (["sft.mixture.facts.epochs=0"], r"sft\.mixture\.facts\.epochs is 0"),
         (["sft.mixture.facts.size=-3"], r"sft\.mixture\.facts.*size.*-3"),
         (["suite.facts_mc.size=0"], r"suite\.facts_mc.*size.*0"),
+        (["sft.warm_start=true"], r"sft\.warm_start is true, but step sft starts from midtrain"),
+        (
+            [
+                "~pipeline.midtrain",
+                "~pipeline.eval_mid",
+                "pipeline.sft.checkpoint=pretrain",
+                "sft.warm_start=true",
+                "pretrain.save_training_state=false",
+            ],
+            r"needs pretrain\.save_training_state=true",
+        ),
         (["sft.num_epochs=0"], r"sft\.num_epochs is 0, expected at least 1"),
         (["rl.temperature=0"], r"rl\.temperature is 0"),
         (["rl.samples_per_question=1"], r"rl\.samples_per_question is 1, expected at least 2"),

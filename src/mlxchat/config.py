@@ -136,18 +136,9 @@ class TaskItem:
 class BatchConfig:
     """One iteration's tokens."""
 
-    tokens: int = MISSING
-    """Tokens per iteration; a multiple of row_tokens."""
-    row_tokens: int = MISSING
-    """Tokens per row."""
-
-
-@dataclass(kw_only=True)
-class PretrainBatchConfig:
-    """One iteration's tokens in pretraining."""
-
     tokens: int | None = MISSING
-    """Tokens per iteration, a multiple of row_tokens; null: what optimizer.scaling finds best for the model."""
+    """Tokens per iteration, a multiple of row_tokens. null, in pretraining: what optimizer.scaling finds best for the
+    model; on conversations: as many as pretraining had."""
     row_tokens: int = MISSING
     """Tokens per row."""
 
@@ -167,7 +158,7 @@ class PretrainConfig:
     """nanochat's param-data ratio; 20 is Chinchilla's."""
     horizon_parameters: str = MISSING
     """Which parameters tokens_per_parameter and the optimizer's scaling count: all, or matrices_and_head."""
-    batch: PretrainBatchConfig = MISSING
+    batch: BatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
     packing_buffer_documents: int = MISSING
     """Documents that best-fit packing chooses from."""
@@ -195,6 +186,10 @@ class FinetuneConfig:
     """Stop after so many iterations; null: after num_epochs."""
     train_on: str = MISSING
     """assistant: only the assistant's tokens; all: every token (nanochat's midtraining)."""
+    warm_start: bool = field(default=MISSING, metadata={"since_default": False})
+    """Whether the optimizer goes on with the moments of the pretraining that the checkpoint comes from."""
+    clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
+    """Whether optimizer.grad_clip holds in this stage."""
     batch: BatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
     packing_buffer_conversations: int = MISSING
@@ -219,6 +214,8 @@ class RLConfig:
     max_new_tokens: int = MISSING
     temperature: float = MISSING
     top_k: int | None = MISSING
+    clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
+    """Whether optimizer.grad_clip holds in this stage."""
     schedule: ScheduleConfig = MISSING
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between evaluations; null: only before and after."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mlxchat.config import BatchConfig, Config, FinetuneConfig, PretrainBatchConfig, ScheduleConfig, TaskItem
+from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig, TaskItem
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.runner.fingerprint import plain_of
@@ -24,8 +24,8 @@ def find_problems(config: Config) -> list[str]:
         *_choices(config),
         *_corpus(config),
         *_pretrain(config),
-        *_finetune("midtrain", config.midtrain, config.model.context_tokens),
-        *_finetune("sft", config.sft, config.model.context_tokens),
+        *_finetune("midtrain", config.midtrain, config),
+        *_finetune("sft", config.sft, config),
         *_rl(config),
         *_tasks("suite", config.suite, training=False),
         *_at_least_one(config),
@@ -143,13 +143,24 @@ def _pretrain(config: Config) -> Iterator[str]:
     yield from _schedule("pretrain", pretrain.schedule)
 
 
-def _finetune(name: str, config: FinetuneConfig, context_tokens: int) -> Iterator[str]:
-    yield from _batch(name, config.batch, context_tokens)
-    yield from _schedule(name, config.schedule)
-    yield from _tasks(f"{name}.mixture", config.mixture, training=True)
-    yield from _tasks(f"{name}.validation", config.validation, training=False)
-    if config.num_epochs < 1:
-        yield f"{name}.num_epochs is {config.num_epochs}, expected at least 1"
+def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[str]:
+    yield from _batch(name, finetune.batch, config.model.context_tokens)
+    yield from _schedule(name, finetune.schedule)
+    yield from _tasks(f"{name}.mixture", finetune.mixture, training=True)
+    yield from _tasks(f"{name}.validation", finetune.validation, training=False)
+    if finetune.num_epochs < 1:
+        yield f"{name}.num_epochs is {finetune.num_epochs}, expected at least 1"
+    for step, wiring in config.pipeline.items():
+        source = config.pipeline.get(wiring.get("checkpoint", ""), {})
+        if not finetune.warm_start or wiring.get("stage") != name or source.get("stage") in (None, "outside"):
+            continue
+        if source["stage"] != "pretrain":
+            yield (
+                f"{name}.warm_start is true, but step {step} starts from {wiring['checkpoint']}: only pretraining "
+                f"keeps its moments. Give {name}.warm_start=false, or pipeline.{step}.checkpoint=pretrain"
+            )
+        elif not config.pretrain.save_training_state:
+            yield f"{name}.warm_start is true, which needs pretrain.save_training_state=true"
 
 
 def _rl(config: Config) -> Iterator[str]:
@@ -165,7 +176,7 @@ def _rl(config: Config) -> Iterator[str]:
         yield f"rl.top_k is {rl.top_k}, expected at least 1, or null for all"
 
 
-def _batch(name: str, batch: BatchConfig | PretrainBatchConfig, context_tokens: int) -> Iterator[str]:
+def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:
     if batch.row_tokens < 2 or (batch.tokens is not None and batch.tokens < 1):
         yield f"{name}.batch: tokens and row_tokens must be positive (row_tokens at least 2)"
     elif batch.tokens is not None and batch.tokens % batch.row_tokens:

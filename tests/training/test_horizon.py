@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlxchat.compose import compose_config
-from mlxchat.config import Config, PretrainBatchConfig, PretrainConfig
+from mlxchat.config import BatchConfig, Config, PretrainConfig
 from mlxchat.model.sizing import GPTSizes, flops_per_token, sizes_of
 from mlxchat.training.horizon import (
     Hyperparameters,
@@ -30,7 +30,7 @@ def sizes(depth: int, recipe: Config = OCT2025) -> GPTSizes:
 
 def config(recipe: Config = OCT2025, tokens: int | None = BATCH, **horizon: Any) -> PretrainConfig:
     horizons = {"num_iterations": None, "target_flops": None, "tokens_per_parameter": None} | horizon
-    return replace(recipe.pretrain, batch=PretrainBatchConfig(tokens=tokens, row_tokens=2048), **horizons)
+    return replace(recipe.pretrain, batch=BatchConfig(tokens=tokens, row_tokens=2048), **horizons)
 
 
 def derive(depth: int, recipe: Config = OCT2025, tokens: int | None = BATCH, **horizon: Any) -> Hyperparameters:

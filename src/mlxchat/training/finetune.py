@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 from mlxchat.config import FinetuneConfig
 from mlxchat.data.encoded import open_mixture
 from mlxchat.data.mixture import Mixture
 from mlxchat.data.packing import ConversationRows, Row, count_rows
 from mlxchat.data.tokens import Tokens
+from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
+from mlxchat.training.horizon import whole_rows
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
+from mlxchat.training.resume import load_moments
 
 
 def finetune(ctx: Context, config: FinetuneConfig) -> None:
-    """Continue from the input checkpoint with the mixture's conversations, with fresh optimizer state."""
-    model, tokenizer, _ = load_checkpoint(ctx.inputs["checkpoint"])
-    machine = ctx.config.machine
-    optimizer = Optimizer(model, ctx.config.optimizer, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
+    """Continue from the input checkpoint with the mixture's conversations.
+
+    Raises:
+        DataError: the configuration counts on something that the checkpoint does not hold.
+    """
+    checkpoint = ctx.inputs["checkpoint"]
+    model, tokenizer, facts = load_checkpoint(checkpoint)
+    machine, rates = ctx.config.machine, ctx.config.optimizer
+    if not config.clip_gradients:
+        rates = replace(rates, grad_clip=None)
+    optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
+    if config.warm_start:
+        load_moments(checkpoint, optimizer)
+    row_tokens = config.batch.row_tokens
+    rows_per_iteration = _batch_tokens(ctx.stage, config, checkpoint, facts) // row_tokens
     mixture = Mixture(config.mixture, seed=ctx.seed("mixture"))
 
     encoded = open_mixture(ctx, "mixture", mixture, tokenizer)
@@ -30,28 +48,26 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         return ConversationRows(
             conversations,
             padding=tokenizer.bos,
-            row_tokens=config.batch.row_tokens,
+            row_tokens=row_tokens,
             buffer_conversations=config.packing_buffer_conversations,
             train_on=config.train_on,
             seed=ctx.seed("order"),
             name_of=mixture.name,
         )
 
-    rows_per_iteration = config.batch.tokens // config.batch.row_tokens
     rows_per_epoch = count_rows(lambda: pack(encoded))
     num_iterations = config.num_iterations or max(1, config.num_epochs * rows_per_epoch // rows_per_iteration)
     held_out = pack(open_mixture(ctx, "validation", held_out_mixture, tokenizer))
     # One pass, so that no conversation counts twice.
     validation: list[Row] = []
-    while held_out.epoch == 0 and len(validation) * config.batch.row_tokens < config.eval_tokens:
+    while held_out.epoch == 0 and len(validation) * row_tokens < config.eval_tokens:
         validation.append(held_out.next_row())
-    row_tokens = config.batch.row_tokens
     micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens)
     ctx.derive(
         {
             "num_conversations": len(mixture),
             "rows_per_epoch": rows_per_epoch,
-            "tokens_per_iteration": config.batch.tokens,
+            "tokens_per_iteration": rows_per_iteration * row_tokens,
             "num_iterations": num_iterations,
             "validation_rows": len(validation),
             **micro_batch.numbers(),
@@ -73,4 +89,12 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
             micro_tokens=micro_batch.tokens,
         )
     ctx.metrics |= batches.counts()
-    save_checkpoint(ctx.out, model, tokenizer, {"stage": ctx.stage, "format": "chat"})
+    save_checkpoint(ctx.out, model, tokenizer, {**facts, "stage": ctx.stage, "format": "chat"})
+
+
+def _batch_tokens(stage: str, config: FinetuneConfig, checkpoint: Path, facts: dict[str, Any]) -> int:
+    """Return the tokens of an iteration, at least one row: given, or as many as pretraining had."""
+    tokens = config.batch.tokens or facts.get("pretrain_batch_tokens")
+    if tokens is None:
+        raise DataError(f"{checkpoint} does not tell how large pretraining's batch was: give {stage}.batch.tokens")
+    return whole_rows(int(tokens), config.batch.row_tokens)

@@ -8,7 +8,7 @@ from itertools import islice
 
 from mlxchat.config import Config, MachineConfig, ModelConfig
 from mlxchat.errors import ConfigError
-from mlxchat.model.sizing import sizes_of
+from mlxchat.model.sizing import GPTSizes, sizes_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes
 from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
@@ -62,10 +62,8 @@ def training_of(config: Config, stage: str) -> Training | None:
         return None
     sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
     if stage == "pretrain":
-        reference = reference_sizes(config.model, config.architecture, config.optimizer, sizes.vocab_size)
-        tokens = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference).batch_tokens
         row_tokens = config.pretrain.batch.row_tokens
-        rows = tokens // row_tokens
+        rows = _pretraining_tokens(config, sizes) // row_tokens
     elif stage == "rl":
         # Samples may be as long as the context, seldom are.
         row_tokens = sizes.context_tokens
@@ -73,11 +71,17 @@ def training_of(config: Config, stage: str) -> Training | None:
     else:
         batch = (config.midtrain if stage == "midtrain" else config.sft).batch
         row_tokens = batch.row_tokens
-        rows = batch.tokens // row_tokens
+        rows = (batch.tokens or _pretraining_tokens(config, sizes)) // row_tokens
     return Training(
         sizes=sizes, optimizer=config.optimizer, rows=max(1, rows), row_tokens=row_tokens,
         recompute=config.machine.grad_checkpointing, device=find_device(config.machine),
     )  # fmt: skip
+
+
+def _pretraining_tokens(config: Config, sizes: GPTSizes) -> int:
+    """Return the tokens of one of pretraining's iterations."""
+    reference = reference_sizes(config.model, config.architecture, config.optimizer, sizes.vocab_size)
+    return derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference).batch_tokens
 
 
 def _remedies(config: Config, stage: str) -> Iterator[tuple[str, int]]:

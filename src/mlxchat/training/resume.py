@@ -56,17 +56,44 @@ def load_finished(folder: Path, model: GPT, optimizer: Optimizer) -> dict[str, A
         state: dict[str, Any] = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
     except Exception as error:  # the safetensors reader has several error types of its own
         raise DataError(f"{folder}: no readable training state ({type(error).__name__}: {error})") from None
-    expected: dict[str, mx.array]
-    for expected, found in ((flatten_parameters(model), weights), (optimizer.state, moments)):
-        wrong = sorted(
-            name
-            for name in expected.keys() | found.keys()
-            if name not in expected or name not in found or tuple(expected[name].shape) != found[name].shape
-        )
-        if wrong:
-            raise DataError(f"{folder} cannot be extended, other arrays are needed: {', '.join(wrong[:5])}")
+    _check_arrays(folder, flatten_parameters(model), weights)
+    _check_arrays(folder, optimizer.state, moments)
     set_parameters(model, {name: mx.array(value) for name, value in weights.items()})
+    _set_moments(optimizer, moments)
+    mx.eval(model.state)
+    return state
+
+
+def load_moments(folder: Path, optimizer: Optimizer) -> None:
+    """Set the optimizer's moments, and how many iterations they are from, to those of a finished training.
+
+    Its rates stay. Counterpart of `load_optimizer` in nanochat's chat_sft of 2026.
+
+    Raises:
+        DataError: the folder has none, or they are of other parameters or another optimizer.
+    """
+    try:
+        moments = load_file(folder / "training_state.safetensors")
+    except Exception as error:  # the safetensors reader has several error types of its own
+        raise DataError(
+            f"{folder} has no readable training state to start warm from ({error}). Pretrain it with "
+            "pretrain.save_training_state=true, or give warm_start=false"
+        ) from None
+    _check_arrays(folder, optimizer.state, moments)
+    _set_moments(optimizer, moments)
+
+
+def _set_moments(optimizer: Optimizer, moments: dict[str, Any]) -> None:
     for name, value in moments.items():
         optimizer.state[name] = mx.array(value)
-    mx.eval(model.state, optimizer.state)
-    return state
+    mx.eval(optimizer.state)
+
+
+def _check_arrays(folder: Path, expected: dict[str, mx.array], found: dict[str, Any]) -> None:
+    wrong = sorted(
+        name
+        for name in expected.keys() | found.keys()
+        if name not in expected or name not in found or tuple(expected[name].shape) != found[name].shape
+    )
+    if wrong:
+        raise DataError(f"{folder} cannot be continued, other arrays are needed: {', '.join(wrong[:5])}")
