@@ -45,6 +45,29 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, window: int | None =
     return out.reshape(batch, tokens, heads, width).astype(dtype)
 
 
+def masked_attention(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -> mx.array:
+    """Return softmax(q kᵀ / sqrt(D)) v over what each query may see. Not meant for gradients.
+
+    Args:
+        q: (B, H, T, D), normalised as for `causal_attention`.
+        k: (B, K, S, D).
+        v: (B, K, S, D).
+        visible: (B, T, S), bool; every query sees something.
+
+    Returns:
+        (B, T, H, D).
+    """
+    batch, heads, tokens, width = q.shape
+    if backend() != "cpu":
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=width**-0.5, mask=visible[:, None])
+        return out.swapaxes(1, 2)
+    dtype, (q, k, v) = q.dtype, (x.astype(mx.float32) for x in (q, k, v))
+    q = q.reshape(batch, k.shape[1], heads // k.shape[1], tokens, width) * (width**-0.5 / EXP_UNIT)
+    weights = _masked_exp(q @ k[:, :, None].swapaxes(-1, -2), visible[:, None, None].astype(mx.float32))
+    out = _multiply(weights @ v[:, :, None], (1 / sum_rows(weights))[..., None])
+    return out.reshape(batch, heads, tokens, width).swapaxes(1, 2).astype(dtype)
+
+
 @cache
 def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
     """Return the attention for one window with its gradient.

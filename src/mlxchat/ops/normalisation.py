@@ -6,6 +6,7 @@ float32 and return what they are given: float32 or bfloat16.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -19,6 +20,16 @@ RMS_NORM_EPSILON = 1.1920929e-07
 _TABLE_TOKENS = 1024
 
 
+@dataclass(frozen=True)
+class Positions:
+    """Where each token stands, for rows in which several continuations follow one beginning."""
+
+    of: mx.array
+    """(B, T), from 0."""
+    end: int
+    """Above all of them."""
+
+
 def rms_norm(x: mx.array) -> mx.array:
     """Return x divided by the root of its mean square over the last axis."""
     if backend() == "cpu":
@@ -26,17 +37,21 @@ def rms_norm(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, RMS_NORM_EPSILON)
 
 
-def rotate_and_normalise(x: mx.array, *, offset: int, theta: float, scale: float) -> mx.array:
+def rotate_and_normalise(x: mx.array, *, offset: int | Positions, theta: float, scale: float) -> mx.array:
     """Return heads (B, H, T, D) rotated by minus their position's angles, RMS-normalised and scaled.
 
     nanochat rotates by −θ: halves x1, x2 → x1 cos + x2 sin, x2 cos − x1 sin.
 
     Args:
         x: (B, T, H, D) queries or keys as they come from their projection.
-        offset: position of the first token.
+        offset: position of the first token, or of each one.
         theta: base of the wavelengths.
         scale: factor after the norm.
     """
+    if isinstance(offset, Positions):
+        tables = _rotation(-(-offset.end // _TABLE_TOKENS), x.shape[3], theta)
+        cos, sin = (table[offset.of][:, None] for table in tables)
+        return _rotated_norm(x.astype(mx.float32), cos, sin, mx.array(scale))[0].astype(x.dtype)
     if backend() == "cpu":
         end = offset + x.shape[1]
         cos, sin = (table[offset:end] for table in _rotation(-(-end // _TABLE_TOKENS), x.shape[3], theta))
