@@ -261,6 +261,8 @@ class MachineConfig:
     """Memory MLX may keep for reuse; null: its own."""
     wired_limit_bytes: int | None = MISSING
     """Memory MLX may keep resident on a Mac; null: its own. Elsewhere it has no meaning."""
+    training_flops: float | None = MISSING
+    """FLOPs per second that training is expected to reach, to predict times until one was measured; null: unknown."""
     max_parallel_steps: int = MISSING
     """Steps at a time; above 1 each runs in a process of its own. A GPU computes one at a time all the same."""
     blas_threads: int | None = MISSING
@@ -288,8 +290,11 @@ class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
     kind: str = MISSING
-    """none, wandb or trackio."""
+    """none, wandb, trackio or tensorboard."""
     project: str = MISSING
+    """What the tracker groups runs under."""
+    tags: list[str] = MISSING
+    """Words to find the run by."""
 
 
 @dataclass(kw_only=True)

@@ -37,12 +37,14 @@ def main(arguments: list[str]) -> int:
     from mlxchat.runner.fingerprint import plain_of
     from mlxchat.runner.saved_plan import save_plan
     from mlxchat.runner.store import Store
+    from mlxchat.training.duration import estimate_pretraining
     from mlxchat.training.memory_check import check_memory, describe_memory
 
     composed = compose_config(*split_config_dirs(rest))
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
-    estimates, memory = estimate_steps(plan, store), describe_memory(config, plan)
+    memory = describe_memory(config, plan)
+    estimates = estimate_steps(plan, store) | estimate_pretraining(config, plan, store)
     if options.json:
         print(json.dumps(describe_plan(plan, estimates, memory), indent=1, ensure_ascii=False), flush=True)
     else:

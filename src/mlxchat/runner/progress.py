@@ -52,7 +52,7 @@ class Progress:
         """Show that `done` units are finished, with numbers already formatted: loss="3.91", speed="4.1k tok/s"."""
         now = time.monotonic()
         numbers["eta"] = self._eta(done, now)
-        text = f"{done}/{self.total} {self.unit}  " + "  ".join(
+        text = f"{self.amount(done)}  " + "  ".join(
             value if key in ("speed", "memory") else f"{key} {value}" for key, value in numbers.items() if value
         )
         if self.bar is not None:
@@ -60,6 +60,10 @@ class Progress:
         elif now - self.last_line >= _PLAIN_INTERVAL_SECONDS or done >= self.total:
             self.last_line = now
             print(f"  {self.title:<9} {done / max(1, self.total):>4.0%}  {text}", file=self.stream, flush=True)
+
+    def amount(self, done: int) -> str:
+        """Return how much is done, as people read it."""
+        return f"{done}/{self.total} {self.unit}"
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the bar if there is one."""
@@ -75,13 +79,14 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as people read it: 4.2s, 3m05s, 2h07m."""
+    """Return a duration as people read it: 4.2s, 3m05s, 2h07m, 56d16h."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}m{rest:02d}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
 
 
 def format_count(count: float) -> str:

@@ -1,0 +1,59 @@
+"""How long a pretraining will take: its FLOPs over those per second that a pretraining has reached before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from mlxchat.config import Config
+from mlxchat.model.sizing import flops_per_token, sizes_of
+from mlxchat.runner.aliases import recent_artifacts
+from mlxchat.runner.estimates import Estimate
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.store import Manifest, Store
+from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
+from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.training.micro_batch import find_device
+
+
+def estimate_pretraining(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
+    """Return step → estimate of the pretrainings that are to run, where a speed is known.
+
+    The speed is that of the finished pretraining in the store that was most like it in FLOPs per token, on the same
+    kind of device; without one it is `machine.training_flops`. The bytes are those of weights and moments.
+    """
+    found: dict[str, Estimate] = {}
+    for step in plan:
+        if step.done or step.stage.name != "pretrain":
+            continue
+        sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+        reference = reference_sizes(config.model, config.architecture, config.optimizer, sizes.vocab_size)
+        derived = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference)
+        per_token, device = flops_per_token(sizes), find_device(config.machine).kind
+        reached, source = config.machine.training_flops, "machine.training_flops"
+        if made := _most_alike(recent_artifacts(store, "pretrain"), per_token, device):
+            reached, source = _speed(made), made["name"]
+        if reached is None:
+            continue
+        peak = predict_peak_bytes(
+            sizes, config.optimizer, rows=1, micro_rows=1, row_tokens=config.pretrain.batch.row_tokens, num_lanes=1
+        )
+        moments = peak.moments if config.pretrain.save_training_state else 0
+        found[step.name] = Estimate(
+            seconds=per_token * derived.batch_tokens * derived.num_iterations / reached,
+            bytes=int(peak.weights + moments),
+            artifact=source,
+        )
+    return found
+
+
+def _most_alike(made: Iterable[Manifest], per_token: float, device: str) -> Manifest | None:
+    known = [each for each in made if _speed(each) and each.get("device", {}).get("backend") == device]
+    return min(known, key=lambda each: abs(math.log(each["derived"]["flops_per_token"] / per_token)), default=None)
+
+
+def _speed(made: Mapping[str, object]) -> float | None:
+    """Return the FLOP/s of a finished pretraining; None where its manifest does not tell."""
+    derived, tokens = made.get("derived"), made.get("tokens_per_second")
+    per_token = derived.get("flops_per_token") if isinstance(derived, Mapping) else None
+    return tokens * per_token if isinstance(tokens, float) and per_token else None

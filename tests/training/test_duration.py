@@ -1,0 +1,60 @@
+"""The time of a pretraining follows from its FLOPs, and from a speed that was reached or is expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.commands.run import plan_of
+from mlxchat.compose import compose_config
+from mlxchat.runner.estimates import Estimate
+from mlxchat.runner.store import Store
+from mlxchat.training import duration
+from mlxchat.training.duration import estimate_pretraining
+
+# nanochat's published d20: 3.491758e9 FLOPs per token, 21,400 iterations of 524,288 tokens.
+D20_FLOPS = 3.491758e9 * 21_400 * 524_288
+
+
+def estimate(tmp_path: Path, *overrides: str) -> Estimate | None:
+    config = compose_config(["experiment=speedrun_d20", "stage=pretrain", "machine.device=cpu", *overrides]).config
+    store = Store(tmp_path / "outputs")
+    return estimate_pretraining(config, plan_of(config, store), store).get("pretrain")
+
+
+def made(per_token: float, tokens_per_second: float, backend: str = "cpu") -> dict[str, Any]:
+    return {
+        "name": f"pretrain-{per_token:g}", "device": {"backend": backend},
+        "tokens_per_second": tokens_per_second, "derived": {"flops_per_token": per_token},
+    }  # fmt: skip
+
+
+def test_without_any_speed_nothing_is_estimated(tmp_path: Path) -> None:
+    assert estimate(tmp_path) is None
+
+
+def test_the_expected_speed_gives_the_seconds_of_the_published_d20(tmp_path: Path) -> None:
+    found = estimate(tmp_path, "machine.training_flops=8e12")
+    assert found is not None
+    assert found.seconds == pytest.approx(D20_FLOPS / 8e12, rel=1e-4)
+
+
+def test_a_speed_that_was_reached_goes_before_the_expected_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = [made(1e7, 1e4), made(2e9, 100.0), made(3e9, 5e6, backend="cuda"), {"name": "damaged"}]
+    monkeypatch.setattr(duration, "recent_artifacts", lambda store, stage: iter(history))
+    found = estimate(tmp_path, "machine.training_flops=8e12")
+    assert found is not None
+    assert found.artifact == "pretrain-2e+09"
+    assert found.seconds == pytest.approx(D20_FLOPS / 2e11, rel=1e-4)
+
+
+def test_the_bytes_are_those_of_weights_and_moments(tmp_path: Path) -> None:
+    whole = estimate(tmp_path, "machine.training_flops=8e12")
+    weights = estimate(tmp_path, "machine.training_flops=8e12", "pretrain.save_training_state=false")
+    assert whole is not None
+    assert weights is not None
+    tables, matrices = 2 * 65_536 * 1_280, 393_216_000
+    assert weights.bytes == 4 * (tables + matrices)
+    assert whole.bytes - weights.bytes == pytest.approx(4 * (2 * tables + matrices), rel=1e-3)
