@@ -1,0 +1,101 @@
+"""Run programs that a model wrote, without trusting them. Counterpart of nanochat/execution.py.
+
+That one calls itself no security sandbox; this one is meant to be. Each program runs in a fresh interpreter with nothing
+in its environment, in a session and a folder of its own, under limits of processor time, memory, file size, files and
+processes, and is killed with all that it started when its time is up. What the operating system offers beyond that is
+used where it is permitted, and named in the outcome:
+
+- Linux: user, network, IPC and mount namespaces (no network, a small file system in memory), Landlock (no file
+  elsewhere can be written, only Python's own can be read), seccomp (no process, no signal, no socket).
+- macOS: sandbox-exec (no network, no process, no signal, nothing written elsewhere). The kernel has no limit of
+  memory, so what the program has in memory is looked at ten times a second.
+
+A program has passed if all of it was executed, to the end. Its exit status says nothing about that: it passes by
+sending back a secret which it gets only when it has ended, by a question that only the code around it knows. Code that
+runs in the same interpreter and knows this file could claim that; it would gain a point and harm nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlxchat.evals.sandbox_run import PROTECTIONS, Outcome, Run
+
+__all__ = ["PROTECTIONS", "Outcome", "protections_here", "run_program", "run_programs"]
+
+
+def run_program(
+    code: str,
+    *,
+    seconds: float = 5.0,
+    memory_bytes: int = 256 << 20,
+    protections: Iterable[str] = PROTECTIONS,
+) -> Outcome:
+    """Execute a program and return whether it reached its end.
+
+    Args:
+        code: Python source; it runs as __main__.
+        seconds: of wall clock that it may take.
+        memory_bytes: that it may have, the interpreter's own included (about 20 MB).
+        protections: those to use where this machine has them; for tests of the others.
+
+    Raises:
+        StepFailed: no interpreter can be started here, which is not the program's fault.
+    """
+    with _own_folder() as folder:
+        run = Run(folder, code, seconds, memory_bytes, tuple(protections))
+        outcome = run.follow()
+        if outcome.passed and not folder.is_dir():
+            return Outcome(False, "failed", outcome.output, outcome.seconds, outcome.protections)
+        return outcome
+
+
+def run_programs(
+    codes: list[str],
+    *,
+    workers: int | None = None,
+    seconds: float = 5.0,
+    memory_bytes: int = 256 << 20,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Outcome]:
+    """Execute several programs at a time and return their outcomes in order.
+
+    Args:
+        codes: the programs.
+        workers: at a time; None: as many as there are cores.
+        seconds: of wall clock for each.
+        memory_bytes: for each.
+        on_progress: called with the number of programs that have ended, after each.
+    """
+    done: list[Outcome] = []
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for outcome in pool.map(lambda code: run_program(code, seconds=seconds, memory_bytes=memory_bytes), codes):
+            done.append(outcome)
+            on_progress(len(done))
+    return done
+
+
+def protections_here() -> tuple[str, ...]:
+    """Return what is in force on this machine, found by running an empty program."""
+    return run_program("").protections
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="mlxchat-program-")).resolve()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # the program closed a folder of its own to its owner
+            for place, names, _ in os.walk(folder):
+                for inner in (Path(place, name) for name in names):
+                    if not inner.is_symlink():
+                        inner.chmod(0o700)
+            shutil.rmtree(folder, ignore_errors=True)
