@@ -21,7 +21,8 @@ from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSi
 from mlxchat.ops.activation import gated_sum, product, squared_relu_product
 from mlxchat.ops.attention import causal_attention
 from mlxchat.ops.cross_entropy import soft_cap
-from mlxchat.ops.normalisation import rms_norm, rotate_and_normalise
+from mlxchat.ops.dropout import Dropout, dropped
+from mlxchat.ops.normalisation import Positions, rms_norm, rotate_and_normalise
 
 BACKOUT_INIT = 0.2
 _EMBEDDING, _VALUE_EMBEDDING = "transformer.wte.weight", "value_embeds.{}.weight"
@@ -38,8 +39,8 @@ class Cache(Protocol):
     """The past of a batch of rows, as the model needs it."""
 
     @property
-    def offset(self) -> int:
-        """Tokens already cached."""
+    def offset(self) -> int | Positions:
+        """Tokens already cached; or where each new token stands."""
 
     @property
     def layers(self) -> list[Any]:
@@ -64,14 +65,19 @@ class Attention(nn.Module):
             self.ve_gate = nn.Linear(VALUE_GATE_CHANNELS, sizes.num_kv_heads, bias=False)
 
     def __call__(
-        self, x: mx.array, value_embedding: mx.array | None = None, *, offset: int = 0, cache: LayerCache | None = None
+        self,
+        x: mx.array,
+        value_embedding: mx.array | None = None,
+        *,
+        offset: int | Positions = 0,
+        cache: LayerCache | None = None,
     ) -> mx.array:
         """Return (B, T, C).
 
         Args:
             x: (B, T, C), normalised.
             value_embedding: (B, T, K D), what the layer's table says of each token.
-            offset: position of the first token.
+            offset: position of the first token, or of each one.
             cache: the past.
         """
         sizes = self.sizes
@@ -116,11 +122,31 @@ class Block(nn.Module):
         self.mlp = MLP(sizes)
 
     def __call__(
-        self, x: mx.array, value_embedding: mx.array | None = None, *, offset: int = 0, cache: LayerCache | None = None
+        self,
+        x: mx.array,
+        value_embedding: mx.array | None = None,
+        *,
+        offset: int | Positions = 0,
+        cache: LayerCache | None = None,
+        dropout_keys: mx.array | None = None,
+        dropout_rate: float = 0.0,
     ) -> mx.array:
-        """Return (B, T, C); the arguments are `Attention`'s."""
-        x = x + self.attn(rms_norm(x), value_embedding, offset=offset, cache=cache)
-        return x + self.mlp(rms_norm(x))
+        """Return (B, T, C).
+
+        Args:
+            x: (B, T, C).
+            value_embedding: `Attention`'s, as the next two are.
+            offset: position of the first token, or of each one.
+            cache: the past.
+            dropout_keys: (B, 2, 2), for what attention and MLP add to the stream; None: nothing is left out.
+            dropout_rate: share of it that is left out.
+        """
+        update = self.attn(rms_norm(x), value_embedding, offset=offset, cache=cache)
+        if dropout_keys is None:
+            x = x + update
+            return x + self.mlp(rms_norm(x))
+        x = x + dropped(update, dropout_keys[:, 0], dropout_rate)
+        return x + dropped(self.mlp(rms_norm(x)), dropout_keys[:, 1], dropout_rate)
 
 
 class GPT(nn.Module):
@@ -158,6 +184,11 @@ class GPT(nn.Module):
         """Return the names of the parameters of which tokens read one row each: the tables of embeddings."""
         return [_EMBEDDING, *(_VALUE_EMBEDDING.format(layer) for layer in getattr(self, "value_embeds", {}))]
 
+    @property
+    def dropout_places(self) -> int:
+        """How many places of a row dropout has keys for: the embedding, and two in each layer."""
+        return 1 + 2 * self.sizes.num_layers
+
     def hidden(
         self,
         ids: mx.array,
@@ -165,6 +196,7 @@ class GPT(nn.Module):
         *,
         recompute: bool = False,
         table_rows: Mapping[str, mx.array] | None = None,
+        dropout: Dropout | None = None,
     ) -> mx.array:
         """Return the final normalised states (B, T, C) of token ids (B, T).
 
@@ -175,12 +207,16 @@ class GPT(nn.Module):
                 more time, the same numbers.
             table_rows: by `table_names`, what the tables say of ids (B, T, …), if that has been looked up already: a
                 gradient is then taken in these rows instead of in whole tables.
+            dropout: what to leave out of the embedding and of what each attention and MLP adds to the stream, with keys
+                for `dropout_places` places; None: nothing.
         """
         sizes, middle = self.sizes, None
         offset = cache.offset if cache is not None else 0
         x = rms_norm(self.transformer["wte"](ids) if table_rows is None else table_rows[_EMBEDDING])
         if sizes.smear:
             x = self._smear(x, cache)
+        if dropout is not None:
+            x = dropped(x, dropout.keys[:, 0], dropout.rate)
         first = x
         for layer, block in enumerate(self.transformer["h"]):
             if sizes.residual_scalars:
@@ -189,10 +225,15 @@ class GPT(nn.Module):
             if sizes.has_value_embedding(layer):
                 table = self.value_embeds[str(layer)]
                 value_embedding = table(ids) if table_rows is None else table_rows[_VALUE_EMBEDDING.format(layer)]
+            keys = None if dropout is None else dropout.keys[:, 2 * layer + 1 : 2 * layer + 3]
+            rate = 0.0 if dropout is None else dropout.rate
             if recompute:
-                x = recomputed(block, x) if value_embedding is None else recomputed(block, x, value_embedding)
+                inputs = {"x": x, "value_embedding": value_embedding, "dropout_keys": keys}
+                given = {name: value for name, value in inputs.items() if value is not None}
+                x = recomputed(block, given, dropout_rate=rate)
             else:
-                x = block(x, value_embedding, offset=offset, cache=cache.layers[layer] if cache is not None else None)
+                past = cache.layers[layer] if cache is not None else None
+                x = block(x, value_embedding, offset=offset, cache=past, dropout_keys=keys, dropout_rate=rate)
             if layer == sizes.num_layers // 2:
                 middle = x
         if sizes.backout and middle is not None:

@@ -6,6 +6,7 @@ and with them everything that was computed again for them: measured with 6 layer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import mlx.core as mx
@@ -13,18 +14,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-def recomputed(layer: nn.Module, *inputs: mx.array) -> mx.array:
-    """Return `layer(*inputs)`; a gradient keeps `inputs` alone and computes the layer once more.
+def recomputed(layer: nn.Module, inputs: Mapping[str, mx.array], **settings: Any) -> mx.array:
+    """Return `layer(**inputs, **settings)`; a gradient keeps `inputs` alone and computes the layer once more.
 
-    Results and gradients, of the layer's parameters too, are those of `layer(*inputs)` bit for bit.
+    Results and gradients, of the layer's parameters too, are those of the plain call bit for bit. Inputs of integers
+    (keys) have no gradient.
     """
     parameters: Any = layer.parameters()  # type: ignore[no-untyped-call]
     names, values = zip(*tree_flatten(parameters), strict=True)
     num_parameters = len(values)
+    # Integers last, so that what has a gradient comes first.
+    ordered = sorted(inputs, key=lambda name: not mx.issubdtype(inputs[name].dtype, mx.floating))
+    num_floats = num_parameters + sum(mx.issubdtype(inputs[name].dtype, mx.floating) for name in ordered)
 
     def run(*arrays: mx.array) -> mx.array:
         layer.update(tree_unflatten(list(zip(names, arrays[:num_parameters], strict=True))))
-        out: mx.array = layer(*arrays[num_parameters:])
+        out: mx.array = layer(**dict(zip(ordered, arrays[num_parameters:], strict=True)), **settings)
         return out
 
     function = mx.custom_function(run)
@@ -33,9 +38,11 @@ def recomputed(layer: nn.Module, *inputs: mx.array) -> mx.array:
     def gradient(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> Any:
         # Only once the cotangent is there: else compilation would take it for what was computed before.
         arrays = mx.depends(list(primals), [cotangent])
-        _, gradients = mx.vjp(run, arrays, [cotangent])
-        gradients = [slope.astype(array.dtype) for slope, array in zip(gradients, arrays, strict=True)]
+        floats, integers = arrays[:num_floats], arrays[num_floats:]
+        _, gradients = mx.vjp(lambda *floats: run(*floats, *integers), floats, [cotangent])
+        gradients = [slope.astype(array.dtype) for slope, array in zip(gradients, floats, strict=True)]
         # The weights' gradients first, so that what they need is freed before the next layer's turn.
-        return gradients[:num_parameters] + mx.depends(gradients[num_parameters:], gradients[:num_parameters])
+        gradients[num_parameters:] = mx.depends(gradients[num_parameters:], gradients[:num_parameters])
+        return [*gradients, *map(mx.zeros_like, integers)]
 
-    return cast(mx.array, function(*values, *inputs))
+    return cast(mx.array, function(*values, *(inputs[name] for name in ordered)))

@@ -18,6 +18,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum
 from mlxchat.ops.device import backend
+from mlxchat.ops.dropout import Dropout, draw_keys
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor, sum_squares
 from mlxchat.optim.schedule import Rates
@@ -53,7 +54,15 @@ class TrainStep:
     """Applies batches to a model and its optimizer. Shapes repeat, so each is compiled once."""
 
     def __init__(
-        self, model: GPT, optimizer: Optimizer, *, micro_tokens: int, dtype: mx.Dtype, recompute: bool = False
+        self,
+        model: GPT,
+        optimizer: Optimizer,
+        *,
+        micro_tokens: int,
+        dtype: mx.Dtype,
+        recompute: bool = False,
+        dropout: float = 0.0,
+        dropout_seed: int = 0,
     ) -> None:
         """Compile lazily.
 
@@ -63,9 +72,12 @@ class TrainStep:
             micro_tokens: tokens per micro-batch, at most; at least one row.
             dtype: what to compute in.
             recompute: whether a layer's activations are computed again instead of being kept for the gradient.
+            dropout: share of the embedding, and of what layers add to it, that is left out; 0: nothing.
+            dropout_seed: of which: what is left out of a row depends on it, the iteration and the row's number alone.
         """
         self.model, self.optimizer = model, optimizer
         self.micro_tokens, self.dtype, self.recompute = micro_tokens, dtype, recompute
+        self.dropout, self._dropout_seed = dropout, dropout_seed
         self.num_traces = 0
         self._lanes = Lanes()
         self._shares = optimizer.share(len(self._lanes))
@@ -73,24 +85,24 @@ class TrainStep:
         self._sum: Callable[..., tuple[Flat, mx.array]] = mx.compile(_sum_gradients)
         self._move: Callable[..., tuple[Flat, Flat]] = mx.compile(self._clip_and_move)
 
-    def __call__(self, batch: Batch, rates: Rates[float]) -> tuple[float, float]:
+    def __call__(self, batch: Batch, rates: Rates[float], iteration: int = 0) -> tuple[float, float]:
         """Update the model; return the loss and the gradients' norm before clipping.
 
-        If either is NaN or infinite, weights and optimizer stay as they were.
+        The iteration matters to dropout alone. If either is NaN or infinite, weights and optimizer stay as they were.
         """
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
         lanes = len(self._lanes.deal(min(rows, len(batch.ids))))
         with self._lanes.sharing(lanes), self._memory_held_to_plan(batch, rows):
-            loss, sums, norm = self._gradients_of(batch, rows)
+            loss, sums, norm = self._gradients_of(batch, rows, iteration)
             result = float(cast(float, loss.item())), float(cast(float, norm.item()))
             if math.isfinite(result[0]) and math.isfinite(result[1]):
                 self._update(sums, norm, Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates)))
         return result
 
-    def gradients(self, batch: Batch) -> LossAndGradients:
+    def gradients(self, batch: Batch, iteration: int = 0) -> LossAndGradients:
         """Return the loss and the gradient of every parameter by name, before clipping; nothing is changed."""
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
-        loss, sums, _ = self._gradients_of(batch, rows)
+        loss, sums, _ = self._gradients_of(batch, rows, iteration)
         return loss, {name: gradient for lane in sums for name, gradient in lane.items()}
 
     @contextmanager
@@ -120,12 +132,16 @@ class TrainStep:
         finally:
             mx.set_memory_limit(before)
 
-    def _gradients_of(self, batch: Batch, rows: int) -> tuple[mx.array, list[Flat], mx.array]:
+    def _gradients_of(self, batch: Batch, rows: int, iteration: int) -> tuple[mx.array, list[Flat], mx.array]:
         """Return the loss, the gradients, each lane its share of them, and their common norm; all evaluated."""
+        arrays: list[np.ndarray[Any, Any]] = [batch.ids, batch.targets, batch.weights]
+        if self.dropout:
+            num_rows, places = len(batch.ids), self.model.dropout_places
+            arrays.append(draw_keys(self._dropout_seed, iteration, rows=num_rows, places=places))
         totals: list[LossAndGradients] = []
         tables: list[Flat] = [{} for _ in self._shares]
         for start in range(0, len(batch.ids), rows):
-            parts = self._micro_batch(batch, slice(start, start + rows))
+            parts = self._micro_batch([array[start : start + rows] for array in arrays])
             # Without what follows, which needs both: MLX would hand out one lane's work after the other's.
             mx.eval(parts)
             totals = self._add(totals, [(loss, gradients) for loss, gradients, _ in parts])
@@ -138,9 +154,8 @@ class TrainStep:
         mx.eval(loss, sums, norm)
         return loss, sums, norm
 
-    def _micro_batch(self, batch: Batch, rows: slice) -> list[tuple[mx.array, Flat, TableRows]]:
+    def _micro_batch(self, arrays: list[np.ndarray[Any, Any]]) -> list[tuple[mx.array, Flat, TableRows]]:
         """Return the sums over the rows of each lane, and what it adds to the tables' gradients."""
-        arrays = [array[rows] for array in (batch.ids, batch.targets, batch.weights)]
         parameters = flatten_parameters(self.model)
         return self._lanes.run(
             [
@@ -209,7 +224,7 @@ class TrainStep:
             mx.eval(moved)
 
     def _loss_and_gradients(
-        self, parameters: Flat, ids: mx.array, targets: mx.array, weights: mx.array
+        self, parameters: Flat, ids: mx.array, targets: mx.array, weights: mx.array, keys: mx.array | None = None
     ) -> tuple[mx.array, Flat, TableRows]:
         """Return the loss, the gradients, and of the tables' ones the rows of the tokens that were read.
 
@@ -217,11 +232,12 @@ class TrainStep:
         gradients of it would be filled, kept and added up by every lane.
         """
         self.num_traces += 1  # runs only while tracing
+        dropout = None if keys is None else Dropout(self.dropout, keys)
 
         def loss_of(masters: Flat, table_rows: Flat) -> mx.array:
             set_parameters(self.model, {name: value.astype(self.dtype) for name, value in masters.items()})
             rows = {name: value.astype(self.dtype) for name, value in table_rows.items()}
-            hidden = self.model.hidden(ids, recompute=self.recompute, table_rows=rows)
+            hidden = self.model.hidden(ids, recompute=self.recompute, table_rows=rows, dropout=dropout)
             return cross_entropy_sum(
                 hidden.reshape(-1, self.model.sizes.width),
                 self.model.head_weight,
