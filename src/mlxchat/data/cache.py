@@ -1,0 +1,94 @@
+"""The folder of what was fetched and is no artifact: where it is, what is known of its files, and room on its disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import DataError
+from mlxchat.runner.progress import format_bytes
+
+# Left free on a disk that is fetched to.
+SPARE_BYTES = 256 << 20
+
+
+def cache_folder() -> Path:
+    """Return where listings, plain downloads and notes of what was verified are: $MLXCHAT_CACHE or ~/.cache/mlxchat."""
+    chosen = os.environ.get("MLXCHAT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlxchat"
+
+
+def is_offline() -> bool:
+    """Tell whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE, as the official client has it) forbids the network."""
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write plain data under a name of its own, then rename it: readers see the old or the new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Return the plain data of a file, or None if it is not there or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def stamp_of(path: Path) -> list[Any]:
+    """Return what tells a file that was verified from one that was changed since: size, time, inode."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def is_verified(name: str, path: Path) -> bool:
+    """Tell whether this very file was found to have the content that `name` (a checksum) stands for."""
+    try:
+        return bool(read_json(cache_folder() / "verified" / name) == stamp_of(path))
+    except OSError:
+        return False
+
+
+def note_verified(name: str, path: Path) -> None:
+    """Remember that a file has the content that `name` stands for; that it cannot be written is no fault."""
+    with suppress(OSError):
+        write_json(cache_folder() / "verified" / name, stamp_of(path))
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        DataError: fewer bytes are free there than needed and some to spare.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed and needed + SPARE_BYTES > free:
+        raise DataError(
+            f"{what} needs {format_bytes(needed)}, and the disk of {folder} has {format_bytes(free)} free. Make room "
+            "(mlxchat data ls shows what is there, mlxchat data rm removes it), or put the cache on another disk: "
+            "HF_HOME=FOLDER for data of the Hub, MLXCHAT_CACHE=FOLDER for other downloads."
+        )
+
+
+def missing_bytes(wanted: Iterable[tuple[Path, int]]) -> int:
+    """Return how many bytes of (target, size) have not arrived yet."""
+    left = 0
+    for target, size in wanted:
+        part = target.with_name(f"{target.name}.part")
+        left += size - min(size, part.stat().st_size if part.exists() else 0)
+    return left

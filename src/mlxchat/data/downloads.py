@@ -1,0 +1,267 @@
+"""Getting a file over HTTP so that it is there whole and right, or not at all, however often the way is cut.
+
+What arrived stays in a `.part` file under a lock, is continued by whoever comes next (also after a kill), hashed, and
+renamed into place only when it is what was promised. One engine for the Hub's files and for plain addresses: the
+official client (2.x) throws the part of a killed process away and compares sizes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlxchat.data.cache import read_json, write_json
+from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError
+from mlxchat.runner import locks
+
+BLOCK_BYTES = 1 << 20
+# Pauses between tries that brought nothing new: 0.5, 1, 2, 4, 8 s. The runner's own `retry` comes after these.
+TRIES = 6
+FIRST_PAUSE_SECONDS = 0.5
+_MOST_PAUSE_SECONDS = 60.0
+# How often a whole file that is not what was promised is thrown away and fetched again.
+_WRONG_TRIES = 3
+_SILENCE_SECONDS = 30.0
+_PASSING_STATUS = (408, 425, 429)
+
+Check = Callable[[], None]
+"""Called now and then while a transfer goes on or waits; it may raise, to end it."""
+
+
+def nothing() -> None:
+    """Do nothing: the check of whoever has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A file to fetch, and how to know that it is right."""
+
+    url: str
+    name: str
+    """For people."""
+    bytes: int | None = None
+    """Size; None: what the server says."""
+    sha256: str | None = None
+    git_sha1: str | None = None
+    """Git's id of the content, where no sha256 is known."""
+    headers: Callable[[], dict[str, str]] = dict
+    """Makes the headers to send; a token goes no further than to the host of `url`."""
+    trusts_etag: bool = False
+    """Whether an ETag of 64 hexadecimal digits is the sha256 of the content, as the Hub's are."""
+
+
+@dataclass
+class Arrived:
+    """What a transfer brought."""
+
+    bytes: int
+    sha256: str
+    received: int
+    """Bytes that came over the network now."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def fetch_into(
+    target: Path, wanted: Wanted, lock: Path, *, on_bytes: Callable[[int], None] = lambda count: None,
+    check: Check = nothing, is_there: Callable[[], bool] | None = None, sleep: Callable[[float], None] = time.sleep,
+) -> Arrived | None:  # fmt: skip
+    """Fetch a file to `target`; return None if it is there, perhaps since another process that we waited for made it.
+
+    Args:
+        target: where it goes, by one rename; `<target>.part` holds what arrived so far.
+        wanted: what to fetch, and what it must be.
+        lock: file that processes hold while they fetch it.
+        on_bytes: called with the number of bytes that are new in the part, negative if some were thrown away.
+        check: may raise, to end the transfer; what arrived is kept.
+        is_there: tells whether `target` is whole and right; None: whatever stands there is.
+        sleep: waits.
+
+    Raises:
+        PassingError: the network or the server does not work now.
+        DataError: there is no such file, it may not be had, or what arrives is not what was promised.
+    """
+    exists = is_there or target.exists
+    try:
+        with locks.hold(lock, {"fetches": wanted.name}, lambda owner: check(), check):
+            if exists():
+                return None
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return _Transfer(target, wanted, on_bytes, check, sleep).run()
+    except StoreError as error:  # locks speak of the outputs folder, which this is not
+        raise DataError(f"{wanted.name}: {error}".replace("outputs=PATH", "HF_HOME or MLXCHAT_CACHE")) from None
+    except OSError as error:
+        if isinstance(error, MlxchatError) or error.errno is None:
+            raise
+        raise DataError(f"{wanted.name} cannot be kept: {error.strerror} ({error.filename or target})") from None
+
+
+class _Transfer:
+    """One file on its way."""
+
+    def __init__(
+        self, target: Path, wanted: Wanted, on_bytes: Callable[[int], None], check: Check,
+        sleep: Callable[[float], None],
+    ) -> None:  # fmt: skip
+        self.target, self.wanted, self.check, self.sleep = target, wanted, check, sleep
+        self.part = target.with_name(f"{target.name}.part")
+        self.note = target.with_name(f"{target.name}.part.json")
+        self.on_bytes = on_bytes
+        self.received = 0
+        self.size = wanted.bytes
+        self.facts: dict[str, Any] = {}
+
+    def run(self) -> Arrived:
+        """Fetch, continue, verify, and rename."""
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
+
+        wrong = fruitless = 0
+        while True:
+            before = self.received
+            try:
+                self._receive()
+                trouble, pause = "", 0.0
+            except HTTPError as error:
+                trouble, pause = f"{type(error).__name__}: {error}".strip(": "), 0.0
+            except _Busy as busy:
+                trouble, pause = str(busy), busy.pause
+            if not trouble:
+                mistake, arrived = self._verify()
+                if not mistake:
+                    self.part.replace(self.target)
+                    self.note.unlink(missing_ok=True)
+                    return arrived
+                self._drop()
+                wrong += 1
+                if wrong == _WRONG_TRIES:
+                    raise DataError(
+                        f"{self.wanted.name} is not what it should be: {mistake}, {wrong} times in a row. Nothing "
+                        f"of it was kept. The server, or what stands between, damages it: {self.wanted.url}"
+                    )
+                continue
+            fruitless = fruitless + 1 if self.received == before else 1
+            if fruitless == TRIES:
+                raise PassingError(
+                    f"{self.wanted.name} cannot be fetched now ({trouble}; {self.wanted.url}). What arrived is kept, "
+                    "and the same command continues there."
+                )
+            self._pause(max(pause, FIRST_PAUSE_SECONDS * 2 ** (fruitless - 1)))
+
+    def _receive(self) -> None:
+        """Ask for what is missing and append it to the part."""
+        from huggingface_hub import get_session
+
+        start = self.part.stat().st_size if self.part.exists() else 0
+        known = read_json(self.note) or {}
+        self.size = self.size if self.size is not None else known.get("bytes")
+        if start and (self.size is None or start > self.size):
+            self._drop()
+            start = 0
+        if start and start == self.size:
+            self.facts = known
+            return
+        headers = {**self.wanted.headers(), "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+            # Without a checksum the two halves might be of two files.
+            if not (self.wanted.sha256 or self.wanted.git_sha1) and known.get("etag"):
+                headers["If-Range"] = known["etag"]
+        with get_session().stream(
+            "GET", self.wanted.url, headers=headers, follow_redirects=True, timeout=_SILENCE_SECONDS
+        ) as answer:
+            self._judge(answer)
+            if answer.status_code == 416:
+                self._drop()
+                raise _Busy("the server has less than arrived before")
+            begins = _first_byte(answer.headers.get("Content-Range")) if answer.status_code == 206 else 0
+            if start and begins != start:  # it sends the whole file again
+                self._drop()
+                start = 0
+                if begins:
+                    raise _Busy("the server continued elsewhere")
+            length = answer.headers.get("Content-Length")
+            if self.size is None and length is not None and length.isdigit():
+                self.size = start + int(length)
+            self.facts = {"bytes": self.size, "etag": answer.headers.get("ETag")}
+            if not start:
+                write_json(self.note, self.facts)
+            with self.part.open("ab") as file:
+                for block in answer.iter_raw():  # as it comes: what a cut leaves in a buffer of theirs would be lost
+                    file.write(block)
+                    self.received += len(block)
+                    self.on_bytes(len(block))
+                    self.check()
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _judge(self, answer: Any) -> None:
+        """Raise what an answer that is no file means."""
+        status = answer.status_code
+        if status in (200, 206, 416):
+            return
+        reason = answer.headers.get("X-Error-Message") or answer.reason_phrase
+        if status >= 500 or status in _PASSING_STATUS:
+            after = answer.headers.get("Retry-After", "")
+            pause = min(float(after), _MOST_PAUSE_SECONDS) if after.isdigit() else 0.0
+            raise _Busy(f"HTTP {status} {reason}", pause)
+        hint = " Is the token right (HF_TOKEN), and may it read this repository?" if status in (401, 403) else ""
+        raise DataError(f"{self.wanted.name} cannot be had: HTTP {status} {reason} ({self.wanted.url}).{hint}")
+
+    def _verify(self) -> tuple[str, Arrived]:
+        """Return what is wrong with the part, or an empty string, and what it is."""
+        sha256, git = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
+        count = self.part.stat().st_size if self.part.exists() else 0
+        git.update(b"blob %d\0" % count)
+        with (self.part if count else Path(os.devnull)).open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                sha256.update(block)
+                if self.wanted.git_sha1:
+                    git.update(block)
+                self.check()
+        arrived = Arrived(count, sha256.hexdigest(), self.received, self.facts)
+        expected = self.wanted.sha256 or (_sha256_of_etag(self.facts.get("etag")) if self.wanted.trusts_etag else None)
+        if self.size is not None and count != self.size:
+            return f"{count} bytes instead of {self.size}", arrived
+        if expected and arrived.sha256 != expected:
+            return f"its sha256 is {arrived.sha256[:12]}… instead of {expected[:12]}…", arrived
+        if self.wanted.git_sha1 and git.hexdigest() != self.wanted.git_sha1:
+            return f"its git id is {git.hexdigest()[:12]}… instead of {self.wanted.git_sha1[:12]}…", arrived
+        if not count:
+            self.part.touch()
+        return "", arrived
+
+    def _drop(self) -> None:
+        """Throw away what arrived."""
+        with suppress(FileNotFoundError):
+            self.on_bytes(-self.part.stat().st_size)
+            self.part.unlink()
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check()
+            self.sleep(min(0.1, left))
+
+
+class _Busy(Exception):
+    """An answer that another try may better."""
+
+    def __init__(self, message: str, pause: float = 0.0) -> None:
+        super().__init__(message)
+        self.pause = pause
+
+
+def _first_byte(content_range: str | None) -> int:
+    """Return where `bytes 100-199/200` begins."""
+    value = (content_range or "").removeprefix("bytes ").partition("-")[0]
+    return int(value) if value.isdigit() else 0
+
+
+def _sha256_of_etag(etag: str | None) -> str | None:
+    value = (etag or "").removeprefix("W/").strip('"').lower()
+    return value if len(value) == 64 and not set(value) - set("0123456789abcdef") else None

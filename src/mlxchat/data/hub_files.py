@@ -1,0 +1,122 @@
+"""A file of the Hugging Face Hub in the Hub's own cache (HF_HOME): where it lies, and whether it is whole and right.
+
+The layout is the official client's, so other programs find what we fetched, and we find what they did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxchat.data.cache import is_verified, note_verified
+from mlxchat.runner.fingerprint import hash_file
+
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, order=True)
+class HubFile:
+    """A file of a repository at one commit, and what its content is."""
+
+    repository: str
+    """<organisation>/<name>."""
+    kind: str
+    """dataset or model."""
+    revision: str
+    """The commit."""
+    path: str
+    bytes: int
+    sha256: str | None
+    """Of the content, for files that the Hub keeps outside git (all large ones)."""
+    git_sha1: str | None
+    """Git's id of the content, for the others."""
+
+    @property
+    def etag(self) -> str:
+        """The checksum that names the content in the Hub's cache."""
+        return self.sha256 or self.git_sha1 or ""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the repository in the Hub's cache."""
+        return hub_cache() / folder_name(self.repository, self.kind)
+
+    @property
+    def blob(self) -> Path:
+        """Where the content lies."""
+        return self.folder / "blobs" / self.etag
+
+    @property
+    def place(self) -> Path:
+        """Where the file is found by its name: a link to the content."""
+        return self.folder / "snapshots" / self.revision / self.path
+
+    def is_there(self) -> bool:
+        """Tell whether the file is in the cache and was verified; nothing is hashed."""
+        return self.place.exists() and is_verified(self.etag, self.blob if self.blob.exists() else self.place)
+
+
+def hub_cache() -> Path:
+    """Return the official client's cache, as its variables say now."""
+    chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if chosen:
+        return Path(os.path.expandvars(chosen)).expanduser()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.path.expandvars(home)).expanduser() / "hub"
+
+
+def endpoint() -> str:
+    """Return the Hub's address: HF_ENDPOINT, or the real one."""
+    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+
+
+def folder_name(repository: str, kind: str) -> str:
+    """Return what a repository's folder is called in the cache."""
+    return f"{kind}s--{repository.replace('/', '--')}"
+
+
+def settle(file: HubFile) -> bool:
+    """Tell whether a file is in the cache, whole and right. One that others put there is hashed, once."""
+    if file.is_there():
+        return True
+    if is_right(file, file.blob):
+        link(file)
+        return True
+    # Where there are no links, the official client puts the content itself there.
+    return file.place.exists() and not file.place.is_symlink() and is_right(file, file.place)
+
+
+def is_right(file: HubFile, path: Path) -> bool:
+    """Tell whether what lies at `path` is the content; it is hashed unless that was done before."""
+    if not path.exists():
+        return False
+    if path.stat().st_size != file.bytes:
+        return False
+    if is_verified(file.etag, path):
+        return True
+    digest = hash_file(path) if file.sha256 else _git_sha1(path)
+    if digest != file.etag:
+        return False
+    note_verified(file.etag, path)
+    return True
+
+
+def _git_sha1(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def link(file: HubFile) -> None:
+    """Let the content be found by the file's name."""
+    if file.place.exists():
+        return
+    file.place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.place.with_name(f".{file.place.name}-{os.getpid()}-{threading.get_ident()}")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(os.path.relpath(file.blob, file.place.parent))
+    temporary.replace(file.place)
