@@ -1,0 +1,201 @@
+"""Rows in which several continuations follow one beginning, so that what sequences share is computed once.
+
+A row is its trunk, then its branches one after the other. A branch's tokens see the trunk and their own branch, and
+stand where they would stand if the branch came right after the trunk: what the model says of them is what it would
+say of each sequence alone. Rows of similar length make a batch.
+
+Shapes: B rows, T tokens of the longest row, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.evals.core_questions import common_prefix
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.ops.attention import causal_attention, masked_attention
+from mlxchat.ops.normalisation import Positions
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+# Rows that share a beginning are put together where that saves at least this share of what is added.
+_WORTHWHILE = 0.25
+_MOST_ROW_TOKENS = 4096
+# Scores of attention outside the trunk, for each token of a batch: those of a plain row of 512 tokens.
+_SCORES_PER_TOKEN = 512
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Token ids, of which those from `start` on are predicted, each from all before it."""
+
+    tokens: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trunk with branches, one for each sequence."""
+
+    trunk: list[int]
+    branches: list[list[int]]
+    groups: list[int]
+    """Of which group each sequence is; a group's are in their order."""
+    starts: list[int]
+    targets: list[list[int]]
+    """What is to be predicted of each sequence."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute."""
+        return len(self.trunk) + sum(map(len, self.branches))
+
+    def columns(self) -> list[Ints]:
+        """Return for each sequence the columns after which its targets are predicted."""
+        found, first = [], len(self.trunk)
+        for branch, start, targets in zip(self.branches, self.starts, self.targets, strict=True):
+            place = np.arange(start - 1, start - 1 + len(targets), dtype=np.int32)
+            found.append(np.where(place < len(self.trunk), place, place - len(self.trunk) + first))
+            first += len(branch)
+        return found
+
+
+def make_rows(groups: Sequence[Sequence[Continuation]], most_tokens: int) -> list[Row]:
+    """Return rows that hold every group in one piece, groups with a long common beginning together.
+
+    Args:
+        groups: the options of each example.
+        most_tokens: of a row that holds more than one group.
+    """
+    limit = min(most_tokens, _MOST_ROW_TOKENS)
+    rows: list[list[int]] = []
+    shared = cost = 0
+    for number in sorted(range(len(groups)), key=lambda each: groups[each][0].tokens):
+        group = groups[number]
+        own, own_cost = _cost(group)
+        if rows:
+            last = [continuation for member in rows[-1] for continuation in groups[member]]
+            together = min(shared, own, common_prefix([last[0].tokens[:-1], group[0].tokens[:-1]]))
+            # Each branch grows by what the trunk loses.
+            merged = cost + shared * (len(last) - 1) + own_cost + own * (len(group) - 1)
+            merged -= together * (len(last) + len(group) - 1)
+            if cost + own_cost - merged >= _WORTHWHILE * own_cost and merged <= limit:
+                rows[-1].append(number)
+                shared, cost = together, merged
+                continue
+        rows.append([number])
+        shared, cost = own, own_cost
+    return [_row([(member, each) for member in members for each in groups[member]]) for members in rows]
+
+
+def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
+    """Return the rows in batches of similar length, the longest first.
+
+    Args:
+        rows: to share out.
+        batch_tokens: of a batch, padding included; a row that has more is a batch of its own.
+    """
+    batches: list[list[Row]] = []
+    border = longest = 0
+    for row in sorted(rows, key=lambda each: (-each.num_tokens, -len(each.trunk), each.groups)):
+        if batches:
+            count, least = len(batches[-1]) + 1, min(border, len(row.trunk))
+            area = count * longest * (longest - least)
+            if count * longest <= batch_tokens and area <= batch_tokens * _SCORES_PER_TOKEN:
+                batches[-1].append(row)
+                border = least
+                continue
+        batches.append([row])
+        border, longest = len(row.trunk), row.num_tokens
+    return batches
+
+
+class Branches:
+    """What `GPT.hidden` takes for its cache, so that a batch of rows is computed as trunks with branches."""
+
+    def __init__(self, rows: Sequence[Row], sizes: GPTSizes, padding: int) -> None:
+        """Lay the rows out side by side, filled up at the right with the id `padding`."""
+        longest = max(row.num_tokens for row in rows)
+        ids = np.full((len(rows), longest), padding, np.int32)
+        branch = np.full((len(rows), longest), -1, np.int32)
+        position = np.zeros((len(rows), longest), np.int32)
+        before = np.zeros((len(rows), longest), np.int32)
+        for place, row in enumerate(rows):
+            end, first = 0, len(row.trunk)
+            for number, tokens in enumerate([row.trunk, *row.branches]):
+                columns = slice(end, end + len(tokens))
+                ids[place, columns], branch[place, columns] = tokens, number
+                begin = first if number else 0
+                position[place, columns] = np.arange(begin, begin + len(tokens))
+                before[place, columns] = np.arange(end - 1, end + len(tokens) - 1)
+                if number and tokens:
+                    before[place, end] = first - 1
+                end += len(tokens)
+        self.ids = mx.array(ids)
+        border = min(len(row.trunk) for row in rows)
+        self._before, self._starts = mx.array(np.maximum(before, 0)), mx.array(before < 0)
+        self.offset: int | Positions = 0
+        visible = None
+        if border < longest:
+            positions, numbers = mx.array(position), mx.array(branch)
+            self.offset = Positions(positions, int(position.max()) + 1)
+            own, own_number = positions[:, border:, None], numbers[:, border:, None]
+            key, key_number = positions[:, None], numbers[:, None]
+            visible = ((key_number == 0) | (key_number == own_number)) & (key <= own)
+            self._distance = own - key
+        self._branching = border < longest
+        self.layers = [_BranchedLayer(border, visible, window, self) for window in sizes.windows()]
+
+    def shift(self, x: mx.array) -> mx.array:
+        """Return for each token of x (B, T, C) the one before it in its own sequence; zeros before a row's first."""
+        if not self._branching:
+            return mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+        before = mx.take_along_axis(x, self._before[..., None], axis=1)
+        return mx.where(self._starts[..., None], 0, before).astype(x.dtype)
+
+    def near(self, window: int) -> mx.array:
+        """Return (B, T − border, T), whether a key is no further back than the window."""
+        return self._distance <= window
+
+
+class _BranchedLayer:
+    """Attention of one layer: plain in the columns in which all rows have trunk, masked in the others."""
+
+    def __init__(self, border: int, visible: mx.array | None, window: int | None, branches: Branches) -> None:
+        self._border, self._window = border, window
+        if visible is not None and window is not None:
+            visible = visible & branches.near(window)
+        self._visible = visible
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """Return (B, H, T, D) of q (B, H, T, D), k and v (B, K, T, D)."""
+        border, parts = self._border, []
+        if border:
+            parts.append(causal_attention(q[:, :, :border], k[:, :, :border], v[:, :, :border], self._window))
+        if self._visible is not None:
+            parts.append(masked_attention(q[:, :, border:], k, v, self._visible))
+        return (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)).swapaxes(1, 2)
+
+
+def _cost(group: Sequence[Continuation]) -> tuple[int, int]:
+    """Return the tokens that all share, and those to compute when that is done once."""
+    # The last token is only predicted.
+    inputs = [continuation.tokens[:-1] for continuation in group]
+    shared = common_prefix(inputs)
+    return shared, shared + sum(len(tokens) - shared for tokens in inputs)
+
+
+def _row(members: Sequence[tuple[int, Continuation]]) -> Row:
+    shared, _ = _cost([continuation for _, continuation in members])
+    return Row(
+        trunk=members[0][1].tokens[:shared],
+        branches=[continuation.tokens[shared:-1] for _, continuation in members],
+        groups=[group for group, _ in members],
+        starts=[continuation.start for _, continuation in members],
+        targets=[continuation.tokens[continuation.start :] for _, continuation in members],
+    )

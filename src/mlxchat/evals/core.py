@@ -1,0 +1,270 @@
+"""CORE: the mean over 22 tasks of how far a base model is above guessing (DCLM's metric).
+
+Counterpart of nanochat/core_eval.py, with its prompts, draws and verdicts. The examples of a task are computed in
+batches of similar length, what the options of an example share once (`branching.py`), and of the logits only those
+that are scored. Each batch's results go to a journal, from which a killed evaluation continues.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxchat.errors import Interrupted
+from mlxchat.evals.branching import Continuation, Row, make_batches, make_rows
+from mlxchat.evals.core_bundle import Bundle, CoreTask
+from mlxchat.evals.core_journal import Journal
+from mlxchat.evals.core_questions import Question, TextEncoder, build_question, draw_shots, render_prompts
+from mlxchat.evals.language_model import LanguageModel
+from mlxchat.runner.progress import Progress
+
+# Examples that are made into tokens at a time: their memory is bounded, and their lengths vary enough for full batches.
+_WINDOW_EXAMPLES = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """The result of one task."""
+
+    task: CoreTask
+    accuracy: float
+    num_examples: int
+    cropped: int
+    """Examples whose prompt was longer than the model's context."""
+
+    @property
+    def centered(self) -> float:
+        """Accuracy rescaled: 0 is guessing, 1 is perfect."""
+        return (self.accuracy - self.task.baseline) / (1 - self.task.baseline)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_examples)
+
+    @property
+    def centered_stderr(self) -> float:
+        """Standard error of the centred accuracy."""
+        return self.stderr / (1 - self.task.baseline)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for scores.json."""
+        return {
+            "accuracy": self.accuracy, "centered": self.centered, "stderr": self.stderr,
+            "num_examples": self.num_examples, "num_fewshot": self.task.num_fewshot, "type": self.task.kind,
+            "baseline": self.task.baseline, "cropped": self.cropped,
+        }  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class CoreResult:
+    """The results of all tasks that were asked for."""
+
+    scores: list[TaskScore]
+    bundle_sha256: str
+    max_per_task: int | None
+    is_whole: bool
+    """Whether these are all of the bundle's tasks."""
+    seconds: float = 0.0
+    """Spent by this process."""
+    computed: int = 0
+    """Examples that this process computed."""
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    """For each example: task, index, seed, prompt, output, expected, verdict, tokens, details."""
+
+    @property
+    def core(self) -> float | None:
+        """The mean of the centred accuracies; None if tasks were left out."""
+        return float(np.mean([score.centered for score in self.scores])) if self.is_whole else None
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of CORE, from the examples' chance alone: the tasks are what they are."""
+        if not self.is_whole:
+            return None
+        return math.sqrt(sum(score.centered_stderr**2 for score in self.scores)) / len(self.scores)
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """Speed of this process; None if everything was there already."""
+        return self.computed / self.seconds if self.computed and self.seconds else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for scores.json; equal evaluations give equal data, so nothing in it is a time."""
+        return {
+            "core": self.core, "stderr": self.stderr, "max_per_task": self.max_per_task,
+            "bundle_sha256": self.bundle_sha256,
+            "tasks": {score.task.label: score.to_dict() for score in self.scores},
+        }  # fmt: skip
+
+
+def evaluate_core(
+    model: LanguageModel,
+    tokenizer: TextEncoder,
+    bundle: Path,
+    *,
+    max_per_task: int | None,
+    tasks: list[str] | None,
+    batch_tokens: int,
+    work: Path,
+    progress: Callable[[int, str], Progress],
+    should_stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[str], Exception] | None = None,
+) -> CoreResult:
+    """Return a base model's results on CORE.
+
+    Args:
+        model: to evaluate.
+        tokenizer: its.
+        bundle: nanochat's eval_bundle.zip, or the folder that was in it.
+        max_per_task: examples of each task, at most; None: all. The shots are drawn from these.
+        tasks: labels; None: all.
+        batch_tokens: computed at a time, which bounds the memory.
+        work: folder for the journals, kept from attempt to attempt of the same evaluation.
+        progress: from a number of examples and their name to a display.
+        should_stop: asked between batches.
+        stop: from the place to what is raised then; None: `Interrupted`.
+
+    Raises:
+        DataError: the bundle cannot be read, lacks a task, or has too few examples for the shots.
+        Interrupted: `should_stop` said so; the same call continues.
+    """
+    opened = Bundle(bundle)
+    chosen = opened.choose(tasks)
+    whole = len(chosen) == len(opened.tasks)
+    result = CoreResult(scores=[], bundle_sha256=opened.sha256, max_per_task=max_per_task, is_whole=whole)
+    about = {"bundle": opened.sha256, "max_per_task": max_per_task, "context_tokens": model.context_tokens}
+    began = time.monotonic()
+    for number, task in enumerate(chosen, 1):
+        items = opened.examples(task, max_per_task)
+        journal = Journal(work / f"{task.label}.jsonl", about)
+        done = len(journal.records)
+        with progress(len(items), f"examples of {task.label} ({number}/{len(chosen)})") as display:
+            display.start = done
+            display.update(done)
+            for results in answer_examples(model, tokenizer, task, items, batch_tokens, journal.records):
+                journal.append(results)
+                result.computed += len(results)
+                speed = (len(journal.records) - done) / max(1e-9, time.monotonic() - display.began)
+                display.update(len(journal.records), speed=f"{speed:.1f} examples/s")
+                if should_stop():
+                    where = f"{task.label}, CORE's task {number} of {len(chosen)}"
+                    raise stop(where) if stop else Interrupted(f"CORE stopped at {where}", signal.SIGTERM)
+        records = [journal.records[index] for index in range(len(items))]
+        result.examples.extend({"task": f"core/{task.label}", **record} for record in records)
+        result.scores.append(score_task(task, records))
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def score_task(task: CoreTask, records: list[dict[str, Any]]) -> TaskScore:
+    """Return the score of a task from the results of all of its examples."""
+    return TaskScore(
+        task=task,
+        accuracy=float(np.mean([record["verdict"] for record in records])),
+        num_examples=len(records),
+        cropped=sum(record["details"]["cropped"] for record in records),
+    )
+
+
+def answer_examples(
+    model: LanguageModel,
+    tokenizer: TextEncoder,
+    task: CoreTask,
+    items: list[dict[str, Any]],
+    batch_tokens: int,
+    known: Container[int] = (),
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the results of a task's examples, batch by batch; batches of which all is known are left out.
+
+    The batches do not depend on what is known, so that a continued evaluation computes what one in one go does.
+    """
+
+    def prepare(window: list[int]) -> tuple[list[Question], list[list[Row]]]:
+        questions = [build_question(task, items, index, tokenizer, model.context_tokens) for index in window]
+        groups = [[Continuation(*each) for each in question.scored()] for question in questions]
+        return questions, make_batches(make_rows(groups, batch_tokens), batch_tokens)
+
+    # Text with a common beginning comes together; with shots before it, no two examples begin alike.
+    order = list(range(len(items)))
+    if not task.num_fewshot:
+        order.sort(key=lambda index: render_prompts(task, items[index], [])[0])
+    windows = [order[start : start + _WINDOW_EXAMPLES] for start in range(0, len(order), _WINDOW_EXAMPLES)]
+    windows = [window for window in windows if any(index not in known for index in window)]
+    with ThreadPoolExecutor(1, thread_name_prefix="core") as pool:
+        # The next window is made into tokens while the model computes this one.
+        coming = pool.submit(prepare, windows[0]) if windows else None
+        for place in range(len(windows)):
+            assert coming is not None
+            questions, batches = coming.result()
+            coming = pool.submit(prepare, windows[place + 1]) if place + 1 < len(windows) else None
+            for batch in batches:
+                asked = sorted({name for row in batch for name in row.groups})
+                if any(questions[name].index not in known for name in asked):
+                    found = _score(model, task, batch)
+                    yield [_judge(task, items, questions[name], found[name], tokenizer) for name in asked]
+
+
+def _score(model: LanguageModel, task: CoreTask, batch: list[Row]) -> dict[int, list[np.ndarray[Any, Any]]]:
+    """Return for each example of a batch what the model says of its sequences: predicted ids, or losses."""
+    parts: Sequence[Sequence[np.ndarray[Any, Any]]]
+    parts = model.predictions(batch) if task.kind == "language_modeling" else model.losses(batch)
+    found: dict[int, list[np.ndarray[Any, Any]]] = {}
+    for row, values in zip(batch, parts, strict=True):
+        for group, value in zip(row.groups, values, strict=True):
+            found.setdefault(group, []).append(value)
+    return found
+
+
+def _judge(
+    task: CoreTask,
+    items: list[dict[str, Any]],
+    question: Question,
+    found: list[np.ndarray[Any, Any]],
+    tokenizer: TextEncoder,
+) -> dict[str, Any]:
+    """Return an example's record for examples.parquet, with its verdict."""
+    item = items[question.index]
+    details: dict[str, Any] = {
+        "shots": draw_shots(question.index, len(items), task.num_fewshot), "cropped": question.cropped,
+    }  # fmt: skip
+    prompts = render_prompts(task, item, [])
+    if question.gold is None:
+        predicted, expected = found[0].tolist(), question.sequences[0][question.starts[0] :]
+        prompt, output, wanted = prompts[0], tokenizer.decode(predicted), str(item["continuation"])
+        verdict = bool(expected) and predicted == expected
+    else:
+        losses = mean_losses(found)
+        chosen = likeliest(losses)
+        details["losses"] = losses
+        options = item["choices" if task.kind == "multiple_choice" else "context_options"]
+        prompt = str(item["query"] if task.kind == "multiple_choice" else item["continuation"])
+        output, wanted, verdict = str(options[chosen]), str(options[question.gold]), chosen == question.gold
+    return {
+        "index": question.index, "seed": None, "prompt": prompt, "output": output, "expected": wanted,
+        "verdict": verdict, "tokens": max(question.ends), "details": details,
+    }  # fmt: skip
+
+
+def mean_losses(losses: Sequence[np.ndarray[Any, Any]]) -> list[float | None]:
+    """Return the mean loss of each option; None where none of its tokens is scored."""
+    return [float(np.mean(each, dtype=np.float64)) if len(each) else None for each in losses]
+
+
+def likeliest(losses: Sequence[float | None]) -> int:
+    """Return the option with the lowest mean loss, the first of equals.
+
+    nanochat has NaN for an option without scored tokens (it is a beginning of all others): that is chosen if it comes
+    first and never else.
+    """
+    if losses[0] is None:
+        return 0
+    return min((loss, place) for place, loss in enumerate(losses) if loss is not None)[1]

@@ -1,0 +1,175 @@
+"""CORE's data: nanochat's eval bundle, a zip or its unpacked folder, read where it lies.
+
+The zip is never unpacked: members are read by their names in `core.yaml`, so nothing in it decides where a file goes.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlxchat.errors import DataError, suggest
+from mlxchat.runner.fingerprint import hash_file
+
+SHUFFLE_SEED = 1337
+_FIELDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreTask:
+    """One of CORE's tasks."""
+
+    label: str
+    kind: str
+    """multiple_choice, schema or language_modeling."""
+    data: str
+    """Path of its .jsonl below eval_data/."""
+    num_fewshot: int
+    delimiter: str
+    """Between a question and its continuation."""
+    baseline: float
+    """Accuracy of guessing, 0 … 1."""
+
+
+class Bundle:
+    """The bundle's tasks and their examples."""
+
+    def __init__(self, path: Path) -> None:
+        """Look at a zip or a folder, with `eval_bundle/` around it or without.
+
+        Raises:
+            DataError: it is neither, or has no core.yaml.
+        """
+        self.path = path
+        self._zip: zipfile.ZipFile | None = None
+        self._root = ""
+        if path.is_dir():
+            roots = [path / "eval_bundle", path]
+            found = [root for root in roots if (root / "core.yaml").is_file()]
+            self._folder = found[0] if found else path
+        else:
+            try:
+                self._zip = zipfile.ZipFile(path)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise DataError(
+                    f"{path}: no readable zip or folder ({error}); expected nanochat's eval_bundle.zip"
+                ) from None
+            found_names = [name for name in self._zip.namelist() if name.rpartition("/")[2] == "core.yaml"]
+            self._root = min(found_names, key=len).removesuffix("core.yaml") if found_names else ""
+            found = [path] if found_names else []
+        if not found:
+            raise DataError(f"{path}: has no core.yaml; expected nanochat's eval bundle")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the zip; of a folder, of the names and contents of the files that CORE reads."""
+        if self._zip is not None:
+            return hash_file(self.path)
+        digest = hashlib.sha256()
+        for name in ["core.yaml", "eval_meta_data.csv", *sorted(f"eval_data/{task.data}" for task in self.tasks)]:
+            digest.update(f"{name}\0{hashlib.sha256(self._read(name)).hexdigest()}\n".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def tasks(self) -> list[CoreTask]:
+        """All tasks, in the bundle's order.
+
+        Raises:
+            DataError: core.yaml or eval_meta_data.csv has not the expected form, or a task has no baseline.
+        """
+        try:
+            rows = csv.DictReader(io.StringIO(self._read("eval_meta_data.csv").decode()))
+            baselines = {row["Eval Task"]: row["Random baseline"] for row in rows}
+            tasks = [
+                CoreTask(
+                    label=str(task["label"]),
+                    kind=str(task["icl_task_type"]),
+                    data=str(task["dataset_uri"]),
+                    num_fewshot=int(task["num_fewshot"][0]),
+                    delimiter=str(task.get("continuation_delimiter", " ")),
+                    baseline=0.01 * float(baselines[task["label"]]),
+                )
+                for task in yaml.safe_load(self._read("core.yaml"))["icl_tasks"]
+            ]
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+            raise DataError(
+                f"{self.path}: core.yaml and eval_meta_data.csv do not describe tasks ({type(error).__name__}: {error})"
+            ) from None
+        unknown = sorted({task.kind for task in tasks} - _FIELDS.keys())
+        if unknown:
+            raise DataError(f"{self.path}: tasks of unknown type {', '.join(unknown)}; known: {', '.join(_FIELDS)}")
+        return tasks
+
+    def choose(self, labels: list[str] | None) -> list[CoreTask]:
+        """Return the tasks with these labels, in the bundle's order; None: all.
+
+        Raises:
+            DataError: naming labels that there are not.
+        """
+        if labels is None:
+            return self.tasks
+        known = [task.label for task in self.tasks]
+        for label in labels:
+            if label not in known:
+                raise DataError(f"{self.path}: has no task {label!r}.{suggest(label, known)} Tasks: {', '.join(known)}")
+        return [task for task in self.tasks if task.label in labels]
+
+    def examples(self, task: CoreTask, max_per_task: int | None = None) -> list[dict[str, Any]]:
+        """Return a task's examples in nanochat's order: shuffled by a fixed seed, then cut to the first so many.
+
+        Raises:
+            DataError: a line is no example of the task's type, or there are too few for the shots.
+        """
+        items: list[dict[str, Any]] = []
+        lines = self._read(f"eval_data/{task.data}").decode("utf-8").split("\n")
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                items.append(_parse(line, task, f"{self.path}: {task.data} line {number}"))
+        random.Random(SHUFFLE_SEED).shuffle(items)
+        if max_per_task is not None:
+            items = items[:max_per_task]
+        if len(items) <= task.num_fewshot:
+            raise DataError(
+                f"{self.path}: {task.label} shows {task.num_fewshot} other examples before each one and has "
+                f"{len(items)} in all; use at least {task.num_fewshot + 1} per task"
+            )
+        return items
+
+    def _read(self, name: str) -> bytes:
+        try:
+            if self._zip is not None:
+                return self._zip.read(self._root + name)
+            path = self._folder / name
+            if not path.resolve().is_relative_to(self._folder.resolve()):
+                raise DataError(f"{self.path}: {name} leads out of the bundle")
+            return path.read_bytes()
+        except (OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise DataError(f"{self.path}: cannot read {name} ({error})") from None
+
+
+def _parse(line: str, task: CoreTask, where: str) -> dict[str, Any]:
+    try:
+        item = json.loads(line)
+        missing = [field for field in _FIELDS[task.kind] if field not in item]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)}")
+        options = item.get("choices" if task.kind == "multiple_choice" else "context_options")
+        if task.kind != "language_modeling" and not 0 <= item["gold"] < len(options):
+            raise ValueError(f"gold is {item['gold']} of {len(options)}")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: no example of type {task.kind} ({error})") from None
+    return dict(item)

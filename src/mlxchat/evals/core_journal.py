@@ -1,0 +1,33 @@
+"""A task's results as they come, so that a killed evaluation continues: one line of JSON for each batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlxchat.runner.records import Record, Records
+
+
+class Journal:
+    """The results of one task's examples, by their index."""
+
+    def __init__(self, path: Path, about: Record) -> None:
+        """Read what is there. A line that a kill cut off counts for nothing, and neither does another evaluation.
+
+        Args:
+            path: of the file.
+            about: what the results belong to, as JSON data.
+        """
+        self._file = Records(path)
+        self.records: dict[int, dict[str, Any]] = {}
+        lines = self._file.read()
+        if not lines or lines[0] != {"about": about}:
+            path.unlink(missing_ok=True)
+            self._file.append({"about": about})
+        for line in lines[1:] if lines and lines[0] == {"about": about} else ():
+            self.records |= {record["index"]: record for record in line["results"]}
+
+    def append(self, results: list[dict[str, Any]]) -> None:
+        """Add the results of a batch."""
+        self._file.append({"results": results})
+        self.records |= {record["index"]: record for record in results}

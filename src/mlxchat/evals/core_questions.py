@@ -1,0 +1,177 @@
+"""An example of CORE as token sequences: its prompts with the shots before them, and which positions are scored.
+
+Counterpart of the prompts, draws and spans of nanochat/core_eval.py. A sequence begins with <|bos|>. Position p is
+predicted from p − 1.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, overload
+
+from mlxchat.errors import DataError
+from mlxchat.evals.core_bundle import CoreTask
+
+FEWSHOT_SEED = 1234
+
+
+class TextEncoder(Protocol):
+    """What CORE asks of a tokenizer."""
+
+    @property
+    def bos(self) -> int:
+        """The id that every sequence begins with."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, nothing added."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One example, ready for a model."""
+
+    index: int
+    """Place among the task's examples."""
+    sequences: list[list[int]]
+    """Token ids of each option; of a language modelling example, of its one continuation."""
+    starts: list[int]
+    """First scored position of each sequence."""
+    gold: int | None
+    """The right option; None: the continuation itself is expected."""
+    cropped: bool = False
+    """Whether tokens were left out at the front."""
+
+    @property
+    def ends(self) -> list[int]:
+        """Position after the last scored one of each sequence: all are scored to their end."""
+        return [len(sequence) for sequence in self.sequences]
+
+    def scored(self) -> list[tuple[list[int], int]]:
+        """Return each sequence with its first position that can be predicted and is scored."""
+        return [(tokens, max(1, start)) for tokens, start in zip(self.sequences, self.starts, strict=True)]
+
+
+def draw_shots(index: int, count: int, shots: int) -> list[int]:
+    """Return which other examples are shown before example `index` of `count`, as nanochat draws them.
+
+    Raises:
+        ValueError: there are fewer others than shots.
+    """
+    return random.Random(FEWSHOT_SEED + index).sample(_Others(index, count), shots) if shots else []
+
+
+def render_prompts(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any]]) -> list[str]:
+    """Return the prompt of each option; of language modelling, the prompt without and with the continuation."""
+    delimiter = task.delimiter
+    if task.kind == "multiple_choice":
+        before = "".join(f"{shot['query']}{delimiter}{shot['choices'][shot['gold']]}\n\n" for shot in shots)
+        return [f"{before}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+    if task.kind == "schema":
+        before = "".join(
+            f"{shot['context_options'][shot['gold']]}{delimiter}{shot['continuation']}\n\n" for shot in shots
+        )
+        return [f"{before}{option}{delimiter}{item['continuation']}" for option in item["context_options"]]
+    before = "".join(f"{str(shot['context']).strip()}{delimiter}{shot['continuation']}\n\n" for shot in shots)
+    without = f"{before}{str(item['context']).strip()}{delimiter}"
+    # Without the white space around it, so that it is a beginning of the other in tokens too.
+    return [without.strip(), f"{without}{item['continuation']}"]
+
+
+def tokenize_prompts(
+    kind: str, prompts: list[str], encoder: TextEncoder, *, strict: bool = False
+) -> tuple[list[list[int]], list[int]]:
+    """Return the sequences to compute and the first scored position of each.
+
+    Multiple choice scores from where the options part; schemas score the common end; language modelling scores
+    what the prompt without the continuation does not cover.
+
+    Raises:
+        DataError: strict, and in tokens the prompt without the continuation is no proper beginning of the other, where
+            nanochat fails. Else they are scored from where they part.
+    """
+    sequences = [[encoder.bos, *encoder.encode(prompt)] for prompt in prompts]
+    if kind == "language_modeling":
+        without, whole = sequences
+        start = common_prefix(sequences)
+        if strict and (start < len(without) or start == len(whole)):
+            raise DataError("the prompt without the continuation must be a beginning of the one with it, in tokens")
+        return [whole], [start]
+    if kind == "schema":
+        length = common_prefix([sequence[::-1] for sequence in sequences])
+        return sequences, [len(sequence) - length for sequence in sequences]
+    return sequences, [common_prefix(sequences)] * len(sequences)
+
+
+def crop(
+    sequences: list[list[int]], starts: list[int], limit: int, *, together: bool = True
+) -> tuple[list[list[int]], list[int], bool]:
+    """Return sequences of at most `limit` tokens, their first scored positions, and whether anything was cut.
+
+    Tokens are left out at the front. Where that reaches into what is scored, the rest of it counts.
+
+    Args:
+        sequences: token ids.
+        starts: first scored positions.
+        limit: tokens that the model can read.
+        together: leave out the same tokens of all options, so that they are judged after the same text, which is then
+            computed once; else each loses only what it must, as nanochat does it.
+    """
+    excess = [max(0, len(sequence) - limit) for sequence in sequences]
+    if not any(excess):
+        return sequences, starts, False
+    if together:
+        excess = [max(excess)] * len(sequences)
+    # At least one token of context and one to score remain.
+    excess = [min(cut, max(0, len(sequence) - 2)) for cut, sequence in zip(excess, sequences, strict=True)]
+    kept = [sequence[cut:] for sequence, cut in zip(sequences, excess, strict=True)]
+    return kept, [max(1, start - cut) for start, cut in zip(starts, excess, strict=True)], True
+
+
+def build_question(
+    task: CoreTask, items: list[dict[str, Any]], index: int, encoder: TextEncoder, context_tokens: int | None
+) -> Question:
+    """Return example `index` of a task with its shots before it, cropped to the model's context."""
+    shots = [items[place] for place in draw_shots(index, len(items), task.num_fewshot)]
+    item = items[index]
+    sequences, starts = tokenize_prompts(task.kind, render_prompts(task, item, shots), encoder)
+    cropped = False
+    if context_tokens is not None:
+        sequences, starts, cropped = crop(sequences, starts, context_tokens)
+    gold = None if task.kind == "language_modeling" else int(item["gold"])
+    return Question(index=index, sequences=sequences, starts=starts, gold=gold, cropped=cropped)
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> int:
+    """Return how many first ids all sequences share."""
+    # Those between the least and the greatest share what these two do.
+    low, high = min(sequences), max(sequences)
+    length = min(len(low), len(high))
+    if low[:length] == high[:length]:
+        return length
+    return next(place for place in range(length) if low[place] != high[place])
+
+
+class _Others(Sequence[int]):
+    """The numbers below `count` without one of them, never made into a list."""
+
+    def __init__(self, left_out: int, count: int) -> None:
+        self._left_out, self._count = left_out, count
+
+    def __len__(self) -> int:
+        return self._count - 1
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return place if place < self._left_out else place + 1

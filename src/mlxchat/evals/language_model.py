@@ -1,0 +1,108 @@
+"""What evaluations ask of a model, and how ours answers; `outside.py` lets models of other makes answer the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.evals.branching import Branches, Row
+from mlxchat.model.gpt import GPT
+from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.ops.lanes import Lanes
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+_CHUNK_FLOATS = 1 << 22
+
+
+class LanguageModel(Protocol):
+    """A model that predicts tokens."""
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Longest input; None: no limit is known."""
+
+    def losses(self, rows: Sequence[Row]) -> list[list[Floats]]:
+        """Return for each row and each of its sequences the loss in nats of every target."""
+
+    def predictions(self, rows: Sequence[Row]) -> list[list[Ints]]:
+        """Return for each row and each of its sequences the likeliest id in place of every target."""
+
+    def token_losses(self, ids: Ints, targets: Ints) -> Floats:
+        """Return the loss in nats of every target (B, T) after ids (B, T); 0 where a target is negative."""
+
+    def next_logits(self, prompts: Sequence[list[int]]) -> Floats:
+        """Return the logits (B, V) of what follows each prompt."""
+
+
+class OwnModel:
+    """Our GPT as a `LanguageModel`. A batch's rows are dealt to the cores of a CPU."""
+
+    def __init__(self, model: GPT, *, padding: int = 0) -> None:
+        """Take a model; `padding` is the id that rows are filled up with."""
+        self.model, self._padding, self._lanes = model, padding, Lanes()
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens of the rows that it was trained on."""
+        return self.model.sizes.context_tokens
+
+    def losses(self, rows: Sequence[Row]) -> list[list[Floats]]:
+        """See `LanguageModel.losses`."""
+        return [
+            [np.asarray(part, np.float32) for part in parts]
+            for parts in self._of_targets(rows, lambda hidden, targets: token_losses(hidden, self._head, targets))
+        ]
+
+    def predictions(self, rows: Sequence[Row]) -> list[list[Ints]]:
+        """See `LanguageModel.predictions`."""
+        return [[np.asarray(part, np.int32) for part in parts] for parts in self._of_targets(rows, self._likeliest)]
+
+    def token_losses(self, ids: Ints, targets: Ints) -> Floats:
+        """See `LanguageModel.token_losses`."""
+        hidden = self.model.hidden(mx.array(ids)).reshape(-1, self.model.sizes.width)
+        return np.asarray(token_losses(hidden, self._head, mx.array(targets.reshape(-1)))).reshape(targets.shape)
+
+    def next_logits(self, prompts: Sequence[list[int]]) -> Floats:
+        """See `LanguageModel.next_logits`."""
+        longest = max(map(len, prompts))
+        # Padded on the right: a causal model's state at the last prompt token does not depend on what follows.
+        ids = mx.array([prompt + [self._padding] * (longest - len(prompt)) for prompt in prompts])
+        last = mx.array([len(prompt) - 1 for prompt in prompts])
+        return np.asarray(self.model.logits(self.model.hidden(ids)[mx.arange(len(prompts)), last]))
+
+    @property
+    def _head(self) -> mx.array:
+        return self.model.head_weight
+
+    def _likeliest(self, hidden: mx.array, targets: mx.array) -> mx.array:
+        chunk = max(1, _CHUNK_FLOATS // len(self._head))
+        parts = [self.model.logits(hidden[start : start + chunk]).argmax(-1) for start in range(0, len(hidden), chunk)]
+        return mx.concatenate(parts)
+
+    def _of_targets(self, rows: Sequence[Row], judge: Any) -> list[list[Any]]:
+        """Return `judge` of the states before the targets, only those, by row and sequence."""
+        deals = self._lanes.deal(len(rows))
+        calls = [partial(self._states, rows[deal], judge) for deal in deals]
+        with self._lanes.sharing(len(deals)):
+            parts = self._lanes.run(calls)
+            mx.eval(parts)
+        found = []
+        for deal, values in zip(deals, parts, strict=True):
+            flat, end = np.asarray(values), 0
+            for row in rows[deal]:
+                found.append([flat[end : (end := end + len(targets))] for targets in row.targets])
+        return found
+
+    def _states(self, rows: Sequence[Row], judge: Any) -> mx.array:
+        branches = Branches(rows, self.model.sizes, self._padding)
+        hidden = self.model.hidden(branches.ids, branches)
+        columns = [np.concatenate(row.columns()) for row in rows]
+        place = np.repeat(np.arange(len(rows)), [len(each) for each in columns])
+        targets = np.concatenate([np.asarray(each, np.int32) for row in rows for each in row.targets])
+        states: mx.array = judge(hidden[mx.array(place), mx.array(np.concatenate(columns))], mx.array(targets))
+        return states
