@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,13 +208,6 @@ def test_a_wrong_pipeline_stops_a_run_before_it_writes(refuse: Refuse) -> None:
 
 def test_a_wrong_value_stops_a_run_before_it_writes(refuse: Refuse) -> None:
     assert "sft.num_epochs" in refuse("sft.num_epochs=0", verb="run")
-
-
-def test_a_tracker_that_is_not_installed_stops_a_run_before_it_writes(
-    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "pip install wandb" in refuse("tracker=wandb", verb="run")
 
 
 def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ LAYERS = [
     {"evals"},
     {"training"},
     {"bench"},
-    {"validation", "misspelling", "composed_cache", "compose", "tracker", "report", "terminal_chat"},
+    {"validation", "misspelling", "composed_cache", "compose", "trackers", "report", "terminal_chat"},
     {"commands", "sweep", "cli"},
 ]
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig, TaskItem
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.data.vocabulary import vocab_size_of
+from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import flatten_config
-from mlxchat.tasks import load_task, task_options
+from mlxchat.tasks.items import find_item_problems
 
 _SMALLEST_VOCABULARY = 265
 _POLAR_EXPRESS_ITERATIONS = 5
@@ -27,7 +28,7 @@ def find_problems(config: Config) -> list[str]:
         *_finetune("midtrain", config.midtrain, config),
         *_finetune("sft", config.sft, config),
         *_rl(config),
-        *_tasks("suite", config.suite, training=False),
+        *find_item_problems("suite", config.suite, training=False),
         *_at_least_one(config),
         *_optimizer(config.optimizer),
         *_sweep(config),
@@ -62,6 +63,8 @@ def _model(config: Config) -> Iterator[str]:
     width = model.depth * model.aspect_ratio
     if architecture.whole_heads:
         width = -(-width // model.head_width) * model.head_width
+    if not 0 <= architecture.dropout < 1:
+        yield f"architecture.dropout is {architecture.dropout}, expected 0 (off) up to, but not, 1"
     if architecture.vocab_multiple < 1:
         yield f"architecture.vocab_multiple is {architecture.vocab_multiple}, expected at least 1"
     if not architecture.window_pattern or set(architecture.window_pattern) - set("SL"):
@@ -92,7 +95,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("training.on_nan", config.training.on_nan, ("stop", "skip")),
         ("machine.device", config.machine.device, ("auto", "cpu", "gpu")),
         ("machine.compute_dtype", config.machine.compute_dtype, ("auto", "float32", "bfloat16")),
-        ("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio")),
+        ("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard")),
         ("sweep.kind", config.sweep.kind, ("none", "tpe")),
         ("sweep.direction", config.sweep.direction or "minimize", ("minimize", "maximize")),
     ):
@@ -109,7 +112,12 @@ def _corpus(config: Config) -> Iterator[str]:
     for path in corpus.paths:
         if Path(path).suffix not in (".txt", ".jsonl", ".parquet"):
             yield f"corpus.paths: {path} must end in .txt, .jsonl or .parquet"
-    if config.tokenizer.vocab_size < _SMALLEST_VOCABULARY:
+    if config.tokenizer.source != "train":
+        try:
+            vocab_size_of(config.tokenizer.source)
+        except DataError as error:
+            yield f"tokenizer.source: {error}"
+    elif config.tokenizer.vocab_size < _SMALLEST_VOCABULARY:
         yield (
             f"tokenizer.vocab_size is {config.tokenizer.vocab_size}, expected at least {_SMALLEST_VOCABULARY}: "
             "256 bytes and 9 special tokens"
@@ -146,8 +154,8 @@ def _pretrain(config: Config) -> Iterator[str]:
 def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[str]:
     yield from _batch(name, finetune.batch, config.model.context_tokens)
     yield from _schedule(name, finetune.schedule)
-    yield from _tasks(f"{name}.mixture", finetune.mixture, training=True)
-    yield from _tasks(f"{name}.validation", finetune.validation, training=False)
+    yield from find_item_problems(f"{name}.mixture", finetune.mixture, training=True)
+    yield from find_item_problems(f"{name}.validation", finetune.validation, training=False)
     if finetune.num_epochs < 1:
         yield f"{name}.num_epochs is {finetune.num_epochs}, expected at least 1"
     for step, wiring in config.pipeline.items():
@@ -166,8 +174,8 @@ def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[s
 def _rl(config: Config) -> Iterator[str]:
     rl = config.rl
     yield from _schedule("rl", rl.schedule)
-    yield from _tasks("rl", {"task": rl.task}, training=True)
-    yield from _tasks("rl", {"evaluation": rl.evaluation}, training=False)
+    yield from find_item_problems("rl", {"task": rl.task}, training=True)
+    yield from find_item_problems("rl", {"evaluation": rl.evaluation}, training=False)
     if rl.temperature <= 0:
         yield f"rl.temperature is {rl.temperature}, expected more than 0: equal samples teach nothing"
     if rl.samples_per_question < 2:
@@ -201,32 +209,12 @@ def _schedule(name: str, schedule: ScheduleConfig) -> Iterator[str]:
                 yield f"{name}.schedule.momentum.{key} is {value}, expected 0 up to, but not, 1"
     if schedule.warmup_iterations is None and schedule.warmup_frac + schedule.warmdown_frac > 1:
         yield f"{name}.schedule: warmup_frac and warmdown_frac together are more than 1"
+    if schedule.shape not in (shapes := ("linear", "cosine")):
+        yield (
+            f'{name}.schedule.shape is "{schedule.shape}", expected linear or cosine.{suggest(schedule.shape, shapes)}'
+        )
     if schedule.init_lr_frac <= 0:
         yield f"{name}.schedule.init_lr_frac is {schedule.init_lr_frac}, expected more than 0"
-
-
-def _tasks(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iterator[str]:
-    if not items:
-        yield f"{where} is empty: give it at least one task"
-    for name, item in items.items():
-        try:
-            known = task_options(item.task)
-            for option in (item.options.keys() | ({"fields"} if item.fields else set())) - set(known):
-                yield f'{where}.{name}.options: task {item.task} has no "{option}".{suggest(option, known)}'
-            if item.path is None and item.task == "jsonl":
-                load_task(item.task, item.split)
-        except ConfigError as error:
-            yield f"{where}.{name}: {error}"
-        if item.split not in ("train", "test"):
-            yield f'{where}.{name}.split is "{item.split}", expected train or test'
-        elif training and item.split == "test":
-            yield f"{where}.{name}.split is test: held-out conversations are never trained on"
-        if item.size is not None and item.size < 1:
-            yield f"{where}.{name}.size is {item.size}, expected at least 1, or null for all"
-        if item.epochs < 1:
-            yield f"{where}.{name}.epochs is {item.epochs}, expected at least 1"
-        if item.path is not None and not Path(item.path).is_file():
-            yield f"{where}.{name}.path: there is no file {item.path}"
 
 
 def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:

@@ -26,6 +26,8 @@ from mlxchat.runner.records import now
 from mlxchat.runner.sealed import write_whole
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
+from mlxchat.trackers import Tracker, numbers_of
+from mlxchat.trackers.service import Results
 from mlxchat.training.extension import check_extensions
 from mlxchat.training.memory_check import check_memory
 
@@ -89,11 +91,9 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}"
     # A step that shares an artifact it has no alias of yet is done without computing, but not finished.
     finished = all(step.done and step.verdict.original is None for step in plan)
-    # Whatever may be refused is refused before anything is written or said to run.
-    tracker = None if finished else _start_tracker(config, name)
     store.prepare()
     _say(format_plan(plan))
-    if finished or tracker is None:
+    if finished:
         for step in plan:
             place = store.find(step.rid)
             if place is not None and store.refs().get(step.name) != place.resolve():
@@ -104,15 +104,20 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
         folder = _start_run(composed, plan, store, name)
     except OSError as error:
         raise StoreError(f"{error.filename or store.outputs} cannot be written ({error.strerror})") from None
+    tracker = Tracker(
+        config.tracker, folder, ids=[step.rid for step in plan], settings=redact(plain_of(config)), say=_say
+    )
     run = Run(
         folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
         environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config),
         hooks=_hooks(config.hooks), uses_gpu=partial(_uses_gpu, config.machine.device),
     )  # fmt: skip
+    is_done = False
     try:
         execute(plan, store, run)
+        is_done = True
     finally:
-        tracker.finish()
+        tracker.finish(_results(config, store, folder, is_done=is_done))
     from mlxchat.commands.report import show_report
 
     try:
@@ -193,10 +198,27 @@ def _uses_gpu(device: str) -> bool:
     return device == "gpu"
 
 
-def _start_tracker(config: Config, name: str) -> Any:
-    from mlxchat.tracker import Tracker
+def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Results:
+    """Return what a tracker is told at the end."""
+    if config.tracker.kind == "none":
+        return Results(is_done=is_done)
+    from mlxchat.report.collect import collect
+    from mlxchat.report.scorecard import metric_table
 
-    return Tracker(config.tracker, name, redact(plain_of(config)))
+    try:
+        report = collect(store.outputs, folder)
+    except StoreError:  # the outputs folder is gone, which is told elsewhere
+        return Results(is_done=is_done)
+    numbers = {step.name: numbers_of(step.manifest.get("metrics") or {}) for step in report.steps}
+    table = metric_table(report)
+    return Results(
+        numbers={step: found for step, found in numbers.items() if found},
+        header=table.header if table else [],
+        rows=[[" ".join(filter(None, (cell.text, cell.detail))) for cell in row] for row in table.rows]
+        if table
+        else [],
+        is_done=is_done,
+    )
 
 
 def _describe_device() -> dict[str, Any]:

@@ -22,7 +22,7 @@ _LIBRARY = "mlxchat"
 # Parts of mlxchat that do not compute what ends in an artifact.
 _LEFT_OUT = frozenset({
     "runner", "commands", "report", "bench", "sweep", "cli", "compose", "composed_cache", "missing", "validation",
-    "misspelling", "tracker", "terminal_chat", "errors", "config", "optimizer_config", "bench_config", "sweep_config",
+    "misspelling", "trackers", "terminal_chat", "errors", "config", "optimizer_config", "bench_config", "sweep_config",
     "execution_config", "conf", "stages",
 })  # fmt: skip
 # Written by the parser of some versions only, or without meaning for what is computed.

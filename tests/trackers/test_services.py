@@ -1,0 +1,162 @@
+"""The three services, run for real and offline: what they wrote is read back by other means."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.config import TrackerConfig
+from mlxchat.trackers import Tracker
+from mlxchat.trackers.service import Results
+
+RESULTS = Results(
+    numbers={"eval_sft": {"mean_centered": 0.25}}, header=["Metric", "SFT"], rows=[["mean | centred", "0.2500"]]
+)
+TRACK = """
+import sys
+from pathlib import Path
+from mlxchat.config import TrackerConfig
+from mlxchat.trackers import Tracker
+from mlxchat.trackers.service import Results
+kind, run, begin, end, done = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "done"
+run.mkdir(parents=True)
+config = TrackerConfig(kind=kind, project="parity", tags=["offline"])
+tracker = Tracker(config, run, ids=["a", "b"], settings={"seed": 42, "model": {"depth": 4}}, say=print)
+for i in range(begin, end):
+    tracker.log("pretrain", {"iteration": i, "loss": 8.0 / i})
+results = Results(numbers={"eval_sft": {"mean_centered": 0.25}}, header=["Metric", "SFT"],
+                  rows=[["mean | centred", "0.2500"]])
+tracker.finish(results if done else Results(is_done=False))
+"""
+
+
+def track(kind: str, outputs: Path, environ: dict[str, str]) -> None:
+    """Track iterations 1 to 3 in one process, which is interrupted, and 3 to 5 in a second one, which ends."""
+    for run, begin, end, how in (("1-first", 1, 4, "interrupted"), ("2-second", 3, 6, "done")):
+        done = subprocess.run(
+            [sys.executable, "-c", TRACK, kind, str(outputs / "runs" / run), str(begin), str(end), how],
+            capture_output=True, text=True, env=environ, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "warning: tracker" not in done.stdout, done.stdout
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    import os
+
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "TRACKIO", "HF_"))}
+    return kept | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
+
+
+def events_of(folder: Path) -> Iterator[Any]:
+    """Read TensorBoard's records: length, checksum of it, a serialised Event, checksum."""
+    from tensorboardX.proto import event_pb2
+
+    for path in sorted(folder.glob("events.out.*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event()
+            event.ParseFromString(data[12 : 12 + length])
+            yield event
+            data = data[16 + length :]
+
+
+def test_tensorboard_gets_one_curve_for_each_step_and_the_results(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    folder = tmp_path / "runs" / "1"
+    folder.mkdir(parents=True)
+    said: list[str] = []
+    config = TrackerConfig(kind="tensorboard", project="p", tags=["t"])
+    tracker = Tracker(config, folder, ids=["a"], say=said.append)
+    for iteration in (1, 2):
+        tracker.log("pretrain", {"iteration": iteration, "loss": 8.0 / iteration})
+        tracker.log("sft", {"iteration": iteration, "loss": 1.0})
+    tracker.finish(RESULTS)
+    assert said == []
+    found = [
+        (event.step, value.tag, value.simple_value)
+        for event in events_of(tmp_path / "tensorboard" / "1" / "pretrain")
+        for value in event.summary.value
+    ]
+    assert found == [(1, "loss", 8.0), (2, "loss", 4.0)]
+    assert (tmp_path / "tensorboard" / "1" / "sft").is_dir()
+    results = [v for event in events_of(tmp_path / "tensorboard" / "1" / "results") for v in event.summary.value]
+    assert ("eval_sft/mean_centered", 0.25) in [(value.tag, value.simple_value) for value in results]
+    (table,) = [value.tensor.string_val[0] for value in results if value.tag.startswith("metrics")]
+    assert table.decode().splitlines()[2] == "| mean \\| centred | 0.2500 |"
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """Read LevelDB's log format: blocks of 32 KiB of (checksum, length, first|middle|last|whole, bytes)."""
+    whole, position = b"", 7  # after W&B's mark and version
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+@pytest.mark.slow
+def test_tensorboard_reads_a_continued_run_without_a_point_twice(tmp_path: Path, environ: dict[str, str]) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    track("tensorboard", tmp_path, environ)
+    accumulator = reader.EventAccumulator(str(tmp_path / "tensorboard" / "1-first" / "pretrain"))
+    accumulator.Reload()
+    points = [(event.step, pytest.approx(event.value)) for event in accumulator.Scalars("loss")]
+    assert points == [(i, 8.0 / i) for i in range(1, 6)]
+
+
+@pytest.mark.slow
+def test_trackio_keeps_a_continued_run_in_its_database(tmp_path: Path, environ: dict[str, str]) -> None:
+    pytest.importorskip("trackio")
+    track("trackio", tmp_path, environ)
+    (database,) = (tmp_path / "trackio").glob("parity*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+        configs = connection.execute("SELECT run_name, config FROM configs").fetchall()
+    assert {run for run, _, _ in rows} == {"1-first"}
+    losses = [(step, json.loads(m)["pretrain/loss"]) for _, step, m in rows if "pretrain/loss" in json.loads(m)]
+    assert losses == [(i, 8.0 / i) for i in range(1, 6)]
+    assert any("final/eval_sft/mean_centered" in json.loads(metrics) for _, _, metrics in rows)
+    assert json.loads(configs[0][1])["model"]["depth"] == 4
+
+
+@pytest.mark.slow
+def test_wandb_keeps_a_continued_run_in_its_offline_folder(tmp_path: Path, environ: dict[str, str]) -> None:
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    track("wandb", tmp_path, environ)
+    history, keys, summary, config = [], set(), {}, {}
+    for path in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")):
+        for data in wandb_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.HasField("run"):
+                keys.add((record.run.run_id, record.run.display_name, record.run.project))
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            if record.HasField("history"):
+                line = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+                history.append(line)
+            if record.HasField("summary"):
+                summary |= {".".join(i.nested_key) or i.key: i.value_json for i in record.summary.update}
+    assert len(keys) == 1
+    assert {name for _, name, _ in keys} == {"1-first"}
+    losses = [(line["pretrain/iteration"], line["pretrain/loss"]) for line in history if "pretrain/loss" in line]
+    assert losses == [(i, 8.0 / i) for i in range(1, 6)]
+    assert summary["eval_sft/mean_centered"] == "0.25"
+    assert config["model"]["depth"] == 4

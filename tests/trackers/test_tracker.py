@@ -1,0 +1,192 @@
+"""A tracker passes on everything in order, continues what was cut off, and can break nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat import trackers
+from mlxchat.config import TrackerConfig
+from mlxchat.trackers import Tracker, numbers_of
+from mlxchat.trackers.service import Results, TrackedRun
+
+
+class Notebook:
+    """A service that notes what it is told, and may raise."""
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        self.runs: list[TrackedRun] = []
+        self.logged: list[tuple[str, int, dict[str, float]]] = []
+        self.results: Results | None = None
+        self.fails_at = fails_at
+
+    def open(self, run: TrackedRun) -> Notebook:
+        self.runs.append(run)
+        return self
+
+    def log(self, step: str, iteration: int, numbers: dict[str, float]) -> None:
+        if len(self.logged) == self.fails_at:
+            raise RuntimeError("no route to host")
+        self.logged.append((step, iteration, numbers))
+
+    def finish(self, results: Results) -> None:
+        self.results = results
+
+
+def start(
+    outputs: Path, run: str, service: Any, said: list[str] | None = None, *, kind: str = "wandb", ids: str = "ab"
+) -> Tracker:
+    folder = outputs / "runs" / run
+    folder.mkdir(parents=True)
+    config = TrackerConfig(kind=kind, project="mlxchat", tags=["first"])
+    options = {"open_service": service.open} if service else {}
+    return Tracker(config, folder, ids=ids, say=(said if said is not None else []).append, **options)
+
+
+def test_records_arrive_in_order_with_their_iteration_apart(tmp_path: Path) -> None:
+    notebook = Notebook()
+    tracker = start(tmp_path, "1", notebook)
+    for iteration in range(1, 50):
+        tracker.log("pretrain", {"iteration": iteration, "loss": 1.0 / iteration})
+    tracker.finish(Results(numbers={"pretrain": {"loss": 0.02}}))
+    assert notebook.logged == [("pretrain", i, {"loss": 1.0 / i}) for i in range(1, 50)]
+    assert notebook.results is not None
+    assert notebook.results.numbers == {"pretrain": {"loss": 0.02}}
+
+
+def test_only_finite_numbers_are_passed_on() -> None:
+    record = {"iteration": 3, "loss": float("nan"), "norm": 1.5, "warning": "spike", "flag": True, "count": 2}
+    assert numbers_of(record, without="iteration") == {"norm": 1.5, "count": 2}
+
+
+def test_several_records_of_one_iteration_are_all_passed_on(tmp_path: Path) -> None:
+    notebook = Notebook()
+    tracker = start(tmp_path, "1", notebook)
+    tracker.log("sft", {"iteration": 4, "loss": 1.0})
+    tracker.log("sft", {"iteration": 4, "val_loss": 2.0})
+    tracker.finish(Results())
+    assert [numbers for _, _, numbers in notebook.logged] == [{"loss": 1.0}, {"val_loss": 2.0}]
+
+
+def test_the_same_command_after_an_interruption_continues_the_tracked_run(tmp_path: Path) -> None:
+    first, second = Notebook(), Notebook()
+    tracker = start(tmp_path, "20260101-a", first)
+    for iteration in (1, 2, 3):
+        tracker.log("sft", {"iteration": iteration, "loss": 1.0})
+    tracker.finish(Results(is_done=False))
+    tracker = start(tmp_path, "20260102-b", second)
+    for iteration in (2, 3, 4):  # from the last save on
+        tracker.log("sft", {"iteration": iteration, "loss": 1.0})
+    tracker.finish(Results())
+    assert (second.runs[0].name, second.runs[0].key) == ("20260101-a", first.runs[0].key)
+    assert (first.runs[0].is_continued, second.runs[0].is_continued) == (False, True)
+    assert [iteration for _, iteration, _ in second.logged] == [4]
+
+
+def test_a_killed_run_is_continued_though_nothing_was_said_at_its_end(tmp_path: Path) -> None:
+    start(tmp_path, "1", Notebook()).log("sft", {"iteration": 1, "loss": 1.0})
+    second = Notebook()
+    start(tmp_path, "2", second).finish(Results())
+    assert second.runs[0].name == "1"
+
+
+@pytest.mark.parametrize("note", ["{", "[]", '{"same": 3}', ""])
+def test_a_damaged_note_begins_a_new_tracked_run(note: str, tmp_path: Path) -> None:
+    start(tmp_path, "1", Notebook()).finish(Results(is_done=False))
+    (tmp_path / "runs" / "1" / "tracker.json").write_text(note)
+    second = Notebook()
+    start(tmp_path, "2", second).finish(Results())
+    assert second.runs[0].name == "2"
+
+
+def test_what_has_ended_or_plans_other_ids_is_not_continued(tmp_path: Path) -> None:
+    start(tmp_path, "1", Notebook()).finish(Results())
+    start(tmp_path, "2", Notebook(), ids="abc").finish(Results(is_done=False))
+    third = Notebook()
+    start(tmp_path, "3", third).finish(Results())
+    assert (third.runs[0].name, third.runs[0].is_continued) == ("3", False)
+
+
+def test_a_fault_in_the_middle_is_told_once_and_the_rest_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    notebook = Notebook(fails_at=2)
+    tracker = start(tmp_path, "1", notebook, said)
+    for iteration in range(1, 6):
+        tracker.log("sft", {"iteration": iteration, "loss": 1.0})
+    tracker.finish(Results())
+    assert len(notebook.logged) == 2
+    assert said == ["warning: tracker=wandb does not work (RuntimeError: no route to host); the run goes on without it"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ConnectionError("refused")])
+def test_a_service_that_refuses_to_begin_ends_nothing(error: BaseException, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Refusing:
+        def open(self, run: TrackedRun) -> Notebook:
+            raise error
+
+    tracker = start(tmp_path, "1", Refusing(), said)
+    tracker.finish(Results())
+    assert len(said) == 1
+    assert type(error).__name__ in said[0]
+
+
+def test_a_secret_in_the_fault_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "sesame-open")
+    said: list[str] = []
+
+    class Refusing:
+        def open(self, run: TrackedRun) -> Notebook:
+            raise ValueError("bad key sesame-open")
+
+    start(tmp_path, "1", Refusing(), said).finish(Results())
+    assert "sesame" not in said[0]
+
+
+def test_a_missing_package_is_told_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    start(tmp_path, "1", None, said).finish(Results())
+    assert len(said) == 1
+    assert "pip install 'mlxchat[wandb]'" in said[0]
+
+
+def test_a_service_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2)
+    said: list[str] = []
+    end = threading.Event()
+
+    class Hanging:
+        def open(self, run: TrackedRun) -> Notebook:
+            end.wait()
+            return Notebook()
+
+    began = time.monotonic()
+    tracker = start(tmp_path, "1", Hanging(), said)
+    tracker.log("sft", {"iteration": 1, "loss": 1.0})
+    tracker.finish(Results())
+    end.set()
+    assert time.monotonic() - began < 5
+    assert "left alone" in said[0]
+
+
+def test_without_a_tracker_there_is_neither_thread_nor_note(tmp_path: Path) -> None:
+    before = threading.active_count()
+    tracker = start(tmp_path, "1", None, kind="none")
+    tracker.log("sft", {"iteration": 1, "loss": 1.0})
+    tracker.finish()
+    assert threading.active_count() == before
+    assert not list((tmp_path / "runs" / "1").iterdir())
+
+
+def test_the_note_says_where_the_run_is_tracked(tmp_path: Path) -> None:
+    start(tmp_path, "1", Notebook()).finish(Results())
+    note = json.loads((tmp_path / "runs" / "1" / "tracker.json").read_text())
+    assert (note["kind"], note["project"], note["name"], note["ended"]) == ("wandb", "mlxchat", "1", True)
