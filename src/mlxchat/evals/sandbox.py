@@ -1,9 +1,9 @@
 """Run programs that a model wrote, without trusting them. Counterpart of nanochat/execution.py.
 
-That one calls itself no security sandbox; this one is meant to be. Each program runs in a fresh interpreter with nothing
-in its environment, in a session and a folder of its own, under limits of processor time, memory, file size, files and
-processes, and is killed with all that it started when its time is up. What the operating system offers beyond that is
-used where it is permitted, and named in the outcome:
+That one calls itself no security sandbox; this one is meant to be. Each program runs in a fresh interpreter with
+nothing in its environment, in a session and a folder of its own, under limits of processor time, memory, file size,
+files and processes, and is killed with all that it started when its time is up. What the operating system offers beyond
+that is used where it is permitted, and named in the outcome:
 
 - Linux: user, network, IPC and mount namespaces (no network, a small file system in memory), Landlock (no file
   elsewhere can be written, only Python's own can be read), seccomp (no process, no signal, no socket).

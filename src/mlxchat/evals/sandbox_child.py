@@ -110,11 +110,7 @@ def _limit(orders: dict[str, Any], *, alone: bool) -> None:
     ]  # fmt: skip
     if sys.platform == "linux":
         limits += [("RLIMIT_AS", memory), ("RLIMIT_DATA", memory), ("RLIMIT_MSGQUEUE", 0), ("RLIMIT_MEMLOCK", 0)]
-    others = 0
-    if not alone:
-        with open("/proc/loadavg") as file:
-            others = int(file.read().split()[3].partition("/")[2])
-    limits.append(("RLIMIT_NPROC", others + orders["processes"]))
+    limits.append(("RLIMIT_NPROC", orders["processes"] + (0 if alone else orders["other_processes"])))
     for name, value in limits:
         number = getattr(resource, name)
         most = resource.getrlimit(number)[1]

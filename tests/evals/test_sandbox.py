@@ -1,0 +1,349 @@
+"""Hostile programs fail and harm nothing; honest ones pass."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlxchat.evals.sandbox import PROTECTIONS, protections_here, run_program, run_programs
+from mlxchat.evals.sandbox_run import mac_profile
+from mlxchat.evals.sandbox_watch import Watch
+from mlxchat.evals.seccomp import ALLOWED, CONDITIONAL
+
+HONEST = {
+    "nothing": "",
+    "a test that holds": "def f(x):\n    return x + 1\ndef check(g):\n    assert g(1) == 2\ncheck(f)",
+    "the modules that answers import": (
+        "import math, re, typing, hashlib, collections, heapq, itertools, functools, random, datetime, string, copy\n"
+        "import statistics, fractions, decimal, bisect, operator, json, dataclasses, enum, abc, sys, os, time, struct\n"
+        "assert hashlib.md5(b'').hexdigest().startswith('d41d8')"
+    ),
+    "files in its own folder": (
+        "import os\nos.mkdir('a')\nopen('a/b', 'w').write('text')\nassert open('a/b').read() == 'text'\n"
+        "os.remove('a/b')\nos.rmdir('a')\nassert os.listdir('.') == []"
+    ),
+    "threads": (
+        "import threading, queue\nq = queue.Queue()\n"
+        "ts = [threading.Thread(target=q.put, args=(i,)) for i in range(4)]\n"
+        "[t.start() for t in ts]; [t.join() for t in ts]\nassert sorted(q.queue) == [0, 1, 2, 3]"
+    ),
+    "a hundred kilobytes of output": "print('x' * 100_000)",
+    "the name of a main module": "assert __name__ == '__main__'",
+    "a signal to itself": "import os, signal\nsignal.signal(signal.SIGUSR1, lambda *a: None)\n"
+    "os.kill(os.getpid(), signal.SIGUSR1)",
+    "a recursion that it catches": "def f():\n    f()\ntry:\n    f()\nexcept RecursionError:\n    pass",
+    "what a failed attempt may do": "try:\n    1 / 0\nexcept ZeroDivisionError:\n    pass",
+}
+
+TRY_ALL_FILES = "import os\nfor fd in range(1, 64):\n    try:\n        {what}\n    except OSError:\n        pass\n"
+HOSTILE = {
+    # Not reaching the end
+    "an error": "assert 1 == 2",
+    "no Python": "def f(:",
+    "sys.exit(0)": "import sys\nsys.exit(0)",
+    "raise SystemExit": "raise SystemExit",
+    "os._exit(0)": "import os\nos._exit(0)",
+    "os._exit in a thread": (
+        "import os, threading, time\nthreading.Thread(target=os._exit, args=(0,)).start()\ntime.sleep(9)"
+    ),
+    "os._exit at the end of the interpreter": "import atexit, os, sys\natexit.register(os._exit, 0)\nsys.exit(0)",
+    "an infinite loop": "while True:\n    pass",
+    "an infinite loop that catches everything": (
+        "import signal\nfor s in range(1, 32):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
+        "    except OSError:\n        pass\nwhile True:\n    try:\n        while True:\n            pass\n"
+        "    except BaseException:\n        pass"
+    ),
+    "sleep": "import time\ntime.sleep(60)",
+    "waiting for input": "input()",
+    "a crash": "import ctypes\nctypes.string_at(0)",
+    "a signal to itself that kills": "import os\nos.kill(os.getpid(), 9)",
+    # Too much
+    "a memory bomb": "b = bytearray(1 << 30)",
+    "a growing memory bomb": "a = []\nwhile True:\n    a.append(bytearray(1 << 20))",
+    "a memory bomb that catches its errors": (
+        "a = []\nwhile True:\n    try:\n        a.append(bytearray(1 << 22))\n    except MemoryError:\n        pass"
+    ),
+    "huge output": "while True:\n    print('x' * 10_000)",
+    "huge output of errors": "import sys\nwhile True:\n    sys.stderr.write('x' * 10_000)",
+    "a huge file": "f = open('f', 'wb')\nfor _ in range(100):\n    f.write(bytes(1 << 20))\nf.close()",
+    "too many open files": "files = [open('/dev/null') for _ in range(1000)]",
+    "a deep structure": "x = []\nfor _ in range(10**6):\n    x = [x]\nrepr(x)\nassert False",
+    "a number without end": "10 ** 10 ** 8\n9 ** 9 ** 9",
+    # Other processes
+    "one process": "import os\nos.fork()",
+    "a fork bomb": "import os\nfor _ in range(6):\n    os.fork()\nimport time\ntime.sleep(60)",
+    "a child that outlives it": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
+        "    os._exit(0)\nos._exit(0)"
+    ),
+    "a shell": "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'sleep 60'], check=True)",
+    "os.system": "import os\nassert os.system('true') == 0",
+    "a signal to the parent": "import os\nos.kill(os.getppid(), 15)",
+    "a signal to everyone": "import os\nassert os.getpid() > 1\nos.kill(-1, 0)\nos.kill(-1, 18)",
+    "a signal to its parent's group": "import os\nos.killpg(os.getpgid(os.getppid()), 18)",
+    "another program in its place": "import os\nos.execv('/bin/true', ['true'])",
+    # The world outside
+    "writing outside": "open({outside!r}, 'w').write('x')",
+    "writing beside its folder": "open('../{name}', 'w').write('x')",
+    "overwriting what is there": "open({existing!r}, 'w').write('x')",
+    "cutting what is there": "import os\nos.truncate({existing!r}, 0)",
+    "removing what is there": "import os\nos.remove({existing!r})",
+    "closing what is there": "import os\nos.chmod({existing!r}, 0)",
+    "a link to what is there": "import os\nos.symlink({existing!r}, 'a')\nopen('a', 'w').write('x')",
+    "moving what is there": "import os\nos.rename({existing!r}, 'mine')",
+    "reading what is there": "assert open({existing!r}).read() == ''",
+    "deleting its folder": "import os, shutil\nshutil.rmtree(os.getcwd())",
+    "deleting everything": "import shutil\nshutil.rmtree({folder!r})",
+    "reading the environment": "import os\nos.environ['MLXCHAT_SECRET']",
+    "reading its parent's environment": "import os\nprint(open(f'/proc/{{os.getppid()}}/environ').read())",
+    "reading its parent's memory": "import os\nopen(f'/proc/{{os.getppid()}}/mem', 'rb')",
+    "a connection": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)",
+    "a listener": "import socket\ns = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()",
+    "a request": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{port}', timeout=1)",
+    # The verdict
+    "closing all files": "import os\nos.closerange(0, 64)",
+    "saying passed everywhere": TRY_ALL_FILES.format(what="os.write(fd, b'passed\\n')"),
+    "repeating what it reads everywhere": (
+        "import os\nfor fd in range(64):\n    try:\n        os.set_blocking(fd, False)\n"
+        "        text = os.read(fd, 99)\n"
+        "        for other in range(64):\n            try:\n                os.write(other, text)\n"
+        "            except OSError:\n                pass\n    except OSError:\n        pass\nos._exit(0)"
+    ),
+    "writing all texts in memory everywhere": (
+        "import gc, os, sys\nframe = sys._getframe()\ntexts = [b'passed']\nwhile frame:\n"
+        "    texts += [v for v in frame.f_locals.values() if isinstance(v, (str, bytes))]\n    frame = frame.f_back\n"
+        "for text in texts:\n    for fd in range(3, 64):\n        try:\n"
+        "            os.write(fd, text if isinstance(text, bytes) else text.encode())\n"
+        "        except OSError:\n            pass\nos._exit(0)"
+    ),
+    "replaced functions": (
+        "import builtins, os, sys\nos._exit = sys.exit = builtins.exit = lambda *a: None\n"
+        "os.write = os.read = lambda *a: 1\nbuiltins.compile = builtins.exec = None\nraise SystemExit(0)"
+    ),
+    "an error that is hard to show": (
+        "class E(BaseException):\n    def __str__(self):\n        raise self\n    __repr__ = __str__\nraise E"
+    ),
+    "an exit with closed output": "import os, sys\nos.close(1)\nos.close(2)\nsys.exit(0)",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of this test's own, in which the programs get theirs, and which is as it was when they have ended."""
+    place = tmp_path / "programs"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    monkeypatch.setenv("MLXCHAT_SECRET", "a secret")
+    yield place
+    assert list(place.iterdir()) == []
+    assert survivors(place) == []
+
+
+def survivors(folder: Path) -> list[int]:
+    """Return the processes that work in a folder, or in one below it that was removed."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(place.joinpath("cwd").readlink()).startswith(str(folder)):
+                found.append(int(place.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_program_passes(name: str) -> None:
+    outcome = run_program(HONEST[name], seconds=20)
+    assert (outcome.passed, outcome.status) == (True, "passed"), outcome.output
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_fails_and_harms_nothing(name: str, tmp_path: Path) -> None:
+    existing = tmp_path / "existing"
+    existing.write_text("as it was")
+    existing.chmod(0o640)
+    code = HOSTILE[name]
+    if "{" in code:
+        code = code.format(
+            outside=str(tmp_path / "outside"), existing=str(existing), folder=str(tmp_path), name="beside", port=1
+        )
+    if needs_protection(name) and not ({"seccomp", "landlock"} <= set(protections_here())):
+        pytest.skip("this system cannot forbid it")
+    parent = os.getpid(), Path.cwd(), dict(os.environ)
+    outcome = run_program(code, seconds=0.5)
+    assert not outcome.passed
+    assert outcome.status in ("failed", "timeout", "memory", "output")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["existing", "programs"]
+    assert existing.read_text() == "as it was"
+    assert existing.stat().st_mode & 0o777 == 0o640
+    assert (os.getpid(), Path.cwd(), dict(os.environ)) == parent
+    assert "a secret" not in outcome.output
+
+
+def needs_protection(name: str) -> bool:
+    """Tell whether only what the system offers beyond limits keeps a program from doing its harm."""
+    words = ("outside", "beside", "what is there", "its folder", "everything", "everyone", "parent", "listener")
+    return any(word in name for word in (*words, "process", "shell", "system", "another program"))
+
+
+def test_what_a_program_did_is_told() -> None:
+    outcome = run_program("print('before')\nraise ValueError('the reason')")
+    assert outcome.status == "failed"
+    assert outcome.output.startswith("before\n")
+    assert outcome.output.endswith('File "<program>", line 2, in <module>\nValueError: the reason\n')
+    assert "sandbox" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("sleep", "timeout"), ("a memory bomb", "memory"), ("huge output", "output"), ("sys.exit(0)", "failed")],
+)
+def test_the_status_says_why(name: str, status: str) -> None:
+    assert run_program(HOSTILE[name], seconds=1.0).status == status
+
+
+def test_kept_output_is_bounded() -> None:
+    assert len(run_program(HOSTILE["huge output"]).output) <= 1 << 14
+
+
+def test_a_program_has_nothing_in_its_environment_and_an_empty_folder() -> None:
+    outcome = run_program("import os, sys\nprint(dict(os.environ), os.listdir('.'), sys.argv[2:], sys.flags.isolated)")
+    assert outcome.output == "{} [] [] 1\n"
+
+
+def test_the_time_is_kept_on_the_wall_clock() -> None:
+    began = time.monotonic()
+    outcome = run_program("import time\ntime.sleep(60)", seconds=0.5)
+    assert 0.4 < outcome.seconds < 5
+    assert time.monotonic() - began < 10
+
+
+def test_memory_below_the_limit_is_given() -> None:
+    code = "b = bytearray(80 << 20)"
+    assert run_program(code, memory_bytes=256 << 20).passed
+    assert run_program(code, memory_bytes=64 << 20).status == "memory"
+
+
+def test_many_programs_run_at_a_time_and_their_outcomes_are_in_order() -> None:
+    codes = ["import time; time.sleep(0.3)", "1/0", "print('third')", "import time; time.sleep(60)"]
+    done: list[int] = []
+    outcomes = run_programs(codes, workers=4, seconds=1.0, on_progress=done.append)
+    assert [outcome.status for outcome in outcomes] == ["passed", "failed", "passed", "timeout"]
+    assert done == [1, 2, 3, 4]
+
+
+def test_programs_of_different_threads_do_not_disturb_each_other() -> None:
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: run_program(f"print({i})").output})) for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {i: f"{i}\n" for i in range(8)}
+
+
+def test_no_file_of_ours_stays_open() -> None:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("counts files in /proc")
+    run_program("")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for code in ("", "1/0", "import os; os._exit(0)"):
+        run_program(code)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# Where the system offers nothing: limits, and looking for what descends from the program
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_program_passes_also_without_protections(name: str) -> None:
+    outcome = run_program(HONEST[name], seconds=20, protections=())
+    assert outcome.passed, outcome.output
+    assert outcome.protections == ("limits",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sys.exit(0)", "os._exit(0)", "an infinite loop that catches everything", "a growing memory bomb",
+        "huge output", "a huge file", "one process", "a fork bomb", "a shell", "reading the environment",
+        "deleting its folder", "closing all files", "saying passed everywhere",
+    ],
+)  # fmt: skip
+def test_a_hostile_program_fails_also_without_protections(name: str) -> None:
+    assert not run_program(HOSTILE[name], seconds=0.5, protections=()).passed
+
+
+def test_a_process_that_leaves_the_session_is_found_and_killed(folder: Path) -> None:
+    """It forks twice and begins a session of its own, then its parents end, then time is up."""
+    code = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
+        "    time.sleep(0.3)\n    os._exit(0)\ntime.sleep(60)"
+    )
+    assert run_program(code, seconds=0.8, protections=()).status == "timeout"
+    assert survivors(folder) == []
+
+
+@pytest.mark.parametrize("one", ["namespaces", "landlock", "seccomp"])
+def test_each_protection_works_alone(one: str) -> None:
+    if one not in protections_here():
+        pytest.skip("this system does not offer it")
+    outcome = run_program(HONEST["files in its own folder"], protections=[one])
+    assert outcome.passed, outcome.output
+    assert outcome.protections == ("limits", one)
+
+
+def test_a_look_counts_the_memory_of_descendants() -> None:
+    import subprocess
+
+    code = "import subprocess, sys\nb = bytearray(b'x' * (30 << 20))\nprint(flush=True)\n"
+    code += "subprocess.run([sys.executable, '-c', 'b = bytearray(30 << 20); print(flush=True); input()'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.readline()
+        assert 60 << 20 < Watch(process.pid).look() < 300 << 20
+        process.communicate(b"\n")
+
+
+def test_the_rules_for_a_mac_name_the_folder_and_nothing_else_to_write() -> None:
+    rules = mac_profile(Path("/private/tmp/mine"))
+    assert re.findall(r"\(allow file-write\S* \((\S+) ([^)]+)\)", rules) == [
+        ("subpath", '"/private/tmp/mine"'), ("literal", '"/dev/null"'),
+    ]  # fmt: skip
+    assert "(deny network*)" in rules
+    assert rules.count("(") == rules.count(")")
+
+
+def test_the_names_of_the_protections_are_known() -> None:
+    assert set(protections_here()) <= {"limits", *PROTECTIONS}
+
+
+HEADERS = {
+    "x86_64": (Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), 0),
+    "aarch64": (Path("/usr/include/asm-generic/unistd.h"), 1),
+}
+
+
+@pytest.mark.parametrize("machine", HEADERS)
+def test_the_numbers_of_system_calls_are_those_of_the_kernels_headers(machine: str) -> None:
+    path, column = HEADERS[machine]
+    if not path.is_file():
+        pytest.skip("the kernel's headers are not here")
+    found = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", path.read_text()))
+    found |= {"newfstatat": found["fstatat"]} if "fstatat" in found else {}
+    ours = {name: numbers[column] for name, numbers in {**ALLOWED, **CONDITIONAL}.items()}
+    assert {name: int(found[name]) for name, number in ours.items() if number is not None} == {
+        name: number for name, number in ours.items() if number is not None
+    }
+    assert not [name for name, number in ours.items() if number is None and column == 0]
