@@ -59,6 +59,9 @@ class ArchitectureConfig:
     backout: bool = MISSING
     """Whether a learnt share of the middle layer's stream is subtracted before the head."""
 
+    dropout: float = field(default=MISSING, metadata={"since_default": 0.0})
+    """Share of the embedding's numbers, and of those that each attention and MLP adds to it, which pretraining leaves
+    out at random; 0: none. Nothing is left out in later stages, evaluations and answers."""
 
 @dataclass(kw_only=True)
 class HubConfig:

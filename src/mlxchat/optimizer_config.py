@@ -115,7 +115,9 @@ class ScheduleConfig:
     warmup_iterations: int | None = field(default=None)
     """Number of iterations that rise, instead of a share; null: warmup_frac."""
     warmdown_frac: float = MISSING
-    """Share of iterations that fall, at the end."""
+    """Share of iterations that fall, at the end; along a cosine at most those after the rise."""
+    shape: str = field(default=MISSING, metadata={"since_default": "linear"})
+    """Of the fall: linear, or cosine (half a period)."""
     final_lr_frac: float = MISSING
     """What the fall reaches at the end."""
     weight_decay_frac: float = MISSING

@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 def features_of(architecture: str) -> dict[str, Any]:
     """Return what conf/architecture says, as fields of GPTSizes."""
     config = vars(compose_config([f"architecture={architecture}"]).config.architecture)
-    fields = {key: value for key, value in config.items() if key not in ("name", "whole_heads")}
+    fields = {key: value for key, value in config.items() if key not in ("name", "whole_heads", "dropout")}
     return {"architecture": config["name"], **fields}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mlxchat.data.packing import IGNORED, Row
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.evals.bpb import bits_per_byte, mean_loss, uniform_bits_per_byte
+from mlxchat.evals.bpb import TextLoss, bits_per_byte, mean_loss, text_loss, uniform_bits_per_byte
 from mlxchat.model.gpt import GPT
 
 
@@ -50,6 +50,27 @@ def test_bits_per_byte_count_the_bits_and_bytes_of_text_only(
     expected = bits / sum(raw_bytes(tokenizer, row).sum() for row in rows)
     got = bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)
     assert got == pytest.approx(expected, rel=1e-5)  # float32 losses
+
+
+def test_perplexity_is_e_to_the_mean_loss_of_the_tokens_of_text(
+    model: GPT, tokenizer: Tokenizer, rows: list[Row]
+) -> None:
+    counted = [(losses(model, row), raw_bytes(tokenizer, row) > 0) for row in rows]
+    mean = sum((values * text).sum() for values, text in counted) / sum(text.sum() for _, text in counted)
+    found = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=50)
+    assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
+    assert found.bits_per_byte == bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=50)
+
+
+def test_the_perplexity_of_a_head_of_zeros_is_the_vocabulary(model: GPT, tokenizer: Tokenizer, rows: list[Row]) -> None:
+    model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
+    found = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=1000)
+    assert found.perplexity == pytest.approx(tokenizer.vocab_size, rel=1e-5)
+
+
+@pytest.mark.parametrize("found", [TextLoss(0.0, 0, 0), TextLoss(1e6, 10, 1)])
+def test_a_perplexity_that_is_no_number_is_infinite(found: TextLoss) -> None:
+    assert found.perplexity == math.inf
 
 
 def test_special_tokens_would_have_changed_the_number(model: GPT, tokenizer: Tokenizer, rows: list[Row]) -> None:

@@ -141,3 +141,59 @@ def test_a_stage_without_a_momentum_of_its_own_has_the_optimizers() -> None:
     config = compose_config(["experiment=speedrun_d12"]).config
     for stage in (config.pretrain, config.midtrain, config.sft, config.rl):
         assert rates_at(150, 1000, stage.schedule, config.optimizer).momentum == pytest.approx(0.9)
+
+
+# Along a cosine
+
+
+def nanogpt(it: int, n: int, warmup: int, final: float) -> float:
+    """The published form: a cosine from the end of the warm-up to the end of the training."""
+    if it < warmup:
+        return (it + 1) / warmup
+    decay_ratio = (it - warmup) / (n - warmup)
+    return final + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (1 - final)
+
+
+@given(n=st.integers(2, 3000), place=st.floats(0, 1), warmup=st.floats(0, 0.9), final=st.floats(0, 1))
+def test_a_cosine_over_the_whole_training_falls_from_the_end_of_the_warmup(
+    n: int, place: float, warmup: float, final: float
+) -> None:
+    it, rising = int(place * (n - 1)), int(warmup * n)
+    got = lr_multiplier(
+        it, n, warmup_frac=0.0, warmup_iterations=rising, warmdown_frac=1.0, final_frac=final, shape="cosine"
+    )
+    assert got == pytest.approx(nanogpt(it, n, rising, final), abs=1e-12)
+    assert 0 <= got <= 1
+
+
+@given(n=st.integers(10, 3000), place=st.floats(0, 1, exclude_max=True), final=st.floats(0, 1))
+def test_a_cosine_over_the_last_part_begins_and_ends_with_the_linear_fall_and_is_as_high_half_way(
+    n: int, place: float, final: float
+) -> None:
+    def both(it: float) -> list[float]:
+        numbers = {"warmup_frac": 0.0, "warmdown_frac": 0.4, "final_frac": final}
+        return [lr_multiplier(it, n, **numbers, shape=shape) for shape in ("linear", "cosine")]
+
+    warmdown = round(0.4 * n)
+    for it in (0, n - warmdown, n - warmdown / 2, n):
+        linear, cosine = both(it)
+        assert cosine == pytest.approx(linear, abs=1e-12)
+    early, late = both(n - warmdown + place * warmdown / 2), both(n - warmdown / 2 + place * warmdown / 2)
+    assert early[1] >= early[0] - 1e-12
+    assert late[1] <= late[0] + 1e-12
+
+
+@pytest.mark.parametrize("iteration", [100, 150, 1000])
+def test_beyond_its_end_a_cosine_stays_where_it_ended(iteration: int) -> None:
+    assert lr_multiplier(iteration, 100, **PRETRAIN | {"final_frac": 0.1}, shape="cosine") == pytest.approx(0.1)
+
+
+def test_a_cosine_after_a_warmup_that_is_the_whole_training_never_falls() -> None:
+    values = [lr_multiplier(it, 4, **SFT, warmup_iterations=4, shape="cosine") for it in range(4)]
+    assert values == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_shape_is_that_of_the_configuration() -> None:
+    config = compose_config(["pretrain.schedule.shape=cosine", "pretrain.schedule.warmdown_frac=1.0"]).config
+    rates = rates_at(250, 1000, config.pretrain.schedule, config.optimizer)
+    assert rates.lr_factor == pytest.approx(0.5 + 0.5**1.5)

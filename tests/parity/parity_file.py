@@ -210,7 +210,9 @@ class ParityFile:
 def architecture_features(variant: str) -> dict[str, Any]:
     """Return what conf/architecture says of a snapshot, as fields of GPTSizes."""
     architecture: ArchitectureConfig = compose_config([f"architecture={variant}"]).config.architecture
-    features = {key: value for key, value in vars(architecture).items() if key not in ("name", "whole_heads")}
+    features = {
+        key: value for key, value in vars(architecture).items() if key not in ("name", "whole_heads", "dropout")
+    }
     return {"architecture": architecture.name, **features}
 
 

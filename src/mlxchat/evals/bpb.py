@@ -1,9 +1,13 @@
-"""Bits per byte: a loss that does not depend on the tokenizer. Counterpart of nanochat/loss_eval.py."""
+"""Bits per byte: a loss that does not depend on the tokenizer. Counterpart of nanochat/loss_eval.py.
+
+Beside it the perplexity per token, which does depend on the tokenizer: two are comparable with one vocabulary alone.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,14 +20,37 @@ from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.ops.lanes import Lanes
 
+_LARGEST_EXPONENT = 700
 
-def bits_per_byte(
+
+@dataclass(frozen=True)
+class TextLoss:
+    """What a model makes of text: the targets that stand for bytes, special tokens left out."""
+
+    nats: float
+    """Cross-entropy of all of them together."""
+    num_bytes: int
+    num_tokens: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Infinite without bytes."""
+        return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else math.inf
+
+    @property
+    def perplexity(self) -> float:
+        """Per token: e to the mean cross-entropy in nats; infinite without tokens, or beyond what a float holds."""
+        mean = self.nats / self.num_tokens if self.num_tokens else math.inf
+        return math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
+
+
+def text_loss(
     model: GPT, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
-) -> float:
-    """Return the model's bits per byte of the rows' targets.
+) -> TextLoss:
+    """Return the model's loss on the rows' targets.
 
     A target counts if it is not ignored and stands for bytes; special tokens stand for none and count neither in
-    bits nor in bytes. Infinite if no byte counts.
+    bits nor in bytes.
 
     Args:
         model: to evaluate.
@@ -31,12 +58,20 @@ def bits_per_byte(
         token_bytes: (V,) raw bytes of each id, 0 for special tokens.
         micro_tokens: tokens per forward pass, at most.
     """
-    nats, counted_bytes = 0.0, 0
+    nats, num_bytes, num_tokens = 0.0, 0, 0
     for losses, targets in _losses(model, rows, micro_tokens):
         weight = np.where(targets >= 0, token_bytes[np.maximum(targets, 0)], 0)
         nats += float((losses * (weight > 0)).sum(dtype=np.float64))
-        counted_bytes += int(weight.sum())
-    return nats / (math.log(2) * counted_bytes) if counted_bytes else math.inf
+        num_bytes += int(weight.sum())
+        num_tokens += int((weight > 0).sum())
+    return TextLoss(nats, num_bytes, num_tokens)
+
+
+def bits_per_byte(
+    model: GPT, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
+) -> float:
+    """Return the model's bits per byte of the rows' targets, infinite if no byte counts; arguments as `text_loss`."""
+    return text_loss(model, rows, token_bytes, micro_tokens=micro_tokens).bits_per_byte
 
 
 def mean_loss(model: GPT, rows: list[Row], *, micro_tokens: int) -> float:

@@ -121,7 +121,8 @@ def sizes_from_depth(
 
 def sizes_of(model: ModelConfig, architecture: ArchitectureConfig, vocab_size: int) -> GPTSizes:
     """Return the sizes that a configuration asks for."""
-    features = {key: value for key, value in vars(architecture).items() if key not in ("name", "whole_heads")}
+    no_features = ("name", "whole_heads", "dropout")
+    features = {key: value for key, value in vars(architecture).items() if key not in no_features}
     return sizes_from_depth(
         model.depth,
         vocab_size=vocab_size,

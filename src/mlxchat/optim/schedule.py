@@ -32,6 +32,7 @@ def rates_at(iteration: int, num_iterations: int, schedule: ScheduleConfig, opti
             warmup_iterations=schedule.warmup_iterations,
             warmdown_frac=schedule.warmdown_frac,
             final_frac=schedule.final_lr_frac,
+            shape=schedule.shape,
         ),
         momentum=muon_momentum(
             iteration,
@@ -54,10 +55,13 @@ def lr_multiplier(
     warmdown_frac: float,
     final_frac: float,
     warmup_iterations: int | None = None,
+    shape: str = "linear",
 ) -> float:
-    """Return the factor of every learning rate: linear up, constant, linear down to `final_frac`, never below 0.
+    """Return the factor of every learning rate: linear up, constant, then down to `final_frac`, never below 0.
 
-    Counterpart of `get_lr_multiplier` in nanochat's scripts; with warmdown_frac 1 it is chat_sft's 1 − it / N.
+    Counterpart of `get_lr_multiplier` in nanochat's scripts; with warmdown_frac 1 it is chat_sft's 1 − it / N. Along a
+    cosine the fall begins no sooner than the rise has ended, so that warmdown_frac 1 is the schedule of GPT-3 (arXiv
+    2005.14165, appendix B).
 
     Args:
         iteration: 0 … num_iterations − 1.
@@ -66,14 +70,19 @@ def lr_multiplier(
         warmdown_frac: share of iterations, at the end, that fall.
         final_frac: what the fall would reach at iteration `num_iterations`.
         warmup_iterations: how many iterations rise; None: `warmup_frac` of them.
+        shape: of the fall: linear, or cosine for half a period of one.
     """
     warmup = round(warmup_frac * num_iterations) if warmup_iterations is None else warmup_iterations
     warmdown = round(warmdown_frac * num_iterations)
     if iteration < warmup:
         return (iteration + 1) / warmup
+    if shape == "cosine":
+        warmdown = min(warmdown, num_iterations - warmup)
     if iteration <= num_iterations - warmdown:
         return 1.0
     progress = (num_iterations - iteration) / warmdown
+    if shape == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * max(0.0, progress)))
     return max(0.0, progress + (1 - progress) * final_frac)
 
 

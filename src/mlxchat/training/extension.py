@@ -14,6 +14,7 @@ from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 
 # What weights and moments have the shape of, or are the meaning of.
 _SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant")
+_MAY_DIFFER = ("architecture.dropout",)
 
 
 def check_extensions(config: Config, plan: list[PlannedStep]) -> None:
@@ -64,7 +65,7 @@ def _what_differs(step: PlannedStep, extended: Manifest, planned: Mapping[str, P
 
 
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
-    flat = flatten_config(identity)
+    flat = {key: value for key, value in flatten_config(identity).items() if key not in _MAY_DIFFER}
     return {key: value for key, value in flat.items() if key in _SAME or key.partition(".")[0] in _SAME}
 
 
