@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mlxchat.composed_cache import ComposedCache
 from mlxchat.config import Config
+from mlxchat.data.vocabulary import vocab_size_of
 from mlxchat.errors import ConfigError
 from mlxchat.validation import find_problems
 
@@ -99,6 +100,8 @@ def _check(config: Config) -> None:
     problems = find_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
+    if config.tokenizer.source != "train":  # each time: a file may be another one than when this was composed
+        config.tokenizer.vocab_size = vocab_size_of(config.tokenizer.source)
 
 
 @cache

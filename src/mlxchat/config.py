@@ -14,6 +14,7 @@ from mlxchat.missing import MISSING
 from mlxchat.optimizer_config import OptimizerConfig as OptimizerConfig
 from mlxchat.optimizer_config import ScheduleConfig as ScheduleConfig
 from mlxchat.sweep_config import SweepConfig as SweepConfig
+from mlxchat.tokenizer_config import TokenizerConfig as TokenizerConfig
 
 
 @dataclass(kw_only=True)
@@ -58,10 +59,10 @@ class ArchitectureConfig:
     """Whether a gated share of the previous token's embedding is added to each token's."""
     backout: bool = MISSING
     """Whether a learnt share of the middle layer's stream is subtracted before the head."""
-
     dropout: float = field(default=MISSING, metadata={"since_default": 0.0})
     """Share of the embedding's numbers, and of those that each attention and MLP adds to it, which pretraining leaves
     out at random; 0: none. Nothing is left out in later stages, evaluations and answers."""
+
 
 @dataclass(kw_only=True)
 class HubConfig:
@@ -72,11 +73,12 @@ class HubConfig:
     revision: str = MISSING
     """Commit, tag or branch; a commit pins the content."""
     train_files: str = MISSING
-    """Shell pattern of the training files in the repository."""
+    """Shell pattern of the training files in the repository, all parquet; those that the horizon needs are fetched."""
     num_train_files: int | None = MISSING
-    """Use the first so many, in order of their names; null: all."""
-    validation_files: str = MISSING
-    """Shell pattern of the files held out for validation; never trained on."""
+    """For experiments: the first so many alone, in order of their names; null: as many as the horizon needs."""
+    validation_files: str | None = MISSING
+    """Shell pattern of the files held out for validation, never trained on; null: the first
+    corpus.validation_documents of the first file."""
     column: str = MISSING
     """Column that holds the text."""
 
@@ -92,27 +94,15 @@ class CorpusConfig:
     paths: list[str] = field(default_factory=list, metadata={"external": "file"})
     """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files."""
     hub: HubConfig | None = None
-    """A dataset on the Hub; its files are used as they are, one shard each."""
+    """A dataset on the Hub; its files are used as they are, one shard each, and never copied."""
     document_chars: int | None = MISSING
     """Bundled documents are cut at sentence ends into parts of at most so many characters; null: kept whole."""
     validation_documents: int = MISSING
-    """Documents held out as the validation shard (bundled and local text)."""
+    """Documents held out as the validation shard (of the Hub: only where hub.validation_files is null)."""
     shard_documents: int = MISSING
     """Documents per training shard (bundled and local text)."""
     row_group_documents: int = MISSING
     """Documents per parquet row group."""
-
-
-@dataclass(kw_only=True)
-class TokenizerConfig:
-    """Training of the byte-pair encoding."""
-
-    vocab_size: int = MISSING
-    """Tokens, the 9 special ones included; at least 265."""
-    max_chars: int = MISSING
-    """Characters of text to train on."""
-    document_chars: int = MISSING
-    """Characters of one document that are used."""
 
 
 @dataclass(kw_only=True)
@@ -122,13 +112,23 @@ class TaskItem:
     task: str = MISSING
     """Name in mlxchat.tasks."""
     split: str = "train"
-    """train or test."""
+    """train or test, or another of the task's splits."""
     size: int | None = None
     """Number of conversations; null: the task's own."""
+    start: int = field(default=0, metadata={"since_default": 0})
+    """The first conversation that is used, counted from 0."""
+    stop: int | None = field(default=None, metadata={"since_default": None})
+    """The first that is used no more; null: all to the end."""
+    step: int = field(default=1, metadata={"since_default": 1})
+    """Every step-th conversation is used."""
     epochs: int = 1
     """How often each conversation occurs in one pass over the mixture."""
+    weight: float | None = field(default=None, metadata={"since_default": None})
+    """Share of the mixture's conversations, relative to the weights of all its tasks; null: as epochs say."""
     path: str | None = field(default=None, metadata={"external": "file"})
-    """File of a task that reads one (jsonl, identity)."""
+    """File of a task that reads one (jsonl, identity, a list of words)."""
+    source: dict[str, str] = field(default_factory=dict, metadata={"since_default": {}})
+    """Where a task gets its data: repository, revision, subset of the Hub; url, words, sha256."""
     fields: list[str] | None = None
     """Fields of the Factbook, for the tasks that ask about countries; null: the task's own."""
     options: dict[str, float] = field(default_factory=dict)

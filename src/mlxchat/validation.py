@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig, TaskItem
+from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
 from mlxchat.data.vocabulary import vocab_size_of
-from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.errors import DataError, suggest
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import flatten_config

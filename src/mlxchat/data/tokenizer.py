@@ -6,7 +6,6 @@ truth), tokenizer.json and tokenizer_config.json (the same for the Hugging Face 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -18,24 +17,13 @@ import numpy as np
 import tiktoken
 from safetensors.numpy import save_file
 
+from mlxchat.data import vocabulary as words
+from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, PATTERN_KEY, RANKS_FILE
+from mlxchat.data.vocabulary import SPECIAL_TOKENS as SPECIAL_TOKENS
+from mlxchat.data.vocabulary import SPLIT_PATTERN as SPLIT_PATTERN
 from mlxchat.errors import DataError
 
-# GPT-4's, but with digits in groups of at most two: a small vocabulary should not spend itself on numbers.
-SPLIT_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
-)
-SPECIAL_TOKENS = (
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
-FILES = ("ranks.tiktoken", "tokenizer.json", "tokenizer_config.json", "token_bytes.safetensors")
+FILES = (RANKS_FILE, HF_FILE, CONFIG_FILE, "token_bytes.safetensors")
 
 _CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 {%- set ns = namespace(system='') -%}
@@ -53,13 +41,20 @@ _CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 class Tokenizer:
     """Text to token ids and back. Special tokens have the highest ids, in the order of SPECIAL_TOKENS."""
 
-    def __init__(self, ranks: dict[bytes, int]) -> None:
-        """Take the mergeable ranks: token bytes → id, 0 … n − 1, the 256 bytes among them."""
-        self.ranks = ranks
+    def __init__(self, ranks: dict[bytes, int], pattern: str = SPLIT_PATTERN) -> None:
+        """Take the mergeable ranks (token bytes → id, 0 … n − 1, the 256 bytes among them) and how text is cut.
+
+        Raises:
+            DataError: the pattern is no regular expression.
+        """
+        self.ranks, self.pattern = ranks, pattern
         self.special_ids = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
-        self.encoding = tiktoken.Encoding(
-            name="mlxchat", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids
-        )
+        try:
+            self.encoding = tiktoken.Encoding(
+                name="mlxchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
+            )
+        except ValueError as error:
+            raise DataError(f"text cannot be cut by {pattern} ({error})") from None
         self.bos = self.special_ids["<|bos|>"]
         self.assistant_end = self.special_ids["<|assistant_end|>"]
 
@@ -90,7 +85,7 @@ class Tokenizer:
     def digest(self) -> str:
         """The sha256 of everything that decides how a text is encoded, in hex."""
         lines = [
-            SPLIT_PATTERN,
+            self.pattern,
             *SPECIAL_TOKENS,
             *(token.hex() for token in sorted(self.ranks, key=self.ranks.__getitem__)),
         ]
@@ -106,11 +101,9 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write FILES."""
-        ordered = sorted(self.ranks.items(), key=lambda item: item[1])
-        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ordered]
-        (folder / "ranks.tiktoken").write_text("".join(lines), encoding="ascii")
-        (folder / "tokenizer.json").write_text(json.dumps(self._to_hf(), ensure_ascii=False), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(
+        (folder / RANKS_FILE).write_text(words.spell_ranks(self.ranks), encoding="ascii")
+        (folder / HF_FILE).write_text(json.dumps(self._to_hf(), ensure_ascii=False), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(
             json.dumps(
                 {
                     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -119,6 +112,7 @@ class Tokenizer:
                     "additional_special_tokens": list(SPECIAL_TOKENS),
                     "clean_up_tokenization_spaces": False,
                     "chat_template": _CHAT_TEMPLATE,
+                    **({} if self.pattern == SPLIT_PATTERN else {PATTERN_KEY: self.pattern}),
                 },
                 indent=1,
             ),
@@ -133,20 +127,11 @@ class Tokenizer:
         Raises:
             DataError: the file is missing or damaged.
         """
-        path = folder / "ranks.tiktoken"
-        try:
-            pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: no readable tokenizer ({error})") from None
-        whole = len(ranks) == len(pairs) and sorted(ranks.values()) == list(range(len(ranks)))
-        if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
-            raise DataError(f"{path}: ranks must be 0 … n − 1 and hold all 256 bytes; the file is damaged")
-        return cls(ranks)
+        return cls(words.read_ranks(folder / RANKS_FILE), words.read_pattern(folder))
 
     def _to_hf(self) -> dict[str, Any]:
         """Return the same tokenizer as a Hugging Face tokenizer.json: byte-level BPE with merges."""
-        letters = _byte_letters()
+        letters, pattern = words.byte_letters(), words.hf_pattern_of(self.pattern)
 
         def spell(token: bytes) -> str:
             return "".join(letters[byte] for byte in token)
@@ -166,7 +151,7 @@ class Tokenizer:
             "pre_tokenizer": {
                 "type": "Sequence",
                 "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
+                    {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
                     {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
                 ],
             },
@@ -187,16 +172,23 @@ class Tokenizer:
         }  # fmt: skip
 
     def _merges(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the pair that each token above the bytes was merged from, by applying the earlier merges to it."""
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-            if len(token) == 1:
-                continue
-            parts = [bytes([byte]) for byte in token]
-            while len(parts) > 2:
-                ranked = [(self.ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1)]
-                _, best = min(ranked)
-                parts[best : best + 2] = [parts[best] + parts[best + 1]]
-            yield parts[0], parts[1]
+        """Yield the pair that each token above the bytes was merged from."""
+        for token in sorted(self.ranks, key=self.ranks.__getitem__):
+            if len(token) > 1:
+                yield words.split_token(token, self.ranks)
+
+
+def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
+    """Return a tokenizer with an existing vocabulary and our special tokens, and whether the source's ids are kept.
+
+    Args:
+        source: gpt2, cl100k, a file or a folder (`mlxchat.data.vocabulary`).
+
+    Raises:
+        DataError: it is not there, is damaged, or encodes in a way that ours would not.
+    """
+    vocabulary = words.read_vocabulary(source)
+    return Tokenizer(vocabulary.ranks, vocabulary.pattern), vocabulary.keeps_ids
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -216,13 +208,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             "tokens. Lower it, or give more text."
         )
     return Tokenizer(ranks)
-
-
-def _byte_letters() -> dict[int, str]:
-    """Return the printable letter that byte-level BPE files write for each byte (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in letters:
-            letters[byte] = chr(256 + len(letters) - len(printable))
-    return letters

@@ -85,7 +85,9 @@ def check_pins(step: str, pins: Mapping[str, str], sections: Mapping[str, Any], 
 def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = hash_file) -> dict[str, str]:
     """Return name → content hash or version of everything outside the store that the config refers to.
 
-    Fields whose metadata says `external: file` hold paths, those with `external: package` names of packages.
+    Fields whose metadata says `external: file` hold paths, those with `external: package` names of packages. One with
+    `external: source` holds its `since_default` (nothing outside), a word that `packages` translates, a file, or a
+    folder of which the files named in `folder` count.
 
     Args:
         sections: of the configuration.
@@ -101,6 +103,8 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
         if is_dataclass(value):
             for field in fields(value):
                 item, kind = getattr(value, field.name), field.metadata.get("external")
+                if kind == "source":
+                    kind, item = _resolve_source(item, field.metadata)
                 if kind is None:
                     visit(f"{where}.{field.name}", item)
                     continue
@@ -123,3 +127,15 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
     if problems:
         raise ConfigError("\n".join(problems))
     return pins
+
+
+def _resolve_source(item: str, metadata: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return what a field with `external: source` refers to: "package" or "file", and the names."""
+    if item == metadata["since_default"]:
+        return "file", []
+    if item in metadata["packages"]:
+        return "package", [metadata["packages"][item]]
+    if Path(item).is_dir():
+        found = [str(path) for name in metadata["folder"] if (path := Path(item) / name).exists()]
+        return "file", found or [item]
+    return "file", [item]

