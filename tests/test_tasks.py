@@ -16,12 +16,13 @@ from mlxchat.data.factbook import Fact, facts
 from mlxchat.data.wordings import FIELDS, with_article
 from mlxchat.errors import ConfigError
 from mlxchat.tasks import Task, arithmetic, load_task, task_class, task_names
-from mlxchat.tasks.arithmetic import Arithmetic, final_number, parse_gsm8k
+from mlxchat.tasks.arithmetic import Arithmetic, parse_gsm8k
 from mlxchat.tasks.base import answer_text, dialogue, held_out
 from mlxchat.tasks.facts import is_test_pair
+from mlxchat.tasks.gsm8k import final_number
 
 BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
-CATEGORICAL = ["facts_mc", "reading_mc", "kinds_mc"]
+CATEGORICAL = ["facts_mc", "reading_mc", "kinds_mc", "mmlu", "arc_easy", "arc_challenge"]
 
 
 def load(name: str, split: str, **options: Any) -> Task:

@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 import random
+from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import overload
+from itertools import accumulate
+from typing import Any, overload
 
 from mlxchat.config import TaskItem
 from mlxchat.data.conversation import Conversation
 from mlxchat.errors import ConfigError
-from mlxchat.tasks import Task, load_task
+from mlxchat.tasks import Task
+from mlxchat.tasks.items import load_item as load_item
 
 
-def load_item(item: TaskItem) -> Task:
-    """Return the task that a line of a mixture or suite names.
-
-    Raises:
-        ConfigError: its name, split or options are wrong.
-        DataError: its data cannot be read.
-    """
-    options = {"size": item.size, "path": item.path, "fields": item.fields, **item.options}
-    return load_task(item.task, item.split, **{key: value for key, value in options.items() if value is not None})
+def shuffled_places(count: int, seed: int) -> array[int]:
+    """Return 0 … count − 1 in the order in which nanochat, with seed 42, mixes conversations that were listed."""
+    places = array("Q", range(count))
+    random.Random(seed).shuffle(places)
+    return places
 
 
 class Mixture(Sequence[Conversation]):
-    """All conversations of the tasks, each as often as its task has epochs, shuffled."""
+    """All conversations of the tasks, each as often as its task has epochs or as weights say, shuffled."""
 
     def __init__(self, items: Mapping[str, TaskItem], *, seed: int) -> None:
         """Load the tasks.
 
         Raises:
-            ConfigError: the mixture is empty.
+            ConfigError: the mixture or a task of it is empty.
         """
         # By name: the order in which a file lists its tasks is no part of its identity.
         ordered = dict(sorted(items.items()))
-        self._tasks = {name: load_item(item) for name, item in ordered.items()}
-        self._order = [
-            (name, index)
-            for name, item in ordered.items()
-            for _ in range(item.epochs)
-            for index in range(len(self._tasks[name]))
-        ]
-        if not self._order:
+        self._tasks = [load_item(item) for item in ordered.values()]
+        self._names = list(ordered)
+        self._sizes = [len(task) for task in self._tasks]
+        empty = [name for name, size in zip(ordered, self._sizes, strict=True) if not size]
+        if empty:
+            raise ConfigError(
+                f"no conversation of {', '.join(empty)} is left: start lies behind the last one of its split"
+            )
+        self._counts = _count(list(ordered.values()), self._sizes)
+        self._ends = list(accumulate(self._counts))
+        if not self._ends or not self._ends[-1]:
             raise ConfigError("the mixture holds no conversation")
-        random.Random(seed).shuffle(self._order)
+        self._order = shuffled_places(self._ends[-1], seed)
 
     def __len__(self) -> int:
         """Number of conversations."""
@@ -56,11 +59,54 @@ class Mixture(Sequence[Conversation]):
     def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
         """Return a conversation, or several."""
         if isinstance(index, slice):
-            return [self._tasks[name][place] for name, place in self._order[index]]
-        name, place = self._order[index]
-        return self._tasks[name][place]
+            return [self[place] for place in range(len(self))[index]]
+        task, place = self._find(index)
+        return self._tasks[task][place]
 
     def name(self, index: int) -> str:
         """Return what people call a conversation: its task's entry and its number there, from 0."""
-        task, place = self._order[index]
-        return f"{task} conversation {place}"
+        task, place = self._find(index)
+        return f"{self._names[task]} conversation {place}"
+
+    def task_of(self, index: int) -> str:
+        """Return the entry whose task a conversation is of."""
+        return self._names[self._find(index)[0]]
+
+    def counts(self) -> dict[str, int]:
+        """Return how many conversations of each entry there are, those that come again counted each time."""
+        return dict(zip(self._names, self._counts, strict=True))
+
+    def tasks(self) -> dict[str, Task]:
+        """Return the tasks by entry."""
+        return dict(zip(self._names, self._tasks, strict=True))
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return a record of everything that was read from outside, each once."""
+        return collect_sources(self._tasks)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Return the number of a conversation's task, and its place there."""
+        place = self._order[index]
+        task = bisect_right(self._ends, place)
+        return task, (place - self._ends[task] + self._counts[task]) % self._sizes[task]
+
+
+def collect_sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Return the records of what tasks read from outside, each once."""
+    found: list[dict[str, Any]] = []
+    for task in tasks:
+        found += [source for source in task.sources() if source not in found]
+    return found
+
+
+def _count(items: Sequence[TaskItem], sizes: Sequence[int]) -> list[int]:
+    """Return how many conversations of each task there are in one pass.
+
+    With weights there are as many together as the tasks have, shared out as the weights are; a task that has too few
+    begins again, of one that has too many the first are taken.
+    """
+    weights = [item.weight for item in items]
+    if all(weight is None for weight in weights):
+        return [size * item.epochs for item, size in zip(items, sizes, strict=True)]
+    shares = [weight or 0.0 for weight in weights]
+    return [max(1, round(sum(sizes) * share / sum(shares))) if share else 0 for share in shares]

@@ -19,6 +19,15 @@ _TASKS = {
     "letter_count": ("spelling", "LetterCount"),
     "identity": ("identity", "Identity"),
     "jsonl": ("jsonl", "Jsonl"),
+    "identity_conversations": ("identity", "IdentityConversations"),
+    "smoltalk": ("smoltalk", "SmolTalk"),
+    "mmlu": ("mmlu", "MMLU"),
+    "gsm8k": ("gsm8k", "GSM8K"),
+    "arc_easy": ("arc", "ArcEasy"),
+    "arc_challenge": ("arc", "ArcChallenge"),
+    "humaneval": ("humaneval", "HumanEval"),
+    "spelling_bee": ("spelling_bee", "SpellingBee"),
+    "simple_spelling": ("spelling_bee", "SimpleSpelling"),
 }
 
 __all__ = ["SPLITS", "Conversation", "Task", "load_task", "task_class", "task_names", "task_options"]
@@ -57,7 +66,7 @@ def load_task(name: str, split: str, **options: Any) -> Task:
 
     Args:
         name: one of `task_names()`.
-        split: "train" or "test"; the two never share a user message.
+        split: one of the task's `splits`.
         options: those of the task's class: `size` and `seed` everywhere, others by task.
 
     Raises:

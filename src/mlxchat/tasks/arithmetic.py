@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mlxchat.errors import ConfigError
 from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_out
+from mlxchat.tasks.gsm8k import calculator_parts, same_final_number
 
 _TEST_FRACTION = 0.1
 
@@ -279,24 +280,4 @@ def _calculate(work: str) -> int:
 
 def parse_gsm8k(answer: str) -> list[dict[str, str]]:
     """Return a raw GSM8K answer as parts: every <<12+7=19>> becomes a python and a python_output part."""
-    parts = []
-    for piece in re.split(r"(<<[^<>]*>>)", answer):
-        if piece.startswith("<<") and piece.endswith(">>"):
-            expression, _, result = piece[2:-2].rpartition("=")
-            parts.append({"type": "python", "text": expression or result})
-            parts.append({"type": "python_output", "text": result if expression else ""})
-        elif piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def final_number(text: str) -> str | None:
-    """Return the number after the first ####, without commas and a closing full stop, or None."""
-    found = re.search(r"#### (-?[0-9.,]+)", text)
-    return found[1].replace(",", "").rstrip(".") if found else None
-
-
-def same_final_number(right: str, response: str) -> bool:
-    """Say whether two texts have the same number after ####, digit for digit."""
-    number = final_number(response)
-    return number is not None and number == final_number(right)
+    return [part for part in calculator_parts(answer) if part["text"] or part["type"] != "text"]

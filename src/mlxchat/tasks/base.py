@@ -1,7 +1,7 @@
 """What every task is: conversations by index, and a verdict on a response.
 
-A train and a test split never share a user message: what a conversation is about is hashed, and the hash
-decides the split. Conversations are plain dictionaries in the form of `render_conversation`.
+A train and a test split of the bundled tasks never share a user message: what a conversation is about is hashed, and
+the hash decides the split. Conversations are plain dictionaries in the form of `render_conversation`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from mlxchat.errors import ConfigError, suggest
 
@@ -29,18 +30,26 @@ class Task(ABC):
         name: as in the registry.
         kind: "categorical" if the answer is one of conversation["letters"], "generative" if it is free text.
         chance: accuracy of blind guessing, 0 to 1.
+        splits: what `split` may be.
+        training_splits: those of them that may be trained on.
+        source_options: options that say where the data come from; the others are numbers.
+        is_lazy: whether making the task reads nothing yet.
 
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["categorical", "generative"]] = "generative"
     chance: ClassVar[float] = 0.0
+    splits: ClassVar[tuple[str, ...]] = SPLITS
+    training_splits: ClassVar[tuple[str, ...]] = ("train",)
+    source_options: ClassVar[tuple[str, ...]] = ()
+    is_lazy: ClassVar[bool] = False
 
     def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
         """Choose a split.
 
         Args:
-            split: "train" or "test".
+            split: one of `splits`.
             size: number of conversations; None takes the task's own.
             seed: another seed gives other conversations of the same split.
 
@@ -48,14 +57,41 @@ class Task(ABC):
             ConfigError: the split is unknown or size is below 1.
 
         """
-        if split not in SPLITS:
-            hint = suggest(split, SPLITS)
-            raise ConfigError(f'split of task {self.name} is "{split}", expected train or test.{hint}')
+        if split not in self.splits:
+            hint = suggest(split, self.splits)
+            raise ConfigError(f'split of task {self.name} is "{split}", expected {" or ".join(self.splits)}.{hint}')
         if size is not None and size < 1:
             raise ConfigError(f"size of task {self.name} is {size}, expected 1 or more, or null for all.")
         self.split = split
         self.seed = int(seed)  # numbers from a configuration may come as floats
         self._size = None if size is None else int(size)
+        self._slice = slice(0, None, 1)
+
+    def select(self, start: int = 0, stop: int | None = None, step: int = 1) -> Self:
+        """Keep every `step`-th conversation from `start` up to, but not, `stop` (None: the end); return the task.
+
+        Raises:
+            ConfigError: these numbers select nothing, whatever there is.
+        """
+        if start < 0 or step < 1 or (stop is not None and stop <= start):
+            raise ConfigError(
+                f"start={start}, stop={'null' if stop is None else stop}, step={step} of task {self.name} select "
+                "nothing: start must be at least 0, stop above it, step at least 1."
+            )
+        self._slice = slice(start, stop, step)
+        return self
+
+    def needs(self) -> Sequence[Any]:
+        """Return what the task reads from outside: `HubSource`s and `UrlSource`s; nothing is fetched for it."""
+        return []
+
+    def fetch(self) -> list[Path]:
+        """Return the files that the task reads from outside, downloaded if they are not there."""
+        return []
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return a record of everything that the task read from outside, for the manifest."""
+        return []
 
     @abstractmethod
     def _own_size(self) -> int:
@@ -73,13 +109,25 @@ class Task(ABC):
         """Return 1.0 for a right response and 0.0 for a wrong one."""
         return float(self.evaluate(conversation, response))
 
+    def _most(self) -> int | None:
+        """Return how many conversations there can be at most; None: as many as `size` asks for."""
+        return None
+
+    def _indices(self) -> range:
+        """Return the numbers, before slicing, of the conversations that are there."""
+        count = self._own_size() if self._size is None else self._size
+        most = self._most()
+        return range(count if most is None else min(count, most))[self._slice]
+
     def __len__(self) -> int:
-        return self._own_size() if self._size is None else self._size
+        return len(self._indices())
 
     def __getitem__(self, index: int) -> Conversation:
-        if not 0 <= index < len(self):
-            raise IndexError(f"task {self.name} has {len(self)} conversations, none is number {index}")
-        return self._conversation(index, random.Random(f"{self.name}/{self.split}/{self.seed}/{index}"))
+        indices = self._indices()
+        if not 0 <= index < len(indices):
+            raise IndexError(f"task {self.name} has {len(indices)} conversations, none is number {index}")
+        number = indices[index]
+        return self._conversation(number, random.Random(f"{self.name}/{self.split}/{self.seed}/{number}"))
 
     def _shuffled(self, items: Sequence[_T]) -> list[_T]:
         """Return the items in an order of this task, split and seed."""

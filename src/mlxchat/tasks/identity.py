@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
-from mlxchat.tasks.jsonl import Jsonl
+from mlxchat.tasks.base import Conversation, Task
+from mlxchat.tasks.jsonl import Jsonl, is_answer, read_conversations
+from mlxchat.tasks.url_file import UrlSource, fetch_source, record_source, url_source
 
 IDENTITY_FILE = Path(__file__).with_name("identity.jsonl")
+NANOCHAT_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
+"""nanochat's thousand conversations."""
 
 
 class Identity(Jsonl):
@@ -26,3 +33,67 @@ class Identity(Jsonl):
         """Read the bundled conversations, or those of `path`; the other options are those of task jsonl."""
         path = IDENTITY_FILE if path is None else path
         super().__init__(split, path=path, size=size, seed=seed, held_out_frac=held_out_frac)
+
+
+class IdentityConversations(Task):
+    """nanochat's conversations about itself, or another file of conversations, all of them, in the file's order."""
+
+    name = "identity_conversations"
+    splits = ("train",)
+    source_options: ClassVar[tuple[str, ...]] = ("url", "sha256")
+    is_lazy = True
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        size: int | None = None,
+        url: str = NANOCHAT_URL,
+        sha256: str | None = None,
+        path: str | Path | None = None,
+    ) -> None:
+        """Choose the conversations; none is read yet.
+
+        Args:
+            split: "train".
+            size: at most so many; None: all.
+            url: address of a .jsonl file in the form of task jsonl.
+            sha256: of what is at the address; None: whatever is there.
+            path: a file in place of the address.
+
+        Raises:
+            ConfigError: split, size or url cannot be.
+
+        """
+        super().__init__(split, size=size)
+        self._path = None if path is None else Path(path)
+        self._source = None if path else url_source(self.name, url, sha256)
+
+    def needs(self) -> list[UrlSource]:
+        """Return the address, if the conversations are read from one."""
+        return [self._source] if self._source else []
+
+    def fetch(self) -> list[Path]:
+        """Return the file at the address, downloaded if it is not there."""
+        return [fetch_source(source) for source in self.needs()]
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return a record of the file that was read."""
+        return [record_source(source) for source in self.needs()]
+
+    @cached_property
+    def _conversations(self) -> list[Conversation]:
+        return read_conversations(self._path or self.fetch()[0], ends_answered=False)
+
+    def _own_size(self) -> int:
+        return len(self._conversations)
+
+    def _most(self) -> int:
+        return len(self._conversations)
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        return self._conversations[index]
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Judge as task jsonl does."""
+        return is_answer(conversation, response)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.tasks.arithmetic import final_number, parse_gsm8k, same_final_number
+from mlxchat.tasks.arithmetic import parse_gsm8k
 from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_out
+from mlxchat.tasks.gsm8k import final_number, same_final_number
 
 _MAX_FAULTS_SHOWN = 20
 _PART_TYPES = ("text", "python", "python_output")
@@ -73,10 +74,15 @@ class Jsonl(Task):
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Compare the numbers after ####, or look for the answer in the response, capitals aside."""
-        answer = answer_text(conversation)
-        if final_number(answer) is not None:
-            return same_final_number(answer, response)
-        return _plain(answer) in _plain(response)
+        return is_answer(conversation, response)
+
+
+def is_answer(conversation: Conversation, response: str) -> bool:
+    """Compare the numbers after ####, or look for the conversation's answer in the response, capitals aside."""
+    answer = answer_text(conversation)
+    if final_number(answer) is not None:
+        return same_final_number(answer, response)
+    return _plain(answer) in _plain(response)
 
 
 def _plain(text: str) -> str:
@@ -87,8 +93,12 @@ def _first_user(conversation: Conversation) -> str:
     return next(str(message["content"]) for message in conversation["messages"] if message["role"] == "user")
 
 
-def read_conversations(path: Path) -> list[Conversation]:
+def read_conversations(path: Path, *, ends_answered: bool = True) -> list[Conversation]:
     """Read a .jsonl file of conversations.
+
+    Args:
+        path: the file, in UTF-8; empty lines are skipped.
+        ends_answered: whether one that ends with the user's message is a fault. nanochat takes it.
 
     Raises:
         DataError: the file cannot be read, or lines of it are no conversations; all of them are named.
@@ -103,7 +113,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         if not line.strip():
             continue
         try:
-            conversations.append(_conversation(json.loads(line)))
+            conversations.append(_conversation(json.loads(line), ends_answered))
         except json.JSONDecodeError as error:
             faults.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
         except ValueError as error:
@@ -123,7 +133,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     return conversations
 
 
-def _conversation(value: Any) -> Conversation:
+def _conversation(value: Any, ends_answered: bool) -> Conversation:
     """Return the conversation in one parsed line, or raise ValueError with what is wrong."""
     if isinstance(value, dict):
         for asked, answered in (("question", "answer"), ("prompt", "completion")):
@@ -144,7 +154,7 @@ def _conversation(value: Any) -> Conversation:
         expected = "assistant" if position % 2 else "user"
         if message["role"] != expected:
             raise ValueError(f'message {position + 1} is from "{message["role"]}", expected "{expected}"')
-    if turns[-1]["role"] != "assistant":
+    if ends_answered and turns[-1]["role"] != "assistant":
         raise ValueError("the last message is not from the assistant")
     for message in messages:
         _check_content(message["role"], message["content"])

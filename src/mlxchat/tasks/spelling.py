@@ -10,8 +10,9 @@ import random
 import string
 
 from mlxchat.data.bundled import common_words
-from mlxchat.tasks.arithmetic import parse_gsm8k, same_final_number
+from mlxchat.tasks.arithmetic import parse_gsm8k
 from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_out
+from mlxchat.tasks.gsm8k import same_final_number
 
 _TEST_FRACTION = 0.15
 _COUNT_QUESTIONS = (

@@ -1,0 +1,55 @@
+"""SmolTalk: general conversations (HuggingFaceTB/smol-smoltalk). Counterpart of nanochat's tasks/smoltalk.py."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, ClassVar
+
+from mlxchat.errors import DataError
+from mlxchat.tasks.base import Conversation, answer_text
+from mlxchat.tasks.hub_task import HubTask
+
+
+class SmolTalk(HubTask):
+    """Conversations of one turn or more, 460 thousand of them in train, some with a system message."""
+
+    name = "smoltalk"
+    repository: ClassVar[str] = "HuggingFaceTB/smol-smoltalk"
+    splits = ("train", "test")
+    subsets: ClassVar[tuple[str, ...]] = ("data",)
+    columns = ("messages",)
+
+    def pattern(self) -> str:
+        """Return the shell pattern of the files of the split."""
+        return f"{self.subset}/{self.split}-*.parquet"
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        messages = self.row(index)["messages"]
+        fault = find_fault(messages)
+        if fault:
+            raise DataError(f"{self.place(index)} is no conversation: {fault}")
+        return {"messages": messages}
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Compare with the data's own answer, which few good answers equal: SmolTalk is for training."""
+        return response.strip() == answer_text(conversation).strip()
+
+
+def find_fault(messages: list[dict[str, Any]] | None) -> str:
+    """Return what keeps messages from being a conversation, or an empty string.
+
+    A system message may stand first; then user and assistant alternate, two messages or more, all of text. The last
+    may be the user's.
+    """
+    messages = messages or []
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if len(turns) < 2:
+        return f"{len(turns)} messages besides the system's, expected 2 or more"
+    for index, message in enumerate(messages):
+        if not isinstance(message["content"], str):
+            return f"the content of message {index + 1} is no text"
+    for index, message in enumerate(turns):
+        expected = "assistant" if index % 2 else "user"
+        if message["role"] != expected:
+            return f'a message is from "{message["role"]}" where "{expected}" should speak'
+    return ""
