@@ -23,3 +23,9 @@ class BenchConfig:
     """Repetitions before them, not counted: the first one also compiles."""
     split: bool = MISSING
     """Whether the parts of a step are measured too, each alone; takes about as long again."""
+    core_examples: int = MISSING
+    """Examples of each of CORE's tasks; more where the shots need it."""
+    core_tasks: list[str] | None = MISSING
+    """Tasks of CORE to measure; null: all."""
+    bundle: str | None = MISSING
+    """nanochat's eval_bundle.zip, whose examples are used; null: made-up ones of the same shapes."""

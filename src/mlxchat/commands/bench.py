@@ -11,7 +11,10 @@ from mlxchat.commands.arguments import split_config_dirs
 from mlxchat.errors import ConfigError, suggest
 
 # Kind → (module in mlxchat.bench, its function from configuration to plain data, what it measures).
-KINDS = {"train": ("train", "measure_training", "training steps, validation's forward pass, memory, share of the peak")}
+KINDS = {
+    "train": ("train", "measure_training", "training steps, validation's forward pass, memory, share of the peak"),
+    "core": ("core", "measure_core", "CORE's examples, against computing them one at a time"),
+}
 
 _USAGE = """usage: mlxchat bench KIND [SETTINGS] [--json] [--config-dir DIR]
 
@@ -21,6 +24,7 @@ Measure how fast this machine works, with random weights and text; nothing is re
 
   --json               print one JSON object instead of tables
   bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: conf/settings/bench.yaml
+                       core: bundle (made-up examples without one), core_tasks, core_examples
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
   experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
@@ -42,13 +46,14 @@ def main(arguments: list[str]) -> int:
 
     config = compose_config(_with_defaults(overrides), config_dirs).config
     module, function, _ = KINDS[kind]
-    record: dict[str, Any] = getattr(import_module(f"mlxchat.bench.{module}"), function)(config)
+    measuring = import_module(f"mlxchat.bench.{module}")
+    record: dict[str, Any] = getattr(measuring, function)(config)
     if "--json" in arguments:
         print(json.dumps(record, allow_nan=False))
     else:
-        from mlxchat.bench.tables import print_tables
+        from mlxchat.bench import tables
 
-        print_tables(record, sys.stdout)
+        getattr(measuring, "print_tables", tables.print_tables)(record, sys.stdout)
     return 0
 
 

@@ -215,8 +215,10 @@ def answer_examples(
 
 def _score(model: LanguageModel, task: CoreTask, batch: list[Row]) -> dict[int, list[np.ndarray[Any, Any]]]:
     """Return for each example of a batch what the model says of its sequences: predicted ids, or losses."""
-    parts: Sequence[Sequence[np.ndarray[Any, Any]]]
-    parts = model.predictions(batch) if task.kind == "language_modeling" else model.losses(batch)
+    predict: Callable[[Sequence[Row]], Sequence[Sequence[np.ndarray[Any, Any]]]] = model.losses
+    if task.kind == "language_modeling":
+        predict = model.predictions
+    parts = predict(batch)
     found: dict[int, list[np.ndarray[Any, Any]]] = {}
     for row, values in zip(batch, parts, strict=True):
         for group, value in zip(row.groups, values, strict=True):
