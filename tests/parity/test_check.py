@@ -123,6 +123,25 @@ JSON: dict[str, tuple[str, str, Alter]] = {
     "a probability": ("engine", "distributions", lambda v: flip(v["sampling"][3]["probs"][0])),
     "a greedy token": ("engine", "greedy", lambda v: flip(v["greedy"]["jul2026"][1]["tokens"])),
     "a calculation": ("tasks", "calculator", lambda v: v["calculator"][0].update(result="5")),
+    "a word problem": ("tasks", "gsm8k", lambda v: v["gsm8k"]["conversations"][2]["messages"][1]["content"].pop()),
+    "a verdict": ("tasks", "gsm8k", lambda v: v["gsm8k"]["evaluate"][0].update(correct=0)),
+    "an order of rows": ("tasks", "choices", lambda v: v["mmlu"]["permutation"].reverse()),
+    "a letter": ("tasks", "choices", lambda v: v["arc"]["conversations"][1]["letters"].reverse()),
+    "a rendered choice": ("tasks", "choices", lambda v: v["render_mc"][1].update(text="")),
+    "a slice": ("tasks", "orders", lambda v: v["slicing"]["cases"][3]["items"].pop()),
+    "a mixture's order": ("tasks", "orders", lambda v: v["mixture"]["order"].reverse()),
+    "a large mixture's order": ("tasks", "orders", lambda v: v["mixture"]["large"]["first_40"].reverse()),
+    "a general conversation": ("tasks", "conversations", lambda v: v["smoltalk"]["conversations"].reverse()),
+    "a conversation of a file": ("tasks", "conversations", lambda v: v["customjson"]["conversations"].reverse()),
+    "a program": ("tasks", "programs", lambda v: v["humaneval"]["extract_program"][4].update(program="b=2")),
+    "an import": ("tasks", "programs", lambda v: v["humaneval"]["extract_imports"][0].update(imports="")),
+    "a spelled word": (
+        "tasks", "spelling", lambda v: v["spellingbee"]["train"][0]["messages"][1]["content"][3].update(text="7")
+    ),
+    "quotes of a question": (
+        "tasks", "spelling",
+        lambda v: v["spellingbee"]["train"][1]["messages"][0].update(content="how many times is g in 'global'"),
+    ),
 }  # fmt: skip
 
 TENSORS: dict[str, tuple[str, str, float]] = {

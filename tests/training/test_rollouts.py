@@ -170,6 +170,9 @@ class Numbers:
     def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
         return response.startswith("a")
 
+    def reward(self, conversation: dict[str, Any], response: str) -> float:
+        return float(self.evaluate(conversation, response))
+
 
 class ScriptedEngine:
     """An engine whose k-th answer to a question is decided by `right(question, k)`."""

@@ -140,11 +140,11 @@ def held_out(key: str, fraction: float) -> bool:
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """Return a multiple-choice question in nanochat's words.
+    """Return a multiple-choice question in nanochat's words; letters without a choice are left out, and vice versa.
 
     The letter follows its choice without a space, so that it is the same token as in the answer.
     """
-    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=False))
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 

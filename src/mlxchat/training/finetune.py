@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxchat.config import FinetuneConfig
 from mlxchat.data.encoded import open_mixture
-from mlxchat.data.mixture import Mixture
+from mlxchat.data.mixture import Mixture, collect_sources
 from mlxchat.data.packing import ConversationRows, Row, count_rows
 from mlxchat.data.tokens import Tokens
 from mlxchat.errors import DataError
@@ -43,6 +43,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
 
     encoded = open_mixture(ctx, "mixture", mixture, tokenizer)
     held_out_mixture = Mixture(config.validation, seed=ctx.seed("validation"))
+    ctx.externals += collect_sources([*mixture.tasks().values(), *held_out_mixture.tasks().values()])
 
     def pack(conversations: Tokens) -> ConversationRows:
         return ConversationRows(

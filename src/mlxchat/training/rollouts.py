@@ -54,7 +54,7 @@ class Rollouts:
         )
         rewards = np.array(
             [
-                float(self.task.evaluate(conversations[index // samples], row.text(self.engine.tokenizer)))
+                self.task.reward(conversations[index // samples], row.text(self.engine.tokenizer))
                 for index, row in enumerate(completions)
             ]
         )
