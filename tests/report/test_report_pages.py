@@ -5,17 +5,18 @@ import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import PurePosixPath
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
 from mlxchat.errors import StoreError
 from mlxchat.report import print_summary, write_report
-from mlxchat.report.canvas import smooth
 from mlxchat.report.html import draw_graph
 from mlxchat.report.layout import arrange
 from mlxchat.report.markdown import escape, render_markdown
-from mlxchat.report.plots import bpb_baselines, draw
+from mlxchat.report.plots import all_charts, bpb_baselines
+from mlxchat.report.smoothing import smooth
 
 HOSTILE = '</pre><script>alert("x")</script> | [red]no[/red] ``` \x1b[31m \u202eevil \ud800 *a* $x$ {{ 7*7 }}'
 
@@ -60,11 +61,12 @@ def hostile(whole):
 
 def test_report_writes_page_markdown_and_pictures(reported):
     pictures = sorted(path.name for path in (reported.run / "report").iterdir())
-    steps = ["midtrain", "pretrain", "rl", "sft"]
-    assert pictures == ["accuracy.png", *(f"curve-{step}.png" for step in steps)]
+    curves = {"midtrain": "val_bpb", "pretrain": "val_bpb", "rl": "pass", "sft": "val_loss"}
+    expected = {"accuracy.svg", "rl-reward.svg", *(f"{step}-{curve}.svg" for step, curve in curves.items())}
+    assert expected <= set(pictures)
     markdown = (reported.run / "report.md").read_text(encoding="utf-8")
     for name in pictures:
-        assert (reported.run / "report" / name).read_bytes().startswith(b"\x89PNG")
+        ElementTree.fromstring((reported.run / "report" / name).read_text(encoding="utf-8"))
         assert f"(report/{name})" in markdown
 
 
@@ -78,9 +80,9 @@ def test_address_of_the_page_is_returned(small):
 
 def test_second_report_removes_pictures_that_no_longer_apply(small):
     (small.run / "report").mkdir()
-    (small.run / "report" / "curve-gone.png").write_bytes(b"")
+    (small.run / "report" / "curve-gone.svg").write_bytes(b"")
     write_report(small.root, small.run)
-    assert not (small.run / "report" / "curve-gone.png").exists()
+    assert not (small.run / "report" / "curve-gone.svg").exists()
 
 
 def test_folder_that_cannot_be_written_is_a_fault(small):
@@ -98,7 +100,9 @@ def test_page_holds_what_the_run_was(reported):
 def test_page_of_a_run_without_evals_or_training_has_neither_metrics_nor_curves(small):
     write_report(small.root, small.run)
     assert "<h2>Pipeline" in read_page(small)
-    assert not re.search("<h2>(Metrics|Curves)", read_page(small))
+    page = read_page(small)
+    assert "<h2>Metrics" not in page
+    assert 'class="chart"' not in page
 
 
 def test_hostile_text_stays_text_in_html(hostile):
@@ -114,12 +118,12 @@ def test_page_asks_for_nothing_from_outside(reported):
     source = read_page(reported)
     addresses = Page(source).addresses
     assert addresses
-    assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert all(address.startswith("#") for address in addresses)
     assert not re.search(r"@import|url\((?!#arrow)|https?:", source)
 
 
 def test_hostile_sample_cannot_leave_its_markdown_fence(hostile):
-    lines = render_markdown(hostile.read(), [], PurePosixPath("report")).split("\n")
+    lines = render_markdown(hostile.read(), PurePosixPath("report")).split("\n")
     fences = [line for line in lines if line.startswith("```") and "mermaid" not in line]
     assert fences.count("````text") == fences.count("````") == 2
     assert fences.count("```text") == 3
@@ -156,15 +160,15 @@ def test_pictures_say_in_words_where_curves_end(make):
     evals = ["eval_base", "eval_mid", "eval_sft", "eval_rl"]
     fake = make(without=["pretrain", "midtrain", "rl", *evals], sft={"stage": "sft"})
     fake.write_lines(fake.folder("sft") / "metrics.jsonl", [{"iteration": 3, "loss": 1.25}])
-    (plot,) = draw(fake.read())
-    assert plot.alt == "Curves of step sft: training loss ends at 1.250 nats per token."
+    (chart,) = all_charts(fake.read())
+    assert chart.alt == "Curve of the training loss of step sft over its iterations, nats per token: it ends at 1.250."
 
 
 def test_many_tasks_and_one_eval_still_make_a_chart(make):
     fake = make(without=["midtrain", "sft", "rl", "eval_mid", "eval_sft", "eval_rl"])
     tasks = {f"task {i}": {"accuracy": i / 30, "chance": None if i % 2 else 0.25} for i in range(25)}
     fake.edit_json("eval_base", "scores.json", tasks=tasks)
-    assert "accuracy" in [plot.name for plot in draw(fake.read())]
+    assert "accuracy" in [chart.name for chart in all_charts(fake.read())]
 
 
 @pytest.mark.parametrize("window", [1, 5, 99])

@@ -134,15 +134,15 @@ def test_damaged_weights_leave_the_size_out(whole):
 
 
 def test_samples_of_pretraining_are_those_of_the_last_iteration(whole):
-    title, samples = sample_groups(whole.read())[0]
-    assert title == "pretrain at iteration 1,600"
+    step, title, samples = sample_groups(whole.read())[0]
+    assert (step, title) == ("pretrain", "Samples at iteration 1,600")
     assert [sample.text for sample in samples] == [" Paris, seen at 1600. The river"]
 
 
 def test_sample_that_repeats_its_prompt_shows_it_once(whole):
     path = whole.folder("pretrain") / "samples.jsonl"
     whole.write_lines(path, [{"iteration": 1, "prompt": "The sun", "text": "The sun is hot"}])
-    _, samples = sample_groups(whole.read())[0]
+    _, _, samples = sample_groups(whole.read())[0]
     assert [sample.text for sample in samples] == [" is hot"]
 
 

@@ -6,7 +6,6 @@ from mlxchat.report.scorecard import columns, metric_table
 from mlxchat.report.tables import (
     artifact_table,
     compression_tables,
-    derived_table,
     machine_table,
     overrides,
     source_table,
@@ -153,11 +152,6 @@ def test_outside_data_shows_version_and_licence(whole):
 
 def test_equal_overrides_are_told_once(whole):
     assert [given for _, given in overrides(whole.read())] == [["model=d4", "pretrain.horizon.ratio=8"]]
-
-
-def test_derived_hyperparameters_name_their_step_once(whole):
-    rows = [[cell.text for cell in row] for row in derived_table(whole.read()).rows]
-    assert rows[:2] == [["pretrain", "num_parameters", "12,582,912"], ["", "total_tokens", "52,428,800"]]
 
 
 def test_control_characters_and_half_characters_are_made_visible():

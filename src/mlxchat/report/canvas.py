@@ -1,4 +1,4 @@
-"""How every picture of the report looks: themes, panels, curves, and words on them.
+"""How the pictures of a sweep look, which are PNG files: colours, panels, and words on them.
 
 Colours are those of Okabe and Ito, which stay apart under every common form of colour blindness. Only
 matplotlib's Figure objects are used, so that no global state is touched.
@@ -7,7 +7,6 @@ matplotlib's Figure objects are used, so that no global state is touched.
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 WIDTH_INCHES = 9.0
 DOTS_PER_INCH = 150
-# Below this a curve is short enough to be shown as it is.
-SMOOTH_FROM_POINTS = 30
 LABEL_LETTERS = 40
 
 
@@ -55,41 +52,6 @@ LIGHT = Theme(
     error="#30363d",
     ramp=("#b5d3ea", "#0b4a7a"),
 )
-DARK = Theme(
-    name="dark",
-    ground="#161b22",
-    ink="#e6edf3",
-    faint="#30363d",
-    train="#56b4e9",
-    validation="#e69f00",
-    passes=("#56b4e9", "#e69f00", "#3fb68b", "#cc79a7"),
-    reference="#9198a1",
-    error="#f0f6fc",
-    ramp=("#1f4a6b", "#79c0ff"),
-)
-
-
-def smooth(values: list[float], window: int) -> list[float]:
-    """Return, at each point, the least-squares line through the `window` points nearest to it.
-
-    Away from the ends that is the centred mean. At the ends, where the points lie to one side, a mean would
-    lag behind a falling curve and a line does not.
-    """
-    # Running sums of the values and of position times value: each line then costs the same, however wide.
-    plain, moment = [0.0], [0.0]
-    for position, value in enumerate(values):
-        plain.append(plain[-1] + value)
-        moment.append(moment[-1] + position * value)
-    result = []
-    for i in range(len(values)):
-        begin = max(0, min(i - window // 2, len(values) - window))
-        end = min(len(values), begin + window)
-        count, middle = end - begin, (begin + end - 1) / 2
-        total = plain[end] - plain[begin]
-        spread = count * (count * count - 1) / 12
-        slope = (moment[end] - moment[begin] - middle * total) / spread if spread else 0.0
-        result.append(total / count + slope * (i - middle))
-    return result
 
 
 def make_panels(count: int, theme: Theme, height: float = 3.1) -> tuple[Figure, list[Axes]]:
@@ -109,47 +71,6 @@ def make_panels(count: int, theme: Theme, height: float = 3.1) -> tuple[Figure, 
         panel.set_axisbelow(True)
         panel.tick_params(colors=theme.ink, labelsize=9, length=0)
     return figure, panels
-
-
-def draw_curve(
-    panel: Axes,
-    points: tuple[list[float], list[float]],
-    label: str,
-    colour: str,
-    theme: Theme,
-    *,
-    is_smoothed: bool = True,
-) -> tuple[float, float]:
-    """Draw a curve, smoothed over what was logged if it is long, and return where the drawn line ends."""
-    iterations, values = points
-    if is_smoothed and len(values) >= SMOOTH_FROM_POINTS:
-        window = max(9, len(values) // 20) | 1
-        panel.plot(iterations, values, color=colour, linewidth=0.7, alpha=0.35, label=f"{label}, as logged")
-        values = smooth(values, window)
-        panel.plot(iterations, values, color=colour, linewidth=1.8, label=f"smoothed over {window} points")
-    else:
-        marker = "o" if len(values) <= SMOOTH_FROM_POINTS else ""
-        panel.plot(iterations, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5)
-    return iterations[-1], values[-1]
-
-
-def mark_ends(panel: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write (x, y, words, colour) to the right of the ends of curves, moved up where they would collide."""
-    low, high = panel.get_ylim()
-    floor = -math.inf
-    for x, y, words, colour in sorted(ends, key=lambda end: end[1]):
-        floor = max(y, floor + 0.075 * (high - low))
-        panel.annotate(
-            words,
-            (x, floor),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9.5,
-            fontweight="bold",
-            color=colour,
-            annotation_clip=False,
-        )
 
 
 def add_titles(panel: Axes, title: str, y: str, theme: Theme, x: str = "iteration") -> None:

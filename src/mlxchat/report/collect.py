@@ -7,51 +7,18 @@ without a readable plan is a fault. Standard library only, so that importing thi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
+from mlxchat.report.scores import Sample, Scores, last_samples, parse_scores
 from mlxchat.report.sources import count_parameters, mapping, number, read_json, read_jsonl, sequence, text
 
 # How much of an id the name of an artifact's folder carries.
 RID_LETTERS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A prompt and what the model made of it."""
-
-    prompt: str
-    text: str
-    iteration: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
-    """How well a checkpoint did on one task; all fractions lie in 0 to 1."""
-
-    kind: str
-    accuracy: float | None
-    chance: float | None
-    stderr: float | None
-    num_examples: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What an eval step measured; None or empty where it did not measure."""
-
-    checkpoint: str
-    bpb: float | None = None
-    baselines: dict[str, float] = field(default_factory=dict)
-    """Bits per byte of other predictors of the same text, such as ngram_order2 and untrained."""
-    tasks: dict[str, TaskScore] = field(default_factory=dict)
-    mean_centered: float | None = None
-    pass_at_k: dict[int, float] = field(default_factory=dict)
-    samples: list[Sample] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +45,8 @@ class StepReport:
     compression: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     num_parameters: int | None = None
+    folder: Path | None = None
+    """Where its files are; None while there is no artifact."""
 
     @property
     def seconds(self) -> float | None:
@@ -111,6 +80,9 @@ class RunReport:
     seconds: float | None
     """From the first to the last event of this run."""
     targets: list[str]
+    cost_per_hour: float | None = None
+    """In US dollars, if the configuration says what this machine costs."""
+    command: str = ""
     steps: list[StepReport]
     """Inputs come before the steps that use them."""
 
@@ -179,6 +151,8 @@ def collect(outputs: Path, run: Path) -> RunReport:
         error=error,
         seconds=_elapsed_seconds(events),
         targets=[text(target) for target in sequence(plan.get("targets"))],
+        cost_per_hour=number(plan.get("cost_per_hour")),
+        command=text(plan.get("command")),
         steps=_inputs_first([_read_step(outputs, entry, events) for entry in entries]),
     )
 
@@ -214,11 +188,12 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
         error=error,
         manifest=manifest,
         records=_by_iteration(read_jsonl(records / "metrics.jsonl")),
-        samples=_last_samples(read_jsonl(records / "samples.jsonl")),
-        scores=_parse_scores(scores) if scores else None,
+        samples=last_samples(read_jsonl(records / "samples.jsonl")),
+        scores=parse_scores(scores) if scores else None,
         compression=read_json(folder / "compression.json"),
         model=read_json(folder / "config.json"),
         num_parameters=count_parameters(folder / "model.safetensors"),
+        folder=folder if manifest else None,
     )
 
 
@@ -271,47 +246,6 @@ def _by_iteration(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if (iteration := number(record.get("iteration"))) is not None:
             latest[iteration, tuple(sorted(record))] = record
     return [latest[key] for key in sorted(latest, key=lambda key: key[0])]
-
-
-def _last_samples(records: list[dict[str, Any]]) -> list[Sample]:
-    last = max((number(record.get("iteration")) or 0 for record in records), default=0)
-    return list(_parse_samples(r for r in records if (number(r.get("iteration")) or 0) == last))
-
-
-def _parse_samples(records: Iterable[object]) -> Iterator[Sample]:
-    for record in map(mapping, records):
-        if "text" in record:
-            iteration = number(record.get("iteration"))
-            yield Sample(
-                prompt=text(record.get("prompt")),
-                text=text(record["text"]),
-                iteration=None if iteration is None else int(iteration),
-            )
-
-
-def _parse_scores(raw: dict[str, Any]) -> Scores:
-    bpb = {name: value for name, v in mapping(raw.get("bpb")).items() if (value := number(v)) is not None}
-    pass_at_k = mapping(raw.get("pass_at_k"))
-    return Scores(
-        checkpoint=text(raw.get("checkpoint")),
-        bpb=bpb.pop("val", None),
-        baselines=bpb,
-        tasks={name: _parse_task(mapping(task)) for name, task in mapping(raw.get("tasks")).items()},
-        mean_centered=number(raw.get("mean_centered")),
-        pass_at_k={int(k): p for k, v in pass_at_k.items() if k.isdecimal() and (p := number(v)) is not None},
-        samples=list(_parse_samples(sequence(raw.get("samples")))),
-    )
-
-
-def _parse_task(raw: dict[str, Any]) -> TaskScore:
-    num_examples = number(raw.get("num_examples"))
-    return TaskScore(
-        kind=text(raw.get("kind")),
-        accuracy=number(raw.get("accuracy")),
-        chance=number(raw.get("chance")),
-        stderr=number(raw.get("stderr")),
-        num_examples=None if num_examples is None else int(num_examples),
-    )
 
 
 def _inputs_first(steps: list[StepReport]) -> list[StepReport]:

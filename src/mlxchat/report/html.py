@@ -1,23 +1,29 @@
 """The report as one HTML file: nothing is fetched, nothing is executed, and it prints.
 
-Pictures are embedded as data URIs, once for light and once for dark screens. Everything passes through the
-automatic escaping of Jinja, so that a model's output stays text whatever it says.
+Pictures are part of the page and take its colours. Every other text passes through the automatic escaping of Jinja, so
+that a model's output stays text whatever it says.
 """
 
 from __future__ import annotations
 
-from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from mlxchat.report.benches import bench_tables
 from mlxchat.report.collect import RunReport, StepReport
+from mlxchat.report.drawing import Drawing
+from mlxchat.report.examples import example_groups
 from mlxchat.report.layout import Box, Line, arrange
-from mlxchat.report.scorecard import metric_table
+from mlxchat.report.plots import score_charts, step_charts
+from mlxchat.report.scorecard import core_table, metric_table, published_tables
+from mlxchat.report.scores import Sample
+from mlxchat.report.sections import groups_of, sections
 from mlxchat.report.tables import (
+    Table,
     artifact_table,
     compression_tables,
-    derived_table,
     machine_table,
     overrides,
     source_table,
@@ -34,7 +40,7 @@ from mlxchat.report.wording import (
 )
 
 if TYPE_CHECKING:
-    from mlxchat.report.plots import Plot
+    from markupsafe import Markup
 
 BOX_HEIGHT = 46.0
 BOX_PADDING = 22.0
@@ -56,52 +62,76 @@ class Graph:
     lines: list[Line]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A plot as data URIs."""
-
-    title: str
-    alt: str
-    light: str
-    dark: str
-
-
-def render_html(report: RunReport, plots: list[Plot], dark_plots: list[Plot]) -> str:
-    """Return report.html; `dark_plots` are the same pictures for dark screens, in the same order."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    def _finalize(value: object) -> str:
-        # What a macro returns is escaped already, and its words went through here.
-        return value if isinstance(value, Markup) else visible(value)
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        files("mlxchat.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
-    return template.render(
+def render_html(report: RunReport) -> str:
+    """Return report.html."""
+    found = sections(report)
+    samples: dict[str, list[tuple[str, list[Sample]]]] = {}
+    for step, title, texts in sample_groups(report):
+        samples.setdefault(step, []).append((title, texts))
+    compression: dict[str, list[Table]] = {}
+    for step_report, table in compression_tables(report):
+        compression.setdefault(step_report.name, []).append(table)
+    examples = example_groups(report)
+    return render(
+        "report.html.jinja",
         report=report,
         started=format_time(report.started),
         headline=" ".join(headline(report)),
         facts=facts(report),
         troubles=troubles(report),
         metrics=metric_table(report),
-        pictures=[
-            Picture(title=light.title, alt=light.alt, light=_data_uri(light.png), dark=_data_uri(dark.png))
-            for light, dark in zip(plots, dark_plots, strict=True)
-        ],
+        published=published_tables(report),
+        core=core_table(report),
+        score_charts=inline(score_charts(report)),
         graphs=[draw_graph(report, is_wide=True), draw_graph(report, is_wide=False)],
         timings=timing_table(report),
+        sections=found,
+        charts={section.step.name: inline(step_charts(report, section.step)) for section in found},
+        groups={section.step.name: groups_of(section) for section in found},
+        compression=compression,
+        sample_groups=samples,
+        example_groups=examples,
+        last_examples=list(examples)[-1] if examples else "",
         machine=machine_table(report),
-        compression=compression_tables(report),
-        sample_groups=sample_groups(report),
         artifacts=artifact_table(report),
         sources=source_table(report),
         overrides=overrides(report),
-        derived=derived_table(report),
+        benches=bench_tables(report),
     )
+
+
+def render(template: str, **values: object) -> str:
+    """Return a page: every text in it is escaped, and its control characters are made visible."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def finalize(value: object) -> str:
+        # What a macro returns is escaped already, and its words went through here.
+        return value if isinstance(value, Markup) else visible(value)
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: files("mlxchat.report").joinpath(name).read_text(encoding="utf-8")),
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)
+
+
+def inline(charts: Sequence[Drawing]) -> list[Markup]:
+    """Return pictures as parts of a page; every word in them is escaped where they are drawn."""
+    from markupsafe import Markup
+
+    return [Markup(chart.draw()) for chart in charts]
+
+
+def standalone(chart: Drawing) -> str:
+    """Return a picture as a file of its own, which is light or dark as its reader's screen."""
+    from markupsafe import Markup
+
+    return render("chart.svg.jinja", body=Markup(chart.draw().split("\n", 1)[1]), head=Markup(_head(chart)))
+
+
+def _head(chart: Drawing) -> str:
+    return chart.draw().split("\n", 1)[0].replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
 
 
 def draw_graph(report: RunReport, *, is_wide: bool) -> Graph:
@@ -129,7 +159,3 @@ def _box_words(step: StepReport) -> tuple[str, str]:
     name = step.name if len(step.name) <= NAME_LETTERS else f"{step.name[: NAME_LETTERS - 1]}…"
     time = f" · {format_seconds(step.seconds)}" if step.seconds is not None else ""
     return name, f"{step.outcome}{time}"
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{b64encode(png).decode('ascii')}"

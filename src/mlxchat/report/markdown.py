@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
+from mlxchat.report.benches import bench_tables
 from mlxchat.report.collect import RunReport
-from mlxchat.report.scorecard import metric_table
+from mlxchat.report.drawing import Drawing
+from mlxchat.report.examples import example_groups
+from mlxchat.report.plots import score_charts, step_charts
+from mlxchat.report.scorecard import core_table, metric_table, published_tables
+from mlxchat.report.sections import groups_of, sections
 from mlxchat.report.tables import (
     Cell,
     Table,
     artifact_table,
     compression_tables,
-    derived_table,
     machine_table,
     overrides,
     source_table,
@@ -29,12 +32,9 @@ from mlxchat.report.wording import (
     visible,
 )
 
-if TYPE_CHECKING:
-    from mlxchat.report.plots import Plot
 
-
-def render_markdown(report: RunReport, plots: list[Plot], pictures: PurePosixPath) -> str:
-    """Return report.md; the pictures are linked as `pictures`/<name>.png."""
+def render_markdown(report: RunReport, pictures: PurePosixPath) -> str:
+    """Return report.md; the pictures are linked as `pictures`/<name>.svg."""
     parts = [
         f"# {escape(report.experiment or report.name)}",
         _byline(report),
@@ -44,32 +44,56 @@ def render_markdown(report: RunReport, plots: list[Plot], pictures: PurePosixPat
         parts.append("\n".join(["> **Incomplete**", *(f"> - {escape(fault)}" for fault in faults)]))
     if metrics := metric_table(report):
         parts += ["## Metrics", render_table(metrics)]
-    if plots:
-        parts.append("## Curves and accuracy")
-        parts += [f"![{escape(plot.alt)}]({pictures / plot.name}.png)" for plot in plots]
-    parts += ["## Pipeline", render_mermaid(report), "## Time", render_table(timing_table(report))]
+        for reference, table in published_tables(report):
+            parts += [f"### Beside it: {escape(reference.name)}", render_table(table)]
+        parts += _pictures(score_charts(report), pictures)
+        if core := core_table(report):
+            parts += ["### CORE, task by task", render_table(core)]
+    parts += ["## Pipeline", render_mermaid(report), "### Time", render_table(timing_table(report))]
+    samples, examples = sample_groups(report), example_groups(report)
+    compression = compression_tables(report)
+    for section in sections(report):
+        step = section.step
+        label = f" ({section.label})" if section.label else ""
+        parts.append(f"## {escape(step.name)}{label}")
+        told = [("state", step.outcome), *section.effort]
+        parts.append(" · ".join(f"{escape(name)} {escape(value)}" for name, value in told))
+        parts += _pictures(step_charts(report, step), pictures)
+        parts += [render_table(table) for other, table in compression if other is step]
+        for title, pairs in groups_of(section):
+            rows = [[Cell(name), Cell(value)] for name, value in pairs]
+            parts.append(render_table(Table(header=[title, ""], align="lr", rows=rows)))
+        for name, title, texts in samples:
+            if name == step.name:
+                parts += [f"### {escape(title)}", *(_fenced(f"{one.prompt}\n→ {one.text}") for one in texts)]
+        for example in examples.get(step.name, []):
+            verdict = "right" if example.is_right else "wrong"
+            expected = f", expected {escape(example.expected)}" if example.expected else ""
+            parts.append(f"{escape(example.task)}, **{verdict}**{expected}:")
+            parts.append(_fenced(f"{example.prompt}\n→ {example.output}"))
+    parts.append("## Environment")
     if machine := machine_table(report):
-        parts += ["## Machine and software", render_table(machine)]
-    tokenizers = compression_tables(report)
-    for position, (step, table) in enumerate(tokenizers):
-        parts += [] if position else ["## Tokenizer"]
-        parts += [f"### {escape(step.name)}"] if len(tokenizers) > 1 else []
-        parts.append(render_table(table))
-    if groups := sample_groups(report):
-        parts.append("## Samples")
-        for title, samples in groups:
-            parts.append(f"### {escape(title)}")
-            parts += [_fenced(f"{sample.prompt}\n→ {sample.text}") for sample in samples]
-    parts += ["## Artifacts", render_table(artifact_table(report))]
+        parts.append(render_table(machine))
+    if report.command:
+        parts.append(f"Command: {_code(report.command)}")
+    for names, given in overrides(report):
+        parts.append(f"Overrides of {escape(names)}: {' '.join(', '.join(map(_code, given)).split()) or 'none'}")
+    for title, table in bench_tables(report):
+        parts += [f"### {escape(title)}", render_table(table)]
     if sources := source_table(report):
         parts += ["### Outside data", render_table(sources)]
-    parts.append("## Configuration")
-    for names, given in overrides(report):
-        settings = ", ".join(f"`{item.replace('`', chr(39))}`" for item in given) or "none"
-        parts.append(f"Overrides of {escape(names)}: {' '.join(settings.split())}")
-    if derived := derived_table(report):
-        parts += ["### Derived hyperparameters", render_table(derived)]
+    parts += ["### Artifacts", render_table(artifact_table(report))]
     return visible("\n\n".join(parts) + "\n")
+
+
+def _pictures(charts: Sequence[Drawing], pictures: PurePosixPath) -> list[str]:
+    """Return the pictures as one paragraph, so that they stand side by side where there is room."""
+    images = [f"![{escape(chart.alt)}]({pictures / chart.name}.svg)" for chart in charts]
+    return [" ".join(images)] if images else []
+
+
+def _code(words: str) -> str:
+    return f"`{words.replace('`', chr(39))}`"
 
 
 def _byline(report: RunReport) -> str:

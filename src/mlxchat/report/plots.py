@@ -1,82 +1,131 @@
-"""The pictures of the report: training curves, RL curves, and accuracy against chance.
+"""Which pictures a run gives: curves of each training, accuracy against chance, CORE task by task, and beside GPT-2.
 
-Which there are follows from what each step logged, not from its name. Each is drawn once per theme; the bars
-of one task go from light to dark in the order of training.
+They follow from what each step logged and measured, not from its name. The bars of a task are in the order of training.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from mlxchat.report.canvas import (
-    LIGHT,
-    Theme,
-    add_legend,
-    add_titles,
-    draw_curve,
-    make_panels,
-    mark_ends,
-    plain_label,
-    render_png,
-)
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
+from mlxchat.report.drawing import COLOURS, Bar, Bars, Chart, Curve, Drawing, last_value
+from mlxchat.report.published import GPT_CORE
 from mlxchat.report.scorecard import Column, columns, passes, task_names
-from mlxchat.report.wording import baseline_label
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from mlxchat.report.wording import baseline_label, format_bytes, format_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A picture: its name (of the file, no suffix), a title, words for those who cannot see it."""
+class _Series:
+    """What a step may log and how it is drawn."""
 
-    name: str
+    key: str
     title: str
-    alt: str
-    png: bytes
+    y: str
+    show: Callable[[float], str] = "{:.3f}".format
+    scale: float = 1.0
+    is_smoothed: bool = False
+    from_zero: bool = True
 
 
-def draw(report: RunReport, theme: Theme = LIGHT) -> list[Plot]:
-    """Return every picture for which the run has data, in the order of the pipeline."""
-    plots = []
-    for step in report.steps:
-        if step.series("reward")[0]:
-            plots.append(_draw_rl(step, theme))
-        elif step.series("loss")[0]:
-            plots.append(_draw_training(report, step, theme))
-    chosen = [column for column in columns(report) if column.scores and column.scores.tasks]
-    if chosen:
-        plots.append(_draw_accuracy(chosen, theme))
-    return plots
+_AFTERWARDS = (
+    _Series(key="lr_multiplier", title="learning rate", y="× the peak rate"),
+    _Series(key="grad_norm", title="gradient norm", y="before clipping", is_smoothed=True),
+    _Series(key="tokens_per_second", title="throughput", y="tokens/s", show=lambda v: f"{format_count(v)}/s"),
+    _Series(key="peak_memory_bytes", title="memory", y="peak so far, GB", scale=1e-9,
+            show=lambda v: format_bytes(v * 1e9)),
+    _Series(key="data_wait_frac", title="waiting for data", y="% of the time", scale=100, show="{:.1f}%".format),
+)  # fmt: skip
+_LOSS = _Series(
+    key="loss", title="training loss (bold: smoothed)", y="nats per token", is_smoothed=True, from_zero=False
+)
+_VALIDATION = (
+    _Series(key="val_bpb", title="validation", y="bits per byte", from_zero=False),
+    _Series(key="val_loss", title="validation", y="nats per token", from_zero=False),
+    _Series(key="val_perplexity", title="validation", y="perplexity", from_zero=False),
+    _Series(key="perplexity", title="validation", y="perplexity", from_zero=False),
+)
+_REWARD = (
+    _Series(key="reward", title="mean reward (bold: smoothed)", y="per sampled answer", is_smoothed=True,
+            from_zero=False),
+    _Series(key="held_out_reward", title="held-out reward", y="per sampled answer", from_zero=False),
+    _Series(key="response_tokens", title="length of answers", y="tokens", is_smoothed=True),
+)  # fmt: skip
 
 
-def _draw_training(report: RunReport, step: StepReport, theme: Theme) -> Plot:
-    bpb = step.series("val_bpb")
-    validation = bpb if bpb[0] else step.series("val_loss")
-    figure, axes = make_panels(2 if validation[0] else 1, theme)
-    x, last = draw_curve(axes[0], step.series("loss"), "training loss", theme.train, theme)
-    mark_ends(axes[0], [(x, last, f"{last:.3f}", theme.train)])
-    add_titles(axes[0], f"{step.name}: training loss", "nats per token", theme)
-    add_legend(axes[0], theme)
-    said = [f"training loss ends at {last:.3f} nats per token"]
-    if validation[0]:
-        unit = "bits per byte" if bpb[0] else "nats per token"
-        add_titles(axes[1], f"{step.name}: validation {'bpb' if bpb[0] else 'loss'}", unit, theme)
-        x, last = draw_curve(axes[1], validation, "", theme.validation, theme, is_smoothed=False)
-        _draw_baselines(axes[1], bpb_baselines(report, step) if bpb[0] else {}, theme)
-        mark_ends(axes[1], [(x, last, f"{last:.3f}", theme.validation)])
-        said.append(f"validation ends at {last:.3f} {unit}")
-    return Plot(
-        name=f"curve-{_slug(step.name)}",
-        title=f"{step.name}: loss",
-        alt=f"Curves of step {step.name}: {'; '.join(said)}.",
-        png=render_png(figure),
+def step_charts(report: RunReport, step: StepReport) -> list[Drawing]:
+    """Return the curves of a training step: what it aimed at first, then how it went; none for other steps."""
+    if not (step.series("loss")[0] or step.series("reward")[0]):
+        return []
+    is_rl = bool(step.series("reward")[0])
+    charts: list[Drawing] = []
+    for series in _REWARD if is_rl else (_LOSS,):
+        charts += _chart(step, series)
+    if is_rl:
+        charts += _pass_chart(step)
+    for series in _VALIDATION:
+        levels = list(bpb_baselines(report, step).items()) if series.key == "val_bpb" else []
+        charts += _chart(step, series, levels)
+    for series in _AFTERWARDS:
+        charts += _chart(step, series)
+    return charts
+
+
+def score_charts(report: RunReport) -> list[Drawing]:
+    """Return the pictures of what the evals measured."""
+    chosen = columns(report)
+    chats = [column for column in chosen if column.scores and column.scores.tasks]
+    return [*_accuracy(chats), *_core_tasks(chosen), *_core_ladder(chosen)]
+
+
+def all_charts(report: RunReport) -> list[Drawing]:
+    """Return every picture of a run, those of the scores first."""
+    return [*score_charts(report), *(chart for step in report.steps for chart in step_charts(report, step))]
+
+
+def _chart(step: StepReport, series: _Series, levels: list[tuple[str, float]] | None = None) -> Iterator[Chart]:
+    xs, ys = step.series(series.key)
+    if not xs or (series.key == "data_wait_frac" and _is_negligible(ys)):
+        return
+    ys = [y * series.scale for y in ys]
+    curve = Curve(points=(xs, ys), is_smoothed=series.is_smoothed)
+    end = series.show(last_value(curve))
+    title = series.title.partition(" (")[0]
+    said = f"{title} of step {step.name} over its iterations, {series.y}: it ends at {end}"
+    said += "".join(f"; {label} {value:.4g}" for label, value in levels or [])
+    yield Chart(
+        name=f"{slug(step.name)}-{slug(series.key)}",
+        title=f"{step.name}: {series.title}",
+        alt=f"Curve of the {said}.",
+        y=series.y,
+        curves=[Curve(points=(xs, ys), is_smoothed=series.is_smoothed, end=end)],
+        levels=levels or [],
+        from_zero=series.from_zero,
     )
+
+
+def _is_negligible(shares: list[float]) -> bool:
+    """Tell whether a training never waited, but for its beginning."""
+    return max(shares[max(1, len(shares) // 10) :], default=0.0) < 0.02
+
+
+def _pass_chart(step: StepReport) -> Iterator[Chart]:
+    curves, said = [], []
+    for position, k in enumerate(passes(step)):
+        xs, ys = step.series(f"pass_at_{k}")
+        end = f"@{k} {100 * ys[-1]:.0f}%"
+        curves.append(Curve(points=(xs, [100 * y for y in ys]), colour=position % COLOURS, end=end))
+        said.append(f"pass@{k} ends at {100 * ys[-1]:.1f}%")
+    if curves:
+        yield Chart(
+            name=f"{slug(step.name)}-pass",
+            title=f"{step.name}: pass@k on held-out problems",
+            alt=f"Curves of step {step.name}: {'; '.join(said)}.",
+            y="% of problems",
+            curves=curves,
+            from_zero=True,
+        )
 
 
 def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
@@ -90,101 +139,80 @@ def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
     return {}
 
 
-def _draw_baselines(panel: Axes, baselines: dict[str, float], theme: Theme) -> None:
-    lines = sorted(baselines.items(), key=lambda item: item[1])
-    for (_, value), style in zip(lines, _line_styles(), strict=False):
-        panel.axhline(value, color=theme.reference, linewidth=1.2, linestyle=style)
-    low, high = panel.get_ylim()
-    if lines:
-        # Room for the words above the highest line.
-        high = max(high, lines[-1][1] + (high - low) * 0.08)
-        panel.set_ylim(low, high)
-    for position, (name, value) in enumerate(lines):
-        is_crowded = any(0 <= other - value < 0.09 * (high - low) for _, other in lines[position + 1 :])
-        panel.annotate(
-            f"{plain_label(name)} {value:.2f}",
-            (0.5, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, -3 if is_crowded else 3),
-            textcoords="offset points",
-            ha="center",
-            va="top" if is_crowded else "bottom",
-            fontsize=9,
-            color=theme.reference,
-            bbox={"facecolor": theme.ground, "edgecolor": "none", "pad": 1},
-        )
-
-
-def _draw_rl(step: StepReport, theme: Theme) -> Plot:
-    ks = passes(step)
-    figure, axes = make_panels(2 if ks else 1, theme)
-    x, last = draw_curve(axes[0], step.series("reward"), "reward", theme.train, theme)
-    mark_ends(axes[0], [(x, last, f"{last:.3f}", theme.train)])
-    add_titles(axes[0], f"{step.name}: mean reward", "reward per completion", theme)
-    add_legend(axes[0], theme)
-    said, ends = [f"mean reward ends at {last:.3f}"], []
-    for k, colour in zip(ks, itertools.cycle(theme.passes), strict=False):
-        iterations, values = step.series(f"pass_at_{k}")
-        shares = (iterations, [100 * value for value in values])
-        x, last = draw_curve(axes[1], shares, "", colour, theme, is_smoothed=False)
-        ends.append((x, last, f"pass@{k}  {last:.1f}%", colour))
-        said.append(f"pass@{k} ends at {last:.1f}%")
-    if ks:
-        axes[1].set_ylim(bottom=0)
-        mark_ends(axes[1], ends)
-        add_titles(axes[1], f"{step.name}: pass@k", "% of problems", theme)
-    return Plot(
-        name=f"curve-{_slug(step.name)}",
-        title=f"{step.name}: reward",
-        alt=f"Curves of step {step.name}: {'; '.join(said)}.",
-        png=render_png(figure),
+def _accuracy(chosen: list[Column]) -> Iterator[Bars]:
+    tasks = task_names(chosen)
+    if not tasks:
+        return
+    rows: list[tuple[str, list[Bar | None], list[float]]] = []
+    for task in tasks:
+        results = [column.scores.tasks.get(task) if column.scores else None for column in chosen]
+        cells = [
+            Bar(value=100 * r.accuracy, error=100 * (r.stderr or 0), colour=i % COLOURS)
+            if r and r.accuracy is not None
+            else None
+            for i, r in enumerate(results)
+        ]
+        # A chance of nothing is the axis itself.
+        rows.append((task, cells, sorted({100 * r.chance for r in results if r and r.chance})))
+    labels = [column.label for column in chosen]
+    yield Bars(
+        name="accuracy",
+        title="Accuracy on each task",
+        alt=f"Bars of the accuracy on {', '.join(tasks)} for {', '.join(labels)}, with chance marked.",
+        x="% of questions right, ± one standard error",
+        rows=rows,
+        labels=labels,
+        mark="chance",
     )
 
 
-def _draw_accuracy(chosen: list[Column], theme: Theme) -> Plot:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    tasks = task_names(chosen)
-    bar = 0.8 / len(chosen)
-    height = 1.1 + len(tasks) * max(0.42, 0.2 * len(chosen))
-    figure, (panel,) = make_panels(1, theme, height)
-    ramp = LinearSegmentedColormap.from_list("ramp", theme.ramp)
-    for position, column in enumerate(chosen):
-        results = column.scores.tasks if column.scores else {}
-        colour = ramp(position / (len(chosen) - 1) if len(chosen) > 1 else 0.75)
-        bars = [
-            (row + bar * (position + 0.5) - 0.4, 100 * result.accuracy, 100 * (result.stderr or 0))
-            for row, task in enumerate(tasks)
-            if (result := results.get(task)) and result.accuracy is not None
-        ]
-        if not bars:
-            continue
-        heights, shares, errors = zip(*bars, strict=True)
-        label = plain_label(column.label)
-        panel.barh(heights, shares, bar * 0.9, color=colour, label=label, zorder=2)
-        panel.errorbar(shares, heights, xerr=errors, fmt="none", ecolor=theme.error, elinewidth=1, zorder=3)
-    for row, task in enumerate(tasks):
-        chances = {c.scores.tasks[task].chance for c in chosen if c.scores and task in c.scores.tasks}
-        # A chance of nothing is the axis itself.
-        for chance in sorted(c for c in chances if c):
-            ends = (row - 0.46, row + 0.46)
-            label = "chance" if "chance" not in panel.get_legend_handles_labels()[1] else ""
-            panel.plot([100 * chance] * 2, ends, color=theme.validation, linewidth=2, label=label, zorder=4)
-    panel.set_yticks(range(len(tasks)), [plain_label(task) for task in tasks])
-    panel.set_ylim(len(tasks) - 0.45, -0.55)
-    panel.set_xlim(left=0)
-    panel.grid(visible=False, axis="y")
-    panel.tick_params(axis="y", labelsize=9.5)
-    add_titles(panel, "Accuracy after each stage", "", theme, x="% of examples right (bars: ± one standard error)")
-    add_legend(panel, theme, outside=True)
-    labels = ", ".join(column.label for column in chosen)
-    alt = f"Bars of the accuracy on {', '.join(tasks)} for {labels}, with chance marked."
-    return Plot(name="accuracy", title="Accuracy after each stage", alt=alt, png=render_png(figure))
+def _core_tasks(chosen: list[Column]) -> Iterator[Bars]:
+    measured = [column for column in chosen if column.scores and column.scores.core]
+    names = list(dict.fromkeys(task for c in measured if c.scores and c.scores.core for task in c.scores.core.tasks))
+    if not names:
+        return
+    rows: list[tuple[str, list[Bar | None], list[float]]] = []
+    for name in names:
+        cells: list[Bar | None] = []
+        for position, column in enumerate(measured):
+            task = column.scores.core.tasks.get(name) if column.scores and column.scores.core else None
+            known = task is not None and task.centered is not None
+            cells.append(
+                Bar(value=task.centered, error=task.centered_stderr or 0, colour=position % COLOURS)  # type: ignore[union-attr, arg-type]
+                if known
+                else None
+            )
+        rows.append((name, cells, []))
+    labels = [column.label for column in measured]
+    yield Bars(
+        name="core-tasks",
+        title=f"CORE: its {len(names)} tasks",
+        alt=f"Bars of the centred accuracy on each of CORE's tasks for {', '.join(labels)}.",
+        x="centred accuracy: 0 is guessing, 1 is perfect",
+        rows=rows,
+        labels=labels if len(labels) > 1 else [],
+    )
 
 
-def _line_styles() -> Iterator[Any]:
-    yield from ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+def _core_ladder(chosen: list[Column]) -> Iterator[Bars]:
+    ours = [(c.label, c.scores.core) for c in chosen if c.scores and c.scores.core and c.scores.core.value is not None]
+    if not ours:
+        return
+    rows = [(label, Bar(value=core.value or 0, error=core.stderr or 0)) for label, core in ours]
+    rows += [(f"{name} (published)", Bar(value=value, colour=COLOURS)) for name, value in GPT_CORE.items()]
+    rows.sort(key=lambda row: row[1].value)
+    said = ", ".join(f"{name} {bar.value:.4f}" for name, bar in rows)
+    yield Bars(
+        name="core",
+        title="CORE beside GPT-2",
+        alt=f"Bars of CORE: {said}.",
+        x="CORE; grey: published elsewhere, not measured here",
+        rows=[(name, [bar], []) for name, bar in rows],
+        labels=[],
+        has_values=True,
+    )
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """Return a name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)

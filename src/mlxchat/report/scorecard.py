@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlxchat.report.collect import RunReport, Scores, StepReport, checkpoint_name
+from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
+from mlxchat.report.published import Reference, references
+from mlxchat.report.scores import Scores
 from mlxchat.report.tables import Cell, Table
 from mlxchat.report.wording import (
     ABSENT,
@@ -87,6 +89,15 @@ def metric_table(report: RunReport) -> Table | None:
     rows = []
     if any(s.bpb is not None for s in scores):
         rows.append(_row(Cell("val bpb"), [s.bpb for s in scores], _four_decimals, best=min))
+    if any(s.train_bpb is not None for s in scores):
+        rows.append(_row(Cell("train bpb"), [s.train_bpb for s in scores], _four_decimals, best=min))
+    if any(s.perplexity is not None for s in scores):
+        rows.append(_row(Cell("perplexity", "per token"), [s.perplexity for s in scores], "{:.2f}".format, best=None))
+    if any(s.core for s in scores):
+        cores = [s.core for s in scores]
+        best = max if len({c.max_per_task for c in cores if c}) == 1 else None
+        values, errors = [c.value if c else None for c in cores], [c.stderr if c else None for c in cores]
+        rows.append(_row(Cell("CORE"), values, _four_decimals, errors=errors, show_error=_four_decimals, best=best))
     for task in task_names(chosen):
         results = [s.tasks.get(task) for s in scores]
         chances = sorted({r.chance for r in results if r and r.chance is not None})
@@ -99,7 +110,13 @@ def metric_table(report: RunReport) -> Table | None:
                 errors=[r.stderr if r else None for r in results],
             )
         )
-    if any(s.mean_centered is not None for s in scores):
+    if any(s.chatcore is not None for s in scores):
+        same = len({tuple(s.chatcore_tasks) for s in scores if s.chatcore is not None}) == 1
+        values, errors = [s.chatcore for s in scores], [s.chatcore_stderr for s in scores]
+        row = _row(Cell("ChatCORE"), values, _four_decimals, errors=errors, show_error=_four_decimals,
+                   best=max if same else None)  # fmt: skip
+        rows.append(row)
+    if any(s.mean_centered is not None and s.chatcore is None for s in scores):
         values = [s.mean_centered for s in scores]
         rows.append(_row(Cell("mean centred"), values, _four_decimals, best=max if _same_tasks(scores) else None))
     for k in sorted({k for column in chosen for k in column.pass_at_k}):
@@ -107,6 +124,69 @@ def metric_table(report: RunReport) -> Table | None:
     header = ["Metric", *(column.label for column in chosen)]
     align = "l" + "r" * len(chosen)
     return Table(header=header, align=align, rows=rows, notes=_metric_notes(chosen, scores))
+
+
+def published_tables(report: RunReport) -> list[tuple[Reference, Table]]:
+    """Return, for each published recipe that this run followed, its results beside those of the run."""
+    own = metric_table(report)
+    chosen = columns(report)
+    found = []
+    for reference in references(report):
+        metrics = list(dict.fromkeys(name for values in reference.columns.values() for name in values))
+        # A row of tasks is called by its task, whatever stands beside it.
+        ours = {row[0].text: row[1:] for row in own.rows} if own else {}
+        stages = list(reference.columns)
+        rows = []
+        for metric in metrics:
+            cells = [Cell(metric)]
+            for stage in stages:
+                value = reference.columns[stage].get(metric)
+                is_share = metric not in ("val bpb", "CORE", "ChatCORE")
+                shown = ABSENT if value is None else format_fraction(value) if is_share else f"{value:g}"
+                here = _ours(report, chosen, ours.get(metric, []), stage)
+                cells.append(Cell(shown, f"(here {here})" if here else ""))
+            rows.append(cells)
+        header = ["Published elsewhere", *(STAGE_LABELS.get(stage, stage) for stage in stages)]
+        notes = [f"{reference.name}: {reference.where}; {reference.how}. Nothing of it was measured here."]
+        found.append((reference, Table(header=header, align="l" + "r" * len(stages), rows=rows, notes=notes)))
+    return found
+
+
+def _ours(report: RunReport, chosen: list[Column], cells: list[Cell], stage: str) -> str:
+    """Return what this run has in a row of the table of metrics for the checkpoint of a stage."""
+    for column, cell in zip(chosen, cells, strict=False):
+        source = report.step(checkpoint_name(column.step))
+        if source and source.stage == stage and cell.text != ABSENT:
+            return f"{cell.text} {cell.detail}".strip()
+    return ""
+
+
+def core_table(report: RunReport) -> Table | None:
+    """Return CORE task by task, for each eval that measured it; None if none did."""
+    measured = [(c.label, c.scores.core) for c in columns(report) if c.scores and c.scores.core]
+    names = list(dict.fromkeys(name for _, core in measured for name in core.tasks))
+    if not names:
+        return None
+    rows = []
+    for name in names:
+        task = next(core.tasks[name] for _, core in measured if name in core.tasks)
+        shots = f"{task.num_fewshot}" if task.num_fewshot is not None else ABSENT
+        size = f"{task.num_examples:,}" if task.num_examples is not None else ABSENT
+        cells = [Cell(name), Cell(task.kind.replace("_", " ")), Cell(shots), Cell(size),
+                 Cell(format_fraction(task.baseline))]  # fmt: skip
+        for _, core in measured:
+            found = core.tasks.get(name)
+            error = f"± {100 * found.stderr:.1f}" if found and found.stderr is not None else ""
+            cells.append(Cell(format_fraction(found.accuracy if found else None), error))
+            cells.append(Cell(f"{found.centered:.3f}" if found and found.centered is not None else ABSENT))
+        rows.append(cells)
+    total = [Cell("CORE"), *[Cell("")] * 4]
+    for _, core in measured:
+        error = f"± {core.stderr:.4f}" if core.stderr is not None else ""
+        total += [Cell(""), Cell(ABSENT if core.value is None else f"{core.value:.4f}", error)]
+    labels = [f"{label}{part}" for label, _ in measured for part in ("", " centred")]
+    header = ["Task", "Type", "Shots", "Examples", "Baseline", *labels]
+    return Table(header=header, align="llrrr" + "r" * len(labels), rows=[*rows, total])
 
 
 def task_names(chosen: list[Column]) -> list[str]:
@@ -121,13 +201,14 @@ def _row(
     *,
     best: Callable[[list[float]], float] | None = max,
     errors: list[float | None] | None = None,
+    show_error: Callable[[float], str] = lambda error: f"{100 * error:.1f}",
 ) -> list[Cell]:
     measured = [value for value in values if value is not None]
     # With one value, or all alike, nothing is best.
     top = best(measured) if best and len(set(measured)) > 1 else None
     cells = [label]
     for value, error in zip(values, errors or [None] * len(values), strict=True):
-        detail = f"± {100 * error:.1f}" if value is not None and error is not None else ""
+        detail = f"± {show_error(error)}" if value is not None and error is not None else ""
         cells.append(Cell(ABSENT if value is None else show(value), detail, value is not None and value == top))
     return cells
 
@@ -161,7 +242,13 @@ def _metric_notes(chosen: list[Column], scores: list[Scores]) -> list[str]:
                 ]
                 notes.append(f"{join(sized)}: share of examples in which {meaning}.")
         notes.append("chance: what guessing scores. ±: one standard error, in percentage points.")
-    if any(s.mean_centered is not None for s in scores):
+    if cores := [s.core for s in scores if s.core]:
+        limits = {c.max_per_task for c in cores}
+        sizes = join(f"at most {limit:,} of each" if limit else "all" for limit in limits)
+        notes.append(f"CORE: mean centred accuracy over the DCLM bundle's 22 tasks (examples: {sizes}); 0 is guessing.")
+    if chat := next((s for s in scores if s.chatcore is not None), None):
+        notes.append(f"ChatCORE: mean centred accuracy over {join(chat.chatcore_tasks) or 'its tasks'}.")
+    if any(s.mean_centered is not None and s.chatcore is None for s in scores):
         formula = "(accuracy − chance) / (1 − chance)"
         notes.append(
             f"mean centred: mean over the tasks of {formula}, the formula of nanochat's ChatCORE; "

@@ -18,7 +18,6 @@ from mlxchat.report.wording import (
     format_bytes,
     format_count,
     format_seconds,
-    format_value,
     join,
 )
 
@@ -183,15 +182,6 @@ def source_table(report: RunReport) -> Table | None:
             name, licence = text(item.get("name")) or ABSENT, text(item.get("licence")) or ABSENT
             rows.append([Cell(name), Cell(pin), Cell(licence), Cell(step.name)])
     return Table(header=["Data", "Version", "Licence", "Used by"], align="llll", rows=rows) if rows else None
-
-
-def derived_table(report: RunReport) -> Table | None:
-    """Return the hyperparameters that each step derived from its configuration."""
-    rows = []
-    for step in report.steps:
-        for position, (name, value) in enumerate(mapping(step.manifest.get("derived")).items()):
-            rows.append([Cell("" if position else step.name), Cell(name), Cell(format_value(value))])
-    return Table(header=["Step", "Setting", "Value"], align="llr", rows=rows) if rows else None
 
 
 def overrides(report: RunReport) -> list[tuple[str, list[str]]]:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name
+from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
+from mlxchat.report.scores import Sample, Scores
 from mlxchat.report.sources import mapping, number, text
 
 ABSENT = "—"
@@ -43,6 +44,11 @@ def format_seconds(seconds: float | None) -> str:
         return f"{whole // 60}m {whole % 60:02d}s"
     minutes = round(seconds / 60)
     return f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def format_dollars(seconds: float | None, per_hour: float | None) -> str:
+    """Return what so much time costs, such as $92.40; empty if either is unknown."""
+    return "" if seconds is None or per_hour is None else f"${seconds / 3600 * per_hour:,.2f}"
 
 
 def format_count(count: float | None) -> str:
@@ -160,37 +166,51 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
     scored = [s.scores for s in report.evals if s.scores]
     bpb = min((s.bpb for s in scored if s.bpb is not None), default=None)
     chat = max((s.mean_centered for s in scored if s.mean_centered is not None), default=None)
+    chatcore = max((s.chatcore for s in scored if s.chatcore is not None), default=None)
+    cores = [s.core.value for s in scored if s.core and _is_own(s, report)]
+    core = max((value for value in cores if value is not None), default=None)
+    spent = computing_seconds(report)
     found = [
         ("parameters", format_count(num_parameters(pretrain)) if pretrain else ABSENT),
         ("pretraining tokens", format_count(trained_tokens(pretrain)) if pretrain else ABSENT),
         ("computing time", format_seconds(computing_seconds(report))),
         ("val bpb", f"{bpb:.3f}" if bpb is not None else ABSENT),
-        ("mean centred", f"{chat:.3f}" if chat is not None else ABSENT),
+        ("CORE", f"{core:.4f}" if core is not None else ABSENT),
+        ("ChatCORE", f"{chatcore:.4f}" if chatcore is not None else ABSENT),
+        ("mean centred", f"{chat:.3f}" if chat is not None and chatcore is None else ABSENT),
+        ("cost", format_dollars(spent, report.cost_per_hour) or ABSENT),
     ]
     return [(what, value) for what, value in found if value != ABSENT]
 
 
-def sample_groups(report: RunReport) -> list[tuple[str, list[Sample]]]:
-    """Return (title, samples) per step that has some, long texts cut and prompts not repeated."""
+def _is_own(scores: Scores, report: RunReport) -> bool:
+    """Tell whether scores are of a checkpoint that was trained here, not of an outside model."""
+    source = report.step(scores.checkpoint)
+    return source is not None and source.stage in STAGE_LABELS
+
+
+def sample_groups(report: RunReport) -> list[tuple[str, str, list[Sample]]]:
+    """Return (step, title, samples) per step that has some, long texts cut and prompts not repeated."""
     groups = []
     for step in report.steps:
         if step.samples:
             iteration = step.samples[0].iteration
-            title = step.name if iteration is None else f"{step.name} at iteration {iteration:,}"
-            groups.append((title, step.samples))
+            title = "Samples" if iteration is None else f"Samples at iteration {iteration:,}"
+            groups.append((step.name, title, step.samples))
         if step.scores and step.scores.samples:
-            groups.append((f"{step.name} (checkpoint {checkpoint_name(step)})", step.scores.samples))
-    return [(title, [_excerpt(s) for s in samples[:SAMPLES_SHOWN]]) for title, samples in groups]
+            groups.append((step.name, f"Samples of {checkpoint_name(step)}", step.scores.samples))
+    return [(name, title, [_excerpt(s) for s in samples[:SAMPLES_SHOWN]]) for name, title, samples in groups]
 
 
 def _excerpt(sample: Sample) -> Sample:
     body = sample.text.removeprefix(sample.prompt).strip("\n")
-    return replace(sample, prompt=_cut(sample.prompt.strip("\n")), text=_cut(body))
+    return replace(sample, prompt=cut(sample.prompt.strip("\n")), text=cut(body))
 
 
-def _cut(body: str) -> str:
-    rest = len(body) - SAMPLE_CHARACTERS
-    return body if rest <= 0 else f"{body[:SAMPLE_CHARACTERS]} … ({plural(rest, 'character')} more)"
+def cut(body: str, most: int = SAMPLE_CHARACTERS) -> str:
+    """Return a text, or its beginning and how much is left out."""
+    rest = len(body) - most
+    return body if rest <= 0 else f"{body[:most]} … ({plural(rest, 'character')} more)"
 
 
 def _pretrain_sentence(step: StepReport) -> str:
@@ -214,13 +234,21 @@ def _phase(step: StepReport) -> str:
 
 def _quality(report: RunReport) -> Iterable[str]:
     scored = [s.scores for s in report.evals if s.scores]
-    best = min((s for s in scored if s.bpb is not None), key=lambda s: s.bpb or 0, default=None)
-    if best and best.bpb is not None:
-        others = ", ".join(f"{baseline_label(name)} {value:.2f}" for name, value in best.baselines.items())
+    text = min((s for s in scored if s.bpb is not None), key=lambda s: s.bpb or 0, default=None)
+    if text and text.bpb is not None:
+        others = ", ".join(f"{baseline_label(name)} {value:.2f}" for name, value in text.baselines.items())
         beside = f" ({others})" if others else ""
-        yield f"Held-out text takes {best.bpb:.3f} bits per byte{beside}."
+        yield f"Held-out text takes {text.bpb:.3f} bits per byte{beside}."
+    core = [s for s in scored if s.core and s.core.value is not None and _is_own(s, report)]
+    if best := max(core, key=lambda s: (s.core and s.core.value) or 0, default=None):
+        assert best.core is not None
+        error = f" ± {best.core.stderr:.4f}" if best.core.stderr is not None else ""
+        yield f"CORE is {best.core.value:.4f}{error}, after {best.checkpoint} (GPT-2 XL, as published: 0.2565)."
+    chatcore = max((s for s in scored if s.chatcore is not None), key=lambda s: s.chatcore or 0, default=None)
+    if chatcore:
+        yield f"The best ChatCORE is {chatcore.chatcore:.4f}, after {chatcore.checkpoint}."
     chat = max((s for s in scored if s.mean_centered is not None), key=lambda s: s.mean_centered or 0, default=None)
-    if chat and chat.mean_centered is not None:
+    if chat and chat.mean_centered is not None and not chatcore:
         tasks, after = plural(len(chat.tasks), "task"), chat.checkpoint
         yield f"The best mean centred accuracy over {tasks} is {chat.mean_centered:.3f}, after {after}."
 

@@ -1,0 +1,80 @@
+"""Questions of the evals with what the model made of them: of each task one that is right and one that is wrong."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxchat.report.collect import RunReport
+from mlxchat.report.sources import mapping, read_jsonl, text
+from mlxchat.report.wording import cut
+
+log = logging.getLogger(__name__)
+
+# Of a suite with more tasks, such as CORE's 22, only so many are shown.
+MOST_TASKS = 8
+_CHARACTERS = 700
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question."""
+
+    task: str
+    is_right: bool
+    prompt: str
+    output: str
+    expected: str
+
+
+def example_groups(report: RunReport) -> dict[str, list[Example]]:
+    """Return eval step → some of its questions, for each that kept them."""
+    found = {step.name: read_examples(step.folder) for step in report.evals if step.folder is not None}
+    return {name: examples for name, examples in found.items() if examples}
+
+
+def read_examples(folder: Path) -> list[Example]:
+    """Return, of each task, the first question that was answered right and the first that was not.
+
+    Prefers questions that have an answer to show. What is absent or damaged is left out.
+    """
+    rows = _parquet_rows(folder / "examples.parquet") or read_jsonl(folder / "examples.jsonl")
+    chosen: dict[tuple[str, bool], dict[str, Any]] = {}
+    for row in rows:
+        chosen.setdefault((text(row.get("task")), _is_right(row)), row)
+    tasks = list(dict.fromkeys(task for task, _ in chosen))[:MOST_TASKS]
+    pairs = [(task, verdict) for task in tasks for verdict in (True, False) if (task, verdict) in chosen]
+    return [_example(task, verdict, chosen[task, verdict]) for task, verdict in pairs]
+
+
+def _is_right(row: dict[str, Any]) -> bool:
+    return bool(row.get("verdict", row.get("correct")))
+
+
+def _example(task: str, is_right: bool, row: dict[str, Any]) -> Example:
+    prompt = text(row.get("prompt", row.get("question"))).strip("\n")
+    output = text(row.get("output", row.get("answer"))).strip("\n")
+    # Few-shot prompts are long, and the question is at their end.
+    shown = prompt if len(prompt) <= _CHARACTERS else f"… {prompt[-_CHARACTERS:]}"
+    expected = cut(text(row.get("expected")).strip("\n"), _CHARACTERS)
+    return Example(task=task, is_right=is_right, prompt=shown, output=cut(output, _CHARACTERS), expected=expected)
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the first right and the first wrong row of each task; a large file is not read whole into Python."""
+    if not path.is_file():
+        return []
+    try:
+        from pyarrow import parquet
+
+        table = parquet.read_table(path)
+        keys = zip(table.column("task").to_pylist(), table.column("verdict").to_pylist(), strict=True)
+        first: dict[tuple[Any, Any], int] = {}
+        for position, key in enumerate(keys):
+            first.setdefault(key, position)
+        return [mapping(row) for row in table.take(sorted(first.values())).to_pylist()]
+    except Exception as fault:  # pyarrow has a dozen kinds of errors for damaged files
+        log.warning("%s cannot be read and is left out of the report: %s", path, fault)
+        return []
