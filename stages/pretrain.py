@@ -3,10 +3,12 @@
 Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain.yaml.
 """
 
+from contextlib import nullcontext
+
 from mlxchat.data.encoded import open_documents
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.evals.bpb import bits_per_byte
+from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.samples import continue_prompts
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -15,6 +17,7 @@ from mlxchat.model.weights import init_weights
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
+from mlxchat.training.best import Best
 from mlxchat.training.horizon import derive_hyperparameters, derive_numbers, reference_sizes
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
@@ -36,7 +39,8 @@ def run(ctx: Context) -> None:
     derived = derive_hyperparameters(config, rates, sizes, reference)
     row_tokens = config.batch.row_tokens
     rows_per_iteration = derived.batch_tokens // row_tokens
-    micro_batch = choose_micro_batch(ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens)
+    keeps_best = config.keep == "best"
+    micro_batch = choose_micro_batch(ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens, keeps_best=keeps_best)
     ctx.derive({**derive_numbers(derived, sizes, micro_batch.tokens), **micro_batch.numbers()})
     model = GPT(sizes)
     init_weights(model, ctx.seed("weights"))
@@ -55,12 +59,30 @@ def run(ctx: Context) -> None:
 
     validation = take_rows(read_rows("validation"), max(1, config.eval_tokens // config.batch.row_tokens))
 
+    num_iterations, best = derived.num_iterations, None
+    if keeps_best:
+        best = Best(every=config.keep_every or -(-num_iterations // 20), eval_tokens=config.eval_tokens)
+
     def validate(iteration: int) -> dict[str, float]:
-        micro_tokens = forward_tokens(machine, sizes)
-        return {"val_bpb": bits_per_byte(model, validation, tokenizer.token_bytes, micro_tokens=micro_tokens)}
+        found = text_loss(model, validation, tokenizer.token_bytes, micro_tokens=forward_tokens(machine, sizes))
+        numbers = {"val_bpb": found.bits_per_byte, "val_perplexity": found.perplexity}
+        if best is not None and best.is_candidate(iteration, num_iterations):
+            best.offer(iteration, numbers, model)
+        return numbers
 
     def sample(iteration: int) -> dict[str, float]:
-        for prompt, text in continue_prompts(model, tokenizer, config.prompts, config.sample_tokens):
+        # At the end, what the artifact's weights say.
+        with best.in_place(model) if best is not None and iteration == num_iterations else nullcontext():
+            texts = continue_prompts(
+                model,
+                tokenizer,
+                config.prompts,
+                config.sample_tokens,
+                temperature=config.sample_temperature,
+                top_k=config.sample_top_k,
+                seed=ctx.seed("samples"),
+            )
+        for prompt, text in texts:
             ctx.records("samples").append({"iteration": iteration, "prompt": prompt, "text": text})
         return {}
 
@@ -70,13 +92,20 @@ def run(ctx: Context) -> None:
             model,
             optimizer,
             batches,
-            num_iterations=derived.num_iterations,
+            num_iterations=num_iterations,
             schedule=config.schedule,
-            hooks=[Hook(run=validate, every=config.eval_every), Hook(run=sample, every=config.sample_every)],
+            hooks=[
+                Hook(run=validate, every=config.eval_every, also_every=best.every if best is not None else None),
+                Hook(run=sample, every=config.sample_every),
+            ],
             micro_tokens=micro_batch.tokens,
             extends=ctx.inputs.get("extends"),
             keep_state=config.save_training_state,
+            best=best,
+            dropout=ctx.config.architecture.dropout,
         )
     ctx.metrics |= batches.counts()
-    facts = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
+    facts: dict[str, object] = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
+    if best is not None:
+        facts["best_iteration"] = best.iteration
     save_checkpoint(ctx.out, model, tokenizer, facts)

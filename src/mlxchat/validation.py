@@ -91,6 +91,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("optimizer.variant", config.optimizer.variant, ("oct2025", "jul2026")),
         ("pretrain.horizon_parameters", config.pretrain.horizon_parameters, ("all", "matrices_and_head")),
         ("midtrain.train_on", config.midtrain.train_on, ("assistant", "all")),
+        ("pretrain.keep", config.pretrain.keep, ("last", "best")),
         ("sft.train_on", config.sft.train_on, ("assistant", "all")),
         ("training.on_nan", config.training.on_nan, ("stop", "skip")),
         ("machine.device", config.machine.device, ("auto", "cpu", "gpu")),
@@ -149,6 +150,8 @@ def _pretrain(config: Config) -> Iterator[str]:
             "pretrain.batch.tokens, or choose optimizer=muon_jul2026"
         )
     yield from _schedule("pretrain", pretrain.schedule)
+    if pretrain.sample_temperature < 0:
+        yield f"pretrain.sample_temperature is {pretrain.sample_temperature}, expected at least 0 (the likeliest token)"
 
 
 def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[str]:
@@ -299,7 +302,9 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "machine.device_batch_tokens",
         "machine.blas_threads",
         "machine.log_every",
+        "pretrain.keep_every",
         "bench.vocab_size",
+        "pretrain.sample_top_k",
         "bench.batch_rows",
         "bench.row_tokens",
         "bench.steps",

@@ -21,11 +21,12 @@ MakeModel, MakeOptimizer = Callable[[], GPT], Callable[..., Optimizer]
 @pytest.fixture
 def pretrained(tmp_path: Path, make_model: MakeModel, make_optimizer: MakeOptimizer) -> tuple[Path, Optimizer]:
     """A folder with the moments of an optimizer, all of them random."""
-    optimizer = make_optimizer(make_model())
+    model = make_model()
+    optimizer = make_optimizer(model)
     rng = np.random.default_rng(3)
     for name, value in optimizer.state.items():
         optimizer.state[name] = mx.array(rng.normal(size=value.shape).astype(np.float32))
-    save_finished(tmp_path, 5, optimizer, {})
+    save_finished(tmp_path, 5, optimizer, {}, model)
     return tmp_path, optimizer
 
 

@@ -9,11 +9,26 @@ from mlxchat.model.gpt import GPT
 
 
 def continue_prompts(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
 ) -> list[tuple[str, str]]:
-    """Return each prompt with the model's greedy continuation."""
+    """Return each prompt with the model's continuation, greedy or drawn as `Engine.stream` says."""
     ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    return _complete(model, tokenizer, prompts, ids, max_new_tokens)
+    if not ids:
+        return []
+    completions = Engine(model, tokenizer).complete(
+        ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    return [
+        (prompt, readable(tokenizer.decode(completion.ids)))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.runner.context import Context
 from mlxchat.runner.crash import crash_point
+from mlxchat.training.best import Best
 from mlxchat.training.meter import Meter
 from mlxchat.training.micro_batch import MOST_TOKENS
 from mlxchat.training.resume import load_finished, load_state, save_finished, save_state
@@ -55,6 +57,8 @@ class Hook:
     """Takes the number of iterations done; what it returns is logged."""
     every: int | None
     """Iterations between calls; None: only at the end."""
+    also_every: int | None = None
+    """Iterations between further calls."""
     at_start: bool = False
     """Whether to call it before the first iteration too."""
 
@@ -71,6 +75,8 @@ def fit(
     micro_tokens: int | None = None,
     extends: Path | None = None,
     keep_state: bool = False,
+    best: Best | None = None,
+    dropout: float = 0.0,
 ) -> None:
     """Train for `num_iterations`, continuing where an earlier attempt of this step stopped.
 
@@ -93,6 +99,8 @@ def fit(
         micro_tokens: tokens per micro-batch; None: `machine.device_batch_tokens`, or no more than help.
         extends: folder of a finished training with its state.
         keep_state: leave in the artifact what an extension needs.
+        best: weights that hooks may offer; the model ends with those that were kept. An extension begins with the last.
+        dropout: share of the stream's numbers that are left out.
 
     Raises:
         Interrupted: a signal arrived; the state was saved.
@@ -104,14 +112,23 @@ def fit(
     peak = peak_flops(dtype)
     mx.reset_peak_memory()
     micro_tokens = micro_tokens or machine.device_batch_tokens or MOST_TOKENS[backend()]
-    step = TrainStep(model, optimizer, micro_tokens=micro_tokens, dtype=dtype, recompute=machine.grad_checkpointing)
+    step = TrainStep(
+        model,
+        optimizer,
+        micro_tokens=micro_tokens,
+        dtype=dtype,
+        recompute=machine.grad_checkpointing,
+        dropout=dropout,
+        dropout_seed=ctx.seed("dropout"),
+    )
     meter = Meter(flops_per_token=flops_per_token(model.sizes), peak_flops=peak)
     watch = Watch(ctx.config.training)
-    state = load_state(ctx.work, model, optimizer)
+    state = load_state(ctx.work, model, optimizer, best)
     if state is not None:
         ctx.rewind_records(state["iteration"])
+        ctx.metrics |= state.get("metrics", {})
     elif extends is not None:
-        state = load_finished(extends, model, optimizer)
+        state = load_finished(extends, model, optimizer, best)
         ctx.take_records(extends)
     else:
         ctx.rewind_records(0)
@@ -124,10 +141,11 @@ def fit(
     saved_at = time.monotonic()
 
     def progress_so_far() -> dict[str, Any]:
-        return {"batches": batches.state(), "meter": meter.state(), "watch": watch.state()}
+        metrics = {name: value for name, value in ctx.metrics.items() if math.isfinite(value)}
+        return {"batches": batches.state(), "meter": meter.state(), "watch": watch.state(), "metrics": metrics}
 
     def save() -> None:
-        save_state(ctx.work, done, model, optimizer, progress_so_far())
+        save_state(ctx.work, done, model, optimizer, progress_so_far(), best)
 
     with ctx.progress(num_iterations, "iterations", start=done) as progress:
         _run_hooks(ctx, hooks, done, num_iterations, starting=True)
@@ -141,7 +159,7 @@ def fit(
                 raise
             waited = batches.waited_seconds - waited
             rates = rates_at(done, num_iterations, schedule, optimizer.config)
-            loss, norm = step(batch, rates)
+            loss, norm = step(batch, rates, done)
             seconds = time.perf_counter() - began
             record: dict[str, Any] = {}
             good = is_finite(loss, norm)
@@ -150,7 +168,7 @@ def fit(
             else:
                 warning = f"loss {loss} and gradient norm {norm}, batch of {name_documents(batches.documents())}"
                 if watch.must_stop():
-                    save_state(ctx.work, done, model, optimizer, before)
+                    save_state(ctx.work, done, model, optimizer, before, best)
                     raise StepFailed(_explain_stop(ctx, done + 1, num_iterations, warning))
                 warning += "; the update was left out"
                 record["skipped_iterations"] = watch.num_skipped
@@ -163,7 +181,8 @@ def fit(
             if done % machine.log_every == 0 or done == num_iterations or record:
                 record |= {"lr_multiplier": rates.lr_factor, **({"grad_norm": norm} if good else {})}
                 ctx.log({"iteration": done, **meter.record(loss if good else None), **record})
-            progress.update(done, **meter.show(), **watch.show(done))
+            shown = {**meter.show(), **(best.show() if best is not None else {}), **watch.show(done)}
+            progress.update(done, **shown)
             _run_hooks(ctx, hooks, done, num_iterations, starting=False)
             if ctx.should_stop() and done < num_iterations:
                 save()
@@ -171,9 +190,17 @@ def fit(
             if time.monotonic() - saved_at >= machine.checkpoint_seconds:
                 save()
                 saved_at = time.monotonic()
+        if best is not None and best.iteration is not None:
+            progress.note(
+                f"kept the weights of iteration {best.iteration}: {best.METRIC} {best.numbers[best.METRIC]:.5f}"
+            )
     crash_point("train.finished")
     if keep_state:
-        save_finished(ctx.out, done, optimizer, progress_so_far())
+        save_finished(ctx.out, done, optimizer, progress_so_far(), model, best)
+    if best is not None and best.iteration is not None:
+        best.put_back(model)
+        ctx.metrics |= {f"last_{name}": value for name, value in ctx.metrics.items() if name in best.numbers}
+        ctx.metrics |= {**best.numbers, "best_iteration": best.iteration}
     if watch.num_skipped:
         ctx.metrics["skipped_iterations"] = watch.num_skipped
     ctx.metrics["loss"] = meter.loss
@@ -205,7 +232,8 @@ def _explain_stop(ctx: Context, iteration: int, num_iterations: int, what: str) 
 
 def _run_hooks(ctx: Context, hooks: list[Hook], done: int, total: int, *, starting: bool) -> None:
     for hook in hooks:
-        due = hook.at_start and done == 0 if starting else done == total or (hook.every and done % hook.every == 0)
+        cadences = [every for every in (hook.every, hook.also_every) if every]
+        due = hook.at_start and done == 0 if starting else done == total or any(done % every == 0 for every in cadences)
         if due:
             numbers = hook.run(done)
             if numbers:

@@ -53,12 +53,14 @@ class PeakBytes:
     """They and their sum."""
     moving: int
     """The summed gradients and the optimizer's workspace."""
+    kept: int = 0
+    """The best weights so far, where they are kept."""
 
     @property
     def total(self) -> int:
-        """The peak: weights and moments, with what there is besides at the worst of the four moments."""
+        """The peak: weights, moments and what is kept, with what there is besides at the worst of the four moments."""
         backward = self.accumulated + max(self.activations + self.logits, self.gradients)
-        return self.weights + self.moments + max(backward, self.summing, self.moving)
+        return self.weights + self.moments + self.kept + max(backward, self.summing, self.moving)
 
 
 def predict_peak_bytes(
@@ -71,6 +73,7 @@ def predict_peak_bytes(
     num_lanes: int,
     compute_bytes: int = 4,
     recompute: bool = False,
+    keeps_best: bool = False,
 ) -> PeakBytes:
     """Return what a `TrainStep` needs, on a CPU within about 15 %; on a GPU, where it is not measured, roughly.
 
@@ -83,6 +86,7 @@ def predict_peak_bytes(
         num_lanes: streams that share a micro-batch's rows (`ops.lanes`).
         compute_bytes: of a number that is computed with: 4 in float32, 2 in bfloat16.
         recompute: whether layers keep their input alone (`machine.grad_checkpointing`).
+        keeps_best: whether the best weights so far are kept beside the present ones (`pretrain.keep`).
     """
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
@@ -115,6 +119,7 @@ def predict_peak_bytes(
         gradients=gradients,
         summing=gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES,
         moving=(parameters + workspace) * _MASTER_BYTES,
+        kept=parameters * _MASTER_BYTES if keeps_best else 0,
     )
 
 

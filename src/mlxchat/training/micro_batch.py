@@ -60,6 +60,8 @@ class Training:
     row_tokens: int
     recompute: bool
     device: Device
+    keeps_best: bool = False
+    """Whether the best weights so far are kept."""
 
     def peak_bytes(self, micro_rows: int) -> int:
         """Return the predicted peak with so many rows at a time."""
@@ -72,6 +74,7 @@ class Training:
             num_lanes=self.device.num_lanes,
             compute_bytes=self.device.compute_bytes,
             recompute=self.recompute,
+            keeps_best=self.keeps_best,
         ).total
 
     def fits(self, micro_rows: int) -> bool:
@@ -135,7 +138,9 @@ def choose_micro_rows(training: Training, most_tokens: int) -> int:
     return divisor if 2 * divisor > fitting else -(-training.rows // -(-training.rows // fitting))
 
 
-def choose_micro_batch(ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: int) -> MicroBatch:
+def choose_micro_batch(
+    ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: int, keeps_best: bool = False
+) -> MicroBatch:
     """Return what a stage computes at a time.
 
     A training that continues takes what it began with, as long as that fits: sums are rounded by micro-batch.
@@ -145,6 +150,7 @@ def choose_micro_batch(ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: 
         sizes: of its model.
         rows: of an iteration.
         row_tokens: of a row, at most.
+        keeps_best: whether the best weights so far are kept.
 
     Raises:
         ConfigError: it does not fit; with the predicted bytes and settings that would.
@@ -157,6 +163,7 @@ def choose_micro_batch(ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: 
         row_tokens=row_tokens,
         recompute=machine.grad_checkpointing,
         device=find_device(machine, ask_mlx=True),
+        keeps_best=keeps_best,
     )
     before = ctx.work / _CHOICE
     begun = None

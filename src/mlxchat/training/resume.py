@@ -14,18 +14,26 @@ from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.optim.groups import Optimizer
+from mlxchat.training.best import Best
 from mlxchat.training.saves import read_newest, write_save
 
+_LAST = "last."
 
-def save_state(work: Path, iteration: int, model: GPT, optimizer: Optimizer, state: dict[str, Any]) -> None:
+
+def save_state(
+    work: Path, iteration: int, model: GPT, optimizer: Optimizer, state: dict[str, Any], best: Best | None = None
+) -> None:
     """Save weights, optimizer and `state` (JSON data) after `iteration` iterations; drop the older saves."""
     arrays = {f"model.{name}": np.asarray(value) for name, value in flatten_parameters(model).items()}
     arrays |= {f"optimizer.{name}": np.asarray(value) for name, value in optimizer.state.items()}
+    if best is not None:
+        arrays |= best.arrays(iteration)
+        state = {**state, "best": best.state()}
     write_save(work, iteration, arrays, state)
 
 
-def load_state(work: Path, model: GPT, optimizer: Optimizer) -> dict[str, Any] | None:
-    """Restore the newest whole save into model and optimizer; return its state, or None if there is none."""
+def load_state(work: Path, model: GPT, optimizer: Optimizer, best: Best | None = None) -> dict[str, Any] | None:
+    """Restore the newest whole save; return its state, or None if there is none."""
     found = read_newest(work)
     if found is None:
         return None
@@ -35,32 +43,49 @@ def load_state(work: Path, model: GPT, optimizer: Optimizer) -> dict[str, Any] |
     for name in optimizer.state:
         optimizer.state[name] = mx.array(arrays[f"optimizer.{name}"])
     mx.eval(model.state, optimizer.state)
+    if best is not None and "best" in state:
+        best.restore(state["best"], arrays, model)
     return state
 
 
-def save_finished(out: Path, iteration: int, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Leave beside a finished model what an extension of its training needs: moments, and `state` (JSON data)."""
-    save_file({name: np.asarray(value) for name, value in optimizer.state.items()}, out / "training_state.safetensors")
+def save_finished(
+    out: Path, iteration: int, optimizer: Optimizer, state: dict[str, Any], model: GPT, best: Best | None = None
+) -> None:
+    """Leave beside a finished model what an extension of its training needs: moments, and `state` (JSON data).
+
+    Where the finished model will be an earlier one than the last, the last weights, `model`'s, too.
+    """
+    arrays = {name: np.asarray(value) for name, value in optimizer.state.items()}
+    if best is not None:
+        state = {**state, "best": best.state()}
+        if best.iteration not in (None, iteration):
+            arrays |= {f"{_LAST}{name}": np.asarray(value) for name, value in flatten_parameters(model).items()}
+    save_file(arrays, out / "training_state.safetensors")
     (out / "training_state.json").write_text(json.dumps({"iteration": iteration, **state}), encoding="utf-8")
 
 
-def load_finished(folder: Path, model: GPT, optimizer: Optimizer) -> dict[str, Any]:
-    """Set model and optimizer to the end of a finished training; return the rest of its state.
+def load_finished(folder: Path, model: GPT, optimizer: Optimizer, best: Best | None = None) -> dict[str, Any]:
+    """Set model and optimizer to the end of a finished training, and `best` to what it has kept; return the rest.
 
     Raises:
         DataError: a file is missing or damaged, or holds other arrays than this model and optimizer have.
     """
     try:
         weights = load_file(folder / "model.safetensors")
-        moments = load_file(folder / "training_state.safetensors")
+        moments, last = _load_training_state(folder)
         state: dict[str, Any] = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
     except Exception as error:  # the safetensors reader has several error types of its own
         raise DataError(f"{folder}: no readable training state ({type(error).__name__}: {error})") from None
     _check_arrays(folder, flatten_parameters(model), weights)
     _check_arrays(folder, optimizer.state, moments)
-    set_parameters(model, {name: mx.array(value) for name, value in weights.items()})
+    kept = {name: mx.array(value) for name, value in weights.items()}
+    if last:
+        _check_arrays(folder, kept, last)
+    set_parameters(model, {name: mx.array(value) for name, value in last.items()} or kept)
     _set_moments(optimizer, moments)
     mx.eval(model.state)
+    if best is not None and "best" in state:
+        best.take(state["best"], kept)
     return state
 
 
@@ -73,7 +98,7 @@ def load_moments(folder: Path, optimizer: Optimizer) -> None:
         DataError: the folder has none, or they are of other parameters or another optimizer.
     """
     try:
-        moments = load_file(folder / "training_state.safetensors")
+        moments, _ = _load_training_state(folder)
     except Exception as error:  # the safetensors reader has several error types of its own
         raise DataError(
             f"{folder} has no readable training state to start warm from ({error}). Pretrain it with "
@@ -81,6 +106,13 @@ def load_moments(folder: Path, optimizer: Optimizer) -> None:
         ) from None
     _check_arrays(folder, optimizer.state, moments)
     _set_moments(optimizer, moments)
+
+
+def _load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return moments, and the last weights where the model beside them is an earlier one."""
+    arrays = load_file(folder / "training_state.safetensors")
+    last = {name.removeprefix(_LAST): arrays.pop(name) for name in sorted(arrays) if name.startswith(_LAST)}
+    return arrays, last
 
 
 def _set_moments(optimizer: Optimizer, moments: dict[str, Any]) -> None:
