@@ -26,7 +26,7 @@ def run(ctx: Context) -> None:
 
     def crop_documents() -> Iterator[str]:
         nonlocal used_chars
-        for document in iterate_documents(ctx.inputs["corpus"], "train"):
+        for document in iterate_documents(ctx.inputs["corpus"], "train", ctx.hints.get("train_chars")):
             text = document[: config.document_chars]
             used_chars += len(text)
             yield text

@@ -39,7 +39,8 @@ def selecting(file: Path, text: Path) -> list[str]:
         return []  # all of them are always composed
     if group == "mixture":
         return [f"mixture@{stage}.mixture={option}" for stage in ("midtrain", "sft") if option != "bundled_validation"]
-    return [f"{group}={option}", *([f"corpus.paths=[{text}]"] if file.name == "files.yaml" else [])]
+    given = {"files.yaml": [f"corpus.paths=[{text}]"], "hub.yaml": ["corpus.hub.repository=somebody/something"]}
+    return [f"{group}={option}", *given.get(file.name, [])]
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

@@ -10,7 +10,7 @@ import pytest
 
 from mlxchat.data.documents import DocumentCursor, EncodedShards
 from mlxchat.data.encoded import encode_shard
-from mlxchat.data.shards import shard_paths, write_shards
+from mlxchat.data.shards import Shard, open_shards, write_shards
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = """the a cat dog sat on mat and then we saw 12 or 345 café naïve 你好 don't I'll x = y ; ( ) whether weather
@@ -49,9 +49,9 @@ def corpus(make_corpus: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def read_documents(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DocumentCursor]:
     """Return a new cursor over a split of a corpus; each shard is encoded once per session."""
-    made: dict[Path, Path] = {}
+    made: dict[Shard, Path] = {}
 
-    def obtain(shard: Path, is_awaited: bool, check: Callable[[], None]) -> Path:
+    def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
         if shard not in made:
             folder = tmp_path_factory.mktemp("tokens")
             encode_shard(shard, tokenizer, folder, threads=1)
@@ -59,6 +59,6 @@ def read_documents(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
         return made[shard]
 
     def read(corpus: Path, split: str = "train") -> DocumentCursor:
-        return DocumentCursor(EncodedShards(shard_paths(corpus, split), obtain))
+        return DocumentCursor(EncodedShards(open_shards(corpus, split), obtain))
 
     return read

@@ -12,7 +12,7 @@ import pytest
 from mlxchat.data import documents as documents_module
 from mlxchat.data.documents import DocumentCursor, EncodedShards
 from mlxchat.data.encoded import encode_shard
-from mlxchat.data.shards import shard_paths
+from mlxchat.data.shards import Shard, open_shards
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 
@@ -87,7 +87,7 @@ def test_shards_without_any_document_are_refused(make_corpus: Callable[..., Path
     folder = make_corpus(["held", "a"], validation=1)
     pq.write_table(pq.read_table(folder / "shard_00000.parquet").slice(0, 0), folder / "shard_00000.parquet")
     with pytest.raises(DataError, match=r"holds no document in shard_00000\.parquet"):
-        read_documents(folder)
+        read_documents(folder).next(1)
 
 
 # When shards are encoded
@@ -97,12 +97,12 @@ class Maker:
     """Encodes shards, and remembers which, whether somebody waited, and in which thread."""
 
     def __init__(self, corpus: Path, tokenizer: Tokenizer, work: Path) -> None:
-        self.tokenizer, self.work, self.paths = tokenizer, work, shard_paths(corpus, "train")
+        self.tokenizer, self.work, self.shards = tokenizer, work, open_shards(corpus, "train")
         self.asked: list[tuple[str, bool, str]] = []
         self.block = threading.Event()
         self.block.set()
 
-    def __call__(self, shard: Path, is_awaited: bool, check: Callable[[], None]) -> Path:
+    def __call__(self, shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
         self.asked.append((shard.stem, is_awaited, threading.current_thread().name))
         while not self.block.wait(0.001):
             check()
@@ -119,7 +119,7 @@ def maker(hundred: Path, tokenizer: Tokenizer, tmp_path: Path) -> Maker:
 
 
 def test_only_the_shard_that_is_read_and_the_next_one_are_encoded(maker: Maker) -> None:
-    cursor = DocumentCursor(EncodedShards(maker.paths, maker))
+    cursor = DocumentCursor(EncodedShards(maker.shards, maker))
     assert maker.asked == [], "nothing is encoded before a document is wanted"
     cursor.next(1)
     cursor.close()
@@ -130,7 +130,7 @@ def test_only_the_shard_that_is_read_and_the_next_one_are_encoded(maker: Maker) 
 
 
 def test_a_shard_that_the_background_is_at_is_waited_for(maker: Maker) -> None:
-    shards = EncodedShards(maker.paths, maker)
+    shards = EncodedShards(maker.shards, maker)
     maker.block.clear()
     shards.prepare(1)
     threading.Timer(0.05, maker.block.set).start()
@@ -140,7 +140,7 @@ def test_a_shard_that_the_background_is_at_is_waited_for(maker: Maker) -> None:
 
 
 def test_closing_ends_the_background_work(maker: Maker) -> None:
-    shards, before = EncodedShards(maker.paths, maker), threading.active_count()
+    shards, before = EncodedShards(maker.shards, maker), threading.active_count()
     maker.block.clear()
     shards.prepare(1)
     assert threading.active_count() == before + 1
@@ -150,12 +150,12 @@ def test_closing_ends_the_background_work(maker: Maker) -> None:
 
 
 def test_what_fails_in_the_background_is_told_when_the_shard_is_needed(maker: Maker) -> None:
-    def obtain(shard: Path, is_awaited: bool, check: Callable[[], None]) -> Path:
+    def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
         if shard.stem == "shard_00001":
             raise OSError("disk is full")
         return maker(shard, is_awaited, check)
 
-    cursor = DocumentCursor(EncodedShards(maker.paths, obtain))
+    cursor = DocumentCursor(EncodedShards(maker.shards, obtain))
     cursor.next(40)
     with pytest.raises(OSError, match="disk is full"):
         cursor.next(1)
@@ -163,7 +163,7 @@ def test_what_fails_in_the_background_is_told_when_the_shard_is_needed(maker: Ma
 
 def test_few_shards_are_open_at_a_time(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents_module, "_MOST_OPEN_SHARDS", 2)
-    shards = EncodedShards(maker.paths, maker)
+    shards = EncodedShards(maker.shards, maker)
     cursor = DocumentCursor(shards)
     addresses = [address for address, _ in cursor.next(90)]
     for address in (addresses[0], addresses[50], addresses[89]):

@@ -17,7 +17,7 @@ from mlxchat.data import encoded as encoded_module
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.encoded import encode_shard, open_documents, open_mixture
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.shards import iterate_documents, shard_paths
+from mlxchat.data.shards import iterate_documents, open_shards
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.errors import Interrupted
 from mlxchat.runner.context import Context
@@ -63,7 +63,7 @@ def test_a_shard_holds_the_ids_of_its_texts_whatever_the_threads(
     corpus: Path, tokenizer: Tokenizer, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoded_module, "_PART_DOCUMENTS", 2)  # so that row groups of 7 make several parts
-    (shard,) = shard_paths(corpus, "validation")
+    (shard,) = open_shards(corpus, "validation")
     numbers = encode_shard(shard, tokenizer, tmp_path, threads=threads)
     expected = [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "validation")]
     arrays = load_file(tmp_path / "tokens.safetensors")

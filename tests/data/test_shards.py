@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.data.shards import iterate_documents, shard_paths, write_shards
+from mlxchat.data.shards import iterate_documents, open_shards, write_shards
 from mlxchat.errors import DataError
 
 DOCUMENTS = [f"document {number}" for number in range(100)]
@@ -26,8 +26,9 @@ def test_each_document_is_in_one_split_once_in_order(hundred: Path) -> None:
 
 
 def test_shards_have_nanochats_names_and_sizes(hundred: Path) -> None:
-    assert [path.name for path in shard_paths(hundred, "train")] == [f"shard_0000{index}.parquet" for index in range(3)]
-    assert [pq.ParquetFile(path).metadata.num_rows for path in shard_paths(hundred, "train")] == [40, 40, 10]
+    names = [shard.name for shard in open_shards(hundred, "train")]
+    assert names == [f"shard_0000{index}.parquet" for index in range(3)]
+    assert [shard.count() for shard in open_shards(hundred, "train")] == [40, 40, 10]
 
 
 def test_a_shard_is_one_text_column_in_zstd_and_small_row_groups(hundred: Path) -> None:
@@ -52,4 +53,4 @@ def test_a_corpus_without_training_documents_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_folder_without_shards_is_refused(tmp_path: Path, split: str) -> None:
     with pytest.raises(DataError, match="holds no"):
-        shard_paths(tmp_path, split)
+        open_shards(tmp_path, split)

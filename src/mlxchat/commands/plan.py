@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.runner.store import Store
     from mlxchat.training.duration import estimate_pretraining
     from mlxchat.training.memory_check import check_memory, describe_memory
+    from mlxchat.training.text_need import describe_text
 
     composed = compose_config(*split_config_dirs(rest))
     config, store = composed.config, Store(Path(composed.config.outputs))
@@ -48,7 +49,10 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(describe_plan(plan, estimates, memory), indent=1, ensure_ascii=False), flush=True)
     else:
-        print(format_plan(plan, memory, estimates), flush=True)
+        remarks = dict(memory)
+        for name, text in describe_text(config, plan, store).items():
+            remarks[name] = "; ".join(filter(None, (memory.get(name), text)))
+        print(format_plan(plan, remarks, estimates), flush=True)
     check_memory(config, plan)
     if options.save:
         save_plan(

@@ -30,6 +30,7 @@ from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results
 from mlxchat.training.extension import check_extensions
 from mlxchat.training.memory_check import check_memory
+from mlxchat.training.text_need import TextNeed, check_text_room, find_text_need
 
 _SWEEP_FLAGS = {"-m", "--multirun"}
 _HYDRA_FLAGS = {
@@ -88,11 +89,15 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
     plan = plan_of(config, store)
     check(plan)
     check_memory(config, plan)
+    need = find_text_need(config, plan, store)
+    check_text_room(need)
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}"
     # A step that shares an artifact it has no alias of yet is done without computing, but not finished.
     finished = all(step.done and step.verdict.original is None for step in plan)
     store.prepare()
     _say(format_plan(plan))
+    if need is not None:
+        _say(str(need))
     if finished:
         for step in plan:
             place = store.find(step.rid)
@@ -109,7 +114,7 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
     )
     run = Run(
         folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
-        environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config),
+        environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config, need),
         hooks=_hooks(config.hooks), uses_gpu=partial(_uses_gpu, config.machine.device),
     )  # fmt: skip
     is_done = False
@@ -173,7 +178,7 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
     return folder
 
 
-def _policy(config: Config) -> Policy:
+def _policy(config: Config, need: TextNeed | None) -> Policy:
     """Return how steps are executed."""
     return Policy(
         max_parallel_steps=config.machine.max_parallel_steps,
@@ -181,6 +186,7 @@ def _policy(config: Config) -> Policy:
         retry_attempts=config.retry.attempts,
         retry_seconds=config.retry.seconds,
         timeouts=config.timeout,
+        hints=need.hints() if need is not None else {},
     )
 
 

@@ -1,11 +1,9 @@
-"""Where documents come from: packages that ship text, local files, datasets on the Hugging Face Hub."""
+"""Where documents come from: packages that ship text, and local files. Data sets of the Hub: `hub_corpus.py`."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlxchat.config import HubConfig
 from mlxchat.data import bundled
-from mlxchat.data.shards import VALIDATION
 from mlxchat.errors import DataError
 from mlxchat.runner.fingerprint import hash_file
 
@@ -106,62 +102,3 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 _READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def link_hub_shards(hub: HubConfig, out: Path) -> list[dict[str, Any]]:
-    """Download a Hub dataset's shards into the artifact; return a record of each file.
-
-    Training files keep their order as shard_00000.parquet …, the validation files become the validation shard.
-    Downloads go through huggingface_hub, which resumes, caches (HF_HOME) and respects HF_ENDPOINT and tokens.
-
-    Raises:
-        DataError: no file matches, or the column is missing.
-    """
-    from huggingface_hub import HfApi, hf_hub_download
-
-    # Not from the HTTP library itself, which has another name in each major version of huggingface_hub.
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
-
-    try:
-        info = HfApi().dataset_info(hub.repository, revision=hub.revision)
-    except (HTTPError, OSError) as error:
-        raise DataError(f"{hub.repository}@{hub.revision}: the Hub cannot be asked ({error})") from None
-    names = sorted(sibling.rfilename for sibling in info.siblings or [])
-    validation = fnmatch.filter(names, hub.validation_files)
-    train = [name for name in fnmatch.filter(names, hub.train_files) if name not in validation]
-    train = train[: hub.num_train_files]
-    if not train or not validation:
-        raise DataError(
-            f"{hub.repository} has {len(train)} files like {hub.train_files} and {len(validation)} like "
-            f"{hub.validation_files}; both are needed. Files: {', '.join(names[:10])} …"
-        )
-    records = []
-    parts: list[Path] = []
-    for name in [*train, *validation]:
-        try:
-            path = Path(hf_hub_download(hub.repository, name, repo_type="dataset", revision=info.sha))
-        except (HTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise DataError(f"{hub.repository}: {name} could not be downloaded ({error})") from None
-        records.append({"url": f"{hub.repository}/{name}", "revision": info.sha, "sha256": hash_file(path)})
-        if name in validation:
-            parts.append(path)
-        else:
-            _copy_column(path, out / f"shard_{len(records) - 1:05d}.parquet", hub.column)
-    if len(parts) == 1:
-        _copy_column(parts[0], out / VALIDATION, hub.column)
-    else:
-        tables = [pq.read_table(path, columns=[hub.column]).rename_columns(["text"]) for path in parts]
-        pq.write_table(pa.concat_tables(tables), out / VALIDATION, compression="zstd", row_group_size=1024)
-    return records
-
-
-def _copy_column(source: Path, target: Path, column: str) -> None:
-    """Copy a parquet file whose text column is already called so; else rewrite it with that column alone."""
-    names = pq.ParquetFile(source).schema_arrow.names
-    if column not in names:
-        raise DataError(f'{source.name}: no column "{column}"; there are {", ".join(names)}')
-    if names == ["text"]:
-        shutil.copyfile(source, target)
-    else:
-        table = pq.read_table(source, columns=[column]).rename_columns(["text"])
-        pq.write_table(table, target, compression="zstd", row_group_size=1024)

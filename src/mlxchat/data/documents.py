@@ -9,15 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import pyarrow.parquet as pq
-
+from mlxchat.data.shards import Shard
 from mlxchat.data.tokens import Array, Tokens, open_tokens
 from mlxchat.errors import DataError
 
 Address = tuple[int, int]
 """Shard and document in it, both from 0."""
 
-Obtain = Callable[[Path, bool, Callable[[], None]], Path]
+Obtain = Callable[[Shard, bool, Callable[[], None]], Path]
 """Takes a text shard, whether somebody waits for it, and what to call now and then (it may raise, to end the work);
 returns the folder with its tokens."""
 
@@ -59,9 +58,11 @@ class DocumentSource(Protocol):
 class EncodedShards:
     """The shards of a split as token ids. `obtain` makes them; while one is read, the next is made in a thread."""
 
-    def __init__(self, paths: Sequence[Path], obtain: Obtain) -> None:
-        """Take the text shards in order; nothing is read yet."""
-        self.paths, self._obtain = list(paths), obtain
+    def __init__(
+        self, shards: Sequence[Shard], obtain: Obtain, on_open: Callable[[int], object] = lambda index: None
+    ) -> None:
+        """Take the text shards in order; nothing is read yet. `on_open` is called with the number of one to be read."""
+        self.shards, self._obtain, self._on_open = list(shards), obtain, on_open
         # Few at a time: every open file takes a handle, and documents that wait for a row come from few shards.
         self._open: OrderedDict[int, Tokens] = OrderedDict()
         self._closing = threading.Event()
@@ -71,11 +72,12 @@ class EncodedShards:
         """Return a shard's tokens, encoding it first if nobody has."""
         found = self._open.get(index)
         if found is None:
+            self._on_open(index)
             if self._worker is not None and self._worker[0] == index:
                 while self._worker[1].is_alive():
                     self._check()
                     self._worker[1].join(_POLL_SECONDS)
-            found = open_tokens(self._obtain(self.paths[index], True, self._check))
+            found = open_tokens(self._obtain(self.shards[index], True, self._check))
             self._open[index] = found
             while len(self._open) > _MOST_OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -90,9 +92,9 @@ class EncodedShards:
         def work() -> None:
             # Whatever fails here fails again, and is told, once somebody needs the shard.
             with suppress(Exception):
-                self._obtain(self.paths[index], False, self._check)
+                self._obtain(self.shards[index], False, self._check)
 
-        self._worker = index, threading.Thread(target=work, name=f"encode {self.paths[index].name}", daemon=True)
+        self._worker = index, threading.Thread(target=work, name=f"encode {self.shards[index].name}", daemon=True)
         self._worker[1].start()
 
     def close(self) -> None:
@@ -115,27 +117,30 @@ class DocumentCursor:
     """Documents of a split in order, forever, with a position that can be saved and returned to."""
 
     def __init__(self, shards: EncodedShards) -> None:
-        """Start at the first document.
+        """Start at the first document."""
+        self._shards = shards
+        self.epoch = 0
+        self._position: Address = (0, 0)
+        self._empty = 0  # shards without a document, one after the other
+
+    def next(self, count: int) -> list[tuple[Address, int]]:
+        """Return addresses and lengths in tokens of the next `count` documents.
 
         Raises:
             DataError: there is none.
         """
-        if not any(pq.read_metadata(path).num_rows for path in shards.paths):
-            raise DataError(f"{shards.paths[0].parent} holds no document in {', '.join(p.name for p in shards.paths)}")
-        self._shards = shards
-        self.epoch = 0
-        self._position: Address = (0, 0)
-
-    def next(self, count: int) -> list[tuple[Address, int]]:
-        """Return addresses and lengths in tokens of the next `count` documents."""
         found: list[tuple[Address, int]] = []
         while len(found) < count:
             shard, start = self._position
-            if shard == len(self._shards.paths):
+            if shard == len(self._shards.shards):
                 self.epoch, self._position = self.epoch + 1, (0, 0)
                 continue
             tokens = self._shards.open(shard)
-            self._shards.prepare((shard + 1) % len(self._shards.paths))
+            self._shards.prepare((shard + 1) % len(self._shards.shards))
+            self._empty = 0 if len(tokens) else self._empty + 1
+            if self._empty > len(self._shards.shards):
+                names = [shard.name for shard in self._shards.shards]
+                raise DataError(f"the corpus holds no document in {', '.join(names[:5])}{' …' * (len(names) > 5)}")
             stop = min(len(tokens), start + count - len(found))
             found += (((shard, start + i), length) for i, length in enumerate(tokens.lengths(start, stop)))
             self._position = (shard, stop) if stop < len(tokens) else (shard + 1, 0)
@@ -154,7 +159,7 @@ class DocumentCursor:
     def name(self, address: Address) -> str:
         """Return the shard's file and the document's number in it, from 0."""
         shard, document = address
-        return f"{self._shards.paths[shard].name} document {document}"
+        return f"{self._shards.shards[shard].name} document {document}"
 
     def state(self) -> dict[str, Any]:
         """Return the position as plain numbers."""

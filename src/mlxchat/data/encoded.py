@@ -6,21 +6,21 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import DocumentCursor, EncodedShards
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.shards import shard_paths
+from mlxchat.data.prefetch import fetch_ahead
+from mlxchat.data.shards import Shard, chars_per_byte, open_shards
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import FILE, FORMAT, Array, Tokens, open_tokens, write_tokens
 from mlxchat.ops.blas import available_cores
 from mlxchat.runner.context import Context
 from mlxchat.runner.fingerprint import canonical_json
-from mlxchat.runner.store import read_manifest
 
 # Documents that one thread encodes at a time: a fraction of a second, after which a stop is noticed.
 _PART_DOCUMENTS = 128
@@ -29,12 +29,14 @@ _PART_DOCUMENTS = 128
 def open_documents(ctx: Context, split: str, tokenizer: Tokenizer) -> DocumentCursor:
     """Return the documents of a split ('train' or 'validation') of the step's corpus.
 
-    Each shard is encoded when it is needed, on all cores; the one after it meanwhile, on a quarter of them.
+    Each shard is encoded when it is needed, on all cores; the one after it meanwhile, on a quarter of them. Files of
+    the Hub are fetched ahead of that, as many as the run is known to need.
     """
     corpus = ctx.inputs["corpus"]
-    hashes = {file["path"]: file["sha256"] for file in read_manifest(corpus)["outputs"]}
+    shards, density = open_shards(corpus, split), chars_per_byte(corpus)
+    chars = ctx.hints.get("train_chars") if split == "train" else None
 
-    def obtain(shard: Path, is_awaited: bool, check: Callable[[], None]) -> Path:
+    def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
         threads = available_cores() if is_awaited else max(1, available_cores() // 4)
 
         def look() -> None:
@@ -45,42 +47,42 @@ def open_documents(ctx: Context, split: str, tokenizer: Tokenizer) -> DocumentCu
         return ctx.encoded(
             version=FORMAT,
             label=shard.stem,
-            identity={"text": hashes[shard.name], "tokenizer": tokenizer.digest},
+            identity={**shard.identity(), "tokenizer": tokenizer.digest},
             make=lambda folder: encode_shard(shard, tokenizer, folder, threads=threads, check=look),
             check=look,
         )
 
-    return DocumentCursor(EncodedShards(shard_paths(corpus, split), obtain))
+    def fetch(index: int) -> None:
+        fetch_ahead(shards, index + 1, chars, density)
+
+    return DocumentCursor(EncodedShards(shards, obtain, fetch))
 
 
 def encode_shard(
-    shard: Path, tokenizer: Tokenizer, folder: Path, *, threads: int, check: Callable[[], None] = lambda: None
+    shard: Shard, tokenizer: Tokenizer, folder: Path, *, threads: int, check: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Encode a text shard into a folder; return the numbers for its manifest.
 
     Args:
-        shard: parquet, column `text`.
+        shard: it is fetched first if it is not on this machine.
         tokenizer: puts <|bos|> before each document.
         folder: exists.
         threads: how many encode at once.
         check: called every few hundred documents; it may raise, to end the work.
     """
-    parquet = pq.ParquetFile(shard)
+    count = shard.count(check)
     began = time.monotonic()
 
     def encode() -> Iterator[tuple[Array, None]]:
+        texts = shard.documents(check)
         with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
-            for group in range(parquet.num_row_groups):
-                texts = parquet.read_row_group(group, columns=["text"]).column("text").to_pylist()
-                for start in range(0, len(texts), threads * _PART_DOCUMENTS):
-                    check()
-                    stop = min(len(texts), start + threads * _PART_DOCUMENTS)
-                    size = -(-(stop - start) // threads)
-                    parts = [texts[first : min(stop, first + size)] for first in range(start, stop, size)]
-                    for part in pool.map(tokenizer.encode_documents, parts):
-                        yield from ((ids, None) for ids in part)
+            while part := list(islice(texts, threads * _PART_DOCUMENTS)):
+                check()
+                size = -(-len(part) // threads)
+                parts = [part[first : first + size] for first in range(0, len(part), size)]
+                for encoded in pool.map(tokenizer.encode_documents, parts):
+                    yield from ((ids, None) for ids in encoded)
 
-    count = parquet.metadata.num_rows
     with (folder / FILE).open("wb") as file:
         tokens = write_tokens(file, encode(), count=count, vocab_size=tokenizer.vocab_size)
     seconds = max(1e-9, time.monotonic() - began)

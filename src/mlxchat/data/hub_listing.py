@@ -42,6 +42,16 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
     return [file for file in files if fnmatch.fnmatchcase(file.path, pattern)]
 
 
+def recorded_files(repository: str, revision: str, kind: str = "dataset") -> list[HubFile] | None:
+    """Return the files that an earlier listing found; None: there was none. Nobody is asked."""
+    folder = listing_folder(repository, kind)
+    known = read_json(folder / "refs" / quote(revision, safe="")) or {}
+    recorded = read_json(folder / f"{known.get('commit')}.json") or {}
+    if "files" not in recorded:
+        return None
+    return sorted(HubFile(repository, kind, known["commit"], *row) for row in recorded["files"])
+
+
 def forget() -> None:
     """Forget what revisions mean and what was listed, as a new process would."""
     _resolved.clear()

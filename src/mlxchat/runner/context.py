@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,9 @@ class Context:
     """The step's final numbers, for its manifest."""
     derived: dict[str, Any] = field(default_factory=dict)
     """Derived hyperparameters, for its manifest and the terminal."""
+    hints: Mapping[str, float] = field(default_factory=dict)
+    """What is known of the whole run, to get things ready in time; it must change no result: train_chars, the
+    characters of training text that its steps will read."""
     resumed_from: int | None = None
     """Iteration at which this attempt continued, if it did."""
 

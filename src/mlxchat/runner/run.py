@@ -35,6 +35,8 @@ class Policy:
     """Before the second try; twice as long before each further one."""
     timeouts: Mapping[str, float] = field(default_factory=dict)
     """Step → seconds after which it is stopped."""
+    hints: Mapping[str, float] = field(default_factory=dict)
+    """What steps are told of the whole run: `Context.hints`."""
 
 
 @dataclass(kw_only=True)

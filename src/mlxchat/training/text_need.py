@@ -1,0 +1,117 @@
+"""How much text a run will read, and which of a corpus's files that takes: derived from the horizon, never typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxchat.config import Config
+from mlxchat.data.cache import check_space
+from mlxchat.data.hub_files import hub_cache
+from mlxchat.data.listing import Known, known_of_artifact, known_of_record
+from mlxchat.model.sizing import sizes_of
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.progress import format_bytes, format_count
+from mlxchat.runner.store import Store
+from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
+
+# Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have fewer. Measured once ours is there.
+ESTIMATED_CHARS_PER_TOKEN = 4.8
+# Share of the tokens that best-fit packing crops away: nanochat's own figure for rows of 2,048.
+CROPPED_SHARE = 0.35
+MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class TextNeed:
+    """The text of a plan's steps that are to run, from a corpus on the Hub."""
+
+    tokens: int
+    """Tokens that the model trains on."""
+    chars_per_token: float
+    is_measured: bool
+    """Whether the tokenizer is there and has told its characters per token."""
+    chars: float
+    """Characters that are read: what is cropped away and the margin included; at least what the tokenizer reads."""
+    known: Known | None
+    """The corpus's files; None: nobody has listed them yet."""
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the corpus that the training takes; below 1 if it does not see all of it; 0: not known."""
+        return self.chars / MARGIN / self.known.chars if self.known is not None else 0.0
+
+    def hints(self) -> dict[str, float]:
+        """Return what the steps are told."""
+        return {"train_chars": self.chars}
+
+    def __str__(self) -> str:
+        """For people."""
+        how = "measured" if self.is_measured else "estimated"
+        text = (
+            f"text: {format_count(self.chars)} characters for {format_count(self.tokens)} tokens "
+            f"({self.chars_per_token:.2f} a token, {how}; {CROPPED_SHARE:.0%} lost in packing, {MARGIN - 1:.0%} spare)"
+        )
+        if self.known is None:
+            return f"{text}; the corpus is not listed yet"
+        files = self.known.first(self.chars)
+        missing = format_bytes(self.known.missing_bytes(self.chars))
+        about = "" if self.known.is_measured else "about "
+        text += f" = {about}{len(files):,} of {len(self.known.files):,} files, {missing} to fetch"
+        if self.epochs > 1:
+            text += f"; that is all there is, and the training passes over it {self.epochs:.1f} times"
+        return text
+
+
+def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) -> TextNeed | None:
+    """Return what the steps that are to run will read; None: no corpus of the Hub, or no such step."""
+    plan = list(plan)
+    steps = {step.stage.name: step for step in plan}
+    waiting = [name for name in ("corpus", "tokenizer", "pretrain") if name in steps and not steps[name].done]
+    if config.corpus.hub is None or not waiting:
+        return None
+    tokens = 0
+    if "pretrain" in waiting:
+        sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+        reference = reference_sizes(config.model, config.architecture, config.optimizer, sizes.vocab_size)
+        derived = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference)
+        tokens = derived.num_iterations * derived.batch_tokens
+    measured = _chars_per_token(steps.get("tokenizer"), store)
+    per_token = measured or ESTIMATED_CHARS_PER_TOKEN
+    chars = tokens * per_token / (1 - CROPPED_SHARE) * MARGIN
+    if "tokenizer" in waiting:
+        chars = max(chars, float(config.tokenizer.max_chars))
+    place = _artifact(steps.get("corpus"), store)
+    known = known_of_artifact(place) if place is not None else known_of_record(config.corpus.hub)
+    return TextNeed(tokens, per_token, measured is not None, chars, known)
+
+
+def describe_text(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, str]:
+    """Return step → what is known of the text that a plan's steps will read, for people."""
+    plan = list(plan)
+    need = find_text_need(config, plan, store)
+    readers = [step.name for step in plan if step.stage.name in ("corpus", "tokenizer", "pretrain") and not step.done]
+    return {readers[0]: str(need)} if need is not None and readers else {}
+
+
+def check_text_room(need: TextNeed | None) -> None:
+    """Refuse a run whose text has no room on the disk, as far as its files are known.
+
+    Raises:
+        DataError: with the bytes that are missing and those that are free.
+    """
+    if need is not None and need.known is not None and need.known.files:
+        repository = need.known.files[0].repository
+        check_space(hub_cache(), need.known.missing_bytes(need.chars), f"The text of this run ({repository})")
+
+
+def _artifact(step: PlannedStep | None, store: Store) -> Path | None:
+    return store.find(step.rid) if step is not None and step.done else None
+
+
+def _chars_per_token(step: PlannedStep | None, store: Store) -> float | None:
+    """Return the characters in a token of the plan's tokenizer, if it is made; its bytes are hardly more."""
+    made = store.read(step.rid) if step is not None and step.done else None
+    value = (made or {}).get("metrics", {}).get("bytes_per_token")
+    return float(value) if value else None
