@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,10 +150,16 @@ def _diagnose(overrides: list[str], search: list[str], error: Exception) -> str:
     from mlxchat.misspelling import explain_override, first_line
 
     groups = {group: group_options(group) for group in group_names()}
-    problems = []
-    for override in overrides:
+    # Groups first: what a key may be depends on what they bring.
+    ordered = sorted(overrides, key=lambda override: re.split("[@=]", override)[0] not in groups)
+    found: dict[str, str] = {}
+    around = list(search)
+    for override in ordered:
         try:
-            _compose([override, *search])
+            _compose([*around, override])
+            if re.split("[@=]", override)[0] in groups:
+                around = [*around, override]
         except _refusals() as alone:
-            problems.append(explain_override(override, alone, groups, lambda: _compose(search)))
+            found[override] = explain_override(override, alone, groups, partial(_compose, around))
+    problems = [found[override] for override in overrides if override in found]
     return "\n".join(problems) if problems else first_line(error)

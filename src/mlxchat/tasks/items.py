@@ -65,9 +65,10 @@ def _task(where: str, item: TaskItem, *, training: bool) -> Iterator[str]:
     elif training and item.split not in cls.training_splits:
         instead = f" Train on {' or '.join(cls.training_splits)}" if cls.training_splits else ""
         yield f"{where}.split is {item.split}: held-out conversations are never trained on.{instead}"
-    elif not strangers and (cls.is_lazy or (item.task == "jsonl" and item.path is None)):
+    elif (cls.is_lazy and not strangers) or (item.task == "jsonl" and item.path is None):
         try:  # reads nothing yet
-            load_item(replace(item, start=0, stop=None, step=1, size=None))
+            fields, options = (None, {}) if strangers else (item.fields, item.options)
+            load_item(replace(item, start=0, stop=None, step=1, size=None, fields=fields, options=options))
         except ConfigError as error:
             yield f"{where}: {error}"
     for key, least in (("size", 1), ("epochs", 1), ("start", 0), ("step", 1), ("weight", 0)):
@@ -76,7 +77,7 @@ def _task(where: str, item: TaskItem, *, training: bool) -> Iterator[str]:
             yield f"{where}.{key} is {value}, expected at least {least}{', or null for all' if key == 'size' else ''}"
     if item.stop is not None and item.stop <= item.start:
         yield f"{where}.stop is {item.stop}, expected more than start ({item.start}): no conversation is left"
-    if item.size is not None and item.size <= item.start:
+    if item.size is not None and 1 <= item.size <= item.start:
         yield f"{where}.start is {item.start}, expected less than size ({item.size}): no conversation is left"
     if item.path is not None and not Path(item.path).is_file():
         yield f"{where}.path: there is no file {item.path}"
