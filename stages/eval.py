@@ -1,77 +1,129 @@
-"""Eval: measure a checkpoint on held-out text and, once it can chat, on the suite of tasks.
+"""Eval: measure a checkpoint on held-out text, a base model on CORE, and one that can chat on the suite of tasks.
 
-Counterpart of nanochat's base_eval.py and chat_eval.py. Options: conf/settings/eval.yaml, conf/suite/.
+Counterpart of nanochat's base_eval.py and chat_eval.py. Options: conf/settings/eval.yaml, conf/core/, conf/suite/.
+Every finished batch of questions is kept under ctx.work, so that a killed evaluation continues from there.
 """
 
 import json
+from pathlib import Path
+from typing import Any
 
 from mlxchat.data.encoded import open_documents
+from mlxchat.data.hub import fetch_url, record
 from mlxchat.data.mixture import load_item
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.shards import iterate_documents
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.evals.bpb import bits_per_byte, uniform_bits_per_byte
-from mlxchat.evals.chat import evaluate_task, mean_centered
+from mlxchat.evals.bpb import text_loss, uniform_bits_per_byte
+from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.chat_scores import Score, chatcore, mean_centered
+from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.examples import write_examples
+from mlxchat.evals.language_model import OwnModel
 from mlxchat.evals.ngram import ngram_bits_per_byte
 from mlxchat.evals.samples import answer_prompts, continue_prompts
+from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.model.gpt import GPT
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import prepare_machine
 from mlxchat.training.micro_batch import forward_tokens
 
-VERSION = 2
+VERSION = 3
 CONFIG = ["suite", "eval"]
 INPUTS = {"checkpoint": "checkpoint"}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
 PRODUCES = "scores"
-OUTPUTS = ["scores.json", "examples.jsonl"]
+OUTPUTS = ["scores.json", "examples.parquet"]
 RESOURCES = ["gpu"]
 
 
 def run(ctx: Context) -> None:
-    config, machine = ctx.config.eval, ctx.config.machine
-    prepare_machine(machine)
+    config = ctx.config.eval
+    prepare_machine(ctx.config.machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
-    engine = Engine(model, tokenizer)
-    scores: dict[str, object] = {"checkpoint": ctx.input_steps["checkpoint"], "bpb": None, "pass_at_k": None}
-
-    if "corpus" in ctx.inputs:
-        corpus, context_tokens = ctx.inputs["corpus"], model.sizes.context_tokens
-        stream = DocumentRows(open_documents(ctx, "validation", tokenizer), context_tokens, buffer_documents=1000)
-        rows = take_rows(stream, max(1, config.bpb_tokens // context_tokens))
-        micro_tokens = forward_tokens(machine, model.sizes)
-        bpb = {
-            "val": bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=micro_tokens),
-            "ngram_order2": ngram_bits_per_byte(
-                iterate_documents(corpus, "train"), iterate_documents(corpus, "validation")
-            ),
-            "untrained": uniform_bits_per_byte(rows, tokenizer.token_bytes),
-        }
-        scores["bpb"] = bpb
-        ctx.metrics |= {"val_bpb": bpb["val"], "ngram_bpb": bpb["ngram_order2"], "untrained_bpb": bpb["untrained"]}
-
-    results = {}
-    (ctx.out / "examples.jsonl").touch()
     chats = facts["format"] == "chat"
-    for name, item in ctx.config.suite.items() if chats else ():
-        task = load_item(item)
-        with ctx.progress(len(task), f"questions of {name}") as progress:
-            results[name], examples = evaluate_task(
-                engine,
-                task,
-                batch_rows=config.batch_rows,
-                max_new_tokens=config.max_new_tokens,
-                on_progress=progress.update,
-            )
-        with (ctx.out / "examples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"task": name, **example}) + "\n" for example in examples)
-        ctx.metrics[name] = results[name].accuracy
-    mean = mean_centered(list(results.values()))
-    scores["tasks"] = {name: score.to_dict() for name, score in results.items()}
-    scores["mean_centered"] = mean
-    if mean is not None:
-        ctx.metrics["mean_centered"] = mean
+    throughput = measure_throughput(model)
+    examples: list[dict[str, Any]] = []
+    scores: dict[str, Any] = {
+        "checkpoint": ctx.input_steps["checkpoint"],
+        "bpb": _measure_text(ctx, model, tokenizer) if "corpus" in ctx.inputs else None,
+        "core": _measure_core(ctx, model, tokenizer, examples) if config.core is not None and not chats else None,
+        **_measure_tasks(ctx, Engine(model, tokenizer), examples if chats else None),
+        "pass_at_k": None,
+    }
     answer = answer_prompts if chats else continue_prompts
     samples = answer(model, tokenizer, config.prompts, config.max_new_tokens)
     scores["samples"] = [{"prompt": prompt, "text": text} for prompt, text in samples]
+    # In the manifest, as all that differs from time to time; scores.json is the same whenever it is made.
+    ctx.metrics |= throughput
+    write_examples(ctx.out / "examples.parquet", examples)
     (ctx.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
+def _measure_text(ctx: Context, model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return how well the validation text is predicted, also by others than the model."""
+    corpus, context_tokens = ctx.inputs["corpus"], model.sizes.context_tokens
+    stream = DocumentRows(open_documents(ctx, "validation", tokenizer), context_tokens, buffer_documents=1000)
+    rows = take_rows(stream, max(1, ctx.config.eval.bpb_tokens // context_tokens))
+    loss = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=forward_tokens(ctx.config.machine, model.sizes))
+    ngram = ngram_bits_per_byte(iterate_documents(corpus, "train"), iterate_documents(corpus, "validation"))
+    bpb = {
+        "val": loss.bits_per_byte, "perplexity": loss.perplexity, "tokens": loss.num_tokens, "ngram_order2": ngram,
+        "untrained": uniform_bits_per_byte(rows, tokenizer.token_bytes),
+    }  # fmt: skip
+    names = {"val": "val_bpb", "perplexity": "perplexity", "ngram_order2": "ngram_bpb", "untrained": "untrained_bpb"}
+    ctx.metrics |= {names[key]: value for key, value in bpb.items() if key in names}
+    return bpb
+
+
+def _measure_core(
+    ctx: Context, model: GPT, tokenizer: Tokenizer, examples: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the base model's results on CORE's tasks, and add its examples."""
+    config = ctx.config.eval.core
+    assert config is not None
+    bundle = Path(config.bundle)
+    if "://" in config.bundle:
+        bundle = fetch_url(config.bundle, sha256=config.sha256)
+        ctx.externals.append({"name": "eval_bundle", **record(bundle)})
+    result = evaluate_core(
+        OwnModel(model, padding=tokenizer.bos), tokenizer, bundle, max_per_task=config.max_per_task,
+        tasks=config.tasks, batch_tokens=forward_tokens(ctx.config.machine, model.sizes), work=ctx.work / "core",
+        progress=ctx.progress, should_stop=ctx.should_stop, stop=ctx.stop,
+    )  # fmt: skip
+    examples += result.examples
+    measured = {"core": result.core, "core_examples_per_second": result.examples_per_second}
+    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
+    return result.to_dict()
+
+
+def _measure_tasks(ctx: Context, engine: Engine, examples: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Return the scores of the suite's tasks, and add their examples; None: the model cannot chat."""
+    config, results = ctx.config.eval, dict[str, Score]()
+    temperature = float(config.seeds > 1) if config.temperature is None else config.temperature
+    for name, item in ctx.config.suite.items() if examples is not None else ():
+        assert examples is not None
+        task = load_item(item)
+        ctx.externals += [source for source in task.sources() if source not in ctx.externals]
+        answering = Answering(
+            batch_rows=config.batch_rows, batch_tokens=forward_tokens(ctx.config.machine, engine.model.sizes),
+            max_new_tokens=config.max_new_tokens, seeds=config.seeds, temperature=temperature, top_k=config.top_k,
+            seed=ctx.seed(f"answers/{name}"),
+        )  # fmt: skip
+        answers = len(task) * (config.seeds if task.kind == "generative" else 1)
+        with ctx.progress(answers, f"questions of {name}") as progress:
+            results[name], rows = evaluate_task(
+                engine, task, answering, work=ctx.work / "tasks" / name, on_progress=progress.update,
+                should_stop=ctx.should_stop, stop=ctx.stop,
+            )  # fmt: skip
+        examples += [{"task": name, **row} for row in rows]
+        ctx.metrics[name] = results[name].accuracy
+    mean = mean_centered(list(results.values()))
+    held_out = {name: item.task for name, item in ctx.config.suite.items() if item.split == "test"}
+    whole = chatcore(results, held_out)
+    ctx.metrics |= {} if mean is None else {"mean_centered": mean}
+    ctx.metrics |= {} if whole is None else {"chatcore": whole["value"]}
+    tasks = {name: score.to_dict() for name, score in results.items()}
+    return {"tasks": tasks, "mean_centered": mean, "chatcore": whole}

@@ -16,7 +16,16 @@ RUNNER = [path for path in LIBRARY if path.parent.name == "runner"]
 # The library's parts from the bottom up. A part may import those of its own line and of earlier ones, never later ones.
 LAYERS = [
     {"errors", "missing"},
-    {"config", "optimizer_config", "bench_config", "sweep_config", "tokenizer_config", "execution_config", "ops"},
+    {
+        "config",
+        "optimizer_config",
+        "bench_config",
+        "sweep_config",
+        "tokenizer_config",
+        "execution_config",
+        "eval_config",
+        "ops",
+    },  # fmt: skip
     {"runner"},
     {"data", "tasks"},
     {"model"},

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mlxchat.bench_config import BenchConfig as BenchConfig
+from mlxchat.eval_config import EvalConfig as EvalConfig
 from mlxchat.execution_config import HooksConfig as HooksConfig
+from mlxchat.execution_config import ReportConfig as ReportConfig
 from mlxchat.execution_config import RetryConfig as RetryConfig
 from mlxchat.missing import MISSING
-from mlxchat.optimizer_config import OptimizerConfig as OptimizerConfig
 from mlxchat.model_config import ArchitectureConfig as ArchitectureConfig
 from mlxchat.model_config import ModelConfig as ModelConfig
+from mlxchat.optimizer_config import OptimizerConfig as OptimizerConfig
 from mlxchat.optimizer_config import ScheduleConfig as ScheduleConfig
 from mlxchat.sweep_config import SweepConfig as SweepConfig
 from mlxchat.tokenizer_config import TokenizerConfig as TokenizerConfig
@@ -124,18 +126,18 @@ class PretrainConfig:
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
     """Tokens of each validation."""
-    sample_every: int | None = field(default=MISSING, metadata={"identity": False})
     keep: str = field(default=MISSING, metadata={"since_default": "last"})
     """Which weights the checkpoint gets: the last, or the best by validation bits per byte. An extension of either
     continues from the last."""
     keep_every: int | None = field(default=MISSING, metadata={"since_default": None})
     """Iterations between candidates of keep=best; null: a twentieth of all."""
+    sample_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between samples; null: only at the end."""
-    sample_tokens: int = MISSING
     sample_temperature: float = field(default=MISSING, metadata={"identity": False})
     """0 takes the likeliest token; above, logits are divided by it and one is drawn."""
     sample_top_k: int | None = field(default=MISSING, metadata={"identity": False})
     """Samples are drawn among so many likeliest tokens; null: among all."""
+    sample_tokens: int = MISSING
     prompts: list[str] = MISSING
     """Prompts that samples continue."""
 
@@ -188,20 +190,6 @@ class RLConfig:
     """Iterations between evaluations; null: only before and after."""
     eval_samples: int = MISSING
     """Samples per held-out problem, for pass@1 … pass@eval_samples."""
-
-
-@dataclass(kw_only=True)
-class EvalConfig:
-    """Evaluation of a checkpoint."""
-
-    bpb_tokens: int = MISSING
-    """Validation tokens for bits per byte."""
-    max_new_tokens: int = MISSING
-    """Longest generated answer."""
-    batch_rows: int = field(default=MISSING, metadata={"identity": False})
-    """Questions answered at a time."""
-    prompts: list[str] = MISSING
-    """Questions, or beginnings for a base model, whose answers are shown in the report."""
 
 
 @dataclass(kw_only=True)
@@ -303,5 +291,6 @@ class Config:
     retry: RetryConfig = field(default_factory=RetryConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

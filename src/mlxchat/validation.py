@@ -29,6 +29,7 @@ def find_problems(config: Config) -> list[str]:
         *_finetune("sft", config.sft, config),
         *_rl(config),
         *find_item_problems("suite", config.suite, training=False),
+        *_eval(config),
         *_at_least_one(config),
         *_optimizer(config.optimizer),
         *_sweep(config),
@@ -90,8 +91,8 @@ def _choices(config: Config) -> Iterator[str]:
         ("optimizer.kind", config.optimizer.kind, ("muon", "adamw")),
         ("optimizer.variant", config.optimizer.variant, ("oct2025", "jul2026")),
         ("pretrain.horizon_parameters", config.pretrain.horizon_parameters, ("all", "matrices_and_head")),
-        ("midtrain.train_on", config.midtrain.train_on, ("assistant", "all")),
         ("pretrain.keep", config.pretrain.keep, ("last", "best")),
+        ("midtrain.train_on", config.midtrain.train_on, ("assistant", "all")),
         ("sft.train_on", config.sft.train_on, ("assistant", "all")),
         ("training.on_nan", config.training.on_nan, ("stop", "skip")),
         ("machine.device", config.machine.device, ("auto", "cpu", "gpu")),
@@ -149,9 +150,9 @@ def _pretrain(config: Config) -> Iterator[str]:
             "pretrain.batch.tokens is null, but optimizer.scaling, which would choose the batch, is null too. Give "
             "pretrain.batch.tokens, or choose optimizer=muon_jul2026"
         )
-    yield from _schedule("pretrain", pretrain.schedule)
     if pretrain.sample_temperature < 0:
         yield f"pretrain.sample_temperature is {pretrain.sample_temperature}, expected at least 0 (the likeliest token)"
+    yield from _schedule("pretrain", pretrain.schedule)
 
 
 def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[str]:
@@ -274,6 +275,21 @@ def _numbers(config: Config) -> Iterator[str]:
             yield f"{key} is {value}, expected a number"
 
 
+def _eval(config: Config) -> Iterator[str]:
+    temperature, core = config.eval.temperature, config.eval.core
+    if temperature is not None and temperature < 0:
+        yield f"eval.temperature is {temperature:g}, expected at least 0, or null"
+    if temperature == 0 and config.eval.seeds > 1:
+        yield (
+            f"eval.seeds is {config.eval.seeds} and eval.temperature is 0: greedy answers are all the same. "
+            "Set eval.seeds=1, or another temperature (null: 1)"
+        )
+    if core is not None and core.max_per_task is not None and core.max_per_task < 1:
+        yield f"eval.core.max_per_task is {core.max_per_task}, expected at least 1, or null for all"
+    if core is not None and core.tasks is not None and not core.tasks:
+        yield "eval.core.tasks is empty: name tasks, or null for all"
+
+
 def _at_least_one(config: Config) -> Iterator[str]:
     """Check counts that would silently do nothing at zero."""
     for key in (
@@ -286,7 +302,9 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "pretrain.packing_buffer_documents",
         "pretrain.eval_tokens",
         "pretrain.eval_every",
+        "pretrain.keep_every",
         "pretrain.sample_every",
+        "pretrain.sample_top_k",
         "midtrain.num_iterations",
         "midtrain.eval_every",
         "sft.num_iterations",
@@ -298,16 +316,17 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "rl.eval_every",
         "training.max_skipped_in_a_row",
         "eval.batch_rows",
+        "eval.seeds",
+        "eval.top_k",
         "eval.max_new_tokens",
         "machine.device_batch_tokens",
         "machine.blas_threads",
         "machine.log_every",
-        "pretrain.keep_every",
         "bench.vocab_size",
-        "pretrain.sample_top_k",
         "bench.batch_rows",
         "bench.row_tokens",
         "bench.steps",
+        "bench.core_examples",
     ):
         section, _, name = key.partition(".")
         value = getattr(getattr(config, section), name)

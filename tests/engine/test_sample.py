@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.engine.sample import sample_tokens
+from mlxchat.engine.sample import sample_tokens, split_keys
 
 NUM_DRAWS = 100_000
 LOGITS = np.array([0.5, -1.0, 2.0, 1.0, -3.0, 1.5, 0.0, -0.5], dtype=np.float32)
@@ -58,3 +58,25 @@ def test_a_seed_gives_the_same_draws_and_another_seed_others() -> None:
 def test_rows_are_drawn_from_their_own_logits() -> None:
     sharp = mx.array(100 * np.eye(6, dtype=np.float32)[[3, 0, 5]])
     assert sample_tokens(sharp, temperature=1.0, top_k=2, key=mx.random.key(0)).tolist() == [3, 0, 5]
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_with_a_key_of_its_own_a_row_draws_the_same_in_any_batch(top_k: int | None) -> None:
+    logits = mx.array(np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32))
+    keys = mx.stack([mx.random.key(seed) for seed in (3, 1, 4, 1, 5, 9)])
+
+    def drawn(rows: list[int]) -> list[int]:
+        chosen = mx.array(rows)
+        return [*sample_tokens(logits[chosen], temperature=1.0, top_k=top_k, key=keys[chosen]).tolist()]
+
+    together = drawn([0, 1, 2, 3, 4, 5])
+    assert [drawn([row])[0] for row in range(6)] == together
+    assert drawn([4, 2, 0]) == [together[4], together[2], together[0]]
+
+
+def test_the_keys_of_rows_are_split_one_by_one() -> None:
+    keys = mx.stack([mx.random.key(seed) for seed in (3, 7)])
+    following, now = split_keys(keys)
+    for row, seed in enumerate((3, 7)):
+        one, other = split_keys(mx.random.key(seed))
+        assert (following[row].tolist(), now[row].tolist()) == (one.tolist(), other.tolist())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +14,9 @@ import pytest
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
-from mlxchat.errors import DataError
-from mlxchat.evals.chat import Score, evaluate_task, mean_centered
+from mlxchat.errors import DataError, Interrupted
+from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore, mean_centered, mean_centered_stderr
 from mlxchat.model.gpt import GPT
 
 
@@ -41,6 +44,7 @@ class ScriptedEngine:
 
     def __init__(self, tokenizer: Tokenizer, answers: list[str]) -> None:
         self.tokenizer, self.answers = tokenizer, answers
+        self.model = SimpleNamespace(sizes=SimpleNamespace(context_tokens=1000))
         self.batches: list[list[int]] = []
         self.settings: list[dict[str, Any]] = []
 
@@ -52,7 +56,8 @@ class ScriptedEngine:
 
 
 def evaluate(engine: Any, task: Any, **changes: Any) -> tuple[Score, list[dict[str, Any]]]:
-    return evaluate_task(engine, task, **{"batch_rows": 4, "max_new_tokens": 9} | changes)
+    how = {name: changes.pop(name) for name in list(changes) if name in Answering.__dataclass_fields__}
+    return evaluate_task(engine, task, Answering(**{"batch_rows": 4, "max_new_tokens": 9} | how), **changes)
 
 
 ANSWERS = ["yes", "no", "yes", "maybe", "", "yes", "no"]
@@ -67,9 +72,11 @@ def test_records_are_in_the_order_of_the_task_whatever_order_was_asked(tokenizer
     engine, task = ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7)
     _, records = evaluate(engine, task)
     assert [record["index"] for record in records] == list(range(7))
-    assert [record["answer"] for record in records] == ANSWERS
-    assert [record["question"] for record in records] == [task[index]["messages"][0]["content"] for index in range(7)]
-    assert [record["correct"] for record in records] == [answer == "yes" for answer in ANSWERS]
+    assert [record["output"] for record in records] == ANSWERS
+    assert [record["prompt"] for record in records] == [task[index]["messages"][0]["content"] for index in range(7)]
+    assert [record["verdict"] for record in records] == [answer == "yes" for answer in ANSWERS]
+    assert {record["expected"] for record in records} == {"yes"}
+    assert [record["tokens"] for record in records] == [len(tokenizer.encode(answer)) for answer in ANSWERS]
     assert [number for batch in engine.batches for number in batch] != list(range(7))
 
 
@@ -92,7 +99,7 @@ def test_answers_are_greedy_and_of_the_length_allowed(tokenizer: Tokenizer) -> N
 def test_progress_counts_the_answered_questions(tokenizer: Tokenizer) -> None:
     done: list[int] = []
     evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7), batch_rows=3, on_progress=done.append)
-    assert done == [3, 6, 7]
+    assert done == [0, 3, 6, 7]
 
 
 def test_the_expected_answer_is_not_shown_to_the_model(tokenizer: Tokenizer) -> None:
@@ -106,6 +113,94 @@ def test_the_expected_answer_is_not_shown_to_the_model(tokenizer: Tokenizer) -> 
     evaluate(Spy(tokenizer, ANSWERS), Questions(["a secret"] * 7))
     assert not any("secret" in tokenizer.decode(prompt) for prompt in prompts)
     assert {prompt[-1] for prompt in prompts} == {tokenizer.special_ids["<|assistant_start|>"]}
+
+
+def test_a_task_that_explains_its_verdict_is_asked_for_that(tokenizer: Tokenizer) -> None:
+    class Explaining(Questions):
+        def explain(self, conversation: dict[str, Any], response: str) -> tuple[bool, dict[str, Any]]:
+            return response == "no", {"why": response}
+
+    _, records = evaluate(ScriptedEngine(tokenizer, ANSWERS), Explaining(["yes"] * 7))
+    assert [example["verdict"] for example in records] == [answer == "no" for answer in ANSWERS]
+    assert [example["details"]["why"] for example in records] == ANSWERS
+
+
+# Samples
+
+
+def sampled(model: GPT, tokenizer: Tokenizer, **changes: Any) -> tuple[Score, list[dict[str, Any]]]:
+    how = {"seeds": 3, "temperature": 1.0, "max_new_tokens": 6, "seed": 5} | changes
+    return evaluate(Engine(model, tokenizer), Questions(["yes"] * 7), **how)
+
+
+def test_every_question_is_sampled_with_every_seed(model: GPT, tokenizer: Tokenizer) -> None:
+    _, records = sampled(model, tokenizer)
+    assert [(example["seed"], example["index"]) for example in records] == [(k, i) for k in range(3) for i in range(7)]
+    by_question = {index: {each["output"] for each in records if each["index"] == index} for index in range(7)}
+    assert all(len(outputs) > 1 for outputs in by_question.values())
+
+
+def test_samples_do_not_depend_on_the_batch(model: GPT, tokenizer: Tokenizer) -> None:
+    assert sampled(model, tokenizer, batch_rows=1)[1] == sampled(model, tokenizer, batch_rows=7)[1]
+
+
+def test_another_seed_draws_other_answers(model: GPT, tokenizer: Tokenizer) -> None:
+    one, other = sampled(model, tokenizer)[1], sampled(model, tokenizer, seed=6)[1]
+    assert [example["output"] for example in one] != [example["output"] for example in other]
+
+
+def test_greedy_answers_have_no_seed(model: GPT, tokenizer: Tokenizer) -> None:
+    _, records = evaluate(Engine(model, tokenizer), Questions(["yes"] * 3))
+    assert {example["seed"] for example in records} == {None}
+
+
+def test_multiple_choice_is_asked_once_whatever_the_seeds(model: GPT, tokenizer: Tokenizer) -> None:
+    score, records = evaluate(
+        Engine(model, tokenizer), Questions(["A"] * 5, kind="categorical"), seeds=5, temperature=1.0
+    )
+    assert len(records) == 5
+    assert score.per_seed == ()
+
+
+# Continuing
+
+
+def test_an_evaluation_that_was_stopped_continues_with_equal_results(
+    model: GPT, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    whole = sampled(model, tokenizer, batch_rows=2)
+    attempts = 0
+    while True:
+        attempts += 1
+        try:  # each attempt does one batch
+            found = evaluate_task(
+                Engine(model, tokenizer), Questions(["yes"] * 7),
+                Answering(batch_rows=2, max_new_tokens=6, seeds=3, temperature=1.0, seed=5),
+                work=tmp_path, should_stop=lambda: True,
+            )  # fmt: skip
+            break
+        except Interrupted:
+            assert attempts < 20
+    assert found == whole
+    assert attempts == 13  # three times four batches, and one that finds all of them done
+
+
+def test_a_line_that_a_kill_cut_off_is_computed_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7), batch_rows=3, work=tmp_path)
+    (journal,) = tmp_path.iterdir()
+    journal.write_bytes(journal.read_bytes()[:-20])
+    engine = ScriptedEngine(tokenizer, ANSWERS)
+    score, records = evaluate(engine, Questions(["yes"] * 7), batch_rows=3, work=tmp_path)
+    assert [len(batch) for batch in engine.batches] == [1]
+    assert score.accuracy == 3 / 7
+    assert [example["output"] for example in records] == ANSWERS
+
+
+def test_results_of_other_settings_are_not_taken_over(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    evaluate(ScriptedEngine(tokenizer, ["yes"] * 7), Questions(["yes"] * 7), work=tmp_path)
+    other = ScriptedEngine(tokenizer, ANSWERS)
+    score, _ = evaluate(other, Questions(["yes"] * 7), max_new_tokens=8, work=tmp_path)
+    assert score.accuracy == 3 / 7
 
 
 # Multiple choice
@@ -129,23 +224,62 @@ def best_letters(model: GPT, tokenizer: Tokenizer, task: Questions) -> list[str]
     return chosen
 
 
-@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 @pytest.mark.parametrize("letters", [["A", "B", "C", "D"], ["A", "B"], ["C", "A", "E"]])
 def test_the_letter_with_the_highest_logit_is_chosen_in_any_batch(
-    model: GPT, tokenizer: Tokenizer, batch_rows: int, letters: list[str]
+    model: GPT, tokenizer: Tokenizer, batch_tokens: int, letters: list[str]
 ) -> None:
     task = Questions(["A"] * 20, kind="categorical", letters=letters)
     expected = best_letters(model, tokenizer, task)
-    score, records = evaluate(Engine(model, tokenizer), task, batch_rows=batch_rows)
-    assert [record["answer"] for record in records] == expected
+    score, records = evaluate(Engine(model, tokenizer), task, batch_tokens=batch_tokens)
+    assert [record["output"] for record in records] == expected
     assert len(set(expected)) > 1
     assert score.accuracy == expected.count("A") / 20
+
+
+def test_the_logits_of_all_letters_are_kept(model: GPT, tokenizer: Tokenizer) -> None:
+    task = Questions(["A"] * 3, kind="categorical", letters=["A", "C"])
+    _, records = evaluate(Engine(model, tokenizer), task)
+    for index, example in enumerate(records):
+        logits = np.asarray(model(mx.array([render_for_completion(tokenizer, task[index])])))[0, -1]
+        expected = {letter: float(logits[tokenizer.encode(letter)[0]]) for letter in ("A", "C")}
+        assert example["details"]["logits"] == pytest.approx(expected, abs=1e-4)  # float32, another shape
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 100])
+def test_batches_hold_no_more_tokens_than_allowed(
+    model: GPT, tokenizer: Tokenizer, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, ids, *rest: shapes.append(ids.shape) or hidden(self, ids, *rest))
+    evaluate(Engine(model, tokenizer), Questions(["A"] * 20, kind="categorical"), batch_tokens=batch_tokens)
+    assert sum(rows for rows, _ in shapes) == 20
+    assert all(rows == 1 or rows * tokens <= batch_tokens for rows, tokens in shapes)
+
+
+def test_of_a_prompt_beyond_the_context_the_end_is_kept(model: GPT, tokenizer: Tokenizer) -> None:
+    """The context of this model is 64 tokens."""
+
+    class Long(Questions):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            conversation = super().__getitem__(index)
+            conversation["messages"][0]["content"] = " the cat" * 60 * index + " the end"
+            return conversation
+
+    task = Long(["A"] * 2, kind="categorical")
+    _, records = evaluate(Engine(model, tokenizer), task)
+    ids = render_for_completion(tokenizer, task[1])
+    logits = np.asarray(model(mx.array([[ids[0], *ids[-63:]]])))[0, -1]
+    assert records[1]["output"] == max("ABCD", key=lambda letter: logits[tokenizer.encode(letter)[0]])
+    assert [example["details"].get("cropped") for example in records] == [None, True]
+    assert [example["tokens"] for example in records] == [len(render_for_completion(tokenizer, task[0])), 64]
 
 
 def test_a_letter_that_is_not_offered_is_never_chosen(model: GPT, tokenizer: Tokenizer) -> None:
     task = Questions(["A"] * 20, kind="categorical", letters=["A", "B"])
     _, records = evaluate(Engine(boosted(model, tokenizer, "C"), tokenizer), task)
-    assert {record["answer"] for record in records} <= {"A", "B"}
+    assert {record["output"] for record in records} <= {"A", "B"}
 
 
 def test_letters_of_several_tokens_are_refused(model: GPT, tokenizer: Tokenizer) -> None:
@@ -185,5 +319,71 @@ def test_no_scores_have_no_mean() -> None:
 def test_a_score_is_written_with_everything_that_a_reader_needs() -> None:
     assert score(0.5, 0.25).to_dict() == {
         "kind": "categorical", "accuracy": 0.5, "chance": 0.25, "centered": pytest.approx(1 / 3),
-        "num_examples": 100, "stderr": 0.05,
+        "num_examples": 100, "num_questions": 100, "stderr": 0.05,
     }  # fmt: skip
+
+
+def test_the_errors_of_several_samples_by_hand() -> None:
+    """Three questions, right in 2, 1 and 0 of 2 samples: shares 1, 1/2, 0, whose variance is 1/6."""
+    score = Score.of([[True, True, False], [True, False, False]], kind="generative", chance=0.0)
+    assert score.accuracy == pytest.approx(0.5)
+    assert score.stderr == pytest.approx(math.sqrt(1 / 6 / 3))
+    assert score.per_seed == pytest.approx((2 / 3, 1 / 3))
+    assert score.seed_stderr == pytest.approx(1 / 6)  # their standard deviation is √2 / 6
+    assert score.to_dict()["seeds"] == 2
+
+
+def test_the_error_of_one_sample_is_that_of_a_share() -> None:
+    score = Score.of([[True, False, False, True, True]], kind="generative", chance=0.0)
+    assert score.stderr == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
+    assert (score.per_seed, score.seed_stderr) == ((), None)
+
+
+def test_the_error_covers_what_other_questions_and_samples_would_give() -> None:
+    """The spread of accuracies over many drawn evaluations, each with its own questions and three samples of each."""
+    rng = np.random.default_rng(0)
+    accuracies, errors = [], []
+    for _ in range(2000):
+        shares = rng.beta(0.5, 0.5, size=40)
+        score = Score.of((rng.random((3, 40)) < shares).tolist(), kind="generative", chance=0.0)
+        accuracies.append(score.accuracy)
+        errors.append(score.stderr)
+    assert np.mean(errors) == pytest.approx(np.std(accuracies), rel=0.05)
+
+
+def suite_scores(names: tuple[str, ...]) -> dict[str, Score]:
+    chances = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25}
+    accuracies = [0.3561, 0.2875, 0.3111, 0.025, 0.0671, 0.99]
+    return {name: score(acc, chances.get(name, 0.0)) for name, acc in zip(names, accuracies, strict=False)}
+
+
+@pytest.mark.parametrize(("which", "value"), [("oct2025", 0.2258388888888889), ("jul2026", 0.07300666666666666)])
+def test_chatcore_is_that_of_the_whole_set_of_a_snapshot(which: str, value: float) -> None:
+    """The values are nanochat's own for these accuracies."""
+    names = CHATCORE_SETS[which]
+    found = chatcore(suite_scores(names), {name: name for name in names})
+    assert found is not None
+    assert found["value"] == pytest.approx(value)
+    assert (found["set"], found["tasks"]) == (which, list(names))
+    scores = list(suite_scores(names).values())
+    assert found["stderr"] == mean_centered_stderr(scores)
+
+
+def test_a_set_that_lacks_a_task_has_no_chatcore() -> None:
+    names = CHATCORE_SETS["jul2026"][1:]
+    assert chatcore(suite_scores(names), {name: name for name in names}) is None
+
+
+def test_chatcore_leaves_other_tasks_out_and_goes_by_what_tasks_are() -> None:
+    names = CHATCORE_SETS["jul2026"]
+    scores = {f"my_{name}": each for name, each in suite_scores(names).items()}
+    found = chatcore(scores | {"own": score(1.0, 0.0)}, {f"my_{name}": name for name in names} | {"own": "jsonl"})
+    assert found is not None
+    assert found["value"] == pytest.approx(0.07300666666666666)
+    assert "own" not in found["tasks"]
+
+
+def test_the_error_of_a_mean_of_centred_scores_by_hand() -> None:
+    """Errors of 0.05 and 0.04, the first stretched by 1 / (1 − 0.25)."""
+    scores = [score(0.5, 0.25, 100), score(0.2, 0.0, 100)]
+    assert mean_centered_stderr(scores) == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + 0.04**2) / 2)

@@ -7,7 +7,7 @@ Counterpart of nanochat/engine.py. A row ends with <|assistant_end|> or <|bos|>.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.kv_cache import KVCache
-from mlxchat.engine.sample import sample_tokens
+from mlxchat.engine.sample import sample_tokens, split_keys
 from mlxchat.engine.tools import calculate
 from mlxchat.model.gpt import GPT
 from mlxchat.ops import blas
@@ -63,7 +63,7 @@ class Engine:
         max_new_tokens: int,
         temperature: float = 0.0,
         top_k: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> list[Completion]:
         """Return one completion per prompt; the arguments are `stream`'s."""
         rows: list[Completion] = [Completion() for _ in prompts]
@@ -84,7 +84,7 @@ class Engine:
         max_new_tokens: int,
         temperature: float = 0.0,
         top_k: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> Iterator[list[tuple[int, int, int]]]:
         """Yield columns of (row, id, mask), one entry per row that is not finished.
 
@@ -93,7 +93,7 @@ class Engine:
             max_new_tokens: per row, forced ones included.
             temperature: 0 is greedy.
             top_k: draw among the k most likely; None: all.
-            seed: of the draws.
+            seed: of the draws; or one for each prompt, whose draws then depend on no other prompt.
         """
         tokenizer, special = self.tokenizer, self.tokenizer.special_ids
         rows = [_Row() for _ in prompts]
@@ -101,13 +101,13 @@ class Engine:
         cache = KVCache(self.model.sizes, [len(prompt) for prompt in prompts])
         longest = max(len(prompt) for prompt in prompts)
         ids = mx.array([[tokenizer.bos] * (longest - len(prompt)) + prompt for prompt in prompts])
-        keys = mx.random.key(seed)
+        keys = mx.random.key(seed) if isinstance(seed, int) else mx.stack([mx.random.key(each) for each in seed])
         threads = blas.blas_threads()
         try:
             for _ in range(max_new_tokens):
                 if threads is not None and ids.shape[1] == 1 and len(active) < _ROWS_WORTH_ALL_CORES:
                     blas.set_blas_threads(1)
-                keys, key = mx.random.split(keys)
+                keys, key = split_keys(keys)
                 logits = self._last_logits(ids, cache)
                 drawn = np.asarray(sample_tokens(logits, temperature=temperature, top_k=top_k, key=key))
                 column, going = [], []
@@ -125,6 +125,7 @@ class Engine:
                     return
                 if len(going) < len(active):
                     cache.keep_rows(mx.array(going))
+                    keys = keys if keys.ndim == 1 else keys[mx.array(going)]
                     active = [active[place] for place in going]
                 ids = mx.array([[rows[index].completion.ids[-1]] for index in active])
         finally:

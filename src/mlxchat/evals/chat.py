@@ -1,14 +1,18 @@
 """Chat tasks: multiple choice by the letters' logits, generated answers by the task's own verdict.
 
-Counterpart of nanochat's chat_eval. A score is shown against its chance level: centred = (accuracy − chance) /
-(1 − chance), and the mean of the centred scores is ChatCORE's formula.
+Counterpart of nanochat's chat_eval. Answers are greedy, or sampled with several seeds. Each batch's results go to a
+journal, from which a killed evaluation continues. What the scores are: `chat_scores.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,101 +20,237 @@ import numpy as np
 
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
-from mlxchat.errors import DataError
+from mlxchat.errors import DataError, Interrupted
+from mlxchat.evals.chat_scores import Score
+from mlxchat.evals.core_journal import Journal
+from mlxchat.model.gpt import GPT
 from mlxchat.tasks.base import Task
+
+Example = dict[str, Any]
+"""One row of examples.parquet, without its task."""
+_Verdict = tuple[bool, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """The result of one task."""
+class Answering:
+    """How questions are answered, and how many at a time."""
 
-    kind: str
-    accuracy: float
-    chance: float
-    num_examples: int
+    batch_rows: int
+    """Questions whose answers are generated at a time."""
+    max_new_tokens: int
+    """Of a generated answer."""
+    batch_tokens: int = 16384
+    """Tokens of multiple-choice questions that pass through the model at a time."""
+    seeds: int = 1
+    """How often each generated answer is sampled; multiple choice draws nothing and is asked once."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Draw among the k most likely; None: all."""
+    seed: int = 0
+    """Of all draws. What a question draws depends on it, the question's number and the sample's, on nothing else."""
 
-    @property
-    def centered(self) -> float:
-        """Accuracy rescaled: 0 is chance, 1 is perfect."""
-        return (self.accuracy - self.chance) / (1 - self.chance)
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of the accuracy."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / max(1, self.num_examples))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for scores.json."""
-        return {
-            "kind": self.kind, "accuracy": self.accuracy, "chance": self.chance, "centered": self.centered,
-            "num_examples": self.num_examples, "stderr": self.stderr,
-        }  # fmt: skip
+    def about(self) -> dict[str, Any]:
+        """Return what answers depend on, for the journals."""
+        names = ("max_new_tokens", "temperature", "top_k", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 def evaluate_task(
     engine: Engine,
     task: Task,
+    answering: Answering,
     *,
-    batch_rows: int,
-    max_new_tokens: int,
+    work: Path | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> tuple[Score, list[dict[str, Any]]]:
-    """Return the score of greedy answers to all of a task's conversations, and a record of each.
+    should_stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[str], Exception] | None = None,
+) -> tuple[Score, list[Example]]:
+    """Return the score of a model's answers to all of a task's conversations, and a record of each answer.
 
     Args:
         engine: the model.
         task: held-out conversations with a verdict.
-        batch_rows: conversations answered at a time.
-        max_new_tokens: of a generated answer.
-        on_progress: called with the number of conversations answered.
+        answering: how.
+        work: folder for the journals of this task, kept between attempts of the same evaluation; None: none are kept.
+        on_progress: called with the number of answers that have their verdict, of all seeds together.
+        should_stop: asked between batches.
+        stop: from the place to what is raised then; None: `Interrupted`.
+
+    Raises:
+        DataError: a letter is no single token.
+        Interrupted: `should_stop` said so; the same call continues.
     """
-    answer = _choose_letters if task.kind == "categorical" else _generate_answers
-    records: list[dict[str, Any]] = []
-    # Prompts of similar length share a batch, so that little of it is padding.
-    prompts = [render_for_completion(engine.tokenizer, task[index]) for index in range(len(task))]
-    order = sorted(range(len(task)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_rows):
-        indices = order[start : start + batch_rows]
-        conversations = [task[index] for index in indices]
-        answers = answer(engine, [prompts[index] for index in indices], conversations, max_new_tokens)
-        for index, conversation, text in zip(indices, conversations, answers, strict=True):
-            correct = task.evaluate(conversation, text)
-            question = conversation["messages"][-2]["content"]
-            records.append({"index": index, "question": question, "answer": text, "correct": bool(correct)})
-        on_progress(len(records))
-    records.sort(key=lambda record: record["index"])
-    accuracy = float(np.mean([record["correct"] for record in records])) if records else 0.0
-    return Score(kind=task.kind, accuracy=accuracy, chance=task.chance, num_examples=len(records)), records
+    asked = _Asked(engine, task, answering)
+    samples = answering.seeds if task.kind == "generative" else 1
+    about = {"questions": len(task), "kind": task.kind, **answering.about(), "sample": 0}
+    passes: list[list[Example]] = []
+    done = 0
+    # Verdicts that take their time, such as running programs, are found while the model answers the next batch.
+    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="verdicts") as pool:
+        for sample in range(samples):
+            journal = _open(work, sample, {**about, "sample": sample})
+            done += len(journal.records)
+            on_progress(done)
+            for examples in asked.answer(sample, journal.records, pool):
+                journal.append(examples)
+                done += len(examples)
+                on_progress(done)
+                if should_stop():
+                    where = f"answer {done} of {samples * len(task)}"
+                    raise stop(where) if stop else Interrupted(f"stopped at {where}", signal.SIGTERM)
+            mx.clear_cache()  # of shapes that only this task has
+            passes.append([journal.records[index] for index in range(len(task))])
+    score = Score.of([[example["verdict"] for example in each] for each in passes], kind=task.kind, chance=task.chance)
+    return score, [example for each in passes for example in each]
 
 
-def mean_centered(scores: list[Score]) -> float | None:
-    """Return the mean of the centred scores (ChatCORE's formula), or None without scores."""
-    return float(np.mean([score.centered for score in scores])) if scores else None
+@dataclass
+class _Memory:
+    """Results that are kept nowhere."""
+
+    records: dict[int, Example] = field(default_factory=dict)
+
+    def append(self, examples: list[Example]) -> None:
+        self.records |= {example["index"]: example for example in examples}
 
 
-def _choose_letters(
-    engine: Engine, prompts: list[list[int]], conversations: list[dict[str, Any]], max_new_tokens: int
-) -> list[str]:
-    """Return for each prompt the letter with the highest logit after it, among those that are offered."""
+def _open(work: Path | None, sample: int, about: dict[str, Any]) -> Journal | _Memory:
+    return _Memory() if work is None else Journal(work / f"{sample}.jsonl", about)
+
+
+class _Asked:
+    """A task's questions as prompts, in batches that do not depend on what was answered before."""
+
+    def __init__(self, engine: Engine, task: Task, answering: Answering) -> None:
+        self.engine, self.task, self.answering = engine, task, answering
+        most = engine.model.sizes.context_tokens
+        rendered = [render_for_completion(engine.tokenizer, task[index]) for index in range(len(task))]
+        # Of what is longer than the context the end is kept: there is the question, and where the answer begins.
+        self.prompts = [ids if len(ids) <= most else [ids[0], *ids[1 - most :]] for ids in rendered]
+        self.cropped = [len(ids) > most for ids in rendered]
+
+    def answer(self, sample: int, known: dict[int, Example], pool: ThreadPoolExecutor) -> Iterator[list[Example]]:
+        """Yield the examples of one batch after the other; batches that are known are left out."""
+        find = self._choose_letters if self.task.kind == "categorical" else self._generate
+        waiting: tuple[list[Example], list[Future[_Verdict]]] | None = None
+        for batch in self._batches():
+            if all(index in known for index in batch):
+                continue
+            conversations = [self.task[index] for index in batch]
+            found = find(batch, conversations, sample)
+            examples, verdicts = [], []
+            for index, conversation, (text, tokens, details) in zip(batch, conversations, found, strict=True):
+                verdicts.append(pool.submit(_judge, self.task, conversation, text))
+                details |= {"cropped": True} if self.cropped[index] else {}
+                examples.append(
+                    {
+                        "index": index, "seed": sample if self.answering.temperature else None,
+                        "prompt": question_text(conversation), "output": text, "expected": expected_text(conversation),
+                        "verdict": None, "tokens": tokens, "details": details,
+                    }
+                )  # fmt: skip
+            if waiting is not None:
+                yield _with_verdicts(*waiting)
+            waiting = examples, verdicts
+        if waiting is not None:
+            yield _with_verdicts(*waiting)
+
+    def _batches(self) -> list[list[int]]:
+        """Return the questions' numbers, those of similar length together, so that little of a batch is padding."""
+        order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
+        if self.task.kind != "categorical":
+            rows = self.answering.batch_rows
+            return [order[start : start + rows] for start in range(0, len(order), rows)]
+        batches: list[list[int]] = []
+        for index in order:  # the longest so far: it is what the others are padded to
+            if not batches or (len(batches[-1]) + 1) * len(self.prompts[index]) > self.answering.batch_tokens:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    def _choose_letters(
+        self, batch: list[int], conversations: list[dict[str, Any]], sample: int
+    ) -> list[tuple[str, int, dict[str, Any]]]:
+        """Return for each question the letter with the highest logit, among those that are offered."""
+        prompts = [self.prompts[index] for index in batch]
+        letters = [conversation["letters"] for conversation in conversations]
+        logits = letter_logits(self.engine, prompts, letters)
+        return [
+            (offered[int(np.argmax(row))], len(prompt), {"logits": dict(zip(offered, row, strict=True))})
+            for prompt, offered, row in zip(prompts, letters, logits, strict=True)
+        ]
+
+    def _generate(
+        self, batch: list[int], conversations: list[dict[str, Any]], sample: int
+    ) -> list[tuple[str, int, dict[str, Any]]]:
+        """Return an answer to each question."""
+        how = self.answering
+        completions = self.engine.complete(
+            [self.prompts[index] for index in batch],
+            max_new_tokens=how.max_new_tokens,
+            temperature=how.temperature,
+            top_k=how.top_k,
+            seed=[_seed_of(how.seed, index, sample) for index in batch],
+        )
+        return [(each.text(self.engine.tokenizer), len(each.ids), {"finished": each.finished}) for each in completions]
+
+
+def letter_logits(engine: Engine, prompts: list[list[int]], letters: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Return for each prompt the logits of its letters as what follows it.
+
+    Raises:
+        DataError: a letter is no single token.
+    """
+    tokens = [[engine.tokenizer.encode(letter) for letter in offered] for offered in letters]
+    for offered, encoded in zip(letters, tokens, strict=True):
+        if any(len(token) != 1 for token in encoded):
+            raise DataError(f"the letters {list(offered)} must be single tokens of this tokenizer")
+    logits = _last_logits(engine.model, prompts, engine.tokenizer.bos)
+    return [[float(row[token[0]]) for token in encoded] for row, encoded in zip(logits, tokens, strict=True)]
+
+
+def _last_logits(model: GPT, prompts: list[list[int]], padding: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the logits (B, V) after each prompt; only the last position passes through the head."""
     longest = max(len(prompt) for prompt in prompts)
     # Padded on the right: a causal model's state at the last prompt token does not depend on what follows.
-    ids = mx.array([prompt + [engine.tokenizer.bos] * (longest - len(prompt)) for prompt in prompts])
-    hidden = engine.model.hidden(ids)
-    last = hidden[mx.arange(len(prompts)), mx.array([len(prompt) - 1 for prompt in prompts])]
-    logits = np.asarray((last @ engine.model.head_weight.T).astype(mx.float32))
-    answers = []
-    for row, conversation in zip(logits, conversations, strict=True):
-        letters = conversation["letters"]
-        tokens = [engine.tokenizer.encode(letter) for letter in letters]
-        if any(len(token) != 1 for token in tokens):
-            raise DataError(f"the letters {letters} must be single tokens of this tokenizer")
-        answers.append(letters[int(np.argmax([row[token[0]] for token in tokens]))])
-    return answers
+    ids = mx.array([prompt + [padding] * (longest - len(prompt)) for prompt in prompts])
+    last = mx.array([len(prompt) - 1 for prompt in prompts])
+    return np.asarray(model.logits(model.hidden(ids)[mx.arange(len(prompts)), last]).astype(mx.float32))
 
 
-def _generate_answers(
-    engine: Engine, prompts: list[list[int]], conversations: list[dict[str, Any]], max_new_tokens: int
-) -> list[str]:
-    """Return the greedy answer to each prompt."""
-    completions = engine.complete(prompts, max_new_tokens=max_new_tokens)
-    return [completion.text(engine.tokenizer) for completion in completions]
+def question_text(conversation: dict[str, Any]) -> str:
+    """Return what was asked: the message before the answer, with those before it if there are any."""
+    messages = conversation["messages"][:-1]
+    if len(messages) == 1:
+        return _plain(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {_plain(message['content'])}" for message in messages)
+
+
+def expected_text(conversation: dict[str, Any]) -> str:
+    """Return the answer that the data give."""
+    return _plain(conversation["messages"][-1]["content"])
+
+
+def _plain(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _judge(task: Task, conversation: dict[str, Any], text: str) -> _Verdict:
+    """Return a task's verdict, and what it tells besides."""
+    explain: Callable[[dict[str, Any], str], _Verdict] | None = getattr(task, "explain", None)
+    if explain is not None:
+        return explain(conversation, text)
+    return bool(task.evaluate(conversation, text)), {}
+
+
+def _with_verdicts(examples: list[Example], verdicts: list[Future[_Verdict]]) -> list[Example]:
+    for example, verdict in zip(examples, verdicts, strict=True):
+        example["verdict"], more = verdict.result()
+        example["details"] |= more
+    return examples
+
+
+def _seed_of(seed: int, index: int, sample: int) -> int:
+    """Return the seed of one answer, in [0, 2^32)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{sample}".encode()).digest()[:4], "big")

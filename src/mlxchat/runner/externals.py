@@ -109,6 +109,8 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
                     visit(f"{where}.{field.name}", item)
                     continue
                 for name in [item] if isinstance(item, str) else item or []:
+                    if kind == "file" and "://" in name:
+                        continue  # a URL is its own name; what was there is recorded once it was read
                     try:
                         if kind == "file":
                             pins[f"file {len(pins)} {Path(name).name}"] = hash_of(Path(name))

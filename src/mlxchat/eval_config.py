@@ -1,0 +1,43 @@
+"""The schema of evaluations; `config.py` holds the rest. Values stand in conf/settings/eval.yaml and conf/core/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlxchat.missing import MISSING
+
+
+@dataclass(kw_only=True)
+class CoreConfig:
+    """CORE, the metric of base models."""
+
+    bundle: str = field(default=MISSING, metadata={"external": "file"})
+    """nanochat's eval_bundle.zip: its address, or a file."""
+    sha256: str | None = None
+    """What the bundle must be; null: whatever is there. The artifact records what it was."""
+    max_per_task: int | None = None
+    """Examples of each task, at most; null: all, of which CORE is made."""
+    tasks: list[str] | None = None
+    """Labels of the tasks to compute; null: all, or there is no CORE."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Evaluation of a checkpoint."""
+
+    bpb_tokens: int = MISSING
+    """Validation tokens for bits per byte."""
+    core: CoreConfig | None = field(default=None, metadata={"since_default": None})
+    """CORE for base models; null: not computed. Set by the core group."""
+    max_new_tokens: int = MISSING
+    """Longest generated answer."""
+    seeds: int = field(default=MISSING, metadata={"since_default": 1})
+    """How often each generated answer is sampled; multiple choice draws nothing. Scores are means over all of them."""
+    temperature: float | None = field(default=MISSING, metadata={"since_default": None})
+    """Of generated answers; 0 is greedy. null: 0 with one seed, 1 with several."""
+    top_k: int | None = field(default=MISSING, metadata={"since_default": None})
+    """Sampled answers draw among the k most likely tokens; null: all."""
+    batch_rows: int = field(default=MISSING, metadata={"identity": False})
+    """Questions answered at a time."""
+    prompts: list[str] = MISSING
+    """Questions, or beginnings for a base model, whose answers are shown in the report."""

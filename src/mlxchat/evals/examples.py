@@ -1,0 +1,58 @@
+"""examples.parquet: what was asked, answered and expected, and the verdict, for every example of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlxchat.errors import DataError
+
+EXAMPLES_FILE = "examples.parquet"
+_SCHEMA = pa.schema(
+    [
+        ("task", pa.string()), ("index", pa.int32()), ("seed", pa.int32()), ("prompt", pa.string()),
+        ("output", pa.string()), ("expected", pa.string()), ("verdict", pa.bool_()), ("tokens", pa.int32()),
+        ("details", pa.string()),
+    ]
+)  # fmt: skip
+
+
+def write_examples(path: Path, examples: Iterable[dict[str, Any]]) -> None:
+    """Write the rows, `details` as JSON; equal rows give equal bytes."""
+    rows = [
+        example | {"details": json.dumps(example["details"], sort_keys=True, ensure_ascii=False)}
+        for example in examples
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd", row_group_size=4096)
+
+
+def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an evaluation's artifact, `details` as it was; older artifacts hold examples.jsonl.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    path, older = folder / EXAMPLES_FILE, folder / "examples.jsonl"
+    if not path.is_file() and not older.is_file():
+        raise DataError(f"{folder.name} holds no examples: only evaluations do (eval_base, eval_sft, …)")
+    try:
+        if path.is_file():
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1024):
+                    for row in batch.to_pylist():
+                        yield row | {"details": json.loads(row["details"])}
+            return
+        with older.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                yield {
+                    "task": row["task"], "index": row["index"], "seed": None, "prompt": row["question"],
+                    "output": row["answer"], "expected": None, "verdict": row["correct"], "tokens": None, "details": {},
+                }  # fmt: skip
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"the examples of {folder.name} cannot be read ({error})") from None
