@@ -1,7 +1,7 @@
 """The first thing that runs in the process of a program that is not trusted: shut the doors, then run it.
 
-A script, started by `sandbox.py` as `python -I -S sandbox_child.py VERDICT_FD` with nothing in its environment; it
-imports only the standard library. Its standard input holds the orders, as one JSON line, and later the answer to the
+A script, started by `sandbox_run.py` in an interpreter that sees no site-packages and no folder of ours; it imports
+only the standard library. Its standard input holds the orders, as one JSON line, and later the answer to the
 question whether the program has ended by itself.
 """
 

@@ -93,12 +93,14 @@ class Run:
         return Outcome(status == "passed", status, self._text(), time.monotonic() - self.ready_at, self.in_force)
 
     def _start(self, verdict: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-I", "-S", str(_CHILD), str(verdict)]
+        # What -I means, but with the one variable that makes sets and hashes the same every time.
+        command = [sys.executable, "-P", "-s", "-S", str(_CHILD), str(verdict)]
         self.wrapped = "sandbox-exec" in self.protections and os.access(_SANDBOX_EXEC, os.X_OK)
         if self.wrapped:
             command = [_SANDBOX_EXEC, "-p", mac_profile(self.folder), *command]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.folder, env={},
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.folder,
+            env={"PYTHONHASHSEED": "0"},
             pass_fds=[verdict], start_new_session=True,
         )  # fmt: skip
         self.question, self.secret = secrets.token_hex(16).encode(), secrets.token_hex(16).encode()

@@ -5,13 +5,16 @@ Counterpart of nanochat's tasks/humaneval.py. Where a program runs, and what cou
 
 from __future__ import annotations
 
+import importlib
 import random
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mlxchat.tasks.base import Conversation, dialogue
 from mlxchat.tasks.hub_task import HubTask
 
+_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
+_KEPT_CHARS = 1000
 _BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 
 
@@ -32,11 +35,15 @@ class HumanEval(HubTask):
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Run the program that the response makes, isolated, and say whether its tests passed."""
-        import importlib
+        return self.explain(conversation, response)[0]
 
+    def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
+        """Return the verdict, and how the program ended and what it printed last."""
         # By name: the sandbox belongs to the evaluations, which know tasks and not the other way round.
         sandbox = importlib.import_module("mlxchat.evals.sandbox")
-        return bool(sandbox.run_program(assemble_program(conversation, response)).passed)
+        outcome = sandbox.run_program(assemble_program(conversation, response))
+        printed = _ADDRESS.sub("0x…", outcome.output[-_KEPT_CHARS:])  # another one each time
+        return bool(outcome.passed), {"status": outcome.status, "printed": printed}
 
 
 def extract_program(response: str) -> str:
