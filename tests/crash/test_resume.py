@@ -21,7 +21,7 @@ from mlxchat.runner.store import Store
 # Long enough to be stopped halfway. RL needs a model that is now and then right: it picks letters.
 SETTINGS = """
     stage=rl machine.checkpoint_seconds=0
-    pretrain.num_iterations=60 pretrain.eval_every=20
+    pretrain.num_iterations=60 pretrain.eval_every=20 architecture.dropout=0.1 pretrain.keep=best pretrain.keep_every=7
     midtrain.num_iterations=60 midtrain.eval_every=25
     sft.mixture.facts_mc.size=60 sft.num_iterations=80 sft.schedule.init_lr_frac=1 sft.eval_every=50
     rl.task.task=facts_mc rl.task.size=30 rl.evaluation.task=facts_mc rl.num_iterations=60
