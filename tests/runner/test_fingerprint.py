@@ -36,6 +36,8 @@ NOT_IDENTITY = {
     "pretrain.save_training_state",
     "pretrain.eval_every",
     "pretrain.sample_every",
+    "pretrain.sample_temperature",
+    "pretrain.sample_top_k",
     "midtrain.eval_every",
     "sft.eval_every",
     "rl.eval_every",
