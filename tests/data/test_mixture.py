@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mlxchat.config import TaskItem
-from mlxchat.data.mixture import Mixture, load_item
+from mlxchat.data.mixture import Mixture, collect_sources, load_item, shuffled_places
 from mlxchat.errors import ConfigError, DataError
 
 
@@ -84,3 +85,60 @@ def test_an_unknown_task_is_refused() -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.jsonl"):
         load_item(TaskItem(task="jsonl", path=str(tmp_path / "nothing.jsonl")))
+
+
+def test_start_stop_and_step_choose_from_the_task(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(10)))
+    item = TaskItem(task="identity_conversations", path=str(path), start=2, stop=9, step=3, epochs=2)
+    assert sorted(questions(Mixture({"mine": item}, seed=0))) == ["q2", "q2", "q5", "q5", "q8", "q8"]
+
+
+def test_weights_share_out_as_many_conversations_as_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(4)))
+    mixture = Mixture(
+        {
+            "mine": TaskItem(task="identity_conversations", path=str(path), weight=3.0),
+            "spelling": TaskItem(task="spelling", size=12, weight=1.0),
+        },
+        seed=0,
+    )
+    assert mixture.counts() == {"mine": 12, "spelling": 4}
+    asked = Counter(questions(mixture))
+    assert [asked[f"q{i}"] for i in range(4)] == [3, 3, 3, 3]
+
+
+def test_the_order_is_that_of_nanochats_list_of_pairs() -> None:
+    pairs = [(task, place) for task, size in enumerate((5, 3, 3, 1, 8)) for place in range(size)]
+    expected = list(pairs)
+    random.Random(42).shuffle(expected)
+    assert [pairs[place] for place in shuffled_places(len(pairs), 42)] == expected
+
+
+def test_the_order_of_a_million_conversations_takes_eight_bytes_each() -> None:
+    places = shuffled_places(1_000_000, 0)
+    assert places.itemsize * len(places) == 8_000_000
+    assert sorted(places[:3] + places[-3:]) != sorted([0, 1, 2, 999_997, 999_998, 999_999])
+
+
+def test_a_task_whose_slice_lies_behind_its_end_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    item = TaskItem(task="identity_conversations", path=str(path), start=5)
+    with pytest.raises(ConfigError, match="no conversation of mine is left"):
+        Mixture({"mine": item, "spelling": TaskItem(task="spelling", size=5)}, seed=0)
+
+
+def test_a_conversation_is_called_by_its_entry_and_its_number_there(items: dict[str, TaskItem]) -> None:
+    mixture = Mixture(items, seed=0)
+    for index in range(len(mixture)):
+        entry, place = mixture.name(index).split(" conversation ")
+        assert mixture.task_of(index) == entry
+        assert mixture[index] == mixture.tasks()[entry][int(place)]
+
+
+def test_what_tasks_read_from_outside_is_collected_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_item(TaskItem(task="spelling", size=5))
+    monkeypatch.setattr(type(task), "sources", lambda self: [{"url": "u"}])
+    assert collect_sources([task, task]) == [{"url": "u"}]

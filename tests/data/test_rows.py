@@ -1,0 +1,74 @@
+"""Rows of parquet files: their order, and where their memory is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlxchat.data import rows as rows_module
+from mlxchat.data.rows import Rows
+from mlxchat.errors import DataError
+
+
+def write(path: Path, values: list[str], **options: int) -> Path:
+    pq.write_table(pa.table({"text": values, "other": list(range(len(values)))}), path, **options)
+    return path
+
+
+def texts(rows: Rows) -> list[str]:
+    return [rows[index]["text"] for index in range(len(rows))]
+
+
+def test_files_follow_each_other_without_a_seed(tmp_path: Path) -> None:
+    files = [write(tmp_path / "b", ["b0", "b1"]), write(tmp_path / "a", ["a0"])]
+    assert texts(Rows(files, ["text"])) == ["b0", "b1", "a0"]
+
+
+def test_the_order_of_seed_42_is_that_of_datasets_shuffle(tmp_path: Path) -> None:
+    """As `datasets.Dataset.shuffle(seed=42)` orders six rows: nanochat's HumanEval rows show it."""
+    rows = Rows([write(tmp_path / "a", list("012345"), row_group_size=2)], ["text"], seed=42)
+    assert texts(rows) == list("325410")
+    assert [rows.number(index) for index in range(6)] == [3, 2, 5, 4, 1, 0]
+
+
+def test_only_the_columns_that_were_asked_for_are_there(tmp_path: Path) -> None:
+    assert Rows([write(tmp_path / "a", ["x"])], ["text"])[0] == {"text": "x"}
+
+
+def test_a_large_table_takes_no_memory_of_its_own_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [f"{n:07d}" * 100 for n in range(20_000)]  # 14 MB
+    path = write(tmp_path / "a", values, row_group_size=500)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MLXCHAT_CACHE", str(cache))
+    monkeypatch.setattr(rows_module, "_LARGEST_IN_MEMORY", 1 << 20)
+    before = pa.total_allocated_bytes()
+    rows = Rows([path], ["text"], seed=1)
+    assert pa.total_allocated_bytes() - before < 1 << 20
+    assert sorted(texts(rows)) == values
+    assert list(cache.iterdir()) == []
+
+
+def test_an_index_outside_is_refused(tmp_path: Path) -> None:
+    rows = Rows([write(tmp_path / "a", ["x"])], ["text"])
+    for index in (-1, 1):
+        with pytest.raises(IndexError, match="there are 1 rows"):
+            rows[index]
+
+
+def test_a_missing_column_and_a_damaged_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no column answer; it has text, other"):
+        Rows([write(tmp_path / "a", ["x"])], ["text", "answer"])
+    damaged = tmp_path / "b"
+    damaged.write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        Rows([damaged], ["text"])
+
+
+def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a")
+    assert len(Rows([tmp_path / "a"], ["text"], seed=42)) == 0

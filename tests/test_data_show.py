@@ -1,0 +1,119 @@
+"""mlxchat data show: what is trained on can be told from the rest, with and without colour; everything is counted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlxchat.commands.data_show import main
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import ConfigError, StoreError
+
+Show = Callable[..., str]
+
+
+@pytest.fixture
+def show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Show:
+    """Run the verb on an own mixture of two tasks; return what it printed."""
+    folder = tmp_path / "conf" / "mixture"
+    folder.mkdir(parents=True)
+    path = tmp_path / "mine.jsonl"
+    talks = [{"question": f"q{n}?", "answer": f"sum <<{n}+1={n + 1}>>{n + 1}"} for n in range(8)]
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    (folder / "my_mixture.yaml").write_text(
+        f"mine: {{task: identity_conversations, path: '{path}', epochs: 2}}\nspelling: {{task: spelling, size: 4}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> str:
+        assert main(["--config-dir", str(tmp_path / "conf"), *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_conversations_of_each_task_are_counted(show: Show) -> None:
+    lines = show("mixture=my_mixture", "-n", "0").splitlines()
+    assert lines[0].startswith("mixture my_mixture: 20 conversations, tokens are bytes")
+    assert any(re.match(r" mine +16 +80\.0% +\d+ +\d+% +\d+ *$", line) for line in lines)
+    assert any(re.match(r" spelling +4 +20\.0% ", line) for line in lines)
+    assert any(re.match(r" all +20 ", line) for line in lines)
+
+
+def test_what_is_trained_on_stands_between_marks_in_a_pipe(show: Show) -> None:
+    told = show("mixture=my_mixture", "-n", "1", "--task", "mine")
+    n = int(re.search(r"mine conversation (\d)", told)[1])  # type: ignore[index]
+    assert (
+        f"<|bos|><|user_start|>q{n}?<|user_end|><|assistant_start|>⟦sum <|python_start|>{n}+1<|python_end|>⟧"
+        f"<|output_start|>{n + 1}<|output_end|>⟦{n + 1}<|assistant_end|>⟧"
+    ) in told
+    assert "\x1b" not in told
+
+
+def test_what_is_trained_on_is_coloured_and_underlined_on_a_terminal(
+    show: Show, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    told = show("mixture=my_mixture", "-n", "1", "--task", "spelling")
+    assert re.search(r"\x1b\[4;32m\w+:\w,", told)
+    assert "⟦" not in told
+    monkeypatch.setenv("NO_COLOR", "1")
+    told = show("mixture=my_mixture", "-n", "1", "--task", "spelling")
+    assert "\x1b[4;32m" not in told
+    assert re.search(r"⟦.*<\|assistant_end\|>.*⟧", told)
+
+
+def test_the_order_is_the_one_of_training_or_of_a_seed(show: Show) -> None:
+    def names(*arguments: str) -> list[str]:
+        return re.findall(r"── \d+ · (\w+ conversation \d+)", show("mixture=my_mixture", *arguments))
+
+    assert names("-n", "20") == names("-n", "99")
+    assert names("-n", "3", "--start", "5") == names("-n", "20")[5:8]
+    assert names("-n", "20", "--seed", "1") != names("-n", "20", "--seed", "2")
+    assert sorted(names("-n", "20", "--seed", "1")) == sorted(names("-n", "20"))
+
+
+def test_a_tokenizer_can_be_named_and_is_said(show: Show, tmp_path: Path) -> None:
+    folder = tmp_path / "tok"
+    folder.mkdir()
+    Tokenizer({bytes([byte]): byte for byte in range(256)} | {b"su": 256}).save(folder)
+    assert "tokens of tok" in show("mixture=my_mixture", "-n", "1", "--tokenizer", str(folder))
+    with pytest.raises(StoreError, match='"nothing" is no artifact'):
+        show("mixture=my_mixture", "--tokenizer", "nothing")
+
+
+def test_other_stages_and_suites_are_shown(show: Show) -> None:
+    assert "stage rl: 2,000 conversations" in show("stage=rl", "-n", "0")
+    assert "(validation)" in show("stage=sft", "--validation", "-n", "0")
+    assert "midtrain trains on every token" in show("stage=midtrain", "-n", "0")
+    assert show("suite=bundled", "-n", "1", "--task", "kinds_mc").startswith("suite bundled: ")
+
+
+def test_what_would_steer_the_terminal_is_shown_and_not_sent(show: Show, tmp_path: Path) -> None:
+    path = tmp_path / "evil.jsonl"
+    path.write_text(json.dumps({"question": "\x1b[31m", "answer": "[bold]x[/bold]"}) + "\n")
+    told = show(f"+sft.mixture.evil={{task: identity_conversations, path: '{path}'}}", "--task", "evil")
+    assert "\\x1b[31m" in told
+    assert "[bold]x[/bold]" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["mixture=my_mixtur"], "my_mixtur"),
+        (["mixture=my_mixture", "--task", "mines"], 'there is no "mines" in mixture my_mixture: .*Did you mean "mine"'),
+        (["stage=corpus"], 'stage is "corpus", expected one of midtrain, sft, rl, eval'),
+        (["suite=bundled", "mixture=my_mixture"], "suite= is what eval asks"),
+        (["stage=rl", "mixture=my_mixture"], "mixture= is for midtrain and sft"),
+        (["-n", "-1"], "at least 0"),
+        (["--foo"], "unrecognized arguments: --foo"),
+    ],
+)
+def test_mistakes_are_refused_with_what_was_expected(arguments: list[str], expected: str, show: Show) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        show(*arguments)
