@@ -4,12 +4,11 @@ Counterpart of nanochat's tok_train.py and tok_eval.py. Options: conf/settings/t
 """
 
 import json
-from collections.abc import Iterator
 
-from mlxchat.data.compression import compression_rows
+from mlxchat.data.compression import compression_rows, print_compression
 from mlxchat.data.shards import iterate_documents
-from mlxchat.data.tokenizer import load_vocabulary, train_tokenizer
-from mlxchat.errors import DataError
+from mlxchat.data.tokenizer import load_vocabulary
+from mlxchat.data.tokenizer_training import train_on_corpus
 from mlxchat.runner.context import Context
 
 VERSION = 1
@@ -21,31 +20,18 @@ LABEL = "tokenizer.vocab_size"
 
 
 def run(ctx: Context) -> None:
-    config = ctx.config.tokenizer
-    used_chars = 0
-
-    def crop_documents() -> Iterator[str]:
-        nonlocal used_chars
-        for document in iterate_documents(ctx.inputs["corpus"], "train", ctx.hints.get("train_chars")):
-            text = document[: config.document_chars]
-            used_chars += len(text)
-            yield text
-            if used_chars > config.max_chars:
-                return
-
+    config, corpus = ctx.config.tokenizer, ctx.inputs["corpus"]
     if config.source == "train":
-        tokenizer = train_tokenizer(crop_documents(), config.vocab_size)
+        tokenizer = train_on_corpus(ctx, corpus, config)
     else:
         tokenizer, keeps_ids = load_vocabulary(config.source)
         ctx.derive({"vocab_size": tokenizer.vocab_size})
         if not keeps_ids:
             print("  ids are counted anew: special tokens of the source stood among them", flush=True)
-    validation = list(iterate_documents(ctx.inputs["corpus"], "validation"))
-    for document in validation:
-        if tokenizer.decode(tokenizer.encode(document)) != document:
-            raise DataError("the tokenizer does not return what it encoded; this is a bug")
-    rows = compression_rows(tokenizer, validation)
+    rows = compression_rows(tokenizer, {split: iterate_documents(corpus, split) for split in ("train", "validation")})
+    print_compression(rows)
     (ctx.out / "compression.json").write_text(json.dumps({"vocab_size": tokenizer.vocab_size, "rows": rows}, indent=1))
     tokenizer.save(ctx.out)
-    ctx.metrics["trained_chars"] = used_chars
-    ctx.metrics["bytes_per_token"] = rows[0]["bytes"] / rows[0]["ours"]
+    validation = rows[-1]
+    ctx.metrics["bytes_per_token"] = validation["ratio"]
+    ctx.metrics["chars_per_token"] = validation["chars"] / max(1, validation["ours"])

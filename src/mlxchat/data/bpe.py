@@ -1,0 +1,198 @@
+"""Byte-pair encoding trained by rustbpe in a process of its own, fed through a pipe.
+
+It can be stopped at any moment, gives its memory back when it ends, and never holds more than a few thousand documents.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from mlxchat.errors import DataError, StepFailed
+from mlxchat.runner.progress import format_bytes
+
+# Documents that rustbpe counts at a time, and as many that wait. Twice as many (its own default) are no faster and take
+# more memory; a quarter is slower.
+_BUFFER_DOCUMENTS = 4096
+_FRAME_CHARS = 1 << 18
+_PIPE_BYTES = 1 << 20
+_LOOK_SECONDS = 0.1
+_WEIGH_SECONDS = 0.5
+
+
+@dataclass
+class Trained:
+    """How far a training is; at the end, what came of it."""
+
+    chars: int = 0
+    """Characters counted."""
+    documents: int = 0
+    """Documents fed."""
+    pieces: int | None = None
+    """Distinct pieces, known once everything is counted; they decide how much memory the merging takes."""
+    merges: int = 0
+    """Merges made."""
+    peak_bytes: int = 0
+    """Peak memory of the process that trained."""
+    ranks: dict[bytes, int] | None = None
+    """Token → id, at the end."""
+
+
+def train_ranks(
+    texts: Iterable[str],
+    num_tokens: int,
+    *,
+    pattern: str,
+    check: Callable[[], None] = lambda: None,
+    on_progress: Callable[[Trained], None] = lambda trained: None,
+    memory_limit_bytes: int | None = None,
+) -> Trained:
+    """Train on texts, most frequent pair first; fewer than `num_tokens` come of it where the text runs out of pairs.
+
+    Args:
+        texts: read once, as they are needed.
+        num_tokens: the 256 bytes included.
+        pattern: of the pieces within which pairs are merged.
+        check: called several times a second; it may raise, to end the work at once.
+        on_progress: called as often.
+        memory_limit_bytes: of the process that trains; None: no limit.
+
+    Raises:
+        DataError: a text is no Unicode, or more memory is needed than the limit.
+        StepFailed: the process was ended from outside.
+    """
+    worker = Path(__file__).with_name("bpe_worker.py")
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        return _Feeder(process, process.stdin, process.stdout, check, on_progress, memory_limit_bytes).run(
+            texts, {"num_tokens": num_tokens, "pattern": pattern}
+        )
+    finally:
+        process.kill()
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
+class _Feeder:
+    """Our end of the pipes. Neither is ever waited for longer than a moment, so that `check` is called."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], into: IO[bytes], out: IO[bytes], check: Callable[[], None],
+        on_progress: Callable[[Trained], None], memory_limit_bytes: int | None,
+    ) -> None:  # fmt: skip
+        self._process, self._into, self._out = process, into, out
+        self._check, self._on_progress, self._limit = check, on_progress, memory_limit_bytes
+        self._trained, self._received = Trained(), bytearray()
+        self._weighed = 0.0
+        for pipe in (into, out):
+            os.set_blocking(pipe.fileno(), False)
+            if hasattr(fcntl, "F_SETPIPE_SZ"):
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+    def run(self, texts: Iterable[str], order: dict[str, object]) -> Trained:
+        """Send all texts, and wait for the ranks."""
+        order |= {"buffer": _BUFFER_DOCUMENTS, "parent": os.getpid()}
+        self._send((json.dumps(order) + "\n").encode())
+        for documents, frame in _frames(texts):
+            self._send(frame)
+            self._trained.documents += documents
+        self._send(struct.pack("<I", 0))
+        while self._trained.ranks is None:
+            self._look(wants_to_send=False)
+        return self._trained
+
+    def _send(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            if self._look(wants_to_send=True):
+                try:
+                    rest = rest[os.write(self._into.fileno(), rest) :]
+                except BlockingIOError:
+                    continue
+                except BrokenPipeError:
+                    self._fail()
+
+    def _look(self, *, wants_to_send: bool) -> bool:
+        """Take what was reported, for an instant or until something can be done; tell whether it can be sent."""
+        self._check()
+        readable, writable, _ = select.select([self._out], [self._into] if wants_to_send else [], [], _LOOK_SECONDS)
+        if readable:
+            data = os.read(self._out.fileno(), _PIPE_BYTES)
+            if not data:
+                self._fail()
+            self._received += data
+            *lines, rest = self._received.split(b"\n")
+            self._received = bytearray(rest)
+            for line in lines:
+                self._take(json.loads(line))
+            self._on_progress(self._trained)
+        self._weigh()
+        return bool(writable)
+
+    def _take(self, facts: dict[str, int]) -> None:
+        if "ranks" in facts:
+            tokens: list[str] = facts.pop("ranks")  # type: ignore[assignment]
+            self._trained.ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokens)}
+        for name, value in facts.items():
+            setattr(self._trained, name, value)
+
+    def _weigh(self) -> None:
+        now = time.monotonic()
+        if self._limit is None or now - self._weighed < _WEIGH_SECONDS:
+            return
+        self._weighed = now
+        try:
+            used = psutil.Process(self._process.pid).memory_info().rss
+        except psutil.Error:
+            return
+        if used > self._limit:
+            raise DataError(
+                f"training the tokenizer took {format_bytes(used)} after {self._trained.chars:,} characters, more than "
+                f"the {format_bytes(self._limit)} it may have: every distinct piece of text is kept. Lower "
+                "tokenizer.max_chars, or raise machine.memory_limit_bytes."
+            )
+
+    def _fail(self) -> None:
+        code = self._process.wait()
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        raise StepFailed(f"the process that trains the tokenizer ended {how}; what it said stands above")
+
+
+def _frames(texts: Iterable[str]) -> Iterator[tuple[int, bytes]]:
+    """Yield texts as bytes to send, a few at a time, and how many."""
+    waiting: list[bytes] = []
+    size = 0
+    for text in texts:
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"a document is no Unicode text ({error})") from None
+        waiting.append(data)
+        size += len(data)
+        if size >= _FRAME_CHARS:
+            yield len(waiting), _frame(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield len(waiting), _frame(waiting)
+
+
+def _frame(texts: list[bytes]) -> bytes:
+    return b"".join([struct.pack(f"<{len(texts) + 1}I", len(texts), *map(len, texts)), *texts])
