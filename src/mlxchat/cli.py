@@ -25,6 +25,7 @@ VERBS = {
     "gc": ("gc", "show what may be removed and why; --apply removes it"),
     "export": ("transfer:main_export", "copy artifacts and all they were made from to a folder or tar"),
     "import": ("transfer:main_import", "take in exported artifacts, hashed first"),
+    "data": ("data", "fetch, list, remove and look at what comes from the Hub: data fetch|ls|rm|show"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
     "report": ("report", "write and print the report of the latest run"),
     "graph": ("graph", "draw the pipeline (--format ascii, mermaid, dot or json)"),

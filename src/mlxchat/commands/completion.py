@@ -42,8 +42,9 @@ _PLACES = """To use it:
   fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
 
 # Verbs that take names of artifacts, and those that take settings of the configuration.
-_NAMING = ("show", "lineage", "diff", "pin", "verify", "export")
-_SETTING = ("run", "plan", "graph", "bench")
+_NAMING = ("show", "lineage", "diff", "pin", "verify", "export", "report")
+_SETTING = ("run", "plan", "graph", "bench", "data")
+_DATA = ("fetch", "ls", "rm", "show")
 _OPTIONS = {
     "run": ["--multirun", "--cfg", "--config-dir", "--plan", "--fail-fast", "--help"],
     "plan": ["--json", "--exit-code", "--save", "--config-dir"],
@@ -51,8 +52,9 @@ _OPTIONS = {
     "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"], "export": ["--to"],
     "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
     "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
-    "chat": ["--prompt", "--model", "--temperature", "--top-k", "--max-tokens", "--seed"], "report": ["--run"],
-    "bench": ["--json", "--config-dir"],
+    "chat": ["--prompt", "--model", "--temperature", "--top-k", "--max-tokens", "--seed"],
+    "report": ["--run", "--out", "--cost-per-hour", "--open"],
+    "bench": ["--json", "--config-dir"], "data": ["--dry-run", "--force", "--json", "--files", "--revision", "--count"],
 }  # fmt: skip
 _FORMATS = {"graph": ("ascii", "mermaid", "dot", "json"), "compare": ("table", "csv", "json", "md")}
 
@@ -99,6 +101,8 @@ def complete(line: str) -> list[str]:
         found = [*_artifacts(Path(outputs), current), "outputs="]
     elif current.startswith("-"):
         found = [*_OPTIONS.get(verb, []), "--help"]
+    elif verb == "data" and len(words) == 1:
+        found = list(_DATA)
     elif verb == "completion":
         found = list(_SCRIPTS)
     elif verb in _SETTING:

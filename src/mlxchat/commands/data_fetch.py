@@ -1,0 +1,144 @@
+"""mlxchat data fetch: everything that a run will read from elsewhere, so that it can run without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxchat.commands.arguments import Parser, split_config_dirs, split_words
+from mlxchat.errors import DataError, PassingError
+from mlxchat.runner.progress import format_bytes
+
+if TYPE_CHECKING:
+    from mlxchat.config import Config, TaskItem
+    from mlxchat.data.hub import HubFile
+    from mlxchat.runner.plan import PlannedStep
+    from mlxchat.runner.store import Store
+
+_PURPOSE = (
+    "Fetch everything that the steps which are to run read from elsewhere: as much of the corpus as the horizon needs, "
+    "the data of all tasks, CORE's bundle. Or a repository: mlxchat data fetch openai/gsm8k --files 'main/*'. What is "
+    "there is not fetched again; what was cut is continued."
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Fetch what the settings need, or the repositories that are named."""
+    parser = Parser(
+        prog="mlxchat data fetch", description=_PURPOSE, allow_abbrev=False,
+        usage="mlxchat data fetch [OPTIONS] [SETTINGS | REPOSITORY…]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--files", default="*", metavar="PATTERN", help="of a repository: paths to fetch (default: all)"
+    )
+    parser.add_argument("--revision", default="main", help="of a repository: commit, tag or branch (default: main)")
+    parser.add_argument("--model", action="store_true", help="the repository holds a model, not a data set")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="files at a time (default: 4)")
+    parser.add_argument("--dry-run", action="store_true", help="list everything and fetch nothing")
+    options, rest = parser.parse_known_args(arguments)
+    words, dirs = split_config_dirs(rest)
+    repositories, settings = split_words(words)
+    from mlxchat.data.hub import fetch_files, fetch_url, list_files
+
+    urls: dict[str, str | None] = {}
+    groups: dict[str, list[HubFile]] = {}
+    if repositories:
+        kind = "model" if options.model else "dataset"
+        for name in repositories:
+            groups[name] = list_files(name, revision=options.revision, pattern=options.files, kind=kind)
+            if not groups[name]:
+                raise DataError(f"{name} at {options.revision} has no file like {options.files}")
+    else:
+        groups, urls = find_needs(settings, dirs)
+    for title, files in groups.items():
+        left = sum(file.bytes for file in files if not file.is_there())
+        size = format_bytes(sum(file.bytes for file in files))
+        print(
+            f"{title} at {files[0].revision[:12]}: {len(files):,} {'file' if len(files) == 1 else 'files'}, {size}, {format_bytes(left)} to fetch"
+        )
+    for url in urls:
+        print(url)
+    if options.dry_run:
+        return 0
+    every = list({file: None for files in groups.values() for file in files})
+    fetch_files(every, workers=options.workers)
+    faults = []
+    for url, sha256 in urls.items():
+        try:
+            fetch_url(url, sha256=sha256)
+        except (DataError, PassingError) as error:  # one address that is gone must not keep the others from us
+            faults.append(error)
+    if faults:
+        raise type(faults[0])("\n".join(map(str, faults)))
+    print(f"everything is there: {format_bytes(sum(file.bytes for file in every))} of the Hub, {len(urls)} downloads"
+          if every or urls else "nothing is needed from elsewhere")  # fmt: skip
+    return 0
+
+
+def find_needs(settings: list[str], dirs: list[str]) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
+    """Return title → files of the Hub, and address → sha256 (None: not known), that the steps to run will read."""
+    from mlxchat.commands.run import plan_of
+    from mlxchat.compose import compose_config
+    from mlxchat.data.hub import list_files
+    from mlxchat.runner.store import Store
+    from mlxchat.tasks.hub_task import HubSource
+    from mlxchat.tasks.items import load_item
+
+    config = compose_config(settings, dirs).config
+    store = Store(Path(config.outputs))
+    plan = [step for step in plan_of(config, store) if not step.done]
+    groups: dict[str, list[HubFile]] = {}
+    urls: dict[str, str | None] = {}
+    if any(step.stage.name in ("corpus", "tokenizer", "pretrain") or "corpus" in step.inputs for step in plan):
+        groups |= _corpus_files(config, plan, store)
+    sections = {name: getattr(config, name) for step in plan for name in step.stage.config}
+    for item in _task_items(sections):
+        for source in load_item(item).needs():
+            if isinstance(source, HubSource):
+                found = list_files(source.repository, revision=source.revision, pattern=source.pattern)
+                if not found:
+                    raise DataError(f"{source.repository} at {source.revision} has no file {source.pattern}")
+                groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *found]))
+            else:
+                urls[source.url] = source.sha256
+    core = sections["eval"].core if "eval" in sections else None
+    if core is not None and "://" in core.bundle:
+        urls[core.bundle] = core.sha256
+    return groups, urls
+
+
+def _corpus_files(config: Config, plan: list[PlannedStep], store: Store) -> dict[str, list[HubFile]]:
+    """Return what is read of a corpus on the Hub: the validation files, and as many others as the horizon needs."""
+    if config.corpus.hub is None:
+        return {}
+    from mlxchat.data.hub_corpus import list_corpus
+    from mlxchat.data.listing import ESTIMATED_CHARS_PER_BYTE, Known
+    from mlxchat.training.text_need import find_text_need
+
+    corpus = list_corpus(config.corpus.hub, config.corpus.validation_documents)
+    train = [shard.file for shard in corpus.train if shard.file is not None]
+    validation = [shard.file for shard in corpus.validation if shard.file is not None]
+    need = find_text_need(config, plan, store)
+    files = train[:1]
+    if need is not None:
+        known = need.known or Known(train, ESTIMATED_CHARS_PER_BYTE, False)
+        need = replace(need, known=known)
+        files = known.first(need.chars)
+        print(need)
+    return {config.corpus.hub.repository: list(dict.fromkeys([*validation, *files]))}
+
+
+def _task_items(value: Any) -> Iterator[TaskItem]:
+    """Yield every task of the sections."""
+    from mlxchat.config import TaskItem
+
+    if isinstance(value, TaskItem):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _task_items(item)
+    elif is_dataclass(value):
+        for each in fields(value):
+            yield from _task_items(getattr(value, each.name))
