@@ -1,4 +1,4 @@
-"""The schema of how steps are executed: again, for how long, and whom to tell. None of it is part of any identity."""
+"""The schema of how steps are executed, whom to tell, and what is told. None of it is part of any identity."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ class HooksConfig:
     """When its artifact is there."""
     on_failure: Any = MISSING
     """When it has failed."""
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """What the report says besides what was measured."""
+
+    cost_per_hour: float | None = MISSING
+    """What an hour of this machine costs, in US dollars; null: nothing is said of costs."""

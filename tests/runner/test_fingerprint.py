@@ -60,6 +60,7 @@ NEVER = (
     "timeout",
     "retry",
     "hooks",
+    "report",
     "sweep",
 )
 READ_BY = {

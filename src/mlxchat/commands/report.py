@@ -1,30 +1,131 @@
-"""mlxchat report: write and print the report of a run."""
+"""mlxchat report: write and print the report of a run, of artifacts with their lineage, or of several runs."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
-from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
+from mlxchat.errors import ConfigError, MlxchatError
+from mlxchat.report.collect import RunReport, collect, collect_steps, entries_of_artifacts, latest_run
+from mlxchat.runner.store import Store
 
 
 def main(arguments: list[str]) -> int:
-    """Write the latest run's report anew and print its summary."""
-    parser = make_parser("report", "Write and print the report of the latest run.")
-    parser.add_argument("--run", help="name of a folder under outputs/runs (default: the latest)")
+    """Write a report, print its summary and where it is."""
+    parser = make_naming_parser(
+        "report", "Write and print the report of a run (the latest), of artifacts, or of several runs.", "RUN|ID"
+    )
+    parser.epilog = (
+        "RUN: a run's name, its start, or what follows its number (smoke); a sweep's folder in multirun/; latest. "
+        "Several: side by side. " + (parser.epilog or "")
+    )
+    parser.add_argument("--run", help="name of a folder under outputs/runs (the same as RUN)")
+    parser.add_argument("--out", metavar="PLACE", help="a folder for report.html, report.md and pictures, or FILE.html")
+    parser.add_argument("--cost-per-hour", type=float, metavar="DOLLARS", help="what this machine costs")
+    parser.add_argument("--open", action="store_true", help="show it in a browser")
     options = parser.parse_intermixed_args(arguments)
-    outputs = outputs_folder(options.settings)
-    from mlxchat.report import latest_run
+    names, settings = split_words(options.settings)
+    outputs = outputs_folder(settings)
+    names += [options.run] if options.run else []
+    title, reports, titles = _reports(outputs, names)
+    if options.cost_per_hour is not None:
+        reports = [replace(report, cost_per_hour=options.cost_per_hour) for report in reports]
+    place = _write(title, reports, titles, Path(options.out) if options.out else None)
+    print(f"report: {place}")
+    if options.open:
+        import webbrowser
 
-    show_report(outputs, outputs / "runs" / options.run if options.run else latest_run(outputs))
+        if not webbrowser.open(place.resolve().as_uri()):
+            print("there is no browser to show it in: open the file yourself")
     return 0
 
 
 def show_report(outputs: Path, run: Path) -> None:
     """Write report.md and report.html into the run's folder and print a summary."""
+    print(f"report: {_write('', [collect(outputs, run)], [], None)}")
+
+
+def _write(title: str, reports: list[RunReport], titles: list[str], out: Path | None) -> Path:
+    """Write the report of one run, or the comparison of several; print the summary of one."""
+    from mlxchat.report.comparison import render_comparison, write_comparison
+    from mlxchat.report.writing import write_collected, write_page
+
+    folder = out or reports[0].folder
+    if len(reports) > 1:
+        if out is not None and out.suffix == ".html":
+            return write_page(out, render_comparison(title, reports, titles))
+        return write_comparison(folder, title, reports, titles)
     from rich.console import Console
 
-    from mlxchat.report import collect, print_summary, write_report
+    from mlxchat.report.html import render_html
+    from mlxchat.report.terminal import print_summary
 
-    place = write_report(outputs, run)
-    print_summary(collect(outputs, run), Console())
-    print(f"report: {place}")
+    (report,) = reports
+    if out is not None and out.suffix == ".html":
+        place = write_page(out, render_html(report))
+    else:
+        place = write_collected(report, folder)
+    print_summary(report, Console())
+    return place
+
+
+def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], list[str]]:
+    """Return a title, the reports that the names mean, and what each is called beside the others.
+
+    Raises:
+        ConfigError: a name is that of nothing, or runs and artifacts are mixed.
+        StoreError: there is no run at all.
+    """
+    if not names or names == ["latest"]:
+        return "", [collect(outputs, latest_run(outputs))], []
+    if len(names) == 1 and (sweep := _sweep_folder(outputs, names[0])):
+        return _reports_of_sweep(outputs, sweep)
+    from mlxchat.runner.naming import resolve
+    from mlxchat.runner.table import run_folders
+
+    store = Store(outputs)
+    try:
+        folders = [
+            folder
+            for name in names
+            for folder in ([latest_run(outputs)] if name == "latest" else run_folders(store, [_folder_name(name)]))
+        ]
+    except ConfigError as no_run:
+        try:
+            places = [resolve(store, name) for name in names]
+        except MlxchatError as no_artifact:
+            raise ConfigError(f"{no_run} {no_artifact}") from None
+        entries = entries_of_artifacts(outputs, places)
+        title = ", ".join(place.name for place in places)
+        folder = outputs / "reports" / "+".join(place.name for place in places)[:120]
+        return title, [collect_steps(outputs, title, entries, folder)], []
+    folders = list(dict.fromkeys(folders))
+    reports = [collect(outputs, folder) for folder in folders]
+    short = [report.experiment or report.name for report in reports]
+    titles = [s if short.count(s) == 1 else report.name for s, report in zip(short, reports, strict=True)]
+    if len(reports) > 1:
+        there = outputs / "reports" / "+".join(folder.name for folder in folders)[:120]
+        reports = [replace(report, folder=there) for report in reports]
+    return " and ".join(titles) if len(titles) < 4 else f"{len(titles)} runs", reports, titles
+
+
+def _folder_name(name: str) -> str:
+    """Return the last part of a path, since a run may be named by its folder."""
+    return name.rstrip("/").rpartition("/")[2] if "runs/" in name or "multirun/" in name else name
+
+
+def _sweep_folder(outputs: Path, name: str) -> Path | None:
+    folder = outputs / "multirun" / _folder_name(name)
+    return folder if (folder / "sweep.json").is_file() else None
+
+
+def _reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport], list[str]]:
+    state = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    jobs = state["jobs"].values()
+    if not all("steps" in job for job in jobs):
+        raise ConfigError(f"{folder} was written by a version whose sweeps had no report; sweep again: nothing is run")
+    titles = [job["title"] for job in jobs]
+    reports = [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
+    return f"Sweep {folder.name}", reports, titles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -21,7 +22,7 @@ from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Policy, Run, execute
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.hooks import Hooks
-from mlxchat.runner.plan import PlannedStep, make_plan
+from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.records import now
 from mlxchat.runner.sealed import write_whole
 from mlxchat.runner.secrets import redact
@@ -157,19 +158,9 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
         "overrides": composed.overrides,
         "started": now(),
         "targets": composed.config.targets or list(composed.config.pipeline),
-        "steps": [
-            {
-                "step": step.name,
-                "stage": step.stage.name,
-                "kind": step.stage.produces,
-                "artifact": step.artifact,
-                "rid": step.rid,
-                "inputs": step.inputs,
-                "state": step.state,
-                "reason": step.reason,
-            }
-            for step in plan
-        ],
+        "command": shlex.join(["mlxchat", *composed.overrides]),
+        "cost_per_hour": composed.config.report.cost_per_hour,
+        "steps": entries_of(plan),
     }
     write_whole(folder / "plan.json", json.dumps(redact(record), indent=1).encode() + b"\n")
     import yaml

@@ -13,6 +13,8 @@
     markdown     all of it → report.md
     layout       the pipeline as boxes and lines
     html         all of it → report.html                            (jinja2)
+    comparison   several runs side by side; scaling: bits per byte against FLOPs
+    writing      the files
     terminal     the short form → a console                         (rich)
     canvas       the pictures of sweeps                             (matplotlib)
 
@@ -22,62 +24,8 @@ metrics.jsonl or scores.json, so a report can be written anew at any time.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path, PurePosixPath
-
-from mlxchat.errors import StoreError
 from mlxchat.report.collect import RunReport, StepReport, collect, latest_run
 from mlxchat.report.terminal import print_summary
+from mlxchat.report.writing import write_report
 
 __all__ = ["RunReport", "StepReport", "collect", "latest_run", "print_summary", "write_report"]
-
-PICTURES = "report"
-
-
-def write_report(outputs: Path, run: Path) -> Path:
-    """Write report.md, report.html and report/*.svg into a run's folder.
-
-    Every file appears whole or not at all; pictures of an earlier report that no longer apply are removed.
-
-    Args:
-        outputs: the outputs folder.
-        run: the run's folder.
-
-    Returns:
-        The path of report.html.
-
-    Raises:
-        StoreError: the run has no readable plan, or its folder cannot be written.
-
-    """
-    from mlxchat.report.html import render_html, standalone
-    from mlxchat.report.markdown import render_markdown
-    from mlxchat.report.plots import all_charts
-
-    report = collect(outputs, run)
-    charts = all_charts(report)
-    page = render_html(report)
-    pictures = run / PICTURES
-    try:
-        pictures.mkdir(exist_ok=True)
-        for chart in charts:
-            _replace(pictures / f"{chart.name}.svg", standalone(chart).encode("utf-8"))
-        for path in (*pictures.glob("*.svg"), *pictures.glob("*.png")):  # PNG: those of former versions
-            if path.name not in {f"{chart.name}.svg" for chart in charts}:
-                path.unlink(missing_ok=True)
-        markdown = render_markdown(report, PurePosixPath(PICTURES))
-        _replace(run / "report.md", markdown.encode("utf-8"))
-        _replace(run / "report.html", page.encode("utf-8"))
-    except OSError as fault:
-        raise StoreError(f"the report cannot be written to {run}: {fault}; make the folder writable") from fault
-    return run / "report.html"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    # The process id keeps two reports written at once from sharing a temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

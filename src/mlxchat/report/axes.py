@@ -46,6 +46,8 @@ def ticks(low: float, high: float, most: int, *, is_log: bool = False, whole: bo
     """
     if is_log:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        if high < 10 * low:  # hardly more than linear, and too few powers of ten
+            return ticks(low, high, most)
         for factors in ((1, 2, 5), (1, 3), (1,)):
             found = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
             if len(found) <= most:

@@ -157,6 +157,57 @@ def collect(outputs: Path, run: Path) -> RunReport:
     )
 
 
+def collect_steps(outputs: Path, name: str, entries: list[dict[str, Any]], folder: Path) -> RunReport:
+    """Return what there is of a plan's steps, whichever runs made them: a job of a sweep, for instance.
+
+    Args:
+        outputs: the outputs folder.
+        name: what the report calls it.
+        entries: as in plan.json: step, stage, kind, artifact, rid, inputs.
+        folder: where the report belongs.
+    """
+    return RunReport(
+        name=name,
+        experiment=None,
+        started="",
+        folder=folder,
+        outcome="",
+        error="",
+        seconds=None,
+        targets=[],
+        steps=_inputs_first([_read_step(outputs, mapping(entry), []) for entry in entries]),
+    )
+
+
+def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, Any]]:
+    """Return an entry for each artifact and for all that it was made from.
+
+    A step keeps its name; a second artifact of a step of that name gets the start of its id behind it.
+    """
+    names: dict[str, str] = {}
+    entries: dict[str, dict[str, Any]] = {}
+
+    def visit(place: Path) -> str:
+        manifest = read_json(place / "manifest.json")
+        rid, step = text(manifest.get("rid")) or place.name, text(manifest.get("step")) or place.name
+        if rid in entries:
+            return text(entries[rid]["step"])
+        name = step if step not in names.values() else f"{step}-{rid[:6]}"
+        names[rid] = name
+        sources: dict[str, str] = {}
+        entries[rid] = {"step": name, "stage": text(manifest.get("stage")), "kind": text(manifest.get("kind")),
+                                "artifact": place.name, "rid": rid, "inputs": sources}  # fmt: skip
+        for role, source in mapping(manifest.get("inputs")).items():
+            made = mapping(source)
+            found = _find_artifact(outputs / "store", text(made.get("rid")), [text(made.get("artifact"))])
+            sources[role] = visit(found) if found else text(made.get("step"))
+        return name
+
+    for place in places:
+        visit(place)
+    return list(entries.values())
+
+
 def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]]) -> StepReport:
     name, artifact, rid = (text(entry.get(key)) for key in ("step", "artifact", "rid"))
     own = [e for e in events if e.get("step") == name and text(e.get("event")).startswith("step_")]

@@ -38,6 +38,8 @@ class Curve:
     """One of COLOURS."""
     is_smoothed: bool = False
     has_line: bool = True
+    has_dots: bool = True
+    """Whether its points are marked where they are few."""
     end: str = ""
     """Words at its last point; empty: none."""
     names: list[str] = field(default_factory=list)
@@ -185,11 +187,13 @@ def _curve(curve: Curve, across: Scale, up: Scale) -> list[str]:
         ys = smooth(ys, window_of(len(ys)))
     if curve.has_line:
         parts.append(f'<path class="curve c{curve.colour}" d="{_path(thin((xs, ys)), across, up)}"/>')
-    if not curve.has_line or len(xs) < SMOOTH_FROM_POINTS:
+    if not curve.has_line or (curve.has_dots and len(xs) < SMOOTH_FROM_POINTS):
         for x, y in zip(xs, ys, strict=True):
             parts.append(f'<circle class="dot c{curve.colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>')
     for x, y, name in zip(xs, ys, curve.names, strict=False):
-        parts.append(_text(across(x) + 6, up(y) - 7, name, f"name c{curve.colour}"))
+        # To the side where there is room.
+        side, shift = ("name", 6) if across(x) < WIDTH * 0.7 else ("name right", -6)
+        parts.append(_text(across(x) + shift, up(y) - 7, name, f"{side} c{curve.colour}", 24))
     return parts
 
 

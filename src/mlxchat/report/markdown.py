@@ -46,7 +46,7 @@ def render_markdown(report: RunReport, pictures: PurePosixPath) -> str:
         parts += ["## Metrics", render_table(metrics)]
         for reference, table in published_tables(report):
             parts += [f"### Beside it: {escape(reference.name)}", render_table(table)]
-        parts += _pictures(score_charts(report), pictures)
+        parts += picture_links(score_charts(report), pictures)
         if core := core_table(report):
             parts += ["### CORE, task by task", render_table(core)]
     parts += ["## Pipeline", render_mermaid(report), "### Time", render_table(timing_table(report))]
@@ -58,7 +58,7 @@ def render_markdown(report: RunReport, pictures: PurePosixPath) -> str:
         parts.append(f"## {escape(step.name)}{label}")
         told = [("state", step.outcome), *section.effort]
         parts.append(" · ".join(f"{escape(name)} {escape(value)}" for name, value in told))
-        parts += _pictures(step_charts(report, step), pictures)
+        parts += picture_links(step_charts(report, step), pictures)
         parts += [render_table(table) for other, table in compression if other is step]
         for title, pairs in groups_of(section):
             rows = [[Cell(name), Cell(value)] for name, value in pairs]
@@ -86,7 +86,7 @@ def render_markdown(report: RunReport, pictures: PurePosixPath) -> str:
     return visible("\n\n".join(parts) + "\n")
 
 
-def _pictures(charts: Sequence[Drawing], pictures: PurePosixPath) -> list[str]:
+def picture_links(charts: Sequence[Drawing], pictures: PurePosixPath) -> list[str]:
     """Return the pictures as one paragraph, so that they stand side by side where there is room."""
     images = [f"![{escape(chart.alt)}]({pictures / chart.name}.svg)" for chart in charts]
     return [" ".join(images)] if images else []

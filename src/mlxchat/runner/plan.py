@@ -282,3 +282,20 @@ def _label(stage: Stage, config: Any, inherited: list[str]) -> str:
     for part in stage.label.split("."):
         value = getattr(value, part)
     return str(value)
+
+
+def entries_of(plan: list[PlannedStep]) -> list[dict[str, Any]]:
+    """Return what is written of a plan's steps for reports and status: plain data, inputs first."""
+    return [
+        {
+            "step": step.name,
+            "stage": step.stage.name,
+            "kind": step.stage.produces,
+            "artifact": step.artifact,
+            "rid": step.rid,
+            "inputs": step.inputs,
+            "state": step.state,
+            "reason": step.reason,
+        }
+        for step in plan
+    ]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.commands.arguments import split_config_dirs
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
 from mlxchat.runner import locks
+from mlxchat.runner.plan import entries_of
 from mlxchat.runner.progress import format_number
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
@@ -79,7 +80,15 @@ def _sweep(jobs: list[Job], folder: SweepFolder, arguments: list[str], elsewhere
         {
             "parent": whereabouts(),
             "arguments": arguments,
-            "jobs": {job.number: {"overrides": job.overrides, "settings": told.settings[job.number]} for job in jobs},
+            "jobs": {
+                job.number: {
+                    "overrides": job.overrides,
+                    "settings": told.settings[job.number],
+                    "title": told.titles[job.number] or f"job {job.number}",
+                    "steps": entries_of(job.plan),
+                }
+                for job in jobs
+            },
             "pending": [],
             "made": [],
         }
@@ -105,10 +114,27 @@ def _sweep(jobs: list[Job], folder: SweepFolder, arguments: list[str], elsewhere
     write_results(
         [rows[number] for number in sorted(rows)], folder.path, metric=config.metric, direction=config.direction
     )
+    _report(jobs, folder, told)
     folder.tidy()
     if stop is not None:
         raise stop
     return int(any(row["status"] != "done" for row in rows.values()))
+
+
+def _report(jobs: list[Job], folder: SweepFolder, told: _Teller) -> None:
+    """Write the report of all jobs side by side, and say where it is."""
+    from mlxchat.report.collect import collect_steps
+    from mlxchat.report.comparison import write_comparison
+
+    titles = [redact(told.titles[job.number]) or f"job {job.number}" for job in jobs]
+    reports = [
+        collect_steps(job.store.outputs, title, entries_of(job.plan), folder.path)
+        for job, title in zip(jobs, titles, strict=True)
+    ]
+    try:
+        print(f"report: {write_comparison(folder.path, f'Sweep {folder.path.name}', reports, titles)}", flush=True)
+    except StoreError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _run(pending: list[Job], folder: SweepFolder, told: _Teller, elsewhere: Elsewhere | None) -> None:
