@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import compare_bpb
+import compare_chat
 import compare_core
 import compare_engine
 import compare_model
@@ -37,9 +38,9 @@ QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     "schedules": compare_schedules.QUANTITIES,
     "bpb": compare_bpb.QUANTITIES,
     "rl": compare_rl.QUANTITIES,
-    "core": compare_core.QUANTITIES,
+    "core": compare_core.QUANTITIES + compare_chat.CORE,
     "engine": compare_engine.QUANTITIES,
-    "tasks": compare_tasks.QUANTITIES,
+    "tasks": compare_tasks.QUANTITIES + compare_chat.TASKS,
 }
 """What is compared, by the first word of a file's name. Later formats add a line."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison import Comparison, Line, Quantity, Unchecked, UnreadableError, exact, largest, same, scaled_distance
+from comparison import Comparison, Line, Quantity, UnreadableError, exact, largest, same, scaled_distance
 from parity_file import ParityFile
 
 from mlxchat.errors import DataError
@@ -26,7 +26,8 @@ LOSS = 1e-5
 ACCURACY = 1e-6  # nanochat's are in float32
 VARIANTS = ("oct2025", "jul2026")
 _BATCH_TOKENS = 3000  # several batches for each task
-_ELSEWHERE = {"chat_categorical": "answers by the logits of letters", "chatcore": "the ChatCORE metric"}
+_ELSEWHERE = ("chat_categorical", "chatcore")
+"""compare_chat.py compares these."""
 
 
 def parameters(file: ParityFile) -> Iterator[Line]:
@@ -48,9 +49,6 @@ def evaluation(file: ParityFile) -> Iterator[Line]:
     for key, compare in _COMPARED.items():
         if key in file.json:
             yield from compare(file)
-    for key, meaning in _ELSEWHERE.items():
-        if key in file.json:
-            yield Unchecked(meaning, "it belongs to the chat tasks")
 
 
 def _prompts(file: ParityFile) -> Iterator[Line]:

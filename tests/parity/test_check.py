@@ -122,6 +122,13 @@ JSON: dict[str, tuple[str, str, Alter]] = {
     ),
     "a probability": ("engine", "distributions", lambda v: flip(v["sampling"][3]["probs"][0])),
     "a greedy token": ("engine", "greedy", lambda v: flip(v["greedy"]["jul2026"][1]["tokens"])),
+    "a letter's logit": (
+        "core", "letters", lambda v: flip(v["chat_categorical"]["oct2025"][0]["results"][3]["letter_logits"])
+    ),
+    "an answer": ("core", "letters", lambda v: v["chat_categorical"]["jul2026"][1]["results"][2].update(predicted="")),
+    "a ChatCORE": ("core", "metric", lambda v: v["chatcore"]["jul2026"][0].update(chatcore=0.08)),
+    "a program's verdict": ("tasks", "executions", lambda v: v["humaneval"]["evaluate"][0].update(success=False)),
+    "a program's output": ("tasks", "executions", lambda v: v["humaneval"]["execute_code"][0].update(stdout="bye")),
     "a calculation": ("tasks", "calculator", lambda v: v["calculator"][0].update(result="5")),
     "a word problem": ("tasks", "gsm8k", lambda v: v["gsm8k"]["conversations"][2]["messages"][1]["content"].pop()),
     "a verdict": ("tasks", "gsm8k", lambda v: v["gsm8k"]["evaluate"][0].update(correct=0)),

@@ -1,0 +1,123 @@
+"""core_*.json and tasks_*.json, what chat tasks are judged by: letters' logits, ChatCORE, and programs that are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from comparison import Line, Quantity, largest, same, scaled_distance
+from parity_file import ParityFile
+
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.engine.generate import Engine
+from mlxchat.evals.chat import Answering, evaluate_task, letter_logits
+from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore
+from mlxchat.evals.sandbox import run_programs
+from mlxchat.tasks.base import Task
+from mlxchat.tasks.humaneval import assemble_program
+
+LOGITS = 1e-4
+_BATCH_TOKENS = 1000  # several batches for each task
+_NAMES = {
+    "ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge", "MMLU": "mmlu", "GSM8K": "gsm8k",
+    "HumanEval": "humaneval", "SpellingBee": "spelling_bee",
+}  # fmt: skip
+# nanochat's: it counts a program that leaves before its tests as passed. Ours: all of it must have been executed.
+_LEAVES = ("sys.exit(0)", "raise SystemExit", "os._exit(0)")
+# nanochat's: functions are None, so that calling one is an error. Ours: what it would do is forbidden, and it says so.
+_DISABLED = ("os.system", "subprocess", "os.kill", "shutil.rmtree")
+
+
+class _Conversations:
+    """Conversations of a file as a task; right is the letter that their last message holds."""
+
+    kind, chance = "categorical", 0.25
+
+    def __init__(self, conversations: list[dict[str, Any]]) -> None:
+        self.conversations = conversations
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.conversations[index]
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        return bool(response == conversation["messages"][-1]["content"])
+
+
+def letters(file: ParityFile) -> Iterator[Line]:
+    """Compare the logits of the letters after each question, the answers, and the accuracy."""
+    if file.path.suffix != ".json" or "chat_categorical" not in file.json:
+        return
+    tokenizer, tasks = file.tokenizer(), file.companion("tasks", ".json").json
+    for variant, groups in file.json["chat_categorical"].items():
+        engine = Engine(file.core_model(variant), tokenizer)
+        for group in groups:
+            name, task = f"{variant} {group['task']}", _Conversations(tasks[group["task"]]["conversations"])
+            yield same(f"{name}: prompt lengths", [
+                (str(row["index"]), len(render_for_completion(tokenizer, task[row["index"]])), row["prompt_length"])
+                for row in group["results"]
+            ])  # fmt: skip
+            # Beyond the context nanochat goes on as it can; ours keeps the end of the prompt, and says so.
+            results = [row for row in group["results"] if row["prompt_length"] <= engine.model.sizes.context_tokens]
+            prompts = [render_for_completion(tokenizer, task[row["index"]]) for row in results]
+            logits = letter_logits(engine, prompts, [row["letters"] for row in results])
+            yield largest(f"{name}: letters' logits", {
+                str(row["index"]): scaled_distance(found, row["letter_logits"])
+                for row, found in zip(results, logits, strict=True)
+            }, LOGITS)  # fmt: skip
+            how = Answering(batch_rows=8, max_new_tokens=1, batch_tokens=_BATCH_TOKENS)
+            score, examples = evaluate_task(engine, cast(Task, task), how)
+            answers = {example["index"]: (example["output"], example["verdict"]) for example in examples}
+            yield same(f"{name}: answers", [
+                (str(row["index"]), answers[row["index"]], (row["predicted"], bool(row["correct"]))) for row in results
+            ])  # fmt: skip
+            if len(results) == len(group["results"]) == len(task):
+                yield same(f"{name}: accuracy", [("", round(score.accuracy, 9), round(group["accuracy"], 9))])
+
+
+def metric(file: ParityFile) -> Iterator[Line]:
+    """Compare ChatCORE of given accuracies."""
+    if file.path.suffix != ".json" or "chatcore" not in file.json:
+        return
+    for variant, cases in file.json["chatcore"].items():
+        differences = {}
+        for number, case in enumerate(cases):
+            scores = {
+                _NAMES[name]: Score(kind="", accuracy=value, chance=case["baselines"][name], num_examples=1)
+                for name, value in case["results"].items()
+            }
+            found = chatcore(scores, {name: name for name in scores})
+            of_set = found is not None and found["set"] == variant and set(scores) == set(CHATCORE_SETS[variant])
+            value = found["value"] if found is not None and of_set else float("nan")
+            differences[str(number)] = abs(value - case["chatcore"])
+        yield largest(f"{variant}: ChatCORE", differences, 1e-9)
+
+
+def executions(file: ParityFile) -> Iterator[Line]:
+    """Compare the verdicts on programs that are really run, but where we depart from nanochat's."""
+    if file.path.suffix != ".json" or not (data := file.json.get("humaneval")):
+        return
+    cases = [case for case in data["evaluate"] if not any(word in case["completion"] for word in _DISABLED)]
+    programs = [assemble_program(data["conversations"][case["index"]], case["completion"]) for case in cases]
+    expected = [case["success"] and not any(word in case["completion"] for word in _LEAVES) for case in cases]
+    outcomes = run_programs(programs)
+    yield same("humaneval: verdicts of programs, by our rule", [
+        (case["name"], outcome.passed, bool(verdict))
+        for case, outcome, verdict in zip(cases, outcomes, expected, strict=True)
+    ])  # fmt: skip
+    printing = data["execute_code"]
+    found = zip(printing, run_programs([case["code"] for case in printing]), strict=True)
+    yield same("humaneval: what programs print, and their errors", [
+        (
+            case["code"],
+            (outcome.passed, outcome.output[: len(case["stdout"])], (case["error"] or "") in outcome.output),
+            (case["success"], case["stdout"], True),
+        )
+        for case, outcome in found
+    ])  # fmt: skip
+
+
+CORE: tuple[Quantity, ...] = (letters, metric)
+TASKS: tuple[Quantity, ...] = (executions,)
