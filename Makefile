@@ -41,6 +41,9 @@ report: setup ## write the report of the latest run
 sweep: setup ## run every combination of SWEEP="model=d2,d4 ..."
 	$(BIN)/mlxchat -m $(SWEEP) $(ARGS)
 
+rehearsal: setup ## everything that the speedrun does, once and small, with its real data
+	$(BIN)/mlxchat experiment=speedrun_rehearsal $(ARGS)
+
 speedrun: setup ## nanochat's published run, d20 (hours on a large GPU)
 	$(BIN)/mlxchat experiment=speedrun_d20 $(ARGS)
 
@@ -123,4 +126,4 @@ ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat report sweep speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE
+.PHONY: help setup run chat report sweep rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE
