@@ -50,7 +50,7 @@ FILES = {
     },
     "pretrain": MODEL_FILES | {"samples.jsonl"},
     **dict.fromkeys(("midtrain", "sft", "rl"), MODEL_FILES),
-    **{step: {"scores.json", "examples.jsonl"} for step in KINDS if step.startswith("eval")},
+    **{step: {"scores.json", "examples.parquet"} for step in KINDS if step.startswith("eval")},
 }
 CONTRACT = {
     "schema", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs", "outputs",

@@ -158,7 +158,7 @@ def test_multiple_choice_is_asked_once_whatever_the_seeds(model: GPT, tokenizer:
     score, records = evaluate(
         Engine(model, tokenizer), Questions(["A"] * 5, kind="categorical"), seeds=5, temperature=1.0
     )
-    assert len(records) == 5
+    assert [example["seed"] for example in records] == [None] * 5
     assert score.per_seed == ()
 
 

@@ -7,20 +7,32 @@ from pathlib import Path
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import aligned, print_json, show_value, when
+from mlxchat.errors import ConfigError
 from mlxchat.runner.comparing import flatten
 from mlxchat.runner.naming import groups, links
 from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
 from mlxchat.runner.store import Manifest, Store, read_manifest
 
+EXAMPLES = ("wrong", "right", "all")
+
 
 def main(arguments: list[str]) -> int:
-    """Print an artifact's manifest for people, or with --json as it is."""
+    """Print an artifact's manifest for people, or with --json as it is; or an evaluation's examples."""
     parser = make_naming_parser("show", "Show everything about an artifact.")
     parser.add_argument("--json", action="store_true", help="the manifest as it is")
+    parser.add_argument("--examples", choices=EXAMPLES, help="of an evaluation: what was asked and answered")
+    parser.add_argument("-n", type=int, default=5, metavar="N", help="examples at most (default: 5)")
+    parser.add_argument("--task", metavar="NAME", help="examples of this task only")
     options = parser.parse_intermixed_args(arguments)
+    if options.n < 1:
+        raise ConfigError(f"-n is {options.n}, expected at least 1")
     (name,), settings = take_names(options.settings, "show", 1, 1, "ID")
     store = Store(outputs_folder(settings))
     place = store.resolve(name)
+    if options.examples is not None:
+        from mlxchat.commands.show_examples import show_examples  # which needs a reader of parquet
+
+        return show_examples(place, which=options.examples, count=options.n, task=options.task)
     manifest = read_manifest(place)
     if options.json:
         print_json(manifest)

@@ -132,6 +132,7 @@ class _Asked:
 
     def answer(self, sample: int, known: dict[int, Example], pool: ThreadPoolExecutor) -> Iterator[list[Example]]:
         """Yield the examples of one batch after the other; batches that are known are left out."""
+        draws = self.task.kind == "generative" and self.answering.temperature > 0
         find = self._choose_letters if self.task.kind == "categorical" else self._generate
         waiting: tuple[list[Example], list[Future[_Verdict]]] | None = None
         for batch in self._batches():
@@ -145,7 +146,7 @@ class _Asked:
                 details |= {"cropped": True} if self.cropped[index] else {}
                 examples.append(
                     {
-                        "index": index, "seed": sample if self.answering.temperature else None,
+                        "index": index, "seed": sample if draws else None,
                         "prompt": question_text(conversation), "output": text, "expected": expected_text(conversation),
                         "verdict": None, "tokens": tokens, "details": details,
                     }

@@ -1,0 +1,126 @@
+"""mlxchat show ID --examples: what an evaluation asked, what was answered, and the verdict, to read in a terminal."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.evals.examples import read_examples
+
+_MOST_CHARS = 1500
+_WIDEST = 110
+# How generated text is shown: calculator calls as people write them, no other special tokens.
+_SHOWN = (("<|python_start|>", "<<"), ("<|python_end|><|output_start|>", "="), ("<|output_end|>", ">>"))
+_SPECIAL = re.compile(r"<\|(bos|user_start|user_end|assistant_start|assistant_end|python_\w+|output_\w+)\|>")
+
+
+def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> int:
+    """Print examples of an evaluation's artifact and return the exit code.
+
+    Args:
+        folder: of the artifact.
+        which: wrong, right or all.
+        count: how many at most; of several tasks some of each.
+        task: of this task only; None: of all.
+
+    Raises:
+        ConfigError: the evaluation has no such task.
+        DataError: the artifact has no examples, or they cannot be read.
+    """
+    totals: dict[str, list[int]] = {}
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    for example in read_examples(folder):
+        name, verdict = example["task"], bool(example["verdict"])
+        total = totals.setdefault(name, [0, 0])
+        total[0] += verdict
+        total[1] += 1
+        if which == "all" or verdict == (which == "right"):
+            found = chosen.setdefault(name, [])
+            if len(found) < count:  # so that memory is bounded however many there are
+                found.append(example)
+    if task is not None and task not in totals:
+        raise ConfigError(
+            f'{folder.name} has no task "{task}", it has {", ".join(totals) or "none"}.{suggest(task, totals)}'
+        )
+    groups = {name: found for name, found in chosen.items() if task is None or name == task}
+    shown = list(islice(_in_turn(groups.values()), count))
+    width, colour = min(_WIDEST, shutil.get_terminal_size((100, 24)).columns), sys.stdout.isatty()
+    for example in sorted(shown, key=lambda each: (list(totals).index(each["task"]), each["index"])):
+        print("\n".join(_describe(example, width, colour=colour)), end="\n\n")
+    for name in [task] if task is not None else totals:
+        right, asked = totals[name]
+        print(f"{name}: {right} of {asked} right")
+    if not shown:
+        print(f"no {'' if which == 'all' else which + ' '}examples")
+    return 0
+
+
+def _in_turn(groups: Iterable[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield the first of each group, then the second of each, and so on."""
+    for row in zip_longest(*groups):
+        yield from (item for item in row if item is not None)
+
+
+def _describe(example: dict[str, Any], width: int, *, colour: bool) -> Iterator[str]:
+    verdict = "right" if example["verdict"] else "wrong"
+    seed = "" if example["seed"] is None else f"  seed {example['seed']}"
+    tokens = "" if example["tokens"] is None else f"  {example['tokens']} tokens"
+    head = f"{example['task']} {example['index']}{seed}  {verdict}{tokens}"
+    if colour:
+        head = f"\033[{32 if verdict == 'right' else 31};1m{head}\033[0m"
+    yield head
+    for title in ("prompt", "output", "expected"):
+        if example[title] is not None:
+            yield from _block(title, example[title], width)
+    details = _details(example["details"])
+    if details:
+        yield from _block("details", details, width)
+
+
+def _block(title: str, text: str, width: int) -> Iterator[str]:
+    """Yield a text's lines, wrapped, beside its title."""
+    text = printable(text)
+    if len(text) > _MOST_CHARS:
+        text = f"{text[: _MOST_CHARS // 2]} […] {text[-_MOST_CHARS // 2 :]}"
+    title = f"  {title:<9}"
+    for line in text.splitlines() or [""]:
+        indent = re.match(r" *", line)
+        assert indent is not None
+        parts = textwrap.wrap(
+            line, max(20, width - len(title)), drop_whitespace=False, subsequent_indent=indent[0][:20]
+        )  # fmt: skip
+        for part in parts or [""]:
+            yield f"{title}{part}".rstrip()
+            title = " " * len(title)
+
+
+def printable(text: str) -> str:
+    """Return generated text as people read it; nothing in it can move the cursor or change colours."""
+    for token, shown in _SHOWN:
+        text = text.replace(token, shown)
+    text = _SPECIAL.sub("", text)
+    return "".join(char if char.isprintable() or char in "\n " else {"\t": "    "}.get(char, "·") for char in text)
+
+
+def _details(details: dict[str, Any]) -> str:
+    """Return what else is known, in one line for each thing; numbers short."""
+    lines = []
+    for name, value in details.items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{key} {_short(item)}" for key, item in value.items())
+        elif isinstance(value, list):
+            value = "  ".join(map(_short, value))
+        if value not in (None, "", False) and (name, value) != ("finished", True):
+            lines.append(f"{name}: {_short(value)}".rstrip())
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

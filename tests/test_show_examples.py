@@ -1,0 +1,110 @@
+"""`mlxchat show ID --examples`: examples of an evaluation, to read in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.commands.show import main
+from mlxchat.commands.show_examples import printable, show_examples
+from mlxchat.errors import ConfigError, DataError
+from mlxchat.evals.examples import write_examples
+
+
+def example(task: str, index: int, *, verdict: bool, **changes: Any) -> dict[str, Any]:
+    return {
+        "task": task, "index": index, "seed": None, "prompt": f"question {index}", "output": f"said {index}",
+        "expected": f"wanted {index}", "verdict": verdict, "tokens": 3, "details": {}, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [example("gsm8k", index, verdict=index % 2 == 0) for index in range(10)]
+    rows += [example("mmlu", index, verdict=True) for index in range(4)]
+    write_examples(tmp_path / "examples.parquet", rows)
+    return tmp_path
+
+
+def shown(capsys: pytest.CaptureFixture[str], folder: Path, which: str, **changes: Any) -> list[str]:
+    """Return the lines that name an example."""
+    show_examples(folder, **{"which": which, "count": 5, "task": None} | changes)
+    return [line for line in capsys.readouterr().out.splitlines() if line.endswith("3 tokens")]
+
+
+def test_wrong_answers_only(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    lines = shown(capsys, folder, "wrong")
+    assert lines == [f"gsm8k {index}  wrong  3 tokens" for index in (1, 3, 5, 7, 9)]
+
+
+def test_as_many_as_asked_for_some_of_each_task(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    lines = shown(capsys, folder, "right", count=4)
+    assert [line.split("  ")[0] for line in lines] == ["gsm8k 0", "gsm8k 2", "mmlu 0", "mmlu 1"]
+    assert len(shown(capsys, folder, "all", count=100)) == 14
+
+
+def test_of_one_task(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    lines = shown(capsys, folder, "all", task="mmlu", count=3)
+    assert [line.split("  ")[0] for line in lines] == ["mmlu 0", "mmlu 1", "mmlu 2"]
+
+
+def test_an_unknown_task_is_refused_with_those_there_are(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r'no task "gsm", it has gsm8k, mmlu\. Did you mean "gsm8k"'):
+        show_examples(folder, which="all", count=5, task="gsm")
+
+
+def test_everything_of_an_example_is_shown_wrapped_to_the_terminal(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    details = {"logits": {"A": 0.5, "B": 1.25}, "finished": True, "status": "timeout"}
+    row = example("t", 7, verdict=False, seed=2, prompt="word " * 40, output="def f():\n    return 1", details=details)
+    write_examples(tmp_path / "examples.parquet", [row])
+    show_examples(tmp_path, which="wrong", count=1, task=None)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60
+    assert out.count("word") == 40
+    for expected in ("t 7  seed 2  wrong", "  output   def f():\n               return 1\n", "  expected wanted 7"):
+        assert expected in out
+    assert "  details  logits: A 0.500  B 1.250\n           status: timeout\n" in out
+    assert out.endswith("t: 0 of 1 right\n")
+
+
+def test_of_a_long_text_the_beginning_and_the_end_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    row = example("t", 0, verdict=False, prompt="begin " + "x" * 10_000 + " end")
+    write_examples(tmp_path / "examples.parquet", [row])
+    show_examples(tmp_path, which="all", count=1, task=None)
+    out = capsys.readouterr().out
+    assert len(out) < 3000
+    assert "begin" in out
+    assert " end" in out
+
+
+def test_calculator_calls_are_shown_as_people_write_them() -> None:
+    text = "It is <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5.<|assistant_end|>"
+    assert printable(text) == "It is <<2+3=5>>5."
+
+
+def test_what_a_model_wrote_cannot_command_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\rc\td\ne") == "a·[2Jb·c    d\ne"
+
+
+def test_only_evaluations_have_examples(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no examples"):
+        show_examples(tmp_path, which="all", count=5, task=None)
+
+
+@pytest.mark.parametrize("words", [["--examples", "bad"], ["--examples", "all", "-n", "0"], ["--examples"]])
+def test_other_choices_and_counts_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        main(["eval_sft", *words])
+
+
+def test_the_verb_shows_examples_of_a_finished_run(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["eval_sft", "--examples", "all", "-n", "2", "--task", "kinds_mc", f"outputs={finished.outputs}"])
+    out = capsys.readouterr().out
+    assert code == 0
+    assert out.count("Multiple Choice question:") == 2
+    assert "kinds_mc: " in out
