@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -207,3 +208,31 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toys]:
     for module in [module for module in sys.modules if module.startswith(name)]:
         del sys.modules[module]
     stage_module.read_stage.cache_clear()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty Hub on this machine (tests/loopback_hub.py), used by this process and its children, with own caches."""
+    from mlxchat.data import downloads, hub_listing
+    from mlxchat.data.prefetch import stop_fetching
+
+    spec = importlib.util.spec_from_file_location("loopback_hub", Path(__file__).with_name("loopback_hub.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "loopback_hub", module)
+    spec.loader.exec_module(module)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(downloads, "FIRST_PAUSE_SECONDS", 0.002)
+    monkeypatch.setattr(hub_listing, "FIRST_PAUSE_SECONDS", 0.002)
+    hub_listing.forget()
+    with module.LoopbackHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        yield server
+        stop_fetching()
+    hub_listing.forget()

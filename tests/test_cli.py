@@ -75,7 +75,7 @@ def test_every_verb_explains_itself(verb: str, say: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "graph", "bench", "completion")]
+    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "graph", "bench", "completion", "data")]
 )
 def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
     assert say(verb, "model=d4", code=2).startswith('error: "model=d4" is not used here')

@@ -55,9 +55,8 @@ def main(arguments: list[str]) -> int:
     for title, files in groups.items():
         left = sum(file.bytes for file in files if not file.is_there())
         size = format_bytes(sum(file.bytes for file in files))
-        print(
-            f"{title} at {files[0].revision[:12]}: {len(files):,} {'file' if len(files) == 1 else 'files'}, {size}, {format_bytes(left)} to fetch"
-        )
+        count = f"{len(files):,} {'file' if len(files) == 1 else 'files'}"
+        print(f"{title} at {files[0].revision[:12]}: {count}, {size}, {format_bytes(left)} to fetch")
     for url in urls:
         print(url)
     if options.dry_run:

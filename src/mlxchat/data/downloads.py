@@ -144,13 +144,13 @@ class _Transfer:
                         f"of it was kept. The server, or what stands between, damages it: {self.wanted.url}"
                     )
                 continue
-            fruitless = fruitless + 1 if self.received == before else 1
+            fruitless = fruitless + 1 if self.received == before else 0
             if fruitless == TRIES:
                 raise PassingError(
                     f"{self.wanted.name} cannot be fetched now ({trouble}; {self.wanted.url}). What arrived is kept, "
                     "and the same command continues there."
                 )
-            self._pause(max(pause, FIRST_PAUSE_SECONDS * 2 ** (fruitless - 1)))
+            self._pause(max(pause, FIRST_PAUSE_SECONDS * 2 ** (fruitless - 1) if fruitless else 0.0))
 
     def _receive(self) -> None:
         """Ask for what is missing and append it to the part."""

@@ -17,6 +17,7 @@ from mlxchat.errors import DataError, PassingError
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
 _TRIES, _TRIES_WITH_RECORD = 6, 2
+FIRST_PAUSE_SECONDS = 0.5
 _SILENCE_SECONDS = 20.0
 
 # Asked once in a process: a run works with one commit, whatever is uploaded meanwhile.
@@ -142,7 +143,7 @@ def _ask(repository: str, kind: str, tries: int, question: Callable[[Any], Any])
             hint = " If it is not public, set HF_TOKEN." if status in (401, 403) else ""
             raise DataError(f"{repository}: the Hub at {endpoint()} has no such {kind} or revision ({reason}).{hint}")
         if number + 1 < tries:
-            time.sleep(0.5 * 2**number)
+            time.sleep(FIRST_PAUSE_SECONDS * 2**number)
     raise PassingError(f"{repository}: the Hub at {endpoint()} cannot be asked now ({reason}).")
 
 

@@ -1,0 +1,440 @@
+"""Files of a Hub that misbehaves: nothing wrong is ever accepted, and what arrived is never fetched twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.data import downloads, hub_listing
+from mlxchat.data.hub import HubFile, fetch_files, fetch_url, list_files, record
+from mlxchat.data.hub_files import hub_cache
+from mlxchat.errors import DataError, MlxchatError, PassingError
+from mlxchat.runner.passing import is_passing
+
+NAME = "org/texts"
+
+
+def content(seed: int, size: int = 200_000) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+CONTENT = {f"data/{index}.parquet": content(index) for index in range(4)} | {"README.md": b"# Texts\n"}
+
+
+@pytest.fixture
+def texts(hub: Any) -> Any:
+    """A data set of four large files and a small one."""
+    return hub.add(NAME, dict(CONTENT))
+
+
+def fetch(pattern: str = "*", **more: Any) -> dict[str, bytes]:
+    files = list_files(NAME, pattern=pattern)
+    return {file.path: path.read_bytes() for file, path in zip(files, fetch_files(files, **more), strict=True)}
+
+
+# What is fetched
+
+
+def test_files_are_listed_by_name_with_size_checksum_and_commit(hub: Any, texts: Any) -> None:
+    files = list_files(NAME, pattern="data/*.parquet")
+    assert [(file.path, file.bytes, file.sha256) for file in files] == [
+        (path, len(data), hashlib.sha256(data).hexdigest()) for path, data in CONTENT.items() if "data/" in path
+    ]
+    assert {file.revision for file in files} == {texts.commit}
+
+
+def test_files_arrive_as_they_are_and_only_once(hub: Any, texts: Any) -> None:
+    assert fetch() == CONTENT
+    asked = len(hub.log)
+    assert fetch() == CONTENT
+    assert len(hub.log) == asked
+
+
+def test_a_file_outside_of_lfs_is_checked_by_its_git_id(hub: Any, texts: Any) -> None:
+    (readme,) = list_files(NAME, pattern="README.md")
+    assert readme.sha256 is None
+    hub.faults.corrupt = "README.md"
+    assert fetch("README.md") == {"README.md": b"# Texts\n"}
+    assert [each.status for each in hub.requests("README.md")] == [200, 200]
+
+
+def test_a_model_repository_is_another_one_than_a_data_set_of_that_name(hub: Any, texts: Any) -> None:
+    hub.add(NAME, {"model.safetensors": b"weights"}, kind="model")
+    files = list_files(NAME, kind="model")
+    assert [path.read_bytes() for path in fetch_files(files)] == [b"weights"]
+
+
+def test_the_official_client_finds_what_was_fetched(hub: Any, texts: Any) -> None:
+    from huggingface_hub import hf_hub_download
+
+    fetch()
+    sent = hub.sent()
+    path = hf_hub_download(
+        NAME, "data/1.parquet", repo_type="dataset", revision=texts.commit, endpoint=hub.url, cache_dir=hub_cache()
+    )
+    assert Path(path).read_bytes() == CONTENT["data/1.parquet"]
+    assert hub.sent() == sent
+
+
+def test_what_the_official_client_fetched_is_hashed_and_used(hub: Any, texts: Any) -> None:
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download(NAME, "data/1.parquet", repo_type="dataset", endpoint=hub.url, cache_dir=hub_cache())
+    assert fetch("data/1.parquet") == {"data/1.parquet": CONTENT["data/1.parquet"]}
+    assert hub.sent("1.parquet") == len(CONTENT["data/1.parquet"])
+
+
+def test_a_file_of_the_right_size_that_was_altered_in_the_cache_is_fetched_again(hub: Any, texts: Any) -> None:
+    fetch()
+    (file,) = list_files(NAME, pattern="data/2.parquet")
+    damaged = bytearray(CONTENT["data/2.parquet"])
+    damaged[1000] ^= 1
+    file.blob.write_bytes(damaged)
+    assert fetch("data/2.parquet") == {"data/2.parquet": CONTENT["data/2.parquet"]}
+
+
+def test_a_record_names_address_commit_checksum_and_size(hub: Any, texts: Any) -> None:
+    (file,) = list_files(NAME, pattern="data/0.parquet")
+    assert record(file) == {
+        "url": f"hf://datasets/{NAME}/data/0.parquet", "revision": texts.commit,
+        "sha256": hashlib.sha256(CONTENT["data/0.parquet"]).hexdigest(), "bytes": 200_000,
+    }  # fmt: skip
+
+
+def test_progress_ends_at_all_bytes(hub: Any, texts: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    fetch("data/*", on_progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (800_000, 800_000)
+    assert all(total == 800_000 for _, total in seen)
+
+
+# Faults
+
+
+def test_a_cut_file_is_continued_where_it_was_cut(hub: Any, texts: Any) -> None:
+    hub.faults.truncate = "data/*"
+    assert fetch() == CONTENT
+    assert [each.range for each in hub.requests("0.parquet")] == [None, "bytes=100000-"]
+    assert hub.sent("parquet") == 800_000
+
+
+def test_a_file_that_is_cut_again_and_again_arrives_without_a_byte_twice(hub: Any, texts: Any) -> None:
+    hub.faults.truncate, hub.faults.times = "data/3.parquet", 0
+    assert fetch("data/3.parquet") == {"data/3.parquet": CONTENT["data/3.parquet"]}
+    assert hub.sent("3.parquet") == 200_000
+
+
+def test_a_file_that_is_corrupted_once_is_fetched_again(hub: Any, texts: Any) -> None:
+    hub.faults.corrupt = "data/*"
+    assert fetch() == CONTENT
+    assert len(hub.requests("1.parquet")) == 2
+
+
+def test_a_file_that_is_always_corrupted_is_refused_and_not_kept_while_the_others_are(hub: Any, texts: Any) -> None:
+    hub.faults.corrupt, hub.faults.times = "data/2.parquet", 0
+    with pytest.raises(DataError, match=r"data/2\.parquet is not what it should be: its sha256 is"):
+        fetch()
+    files = {file.path: file for file in list_files(NAME)}
+    bad = files.pop("data/2.parquet")
+    assert not bad.place.exists()
+    assert not bad.blob.exists()
+    assert not list(bad.blob.parent.glob(f"{bad.blob.name}*.part"))
+    assert all(file.is_there() for file in files.values())
+
+
+def test_what_cannot_pass_is_not_tried_again_by_the_runner(hub: Any, texts: Any) -> None:
+    hub.faults.corrupt, hub.faults.times = "data/2.parquet", 0
+    with pytest.raises(DataError) as raised:
+        fetch()
+    assert not is_passing(raised.value)
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 408])
+def test_a_server_that_is_busy_for_a_while_is_waited_for(hub: Any, texts: Any, status: int) -> None:
+    hub.faults.fail_first, hub.faults.status = 4, status
+    assert fetch() == CONTENT
+
+
+def test_a_server_that_stays_busy_is_a_fault_that_may_pass(hub: Any, texts: Any) -> None:
+    files = list_files(NAME)
+    hub.faults.fail_first = 10_000
+    with pytest.raises(PassingError, match="503") as raised:
+        fetch_files(files)
+    assert is_passing(raised.value)
+
+
+def test_a_redirect_to_another_host_is_followed_and_the_token_stays_behind(
+    hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
+    hub.faults.redirect, hub.faults.truncate = True, "data/*"
+    assert fetch() == CONTENT
+    asked = hub.requests("parquet")
+    assert {each.token for each in asked if each.host.startswith("127.")} == {"hf_secret_token"}
+    assert {each.token for each in asked if each.host.startswith("localhost")} == {None}
+    assert hub.sent("parquet") == 800_000
+
+
+def test_a_slow_server_is_waited_for(hub: Any, texts: Any) -> None:
+    hub.faults.latency_seconds = 0.2
+    assert fetch() == CONTENT
+
+
+def test_files_come_side_by_side(hub: Any, texts: Any) -> None:
+    files = list_files(NAME)
+    hub.faults.latency_seconds = 0.3
+    began = time.monotonic()
+    fetch_files(files, workers=5)
+    assert time.monotonic() - began < 5 * 0.3
+
+
+MISTAKES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "a repository that is not there": (lambda hub: hub.repositories.clear(), "has no such dataset"),
+    "a file that went away": (lambda hub: hub.repositories["dataset", NAME].files.pop("data/0.parquet"), "HTTP 404"),
+    "a file that one may not have": (lambda hub: setattr(hub.faults, "denied", "data/*"), r"403.*authorized.*HF_TOKEN"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_is_not_to_be_had_is_told_at_once(hub: Any, texts: Any, name: str) -> None:
+    change, message = MISTAKES[name]
+    files = list_files(NAME) if "file" in name else []
+    change(hub)
+    before = len(hub.log)
+    with pytest.raises(DataError, match=message) as raised:
+        fetch_files(files) if files else list_files(NAME)
+    assert not is_passing(raised.value)
+    assert len(hub.log) <= before + 6
+
+
+def test_a_disk_without_room_is_told_before_anything_is_fetched(
+    hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=(256 << 20) + 799_999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DataError, match=r"org/texts \(5 files to fetch\) needs 800\.0 kB.*269\.2 MB free.*HF_HOME"):
+        fetch()
+    assert hub.requests("parquet") == []
+
+
+def test_a_check_that_raises_ends_the_transfer_and_what_arrived_is_kept(hub: Any, texts: Any) -> None:
+    class Enough(Exception):
+        pass
+
+    def check() -> None:
+        if hub.sent("0.parquet") > 100_000:
+            raise Enough
+
+    hub.faults.block_seconds = 0.05
+    with pytest.raises(Enough):
+        fetch("data/0.parquet", check=check)
+    hub.faults.block_seconds = 0.0
+    assert fetch("data/0.parquet") == {"data/0.parquet": CONTENT["data/0.parquet"]}
+    (again,) = [each for each in hub.requests("0.parquet") if each.range]
+    assert int(again.range.removeprefix("bytes=").removesuffix("-")) > 50_000
+
+
+# Kills and other processes
+
+CHILD = f"""
+from mlxchat.data.hub import fetch_files, list_files
+fetch_files(list_files("{NAME}"), workers=2)
+"""
+
+
+def start_child() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", CHILD], env=dict(os.environ))
+
+
+def test_a_killed_download_is_continued_and_what_was_complete_is_not_asked_for_again(hub: Any, texts: Any) -> None:
+    hub.faults.block_seconds = 0.03
+    child = start_child()
+    until = time.monotonic() + 30
+    while hub.sent("2.parquet") < 60_000 and time.monotonic() < until:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    hub.faults.block_seconds = 0.0
+    whole = [path for path in ("data/0.parquet", "data/1.parquet") if list_files(NAME, pattern=path)[0].blob.exists()]
+    asked = {path: len(hub.requests(path)) for path in whole}
+    assert whole
+    assert fetch() == CONTENT
+    assert {path: len(hub.requests(path)) for path in whole} == asked
+    assert hub.requests("2.parquet")[-1].range is not None
+    # Lost are at most the blocks that were on their way.
+    assert hub.sent("parquet") < 800_000 + 3 * 131_072
+
+
+def test_two_processes_at_once_fetch_each_file_once(hub: Any, texts: Any) -> None:
+    hub.faults.block_seconds = 0.005
+    children = [start_child(), start_child()]
+    assert [child.wait(timeout=60) for child in children] == [0, 0]
+    assert hub.sent("parquet") == 800_000
+    assert fetch() == CONTENT
+
+
+# Without a network
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub_listing.forget()
+
+
+def test_offline_a_warm_cache_serves(hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch()
+    offline(monkeypatch)
+    asked = len(hub.log)
+    assert fetch() == CONTENT
+    assert len(hub.log) == asked
+
+
+def test_offline_a_cold_cache_names_the_repository_and_what_to_type(
+    hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mlxchat", "experiment=speedrun_d20", "--fail-fast"])
+    offline(monkeypatch)
+    with pytest.raises(DataError, match=r"org/texts.*HF_HUB_OFFLINE.*mlxchat data fetch experiment=speedrun_d20$"):
+        list_files(NAME)
+
+
+def test_offline_a_cache_that_lacks_a_file_says_which(hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch("data/0.parquet")
+    offline(monkeypatch)
+    with pytest.raises(DataError, match=r"600\.0 kB.*data/1\.parquet.*mlxchat data fetch"):
+        fetch("data/*")
+
+
+def test_a_hub_that_is_gone_is_replaced_by_what_was_recorded(
+    hub: Any, texts: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetch()
+    hub_listing.forget()
+    hub.faults.fail_first = 10_000
+    assert fetch() == CONTENT
+    assert f"commit {texts.commit[:12]} is used, as before" in capsys.readouterr().err
+
+
+def test_a_hub_that_is_gone_and_never_answered_is_a_fault_that_may_pass(hub: Any, texts: Any) -> None:
+    hub.faults.fail_first = 10_000
+    with pytest.raises(PassingError, match="cannot be asked now"):
+        list_files(NAME)
+
+
+# Revisions
+
+
+def test_a_process_works_with_one_commit_and_the_next_with_the_new_one(hub: Any, texts: Any) -> None:
+    (old,) = list_files(NAME, pattern="README.md")
+    texts.files["README.md"], texts.commit = b"# New\n", "f" * 40
+    assert list_files(NAME, pattern="README.md") == [old]
+    hub_listing.forget()
+    (new,) = list_files(NAME, pattern="README.md")
+    assert new.revision == "f" * 40
+    assert [path.read_bytes() for path in fetch_files([new])] == [b"# New\n"]
+
+
+def test_a_commit_that_is_named_is_the_one_that_is_used(hub: Any, texts: Any) -> None:
+    old = texts.commit
+    list_files(NAME, revision=old)
+    texts.commit = "f" * 40
+    hub_listing.forget()
+    assert {file.revision for file in list_files(NAME, revision=old)} == {old}
+
+
+def test_contents_that_two_commits_share_are_fetched_once(hub: Any, texts: Any) -> None:
+    fetch()
+    texts.commit = "f" * 40
+    hub_listing.forget()
+    assert fetch() == CONTENT
+    assert hub.sent("parquet") == 800_000
+
+
+# Plain addresses
+
+
+def test_an_address_is_fetched_once_continued_and_recorded(hub: Any) -> None:
+    hub.files["words.txt"] = content(9)
+    hub.faults.truncate = "words.txt"
+    url = f"{hub.url}/files/words.txt"
+    first, second = fetch_url(url), fetch_url(url)
+    assert first == second
+    assert first.read_bytes() == content(9)
+    assert [each.range for each in hub.requests("words.txt")] == [None, "bytes=100000-"]
+    assert record(first) == {
+        "url": url, "revision": None, "sha256": hashlib.sha256(content(9)).hexdigest(), "bytes": 200_000
+    }  # fmt: skip
+
+
+def test_an_address_whose_content_changed_while_it_was_cut_is_fetched_from_the_beginning(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files["words.txt"] = content(9)
+    hub.faults.truncate = "words.txt"
+    receive = downloads._Transfer._receive
+
+    def change_in_between(self: Any) -> None:
+        try:
+            receive(self)
+        finally:
+            hub.files["words.txt"] = content(10)
+
+    monkeypatch.setattr(downloads._Transfer, "_receive", change_in_between)
+    assert fetch_url(f"{hub.url}/files/words.txt").read_bytes() == content(10)
+
+
+def test_an_address_with_a_checksum_gives_that_or_nothing(hub: Any) -> None:
+    hub.files["words.txt"] = content(9)
+    url = f"{hub.url}/files/words.txt"
+    assert fetch_url(url, sha256=hashlib.sha256(content(9)).hexdigest()).read_bytes() == content(9)
+    with pytest.raises(DataError, match="is not what it should be"):
+        fetch_url(url, sha256="0" * 64)
+
+
+def test_an_address_on_the_hub_is_checked_by_its_etag(hub: Any) -> None:
+    hub.files["bundle.zip"] = content(9)
+    hub.faults.corrupt = "bundle.zip"
+    assert fetch_url(f"{hub.url}/files/bundle.zip").read_bytes() == content(9)
+    assert len(hub.requests("bundle.zip")) == 2
+
+
+def test_offline_an_address_is_served_from_the_cache_or_named(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files["a.txt"] = hub.files["b.txt"] = b"text"
+    fetch_url(f"{hub.url}/files/a.txt")
+    offline(monkeypatch)
+    assert fetch_url(f"{hub.url}/files/a.txt").read_bytes() == b"text"
+    with pytest.raises(DataError, match=r"files/b\.txt is not on this machine.*mlxchat data fetch"):
+        fetch_url(f"{hub.url}/files/b.txt")
+
+
+def test_an_empty_file_is_a_file(hub: Any) -> None:
+    hub.add(NAME, {"empty.parquet": b""})
+    assert fetch() == {"empty.parquet": b""}
+
+
+def test_a_file_in_an_unwritable_cache_is_told(hub: Any, texts: Any, tmp_path: Path) -> None:
+    (tmp_path / "hf").write_text("a file where a folder should be")
+    with pytest.raises(MlxchatError, match="hf"):
+        fetch()
+
+
+def test_files_of_one_content_are_fetched_once(hub: Any) -> None:
+    hub.add(NAME, {"a.parquet": content(1), "b.parquet": content(1)})
+    assert fetch() == {"a.parquet": content(1), "b.parquet": content(1)}
+    assert hub.sent("parquet") == 200_000
+
+
+def test_a_hub_file_sorts_by_its_path() -> None:
+    files = [HubFile(NAME, "dataset", "c", path, 1, None, "0") for path in ("b", "a")]
+    assert [file.path for file in sorted(files)] == ["a", "b"]

@@ -1,0 +1,258 @@
+"""A Hugging Face Hub on this machine, made of a few small files, that misbehaves when it is told to.
+
+It answers what the client asks (revision, tree, resolve, /files/) and keeps a log of that. Standard library only.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_BLOCK = 1 << 14
+
+
+@dataclass
+class Faults:
+    """How the hub misbehaves. Patterns are of the file's path; `times` counts for each file, 0 is always."""
+
+    fail_first: int = 0
+    status: int = 503
+    truncate: str = ""
+    corrupt: str = ""
+    times: int = 1
+    latency_seconds: float = 0.0
+    block_seconds: float = 0.0
+    """Pause after each 16 kB of a file."""
+    redirect: bool = False
+    """Send files through a redirect to another host name."""
+    denied: str = ""
+    """Paths that are answered with 403."""
+
+
+@dataclass
+class Repository:
+    """Files of one repository, by path."""
+
+    files: dict[str, bytes]
+    commit: str = COMMIT
+    lfs: tuple[str, ...] = (".parquet", ".zip", ".safetensors")
+
+
+@dataclass
+class Request:
+    """One line of the log."""
+
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+    host: str
+    status: int = 0
+    sent: int = 0
+
+
+@dataclass
+class LoopbackHub:
+    """The server, as a context manager. `repositories` maps ("dataset", "org/name") to files; all may be changed."""
+
+    repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    """What is under /files/."""
+    faults: Faults = field(default_factory=Faults)
+    log: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> LoopbackHub:
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.lock, self.done = threading.Lock(), Counter[tuple[str, str]]()
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Answer nobody any more."""
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def add(self, name: str, files: dict[str, bytes], kind: str = "dataset", **more: Any) -> Repository:
+        """Offer a repository."""
+        self.repositories[kind, name] = Repository(files, **more)
+        return self.repositories[kind, name]
+
+    def requests(self, part: str) -> list[Request]:
+        """Return the requests for files whose path ends so."""
+        return [each for each in self.log if each.path.endswith(part) and "/api/" not in each.path]
+
+    def sent(self, part: str = "") -> int:
+        """Return the bytes of files that were sent."""
+        return sum(each.sent for each in self.requests(part))
+
+    def take(self, fault: str, path: str) -> bool:
+        """Tell whether this answer shall have the fault, and count it."""
+        pattern = getattr(self.faults, fault)
+        if not pattern or not fnmatch.fnmatchcase(path, pattern):
+            return False
+        with self.lock:
+            self.done[fault, path] += 1
+            return not self.faults.times or self.done[fault, path] <= self.faults.times
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        entry = Request(self.command, path, self.headers.get("Range"), token, self.headers.get("Host", ""))
+        self.entry = entry
+        self.hub.log.append(entry)
+        time.sleep(self.hub.faults.latency_seconds)
+        with self.hub.lock:
+            fails = self.hub.faults.fail_first > 0
+            self.hub.faults.fail_first -= fails
+        if fails:
+            self.say_json({"error": "injected"}, self.hub.faults.status)
+            return
+        try:
+            self.route(path)
+        except KeyError as error:
+            self.say_json({"error": str(error)}, 404, {"X-Error-Code": "EntryNotFound"})
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def route(self, path: str) -> None:
+        parts = path.strip("/").split("/")
+        if parts[0] == "files":
+            name = "/".join(parts[1:])
+            self.say_file(name, self.hub.files[name], hashlib.sha256(self.hub.files[name]).hexdigest())
+        elif parts[0] == "api":
+            self.say_api(parts[1:])
+        else:
+            kind = "dataset" if parts[0] == "datasets" else "model"
+            parts = parts[1:] if kind == "dataset" else parts
+            repository = self.find(kind, "/".join(parts[:2]))
+            name = "/".join(parts[4:])
+            content = repository.files[name]
+            if repository is None or parts[3] not in (repository.commit, "main"):
+                raise KeyError(parts[3])
+            if fnmatch.fnmatchcase(name, self.hub.faults.denied):
+                self.say_json({"error": "gated"}, 403, {"X-Error-Message": "you are not in the authorized list"})
+                return
+            if self.hub.faults.redirect and self.entry.host.startswith("127."):
+                port = self.hub.server.server_address[1]
+                headers = {"Location": f"http://localhost:{port}{self.path}", **self.facts(repository, name)}
+                self.say(302, {**headers, "Content-Length": "0"})
+                return
+            self.say_file(name, content, self.etag(repository, name), self.facts(repository, name))
+
+    def find(self, kind: str, name: str) -> Repository:
+        return self.hub.repositories[kind, name]
+
+    def etag(self, repository: Repository, name: str) -> str:
+        content = repository.files[name]
+        return hashlib.sha256(content).hexdigest() if name.endswith(repository.lfs) else git_id(content)
+
+    def facts(self, repository: Repository, name: str) -> dict[str, str]:
+        facts = {"X-Repo-Commit": repository.commit, "ETag": f'"{self.etag(repository, name)}"'}
+        if name.endswith(repository.lfs):
+            facts |= {"X-Linked-Etag": facts["ETag"], "X-Linked-Size": str(len(repository.files[name]))}
+        return facts
+
+    def say_api(self, parts: list[str]) -> None:
+        kind, name, verb = parts[0][:-1], "/".join(parts[1:3]), parts[3] if len(parts) > 3 else "revision"
+        if (kind, name) not in self.hub.repositories:
+            self.say_json({"error": "no such repository"}, 401, {"X-Error-Code": "RepoNotFound"})
+            return
+        repository = self.find(kind, name)
+        revision = "/".join(parts[4:]) or "main"
+        if revision not in ("main", repository.commit):
+            self.say_json({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        elif verb == "revision":
+            names = [{"rfilename": path} for path in sorted(repository.files)]
+            self.say_json({"_id": "0", "id": name, "sha": repository.commit, "siblings": names, "private": False,
+                           "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
+        else:
+            entries = []
+            for path, content in sorted(repository.files.items()):
+                entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_id(content)}
+                if path.endswith(repository.lfs):
+                    sha256 = hashlib.sha256(content).hexdigest()
+                    entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
+                entries.append(entry)
+            self.say_json(entries)
+
+    def say_file(self, name: str, content: bytes, etag: str, headers: dict[str, str] | None = None) -> None:
+        first, status = 0, 200
+        wanted = self.headers.get("Range")
+        if wanted and self.headers.get("If-Range") in (None, f'"{etag}"'):
+            first, status = int(wanted.removeprefix("bytes=").partition("-")[0]), 206
+            if first >= len(content):
+                self.say(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(content)}"})
+                return
+        facts = {"ETag": f'"{etag}"', "Content-Length": str(len(content) - first), **(headers or {})}
+        if status == 206:
+            facts["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        self.say(status, facts)
+        if self.command == "HEAD":
+            return
+        flip = len(content) // 2
+        if first <= flip and self.hub.take("corrupt", name):
+            content = content[:flip] + bytes([content[flip] ^ 0xFF]) + content[flip + 1 :]
+        stop = len(content)
+        if len(content) - first > 1 and self.hub.take("truncate", name):
+            stop, self.close_connection = first + (len(content) - first) // 2, True
+        for start in range(first, stop, _BLOCK):
+            block = content[start : min(stop, start + _BLOCK)]
+            self.entry.sent += len(block)
+            self.wfile.write(block)
+            time.sleep(self.hub.faults.block_seconds)
+
+    def say(self, status: int, headers: dict[str, str]) -> None:
+        self.entry.status = status
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def say_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(value).encode()
+        facts = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
+        self.say(status, facts)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def git_id(content: bytes) -> str:
+    """Return git's id of a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
