@@ -5,11 +5,9 @@ Every finished batch of questions is kept under ctx.work, so that a killed evalu
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from mlxchat.data.encoded import open_documents
-from mlxchat.data.hub import fetch_url, record
 from mlxchat.data.mixture import load_item
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.shards import iterate_documents
@@ -18,7 +16,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import text_loss, uniform_bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.chat_scores import Score, chatcore, mean_centered
-from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.language_model import OwnModel
 from mlxchat.evals.ngram import ngram_bits_per_byte
@@ -49,7 +47,7 @@ def run(ctx: Context) -> None:
     scores: dict[str, Any] = {
         "checkpoint": ctx.input_steps["checkpoint"],
         "bpb": _measure_text(ctx, model, tokenizer) if "corpus" in ctx.inputs else None,
-        "core": _measure_core(ctx, model, tokenizer, examples) if config.core is not None and not chats else None,
+        "core": None if chats else _measure_core(ctx, model, tokenizer, examples),
         **_measure_tasks(ctx, Engine(model, tokenizer), examples if chats else None),
         "pass_at_k": None,
     }
@@ -82,21 +80,10 @@ def _measure_core(
     ctx: Context, model: GPT, tokenizer: Tokenizer, examples: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """Return the base model's results on CORE's tasks, and add its examples."""
-    config = ctx.config.eval.core
-    assert config is not None
-    bundle = Path(config.bundle)
-    if "://" in config.bundle:
-        bundle = fetch_url(config.bundle, sha256=config.sha256)
-        ctx.externals.append({"name": "eval_bundle", **record(bundle)})
-    result = evaluate_core(
-        OwnModel(model, padding=tokenizer.bos), tokenizer, bundle, max_per_task=config.max_per_task,
-        tasks=config.tasks, batch_tokens=forward_tokens(ctx.config.machine, model.sizes), work=ctx.work / "core",
-        progress=ctx.progress, should_stop=ctx.should_stop, stop=ctx.stop,
-    )  # fmt: skip
-    examples += result.examples
-    measured = {"core": result.core, "core_examples_per_second": result.examples_per_second}
-    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
-    return result.to_dict()
+    batch_tokens = forward_tokens(ctx.config.machine, model.sizes)
+    return measure_core(
+        ctx, OwnModel(model, padding=tokenizer.bos), tokenizer, batch_tokens=batch_tokens, examples=examples
+    )
 
 
 def _measure_tasks(ctx: Context, engine: Engine, examples: list[dict[str, Any]] | None) -> dict[str, Any]:

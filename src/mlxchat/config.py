@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from mlxchat.bench_config import BenchConfig as BenchConfig
 from mlxchat.eval_config import EvalConfig as EvalConfig
+from mlxchat.eval_config import OutsideConfig as OutsideConfig
 from mlxchat.execution_config import HooksConfig as HooksConfig
 from mlxchat.execution_config import ReportConfig as ReportConfig
 from mlxchat.execution_config import RetryConfig as RetryConfig
@@ -120,6 +121,9 @@ class PretrainConfig:
     """Which parameters tokens_per_parameter and the optimizer's scaling count: all, or matrices_and_head."""
     batch: BatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
+    packing: str = field(default=MISSING, metadata={"since_default": "best_fit"})
+    """best_fit: what is cropped off is dropped, as nanochat does since 2026; best_fit_whole: it waits for another row;
+    stream: rows are cut out of one stream of tokens, as nanochat did in 2025."""
     packing_buffer_documents: int = MISSING
     """Documents that best-fit packing chooses from."""
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
@@ -161,6 +165,8 @@ class FinetuneConfig:
     """Whether optimizer.grad_clip holds in this stage."""
     batch: BatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
+    packing: str = field(default=MISSING, metadata={"since_default": "best_fit"})
+    """best_fit, as nanochat since 2026; stream and alone (one in a row), as its midtraining and SFT of 2025."""
     packing_buffer_conversations: int = MISSING
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between validations; null: only at the end."""
@@ -284,6 +290,7 @@ class Config:
     sft: FinetuneConfig = field(default_factory=FinetuneConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    outside: OutsideConfig = field(default_factory=OutsideConfig)
     suite: dict[str, TaskItem] = MISSING
     """Tasks that chat models are evaluated on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

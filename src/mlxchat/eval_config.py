@@ -41,3 +41,17 @@ class EvalConfig:
     """Questions answered at a time."""
     prompts: list[str] = MISSING
     """Questions, or beginnings for a base model, whose answers are shown in the report."""
+
+
+@dataclass(kw_only=True)
+class OutsideConfig:
+    """A model of another make, evaluated like ours (pipeline=outside)."""
+
+    name: str = field(default=MISSING, metadata={"identity": False})
+    """What tables call it."""
+    path: str | None = field(default=MISSING, metadata={"external": "folder", "identity": False})
+    """A folder that mlx-lm opens: config.json, safetensors, a tokenizer. What is in it counts, not where it lies."""
+    context_tokens: int | None = MISSING
+    """Longest input; null: what its config.json says, up to 2048 tokens."""
+    chat: bool | None = MISSING
+    """Whether it answers the suite's tasks; null: if its tokenizer has a chat template."""

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
-from mlxchat.data.vocabulary import vocab_size_of
-from mlxchat.errors import DataError, suggest
+from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
+from mlxchat.data.vocabulary import problems_of_vocabulary
+from mlxchat.errors import suggest
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import flatten_config
 from mlxchat.tasks.items import find_item_problems
 
-_SMALLEST_VOCABULARY = 265
 _POLAR_EXPRESS_ITERATIONS = 5
 
 
@@ -92,6 +92,9 @@ def _choices(config: Config) -> Iterator[str]:
         ("optimizer.variant", config.optimizer.variant, ("oct2025", "jul2026")),
         ("pretrain.horizon_parameters", config.pretrain.horizon_parameters, ("all", "matrices_and_head")),
         ("pretrain.keep", config.pretrain.keep, ("last", "best")),
+        ("pretrain.packing", config.pretrain.packing, DOCUMENT_PACKINGS),
+        ("midtrain.packing", config.midtrain.packing, CONVERSATION_PACKINGS),
+        ("sft.packing", config.sft.packing, CONVERSATION_PACKINGS),
         ("midtrain.train_on", config.midtrain.train_on, ("assistant", "all")),
         ("sft.train_on", config.sft.train_on, ("assistant", "all")),
         ("training.on_nan", config.training.on_nan, ("stop", "skip")),
@@ -114,16 +117,7 @@ def _corpus(config: Config) -> Iterator[str]:
     for path in corpus.paths:
         if Path(path).suffix not in (".txt", ".jsonl", ".parquet"):
             yield f"corpus.paths: {path} must end in .txt, .jsonl or .parquet"
-    if config.tokenizer.source != "train":
-        try:
-            vocab_size_of(config.tokenizer.source)
-        except DataError as error:
-            yield f"tokenizer.source: {error}"
-    elif config.tokenizer.vocab_size < _SMALLEST_VOCABULARY:
-        yield (
-            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}, expected at least {_SMALLEST_VOCABULARY}: "
-            "256 bytes and 9 special tokens"
-        )
+    yield from problems_of_vocabulary(config.tokenizer.source, config.tokenizer.vocab_size)
 
 
 def _pretrain(config: Config) -> Iterator[str]:
@@ -288,6 +282,8 @@ def _eval(config: Config) -> Iterator[str]:
         yield f"eval.core.max_per_task is {core.max_per_task}, expected at least 1, or null for all"
     if core is not None and core.tasks is not None and not core.tasks:
         yield "eval.core.tasks is empty: name tasks, or null for all"
+    if config.outside.path is None and any(step.get("stage") == "outside" for step in config.pipeline.values()):
+        yield "outside.path is null, but the pipeline evaluates a model of another make: outside.path=FOLDER"
 
 
 def _at_least_one(config: Config) -> Iterator[str]:
@@ -316,6 +312,7 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "rl.eval_every",
         "training.max_skipped_in_a_row",
         "eval.batch_rows",
+        "outside.context_tokens",
         "eval.seeds",
         "eval.top_k",
         "eval.max_new_tokens",

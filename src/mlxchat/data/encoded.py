@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -26,7 +27,22 @@ from mlxchat.runner.fingerprint import canonical_json
 _PART_DOCUMENTS = 128
 
 
-def open_documents(ctx: Context, split: str, tokenizer: Tokenizer) -> DocumentCursor:
+class DocumentTokenizer(Protocol):
+    """What makes documents into tokens: ours, or that of a model of another make."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that decides how a text is encoded."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    def encode_documents(self, texts: list[str]) -> list[Array]:
+        """Return each document's ids, with the token that begins it in front."""
+
+
+def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer) -> DocumentCursor:
     """Return the documents of a split ('train' or 'validation') of the step's corpus.
 
     Each shard is encoded when it is needed, on all cores; the one after it meanwhile, on a quarter of them. Files of
@@ -59,7 +75,7 @@ def open_documents(ctx: Context, split: str, tokenizer: Tokenizer) -> DocumentCu
 
 
 def encode_shard(
-    shard: Shard, tokenizer: Tokenizer, folder: Path, *, threads: int, check: Callable[[], None] = lambda: None
+    shard: Shard, tokenizer: DocumentTokenizer, folder: Path, *, threads: int, check: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Encode a text shard into a folder; return the numbers for its manifest.
 

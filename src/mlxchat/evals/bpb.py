@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,9 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.ops.lanes import Lanes
+
+if TYPE_CHECKING:
+    from mlxchat.evals.language_model import LanguageModel
 
 _LARGEST_EXPONENT = 700
 
@@ -45,7 +48,7 @@ class TextLoss:
 
 
 def text_loss(
-    model: GPT, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
+    model: GPT | LanguageModel, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
 ) -> TextLoss:
     """Return the model's loss on the rows' targets.
 
@@ -91,14 +94,19 @@ def uniform_bits_per_byte(rows: list[Row], token_bytes: np.ndarray[Any, np.dtype
 
 
 def _losses(
-    model: GPT, rows: list[Row], micro_tokens: int
+    model: GPT | LanguageModel, rows: list[Row], micro_tokens: int
 ) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int32]]]]:
     """Return loss and target of every token, flat, micro-batch by micro-batch."""
     per_pass = max(1, micro_tokens // len(rows[0][0])) if rows else 1
+    batches = [
+        [np.stack([row[side] for row in rows[start : start + per_pass]]) for side in (0, 1)]
+        for start in range(0, len(rows), per_pass)
+    ]
+    if not isinstance(model, GPT):
+        return [(model.token_losses(ids, targets).reshape(-1), targets.reshape(-1)) for ids, targets in batches]
     lanes, compiled_losses = Lanes(), _compiled_losses(model)
     weights, parts = flatten_parameters(model), []
-    for start in range(0, len(rows), per_pass):
-        ids, targets = (np.stack([row[side] for row in rows[start : start + per_pass]]) for side in (0, 1))
+    for ids, targets in batches:
         deals = lanes.deal(len(ids))
         calls = [partial(compiled_losses, weights, mx.array(ids[deal]), mx.array(targets[deal])) for deal in deals]
         with lanes.sharing(len(deals)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -85,7 +86,8 @@ def check_pins(step: str, pins: Mapping[str, str], sections: Mapping[str, Any], 
 def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = hash_file) -> dict[str, str]:
     """Return name → content hash or version of everything outside the store that the config refers to.
 
-    Fields whose metadata says `external: file` hold paths, those with `external: package` names of packages. One with
+    Fields whose metadata says `external: file` hold paths, those with `external: folder` a folder of which all files
+    count, also in what it contains, and those with `external: package` names of packages. One with
     `external: source` holds its `since_default` (nothing outside), a word that `packages` translates, a file, or a
     folder of which the files named in `folder` count.
 
@@ -112,7 +114,9 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
                     if kind == "file" and "://" in name:
                         continue  # a URL is its own name; what was there is recorded once it was read
                     try:
-                        if kind == "file":
+                        if kind == "folder":
+                            pins.update(_folder_pins(Path(name), hash_of))
+                        elif kind == "file":
                             pins[f"file {len(pins)} {Path(name).name}"] = hash_of(Path(name))
                         else:
                             pins[f"package {name}"] = importlib.metadata.version(name)
@@ -129,6 +133,13 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
     if problems:
         raise ConfigError("\n".join(problems))
     return pins
+
+
+def _folder_pins(folder: Path, hash_of: Callable[[Path], str]) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    if not files:
+        raise OSError(errno.ENOENT, "no folder with files")
+    return {f"file of folder {path.relative_to(folder).as_posix()}": hash_of(path) for path in files}
 
 
 def _resolve_source(item: str, metadata: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -1,0 +1,45 @@
+"""CORE as a part of a step that evaluates a model: where the bundle comes from, and where the results go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlxchat.data.hub import fetch_url, record
+from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.core_questions import TextEncoder
+from mlxchat.evals.language_model import LanguageModel
+from mlxchat.runner.context import Context
+
+
+def measure_core(
+    ctx: Context, model: LanguageModel, tokenizer: TextEncoder, *, batch_tokens: int, examples: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return a model's results on CORE's tasks as data of scores.json; None if eval.core is null.
+
+    Args:
+        ctx: of a stage that declares `eval`; gets the numbers as metrics, and what was read from outside.
+        model: to evaluate.
+        tokenizer: its.
+        batch_tokens: computed at a time.
+        examples: gets a row for every example.
+
+    Raises:
+        DataError: the bundle cannot be read or had.
+        Interrupted: the run was asked to stop; the next attempt continues.
+    """
+    config = ctx.config.eval.core
+    if config is None:
+        return None
+    bundle = Path(config.bundle)
+    if "://" in config.bundle:
+        bundle = fetch_url(config.bundle, sha256=config.sha256)
+        ctx.externals.append({"name": "eval_bundle", **record(bundle)})
+    result = evaluate_core(
+        model, tokenizer, bundle, max_per_task=config.max_per_task, tasks=config.tasks, batch_tokens=batch_tokens,
+        work=ctx.work / "core", progress=ctx.progress, should_stop=ctx.should_stop, stop=ctx.stop,
+    )  # fmt: skip
+    examples += result.examples
+    measured = {"core": result.core, "core_examples_per_second": result.examples_per_second}
+    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
+    return result.to_dict()
