@@ -1,4 +1,4 @@
-"""A conversation in the terminal: streaming, several turns, tool calls shown."""
+"""A conversation in the terminal: streaming, several turns, tool calls shown. A base model continues text instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from mlxchat.data.conversation import Conversation, render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import ConfigError
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.ops import blas
 
@@ -28,6 +28,8 @@ class Chat:
     top_k: int | None
     max_tokens: int
     seed: int
+    continues: bool = False
+    """Whether it is a base model, which was never taught to converse: it continues what it is given."""
     messages: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
@@ -36,31 +38,30 @@ class Chat:
 
         Raises:
             ConfigError: a setting is impossible.
-            DataError: the checkpoint cannot be read, or is a base model that was never taught to converse.
+            DataError: the checkpoint cannot be read.
         """
         if temperature < 0 or max_tokens < 1 or (top_k is not None and top_k < 1):
             raise ConfigError("--temperature must be at least 0, --max-tokens and --top-k at least 1")
         model, tokenizer, facts = load_checkpoint(folder)
-        if facts.get("format") != "chat":
-            raise DataError(f"{folder.name} is a base model: it continues text and cannot chat. Choose sft or rl.")
         blas.set_blas_threads(1)
-        return cls(Engine(model, tokenizer), folder.name, temperature, top_k, max_tokens, seed)
+        continues = facts.get("format") != "chat"
+        return cls(Engine(model, tokenizer), folder.name, temperature, top_k, max_tokens, seed, continues)
 
     def answer_once(self, prompt: str) -> None:
-        """Print the answer to one question; '-' reads the question from standard input."""
-        self._answer(sys.stdin.read().strip() if prompt == "-" else prompt)
+        """Print the answer to one question, or a text with its continuation; '-' reads it from standard input."""
+        self._reply(sys.stdin.read().strip() if prompt == "-" else prompt)
 
     def converse(self) -> None:
         """Read questions and commands until /quit or the end of the input."""
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
 
-        print(f"{self.name}. {_HELP}.")
+        print(f"{self.name}{' continues what you write' if self.continues else ''}. {_HELP}.")
         commands = WordCompleter(["/reset", "/temp", "/tokens", "/help", "/quit"], sentence=True)
         session: PromptSession[str] | None = PromptSession(completer=commands) if sys.stdin.isatty() else None
         while True:
             try:
-                text = (session.prompt("you › ") if session else input()).strip()
+                text = (session.prompt("text › " if self.continues else "you › ") if session else input()).strip()
             except (EOFError, KeyboardInterrupt):
                 return
             if text.startswith("/"):
@@ -68,7 +69,7 @@ class Chat:
                     return
                 print(self.obey(text))
             elif text:
-                self._answer(text)
+                self._reply(text)
 
     def obey(self, command: str) -> str:
         """Carry out a slash command; return what to say."""
@@ -93,10 +94,19 @@ class Chat:
             return f'"{command}": expected a number, as in /temp 0.7 or /tokens 200'
         return _HELP if name == "/help" else f"there is no {name}; {_HELP}"
 
-    def _answer(self, question: str) -> None:
-        """Stream the answer, and remember question and answer."""
-        self.messages.append({"role": "user", "content": question})
-        prompt = render_for_completion(self.engine.tokenizer, self._fitting())
+    def _reply(self, text: str) -> None:
+        """Continue the text, or answer it and remember question and answer."""
+        tokenizer = self.engine.tokenizer
+        if self.continues:
+            sys.stdout.write(text)
+            self._stream([tokenizer.bos, *tokenizer.encode(text)][-self._room() :])
+            return
+        self.messages.append({"role": "user", "content": text})
+        answer = self._stream(render_for_completion(tokenizer, self._fitting()))
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def _stream(self, prompt: list[int]) -> str:
+        """Print what the model says after a prompt, as it comes; return it."""
         printer = StreamPrinter(self.engine.tokenizer, styled=sys.stdout.isatty())
         self.seed += 1
         for column in self.engine.stream(
@@ -108,11 +118,15 @@ class Chat:
         ):
             printer.add(column[0][1])
         printer.finish()
-        self.messages.append({"role": "assistant", "content": printer.text})
+        return printer.text
+
+    def _room(self) -> int:
+        """Return how many tokens may stand before an answer in the context."""
+        return max(1, self.engine.model.sizes.context_tokens - self.max_tokens)
 
     def _fitting(self) -> Conversation:
         """Return the latest turns that leave room for an answer in the context."""
-        room = max(1, self.engine.model.sizes.context_tokens - self.max_tokens)
+        room = self._room()
         messages = list(self.messages)
         while len(messages) > 1 and len(render_for_completion(self.engine.tokenizer, {"messages": messages})) > room:
             messages = messages[2:]

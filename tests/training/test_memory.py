@@ -62,7 +62,7 @@ LARGE = [
 Case = tuple[int, int, int, int, int, bool, int]
 
 
-def measured_and_predicted(case: Case, variant: str, attempts: int = 2) -> tuple[int, int]:
+def measured_and_predicted(case: Case, variant: str, attempts: int = 2, dropout: float = 0.0) -> tuple[int, int]:
     """Return the bytes that a training held at most, by MLX's own count, and those predicted.
 
     A step waits at the prediction, so that what is left to timing are the few buffers over it, and what is missing
@@ -74,7 +74,7 @@ def measured_and_predicted(case: Case, variant: str, attempts: int = 2) -> tuple
     threads = blas.blas_threads() or 1
     blas.set_blas_threads(num_lanes)
     try:
-        measured = max(peak_of_two_steps(config, sizes, case) for _ in range(attempts))
+        measured = max(peak_of_two_steps(config, sizes, case, dropout) for _ in range(attempts))
     finally:
         blas.set_blas_threads(threads)
     predicted = predict_peak_bytes(
@@ -84,7 +84,7 @@ def measured_and_predicted(case: Case, variant: str, attempts: int = 2) -> tuple
     return measured, predicted.total
 
 
-def peak_of_two_steps(config: Config, sizes: GPTSizes, case: Case) -> int:
+def peak_of_two_steps(config: Config, sizes: GPTSizes, case: Case, dropout: float) -> int:
     _, vocab_size, row_tokens, rows, micro_rows, recompute, _ = case
     gc.collect()
     mx.clear_cache()
@@ -93,7 +93,9 @@ def peak_of_two_steps(config: Config, sizes: GPTSizes, case: Case) -> int:
     model = GPT(sizes)
     init_weights(model, 0)
     optimizer = Optimizer(model, config.optimizer, width=sizes.width)
-    step = TrainStep(model, optimizer, micro_tokens=micro_rows * row_tokens, dtype=mx.float32, recompute=recompute)
+    step = TrainStep(
+        model, optimizer, micro_tokens=micro_rows * row_tokens, dtype=mx.float32, recompute=recompute, dropout=dropout
+    )
     ids = np.random.default_rng(0).integers(0, vocab_size, (rows, row_tokens + 1), dtype=np.int32)
     batch = mean_batch([(row[:-1], row[1:]) for row in ids])
     for _ in range(2):
@@ -111,6 +113,22 @@ def test_the_predicted_peak_is_within_15_percent_of_what_mlx_held(case: Case) ->
     needs_lanes()
     measured, predicted = measured_and_predicted(case, "oct2025")
     assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[4]], ids=str)
+def test_dropout_keeps_no_masks_so_the_prediction_holds_with_it_too(case: Case) -> None:
+    needs_lanes()
+    measured, predicted = measured_and_predicted(case, "oct2025", dropout=0.1)
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_keeping_the_best_weights_costs_their_bytes() -> None:
+    numbers = {"rows": 4, "micro_rows": 2, "row_tokens": 128, "num_lanes": 2}
+    without, with_them = (
+        predict_peak_bytes(SIZES, config_of().optimizer, **numbers, keeps_best=keeps_best)
+        for keeps_best in (False, True)
+    )
+    assert with_them.total - without.total == 4 * count_parameters(SIZES)["total"]
 
 
 @pytest.mark.slow

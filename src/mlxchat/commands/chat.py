@@ -1,4 +1,4 @@
-"""mlxchat chat: talk to a trained model in the terminal."""
+"""mlxchat chat: talk to a trained model in the terminal, or have a base model continue text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mlxchat.runner.store import Store, read_manifest
 
 def main(arguments: list[str]) -> int:
     """Answer one question with -p, or converse until /quit."""
-    parser = make_parser("chat", "Talk to a model of the outputs folder.")
-    parser.add_argument("-p", "--prompt", help="answer this one question and leave; - reads it from standard input")
+    parser = make_parser("chat", "Talk to a model of the outputs folder; one that was only pretrained continues text.")
+    parser.add_argument("-p", "--prompt", help="answer or continue this one and leave; - reads it from standard input")
     parser.add_argument("--model", help="a step (sft, rl, …), an artifact's name, or the start of its id")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="draw among so many tokens (default: 50)")
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 
 def find_model(store: Store, name: str | None) -> Path:
-    """Return the folder of the model that `name` means; None: the last chat model of the latest run.
+    """Return the folder of the model that `name` means; None: the latest run's last chat model, or its base model.
 
     Raises:
         StoreError: there is none, or the name is no model.
@@ -53,7 +53,7 @@ def find_model(store: Store, name: str | None) -> Path:
         for place in store.refs().values()
         if (manifest := read_manifest(place))["kind"] == "checkpoint"
     }
-    for stage in ("rl", "sft", "midtrain"):
+    for stage in ("rl", "sft", "midtrain", "pretrain"):
         if stage in found:
             return found[stage]
-    raise StoreError(f"{store.outputs} holds no chat model yet: run mlxchat first (or choose with --model)")
+    raise StoreError(f"{store.outputs} holds no model yet: run mlxchat first (or choose with --model)")

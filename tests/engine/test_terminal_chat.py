@@ -1,0 +1,66 @@
+"""A base model in the terminal: it continues what it is given, and remembers nothing of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.errors import ConfigError
+from mlxchat.evals.samples import continue_prompts
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.terminal_chat import Chat
+
+SETTINGS = {"temperature": 0.0, "top_k": None, "max_tokens": 6, "seed": 0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> Path:
+    save_checkpoint(tmp_path, model, tokenizer, {"stage": "pretrain", "format": "base"})
+    return tmp_path
+
+
+def test_a_text_is_printed_with_its_continuation(
+    folder: Path, model: GPT, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((_, expected),) = continue_prompts(model, tokenizer, ["the cat"], 6)
+    Chat.load(folder, **SETTINGS).answer_once("the cat")
+    assert capsys.readouterr().out == f"the cat{expected}\n"
+
+
+def test_the_second_text_is_continued_as_if_it_were_the_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = Chat.load(folder, **SETTINGS)
+    for _ in range(2):
+        chat.answer_once("the dog")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert chat.messages == []
+
+
+def test_of_a_text_longer_than_the_context_the_end_counts(
+    folder: Path, model: GPT, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "the cat sat on the mat and " * 200
+    room = model.sizes.context_tokens - 6
+    ids = tokenizer.encode(text)[-room:]
+    assert len(ids) == room
+    (expected,) = Engine(model, tokenizer).complete([ids], max_new_tokens=6)
+    Chat.load(folder, **SETTINGS).answer_once(text)
+    printed = capsys.readouterr().out
+    assert printed.removeprefix(text) == expected.text(tokenizer) + "\n"
+
+
+def test_drawn_continuations_follow_from_the_seed_and_are_among_the_likeliest(model: GPT, tokenizer: Tokenizer) -> None:
+    def drawn(seed: int, top_k: int | None) -> list[tuple[str, str]]:
+        return continue_prompts(model, tokenizer, ["the cat"] * 4, 8, temperature=1.5, top_k=top_k, seed=seed)
+
+    assert drawn(1, None) == drawn(1, None) != drawn(2, None)
+    assert drawn(1, 1) == continue_prompts(model, tokenizer, ["the cat"] * 4, 8), "the likeliest one is the greedy one"
+
+
+def test_impossible_settings_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--temperature must be at least 0"):
+        Chat.load(folder, **SETTINGS | {"temperature": -1.0})
