@@ -101,7 +101,7 @@ plain_data = st.recursive(
 def full_config() -> Config:
     """A configuration in which every optional section is there, so that every field of the schema occurs."""
     config = compose_config(
-        ["corpus=fineweb_edu", "experiment=quickstart", "corpus.packages=[]", "optimizer=muon_jul2026"]
+        ["corpus=fineweb_edu", "experiment=quickstart", "corpus.packages=[]", "optimizer=muon_jul2026", "core=nanochat"]
     ).config
     config.sft.mixture["facts"].options = {"seed": 3.0}
     for stage in (config.pretrain, config.midtrain, config.sft, config.rl):

@@ -240,7 +240,7 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
         manifest=manifest,
         records=_by_iteration(read_jsonl(records / "metrics.jsonl")),
         samples=last_samples(read_jsonl(records / "samples.jsonl")),
-        scores=parse_scores(scores) if scores else None,
+        scores=parse_scores(scores, mapping(manifest.get("metrics"))) if scores else None,
         compression=read_json(folder / "compression.json"),
         model=read_json(folder / "config.json"),
         num_parameters=count_parameters(folder / "model.safetensors"),

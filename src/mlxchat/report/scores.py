@@ -10,6 +10,12 @@ from mlxchat.report.sources import mapping, number, sequence, text
 
 # Predictors that a model's bits per byte are compared with.
 _BASELINES = ("ngram_order2", "untrained")
+_THROUGHPUT = {
+    "prefill_tokens_per_second": "prefill_tokens_per_second",
+    "decode_tokens_per_second": "decode_tokens_per_second",
+    "model_peak_memory_bytes": "peak_memory_bytes",
+}
+"""Metrics of an eval step by what they are called here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +96,9 @@ class Scores:
     samples: list[Sample] = field(default_factory=list)
 
 
-def parse_scores(raw: dict[str, Any]) -> Scores:
-    """Return what scores.json says."""
+def parse_scores(raw: dict[str, Any], metrics: dict[str, Any] | None = None) -> Scores:
+    """Return what scores.json says, and of the step's metrics how fast the model is on that machine."""
+    speed = _numbers(metrics)
     bpb = _numbers(raw.get("bpb"))
     pass_at_k = mapping(raw.get("pass_at_k"))
     chatcore = mapping(raw.get("chatcore"))
@@ -108,7 +115,8 @@ def parse_scores(raw: dict[str, Any]) -> Scores:
         chatcore_stderr=number(chatcore.get("stderr")),
         chatcore_tasks=[text(name) for name in sequence(chatcore.get("tasks"))],
         pass_at_k={int(k): p for k, v in pass_at_k.items() if k.isdecimal() and (p := number(v)) is not None},
-        throughput=_numbers(raw.get("throughput")),
+        throughput=_numbers(raw.get("throughput"))
+        or {name: speed[key] for key, name in _THROUGHPUT.items() if key in speed},
         samples=list(parse_samples(sequence(raw.get("samples")))),
     )
 
