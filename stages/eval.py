@@ -51,8 +51,18 @@ def run(ctx: Context) -> None:
         **_measure_tasks(ctx, Engine(model, tokenizer), examples if chats else None),
         "pass_at_k": None,
     }
-    answer = answer_prompts if chats else continue_prompts
-    samples = answer(model, tokenizer, config.prompts, config.max_new_tokens)
+    if chats:
+        samples = answer_prompts(model, tokenizer, config.prompts, config.max_new_tokens)
+    else:
+        samples = continue_prompts(
+            model,
+            tokenizer,
+            config.prompts,
+            config.max_new_tokens,
+            temperature=config.temperature or 0.0,
+            top_k=config.top_k,
+            seed=ctx.seed("samples"),
+        )
     scores["samples"] = [{"prompt": prompt, "text": text} for prompt, text in samples]
     # In the manifest, as all that differs from time to time; scores.json is the same whenever it is made.
     ctx.metrics |= throughput

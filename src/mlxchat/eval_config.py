@@ -34,7 +34,7 @@ class EvalConfig:
     seeds: int = field(default=MISSING, metadata={"since_default": 1})
     """How often each generated answer is sampled; multiple choice draws nothing. Scores are means over all of them."""
     temperature: float | None = field(default=MISSING, metadata={"since_default": None})
-    """Of generated answers; 0 is greedy. null: 0 with one seed, 1 with several."""
+    """Of generated answers, and of a base model's samples; 0 is greedy. null: 0 with one seed, 1 with several."""
     top_k: int | None = field(default=MISSING, metadata={"since_default": None})
     """Sampled answers draw among the k most likely tokens; null: all."""
     batch_rows: int = field(default=MISSING, metadata={"identity": False})
