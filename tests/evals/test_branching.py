@@ -1,0 +1,124 @@
+"""What a model says of sequences in rows with a common trunk is what it says of each sequence alone."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.evals.branching import Continuation, make_batches, make_rows
+from mlxchat.evals.language_model import OwnModel
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+VOCAB = 97
+JUL2026 = {
+    "architecture": "jul2026", "window_pattern": "SSL", "query_key_scale": 1.2, "value_embeddings": True,
+    "residual_scalars": True, "smear": True, "backout": True,
+}  # fmt: skip
+TOLERANCE = 2e-5  # nats, in float32
+
+
+def make_model(**features: Any) -> GPT:
+    """Return a model none of whose projections is zero; its short windows see 128 tokens."""
+    sizes = GPTSizes(
+        vocab_size=VOCAB, num_layers=3, num_heads=4, num_kv_heads=2, width=64, context_tokens=512, rope_theta=1e4,
+        **features,
+    )  # fmt: skip
+    model, rng = GPT(sizes), np.random.default_rng(3)
+    set_parameters(
+        model,
+        {
+            name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.2, size=value.shape).astype(np.float32))
+            for name, value in flatten_parameters(model).items()
+        },
+    )
+    return model
+
+
+def alone(model: GPT, continuation: Continuation) -> np.ndarray[Any, Any]:
+    """Return the losses of one sequence, from all logits of a plain forward pass."""
+    logits = np.asarray(model(mx.array([continuation.tokens]))[0], np.float64)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    places = np.arange(continuation.start, len(continuation.tokens))
+    return -logits[places - 1, np.array(continuation.tokens)[places]]
+
+
+def groups_of(rng: np.random.Generator, trunk: int, *branches: int, count: int = 5) -> list[list[Continuation]]:
+    """Return groups whose sequences share `trunk` tokens and go on for so many, each scored from there."""
+    groups = []
+    for _ in range(count):
+        shared = rng.integers(0, VOCAB, trunk + int(rng.integers(0, 3))).tolist()
+        tails = [rng.integers(0, VOCAB, length).tolist() for length in branches]
+        groups.append([Continuation(shared + tail, len(shared)) for tail in tails])
+    return groups
+
+
+@pytest.mark.parametrize("features", [{}, JUL2026], ids=["oct2025", "jul2026"])
+@pytest.mark.parametrize(
+    ("trunk", "branches"),
+    [(1, (3, 9)), (20, (1, 1, 1)), (40, (5, 1, 12, 3)), (150, (4, 30)), (140, (7,))],
+    ids=["short trunk", "single tokens", "four options", "longer than a window", "one sequence"],
+)
+def test_losses_in_rows_are_those_of_each_sequence_alone(
+    features: dict[str, Any], trunk: int, branches: tuple[int, ...]
+) -> None:
+    model = make_model(**features)
+    groups = groups_of(np.random.default_rng(trunk), trunk, *branches)
+    for batch in make_batches(make_rows(groups, 4000), 4000):
+        for row, found in zip(batch, OwnModel(model).losses(batch), strict=True):
+            expected = [alone(model, each) for group in dict.fromkeys(row.groups) for each in groups[group]]
+            for got, wanted in zip(found, expected, strict=True):
+                np.testing.assert_allclose(got, wanted, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("features", [{}, JUL2026], ids=["oct2025", "jul2026"])
+def test_predictions_in_rows_are_the_likeliest_ids_of_each_sequence_alone(features: dict[str, Any]) -> None:
+    model = make_model(**features)
+    groups = groups_of(np.random.default_rng(0), 30, 6, 2)
+    (batch,) = make_batches(make_rows(groups, 4000), 4000)
+    for row, found in zip(batch, OwnModel(model).predictions(batch), strict=True):
+        for got, each in zip(found, groups[row.groups[0]], strict=True):
+            logits = np.asarray(model(mx.array([each.tokens]))[0])
+            assert got.tolist() == logits[each.start - 1 : -1].argmax(-1).tolist()
+
+
+def test_sequences_that_share_a_story_share_a_row_and_the_story_is_computed_once() -> None:
+    rng = np.random.default_rng(1)
+    story = rng.integers(0, VOCAB, 100).tolist()
+    groups = [[Continuation(story + rng.integers(0, VOCAB, 8).tolist(), 104)] for _ in range(6)]
+    rows = make_rows(groups, 1000)
+    assert [sorted(row.groups) for row in rows] == [[0, 1, 2, 3, 4, 5]]
+    assert rows[0].num_tokens == 100 + 6 * 7  # nothing follows a sequence's last token
+    model = make_model()
+    for group, got in zip(rows[0].groups, OwnModel(model).losses(rows)[0], strict=True):
+        np.testing.assert_allclose(got, alone(model, groups[group][0]), atol=TOLERANCE)
+
+
+def test_sequences_that_share_only_their_first_token_stay_apart() -> None:
+    rng = np.random.default_rng(2)
+    groups = [[Continuation([0, *rng.integers(1, VOCAB, 50).tolist()], 40)] for _ in range(6)]
+    assert len(make_rows(groups, 1000)) == 6
+
+
+def test_batches_keep_to_their_tokens_and_hold_every_row_once() -> None:
+    rng = np.random.default_rng(4)
+    groups = [group for size in (5, 20, 60, 200) for group in groups_of(rng, size, 3, 9, count=7)]
+    batches = make_batches(make_rows(groups, 100), 300)
+    assert all(len(batch) == 1 or len(batch) * max(row.num_tokens for row in batch) <= 300 for batch in batches)
+    assert sorted(group for batch in batches for row in batch for group in set(row.groups)) == list(range(28))
+
+
+def test_the_next_token_after_prompts_of_different_lengths_is_that_of_each_alone() -> None:
+    model = make_model(**JUL2026)
+    prompts = [[5], [1, 2, 3], list(range(40))]
+    found = OwnModel(model).next_logits(prompts)
+    for prompt, got in zip(prompts, found, strict=True):
+        np.testing.assert_allclose(got, np.asarray(model(mx.array([prompt]))[0, -1]), atol=TOLERANCE)

@@ -1,0 +1,266 @@
+"""CORE from a bundle: results, resuming, cropping, standard errors, and what is refused."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlxchat.bench.core import answer_alone
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError, Interrupted
+from mlxchat.evals.core import CoreResult, TaskScore, evaluate_core, likeliest, mean_losses
+from mlxchat.evals.core_bundle import Bundle, CoreTask
+from mlxchat.evals.language_model import OwnModel
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.runner.progress import Progress
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "sat", "on", "the", "log"]
+KINDS = {
+    "choice": ("multiple_choice", 2, 25),
+    "schema": ("schema", 0, 50),
+    "language": ("language_modeling", 1, 0),
+    "story": ("language_modeling", 0, 0),
+}
+Evaluate = Callable[..., CoreResult]
+
+
+def make_items(kind: str, count: int, *, story: bool = False) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(count)
+
+    def text(number: int) -> str:
+        return " ".join(rng.choice(WORDS, number))
+
+    begin, items = text(12), list[dict[str, Any]]()
+    for _ in range(count):
+        if kind == "multiple_choice":
+            choices = [f"{text(2)} {place}" for place in range(4)]
+            items.append({"query": text(4), "choices": choices, "gold": int(rng.integers(4))})
+        elif kind == "schema":
+            options = [f"{text(3)} {place}" for place in range(2)]
+            items.append({"context_options": options, "continuation": text(3), "gold": int(rng.integers(2))})
+        else:
+            items.append({"context": f"{begin} {text(2)}" if story else text(5), "continuation": text(1)})
+    return items
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle with a task of each kind, as a folder."""
+    folder = tmp_path / "bundle" / "eval_bundle"
+    (folder / "eval_data" / "all").mkdir(parents=True)
+    tasks, baselines = [], ["Eval Task,Random baseline"]
+    for label, (kind, shots, baseline) in KINDS.items():
+        tasks.append(
+            {"label": label, "icl_task_type": kind, "num_fewshot": [shots], "dataset_uri": f"all/{label}.jsonl"}
+        )
+        baselines.append(f"{label},{baseline}")
+        lines = [json.dumps(item) + "\n" for item in make_items(kind, 23, story=label == "story")]
+        (folder / "eval_data" / "all" / f"{label}.jsonl").write_text("".join(lines))
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
+    (folder / "eval_meta_data.csv").write_text("\n".join(baselines))
+    return folder.parent
+
+
+@pytest.fixture
+def evaluate(model: GPT, tokenizer: Tokenizer, bundle: Path, tmp_path: Path) -> Evaluate:
+    def run(**options: Any) -> CoreResult:
+        given = {
+            "bundle": bundle, "max_per_task": None, "tasks": None, "batch_tokens": 300, "work": tmp_path / "work",
+            "progress": lambda total, unit: Progress("core", total, unit, stream=io.StringIO()),
+        }  # fmt: skip
+        return evaluate_core(OwnModel(model), tokenizer, **{**given, **options})
+
+    return run
+
+
+def zipped(bundle: Path) -> Path:
+    path = bundle.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as file:
+        for each in sorted(bundle.rglob("*")):
+            file.write(each, each.relative_to(bundle))
+    return path
+
+
+def test_verdicts_are_those_of_one_example_at_a_time(
+    evaluate: Evaluate, model: GPT, tokenizer: Tokenizer, bundle: Path
+) -> None:
+    result, opened = evaluate(), Bundle(bundle)
+    for task in opened.tasks:
+        items = opened.examples(task)
+        expected = [answer_alone(model, tokenizer, task, items, index) for index in range(len(items))]
+        got = [example["verdict"] for example in result.examples if example["task"] == f"core/{task.label}"]
+        assert got == expected, task.label
+
+
+def test_core_is_the_mean_of_centred_accuracies_with_their_standard_errors(evaluate: Evaluate) -> None:
+    result = evaluate()
+    centered, variances = [], []
+    for label, (_, _, percent) in KINDS.items():
+        verdicts = [each["verdict"] for each in result.examples if each["task"] == f"core/{label}"]
+        accuracy, baseline = np.mean(verdicts), percent / 100
+        assert result.to_dict()["tasks"][label]["accuracy"] == pytest.approx(accuracy, abs=1e-12)
+        centered.append((accuracy - baseline) / (1 - baseline))
+        variances.append(accuracy * (1 - accuracy) / len(verdicts) / (1 - baseline) ** 2)
+    assert result.core == pytest.approx(np.mean(centered), abs=1e-12)
+    assert result.stderr == pytest.approx(math.sqrt(sum(variances)) / 4, abs=1e-12)
+
+
+def test_some_tasks_alone_are_no_core(evaluate: Evaluate) -> None:
+    result = evaluate(tasks=["schema", "choice"])
+    assert [score.task.label for score in result.scores] == ["choice", "schema"]
+    assert (result.core, result.stderr) == (None, None)
+
+
+def test_a_zip_gives_what_its_folder_gives(evaluate: Evaluate, bundle: Path, tmp_path: Path) -> None:
+    from_folder = evaluate().to_dict()
+    from_zip = evaluate(bundle=zipped(bundle), work=tmp_path / "other").to_dict()
+    assert from_zip.pop("bundle_sha256") != from_folder.pop("bundle_sha256")
+    assert from_zip == from_folder
+
+
+def test_verdicts_do_not_depend_on_the_batch(evaluate: Evaluate, tmp_path: Path) -> None:
+    assert evaluate(batch_tokens=60).to_dict() == evaluate(batch_tokens=9000, work=tmp_path / "other").to_dict()
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_a_stopped_evaluation_continues_and_ends_the_same(evaluate: Evaluate, tmp_path: Path, batches: int) -> None:
+    left = iter([False] * batches)
+    with pytest.raises(Interrupted, match="CORE's task"):
+        evaluate(should_stop=lambda: next(left, True), max_per_task=10)
+    whole = evaluate(max_per_task=10, work=tmp_path / "other")
+    continued = evaluate(max_per_task=10)
+    assert 0 < continued.computed < whole.computed
+    assert (continued.to_dict(), continued.examples) == (whole.to_dict(), whole.examples)
+
+
+KILLED = """
+import mlxchat, io, os, signal, sys
+from pathlib import Path
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+from mlxchat.evals import core
+from mlxchat.evals.language_model import OwnModel
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.progress import Progress
+folder, bundle, work, left = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+model, tokenizer, _ = load_checkpoint(folder)
+append = core.Journal.append
+def dying(self, results):
+    global left
+    append(self, results)
+    left -= 1
+    if left == 0:
+        with self._file.path.open("ab") as file:
+            file.write(b'{"results": [{"index": 0, "verd')  # in the middle of a line
+        os.kill(os.getpid(), signal.SIGKILL)
+core.Journal.append = dying
+core.evaluate_core(OwnModel(model), tokenizer, bundle, max_per_task=8, tasks=None, batch_tokens=300, work=work,
+                   progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()))
+"""
+
+
+def test_a_killed_evaluation_continues_and_ends_the_same(
+    evaluate: Evaluate, model: GPT, tokenizer: Tokenizer, bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_checkpoint(folder, model, tokenizer, {"format": "base"})
+    command = [sys.executable, "-c", KILLED, str(folder), str(bundle), str(tmp_path / "work"), "3"]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    continued, whole = evaluate(max_per_task=8), evaluate(max_per_task=8, work=tmp_path / "other")
+    assert continued.computed < whole.computed
+    assert (continued.to_dict(), continued.examples) == (whole.to_dict(), whole.examples)
+
+
+def test_results_of_another_bundle_are_not_continued(evaluate: Evaluate, bundle: Path) -> None:
+    first = evaluate(max_per_task=6)
+    path = bundle / "eval_bundle" / "eval_data" / "all" / "schema.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in make_items("schema", 6)))
+    second = evaluate(max_per_task=6)
+    assert second.computed == first.computed == 24
+
+
+def test_prompts_longer_than_the_context_are_counted(evaluate: Evaluate, model: GPT) -> None:
+    tokens = {example["index"]: example["tokens"] for example in evaluate(tasks=["language"]).examples}
+    limit = sorted(tokens.values())[len(tokens) // 2]
+    object.__setattr__(model.sizes, "context_tokens", limit)
+    result = evaluate(tasks=["language"])
+    assert result.scores[0].cropped == sum(count > limit for count in tokens.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("core.yaml", "icl_tasks: [{label: x}]", "do not describe tasks"),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\n", "do not describe tasks"),
+        ("eval_data/all/choice.jsonl", '{"query": "a"}\n', "choice.jsonl line 1.*no choices, gold"),
+        ("eval_data/all/choice.jsonl", '{"query": "a", "choices": ["b"], "gold": 1}\n', "gold is 1 of 1"),
+        ("eval_data/all/choice.jsonl", "nonsense\n", "choice.jsonl line 1"),
+    ],
+)
+def test_a_damaged_bundle_is_refused_with_the_place(
+    evaluate: Evaluate, bundle: Path, path: str, text: str, message: str
+) -> None:
+    (bundle / "eval_bundle" / path).write_text(text)
+    with pytest.raises(DataError, match=message):
+        evaluate()
+
+
+def test_too_few_examples_for_the_shots_are_refused_with_how_many_it_takes(evaluate: Evaluate) -> None:
+    with pytest.raises(DataError, match="at least 3 per task"):
+        evaluate(max_per_task=2)
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones(evaluate: Evaluate) -> None:
+    with pytest.raises(DataError, match=r"'chioce'.* Did you mean \"choice\""):
+        evaluate(tasks=["chioce"])
+
+
+def test_a_bundle_that_is_none_is_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "file.zip").write_text("no zip")
+    for path in (tmp_path / "file.zip", tmp_path / "absent.zip", tmp_path):
+        with pytest.raises(DataError, match=r"eval_bundle|eval bundle"):
+            evaluate(bundle=path)
+
+
+def test_a_bundle_cannot_lead_out_of_its_folder(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text("{}\n")
+    path = bundle / "eval_bundle" / "core.yaml"
+    path.write_text(path.read_text().replace("all/choice.jsonl", "../../../secret.jsonl"))
+    opened = Bundle(bundle)
+    with pytest.raises(DataError, match="leads out"):
+        opened.examples(opened.tasks[0])
+
+
+def test_the_first_of_equal_options_is_chosen_and_one_without_scored_tokens_only_as_the_first() -> None:
+    losses = [np.array([1.0, 2.0]), np.array([1.5]), np.array([])]
+    assert mean_losses(losses) == [1.5, 1.5, None]
+    assert likeliest([1.5, 1.5, None]) == 0
+    assert likeliest([2.0, None, 1.0]) == 2
+    assert likeliest([None, 1.0]) == 0
+
+
+def test_a_score_is_centred_at_guessing() -> None:
+    task = CoreTask(label="x", kind="schema", data="", num_fewshot=0, delimiter=" ", baseline=0.5)
+    score = TaskScore(task=task, accuracy=0.75, num_examples=48, cropped=0)
+    assert score.centered == 0.5
+    assert score.stderr == pytest.approx(0.0625)
+    assert score.centered_stderr == pytest.approx(0.125)

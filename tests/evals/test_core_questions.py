@@ -1,0 +1,125 @@
+"""CORE's prompts, draws, spans and crops, against jinja2, random and plain loops."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import jinja2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError
+from mlxchat.evals.core_bundle import CoreTask
+from mlxchat.evals.core_questions import (
+    build_question,
+    common_prefix,
+    crop,
+    draw_shots,
+    render_prompts,
+    tokenize_prompts,
+)
+
+SHOTS = "{%% for s in shots %%}%s\n\n{%% endfor %%}"
+TEMPLATES = {
+    "multiple_choice": SHOTS % "{{ s.query }}{{ d }}{{ s.choices[s.gold] }}" + "{{ i.query }}{{ d }}{{ o }}",
+    "schema": SHOTS % "{{ s.context_options[s.gold] }}{{ d }}{{ s.continuation }}"
+    + "{{ o }}{{ d }}{{ i.continuation }}",
+    "language_modeling": SHOTS % "{{ s.context | trim }}{{ d }}{{ s.continuation }}"
+    + "{{ i.context | trim }}{{ d }}{{ o }}",
+}
+TEXTS = st.text(st.sampled_from(" ab{}%#<&\n\té你"), max_size=12)
+
+
+def task_of(kind: str, *, shots: int = 0, delimiter: str = " ") -> CoreTask:
+    return CoreTask(label="task", kind=kind, data="", num_fewshot=shots, delimiter=delimiter, baseline=0.25)
+
+
+@st.composite
+def items(draw: st.DrawFn, kind: str) -> dict[str, Any]:
+    options = draw(st.lists(TEXTS, min_size=2, max_size=3))
+    if kind == "multiple_choice":
+        return {"query": draw(TEXTS), "choices": options, "gold": draw(st.integers(0, len(options) - 1))}
+    if kind == "schema":
+        gold = draw(st.integers(0, len(options) - 1))
+        return {"context_options": options, "continuation": draw(TEXTS), "gold": gold}
+    return {"context": draw(TEXTS), "continuation": draw(TEXTS)}
+
+
+@pytest.mark.parametrize("kind", list(TEMPLATES))
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_prompts_are_what_jinja_renders(kind: str, data: st.DataObject) -> None:
+    item, delimiter = data.draw(items(kind)), data.draw(st.sampled_from([" ", "\nAnswer: ", ""]))
+    shots = data.draw(st.lists(items(kind), max_size=2))
+    # A template's own last line break goes, the texts' stay.
+    template = jinja2.Environment(keep_trailing_newline=True).from_string(TEMPLATES[kind])
+    options = item.get("choices") or item.get("context_options") or ["", item["continuation"]]
+    expected = [template.render(shots=shots, i=item, d=delimiter, o=option) for option in options]
+    if kind == "language_modeling":
+        expected[0] = expected[0].strip()
+    assert render_prompts(task_of(kind, delimiter=delimiter), item, shots) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(2, 400), shots=st.integers(1, 10), data=st.data())
+def test_shots_are_drawn_from_all_other_examples_by_the_example_s_own_seed(
+    count: int, shots: int, data: st.DataObject
+) -> None:
+    index = data.draw(st.integers(0, count - 1))
+    shots = min(shots, count - 1)
+    others = [place for place in range(count) if place != index]
+    assert draw_shots(index, count, shots) == random.Random(1234 + index).sample(others, shots)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=5))
+def test_the_common_beginning_ends_where_any_two_sequences_part(sequences: list[list[int]]) -> None:
+    expected = 0
+    while all(len(each) > expected and each[expected] == sequences[0][expected] for each in sequences):
+        expected += 1
+    assert common_prefix(sequences) == expected
+
+
+def test_choices_are_scored_from_where_they_part_and_schemas_over_their_common_end(tokenizer: Tokenizer) -> None:
+    prompts = ["the cat sat", "the cat ran"]
+    sequences, starts = tokenize_prompts("multiple_choice", prompts, tokenizer)
+    assert [tokenizer.decode(tokens[start:]) for tokens, start in zip(sequences, starts, strict=True)] == [
+        " sat",
+        " ran",
+    ]
+    sequences, starts = tokenize_prompts("schema", ["a cat sat", "a dogs sat"], tokenizer)
+    assert {tokenizer.decode(tokens[start:]) for tokens, start in zip(sequences, starts, strict=True)} == {" sat"}
+
+
+def test_a_continuation_that_melts_into_its_prompt_is_scored_from_where_they_part_or_refused(
+    tokenizer: Tokenizer,
+) -> None:
+    prompts = ["the ca", "the cat"]  # "at" is one token
+    sequences, starts = tokenize_prompts("language_modeling", prompts, tokenizer)
+    assert tokenizer.decode(sequences[0][starts[0] :]) == "at"
+    with pytest.raises(DataError, match="beginning"):
+        tokenize_prompts("language_modeling", prompts, tokenizer, strict=True)
+
+
+def test_long_prompts_lose_their_beginning_the_same_for_all_options() -> None:
+    sequences, starts = [list(range(10)), list(range(12))], [8, 8]
+    assert crop(sequences, starts, 12) == (sequences, starts, False)
+    kept, scored, cut = crop(sequences, starts, 9)
+    assert (kept, scored, cut) == ([list(range(3, 10)), list(range(3, 12))], [5, 5], True)
+    kept, scored, cut = crop(sequences, starts, 9, together=False)
+    assert (kept, scored, cut) == ([list(range(1, 10)), list(range(3, 12))], [7, 5], True)
+
+
+def test_what_is_scored_beyond_the_context_counts_as_far_as_it_fits() -> None:
+    kept, scored, cut = crop([list(range(20))], [5], 8)
+    assert (kept, scored, cut) == ([list(range(12, 20))], [1], True)
+
+
+def test_a_cropped_question_fits_the_context_and_says_so(tokenizer: Tokenizer) -> None:
+    items = [{"context": "the cat sat on the mat " * 9, "continuation": "and the dog"} for _ in range(3)]
+    question = build_question(task_of("language_modeling", shots=2), items, 0, tokenizer, 32)
+    assert question.cropped
+    assert question.ends == [32]
+    assert tokenizer.decode(question.sequences[0][question.starts[0] :]) == " and the dog"

@@ -1,0 +1,191 @@
+"""Models of other makes: our own checkpoint, opened by mlx-lm, is measured to be what it is."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_lm", reason="outside models need mlx-lm")
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError
+from mlxchat.evals.bpb import text_loss
+from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.language_model import LanguageModel, OwnModel
+from mlxchat.evals.outside import OutsideModel, OutsideTokenizer, load_outside
+from mlxchat.evals.outside_chat import evaluate_outside_task
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.runner.progress import Progress
+from mlxchat.tasks.base import Task
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+# mlx-lm adds 1e-5 where ours adds 1.2e-7 to the mean squares of its norms.
+TOLERANCE = 2e-3
+
+
+@pytest.fixture
+def folder(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    save_checkpoint(path, model, tokenizer, {"format": "chat"})
+    return path
+
+
+@pytest.fixture
+def outside(folder: Path) -> tuple[OutsideModel, OutsideTokenizer]:
+    return load_outside(folder)
+
+
+def test_our_checkpoint_opened_by_mlx_lm_has_the_same_results_on_core(
+    outside: tuple[OutsideModel, OutsideTokenizer], model: GPT, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "bundle" / "eval_data").mkdir(parents=True)
+    kinds = {"choice": "multiple_choice", "schema": "schema", "language": "language_modeling"}
+    tasks = [
+        {"label": label, "icl_task_type": kind, "num_fewshot": [1], "dataset_uri": f"{label}.jsonl"}
+        for label, kind in kinds.items()
+    ]
+    (tmp_path / "bundle" / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
+    rows = "".join(f"{label},0\n" for label in kinds)
+    (tmp_path / "bundle" / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{rows}")
+    words = ["the", "cat", "sat", "on", "mat", "and", "dog", "log"]
+    rng = np.random.default_rng(5)
+    for label in kinds:
+        items: list[dict[str, Any]] = []
+        for _ in range(9):
+            texts = [" ".join(rng.choice(words, 4)) for _ in range(4)]
+            items.append({"query": texts[0], "choices": texts[1:], "gold": 1, "context": texts[0],
+                          "context_options": texts[1:], "continuation": texts[3]})  # fmt: skip
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        (tmp_path / "bundle" / "eval_data" / f"{label}.jsonl").write_text(lines)
+
+    def evaluate(model: LanguageModel, tokenizer: Any, work: str) -> dict[str, Any]:
+        return evaluate_core(
+            model, tokenizer, tmp_path / "bundle", max_per_task=None, tasks=None, batch_tokens=400,
+            work=tmp_path / work, progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()),
+        ).to_dict()  # fmt: skip
+
+    assert evaluate(*outside, "theirs") == evaluate(OwnModel(model), tokenizer, "ours")
+
+
+def test_our_checkpoint_opened_by_mlx_lm_has_the_same_bits_per_byte(
+    outside: tuple[OutsideModel, OutsideTokenizer], model: GPT, tokenizer: Tokenizer
+) -> None:
+    ids = np.array(tokenizer.encode("the cat sat on the mat and the dog " * 20)[:121], np.int32)
+    rows = [(ids[start : start + 30], ids[start + 1 : start + 31]) for start in range(0, 90, 30)]
+    theirs = text_loss(outside[0], rows, outside[1].token_bytes, micro_tokens=64)
+    ours = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=64)
+    assert (theirs.num_bytes, theirs.num_tokens) == (ours.num_bytes, ours.num_tokens)
+    assert theirs.bits_per_byte == pytest.approx(ours.bits_per_byte, abs=TOLERANCE)
+
+
+def test_our_tokenizer_read_as_theirs_is_the_same(
+    outside: tuple[OutsideModel, OutsideTokenizer], tokenizer: Tokenizer
+) -> None:
+    theirs = outside[1]
+    assert (theirs.bos, theirs.vocab_size) == (tokenizer.bos, tokenizer.vocab_size)
+    assert theirs.token_bytes.tolist() == tokenizer.token_bytes.tolist()
+    for text in ("the cat sat", "  你好\n<|bos|> it's 1234"):
+        assert theirs.encode(text.replace("<|bos|>", "")) == tokenizer.encode(text.replace("<|bos|>", ""))
+        assert theirs.decode(theirs.encode(text)) == text
+    messages = [{"role": "user", "content": "the cat"}]
+    assert theirs.render_prompt(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
+
+
+def test_next_logits_of_prompts_that_share_a_beginning_are_those_of_each_alone(
+    outside: tuple[OutsideModel, OutsideTokenizer],
+) -> None:
+    prompts = [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5]]
+    for prompt, got in zip(prompts, outside[0].next_logits(prompts), strict=True):
+        np.testing.assert_allclose(got, np.asarray(outside[0](mx.array([prompt]))[0, -1]), atol=1e-4)
+
+
+class Letters(Task):
+    """Two questions whose answer is the letter B."""
+
+    name = "letters"
+    kind = "categorical"
+    chance = 0.5
+
+    def _own_size(self) -> int:
+        return 2
+
+    def _conversation(self, index: int, rng: random.Random) -> dict[str, Any]:
+        messages = [{"role": "user", "content": f"the cat {index}"}, {"role": "assistant", "content": "B"}]
+        return {"messages": messages, "letters": ["A", "B"], "answer": "B"}
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        return response == conversation["answer"]
+
+
+class Texts(Letters):
+    """Two questions that are answered in words; every answer is right."""
+
+    kind = "generative"
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        return isinstance(response, str)
+
+
+def test_letters_are_chosen_by_their_logits_after_the_model_s_own_template(
+    outside: tuple[OutsideModel, OutsideTokenizer], tmp_path: Path
+) -> None:
+    model, tokenizer = outside
+    score, rows = evaluate_outside_task(
+        model, tokenizer, Letters("test"), name="letters", batch_rows=4, max_new_tokens=3, work=tmp_path / "work",
+        on_progress=lambda done: None,
+    )  # fmt: skip
+    for row in rows:
+        prompt = tokenizer.render_prompt([{"role": "user", "content": f"the cat {row['index']}"}])
+        logits = model(mx.array([prompt]))[0, -1]
+        a, b = (float(logits[tokenizer.encode(letter)[0]]) for letter in "AB")
+        assert row["output"] == ("B" if b > a else "A")
+    assert score.accuracy == np.mean([row["output"] == "B" for row in rows])
+
+
+def test_text_is_generated_and_finished_answers_are_not_asked_again(
+    outside: tuple[OutsideModel, OutsideTokenizer], tmp_path: Path
+) -> None:
+    asked: list[int] = []
+    for _ in range(2):
+        score, rows = evaluate_outside_task(
+            *outside,
+            Texts("test"),
+            name="texts",
+            batch_rows=1,
+            max_new_tokens=3,
+            work=tmp_path,
+            on_progress=asked.append,
+        )
+    assert (score.accuracy, [row["index"] for row in rows], asked) == (1.0, [0, 1], [1, 2])
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"config\.json"):
+        load_outside(tmp_path)
+
+
+def test_pickles_are_not_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match="safetensors"):
+        load_outside(folder)
+
+
+def test_code_of_the_folder_s_is_not_run(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_file": "model.py"}))
+    (folder / "model.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(DataError, match="custom module"):
+        load_outside(folder)
+    assert not (tmp_path / "ran").exists()
