@@ -1,10 +1,9 @@
-"""Where documents come from: local files of three kinds, and datasets of a Hub that this machine plays itself."""
+"""Where documents come from: local files of three kinds, and the Hub, as a server of the folder beside plays it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlxchat.data.corpus import gather_documents, read_file
+from mlxchat.data.shards import iterate_documents, open_shards
 from mlxchat.errors import DataError
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
@@ -139,23 +139,20 @@ def test_files_with_blank_text_only_are_refused(tmp_path: Path) -> None:
         gather_documents([], [str(tmp_path / "a.txt")], document_chars=None, seed=0)
 
 
-# A Hub on this machine
+# The Hub of the folder beside, where there is one: real data and stand-ins of it
 
-MakeCorpus = Callable[..., "subprocess.CompletedProcess[str]"]
+MlxChat = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def make_corpus_stage(tmp_path: Path) -> MakeCorpus:
-    def run(endpoint: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def make_corpus_stage(mlxchat: MlxChat, tmp_path: Path) -> MlxChat:
+    def run(endpoint: str, *overrides: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run the corpus stage in a process of its own against a Hub at `endpoint`."""
-        environment = os.environ | {
-            "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
+        environ = {
+            "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "MLXCHAT_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1,localhost", **environ,
         }  # fmt: skip
-        return subprocess.run(
-            [sys.executable, "-m", "mlxchat", "stage=corpus", f"outputs={tmp_path / 'outputs'}", *overrides],
-            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        return mlxchat("stage=corpus", f"outputs={tmp_path / 'outputs'}", *overrides, environ=environ)
 
     return run
 
@@ -185,42 +182,63 @@ def artifact(folder: Path) -> Path:
 
 
 def texts(path: Path) -> list[str]:
-    return pq.read_table(path)["text"].to_pylist()
+    return [str(text) for text in pq.read_table(path)["text"].to_pylist()]
+
+
+@pytest.fixture
+def use_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in this process from the caches that the stage filled, and from no network."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def test_tinystories_come_from_the_hub(
-    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MakeCorpus
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat, use_caches: None
 ) -> None:
     done = make_corpus_stage(start_hub(), "corpus=tinystories")
     assert done.returncode == 0, done.stderr
     folder, source = artifact(tmp_path), HUB / "root/datasets/roneneldan/TinyStories/data"
-    assert texts(folder / "shard_00000.parquet") == texts(source / "train-00000-of-00001.parquet")
-    assert texts(folder / "validation.parquet") == texts(source / "validation-00000-of-00001.parquet")
+    assert list(iterate_documents(folder, "train")) == texts(source / "train-00000-of-00001.parquet")
+    assert list(iterate_documents(folder, "validation")) == texts(source / "validation-00000-of-00001.parquet")
 
 
-def test_shards_of_fineweb_keep_their_order_and_their_validation_file(
-    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MakeCorpus
+@pytest.mark.parametrize("corpus", ["fineweb_edu", "climbmix"])
+def test_nanochats_corpora_keep_their_order_and_their_validation_file(
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat, use_caches: None, corpus: str
 ) -> None:
-    done = make_corpus_stage(
-        start_hub("--redirect"), "corpus=fineweb_edu", "corpus.hub.num_train_files=2",
-        "corpus.hub.validation_files=shard_00005.parquet",
-    )  # fmt: skip
+    changed = ["corpus.hub.validation_files=shard_00005.parquet"] if corpus == "fineweb_edu" else []
+    done = make_corpus_stage(start_hub("--redirect"), f"corpus={corpus}", *changed)
     assert done.returncode == 0, done.stderr
-    folder, source = artifact(tmp_path), HUB / "root/datasets/karpathy/fineweb-edu-100b-shuffle"
-    assert sorted(path.name for path in folder.glob("*.parquet")) == [
-        "shard_00000.parquet", "shard_00001.parquet", "validation.parquet",
-    ]  # fmt: skip
-    for name, original in [
-        ("shard_00000", "shard_00000"),
-        ("shard_00001", "shard_00001"),
-        ("validation", "shard_00005"),
-    ]:
-        assert texts(folder / f"{name}.parquet") == texts(source / f"{original}.parquet")
-    sources = json.loads((folder / "corpus.json").read_text())["sources"]
-    assert [record["url"].rsplit("/", 1)[-1] for record in sources] == [
-        "shard_00000.parquet", "shard_00001.parquet", "shard_00005.parquet",
-    ]  # fmt: skip
-    assert {record["revision"] for record in sources} == {"5ca1ab1e0ddba11c0ffee5eed5ca1ab1e0ddba11"}
+    held_out = "shard_00005.parquet" if corpus == "fineweb_edu" else "shard_06542.parquet"
+    (source,) = (HUB / "root/datasets/karpathy").glob(f"{corpus.replace('_', '-')}*")
+    folder = artifact(tmp_path)
+    names = sorted(path.name for path in source.glob("*.parquet") if path.name != held_out)
+    assert [shard.name for shard in open_shards(folder, "train")] == names
+    assert next(iterate_documents(folder, "train")) == texts(source / names[0])[0]
+    assert list(iterate_documents(folder, "validation")) == texts(source / held_out)
+    externals = json.loads((folder / "manifest.json").read_text())["externals"]
+    assert {each["revision"] for each in externals} == {"5ca1ab1e0ddba11c0ffee5eed5ca1ab1e0ddba11"}
+
+
+FAULTS = {
+    "the first answers are errors": ["--fail-first", "4"],
+    "every file is cut": ["--truncate", "*.parquet", "--redirect"],
+    "every file is cut again and again": ["--truncate", "*.parquet", "--times", "0"],
+    "every file is corrupted once": ["--corrupt", "*.parquet"],
+    "answers are slow": ["--latency-ms", "200"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_hub_that_misbehaves_gives_the_same_artifact(
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat, use_caches: None, name: str
+) -> None:
+    done = make_corpus_stage(start_hub(*FAULTS[name]), "corpus=tinystories", "retry.seconds=0.1")
+    assert done.returncode == 0, done.stderr
+    source = HUB / "root/datasets/roneneldan/TinyStories/data"
+    assert list(iterate_documents(artifact(tmp_path), "train")) == texts(source / "train-00000-of-00001.parquet")
 
 
 REFUSALS = {
@@ -231,19 +249,30 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_the_hub_does_not_have_is_refused_in_one_message(
-    start_hub: Callable[..., str], make_corpus_stage: MakeCorpus, name: str
+    start_hub: Callable[..., str], make_corpus_stage: MlxChat, name: str
 ) -> None:
     overrides, message = REFUSALS[name]
     done = make_corpus_stage(start_hub(), "corpus=tinystories", *overrides)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_hub_that_cannot_be_reached_is_refused_in_one_message(make_corpus_stage: MakeCorpus) -> None:
-    done = make_corpus_stage("http://127.0.0.1:9", "corpus=tinystories")
-    assert done.returncode != 0
+def test_a_file_that_is_always_corrupted_is_refused_in_one_message(
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat
+) -> None:
+    done = make_corpus_stage(start_hub("--corrupt", "train-*", "--times", "0"), "corpus=tinystories")
+    assert done.returncode == 2
+    assert "train-00000-of-00001.parquet is not what it should be" in done.stderr
+    assert not list((tmp_path / "outputs" / "store").glob("*/corpus.json"))
+
+
+def test_a_cold_cache_without_a_network_says_what_to_type(make_corpus_stage: MlxChat) -> None:
+    done = make_corpus_stage("http://127.0.0.1:9", "corpus=tinystories", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
     assert "roneneldan/TinyStories" in done.stderr
+    assert "mlxchat data fetch stage=corpus" in done.stderr
     assert "Traceback" not in done.stderr

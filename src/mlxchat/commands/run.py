@@ -91,7 +91,7 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
     check(plan)
     check_memory(config, plan)
     need = find_text_need(config, plan, store)
-    check_text_room(need)
+    check_text_room(need, store)
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}"
     # A step that shares an artifact it has no alias of yet is done without computing, but not finished.
     finished = all(step.done and step.verdict.original is None for step in plan)

@@ -67,22 +67,36 @@ def note_verified(name: str, path: Path) -> None:
         write_json(cache_folder() / "verified" / name, stamp_of(path))
 
 
-def check_space(folder: Path, needed: int, what: str) -> None:
+def check_space(folder: Path, needed: int, what: str, beside: tuple[Path, int] | None = None) -> None:
     """Refuse to begin what the disk has no room for.
+
+    Args:
+        folder: where it will be.
+        needed: bytes.
+        what: whose bytes, for the message.
+        beside: another folder and its bytes, which count if it is on the same disk.
 
     Raises:
         DataError: fewer bytes are free there than needed and some to spare.
     """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = _existing(folder)
+    if beside is not None and _existing(beside[0]).stat().st_dev == place.stat().st_dev:
+        needed += beside[1]
     free = shutil.disk_usage(place).free
     if needed and needed + SPARE_BYTES > free:
         raise DataError(
             f"{what} needs {format_bytes(needed)}, and the disk of {folder} has {format_bytes(free)} free. Make room "
-            "(mlxchat data ls shows what is there, mlxchat data rm removes it), or put the cache on another disk: "
-            "HF_HOME=FOLDER for data of the Hub, MLXCHAT_CACHE=FOLDER for other downloads."
+            "(mlxchat data ls shows what was fetched, mlxchat data rm removes it; mlxchat gc shows what else may go), "
+            "or use another disk: HF_HOME=FOLDER for data of the Hub, MLXCHAT_CACHE=FOLDER for other downloads, "
+            "outputs=FOLDER for artifacts."
         )
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def missing_bytes(wanted: Iterable[tuple[Path, int]]) -> int:

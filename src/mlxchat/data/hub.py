@@ -1,7 +1,7 @@
 """Files of the Hugging Face Hub and plain downloads, each fetched once, verified, and shared by everybody.
 
 The Hub's files lie in its own cache (HF_HOME), laid out as the official client does, so that other programs find them
-and we find theirs. Listings are remembered in `cache_folder()`: with HFHUB_OFFLINE, or when there is no network, what
+and we find theirs. Listings are remembered in `cache_folder()`: with HF_HUB_OFFLINE, or when there is no network, what
 an earlier call recorded is used. huggingface_hub and its HTTP library are imported when something is to be fetched.
 """
 
@@ -97,7 +97,7 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
     if is_there():
         return place
     if is_offline():
-        raise DataError(f"{url} is not on this machine, and HFHUB_OFFLINE is set. {tell_command()}")
+        raise DataError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set. {tell_command()}")
     trusted = urlsplit(url).netloc in (urlsplit(endpoint()).netloc, urlsplit(HUB).netloc)
     wanted = Wanted(url=url, name=url, sha256=sha256, trusts_etag=trusted)
     with TransferProgress(name, 0, None) as progress:
@@ -201,7 +201,7 @@ def _name_of(files: Sequence[HubFile]) -> str:
 def _tell_missing(files: Sequence[HubFile]) -> str:
     size = format_bytes(sum(file.bytes for file in files))
     names = ", ".join(file.path for file in files[:3]) + (" …" if len(files) > 3 else "")
-    return f"{_name_of(files)}: {size} are not on this machine ({names}), and HFHUB_OFFLINE is set. {tell_command()}"
+    return f"{_name_of(files)}: {size} are not on this machine ({names}), and HF_HUB_OFFLINE is set. {tell_command()}"
 
 
 class _Ended(Exception):

@@ -21,6 +21,8 @@ ESTIMATED_CHARS_PER_TOKEN = 4.8
 # Share of the tokens that best-fit packing crops away: nanochat's own figure for rows of 2,048.
 CROPPED_SHARE = 0.35
 MARGIN = 1.1
+# The beginning of the text, which tables and baselines read: tokenizers' compression, the n-gram model.
+LEAST_CHARS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class TextNeed:
     """Whether the tokenizer is there and has told its characters per token."""
     chars: float
     """Characters that are read: what is cropped away and the margin included; at least what the tokenizer reads."""
+    token_bytes: int
+    """Of a token on disk."""
     known: Known | None
     """The corpus's files; None: nobody has listed them yet."""
 
@@ -68,7 +72,7 @@ def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) ->
     """Return what the steps that are to run will read; None: no corpus of the Hub, or no such step."""
     plan = list(plan)
     steps = {step.stage.name: step for step in plan}
-    waiting = [name for name in ("corpus", "tokenizer", "pretrain") if name in steps and not steps[name].done]
+    waiting = {step.stage.name for step in plan if _reads_text(step)}
     if config.corpus.hub is None or not waiting:
         return None
     tokens = 0
@@ -79,31 +83,45 @@ def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) ->
         tokens = derived.num_iterations * derived.batch_tokens
     measured = _chars_per_token(steps.get("tokenizer"), store)
     per_token = measured or ESTIMATED_CHARS_PER_TOKEN
-    chars = tokens * per_token / (1 - CROPPED_SHARE) * MARGIN
-    if "tokenizer" in waiting:
-        chars = max(chars, float(config.tokenizer.max_chars))
+    chars = max(tokens * per_token / (1 - CROPPED_SHARE) * MARGIN, LEAST_CHARS)
+    if "tokenizer" in waiting and config.tokenizer.source == "train":
+        chars = max(chars, config.tokenizer.max_chars * MARGIN)  # it reads no more than the beginning of long documents
     place = _artifact(steps.get("corpus"), store)
     known = known_of_artifact(place) if place is not None else known_of_record(config.corpus.hub)
-    return TextNeed(tokens, per_token, measured is not None, chars, known)
+    token_bytes = 2 if config.tokenizer.vocab_size <= 1 << 16 else 4
+    return TextNeed(tokens, per_token, measured is not None, chars, token_bytes, known)
 
 
 def describe_text(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, str]:
     """Return step → what is known of the text that a plan's steps will read, for people."""
     plan = list(plan)
     need = find_text_need(config, plan, store)
-    readers = [step.name for step in plan if step.stage.name in ("corpus", "tokenizer", "pretrain") and not step.done]
+    readers = [step.name for step in plan if _reads_text(step)]
     return {readers[0]: str(need)} if need is not None and readers else {}
 
 
-def check_text_room(need: TextNeed | None) -> None:
-    """Refuse a run whose text has no room on the disk, as far as its files are known.
+def check_text_room(need: TextNeed | None, store: Store) -> None:
+    """Refuse a run whose text, and what is made of it, has no room on the disk, as far as its files are known.
+
+    Args:
+        need: of the run.
+        store: where the encoded text goes; what is there of any text is taken for this one's.
 
     Raises:
         DataError: with the bytes that are missing and those that are free.
     """
-    if need is not None and need.known is not None and need.known.files:
-        repository = need.known.files[0].repository
-        check_space(hub_cache(), need.known.missing_bytes(need.chars), f"The text of this run ({repository})")
+    if need is None:
+        return
+    made = sum(path.stat().st_size for path in (store.outputs / "store").glob("tokens-*/*.safetensors"))
+    encoded = max(0, round(need.chars / need.chars_per_token) * need.token_bytes - made)
+    repository = need.known.files[0].repository if need.known is not None and need.known.files else "of the Hub"
+    text = need.known.missing_bytes(need.chars) if need.known is not None else 0
+    check_space(store.outputs, encoded, f"The encoded text of this run ({repository})", (hub_cache(), text))
+    check_space(hub_cache(), text, f"The text of this run ({repository})", (store.outputs, encoded))
+
+
+def _reads_text(step: PlannedStep) -> bool:
+    return not step.done and (step.stage.name == "corpus" or "corpus" in step.inputs)
 
 
 def _artifact(step: PlannedStep | None, store: Store) -> Path | None:
@@ -113,5 +131,6 @@ def _artifact(step: PlannedStep | None, store: Store) -> Path | None:
 def _chars_per_token(step: PlannedStep | None, store: Store) -> float | None:
     """Return the characters in a token of the plan's tokenizer, if it is made; its bytes are hardly more."""
     made = store.read(step.rid) if step is not None and step.done else None
-    value = (made or {}).get("metrics", {}).get("bytes_per_token")
+    metrics = (made or {}).get("metrics", {})
+    value = metrics.get("chars_per_token", metrics.get("bytes_per_token"))
     return float(value) if value else None

@@ -1,0 +1,326 @@
+"""A corpus on the Hub: pinned, listed, never copied; which files are read, held out, needed, and fetched ahead."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlxchat.config import HubConfig
+from mlxchat.data import shards as shards_module
+from mlxchat.data.documents import DocumentCursor, EncodedShards
+from mlxchat.data.encoded import encode_shard
+from mlxchat.data.hub_corpus import list_corpus, pin_corpus
+from mlxchat.data.hub_listing import forget
+from mlxchat.data.listing import count_files, known_of_artifact
+from mlxchat.data.prefetch import Fetcher, fetch_ahead, stop_fetching
+from mlxchat.data.shards import Shard, chars_per_byte, iterate_documents, open_shards
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError
+
+NAME = "org/texts"
+
+
+def parquet(documents: list[str | None], column: str = "text", **more: Any) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"id": list(range(len(documents))), column: documents}), file, **more)
+    return file.getvalue()
+
+
+def texts(shard: int, count: int = 30) -> list[str]:
+    return [f"shard {shard} document {number} " + "word " * (number % 7) for number in range(count)]
+
+
+def hub_config(**changes: Any) -> HubConfig:
+    values: dict[str, Any] = {
+        "repository": NAME, "revision": "main", "train_files": "shard_*.parquet", "num_train_files": None,
+        "validation_files": "shard_00004.parquet", "column": "text",
+    }  # fmt: skip
+    return HubConfig(**(values | changes))
+
+
+@pytest.fixture
+def five(hub: Any) -> Any:
+    """Five files of thirty documents; the last is for validation."""
+    return hub.add(NAME, {f"shard_{index:05d}.parquet": parquet(texts(index)) for index in range(5)})
+
+
+@pytest.fixture
+def pin(tmp_path: Path) -> Callable[..., Path]:
+    def make(train_chars: float | None = None, validation_documents: int = 5, **changes: Any) -> Path:
+        """Write the artifact; return its folder."""
+        out = tmp_path / f"corpus-{len(list(tmp_path.glob('corpus-*')))}"
+        out.mkdir()
+        pin_corpus(hub_config(**changes), out, validation_documents=validation_documents, train_chars=train_chars)
+        return out
+
+    return make
+
+
+# Which files
+
+
+def test_the_artifact_pins_the_commit_and_every_file_and_holds_no_text(
+    hub: Any, five: Any, pin: Callable[..., Path]
+) -> None:
+    folder = pin()
+    assert [path.name for path in folder.iterdir()] == ["corpus.json"]
+    listing = json.loads((folder / "corpus.json").read_text())
+    assert listing["hub"] == {"repository": NAME, "kind": "dataset", "revision": five.commit, "column": "text"}
+    assert [row[:2] for row in listing["shards"]] == [
+        [name, len(data)] for name, data in five.files.items() if name != "shard_00004.parquet"
+    ]
+    assert [row[0] for row in listing["validation"]] == ["shard_00004.parquet"]
+
+
+def test_documents_are_those_of_the_files_in_order(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+    folder = pin()
+    assert list(iterate_documents(folder, "train")) == [text for index in range(4) for text in texts(index)]
+    assert list(iterate_documents(folder, "validation")) == texts(4)
+
+
+def test_the_validation_file_is_the_same_however_many_files_train(
+    hub: Any, five: Any, pin: Callable[..., Path]
+) -> None:
+    assert list(iterate_documents(pin(num_train_files=1), "validation")) == texts(4)
+    assert len(open_shards(pin(num_train_files=2), "train")) == 2
+
+
+def test_a_corpus_without_validation_files_holds_out_the_first_documents(
+    hub: Any, five: Any, pin: Callable[..., Path]
+) -> None:
+    folder = pin(validation_files=None, validation_documents=12)
+    assert list(iterate_documents(folder, "validation")) == texts(0)[:12]
+    assert list(iterate_documents(folder, "train"))[:19] == [*texts(0)[12:], texts(1)[0]]
+    assert open_shards(folder, "train")[0].count() == 18
+
+
+def test_a_file_and_a_part_of_it_are_encoded_under_different_names(
+    hub: Any, five: Any, pin: Callable[..., Path]
+) -> None:
+    whole, part = (
+        open_shards(pin(validation_files=held_out), "train")[0].identity() for held_out in ("shard_00004.parquet", None)
+    )
+    assert whole != part
+
+
+def test_a_column_of_another_name_is_read(hub: Any, pin: Callable[..., Path]) -> None:
+    hub.add(NAME, {f"shard_{index:05d}.parquet": parquet(texts(index), column="story") for index in range(5)})
+    folder = pin(column="story")
+    assert next(iterate_documents(folder, "train")) == texts(0)[0]
+    assert open_shards(folder, "train")[0].identity()["column"] == "story"
+
+
+def test_an_empty_cell_is_an_empty_document_so_that_numbers_of_documents_stay(
+    hub: Any, five: Any, pin: Callable[..., Path]
+) -> None:
+    five.files["shard_00000.parquet"] = parquet(["one", None, "three"])
+    assert list(open_shards(pin(), "train")[0].documents()) == ["one", "", "three"]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no training file": ({"train_files": "nothing-*"}, "has 0 files like nothing-.* and 1 like shard_00004"),
+    "no validation file": ({"validation_files": "none"}, "has 5 files like shard_.* and 0 like none"),
+    "no such column": ({"column": "story"}, 'no column "story"; there are id, text'),
+    "a column of numbers": ({"column": "id"}, 'column "id" holds int64, expected text'),
+    "files of another kind": ({"train_files": "*.json"}, r"notes\.json is no parquet file.*refs/convert/parquet"),
+    "no such revision": ({"revision": "v9"}, "org/texts.*no such dataset or revision"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_data_set_does_not_have_is_refused(hub: Any, five: Any, pin: Callable[..., Path], name: str) -> None:
+    five.files["notes.json"] = b"{}"
+    changes, message = REFUSED[name]
+    with pytest.raises(DataError, match=message):
+        pin(**changes)
+
+
+def test_a_listing_of_the_same_commit_is_the_same_to_the_byte(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+    first = (pin() / "corpus.json").read_bytes()
+    forget()
+    assert (pin() / "corpus.json").read_bytes() == first
+
+
+def test_a_file_of_one_row_group_is_never_in_memory_as_a_whole(
+    hub: Any, five: Any, pin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_BATCH_DOCUMENTS", 8)
+    sizes = []
+    read = pq.ParquetFile.iter_batches
+
+    def watch(self: Any, *given: Any, **named: Any) -> Any:
+        for batch in read(self, *given, **named):
+            sizes.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watch)
+    assert list(open_shards(pin(), "train")[0].documents()) == texts(0)
+    assert max(sizes) <= 8
+
+
+# How many files
+
+
+def test_characters_of_a_byte_are_measured_on_the_validation_file(
+    hub: Any, five: Any, pin: Callable[..., Path]
+) -> None:
+    expected = sum(map(len, texts(4))) / len(five.files["shard_00004.parquet"])
+    assert chars_per_byte(pin()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("wanted", "count"), [(0, 1), (10, 1), (11, 2), (30, 3), (31, 3)])
+def test_as_many_files_are_needed_as_have_the_bytes(wanted: float, count: int) -> None:
+    assert count_files([10, 10, 10], wanted) == count
+
+
+def test_an_artifact_tells_the_files_for_so_many_characters(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+    known = known_of_artifact(pin())
+    assert known is not None
+    one = len(five.files["shard_00000.parquet"]) * known.chars_per_byte
+    assert [file.path for file in known.first(1.5 * one)] == ["shard_00000.parquet", "shard_00001.parquet"]
+    assert known.chars == pytest.approx(4 * one, rel=0.01)
+
+
+def test_a_run_whose_text_has_no_room_is_refused_before_it_is_fetched(
+    hub: Any, five: Any, pin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    pin()
+    stop_fetching()
+    asked = len(hub.requests("parquet"))
+    usage = shutil.disk_usage("/")._replace(free=256 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DataError, match=r"The text of this run \(org/texts, 4 files\) needs"):
+        pin(train_chars=1e9)
+    assert len(hub.requests("parquet")) == asked
+
+
+# Ahead of the reader
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_what_the_run_needs_is_fetched_while_something_else_goes_on(
+    hub: Any, five: Any, pin: Callable[..., Path]
+) -> None:
+    density = chars_per_byte(pin()) or 0
+    stop_fetching()
+    pin(train_chars=2.5 * density * len(five.files["shard_00000.parquet"]))
+    shards = open_shards(pin(), "train")
+    wait_for(lambda: all(shard.file is not None and shard.file.is_there() for shard in shards[:3]))
+    time.sleep(0.1)
+    assert not hub.requests("shard_00003.parquet")
+
+
+def test_files_are_fetched_in_the_order_in_which_they_are_read(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+    files = [shard.file for shard in open_shards(pin(), "train") if shard.file is not None]
+    stop_fetching()
+    before = len(hub.log)
+    fetcher = Fetcher(files, workers=1)
+    fetcher.want(2, 4)
+    wait_for(lambda: all(file.is_there() for file in files[2:]))
+    fetcher.close()
+    assert [each.path.rpartition("/")[2] for each in hub.log[before:]] == ["shard_00002.parquet", "shard_00003.parquet"]
+
+
+def test_a_file_that_the_background_is_at_is_waited_for_and_sent_once(
+    hub: Any, five: Any, pin: Callable[..., Path]
+) -> None:
+    shards = open_shards(pin(), "train")
+    stop_fetching()
+    hub.faults.latency_seconds = 0.2
+    fetch_ahead(shards, 2)
+    time.sleep(0.05)
+    assert list(shards[2].documents()) == texts(2)
+    assert len(hub.requests("shard_00002.parquet")) == 1
+
+
+def test_what_fails_in_the_background_is_told_to_who_reads_it(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+    shards = open_shards(pin(), "train")
+    stop_fetching()
+    hub.faults.corrupt, hub.faults.times = "shard_00002.parquet", 0
+    fetch_ahead(shards, 2)
+    wait_for(lambda: len(hub.requests("shard_00002.parquet")) >= 3)
+    with pytest.raises(DataError, match="is not what it should be"):
+        list(shards[2].documents())
+
+
+def test_closing_ends_the_threads_in_the_middle_of_a_file(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+    five.files["shard_00001.parquet"] = random.Random(0).randbytes(1_000_000)
+    hub.faults.block_seconds = 0.05
+    shards = open_shards(pin(), "train")
+    fetch_ahead(shards, 1)
+    wait_for(lambda: hub.sent("shard_00001.parquet") > 0)
+    stop_fetching()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
+
+
+def test_nothing_is_fetched_ahead_of_a_local_corpus(corpus: Path) -> None:
+    assert fetch_ahead(open_shards(corpus, "train"), 0) == 0
+
+
+# Reading and encoding
+
+
+def test_a_saved_position_is_good_for_the_same_listing_whatever_is_on_the_machine(
+    hub: Any, five: Any, pin: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    import shutil
+
+    def cursor(folder: Path, place: str) -> DocumentCursor:
+        def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
+            where = tmp_path / place / shard.stem
+            if not where.exists():
+                where.mkdir(parents=True)
+                encode_shard(shard, tokenizer, where, threads=1)
+            return where
+
+        return DocumentCursor(EncodedShards(open_shards(folder, "train"), obtain))
+
+    first = cursor(pin(), "one")
+    first.next(47)
+    state = first.state()
+    rest = first.next(60)
+    first.close()
+    stop_fetching()
+    shutil.rmtree(tmp_path / "hf")  # as if the run went on where nothing was fetched yet
+    forget()
+    second = cursor(pin(), "two")
+    second.restore(state)
+    assert second.next(60) == rest
+    second.close()
+
+
+def test_a_shard_whose_tokens_are_there_is_not_fetched(
+    hub: Any, five: Any, pin: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shards = open_shards(pin(), "train")
+    stop_fetching()
+    before = len(hub.requests("shard_00003.parquet"))
+    made = tmp_path / "made"
+    made.mkdir()
+    encode_shard(shards[0], tokenizer, made, threads=1)
+    reader = EncodedShards(shards, lambda shard, is_awaited, check: made)
+    assert len(reader.open(3)) == 30
+    assert len(hub.requests("shard_00003.parquet")) == before
+
+
+def test_listing_fetches_nothing(hub: Any, five: Any) -> None:
+    list_corpus(hub_config(), 5)
+    assert hub.requests("parquet") == []

@@ -1,0 +1,157 @@
+"""mlxchat data: what a run needs is fetched before there is no network; what is there is listed and removed safely."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlxchat.cli import main
+from mlxchat.data.hub_listing import forget
+from mlxchat.training import text_need
+
+NAME = "org/texts"
+SETTINGS = (
+    "experiment=smoke", "stage=tokenizer", "corpus=hub", "corpus.packages=[]", f"corpus.hub.repository={NAME}",
+    "corpus.hub.train_files=shard_*", "corpus.hub.validation_files=held_out.parquet", "tokenizer.max_chars=5000",
+    "tokenizer.vocab_size=275", "retry.attempts=1",
+)  # fmt: skip
+
+
+def parquet(seed: int) -> bytes:
+    file = io.BytesIO()
+    words = ["apple", "bread", "cloud", "door", "earth"]
+    texts = [f"{seed} " + " ".join(words[(number * seed + place) % 5] for place in range(30)) for number in range(40)]
+    pq.write_table(pa.table({"text": texts}), file)
+    return file.getvalue()
+
+
+@pytest.fixture
+def texts(hub: Any) -> Any:
+    names = ["held_out.parquet", *(f"shard_{index}.parquet" for index in range(6))]
+    return hub.add(NAME, {name: parquet(seed) for seed, name in enumerate(names)})
+
+
+@pytest.fixture
+def say(hub: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*words: str, code: int = 0) -> str:
+        """Run `mlxchat WORDS` as a new process would; return what it prints."""
+        forget()
+        with pytest.raises(SystemExit) as ended:
+            main([*words, f"outputs={tmp_path / 'outputs'}"])
+        printed = capsys.readouterr()
+        assert ended.value.code == code, printed.err
+        return printed.out + printed.err
+
+    return run
+
+
+def test_what_a_run_needs_is_fetched_and_no_more(
+    hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_need, "LEAST_CHARS", 0)
+    assert "everything is there" in say("data", "fetch", *SETTINGS)
+    fetched = sorted({each.path.rpartition("/")[2] for each in hub.requests("parquet")})
+    # The tokenizer reads 5,500 characters; a file of 1,200 bytes is taken to have 3,100.
+    assert fetched == ["held_out.parquet", "shard_0.parquet", "shard_1.parquet"]
+
+
+def test_a_run_after_a_fetch_needs_no_network(
+    hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say("data", "fetch", *SETTINGS)
+    hub.stop()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "tokenizer  done" in say(*SETTINGS)
+
+
+def test_a_run_without_a_fetch_and_a_network_says_what_to_type(
+    hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("sys.argv", ["mlxchat", "experiment=smoke"])
+    text = say(*SETTINGS, code=2)
+    assert f"{NAME}: nothing of this dataset at revision main is on this machine" in text
+    assert "run: mlxchat data fetch experiment=smoke" in text
+
+
+def test_a_dry_run_fetches_nothing(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+    assert f"{NAME} at {texts.commit[:12]}: 7 files" in say("data", "fetch", "--dry-run", *SETTINGS)
+    assert hub.requests("parquet") == []
+
+
+def test_a_repository_is_fetched_by_name_and_pattern(hub: Any, texts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "fetch", NAME, "--files", "shard_[12]*"])
+    assert ended.value.code == 0
+    assert sorted(each.path.rpartition("/")[2] for each in hub.requests("parquet")) == [
+        "shard_1.parquet", "shard_2.parquet",
+    ]  # fmt: skip
+
+
+def test_what_is_there_is_listed_with_size_commit_and_who_needs_it(
+    hub: Any, texts: Any, say: Callable[..., str]
+) -> None:
+    assert "nothing was fetched yet" in say("data", "ls")
+    say("data", "fetch", *SETTINGS)
+    say(*SETTINGS)
+    found = json.loads(say("data", "ls", "--json"))
+    (holding,) = found["holdings"]
+    assert (holding["name"], holding["revision"], holding["verified"]) == (NAME, texts.commit, True)
+    assert [name.split("-")[0] for name in holding["needed_by"]] == ["corpus"]
+    assert found["bytes"] == holding["bytes"] == sum(map(len, texts.files.values()))
+    assert f"{NAME}  {texts.commit[:12]}" in say("data", "ls")
+
+
+def test_what_an_artifact_needs_is_not_removed_unasked(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+    say(*SETTINGS)
+    assert "Nothing was removed" in say("data", "rm", NAME, code=2)
+    assert "would remove" in say("data", "rm", NAME, "--dry-run")
+    before = json.loads(say("data", "ls", "--json"))["bytes"]
+    assert before > 0
+    assert f"removed {NAME}" in say("data", "rm", NAME, "--force")
+    assert json.loads(say("data", "ls", "--json"))["holdings"] == []
+
+
+def test_removing_leaves_what_another_commit_shares(
+    hub: Any, texts: Any, say: Callable[..., str], tmp_path: Path
+) -> None:
+    say("data", "fetch", *SETTINGS)
+    old = texts.commit
+    texts.commit, texts.files["shard_0.parquet"] = "f" * 40, parquet(9)
+    say("data", "fetch", *SETTINGS)
+    sent = hub.sent()
+    say("data", "rm", f"{NAME}@{old[:8]}")
+    assert [holding["revision"] for holding in json.loads(say("data", "ls", "--json"))["holdings"]] == ["f" * 40]
+    say("data", "fetch", *SETTINGS)
+    assert hub.sent() == sent
+    blobs = [path for path in (tmp_path / "hf").rglob("blobs/*") if path.is_file()]
+    assert len(blobs) == 7
+
+
+def test_removing_then_fetching_fetches_again(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+    say("data", "fetch", *SETTINGS)
+    sent = hub.sent()
+    say("data", "rm", NAME)
+    say("data", "fetch", *SETTINGS)
+    assert hub.sent() == 2 * sent
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("data", "rm", "org/text"), "nothing here is called org/text"),
+        (("data", "rm"), "expected mlxchat data rm NAME"),
+        (("data", "fech"), 'expected mlxchat data fetch|ls|rm|show, got "fech". Did you mean "fetch"?'),
+    ],
+)
+def test_mistakes_are_told_in_one_message(
+    hub: Any, texts: Any, say: Callable[..., str], words: tuple[str, ...], message: str
+) -> None:
+    assert message in say(*words, code=2)
