@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,10 @@ def _corpus(config: Config) -> Iterator[str]:
         yield "the corpus has no source: give corpus.packages, corpus.paths or corpus.hub"
     if corpus.hub and (corpus.packages or corpus.paths):
         yield "corpus.hub cannot be mixed with corpus.packages or corpus.paths"
+    if corpus.hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", corpus.hub.repository):
+        yield f'corpus.hub.repository is "{corpus.hub.repository}", expected <organisation>/<name>, such as org/texts'
+    if corpus.hub and corpus.hub.num_train_files is not None and corpus.hub.num_train_files < 1:
+        yield f"corpus.hub.num_train_files is {corpus.hub.num_train_files}, expected at least 1, or null"
     for path in corpus.paths:
         if Path(path).suffix not in (".txt", ".jsonl", ".parquet"):
             yield f"corpus.paths: {path} must end in .txt, .jsonl or .parquet"
