@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlxchat.runner.crash import crash_point
 from mlxchat.runner.records import Record, Records
 
 
@@ -30,4 +31,5 @@ class Journal:
     def append(self, results: list[dict[str, Any]]) -> None:
         """Add the results of a batch."""
         self._file.append({"results": results})
+        crash_point("eval.answered")
         self.records |= {record["index"]: record for record in results}

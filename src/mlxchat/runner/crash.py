@@ -41,6 +41,7 @@ CRASH_POINTS = {
     "checkpoint.renamed": "a checkpoint has its name, the older ones are still there",
     "checkpoint.done": "the older checkpoints are gone",
     "train.finished": "the last iteration was done, the model is not written",
+    "eval.answered": "the results of a batch of questions are in their journal",
     "gc.planned": "what may go is known, nothing was touched",
     "gc.moved": "one thing was moved to trash/",
     "gc.deleted": "one thing in trash/ was deleted",
