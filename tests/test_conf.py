@@ -38,7 +38,8 @@ def selecting(file: Path, text: Path) -> list[str]:
     if group == "settings":
         return []  # all of them are always composed
     if group == "mixture":
-        return [f"mixture@{stage}.mixture={option}" for stage in ("midtrain", "sft") if option != "bundled_validation"]
+        place = "validation" if option.endswith("validation") else "mixture"
+        return [f"mixture@{stage}.{place}={option}" for stage in ("midtrain", "sft")]
     given = {"files.yaml": [f"corpus.paths=[{text}]"], "hub.yaml": ["corpus.hub.repository=somebody/something"]}
     return [f"{group}={option}", *given.get(file.name, [])]
 
