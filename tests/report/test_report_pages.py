@@ -86,7 +86,7 @@ def test_second_report_removes_pictures_that_no_longer_apply(small):
 
 
 def test_folder_that_cannot_be_written_is_a_fault(small):
-    (small.run / "report").write_text("a file where a folder should be")
+    (small.run / "report.html").mkdir()  # a folder where a file should be
     with pytest.raises(StoreError, match="cannot be written to"):
         write_report(small.root, small.run)
 

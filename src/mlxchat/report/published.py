@@ -31,6 +31,9 @@ class Reference:
     how: str
     """What else is to be known of them."""
     seconds: float
+    """Wall clock there."""
+    chatcore_tasks: int
+    """How many tasks its ChatCORE is the mean of; another number is not comparable."""
     columns: dict[str, dict[str, float]]
     """Stage → metric → value, as the rows of the table of metrics are called."""
 

@@ -19,7 +19,9 @@ from mlxchat.report.wording import (
     ABSENT,
     STAGE_LABELS,
     baseline_label,
+    computing_seconds,
     format_fraction,
+    format_seconds,
     join,
     plural,
 )
@@ -128,28 +130,37 @@ def metric_table(report: RunReport) -> Table | None:
 
 def published_tables(report: RunReport) -> list[tuple[Reference, Table]]:
     """Return, for each published recipe that this run followed, its results beside those of the run."""
-    own = metric_table(report)
-    chosen = columns(report)
-    found = []
-    for reference in references(report):
-        metrics = list(dict.fromkeys(name for values in reference.columns.values() for name in values))
-        # A row of tasks is called by its task, whatever stands beside it.
-        ours = {row[0].text: row[1:] for row in own.rows} if own else {}
-        stages = list(reference.columns)
-        rows = []
-        for metric in metrics:
-            cells = [Cell(metric)]
-            for stage in stages:
-                value = reference.columns[stage].get(metric)
-                is_share = metric not in ("val bpb", "CORE", "ChatCORE")
-                shown = ABSENT if value is None else format_fraction(value) if is_share else f"{value:g}"
-                here = _ours(report, chosen, ours.get(metric, []), stage)
-                cells.append(Cell(shown, f"(here {here})" if here else ""))
-            rows.append(cells)
-        header = ["Published elsewhere", *(STAGE_LABELS.get(stage, stage) for stage in stages)]
-        notes = [f"{reference.name}: {reference.where}; {reference.how}. Nothing of it was measured here."]
-        found.append((reference, Table(header=header, align="l" + "r" * len(stages), rows=rows, notes=notes)))
-    return found
+    return [(reference, _published_table(report, reference)) for reference in references(report)]
+
+
+def _published_table(report: RunReport, reference: Reference) -> Table:
+    own, chosen = metric_table(report), columns(report)
+    ours = {row[0].text: row[1:] for row in own.rows} if own else {}
+    stages = list(reference.columns)
+    notes = [f"{reference.name}: {reference.where}; {reference.how}. Nothing of it was measured here."]
+    counts = {len(c.scores.chatcore_tasks) for c in chosen if c.scores and c.scores.chatcore is not None}
+    if counts - {reference.chatcore_tasks}:
+        number = ", ".join(map(str, sorted(counts)))
+        notes.append(f"ChatCORE there is over {reference.chatcore_tasks} tasks, here over {number}: not comparable.")
+        ours.pop("ChatCORE", None)
+    rows = []
+    for metric in dict.fromkeys(name for values in reference.columns.values() for name in values):
+        cells = [Cell(metric)]
+        for stage in stages:
+            value = reference.columns[stage].get(metric)
+            is_share = metric not in ("val bpb", "CORE", "ChatCORE")
+            shown = ABSENT if value is None else format_fraction(value) if is_share else f"{value:g}"
+            here = _ours(report, chosen, ours.get(metric, []), stage) if value is not None else ""
+            cells.append(Cell(shown, f"(here {here})" if here else ""))
+        rows.append(cells)
+    rows.append([Cell("wall clock"), Cell(format_seconds(reference.seconds), f"(here {_time(report)})"),
+                 *[Cell("")] * (len(stages) - 1)])  # fmt: skip
+    header = ["Published elsewhere", *(STAGE_LABELS.get(stage, stage) for stage in stages)]
+    return Table(header=header, align="l" + "r" * len(stages), rows=rows, notes=notes)
+
+
+def _time(report: RunReport) -> str:
+    return format_seconds(computing_seconds(report))
 
 
 def _ours(report: RunReport, chosen: list[Column], cells: list[Cell], stage: str) -> str:

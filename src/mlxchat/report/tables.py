@@ -17,6 +17,7 @@ from mlxchat.report.wording import (
     computing_seconds,
     format_bytes,
     format_count,
+    format_dollars,
     format_seconds,
     join,
 )
@@ -43,29 +44,33 @@ class Table:
 
 def timing_table(report: RunReport) -> Table:
     """Return how long each step took, how fast it was, how much memory it used, and how it went."""
+    priced = report.cost_per_hour is not None
     rows = []
     for step in report.steps:
         manifest = step.manifest
+        cost = format_dollars(step.seconds, report.cost_per_hour)
         speed = number(manifest.get("tokens_per_second"))
         rows.append(
             [
                 Cell(step.name),
                 Cell(step.outcome),
                 Cell(format_seconds(step.seconds)),
+                *([Cell(cost or ABSENT)] if priced else []),
                 Cell(format_count(speed)),
                 Cell(format_bytes(number(manifest.get("peak_memory_bytes")))),
                 Cell(*_attempts(step)),
             ]
         )
     total = [Cell("all steps"), Cell(""), Cell(format_seconds(computing_seconds(report)))]
+    total += [Cell(format_dollars(computing_seconds(report), report.cost_per_hour))] if priced else []
     rows.append(total + [Cell("")] * 3)
     notes = [
         "Wall clock, over all attempts of a step. A cached step shows what it took when it was computed.",
     ]
     if report.seconds is not None:
         notes.append(f"This run: {format_seconds(report.seconds)} from its first to its last event.")
-    header = ["Step", "State", "Time", "Tokens/s", "Peak memory", "Attempts"]
-    return Table(header=header, align="llrrrr", rows=rows, notes=notes)
+    header = ["Step", "State", "Time", *(["Cost"] if priced else []), "Tokens/s", "Peak memory", "Attempts"]
+    return Table(header=header, align="ll" + "r" * (len(header) - 2), rows=rows, notes=notes)
 
 
 def _attempts(step: StepReport) -> tuple[str, str]:

@@ -1,0 +1,116 @@
+"""A made-up run of nanochat's whole recipe, its scores written by the code that writes real ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from mlxchat.evals.chat_scores import Score, chatcore, mean_centered
+from mlxchat.evals.core import CoreResult, TaskScore
+from mlxchat.evals.core_bundle import CoreTask
+from mlxchat.evals.examples import write_examples
+
+# label, kind, shots, baseline
+CORE_TASKS = [
+    ("hellaswag_zeroshot", "multiple_choice", 0, 0.25),
+    ("jeopardy", "language_modeling", 10, 0.0),
+    ("bigbench_qa_wikidata", "language_modeling", 10, 0.0),
+    ("arc_easy", "multiple_choice", 10, 0.25),
+    ("arc_challenge", "multiple_choice", 10, 0.25),
+    ("copa", "multiple_choice", 0, 0.5),
+    ("commonsense_qa", "multiple_choice", 10, 0.2),
+    ("piqa", "multiple_choice", 10, 0.5),
+    ("openbook_qa", "multiple_choice", 0, 0.25),
+    ("lambada_openai", "language_modeling", 0, 0.0),
+    ("hellaswag", "multiple_choice", 10, 0.25),
+    ("winograd", "schema", 0, 0.5),
+    ("winogrande", "schema", 0, 0.5),
+    ("bigbench_dyck_languages", "language_modeling", 10, 0.0),
+    ("agi_eval_lsat_ar", "multiple_choice", 3, 0.2),
+    ("bigbench_cs_algorithms", "language_modeling", 10, 0.0),
+    ("bigbench_operators", "language_modeling", 10, 0.0),
+    ("bigbench_repeat_copy_logic", "language_modeling", 10, 0.0),
+    ("squad", "language_modeling", 10, 0.0),
+    ("coqa", "language_modeling", 0, 0.0),
+    ("boolq", "multiple_choice", 10, 0.62),
+    ("bigbench_language_identification", "multiple_choice", 10, 0.091),
+]
+# task: chance, kind, questions
+CHAT_TASKS = {
+    "arc_easy": (0.25, "categorical", 2376),
+    "arc_challenge": (0.25, "categorical", 1172),
+    "mmlu": (0.25, "categorical", 14042),
+    "gsm8k": (0.0, "generative", 1319),
+    "humaneval": (0.0, "generative", 164),
+    "spelling_bee": (0.0, "generative", 256),
+}
+
+
+def core_result(seed: int, level: float) -> dict[str, Any]:
+    """Return what evals/core.py writes of a model with a mean centred accuracy near `level`."""
+    draw = random.Random(seed)
+    scores = []
+    for label, kind, shots, baseline in CORE_TASKS:
+        accuracy = baseline + (1 - baseline) * max(0.0, min(0.9, draw.gauss(level, 0.15)))
+        task = CoreTask(label=label, kind=kind, data="", num_fewshot=shots, delimiter=" ", baseline=baseline)
+        scores.append(TaskScore(task=task, accuracy=accuracy, num_examples=draw.randint(200, 9000), cropped=0))
+    return CoreResult(scores=scores, bundle_sha256="0" * 64, max_per_task=None, is_whole=True).to_dict()
+
+
+def chat_result(seed: int, level: float, tasks: list[str]) -> dict[str, Any]:
+    """Return what stages/eval.py writes of a chat model."""
+    draw = random.Random(seed)
+    scores = {}
+    for name in tasks:
+        chance, kind, count = CHAT_TASKS[name]
+        share = chance + (1 - chance) * level
+        verdicts = [[draw.random() < share for _ in range(count)]]
+        scores[name] = Score.of(verdicts, kind=kind, chance=chance)
+    return {
+        "tasks": {name: score.to_dict() for name, score in scores.items()},
+        "mean_centered": mean_centered(list(scores.values())),
+        "chatcore": chatcore(scores, {name: name for name in tasks}),
+    }
+
+
+def example_rows(seed: int, tasks: list[str]) -> list[dict[str, Any]]:
+    """Return rows as evaluations keep them."""
+    draw = random.Random(seed)
+    return [
+        {
+            "task": task, "index": i, "seed": None, "prompt": f"What is {i} + {i}?\n<b>{task}</b>",
+            "output": f"It is {2 * i + (0 if right else 1)}.", "expected": str(2 * i), "verdict": right, "tokens": 5,
+            "details": {},
+        }
+        for task in tasks
+        for i, right in enumerate(draw.random() < 0.5 for _ in range(40))
+    ]  # fmt: skip
+
+
+def make_speedrun(make: Callable[..., Any], *, depth: int = 20, tasks: int = 5, outside: int = 0) -> Any:
+    """Return the outputs of a whole run: CORE for the base model, ChatCORE for the others, outside models too."""
+    models = {f"gpt2_{i}": {"stage": "outside"} for i in range(outside)}
+    evals = {f"eval_gpt2_{i}": {"stage": "eval", "checkpoint": f"gpt2_{i}"} for i in range(outside)}
+    fake = make(**models, **evals)
+    chats = list(CHAT_TASKS)[:tasks]
+    base = {"bpb": {"val": 0.8123, "perplexity": 16.4, "tokens": 65536}, "tasks": {}, "mean_centered": None}
+    fake.edit_json("eval_base", "scores.json", **base, core=core_result(1, 0.22))
+    for number, (step, level) in enumerate({"eval_mid": 0.07, "eval_sft": 0.09, "eval_rl": 0.1}.items()):
+        fake.edit_json(step, "scores.json", **chat_result(number, level, chats))
+        write_examples(fake.folder(step) / "examples.parquet", example_rows(number, chats))
+    for i in range(outside):
+        fake.edit_json(f"eval_gpt2_{i}", "scores.json", core=core_result(50 + i, 0.12 + 0.1 * i), bpb=None, tasks={},
+                       mean_centered=None)  # fmt: skip
+    full = {
+        "model": {"name": f"d{depth}", "depth": depth, "context_tokens": 2048},
+        "architecture": {"name": "oct2025"},
+        "optimizer": {"kind": "muon", "matrix_lr": 0.02},
+        "pretrain": {"tokens_per_parameter": 20.0, "num_iterations": None, "target_flops": None},
+    }
+    derived = {"num_layers": depth, "num_parameters": 561_000_000, "total_tokens": 11_220_000_000,
+               "total_flops": 3.92e19, "num_iterations": 21_400}  # fmt: skip
+    fake.edit_json("pretrain", "manifest.json", full_config=full, derived=derived)
+    hub = {"corpus": {"name": "fineweb_edu", "hub": {"repository": "karpathy/fineweb-edu-100b-shuffle"}}}
+    fake.edit_json("corpus", "manifest.json", full_config=hub)
+    return fake

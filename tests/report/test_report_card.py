@@ -1,0 +1,183 @@
+"""nanochat's report card: CORE and ChatCORE with their errors, published rows beside it, examples, costs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlxchat.report.examples import read_examples
+from mlxchat.report.html import render_html
+from mlxchat.report.markdown import render_markdown
+from mlxchat.report.plots import score_charts
+from mlxchat.report.published import GPT_CORE, references
+from mlxchat.report.scorecard import core_table, metric_table, published_tables
+from mlxchat.report.sections import groups_of, sections
+from mlxchat.report.tables import timing_table
+from mlxchat.report.wording import facts
+
+_SPEC = importlib.util.spec_from_file_location("report_speedrun", Path(__file__).with_name("speedrun.py"))
+speedrun = importlib.util.module_from_spec(_SPEC)
+sys.modules["report_speedrun"] = speedrun
+_SPEC.loader.exec_module(speedrun)
+
+
+def row(table, first):
+    return next(row for row in table.rows if row[0].text == first)
+
+
+@pytest.fixture
+def whole_recipe(make):
+    return speedrun.make_speedrun(make)
+
+
+def test_core_stands_in_the_table_with_its_standard_error(whole_recipe):
+    scores = json.loads((whole_recipe.folder("eval_base") / "scores.json").read_text())["core"]
+    centered = [task["centered"] for task in scores["tasks"].values()]
+    cell = row(metric_table(whole_recipe.read()), "CORE")[1]
+    assert cell.text == f"{sum(centered) / 22:.4f}"
+    assert cell.detail == f"± {scores['stderr']:.4f}"
+
+
+def test_core_is_told_task_by_task(whole_recipe):
+    table = core_table(whole_recipe.read())
+    assert len(table.rows) == 23
+    boolq = row(table, "boolq")
+    assert [cell.text for cell in boolq[1:3]] == ["multiple choice", "10"]
+    assert boolq[4].text == "62.0%"
+
+
+def test_a_centred_error_is_that_of_the_accuracy_over_what_is_left_to_win(whole_recipe):
+    core = whole_recipe.read().step("eval_base").scores.core
+    task = core.tasks["boolq"]
+    assert task.centered_stderr == pytest.approx(
+        math.sqrt(task.accuracy * (1 - task.accuracy) / task.num_examples) / 0.38
+    )
+
+
+def test_chatcore_takes_the_place_of_the_plain_mean(whole_recipe):
+    names = [r[0].text for r in metric_table(whole_recipe.read()).rows]
+    assert "ChatCORE" in names
+    assert "mean centred" not in names
+
+
+def test_the_published_d20_stands_beside_a_run_of_its_recipe(whole_recipe):
+    ((reference, table),) = published_tables(whole_recipe.read())
+    assert table.header == ["Published elsewhere", "BASE", "MID", "SFT", "RL"]
+    assert row(table, "CORE")[1].text == "0.2219"
+    assert row(table, "CORE")[1].detail.startswith("(here 0.")
+    assert row(table, "gsm8k")[4].text == "7.6%"
+    assert "Nothing of it was measured here" in table.notes[0]
+    assert reference.seconds == 13860
+
+
+def test_chatcore_of_another_set_of_tasks_is_not_put_beside_the_published_one(make):
+    ((_, table),) = published_tables(speedrun.make_speedrun(make, tasks=6).read())
+    assert row(table, "ChatCORE")[2].detail == ""
+    assert any("over 5 tasks, here over 6: not comparable" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        ("pretrain", {"derived": {"num_layers": 4}}),
+        ("pretrain", {"full_config": {"architecture": {"name": "oct2025"}, "pretrain": {"tokens_per_parameter": 8}}}),
+        ("pretrain", {"full_config": {"architecture": {"name": "jul2026"}, "pretrain": {"tokens_per_parameter": 20}}}),
+        ("corpus", {"full_config": {"corpus": {"hub": None}}}),
+    ],
+)
+def test_nothing_published_stands_beside_another_size_horizon_architecture_or_corpus(whole_recipe, step, changes):
+    whole_recipe.edit_json(step, "manifest.json", **changes)
+    assert references(whole_recipe.read()) == []
+
+
+def test_a_run_that_was_cut_short_is_not_the_published_recipe(whole_recipe):
+    manifest = json.loads((whole_recipe.folder("pretrain") / "manifest.json").read_text())
+    manifest["full_config"]["pretrain"]["num_iterations"] = 20
+    whole_recipe.edit_json("pretrain", "manifest.json", full_config=manifest["full_config"])
+    assert references(whole_recipe.read()) == []
+
+
+def test_core_is_drawn_beside_gpt2_and_says_what_was_published(whole_recipe):
+    charts = {chart.name: chart for chart in score_charts(whole_recipe.read())}
+    ladder = charts["core"]
+    assert {f"{name} (published)" for name in GPT_CORE} < {name for name, *_ in ladder.rows}
+    values = [cells[0].value for _, cells, _ in ladder.rows]
+    assert values == sorted(values)
+    assert len(charts["core-tasks"].rows) == 22
+
+
+def test_outside_models_are_columns_of_the_same_table(make):
+    report = speedrun.make_speedrun(make, outside=3).read()
+    table = metric_table(report)
+    assert set(table.header[1:]) == {"BASE", "MID", "SFT", "RL", "gpt2_0", "gpt2_1", "gpt2_2"}
+    assert all(cell.text != "—" for cell, name in zip(row(table, "CORE"), table.header, strict=True) if "gpt2" in name)
+    own = dict(facts(report))["CORE"]
+    assert own == row(table, "CORE")[table.header.index("BASE")].text
+
+
+def test_one_right_and_one_wrong_example_of_each_task_are_shown(whole_recipe):
+    found = read_examples(whole_recipe.folder("eval_sft"))
+    tasks = list(speedrun.CHAT_TASKS)[:5]
+    assert [(e.task, e.is_right) for e in found] == [(task, right) for task in tasks for right in (True, False)]
+    page = render_html(whole_recipe.read())
+    assert "&lt;b&gt;mmlu&lt;/b&gt;" in page
+    assert "<b>mmlu" not in page
+
+
+def test_examples_of_former_versions_are_read_too(whole):
+    lines = [{"task": "t", "index": 0, "question": "1+1?", "answer": "2", "correct": True}]
+    whole.write_lines(whole.folder("eval_sft") / "examples.jsonl", lines)
+    (example,) = read_examples(whole.folder("eval_sft"))
+    assert (example.prompt, example.output, example.is_right) == ("1+1?", "2", True)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and more", b"PAR1" * 100])
+def test_damaged_examples_are_left_out(whole, content):
+    (whole.folder("eval_sft") / "examples.parquet").write_bytes(content)
+    assert read_examples(whole.folder("eval_sft")) == []
+
+
+def test_every_step_has_a_section_with_settings_derived_numbers_and_results(whole_recipe):
+    found = {section.step.name: section for section in sections(whole_recipe.read())}
+    assert found["pretrain"].label == "BASE"
+    pairs = dict(groups_of(found["pretrain"]))
+    assert ("model.depth", "20") in pairs["Settings"]
+    assert ("num_parameters", "561,000,000") in pairs["Derived"]
+    assert "pretrain.tokens_per_parameter=20" in found["pretrain"].all_settings
+    assert "pretrain.num_iterations" not in dict(pairs["Settings"])
+
+
+def test_costs_are_told_only_if_an_hour_has_a_price(whole):
+    report = whole.read()
+    assert "cost" not in dict(facts(report))
+    priced = replace(report, cost_per_hour=24.0)
+    seconds = sum(step.seconds for step in report.steps)
+    assert dict(facts(priced))["cost"] == f"${seconds / 3600 * 24:.2f}"
+    assert timing_table(priced).header[3] == "Cost"
+
+
+def test_measurements_of_bench_are_shown_where_there_are_some(whole):
+    folder = whole.root / "bench"
+    folder.mkdir()
+    record = {"kind": "train", "time": "2026-11-21T10:00:00+00:00", "command": "mlxchat bench train model=d4",
+              "result": {"step": {"seconds": 1.25}, "tokens_per_second": 4096.0}}  # fmt: skip
+    (folder / "20261121-train.json").write_text(json.dumps(record))
+    markdown = render_markdown(whole.read(), Path("report"))
+    assert "### Measured by mlxchat bench train" in markdown
+    assert re.search(r"\| step.seconds \| 1.25 \|", markdown)
+
+
+def test_a_score_that_says_less_than_usual_is_still_a_report(whole):
+    whole.edit_json("eval_base", "scores.json", core={"tasks": {"x": {}}}, chatcore={"tasks": None}, throughput=[])
+    whole.edit_json("eval_mid", "scores.json", core={"core": None, "tasks": {}}, chatcore=3)
+    report = whole.read()
+    assert core_table(report).rows[0][0].text == "x"
+    render_html(report)
+    render_markdown(report, Path("report"))
