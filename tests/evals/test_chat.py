@@ -268,7 +268,8 @@ def test_of_a_prompt_beyond_the_context_the_end_is_kept(model: GPT, tokenizer: T
             return conversation
 
     task = Long(["A"] * 2, kind="categorical")
-    _, records = evaluate(Engine(model, tokenizer), task)
+    score, records = evaluate(Engine(model, tokenizer), task)
+    assert score.to_dict()["cropped"] == 1
     ids = render_for_completion(tokenizer, task[1])
     logits = np.asarray(model(mx.array([[ids[0], *ids[-63:]]])))[0, -1]
     assert records[1]["output"] == max("ABCD", key=lambda letter: logits[tokenizer.encode(letter)[0]])

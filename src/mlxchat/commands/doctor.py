@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlxchat import __version__
 from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.errors import MlxchatError
 from mlxchat.runner.environment import versions
 from mlxchat.runner.progress import format_bytes
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     """Print the findings; return 1 if something is wrong."""
     parser = make_parser("doctor", "Check this machine and installation.")
     outputs = outputs_folder(parser.parse_intermixed_args(arguments).settings)
-    findings = [*_installation(), *_device(), *_resources(outputs)]
+    findings = [*_installation(), *_device(), *_programs(), *_resources(outputs)]
     for mark, what, details in findings:
         print(f"{mark:<5} {what:<10} {details}")
     return int(any(mark == "wrong" for mark, _, _ in findings))
@@ -81,6 +82,19 @@ def _device() -> Iterator[Finding]:
     slow = gflops < _SLOW_GFLOPS
     remedy_text = ": far too slow. Is another program using the cores, or no fast BLAS loaded?" if slow else ""
     yield ("wrong" if slow else "ok", "speed", f"{gflops:,.0f} GFLOP/s in float32 matrix products{remedy_text}")
+
+
+def _programs() -> Iterator[Finding]:
+    from mlxchat.evals.sandbox import protections_here
+
+    try:
+        found = protections_here()
+    except MlxchatError as error:
+        yield ("note", "programs", f"{error}. HumanEval cannot be evaluated here")
+        return
+    confined = bool({"seccomp", "sandbox-exec"} & set(found))
+    remedy = "" if confined else ": other processes of a program are looked for and killed, but not forbidden"
+    yield ("ok" if confined else "note", "programs", f"of HumanEval run under {', '.join(found)}{remedy}")
 
 
 def _resources(outputs: Path) -> Iterator[Finding]:

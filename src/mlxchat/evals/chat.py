@@ -101,7 +101,8 @@ def evaluate_task(
                     raise stop(where) if stop else Interrupted(f"stopped at {where}", signal.SIGTERM)
             mx.clear_cache()  # of shapes that only this task has
             passes.append([journal.records[index] for index in range(len(task))])
-    score = Score.of([[example["verdict"] for example in each] for each in passes], kind=task.kind, chance=task.chance)
+    verdicts = [[example["verdict"] for example in each] for each in passes]
+    score = Score.of(verdicts, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
     return score, [example for each in passes for example in each]
 
 

@@ -33,9 +33,11 @@ class Score:
     """Accuracy of each sample of all questions, where there are several."""
     variance: float | None = None
     """Variance, over the questions, of the share of right samples; None: that of one sample, p (1 − p)."""
+    cropped: int = 0
+    """Questions whose prompt was longer than the model's context."""
 
     @classmethod
-    def of(cls, verdicts: Sequence[Sequence[bool]], *, kind: str, chance: float) -> Score:
+    def of(cls, verdicts: Sequence[Sequence[bool]], *, kind: str, chance: float, cropped: int = 0) -> Score:
         """Return the score of verdicts by sample and question."""
         table = np.array(verdicts, dtype=np.float64)
         count = table.shape[1]
@@ -43,7 +45,7 @@ class Score:
         return cls(
             kind=kind, accuracy=float(table.mean()) if count else 0.0, chance=chance, num_examples=count,
             per_seed=tuple(float(row.mean()) for row in table) if several else (),
-            variance=float(table.mean(0).var()) if several else None,
+            variance=float(table.mean(0).var()) if several else None, cropped=cropped,
         )  # fmt: skip
 
     @property
@@ -70,6 +72,8 @@ class Score:
             "kind": self.kind, "accuracy": self.accuracy, "chance": self.chance, "centered": self.centered,
             "num_examples": self.num_examples, "num_questions": self.num_examples, "stderr": self.stderr,
         }  # fmt: skip
+        if self.cropped:
+            numbers["cropped"] = self.cropped
         if self.per_seed:
             numbers |= {
                 "seeds": len(self.per_seed), "per_seed": list(self.per_seed), "seed_stderr": self.seed_stderr,
