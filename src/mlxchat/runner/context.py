@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlxchat.errors import Interrupted
 from mlxchat.runner.progress import Progress
 from mlxchat.runner.records import Record, Records
+from mlxchat.runner.seeds import stage_seed
 from mlxchat.runner.shared import SharedArtifacts
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ class Context:
 
     def seed(self, purpose: str) -> int:
         """Return a seed for one purpose of this stage, in [0, 2^32): equal settings draw equal numbers."""
-        text = f"{self.root_seed}/{self.stage}/{purpose}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        return stage_seed(self.root_seed, self.stage, purpose)
 
     def records(self, name: str) -> Records:
         """Return a .jsonl file that travels with the resumable work and ends in the artifact."""
