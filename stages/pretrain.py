@@ -6,7 +6,8 @@ Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain
 from contextlib import nullcontext
 
 from mlxchat.data.encoded import open_documents
-from mlxchat.data.packing import DocumentRows, take_rows
+from mlxchat.data.packing import RowStream, take_rows
+from mlxchat.data.stream_packing import pack_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.samples import continue_prompts
@@ -53,9 +54,15 @@ def run(ctx: Context) -> None:
         weight_decay=derived.weight_decay,
     )
 
-    def read_rows(split: str) -> DocumentRows:
-        documents = open_documents(ctx, split, tokenizer)
-        return DocumentRows(documents, config.batch.row_tokens, config.packing_buffer_documents)
+    def read_rows(split: str) -> RowStream:
+        return pack_documents(
+            config.packing if split == "train" or config.packing == "stream" else "best_fit",
+            open_documents(ctx, split, tokenizer),
+            row_tokens=row_tokens,
+            buffer_documents=config.packing_buffer_documents,
+            batch_rows=rows_per_iteration,
+            bos=tokenizer.bos,
+        )
 
     validation = take_rows(read_rows("validation"), max(1, config.eval_tokens // config.batch.row_tokens))
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from comparison import Line, Quantity, Unchecked, same
+import pytest
+from comparison import Line, Quantity, same
 from parity_file import ParityFile
 
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import Address
-from mlxchat.data.packing import ConversationRows, DocumentRows
+from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, EpochRows
+from mlxchat.data.stream_packing import pack_conversations, pack_documents
 from mlxchat.data.tokens import Array, Tokens
 
 
@@ -112,12 +114,11 @@ def conversations(file: ParityFile) -> Iterator[Line]:
         "lengths of conversations",
         ((str(number), len(ids), lengths[number]) for number, (ids, _) in enumerate(rendered)),
     )
-    pairs, left_out = [], 0
+    pairs = []
     for number, case in enumerate(values["chat_jul2026"]):
         used = case["uses_conversations"][case["rank"] :: case["world_size"]]
         if max(lengths[index] for index in used) > case["max_seq_len"] + 1:
-            left_out += 1
-            continue
+            continue  # below
         rows = InOrder(
             _tokens([rendered[index] for index in used]), padding=tokenizer.bos, row_tokens=case["max_seq_len"],
             buffer_conversations=case["buffer_size"], train_on="assistant", seed=0,
@@ -129,19 +130,98 @@ def conversations(file: ParityFile) -> Iterator[Line]:
                 break
             pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
     yield same("rows of conversations, best fit", pairs)
-    if left_out:
-        yield Unchecked("rows where a conversation is longer than a row", "ours cuts it, nanochat never places it")
 
 
-def unchecked(file: ParityFile) -> Iterator[Line]:
-    """Say which loaders ours has no counterpart of."""
-    if "oct2025_stream" in file.json:
-        yield Unchecked("rows of one token stream, oct2025", "ours packs by best fit only")
-    if "chat_oct2025" in file.json:
-        yield Unchecked("rows of conversations, oct2025", "ours packs by best fit only")
+def streams(file: ParityFile) -> Iterator[Line]:
+    """Compare rows of one token stream, whose batches share no border: nanochat's pretraining of 2025."""
+    file.require("documents", "token_ids", "oct2025_stream")
+    encoded = file.tokenizer().encode_documents(file.json["documents"])
+    pairs = []
+    for number, case in enumerate(file.json["oct2025_stream"]):
+        rows = pack_documents(
+            "stream", NanochatOrder(file, encoded, case), row_tokens=case["T"], buffer_documents=1,
+            batch_rows=case["B"], bos=file.tokenizer().bos,
+        )  # fmt: skip
+        for inputs, targets in _expected_rows(case["batches"]):
+            got = rows.next_row()
+            pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
+    yield same("rows of one token stream, oct2025", pairs)
 
 
-QUANTITIES: tuple[Quantity, ...] = (documents, conversations, unchecked)
+def conversations_of_2025(file: ParityFile) -> Iterator[Line]:
+    """Compare rows of nanochat's midtraining (one stream, every token a target) and SFT (one conversation in a row).
+
+    Its rows of SFT are as long as the batch's longest conversation; ours have one length, with padding up to there.
+    """
+    file.require("conversations", "chat_oct2025")
+    values, tokenizer = file.json, file.tokenizer()
+    rendered = [render_conversation(tokenizer, conversation) for conversation in values["conversations"]]
+    pairs: dict[str, list[tuple[str, Any, Any]]] = {"stream": [], "alone": []}
+    for number, case in enumerate(values["chat_oct2025"]):
+        used = case["uses_conversations"]
+        used = used[case["rank"] :: case["world_size"]] if "mid_train" not in case["generator"] else used
+        packing = "stream" if "max_seq_len" in case else "alone"
+        if packing == "stream":  # the cursor of a rank goes round in steps of the world's size
+            order = [used[(case["rank"] + step * case["world_size"]) % len(used)] for step in range(10 * len(used))]
+        else:
+            order = used * 3
+        row_tokens = case.get("max_seq_len") or max(len(ids) for ids, _ in rendered)
+        rows = _in_order(packing, [rendered[index] for index in order], row_tokens, case, tokenizer)
+        for inputs, targets in _expected_rows(case["batches"]):
+            got, length = rows.next_row(), len(inputs)
+            beyond = set(got[0][length:].tolist()) <= {tokenizer.assistant_end} and (got[1][length:] == IGNORED).all()
+            found = (got[0][:length].tolist(), got[1][:length].tolist(), bool(beyond))
+            pairs[packing].append((f"case {number}", found, (inputs, targets, True)))
+    yield same("rows of conversations as one stream, oct2025", pairs["stream"])
+    yield same("rows of one conversation each, oct2025", pairs["alone"])
+
+
+def _in_order(packing: str, sequences: list[Any], row_tokens: int, case: dict[str, Any], tokenizer: Any) -> EpochRows:
+    """Return rows of conversations as they come."""
+    options = {
+        "batch_rows": case.get("device_batch_size", 1), "bos": tokenizer.bos, "row_tokens": row_tokens,
+        "assistant_end": tokenizer.assistant_end, "buffer_conversations": 1, "seed": 0, "name_of": str,
+        "train_on": "all" if packing == "stream" else "assistant",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("random.Random.shuffle", lambda self, order: None)
+        return pack_conversations(packing, _tokens(sequences), **options)
+
+
+def long_conversations(file: ParityFile) -> Iterator[Line]:
+    """Compare rows where conversations are longer than a row, by letting them wait for ever, as nanochat does."""
+    values, tokenizer = file.json, file.tokenizer()
+    lengths, pairs = values["conversation_lengths"], []
+    for number, case in enumerate(values["chat_jul2026"]):
+        used = case["uses_conversations"][case["rank"] :: case["world_size"]]
+        capacity = case["max_seq_len"] + 1
+        if max(lengths[index] for index in used) <= capacity:
+            continue
+        rows = NeverPlaced(
+            _tokens([render_conversation(tokenizer, values["conversations"][index]) for index in used]),
+            padding=tokenizer.bos, row_tokens=case["max_seq_len"], buffer_conversations=case["buffer_size"],
+            train_on="assistant", seed=0,
+        )  # fmt: skip
+        for inputs, targets in _expected_rows(case["batches"]):
+            got = rows.next_row()
+            pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
+    if pairs:
+        yield same("rows where a conversation is longer than a row", pairs)
+
+
+class NeverPlaced(InOrder):
+    """Conversations that are longer than a row wait for ever, and epochs share rows, as nanochat has it."""
+
+    def _add(self, index: int) -> None:
+        self._buffer.add(index, self._lengths[index])
+
+    def _fill(self) -> None:
+        while len(self._buffer) < self._wanted:
+            self._add(self._order[self._next])
+            self._next = (self._next + 1) % len(self._order)
+
+
+QUANTITIES: tuple[Quantity, ...] = (documents, conversations, streams, conversations_of_2025, long_conversations)
 
 
 def _expected_rows(batches: list[dict[str, Any]]) -> Iterator[tuple[list[int], list[int]]]:

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from comparison import Line, Quantity, Unchecked, exact, same
+from comparison import Line, Quantity, exact, same
 from parity_file import ParityFile
 
 from mlxchat.data.conversation import render_conversation, render_for_completion
@@ -85,10 +85,14 @@ def small_corpora(file: ParityFile) -> Iterator[Line]:
         yield same("vocabularies that are too large are refused", refused)
 
 
-def unchecked_of_tokenizer(file: ParityFile) -> Iterator[Line]:
-    """Say what of a tokenizer's values is not compared."""
-    if "token_bytes_oct2025_differences" in file.json:
-        yield Unchecked("bytes of each token, oct2025", "ours are the raw bytes, as in jul2026")
+def bytes_of_2025(file: ParityFile) -> Iterator[Line]:
+    """Compare what October 2025 takes for the bytes of a token, those of its text: ours are the raw bytes, as in 2026."""
+    if "token_bytes_oct2025_differences" not in file.json:
+        return
+    tokenizer = file.tokenizer()
+    spelled = {token: len(tokenizer.decode([token]).encode()) for token in range(tokenizer.bos)}
+    differing = {str(token): size for token, size in spelled.items() if size != tokenizer.token_bytes[token]}
+    yield same("bytes of each token, oct2025", [("", differing, file.json["token_bytes_oct2025_differences"])])
 
 
 def conversations(file: ParityFile) -> Iterator[Line]:
@@ -143,7 +147,7 @@ def refusals(file: ParityFile) -> Iterator[Line]:
     yield exact("what nanochat refuses is refused", differing, len(file.json["errors"]))
 
 
-TOKENIZER: tuple[Quantity, ...] = (training, encoding, small_corpora, unchecked_of_tokenizer)
+TOKENIZER: tuple[Quantity, ...] = (training, encoding, small_corpora, bytes_of_2025)
 CONVERSATION: tuple[Quantity, ...] = (conversations, prompts, refusals)
 
 

@@ -42,7 +42,7 @@ class RowStream(Protocol):
     def name(self, address: Any) -> str:
         """Return what people call the document at an address; any thread may ask."""
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, float]:
         """Return what was counted up to the last row: epochs, losses to cropping."""
 
     def state(self) -> dict[str, Any]:
@@ -53,6 +53,14 @@ class RowStream(Protocol):
 
     def close(self) -> None:
         """End what goes on in the background, until the next `restore`; any thread may call."""
+
+
+class EpochRows(RowStream, Protocol):
+    """Rows that know how often everything has been read."""
+
+    @property
+    def epoch(self) -> int:
+        """Passes that are behind us."""
 
 
 class BestFitBuffer:
@@ -98,13 +106,25 @@ class BestFitBuffer:
 class DocumentRows:
     """Rows of a corpus, best fit with cropping; every token but the row's first is a target."""
 
-    def __init__(self, documents: DocumentSource, row_tokens: int, buffer_documents: int) -> None:
-        """Start where the source is; best fit chooses from `buffer_documents`."""
+    def __init__(
+        self, documents: DocumentSource, row_tokens: int, buffer_documents: int, *, rest_begins: int | None = None
+    ) -> None:
+        """Start where the source is.
+
+        Args:
+            documents: the source.
+            row_tokens: T.
+            buffer_documents: how many best fit chooses from.
+            rest_begins: None: what is cropped off is dropped, as nanochat does; an id (<|bos|>): it waits for another
+                row and begins with that. Its address is the document's with the place where it goes on.
+        """
         self._source, self._row_tokens, self._wanted = documents, row_tokens, buffer_documents
+        self._rest_begins = rest_begins
         self._buffer = BestFitBuffer()
         self._placed: list[Any] = []
         self.documents = 0
         self.cropped_tokens = 0
+        self.placed_tokens = 0
 
     @property
     def epoch(self) -> int:
@@ -122,12 +142,13 @@ class DocumentRows:
             found = self._buffer.take_largest(space)
             if found is None:
                 found = self._buffer.take_shortest()
-                self.cropped_tokens += found[1] - space
+                self._crop(*found, space)
             address, length = found
             used = min(length, space)
-            row[filled : filled + used] = self._source.ids(address)[:used]
+            row[filled : filled + used] = self._ids(address, used)
             filled += used
-            self._placed.append(address)
+            self._placed.append(address[:2])
+        self.placed_tokens += capacity
         return row[:-1], row[1:]
 
     def placed(self) -> list[Any]:
@@ -138,9 +159,14 @@ class DocumentRows:
         """Return a document's shard and number."""
         return self._source.name(address)
 
-    def counts(self) -> dict[str, int]:
-        """Return the passes over the corpus, and the tokens lost to cropping."""
-        return {"epochs": self.epoch, "cropped_tokens": self.cropped_tokens}
+    def counts(self) -> dict[str, float]:
+        """Return the passes over the corpus, the tokens lost to cropping, and their share of all that were read."""
+        used = self.cropped_tokens + self.placed_tokens
+        return {
+            "epochs": self.epoch,
+            "cropped_tokens": self.cropped_tokens,
+            "cropped_frac": self.cropped_tokens / used if used else 0.0,
+        }
 
     def state(self) -> dict[str, Any]:
         """Return the source's position and the addresses of the waiting documents."""
@@ -149,6 +175,7 @@ class DocumentRows:
             "waiting": self._buffer.addresses(),
             "documents": self.documents,
             "cropped_tokens": self.cropped_tokens,
+            "placed_tokens": self.placed_tokens,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -156,8 +183,10 @@ class DocumentRows:
         self._source.restore(state["cursor"])
         self._buffer = BestFitBuffer()
         for address in map(tuple, state["waiting"]):
-            self._buffer.add(address, self._source.length(address))
+            length = self._source.length(address[:2])
+            self._buffer.add(address, length - address[2] + 1 if len(address) > 2 else length)
         self.documents, self.cropped_tokens = state["documents"], state["cropped_tokens"]
+        self.placed_tokens = state.get("placed_tokens", 0)
 
     def close(self) -> None:
         """End what the source does in the background."""
@@ -169,6 +198,20 @@ class DocumentRows:
             for address, length in found:
                 self._buffer.add(address, length)
             self.documents += len(found)
+
+    def _crop(self, address: Any, length: int, space: int) -> None:
+        """Drop what `space` tokens do not hold of a document, or let it wait."""
+        if self._rest_begins is None:
+            self.cropped_tokens += length - space
+        else:
+            begins = address[2] - 1 if len(address) > 2 else 0
+            self._buffer.add((*address[:2], begins + space), length - space + 1)
+
+    def _ids(self, address: Any, used: int) -> Any:
+        if len(address) == 2:
+            return self._source.ids(address)[:used]
+        rest = self._source.ids(address[:2])[address[2] : address[2] + used - 1]
+        return np.concatenate((np.array([self._rest_begins], dtype=rest.dtype), rest))
 
 
 class ConversationRows:
@@ -184,18 +227,21 @@ class ConversationRows:
         train_on: str,
         seed: int,
         name_of: Callable[[int], str] = "conversation {}".format,
+        alone: bool = False,
     ) -> None:
         """Start the first epoch.
 
         Args:
             conversations: the mixture, encoded.
-            padding: the id that follows what does not fill a row: <|bos|>.
+            padding: the id that follows what does not fill a row.
             row_tokens: T; a longer conversation is cut at T + 1 and counted in `truncated`.
             buffer_conversations: how many best fit chooses from.
             train_on: 'assistant' or 'all'.
             seed: of the order.
             name_of: what people call a conversation, by its number.
+            alone: whether a row holds one conversation, and is padded however short that is.
         """
+        self._alone = alone
         self._conversations, self._padding = conversations, padding
         self._row_tokens, self._wanted = row_tokens, buffer_conversations
         self._train_on, self._seed, self.name = train_on, seed, name_of
@@ -222,16 +268,21 @@ class ConversationRows:
             trained[filled : filled + length] = self._mask(index)[:length]
             filled += length
             self._placed.append(index)
+            if self._alone:
+                break
         if not self._buffer and self._next == len(self._order):
             self.epoch, self._next = self.epoch + 1, 0
             self._order = self._shuffle()
-        return row[:-1], np.where(trained[1:], row[1:], np.int32(IGNORED))
+        targets = np.where(trained[1:], row[1:], np.int32(IGNORED))
+        if self._alone and filled < capacity:
+            row[filled - 1] = self._padding  # nothing follows the last id: it is a target only
+        return row[:-1], targets
 
     def placed(self) -> list[Any]:
         """Return the numbers of the last row's conversations."""
         return self._placed
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, float]:
         """Return how many conversations were cut."""
         return {"truncated_conversations": self.truncated}
 
@@ -287,7 +338,7 @@ def take_rows(rows: RowStream, count: int) -> list[Row]:
         rows.close()
 
 
-def count_rows(make_rows: Callable[[], ConversationRows]) -> int:
+def count_rows(make_rows: Callable[[], EpochRows]) -> int:
     """Return how many rows the first epoch of conversations fills, by packing it."""
     rows = make_rows()
     count = 0

@@ -10,26 +10,34 @@ import base64
 import hashlib
 import importlib.util
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mlxchat.data.byte_level import CONFIG_FILE as CONFIG_FILE
+from mlxchat.data.byte_level import GPT2_PATTERN as GPT2_PATTERN
+from mlxchat.data.byte_level import GPT4_PATTERN as GPT4_PATTERN
+from mlxchat.data.byte_level import HF_FILE as HF_FILE
+from mlxchat.data.byte_level import PATTERN_KEY as PATTERN_KEY
+from mlxchat.data.byte_level import RANKS_FILE as RANKS_FILE
+from mlxchat.data.byte_level import SPLIT_PATTERN as SPLIT_PATTERN
+from mlxchat.data.byte_level import Vocabulary as Vocabulary
+from mlxchat.data.byte_level import byte_letters as byte_letters
+from mlxchat.data.byte_level import hf_pattern_of as hf_pattern_of
+from mlxchat.data.byte_level import split_token as split_token
+from mlxchat.data.hf_vocabulary import (
+    assemble,
+    check_merges,
+    hf_file,
+    hf_merges,
+    hf_pattern,
+    hf_record,
+    hf_special_names,
+)
 from mlxchat.errors import DataError, suggest
 
-# GPT-4's, but with digits in groups of at most two: a small vocabulary should not spend itself on numbers.
-SPLIT_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
-)
-# As tiktoken writes them; they cut as the published ones do, with fewer steps back.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-GPT4_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
-    r"""|\s+(?!\S)|\s"""
-)
 SPECIAL_TOKENS = (
     "<|bos|>",
     "<|user_start|>",
@@ -41,21 +49,6 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-RANKS_FILE, CONFIG_FILE, HF_FILE = "ranks.tiktoken", "tokenizer_config.json", "tokenizer.json"
-PATTERN_KEY = "split_pattern"
-"""In CONFIG_FILE: how text is cut; absent where it is nanochat's."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Byte-level tokens, without special ones."""
-
-    ranks: dict[bytes, int]
-    """Token → id, 0 … n − 1 in the order of merging, the 256 bytes among them."""
-    pattern: str
-    """Regular expression, as tiktoken reads it, of the pieces within which tokens are merged."""
-    keeps_ids: bool = True
-    """Whether the ids are those of the source; False where special tokens of its own stood among them."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +73,6 @@ _KNOWN_FILES = {
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": GPT4_PATTERN,
 }
 
-_POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
-
 
 def read_vocabulary(source: str) -> Vocabulary:
     """Return the vocabulary of gpt2, cl100k or a file or folder.
@@ -90,8 +81,8 @@ def read_vocabulary(source: str) -> Vocabulary:
         DataError: it is not there, is damaged, or encodes in a way that ours would not.
     """
     vocabulary = _read(source)
-    if source not in PACKAGED and _hf_file(Path(source)) is not None:
-        _check_merges(source, vocabulary.ranks, _merges(_hf_record(Path(source))))
+    if source not in PACKAGED and hf_file(Path(source)) is not None:
+        check_merges(source, vocabulary.ranks, hf_merges(hf_record(Path(source))))
     return vocabulary
 
 
@@ -116,6 +107,19 @@ def vocab_size_of(source: str) -> int:
 @lru_cache(maxsize=8)
 def _measure(source: str, stamps: tuple[Any, ...]) -> int:
     return len(_read(source).ranks) + len(SPECIAL_TOKENS)
+
+
+def problems_of_vocabulary(source: str, vocab_size: int) -> list[str]:
+    """Return what is wrong with tokenizer.source and tokenizer.vocab_size, in a line each."""
+    least = 256 + len(SPECIAL_TOKENS)
+    if source == "train":
+        text = f"expected at least {least}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+        return [f"tokenizer.vocab_size is {vocab_size}, {text}"] if vocab_size < least else []
+    try:
+        vocab_size_of(source)
+    except DataError as error:
+        return [f"tokenizer.source: {error}"]
+    return []
 
 
 def is_packaged(source: str) -> bool:
@@ -166,26 +170,6 @@ def read_pattern(folder: Path) -> str:
     return pattern
 
 
-def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the pair that a token of two bytes or more is merged from, by applying the earlier merges to it."""
-    rank = ranks[token]
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        _, best = min((ranks.get(left + right, rank), i) for i, (left, right) in enumerate(pairwise(parts)))
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts[0], parts[1]
-
-
-def byte_letters() -> dict[int, str]:
-    """Return the printable letter that byte-level BPE files write for each byte (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in letters:
-            letters[byte] = chr(256 + len(letters) - len(printable))
-    return letters
-
-
 def _existing(source: str) -> Path:
     path = Path(source)
     if not path.exists():
@@ -210,7 +194,7 @@ def _read(source: str) -> Vocabulary:
     if source == "gpt2":
         merges, vocab = _packaged_files(source)
         lines = merges.read_text(encoding="utf-8").split("\n")[1:-1]  # a version, then a pair of letters in each
-        vocabulary = _assemble(
+        vocabulary = assemble(
             str(vocab), json.loads(vocab.read_text(encoding="utf-8")), [tuple(line.split(" ")) for line in lines],
             {"<|endoftext|>"}, GPT2_PATTERN,
         )  # fmt: skip
@@ -218,11 +202,11 @@ def _read(source: str) -> Vocabulary:
         vocabulary = Vocabulary(read_ranks(_packaged_files(source)[0]), GPT4_PATTERN)
     else:
         path = _existing(source)
-        if _hf_file(path) is not None:
-            record = _hf_record(path)
-            vocabulary = _assemble(
-                source, record["model"]["vocab"], _merges(record), _special_names(source, record),
-                _hf_pattern(source, record),
+        if hf_file(path) is not None:
+            record = hf_record(path)
+            vocabulary = assemble(
+                source, record["model"]["vocab"], hf_merges(record), hf_special_names(source, record),
+                hf_pattern(source, record),
             )  # fmt: skip
         elif path.is_dir() and (path / RANKS_FILE).exists():
             vocabulary = Vocabulary(read_ranks(path / RANKS_FILE), read_pattern(path))
@@ -239,111 +223,3 @@ def _read(source: str) -> Vocabulary:
         raise DataError(f"{source}: package {PACKAGED[source].package} holds {len(vocabulary.ranks)} tokens, expected "
                         f"{PACKAGED[source].num_tokens}")  # fmt: skip
     return vocabulary
-
-
-def _hf_file(path: Path) -> Path | None:
-    """Return the tokenizer.json that a source means; a folder's ranks are preferred to it."""
-    if path.is_dir():
-        return path / HF_FILE if (path / HF_FILE).exists() and not (path / RANKS_FILE).exists() else None
-    return path if path.suffix == ".json" else None
-
-
-def _hf_record(path: Path) -> dict[str, Any]:
-    """Return a tokenizer.json, if what it does to a text is what tiktoken can do."""
-    file = _hf_file(path)
-    assert file is not None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        model = record["model"]
-        kind = model.get("type", "BPE")
-        assert isinstance(model.get("vocab", {}), dict)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise DataError(f"{file}: no readable tokenizer.json ({error!r})") from None
-    problems = [
-        *([f"its model is {kind}, expected BPE"] if kind != "BPE" or "merges" not in model else []),
-        *([f"it normalises text ({record['normalizer'].get('type')})"] if record.get("normalizer") else []),
-        *(
-            f"it has a {key}"
-            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-            if model.get(key)
-        ),
-    ]
-    if problems:
-        raise DataError(f"{file} cannot be taken over: {'; '.join(problems)}")
-    return dict(record)
-
-
-def _merges(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in record["model"]["merges"]]
-
-
-def _special_names(source: str, record: Mapping[str, Any]) -> set[str]:
-    """Return the names of the source's own special tokens, which ours replace."""
-    added = record.get("added_tokens") or []
-    cut = [token["content"] for token in added if not token.get("special")]
-    if cut:
-        raise DataError(f"{source} cannot be taken over: it cuts {cut[0]!r} and {len(cut) - 1} others out of any text")
-    return {token["content"] for token in added}
-
-
-def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
-    """Return how a tokenizer.json cuts text, in tiktoken's words."""
-    outer = record.get("pre_tokenizer") or {}
-    steps = outer.get("pretokenizers", [outer])
-    last = steps[-1]
-    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        if len(steps) == 1 and last.get("use_regex", True):
-            return GPT2_PATTERN
-        cut = steps[0]
-        wanted = (cut.get("behavior"), bool(cut.get("invert"))) in (("Isolated", False), ("Removed", True))
-        pattern = cut.get("pattern", {}).get("Regex")
-        if len(steps) == 2 and cut.get("type") == "Split" and wanted and pattern and not last.get("use_regex", True):
-            if _POSSESSIVE_INTERVAL.search(pattern):  # repeats the group there, and never goes back here
-                raise DataError(f"{source} cannot be taken over: tiktoken reads its pattern otherwise ({pattern})")
-            return str(pattern)
-    kinds = ", ".join(str(step.get("type")) for step in steps)
-    raise DataError(
-        f"{source} cannot be taken over: it cuts text by {kinds}, expected ByteLevel without a space in front, alone "
-        "or after one Split by a regular expression"
-    )
-
-
-def _assemble(
-    where: str, vocab: Mapping[str, int], merges: Iterable[tuple[str, ...]], special: set[str], pattern: str
-) -> Vocabulary:
-    """Return the ordinary tokens in the order of their ids, if that is the order in which they are merged."""
-    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    ordered = sorted((rank, spelled) for spelled, rank in vocab.items() if spelled not in special)
-    try:
-        tokens = [bytes(bytes_of[letter] for letter in spelled) for _, spelled in ordered]
-        results = [bytes(bytes_of[letter] for letter in left + right) for left, right in merges]
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{where} cannot be taken over: its tokens are not those of byte-level BPE ({error})") from None
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    if len(ranks) < len(tokens) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise DataError(f"{where} cannot be taken over: it must hold all 256 bytes, and no token twice")
-    order = [ranks.get(token, -1) for token in results]
-    if -1 in order or any(second < first for first, second in pairwise(order)):
-        raise DataError(
-            f"{where} cannot be taken over: its merges are not in the order of its ids, which tiktoken needs"
-        )
-    keeps_ids = all(rank == place for place, (rank, _) in enumerate(ordered))
-    return Vocabulary(ranks, pattern, keeps_ids)
-
-
-def _check_merges(source: str, ranks: Mapping[bytes, int], merges: Iterable[tuple[str, ...]]) -> None:
-    """Refuse tokens that the source would merge from other pairs than tiktoken does."""
-    letters = byte_letters()
-    given = {(left, right) for left, right in merges}
-    for token in ranks:
-        if len(token) > 1:
-            left, right = ("".join(letters[byte] for byte in part) for part in split_token(token, ranks))
-            if (left, right) not in given:
-                raise DataError(
-                    f"{source} cannot be taken over: its merges do not lead to {token!r} as tiktoken's would"
-                )
-
-
-def hf_pattern_of(pattern: str) -> str:
-    """Return a pattern as Oniguruma reads it, where {1,3}+ would repeat the group."""
-    return _POSSESSIVE_INTERVAL.sub(r"\1", pattern)

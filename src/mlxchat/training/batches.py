@@ -19,7 +19,7 @@ class _Made:
     batch: Batch
     addresses: list[Any]
     state: dict[str, Any]
-    counts: dict[str, int]
+    counts: dict[str, float]
 
 
 class RowBatches:
@@ -72,7 +72,7 @@ class RowBatches:
         """Return what people call the documents of the last batch."""
         return [self._rows.name(address) for address in self._addresses]
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, float]:
         """Return what the stream counted up to the last batch."""
         return self._counts
 

@@ -9,7 +9,8 @@ from typing import Any
 from mlxchat.config import FinetuneConfig
 from mlxchat.data.encoded import open_mixture
 from mlxchat.data.mixture import Mixture, collect_sources
-from mlxchat.data.packing import ConversationRows, Row, count_rows
+from mlxchat.data.packing import EpochRows, Row, count_rows
+from mlxchat.data.stream_packing import pack_conversations
 from mlxchat.data.tokens import Tokens
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
@@ -45,10 +46,13 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     held_out_mixture = Mixture(config.validation, seed=ctx.seed("validation"))
     ctx.externals += collect_sources([*mixture.tasks().values(), *held_out_mixture.tasks().values()])
 
-    def pack(conversations: Tokens) -> ConversationRows:
-        return ConversationRows(
+    def pack(conversations: Tokens) -> EpochRows:
+        return pack_conversations(
+            config.packing,
             conversations,
-            padding=tokenizer.bos,
+            batch_rows=rows_per_iteration,
+            bos=tokenizer.bos,
+            assistant_end=tokenizer.assistant_end,
             row_tokens=row_tokens,
             buffer_conversations=config.packing_buffer_conversations,
             train_on=config.train_on,
