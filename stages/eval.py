@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from mlxchat.data.encoded import open_documents
-from mlxchat.data.mixture import load_item
+from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
@@ -102,8 +102,7 @@ def _measure_tasks(ctx: Context, engine: Engine, examples: list[dict[str, Any]] 
     temperature = float(config.seeds > 1) if config.temperature is None else config.temperature
     for name, item in ctx.config.suite.items() if examples is not None else ():
         assert examples is not None
-        task = load_item(item)
-        ctx.externals += [source for source in task.sources() if source not in ctx.externals]
+        task = open_item(ctx, item)
         answering = Answering(
             batch_rows=config.batch_rows, batch_tokens=forward_tokens(ctx.config.machine, engine.model.sizes),
             max_new_tokens=config.max_new_tokens, seeds=config.seeds, temperature=temperature, top_k=config.top_k,

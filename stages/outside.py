@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.data.encoded import open_documents
-from mlxchat.data.mixture import load_item
+from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.chat_scores import chatcore, mean_centered
@@ -70,7 +70,7 @@ def _measure_tasks(
             raise ctx.stop("its questions")
 
     for name, item in ctx.config.suite.items() if examples is not None else ():
-        task = load_item(item)
+        task = open_item(ctx, item)
         with ctx.progress(len(task), f"questions of {name}") as progress:
             results[name], found = evaluate_outside_task(
                 model, tokenizer, task, name=name, batch_rows=config.batch_rows,

@@ -6,7 +6,7 @@ token-level normalisation; no KL penalty, no ratio, no clipping. Options: conf/s
 
 from dataclasses import replace
 
-from mlxchat.data.mixture import collect_sources, load_item
+from mlxchat.data.mixture import open_item
 from mlxchat.engine.generate import Engine
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.optim.groups import Optimizer
@@ -27,8 +27,7 @@ def run(ctx: Context) -> None:
     config = ctx.config.rl
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     engine = Engine(model, tokenizer)
-    practice, held_out = load_item(config.task), load_item(config.evaluation)
-    ctx.externals += collect_sources([practice, held_out])
+    practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
     rates = ctx.config.optimizer if config.clip_gradients else replace(ctx.config.optimizer, grad_clip=None)
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)

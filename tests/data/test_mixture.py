@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxchat.config import TaskItem
-from mlxchat.data.mixture import Mixture, collect_sources, load_item, shuffled_places
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.data.mixture import Mixture, load_item, open_item, shuffled_places
+from mlxchat.errors import ConfigError, DataError, Interrupted
 
 
 @pytest.fixture
@@ -138,7 +141,41 @@ def test_a_conversation_is_called_by_its_entry_and_its_number_there(items: dict[
         assert mixture[index] == mixture.tasks()[entry][int(place)]
 
 
-def test_what_tasks_read_from_outside_is_collected_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = load_item(TaskItem(task="spelling", size=5))
-    monkeypatch.setattr(type(task), "sources", lambda self: [{"url": "u"}])
-    assert collect_sources([task, task]) == [{"url": "u"}]
+class StageContext:
+    """What opening a task uses of a stage's context."""
+
+    def __init__(self, *, stops: bool = False) -> None:
+        self.externals: list[dict[str, str]] = []
+        self.stops = stops
+
+    def should_stop(self) -> bool:
+        return self.stops
+
+    def stop(self, where: str) -> Exception:
+        return Interrupted(where, 15)
+
+
+def fetching(monkeypatch: pytest.MonkeyPatch) -> TaskItem:
+    """Return a line whose task has something to fetch."""
+
+    def fetch(self: object, check: Callable[[], None] = lambda: None) -> list[Path]:
+        check()
+        return []
+
+    item = TaskItem(task="spelling", size=5)
+    monkeypatch.setattr(type(load_item(item)), "fetch", fetch)
+    monkeypatch.setattr(type(load_item(item)), "sources", lambda self: [{"url": "u"}])
+    return item
+
+
+def test_what_tasks_read_from_outside_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx: Any = StageContext()
+    item = fetching(monkeypatch)
+    Mixture({"a": item, "b": item}, seed=0, load=partial(open_item, ctx))
+    assert ctx.externals == [{"url": "u"}]
+
+
+def test_a_stop_ends_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx: Any = StageContext(stops=True)
+    with pytest.raises(Interrupted, match="the download for task spelling"):
+        open_item(ctx, fetching(monkeypatch))

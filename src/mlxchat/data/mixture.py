@@ -5,15 +5,35 @@ from __future__ import annotations
 import random
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, overload
+from typing import overload
 
 from mlxchat.config import TaskItem
 from mlxchat.data.conversation import Conversation
 from mlxchat.errors import ConfigError
+from mlxchat.runner.context import Context
 from mlxchat.tasks import Task
 from mlxchat.tasks.items import load_item as load_item
+
+
+def open_item(ctx: Context, item: TaskItem) -> Task:
+    """Return the task of a line with what it reads from outside fetched and recorded; a stop ends the fetching.
+
+    Raises:
+        ConfigError, DataError: as `load_item`.
+        PassingError: what it reads cannot be had now.
+        Interrupted: a signal asked the run to stop.
+    """
+    task = load_item(item)
+
+    def check() -> None:
+        if ctx.should_stop():
+            raise ctx.stop(f"the download for task {item.task}")
+
+    task.fetch(check)
+    ctx.externals += [source for source in task.sources() if source not in ctx.externals]
+    return task
 
 
 def shuffled_places(count: int, seed: int) -> array[int]:
@@ -26,15 +46,22 @@ def shuffled_places(count: int, seed: int) -> array[int]:
 class Mixture(Sequence[Conversation]):
     """All conversations of the tasks, each as often as its task has epochs or as weights say, shuffled."""
 
-    def __init__(self, items: Mapping[str, TaskItem], *, seed: int) -> None:
+    def __init__(
+        self, items: Mapping[str, TaskItem], *, seed: int, load: Callable[[TaskItem], Task] = load_item
+    ) -> None:
         """Load the tasks.
+
+        Args:
+            items: the lines by entry.
+            seed: of the order.
+            load: makes a line's task; `open_item` of a stage.
 
         Raises:
             ConfigError: the mixture or a task of it is empty.
         """
         # By name: the order in which a file lists its tasks is no part of its identity.
         ordered = dict(sorted(items.items()))
-        self._tasks = [load_item(item) for item in ordered.values()]
+        self._tasks = [load(item) for item in ordered.values()]
         self._names = list(ordered)
         self._sizes = [len(task) for task in self._tasks]
         empty = [name for name, size in zip(ordered, self._sizes, strict=True) if not size]
@@ -80,23 +107,11 @@ class Mixture(Sequence[Conversation]):
         """Return the tasks by entry."""
         return dict(zip(self._names, self._tasks, strict=True))
 
-    def sources(self) -> list[dict[str, Any]]:
-        """Return a record of everything that was read from outside, each once."""
-        return collect_sources(self._tasks)
-
     def _find(self, index: int) -> tuple[int, int]:
         """Return the number of a conversation's task, and its place there."""
         place = self._order[index]
         task = bisect_right(self._ends, place)
         return task, (place - self._ends[task] + self._counts[task]) % self._sizes[task]
-
-
-def collect_sources(tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Return the records of what tasks read from outside, each once."""
-    found: list[dict[str, Any]] = []
-    for task in tasks:
-        found += [source for source in task.sources() if source not in found]
-    return found
 
 
 def _count(items: Sequence[TaskItem], sizes: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -85,8 +85,11 @@ class Task(ABC):
         """Return what the task reads from outside: `HubSource`s and `UrlSource`s; nothing is fetched for it."""
         return []
 
-    def fetch(self) -> list[Path]:
-        """Return the files that the task reads from outside, downloaded if they are not there."""
+    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
+        """Return the files that the task reads from outside, downloaded if they are not there.
+
+        `check` is called again and again and may raise, to end the downloading.
+        """
         return []
 
     def sources(self) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,11 +89,11 @@ class HubTask(Task):
         """Return what is read from the Hub."""
         return [HubSource(self._repository, self._revision, self.pattern())]
 
-    def fetch(self) -> list[Path]:
+    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the files, downloaded if they are not there."""
         from mlxchat.data.hub import fetch_files
 
-        return fetch_files(self._files)
+        return fetch_files(self._files, check=check)
 
     def sources(self) -> list[dict[str, Any]]:
         """Return a record of each file that is read: url, revision, sha256, bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,9 +74,9 @@ class IdentityConversations(Task):
         """Return the address, if the conversations are read from one."""
         return [self._source] if self._source else []
 
-    def fetch(self) -> list[Path]:
+    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the file at the address, downloaded if it is not there."""
-        return [fetch_source(source) for source in self.needs()]
+        return [fetch_source(source, check) for source in self.needs()]
 
     def sources(self) -> list[dict[str, Any]]:
         """Return a record of the file that was read."""

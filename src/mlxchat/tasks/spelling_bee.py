@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -79,9 +80,9 @@ class _WordListTask(Task):
         """Return the address of the words, if they are read from one."""
         return [self._source] if self._source else []
 
-    def fetch(self) -> list[Path]:
+    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the file of the words, downloaded if it is not there."""
-        return [fetch_source(source) for source in self.needs()]
+        return [fetch_source(source, check) for source in self.needs()]
 
     def sources(self) -> list[dict[str, object]]:
         """Return a record of the words that were read."""

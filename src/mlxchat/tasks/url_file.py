@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ def url_source(task: str, url: str, sha256: str | None = None) -> UrlSource:
     return UrlSource(url, sha256)
 
 
-def fetch_source(source: UrlSource) -> Path:
+def fetch_source(source: UrlSource, check: Callable[[], None] = lambda: None) -> Path:
     """Return the file at an address, downloaded if it is not there."""
     from mlxchat.data.hub import fetch_url
 
-    return fetch_url(source.url, sha256=source.sha256)
+    return fetch_url(source.url, sha256=source.sha256, check=check)
 
 
 def record_source(source: UrlSource) -> dict[str, Any]:

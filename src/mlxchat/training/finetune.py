@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config import FinetuneConfig
 from mlxchat.data.encoded import open_mixture
-from mlxchat.data.mixture import Mixture, collect_sources
+from mlxchat.data.mixture import Mixture, open_item
 from mlxchat.data.packing import EpochRows, Row, count_rows
 from mlxchat.data.stream_packing import pack_conversations
 from mlxchat.data.tokens import Tokens
@@ -40,11 +41,10 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         load_moments(checkpoint, optimizer)
     row_tokens = config.batch.row_tokens
     rows_per_iteration = _batch_tokens(ctx.stage, config, checkpoint, facts) // row_tokens
-    mixture = Mixture(config.mixture, seed=ctx.seed("mixture"))
+    mixture = Mixture(config.mixture, seed=ctx.seed("mixture"), load=partial(open_item, ctx))
 
     encoded = open_mixture(ctx, "mixture", mixture, tokenizer)
-    held_out_mixture = Mixture(config.validation, seed=ctx.seed("validation"))
-    ctx.externals += collect_sources([*mixture.tasks().values(), *held_out_mixture.tasks().values()])
+    held_out_mixture = Mixture(config.validation, seed=ctx.seed("validation"), load=partial(open_item, ctx))
 
     def pack(conversations: Tokens) -> EpochRows:
         return pack_conversations(
