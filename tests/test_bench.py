@@ -253,3 +253,16 @@ def test_rows_are_the_same_every_time_and_targets_are_the_ids_after() -> None:
     assert not np.array_equal(first[0][0], other[0][0])
     assert all(np.array_equal(ids[1:], targets[:-1]) for ids, targets in first)
     assert max(ids.max() for ids, _ in random_rows(50, 50, 100, seed=1, batch=0)) == 99
+
+
+def test_core_is_measured_both_ways_with_equal_verdicts(mlxchat: Callable[..., Done]) -> None:
+    done = mlxchat(
+        "bench", "core", *TINY, "model.context_tokens=256", "bench.core_examples=6", "bench.steps=1",
+        "bench.core_tasks=[choice,schema,language_10_shots]", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert list(record["tasks"]) == ["choice", "schema", "language_10_shots"]
+    for task in record["tasks"].values():
+        assert task["equal_verdicts"] == task["num_examples"] >= 6
+        assert task["ratio"] == pytest.approx(task["examples_per_second"] / task["one_at_a_time_per_second"])

@@ -40,6 +40,8 @@ def selecting(file: Path, text: Path) -> list[str]:
     if group == "mixture":
         place = "validation" if option.endswith("validation") else "mixture"
         return [f"mixture@{stage}.{place}={option}" for stage in ("midtrain", "sft")]
+    if (group, option) == ("pipeline", "outside"):
+        return ["pipeline=outside", f"outside.path={text.parent}"]
     given = {"files.yaml": [f"corpus.paths=[{text}]"], "hub.yaml": ["corpus.hub.repository=somebody/something"]}
     return [f"{group}={option}", *given.get(file.name, [])]
 
@@ -65,7 +67,9 @@ def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
 
 
 def test_the_stage_group_selects_targets_and_changes_nothing_else() -> None:
-    for stage in stage_names():
+    in_pipeline = {step["stage"] for step in composed().config.pipeline.values()}
+    assert set(stage_names()) - in_pipeline == {"outside"}  # which has a pipeline of its own
+    for stage in in_pipeline:
         chosen = composed(f"stage={stage}").config
         assert chosen.targets == [stage]
         assert replace(chosen, targets=None) == composed().config

@@ -47,8 +47,8 @@ class EvalConfig:
 class OutsideConfig:
     """A model of another make, evaluated like ours (pipeline=outside)."""
 
-    name: str = field(default=MISSING, metadata={"identity": False})
-    """What tables call it."""
+    name: str = MISSING
+    """What tables and the artifact call it."""
     path: str | None = field(default=MISSING, metadata={"external": "folder", "identity": False})
     """A folder that mlx-lm opens: config.json, safetensors, a tokenizer. What is in it counts, not where it lies."""
     context_tokens: int | None = MISSING

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.errors import StepFailed
+from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner import attempts, externals
 from mlxchat.runner.externals import FileHashes
 from mlxchat.runner.fingerprint import hash_file
@@ -113,3 +113,27 @@ def test_a_damaged_memory_counts_for_nothing(damage: str, text: Path, tmp_path: 
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "files.json").write_text(damage.replace("x", str(text.resolve())))
     assert remembered(tmp_path).of(text) == hash_file(text)
+
+
+@dataclass
+class Folder:
+    path: str = field(default="", metadata={"external": "folder", "identity": False})
+
+
+def test_a_folder_is_pinned_by_the_names_and_contents_of_all_its_files_wherever_it_lies(tmp_path: Path) -> None:
+    pins = []
+    for name, text in (("one", "weights"), ("two", "weights"), ("three", "other weights")):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "deep" / "model").write_text(text)
+        pins.append(externals.pin_externals({"outside": Folder(str(tmp_path / name))}))
+    assert pins[0] == pins[1] != pins[2]
+    assert pins[0]["file of folder deep/model"] == hash_file(tmp_path / "one" / "deep" / "model")
+
+
+@pytest.mark.parametrize("name", ["absent", "empty", "file"])
+def test_a_folder_without_files_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"outside\.path: .*no folder with files"):
+        externals.pin_externals({"outside": Folder(str(tmp_path / name))})

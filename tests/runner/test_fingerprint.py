@@ -42,6 +42,7 @@ NOT_IDENTITY = {
     "sft.eval_every",
     "rl.eval_every",
     "eval.batch_rows",
+    "outside.path",  # what is in the folder counts instead
     "training.on_nan",
     "training.max_skipped_in_a_row",
     "training.norm_warning_factor",
@@ -63,7 +64,7 @@ NEVER = (
     "report",
     "sweep",
 )
-READ_BY = {
+READ_BY: dict[str, set[str]] = {
     "model": {"pretrain"},
     "architecture": {"pretrain"},
     "optimizer": {"pretrain", "midtrain", "sft", "rl"},
@@ -76,6 +77,7 @@ READ_BY = {
     "training": {"pretrain", "midtrain", "sft", "rl"},
     "eval": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
     "suite": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
+    "outside": set(),  # its pipeline has another model
     "seed": {
         "corpus",
         "tokenizer",
