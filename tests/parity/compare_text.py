@@ -86,7 +86,7 @@ def small_corpora(file: ParityFile) -> Iterator[Line]:
 
 
 def bytes_of_2025(file: ParityFile) -> Iterator[Line]:
-    """Compare what October 2025 takes for the bytes of a token, those of its text: ours are the raw bytes, as in 2026."""
+    """Compare what October 2025 takes for the bytes of a token, those of its text; ours are the raw bytes."""
     if "token_bytes_oct2025_differences" not in file.json:
         return
     tokenizer = file.tokenizer()

