@@ -38,11 +38,14 @@ def record_listing(tmp_path: Path, files: int, size: int, commit: str = "c" * 40
     (folder / f"{commit}.json").write_text(json.dumps({"files": rows}))
 
 
-def test_the_speedrun_needs_its_tokens_times_characters_with_what_packing_loses(tmp_path: Path) -> None:
-    need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain")
+@pytest.mark.parametrize(("packing", "kept"), [("best_fit", 0.65), ("best_fit_whole", 1.0), ("stream", 1.0)])
+def test_the_speedrun_needs_its_tokens_times_characters_and_what_packing_loses(
+    tmp_path: Path, packing: str, kept: float
+) -> None:
+    need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", f"pretrain.packing={packing}")
     assert need is not None
     assert need.tokens == pytest.approx(11.2 * GIGA, rel=0.01)  # nanochat's published figure
-    assert need.chars == pytest.approx(need.tokens * 4.8 / 0.65 * 1.1)
+    assert need.chars == pytest.approx(need.tokens * 4.8 / kept * 1.1)
 
 
 def test_twice_the_horizon_needs_twice_the_text(tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_text_of_packages_needs_nothing(tmp_path: Path) -> None:
 
 def test_files_are_counted_from_a_listing_and_repeated_epochs_are_told(tmp_path: Path) -> None:
     record_listing(tmp_path, files=100, size=100_000_000)
-    need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain")
+    need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", "pretrain.packing=best_fit")
     assert need is not None
     assert need.known is not None
     passes = need.tokens * 4.8 / 0.65 / (100 * 100_000_000 * 2.6)
@@ -81,7 +84,9 @@ def test_files_are_counted_from_a_listing_and_repeated_epochs_are_told(tmp_path:
 
 
 def test_a_plan_says_what_it_needs(tmp_path: Path) -> None:
-    config = compose_config(["experiment=speedrun_d20", f"outputs={tmp_path / 'outputs'}"]).config
+    config = compose_config(
+        ["experiment=speedrun_d20", "pretrain.packing=best_fit", f"outputs={tmp_path / 'outputs'}"]
+    ).config
     store = Store(Path(config.outputs))
     (line,) = describe_text(config, plan_of(config, store), store).items()
     assert line[0] == "corpus"
@@ -90,7 +95,7 @@ def test_a_plan_says_what_it_needs(tmp_path: Path) -> None:
 
 def test_a_run_without_room_for_text_and_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record_listing(tmp_path, files=1000, size=100_000_000)
-    need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain")
+    need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", "pretrain.packing=best_fit")
     usage = shutil.disk_usage("/")._replace(free=50 * GIGA)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     # 91 GB of characters are 35 GB of files, and 19 billion tokens of two bytes.

@@ -18,7 +18,7 @@ from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 
 # Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have fewer. Measured once ours is there.
 ESTIMATED_CHARS_PER_TOKEN = 4.8
-# Share of the tokens that best-fit packing crops away: nanochat's own figure for rows of 2,048.
+# Share of the tokens that packing=best_fit crops away: nanochat's own figure for rows of 2,048. Other packings keep all.
 CROPPED_SHARE = 0.35
 MARGIN = 1.1
 # The beginning of the text, which tables and baselines read: tokenizers' compression, the n-gram model.
@@ -36,6 +36,8 @@ class TextNeed:
     """Whether the tokenizer is there and has told its characters per token."""
     chars: float
     """Characters that are read: what is cropped away and the margin included; at least what the tokenizer reads."""
+    cropped_share: float
+    """Share of the tokens that packing drops."""
     token_bytes: int
     """Of a token on disk."""
     known: Known | None
@@ -55,7 +57,8 @@ class TextNeed:
         how = "measured" if self.is_measured else "estimated"
         text = (
             f"text: {format_count(self.chars)} characters for {format_count(self.tokens)} tokens "
-            f"({self.chars_per_token:.2f} a token, {how}; {CROPPED_SHARE:.0%} lost in packing, {MARGIN - 1:.0%} spare)"
+            f"({self.chars_per_token:.2f} a token, {how}; {self.cropped_share:.0%} lost in packing, "
+            f"{MARGIN - 1:.0%} spare)"
         )
         if self.known is None:
             return f"{text}; the corpus is not listed yet"
@@ -83,13 +86,14 @@ def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) ->
         tokens = derived.num_iterations * derived.batch_tokens
     measured = _chars_per_token(steps.get("tokenizer"), store)
     per_token = measured or ESTIMATED_CHARS_PER_TOKEN
-    chars = max(tokens * per_token / (1 - CROPPED_SHARE) * MARGIN, LEAST_CHARS)
+    cropped = CROPPED_SHARE if config.pretrain.packing == "best_fit" else 0.0
+    chars = max(tokens * per_token / (1 - cropped) * MARGIN, LEAST_CHARS)
     if "tokenizer" in waiting and config.tokenizer.source == "train":
         chars = max(chars, config.tokenizer.max_chars * MARGIN)  # it reads no more than the beginning of long documents
     place = _artifact(steps.get("corpus"), store)
     known = known_of_artifact(place) if place is not None else known_of_record(config.corpus.hub)
     token_bytes = 2 if config.tokenizer.vocab_size <= 1 << 16 else 4
-    return TextNeed(tokens, per_token, measured is not None, chars, token_bytes, known)
+    return TextNeed(tokens, per_token, measured is not None, chars, cropped, token_bytes, known)
 
 
 def describe_text(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, str]:
