@@ -1,0 +1,208 @@
+"""Training in another process: nanochat's ranks, bounded, stopped at once, and gone when its parent is."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from textwrap import dedent
+from typing import Any
+
+import psutil
+import pytest
+import rustbpe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxchat.data import bpe
+from mlxchat.data.bpe import Trained, train_ranks
+from mlxchat.data.tokenizer import SPLIT_PATTERN, train_tokenizer
+from mlxchat.errors import DataError, StepFailed
+
+TEXTS = [
+    f"the weather of day {number}, and another: don't gather under thunder {number * 7}!\n" for number in range(300)
+]
+
+
+def nanochats_ranks(texts: list[str], num_tokens: int) -> dict[bytes, int]:
+    """Return what nanochat's RustBPETokenizer.train_from_iterator gets."""
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), num_tokens, pattern=SPLIT_PATTERN)
+    return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+@settings(max_examples=12)
+@given(texts=st.lists(st.text() | st.sampled_from(TEXTS), max_size=30), merges=st.integers(0, 40))
+def test_the_ranks_are_those_of_nanochats_call(texts: list[str], merges: int) -> None:
+    assert train_ranks(texts, 256 + merges, pattern=SPLIT_PATTERN).ranks == nanochats_ranks(texts, 256 + merges)
+
+
+def test_more_documents_than_are_counted_at_a_time_and_long_ones_give_the_same_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [*TEXTS * 3, "", "long " * 400_000, *TEXTS, "\x00", "é" * 1000]
+    expected = nanochats_ranks(texts, 400)
+    assert train_ranks(texts, 400, pattern=SPLIT_PATTERN).ranks == expected
+    monkeypatch.setattr(bpe, "_BUFFER_DOCUMENTS", 7)
+    assert train_ranks(iter(texts), 400, pattern=SPLIT_PATTERN).ranks == expected
+
+
+def test_what_was_done_is_reported_and_counted() -> None:
+    seen: list[tuple[int, int | None, int]] = []
+    made = train_ranks(
+        TEXTS, 300, pattern=SPLIT_PATTERN, on_progress=lambda now: seen.append((now.chars, now.pieces, now.merges))
+    )
+    assert (made.chars, made.documents) == (sum(map(len, TEXTS)), len(TEXTS))
+    assert made.pieces is not None
+    assert made.pieces > 100
+    assert made.merges == 44
+    assert 1 << 20 < made.peak_bytes < 100 << 20  # its own, not what this process holds
+    assert seen[-1] == (made.chars, made.pieces, made.merges)
+    assert seen == sorted(seen, key=lambda entry: (entry[0], entry[2]))
+
+
+def test_documents_are_read_as_they_are_needed_and_never_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between what was counted and what was asked for lie at most the two buffers, the pipe and a frame."""
+    monkeypatch.setattr(bpe, "_BUFFER_DOCUMENTS", 8)
+    asked, ahead = 0, []
+
+    def documents() -> Iterator[str]:
+        nonlocal asked
+        for number in range(3000):
+            asked += 1
+            yield f"{number} " + "word " * 2000
+
+    def look(now: Trained) -> None:
+        if now.chars and asked < 3000:
+            ahead.append(asked - now.chars / 10_005)
+
+    train_ranks(documents(), 270, pattern=SPLIT_PATTERN, on_progress=look)
+    assert max(ahead, default=0) < 8 * 4 + 2 * (bpe._PIPE_BYTES + bpe._FRAME_CHARS) / 10_000
+
+
+class Stop(Exception):
+    """What a signal leads to."""
+
+
+def endless() -> Iterator[str]:
+    return itertools.cycle(TEXTS)
+
+
+def test_it_stops_while_it_counts_and_leaves_no_process() -> None:
+    began = time.monotonic()
+
+    def check() -> None:
+        if time.monotonic() - began > 0.5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_ranks(endless(), 300, pattern=SPLIT_PATTERN, check=check)
+    assert time.monotonic() - began < 3
+    assert children() == []
+
+
+def test_it_stops_while_rustbpe_holds_the_interpreter_for_the_merges() -> None:
+    """A hundred thousand merges of many pieces: the worker answers nobody, and ends all the same."""
+    texts = ["".join(chr(97 + (number * step) % 26) for step in range(9)) + f" {number}x" for number in range(150_000)]
+    stopped: list[float] = []
+
+    def check() -> None:
+        if stopped:
+            raise Stop
+
+    def on_progress(now: Trained) -> None:
+        if now.pieces and not stopped:
+            stopped.append(time.monotonic())
+
+    with pytest.raises(Stop):
+        train_ranks(texts, 100_000, pattern=SPLIT_PATTERN, check=check, on_progress=on_progress)
+    assert time.monotonic() - stopped[0] < 2
+    assert children() == []
+
+
+def test_a_document_that_cannot_be_read_ends_it_with_its_own_error() -> None:
+    def broken() -> Iterator[str]:
+        yield "one"
+        raise DataError("shard 7 is damaged")
+
+    with pytest.raises(DataError, match="shard 7 is damaged"):
+        train_ranks(broken(), 300, pattern=SPLIT_PATTERN)
+    with pytest.raises(DataError, match="a document is no Unicode text"):
+        train_ranks(["\ud800"], 300, pattern=SPLIT_PATTERN)
+    assert children() == []
+
+
+def test_more_memory_than_it_may_have_is_told_with_what_to_lower() -> None:
+    with pytest.raises(DataError, match=r"more than the 1\.0 MB it may have.*Lower tokenizer\.max_chars"):
+        train_ranks(endless(), 300, pattern=SPLIT_PATTERN, memory_limit_bytes=1_000_000)
+    assert children() == []
+
+
+def test_a_worker_that_is_killed_is_told() -> None:
+    def check() -> None:
+        for child in children():
+            child.kill()
+
+    with pytest.raises(StepFailed, match="ended by signal 9"):
+        train_ranks(endless(), 300, pattern=SPLIT_PATTERN, check=check)
+
+
+PARENT = """
+    import itertools, psutil, sys
+    from mlxchat.data.bpe import train_ranks
+    told = []
+    def on_progress(now):
+        if not told:
+            told.append(1)
+            print(psutil.Process().children()[0].pid, flush=True)
+    train_ranks(itertools.cycle(["the weather " * 50]), 300, pattern=r"\\S+|\\s+", on_progress=on_progress)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_worker_ends_with_its_parent(number: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        os.kill(parent.pid, number)
+        parent.wait()
+        _, alive = psutil.wait_procs([worker], timeout=5)
+    assert alive == []
+
+
+def test_the_terminals_interrupt_does_not_reach_the_worker_before_its_parent() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        assert parent.stderr is not None
+        parent.stdout.readline()
+        os.killpg(parent.pid, signal.SIGINT)
+        text = parent.stderr.read()
+    assert "KeyboardInterrupt" in text
+    assert "ended by signal" not in text
+
+
+@pytest.mark.parametrize("size", [0, 264])
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(size: int) -> None:
+    with pytest.raises(DataError, match=rf"vocab_size is {size}, expected at least 265"):
+        train_tokenizer(TEXTS, size)
+
+
+def test_a_vocabulary_of_bytes_alone_needs_no_merges() -> None:
+    assert train_tokenizer([], 265).ranks == {bytes([byte]): byte for byte in range(256)}
+
+
+def test_options_reach_the_training() -> None:
+    calls: list[Any] = []
+    train_tokenizer(TEXTS, 270, check=lambda: calls.append(1))
+    assert calls
