@@ -89,8 +89,8 @@ class TaskItem:
     """Where a task gets its data: repository, revision, subset of the Hub; url, words, sha256."""
     fields: list[str] | None = None
     """Fields of the Factbook, for the tasks that ask about countries; null: the task's own."""
-    options: dict[str, float] = field(default_factory=dict)
-    """Further numbers that the task takes."""
+    options: dict[str, float | None] = field(default_factory=dict)
+    """Further numbers that the task takes; null: the task's own."""
 
 
 @dataclass(kw_only=True)

@@ -52,7 +52,11 @@ def _task(where: str, item: TaskItem, *, training: bool) -> Iterator[str]:
     known, sources = task_options(item.task), cls.source_options
     numbers = [option for option in known if option not in (*cls.source_options, "path", "size", "fields")]
     strangers = [
-        *((f"{where}.options", option, numbers) for option in item.options if option not in numbers),
+        *(
+            (f"{where}.options", option, numbers)
+            for option, value in item.options.items()
+            if option not in numbers and value is not None
+        ),
         *((f"{where}.source", option, sources) for option in item.source if option not in sources),
         *((where, option, known) for option in ("path", "fields") if getattr(item, option) and option not in known),
     ]
