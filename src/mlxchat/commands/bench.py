@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from mlxchat.commands.arguments import split_config_dirs
 from mlxchat.errors import ConfigError, suggest
+from mlxchat.runner.records import now
+from mlxchat.runner.sealed import write_whole
+from mlxchat.runner.secrets import redact
 
 # Kind → (module in mlxchat.bench, its function from configuration to plain data, what it measures).
 KINDS = {
@@ -18,7 +25,8 @@ KINDS = {
 
 _USAGE = """usage: mlxchat bench KIND [SETTINGS] [--json] [--config-dir DIR]
 
-Measure how fast this machine works, with random weights and text; nothing is read or written.
+Measure how fast this machine works, with random weights and text. What was measured is kept
+in outputs/bench, if there is an outputs folder, and shown in its reports.
 
 {kinds}
 
@@ -48,6 +56,7 @@ def main(arguments: list[str]) -> int:
     module, function, _ = KINDS[kind]
     measuring = import_module(f"mlxchat.bench.{module}")
     record: dict[str, Any] = getattr(measuring, function)(config)
+    _keep(kind, record, arguments, Path(config.outputs))
     if "--json" in arguments:
         print(json.dumps(record, allow_nan=False))
     else:
@@ -55,6 +64,18 @@ def main(arguments: list[str]) -> int:
 
         getattr(measuring, "print_tables", tables.print_tables)(record, sys.stdout)
     return 0
+
+
+def _keep(kind: str, record: dict[str, Any], arguments: list[str], outputs: Path) -> None:
+    """Keep what was measured for the reports of an outputs folder, if there is one."""
+    if not outputs.is_dir():
+        return
+    time = now()
+    kept = {"kind": kind, "time": time, "command": shlex.join(["mlxchat", "bench", *arguments]), "result": record}
+    name = re.sub(r"[^0-9T]", "", time.partition("+")[0]).replace("T", "-")
+    with suppress(OSError):
+        (outputs / "bench").mkdir(exist_ok=True)
+        write_whole(outputs / "bench" / f"{name}-{kind}.json", json.dumps(redact(kept)).encode())
 
 
 def _with_defaults(overrides: list[str]) -> list[str]:

@@ -66,7 +66,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     if not values:
         return []
     largest = max(abs(value) for value in values)
-    if largest >= 1e15 or 0 < largest < 1e-4:
+    if largest >= 1e15 or 0 < largest < 1e-4 or (largest >= 1e9 and largest >= 10 * min(map(abs, values))):
         return [f"{value:.0e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-") for value in values]
     size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")) if largest >= s), (1.0, ""))
     size = 1e3 if unit == "k" else size

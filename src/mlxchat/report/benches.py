@@ -11,6 +11,8 @@ from mlxchat.report.wording import format_time, format_value
 # The newest measurements of each kind that are shown.
 MOST = 3
 _LETTERS = 120
+# What was measured with, and not what was measured.
+_LEFT_OUT = ("sizes.", "bench.", "device.", "versions.", "optimizer.", "seed")
 
 
 def bench_tables(report: RunReport) -> list[tuple[str, Table]]:
@@ -29,6 +31,8 @@ def _table(records: list[dict[str, object]]) -> Table:
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = []
     for name in names:
+        if name.startswith(_LEFT_OUT):
+            continue
         values = [column.get(name) for column in columns]
         if any(number(value) is not None or (isinstance(value, str) and len(value) < _LETTERS) for value in values):
             rows.append([Cell(name), *(Cell(format_value(value)) for value in values)])

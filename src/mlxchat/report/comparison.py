@@ -68,7 +68,7 @@ def _columns(report: RunReport) -> dict[str, Cell]:
             flops = step.fact("total_flops")
             found["parameters"] = Cell(format_count(num_parameters(step)))
             found["tokens"] = Cell(format_count(trained_tokens(step)))
-            found["FLOPs"] = Cell(f"{flops:.2e}" if flops else ABSENT)
+            found["FLOPs"] = Cell(f"{flops:.2e}".replace("e+", "e") if flops else ABSENT)
     found["time"] = Cell(format_seconds(computing_seconds(report)))
     if cost := format_dollars(computing_seconds(report), report.cost_per_hour):
         found["cost"] = Cell(cost)

@@ -22,6 +22,7 @@ CURVE_HEIGHT = 262.0
 # Width of a letter of size 12; wide enough for the usual sans-serif fonts.
 LETTER = 6.7
 BOLD_LETTER = 7.7
+NAME_LETTER = 6.2
 # Below this a curve is short enough to be shown as it is.
 SMOOTH_FROM_POINTS = 30
 LABEL_LETTERS = 34
@@ -232,7 +233,7 @@ def _draw_bars(bars: Bars) -> str:
     widest = max((len(cells) for _, cells, _ in bars.rows), default=1)
     row = max(18.0, widest * (thick + 1) + 6)
     height = top + 10 + row * len(bars.rows) + 38
-    left = 12 + LETTER * min(LABEL_LETTERS, max((len(name) for name, *_ in bars.rows), default=1))
+    left = 12 + NAME_LETTER * min(LABEL_LETTERS, max((len(name) for name, *_ in bars.rows), default=1))
     values = [bar.value + sign * bar.error for _, cells, _ in bars.rows for bar in cells if bar for sign in (-1, 1)]
     low, high = span([0.0, *values, *(mark for *_, marks in bars.rows for mark in marks)], from_zero=True)
     right, bottom = WIDTH - (46 if bars.has_values else 12), height - 36
@@ -251,7 +252,7 @@ def _draw_bars(bars: Bars) -> str:
             edge += thick + 1
         parts += [f'<path class="mark" d="M{across(mark):.1f} {y + 1:.1f}v{row - 2:.1f}"/>' for mark in crossed]
     parts.append(f'<path class="axis" d="M{across(0):.1f} {top + 4:.1f}V{bottom:.1f}"/>')
-    parts.append(_text((left + right) / 2, height - 5, bars.x, "tick middle", 60))
+    parts.append(_text(WIDTH / 2, height - 5, bars.x, "tick middle", 66))
     return _frame(bars.title, bars.alt, height, parts)
 
 

@@ -151,7 +151,7 @@ def computing_seconds(report: RunReport) -> float | None:
 def headline(report: RunReport) -> list[str]:
     """Return one to four sentences: what was trained, on what, how long, and how good it is."""
     sentences = [_pretrain_sentence(s) for s in report.steps if s.stage == "pretrain" and s.manifest]
-    later = [s for s in report.steps if s.kind == "checkpoint" and s.stage != "pretrain" and s.manifest]
+    later = [s for s in report.steps if _is_training(s) and s.stage != "pretrain" and s.manifest]
     if later:
         opening = "It then went through" if sentences else "The run went through"
         sentences.append(f"{opening} {join(_phase(step) for step in later)}.")
@@ -181,6 +181,11 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         ("cost", format_dollars(spent, report.cost_per_hour) or ABSENT),
     ]
     return [(what, value) for what, value in found if value != ABSENT]
+
+
+def _is_training(step: StepReport) -> bool:
+    """Tell whether a step trained a model; one from outside is a checkpoint too."""
+    return step.kind == "checkpoint" and (step.stage in STAGE_LABELS or bool(step.records))
 
 
 def _is_own(scores: Scores, report: RunReport) -> bool:

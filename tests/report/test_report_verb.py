@@ -1,0 +1,121 @@
+"""mlxchat report: which report a name means, where it goes, and several runs beside each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlxchat.commands.report import main
+from mlxchat.errors import ConfigError
+from mlxchat.report.collect import collect
+from mlxchat.report.comparison import comparison_charts, comparison_table
+
+
+def tell(fake, *arguments):
+    assert main([f"outputs={fake.root}", *map(str, arguments)]) == 0
+
+
+@pytest.fixture
+def two_runs(whole):
+    """A second run in the same outputs, with another pretraining of another size."""
+    second = whole.root / "runs" / "20261122-101502-000001-4242-larger"
+    second.mkdir()
+    plan = json.loads((whole.run / "plan.json").read_text())
+    rid = "z" * 52
+    for step in plan["steps"]:
+        if step["step"] == "pretrain":
+            step |= {"rid": rid, "artifact": f"pretrain-d6-{rid[:16]}"}
+    (second / "plan.json").write_text(json.dumps(plan | {"run": second.name, "experiment": "larger"}))
+    (second / "events.jsonl").write_text("")
+    folder = whole.root / "store" / f"pretrain-d6-{rid[:16]}"
+    folder.mkdir()
+    manifest = json.loads((whole.folder("pretrain") / "manifest.json").read_text())
+    manifest |= {"config": {"model": {"depth": 6}}, "derived": manifest["derived"] | {"total_flops": 9e15}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    lines = [{"iteration": i, "loss": 4.0, "val_bpb": 1.0} for i in range(1, 50)]
+    whole.write_lines(folder / "metrics.jsonl", lines)
+    derived = {**manifest["derived"], "total_flops": 1e15}
+    whole.edit_json("pretrain", "manifest.json", config={"model": {"depth": 4}}, derived=derived)
+    return whole
+
+
+def test_without_a_name_the_latest_run_is_reported_in_its_folder(whole, capsys):
+    tell(whole)
+    assert f"report: {whole.run / 'report.html'}" in capsys.readouterr().out
+    assert (whole.run / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["latest", "speedrun", "20261121", "outputs/runs/20261121-101502-000001-4242-speedrun"]
+)
+def test_a_run_goes_by_its_name_its_start_or_its_end(whole, name, tmp_path):
+    tell(whole, name, "--out", tmp_path / "there")
+    assert (tmp_path / "there" / "report.html").is_file()
+    assert (tmp_path / "there" / "report" / "pretrain-loss.svg").is_file()
+
+
+def test_a_page_alone_can_be_asked_for(whole, tmp_path):
+    tell(whole, "--out", tmp_path / "new" / "page.html")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
+
+
+def test_an_artifact_is_reported_with_all_it_was_made_from(whole, tmp_path, capsys):
+    tell(whole, whole.artifact("eval_sft"), "--out", tmp_path / "there")
+    words = (tmp_path / "there" / "report.md").read_text()
+    assert "## midtrain (MID)" in words
+    assert "## rl (RL)" not in words
+    assert (
+        "Metric      SFT" in " ".join(capsys.readouterr().out.split("\n")).replace("  " * 9, "      ") or "SFT" in words
+    )
+
+
+def test_a_name_of_nothing_is_told_with_what_there_is(whole):
+    with pytest.raises(ConfigError, match=r'"nothing" is no run and no sweep .*"nothing" is no artifact'):
+        tell(whole, "nothing")
+
+
+def test_a_price_given_at_the_end_is_used(whole, tmp_path):
+    tell(whole, "--cost-per-hour", "24", "--out", tmp_path / "page.html")
+    assert "$" in (tmp_path / "page.html").read_text()
+
+
+def test_a_browser_is_opened_where_it_is_asked_for(whole, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    tell(whole, "--open")
+    assert opened == [(whole.run / "report.html").resolve().as_uri()]
+
+
+def test_several_runs_stand_side_by_side(two_runs, tmp_path):
+    tell(two_runs, "speedrun", "larger", "--out", tmp_path / "there")
+    words = (tmp_path / "there" / "report.md").read_text()
+    assert "| speedrun | 4 |" in words
+    assert "| larger | 6 |" in words
+    assert (tmp_path / "there" / "report" / "scaling.svg").is_file()
+
+
+def test_a_step_that_two_runs_share_is_drawn_once(two_runs):
+    reports = [collect(two_runs.root, folder) for folder in sorted((two_runs.root / "runs").iterdir())]
+    charts = {chart.name: chart for chart in comparison_charts(reports, ["a", "b"])}
+    assert [curve.label for curve in charts["pretrain-loss"].curves] == ["a", "b"]
+    assert "sft-loss" not in charts
+
+
+def test_the_comparison_has_only_settings_that_differ(two_runs):
+    reports = [collect(two_runs.root, folder) for folder in sorted((two_runs.root / "runs").iterdir())]
+    table = comparison_table(reports, ["a", "b"])
+    assert table.header[:2] == ["Run", "model.depth"]
+    assert [row[1].text for row in table.rows] == ["4", "6"]
+
+
+def test_a_sweep_is_reported_from_its_folder(whole, tmp_path):
+    plan = json.loads((whole.run / "plan.json").read_text())
+    folder = whole.root / "multirun" / "20261121-1"
+    folder.mkdir(parents=True)
+    jobs = {
+        str(n): {"overrides": [], "settings": {}, "title": f"model=d{2 * n}", "steps": plan["steps"]} for n in (1, 2)
+    }
+    (folder / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    tell(whole, "20261121-1")
+    assert "| model=d4 |" in (folder / "report.md").read_text()
