@@ -16,7 +16,7 @@ import pytest
 from mlxchat.evals.sandbox import PROTECTIONS, protections_here, run_program, run_programs
 from mlxchat.evals.sandbox_run import mac_profile
 from mlxchat.evals.sandbox_watch import Watch
-from mlxchat.evals.seccomp import ALLOWED, CONDITIONAL
+from mlxchat.evals.seccomp import ALLOWED, CHANGING, CONDITIONAL
 
 HONEST = {
     "nothing": "",
@@ -308,9 +308,25 @@ def test_a_process_that_leaves_the_session_is_found_and_killed(folder: Path) -> 
 def test_each_protection_works_alone(one: str) -> None:
     if one not in protections_here():
         pytest.skip("this system does not offer it")
-    outcome = run_program(HONEST["files in its own folder"], protections=[one])
+    outcome = run_program(HONEST["threads"], protections=[one])
     assert outcome.passed, outcome.output
     assert outcome.protections == ("limits", one)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in HOSTILE if "what is there" in name and not name.startswith("reading")]
+)
+def test_without_landlock_no_file_is_changed_at_all(name: str, tmp_path: Path) -> None:
+    if "seccomp" not in protections_here():
+        pytest.skip("this system does not offer it")
+    existing = tmp_path / "existing"
+    existing.write_text("as it was")
+    existing.chmod(0o640)
+    outcome = run_program(HOSTILE[name].format(existing=str(existing)), protections=["seccomp"])
+    assert outcome.status == "failed"
+    assert existing.read_text() == "as it was"
+    assert existing.stat().st_mode & 0o777 == 0o640
+    assert not run_program("open('mine', 'w')", protections=["seccomp"]).passed
 
 
 def test_a_look_counts_the_memory_of_descendants() -> None:
@@ -352,7 +368,7 @@ def test_the_numbers_of_system_calls_are_those_of_the_kernels_headers(machine: s
         pytest.skip("the kernel's headers are not here")
     found = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", path.read_text()))
     found |= {"newfstatat": found["fstatat"]} if "fstatat" in found else {}
-    ours = {name: numbers[column] for name, numbers in {**ALLOWED, **CONDITIONAL}.items()}
+    ours = {name: numbers[column] for name, numbers in {**ALLOWED, **CHANGING, **CONDITIONAL}.items()}
     assert {name: int(found[name]) for name, number in ours.items() if number is not None} == {
         name: number for name, number in ours.items() if number is not None
     }

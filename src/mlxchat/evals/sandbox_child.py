@@ -70,7 +70,7 @@ def _confine(orders: dict[str, Any]) -> list[str]:
     What cannot be had on this machine is left out, and not named.
     """
     wanted, folder = orders["protections"], orders["folder"]
-    in_force = []
+    in_force: list[str] = []
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         libc.syscall.restype = ctypes.c_long
@@ -80,7 +80,8 @@ def _confine(orders: dict[str, Any]) -> list[str]:
         steps: list[tuple[str, Callable[[], bool]]] = [
             ("namespaces", lambda: _enter_namespaces(libc, folder)),
             ("landlock", lambda: _restrict_paths(libc, folder, orders["readable"])),
-            ("seccomp", lambda: _restrict_calls(libc, orders["filter"])),
+            # Only Landlock knows which files; without it none is opened for writing.
+            ("seccomp", lambda: _restrict_calls(libc, orders["filters"]["landlock" in in_force])),
         ]
     else:
         libc, steps = None, []

@@ -104,13 +104,15 @@ class Run:
             pass_fds=[verdict], start_new_session=True,
         )  # fmt: skip
         self.question, self.secret = secrets.token_hex(16).encode(), secrets.token_hex(16).encode()
-        lines = make_filter(process.pid)
+        filters = {writes: make_filter(process.pid, writes=writes) for writes in (True, False)}
         orders = {
             "code": self.code, "question": self.question.decode(), "parent": os.getpid(), "folder": str(self.folder),
             "seconds": self.seconds, "memory_bytes": self.memory_bytes, "file_bytes": _MOST_FILE_BYTES,
             "processes": _MOST_PROCESSES, "other_processes": _processes_here(),
             "protections": self.protections, "readable": _readable(),
-            "filter": None if lines is None else base64.b64encode(lines).decode(),
+            "filters": [
+                None if lines is None else base64.b64encode(lines).decode() for lines in (filters[False], filters[True])
+            ],
         }  # fmt: skip
         self.orders = json.dumps(orders).encode() + b"\n"
         return process

@@ -16,20 +16,20 @@ _NUMBER, _ARCHITECTURE = 0, 4
 _ARGUMENT = (16, 24, 32)
 _EPERM, _ENOSYS = 1, 38
 _CLONE_THREAD = 0x00010000
+_WRITING = 0x1 | 0x2 | 0x40 | 0x200
+"""O_WRONLY, O_RDWR, O_CREAT, O_TRUNC."""
 _HARMLESS_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX."""
 
 # name: (x86-64, ARM64); None where the machine has no such call.
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "pwrite64": (18, 68),
-    "open": (2, None), "openat": (257, 56), "close": (3, 57), "close_range": (436, 436), "lseek": (8, 62),
+    "close": (3, 57), "close_range": (436, 436), "lseek": (8, 62),
     "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291),
     "statfs": (137, 43), "fstatfs": (138, 44), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
     "readlink": (89, None), "readlinkat": (267, 78), "getdents": (78, None), "getdents64": (217, 61),
     "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50), "umask": (95, 166),
-    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "mkdir": (83, None), "mkdirat": (258, 34),
-    "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35), "symlink": (88, None), "symlinkat": (266, 36),
-    "truncate": (76, 45), "ftruncate": (77, 46), "fsync": (74, 82), "fdatasync": (75, 83), "flock": (73, 32),
+    "ftruncate": (77, 46), "fsync": (74, 82), "fdatasync": (75, 83), "flock": (73, 32),
     "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59), "fcntl": (72, 25),
     "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72), "eventfd2": (290, 19),
     "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22),
@@ -50,8 +50,16 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
 }  # fmt: skip
 """What a program may always do."""
 
+CHANGING: dict[str, tuple[int | None, int | None]] = {
+    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "mkdir": (83, None), "mkdirat": (258, 34),
+    "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35), "symlink": (88, None), "symlinkat": (266, 36),
+    "truncate": (76, 45),
+}  # fmt: skip
+"""What changes folders and files by their names."""
+
 # These are allowed with some arguments only.
 CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
+    "open": (2, None), "openat": (257, 56),
     "clone": (56, 220), "clone3": (435, 435), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),
     "ioctl": (16, 29),
 }  # fmt: skip
@@ -59,10 +67,15 @@ CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
-def make_filter(pid: int) -> bytes | None:
-    """Return the filter for process `pid` as an array of `struct sock_filter`, None on a machine it is not made for.
+def make_filter(pid: int, *, writes: bool) -> bytes | None:
+    """Return a filter as an array of `struct sock_filter`, None on a machine it is not made for.
 
     Threads may be started, but no process; signals go to the process itself only; limits are read, of itself only.
+
+    Args:
+        pid: of the process.
+        writes: whether files may be opened for writing, made and removed: only where something else, which sees paths,
+            says which ones.
     """
     if platform.system() != "Linux" or platform.machine() not in _MACHINES:
         return None
@@ -72,20 +85,24 @@ def make_filter(pid: int) -> bytes | None:
         *_unless_equal(architecture, [_line(_RETURN, _KILL)]),
         _line(_LOAD, _NUMBER),
     ]
-    for numbers in ALLOWED.values():
+    for numbers in (*ALLOWED.values(), *(CHANGING.values() if writes else ())):
         if (number := numbers[column]) is not None:
             lines += _if_equal(number, [_line(_RETURN, _ALLOW)])
     refused = _line(_RETURN, _ERRNO | _EPERM)
 
     def special(name: str, body: list[bytes]) -> list[bytes]:
         number = CONDITIONAL[name][column]
-        assert number is not None
-        return _if_equal(number, body)
+        return [] if number is None else _if_equal(number, body)
 
     def one_of(argument: int, values: tuple[int, ...]) -> list[bytes]:
         checks = [line for value in values for line in _if_equal(value, [_line(_RETURN, _ALLOW)])]
         return [_line(_LOAD, _ARGUMENT[argument]), *checks, refused]
 
+    def none_of(argument: int, bits: int) -> list[bytes]:
+        look = [_line(_LOAD, _ARGUMENT[argument]), _line(_JUMP_ANY_BIT, bits, 1, 0), _line(_RETURN, _ALLOW), refused]
+        return [_line(_RETURN, _ALLOW)] if writes else look
+
+    lines += special("open", none_of(1, _WRITING)) + special("openat", none_of(2, _WRITING))
     lines += special(
         "clone",
         [_line(_LOAD, _ARGUMENT[0]), _line(_JUMP_ANY_BIT, _CLONE_THREAD, 0, 1), _line(_RETURN, _ALLOW), refused],
