@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,35 @@ def test_the_identity_can_be_replaced(tmp_path: Path) -> None:
     path = write(tmp_path / "me.jsonl", {"question": "Who are you?", "answer": "I am Ada."})
     task = load("identity", "train", path=path, held_out_frac=0)
     assert task[0]["messages"][1]["content"] == "I am Ada."
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    line = json.dumps({"question": "a\u2028b\x0bc", "answer": "d"}, ensure_ascii=False)
+    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line, ""), held_out_frac=0)
+    assert task[0]["messages"][0]["content"] == "a\u2028b\x0bc"
+
+
+def test_a_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(MESSAGES).encode() + b'\n["\xff"]\n')
+    with pytest.raises(DataError, match="line 2: not UTF-8"):
+        load("jsonl", "train", path=path)
+
+
+def test_of_a_large_file_only_the_places_of_its_lines_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{n}", "answer": "a" * 1000}) + "\n" for n in range(5000)))
+    tracemalloc.start()
+    task = load("jsonl", "train", path=path, held_out_frac=0)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert (len(task), task[7]["messages"][1]["content"]) == (5000, "a" * 1000)
+    assert kept < 500_000  # of five million
+
+
+def test_a_file_that_changes_afterwards_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", MESSAGES, MESSAGES)
+    task = load("jsonl", "train", path=path, held_out_frac=0)
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
+        [task[index] for index in range(2)]

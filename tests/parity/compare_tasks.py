@@ -352,7 +352,7 @@ def _read_lines(lines: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lines.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return read_conversations(path, ends_answered=False)
+        return list(read_conversations(path, ends_answered=False))
 
 
 def _told(talk: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlxchat.tasks.base import Conversation, Task
-from mlxchat.tasks.jsonl import Jsonl, is_answer, read_conversations
+from mlxchat.tasks.jsonl import ConversationFile, Jsonl, is_answer, read_conversations
 from mlxchat.tasks.url_file import UrlSource, fetch_source, record_source, url_source
 
 IDENTITY_FILE = Path(__file__).with_name("identity.jsonl")
@@ -83,7 +83,7 @@ class IdentityConversations(Task):
         return [record_source(source) for source in self.needs()]
 
     @cached_property
-    def _conversations(self) -> list[Conversation]:
+    def _conversations(self) -> ConversationFile:
         return read_conversations(self._path or self.fetch()[0], ends_answered=False)
 
     def _own_size(self) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks.arithmetic import parse_gsm8k
@@ -54,23 +56,24 @@ class Jsonl(Task):
         super().__init__(split, size=size, seed=seed)
         if not 0 <= held_out_frac < 1:
             raise ConfigError(f"held_out_frac of task {self.name} is {held_out_frac}, expected 0 to below 1.")
-        conversations = [
-            conversation
-            for conversation in read_conversations(Path(path))
+        self._conversations = read_conversations(Path(path))
+        places = [
+            place
+            for place, conversation in enumerate(self._conversations)
             if held_out(f"jsonl/{_first_user(conversation)}", held_out_frac) == (split == "test")
         ]
-        if not conversations:
+        if not places:
             raise DataError(
                 f"{path} has no conversation for the {split} split of task {self.name} at held_out_frac "
                 f"{held_out_frac}. Add conversations or change held_out_frac."
             )
-        self._conversations = self._shuffled(conversations)
+        self._places = array("Q", self._shuffled(places))
 
     def _own_size(self) -> int:
-        return len(self._conversations)
+        return len(self._places)
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        return self._conversations[index % len(self._conversations)]
+        return self._conversations[self._places[index % len(self._places)]]
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Compare the numbers after ####, or look for the answer in the response, capitals aside."""
@@ -93,8 +96,40 @@ def _first_user(conversation: Conversation) -> str:
     return next(str(message["content"]) for message in conversation["messages"] if message["role"] == "user")
 
 
-def read_conversations(path: Path, *, ends_answered: bool = True) -> list[Conversation]:
-    """Read a .jsonl file of conversations.
+class ConversationFile(Sequence[Conversation]):
+    """The conversations of a file, of which only the places of their lines are kept: each is read when asked for."""
+
+    def __init__(self, path: Path, places: array[int]) -> None:
+        """Take the file and where in it each conversation's line begins; all of them are conversations."""
+        self._path, self._places = path, places
+
+    def __len__(self) -> int:
+        """Number of conversations."""
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        """Return a conversation, or several.
+
+        Raises:
+            DataError: the file is another one now.
+        """
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = self._places[index]
+        try:
+            with self._path.open("rb") as file:
+                file.seek(place)
+                return _conversation(json.loads(file.readline()), False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._path} changed while it was read ({error}).") from error
+
+
+def read_conversations(path: Path, *, ends_answered: bool = True) -> ConversationFile:
+    """Check a .jsonl file of conversations and return them.
 
     Args:
         path: the file, in UTF-8; empty lines are skipped.
@@ -104,20 +139,18 @@ def read_conversations(path: Path, *, ends_answered: bool = True) -> list[Conver
         DataError: the file cannot be read, or lines of it are no conversations; all of them are named.
 
     """
+    places, faults, place = array("Q"), [], 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    fault = _find_fault(line, ends_answered)
+                    if fault:
+                        faults.append(f"line {number}: {fault}")
+                    places.append(place)
+                place += len(line)
+    except OSError as error:
         raise DataError(f"{path} cannot be read as a UTF-8 file of conversations ({error}).") from error
-    conversations, faults = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            conversations.append(_conversation(json.loads(line), ends_answered))
-        except json.JSONDecodeError as error:
-            faults.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
-        except ValueError as error:
-            faults.append(f"line {number}: {error}")
     if faults:
         more = len(faults) - _MAX_FAULTS_SHOWN
         shown = faults[:_MAX_FAULTS_SHOWN]
@@ -130,7 +163,20 @@ def read_conversations(path: Path, *, ends_answered: bool = True) -> list[Conver
             + '\nExpected {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, '
             'a list of messages, {"question", "answer"} or {"prompt", "completion"}.'
         )
-    return conversations
+    return ConversationFile(path, places)
+
+
+def _find_fault(line: bytes, ends_answered: bool) -> str:
+    """Return what keeps a line from being a conversation, or an empty string."""
+    try:
+        _conversation(json.loads(line), ends_answered)
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at column {error.colno})"
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _conversation(value: Any, ends_answered: bool) -> Conversation:
