@@ -22,7 +22,7 @@ CURVE_HEIGHT = 262.0
 # Width of a letter of size 12; wide enough for the usual sans-serif fonts.
 LETTER = 6.7
 BOLD_LETTER = 7.7
-NAME_LETTER = 6.2
+NAME_LETTER = 6.6
 # Below this a curve is short enough to be shown as it is.
 SMOOTH_FROM_POINTS = 30
 LABEL_LETTERS = 34
@@ -111,6 +111,10 @@ def words(value: str, letters: int = LABEL_LETTERS) -> str:
     return escape(plain if len(plain) <= letters else f"{plain[: letters - 1]}…")
 
 
+def _bold_width(value: str) -> float:
+    return BOLD_LETTER * sum(1.5 if letter in "%@MWmw" else 1.0 for letter in value)
+
+
 def _text(x: float, y: float, value: str, kind: str, letters: int = 70) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{words(value, letters)}</text>'
 
@@ -146,7 +150,7 @@ def _draw_chart(chart: Chart) -> str:
     labels = tick_labels(marks)
     left = 22 + LETTER * max(map(len, labels), default=1)
     ends = [curve.end for curve in chart.curves if curve.end]
-    right = WIDTH - (10 + BOLD_LETTER * max(map(len, ends)) if ends else 14)
+    right = WIDTH - (10 + max(map(_bold_width, ends)) if ends else 14)
     bottom = height - 38
     across = Scale(low=x_low, high=x_high, start=left, end=right, is_log=chart.is_x_log)
     up = Scale(low=y_low, high=y_high, start=bottom, end=top + 8, is_log=chart.is_y_log)
