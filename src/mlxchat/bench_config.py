@@ -23,6 +23,8 @@ class BenchConfig:
     """Repetitions before them, not counted: the first one also compiles."""
     split: bool = MISSING
     """Whether the parts of a step are measured too, each alone; takes about as long again."""
+    chars: int = MISSING
+    """Characters of text on which a tokenizer is trained; a quarter of them is encoded."""
     core_examples: int = MISSING
     """Examples of each of CORE's tasks; more where the shots need it."""
     core_tasks: list[str] | None = MISSING

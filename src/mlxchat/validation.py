@@ -326,6 +326,7 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "machine.log_every",
         "bench.vocab_size",
         "bench.batch_rows",
+        "bench.chars",
         "bench.row_tokens",
         "bench.steps",
         "bench.core_examples",

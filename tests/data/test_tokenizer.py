@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,35 @@ def test_documents_begin_with_bos(tokenizer: Tokenizer) -> None:
 def test_a_document_has_the_ids_of_its_text(tokenizer: Tokenizer, text: str) -> None:
     (ids,) = tokenizer.encode_documents([text])
     assert ids.tolist() == [tokenizer.bos, *tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000, "\t" * 1_200_000 + "end", "x" + " " * 1_500_000])
+def test_more_blanks_than_a_regular_expression_can_take_are_encoded_in_parts(tokenizer: Tokenizer, text: str) -> None:
+    """nanochat's tokenizer panics there."""
+    with pytest.raises(ValueError, match="backtrack"):
+        tokenizer.encoding.encode_to_numpy(text)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    (document,) = tokenizer.encode_documents([text])
+    assert document.tolist() == [tokenizer.bos, *ids]
+
+
+def test_half_a_character_is_replaced(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, "\n" * 200_000, "!" * 100_000, "the cat sat. " * 30_000])
+def test_long_documents_come_back_and_take_time_in_proportion(tokenizer: Tokenizer, text: str) -> None:
+    (document,) = tokenizer.encode_documents([text])
+    assert tokenizer.decode(document[1:].tolist()) == text
+
+
+def test_threads_that_share_a_tokenizer_get_the_same_ids(tokenizer: Tokenizer) -> None:
+    texts = [f"{text} {number}" for number in range(200) for text in VARIED]
+    parts = [texts[start : start + 100] for start in range(0, len(texts), 100)]
+    with ThreadPoolExecutor(4) as pool:
+        found = [ids.tolist() for part in pool.map(tokenizer.encode_documents, parts) for ids in part]
+    assert found == [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
 
 
 def test_the_digest_tells_tokenizers_apart_and_survives_saving(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mlxchat.runner.secrets import redact
 KINDS = {
     "train": ("train", "measure_training", "training steps, validation's forward pass, memory, share of the peak"),
     "core": ("core", "measure_core", "CORE's examples, against computing them one at a time"),
+    "tokenizer": ("tokenizer", "measure_tokenizer", "training of a tokenizer and encoding, against nanochat's ways"),
 }
 
 _USAGE = """usage: mlxchat bench KIND [SETTINGS] [--json] [--config-dir DIR]
@@ -32,6 +33,7 @@ in outputs/bench, if there is an outputs folder, and shown in its reports.
 
   --json               print one JSON object instead of tables
   bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: conf/settings/bench.yaml
+                       tokenizer: chars, vocab_size
                        core: bundle (made-up examples without one), core_tasks, core_examples
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise

@@ -25,6 +25,7 @@ from mlxchat.data.vocabulary import SPLIT_PATTERN as SPLIT_PATTERN
 from mlxchat.errors import DataError
 
 FILES = (RANKS_FILE, HF_FILE, CONFIG_FILE, "token_bytes.safetensors")
+_PART_CHARS = 50_000
 
 _CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 {%- set ns = namespace(system='') -%}
@@ -66,13 +67,24 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. What looks like a special token in it is ordinary text."""
-        return self.encoding.encode_ordinary(text)
+        try:
+            return [id_ for part in self._encode_to_numpy(text) for id_ in part.tolist()]
+        except UnicodeEncodeError:  # half a character, which tiktoken replaces here
+            return self.encoding.encode_ordinary(text)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
         """Return each document's ids, with <|bos|> in front. Other threads run meanwhile."""
         # Without lists of Python numbers it takes half the time, and most of that without Python's lock.
-        encoded = (self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts)
-        return [np.concatenate((np.array([self.bos], dtype=np.uint32), ids)) for ids in encoded]
+        bos = np.array([self.bos], dtype=np.uint32)
+        return [np.concatenate((bos, *self._encode_to_numpy(text))) for text in texts]
+
+    def _encode_to_numpy(self, text: str) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
+        try:
+            return [self.encoding.encode_to_numpy(text, disallowed_special=())]
+        except UnicodeEncodeError:
+            raise
+        except ValueError:
+            return [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in _parts(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -177,6 +189,14 @@ class Tokenizer:
         for token in sorted(self.ranks, key=self.ranks.__getitem__):
             if len(token) > 1:
                 yield words.split_token(token, self.ranks)
+
+
+def _parts(text: str) -> list[str]:
+    """Return a text that tiktoken gives up on in parts that it takes.
+
+    A run of hundreds of thousands of blanks is more than its regular expressions can step back over.
+    """
+    return [text[start : start + _PART_CHARS] for start in range(0, len(text), _PART_CHARS)]
 
 
 def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:

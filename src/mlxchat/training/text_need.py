@@ -18,7 +18,7 @@ from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 
 # Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have fewer. Measured once ours is there.
 ESTIMATED_CHARS_PER_TOKEN = 4.8
-# Share of the tokens that packing=best_fit crops away: nanochat's own figure for rows of 2,048. Other packings keep all.
+# Share of the tokens that packing=best_fit crops away: nanochat's figure for rows of 2,048. Other packings keep all.
 CROPPED_SHARE = 0.35
 MARGIN = 1.1
 # The beginning of the text, which tables and baselines read: tokenizers' compression, the n-gram model.
