@@ -157,5 +157,7 @@ def _tell_unknown(repository: str, revision: str, kind: str) -> str:
 def tell_command() -> str:
     """Return what to type where there is a network, with the settings of this command line."""
     words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    # What `data show` calls a mixture is one of sft to everybody else.
+    words = [f"mixture@sft.{word}" if word.startswith("mixture=") else word for word in words]
     settings = f" {shlex.join(words)}" if words else ""
     return f"Where there is a network, run: mlxchat data fetch{settings}"
