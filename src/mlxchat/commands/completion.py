@@ -55,7 +55,8 @@ _OPTIONS = {
     "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
     "chat": ["--prompt", "--model", "--temperature", "--top-k", "--max-tokens", "--seed"],
     "report": ["--run", "--out", "--cost-per-hour", "--open"],
-    "bench": ["--json", "--config-dir"], "data": ["--dry-run", "--force", "--json", "--files", "--revision", "--count"],
+    "bench": ["--json", "--config-dir"], "data": ["--dry-run", "--force", "--json", "--files", "--revision"],
+    "data show": ["--count", "--start", "--task", "--seed", "--validation", "--tokenizer", "--config-dir"],
 }  # fmt: skip
 _FORMATS = {"graph": ("ascii", "mermaid", "dot", "json"), "compare": ("table", "csv", "json", "md")}
 
@@ -101,7 +102,7 @@ def complete(line: str) -> list[str]:
     ):
         found = [*_artifacts(Path(outputs), current), "outputs="]
     elif current.startswith("-"):
-        found = [*_OPTIONS.get(verb, []), "--help"]
+        found = [*_OPTIONS.get(" ".join(words[:2]), _OPTIONS.get(verb, [])), "--help"]
     elif verb == "data" and len(words) == 1:
         found = list(_DATA)
     elif verb == "completion":
