@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mlxchat.cli import VERBS, main
-from mlxchat.commands.completion import _OPTIONS, complete
+from mlxchat.commands.completion import _DATA, _OPTIONS, complete
 from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
 from mlxchat.compose import group_options
 from mlxchat.runner import attempts
@@ -240,11 +240,15 @@ def test_completion_knows_verbs_options_groups_keys_and_artifacts(two: Any) -> N
 
 
 @pytest.mark.parametrize(
-    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "bench", "doctor", "completion")]
+    "verb",
+    [
+        *(verb for verb in VERBS if verb not in ("run", "plan", "bench", "doctor", "completion")),
+        *(f"data {word}" for word in _DATA),
+    ],
 )
 def test_completion_offers_the_options_that_a_verbs_help_names(verb: str, say: Say, capsys: Any) -> None:
     with pytest.raises(SystemExit):
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     options = set(re.findall(r"(--[a-z-]+)", capsys.readouterr().out)) - {"--help"}
     assert set(_OPTIONS.get(verb, [])) - {"--config-dir"} == options - {"--config-dir"}
 

@@ -55,7 +55,9 @@ _OPTIONS = {
     "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
     "chat": ["--prompt", "--model", "--temperature", "--top-k", "--max-tokens", "--seed"],
     "report": ["--run", "--out", "--cost-per-hour", "--open"],
-    "bench": ["--json", "--config-dir"], "data": ["--dry-run", "--force", "--json", "--files", "--revision"],
+    "bench": ["--json", "--config-dir"],
+    "data fetch": ["--dry-run", "--files", "--model", "--revision", "--workers"],
+    "data ls": ["--json"], "data rm": ["--dry-run", "--force"],
     "data show": ["--count", "--start", "--task", "--seed", "--validation", "--tokenizer", "--config-dir"],
 }  # fmt: skip
 _FORMATS = {"graph": ("ascii", "mermaid", "dot", "json"), "compare": ("table", "csv", "json", "md")}
