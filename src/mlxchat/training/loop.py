@@ -199,8 +199,8 @@ def fit(
         save_finished(ctx.out, done, optimizer, progress_so_far(), model, best)
     if best is not None and best.iteration is not None:
         best.put_back(model)
-        ctx.metrics |= {f"last_{name}": value for name, value in ctx.metrics.items() if name in best.numbers}
-        ctx.metrics |= {**best.numbers, "best_iteration": best.iteration}
+        last = {f"last_{name}": value for name, value in ctx.metrics.items() if name in best.numbers}
+        ctx.metrics |= {**best.numbers, "best_iteration": best.iteration, **last}
     if watch.num_skipped:
         ctx.metrics["skipped_iterations"] = watch.num_skipped
     ctx.metrics["loss"] = meter.loss
