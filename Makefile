@@ -38,6 +38,13 @@ chat: setup ## talk to the latest model
 report: setup ## write the report of the latest run
 	$(BIN)/mlxchat report $(ARGS)
 
+CHROMIUM ?= chromium
+pictures: setup ## the README's pictures, of the latest run's report (needs Chromium)
+	$(BIN)/mlxchat report --out .venv/report $(ARGS)
+	$(CHROMIUM) --headless=new --no-sandbox --hide-scrollbars --window-size=1100,960 \
+	  --screenshot=.github/report.png file://$(CURDIR)/.venv/report/report.html
+	cp $(addprefix .venv/report/report/,pretrain-loss.svg pretrain-val_bpb.svg rl-pass.svg) .github/
+
 sweep: setup ## run every combination of SWEEP="model=d2,d4 ..."
 	$(BIN)/mlxchat -m $(SWEEP) $(ARGS)
 
@@ -126,4 +133,4 @@ ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat report sweep rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE
+.PHONY: help setup run chat report pictures sweep rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE

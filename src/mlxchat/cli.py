@@ -27,7 +27,7 @@ VERBS = {
     "import": ("transfer:main_import", "take in exported artifacts, hashed first"),
     "data": ("data", "fetch, list, remove and look at what comes from the Hub: data fetch|ls|rm|show"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
-    "report": ("report", "write and print the report of the latest run"),
+    "report": ("report", "write and print the report of a run, of artifacts, or of several runs"),
     "graph": ("graph", "draw the pipeline (--format ascii, mermaid, dot or json)"),
     "bench": ("bench", "measure how fast this machine trains (bench train; --json for programs)"),
     "completion": ("completion", "print a script with which bash, zsh or fish completes all of this"),

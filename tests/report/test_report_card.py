@@ -181,3 +181,14 @@ def test_a_score_that_says_less_than_usual_is_still_a_report(whole):
     assert core_table(report).rows[0][0].text == "x"
     render_html(report)
     render_markdown(report, Path("report"))
+
+
+def test_a_step_without_anything_to_tell_has_no_section_and_a_failed_one_says_why(make):
+    fake = make(absent=["sft", "rl", "eval_sft", "eval_rl"])
+    fake.append_event(event="step_failed", step="sft", error="out of <b>memory</b>")
+    names = [section.step.name for section in sections(fake.read())]
+    assert "sft" in names
+    assert "rl" not in names
+    page = render_html(fake.read())
+    assert page.count("out of &lt;b&gt;memory") == 2  # at the top, and where it happened
+    assert 'href="#step-' in page

@@ -47,7 +47,7 @@ class Section:
 
 
 def sections(report: RunReport) -> list[Section]:
-    """Return one section for each step, inputs first."""
+    """Return one section for each step of which there is something to tell, inputs first."""
     return [
         Section(
             step=step,
@@ -61,6 +61,7 @@ def sections(report: RunReport) -> list[Section]:
             ],
         )
         for step in report.steps
+        if step.manifest or step.records or step.error
     ]
 
 
