@@ -5,6 +5,7 @@ Where nanochat's verdict is a trap, its own is compared by a function for that, 
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,8 +180,10 @@ def orders(file: ParityFile) -> Iterator[Line]:
         yield same("a slice of a mixture", [("order", mixed[cut["start"] : cut["stop"] : cut["step"]], cut["order"])])
         if "large" in data:
             first, second = data["large"]["lengths"]
-            # As its note says: q0, q1 … are every second item from number 100 on.
-            large = [f"p{i}" for i in range(first)] + [f"q{100 + 2 * i}" for i in range(second)]
+            # Its note says which items of the second task are used: "second task: num_examples=300, start=100, step=2".
+            numbers = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", data["large"].get("note", ""))}
+            start, step = numbers.get("start", 0), numbers.get("step", 1)
+            large = [f"p{i}" for i in range(first)] + [f"q{start + step * i}" for i in range(second)]
             order = [large[place] for place in shuffled_places(len(large), data["shuffle_seed"])]
             expected = data["large"]["first_40"]
             yield same("the order of a large mixture", [("order", order[: len(expected)], expected)])
@@ -250,18 +253,18 @@ def spelling(file: ParityFile) -> Iterator[Line]:
                     for i, (talk, expected) in enumerate(zip(_all(task), data[key], strict=True))
                 ],
             )
-        bee = load_task("spelling_bee", "train", size=1, path=path)
+        count = 1 + max(case["index"] for case in data["evaluate"])
+        bee = load_task("spelling_bee", "train", size=count, path=path)
         assert isinstance(bee, SpellingBee)
         yield same(
             "spellingbee: verdicts and rewards",
             [
                 (
                     repr(case["response"]),
-                    (bee.evaluate(bee[0], case["response"]), bee.reward(bee[0], case["response"])),
+                    tuple(judge(bee[case["index"]], case["response"]) for judge in (bee.evaluate, bee.reward)),
                     (bool(case["correct"]), case["reward"]),
                 )
                 for case in data["evaluate"]
-                if case["index"] == 0
             ],
         )
         train, test = (load_task("spelling_bee", split, size=200, path=path) for split in ("train", "test"))
