@@ -17,8 +17,6 @@ from mlxchat.data.documents import DocumentSource
 from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, EpochRows, Row, RowStream
 from mlxchat.data.tokens import Array, Tokens
 
-_REFILL = 128
-
 
 class StreamRows:
     """Rows of one stream of tokens; every token is a target."""
@@ -93,9 +91,8 @@ class StreamRows:
         self._source.close()
 
     def _fill(self) -> None:
-        epoch = self._source.epoch
-        found = self._source.next(_REFILL)
-        self._waiting.extend((address, length, epoch) for address, length in found)
+        found = self._source.next(1)  # so that the source's epoch is that of what it gave
+        self._waiting.extend((address, length, self._source.epoch) for address, length in found)
         self._available += sum(length for _, length in found)
         self.documents += len(found)
 

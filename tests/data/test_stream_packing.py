@@ -1,0 +1,212 @@
+"""Rows cut out of one stream, one conversation in a row, and best fit that keeps what it crops off."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxchat.data.conversation import render_conversation
+from mlxchat.data.documents import DocumentCursor
+from mlxchat.data.packing import IGNORED, EpochRows, RowStream, count_rows
+from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
+from mlxchat.data.shards import iterate_documents
+from mlxchat.data.stream_packing import pack_conversations, pack_documents
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import Tokens, read_tokens, write_tokens
+
+Read = Callable[..., DocumentCursor]
+
+
+def document_rows(
+    packing: str, documents: Any, tokenizer: Tokenizer, *, row_tokens: int = 40, batch_rows: int = 4, wanted: int = 30
+) -> RowStream:
+    return pack_documents(
+        packing, documents, row_tokens=row_tokens, buffer_documents=wanted, batch_rows=batch_rows, bos=tokenizer.bos
+    )
+
+
+def encode_all(corpus: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.encode_documents(list(iterate_documents(corpus, "train")))]
+
+
+# Documents as one stream
+
+
+@settings(max_examples=25)
+@given(row_tokens=st.integers(1, 90), batch_rows=st.integers(1, 7), count=st.integers(1, 60))
+def test_batches_are_slices_of_all_tokens_in_order_of_which_the_last_is_a_target_only(
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, batch_rows: int, count: int
+) -> None:
+    rows = document_rows("stream", read_documents(corpus), tokenizer, row_tokens=row_tokens, batch_rows=batch_rows)
+    everything = [id_ for ids in encode_all(corpus, tokenizer) for id_ in ids]
+    batch_tokens = row_tokens * batch_rows + 1
+    for number in range(count):
+        inputs, targets = rows.next_row()
+        start = number // batch_rows * batch_tokens + number % batch_rows * row_tokens
+        expected = [everything[(start + step) % len(everything)] for step in range(row_tokens + 1)]
+        assert [*inputs.tolist(), int(targets[-1])] == expected
+        assert inputs[1:].tolist() == targets[:-1].tolist()
+    assert rows.counts()["cropped_frac"] == 0
+
+
+def test_a_pass_is_behind_us_when_its_last_token_has_been_used(
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer
+) -> None:
+    total = sum(map(len, encode_all(corpus, tokenizer)))
+    rows = document_rows("stream", read_documents(corpus), tokenizer, row_tokens=10, batch_rows=1)
+    passes = []
+    for _ in range(3 * total // 11):
+        rows.next_row()
+        passes.append(rows.counts()["epochs"])
+    assert [passes.index(epoch) for epoch in (1, 2)] == [-(-total // 11) - 1, -(-2 * total // 11) - 1]
+
+
+# Best fit that keeps what it crops off
+
+
+@settings(max_examples=25)
+@given(row_tokens=st.integers(2, 90), wanted=st.integers(1, 20))
+def test_every_token_of_an_epoch_is_placed_once_behind_a_bos_of_its_row(
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, wanted: int
+) -> None:
+    """Pieces of one document follow each other, whatever rows they are in."""
+    rows = document_rows("best_fit_whole", read_documents(corpus), tokenizer, row_tokens=row_tokens, wanted=wanted)
+    pieces: dict[Any, list[int]] = {}
+    for _ in range(3000):
+        inputs, targets = rows.next_row()
+        if rows.counts()["epochs"]:
+            break
+        row = [*inputs.tolist(), int(targets[-1])]
+        assert row[0] == tokenizer.bos
+        starts = [*(place for place, id_ in enumerate(row) if id_ == tokenizer.bos), len(row)]
+        parts = [row[start + 1 : stop] for start, stop in pairwise(starts)]
+        for address, part in zip(rows.placed(), parts, strict=True):
+            pieces.setdefault(address, []).extend(part)
+    addresses = [(shard, index) for shard in range(5) for index in range(40)]
+    documents = dict(zip(addresses, encode_all(corpus, tokenizer), strict=False))
+    for address, found in pieces.items():
+        assert found == documents[address][1 : 1 + len(found)]
+    assert rows.counts()["cropped_tokens"] == 0
+
+
+def test_the_share_that_best_fit_crops_is_reported(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
+    rows = document_rows("best_fit", read_documents(corpus), tokenizer, row_tokens=20)
+    for _ in range(50):
+        rows.next_row()
+    counts = rows.counts()
+    assert counts["cropped_tokens"] > 0
+    assert counts["cropped_frac"] == counts["cropped_tokens"] / (counts["cropped_tokens"] + 50 * 21)
+
+
+# Conversations
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    sizes = random.Random(count)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{number}:" + " the" * sizes.randint(0, 8)},
+                {"role": "assistant", "content": " cat" * sizes.randint(0, 8)},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def tokens_of(items: list[dict[str, Any]], tokenizer: Tokenizer) -> Tokens:
+    file = BytesIO()
+    rendered = (render_conversation(tokenizer, each, max_tokens=None) for each in items)
+    write_tokens(
+        file, ((np.array(ids), np.array(mask, dtype=bool)) for ids, mask in rendered), count=len(items),
+        vocab_size=tokenizer.vocab_size,
+    )  # fmt: skip
+    return read_tokens(file.getvalue())
+
+
+def chat_rows(
+    packing: str, tokenizer: Tokenizer, *, count: int = 30, row_tokens: int = 50, train_on: str = "assistant"
+) -> EpochRows:
+    return pack_conversations(
+        packing, tokens_of(conversations(count), tokenizer), batch_rows=3, bos=tokenizer.bos,
+        assistant_end=tokenizer.assistant_end, row_tokens=row_tokens, buffer_conversations=10, train_on=train_on,
+        seed=1, name_of=str,
+    )  # fmt: skip
+
+
+def test_a_conversation_alone_has_a_row_with_padding_that_no_loss_counts(tokenizer: Tokenizer) -> None:
+    rows = chat_rows("alone", tokenizer, count=12, row_tokens=50)
+    seen = []
+    for _ in range(12):
+        inputs, targets = rows.next_row()
+        (number,) = rows.placed()
+        seen.append(number)
+        ids, mask = render_conversation(tokenizer, conversations(12)[number])
+        assert inputs.tolist() == ids[:-1] + [tokenizer.assistant_end] * (50 - len(ids) + 1)
+        wanted = [id_ if bit else IGNORED for id_, bit in zip(ids[1:], mask[1:], strict=True)]
+        assert targets.tolist() == wanted + [IGNORED] * (50 - len(wanted))
+    assert sorted(seen) == list(range(12))
+    assert (seen != sorted(seen), rows.epoch) == (True, 1)
+
+
+def test_an_epoch_has_as_many_rows_as_conversations_where_each_is_alone(tokenizer: Tokenizer) -> None:
+    assert count_rows(lambda: chat_rows("alone", tokenizer, count=17)) == 17
+
+
+@pytest.mark.parametrize("train_on", ["all", "assistant"])
+def test_conversations_as_a_stream_are_all_tokens_in_the_epochs_order(tokenizer: Tokenizer, train_on: str) -> None:
+    order = list(range(30))
+    random.Random("1/0").shuffle(order)
+    rendered = [render_conversation(tokenizer, conversations(30)[number]) for number in order]
+    ids = [id_ for each, _ in rendered for id_ in each]
+    bits = [bit or train_on == "all" for _, mask in rendered for bit in mask]
+    rows = chat_rows("stream", tokenizer, row_tokens=20, train_on=train_on)
+    for number in range((len(ids) - 21) // 20 - 3):
+        inputs, targets = rows.next_row()
+        start = number // 3 * 61 + number % 3 * 20
+        assert inputs.tolist() == ids[start : start + 20]
+        following = zip(ids[start + 1 : start + 21], bits[start + 1 : start + 21], strict=True)
+        assert targets.tolist() == [id_ if bit else IGNORED for id_, bit in following]
+
+
+# Positions
+
+
+@settings(max_examples=40)
+@given(
+    stops=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    packing=st.sampled_from([*DOCUMENT_PACKINGS, *(f"chat {name}" for name in CONVERSATION_PACKINGS)]),
+    row_tokens=st.integers(30, 70),
+)
+def test_rows_that_are_stopped_anywhere_go_on_with_the_same_rows(
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer, stops: list[int], packing: str, row_tokens: int
+) -> None:
+    def start() -> RowStream:
+        if packing.startswith("chat "):
+            return chat_rows(packing[5:], tokenizer, row_tokens=row_tokens)
+        return document_rows(packing, read_documents(corpus), tokenizer, row_tokens=row_tokens)
+
+    straight, stopped = start(), start()
+    for stop in stops:
+        for _ in range(stop):
+            for one, other in zip(straight.next_row(), stopped.next_row(), strict=True):
+                assert one.tobytes() == other.tobytes()
+            assert straight.placed() == stopped.placed()
+        position = json.loads(json.dumps(stopped.state()))
+        stopped.close()
+        stopped = start()
+        stopped.restore(position)
+    for _ in range(10):
+        for one, other in zip(straight.next_row(), stopped.next_row(), strict=True):
+            assert one.tobytes() == other.tobytes()
+    assert (straight.counts(), straight.state()) == (stopped.counts(), stopped.state())
