@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlxchat  # isort: split
 
+import importlib
 import io
 import json
 import random
@@ -19,6 +20,7 @@ pytest.importorskip("mlx_lm", reason="outside models need mlx-lm")
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
+from mlxchat.evals.branching import Continuation, make_rows
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.language_model import LanguageModel, OwnModel
 from mlxchat.evals.outside import OutsideModel, OutsideTokenizer, load_outside
@@ -189,3 +191,33 @@ def test_code_of_the_folder_s_is_not_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="custom module"):
         load_outside(folder)
     assert not (tmp_path / "ran").exists()
+
+
+OTHERS = {
+    "gpt2": {"n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "layer_norm_epsilon": 1e-5,
+             "vocab_size": 80},
+    "llama": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 80},
+    "mamba": {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "state_size": 4, "num_hidden_layers": 2,
+              "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_models_of_other_kinds_say_of_rows_what_they_say_of_each_sequence_alone(kind: str) -> None:
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    config = {"model_type": kind, **OTHERS[kind]}
+    mx.random.seed(3)
+    inner = module.Model(module.ModelArgs.from_dict(config))
+    model, rng = OutsideModel(inner, config), np.random.default_rng(0)
+    groups = []
+    for _ in range(5):
+        shared = rng.integers(0, 80, 12 + int(rng.integers(0, 4))).tolist()
+        groups.append([Continuation(shared + rng.integers(0, 80, size).tolist(), len(shared)) for size in (1, 4, 9)])
+    rows = make_rows(groups, 1000)
+    for row, found, likeliest in zip(rows, model.losses(rows), model.predictions(rows), strict=True):
+        for got, ids, each in zip(found, likeliest, groups[row.groups[0]], strict=True):
+            logits = np.asarray(inner(mx.array([each.tokens[:-1]]))[0], np.float64)[each.start - 1 :]
+            places = (np.arange(len(logits)), each.tokens[each.start :])
+            np.testing.assert_allclose(got, np.log(np.exp(logits).sum(-1)) - logits[places], atol=1e-4)
+            assert ids.tolist() == logits.argmax(-1).tolist()

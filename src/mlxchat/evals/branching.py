@@ -26,6 +26,8 @@ Ints = np.ndarray[Any, np.dtype[np.int32]]
 # Rows that share a beginning are put together where that saves at least this share of what is added.
 _WORTHWHILE = 0.25
 _MOST_ROW_TOKENS = 4096
+# A batch that has so many tokens takes no row of less than that share of its longest.
+_ENOUGH_TOKENS, _LEAST_FILL = 2048, 0.85
 # Scores of attention outside the trunk, for each token of a batch: those of a plain row of 512 tokens.
 _SCORES_PER_TOKEN = 512
 
@@ -106,7 +108,8 @@ def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
         if batches:
             count, least = len(batches[-1]) + 1, min(border, len(row.trunk))
             area = count * longest * (longest - least)
-            if count * longest <= batch_tokens and area <= batch_tokens * _SCORES_PER_TOKEN:
+            fits = count * longest <= batch_tokens and area <= batch_tokens * _SCORES_PER_TOKEN
+            if fits and (count * longest <= _ENOUGH_TOKENS or row.num_tokens >= _LEAST_FILL * longest):
                 batches[-1].append(row)
                 border = least
                 continue
