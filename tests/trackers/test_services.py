@@ -160,3 +160,25 @@ def test_wandb_keeps_a_continued_run_in_its_offline_folder(tmp_path: Path, envir
     assert losses == [(i, 8.0 / i) for i in range(1, 6)]
     assert summary["eval_sft/mean_centered"] == "0.25"
     assert config["model"]["depth"] == 4
+
+
+def test_a_training_that_is_killed_goes_on_in_the_same_curve(
+    tmp_path: Path, mlxchat: Any, tiny: tuple[str, ...]
+) -> None:
+    pytest.importorskip("tensorboardX")
+    settings = [*tiny, "stage=pretrain", "tracker=tensorboard", "pretrain.num_iterations=6", "machine.log_every=1"]
+    settings += ["machine.checkpoint_seconds=0", f"outputs={tmp_path / 'outputs'}"]
+    killed = mlxchat(*settings, environ={"MLXCHAT_CRASH_AT": "train.iteration:4"})
+    assert killed.returncode == -9
+    done = mlxchat(*settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: tracker" not in done.stdout
+    (folder,) = (tmp_path / "outputs" / "tensorboard").iterdir()
+    first = {}
+    for event in events_of(folder / "pretrain"):
+        for value in event.summary.value:
+            if value.tag == "loss":
+                first.setdefault(event.step, set()).add(round(value.simple_value, 6))
+    assert sorted(first) == [1, 2, 3, 4, 5, 6]
+    assert all(len(losses) == 1 for losses in first.values())  # computed twice, the same both times
+    assert (folder / "results").is_dir()

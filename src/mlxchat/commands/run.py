@@ -23,7 +23,7 @@ from mlxchat.runner.execute import Policy, Run, execute
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
-from mlxchat.runner.records import now
+from mlxchat.runner.records import Records, now
 from mlxchat.runner.sealed import write_whole
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
@@ -110,9 +110,11 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
         folder = _start_run(composed, plan, store, name)
     except OSError as error:
         raise StoreError(f"{error.filename or store.outputs} cannot be written ({error.strerror})") from None
+    rids = {step.name: step.rid for step in plan}
     tracker = Tracker(
-        config.tracker, folder, ids=[step.rid for step in plan], settings=redact(plain_of(config)), say=_say
-    )
+        config.tracker, folder, ids=rids.values(), settings=redact(plain_of(config)), say=_say,
+        history=lambda step: Records(store.work(rids[step]) / "ckpt" / "records" / "metrics.jsonl").read(),
+    )  # fmt: skip
     run = Run(
         folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
         environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config, need),

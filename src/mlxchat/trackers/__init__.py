@@ -15,6 +15,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Tracker:
 
     def __init__(
         self, config: TrackerConfig, folder: Path, *, ids: Iterable[str] = (), settings: dict[str, Any] | None = None,
-        say: Callable[[str], None] = print, open_service: Callable[[TrackedRun], Service] | None = None,
+        history: Callable[[str], Iterable[dict[str, Any]]] = lambda step: (), say: Callable[[str], None] = print,
+        open_service: Callable[[TrackedRun], Service] | None = None,
     ) -> None:  # fmt: skip
         """Begin to track, or continue a run of the same ids that has not ended.
 
@@ -46,10 +48,13 @@ class Tracker:
             folder: of the run, below outputs/runs.
             ids: of all steps of the plan.
             settings: the configuration, without secrets.
+            history: returns what a step has recorded so far; a service that lost some of it in a crash, or was chosen
+                after the step began, gets it before the first new record.
             say: where a warning goes.
             open_service: what begins to track in place of `config.kind`.
         """
-        self._kind, self._say = config.kind, say
+        self._kind, self._say, self._history = config.kind, say, history
+        self._begun: set[str] = set()
         self._waiting: queue.Queue[tuple[str, int, dict[str, float]] | Results] = queue.Queue()
         self._is_broken = False
         self._thread: threading.Thread | None = None
@@ -71,7 +76,17 @@ class Tracker:
         iteration = record.get("iteration")
         if self._thread is None or self._is_broken or not isinstance(iteration, int):
             return
-        if self._journal.is_new(step, iteration) and (numbers := numbers_of(record, without="iteration")):
+        if step not in self._begun:
+            self._begun.add(step)
+            with suppress(Exception):  # what cannot be read is left out
+                for past in self._history(step):
+                    if past["iteration"] < iteration:
+                        self._pass(step, past)
+        self._pass(step, record)
+
+    def _pass(self, step: str, record: dict[str, Any]) -> None:
+        iteration, numbers = record["iteration"], numbers_of(record, without="iteration")
+        if self._journal.is_new(step, iteration) and numbers:
             self._waiting.put((step, iteration, numbers))
 
     def finish(self, results: Results | None = None) -> None:
@@ -83,7 +98,10 @@ class Tracker:
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
             self._complain(f"still busy after {FINISH_SECONDS:g} s, left alone")
-        self._journal.write(is_ended=results.is_done)
+        if self._is_broken:
+            self._journal.write(is_ended=results.is_done)
+        else:
+            self._journal.settle(is_ended=results.is_done)
         self._thread = None
 
     def _work(self, run: TrackedRun, open_service: Callable[[TrackedRun], Service]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 from mlxchat.runner.sealed import write_whole
 
 NOTE = "tracker.json"
-# How often the note follows what was logged. A killed run may send again what it sent in that time.
+# How often the note follows what was logged, one such time behind, since a service writes with a delay of its own. So
+# after a kill what was sent in twice that time may be sent again.
 NOTE_SECONDS = 10.0
 
 
@@ -41,6 +42,7 @@ class Journal:
         self.key = hashlib.sha256(f"{same}/{self.name}".encode()).hexdigest()[:16]
         self._before: dict[str, int] = dict(found["passed"]) if found else {}
         self._passed = dict(self._before)
+        self._settled = dict(self._before)
         self._note = {"kind": kind, "project": project, "same": same, "name": self.name, "key": self.key}
         self._written = 0.0
         self.write(is_ended=False)
@@ -57,12 +59,18 @@ class Journal:
             self.write(is_ended=False)
         return True
 
+    def settle(self, *, is_ended: bool) -> None:
+        """Write the note at the end, when the service has taken everything."""
+        self._settled = dict(self._passed)
+        self.write(is_ended=is_ended)
+
     def write(self, *, is_ended: bool) -> None:
         """Write the note."""
         self._written = time.monotonic()
-        note = {**self._note, "ended": is_ended, "passed": self._passed}
+        note = {**self._note, "ended": is_ended, "passed": self._settled}
         with suppress(OSError):  # it is a help for the next run, no promise
             write_whole(self._path, json.dumps(note).encode())
+        self._settled = dict(self._passed)
 
 
 def _unfinished(folder: Path, same: str) -> dict[str, Any] | None:

@@ -11,6 +11,9 @@ from typing import Any
 
 from mlxchat.trackers.service import Numbers, Results, TrackedRun
 
+# What a killed process may lose; the next one writes it again.
+FLUSH_SECONDS = 5
+
 
 class TensorBoardService:
     """One folder of event files for each step."""
@@ -40,7 +43,9 @@ class TensorBoardService:
 
     def _begin(self, name: str, **options: Any) -> Any:
         # Without the process in its name, the file of a run that continues within a second would replace the former.
-        return self._open(str(self._folder / name), filename_suffix=f".{os.getpid()}", **options)
+        return self._open(
+            str(self._folder / name), filename_suffix=f".{os.getpid()}", flush_secs=FLUSH_SECONDS, **options
+        )
 
     def finish(self, results: Results) -> None:
         """Write final numbers and the table, and close the files."""
