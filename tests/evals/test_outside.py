@@ -8,6 +8,8 @@ import importlib
 import io
 import json
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="outside models need mlx-lm")
 
+from mlxchat.data.documents import DocumentCursor, EncodedShards
+from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
@@ -221,3 +225,30 @@ def test_models_of_other_kinds_say_of_rows_what_they_say_of_each_sequence_alone(
             places = (np.arange(len(logits)), each.tokens[each.start :])
             np.testing.assert_allclose(got, np.log(np.exp(logits).sum(-1)) - logits[places], atol=1e-4)
             assert ids.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.slow
+def test_the_pipeline_measures_a_folder_once_wherever_it_lies(
+    folder: Path, model: GPT, tokenizer: Tokenizer, mlxchat: Callable[..., Any], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    lines = [{"text": f"The cat {number} sat on the mat and the dog sat on the log."} for number in range(300)]
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = [
+        "pipeline=outside", "outside.name=cat", f"outside.path={folder}", "outside.chat=false", "eval.bpb_tokens=2000",
+        "corpus=files", f"corpus.paths=[{text}]", "machine=cpu", f"outputs={tmp_path / 'out'}",
+    ]  # fmt: skip
+    done = mlxchat(*settings)
+    assert done.returncode == 0, done.stderr
+    (scores,) = (tmp_path / "out" / "store").glob("outside-cat-*/scores.json")
+    found = json.loads(scores.read_text())
+    assert found["outside"] == {"name": "cat", "model_type": "nanochat", "context_tokens": 64}
+    (tokens,) = (tmp_path / "out" / "store").glob("tokens-*")
+    cursor = DocumentCursor(EncodedShards([Path("validation")], lambda shard, is_awaited, check: tokens))
+    rows = take_rows(DocumentRows(cursor, 64, buffer_documents=1000), 2000 // 64)
+    expected = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=4096).bits_per_byte
+    assert found["bpb"]["val"] == pytest.approx(expected, abs=TOLERANCE)
+    moved = folder.rename(tmp_path / "moved")
+    again = mlxchat("plan", *settings, f"outside.path={moved}")
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"outside +done", again.stdout)
