@@ -141,4 +141,4 @@ def test_a_mixture_is_rendered_once(
 def test_a_conversation_is_named_by_its_task_and_number(mixture: Mixture) -> None:
     index = next(index for index in range(len(mixture)) if mixture.name(index).startswith("facts "))
     number = int(mixture.name(index).removeprefix("facts conversation "))
-    assert mixture[index] == mixture._tasks["facts"][number]
+    assert mixture[index] == mixture.tasks()["facts"][number]
