@@ -26,7 +26,7 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
 
     Raises:
         DataError: the text yields too few tokens, or takes more memory than there is.
-        Interrupted: a signal arrived; nothing is kept, and the same command begins anew.
+        Interrupted: a signal arrived; the same command begins anew.
     """
     began = time.monotonic()
     used_chars = 0
@@ -42,7 +42,7 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
 
     def check() -> None:
         if ctx.should_stop():
-            raise ctx.stop(f"{used_chars:,} characters; nothing of it is kept")
+            raise ctx.stop(f"its beginning: {used_chars:,} characters are read again")
 
     limit = ctx.config.machine.memory_limit_bytes or int(psutil.virtual_memory().total * _MEMORY_SHARE)
     total = min(config.max_chars, _known_chars(corpus) or config.max_chars)
