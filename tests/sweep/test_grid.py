@@ -65,6 +65,9 @@ def test_a_sweep_ends_with_a_picture_and_without_litter(sixteen: Any) -> None:
     (folder,) = (outputs / "multirun").iterdir()
     assert {path.name for path in folder.iterdir()} == {
         "plot.png",
+        "report.html",
+        "report.md",
+        "report",
         "sweep.json",
         "table.csv",
         "table.json",

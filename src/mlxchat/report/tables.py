@@ -179,14 +179,34 @@ def _input_artifacts(report: RunReport, step: StepReport) -> Iterable[tuple[str,
 
 
 def source_table(report: RunReport) -> Table | None:
-    """Return the outside data that steps used, each pinned and with its licence."""
-    rows = []
+    """Return the outside data that steps used, pinned and with its licence; the files of a repository together."""
+    found: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for step in report.steps:
         for item in map(mapping, sequence(step.manifest.get("externals"))):
-            pin = next((text(item[key]) for key in ("version", "revision", "url") if item.get(key)), ABSENT)
-            name, licence = text(item.get("name")) or ABSENT, text(item.get("licence")) or ABSENT
-            rows.append([Cell(name), Cell(pin), Cell(licence), Cell(step.name)])
-    return Table(header=["Data", "Version", "Licence", "Used by"], align="llll", rows=rows) if rows else None
+            address = text(item.get("url"))
+            name = text(item.get("name")) or _named(address) or ABSENT
+            pin = next(
+                (text(item[key]) for key in ("version", "revision", "sha256") if item.get(key)), address or ABSENT
+            )
+            source = (name, pin, text(item.get("licence")) or ABSENT)
+            found.setdefault(source, []).append((step.name, number(item.get("bytes")) or 0))
+    rows = []
+    for (name, pin, licence), uses in found.items():
+        steps = list(dict.fromkeys(step for step, _ in uses))
+        files = len(uses) // len(steps)
+        size = sum(size for step, size in uses if step == steps[0])
+        detail = f"({files:,} files)" if files > 1 else ""
+        rows.append([Cell(name, detail), Cell(pin[:12] if len(pin) in (40, 64) else pin), Cell(licence),
+                     Cell(format_bytes(size) if size else ABSENT), Cell(", ".join(steps))])  # fmt: skip
+    header = ["Data", "Version", "Licence", "Size", "Used by"]
+    return Table(header=header, align="lllrl", rows=rows) if rows else None
+
+
+def _named(address: str) -> str:
+    """Return owner and name of a repository's file (hf://datasets/owner/name/path), else the file's name."""
+    scheme, _, path = address.partition("://")
+    parts = path.split("/")
+    return "/".join(parts[1:3]) if scheme == "hf" and len(parts) > 3 else parts[-1]
 
 
 def overrides(report: RunReport) -> list[tuple[str, list[str]]]:
