@@ -81,6 +81,8 @@ def main(arguments: list[str]) -> int:
     heading = f"{title}{' (validation)' if options.validation else ''}: {len(mixture):,} conversations, {which}"
     console.print(heading, style="bold")
     _print_table(console, mixture, tokenizer)
+    if stage in ("rl", "eval"):
+        console.print("marked is the data's own answer, which a model that is asked does not see")
     if _trains_on_all(config, stage):
         console.print(f"{stage} trains on every token ({stage}.train_on=all), not only on what is marked")
     for index in islice(_choose(mixture, options.task), options.start, options.start + options.count):
