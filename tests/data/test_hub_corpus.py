@@ -240,7 +240,7 @@ def test_files_are_fetched_in_the_order_in_which_they_are_read(hub: Any, five: A
 
 
 def test_a_file_that_the_background_is_at_is_waited_for_and_sent_once(
-    hub: Any, five: Any, pin: Callable[..., Path]
+    hub: Any, five: Any, pin: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = open_shards(pin(), "train")
     stop_fetching()
@@ -249,6 +249,7 @@ def test_a_file_that_the_background_is_at_is_waited_for_and_sent_once(
     time.sleep(0.05)
     assert list(shards[2].documents()) == texts(2)
     assert len(hub.requests("shard_00002.parquet")) == 1
+    assert "waits for org/texts/shard_00002.parquet, which process this one is fetching" in capsys.readouterr().err
 
 
 def test_what_fails_in_the_background_is_told_to_who_reads_it(hub: Any, five: Any, pin: Callable[..., Path]) -> None:

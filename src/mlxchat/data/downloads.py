@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.cache import read_json, write_json
+from mlxchat.data.cache import check_space, read_json, write_json
 from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError
 from mlxchat.runner import locks
 
@@ -69,7 +69,8 @@ class Arrived:
 
 def fetch_into(
     target: Path, wanted: Wanted, lock: Path, *, on_bytes: Callable[[int], None] = lambda count: None,
-    check: Check = nothing, is_there: Callable[[], bool] | None = None, sleep: Callable[[float], None] = time.sleep,
+    check: Check = nothing, on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
+    is_there: Callable[[], bool] | None = None,
 ) -> Arrived | None:  # fmt: skip
     """Fetch a file to `target`; return None if it is there, perhaps since another process that we waited for made it.
 
@@ -79,8 +80,8 @@ def fetch_into(
         lock: file that processes hold while they fetch it.
         on_bytes: called with the number of bytes that are new in the part, negative if some were thrown away.
         check: may raise, to end the transfer; what arrived is kept.
+        on_wait: called once with the holder's record if another thread or process is at it.
         is_there: tells whether `target` is whole and right; None: whatever stands there is.
-        sleep: waits.
 
     Raises:
         PassingError: the network or the server does not work now.
@@ -88,11 +89,11 @@ def fetch_into(
     """
     exists = is_there or target.exists
     try:
-        with locks.hold(lock, {"fetches": wanted.name}, lambda owner: check(), check):
+        with locks.hold(lock, {"fetches": wanted.name}, on_wait, check):
             if exists():
                 return None
             target.parent.mkdir(parents=True, exist_ok=True)
-            return _Transfer(target, wanted, on_bytes, check, sleep).run()
+            return _Transfer(target, wanted, on_bytes, check).run()
     except StoreError as error:  # locks speak of the outputs folder, which this is not
         raise DataError(f"{wanted.name}: {error}".replace("outputs=PATH", "HF_HOME or MLXCHAT_CACHE")) from None
     except OSError as error:
@@ -104,11 +105,8 @@ def fetch_into(
 class _Transfer:
     """One file on its way."""
 
-    def __init__(
-        self, target: Path, wanted: Wanted, on_bytes: Callable[[int], None], check: Check,
-        sleep: Callable[[float], None],
-    ) -> None:  # fmt: skip
-        self.target, self.wanted, self.check, self.sleep = target, wanted, check, sleep
+    def __init__(self, target: Path, wanted: Wanted, on_bytes: Callable[[int], None], check: Check) -> None:
+        self.target, self.wanted, self.check = target, wanted, check
         self.part = target.with_name(f"{target.name}.part")
         self.note = target.with_name(f"{target.name}.part.json")
         self.on_bytes = on_bytes
@@ -187,6 +185,8 @@ class _Transfer:
             length = answer.headers.get("Content-Length")
             if self.size is None and length is not None and length.isdigit():
                 self.size = start + int(length)
+            if self.wanted.bytes is None and self.size is not None:  # nobody could look for room before
+                check_space(self.target.parent, self.size - start, self.wanted.name)
             self.facts = {"bytes": self.size, "etag": answer.headers.get("ETag")}
             if not start:
                 write_json(self.note, self.facts)
@@ -245,7 +245,7 @@ class _Transfer:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self.check()
-            self.sleep(min(0.1, left))
+            time.sleep(min(0.1, left))
 
 
 class _Busy(Exception):

@@ -8,6 +8,8 @@ an earlier call recorded is used. huggingface_hub and its HTTP library are impor
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -136,8 +138,19 @@ def _fetch_all(files: Sequence[HubFile], workers: int, on_bytes: Callable[[int],
         if ended.is_set():
             raise _Ended
 
+    told = threading.Lock()
+
+    def tell(owner: dict[str, Any]) -> None:
+        if told.acquire(blocking=False):  # the first one will do
+            who = (
+                "this one"
+                if owner.get("pid") == os.getpid()
+                else f"{owner.get('pid', '?')} on {owner.get('host', '?')}"
+            )
+            print(f"  waits for {owner.get('fetches', 'a file')}, which process {who} is fetching", file=sys.stderr)
+
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="fetch") as pool:
-        running: set[Future[None]] = {pool.submit(fetch_file, file, on_bytes, look) for file in files}
+        running: set[Future[None]] = {pool.submit(fetch_file, file, on_bytes, look, tell) for file in files}
         faults: list[BaseException] = []
         try:
             while running:
@@ -157,7 +170,12 @@ def _fetch_all(files: Sequence[HubFile], workers: int, on_bytes: Callable[[int],
         raise type(fault)(f"{fault}{more}")
 
 
-def fetch_file(file: HubFile, on_bytes: Callable[[int], None] = lambda count: None, check: Check = nothing) -> None:
+def fetch_file(
+    file: HubFile,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    check: Check = nothing,
+    on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
+) -> None:
     """Fetch one file of the Hub into its cache, unless it is there; see `fetch_files` for what is raised."""
     if settle(file):
         return
@@ -177,8 +195,9 @@ def fetch_file(file: HubFile, on_bytes: Callable[[int], None] = lambda count: No
     # The official client's own lock: the two never fetch the same content at the same time.
     lock = hub_cache() / ".locks" / file.folder.name / f"{file.etag}.lock"
     arrived = fetch_into(
-        file.blob, wanted, lock, on_bytes=on_bytes, check=check, is_there=lambda: is_right(file, file.blob)
-    )
+        file.blob, wanted, lock, on_bytes=on_bytes, check=check, on_wait=on_wait,
+        is_there=lambda: is_right(file, file.blob),
+    )  # fmt: skip
     if arrived is not None:
         note_verified(file.etag, file.blob)
     link(file)
