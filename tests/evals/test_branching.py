@@ -122,3 +122,10 @@ def test_the_next_token_after_prompts_of_different_lengths_is_that_of_each_alone
     found = OwnModel(model).next_logits(prompts)
     for prompt, got in zip(prompts, found, strict=True):
         np.testing.assert_allclose(got, np.asarray(model(mx.array([prompt]))[0, -1]), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_options_without_anything_to_score_have_no_losses(length: int) -> None:
+    same = Continuation(list(range(length)), length)
+    rows = make_rows([[same, same]], 100)
+    assert [[len(each) for each in row] for row in OwnModel(make_model()).losses(rows)] == [[0, 0]]

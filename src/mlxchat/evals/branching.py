@@ -123,7 +123,7 @@ class Branches:
 
     def __init__(self, rows: Sequence[Row], sizes: GPTSizes, padding: int) -> None:
         """Lay the rows out side by side, filled up at the right with the id `padding`."""
-        longest = max(row.num_tokens for row in rows)
+        longest = max(1, *(row.num_tokens for row in rows))
         ids = np.full((len(rows), longest), padding, np.int32)
         branch = np.full((len(rows), longest), -1, np.int32)
         position = np.zeros((len(rows), longest), np.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,7 +16,10 @@ from mlxchat.ops.lanes import Lanes
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]
-_CHUNK_FLOATS = 1 << 22
+Judge = Callable[[mx.array, mx.array], mx.array]
+"""States (N, C) and targets (N,) → something of each (N,)."""
+# Logits that each lane holds at a time; states that are worth a product with the head.
+_MOST_LOGITS, _LEAST_STATES = 1 << 24, 256
 
 
 class LanguageModel(Protocol):
@@ -80,29 +83,37 @@ class OwnModel:
         return self.model.head_weight
 
     def _likeliest(self, hidden: mx.array, targets: mx.array) -> mx.array:
-        chunk = max(1, _CHUNK_FLOATS // len(self._head))
-        parts = [self.model.logits(hidden[start : start + chunk]).argmax(-1) for start in range(0, len(hidden), chunk)]
-        return mx.concatenate(parts)
+        return self.model.logits(hidden).argmax(-1)
 
-    def _of_targets(self, rows: Sequence[Row], judge: Any) -> list[list[Any]]:
+    def _of_targets(self, rows: Sequence[Row], judge: Judge) -> list[list[Any]]:
         """Return `judge` of the states before the targets, only those, by row and sequence."""
         deals = self._lanes.deal(len(rows))
-        calls = [partial(self._states, rows[deal], judge) for deal in deals]
         with self._lanes.sharing(len(deals)):
-            parts = self._lanes.run(calls)
-            mx.eval(parts)
+            dealt = self._lanes.run([partial(self._states, rows[deal]) for deal in deals])
+            mx.eval(dealt)
+            values: list[list[mx.array]] = [[] for _ in deals]
+            # A few logits at a time: MLX would ask for the memory of all of them at once.
+            step = max(_LEAST_STATES, _MOST_LOGITS // len(self._head))
+            for start in range(0, max(len(targets) for _, targets in dealt), step):
+                places = [place for place, (_, targets) in enumerate(dealt) if start < len(targets)]
+                parts = self._lanes.run(
+                    [partial(judge, *(each[start : start + step] for each in dealt[place])) for place in places]
+                )
+                mx.eval(parts)
+                for place, part in zip(places, parts, strict=True):
+                    values[place].append(part)
         found = []
-        for deal, values in zip(deals, parts, strict=True):
-            flat, end = np.asarray(values), 0
+        for deal, kept in zip(deals, values, strict=True):
+            flat, end = np.concatenate([np.asarray(part) for part in kept]) if kept else np.zeros(0), 0
             for row in rows[deal]:
                 found.append([flat[end : (end := end + len(targets))] for targets in row.targets])
         return found
 
-    def _states(self, rows: Sequence[Row], judge: Any) -> mx.array:
+    def _states(self, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
+        """Return the states (N, C) before the rows' targets, and the targets (N,)."""
         branches = Branches(rows, self.model.sizes, self._padding)
         hidden = self.model.hidden(branches.ids, branches)
         columns = [np.concatenate(row.columns()) for row in rows]
         place = np.repeat(np.arange(len(rows)), [len(each) for each in columns])
         targets = np.concatenate([np.asarray(each, np.int32) for row in rows for each in row.targets])
-        states: mx.array = judge(hidden[mx.array(place), mx.array(np.concatenate(columns))], mx.array(targets))
-        return states
+        return hidden[mx.array(place), mx.array(np.concatenate(columns))], mx.array(targets)
