@@ -86,8 +86,14 @@ def test_every_difference_of_model_tokenizer_and_corpus_is_told_at_once(plan: Ca
     assert len(said.splitlines()) == 6
 
 
-def test_rates_and_batches_may_differ(plan: Callable[..., PlannedStep]) -> None:
+def test_rows_are_packed_as_they_were(plan: Callable[..., PlannedStep]) -> None:
+    with pytest.raises(MlxchatError, match=r"pretrain\.packing is stream, but pretrain-\S+ was made with best_fit"):
+        plan("pretrain.extend=pretrain", "pretrain.num_iterations=6", "pretrain.packing=stream")
+
+
+def test_rates_batches_dropout_and_what_is_kept_may_differ(plan: Callable[..., PlannedStep]) -> None:
     settings = ["optimizer.matrix_lr=0.01", "pretrain.batch.tokens=1024", "pretrain.schedule.warmdown_frac=0.1"]
+    settings += ["architecture.dropout=0.1", "pretrain.keep=best"]
     assert plan("pretrain.extend=pretrain", "pretrain.num_iterations=6", *settings).state == "run"
 
 

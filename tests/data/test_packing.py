@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxchat.data import packing
+from mlxchat.data.best_fit import BestFitBuffer
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import DocumentCursor
-from mlxchat.data.packing import IGNORED, BestFitBuffer, ConversationRows, DocumentRows, RowStream, count_rows
+from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, RowStream, count_rows, trim_rows
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import read_tokens, write_tokens
@@ -347,3 +348,22 @@ def test_a_row_is_made_of_the_documents_it_names(corpus: Path, read_documents: R
             shard, number = name.removeprefix("shard_").split(".parquet document ")
             expected += [tokenizer.bos, *tokenizer.encode(texts[40 * int(shard) + int(number)])]
         assert [*inputs.tolist(), int(targets[-1])] == expected[:51]
+
+
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=4), st.sampled_from([1, 127, 128, 129, 300]), st.integers(0, 9)
+)
+def test_trimming_leaves_out_padding_alone_and_as_much_as_whole_steps_allow(
+    used: list[int], width: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 50, (len(used), width)).astype(np.int32)
+    targets = np.full_like(ids, IGNORED)
+    for row, length in enumerate(used):
+        targets[row, :length] = 7
+    got_ids, got_targets = trim_rows(ids, targets)
+    kept = got_ids.shape[1]
+    assert np.array_equal(got_ids, ids[:, :kept])
+    assert np.array_equal(got_targets, targets[:, :kept])
+    assert (targets[:, kept:] == IGNORED).all()
+    assert kept == min(width, max(1, -(-min(max(used), width) // 128)) * 128)

@@ -12,8 +12,8 @@ from mlxchat.runner.plan import PlannedStep, flatten_config
 from mlxchat.runner.store import CONTINUATION, Manifest
 from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 
-# What weights and moments have the shape of, or are the meaning of.
-_SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant")
+# What weights and moments have the shape of, or are the meaning of, and what a position in the data is counted in.
+_SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
 _MAY_DIFFER = ("architecture.dropout",)
 
 
@@ -66,6 +66,7 @@ def _what_differs(step: PlannedStep, extended: Manifest, planned: Mapping[str, P
 
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, value in flatten_config(identity).items() if key not in _MAY_DIFFER}
+    flat.setdefault("pretrain.packing", "best_fit")  # an identity leaves it out
     return {key: value for key, value in flat.items() if key in _SAME or key.partition(".")[0] in _SAME}
 
 
