@@ -253,3 +253,19 @@ def test_values_from_a_users_file_are_swept_too(
     done = mlxchat("-m", *tiny, *settings, f"outputs={outputs}")
     assert done.returncode == 0, done.stderr
     assert json.loads((type(swept)(outputs).folder / "table.json").read_text())[0]["model"] in ("own", "d2")
+
+
+@pytest.mark.slow
+def test_a_sweep_over_sizes_ends_with_a_report_and_its_fitted_line(mlxchat: CommandLine, tmp_path: Path) -> None:
+    settings = ["-m", "experiment=smoke", "stage=pretrain", "model=d2,d4,d6", "model.aspect_ratio=16"]
+    settings += ["model.head_width=16", "pretrain.num_iterations=4", "pretrain.eval_tokens=2048"]
+    done = mlxchat(*settings, f"outputs={tmp_path / 'outputs'}", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
+    assert f"report: {folder / 'report.html'}" in done.stdout
+    assert (folder / "report" / "scaling.svg").read_text().count("<circle") == 3
+    words = (folder / "report.md").read_text()
+    assert all(f"| model=d{depth} | {depth} |" in words for depth in (2, 4, 6))
+    again = mlxchat("report", folder.name, f"outputs={tmp_path / 'outputs'}")
+    assert again.returncode == 0, again.stderr
+    assert (folder / "report.md").read_text() == words
