@@ -37,6 +37,12 @@ HONEST = {
     ),
     "a hundred kilobytes of output": "print('x' * 100_000)",
     "the name of a main module": "assert __name__ == '__main__'",
+    "names that are looked up in its module": (
+        "import dataclasses, sys, typing\n@dataclasses.dataclass\nclass A:\n    x: 'typing.List[int]'\n"
+        "assert typing.get_type_hints(A) == {'x': typing.List[int]}\nassert sys.modules['__main__'].A is A"
+    ),
+    "a deep recursion": "import sys\nsys.setrecursionlimit(20_000)\ndef f(n):\n    return n and 1 + f(n - 1)\n"
+    "assert f(15_000) == 15_000",
     "a signal to itself": "import os, signal\nsignal.signal(signal.SIGUSR1, lambda *a: None)\n"
     "os.kill(os.getpid(), signal.SIGUSR1)",
     "a recursion that it catches": "def f():\n    f()\ntry:\n    f()\nexcept RecursionError:\n    pass",
@@ -120,6 +126,18 @@ HOSTILE = {
     "writing all texts in memory everywhere": (
         "import gc, os, sys\nframe = sys._getframe()\ntexts = [b'passed']\nwhile frame:\n"
         "    texts += [v for v in frame.f_locals.values() if isinstance(v, (str, bytes))]\n    frame = frame.f_back\n"
+        "for text in texts:\n    for fd in range(3, 64):\n        try:\n"
+        "            os.write(fd, text if isinstance(text, bytes) else text.encode())\n"
+        "        except OSError:\n            pass\nos._exit(0)"
+    ),
+    "saying that it is done while it is not": (
+        "import sys, time\nframe = sys._getframe()\nwhile frame:\n    for value in list(frame.f_locals.values()):\n"
+        "        if hasattr(value, 'release'):\n            value.release()\n    frame = frame.f_back\ntime.sleep(60)"
+    ),
+    "asking the question itself": (
+        "import gc, os, sys\nframe, holders = sys._getframe(), gc.get_objects()\nwhile frame:\n"
+        "    holders += [frame.f_locals, frame.f_globals]\n    frame = frame.f_back\n"
+        "texts = [v for o in holders for v in gc.get_referents(o) if isinstance(v, (str, bytes)) and len(v) == 32]\n"
         "for text in texts:\n    for fd in range(3, 64):\n        try:\n"
         "            os.write(fd, text if isinstance(text, bytes) else text.encode())\n"
         "        except OSError:\n            pass\nos._exit(0)"

@@ -11,8 +11,9 @@ that is used where it is permitted, and named in the outcome:
   memory, so what the program has in memory is looked at ten times a second.
 
 A program has passed if all of it was executed, to the end. Its exit status says nothing about that: it passes by
-sending back a secret which it gets only when it has ended, by a question that only the code around it knows. Code that
-runs in the same interpreter and knows this file could claim that; it would gain a point and harm nothing.
+sending back a secret, which is only sent for a question that no code of the program can find, asked by a second thread
+that has seen the main thread come back. What reads the interpreter's memory by hand could claim that; it would gain a
+point and harm nothing.
 """
 
 from __future__ import annotations

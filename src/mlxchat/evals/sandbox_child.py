@@ -7,6 +7,7 @@ question whether the program has ended by itself.
 
 from __future__ import annotations
 
+import _thread
 import base64
 import contextlib
 import ctypes
@@ -17,6 +18,7 @@ import signal
 import struct
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,7 @@ _RIGHTS_BY_VERSION = {1: 13, 2: 14}
 
 
 def main(verdict: int) -> None:
-    """Read the orders, confine this process, run the program, and ask for the proof that it returned."""
+    """Read the orders, confine this process, run the program, and let it be vouched for that it returned."""
     orders = json.loads(_read_line(0))
     answers = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -41,14 +43,25 @@ def main(verdict: int) -> None:
     os.set_inheritable(verdict, False)
     os.environ.clear()
     in_force = _confine(orders)
+    begun, done = _thread.allocate_lock(), _thread.allocate_lock()
+    begun.acquire()
+    done.acquire()
+    _thread.stack_size(1 << 18)
+    _thread.start_new_thread(
+        _vouch, (verdict, answers, begun, done, _thread.get_ident(), sys._current_frames, main.__code__)
+    )
+    _thread.stack_size(0)
     os.write(verdict, (",".join(in_force) + "\n").encode())
+    begun.acquire()
 
     # Taken now: the program may replace the functions of a module, and everything else that it can reach.
-    write, read, leave, question = os.write, os.read, os._exit, orders["question"].encode()
-    code, flush, show = orders["code"], sys.stdout.flush, traceback.print_exception
-    del orders
+    write, leave, flush, show = os.write, os._exit, sys.stdout.flush, traceback.print_exception
+    program = types.ModuleType("__main__")
+    code = orders["code"]
+    sys.modules |= {"__main__": program} | dict.fromkeys(("ctypes", "_ctypes"))  # type: ignore[arg-type]
+    del sys._current_frames, sys._current_exceptions  # the ways to what another thread knows
     try:
-        exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+        exec(compile(code, "<program>", "exec"), vars(program))
         flush()
     except BaseException as error:
         # The cause is told by a word, since what is printed is the program's own.
@@ -58,8 +71,34 @@ def main(verdict: int) -> None:
             # Without the line of this file.
             show(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
         leave(1)
-    # Only now is there something to know: the secret is sent to whoever asks with the right words.
+    done.release()
+    begun.acquire()  # until the other thread ends the process
+
+
+def _vouch(
+    verdict: int,
+    answers: int,
+    begun: _thread.LockType,
+    done: _thread.LockType,
+    watched: int,
+    frames: Callable[[], dict[int, types.FrameType]],
+    code: types.CodeType,
+) -> None:
+    """Tell, from a thread of its own, whether the main thread has come back from the program.
+
+    What only the one who asks may know is read here, so that it is in no place that the program can look at; and the
+    program may say that it is done, but it cannot be done while it says so.
+    """
+    write, read, leave = os.write, os.read, os._exit
+    question = read(answers, 64)
+    begun.release()
+    done.acquire()
+    frame = frames().get(watched)
+    if frame is None or frame.f_code is not code:
+        write(verdict, b"raised")
+        leave(1)
     write(verdict, question)
+    # Only now is there something to know: the secret is sent to whoever asks with the right words.
     write(verdict, read(answers, 64))
     leave(0)
 

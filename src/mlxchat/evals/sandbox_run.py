@@ -100,13 +100,13 @@ class Run:
             command = [_SANDBOX_EXEC, "-p", mac_profile(self.folder), *command]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.folder,
-            env={"PYTHONHASHSEED": "0"},
+            env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"},  # an arena for each thread would count as memory
             pass_fds=[verdict], start_new_session=True,
         )  # fmt: skip
         self.question, self.secret = secrets.token_hex(16).encode(), secrets.token_hex(16).encode()
         filters = {writes: make_filter(process.pid, writes=writes) for writes in (True, False)}
         orders = {
-            "code": self.code, "question": self.question.decode(), "parent": os.getpid(), "folder": str(self.folder),
+            "code": self.code, "parent": os.getpid(), "folder": str(self.folder),
             "seconds": self.seconds, "memory_bytes": self.memory_bytes, "file_bytes": _MOST_FILE_BYTES,
             "processes": _MOST_PROCESSES, "other_processes": _processes_here(),
             "protections": self.protections, "readable": _readable(),
@@ -145,6 +145,8 @@ class Run:
                     self.said += part
                     if self.in_force is None and b"\n" in self.said:
                         self._begin()
+                        with contextlib.suppress(OSError):
+                            os.write(sending, self.question)
                         deadline = self.ready_at + self.seconds
                     if not self._is_expected(answered):
                         return "failed"  # the program found the pipe and writes to it
