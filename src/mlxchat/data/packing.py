@@ -11,20 +11,19 @@ and lengths wait; the tokens are copied from their file when a row is made.
 
 from __future__ import annotations
 
-import bisect
 import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
+from mlxchat.data.best_fit import BestFitBuffer
 from mlxchat.data.documents import DocumentSource
 from mlxchat.data.tokens import Tokens
 
 IGNORED = -1
 _REFILL_DOCUMENTS = 128
-# A key is length × 2^40 + arrival: plain numbers compare fastest, and a trillion documents are enough.
-_ARRIVAL_BITS = 40
+_WIDTH_STEP = 128
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Row = tuple[Ints, Ints]
@@ -61,46 +60,6 @@ class EpochRows(RowStream, Protocol):
     @property
     def epoch(self) -> int:
         """Passes that are behind us."""
-
-
-class BestFitBuffer:
-    """Waiting sequences, found by length in logarithmic time. Among equals the first to arrive comes first."""
-
-    def __init__(self) -> None:
-        """Begin empty."""
-        self._keys: list[int] = []  # sorted
-        self._addresses: dict[int, Any] = {}  # arrival → address; a dict keeps the order of arrival
-        self._arrivals = 0
-
-    def __len__(self) -> int:
-        """Number of waiting sequences."""
-        return len(self._keys)
-
-    def add(self, address: Any, length: int) -> None:
-        """Let a sequence wait."""
-        bisect.insort(self._keys, (length << _ARRIVAL_BITS) + self._arrivals)
-        self._addresses[self._arrivals] = address
-        self._arrivals += 1
-
-    def take_largest(self, space: int) -> tuple[Any, int] | None:
-        """Remove the longest sequence of at most `space` tokens; return its address and length, or None."""
-        end = bisect.bisect_left(self._keys, (space + 1) << _ARRIVAL_BITS)
-        if end == 0:
-            return None
-        longest = self._keys[end - 1] >> _ARRIVAL_BITS
-        return self._remove(bisect.bisect_left(self._keys, longest << _ARRIVAL_BITS, 0, end))
-
-    def take_shortest(self) -> tuple[Any, int]:
-        """Remove the shortest sequence; return its address and length."""
-        return self._remove(0)
-
-    def addresses(self) -> list[Any]:
-        """Return the addresses of what waits, in order of arrival."""
-        return list(self._addresses.values())
-
-    def _remove(self, index: int) -> tuple[Any, int]:
-        key = self._keys.pop(index)
-        return self._addresses.pop(key & ((1 << _ARRIVAL_BITS) - 1)), key >> _ARRIVAL_BITS
 
 
 class DocumentRows:
@@ -328,6 +287,16 @@ class ConversationRows:
         order = list(range(len(self._conversations)))
         random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
         return order
+
+
+def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
+    """Return ids and targets (B, T) without the columns at the end in which no row has a target.
+
+    What comes after its last target has no part in a row's loss. Widths are multiples of 128, so that few are compiled.
+    """
+    used = np.flatnonzero((targets >= 0).any(axis=0))
+    width = min(ids.shape[1], -(-(used[-1] + 1 if len(used) else 1) // _WIDTH_STEP) * _WIDTH_STEP)
+    return ids[:, :width], targets[:, :width]
 
 
 def take_rows(rows: RowStream, count: int) -> list[Row]:

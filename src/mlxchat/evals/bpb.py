@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.data.packing import Row
+from mlxchat.data.packing import Row, trim_rows
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
@@ -99,7 +99,7 @@ def _losses(
     """Return loss and target of every token, flat, micro-batch by micro-batch."""
     per_pass = max(1, micro_tokens // len(rows[0][0])) if rows else 1
     batches = [
-        [np.stack([row[side] for row in rows[start : start + per_pass]]) for side in (0, 1)]
+        trim_rows(*(np.stack([row[side] for row in rows[start : start + per_pass]]) for side in (0, 1)))
         for start in range(0, len(rows), per_pass)
     ]
     if not isinstance(model, GPT):

@@ -29,12 +29,13 @@ class RowBatches:
     Leave it as a context manager, or `close` it: then its thread has ended.
     """
 
-    def __init__(self, rows: RowStream, num_rows: int, *, ahead: int = 0) -> None:
+    def __init__(self, rows: RowStream, num_rows: int, *, ahead: int = 0, trimmed: bool = False) -> None:
         """Take `num_rows` rows of the stream per iteration, and make up to `ahead` batches before they are wanted.
 
-        0: no thread. From now on the stream belongs to this object.
+        0: no thread. Trimmed batches lack the padding that all their rows end with. From now on the stream belongs to
+        this object.
         """
-        self._rows, self._num_rows, self._ahead = rows, num_rows, ahead
+        self._rows, self._num_rows, self._ahead, self._trimmed = rows, num_rows, ahead, trimmed
         self._state, self._counts = rows.state(), rows.counts()
         self._addresses: list[Any] = []
         self._queue: queue.Queue[_Made | BaseException] = queue.Queue(max(1, ahead))
@@ -118,4 +119,4 @@ class RowBatches:
         for _ in range(self._num_rows):
             rows.append(self._rows.next_row())
             addresses += self._rows.placed()
-        return _Made(mean_batch(rows), addresses, self._rows.state(), self._rows.counts())
+        return _Made(mean_batch(rows, trimmed=self._trimmed), addresses, self._rows.state(), self._rows.counts())

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlxchat.config import FinetuneConfig
 from mlxchat.data.encoded import open_mixture
 from mlxchat.data.mixture import Mixture, open_item
@@ -67,6 +69,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     validation: list[Row] = []
     while held_out.epoch == 0 and len(validation) * row_tokens < config.eval_tokens:
         validation.append(held_out.next_row())
+    # Rows of about one length together, since the padding that a batch ends with is not computed.
+    validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
     micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens)
     ctx.derive(
         {
@@ -82,7 +86,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     def validate(iteration: int) -> dict[str, float]:
         return {"val_loss": mean_loss(model, validation, micro_tokens=forward_tokens(machine, model.sizes))}
 
-    with RowBatches(pack(encoded), rows_per_iteration, ahead=machine.prefetch_batches) as batches:
+    alone = config.packing == "alone"  # then most of a row is padding
+    with RowBatches(pack(encoded), rows_per_iteration, ahead=machine.prefetch_batches, trimmed=alone) as batches:
         fit(
             ctx,
             model,

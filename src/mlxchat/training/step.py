@@ -13,7 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.data.packing import Ints
+from mlxchat.data.packing import Ints, trim_rows
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum
@@ -42,10 +42,12 @@ class Batch:
     weights: np.ndarray[Any, np.dtype[np.float32]]
 
 
-def mean_batch(rows: Sequence[tuple[Ints, Ints]]) -> Batch:
-    """Return rows as a batch whose loss is the mean over all their targets."""
+def mean_batch(rows: Sequence[tuple[Ints, Ints]], *, trimmed: bool = False) -> Batch:
+    """Return rows as a batch whose loss is the mean over all their targets, on request without their common padding."""
     ids = np.stack([row[0] for row in rows])
     targets = np.stack([row[1] for row in rows])
+    if trimmed:
+        ids, targets = trim_rows(ids, targets)
     counted = targets >= 0
     return Batch(ids, targets, (counted / max(1, int(counted.sum()))).astype(np.float32))
 
