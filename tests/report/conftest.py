@@ -26,7 +26,7 @@ PIPELINE: dict[str, dict[str, str]] = {
     "eval_sft": {"stage": "eval", "checkpoint": "sft"},
     "eval_rl": {"stage": "eval", "checkpoint": "rl"},
 }
-KINDS = {"corpus": "corpus", "tokenizer": "tokenizer", "eval": "scores"}
+KINDS = {"corpus": "corpus", "tokenizer": "tokenizer", "eval": "scores", "outside": "scores"}
 SECONDS = {
     "corpus": 3.1,
     "tokenizer": 8.7,

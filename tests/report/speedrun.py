@@ -90,9 +90,7 @@ def example_rows(seed: int, tasks: list[str]) -> list[dict[str, Any]]:
 
 def make_speedrun(make: Callable[..., Any], *, depth: int = 20, tasks: int = 5, outside: int = 0) -> Any:
     """Return the outputs of a whole run: CORE for the base model, ChatCORE for the others, outside models too."""
-    models = {f"gpt2_{i}": {"stage": "outside"} for i in range(outside)}
-    evals = {f"eval_gpt2_{i}": {"stage": "eval", "checkpoint": f"gpt2_{i}"} for i in range(outside)}
-    fake = make(**models, **evals)
+    fake = make(**{f"outside_{i}": {"stage": "outside"} for i in range(outside)})
     chats = list(CHAT_TASKS)[:tasks]
     base = {"bpb": {"val": 0.8123, "perplexity": 16.4, "tokens": 65536}, "tasks": {}, "mean_centered": None}
     fake.edit_json("eval_base", "scores.json", **base, core=core_result(1, 0.22))
@@ -100,8 +98,9 @@ def make_speedrun(make: Callable[..., Any], *, depth: int = 20, tasks: int = 5, 
         fake.edit_json(step, "scores.json", **chat_result(number, level, chats))
         write_examples(fake.folder(step) / "examples.parquet", example_rows(number, chats))
     for i in range(outside):
-        fake.edit_json(f"eval_gpt2_{i}", "scores.json", core=core_result(50 + i, 0.12 + 0.1 * i), bpb=None, tasks={},
-                       mean_centered=None)  # fmt: skip
+        scores = {"checkpoint": f"gpt2_{i}", "core": core_result(50 + i, 0.12 + 0.1 * i), "tasks": {}, "samples": []}
+        bpb = {"val": 0.7 + i / 10, "perplexity": 20.0, "tokens": 65536}  # better than ours: none of our merit
+        fake.write_json(f"outside_{i}", "scores.json", scores | {"bpb": bpb, "mean_centered": None})
     full = {
         "model": {"name": f"d{depth}", "depth": depth, "context_tokens": 2048},
         "architecture": {"name": "oct2025"},

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mlxchat.evals.examples import write_examples
+from mlxchat.report.collect import collect_steps, entries_of_artifacts
 from mlxchat.report.examples import read_examples
 from mlxchat.report.html import render_html
 from mlxchat.report.markdown import render_markdown
@@ -20,7 +22,7 @@ from mlxchat.report.published import GPT_CORE, references
 from mlxchat.report.scorecard import core_table, metric_table, published_tables
 from mlxchat.report.sections import groups_of, sections
 from mlxchat.report.tables import timing_table
-from mlxchat.report.wording import facts
+from mlxchat.report.wording import facts, headline
 
 _SPEC = importlib.util.spec_from_file_location("report_speedrun", Path(__file__).with_name("speedrun.py"))
 speedrun = importlib.util.module_from_spec(_SPEC)
@@ -118,8 +120,22 @@ def test_outside_models_are_columns_of_the_same_table(make):
     table = metric_table(report)
     assert set(table.header[1:]) == {"BASE", "MID", "SFT", "RL", "gpt2_0", "gpt2_1", "gpt2_2"}
     assert all(cell.text != "—" for cell, name in zip(row(table, "CORE"), table.header, strict=True) if "gpt2" in name)
-    own = dict(facts(report))["CORE"]
-    assert own == row(table, "CORE")[table.header.index("BASE")].text
+    own = dict(facts(report))
+    assert own["CORE"] == row(table, "CORE")[table.header.index("BASE")].text
+    assert own["val bpb"] == "0.812"
+    assert "Held-out text takes 0.812 bits per byte" in " ".join(headline(report))
+
+
+def test_artifacts_of_several_outside_models_stand_beside_an_eval_of_ours(make):
+    fake = speedrun.make_speedrun(make, outside=2)
+    for step, entry in fake.pipeline.items():
+        manifest = json.loads((fake.folder(step) / "manifest.json").read_text())
+        manifest |= {"rid": fake.rid(step), "kind": "scores" if entry["stage"] == "outside" else "checkpoint"}
+        manifest["step"] = step.partition("_0")[0].partition("_1")[0]  # the pipeline of outside models ran twice
+        fake.write_json(step, "manifest.json", manifest)
+    places = [fake.folder(step) for step in ("eval_base", "outside_0", "outside_1")]
+    report = collect_steps(fake.root, "all", entries_of_artifacts(fake.root, places), fake.root)
+    assert metric_table(report).header == ["Metric", "BASE", "gpt2_0", "gpt2_1"]
 
 
 def test_one_right_and_one_wrong_example_of_each_task_are_shown(whole_recipe):
@@ -142,6 +158,12 @@ def test_examples_of_former_versions_are_read_too(whole):
 def test_damaged_examples_are_left_out(whole, content):
     (whole.folder("eval_sft") / "examples.parquet").write_bytes(content)
     assert read_examples(whole.folder("eval_sft")) == []
+
+
+def test_an_evaluation_that_asked_nothing_has_no_examples_and_no_complaint(whole, caplog):
+    write_examples(whole.folder("eval_sft") / "examples.parquet", [])
+    assert read_examples(whole.folder("eval_sft")) == []
+    assert caplog.records == []
 
 
 def test_every_step_has_a_section_with_settings_derived_numbers_and_results(whole_recipe):

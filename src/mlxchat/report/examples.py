@@ -74,7 +74,8 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
         first: dict[tuple[Any, Any], int] = {}
         for position, key in enumerate(keys):
             first.setdefault(key, position)
-        return [mapping(row) for row in table.take(sorted(first.values())).to_pylist()]
+        # Without rows there is no list of numbers whose type could be told.
+        return [mapping(row) for row in table.take(sorted(first.values())).to_pylist()] if first else []
     except Exception as fault:  # pyarrow has a dozen kinds of errors for damaged files
         log.warning("%s cannot be read and is left out of the report: %s", path, fault)
         return []

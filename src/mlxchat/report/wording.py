@@ -163,11 +163,11 @@ def headline(report: RunReport) -> list[str]:
 def facts(report: RunReport) -> list[tuple[str, str]]:
     """Return (what, value) pairs for the head of the report, those known only."""
     pretrain = next((s for s in report.steps if s.stage == "pretrain" and s.manifest), None)
-    scored = [s.scores for s in report.evals if s.scores]
+    scored = _own_scores(report)
     bpb = min((s.bpb for s in scored if s.bpb is not None), default=None)
     chat = max((s.mean_centered for s in scored if s.mean_centered is not None), default=None)
     chatcore = max((s.chatcore for s in scored if s.chatcore is not None), default=None)
-    cores = [s.core.value for s in scored if s.core and _is_own(s, report)]
+    cores = [s.core.value for s in scored if s.core]
     core = max((value for value in cores if value is not None), default=None)
     spent = computing_seconds(report)
     found = [
@@ -188,10 +188,11 @@ def _is_training(step: StepReport) -> bool:
     return step.kind == "checkpoint" and (step.stage in STAGE_LABELS or bool(step.records))
 
 
-def _is_own(scores: Scores, report: RunReport) -> bool:
-    """Tell whether scores are of a checkpoint that was trained here, not of an outside model."""
-    source = report.step(scores.checkpoint)
-    return source is not None and source.stage in STAGE_LABELS
+def _own_scores(report: RunReport) -> list[Scores]:
+    """Return the scores of what was trained here; those of outside models if there are no others."""
+    scored = [step.scores for step in report.evals if step.scores]
+    trained = {step.name for step in report.steps if _is_training(step)}
+    return [scores for scores in scored if scores.checkpoint in trained] or scored
 
 
 def sample_groups(report: RunReport) -> list[tuple[str, str, list[Sample]]]:
@@ -238,13 +239,13 @@ def _phase(step: StepReport) -> str:
 
 
 def _quality(report: RunReport) -> Iterable[str]:
-    scored = [s.scores for s in report.evals if s.scores]
+    scored = _own_scores(report)
     text = min((s for s in scored if s.bpb is not None), key=lambda s: s.bpb or 0, default=None)
     if text and text.bpb is not None:
         others = ", ".join(f"{baseline_label(name)} {value:.2f}" for name, value in text.baselines.items())
         beside = f" ({others})" if others else ""
         yield f"Held-out text takes {text.bpb:.3f} bits per byte{beside}."
-    core = [s for s in scored if s.core and s.core.value is not None and _is_own(s, report)]
+    core = [s for s in scored if s.core and s.core.value is not None]
     if best := max(core, key=lambda s: (s.core and s.core.value) or 0, default=None):
         assert best.core is not None
         error = f" ± {best.core.stderr:.4f}" if best.core.stderr is not None else ""
