@@ -104,7 +104,7 @@ def test_our_tokenizer_read_as_theirs_is_the_same(
     assert theirs.token_bytes.tolist() == tokenizer.token_bytes.tolist()
     for text in ("the cat sat", "  你好\n<|bos|> it's 1234"):
         assert theirs.encode(text.replace("<|bos|>", "")) == tokenizer.encode(text.replace("<|bos|>", ""))
-        assert theirs.decode(theirs.encode(text)) == text
+        assert theirs.decode([*theirs.encode(text), theirs.vocab_size + 5]) == text
     messages = [{"role": "user", "content": "the cat"}]
     assert theirs.render_prompt(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
 

@@ -185,7 +185,7 @@ class OutsideTokenizer:
             raise DataError("the tokenizer has no token that begins a text, nor one that ends it")
         self.bos = int(found[0])
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return int(max(self._inner.get_vocab().values())) + 1
@@ -204,8 +204,8 @@ class OutsideTokenizer:
         return [np.array([self.bos, *self.encode(text)], dtype=np.uint32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids."""
-        return str(self._inner.decode(list(ids)))
+        """Return the text of ids; those beyond the vocabulary, for which some models have logits, stand for nothing."""
+        return str(self._inner.decode([each for each in ids if each < self.vocab_size]))
 
     def render_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the ids of a conversation up to where the assistant answers, by the folder's own template."""
