@@ -158,9 +158,12 @@ def evaluate_core(
                 if should_stop():
                     where = f"{task.label}, CORE's task {number} of {len(chosen)}"
                     raise stop(where) if stop else Interrupted(f"CORE stopped at {where}", signal.SIGTERM)
-        records = [journal.records[index] for index in range(len(items))]
-        result.examples.extend({"task": f"core/{task.label}", **record} for record in records)
-        result.scores.append(score_task(task, records))
+            records = [journal.records[index] for index in range(len(items))]
+            result.examples.extend({"task": f"core/{task.label}", **record} for record in records)
+            result.scores.append(score := score_task(task, records))
+            if score.cropped:
+                share = f"{score.cropped} of {len(items)} prompts of {task.label}"
+                display.note(f"{share} lost their beginning: longer than {model.context_tokens} tokens")
     result.seconds = time.monotonic() - began
     return result
 
