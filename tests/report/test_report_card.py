@@ -214,3 +214,11 @@ def test_a_step_without_anything_to_tell_has_no_section_and_a_failed_one_says_wh
     page = render_html(fake.read())
     assert page.count("out of &lt;b&gt;memory") == 2  # at the top, and where it happened
     assert 'href="#step-' in page
+
+
+def test_examples_are_found_wherever_in_a_long_file_they_stand(whole):
+    row = {"index": 0, "seed": None, "prompt": "p", "output": "o", "expected": "e", "tokens": 1, "details": {}}
+    rows = [row | {"task": "early", "verdict": False}] * 9000 + [row | {"task": "late", "verdict": True, "prompt": "q"}]
+    speedrun.write_examples(whole.folder("eval_sft") / "examples.parquet", rows)
+    found = [(e.task, e.is_right, e.prompt) for e in read_examples(whole.folder("eval_sft"))]
+    assert found == [("early", False, "p"), ("late", True, "q")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,20 @@ class StepReport:
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Return (iterations, values) of one metric, finite values only."""
-        points = [(number(r.get("iteration")), number(r.get(name))) for r in self.records]
-        kept = [(i, v) for i, v in points if i is not None and v is not None]
-        return [i for i, _ in kept], [v for _, v in kept]
+        return self.all_series.get(name, ([], []))
+
+    @cached_property
+    def all_series(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Metric → (iterations, values): a long training has some hundred thousand numbers, looked at once."""
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for record in self.records:
+            iteration = number(record.get("iteration"))
+            for name, value in record.items() if iteration is not None else ():
+                if (known := number(value)) is not None and iteration is not None:
+                    xs, ys = found.setdefault(name, ([], []))
+                    xs.append(iteration)
+                    ys.append(known)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def _example(task: str, is_right: bool, row: dict[str, Any]) -> Example:
     return Example(task=task, is_right=is_right, prompt=shown, output=cut(output, _CHARACTERS), expected=expected)
 
 
+def _rows_at(file: Any, positions: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield the rows at ascending positions, a group of rows in memory at a time."""
+    begin = 0
+    for group in range(file.num_row_groups):
+        end = begin + file.metadata.row_group(group).num_rows
+        if inside := [position - begin for position in positions if begin <= position < end]:
+            yield from map(mapping, file.read_row_group(group).take(inside).to_pylist())
+        begin = end
+
+
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     """Return the first right and the first wrong row of each task; a large file is not read whole into Python."""
     if not path.is_file():
@@ -69,13 +80,13 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
         from pyarrow import parquet
 
-        table = parquet.read_table(path)
-        keys = zip(table.column("task").to_pylist(), table.column("verdict").to_pylist(), strict=True)
-        first: dict[tuple[Any, Any], int] = {}
-        for position, key in enumerate(keys):
-            first.setdefault(key, position)
-        # Without rows there is no list of numbers whose type could be told.
-        return [mapping(row) for row in table.take(sorted(first.values())).to_pylist()] if first else []
+        with parquet.ParquetFile(path) as file:
+            keys = file.read(columns=["task", "verdict"])
+            pairs = zip(keys.column("task").to_pylist(), keys.column("verdict").to_pylist(), strict=True)
+            first: dict[tuple[Any, Any], int] = {}
+            for position, key in enumerate(pairs):
+                first.setdefault(key, position)
+            return list(_rows_at(file, sorted(first.values())))
     except Exception as fault:  # pyarrow has a dozen kinds of errors for damaged files
         log.warning("%s cannot be read and is left out of the report: %s", path, fault)
         return []

@@ -59,8 +59,8 @@ def columns(report: RunReport) -> list[Column]:
 
 def passes(step: StepReport) -> list[int]:
     """Return the k for which a step logged pass@k, ascending: powers of two and the largest."""
-    names = {name for record in step.records for name in record if re.fullmatch(r"pass_at_\d{1,6}", name)}
-    ks = sorted(int(name.removeprefix("pass_at_")) for name in names if step.series(name)[0])
+    found = (re.fullmatch(r"pass_at_(\d{1,6})", name) for name in step.all_series)
+    ks = sorted(int(match[1]) for match in found if match)
     return [k for k in ks if k.bit_count() == 1 or k == ks[-1]]
 
 
