@@ -21,6 +21,7 @@ def measure_throughput(model: GPT, *, seconds: float = 0.5) -> dict[str, float]:
         model: to measure; nothing of it is changed.
         seconds: for each of the two.
     """
+    mx.reset_peak_memory()  # of what this process did before
     tokens = min(_PROMPT_TOKENS, model.sizes.context_tokens)
     prompt = mx.arange(tokens)[None] % model.sizes.vocab_size
 
