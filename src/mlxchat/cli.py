@@ -29,7 +29,7 @@ VERBS = {
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
     "report": ("report", "write and print the report of a run, of artifacts, or of several runs"),
     "graph": ("graph", "draw the pipeline (--format ascii, mermaid, dot or json)"),
-    "bench": ("bench", "measure how fast this machine trains (bench train; --json for programs)"),
+    "bench": ("bench", "measure how fast this machine works (bench train, bench core; --json for programs)"),
     "completion": ("completion", "print a script with which bash, zsh or fish completes all of this"),
     "doctor": ("doctor", "check device, BLAS, memory, disk and versions, and say how to mend what is wrong"),
 }
