@@ -162,6 +162,7 @@ def test_wandb_keeps_a_continued_run_in_its_offline_folder(tmp_path: Path, envir
     assert config["model"]["depth"] == 4
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_goes_on_in_the_same_curve(
     tmp_path: Path, mlxchat: Any, tiny: tuple[str, ...]
 ) -> None:
