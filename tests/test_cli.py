@@ -53,7 +53,8 @@ def test_help_lists_every_verb_and_every_group_with_its_options_in_our_own_words
     text = say(option)
     for verb, (_, purpose) in VERBS.items():
         assert re.search(rf"^  {verb} +{re.escape(purpose)}$", text, re.MULTILINE)
-    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("  ") and line.split()}
+    unfolded = re.sub(r"\n {17}", " ", text)
+    lines = {line.split()[0]: line.split()[1:] for line in unfolded.splitlines() if line.startswith("  ")}
     for group in set(group_names()) - {"settings", "mixture"}:
         assert set(lines[f"{group}="]) == set(group_options(group))
     assert "mixture@sft.mixture=" in text, "a mixture is chosen at the place it is for"

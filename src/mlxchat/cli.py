@@ -111,14 +111,19 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _help() -> str:
+    from textwrap import fill
+
     from mlxchat.compose import group_names, group_options
 
     verbs = "\n".join(f"  {verb:<10} {purpose}" for verb, (_, purpose) in VERBS.items())
-    groups = "\n".join(
-        f"  {group + '=':<14} {' '.join(group_options(group))}"
-        for group in group_names()
-        if group not in ("settings", "mixture")
-    )
+    names = {group: f"{group}=" for group in group_names() if group not in ("settings", "mixture")}
     # The one group that is used at several places.
-    groups += f"\n  mixture@sft.mixture= (or @midtrain.mixture=)  {' '.join(group_options('mixture'))}"
+    names |= {"mixture": "mixture@sft.mixture= (or @midtrain.mixture=)"}
+    groups = "\n".join(
+        fill(
+            f"{name:<14} {' '.join(group_options(group))}", width=118, initial_indent="  ",
+            subsequent_indent=" " * 17, break_on_hyphens=False,
+        )
+        for group, name in names.items()
+    )  # fmt: skip
     return _USAGE.format(version=__version__, verbs=verbs, groups=groups)
