@@ -58,7 +58,7 @@ speedrun-d12: setup ## the same, small enough for a good Mac
 	$(BIN)/mlxchat experiment=speedrun_d12 $(ARGS)
 
 check: lint type ## lint, types and the fast tests: what every change must pass
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile $(TESTS)
 
 test: check ## the same as check
 
