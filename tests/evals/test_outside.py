@@ -109,6 +109,24 @@ def test_our_tokenizer_read_as_theirs_is_the_same(
     assert theirs.render_prompt(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
 
 
+def test_the_bytes_of_pieces_with_byte_fallback_are_those_of_the_text() -> None:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcé", "ab", "▁ab"]
+    backend = Backend(models.BPE({piece: place for place, piece in enumerate(pieces)}, [("a", "b"), ("▁", "ab")],
+                                 byte_fallback=True))  # fmt: skip
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    tokenizer = OutsideTokenizer(TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")))
+    text = "ab abc é 你好\n"
+    assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+    assert tokenizer.token_bytes[tokenizer.bos] == 0
+
+
 def test_next_logits_of_prompts_that_share_a_beginning_are_those_of_each_alone(
     outside: tuple[OutsideModel, OutsideTokenizer],
 ) -> None:
