@@ -22,6 +22,7 @@ SETTINGS = (
     "corpus.hub.train_files=shard_*", "corpus.hub.validation_files=held_out.parquet", "tokenizer.max_chars=5000",
     "tokenizer.vocab_size=275", "retry.attempts=1",
 )  # fmt: skip
+CORPUS_ALONE = tuple(word.replace("stage=tokenizer", "stage=corpus") for word in SETTINGS)
 
 
 def parquet(seed: int) -> bytes:
@@ -100,7 +101,7 @@ def test_what_is_there_is_listed_with_size_commit_and_who_needs_it(
 ) -> None:
     assert "nothing was fetched yet" in say("data", "ls")
     say("data", "fetch", *SETTINGS)
-    say(*SETTINGS)
+    say(*CORPUS_ALONE)
     found = json.loads(say("data", "ls", "--json"))
     (holding,) = found["holdings"]
     assert (holding["name"], holding["revision"], holding["verified"]) == (NAME, texts.commit, True)
@@ -110,7 +111,7 @@ def test_what_is_there_is_listed_with_size_commit_and_who_needs_it(
 
 
 def test_what_an_artifact_needs_is_not_removed_unasked(hub: Any, texts: Any, say: Callable[..., str]) -> None:
-    say(*SETTINGS)
+    say(*CORPUS_ALONE)
     assert "Nothing was removed" in say("data", "rm", NAME, code=2)
     assert "would remove" in say("data", "rm", NAME, "--dry-run")
     before = json.loads(say("data", "ls", "--json"))["bytes"]

@@ -193,6 +193,7 @@ def use_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.mark.slow
 def test_tinystories_come_from_the_hub(
     tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat, use_caches: None
 ) -> None:
@@ -261,6 +262,7 @@ def test_what_the_hub_does_not_have_is_refused_in_one_message(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_is_always_corrupted_is_refused_in_one_message(
     tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat
 ) -> None:
