@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
             if not groups[name]:
                 raise DataError(f"{name} at {options.revision} has no file like {options.files}")
     else:
-        groups, urls = find_needs(settings, dirs)
+        groups, urls = find_needs(settings, dirs, measure=not options.dry_run)
     for title, files in groups.items():
         left = sum(file.bytes for file in files if not file.is_there())
         size = format_bytes(sum(file.bytes for file in files))
@@ -76,8 +76,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def find_needs(settings: list[str], dirs: list[str]) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
-    """Return title → files of the Hub, and address → sha256 (None: not known), that the steps to run will read."""
+def find_needs(
+    settings: list[str], dirs: list[str], *, measure: bool
+) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
+    """Return title → files of the Hub, and address → sha256 (None: not known), that the steps to run will read.
+
+    With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
+    """
     from mlxchat.commands.run import plan_of
     from mlxchat.compose import compose_config
     from mlxchat.data.hub import list_files
@@ -91,7 +96,7 @@ def find_needs(settings: list[str], dirs: list[str]) -> tuple[dict[str, list[Hub
     groups: dict[str, list[HubFile]] = {}
     urls: dict[str, str | None] = {}
     if any(step.stage.name in ("corpus", "tokenizer", "pretrain") or "corpus" in step.inputs for step in plan):
-        groups |= _corpus_files(config, plan, store)
+        groups |= _corpus_files(config, plan, store, measure=measure)
     sections = {name: getattr(config, name) for step in plan for name in step.stage.config}
     for item in _task_items(sections):
         for source in load_item(item).needs():
@@ -108,11 +113,11 @@ def find_needs(settings: list[str], dirs: list[str]) -> tuple[dict[str, list[Hub
     return groups, urls
 
 
-def _corpus_files(config: Config, plan: list[PlannedStep], store: Store) -> dict[str, list[HubFile]]:
+def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, measure: bool) -> dict[str, list[HubFile]]:
     """Return what is read of a corpus on the Hub: the validation files, and as many others as the horizon needs."""
     if config.corpus.hub is None:
         return {}
-    from mlxchat.data.hub_corpus import list_corpus
+    from mlxchat.data.hub_corpus import list_corpus, measure_validation
     from mlxchat.data.listing import ESTIMATED_CHARS_PER_BYTE, Known
     from mlxchat.training.text_need import find_text_need
 
@@ -123,6 +128,8 @@ def _corpus_files(config: Config, plan: list[PlannedStep], store: Store) -> dict
     files = train[:1]
     if need is not None:
         known = need.known or Known(train, ESTIMATED_CHARS_PER_BYTE, False)
+        if measure and not known.is_measured:
+            known = Known(train, measure_validation(corpus)[2] or ESTIMATED_CHARS_PER_BYTE, True)
         need = replace(need, known=known)
         files = known.first(need.chars)
         print(need)

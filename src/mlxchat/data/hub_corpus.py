@@ -101,14 +101,9 @@ def pin_corpus(
     corpus = list_corpus(hub, validation_documents)
     first = [_file(shard) for shard in [*corpus.validation, corpus.train[0]]]
     fetch_files(first, check=check)
-    documents = chars = 0
-    for shard in corpus.validation:
-        for document in shard.documents(check):
-            documents, chars = documents + 1, chars + len(document)
+    documents, chars, density = measure_validation(corpus, check)
     if not chars or corpus.train[0].count(check) < 1:
         raise DataError(f"{hub.repository}: no document in {first[0].path if not chars else corpus.train[0].name}")
-    share = sum(_share(shard) for shard in corpus.validation)
-    density = chars / share
     if train_chars is not None:
         needed = corpus.train[: count_files([shard.bytes for shard in corpus.train], train_chars / density)]
         check_room(needed, f"The text of this run ({hub.repository}, {len(needed)} files)")
@@ -124,6 +119,18 @@ def pin_corpus(
         "train_bytes": sum(file.bytes for file in files),
     }
     return metrics, [_describe(files), *(record(file) for file in first)]
+
+
+def measure_validation(corpus: HubCorpus, check: Callable[[], None] = lambda: None) -> tuple[int, int, float]:
+    """Return the documents and characters of the validation files, and the characters in a byte of them.
+
+    They are fetched if they are not there; see `pin_corpus` for what is raised.
+    """
+    documents = chars = 0
+    for shard in corpus.validation:
+        for document in shard.documents(check):
+            documents, chars = documents + 1, chars + len(document)
+    return documents, chars, chars / max(1.0, sum(_share(shard) for shard in corpus.validation))
 
 
 def check_room(shards: Iterable[Shard], what: str) -> None:
