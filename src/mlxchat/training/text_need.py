@@ -55,11 +55,12 @@ class TextNeed:
     def __str__(self) -> str:
         """For people."""
         how = "measured" if self.is_measured else "estimated"
-        text = (
-            f"text: {format_count(self.chars)} characters for {format_count(self.tokens)} tokens "
-            f"({self.chars_per_token:.2f} a token, {how}; {self.cropped_share:.0%} lost in packing, "
-            f"{MARGIN - 1:.0%} spare)"
-        )
+        text = f"text: {format_count(self.chars)} characters"
+        if self.tokens:
+            text += (
+                f" for {format_count(self.tokens)} tokens ({self.chars_per_token:.2f} a token, {how}; "
+                f"{self.cropped_share:.0%} lost in packing, {MARGIN - 1:.0%} spare)"
+            )
         if self.known is None:
             return f"{text}; the corpus is not listed yet"
         files = self.known.first(self.chars)
