@@ -138,8 +138,9 @@ def test_conversations_have_a_momentum_of_their_own_and_no_weight_decay() -> Non
 
 
 def test_a_stage_without_a_momentum_of_its_own_has_the_optimizers() -> None:
-    config = compose_config(["experiment=speedrun_d12"]).config
+    config = compose_config(["experiment=quickstart", "optimizer.momentum_warmup_iterations=300"]).config
     for stage in (config.pretrain, config.midtrain, config.sft, config.rl):
+        assert stage.schedule.momentum is None
         assert rates_at(150, 1000, stage.schedule, config.optimizer).momentum == pytest.approx(0.9)
 
 

@@ -133,7 +133,7 @@ def test_without_keeping_it_there_is_no_state(train: Callable[..., Any]) -> None
 
 def test_moments_of_other_rules_are_refused_by_name(train: Callable[..., Any]) -> None:
     short, _ = train("short", 1)
-    with pytest.raises(DataError, match=r"cannot be extended, other arrays are needed: first\.transformer\.h\.0"):
+    with pytest.raises(DataError, match=r"cannot be continued, other arrays are needed: first\.transformer\.h\.0"):
         train("long", 2, extends=short.out, kind="adamw")
 
 
