@@ -192,6 +192,20 @@ def test_a_hook_is_called_at_its_cadence_and_once_at_the_end(
     assert ctx.metrics["val_loss"] == 6.0
 
 
+@pytest.mark.parametrize(("every", "also_every", "called"), [(None, 4, [4, 6]), (2, 3, [2, 3, 4, 6]), (4, 4, [4, 6])])
+def test_a_hook_with_two_cadences_is_called_once_where_both_are_due(
+    train: Callable[..., Any], every: int | None, also_every: int, called: list[int]
+) -> None:
+    calls: list[int] = []
+
+    def note(iteration: int) -> dict[str, float]:
+        calls.append(iteration)
+        return {}
+
+    train("run", hooks=[Hook(run=note, every=every, also_every=also_every)])
+    assert calls == called
+
+
 # Interruption
 
 
