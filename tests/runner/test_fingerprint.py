@@ -221,7 +221,8 @@ def test_the_leaves_cover_every_field_of_the_schema() -> None:
 )
 def test_an_identity_field_changes_the_ids_of_the_steps_that_read_it_and_of_no_others(path: str) -> None:
     section = path.split(".")[0]
-    if path.endswith((".packages", ".paths", ".path", "tokenizer.source")):  # these must exist for a plan, and are hashed besides
+    # These must exist for a plan, and are hashed besides.
+    if path.endswith((".packages", ".paths", ".path", "tokenizer.source")):
         before, after = getattr(full_config(), section), getattr(changed(path), section)
         assert identity_of(before) != identity_of(after)
         return
@@ -289,7 +290,7 @@ def test_a_field_added_later_leaves_old_ids_alone_while_it_has_its_default() -> 
 @pytest.mark.parametrize(
     "value",
     [float("nan"), float("inf"), -float("inf"), len, lambda: 1, object(), {1, 2}, b"bytes", Path("x"), Config, 1j],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("wrap", [lambda value: value, lambda value: {"a": [value]}], ids=["alone", "nested"])
 def test_what_has_no_canonical_form_is_refused(value: Any, wrap: Any) -> None:
