@@ -26,7 +26,7 @@ LAYERS = [
         "eval_config",
         "model_config",
         "ops",
-    },  # fmt: skip
+    },
     {"runner"},
     {"data", "tasks"},
     {"model"},

@@ -76,8 +76,8 @@ def test_a_search_ends_with_a_table_and_a_picture(undisturbed: tuple[Path, str])
     ["search.written:5", "train.iteration:2"]
     + [
         pytest.param(point, marks=pytest.mark.slow)
-        for point in ("search.asked", "search.told", "search.written", "search.written:2", "search.written:3", "search.asked:3", "search.told:4",
-                      "publish.renamed:4", "step.started:3")
+        for point in ("search.asked", "search.told", "search.written", "search.written:2", "search.written:3",
+                      "search.asked:3", "search.told:4", "publish.renamed:4", "step.started:3")
     ],
 )  # fmt: skip
 def test_a_search_that_was_killed_ends_as_one_that_was_not(

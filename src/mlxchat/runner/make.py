@@ -136,7 +136,8 @@ def _prepare(
     return Context(
         step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
-        work=work / "ckpt", root_seed=run.seed, hints=run.policy.hints, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
+        work=work / "ckpt", root_seed=run.seed, hints=run.policy.hints, stop_signal=lambda: run.stop_signal,
+        on_metrics=run.on_metrics,
         shared=SharedArtifacts(
             outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
         ),
