@@ -1,4 +1,4 @@
-"""A small random model, and one that says what it is told to."""
+"""A small random model, and an engine that says what it is told to."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.model.weights import flatten_parameters, set_parameters
@@ -54,35 +55,48 @@ def model(tokenizer: Tokenizer) -> GPT:
     return model
 
 
-class ScriptedModel:
-    """A model that wants scripts[r][t] after t tokens in row r, whatever it is given.
+class Scripted:
+    """A `Forward` that wants scripts[p][t] after t tokens of an answer, where p tells prompts apart by their length."""
 
-    Rows are told apart by the padding in front of their prompts, so prompts have to differ in length.
-    """
-
-    def __init__(self, scripts: Sequence[Sequence[int]], padding: Sequence[int], vocab_size: int) -> None:
-        self.scripts = dict(zip(padding, scripts, strict=True))
-        self.sizes = SimpleNamespace(windows=lambda: [None])
-        self.logits = lambda hidden: hidden
-        self.vocab_size, self.step = vocab_size, 0
+    def __init__(self, scripts: Sequence[Sequence[int]], vocab_size: int) -> None:
+        self.scripts, self.vocab_size = scripts, vocab_size
         self.given: list[list[int]] = []
+        self.lengths: list[int] = []
 
-    def hidden(self, ids: mx.array, cache: Any) -> mx.array:
-        self.given.append(ids[:, -1].tolist())
-        logits = np.zeros((ids.shape[0], ids.shape[1], self.vocab_size), dtype=np.float32)
-        for row, padding in enumerate(cache.starts.tolist()):
-            script = self.scripts[padding]
-            logits[row, -1, script[self.step] if self.step < len(script) else 32] = 1000.0
-        self.step += 1
-        return mx.array(logits)
+    def read(self, ids: list[int], past: Any, last: int | None) -> int:
+        return (past or 0) + len(ids)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        self.lengths += [1] * (rows - len(self.lengths))
+
+    def keep(self, kept: list[int], tokens: int) -> None:
+        self.lengths = [self.lengths[row] for row in kept]
+
+    def clear(self) -> None:
+        self.lengths = []
+
+    def fill(self, row: int, past: int | None) -> None:
+        self.lengths[row] = (past or 0) + 1
+
+    def past_of(self, row: int, tokens: int) -> None:
+        return None
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        self.given.append(ids)
+        logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
+        for row, position in enumerate(positions):
+            script, done = self.scripts[self.lengths[row] - 1], position + 1 - self.lengths[row]
+            logits[row, script[done] if 0 <= done < len(script) else 32] = 1000.0
+        return logits
 
 
 @pytest.fixture
-def scripted(tokenizer: Tokenizer) -> Callable[..., tuple[ScriptedModel, list[list[int]]]]:
-    def make(*scripts: Sequence[int]) -> tuple[ScriptedModel, list[list[int]]]:
-        """Return a model that follows the scripts, and as many prompts for it."""
-        prompts = [[tokenizer.bos] * (1 + row) for row in range(len(scripts))]
-        padding = [len(scripts) - len(prompt) for prompt in prompts]
-        return ScriptedModel(scripts, padding, tokenizer.vocab_size), prompts
+def scripted(tokenizer: Tokenizer) -> Callable[..., tuple[Engine, list[list[int]]]]:
+    def make(*scripts: Sequence[int]) -> tuple[Engine, list[list[int]]]:
+        """Return an engine that follows the scripts, and as many prompts for it."""
+        forward = Scripted(scripts, tokenizer.vocab_size)
+        engine = Engine(SimpleNamespace(scripted=forward), tokenizer)  # type: ignore[arg-type]
+        engine.forward = lambda: forward  # type: ignore[method-assign]
+        return engine, [[tokenizer.bos] * (1 + row) for row in range(len(scripts))]
 
     return make

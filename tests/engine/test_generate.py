@@ -121,32 +121,32 @@ def test_successive_tokens_of_a_row_are_drawn_apart(model: GPT, tokenizer: Token
 @pytest.mark.parametrize("name", ["<|assistant_end|>", "<|bos|>"])
 def test_a_row_ends_with_its_end_token(tokenizer: Tokenizer, scripted: Callable[..., tuple], name: str) -> None:
     end = tokenizer.special_ids[name]
-    model, prompts = scripted([97, 98, end, 99])
-    (completion,) = Engine(model, tokenizer).complete(prompts, max_new_tokens=10)
+    engine, prompts = scripted([97, 98, end, 99])
+    (completion,) = engine.complete(prompts, max_new_tokens=10)
     assert (completion.ids, completion.mask, completion.finished) == ([97, 98, end], [1, 1, 1], True)
 
 
 def test_a_row_cut_off_is_not_finished(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
-    model, prompts = scripted([97, 98, 99])
-    (completion,) = Engine(model, tokenizer).complete(prompts, max_new_tokens=2)
+    engine, prompts = scripted([97, 98, 99])
+    (completion,) = engine.complete(prompts, max_new_tokens=2)
     assert (completion.ids, completion.finished) == ([97, 98], False)
 
 
 def test_no_new_tokens_are_none(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
-    model, prompts = scripted([97], [98])
-    assert [each.ids for each in Engine(model, tokenizer).complete(prompts, max_new_tokens=0)] == [[], []]
+    engine, prompts = scripted([97], [98])
+    assert [each.ids for each in engine.complete(prompts, max_new_tokens=0)] == [[], []]
 
 
 def test_columns_have_one_entry_per_row_that_goes_on(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
     end = tokenizer.assistant_end
-    model, prompts = scripted([97, 98, 99], [100, end], [end])
-    columns = list(Engine(model, tokenizer).stream(prompts, max_new_tokens=3))
+    engine, prompts = scripted([97, 98, 99], [100, end], [end])
+    columns = list(engine.stream(prompts, max_new_tokens=3))
     assert columns == [[(0, 97, 1), (1, 100, 1), (2, end, 1)], [(0, 98, 1), (1, end, 1)], [(0, 99, 1)]]
 
 
 def test_generation_stops_when_all_rows_have_ended(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
-    model, prompts = scripted([97, tokenizer.assistant_end], [tokenizer.assistant_end])
-    assert len(list(Engine(model, tokenizer).stream(prompts, max_new_tokens=100))) == 2
+    engine, prompts = scripted([97, tokenizer.assistant_end], [tokenizer.assistant_end])
+    assert len(list(engine.stream(prompts, max_new_tokens=100))) == 2
 
 
 # The calculator
@@ -163,8 +163,8 @@ def answer(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def run_script(tokenizer: Tokenizer, scripted: Callable[..., tuple], script: list[int]) -> tuple[list[int], list[int]]:
-    model, prompts = scripted([*script, tokenizer.assistant_end])
-    (completion,) = Engine(model, tokenizer).complete(prompts, max_new_tokens=200)
+    engine, prompts = scripted([*script, tokenizer.assistant_end])
+    (completion,) = engine.complete(prompts, max_new_tokens=200)
     return completion.ids, completion.mask
 
 
@@ -178,9 +178,9 @@ def test_a_call_forces_its_answer_which_is_not_sampled(tokenizer: Tokenizer, scr
 
 def test_the_model_is_given_the_forced_tokens(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
     question, forced = call(tokenizer, "6*7"), answer(tokenizer, "42")
-    model, prompts = scripted([*question, *[120] * len(forced), tokenizer.assistant_end])
-    Engine(model, tokenizer).complete(prompts, max_new_tokens=50)
-    assert [row[0] for row in model.given[1:]] == [*question, *forced]
+    engine, prompts = scripted([*question, *[120] * len(forced), tokenizer.assistant_end])
+    engine.complete(prompts, max_new_tokens=50)
+    assert [row[0] for row in engine.model.scripted.given[1:]] == [*question, *forced]
 
 
 @pytest.mark.parametrize("expression", ["", "hello", "1/0", "2**9"])
@@ -222,8 +222,8 @@ def test_an_end_that_the_model_wants_while_tokens_are_forced_is_lost(
 
 def test_forced_tokens_count_as_new_tokens(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
     question = call(tokenizer, "6*7")
-    model, prompts = scripted([*question, *[0] * 20])
-    (completion,) = Engine(model, tokenizer).complete(prompts, max_new_tokens=len(question) + 2)
+    engine, prompts = scripted([*question, *[0] * 20])
+    (completion,) = engine.complete(prompts, max_new_tokens=len(question) + 2)
     assert completion.ids == [*question, *answer(tokenizer, "42")[:2]]
     assert not completion.finished
 
@@ -235,8 +235,8 @@ def test_each_row_has_its_own_calculator(tokenizer: Tokenizer, scripted: Callabl
         [97, 98, 99, *call(tokenizer, "5*6"), *[0] * len(forced[1]), end],
         [97, end],
     ]
-    model, prompts = scripted(*scripts)
-    completions = Engine(model, tokenizer).complete(prompts, max_new_tokens=60)
+    engine, prompts = scripted(*scripts)
+    completions = engine.complete(prompts, max_new_tokens=60)
     assert [completion.ids for completion in completions] == [
         [*call(tokenizer, "1+1"), *forced[0], end],
         [97, 98, 99, *call(tokenizer, "5*6"), *forced[1], end],

@@ -1,82 +1,100 @@
-"""Drawing: exactly the distribution of the logits at a temperature, among the k best."""
+"""Drawing: exactly the distribution of the logits at a temperature, within the limits that are set."""
 
 from __future__ import annotations
 
-import mlx.core as mx
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mlxchat.engine.sample import sample_tokens, split_keys
+from mlxchat.engine.sample import Sampling, distribution, log_probability, sample_token
 
-NUM_DRAWS = 100_000
+NUM_DRAWS = 20_000
 LOGITS = np.array([0.5, -1.0, 2.0, 1.0, -3.0, 1.5, 0.0, -0.5], dtype=np.float32)
+LIMITS: list[dict[str, Any]] = [
+    {}, {"top_k": 1}, {"top_k": 3}, {"top_k": 8}, {"top_k": 50}, {"top_p": 0.5}, {"top_p": 0.9}, {"top_p": 1.0},
+    {"min_p": 0.3}, {"min_p": 1.0}, {"top_k": 5, "top_p": 0.7}, {"top_k": 4, "top_p": 0.95, "min_p": 0.2},
+]  # fmt: skip
 
 
-def draw(logits: np.ndarray, temperature: float, top_k: int | None, seed: int = 0) -> np.ndarray:
-    """Return many draws from one row of logits, each made as a row of a batch."""
-    batch = mx.broadcast_to(mx.array(logits), (NUM_DRAWS, len(logits)))
-    return np.asarray(sample_tokens(batch, temperature=temperature, top_k=top_k, key=mx.random.key(seed)))
+def expected(logits: np.ndarray, temperature: float, **limits: Any) -> np.ndarray:
+    """Return the probabilities (V,) by the definitions, with everything sorted; only the division is in float32."""
+    weights = np.exp((logits / np.float32(temperature)).astype(np.float64))
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    allowed = order[: limits.get("top_k", len(order))]
+    if "top_p" in limits:
+        shares = np.cumsum(weights[allowed]) / weights[allowed].sum()
+        allowed = allowed[: 1 + int((shares < limits["top_p"] - 1e-12).sum())]
+    if "min_p" in limits:
+        allowed = [token for token in allowed if weights[token] >= limits["min_p"] * weights[allowed[0]]]
+    found = np.zeros(len(logits))
+    found[allowed] = weights[allowed] / weights[allowed].sum()
+    return found
 
 
-def probabilities(logits: np.ndarray, temperature: float, top_k: int | None) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    if top_k is not None:
-        logits = np.where(logits >= np.sort(logits)[-min(top_k, len(logits))], logits, -np.inf)
-    weights = np.exp((logits - logits.max()) / temperature)
-    return weights / weights.sum()
+def found(logits: np.ndarray, **how: Any) -> np.ndarray:
+    ids, probabilities = distribution(logits, Sampling(**how))
+    spread = np.zeros(len(logits))
+    spread[slice(None) if ids is None else ids] = probabilities
+    return spread
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 2, 3, 7, 8, 50])
-@pytest.mark.parametrize("temperature", [0.3, 0.6, 1.0, 2.0])
-def test_draws_have_the_distribution_of_the_logits(temperature: float, top_k: int | None) -> None:
-    expected = probabilities(LOGITS, temperature, top_k)
-    found = np.bincount(draw(LOGITS, temperature, top_k), minlength=8) / NUM_DRAWS
-    assert (found[expected == 0] == 0).all()
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_tokens_have_the_probabilities_of_the_definitions(temperature: float, limits: dict[str, Any]) -> None:
+    wanted = expected(LOGITS, temperature, **limits)
+    np.testing.assert_allclose(found(LOGITS, temperature=temperature, **limits), wanted, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([10, 300, 5000]), st.floats(0.2, 3), st.sampled_from(LIMITS),
+    st.booleans(),
+)  # fmt: skip
+def test_any_logits_have_the_probabilities_of_the_definitions(
+    seed: int, size: int, temperature: float, limits: dict[str, Any], ties: bool
+) -> None:
+    logits = np.random.default_rng(seed).normal(scale=4, size=size).astype(np.float32)
+    logits = np.round(logits) if ties else logits
+    wanted = expected(logits, temperature, **limits)
+    np.testing.assert_allclose(found(logits, temperature=temperature, **limits), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.8}], ids=str)
+def test_draws_have_the_probabilities(limits: dict[str, Any]) -> None:
+    draws, sampling = np.random.default_rng(0), Sampling(temperature=0.8, **limits)
+    drawn = [sample_token(LOGITS, sampling, draws) for _ in range(NUM_DRAWS)]
+    share, wanted = np.bincount(drawn, minlength=8) / NUM_DRAWS, expected(LOGITS, 0.8, **limits)
+    assert (share[wanted == 0] == 0).all()
     # Five standard errors of each share.
-    assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / NUM_DRAWS) + 1e-12).all()
+    assert (np.abs(share - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / NUM_DRAWS) + 1e-12).all()
 
 
-@pytest.mark.parametrize("top_k", [1, 3, 50, 199])
-def test_exactly_the_k_best_can_be_drawn(top_k: int) -> None:
-    logits = np.random.default_rng(0).permutation(200).astype(np.float32) * 1e-6  # all but equally likely
-    assert set(draw(logits, 1.0, top_k).tolist()) == set(np.argsort(logits)[-top_k:].tolist())
+def test_temperature_zero_takes_the_best_and_draws_nothing() -> None:
+    draws = np.random.default_rng(0)
+    assert sample_token(LOGITS, Sampling(), draws) == 2
+    assert draws.random() == np.random.default_rng(0).random()
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 5])
-def test_temperature_zero_takes_the_best_whatever_the_seed(top_k: int | None) -> None:
-    logits = mx.array(np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32))
-    for seed in range(3):
-        got = sample_tokens(logits, temperature=0, top_k=top_k, key=mx.random.key(seed))
-        assert got.tolist() == np.asarray(logits).argmax(-1).tolist()
+@pytest.mark.parametrize("penalty", [1.5, 0.5])
+def test_a_penalty_divides_what_is_positive_and_multiplies_the_rest(penalty: float) -> None:
+    logits = LOGITS.copy()
+    logits[[2, 4]] = [2.0 / penalty, -3.0 * penalty]
+    got = distribution(LOGITS, Sampling(temperature=1.0, repetition_penalty=penalty), [2, 4, 2, 2])[1]
+    np.testing.assert_allclose(got, expected(logits, 1.0), atol=1e-7)
 
 
-def test_a_seed_gives_the_same_draws_and_another_seed_others() -> None:
-    assert (draw(LOGITS, 1.0, None, seed=1) == draw(LOGITS, 1.0, None, seed=1)).all()
-    assert (draw(LOGITS, 1.0, None, seed=1) != draw(LOGITS, 1.0, None, seed=2)).any()
+def test_log_probabilities_are_the_models_own() -> None:
+    own, best = log_probability(LOGITS, 4, 3)
+    logs = np.log(expected(LOGITS, 1.0))
+    assert own == pytest.approx(logs[4], abs=1e-12)
+    assert [token for token, _ in best] == [2, 5, 3]
+    np.testing.assert_allclose([value for _, value in best], logs[[2, 5, 3]], atol=1e-12)
 
 
-def test_rows_are_drawn_from_their_own_logits() -> None:
-    sharp = mx.array(100 * np.eye(6, dtype=np.float32)[[3, 0, 5]])
-    assert sample_tokens(sharp, temperature=1.0, top_k=2, key=mx.random.key(0)).tolist() == [3, 0, 5]
-
-
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_with_a_key_of_its_own_a_row_draws_the_same_in_any_batch(top_k: int | None) -> None:
-    logits = mx.array(np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32))
-    keys = mx.stack([mx.random.key(seed) for seed in (3, 1, 4, 1, 5, 9)])
-
-    def drawn(rows: list[int]) -> list[int]:
-        chosen = mx.array(rows)
-        return [*sample_tokens(logits[chosen], temperature=1.0, top_k=top_k, key=keys[chosen]).tolist()]
-
-    together = drawn([0, 1, 2, 3, 4, 5])
-    assert [drawn([row])[0] for row in range(6)] == together
-    assert drawn([4, 2, 0]) == [together[4], together[2], together[0]]
-
-
-def test_the_keys_of_rows_are_split_one_by_one() -> None:
-    keys = mx.stack([mx.random.key(seed) for seed in (3, 7)])
-    following, now = split_keys(keys)
-    for row, seed in enumerate((3, 7)):
-        one, other = split_keys(mx.random.key(seed))
-        assert (following[row].tolist(), now[row].tolist()) == (one.tolist(), other.tolist())
+def test_impossible_settings_are_all_told() -> None:
+    bad = Sampling(temperature=-1, top_k=0, top_p=1.5, min_p=0, repetition_penalty=0)
+    assert len(bad.problems()) == 5
+    assert not Sampling(temperature=2, top_k=1, top_p=1, min_p=1, repetition_penalty=1).problems()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from compare_tasks import our_rule
 from comparison import Line, Quantity, Unchecked, largest, same
 from parity_file import ParityFile
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine import generate
+from mlxchat.engine import tools
 from mlxchat.engine.generate import Completion, Engine
-from mlxchat.engine.sample import sample_tokens
+from mlxchat.engine.sample import Sampling, distribution, sample_token
 from mlxchat.engine.tools import calculate
 
 VARIANTS = ("oct2025", "jul2026")
@@ -28,25 +26,42 @@ _TIE = 4e-4
 
 
 class Scripted:
-    """A stand-in model: row r wants scripts[r][t] after t tokens. Rows are told apart by their padding."""
+    """A stand-in for the model: row r wants scripts[r][t] after t tokens; prompts of rows differ in length."""
 
-    def __init__(self, scripts: list[list[int]], filler: int, vocab_size: int) -> None:
-        """Take the scripts."""
-        self.scripts, self.filler, self.vocab_size, self.step = scripts, filler, vocab_size, 0
-        self.sizes = SimpleNamespace(windows=lambda: [None])
+    def __init__(self, scripts: list[list[int]], shortest: int, filler: int, vocab_size: int) -> None:
+        """Take the scripts; `shortest` is the length of the first row's prompt."""
+        self.scripts, self.shortest, self.filler, self.vocab_size = scripts, shortest, filler, vocab_size
+        self.lengths: dict[int, int] = {}
 
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Return them as they come."""
-        return hidden
+    def read(self, ids: list[int], past: Any, last: int | None) -> int:
+        """Return how many tokens have been read."""
+        return (past or 0) + len(ids)
 
-    def hidden(self, ids: mx.array, cache: Any) -> mx.array:
-        """Return logits (B, T, V) that name the next token of each row's script."""
-        logits = np.zeros((*ids.shape, self.vocab_size), dtype=np.float32)
-        for place, padding in enumerate(cache.starts.tolist()):
-            script = self.scripts[len(self.scripts) - 1 - padding]
-            logits[place, -1, script[self.step] if self.step < len(script) else self.filler] = 1000
-        self.step += 1
-        return mx.array(logits)
+    def fill(self, row: int, past: int | None) -> None:
+        """Begin a row."""
+        self.lengths[row] = (past or 0) + 1
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Nothing is kept."""
+
+    def keep(self, kept: list[int], tokens: int) -> None:
+        """Number the rows anew."""
+        self.lengths = {row: self.lengths[old] for row, old in enumerate(kept)}
+
+    def clear(self) -> None:
+        """Nothing is kept."""
+
+    def past_of(self, row: int, tokens: int) -> None:
+        """Nothing is kept."""
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        """Return logits (B, V) that name the next token of each row's script."""
+        logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
+        for place, position in enumerate(positions):
+            if place in self.lengths:
+                script, step = self.scripts[self.lengths[place] - self.shortest], position + 1 - self.lengths[place]
+                logits[place, script[step] if 0 <= step < len(script) else self.filler] = 1000
+        return logits
 
 
 def protocol(file: ParityFile) -> Iterator[Line]:
@@ -80,7 +95,7 @@ def refusals(file: ParityFile) -> Iterator[Line]:
         ended = got.ids[:-1] if got.ids and got.ids[-1] in (tokenizer.assistant_end, tokenizer.bos) else got.ids
         yield same("exit() in an expression", [("tokens", [*values["prompt"], *ended], case["batch_results"][0])])
     if "first_token_of_64_rows" in values:
-        drawn = sample_tokens(mx.zeros((64, 32)), temperature=1.0, top_k=None, key=mx.random.key(0)).tolist()
+        drawn = [_draw(np.zeros(32), 1.0, None, _row_generator(0, row)) for row in range(64)]
         shared = values["first_token_of_64_rows"]["jul2026"]["all_rows_share_the_first_token"]
         yield same("rows share their first token", [("64 rows", len(set(drawn)) == 1, shared)])
     if "result_above_4300_digits" in values:
@@ -99,19 +114,19 @@ def distributions(file: ParityFile) -> Iterator[Line]:
             continue
         # Off is null in ours, and 0 in jul2026; the configuration refuses the rest.
         top_k = case["top_k"] if case["top_k"] is None or case["top_k"] > 0 else None
-        logits = mx.array(np.array(case["logits"], np.float32))
+        logits = np.array(case["logits"], np.float32)
         name = f"{number}: temperature {case['temperature']}, top_k {case['top_k']}"
         if "argmax" in case:
-            got = sample_tokens(logits, temperature=case["temperature"], top_k=top_k, key=mx.random.key(0))
-            argmax.append((name, got.tolist(), case["argmax"]))
+            got = [_draw(row, case["temperature"], top_k, _row_generator(0, 0)) for row in logits]
+            argmax.append((name, got, case["argmax"]))
             continue
         expected = np.array(case["probs"])
         found = _distribution(logits, case["temperature"], top_k)
         exact[name] = float(np.abs(found - expected).max())
         for row, wanted in enumerate(expected):
-            batch = mx.broadcast_to(logits[row], (_DRAWS, logits.shape[1]))
-            drawn = sample_tokens(batch, temperature=case["temperature"], top_k=top_k, key=mx.random.key(row))
-            share = np.bincount(np.asarray(drawn), minlength=logits.shape[1]) / _DRAWS
+            draws = _row_generator(0, row)
+            drawn = [_draw(logits[row], case["temperature"], top_k, draws) for _ in range(_DRAWS)]
+            share = np.bincount(drawn, minlength=logits.shape[1]) / _DRAWS
             if (share[wanted == 0] > 0).any():
                 shares[f"{name}, row {row}"] = float("inf")
                 continue
@@ -151,9 +166,12 @@ QUANTITIES: tuple[Quantity, ...] = (protocol, refusals, distributions, greedy)
 def _run(file: ParityFile, tokenizer: Tokenizer, scripts: list[list[int]], limit: int | None) -> list[Completion]:
     """Return what rows of scripts become. All begin with the first script's token, as nanochat's do."""
     scripts = [[scripts[0][0], *script[1:]] for script in scripts]
-    prompts = [file.json["prompt"] + [file.json["filler_token"]] * row for row in range(len(scripts))]
-    model: Any = Scripted(scripts, file.json["filler_token"], tokenizer.vocab_size)
-    return Engine(model, tokenizer).complete(prompts, max_new_tokens=_UNLIMITED if limit is None else limit)
+    shortest, filler = len(file.json["prompt"]), file.json["filler_token"]
+    prompts = [file.json["prompt"] + [filler] * row for row in range(len(scripts))]
+    nothing: Any = None
+    engine = Engine(nothing, tokenizer)
+    engine.forward = lambda: Scripted(scripts, shortest, filler, tokenizer.vocab_size)  # type: ignore[method-assign]
+    return engine.complete(prompts, max_new_tokens=_UNLIMITED if limit is None else limit)
 
 
 def _row(tokenizer: Tokenizer, case: dict[str, Any], row: int) -> tuple[list[int], list[int]]:
@@ -186,32 +204,27 @@ def _calls(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Iterator[tu
 @contextmanager
 def _calculator(answer: Callable[[str], str | None]) -> Iterator[None]:
     """Let the engine ask somebody else."""
-    own, generate.calculate = generate.calculate, answer
+    own, tools.calculate = tools.calculate, answer
     try:
         yield
     finally:
-        generate.calculate = own
+        tools.calculate = own
 
 
-def _distribution(logits: mx.array, temperature: float, top_k: int | None) -> np.ndarray[Any, Any]:
-    """Return the probabilities (B, V) of what `sample_tokens` draws: what it hands to the generator, by token."""
-    handed: list[np.ndarray[Any, Any]] = []
-    place = 0
-
-    def pick(given: mx.array, **_: Any) -> mx.array:
-        handed.append(np.asarray(given, dtype=np.float64))
-        return mx.full(given.shape[0], place)
-
-    own, mx.random.categorical = mx.random.categorical, pick
-    tokens = []
-    try:
-        while not handed or place < handed[0].shape[1]:
-            drawn = sample_tokens(logits, temperature=temperature, top_k=top_k, key=mx.random.key(0))
-            tokens.append(np.asarray(drawn))
-            place += 1
-    finally:
-        mx.random.categorical = own
-    weights = np.exp(handed[0] - handed[0].max(-1, keepdims=True))
+def _distribution(
+    logits: np.ndarray[Any, Any], temperature: float, top_k: int | None
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the probabilities (B, V) that tokens are drawn with."""
     found = np.zeros(logits.shape)
-    np.put_along_axis(found, np.stack(tokens, axis=1), weights / weights.sum(-1, keepdims=True), axis=1)
+    for row, each in enumerate(logits):
+        ids, probabilities = distribution(each, Sampling(temperature=temperature, top_k=top_k))
+        found[row, slice(None) if ids is None else ids] = probabilities
     return found
+
+
+def _draw(logits: np.ndarray[Any, Any], temperature: float, top_k: int | None, draws: np.random.Generator) -> int:
+    return sample_token(logits, Sampling(temperature=temperature, top_k=top_k), draws)
+
+
+def _row_generator(seed: int, row: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, row])))

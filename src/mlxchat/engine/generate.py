@@ -1,12 +1,12 @@
-"""The engine: batches of prompts in, tokens out one column at a time, with the calculator in the loop.
+"""The engine: prompts in, answers out, for callers that have all prompts at once.
 
 Counterpart of nanochat/engine.py. A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with
 <|python_end|>, the calculator's answer is forced into the row; forced tokens have mask 0 and are never trained on.
+What decodes is `scheduler.py`.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,14 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.kv_cache import KVCache
-from mlxchat.engine.sample import sample_tokens, split_keys
-from mlxchat.engine.tools import calculate
+from mlxchat.engine.decode import Decoder
+from mlxchat.engine.sample import Sampling
+from mlxchat.engine.scheduler import Forward, Request, Scheduler
+from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT
-from mlxchat.ops import blas
+from mlxchat.model.weights import flatten_parameters
 
-# Thin products are fastest on one core: waiting BLAS threads spin.
-_ROWS_WORTH_ALL_CORES = 32
+_MOST_ROWS = 32
 
 
 @dataclass
@@ -40,21 +40,40 @@ class Completion:
         return tokenizer.decode(self.ids[:-1] if self.finished else self.ids)
 
 
-@dataclass
-class _Row:
-    """The state of one prompt."""
-
-    completion: Completion = field(default_factory=Completion)
-    forced: deque[int] = field(default_factory=deque)
-    call: list[int] | None = None
-
-
 class Engine:
     """A model that answers."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
-        """Take a model with its tokenizer."""
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None) -> None:
+        """Take a model with its tokenizer; `bits` 8 or 4 decodes with quantised weights."""
+        self.model, self.tokenizer, self.bits = model, tokenizer, bits
+        self._decoder: Decoder | None = None
+        self._arranged: list[mx.array] = []
+
+    def forward(self) -> Forward:
+        """Return the model as a scheduler needs it, with the weights that it has now."""
+        weights = list(flatten_parameters(self.model).values())
+        if self._decoder is None:
+            self._decoder = Decoder(self.model, bits=self.bits)
+        elif len(weights) != len(self._arranged) or any(
+            a is not b for a, b in zip(weights, self._arranged, strict=True)
+        ):
+            self._decoder.arrange(self.model)
+        self._arranged = weights
+        return Slots(self.model, self._decoder)
+
+    def scheduler(
+        self,
+        *,
+        max_rows: int = _MOST_ROWS,
+        max_cached_tokens: int | None = None,
+        prefill_tokens: int = 512,
+        kept_tokens: int = 8192,
+    ) -> Scheduler:
+        """Return a scheduler without requests; the arguments are `Scheduler`'s."""
+        return Scheduler(
+            self.forward(), self.tokenizer, max_rows=max_rows, max_cached_tokens=max_cached_tokens,
+            prefill_tokens=prefill_tokens, kept_tokens=kept_tokens,
+        )  # fmt: skip
 
     def complete(
         self,
@@ -74,7 +93,7 @@ class Engine:
                 rows[index].ids.append(token)
                 rows[index].mask.append(sampled)
         for row in rows:
-            row.finished = bool(row.ids) and row.ids[-1] in self._ends()
+            row.finished = bool(row.ids) and row.ids[-1] in (self.tokenizer.assistant_end, self.tokenizer.bos)
         return rows
 
     def stream(
@@ -86,7 +105,9 @@ class Engine:
         top_k: int | None = None,
         seed: int | Sequence[int] = 0,
     ) -> Iterator[list[tuple[int, int, int]]]:
-        """Yield columns of (row, id, mask), one entry per row that is not finished.
+        """Yield columns of (row, id, mask): a token of every row that is being decoded.
+
+        Up to 32 rows go on side by side; where one ends, the next prompt begins.
 
         Args:
             prompts: token ids, of any lengths.
@@ -95,59 +116,20 @@ class Engine:
             top_k: draw among the k most likely; None: all.
             seed: of the draws; or one for each prompt, whose draws then depend on no other prompt.
         """
-        tokenizer, special = self.tokenizer, self.tokenizer.special_ids
-        rows = [_Row() for _ in prompts]
-        active = list(range(len(prompts)))
-        cache = KVCache(self.model.sizes, [len(prompt) for prompt in prompts])
-        longest = max(len(prompt) for prompt in prompts)
-        ids = mx.array([[tokenizer.bos] * (longest - len(prompt)) + prompt for prompt in prompts])
-        keys = mx.random.key(seed) if isinstance(seed, int) else mx.stack([mx.random.key(each) for each in seed])
-        threads = blas.blas_threads()
-        try:
-            for _ in range(max_new_tokens):
-                if threads is not None and ids.shape[1] == 1 and len(active) < _ROWS_WORTH_ALL_CORES:
-                    blas.set_blas_threads(1)
-                keys, key = split_keys(keys)
-                logits = self._last_logits(ids, cache)
-                drawn = np.asarray(sample_tokens(logits, temperature=temperature, top_k=top_k, key=key))
-                column, going = [], []
-                for place, index in enumerate(active):
-                    row = rows[index]
-                    sampled = 0 if row.forced else 1
-                    token = row.forced.popleft() if row.forced else int(drawn[place])
-                    column.append((index, token, sampled))
-                    row.completion.ids.append(token)
-                    self._advance(row, token, special)
-                    if token not in self._ends():
-                        going.append(place)
-                yield column
-                if not going:
-                    return
-                if len(going) < len(active):
-                    cache.keep_rows(mx.array(going))
-                    keys = keys if keys.ndim == 1 else keys[mx.array(going)]
-                    active = [active[place] for place in going]
-                ids = mx.array([[rows[index].completion.ids[-1]] for index in active])
-        finally:
-            if threads is not None:
-                blas.set_blas_threads(threads)
+        if max_new_tokens < 1:
+            return
+        seeds = [_row_seed(seed, index) for index in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        scheduler = self.scheduler()
+        places = {}
+        for index, prompt in enumerate(prompts):
+            sampling = Sampling(temperature=temperature, top_k=top_k, seed=seeds[index])
+            request = Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, text=False)
+            places[scheduler.submit(request)] = index
+        while not scheduler.idle:
+            events = [event for event in scheduler.step() if event.token is not None]
+            yield sorted((places[event.id], event.token or 0, int(event.sampled)) for event in events)
 
-    def _last_logits(self, ids: mx.array, cache: KVCache) -> mx.array:
-        """Return the logits (B, V) after the last of `ids`."""
-        return self.model.logits(self.model.hidden(ids, cache)[:, -1])
 
-    def _ends(self) -> tuple[int, int]:
-        return self.tokenizer.assistant_end, self.tokenizer.bos
-
-    def _advance(self, row: _Row, token: int, special: dict[str, int]) -> None:
-        """Follow the calculator's protocol: collect a call, and queue its answer when it closes."""
-        if token == special["<|python_start|>"]:
-            row.call = []
-        elif token == special["<|python_end|>"] and row.call is not None:
-            answer = calculate(self.tokenizer.decode(row.call))
-            row.call = None
-            if answer is not None:
-                output = self.tokenizer.encode(answer)
-                row.forced.extend([special["<|output_start|>"], *output, special["<|output_end|>"]])
-        elif row.call is not None:
-            row.call.append(token)
+def _row_seed(seed: int, row: int) -> int:
+    """Return the seed of one row of a batch."""
+    return int(np.random.SeedSequence([seed, row]).generate_state(1)[0])

@@ -1,40 +1,124 @@
-"""Drawing the next token from logits."""
+"""Drawing the next token of a row from its logits: in NumPy, in float64, from the row's own generator.
+
+What a row draws depends on its logits, its settings and its seed, on nothing else. In this order: penalty of what was
+said before, temperature, the k best, the fewest of these that have a share p, those not much less likely than the best.
+"""
 
 from __future__ import annotations
 
-import mlx.core as mx
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+# The best of each block bound the k-th best from below, in one pass.
+_BLOCK = 64
 
 
-def sample_tokens(logits: mx.array, *, temperature: float, top_k: int | None, key: mx.array) -> mx.array:
-    """Return a token id per row (B,).
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. None is off."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token; above 0 logits are divided by it."""
+    top_k: int | None = None
+    """Draw among the k most likely."""
+    top_p: float | None = None
+    """Draw among the fewest most likely whose probabilities, of those that are left, add up to so much."""
+    min_p: float | None = None
+    """Draw among those at least so many times as likely as the most likely."""
+    repetition_penalty: float | None = None
+    """Positive logits of tokens that stand in the prompt or the answer are divided by it, others multiplied."""
+    seed: int = 0
+    """Of the row's draws."""
+
+    def problems(self) -> list[str]:
+        """Return what is impossible, a sentence each."""
+        found = []
+        if not 0 <= self.temperature < float("inf"):
+            found.append(f"temperature is {self.temperature}; expected a number from 0")
+        if self.top_k is not None and self.top_k < 1:
+            found.append(f"top_k is {self.top_k}; expected at least 1")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                found.append(f"{name} is {value}; expected more than 0 and at most 1")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+            found.append(f"repetition_penalty is {self.repetition_penalty}; expected more than 0")
+        return found
+
+
+def sample_token(logits: Array, sampling: Sampling, draws: np.random.Generator, said: Iterable[int] = ()) -> int:
+    """Return a token.
 
     Args:
-        logits: (B, V), unnormalised.
-        temperature: 0 takes the most likely token; above 0 logits are divided by it.
-        top_k: draw among the k most likely tokens only; None: among all.
-        key: of MLX's random generator; or one for each row (B, 2), so that what a row draws depends on no other row.
+        logits: (V,), unnormalised.
+        sampling: how; its seed is not looked at.
+        draws: moves on by one number, unless the temperature is 0.
+        said: tokens of the prompt and the answer, for the penalty.
     """
-    if temperature == 0:
-        return mx.argmax(logits, axis=-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        best = mx.argpartition(-logits, top_k - 1, axis=-1)[:, :top_k]
-        drawn = _draw(mx.take_along_axis(logits, best, axis=-1), key)
-        return mx.take_along_axis(best, drawn[:, None], axis=-1)[:, 0]
-    return _draw(logits, key)
+    if sampling.temperature == 0:
+        return int(np.argmax(_penalised(logits, sampling.repetition_penalty, said)))
+    ids, probabilities = distribution(logits, sampling, said)
+    sums = np.cumsum(probabilities)
+    place = min(int(np.searchsorted(sums, draws.random() * sums[-1], side="right")), len(sums) - 1)
+    return place if ids is None else int(ids[place])
 
 
-def split_keys(keys: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the keys for the draws after this one, and those for this one: of one key, or of one for each row."""
-    if keys.ndim == 1:
-        following, now = mx.random.split(keys)
-        return following, now
-    pairs = mx.vmap(mx.random.split)(keys)
-    return pairs[:, 0], pairs[:, 1]
+def distribution(logits: Array, sampling: Sampling, said: Iterable[int] = ()) -> tuple[Array | None, Array]:
+    """Return the tokens (N,) that may be drawn, None for all in order, and their probabilities (N,).
+
+    The temperature is above 0. Of equally likely tokens at a border those with lower ids are taken.
+    """
+    logits = _penalised(logits, sampling.repetition_penalty, said)
+    ids = None
+    if sampling.top_k is not None and sampling.top_k < len(logits):
+        ids = _best(logits, sampling.top_k)
+        logits = logits[ids]
+    scores = (logits / np.float32(sampling.temperature)).astype(np.float64)
+    weights = np.exp(scores - scores.max())
+    if sampling.top_p is not None and sampling.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        sums = np.cumsum(weights[order])
+        order = np.sort(order[: int(np.searchsorted(sums, sampling.top_p * sums[-1] * (1 - 1e-12))) + 1])
+        ids, weights = order if ids is None else ids[order], weights[order]
+    if sampling.min_p is not None:
+        enough = np.flatnonzero(weights >= sampling.min_p * weights.max())
+        ids, weights = enough if ids is None else ids[enough], weights[enough]
+    return ids, weights / weights.sum()
 
 
-def _draw(logits: mx.array, key: mx.array) -> mx.array:
-    if key.ndim == 1:
-        return mx.random.categorical(logits, key=key)
-    drawn: mx.array = mx.vmap(lambda row, own: mx.random.categorical(row, key=own))(logits, key)
-    return drawn
+def log_probability(logits: Array, token: int, most: int) -> tuple[float, list[tuple[int, float]]]:
+    """Return the log-probability of a token, and the `most` likely tokens with theirs, the likeliest first.
+
+    They are the model's own: of its logits (V,) without temperature, limits or penalty.
+    """
+    scores = logits.astype(np.float64)
+    scores -= scores.max() + np.log(np.exp(scores - scores.max()).sum())
+    best = _best(logits, min(most, len(logits))) if most else np.empty(0, dtype=int)
+    best = best[np.argsort(-scores[best], kind="stable")]
+    return float(scores[token]), [(int(each), float(scores[each])) for each in best]
+
+
+def _best(logits: Array, count: int) -> Array:
+    """Return the ids of the `count` largest, in order of ids."""
+    blocks = len(logits) // _BLOCK
+    candidates = np.arange(len(logits)) if blocks < 2 * count else None
+    if candidates is None:
+        tops = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+        bound = np.partition(tops, blocks - count)[blocks - count]
+        candidates = np.flatnonzero(logits >= bound)
+    order = np.argsort(-logits[candidates], kind="stable")[:count]
+    return np.sort(candidates[order])
+
+
+def _penalised(logits: Array, penalty: float | None, said: Iterable[int]) -> Array:
+    if penalty is None or penalty == 1:
+        return logits
+    tokens = np.unique(np.fromiter(said, dtype=np.int64))
+    logits = logits.copy()
+    found = logits[tokens]
+    logits[tokens] = np.where(found > 0, found / penalty, found * penalty)
+    return logits

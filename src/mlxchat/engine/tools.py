@@ -10,7 +10,10 @@ import ast
 import math
 import operator
 import warnings
+from collections import deque
 from collections.abc import Callable
+
+from mlxchat.data.tokenizer import Tokenizer
 
 _MOST_CHARS = 200
 _LARGEST = 1e15
@@ -25,6 +28,31 @@ _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+
+
+class ToolCalls:
+    """nanochat's protocol for one row: collects what stands in a call, and forces the answer when it closes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Begin a row."""
+        self.forced: deque[int] = deque()
+        """Tokens that come next, whatever the model wants."""
+        self._tokenizer, self._special = tokenizer, tokenizer.special_ids
+        self._call: list[int] | None = None
+
+    def follow(self, token: int) -> None:
+        """Take note of the row's next token, forced ones included."""
+        special = self._special
+        if token == special["<|python_start|>"]:
+            self._call = []
+        elif token == special["<|python_end|>"] and self._call is not None:
+            answer = calculate(self._tokenizer.decode(self._call))
+            self._call = None
+            if answer is not None:
+                output = self._tokenizer.encode(answer)
+                self.forced.extend([special["<|output_start|>"], *output, special["<|output_end|>"]])
+        elif self._call is not None:
+            self._call.append(token)
 
 
 def calculate(expression: str) -> str | None:

@@ -1,0 +1,70 @@
+"""A stored matrix and its product with few rows: in blocks on a CPU, or in 8 or 4 bits.
+
+OpenBLAS copies both operands of a product before it multiplies, which for few rows costs more than the product itself;
+only what has at most a million multiplications it takes as it lies. So on a CPU a matrix is stored as blocks of columns
+so narrow that each product is of that kind. Then a row's sums do not depend on how many rows there are, either.
+
+Quantised, groups of numbers of a row share a scale and an offset (MLX's affine mode).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlxchat.ops.device import backend
+
+Weight = Any
+"""What `stored` returns."""
+
+_GROUP_NUMBERS = (64, 32)
+# Beyond so many multiplications OpenBLAS copies; so many rows are multiplied at a time.
+_MOST_MULTIPLICATIONS, _ROWS = 1_000_000, 16
+_WIDEST_BLOCK, _NARROWEST_BLOCK = 64, 8
+
+
+def stored(matrix: mx.array, bits: int | None) -> Weight:
+    """Return a matrix (out, in) as `multiply` takes it.
+
+    Blocks (N, in, out / N) on a CPU, (in, out) elsewhere; if `bits` is given and rows have whole groups, the packed
+    numbers, scales and offsets of (out, in).
+    """
+    outer, inner = matrix.shape
+    if bits is not None:
+        for group in _GROUP_NUMBERS:
+            if inner % group == 0:
+                return tuple(mx.quantize(matrix, group_size=group, bits=bits))
+    if backend() != "cpu":
+        return mx.contiguous(matrix.T)
+    width = _WIDEST_BLOCK
+    while width > _NARROWEST_BLOCK and (width * inner * _ROWS > _MOST_MULTIPLICATIONS or outer % width):
+        width //= 2
+    if outer % width:
+        return mx.contiguous(matrix.T)[None]
+    return mx.contiguous(matrix.reshape(-1, width, inner).swapaxes(1, 2))
+
+
+def multiply(x: mx.array, weight: Weight) -> mx.array:
+    """Return the product (B, out) of x (B, in) and a stored weight."""
+    if isinstance(weight, mx.array):
+        if weight.ndim == 2:
+            return x @ weight
+        parts = [x[start : start + _ROWS] @ weight for start in range(0, len(x), _ROWS)]
+        found = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+        return found.swapaxes(0, 1).reshape(len(x), -1)
+    packed, scales, offsets = weight
+    inner = x.shape[-1]
+    product: mx.array = mx.quantized_matmul(
+        x, packed, scales, offsets, transpose=True,
+        group_size=inner // scales.shape[-1], bits=32 * packed.shape[-1] // inner,
+    )  # fmt: skip
+    return product
+
+
+def weight_bytes(weights: Any) -> int:
+    """Return the bytes of all arrays in a nested structure."""
+    if isinstance(weights, mx.array):
+        return int(weights.nbytes)
+    parts = weights.values() if isinstance(weights, dict) else weights
+    return sum(weight_bytes(part) for part in parts if part is not None)

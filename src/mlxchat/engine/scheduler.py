@@ -1,0 +1,343 @@
+"""Continuous batching: requests come at any time, each finished row makes room for the next one at once.
+
+A request's tokens depend on its prompt, settings and seed, never on what else is computed: prompts are read one by one
+in pieces that begin at their first token, and rows are decoded with sums of their own (`decode.py`). The one
+exception is asked for: a request with a `prefix` goes on from what an earlier one with that name left, part of which was
+decoded instead of read, and agrees within float32's rounding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.sample import Sampling, log_probability, sample_token
+from mlxchat.engine.stopping import ShownText
+from mlxchat.engine.tools import ToolCalls
+from mlxchat.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class Request:
+    """What to continue, and how."""
+
+    prompt: list[int]
+    """At least one token."""
+    max_new_tokens: int
+    """Forced ones included."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """Strings before which the text ends."""
+    tools: bool = True
+    """Whether the calculator answers."""
+    logprobs: int | None = None
+    """How many likely alternatives are told with each token's log-probability; None: neither."""
+    prefix: str | None = None
+    """Name of a conversation whose earlier turns need not be read again; None: everything is read."""
+    text: bool = True
+    """Whether events have text; False: tokens only, and no stop strings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A token of a request, or its end."""
+
+    id: int
+    token: int | None
+    """None where a request was cancelled."""
+    sampled: bool = False
+    """False where a tool forced the token."""
+    text: str = ""
+    """What may be shown now."""
+    logprob: float | None = None
+    """Of the model's own distribution, where the request asks for it and the token was sampled."""
+    top_logprobs: list[tuple[int, float]] | None = None
+    finish_reason: str | None = None
+    """'stop' (an end token or a stop string), 'length', 'cancelled'; None: more follows."""
+
+
+class Forward(Protocol):
+    """The model as the scheduler needs it: `slots.Slots`."""
+
+    def read(self, ids: list[int], past: Any, last: int | None) -> Any:
+        """Return the past of a row after `ids`, which follow `past`, whose last token is `last`."""
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for rows of so many tokens."""
+
+    def keep(self, kept: list[int], tokens: int) -> None:
+        """Go on with these rows, numbered anew."""
+
+    def fill(self, row: int, past: Any) -> None:
+        """Give a row its past; None: it has none."""
+
+    def clear(self) -> None:
+        """Forget all rows."""
+
+    def past_of(self, row: int, tokens: int) -> Any:
+        """Return the past of a row's first tokens, or None."""
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        """Return logits (≥ B, V) after one more token of each row."""
+
+
+@dataclass
+class _Row:
+    """A request that is being read or decoded."""
+
+    id: int
+    request: Request
+    shown: ShownText | None
+    draws: np.random.Generator
+    calls: ToolCalls | None
+    ids: list[int] = field(default_factory=list)
+    """Prompt and answer."""
+    past: Any = None
+    cached: int = 0
+    """Tokens whose keys and values are there."""
+    cancelled: bool = False
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return tuple(self.request.prompt[:-1])
+
+
+class Scheduler:
+    """Rows in the making. One thread calls `step`; `submit` and `cancel` may be called from any."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        tokenizer: Tokenizer,
+        *,
+        max_rows: int = 32,
+        max_cached_tokens: int | None = None,
+        prefill_tokens: int = 512,
+        kept_tokens: int = 8192,
+    ) -> None:
+        """Begin without requests.
+
+        Args:
+            forward: the model.
+            tokenizer: the model's.
+            max_rows: decoded at a time.
+            max_cached_tokens: rows × tokens of the longest that the batch may hold; a request waits until it fits,
+                unless it is alone; None: no bound.
+            prefill_tokens: read at a time; while rows are being decoded no step reads much more.
+            kept_tokens: of conversations with a `prefix`, kept for their next turns; the latest stay.
+        """
+        self.forward, self.tokenizer = forward, tokenizer
+        self.max_rows, self.max_cached_tokens = max_rows, max_cached_tokens
+        self.prefill_tokens, self.kept_tokens = prefill_tokens, kept_tokens
+        self._ends = (tokenizer.assistant_end, tokenizer.bos)
+        self._lock = threading.Lock()
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row | None] = []
+        self._by_id: dict[int, _Row] = {}
+        self._same: Counter[tuple[int, ...]] = Counter()
+        self._read: dict[tuple[int, ...], Any] = {}
+        self._kept: OrderedDict[str, tuple[list[int], Any]] = OrderedDict()
+        self._next_id = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._by_id
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        """Rows that are being decoded."""
+        return sum(row is not None for row in self._rows)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; return its id.
+
+        Raises:
+            ConfigError: it asks for something impossible.
+        """
+        problems = request.sampling.problems()
+        if not request.prompt:
+            problems.append("the prompt is empty; expected at least one token")
+        if request.max_new_tokens < 1:
+            problems.append(f"max_new_tokens is {request.max_new_tokens}; expected at least 1")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        draws = np.random.Generator(np.random.Philox(np.random.SeedSequence(request.sampling.seed)))
+        with self._lock:
+            row = _Row(
+                id=self._next_id, request=request, draws=draws,
+                shown=ShownText(self.tokenizer, request.stop) if request.text else None,
+                calls=ToolCalls(self.tokenizer) if request.tools else None, ids=list(request.prompt),
+            )  # fmt: skip
+            self._next_id += 1
+            self._by_id[row.id] = row
+            self._waiting.append(row)
+            self._same[row.key] += 1
+            return row.id
+
+    def cancel(self, id: int) -> None:
+        """End a request; its last event comes with the next step. Nothing happens if it has ended."""
+        with self._lock:
+            if id in self._by_id:
+                self._by_id[id].cancelled = True
+
+    def step(self) -> list[Event]:
+        """Read some of what waits, decode one token of every row, and return what came of it."""
+        events = self._drop_cancelled()
+        self._admit()
+        self._shrink()
+        if not self.num_active:
+            return events
+        inputs = list(self._rows)
+        self.forward.reserve(len(inputs), 1 + max(row.cached for row in inputs if row is not None))
+        logits = self.forward.step(
+            [row.ids[row.cached] if row else 0 for row in inputs],
+            [row.ids[row.cached - 1] if row and row.cached else 0 for row in inputs],
+            [row.cached if row else 0 for row in inputs],
+        )
+        for place, row in enumerate(inputs):
+            if row is None:
+                continue
+            row.cached += 1
+            event = self._advance(row, logits[place])
+            events.append(event)
+            if event.finish_reason is not None:
+                self._finish(place, row)
+        return events
+
+    def _drop_cancelled(self) -> list[Event]:
+        with self._lock:
+            gone = [row for row in self._by_id.values() if row.cancelled]
+            for row in gone:
+                if row in self._waiting:
+                    self._waiting.remove(row)
+                    self._forget_waiting(row)
+                del self._by_id[row.id]
+        for row in gone:
+            if row in self._rows:
+                self._rows[self._rows.index(row)] = None
+        texts = [row.shown.finish() if row.shown else "" for row in gone]
+        return [
+            Event(id=row.id, token=None, text=text, finish_reason="cancelled")
+            for row, text in zip(gone, texts, strict=True)
+        ]
+
+    def _admit(self) -> None:
+        """Read prompts and give them rows, while there are rows; a bounded number of tokens if others wait for it."""
+        budget = self.prefill_tokens if self.num_active else None
+        while self._waiting and self.num_active < self.max_rows and (budget is None or budget > 0):
+            row = self._waiting[0]
+            longest = max([len(row.ids), *(each.cached + 1 for each in self._rows if each)])
+            rows = self.num_active + 1
+            if self.max_cached_tokens is not None and rows > 1 and rows * longest > self.max_cached_tokens:
+                return
+            read = self._read_some(row)
+            budget = None if budget is None else budget - read
+            if row.cached < len(row.ids) - 1:
+                continue
+            with self._lock:
+                if row.cancelled:  # from another thread, meanwhile: the next step drops it
+                    return
+                self._waiting.popleft()
+                self._forget_waiting(row)
+            if None not in self._rows:
+                self._rows.append(None)
+            place = self._rows.index(None)
+            self.forward.reserve(len(self._rows), row.cached + 1)
+            self.forward.fill(place, row.past)
+            self._rows[place], row.past = row, None
+
+    def _read_some(self, row: _Row) -> int:
+        """Read the next piece of a prompt; return its tokens. All but the last token is read, which is then decoded."""
+        prompt = row.request.prompt
+        target = len(prompt) - 1
+        if row.cached == 0 and target > 0:
+            if row.key in self._read:
+                row.past, row.cached = self._read[row.key], target
+                return 0
+            self._go_on_from_kept(row)
+        if row.cached == target:
+            return 0
+        stop = min(target, (row.cached // self.prefill_tokens + 1) * self.prefill_tokens)
+        row.past = self.forward.read(
+            prompt[row.cached : stop], row.past, prompt[row.cached - 1] if row.cached else None
+        )
+        read, row.cached = stop - row.cached, stop
+        if row.cached == target and self._same[row.key] > 1 and row.request.prefix is None:
+            self._read[row.key] = row.past
+        return read
+
+    def _go_on_from_kept(self, row: _Row) -> None:
+        if row.request.prefix is None or row.request.prefix not in self._kept:
+            return
+        ids, past = self._kept[row.request.prefix]
+        most = min(len(row.request.prompt) - 1, len(ids), past.tokens)
+        same = next((place for place in range(most) if ids[place] != row.request.prompt[place]), most)
+        if same:
+            row.past, row.cached = past.begun(same), same
+
+    def _forget_waiting(self, row: _Row) -> None:
+        self._same[row.key] -= 1
+        if self._same[row.key] <= 0:
+            del self._same[row.key]
+            self._read.pop(row.key, None)
+
+    def _advance(self, row: _Row, logits: np.ndarray[Any, Any]) -> Event:
+        """Choose a row's next token and tell of it."""
+        request, calls = row.request, row.calls
+        sampled = not (calls and calls.forced)
+        token = sample_token(logits, request.sampling, row.draws, row.ids) if sampled else calls.forced.popleft()  # type: ignore[union-attr]
+        logprob, alternatives = None, None
+        if request.logprobs is not None and sampled:
+            logprob, alternatives = log_probability(logits, token, request.logprobs)
+        row.ids.append(token)
+        if calls:
+            calls.follow(token)
+        text, reason = row.shown.add(token) if row.shown else "", None
+        if token in self._ends or (row.shown and row.shown.stopped):
+            reason = "stop"
+        elif len(row.ids) - len(request.prompt) >= request.max_new_tokens:
+            reason = "length"
+        if reason and row.shown:
+            text += row.shown.finish()
+        return Event(
+            id=row.id, token=token, sampled=sampled, text=text, logprob=logprob, top_logprobs=alternatives,
+            finish_reason=reason,
+        )  # fmt: skip
+
+    def _finish(self, place: int, row: _Row) -> None:
+        name = row.request.prefix
+        if name is not None:
+            tokens = row.cached
+            past = self.forward.past_of(place, tokens)
+            if past is not None and tokens <= self.kept_tokens:
+                self._kept[name] = row.ids[:tokens], past
+                self._kept.move_to_end(name)
+                while sum(each.tokens for _, each in self._kept.values()) > self.kept_tokens:
+                    self._kept.popitem(last=False)
+        self._rows[place] = None
+        with self._lock:
+            self._by_id.pop(row.id, None)
+
+    def _shrink(self) -> None:
+        """Close the gaps when nothing waits to fill them."""
+        active = [place for place, row in enumerate(self._rows) if row is not None]
+        if len(active) == len(self._rows) or self._waiting:
+            return
+        if active:
+            rows = [self._rows[place] for place in active]
+            self.forward.keep(active, max(row.cached for row in rows if row) + 1)
+            self._rows = rows
+        else:
+            self.forward.clear()
+            self._rows = []

@@ -1,0 +1,188 @@
+"""Where rows in the making keep their past: a batch of slots, filled from prompts read on their own, freed one by one.
+
+A layer with a sliding window keeps no more than it sees and rotates; the others grow by blocks. Slots begin with a
+row's first token, whatever the other rows are, so that a row's sums do not depend on its neighbours.
+
+Shapes: B rows, K key/value heads, S cached tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.engine.decode import Caches, Decoder
+from mlxchat.model.gpt import GPT
+from mlxchat.ops.attention import causal_attention, masked_attention
+from mlxchat.ops.normalisation import rms_norm
+
+_BLOCK_TOKENS = 128
+# Batches are made for so many rows, or a multiple of the last, so that few shapes are compiled.
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+class Past:
+    """Keys and values of the beginning of a row, read by `Slots.read`; never changed afterwards."""
+
+    def __init__(self, layers: list[tuple[mx.array, mx.array]], tokens: int) -> None:
+        """Take for each layer keys and values (1, K, ≥ tokens, D)."""
+        self.layers, self.tokens = layers, tokens
+
+    def begun(self, tokens: int) -> Past:
+        """Return its first tokens only."""
+        return Past([(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers], tokens)
+
+
+class _Reading:
+    """`model.gpt.Cache` of one row that is read in chunks."""
+
+    def __init__(self, model: GPT, past: Past | None) -> None:
+        self.offset = past.tokens if past else 0
+        windows = model.sizes.windows()
+        self.layers = [_LayerReading(window, past.layers[i] if past else None) for i, window in enumerate(windows)]
+        self.last: mx.array | None = None
+
+    def shift(self, x: mx.array) -> mx.array:
+        last = mx.zeros_like(x[:, :1]) if self.last is None else self.last
+        self.last = x[:, -1:]
+        return mx.concatenate([last, x[:, :-1]], axis=1)
+
+
+class _LayerReading:
+    def __init__(self, window: int | None, past: tuple[mx.array, mx.array] | None) -> None:
+        self.window, self.past = window, past
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        if self.past is None:
+            self.past = k, v
+            return causal_attention(q, k, v, self.window).swapaxes(1, 2)
+        keys, values = (mx.concatenate([old, new], axis=2) for old, new in zip(self.past, (k, v), strict=True))
+        self.past = keys, values
+        tokens, total = q.shape[2], keys.shape[2]
+        first = 0 if self.window is None else max(0, total - tokens - self.window)
+        own, position = mx.arange(total - tokens, total)[:, None], mx.arange(first, total)
+        visible = position <= own
+        if self.window is not None:
+            visible = visible & (position >= own - self.window)
+        return masked_attention(q, keys[:, :, first:], values[:, :, first:], visible[None]).swapaxes(1, 2)
+
+
+class Slots:
+    """The rows of a batch: each free, or with a past and the token that comes next."""
+
+    def __init__(self, model: GPT, decoder: Decoder) -> None:
+        """Begin without rows."""
+        self.model, self.decoder = model, decoder
+        sizes = model.sizes
+        self._most = [
+            None if window is None else -(-(window + 1) // _BLOCK_TOKENS) * _BLOCK_TOKENS for window in sizes.windows()
+        ]
+        self._caches: Caches = []
+        self.rows, self.room = 0, 0
+
+    def read(self, ids: list[int], past: Past | None, last: int | None) -> Past:
+        """Return the past of a row that begins with `past`, whose last token is `last`, and goes on with `ids`."""
+        cache = _Reading(self.model, past)
+        if past is not None and last is not None and self.model.sizes.smear:
+            cache.last = rms_norm(self.model.transformer["wte"](mx.array([[last]])))
+        self.model.hidden(mx.array([ids]), cache)
+        layers = [layer.past for layer in cache.layers if layer.past is not None]
+        mx.eval(layers)
+        return Past(layers, cache.offset + len(ids))
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for so many rows of so many tokens; what there is stays."""
+        rows, room = max(self.rows, batch_rows(rows)), max(self.room, _blocks(tokens))
+        if (rows, room) != (self.rows, self.room):
+            self._remake(list(range(self.rows)), rows, room)
+
+    def keep(self, kept: list[int], tokens: int) -> None:
+        """Go on with these rows only, which are then numbered from 0, with room for so many tokens."""
+        self._remake(kept, batch_rows(len(kept)), _blocks(tokens))
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._caches, self.rows, self.room = [], 0, 0
+
+    def fill(self, row: int, past: Past | None) -> None:
+        """Give a row its past; None: it has none."""
+        if past is None:
+            return
+        for kv, lane in zip(self.decoder.kv_heads, self._caches, strict=True):
+            for layer, cached in enumerate(lane):
+                if not cached:
+                    continue
+                size = cached[0].shape[2]
+                held = tuple(_rotated(part[:, kv], past.tokens, size) for part in past.layers[layer])
+                arrays = list(cached)
+                lane[layer] = ()
+                del cached
+                for place, part in enumerate(held):
+                    arrays[place][row : row + 1, :, : part.shape[2]] = part
+                lane[layer] = tuple(arrays)
+        mx.eval(self._caches)
+
+    def past_of(self, row: int, tokens: int) -> Past | None:
+        """Return the first tokens of a row, or None if a window has moved beyond them."""
+        if any(most is not None and tokens > most for most in self._most):
+            return None
+        layers = []
+        for layer in range(len(self._most)):
+            held = [lane[layer] for lane in self._caches if lane[layer]]
+            layers.append(
+                (
+                    mx.concatenate([part[0][row : row + 1, :, :tokens] for part in held], axis=1),
+                    mx.concatenate([part[1][row : row + 1, :, :tokens] for part in held], axis=1),
+                )
+            )
+        mx.eval(layers)
+        return Past(layers, tokens)
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        """Return logits (B, V) after one more token of each row; rows beyond those given are free."""
+        free = self.rows - len(ids)
+        now, before, places = (np.array([*each, *[0] * free], dtype=np.int32) for each in (ids, previous, positions))
+        return self.decoder.step(now, before, places, self._caches)
+
+    def _remake(self, kept: list[int], rows: int, room: int) -> None:
+        sizes, dtype = self.model.sizes, self.model.transformer["wte"].weight.dtype
+        old, self._caches = self._caches, []
+        for number, kv in enumerate(self.decoder.kv_heads):
+            lane: list[tuple[mx.array, ...]] = []
+            for layer, most in enumerate(self._most):
+                heads, size = kv.stop - kv.start, room if most is None else min(room, most)
+                before = old[number][layer] if old else ()
+                shape = (rows, heads, size, sizes.head_width)
+                lane.append(tuple(_moved(before, part, kept, shape, dtype) for part in range(2)) if heads else ())
+            self._caches.append(lane)
+        mx.eval(self._caches)
+        self.rows, self.room = rows, room
+
+
+def batch_rows(rows: int) -> int:
+    """Return for how many rows a batch is made that has to hold so many."""
+    return next((size for size in _ROWS if size >= rows), -(-rows // _ROWS[-1]) * _ROWS[-1])
+
+
+def _blocks(tokens: int) -> int:
+    return -(-max(tokens, 1) // _BLOCK_TOKENS) * _BLOCK_TOKENS
+
+
+def _rotated(part: mx.array, tokens: int, size: int) -> mx.array:
+    """Return what a cache of `size` slots holds of (1, K, ≥ tokens, D): token p in slot p modulo size."""
+    if tokens <= size:
+        return part[:, :, :tokens]
+    slots = np.arange(size)
+    return part[:, :, mx.array(tokens - 1 - (tokens - 1 - slots) % size)]
+
+
+def _moved(
+    before: tuple[mx.array, ...], part: int, kept: list[int], shape: tuple[int, ...], dtype: mx.Dtype
+) -> mx.array:
+    made = mx.zeros(shape, dtype=dtype)
+    if before and kept:
+        tokens = min(shape[2], before[part].shape[2])
+        made[: len(kept), :, :tokens] = before[part][mx.array(kept), :, :tokens]
+    return made
