@@ -28,13 +28,14 @@ LAYERS = [
         "ops",
     },
     {"runner"},
+    {"hub"},
     {"data", "tasks"},
     {"model"},
     {"optim", "engine"},
     {"evals"},
     {"training"},
     {"bench"},
-    {"validation", "misspelling", "composed_cache", "compose", "trackers", "report", "terminal_chat"},
+    {"validation", "misspelling", "composed_cache", "compose", "trackers", "report", "terminal_chat", "serve"},
     {"commands", "sweep", "cli"},
 ]
 

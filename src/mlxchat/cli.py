@@ -27,6 +27,7 @@ VERBS = {
     "import": ("transfer:main_import", "take in exported artifacts, hashed first"),
     "data": ("data", "fetch, list, remove and look at what comes from the Hub: data fetch|ls|rm|show"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
+    "serve": ("serve", "serve models over HTTP: OpenAI's interface, nanochat's, and a page to chat in"),
     "report": ("report", "write and print the report of a run, of artifacts, or of several runs"),
     "graph": ("graph", "draw the pipeline (--format ascii, mermaid, dot or json)"),
     "bench": ("bench", "measure how fast this machine works (bench train, bench core; --json for programs)"),

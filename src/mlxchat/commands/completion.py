@@ -42,7 +42,7 @@ _PLACES = """To use it:
   fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
 
 # Verbs that take names of artifacts, and those that take settings of the configuration.
-_NAMING = ("show", "lineage", "diff", "pin", "verify", "export", "report")
+_NAMING = ("show", "lineage", "diff", "pin", "verify", "export", "report", "serve")
 _SETTING = ("run", "plan", "graph", "bench", "data")
 _DATA = ("fetch", "ls", "rm", "show")
 _OPTIONS = {
@@ -54,6 +54,11 @@ _OPTIONS = {
     "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
     "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
     "chat": ["--prompt", "--model", "--temperature", "--top-k", "--max-tokens", "--seed"],
+    "serve": [
+        "--host", "--port", "--api-key", "--cors", "--temperature", "--top-k", "--grace-seconds", "--log-requests",
+        "--max-tokens", "--max-messages", "--max-message-chars", "--max-conversation-chars", "--max-choices",
+        "--max-rows", "--max-queue", "--max-models",
+    ],
     "report": ["--run", "--out", "--cost-per-hour", "--open"],
     "bench": ["--json", "--config-dir"],
     "data fetch": ["--dry-run", "--files", "--model", "--revision", "--workers"],

@@ -1,0 +1,96 @@
+"""One choice of an answer as it grows, and OpenAI's words for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.scheduler import Event
+from mlxchat.serve.parts import Kind, Parts
+from mlxchat.serve.worker import Answer
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Choice:
+    """What came so far."""
+
+    tokenizer: Tokenizer
+    parts: Parts
+    events: list[tuple[Event, Kind]] = field(default_factory=list)
+    """Those with log-probabilities that are text, and of which kind."""
+    num_sampled: int = 0
+    finish_reason: str | None = None
+
+    def add(self, event: Event) -> Iterator[tuple[Kind, str]]:
+        """Take an event; yield (kind, text) of what may be shown."""
+        self.num_sampled += event.sampled
+        self.events += self._with_logprobs(event)
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason if event.finish_reason == "length" else "stop"
+        yield from self.parts.add(event)
+
+    @property
+    def all_text(self) -> str:
+        """Everything that came, calls and what they gave included."""
+        return "".join(text for _, text in self.parts.found)
+
+    def message(self) -> Json:
+        """Return the assistant's message; with `parts` where the calculator was asked."""
+        own = {"parts": self.parts.as_content()} if self.parts.tools_used else {}
+        return {"role": "assistant", "content": self.parts.text, "refusal": None, **own}
+
+    def chat_logprobs(self, event: Event | None = None) -> Json | None:
+        """Return the log-probabilities of what is said, of one event before it is added, or of all."""
+        entries = [self._chat_entry(each) for each, kind in self._with_logprobs(event) if kind == "text"]
+        return {"content": entries, "refusal": None} if entries else None
+
+    def text_logprobs(self, event: Event | None = None) -> Json | None:
+        """Return the same as text completions have it, of calls too."""
+        events = [each for each, _ in self._with_logprobs(event)]
+        if not events:
+            return None
+        tokens = [self._token(each.token) for each in events]
+        offsets, place = [], 0
+        for token in tokens:
+            offsets.append(place)
+            place += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.logprob for each in events],
+            "top_logprobs": [{self._token(id_): value for id_, value in each.top_logprobs or ()} for each in events],
+            "text_offset": offsets,
+        }
+
+    def _with_logprobs(self, event: Event | None) -> list[tuple[Event, Kind]]:
+        if event is None:
+            return self.events
+        told = event.logprob is not None and event.token not in self.tokenizer.special_ids.values()
+        return [(event, self.parts.kind)] if told else []
+
+    def _chat_entry(self, event: Event) -> Json:
+        top = [self._valued(id_, value) for id_, value in event.top_logprobs or ()]
+        return {**self._valued(event.token, event.logprob), "top_logprobs": top}
+
+    def _valued(self, token: int | None, logprob: float | None) -> Json:
+        data = b"" if token is None else self.tokenizer.decode_bytes([token])
+        return {"token": self._token(token), "logprob": logprob, "bytes": list(data)}
+
+    def _token(self, token: int | None) -> str:
+        return "" if token is None else self.tokenizer.decode([token])
+
+
+def choices_of(answer: Answer) -> list[Choice]:
+    """Return the choices of an answer, empty."""
+    tokenizer = answer.model.tokenizer
+    return [Choice(tokenizer, Parts(tokenizer)) for _ in answer.requests]
+
+
+def usage_of(answer: Answer, choices: list[Choice], each: int) -> Json:
+    """Return OpenAI's usage: a prompt counts once for its `each` choices; what tools forced is not counted."""
+    prompt = sum(len(request.prompt) for request in answer.requests[::each])
+    completion = sum(choice.num_sampled for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

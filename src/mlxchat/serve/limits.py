@@ -1,0 +1,36 @@
+"""What a server takes: nanochat's limits unless told otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from mlxchat.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of requests and of what is kept in memory."""
+
+    max_messages: int = 500
+    """Messages of a conversation."""
+    max_message_chars: int = 8000
+    """Characters of one message or prompt."""
+    max_conversation_chars: int = 32000
+    """Characters of all of them."""
+    max_tokens: int = 4096
+    """Tokens of an answer."""
+    max_choices: int = 16
+    """Answers to one request, `n` and prompts together."""
+    max_rows: int = 16
+    """Answers in the making at a time."""
+    max_queue: int = 64
+    """Answers that wait for a row; further requests are refused with 429."""
+    max_models: int = 2
+    """Models in memory; the one that was used longest ago goes."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no server could keep to."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < (0 if field.name == "max_queue" else 1):
+                raise ConfigError(f"--{field.name.replace('_', '-')} is {value}, expected at least 1")

@@ -1,0 +1,157 @@
+"""The models of an outputs folder: their names, where they come from, and what their manifests say of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError, StoreError
+from mlxchat.runner.catalog import Summary, read_catalog
+from mlxchat.runner.store import Store, read_manifest
+from mlxchat.serve.faults import Fault
+
+_LISTED_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that may be asked."""
+
+    name: str
+    """Of its folder."""
+    folder: Path
+    tokenizer: Tokenizer
+    context_tokens: int
+    converses: bool
+    """False: it was only pretrained and continues text."""
+
+
+class Models:
+    """What a server offers: every checkpoint of the outputs folder, and one that is meant when none is named."""
+
+    def __init__(self, store: Store, default: Path) -> None:
+        """Take the store and the folder of the default model."""
+        self.store, self.default = store, default
+        self._listed: tuple[float, list[Summary]] = (-_LISTED_SECONDS, [])
+
+    def find(self, name: str | None) -> Model:
+        """Return a model by any name that `mlxchat show` would take; None or "default": the default one.
+
+        Raises:
+            Fault: there is none of that name, or it cannot be read.
+        """
+        try:
+            place = self.default if name in (None, "", "default") else self._resolve(str(name))
+            return read_model(_with_files(self.store, place))
+        except StoreError as error:
+            raise Fault(str(error), status=404, param="model", code="model_not_found") from None
+        except DataError as error:
+            raise Fault(str(error), status=500) from None
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return OpenAI's entry of every model, the default one first, with an own field `mlxchat` of provenance."""
+        found = self._summaries()
+        scores = _scores(found)
+        checkpoints = [summary for summary in reversed(found) if summary.get("kind") == "checkpoint"]
+        checkpoints.sort(key=lambda summary: summary["folder"] != self.default.name)
+        return [_entry(summary, scores) for summary in checkpoints]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """Return OpenAI's entry of one model, with the settings that made it.
+
+        Raises:
+            Fault: there is none.
+        """
+        try:
+            place = self.default if name == "default" else self._resolve(name)
+        except StoreError as error:
+            raise Fault(str(error), status=404, param="model", code="model_not_found") from None
+        found = next(entry for entry in self.entries() if entry["id"] == place.name)
+        manifest = read_manifest(place)
+        found["mlxchat"] |= {"config": manifest.get("config"), "git": manifest.get("git"), "seed": manifest.get("seed")}
+        return found
+
+    def _resolve(self, name: str) -> Path:
+        place = self.store.resolve(name)
+        kind = read_manifest(place)["kind"]
+        if kind != "checkpoint":
+            raise StoreError(f"{place.name} is no model but a {kind}")
+        return place
+
+    def _summaries(self) -> list[Summary]:
+        now = time.monotonic()
+        if now - self._listed[0] >= _LISTED_SECONDS:
+            readable = [summary for summary in read_catalog(self.store) if "damaged" not in summary]
+            self._listed = now, readable
+        return self._listed[1]
+
+
+@lru_cache(maxsize=8)
+def read_model(folder: Path) -> Model:
+    """Return what is known of a checkpoint without its weights.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        context = int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder.name}: no readable checkpoint ({type(error).__name__}: {error})") from None
+    return Model(folder.name, folder, Tokenizer.load(folder), context, facts.get("format") == "chat")
+
+
+def _with_files(store: Store, place: Path) -> Path:
+    """Return the folder that has the files: of an alias, the one that it stands for."""
+    if read_manifest(place).get("alias_of"):
+        return store.find(read_manifest(place)["rid"]) or place
+    return place
+
+
+def _scores(found: list[Summary]) -> dict[str, dict[str, float]]:
+    """Return id of a checkpoint → what the latest evaluation measured of it."""
+    scores: dict[str, dict[str, float]] = {}
+    for summary in found:
+        judged = (summary.get("inputs") or {}).get("checkpoint")
+        if summary.get("kind") == "scores" and judged:
+            scores[judged["rid"]] = _numbers(summary["metrics"])
+    return scores
+
+
+def _entry(summary: Summary, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+    made_from = {role: made.get("artifact") for role, made in (summary.get("inputs") or {}).items() if made}
+    return {
+        "id": summary["folder"],
+        "object": "model",
+        "created": _seconds(summary["published"]),
+        "owned_by": "mlxchat",
+        "mlxchat": {
+            "rid": summary["rid"],
+            "step": summary["step"],
+            "stage": summary["stage"],
+            "run": summary.get("run"),
+            "published": summary["published"],
+            "converses": summary["stage"] != "pretrain",
+            "inputs": made_from,
+            "metrics": _numbers(summary["metrics"]),
+            "scores": scores.get(summary["rid"], {}),
+        },
+    }
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float) and value == value}
+
+
+def _seconds(published: str) -> int:
+    try:
+        return int(datetime.fromisoformat(published).timestamp())
+    except ValueError:
+        return 0

@@ -1,0 +1,84 @@
+"""nanochat's own routes (scripts/chat_web.py): what its page and scripts written for it ask."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from mlxchat.engine.scheduler import Event
+from mlxchat.serve.listening import EventStream, measured, while_connected
+from mlxchat.serve.prompts import chat_prompt, requests_for
+from mlxchat.serve.schemas import Generation, Message, NanochatRequest
+from mlxchat.serve.service import Service
+from mlxchat.serve.worker import Answer
+
+Json = dict[str, Any]
+_DEFAULT_TOKENS = 512
+_SHOWN = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+
+
+def nanochat_routes(service: Service) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter()
+    worker = service.worker
+
+    @routes.post("/chat/completions", response_model=None)
+    async def chat(body: NanochatRequest, request: Request) -> Response | Json:
+        model = service.models.find(None)
+        most = body.max_tokens or min(_DEFAULT_TOKENS, service.limits.max_tokens)
+        messages = [Message(role=message.role, content=message.content) for message in body.messages]
+        prompt = chat_prompt(model, messages, service.limits, answer_tokens=most, truncate=True)
+        settings = Generation(temperature=body.temperature, top_k=body.top_k)
+        asked = requests_for(model, settings, [prompt], service.limits, service.defaults, max_tokens=most)
+        answer = worker.ask(model, asked)
+        if body.stream:
+            return EventStream(answer, _chunks(service, answer))
+        return {"response": await while_connected(request, answer, _whole(service, answer)), "gpu": 0}
+
+    @routes.get("/health")
+    async def health() -> Json:
+        free = int(worker.num_choices < service.limits.max_rows)
+        return {
+            "status": "ok" if worker.alive else "stopping", "ready": worker.alive and bool(worker.loaded),
+            "num_gpus": 1, "available_workers": free if worker.alive else 0,
+        }  # fmt: skip
+
+    @routes.get("/stats")
+    async def stats() -> Json:
+        from mlxchat.ops.device import backend
+
+        busy = int(worker.num_choices > 0)
+        return {
+            "total_workers": 1, "available_workers": 1 - busy, "busy_workers": busy,
+            "workers": [{"gpu_id": 0, "device": backend()}],
+            "rows_running": worker.num_running, "rows_waiting": worker.num_waiting,
+            "models": worker.loaded, "generated_tokens": worker.tokens_generated,
+        }  # fmt: skip
+
+    return routes
+
+
+async def _texts(service: Service, answer: Answer) -> AsyncIterator[str]:
+    """Yield text as nanochat's server has it: the delimiters of calls are part of it."""
+    special = answer.model.tokenizer.special_ids
+    shown = {special[name]: name for name in _SHOWN}
+    async for _, event in measured(answer, service.metrics):
+        text = _text_of(event, shown)
+        if text:
+            yield text
+
+
+def _text_of(event: Event, shown: dict[int, str]) -> str:
+    return event.text + ("" if event.token is None else shown.get(event.token, ""))
+
+
+async def _chunks(service: Service, answer: Answer) -> AsyncIterator[Json]:
+    async for text in _texts(service, answer):
+        yield {"token": text, "gpu": 0}
+    yield {"done": True}
+
+
+async def _whole(service: Service, answer: Answer) -> str:
+    return "".join([text async for text in _texts(service, answer)])

@@ -1,0 +1,184 @@
+"""OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/models."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from mlxchat.serve.choices import Choice, choices_of, usage_of
+from mlxchat.serve.faults import Fault
+from mlxchat.serve.listening import EventStream, measured, while_connected
+from mlxchat.serve.models import Model
+from mlxchat.serve.prompts import chat_prompt, requests_for
+from mlxchat.serve.schemas import ChatRequest, Generation, TextRequest
+from mlxchat.serve.service import Service
+from mlxchat.serve.worker import Answer
+
+Json = dict[str, Any]
+
+
+def openai_routes(service: Service) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(prefix="/v1")
+
+    @routes.get("/models")
+    async def list_models() -> Json:
+        return {"object": "list", "data": service.models.entries()}
+
+    @routes.get("/models/{name:path}")
+    async def show_model(name: str) -> Json:
+        return service.models.entry(name)
+
+    @routes.post("/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response | Json:
+        model = service.models.find(body.model)
+        if body.top_logprobs and not body.logprobs:
+            raise Fault("top_logprobs needs logprobs=true", param="top_logprobs")
+        most = body.max_completion_tokens or body.max_tokens
+        prompt = chat_prompt(
+            model, body.messages, service.limits, answer_tokens=most, truncate=body.truncation == "auto"
+        )
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        asked = requests_for(
+            model, body, [prompt], service.limits, service.defaults, max_tokens=most, logprobs=logprobs
+        )
+        answer = service.worker.ask(model, asked)
+        head = _head("chatcmpl", "chat.completion", model)
+        if body.stream:
+            return EventStream(answer, _chat_chunks(service, answer, head, body))
+        choices = await while_connected(request, answer, _collect(service, answer))
+        told = [
+            {
+                "index": index, "message": choice.message(), "logprobs": choice.chat_logprobs(),
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(choices)
+        ]  # fmt: skip
+        return {**head, "choices": told, "usage": usage_of(answer, choices, body.n)}
+
+    @routes.post("/completions", response_model=None)
+    async def complete(body: TextRequest, request: Request) -> Response | Json:
+        model = service.models.find(body.model)
+        if body.best_of not in (None, body.n):
+            raise Fault("best_of is not supported", param="best_of", code="unsupported_parameter")
+        if body.echo and body.logprobs is not None:
+            raise Fault("echo with logprobs is not supported", param="echo", code="unsupported_parameter")
+        prompts = _text_prompts(service, model, body)
+        most = body.max_tokens if body.max_tokens is not None else min(128, service.limits.max_tokens)
+        asked = requests_for(
+            model, body, [ids for ids, _ in prompts], service.limits, service.defaults,
+            max_tokens=most, logprobs=body.logprobs,
+        )  # fmt: skip
+        answer = service.worker.ask(model, asked)
+        head = _head("cmpl", "text_completion", model)
+        echoes = [text if body.echo else "" for _, text in prompts for _ in range(body.n)]
+        if body.stream:
+            return EventStream(answer, _text_chunks(service, answer, head, body, echoes))
+        choices = await while_connected(request, answer, _collect(service, answer))
+        told = [
+            {
+                "index": index, "text": echoes[index] + choice.all_text, "logprobs": choice.text_logprobs(),
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(choices)
+        ]  # fmt: skip
+        return {**head, "choices": told, "usage": usage_of(answer, choices, body.n)}
+
+    return routes
+
+
+async def _collect(service: Service, answer: Answer) -> list[Choice]:
+    choices = choices_of(answer)
+    async for index, event in measured(answer, service.metrics):
+        for _ in choices[index].add(event):
+            pass
+    return choices
+
+
+async def _chat_chunks(service: Service, answer: Answer, head: Json, body: ChatRequest) -> AsyncIterator[Json | str]:
+    head = {**head, "object": "chat.completion.chunk"}
+    choices = choices_of(answer)
+    usage = _usage_field(body)
+
+    def chunk(index: int, delta: Json, reason: str | None = None, logprobs: Json | None = None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**head, "choices": [choice], **usage}
+
+    for index in range(len(choices)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    async for index, event in measured(answer, service.metrics):
+        choice = choices[index]
+        logprobs = choice.chat_logprobs(event)
+        for kind, text in choice.add(event):
+            delta = {"content": text} if kind == "text" else {"part": {"type": kind, "text": text}}
+            yield chunk(index, delta, None, logprobs)
+            logprobs = None
+        if logprobs:
+            yield chunk(index, {"content": ""}, None, logprobs)
+        if choice.finish_reason:
+            yield chunk(index, {}, choice.finish_reason)
+    if usage:
+        yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
+    yield "[DONE]"
+
+
+async def _text_chunks(
+    service: Service, answer: Answer, head: Json, body: TextRequest, echoes: list[str]
+) -> AsyncIterator[Json | str]:
+    choices = choices_of(answer)
+    usage = _usage_field(body)
+
+    def chunk(index: int, text: str, reason: str | None = None, logprobs: Json | None = None) -> Json:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {**head, "choices": [choice], **usage}
+
+    for index, echo in enumerate(echoes):
+        if echo:
+            yield chunk(index, echo)
+    async for index, event in measured(answer, service.metrics):
+        choice = choices[index]
+        logprobs = choice.text_logprobs(event)
+        text = "".join(text for _, text in choice.add(event))
+        if text or logprobs or choice.finish_reason:
+            yield chunk(index, text, choice.finish_reason, logprobs)
+    if usage:
+        yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
+    yield "[DONE]"
+
+
+def _text_prompts(service: Service, model: Model, body: TextRequest) -> list[tuple[list[int], str]]:
+    """Return (ids, text) of every prompt; text begins a document, ids are taken as they are."""
+    tokenizer, limits = model.tokenizer, service.limits
+    given: list[Any] = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
+    if given and all(isinstance(each, int) for each in given):
+        given = [given]
+    if not given:
+        raise Fault("prompt is an empty list", param="prompt")
+    found = []
+    for prompt in given:
+        if len(prompt) > limits.max_conversation_chars:
+            raise Fault(f"a prompt has {len(prompt)} characters, at most {limits.max_conversation_chars} may be",
+                        param="prompt")  # fmt: skip
+        if isinstance(prompt, str):
+            found.append(([tokenizer.bos, *tokenizer.encode(prompt)], prompt))
+            continue
+        if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
+            raise Fault(f"a prompt of ids needs at least one, from 0 to {tokenizer.vocab_size - 1}", param="prompt")
+        found.append((prompt, tokenizer.decode(prompt)))
+    return found
+
+
+def _head(prefix: str, kind: str, model: Model) -> Json:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model.name,
+        "system_fingerprint": model.name.rpartition("-")[2],
+    }  # fmt: skip
+
+
+def _usage_field(body: Generation) -> Json:
+    """Return what every chunk says of usage: null where it comes at the end, else nothing."""
+    return {"usage": None} if body.stream_options and body.stream_options.include_usage else {}

@@ -1,0 +1,337 @@
+// The page: what happens when.
+
+import { make } from "./markdown.js";
+import { listModels, Refused, setKey, showModel, stream } from "./server.js";
+import { DEFAULTS, dropAll, dropConversation, keepConversation, readConversations, readSettings, writeSettings } from "./store.js";
+import { copy, editor, messageElement, provenance, renderParts, textOf } from "./view.js";
+
+const $ = (id) => document.getElementById(id);
+const settings = readSettings();
+const EXAMPLES = ["What is the capital of France?", "Who are you?", "Tom has 12 apples and buys 7 more. How many apples does Tom have now?"];
+const BEGINNINGS = ["The capital of France is", "Once upon a time"];
+
+let models = [];
+let conversation = fresh();
+let going = null; // {controller, message, element} of the answer that is coming
+let editing = null; // index of the message that is being edited
+
+function fresh() {
+  return { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, changed: Date.now(), messages: [] };
+}
+
+function model() {
+  return models.find((one) => one.id === settings.model) ?? models[0];
+}
+
+// ---- showing ----
+
+function showAll() {
+  showList();
+  showMessages();
+  showModelName();
+}
+
+function showList() {
+  const all = readConversations();
+  $("list").replaceChildren(...all.map((one) => {
+    const title = one.messages.length ? textOf(one.messages[0]).slice(0, 80) : "New conversation";
+    const open = make("button", { class: "name", type: "button", title }, title);
+    open.addEventListener("click", () => openConversation(one.id));
+    if (one.id === conversation.id) open.setAttribute("aria-current", "true");
+    const drop = make("button", { class: "drop", type: "button", "aria-label": `Delete “${title}”` }, "✕");
+    drop.addEventListener("click", () => {
+      dropConversation(one.id);
+      if (one.id === conversation.id) begin();
+      else showList();
+    });
+    return make("li", { class: one.id === conversation.id ? "open" : "" }, open, drop);
+  }));
+}
+
+function showMessages() {
+  const { messages } = conversation;
+  $("empty").hidden = messages.length > 0;
+  $("messages").replaceChildren(...messages.map((message, index) => {
+    if (index === editing) return editElement(message, index);
+    if (going?.message === message) return going.element;
+    const actions = [["Copy", (button) => copy(textOf(message), button)]];
+    if (!going) {
+      if (message.role === "user") actions.push(["Edit", () => edit(index)]);
+      else actions.push(["Regenerate", () => regenerate(index)]);
+    }
+    return messageElement(message, actions, message.note);
+  }));
+}
+
+function showModelName() {
+  const one = model();
+  $("model-name").textContent = one?.id ?? "…";
+  $("model-step").textContent = one?.mlxchat.step ?? "";
+  const converses = one?.mlxchat.converses ?? true;
+  $("input").placeholder = converses ? "Ask something" : "Write a beginning, and the model goes on";
+  $("empty-title").textContent = converses ? "What would you like to know?" : "How does it begin?";
+  $("empty-note").textContent = one ? `${one.id} ${converses ? "answers" : "was only pretrained: it continues text"}.` : "";
+  $("examples").replaceChildren(...(converses ? EXAMPLES : BEGINNINGS).map((text) => {
+    const button = make("button", { type: "button" }, text);
+    button.addEventListener("click", () => say(text));
+    return button;
+  }));
+}
+
+function complain(error) {
+  const message = error instanceof Refused ? error.message : String(error?.message ?? error);
+  $("problem").textContent = message;
+  $("problem").hidden = false;
+  if (error.status === 401 && !$("key-dialog").open) $("key-dialog").showModal();
+}
+
+function atEnd() {
+  const view = $("scroll");
+  return view.scrollHeight - view.scrollTop - view.clientHeight < 60;
+}
+
+function toEnd() {
+  $("scroll").scrollTop = $("scroll").scrollHeight;
+}
+
+// ---- talking ----
+
+function say(text) {
+  if (going || !text.trim()) return;
+  conversation.messages.push({ role: "user", parts: [{ type: "text", text }] });
+  answer();
+}
+
+function regenerate(index) {
+  if (going) return;
+  conversation.messages.length = index;
+  answer();
+}
+
+function edit(index) {
+  if (going) return;
+  editing = index;
+  showMessages();
+}
+
+function editElement(message, index) {
+  const stop = () => { editing = null; showMessages(); $("input").focus(); };
+  const { form, field } = editor(textOf(message), (text) => {
+    editing = null;
+    conversation.messages.length = index;
+    say(text);
+    $("input").focus();
+  }, stop);
+  setTimeout(() => field.focus());
+  return make("li", { class: "user" }, form);
+}
+
+function bodyFor(one) {
+  const body = { model: one?.id, temperature: settings.temperature, top_k: settings.top_k, max_tokens: settings.max_tokens };
+  if (settings.top_p < 1) body.top_p = settings.top_p;
+  if (settings.seed !== "") body.seed = Number(settings.seed);
+  if (!one || one.mlxchat.converses) {
+    const said = conversation.messages.map(({ role, parts }) => ({ role, content: role === "user" ? parts[0].text : parts }));
+    const system = settings.system.trim() ? [{ role: "system", content: settings.system.trim() }] : [];
+    return ["/v1/chat/completions", { ...body, messages: [...system, ...said], truncation: "auto" }];
+  }
+  return ["/v1/completions", { ...body, prompt: textOf(conversation.messages.at(-1)) }];
+}
+
+async function answer() {
+  const one = model();
+  const asked = conversation;
+  const [path, body] = bodyFor(one);
+  const message = { role: "assistant", parts: [], model: one?.id ?? "" };
+  const element = messageElement(message, []);
+  element.classList.add("going");
+  element.setAttribute("aria-busy", "true");
+  const controller = new AbortController();
+  going = { controller, message, element };
+  $("problem").hidden = true;
+  conversation.messages.push(message);
+  busy(true);
+  keepConversation(asked);
+  showAll();
+  toEnd();
+  let waiting = false;
+  const draw = () => {
+    waiting = false;
+    const follow = atEnd();
+    element.querySelector(".said").replaceChildren(...renderParts(message.parts));
+    if (follow) toEnd();
+  };
+  try {
+    for await (const told of stream(path, body, controller.signal)) {
+      if (told.finish_reason === "length") message.note = "ended at the longest length";
+      if (told.text === undefined) continue;
+      const last = message.parts.at(-1);
+      if (last?.type === told.type) last.text += told.text;
+      else message.parts.push({ type: told.type, text: told.text });
+      if (!waiting) {
+        waiting = true;
+        requestAnimationFrame(draw);
+      }
+    }
+  } catch (error) {
+    if (error.name === "AbortError") message.note = "stopped";
+    else complain(error);
+  }
+  if (!message.parts.length) {
+    if (message.note || !$("problem").hidden) asked.messages.splice(asked.messages.indexOf(message), 1);
+    else message.note = "said nothing";
+  }
+  const follow = atEnd();
+  going = null;
+  busy(false);
+  if (readConversations().some((kept) => kept.id === asked.id)) keepConversation(asked);
+  showAll();
+  if (follow) toEnd();
+  $("status").textContent = message.parts.length ? `The model said: ${textOf(message)}` : "No answer.";
+}
+
+function busy(yes) {
+  const focused = document.activeElement === $("stop") || document.activeElement === $("send");
+  $("send").hidden = yes;
+  $("stop").hidden = !yes;
+  if (focused) $("input").focus();
+}
+
+function stop() {
+  going?.controller.abort();
+}
+
+// ---- conversations ----
+
+function begin() {
+  stop();
+  conversation = fresh();
+  editing = null;
+  $("problem").hidden = true;
+  showAll();
+  side(false);
+  $("input").focus();
+}
+
+function openConversation(id) {
+  const kept = readConversations().find((one) => one.id === id);
+  if (!kept || id === conversation.id) return side(false);
+  stop();
+  conversation = kept;
+  editing = null;
+  $("problem").hidden = true;
+  showAll();
+  toEnd();
+  side(false);
+  $("input").focus();
+}
+
+function side(shown) {
+  $("side").classList.toggle("shown", shown);
+  $("veil").hidden = !shown;
+  $("side-open").setAttribute("aria-expanded", String(shown));
+  if (shown) $("side-close").focus();
+}
+
+// ---- models and settings ----
+
+async function loadModels() {
+  try {
+    models = await listModels();
+    $("problem").hidden = true;
+  } catch (error) {
+    complain(error);
+  }
+  $("model-choice").replaceChildren(...models.map((one) => make("option", { value: one.id }, `${one.mlxchat.step} — ${one.id}`)));
+  showModelName();
+}
+
+async function showFacts() {
+  const one = model();
+  if (!one) return;
+  $("model-choice").value = one.id;
+  $("model-facts").replaceChildren(...provenance(one));
+  const detail = await showModel(one.id).catch(() => null);
+  if (detail && model()?.id === one.id) $("model-facts").replaceChildren(...provenance(one, detail));
+}
+
+function fillSettings() {
+  for (const key of Object.keys(DEFAULTS)) {
+    const field = $(`set-${key}`);
+    if (field) field.value = settings[key];
+    const shown = $(`out-${key}`);
+    if (shown) shown.textContent = Number(settings[key]).toFixed(2);
+  }
+}
+
+function changeSetting(key, field) {
+  const numeric = typeof DEFAULTS[key] === "number";
+  if (!field.checkValidity() || (numeric && field.value === "")) return;
+  settings[key] = numeric ? Number(field.value) : field.value;
+  writeSettings(settings);
+  const shown = $(`out-${key}`);
+  if (shown) shown.textContent = Number(field.value).toFixed(2);
+  if (key === "theme") theme();
+}
+
+function theme() {
+  if (settings.theme) document.documentElement.dataset.theme = settings.theme;
+  else delete document.documentElement.dataset.theme;
+}
+
+// ---- wiring ----
+
+function fit() {
+  const field = $("input");
+  field.style.height = "auto";
+  field.style.height = `${field.scrollHeight}px`;
+}
+
+function submit(event) {
+  event.preventDefault();
+  if (going) return;
+  const text = $("input").value.trim();
+  if (!text) return;
+  $("input").value = "";
+  fit();
+  say(text);
+}
+
+$("form").addEventListener("submit", submit);
+$("input").addEventListener("input", fit);
+$("input").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+});
+$("stop").addEventListener("click", stop);
+$("new").addEventListener("click", begin);
+$("side-open").addEventListener("click", () => side(true));
+$("side-close").addEventListener("click", () => { side(false); $("side-open").focus(); });
+$("veil").addEventListener("click", () => side(false));
+$("model-open").addEventListener("click", () => { $("model-dialog").showModal(); showFacts(); });
+$("model-choice").addEventListener("change", (event) => {
+  settings.model = event.target.value;
+  writeSettings(settings);
+  showModelName();
+  showFacts();
+});
+$("settings-open").addEventListener("click", () => { fillSettings(); $("settings-dialog").showModal(); });
+for (const key of Object.keys(DEFAULTS)) $(`set-${key}`)?.addEventListener("input", (event) => changeSetting(key, event.target));
+$("forget").addEventListener("click", () => { dropAll(); $("settings-dialog").close(); begin(); });
+$("key-form").addEventListener("submit", () => { setKey($("key").value.trim()); $("key").value = ""; loadModels(); });
+for (const dialog of document.querySelectorAll("dialog")) {
+  dialog.querySelector("[data-close]")?.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+}
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
+    if (going) stop();
+    else side(false);
+  }
+  if (event.ctrlKey && event.shiftKey && event.code === "KeyO") { event.preventDefault(); begin(); }
+});
+window.addEventListener("storage", showList);
+
+theme();
+showAll();
+loadModels();
+$("input").focus();

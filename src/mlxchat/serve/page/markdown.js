@@ -1,0 +1,180 @@
+// Markdown to DOM nodes. Text only ever becomes textContent, so nothing in it can become markup or script.
+
+const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
+const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
+const DIVIDER = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)+\|?\s*$/;
+const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
+const DEEPEST = 8;
+
+/** Return an element with children, which are nodes or text. */
+export function make(name, attributes = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key === "class") element.className = value;
+    else if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else element.setAttribute(key, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** Return the nodes of a text; `copy(text, button)` is what a code block's button does. */
+export function renderMarkdown(text, copy, depth = 0) {
+  const lines = text.split("\n");
+  const nodes = [];
+  let at = 0;
+  while (at < lines.length) {
+    const line = lines[at];
+    let match;
+    if (!line.trim()) at += 1;
+    else if ((match = FENCE.exec(line))) {
+      const body = [];
+      for (at += 1; at < lines.length && !closes(lines[at], match[1]); at += 1) body.push(lines[at]);
+      at += 1;
+      nodes.push(codeBlock(body.join("\n"), match[2], copy));
+    } else if ((match = HEADING.exec(line))) {
+      nodes.push(make(`h${Math.min(5, match[1].length + 1)}`, {}, ...renderInline(match[2])));
+      at += 1;
+    } else if (RULE.test(line)) {
+      nodes.push(make("hr"));
+      at += 1;
+    } else if (/^ {0,3}>/.test(line) && depth < DEEPEST) {
+      const body = [];
+      for (; at < lines.length && /^ {0,3}>/.test(lines[at]); at += 1) body.push(lines[at].replace(/^ {0,3}> ?/, ""));
+      nodes.push(make("blockquote", {}, ...renderMarkdown(body.join("\n"), copy, depth + 1)));
+    } else if (ITEM.test(line) && depth < DEEPEST) {
+      const end = endOfList(lines, at);
+      nodes.push(list(lines.slice(at, end), copy, depth));
+      at = end;
+    } else if (line.includes("|") && at + 1 < lines.length && DIVIDER.test(lines[at + 1])) {
+      const rows = [line];
+      for (at += 2; at < lines.length && lines[at].includes("|"); at += 1) rows.push(lines[at]);
+      nodes.push(table(rows));
+    } else {
+      const body = [line];
+      for (at += 1; at < lines.length && lines[at].trim() && !begins(lines[at]); at += 1) body.push(lines[at]);
+      nodes.push(make("p", {}, ...withBreaks(body)));
+    }
+  }
+  return nodes;
+}
+
+/** Return the nodes of a line: code, bold, italic, struck, links. */
+export function renderInline(text, depth = 0) {
+  const nodes = [];
+  let plain = "";
+  const flush = () => { if (plain) nodes.push(plain); plain = ""; };
+  let at = 0;
+  while (at < text.length) {
+    const char = text[at];
+    if (char === "\\" && /[\\`*_~[\]()#!|]/.test(text[at + 1] ?? "")) {
+      plain += text[at + 1];
+      at += 2;
+      continue;
+    }
+    const found = char === "`" ? code(text, at) : "*_~".includes(char) && depth < DEEPEST ? stressed(text, at, depth)
+      : char === "[" || (char === "!" && text[at + 1] === "[") ? link(text, at, depth) : null;
+    if (found) {
+      flush();
+      nodes.push(found.node);
+      at = found.end;
+    } else {
+      plain += char;
+      at += 1;
+    }
+  }
+  flush();
+  return nodes;
+}
+
+function begins(line) {
+  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || ITEM.test(line) || /^ {0,3}>/.test(line);
+}
+
+function closes(line, fence) {
+  const bare = line.trim();
+  return bare.length >= fence.length && [...bare].every((char) => char === fence[0]);
+}
+
+function withBreaks(lines) {
+  return lines.flatMap((line, index) => [...(index ? [make("br")] : []), ...renderInline(line.trim())]);
+}
+
+function codeBlock(text, language, copy) {
+  const button = make("button", { type: "button" }, "Copy");
+  button.addEventListener("click", () => copy(text, button));
+  return make("figure", { class: "code" }, make("figcaption", {}, make("span", {}, language || "code"), button),
+    make("pre", { tabindex: "0" }, make("code", {}, text)));
+}
+
+function endOfList(lines, at) {
+  const indent = ITEM.exec(lines[at])[1].length;
+  let end = at + 1;
+  while (end < lines.length) {
+    const line = lines[end];
+    const next = lines[end + 1] ?? "";
+    const goesOn = line.trim() ? ITEM.test(line) || /^\s/.test(line) : (ITEM.test(next) || /^\s{2,}\S/.test(next));
+    if (!goesOn || (RULE.test(line) && line.search(/\S/) <= indent)) break;
+    end += 1;
+  }
+  return end;
+}
+
+function list(lines, copy, depth) {
+  const first = ITEM.exec(lines[0]);
+  const ordered = /\d/.test(first[2]);
+  const items = [];
+  for (const line of lines) {
+    const match = ITEM.exec(line);
+    if (match && match[1].length <= first[1].length + 1) items.push([match[3]]);
+    else items.at(-1).push(line.replace(/^\s{1,4}/, ""));
+  }
+  const made = make(ordered ? "ol" : "ul", ordered ? { start: String(parseInt(first[2], 10)) } : {});
+  for (const item of items) {
+    const nodes = item.length === 1 ? renderInline(item[0])
+      : [...renderInline(item[0]), ...renderMarkdown(item.slice(1).join("\n"), copy, depth + 1)];
+    made.append(make("li", {}, ...nodes));
+  }
+  return made;
+}
+
+function table(rows) {
+  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split("|").map((cell) => renderInline(cell.trim()));
+  const [head, ...body] = rows.map(cells);
+  const line = (name) => (row) => make("tr", {}, ...row.map((cell) => make(name, {}, ...cell)));
+  return make("div", { class: "scroller", tabindex: "0" },
+    make("table", {}, make("thead", {}, line("th")(head)), make("tbody", {}, ...body.map(line("td")))));
+}
+
+function code(text, at) {
+  const ticks = /^`+/.exec(text.slice(at, at + 20))[0];
+  const end = text.indexOf(ticks, at + ticks.length);
+  if (end < 0) return null;
+  return { node: make("code", {}, text.slice(at + ticks.length, end)), end: end + ticks.length };
+}
+
+function stressed(text, at, depth) {
+  const char = text[at];
+  const double = text[at + 1] === char;
+  if (char === "~" && !double) return null;
+  const mark = double ? char + char : char;
+  const begin = at + mark.length;
+  if (/\s/.test(text[begin] ?? " ")) return null;
+  if (char === "_" && /\w/.test(text[at - 1] ?? " ")) return null;
+  let end = text.indexOf(mark, begin + 1);
+  while (end > 0 && (/\s/.test(text[end - 1]) || (char === "_" && /\w/.test(text[end + mark.length] ?? " ")))) {
+    end = text.indexOf(mark, end + 1);
+  }
+  if (end < 0) return null;
+  const name = char === "~" ? "del" : double ? "strong" : "em";
+  return { node: make(name, {}, ...renderInline(text.slice(begin, end), depth + 1)), end: end + mark.length };
+}
+
+function link(text, at, depth) {
+  const match = /^!?\[([^\][]{0,500})\]\(\s*([^\s()]{1,2000}(?:\([^\s()]{0,500}\))?)(?:\s+"[^"]{0,200}")?\s*\)/.exec(text.slice(at, at + 3000));
+  if (!match || !SAFE_LINK.test(match[2]) || depth >= DEEPEST) return null;
+  const attributes = { href: match[2], target: "_blank", rel: "noopener noreferrer nofollow" };
+  return { node: make("a", attributes, match[1] || match[2]), end: at + match[0].length };
+}

@@ -1,0 +1,66 @@
+// Conversations and settings, kept in this browser only.
+
+const CONVERSATIONS = "mlxchat.conversations";
+const SETTINGS = "mlxchat.settings";
+const MOST = 200;
+
+export const DEFAULTS = { temperature: 0.8, top_k: 50, top_p: 1, max_tokens: 512, seed: "", system: "", theme: "", model: "" };
+
+function read(key, fallback) {
+  try {
+    return JSON.parse(localStorage.getItem(key)) ?? fallback;
+  } catch {
+    return fallback;
+  }
+}
+
+function write(key, value) {
+  try {
+    localStorage.setItem(key, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Return the settings: numbers where numbers belong, whatever was kept. */
+export function readSettings() {
+  const kept = read(SETTINGS, {});
+  const settings = { ...DEFAULTS };
+  for (const [key, usual] of Object.entries(DEFAULTS)) {
+    if (typeof kept?.[key] === typeof usual) settings[key] = kept[key];
+  }
+  return settings;
+}
+
+export function writeSettings(settings) {
+  write(SETTINGS, settings);
+}
+
+/** Return conversations, the latest first: {id, changed, messages: [{role, parts: [{type, text}], model}]}. */
+export function readConversations() {
+  const kept = read(CONVERSATIONS, []);
+  const whole = (one) => typeof one?.id === "string" && Array.isArray(one.messages) && one.messages.every(isMessage);
+  return Array.isArray(kept) ? kept.filter(whole).sort((a, b) => b.changed - a.changed) : [];
+}
+
+function isMessage(message) {
+  return ["user", "assistant"].includes(message?.role) && Array.isArray(message.parts)
+    && message.parts.every((part) => typeof part?.type === "string" && typeof part.text === "string");
+}
+
+/** Keep a conversation; the oldest go where the browser has no room. Others may be written by other tabs. */
+export function keepConversation(conversation) {
+  conversation.changed = Date.now();
+  let all = [conversation, ...readConversations().filter((one) => one.id !== conversation.id)].slice(0, MOST);
+  while (all.length > 1 && !write(CONVERSATIONS, all)) all = all.slice(0, -1);
+  if (all.length === 1) write(CONVERSATIONS, all);
+}
+
+export function dropConversation(id) {
+  write(CONVERSATIONS, readConversations().filter((one) => one.id !== id));
+}
+
+export function dropAll() {
+  write(CONVERSATIONS, []);
+}

@@ -1,0 +1,119 @@
+// Messages as elements.
+
+import { make, renderInline, renderMarkdown } from "./markdown.js";
+
+/** Copy a text; the button says that it was. */
+export async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch { // pages that came unencrypted from another machine have no clipboard
+    const field = make("textarea", { class: "unseen" });
+    field.value = text;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+  const label = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = label; }, 1200);
+}
+
+/** Return what was said, without calls and what they gave. */
+export function textOf(message) {
+  return message.parts.filter((part) => part.type === "text").map((part) => part.text).join("");
+}
+
+/** Return a message's text as nodes: markdown, with calls of the calculator folded where they stand. */
+export function renderParts(parts) {
+  if (parts.every((part) => part.type === "text")) return renderMarkdown(parts.map((part) => part.text).join(""), copy);
+  const nodes = [];
+  for (let at = 0; at < parts.length; at += 1) {
+    const part = parts[at];
+    if (part.type === "text") {
+      placeText(nodes, part.text);
+    } else {
+      const answer = part.type === "python" && parts[at + 1]?.type === "python_output" ? parts[at += 1].text : null;
+      const [call, result] = part.type === "python" ? [part.text, answer] : ["", part.text];
+      lastParagraph(nodes).append(tool(call, result));
+    }
+  }
+  return nodes;
+}
+
+// Text around calls goes on in the paragraph that they stand in.
+function placeText(nodes, text) {
+  const [first, ...rest] = text.split("\n");
+  const goesOn = nodes.length && nodes.at(-1).tagName === "P" && first.trim();
+  if (goesOn) lastParagraph(nodes).append(...renderInline(first));
+  nodes.push(...renderMarkdown(goesOn ? rest.join("\n") : text, copy));
+}
+
+function lastParagraph(nodes) {
+  if (nodes.at(-1)?.tagName !== "P") nodes.push(make("p"));
+  return nodes.at(-1);
+}
+
+function tool(call, result) {
+  return make("details", { class: "tool" }, make("summary", {}, "calculator"),
+    make("div", {}, make("code", {}, call), result === null ? "" : " = ", make("code", {}, result ?? "")));
+}
+
+/** Return a message's element; `actions` are [label, what it does] of its buttons. */
+export function messageElement(message, actions, note) {
+  const said = make("div", { class: "said" });
+  if (message.role === "user") said.textContent = textOf(message);
+  else said.append(...renderParts(message.parts));
+  const row = make("div", { class: "actions" });
+  for (const [label, act] of actions) {
+    const button = make("button", { type: "button" }, label);
+    button.addEventListener("click", () => act(button));
+    row.append(button);
+  }
+  if (note) row.append(make("span", { class: "note" }, note));
+  const who = make("span", { class: "unseen" }, message.role === "user" ? "You said:" : "The model said:");
+  return make("li", { class: message.role }, who, said, row);
+}
+
+/** Return a form to edit a text. */
+export function editor(text, save, cancel) {
+  const field = make("textarea", { rows: String(Math.min(12, text.split("\n").length + 1)), "aria-label": "Edit your message" });
+  field.value = text;
+  const form = make("form", { class: "editing" }, field, make("div", { class: "row" },
+    make("button", { type: "button", onclick: cancel }, "Cancel"), make("button", { class: "main" }, "Send")));
+  form.addEventListener("submit", (event) => { event.preventDefault(); if (field.value.trim()) save(field.value.trim()); });
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") { event.stopPropagation(); cancel(); }
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); form.requestSubmit(); }
+  });
+  return { form, field };
+}
+
+/** Return where a model comes from, as lists. */
+export function provenance(model, detail) {
+  const own = model.mlxchat;
+  const facts = [
+    ["id", model.id], ["step", own.step + (own.converses ? "" : " (continues text)")], ["run", own.run ?? "?"],
+    ["made", new Date(own.published).toLocaleString()], ["from", Object.values(own.inputs).join(", ")],
+    ["seed", detail?.mlxchat.seed], ["git", detail?.mlxchat.git?.commit?.slice(0, 12)],
+  ].filter(([, value]) => value !== undefined && value !== "");
+  const nodes = [definitions(facts)];
+  for (const [title, numbers] of [["Scores", own.scores], ["Metrics of its training", own.metrics]]) {
+    const rows = Object.entries(numbers).map(([key, value]) => [key, show(value)]);
+    if (rows.length) nodes.push(make("h3", {}, title), definitions(rows, "numbers"));
+  }
+  if (detail?.mlxchat.config) {
+    nodes.push(make("details", {}, make("summary", {}, "Configuration"),
+      make("pre", { tabindex: "0" }, JSON.stringify(detail.mlxchat.config, null, 1))));
+  }
+  nodes.push(make("p", { class: "note" }, `All about it: mlxchat show ${model.id}`));
+  return nodes;
+}
+
+function show(value) {
+  return Number.isInteger(value) ? value.toLocaleString() : Number(value.toPrecision(4)).toString();
+}
+
+function definitions(rows, kind = "") {
+  return make("dl", { class: kind }, ...rows.flatMap(([key, value]) => [make("dt", {}, key), make("dd", {}, String(value))]));
+}

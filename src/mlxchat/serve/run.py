@@ -1,0 +1,74 @@
+"""Listening, saying where, and stopping: at the first signal answers are finished, at the second dropped."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from mlxchat.errors import ConfigError
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, said: str) -> None:
+        super().__init__(config)
+        self._said = said
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self._said, flush=True)
+
+
+def run_server(
+    app: FastAPI, host: str, port: int, *, name: str, key_needed: bool, grace_seconds: int, log_requests: bool
+) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit code.
+
+    Args:
+        app: what to serve.
+        host: where to listen.
+        port: 0 takes a free one, which is told.
+        name: of the default model, told.
+        key_needed: told.
+        grace_seconds: how long answers may go on after the first signal.
+        log_requests: whether each request is a line of the log.
+
+    Raises:
+        ConfigError: nothing can listen there.
+    """
+    try:
+        listening = _listen(host, port)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listening.getsockname()[1]}"
+    key = "; clients send the key as Authorization: Bearer KEY" if key_needed else ""
+    said = f"{name} at {address}  (page: {address}/, OpenAI: {address}/v1{key}). Ctrl-C stops."
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for quiet in ("sse_starlette", "asyncio"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        app, log_config=None, log_level="info" if log_requests else "warning", access_log=log_requests,
+        timeout_graceful_shutdown=grace_seconds, server_header=False,
+    )  # fmt: skip
+    with listening:
+        _Server(config, said).run(sockets=[listening])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(256)
+    except OSError:
+        listening.close()
+        raise
+    return listening

@@ -1,0 +1,86 @@
+"""Bodies of requests. Fields that OpenAI's clients may send and that change nothing here are let through."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Tokens = Annotated[int, Field(ge=1)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides."""
+
+    include_usage: bool = False
+
+
+class Generation(BaseModel):
+    """What chat and text completions share; None: the server's default."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    max_tokens: Tokens | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=200)] | None = None
+    """0 is off."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """auto: the oldest turns are left out where a conversation is longer than the model's context."""
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatRequest(Generation):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class TextRequest(Generation):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class NanochatMessage(BaseModel):
+    """A message as nanochat's page sends it."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class NanochatRequest(BaseModel):
+    """Body of nanochat's /chat/completions."""
+
+    messages: list[NanochatMessage] = Field(min_length=1)
+    temperature: Temperature | None = None
+    max_tokens: Tokens | None = None
+    top_k: Annotated[int, Field(ge=0, le=200)] | None = None
+    stream: bool = True

@@ -1,0 +1,267 @@
+"""The one thread that computes. MLX's streams belong to a thread, so models are loaded, used and dropped on it.
+
+Requests come from the event loop's thread and wait in a bounded queue; events go back to it, one call for each step
+however many rows there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.serve.faults import Fault
+from mlxchat.serve.limits import Limits
+from mlxchat.serve.models import Model
+
+_log = logging.getLogger("mlxchat.serve")
+Told = tuple[int, Event]
+"""Which of an answer's choices, and what came of it."""
+Load = Callable[[Model, Limits], Scheduler]
+
+
+@dataclass(eq=False)
+class Answer:
+    """The choices that are computed for one request; iterate over it, and cancel it when nobody listens any more."""
+
+    worker: Worker
+    model: Model
+    requests: list[Request]
+    events: asyncio.Queue[list[Told] | Exception] = field(default_factory=asyncio.Queue)
+    left: int = 0
+    """Choices that have not ended."""
+    cancelled: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[Told]:
+        """Yield what comes until every choice has ended.
+
+        Raises:
+            Fault: the computation failed, or the server is being shut down.
+        """
+        left = len(self.requests)
+        while left:
+            got = await self.events.get()
+            if isinstance(got, Exception):
+                raise got
+            for index, event in got:
+                left -= event.finish_reason is not None
+                yield index, event
+
+    def cancel(self) -> None:
+        """Stop computing what is left of it."""
+        self.cancelled = True
+        if self.left:
+            self.worker.commands.put(lambda: self.worker.forget(self))
+
+
+class Worker:
+    """A thread with the models that are in memory, and the answers that it computes."""
+
+    def __init__(self, limits: Limits, load: Load) -> None:
+        """Take the limits and what makes a scheduler of a model; `start` begins."""
+        self.limits, self._load = limits, load
+        self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.answers: set[Answer] = set()
+        self.tokens_generated, self.step_seconds = 0, 0.05
+        self.failures = 0
+        self._schedulers: OrderedDict[str, Scheduler] = OrderedDict()
+        self._choices: dict[tuple[str, int], tuple[Answer, int]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="mlxchat-worker", daemon=True)
+        self._closing = False
+
+    def start(self, default: Model | None = None) -> None:
+        """Begin, from the event loop's thread; `default` is loaded at once."""
+        self._loop = asyncio.get_running_loop()
+        if default is not None:
+            self.commands.put(lambda: self._preload(default))
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End all answers and the thread."""
+        self._closing = True
+        self.commands.put(None)
+        await asyncio.to_thread(self._thread.join, 30)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices that are computed or wait."""
+        return sum(answer.left for answer in self.answers)
+
+    @property
+    def num_running(self) -> int:
+        """Rows that are being computed."""
+        return min(self.num_choices, self.limits.max_rows)
+
+    @property
+    def num_waiting(self) -> int:
+        """Choices that have no row yet."""
+        return self.num_choices - self.num_running
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the models in memory."""
+        return list(self._schedulers)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive() and not self._closing
+
+    def ask(self, model: Model, requests: list[Request]) -> Answer:
+        """Queue the choices of a request.
+
+        Raises:
+            Fault: too many wait already, or the server is being shut down.
+        """
+        if not self.alive:
+            raise Fault("the server is shutting down", status=503, retry_after=5)
+        room = self.limits.max_rows + self.limits.max_queue - self.num_choices
+        if len(requests) > room:
+            seconds = self.step_seconds * 128 * max(1, self.num_choices) / self.limits.max_rows
+            raise Fault(
+                f"the server is busy: {self.num_choices} answers are computed or wait, at most "
+                f"{self.limits.max_rows + self.limits.max_queue} may",
+                status=429, code="queue_full", retry_after=min(60, seconds),
+            )  # fmt: skip
+        answer = Answer(self, model, requests, left=len(requests))
+        self.answers.add(answer)
+        self.commands.put(lambda: self._begin(answer))
+        return answer
+
+    def forget(self, answer: Answer) -> None:
+        """Cancel an answer's rows, on the worker's thread."""
+        for (name, row), (asked, _) in self._choices.items():
+            if asked is answer:
+                self._schedulers[name].cancel(row)
+
+    def _run(self) -> None:
+        while True:
+            idle = all(scheduler.idle for scheduler in self._schedulers.values())
+            try:
+                command = self.commands.get(block=idle)
+            except queue.Empty:
+                self._step()
+                continue
+            if command is None:
+                break
+            command()
+        self._fail_all(Fault("the server is shutting down", status=503, retry_after=5))
+        self._schedulers.clear()
+
+    def _preload(self, model: Model) -> None:
+        try:
+            self._scheduler(model)
+        except Exception:
+            _log.exception("%s cannot be loaded", model.name)
+
+    def _begin(self, answer: Answer) -> None:
+        if answer.cancelled:
+            self._tell([(answer, -1, None)])
+            return
+        name = answer.model.name
+        try:
+            scheduler = self._scheduler(answer.model)
+            for index, request in enumerate(answer.requests):
+                self._choices[name, scheduler.submit(request)] = answer, index
+        except Exception as error:
+            self.forget(answer)
+            self._fail(answer, error)
+
+    def _scheduler(self, model: Model) -> Scheduler:
+        if model.name not in self._schedulers:
+            unused = [name for name, scheduler in self._schedulers.items() if scheduler.idle]
+            while len(self._schedulers) >= self.limits.max_models and unused:
+                del self._schedulers[unused.pop(0)]
+            began = time.perf_counter()
+            self._schedulers[model.name] = self._load(model, self.limits)
+            _log.info("loaded %s in %.1f s", model.name, time.perf_counter() - began)
+        self._schedulers.move_to_end(model.name)
+        return self._schedulers[model.name]
+
+    def _step(self) -> None:
+        told: list[tuple[Answer, int, Event | None]] = []
+        for name, scheduler in list(self._schedulers.items()):
+            if scheduler.idle:
+                continue
+            began = time.perf_counter()
+            try:
+                events = scheduler.step()
+            except Exception as error:
+                _log.exception("%s failed", name)
+                self._drop(name, error)
+                continue
+            self.step_seconds = 0.9 * self.step_seconds + 0.1 * (time.perf_counter() - began)
+            for event in events:
+                answer, index = self._choices[name, event.id]
+                if event.finish_reason is not None:
+                    del self._choices[name, event.id]
+                told.append((answer, index, event))
+        if told:
+            self._tell(told)
+
+    def _drop(self, name: str, error: Exception) -> None:
+        """Give up a model whose computation failed, and what was asked of it; the next request loads it anew."""
+        del self._schedulers[name]
+        failed = {answer for (model, _), (answer, _) in self._choices.items() if model == name}
+        self._choices = {key: value for key, value in self._choices.items() if key[0] != name}
+        for answer in failed:
+            self._fail(answer, error)
+
+    def _fail(self, answer: Answer, error: Exception) -> None:
+        if not isinstance(error, Fault):
+            _log.error("an answer failed: %s: %s", type(error).__name__, error)
+            error = Fault(f"the computation failed: {type(error).__name__}: {error}", status=500)
+        self._call(lambda: self._end(answer, error))
+
+    def _fail_all(self, error: Exception) -> None:
+        for answer in list(self.answers):
+            self._fail(answer, error)
+
+    def _tell(self, told: list[tuple[Answer, int, Event | None]]) -> None:
+        """Hand events over to the event loop's thread."""
+
+        def deliver() -> None:
+            parts: dict[Answer, list[Told]] = {}
+            for answer, index, event in told:
+                if event is None:
+                    self._end(answer, None)
+                    continue
+                if answer not in self.answers:  # it failed before
+                    continue
+                parts.setdefault(answer, []).append((index, event))
+                self.tokens_generated += event.sampled
+                answer.left -= event.finish_reason is not None
+                if not answer.left:
+                    self.answers.discard(answer)
+            for answer, events in parts.items():
+                answer.events.put_nowait(events)
+
+        self._call(deliver)
+
+    def _end(self, answer: Answer, error: Exception | None) -> None:
+        answer.left = 0
+        self.answers.discard(answer)
+        if error is not None:
+            self.failures += 1
+            answer.events.put_nowait(error)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)
+
+
+def load_scheduler(model: Model, limits: Limits) -> Scheduler:
+    """Load a model's weights and return what computes with it."""
+    from mlxchat.engine.generate import Engine
+    from mlxchat.model.checkpoint import load_checkpoint
+
+    weights, tokenizer, _ = load_checkpoint(model.folder)
+    return Engine(weights, tokenizer).scheduler(max_rows=limits.max_rows)
