@@ -149,7 +149,7 @@ def test_the_comparison_depends_on_each_scalar(make_model: MakeModel, feature: s
 def test_greedy_decoding_across_the_border_is_that_of_the_whole_row(
     make_model: MakeModel, tokenizer: Tokenizer, architecture: str
 ) -> None:
-    model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (124, 5, 131)]
+    model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (124, 5, 131, 252, 300)]
     head = np.array(model.lm_head.weight)
     head[tokenizer.bos :] = 0  # no row ends
     model.lm_head.weight = mx.array(head)

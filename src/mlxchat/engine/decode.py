@@ -18,12 +18,12 @@ from mlxchat.engine.lane_weights import key_value_heads, lane_weights
 from mlxchat.engine.quantise import multiply, weight_bytes
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
-from mlxchat.ops.compiled import compiled, sum_rows
+from mlxchat.ops.compiled import compiled
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.device import backend
 from mlxchat.ops.formulas import EXP_UNIT, masked_exp_of_units, squared_relu
 from mlxchat.ops.lanes import Lanes
-from mlxchat.ops.normalisation import RMS_NORM_EPSILON, rms_norm
+from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 
 Caches = list[list[tuple[mx.array, ...]]]
 """For each lane and layer its keys and values (B, K, S, D); () where a lane has no heads."""
@@ -82,7 +82,7 @@ class Decoder:
             del held
             caches.extend(made)
             mx.eval(logits, made)
-        return np.concatenate([np.asarray(part) for part in logits], axis=1)
+        return np.concatenate([np.asarray(part) for part in logits], axis=1)[:, : self.sizes.vocab_size]
 
     def _build(
         self, given: dict[str, Any], caches: Caches, parts: list[dict[str, Any]], shared: dict[str, mx.array]
@@ -123,13 +123,13 @@ class Decoder:
                 middles = xs
         if sizes.backout:
             xs = each(lambda lane: xs[lane] - shared["backout_lambda"] * middles[lane])
-        return each(lambda lane: soft_cap(multiply(rms_norm(xs[lane]), parts[lane]["head"]))), made
+        return each(lambda lane: soft_cap(multiply(_norm(xs[lane]), parts[lane]["head"]))), made
 
     def _embedded(self, given: dict[str, Any], shared: dict[str, mx.array]) -> mx.array:
-        x: mx.array = rms_norm(shared["wte"][given["ids"]])
+        x: mx.array = _norm(shared["wte"][given["ids"]])
         if not self.sizes.smear:
             return x
-        before = rms_norm(shared["wte"][given["previous"]]) * given["has_previous"].astype(x.dtype)
+        before = _norm(shared["wte"][given["previous"]]) * given["has_previous"].astype(x.dtype)
         gate = shared["smear_lambda"] * mx.sigmoid(x[:, :SMEAR_GATE_CHANNELS] @ shared["smear_gate"])
         smeared: mx.array = x + gate * before
         return smeared
@@ -148,7 +148,7 @@ class Decoder:
         kv_heads, width = kv.stop - kv.start, sizes.head_width
         group = sizes.num_heads // sizes.num_kv_heads
         heads = group * kv_heads
-        x = rms_norm(x)
+        x = _norm(x)
         joint = multiply(x, weights["qkv"]).reshape(rows, heads + 2 * kv_heads, width)
         turned = _rotated_norm(joint[:, : heads + kv_heads], given["cos"], given["sin"], sizes.query_key_scale)
         q, k, v = turned[:, :heads], turned[:, heads:], joint[:, heads + kv_heads :]
@@ -162,7 +162,7 @@ class Decoder:
         q = q.reshape(rows, kv_heads, group, width)
         if backend() == "cpu":
             weight = _masked_exp((q * (width**-0.5 / EXP_UNIT)) @ keys.swapaxes(-1, -2), visible[:, None, None])
-            out = _scaled(weight @ values, (1 / sum_rows(weight))[..., None])
+            out = _scaled(weight @ values, (1 / weight.sum(-1))[..., None])
         else:
             out = mx.fast.scaled_dot_product_attention(
                 q.reshape(rows, heads, 1, width), keys, values, scale=width**-0.5, mask=visible[:, None, None] > 0
@@ -204,18 +204,25 @@ def _room(caches: Caches, layer: int) -> int:
 
 
 def _mlp(x: mx.array, weights: dict[str, Any]) -> mx.array:
-    return multiply(_squared_relu(multiply(rms_norm(x), weights["up"])), weights["down"])
+    return multiply(_squared_relu(multiply(_norm(x), weights["up"])), weights["down"])
 
 
 def _sum(parts: list[mx.array]) -> mx.array:
     return sum(parts[1:], parts[0])
 
 
+def _norm(x: mx.array) -> mx.array:
+    """Return `rms_norm`, by MLX's own sum: that of a row does not depend on how many rows there are, BLAS's does."""
+    wide = x.astype(mx.float32)
+    factor = mx.rsqrt(_square(wide).sum(-1) * (1 / x.shape[-1]) + RMS_NORM_EPSILON)
+    return _scaled(wide, factor[..., None]).astype(x.dtype)
+
+
 def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: float) -> mx.array:
     """Return heads (B, H, D) rotated, normalised and scaled as `rotate_and_normalise` does it."""
     rows, heads, width = x.shape
     x = x.astype(mx.float32)
-    factor = scale * mx.rsqrt(sum_rows(_square(x)) * (1 / width) + RMS_NORM_EPSILON)
+    factor = scale * mx.rsqrt(_square(x).sum(-1) * (1 / width) + RMS_NORM_EPSILON)
     halves = x.reshape(rows, heads, 2, width // 2)
     return _rotate(halves, halves[..., ::-1, :], cos, sin, factor[..., None, None]).reshape(x.shape)
 

@@ -23,7 +23,8 @@ def lane_weights(model: GPT, lanes: int, bits: int | None = None) -> list[dict[s
     """Return what each lane reads: copies, which need the memory of all weights once more.
 
     Keys: 'layers', a list of dicts with 'qkv' (C → (H + 2 K) D) of the lane's heads, 'attention_out' (H D → C), 'up'
-    (C → F), 'down' (F → C) and, where the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V). A
+    (C → F), 'down' (F → C) and, where the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V), the last lane's with
+    zeros up to a whole block. A
     lane without heads lacks all that belongs to attention.
 
     Args:
@@ -37,7 +38,7 @@ def lane_weights(model: GPT, lanes: int, bits: int | None = None) -> list[dict[s
     parts = []
     for lane in range(lanes):
         layers = [_layer(model, index, kv_heads[lane], inner[lane], bits) for index in range(sizes.num_layers)]
-        parts.append({"layers": layers, "head": stored(model.head_weight[vocabulary[lane]], bits)})
+        parts.append({"layers": layers, "head": stored(_whole_blocks(model.head_weight[vocabulary[lane]]), bits)})
     mx.eval(parts)
     return parts
 
@@ -67,8 +68,14 @@ def _layer(model: GPT, index: int, kv: slice, inner: slice, bits: int | None) ->
     return part
 
 
+def _whole_blocks(matrix: mx.array) -> mx.array:
+    return mx.pad(matrix, [(0, -len(matrix) % _MULTIPLE), (0, 0)])
+
+
 def _deal(count: int, lanes: int, multiple: int = 1) -> list[slice]:
     """Return parts of `count` things, as equal as whole multiples allow; some may be empty."""
+    while multiple > 1 and count < lanes * multiple:
+        multiple //= 2
     units = -(-count // multiple)
     borders = [min(count, units * lane // lanes * multiple) for lane in range(lanes + 1)]
     return [slice(start, stop) for start, stop in pairwise(borders)]

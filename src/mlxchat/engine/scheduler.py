@@ -1,7 +1,7 @@
 """Continuous batching: requests come at any time, each finished row makes room for the next one at once.
 
-A request's tokens depend on its prompt, settings and seed, never on what else is computed: prompts are read one by one
-in pieces that begin at their first token, and rows are decoded with sums of their own (`decode.py`). The one
+A request's tokens depend on its prompt, settings and seed, never on what else is computed: prompts are read one by
+one in pieces that begin at their first token, and rows are decoded with sums of their own (`decode.py`). The one
 exception is asked for: a request with a `prefix` goes on from what an earlier one with that name left, part of which was
 decoded instead of read, and agrees within float32's rounding.
 """

@@ -1,0 +1,204 @@
+"""The scheduler: what a request gets depends on nothing but the request, in whatever order things happen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.sample import Sampling
+from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.errors import ConfigError
+from mlxchat.model.gpt import GPT
+
+# Prompts of one token, of several pieces, equal ones, and one that begins another.
+LENGTHS = (1, 5, 40, 130, 40, 17, 5, 70)
+PIECE = 32
+
+
+def requests_of(tokenizer: Tokenizer) -> list[Request]:
+    rng = np.random.default_rng(3)
+    ids = [tokenizer.bos, *rng.integers(0, 256, 200).tolist()]
+    hot = {"temperature": 1.0, "repetition_penalty": 1.1, "top_p": 0.95}
+    return [
+        Request(
+            prompt=ids[:length], max_new_tokens=3 + 2 * index, logprobs=2,
+            sampling=Sampling(seed=index, **(hot if index % 2 else {})),
+        )
+        for index, length in enumerate(LENGTHS)
+    ]  # fmt: skip
+
+
+def run(scheduler: Scheduler) -> dict[int, list[Event]]:
+    events: dict[int, list[Event]] = {}
+    while not scheduler.idle:
+        for event in scheduler.step():
+            events.setdefault(event.id, []).append(event)
+    return events
+
+
+def told(events: list[Event]) -> list[Any]:
+    """Return what a request was told, but for its number."""
+    return [(each.token, each.text, each.logprob, each.top_logprobs, each.finish_reason) for each in events]
+
+
+@pytest.fixture
+def alone(model: GPT, tokenizer: Tokenizer) -> tuple[Engine, list[list[Any]]]:
+    """Return an engine, and what each request gets when there is no other."""
+    engine, answers = Engine(model, tokenizer), []
+    for request in requests_of(tokenizer):
+        scheduler = engine.scheduler(prefill_tokens=PIECE)
+        scheduler.submit(request)
+        answers.append(told(next(iter(run(scheduler).values()))))
+    return engine, answers
+
+
+def test_any_order_of_requests_steps_and_cancellations_gives_each_what_it_gets_alone(
+    alone: tuple[Engine, list[list[Any]]], tokenizer: Tokenizer
+) -> None:
+    """Tokens, texts and log-probabilities, bit by bit."""
+    engine, answers = alone
+    requests = requests_of(tokenizer)
+    what = st.one_of(st.integers(0, len(requests) - 1), st.just("step"), st.integers(-4, -1))
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(what, max_size=25), st.integers(1, 6))
+    def check(order: list[int | str], max_rows: int) -> None:
+        scheduler = engine.scheduler(max_rows=max_rows, prefill_tokens=PIECE)
+        asked: dict[int, int] = {}
+        events: dict[int, list[Event]] = {}
+        cancelled = set()
+        for each in order:
+            if each == "step":
+                for event in scheduler.step():
+                    events.setdefault(event.id, []).append(event)
+            elif isinstance(each, int) and each >= 0:
+                asked[scheduler.submit(requests[each])] = each
+            elif asked:
+                cancelled.add(list(asked)[int(each) % len(asked)])
+                scheduler.cancel(list(asked)[int(each) % len(asked)])
+        for id, more in run(scheduler).items():
+            events.setdefault(id, []).extend(more)
+        assert events.keys() == asked.keys()
+        for id, index in asked.items():
+            if events[id][-1].finish_reason == "cancelled":
+                assert id in cancelled
+                assert told(events[id][:-1]) == answers[index][: len(events[id]) - 1]
+            else:
+                assert told(events[id]) == answers[index]
+
+    check()
+
+
+def test_equal_prompts_are_read_once(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, read = Engine(model, tokenizer), []
+    scheduler = engine.scheduler()
+    forward: Any = scheduler.forward
+    own = forward.read
+    monkeypatch.setattr(forward, "read", lambda ids, *past: read.append(len(ids)) or own(ids, *past))
+    for seed in range(6):
+        scheduler.submit(Request(prompt=[tokenizer.bos] * 30, max_new_tokens=2, sampling=Sampling(seed=seed)))
+    run(scheduler)
+    assert read == [29]
+
+
+def test_a_conversation_is_read_on_from_where_its_last_turn_ended(
+    model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = [tokenizer.bos, *range(40)]
+    scheduler, read = Engine(model, tokenizer).scheduler(), []
+    forward: Any = scheduler.forward
+    own = forward.read
+    monkeypatch.setattr(forward, "read", lambda ids, *past: read.append(len(ids)) or own(ids, *past))
+    scheduler.submit(Request(prompt=first, max_new_tokens=4, prefix="talk"))
+    (events,) = run(scheduler).values()
+    second = [*first, *(event.token or 0 for event in events), 7, 8, 9]
+    answers = []
+    for prefix in ("talk", None):
+        scheduler.submit(Request(prompt=second, max_new_tokens=6, prefix=prefix))
+        (events,) = run(scheduler).values()
+        answers.append([event.token for event in events])
+    # 44 tokens of the first turn are there, the answer's last one was never decoded; a prompt's last token always is.
+    assert read == [40, len(second) - 1 - 44, len(second) - 1]
+    assert answers[0] == answers[1]
+
+
+def test_a_longest_batch_bounds_the_rows_and_loses_nobody(
+    alone: tuple[Engine, list[list[Any]]], tokenizer: Tokenizer
+) -> None:
+    engine, answers = alone
+    scheduler = engine.scheduler(max_cached_tokens=150, prefill_tokens=PIECE)
+    ids = [scheduler.submit(request) for request in requests_of(tokenizer)]
+    found = run(scheduler)
+    assert [told(found[id]) for id in ids] == answers
+
+
+# Text
+
+
+def bytes_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return a token for each byte."""
+    return [
+        next(token for token in range(256) if tokenizer.decode_bytes([token]) == bytes([byte]))
+        for byte in text.encode()
+    ]
+
+
+@cache
+def texts() -> tuple[str, ...]:
+    return ("naïve 🙂 day", "ends END here", "ENENDx", "EN", "plain")
+
+
+@pytest.mark.parametrize("text", texts())
+@pytest.mark.parametrize("stop", [(), ("END",), ("🙂", "day")], ids=str)
+def test_texts_are_whole_characters_and_end_before_a_stop_string(
+    tokenizer: Tokenizer, scripted: Callable[..., tuple[Engine, list[list[int]]]], text: str, stop: tuple[str, ...]
+) -> None:
+    engine, (prompt,) = scripted([*bytes_of(tokenizer, text), tokenizer.assistant_end])
+    scheduler = engine.scheduler()
+    scheduler.submit(Request(prompt=prompt, max_new_tokens=100, stop=stop))
+    (events,) = run(scheduler).values()
+    ends = [text.index(each) for each in stop if each in text]
+    assert "".join(event.text for event in events) == text[: min(ends, default=len(text))]
+    assert not any("\ufffd" in event.text for event in events)
+    assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + ["stop"]
+
+
+def test_half_a_character_at_the_end_is_shown_as_such(
+    tokenizer: Tokenizer, scripted: Callable[..., tuple[Engine, list[list[int]]]]
+) -> None:
+    engine, (prompt,) = scripted(bytes_of(tokenizer, "🙂🙂"))
+    scheduler = engine.scheduler()
+    scheduler.submit(Request(prompt=prompt, max_new_tokens=6))
+    (events,) = run(scheduler).values()
+    assert [event.text for event in events] == ["", "", "", "🙂", "", "\ufffd"]
+    assert events[-1].finish_reason == "length"
+
+
+def test_without_tools_a_call_has_no_answer(
+    tokenizer: Tokenizer, scripted: Callable[..., tuple[Engine, list[list[int]]]]
+) -> None:
+    special = tokenizer.special_ids
+    script = [special["<|python_start|>"], *tokenizer.encode("1+1"), special["<|python_end|>"], 98, special["<|bos|>"]]
+    engine, (prompt,) = scripted(script)
+    scheduler = engine.scheduler()
+    scheduler.submit(Request(prompt=prompt, max_new_tokens=50, tools=False))
+    (events,) = run(scheduler).values()
+    assert [event.token for event in events] == script
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"prompt": []}, {"max_new_tokens": 0}, {"sampling": Sampling(temperature=-1.0)}],
+    ids=["no prompt", "no tokens", "temperature"],
+)
+def test_impossible_requests_are_refused(model: GPT, tokenizer: Tokenizer, bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        Engine(model, tokenizer).scheduler().submit(Request(**{"prompt": [0], "max_new_tokens": 1, **bad}))
