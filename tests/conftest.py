@@ -213,8 +213,8 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toys]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty Hub on this machine (tests/loopback_hub.py), used by this process and its children, with own caches."""
-    from mlxchat.data import downloads, hub_listing
     from mlxchat.data.prefetch import stop_fetching
+    from mlxchat.hub import downloads, listings
 
     spec = importlib.util.spec_from_file_location("loopback_hub", Path(__file__).with_name("loopback_hub.py"))
     assert spec is not None
@@ -225,8 +225,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(downloads, "FIRST_PAUSE_SECONDS", 0.002)
-    monkeypatch.setattr(hub_listing, "FIRST_PAUSE_SECONDS", 0.002)
-    hub_listing.forget()
+    monkeypatch.setattr(listings, "FIRST_PAUSE_SECONDS", 0.002)
+    listings.forget()
     with module.LoopbackHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -235,4 +235,4 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
         yield server
         stop_fetching()
-    hub_listing.forget()
+    listings.forget()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlxchat.cli import main
-from mlxchat.data.hub_listing import forget
+from mlxchat.hub.listings import forget
 from mlxchat.training import text_need
 
 NAME = "org/texts"

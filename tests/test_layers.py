@@ -29,6 +29,7 @@ LAYERS = [
     },
     {"runner"},
     {"hub"},
+    {"hub"},
     {"data", "tasks"},
     {"model"},
     {"optim", "engine"},

@@ -20,12 +20,12 @@ from mlxchat.data import shards as shards_module
 from mlxchat.data.documents import DocumentCursor, EncodedShards
 from mlxchat.data.encoded import encode_shard
 from mlxchat.data.hub_corpus import list_corpus, pin_corpus
-from mlxchat.data.hub_listing import forget
 from mlxchat.data.listing import count_files, known_of_artifact
 from mlxchat.data.prefetch import Fetcher, fetch_ahead, stop_fetching
 from mlxchat.data.shards import Shard, chars_per_byte, iterate_documents, open_shards
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
+from mlxchat.hub.listings import forget
 
 NAME = "org/texts"
 

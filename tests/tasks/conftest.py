@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.data import hub as hub_module
-from mlxchat.data.hub import HubFile
 from mlxchat.errors import DataError
+from mlxchat.hub import client as hub_module
+from mlxchat.hub.client import HubFile
 
 COMMIT = "5ca1ab1e" * 5
 

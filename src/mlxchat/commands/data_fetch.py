@@ -13,7 +13,7 @@ from mlxchat.runner.progress import format_bytes
 
 if TYPE_CHECKING:
     from mlxchat.config import Config, TaskItem
-    from mlxchat.data.hub import HubFile
+    from mlxchat.hub.client import HubFile
     from mlxchat.runner.plan import PlannedStep
     from mlxchat.runner.store import Store
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     words, dirs = split_config_dirs(rest)
     repositories, settings = split_words(words)
-    from mlxchat.data.hub import fetch_files, fetch_url, list_files
+    from mlxchat.hub.client import fetch_files, fetch_url, list_files
 
     urls: dict[str, str | None] = {}
     groups: dict[str, list[HubFile]] = {}
@@ -85,7 +85,7 @@ def find_needs(
     """
     from mlxchat.commands.run import plan_of
     from mlxchat.compose import compose_config
-    from mlxchat.data.hub import list_files
+    from mlxchat.hub.client import list_files
     from mlxchat.runner.store import Store
     from mlxchat.tasks.hub_task import HubSource
     from mlxchat.tasks.items import load_item

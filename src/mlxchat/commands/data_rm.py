@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mlxchat.commands.arguments import Parser, take_names
 from mlxchat.commands.arguments import outputs_folder as folder_of
-from mlxchat.data.inventory import choose, find_holdings, remove
 from mlxchat.errors import DataError
+from mlxchat.hub.inventory import choose, find_holdings, remove
 from mlxchat.runner.progress import format_bytes
 
 

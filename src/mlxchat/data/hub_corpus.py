@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config import HubConfig
-from mlxchat.data.cache import check_space, missing_bytes
-from mlxchat.data.hub import HubFile, fetch_files, list_files, record
-from mlxchat.data.hub_files import hub_cache
 from mlxchat.data.listing import count_files
 from mlxchat.data.prefetch import fetch_ahead
 from mlxchat.data.shards import Shard, write_listing
 from mlxchat.errors import DataError
+from mlxchat.hub.cache import check_space, missing_bytes
+from mlxchat.hub.client import HubFile, fetch_files, list_files, record
+from mlxchat.hub.files import hub_cache
 
 _NAMES_SHOWN = 10
 

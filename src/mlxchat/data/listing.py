@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxchat.config import HubConfig
-from mlxchat.data.cache import missing_bytes, read_json
-from mlxchat.data.hub_files import HubFile
-from mlxchat.data.hub_listing import recorded_files
+from mlxchat.hub.cache import missing_bytes, read_json
+from mlxchat.hub.files import HubFile
+from mlxchat.hub.listings import recorded_files
 
 LISTING = "corpus.json"
 # Of FineWeb-Edu and ClimbMix: files of some 95 MB with 0.25 billion characters. Measured once a file is there.

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mlxchat.data.cache import check_space, is_offline, missing_bytes
-from mlxchat.data.hub_files import HubFile, hub_cache
 from mlxchat.data.listing import count_files
 from mlxchat.errors import DataError, PassingError
+from mlxchat.hub.cache import check_space, is_offline, missing_bytes
+from mlxchat.hub.files import HubFile, hub_cache
 
 if TYPE_CHECKING:
     from mlxchat.data.shards import Shard
@@ -76,7 +76,7 @@ class Fetcher:
         return None
 
     def _work(self) -> None:
-        from mlxchat.data.hub import fetch_file
+        from mlxchat.hub.client import fetch_file
 
         while (index := self._next()) is not None:
             file = self.files[index]

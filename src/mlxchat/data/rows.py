@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlxchat.data.cache import cache_folder
 from mlxchat.errors import DataError
+from mlxchat.hub.cache import cache_folder
 
 _LARGEST_IN_MEMORY = 256 << 20
 """Bytes of uncompressed columns above which they are kept in a file that is mapped, not in memory."""

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlxchat.data.cache import read_json
-from mlxchat.data.hub_files import HubFile
 from mlxchat.data.listing import LISTING
 from mlxchat.errors import DataError
+from mlxchat.hub.cache import read_json
+from mlxchat.hub.files import HubFile
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.store import MANIFEST
 
@@ -84,7 +84,7 @@ class Shard:
         if self.file is None:
             assert self.local is not None, "a shard is on this machine or on the Hub"
             return self.local
-        from mlxchat.data.hub import fetch_files
+        from mlxchat.hub.client import fetch_files
 
         return fetch_files([self.file], check=check)[0]
 

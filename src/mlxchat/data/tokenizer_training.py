@@ -11,10 +11,10 @@ import psutil
 
 from mlxchat.config import TokenizerConfig
 from mlxchat.data.bpe import Trained
-from mlxchat.data.cache import read_json
 from mlxchat.data.listing import LISTING
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from mlxchat.hub.cache import read_json
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress, format_bytes, format_count
 

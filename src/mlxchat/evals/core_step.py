@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.hub import fetch_url, record
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.core_questions import TextEncoder
 from mlxchat.evals.language_model import LanguageModel
+from mlxchat.hub.client import fetch_url, record
 from mlxchat.runner.context import Context
 
 

@@ -12,8 +12,8 @@ from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.tasks.base import Conversation, Task, dialogue, render_mc
 
 if TYPE_CHECKING:
-    from mlxchat.data.hub import HubFile
     from mlxchat.data.rows import Rows
+    from mlxchat.hub.client import HubFile
 
 NANOCHAT_SEED = 42
 """With which nanochat shuffles every data set."""
@@ -91,19 +91,19 @@ class HubTask(Task):
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the files, downloaded if they are not there."""
-        from mlxchat.data.hub import fetch_files
+        from mlxchat.hub.client import fetch_files
 
         return fetch_files(self._files, check=check)
 
     def sources(self) -> list[dict[str, Any]]:
         """Return a record of each file that is read: url, revision, sha256, bytes."""
-        from mlxchat.data.hub import record
+        from mlxchat.hub.client import record
 
         return [{"name": f"{file.repository}/{file.path}", **record(file)} for file in self._files]
 
     @cached_property
     def _files(self) -> list[HubFile]:
-        from mlxchat.data.hub import list_files
+        from mlxchat.hub.client import list_files
 
         (source,) = self.needs()
         files = list_files(source.repository, revision=source.revision, pattern=source.pattern)

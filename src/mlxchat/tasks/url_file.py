@@ -34,13 +34,13 @@ def url_source(task: str, url: str, sha256: str | None = None) -> UrlSource:
 
 def fetch_source(source: UrlSource, check: Callable[[], None] = lambda: None) -> Path:
     """Return the file at an address, downloaded if it is not there."""
-    from mlxchat.data.hub import fetch_url
+    from mlxchat.hub.client import fetch_url
 
     return fetch_url(source.url, sha256=source.sha256, check=check)
 
 
 def record_source(source: UrlSource) -> dict[str, Any]:
     """Return the record of a file that was fetched: url, sha256, bytes."""
-    from mlxchat.data.hub import record
+    from mlxchat.hub.client import record
 
     return {"name": source.url.rpartition("/")[2], **record(fetch_source(source))}

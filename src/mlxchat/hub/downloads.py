@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.cache import check_space, read_json, write_json
 from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError
+from mlxchat.hub.cache import check_space, read_json, write_json
 from mlxchat.runner import locks
 
 BLOCK_BYTES = 1 << 20

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from mlxchat.data.cache import (
+from mlxchat.errors import DataError, MlxchatError, PassingError
+from mlxchat.hub.cache import (
     cache_folder,
     check_space,
     is_offline,
@@ -27,11 +28,10 @@ from mlxchat.data.cache import (
     read_json,
     write_json,
 )
-from mlxchat.data.downloads import Check, Wanted, fetch_into, nothing
-from mlxchat.data.hub_files import HUB, HubFile, endpoint, hub_cache, is_right, link, settle
-from mlxchat.data.hub_listing import list_files, tell_command
-from mlxchat.data.transfer_progress import TransferProgress
-from mlxchat.errors import DataError, MlxchatError, PassingError
+from mlxchat.hub.downloads import Check, Wanted, fetch_into, nothing
+from mlxchat.hub.files import HUB, HubFile, endpoint, hub_cache, is_right, link, settle
+from mlxchat.hub.listings import list_files, tell_command
+from mlxchat.hub.progress import TransferProgress
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.progress import format_bytes
 

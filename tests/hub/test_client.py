@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from mlxchat.data import downloads, hub_listing
-from mlxchat.data.hub import HubFile, fetch_files, fetch_url, list_files, record
-from mlxchat.data.hub_files import hub_cache
 from mlxchat.errors import DataError, MlxchatError, PassingError
+from mlxchat.hub import downloads, listings
+from mlxchat.hub.client import HubFile, fetch_files, fetch_url, list_files, record
+from mlxchat.hub.files import hub_cache
 from mlxchat.runner.passing import is_passing
 
 NAME = "org/texts"
@@ -248,7 +248,7 @@ def test_a_check_that_raises_ends_the_transfer_and_what_arrived_is_kept(hub: Any
 # Kills and other processes
 
 CHILD = f"""
-from mlxchat.data.hub import fetch_files, list_files
+from mlxchat.hub.client import fetch_files, list_files
 fetch_files(list_files("{NAME}"), workers=2)
 """
 
@@ -289,7 +289,7 @@ def test_two_processes_at_once_fetch_each_file_once(hub: Any, texts: Any) -> Non
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    hub_listing.forget()
+    listings.forget()
 
 
 def test_offline_a_warm_cache_serves(hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_a_hub_that_is_gone_is_replaced_by_what_was_recorded(
     hub: Any, texts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fetch()
-    hub_listing.forget()
+    listings.forget()
     hub.faults.fail_first = 10_000
     assert fetch() == CONTENT
     assert f"commit {texts.commit[:12]} is used, as before" in capsys.readouterr().err
@@ -339,7 +339,7 @@ def test_a_process_works_with_one_commit_and_the_next_with_the_new_one(hub: Any,
     (old,) = list_files(NAME, pattern="README.md")
     texts.files["README.md"], texts.commit = b"# New\n", "f" * 40
     assert list_files(NAME, pattern="README.md") == [old]
-    hub_listing.forget()
+    listings.forget()
     (new,) = list_files(NAME, pattern="README.md")
     assert new.revision == "f" * 40
     assert [path.read_bytes() for path in fetch_files([new])] == [b"# New\n"]
@@ -349,14 +349,14 @@ def test_a_commit_that_is_named_is_the_one_that_is_used(hub: Any, texts: Any) ->
     old = texts.commit
     list_files(NAME, revision=old)
     texts.commit = "f" * 40
-    hub_listing.forget()
+    listings.forget()
     assert {file.revision for file in list_files(NAME, revision=old)} == {old}
 
 
 def test_contents_that_two_commits_share_are_fetched_once(hub: Any, texts: Any) -> None:
     fetch()
     texts.commit = "f" * 40
-    hub_listing.forget()
+    listings.forget()
     assert fetch() == CONTENT
     assert hub.sent("parquet") == 800_000
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.cache import cache_folder, read_json
-from mlxchat.data.hub_files import HubFile, hub_cache
 from mlxchat.errors import DataError
+from mlxchat.hub.cache import cache_folder, read_json
+from mlxchat.hub.files import HubFile, hub_cache
 from mlxchat.runner import locks
 from mlxchat.runner.store import MANIFEST
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mlxchat.data.cache import cache_folder, is_offline, read_json, write_json
-from mlxchat.data.hub_files import HubFile, endpoint, folder_name
 from mlxchat.errors import DataError, PassingError
+from mlxchat.hub.cache import cache_folder, is_offline, read_json, write_json
+from mlxchat.hub.files import HubFile, endpoint, folder_name
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
 _TRIES, _TRIES_WITH_RECORD = 6, 2

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxchat.data.cache import is_verified, note_verified
+from mlxchat.hub.cache import is_verified, note_verified
 from mlxchat.runner.fingerprint import hash_file
 
 HUB = "https://huggingface.co"
