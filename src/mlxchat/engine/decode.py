@@ -215,7 +215,8 @@ def _norm(x: mx.array) -> mx.array:
     """Return `rms_norm`, by MLX's own sum: that of a row does not depend on how many rows there are, BLAS's does."""
     wide = x.astype(mx.float32)
     factor = mx.rsqrt(_square(wide).sum(-1) * (1 / x.shape[-1]) + RMS_NORM_EPSILON)
-    return _scaled(wide, factor[..., None]).astype(x.dtype)
+    normalised: mx.array = _scaled(wide, factor[..., None]).astype(x.dtype)
+    return normalised
 
 
 def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: float) -> mx.array:

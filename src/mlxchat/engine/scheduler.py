@@ -2,8 +2,8 @@
 
 A request's tokens depend on its prompt, settings and seed, never on what else is computed: prompts are read one by
 one in pieces that begin at their first token, and rows are decoded with sums of their own (`decode.py`). The one
-exception is asked for: a request with a `prefix` goes on from what an earlier one with that name left, part of which was
-decoded instead of read, and agrees within float32's rounding.
+exception is asked for: a request with a `prefix` goes on from what an earlier one with that name left, part of which
+was decoded instead of read, and agrees within float32's rounding.
 """
 
 from __future__ import annotations
