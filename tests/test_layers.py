@@ -29,7 +29,6 @@ LAYERS = [
     },
     {"runner"},
     {"hub"},
-    {"hub"},
     {"data", "tasks"},
     {"model"},
     {"optim", "engine"},
