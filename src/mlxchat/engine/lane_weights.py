@@ -23,7 +23,7 @@ def lane_weights(model: GPT, lanes: int, bits: int | None = None) -> list[dict[s
     """Return what each lane reads: copies, which need the memory of all weights once more.
 
     Keys: 'layers', a list of dicts with 'qkv' (C → (H + 2 K) D) of the lane's heads, 'attention_out' (H D → C), 'up'
-    (C → F), 'down' (F → C) and, where the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V), the
+    (C → F), 'down' (F → C) and, if the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V), the
     last lane's with zeros up to a whole block. A lane without heads lacks all that belongs to attention.
 
     Args:
