@@ -1,7 +1,7 @@
 """RL: sample answers, reward the right ones, make them likelier.
 
 Counterpart of nanochat's scripts/chat_rl.py: on-policy REINFORCE with the question's mean reward as baseline and
-token-level normalisation; no KL penalty, no ratio, no clipping. Options: conf/settings/rl.yaml.
+token-level normalisation; no KL penalty, no ratio, no clipping. Other losses: conf/rl/. Options: conf/settings/rl.yaml.
 """
 
 from dataclasses import replace
@@ -9,11 +9,15 @@ from dataclasses import replace
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.generate import Engine
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
+from mlxchat.model.weights import flatten_parameters
+from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.micro_batch import choose_micro_batch
-from mlxchat.training.rollouts import Rollouts, pass_at_k
+from mlxchat.training.pass_at_k import pass_at_k
+from mlxchat.training.policy_scores import PolicyScores
+from mlxchat.training.rollouts import Rollouts, updates_per_rollout
 
 VERSION = 2
 CONFIG = ["optimizer", "rl", "training"]
@@ -24,7 +28,7 @@ RESOURCES = ["gpu"]
 
 
 def run(ctx: Context) -> None:
-    config = ctx.config.rl
+    config, machine = ctx.config.rl, ctx.config.machine
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     engine = Engine(model, tokenizer)
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
@@ -32,12 +36,18 @@ def run(ctx: Context) -> None:
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
+    updates = updates_per_rollout(config)
     # Samples are seldom as long as the context, but may be.
     longest = model.sizes.context_tokens
-    micro_batch = choose_micro_batch(ctx, model.sizes, rows=samples_per_iteration, row_tokens=longest)
+    # The weights as they are now stay in memory, once more as large as the model, only where the loss asks for them.
+    reference = flatten_parameters(model) if config.kl_coefficient > 0 else None
+    micro_batch = choose_micro_batch(
+        ctx, model.sizes, rows=samples_per_iteration, row_tokens=longest, keeps_best=reference is not None
+    )
     ctx.derive(
         {
             "num_iterations": num_iterations,
+            **({"num_updates": num_iterations * updates} if updates > 1 else {}),
             "samples_per_iteration": samples_per_iteration,
             "num_questions": len(practice),
             **micro_batch.numbers(),
@@ -47,15 +57,26 @@ def run(ctx: Context) -> None:
     def evaluate(iteration: int) -> dict[str, float]:
         return pass_at_k(engine, held_out, config, seed=ctx.seed("evaluation"))
 
-    rollouts = Rollouts(engine, practice, config, seed=ctx.seed("rollouts"), log=ctx.log)
+    rollouts = Rollouts(
+        engine,
+        practice,
+        config,
+        seed=ctx.seed("rollouts"),
+        log=ctx.log,
+        keep=ctx.records("rollouts").append,
+        scores=PolicyScores(
+            model, micro_tokens=micro_batch.tokens, dtype=select_device(machine.device, machine.compute_dtype)
+        ),
+        reference=reference,
+    )
     fit(
         ctx,
         model,
         optimizer,
         rollouts,
-        num_iterations=num_iterations,
+        num_iterations=num_iterations * updates,
         schedule=config.schedule,
-        hooks=[Hook(run=evaluate, every=config.eval_every, at_start=True)],
+        hooks=[Hook(run=evaluate, every=config.eval_every and config.eval_every * updates, at_start=True)],
         micro_tokens=micro_batch.tokens,
     )
     ctx.metrics["reward"] = rollouts.mean_reward

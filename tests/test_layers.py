@@ -25,6 +25,9 @@ LAYERS = [
         "execution_config",
         "eval_config",
         "model_config",
+        "task_item",
+        "rl_config",
+        "user_function",
         "ops",
     },
     {"runner"},
@@ -35,6 +38,7 @@ LAYERS = [
     {"evals"},
     {"training"},
     {"bench"},
+    {"rl_problems"},
     {"validation", "misspelling", "composed_cache", "compose", "trackers", "report", "terminal_chat", "serve"},
     {"commands", "sweep", "cli"},
 ]

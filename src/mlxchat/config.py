@@ -18,7 +18,10 @@ from mlxchat.model_config import ArchitectureConfig as ArchitectureConfig
 from mlxchat.model_config import ModelConfig as ModelConfig
 from mlxchat.optimizer_config import OptimizerConfig as OptimizerConfig
 from mlxchat.optimizer_config import ScheduleConfig as ScheduleConfig
+from mlxchat.rl_config import RewardConfig as RewardConfig
+from mlxchat.rl_config import RLConfig as RLConfig
 from mlxchat.sweep_config import SweepConfig as SweepConfig
+from mlxchat.task_item import TaskItem as TaskItem
 from mlxchat.tokenizer_config import TokenizerConfig as TokenizerConfig
 
 
@@ -61,36 +64,6 @@ class CorpusConfig:
     """Documents per training shard (bundled and local text)."""
     row_group_documents: int = MISSING
     """Documents per parquet row group."""
-
-
-@dataclass(kw_only=True)
-class TaskItem:
-    """One task of a mixture or a suite."""
-
-    task: str = MISSING
-    """Name in mlxchat.tasks."""
-    split: str = "train"
-    """train or test, or another of the task's splits."""
-    size: int | None = None
-    """Number of conversations; null: the task's own."""
-    start: int = field(default=0, metadata={"since_default": 0})
-    """The first conversation that is used, counted from 0."""
-    stop: int | None = field(default=None, metadata={"since_default": None})
-    """The first that is used no more; null: all to the end."""
-    step: int = field(default=1, metadata={"since_default": 1})
-    """Every step-th conversation is used."""
-    epochs: int = 1
-    """How often each conversation occurs in one pass over the mixture."""
-    weight: float | None = field(default=None, metadata={"since_default": None})
-    """Share of the mixture's conversations, relative to the weights of all its tasks; null: as epochs say."""
-    path: str | None = field(default=None, metadata={"external": "file"})
-    """File of a task that reads one (jsonl, identity, a list of words)."""
-    source: dict[str, str] = field(default_factory=dict, metadata={"since_default": {}})
-    """Where a task gets its data: repository, revision, subset of the Hub; url, words, sha256."""
-    fields: list[str] | None = None
-    """Fields of the Factbook, for the tasks that ask about countries; null: the task's own."""
-    options: dict[str, float | None] = field(default_factory=dict)
-    """Further numbers that the task takes; null: the task's own."""
 
 
 @dataclass(kw_only=True)
@@ -172,30 +145,6 @@ class FinetuneConfig:
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
     """Tokens of each validation."""
-
-
-@dataclass(kw_only=True)
-class RLConfig:
-    """Policy gradient on sampled answers, nanochat's simplified GRPO."""
-
-    task: TaskItem = MISSING
-    """Problems to practise on; answers are rewarded by the task's verdict."""
-    evaluation: TaskItem = MISSING
-    """Held-out problems for pass@k."""
-    num_iterations: int | None = MISSING
-    """null: one pass over the task."""
-    questions_per_iteration: int = MISSING
-    samples_per_question: int = MISSING
-    max_new_tokens: int = MISSING
-    temperature: float = MISSING
-    top_k: int | None = MISSING
-    clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
-    """Whether optimizer.grad_clip holds in this stage."""
-    schedule: ScheduleConfig = MISSING
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False})
-    """Iterations between evaluations; null: only before and after."""
-    eval_samples: int = MISSING
-    """Samples per held-out problem, for pass@1 … pass@eval_samples."""
 
 
 @dataclass(kw_only=True)

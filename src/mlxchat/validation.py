@@ -12,6 +12,7 @@ from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import suggest
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
+from mlxchat.rl_problems import find_rl_problems
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import flatten_config
 from mlxchat.tasks.items import find_item_problems
@@ -28,7 +29,8 @@ def find_problems(config: Config) -> list[str]:
         *_pretrain(config),
         *_finetune("midtrain", config.midtrain, config),
         *_finetune("sft", config.sft, config),
-        *_rl(config),
+        *_schedule("rl", config.rl.schedule),
+        *find_rl_problems(config.rl),
         *find_item_problems("suite", config.suite, training=False),
         *_eval(config),
         *_at_least_one(config),
@@ -174,19 +176,6 @@ def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[s
             yield f"{name}.warm_start is true, which needs pretrain.save_training_state=true"
 
 
-def _rl(config: Config) -> Iterator[str]:
-    rl = config.rl
-    yield from _schedule("rl", rl.schedule)
-    yield from find_item_problems("rl", {"task": rl.task}, training=True)
-    yield from find_item_problems("rl", {"evaluation": rl.evaluation}, training=False)
-    if rl.temperature <= 0:
-        yield f"rl.temperature is {rl.temperature}, expected more than 0: equal samples teach nothing"
-    if rl.samples_per_question < 2:
-        yield f"rl.samples_per_question is {rl.samples_per_question}, expected at least 2: the mean is the baseline"
-    if rl.top_k is not None and rl.top_k < 1:
-        yield f"rl.top_k is {rl.top_k}, expected at least 1, or null for all"
-
-
 def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:
     if batch.row_tokens < 2 or (batch.tokens is not None and batch.tokens < 1):
         yield f"{name}.batch: tokens and row_tokens must be positive (row_tokens at least 2)"
@@ -315,6 +304,9 @@ def _at_least_one(config: Config) -> Iterator[str]:
         "rl.max_new_tokens",
         "rl.eval_samples",
         "rl.eval_every",
+        "rl.minibatches_per_rollout",
+        "rl.passes_per_rollout",
+        "rl.entropy_every",
         "training.max_skipped_in_a_row",
         "eval.batch_rows",
         "outside.context_tokens",

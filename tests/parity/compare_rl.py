@@ -11,11 +11,14 @@ from compare_model import ZERO, loss_and_gradients, optimizer_of
 from comparison import Comparison, Line, Quantity, Unchecked, distance, largest, same
 from parity_file import ParityFile
 
+from mlxchat.config import RLConfig
 from mlxchat.engine.generate import Completion
 from mlxchat.model.weights import flatten_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.schedule import Rates, lr_multiplier
-from mlxchat.training.rollouts import centre_rewards, weighted_batch
+from mlxchat.training.advantages import centre_rewards
+from mlxchat.training.policy_batch import sampled_mask, weighted_rows
+from mlxchat.training.policy_loss import policy_loss
 from mlxchat.training.step import Batch, TrainStep
 
 VARIANTS = ("oct2025", "jul2026")
@@ -45,7 +48,7 @@ def trained_tokens(file: ParityFile) -> Iterator[Line]:
     padding, pairs = file.tokenizer().assistant_end, []
     for case in file.json["cases"]:
         prompts, completions, weights = _rows(case)
-        batch = weighted_batch(prompts, completions, weights, padding=padding)
+        batch = _batch(prompts, completions, weights, padding=padding)
         inputs = [row for example in case["examples"] for row in example["inputs"]]
         targets = [row for example in case["examples"] for row in example["targets"]]
         for row, index in enumerate(np.flatnonzero(weights)):
@@ -70,7 +73,7 @@ def policy_gradient(file: ParityFile) -> Iterator[Line]:
         losses, norms, parts, ours, logps = {}, {}, {}, {}, {}
         for case in file.json["cases"]:
             prompts, completions, weights = _rows(case)
-            batch = weighted_batch(prompts, completions, weights, padding=padding)
+            batch = _batch(prompts, completions, weights, padding=padding)
             theirs = Batch(batch.ids, batch.targets, _nanochat_weights(case, batch, weights))
             loss, gradients = loss_and_gradients(model, theirs)
             expected, name = case[variant], case["name"]
@@ -106,7 +109,7 @@ def update(file: ParityFile) -> Iterator[Line]:
         matrices, rest = {}, {}
         for case in file.json["cases"]:
             prompts, completions, weights = _rows(case)
-            batch = weighted_batch(prompts, completions, weights, padding=padding)
+            batch = _batch(prompts, completions, weights, padding=padding)
             model, settings = file.core_model(variant), case["settings"]
             before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
             rates = {key: settings[key] for key in ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")}
@@ -161,6 +164,15 @@ def _rows(case: dict[str, Any]) -> tuple[list[list[int]], list[Completion], np.n
             completions.append(Completion(ids=ids[start:], mask=mask[start:]))
         weights += example["advantages"]
     return prompts, completions, np.array(weights)
+
+
+def _batch(
+    prompts: list[list[int]], completions: list[Completion], advantages: np.ndarray[Any, Any], *, padding: int
+) -> Batch:
+    """Return the rows of the default recipe."""
+    config = RLConfig(loss_divisor="tokens", kl_coefficient=0.0)
+    weights = policy_loss(sampled_mask(completions), advantages, config).weights
+    return weighted_rows(prompts, completions, weights, padding=padding)
 
 
 def _nanochat_weights(case: dict[str, Any], batch: Batch, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -16,7 +16,11 @@ from mlxchat.model.gpt import GPT
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
-from mlxchat.training.rollouts import Rollouts, centre_rewards, pass_at_k, weighted_batch
+from mlxchat.training.advantages import centre_rewards
+from mlxchat.training.pass_at_k import pass_at_k, summarise
+from mlxchat.training.policy_batch import sampled_mask, weighted_rows
+from mlxchat.training.policy_loss import policy_loss
+from mlxchat.training.rollouts import Rollouts
 from mlxchat.training.step import Batch, TrainStep
 
 PAD = 275
@@ -36,6 +40,23 @@ ANSWERS = [
 ]
 ADVANTAGES = np.array([0.5, -0.5, -0.25, 0.25])
 SAMPLED_TOKENS = 3 + 2 + 3 + 1
+
+
+def settings(**changes: Any) -> RLConfig:
+    """Return nanochat's recipe in small."""
+    return RLConfig(
+        **{"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 8, "temperature": 1.0,
+           "top_k": 50, "eval_samples": 4, "advantages": "mean", "ratio": "token", "clip_low": None, "clip_high": None,
+           "loss_divisor": "tokens", "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
+           "train_unfinished": True, "entropy_every": None, "rollouts_kept": None} | changes
+    )  # fmt: skip
+
+
+def weighted_batch(
+    prompts: list[list[int]], completions: list[Completion], advantages: np.ndarray, *, padding: int
+) -> Batch:
+    weights = policy_loss(sampled_mask(completions), advantages, settings()).weights
+    return weighted_rows(prompts, completions, weights, padding=padding)
 
 
 def batch(advantages: np.ndarray = ADVANTAGES) -> Batch:
@@ -196,13 +217,6 @@ class ScriptedEngine:
         return answers
 
 
-def settings(**changes: Any) -> RLConfig:
-    return RLConfig(
-        **{"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 8, "temperature": 1.0,
-           "top_k": 50, "eval_samples": 4} | changes
-    )  # fmt: skip
-
-
 def rollouts(
     engine: Any, task: Any, log: Callable[[dict[str, Any]], None] = lambda record: None, **changes: Any
 ) -> Rollouts:
@@ -278,7 +292,18 @@ def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer: Tokenize
     outcomes = [[0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]]
     engine: Any = ScriptedEngine(tokenizer, lambda question, sample: bool(outcomes[question][sample]))
     got = pass_at_k(engine, Numbers(5), settings(), seed=0)  # type: ignore[arg-type]
-    assert got == {"pass_at_1": 0.2, "pass_at_2": 0.4, "pass_at_3": 0.6, "pass_at_4": 0.8, "held_out_reward": 0.3}
+    means = {name: value for name, value in got.items() if not name.endswith("_stderr")}
+    assert means == {"pass_at_1": 0.2, "pass_at_2": 0.4, "pass_at_3": 0.6, "pass_at_4": 0.8, "held_out_reward": 0.3}
+
+
+def test_standard_errors_are_those_of_means_over_problems() -> None:
+    outcomes = np.array([[0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]], dtype=bool)
+    got = summarise(outcomes)
+    for k, solved in ((1, 1), (2, 2), (3, 3), (4, 4)):
+        share = solved / 5
+        assert got[f"pass_at_{k}_stderr"] == pytest.approx(np.sqrt(share * (1 - share) / 5))
+    shares = [0.5, 0.25, 0.0, 0.5, 0.25]
+    assert got["held_out_reward_stderr"] == pytest.approx(np.std(shares) / np.sqrt(5))
 
 
 def test_pass_at_k_asks_every_problem_also_beyond_one_pass(tokenizer: Tokenizer) -> None:

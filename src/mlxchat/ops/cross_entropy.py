@@ -48,6 +48,29 @@ def token_losses(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
     return mx.concatenate(parts)
 
 
+def token_scores(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Return each token's cross-entropy and the entropy of what was predicted (N,), in nats. Not meant for gradients.
+
+    Both are 0 where the target is negative. Arguments as those of `token_losses`.
+    """
+    losses, entropies = [], []
+    if backend() == "cpu":
+        x, weight = x.astype(mx.float32), weight.astype(mx.float32)
+    for rows in _chunks(x.shape[0], weight.shape[0]):
+        target, counted = mx.maximum(targets[rows], 0), targets[rows] >= 0
+        # The capped logits as multiples of the cap, and exp of them.
+        if backend() == "cpu":
+            tanh, exponentials = _tanh_and_exp(x[rows], weight)
+        else:
+            tanh = soft_cap(x[rows] @ weight.T) / SOFT_CAP
+            exponentials = mx.exp(SOFT_CAP * tanh)
+        sums = exponentials.sum(-1)
+        chosen = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
+        losses.append(mx.where(counted, _losses(sums, chosen), 0.0))
+        entropies.append(mx.where(counted, mx.log(sums) - SOFT_CAP * (exponentials * tanh).sum(-1) / sums, 0.0))
+    return mx.concatenate(losses), mx.concatenate(entropies)
+
+
 def cross_entropy_sum(x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array) -> mx.array:
     """Return the weighted sum of the tokens' cross-entropy (scalar, nats), differentiable in x and weight.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner.fingerprint import hash_file
+from mlxchat.user_function import function_file
 
 # A file that was changed a moment ago may change again without its time moving on: its hash is not remembered yet.
 _SETTLED_NANOSECONDS = 2_000_000_000
@@ -87,7 +88,8 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
     """Return name → content hash or version of everything outside the store that the config refers to.
 
     Fields whose metadata says `external: file` hold paths, those with `external: folder` a folder of which all files
-    count, also in what it contains, and those with `external: package` names of packages. One with
+    count, also in what it contains, those with `external: package` names of packages, and those with `external:
+    function` a module:function, whose module's file counts. One with
     `external: source` holds its `since_default` (nothing outside), a word that `packages` translates, a file, or a
     folder of which the files named in `folder` count.
 
@@ -118,8 +120,12 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
                             pins.update(_folder_pins(Path(name), hash_of))
                         elif kind == "file":
                             pins[f"file {len(pins)} {Path(name).name}"] = hash_of(Path(name))
+                        elif kind == "function":
+                            pins[f"function {name}"] = hash_of(function_file(name))
                         else:
                             pins[f"package {name}"] = importlib.metadata.version(name)
+                    except ConfigError as error:
+                        problems.append(f"{where}.{field.name}: {error}")
                     except OSError as error:
                         problems.append(f"{where}.{field.name}: {name} cannot be read ({error.strerror})")
                     except importlib.metadata.PackageNotFoundError:

@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 # Of manifests: from 2 on they have a digest.
 SCHEMA = 2
 # Records of the execution, not of the result: they hold times, so two equal artifacts differ in them.
-OBSERVATIONS = ("metrics.jsonl", "samples.jsonl")
+OBSERVATIONS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 # What only a continuation of a training reads. A person may do without it, and has the same artifact then.
 CONTINUATION = ("training_state.safetensors", "training_state.json")
 _SHORT = 16

@@ -75,7 +75,9 @@ def training_of(config: Config, stage: str) -> Training | None:
     return Training(
         sizes=sizes, optimizer=config.optimizer, rows=max(1, rows), row_tokens=row_tokens,
         recompute=config.machine.grad_checkpointing, device=find_device(config.machine),
-        keeps_best=stage == "pretrain" and config.pretrain.keep == "best",
+        # RL's frozen reference is as large.
+        keeps_best=(stage == "pretrain" and config.pretrain.keep == "best")
+        or (stage == "rl" and config.rl.kl_coefficient > 0),
     )  # fmt: skip
 
 

@@ -1,152 +1,246 @@
-"""Batches for RL: answers sampled from the model as it is now, weighted by their advantages.
+"""Batches for RL: answers sampled from the model as it is now, weighted by what the loss makes of their advantages.
 
-Counterpart of nanochat's chat_rl.py: advantage = reward − mean reward of the question's samples; the loss is
-−Σ log p × advantage over the sampled tokens, divided by the number of sampled tokens of the iteration.
+Counterpart of nanochat's chat_rl.py, whose recipe is the default: advantage = reward − mean reward of the question's
+samples; the loss is −Σ log p × advantage over the sampled tokens, divided by the number of sampled tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from mlxchat.config import RLConfig
 from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.packing import IGNORED
 from mlxchat.engine.generate import Completion, Engine
-from mlxchat.tasks.base import Task
+from mlxchat.optim.groups import Flat
+from mlxchat.tasks.base import Task, answer_text
+from mlxchat.training.advantages import advantages_of
+from mlxchat.training.draws import draw_seed
+from mlxchat.training.policy_batch import Floats, of_completions, sampled_mask, scored_rows, weighted_rows
+from mlxchat.training.policy_loss import policy_loss
+from mlxchat.training.policy_scores import PolicyScores
+from mlxchat.training.rewards import Answer, Reward
 from mlxchat.training.step import Batch
 
-_WIDTH_STEP = 32
-_ROWS_STEP = 16
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Rollout:
+    """The answers of one iteration, in the order of its questions."""
+
+    questions: list[int]
+    prompts: list[list[int]]
+    completions: list[Completion]
+    advantages: Floats
+    sampled: Floats | None = None
+    """(B, L) log-probabilities of the completions' tokens when they were sampled, where they will be needed."""
+    reference: Floats | None = None
+    """(B, L) those under the frozen reference."""
+
+    def part(self, rows: slice) -> Rollout:
+        """Return some of the rows."""
+        return Rollout(
+            questions=self.questions,
+            prompts=self.prompts[rows],
+            completions=self.completions[rows],
+            advantages=self.advantages[rows],
+            sampled=None if self.sampled is None else self.sampled[rows],
+            reference=None if self.reference is None else self.reference[rows],
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return all of it as JSON data; floats come back as they were."""
+        arrays = {"advantages": self.advantages, "sampled": self.sampled, "reference": self.reference}
+        return {
+            "questions": self.questions,
+            "prompts": self.prompts,
+            "completions": [asdict(completion) for completion in self.completions],
+            **{name: None if array is None else array.tolist() for name, array in arrays.items()},
+        }
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Rollout:
+        """Return what `record` was made of."""
+        names = ("advantages", "sampled", "reference")
+        arrays = {name: None if record[name] is None else np.array(record[name], dtype=np.float64) for name in names}
+        completions = [Completion(**completion) for completion in record["completions"]]
+        return cls(**{**record, **arrays, "completions": completions})
 
 
 class Rollouts:
-    """A source of batches that samples its own data. The position is the number of questions asked."""
+    """A source of batches that samples its own data. The position is the number of updates."""
 
     def __init__(
-        self, engine: Engine, task: Task, config: RLConfig, *, seed: int, log: Callable[[dict[str, Any]], None]
+        self,
+        engine: Engine,
+        task: Task,
+        config: RLConfig,
+        *,
+        seed: int,
+        log: Log,
+        keep: Log = lambda record: None,
+        scores: PolicyScores | None = None,
+        reference: Flat | None = None,
     ) -> None:
-        """Ask the task's questions in a shuffled order; rewards go to `log` after each iteration."""
-        self.engine, self.task, self.config, self.seed, self.log = engine, task, config, seed, log
+        """Ask the task's questions in a shuffled order.
+
+        Args:
+            engine: of the model that is trained.
+            task: whose questions are asked.
+            config: of RL.
+            seed: of the order and of all draws.
+            log: gets rewards and other numbers of each iteration.
+            keep: gets some of the answers.
+            scores: of the same model; None: no log-probability is needed and no entropy measured.
+            reference: weights of the frozen reference, None where there is no divergence to take.
+
+        Raises:
+            ConfigError: a function of the reward cannot be imported.
+        """
+        self.engine, self.task, self.config, self.seed, self.log, self._keep = engine, task, config, seed, log, keep
+        self._scores, self._reference = scores, reference
+        self._reward = Reward(task, config.rewards)
         self.mean_reward = 0.0
         self.waited_seconds = 0.0
         """Sampling is work, no waiting."""
+        self._rollout: Rollout | None = None
+        self._saved: dict[str, Any] | None = None
         self._questions: list[int] = []
 
     def next_batch(self, iteration: int) -> Batch:
-        """Sample answers to the iteration's questions and return them as weighted rows."""
+        """Return the rows of an update; before the first of an iteration, sample answers to its questions."""
         config = self.config
-        order = np.random.default_rng(self.seed).permutation(len(self.task))
-        first = iteration * config.questions_per_iteration
-        questions = [int(order[(first + index) % len(order)]) for index in range(config.questions_per_iteration)]
-        self._questions = questions
-        conversations = [self.task[index] for index in questions]
-        prompts = [render_for_completion(self.engine.tokenizer, conversation) for conversation in conversations]
+        number, turn = divmod(iteration, updates_per_rollout(config))
+        if turn == 0:
+            self._rollout = self._sample(number, iteration)
+            self._saved = self._rollout.record() if updates_per_rollout(config) > 1 else None
+        assert self._rollout is not None, "an update in the middle of a rollout comes after its first, or is restored"
+        size = config.questions_per_iteration // config.minibatches_per_rollout
+        first = turn % config.minibatches_per_rollout * size
+        self._questions = self._rollout.questions[first : first + size]
         samples = config.samples_per_question
-        completions = self.engine.complete(
-            [prompt for prompt in prompts for _ in range(samples)],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            seed=_mix(self.seed, iteration),
+        rollout = self._rollout.part(slice(first * samples, (first + size) * samples))
+        now = rollout.sampled
+        if turn:
+            now, _ = self._score(rollout)
+        mask = sampled_mask(rollout.completions)
+        if not config.train_unfinished:
+            mask *= np.array([row.finished for row in rollout.completions], dtype=np.float64)[:, None]
+        width = mask.shape[1]
+        now, sampled, reference = (
+            None if array is None else array[:, :width] for array in (now, rollout.sampled, rollout.reference)
         )
-        rewards = np.array(
-            [
-                self.task.reward(conversations[index // samples], row.text(self.engine.tokenizer))
-                for index, row in enumerate(completions)
-            ]
-        )
-        advantages = centre_rewards(rewards.reshape(-1, samples)).reshape(-1)
-        self.mean_reward = float(rewards.mean())
-        self.log(
-            {
-                "iteration": iteration + 1,
-                "reward": self.mean_reward,
-                "completion_tokens": float(np.mean([len(row.ids) for row in completions])),
-                "finished": float(np.mean([row.finished for row in completions])),
-            }
-        )
-        repeated = [prompt for prompt in prompts for _ in range(samples)]
-        return weighted_batch(repeated, completions, advantages, padding=self.engine.tokenizer.assistant_end)
+        loss = policy_loss(mask, rollout.advantages, config, now=now, sampled=sampled, reference=reference)
+        if loss.numbers:
+            self.log({"iteration": iteration + 1, "policy_loss": loss.value, **loss.numbers})
+        padding = self.engine.tokenizer.assistant_end
+        return weighted_rows(rollout.prompts, rollout.completions, loss.weights, padding=padding)
 
     def documents(self) -> list[str]:
         """Return what people call the questions of the last batch."""
         return [f"question {index}" for index in self._questions]
 
     def state(self) -> dict[str, Any]:
-        """Return the last reward; questions and seeds follow from the iteration."""
-        return {"mean_reward": self.mean_reward}
+        """Return the last reward and, where an iteration has several updates, its answers; all else follows."""
+        return {"mean_reward": self.mean_reward, **({} if self._saved is None else {"rollout": self._saved})}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
         self.mean_reward = state["mean_reward"]
+        self._saved = state.get("rollout")
+        self._rollout = None if self._saved is None else Rollout.of_record(self._saved)
 
-
-def centre_rewards(rewards: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the advantages (questions, samples): rewards less the mean of their question's, not rescaled."""
-    centred: np.ndarray[Any, np.dtype[np.float64]] = rewards - rewards.mean(axis=1, keepdims=True)
-    return centred
-
-
-def weighted_batch(
-    prompts: list[list[int]],
-    completions: list[Completion],
-    advantages: np.ndarray[Any, np.dtype[np.float64]],
-    *,
-    padding: int,
-) -> Batch:
-    """Return rows whose loss is −Σ log p × advantage / sampled tokens.
-
-    Forced tokens (a tool's output), prompts and padding have weight 0. Rows without advantage change nothing and are
-    left out, though their tokens count in the divisor.
-    """
-    sampled_tokens = max(1, sum(sum(row.mask) for row in completions))
-    useful = [index for index in range(len(prompts)) if advantages[index] != 0]
-    longest = max((len(prompts[index]) + len(completions[index].ids) for index in useful), default=_WIDTH_STEP)
-    # Few shapes, so that few are compiled.
-    width = -(-longest // _WIDTH_STEP) * _WIDTH_STEP
-    height = max(_ROWS_STEP, -(-len(useful) // _ROWS_STEP) * _ROWS_STEP)
-    ids = np.full((height, width + 1), padding, dtype=np.int32)
-    weights = np.zeros((height, width + 1), dtype=np.float32)
-    for row, index in enumerate(useful):
-        prompt, completion = prompts[index], completions[index]
-        end = len(prompt) + len(completion.ids)
-        ids[row, :end] = [*prompt, *completion.ids]
-        weights[row, len(prompt) : end] = np.array(completion.mask) * (advantages[index] / sampled_tokens)
-    targets = np.where(weights[:, 1:] != 0, ids[:, 1:], IGNORED).astype(np.int32)
-    return Batch(ids[:, :-1], targets, weights[:, 1:])
-
-
-def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dict[str, float]:
-    """Return the share of held-out problems that one of the first k samples solves, for k = 1 … eval_samples.
-
-    Sampling is as in training (temperature, top_k), counted as nanochat counts it. `held_out_reward` is the mean over
-    all samples: what RL maximises, with less noise than the first sample alone.
-    """
-    samples = config.eval_samples
-    conversations = [task[index] for index in range(len(task))]
-    prompts = [render_for_completion(engine.tokenizer, conversation) for conversation in conversations]
-    solved = np.zeros((len(task), samples), dtype=bool)
-    per_pass = max(1, 128 // samples)
-    for start in range(0, len(task), per_pass):
-        part = range(start, min(start + per_pass, len(task)))
-        completions = engine.complete(
-            [prompts[index] for index in part for _ in range(samples)],
+    def _sample(self, number: int, iteration: int) -> Rollout:
+        """Sample answers to the questions of the `number`-th iteration, judge them, log and keep them."""
+        config, tokenizer = self.config, self.engine.tokenizer
+        order = np.random.default_rng(self.seed).permutation(len(self.task))
+        first = number * config.questions_per_iteration
+        questions = [int(order[(first + index) % len(order)]) for index in range(config.questions_per_iteration)]
+        conversations = [self.task[index] for index in questions]
+        samples = config.samples_per_question
+        prompts = [
+            prompt
+            for conversation in conversations
+            for prompt in [render_for_completion(tokenizer, conversation)] * samples
+        ]
+        completions = self.engine.complete(
+            prompts,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
-            seed=_mix(seed, start),
+            seed=draw_seed(self.seed, number),
         )
-        for place, completion in enumerate(completions):
-            index = part[place // samples]
-            text = completion.text(engine.tokenizer)
-            solved[index, place % samples] = task.evaluate(conversations[index], text)
-    numbers = {f"pass_at_{k}": float(solved[:, :k].any(axis=1).mean()) for k in range(1, samples + 1)}
-    return {**numbers, "held_out_reward": float(solved.mean())}
+        answers = [
+            Answer(conversation=conversations[index // samples], text=row.text(tokenizer), num_tokens=sum(row.mask))
+            for index, row in enumerate(completions)
+        ]
+        judged = [self._reward(answer) for answer in answers]
+        rewards = np.array([reward for reward, _ in judged])
+        advantages = advantages_of(rewards.reshape(-1, samples), config.advantages).reshape(-1)
+        rollout = Rollout(questions=questions, prompts=prompts, completions=completions, advantages=advantages)
+        self.mean_reward = float(rewards.mean())
+        record = {
+            "iteration": iteration + 1,
+            "reward": self.mean_reward,
+            "completion_tokens": float(np.mean([len(row.ids) for row in completions])),
+            "finished": float(np.mean([row.finished for row in completions])),
+        }
+        for name in config.rewards:
+            record[f"reward_{name}"] = float(np.mean([parts[name] for _, parts in judged]))
+        self.log(record | self._measure(rollout, number))
+        kept = len(questions) if config.rollouts_kept is None else config.rollouts_kept
+        for index in range(min(kept, len(questions)) * samples):
+            self._keep(
+                {
+                    "iteration": iteration + 1,
+                    "question": questions[index // samples],
+                    "sample": index % samples,
+                    "prompt": tokenizer.decode(prompts[index]),
+                    "output": answers[index].text,
+                    "expected": answer_text(answers[index].conversation),
+                    "reward": judged[index][0],
+                    "parts": judged[index][1],
+                    "right": self.task.evaluate(answers[index].conversation, answers[index].text),
+                    "advantage": float(advantages[index]),
+                    "tokens": len(completions[index].ids),
+                    "finished": completions[index].finished,
+                }
+            )
+        return rollout
+
+    def _measure(self, rollout: Rollout, number: int) -> dict[str, float]:
+        """Set the log-probabilities that the loss will need; return the entropy where it was measured."""
+        config = self.config
+        needed = needs_log_probabilities(config)
+        due = config.entropy_every is not None and number % config.entropy_every == 0
+        if self._scores is None or not (needed or due):
+            return {}
+        sampled, entropies = self._score(rollout)
+        if needed:
+            rollout.sampled = sampled
+            if self._reference is not None:
+                rollout.reference, _ = self._score(rollout, self._reference)
+        mask = sampled_mask(rollout.completions)
+        return {"entropy": float((entropies * mask).sum() / max(1.0, mask.sum()))}
+
+    def _score(self, rollout: Rollout, parameters: Flat | None = None) -> tuple[Floats, Floats]:
+        """Return log-probabilities and entropies (B, L) of the completions' tokens."""
+        assert self._scores is not None, "this configuration needs log-probabilities"
+        prompts, completions = rollout.prompts, rollout.completions
+        ids, targets = scored_rows(prompts, completions, padding=self.engine.tokenizer.assistant_end)
+        log_probabilities, entropies = self._scores(ids, targets, parameters)
+        return of_completions(log_probabilities, prompts, completions), of_completions(entropies, prompts, completions)
 
 
-def _mix(seed: int, number: int) -> int:
-    """Return a seed for one of many draws."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+def updates_per_rollout(config: RLConfig) -> int:
+    """Return how many updates an iteration's answers give."""
+    return config.minibatches_per_rollout * config.passes_per_rollout
+
+
+def needs_log_probabilities(config: RLConfig) -> bool:
+    """Tell whether the loss needs log-probabilities: in the first update after sampling every ratio is 1."""
+    return updates_per_rollout(config) > 1 or config.kl_coefficient > 0
