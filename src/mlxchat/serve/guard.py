@@ -7,6 +7,7 @@ import ipaddress
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxchat.serve.faults import Fault
@@ -101,7 +102,8 @@ class Guard:
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise Fault(f"the body is larger than {self.max_body_bytes} bytes", status=413)
+                # FastAPI passes on no other exception from where a body is read.
+                raise HTTPException(413, f"the body is larger than {self.max_body_bytes} bytes")
             return message
 
         return receiving

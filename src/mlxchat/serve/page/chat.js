@@ -122,7 +122,7 @@ function editElement(message, index) {
     say(text);
     $("input").focus();
   }, stop);
-  setTimeout(() => field.focus());
+  setTimeout(() => { field.focus(); form.scrollIntoView({ block: "nearest" }); });
   return make("li", { class: "user" }, form);
 }
 

@@ -1,0 +1,192 @@
+"""An outputs folder with two tiny models, and servers on it in this process."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlx.core as mx
+import numpy as np
+import pytest
+import uvicorn
+
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.engine.scheduler import Scheduler
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.runner.store import Store, write_manifest
+from mlxchat.serve.app import make_app
+from mlxchat.serve.limits import Limits
+from mlxchat.serve.models import Model, Models
+from mlxchat.serve.prompts import Defaults
+from mlxchat.serve.service import Service
+from mlxchat.serve.worker import Worker, load_scheduler
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+CHAT, BASE = "sft-d2-" + "c" * 16, "pretrain-d2-" + "b" * 16
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["the cat sat on the mat and the dog sat on the log " * 5], 280)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: Tokenizer) -> GPT:
+    """Two layers, none of whose projections is zero."""
+    model = GPT(
+        GPTSizes(
+            vocab_size=tokenizer.vocab_size, num_layers=2, num_heads=4, num_kv_heads=2, width=32, context_tokens=128,
+            rope_theta=10_000.0,
+        )
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    scale = {"wte": 1.0, "lm_head": 0.15}
+    weights = {
+        name: rng.normal(scale=next((scale[key] for key in scale if key in name), 0.3), size=value.shape)
+        for name, value in flatten_parameters(model).items()
+    }
+    set_parameters(model, {name: mx.array(value.astype(np.float32)) for name, value in weights.items()})
+    return model
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, model: GPT, tokenizer: Tokenizer) -> Path:
+    """An outputs folder as a run leaves it: a base model, a chat model made from it, and scores of the latter."""
+    outputs = tmp_path_factory.mktemp("served") / "outputs"
+    made: dict[str, Any] = {}
+    for name, stage, kind, metrics in (
+        (BASE, "pretrain", "base", {"val_bpb": 1.5}),
+        (CHAT, "sft", "chat", {"val_loss": 0.5, "broken": None}),
+    ):
+        folder = outputs / "store" / name
+        folder.mkdir(parents=True)
+        save_checkpoint(folder, model, tokenizer, {"stage": stage, "format": kind})
+        _describe(folder, stage, "checkpoint", metrics, {"checkpoint": made} if made else {})
+        made = {"step": stage, "artifact": name, "rid": name[-16:] + "x" * 36, "tree": "0" * 64}
+        Store(outputs).set_ref("latest", stage, folder)
+    scores = outputs / "store" / ("eval-d2-" + "e" * 16)
+    scores.mkdir()
+    _describe(scores, "eval", "scores", {"facts": 0.25}, {"checkpoint": made})
+    return outputs
+
+
+def _describe(folder: Path, stage: str, kind: str, metrics: dict[str, Any], inputs: dict[str, Any]) -> None:
+    manifest = {
+        "rid": folder.name[-16:] + "x" * 36, "name": folder.name, "stage": stage, "step": stage, "kind": kind,
+        "version": 1, "config": {"seed": 42, stage: {"lr": 0.1}}, "full_config": {}, "excluded": {}, "inputs": inputs,
+        "tree": "0" * 64, "outputs": [], "metrics": metrics, "seconds": 1.0, "run": "run1", "attempts": [],
+        "published": f"2026-01-01T00:00:0{len(stage) % 10}+00:00", "overrides": [], "seed": 42,
+    }  # fmt: skip
+    write_manifest(folder, manifest)
+
+
+class Alphabet:
+    """A `Forward` whose answers are the letters of the alphabet, one each `seconds`, without end."""
+
+    def __init__(self, vocab_size: int, seconds: float) -> None:
+        self.vocab_size, self.seconds, self.rows = vocab_size, seconds, 0
+
+    def read(self, ids: list[int], past: Any, last: int | None) -> int:
+        return (past or 0) + len(ids)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        self.rows = max(self.rows, rows)
+
+    def keep(self, kept: list[int], tokens: int) -> None:
+        self.rows = len(kept)
+
+    def clear(self) -> None:
+        self.rows = 0
+
+    def fill(self, row: int, past: Any) -> None: ...
+
+    def past_of(self, row: int, tokens: int) -> None:
+        return None
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        time.sleep(self.seconds)
+        logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
+        for row, id_ in enumerate(ids):
+            logits[row, id_ + 1 if ord("a") <= id_ < ord("z") else ord("a")] = 1000.0
+        return logits
+
+
+class Server:
+    """A server in a thread of this process."""
+
+    def __init__(self, service: Service, **options: Any) -> None:
+        self.service = service
+        config = uvicorn.Config(
+            make_app(service, **options), host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self) -> Server:
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+        self.url = "http://127.0.0.1:{}".format(self.server.servers[0].sockets[0].getsockname()[1])
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join(15)
+        assert not self.thread.is_alive()
+
+    @property
+    def worker(self) -> Worker:
+        return self.service.worker
+
+    def chat(self, text: str = "the cat", **body: Any) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 12, **body}
+        return self.client.post("/v1/chat/completions", json=body)
+
+    def until(self, reached: Callable[[], bool], seconds: float = 10) -> None:
+        ends = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < ends, "it never came to that"
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def start(served: Path) -> Callable[..., Server]:
+    """Make a server with these limits and options; `seconds` makes it answer with the alphabet, slowly."""
+
+    def make(*, limits: dict[str, int] | None = None, seconds: float | None = None, **options: Any) -> Server:
+        def load(model: Model, limits: Limits) -> Scheduler:
+            if seconds is None:
+                return load_scheduler(model, limits)
+            tokenizer = model.tokenizer
+            return Scheduler(Alphabet(tokenizer.vocab_size, seconds), tokenizer, max_rows=limits.max_rows)
+
+        bounds = Limits(**limits or {})
+        models = Models(Store(served), served / "store" / CHAT)
+        return Server(Service(models, Worker(bounds, load), bounds, Defaults()), **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[..., Server]) -> Iterator[Server]:
+    with start() as running:
+        yield running
+
+
+@pytest.fixture
+def slow(start: Callable[..., Server]) -> Iterator[Server]:
+    """One row at a time, two that wait, 50 tokens a second."""
+    with start(limits={"max_rows": 1, "max_queue": 2}, seconds=0.02) as running:
+        yield running

@@ -1,0 +1,194 @@
+"""OpenAI's interface: answers are the engine's, whichever way they are asked for; mistakes are told as OpenAI does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.model.gpt import GPT
+
+BASE, CHAT = "pretrain-d2-" + "b" * 16, "sft-d2-" + "c" * 16
+
+
+def chunks(response: Any) -> list[dict[str, Any]]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    data = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert data.pop() == "[DONE]"
+    return [json.loads(each) for each in data]
+
+
+def answers(response: Any) -> list[str]:
+    assert response.status_code == 200, response.text
+    return [choice["message"]["content"] for choice in response.json()["choices"]]
+
+
+def test_a_greedy_answer_is_the_engines(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
+    prompt = render_for_completion(tokenizer, {"messages": [{"role": "user", "content": "the cat"}]})
+    (expected,) = Engine(model, tokenizer).complete([prompt], max_new_tokens=12)
+    told = server.chat(temperature=0).json()
+    assert told["object"] == "chat.completion"
+    assert told["model"] == CHAT
+    choice = told["choices"][0]
+    said = [part["text"] for part in choice["message"].get("parts", [{"text": choice["message"]["content"]}])]
+    special = set(tokenizer.special_ids.values())
+    assert "".join(said) == tokenizer.decode([id_ for id_ in expected.ids if id_ not in special])
+    assert choice["finish_reason"] == ("stop" if expected.finished else "length")
+    sampled = sum(expected.mask)
+    assert told["usage"] == {
+        "prompt_tokens": len(prompt), "completion_tokens": sampled, "total_tokens": len(prompt) + sampled,
+    }  # fmt: skip
+
+
+def test_a_system_message_is_joined_to_the_first_question(server: Any) -> None:
+    messages = [{"role": "system", "content": "the dog"}, {"role": "user", "content": "the cat"}]
+    joined = server.chat("the dog\n\nthe cat", temperature=0)
+    assert answers(server.chat(temperature=0, messages=messages)) == answers(joined)
+
+
+def test_streamed_pieces_make_the_same_answer(server: Any) -> None:
+    body: dict[str, Any] = {"seed": 5, "n": 2, "temperature": 1.2, "stream_options": {"include_usage": True}}
+    whole = server.chat(**body)
+    told = chunks(server.chat(**body, stream=True))
+    texts = ["", ""]
+    reasons: list[str | None] = [None, None]
+    for chunk in told[:-1]:
+        assert chunk["object"] == "chat.completion.chunk"
+        assert chunk["usage"] is None
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == answers(whole)
+    assert reasons == [choice["finish_reason"] for choice in whole.json()["choices"]]
+    assert told[-1]["choices"] == []
+    assert told[-1]["usage"] == whole.json()["usage"]
+
+
+def test_a_seed_gives_the_same_answer_alone_and_among_others(server: Any) -> None:
+    alone = answers(server.chat(seed=7, temperature=1.5))
+    several = answers(server.chat(seed=7, temperature=1.5, n=4))
+    assert several[0] == alone[0]
+    assert len(set(several)) > 1
+    assert answers(server.chat(seed=8, temperature=1.5)) == several[1:2]
+
+
+def test_an_answer_ends_before_its_stop_string(server: Any) -> None:
+    (text,) = answers(server.chat(temperature=0))
+    stop = text[2:4]
+    told = server.chat(temperature=0, stop=[stop, "never said"]).json()["choices"][0]
+    assert told["message"]["content"] == text[: text.index(stop)]
+    assert told["finish_reason"] == "stop"
+
+
+def test_log_probabilities_are_those_of_the_model(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
+    import mlx.core as mx
+
+    prompt = [tokenizer.bos, *tokenizer.encode("the cat")]
+    told = server.client.post(
+        "/v1/completions",
+        json={"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 2, "model": BASE},
+    ).json()["choices"][0]["logprobs"]
+    logits = np.asarray(model.logits(model.hidden(mx.array([prompt]))[:, -1])[0], dtype=np.float64)
+    expected = np.sort(logits - np.log(np.exp(logits).sum()))[::-1]
+    assert told["token_logprobs"] == [pytest.approx(expected[0], abs=1e-4)]
+    assert sorted(told["top_logprobs"][0].values(), reverse=True) == pytest.approx(list(expected[:2]), abs=1e-4)
+
+
+def test_a_chats_log_probabilities_come_in_streams_too(server: Any) -> None:
+    body: dict[str, Any] = {"temperature": 0, "logprobs": True, "top_logprobs": 3}
+    whole = server.chat(**body).json()["choices"][0]["logprobs"]["content"]
+    pieces = [chunk["choices"][0]["logprobs"] for chunk in chunks(server.chat(**body, stream=True))]
+    assert [entry for piece in pieces if piece for entry in piece["content"]] == whole
+    assert all(len(entry["top_logprobs"]) == 3 for entry in whole)
+
+
+def test_text_is_continued_from_texts_and_from_ids(server: Any, tokenizer: Tokenizer) -> None:
+    def ask(prompt: Any, **more: Any) -> list[str]:
+        body = {"model": "pretrain", "prompt": prompt, "temperature": 0, "max_tokens": 6, **more}
+        return [choice["text"] for choice in server.client.post("/v1/completions", json=body).json()["choices"]]
+
+    ids = [tokenizer.bos, *tokenizer.encode("the dog")]
+    single = ask("the dog")
+    assert ask(ids) == single == ask([ids])
+    assert ask(["the dog", "the cat"], n=2) == [*single * 2, *ask("the cat") * 2]
+    assert ask("the dog", echo=True) == ["the dog" + single[0]]
+
+
+def test_models_are_listed_with_where_they_come_from(server: Any) -> None:
+    listed = server.client.get("/v1/models").json()
+    assert [entry["id"] for entry in listed["data"]] == [CHAT, BASE]
+    own = listed["data"][0]["mlxchat"]
+    assert own["scores"] == {"facts": 0.25}
+    assert own["metrics"] == {"val_loss": 0.5}, "what is no number is left out"
+    assert own["inputs"] == {"checkpoint": BASE}
+    assert [entry["mlxchat"]["converses"] for entry in listed["data"]] == [True, False]
+    one = server.client.get("/v1/models/sft").json()
+    assert (one["id"], one["mlxchat"]["config"]["sft"]) == (CHAT, {"lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code"),
+    [
+        ({"model": "gpt-4o"}, 404, "model", "model_not_found"),
+        ({"model": "eval-d2"}, 404, "model", "model_not_found"),
+        ({"model": "pretrain"}, 400, "model", "unsupported_model"),
+        ({"messages": []}, 400, "messages", None),
+        ({"messages": [{"role": "assistant", "content": "hello"}]}, 400, "messages", None),
+        ({"messages": [{"role": "system", "content": "hello"}]}, 400, "messages", None),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", None),
+        ({"messages": [{"role": "tool", "content": "4"}]}, 400, "messages.0.role", None),
+        ({"messages": [{"role": "user", "content": "a" * 8001}]}, 400, "messages", None),
+        ({"messages": [{"role": "user", "content": "a"}] * 501}, 400, "messages", None),
+        ({"messages": [{"role": "user", "content": "a b" * 2000}] * 6}, 400, "messages", None),
+        ({"messages": [{"role": "user", "content": "a b" * 200}]}, 400, "messages", "context_length_exceeded"),
+        ({"temperature": 2.5}, 400, "temperature", None),
+        ({"top_p": 0}, 400, "top_p", None),
+        ({"max_tokens": 5000}, 400, "max_tokens", None),
+        ({"max_tokens": 0}, 400, "max_tokens", None),
+        ({"n": 17}, 400, "n", None),
+        ({"stop": ["a"] * 17}, 400, "stop", None),
+        ({"top_logprobs": 2}, 400, "top_logprobs", None),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_openais_words(
+    server: Any, body: dict[str, Any], status: int, param: str, code: str | None
+) -> None:
+    response = server.chat(**body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+def test_what_is_no_json_is_told(server: Any) -> None:
+    response = server.client.post("/v1/chat/completions", content="{", headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert "JSON" in response.json()["error"]["message"]
+    assert server.client.get("/v1/nothing").json()["error"]["message"] == "there is nothing at GET /v1/nothing"
+    assert server.client.get("/v1/chat/completions").status_code == 405
+
+
+def test_of_a_long_conversation_the_latest_turns_are_answered_where_that_is_asked_for(server: Any) -> None:
+    turns = [{"role": "user", "content": "a b " * 60}, {"role": "assistant", "content": "yes"}] * 3
+    last = {"role": "user", "content": "the cat"}
+    shortened = server.chat(temperature=0, messages=[*turns, last], truncation="auto")
+    assert answers(shortened) == answers(server.chat(temperature=0, messages=[last]))
+
+
+def test_an_assistants_earlier_calls_are_given_back_as_they_were(server: Any, tokenizer: Tokenizer) -> None:
+    parts = [
+        {"type": "text", "text": "2+3="}, {"type": "python", "text": "2+3"}, {"type": "python_output", "text": "5"},
+    ]  # fmt: skip
+    messages = [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": parts}, {"role": "user", "content": "b"},
+    ]  # fmt: skip
+    told = server.chat(messages=messages).json()
+    assert told["usage"]["prompt_tokens"] == len(render_for_completion(tokenizer, {"messages": messages}))

@@ -1,0 +1,65 @@
+"""The official client, used as its documentation says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+openai = pytest.importorskip("openai")
+QUESTION = [{"role": "user", "content": "the cat"}]
+KEY = "a-key-of-ours"
+
+
+@pytest.fixture(scope="module")
+def guarded(start: Callable[..., Any]) -> Iterator[Any]:
+    with start(api_key=KEY, limits={"max_rows": 1, "max_queue": 0}) as running:
+        yield running
+
+
+@pytest.fixture
+def client(guarded: Any) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def test_a_conversation(client: Any) -> None:
+    answer = client.chat.completions.create(model="sft", messages=QUESTION, max_completion_tokens=8, seed=1)
+    assert answer.choices[0].message.role == "assistant"
+    assert 1 <= answer.usage.completion_tokens <= 8
+    again = client.chat.completions.create(model="default", messages=QUESTION, max_tokens=8, seed=1, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in again) == answer.choices[0].message.content
+
+
+def test_a_stream_with_its_helper_log_probabilities_and_usage(client: Any) -> None:
+    with client.chat.completions.stream(
+        model="sft", messages=QUESTION, max_tokens=6, seed=2, logprobs=True, stream_options={"include_usage": True}
+    ) as stream:
+        assert len(list(stream)) > 1
+        final = stream.current_completion_snapshot
+    tokens = [entry.token for entry in final.choices[0].logprobs.content]
+    assert "".join(tokens) == final.choices[0].message.content
+    assert final.usage.total_tokens == final.usage.prompt_tokens + final.usage.completion_tokens
+
+
+def test_text_and_models(client: Any) -> None:
+    told = client.completions.create(model="pretrain", prompt="the dog", max_tokens=4, temperature=0, echo=True)
+    assert told.choices[0].text.startswith("the dog")
+    models = [model.id for model in client.models.list()]
+    assert client.models.retrieve(models[0]).id == models[0]
+
+
+def test_mistakes_become_the_clients_own_exceptions(client: Any, guarded: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match="gpt-4o"):
+        client.chat.completions.create(model="gpt-4o", messages=QUESTION)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(model="sft", messages=QUESTION, temperature=9)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.chat.completions.create(model="sft", messages=QUESTION, n=2)
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    with (
+        openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.models.list()

@@ -1,0 +1,136 @@
+"""nanochat's own routes, metrics, and who may ask."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlxchat.cli import main
+
+QUESTION = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0.0, "max_tokens": 8}
+
+
+def test_nanochats_stream_is_tokens_and_then_done(server: Any) -> None:
+    response = server.client.post("/chat/completions", json=QUESTION)
+    data = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+    assert data.pop() == {"done": True}
+    assert all(each.keys() == {"token", "gpu"} for each in data)
+    whole = server.client.post("/chat/completions", json={**QUESTION, "stream": False}).json()
+    assert "".join(each["token"] for each in data) == whole["response"] != ""
+
+
+def test_nanochats_limits_are_kept(server: Any) -> None:
+    for change in ({"temperature": 2.1}, {"top_k": 201}, {"max_tokens": 4097}, {"messages": []},
+                   {"messages": [{"role": "system", "content": "a"}]}):  # fmt: skip
+        assert server.client.post("/chat/completions", json={**QUESTION, **change}).status_code == 400
+
+
+def test_health_and_stats_have_nanochats_fields(server: Any) -> None:
+    server.until(lambda: server.client.get("/health").json()["ready"])
+    assert server.client.get("/health").json() == {
+        "status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1,
+    }  # fmt: skip
+    stats = server.client.get("/stats").json()
+    assert (stats["total_workers"], stats["available_workers"], stats["busy_workers"]) == (1, 1, 0)
+
+
+def test_metrics_are_what_prometheus_reads_and_count(server: Any) -> None:
+    def metrics() -> dict[str, float]:
+        text = server.client.get("/metrics").text
+        for line in text.splitlines():
+            assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{(\w+="[^"]*",?)+\})? [-+.e\d]+', line), line
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in text.splitlines()
+                                                          if not line.startswith("#"))}  # fmt: skip
+
+    before, told, after = metrics(), server.chat().json()["usage"], metrics()
+    grown = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert grown["mlxchat_prompt_tokens_total"] == told["prompt_tokens"]
+    assert grown["mlxchat_generated_tokens_total"] == told["completion_tokens"]
+    assert grown['mlxchat_requests_total{route="/v1/chat/completions",status="200"}'] == 1
+    assert grown["mlxchat_time_to_first_token_seconds_count"] == 1
+    assert after["mlxchat_rows_running"] == 0
+
+
+def test_the_page_asks_for_nothing_elsewhere_and_no_other_page_holds_it(server: Any) -> None:
+    page = server.client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    for place in re.findall(r'(?:src|href)="([^"#]+)"', page.text):
+        assert place.startswith("/")
+        assert server.client.get(place).status_code == 200
+
+
+def test_without_a_key_only_this_machines_names_are_answered_to(server: Any) -> None:
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+        assert server.client.get("/v1/models", headers={"host": host}).status_code == 200
+    assert server.client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_what_a_form_of_another_site_can_send_is_refused(server: Any) -> None:
+    body = json.dumps(QUESTION)
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        response = server.client.post("/v1/chat/completions", content=body, headers={"content-type": kind})
+        assert response.status_code == 415
+
+
+def test_bodies_beyond_all_limits_are_refused_unread(server: Any) -> None:
+    assert server.client.post("/v1/chat/completions", json={"messages": "a" * 1_100_000}).status_code == 413
+
+    def pieces() -> Any:
+        yield b'{"messages": "'
+        for _ in range(20):
+            yield b"a" * 100_000
+
+    headers = {"content-type": "application/json"}
+    assert server.client.post("/v1/chat/completions", content=pieces(), headers=headers).status_code == 413
+
+
+def test_other_sites_may_ask_only_where_they_are_let_in(server: Any, start: Callable[..., Any]) -> None:
+    asking = {
+        "origin": "https://site.example", "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type",
+    }  # fmt: skip
+    response = server.client.options("/v1/chat/completions", headers=asking)
+    assert "access-control-allow-origin" not in response.headers
+    with start(cors=["https://site.example"]) as open_one:
+        allowed = open_one.client.options("/v1/chat/completions", headers=asking)
+        assert allowed.headers["access-control-allow-origin"] == "https://site.example"
+        other = open_one.client.options("/v1/chat/completions", headers={**asking, "origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_with_a_key_everything_but_the_page_and_health_needs_it(start: Callable[..., Any]) -> None:
+    with start(api_key="secret", loopback_only=False) as guarded:
+        for path in ("/v1/models", "/metrics", "/stats", "/openapi.json"):
+            assert guarded.client.get(path).status_code == 401
+            assert guarded.client.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
+            assert guarded.client.get(path, headers={"authorization": "Bearer secret"}).status_code == 200
+        assert guarded.client.post("/chat/completions", json=QUESTION).status_code == 401
+        for path in ("/", "/page/chat.js", "/health"):
+            assert guarded.client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "error: --host 0.0.0.0 can be reached from other machines, so a key is needed"),
+        (["--port", "70000"], "error: --port is 70000"),
+        (["--max-rows", "0"], "error: --max-rows is 0, expected at least 1"),
+        (["eval"], "error: "),
+    ],
+)
+def test_the_verb_refuses_what_would_be_a_mistake(
+    served: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLXCHAT_API_KEY", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", f"outputs={served}", *arguments])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(message)

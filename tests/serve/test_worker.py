@@ -1,0 +1,134 @@
+"""What becomes of requests that are too many, of clients that leave, of computations that fail, of a server that stops."""
+
+from __future__ import annotations
+
+import json
+import string
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+
+def streaming(server: Any, **body: Any) -> Any:
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 100, "stream": True, **body}
+    return server.client.stream("POST", "/v1/chat/completions", json=body)
+
+
+def test_beyond_the_queue_requests_are_refused_and_told_when_to_come_again(slow: Any) -> None:
+    with ThreadPoolExecutor() as pool:
+        accepted = [pool.submit(slow.chat, max_tokens=60) for _ in range(3)]
+        slow.until(lambda: slow.worker.num_choices == 3)
+        refused = slow.chat()
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert [each.result().status_code for each in accepted] == [200] * 3
+    assert slow.chat().status_code == 200
+
+
+def test_nothing_is_computed_for_those_who_have_left(slow: Any) -> None:
+    with streaming(slow) as response:
+        next(response.iter_lines())
+        assert slow.worker.num_choices == 1
+    slow.until(lambda: slow.worker.num_choices == 0, seconds=1.5)
+    with pytest.raises(httpx.ReadTimeout):
+        slow.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]}, timeout=0.3)
+    slow.until(lambda: slow.worker.num_choices == 0, seconds=1.5)
+
+
+def test_who_leaves_while_waiting_never_gets_a_row(slow: Any) -> None:
+    with streaming(slow), streaming(slow):
+        assert slow.worker.num_choices == 2
+    slow.until(lambda: slow.worker.num_choices == 0, seconds=1.5)
+    assert slow.chat().json()["choices"][0]["message"]["content"] == string.ascii_lowercase[:12]
+
+
+def test_a_computation_that_fails_is_told_and_the_next_one_works(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slow.chat().status_code == 200
+    (scheduler,) = slow.worker._schedulers.values()
+    monkeypatch.setattr(scheduler, "step", lambda: 1 / 0)
+    failed = slow.chat()
+    assert failed.status_code == 500
+    assert failed.json()["error"] == {
+        "message": "the computation failed: ZeroDivisionError: division by zero", "type": "server_error",
+        "param": None, "code": None,
+    }  # fmt: skip
+    assert slow.chat().status_code == 200, "the model was loaded anew"
+
+
+def test_a_server_that_is_asked_to_stop_finishes_what_it_began(start: Callable[..., Any]) -> None:
+    with start(seconds=0.01) as server, ThreadPoolExecutor() as pool:
+        began = pool.submit(server.chat, max_tokens=60)
+        server.until(lambda: server.worker.num_choices == 1)
+        server.server.should_exit = True
+        assert began.result().json()["usage"]["completion_tokens"] == 60
+
+
+def test_what_takes_longer_than_the_servers_patience_is_dropped(start: Callable[..., Any]) -> None:
+    with start(seconds=0.05) as server:
+        server.server.config.timeout_graceful_shutdown = 1
+        with streaming(server) as response, pytest.raises(httpx.HTTPError):
+            for line in response.iter_lines():
+                server.server.should_exit = True
+                assert line != "data: [DONE]"
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+
+
+def test_only_so_many_models_stay_in_memory(start: Callable[..., Any]) -> None:
+    with start(limits={"max_models": 1}) as server:
+        server.until(lambda: len(server.worker.loaded) == 1)
+        told = server.client.post("/v1/completions", json={"model": "pretrain", "prompt": "a", "max_tokens": 1})
+        assert told.status_code == 200
+        assert [name.split("-")[0] for name in server.worker.loaded] == ["pretrain"]
+
+
+def stream_once(url: str, number: int) -> tuple[int, str, str]:
+    """Return (number, streamed text, why it ended) of one request with its own question, seed and length."""
+    body = {
+        "messages": [{"role": "user", "content": f"the cat {number}"}], "seed": number, "temperature": 1.0,
+        "max_tokens": 20 + number % 30, "stream": True,
+    }  # fmt: skip
+    text, reason = "", ""
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line[6:])["choices"]
+                text += choice["delta"].get("content") or choice["delta"].get("part", {}).get("text", "")
+                reason = choice["finish_reason"] or reason
+    return number, text, reason
+
+
+def load(server: Any, streams: int, seconds: float) -> int:
+    """Keep so many streams going for so long; compare every answer with that of the same request alone."""
+    expected = {number: stream_once(server.url, number) for number in range(streams)}
+    ends = time.monotonic() + seconds
+    answered = 0
+    with ThreadPoolExecutor(streams) as pool:
+        while time.monotonic() < ends:
+            for number, text, reason in pool.map(lambda each: stream_once(server.url, each), range(streams)):
+                assert (number, text, reason) == expected[number]
+                answered += 1
+    server.until(lambda: server.worker.num_choices == 0)
+    return answered
+
+
+def test_sixteen_streams_at_once_lose_and_mix_no_token(start: Callable[..., Any]) -> None:
+    with start(limits={"max_rows": 8}) as server:
+        assert load(server, 16, 2.0) >= 16
+
+
+@pytest.mark.slow
+def test_sixty_four_streams_for_two_minutes_in_bounded_memory(start: Callable[..., Any]) -> None:
+    from mlxchat.serve.metrics import resident_bytes
+
+    with start(limits={"max_rows": 32, "max_queue": 64}) as server:
+        load(server, 64, 20)
+        before = resident_bytes()
+        assert load(server, 64, 120) > 200
+        assert resident_bytes() - before < 50e6
