@@ -18,7 +18,11 @@ from mlxchat.errors import ConfigError
 from mlxchat.missing import MISSING
 
 OPTIONS = [
-    *([f"experiment={name}"] for name in group_options("experiment")),
+    # The vocabulary that the storyteller takes over comes with an extra.
+    *(
+        [f"experiment={name}", *["tokenizer.source=train"] * name.startswith("tiny")]
+        for name in group_options("experiment")
+    ),
     ["model=d6", "optimizer=adamw", "architecture=jul2026", "machine=cpu", "seed=7", "rl.eval_every=null"],
     [
         "stage=sft",

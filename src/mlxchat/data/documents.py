@@ -94,8 +94,9 @@ class EncodedShards:
             with suppress(Exception):
                 self._obtain(self.shards[index], False, self._check)
 
-        self._worker = index, threading.Thread(target=work, name=f"encode {self.shards[index].name}", daemon=True)
-        self._worker[1].start()
+        worker = threading.Thread(target=work, name=f"encode {self.shards[index].name}", daemon=True)
+        worker.start()
+        self._worker = index, worker  # not before it runs: another thread that closes meanwhile would join it
 
     def close(self) -> None:
         """End the background work, and any `open` that encodes in another thread (it raises Closed)."""

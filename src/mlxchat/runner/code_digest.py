@@ -19,11 +19,11 @@ from typing import Any
 from mlxchat.runner.fingerprint import hash_code, strip_docstrings
 
 _LIBRARY = "mlxchat"
-# Parts of mlxchat that do not compute what ends in an artifact.
+# Parts of mlxchat that do not compute what ends in an artifact; schemas, whose names end in _config, do not either.
 _LEFT_OUT = frozenset({
-    "runner", "commands", "report", "bench", "sweep", "cli", "compose", "composed_cache", "missing", "validation",
-    "misspelling", "trackers", "terminal_chat", "errors", "config", "optimizer_config", "bench_config", "sweep_config",
-    "execution_config", "conf", "stages",
+    "runner", "commands", "report", "bench", "sweep", "serve", "cli", "compose", "composed_cache", "missing",
+    "validation", "misspelling", "trackers", "terminal_chat", "errors", "config", "conf", "stages", "__init__",
+    "__main__",
 })  # fmt: skip
 # Written by the parser of some versions only, or without meaning for what is computed.
 _IGNORED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores", "type_params"})
@@ -31,6 +31,11 @@ _FORMAT = 1
 
 Entry = dict[str, Any]
 Modules = dict[str, tuple[str, str]]
+
+
+def computes_nothing(part: str) -> bool:
+    """Tell whether a module or package right under mlxchat has no part in what ends in an artifact."""
+    return part in _LEFT_OUT or part.endswith("_config")
 
 
 class CodeDigests:
@@ -118,7 +123,7 @@ class CodeDigests:
                 folder, dotted, prefix = waiting.pop()
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        if prefix == "" and entry.name.removesuffix(".py") in (*_LEFT_OUT, "__init__", "__main__"):
+                        if prefix == "" and computes_nothing(entry.name.removesuffix(".py")):
                             continue
                         if entry.name.endswith(".py"):
                             module = dotted if entry.name == "__init__.py" else f"{dotted}.{entry.name[:-3]}"
