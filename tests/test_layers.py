@@ -25,7 +25,7 @@ LAYERS = [
         "execution_config",
         "eval_config",
         "model_config",
-        "task_item",
+        "task_config",
         "rl_config",
         "user_function",
         "ops",

@@ -21,7 +21,7 @@ from mlxchat.optimizer_config import ScheduleConfig as ScheduleConfig
 from mlxchat.rl_config import RewardConfig as RewardConfig
 from mlxchat.rl_config import RLConfig as RLConfig
 from mlxchat.sweep_config import SweepConfig as SweepConfig
-from mlxchat.task_item import TaskItem as TaskItem
+from mlxchat.task_config import TaskItem as TaskItem
 from mlxchat.tokenizer_config import TokenizerConfig as TokenizerConfig
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mlxchat.missing import MISSING
 from mlxchat.optimizer_config import ScheduleConfig
-from mlxchat.task_item import TaskItem
+from mlxchat.task_config import TaskItem
 
 
 @dataclass(kw_only=True)

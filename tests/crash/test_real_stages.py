@@ -110,7 +110,8 @@ WHOLE = [
     (step, place) for step in TRAININGS for place in (*SAVING, *MAKING) if (step, place) != ("rl", "shared.made:1")
 ]
 WHOLE += [(step, place) for step in ("corpus", "tokenizer", "eval_rl") for place in MAKING if place != "shared.made:1"]
-WHOLE += [("eval_rl", f"eval.answered:{passing}") for passing in (1, 5)]
+ANSWERED = "eval.answered"
+WHOLE += [("eval_rl", f"{ANSWERED}:{passing}") for passing in (1, 5)]
 
 
 @pytest.mark.slow
