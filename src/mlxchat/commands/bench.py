@@ -21,6 +21,7 @@ from mlxchat.runner.secrets import redact
 KINDS = {
     "train": ("train", "measure_training", "training steps, validation's forward pass, memory, share of the peak"),
     "core": ("core", "measure_core", "CORE's examples, against computing them one at a time"),
+    "generate": ("generate", "measure_generation", "reading prompts, decoding 1, 8 and 32 rows, what memory allows"),
     "tokenizer": ("tokenizer", "measure_tokenizer", "training of a tokenizer and encoding, against nanochat's ways"),
 }
 
