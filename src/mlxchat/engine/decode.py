@@ -36,8 +36,8 @@ class Decoder:
     def __init__(self, model: GPT, *, bits: int | None = None) -> None:
         """Arrange the weights of `model` as they are now; `bits` as in `lane_weights`."""
         self.sizes, self.bits = model.sizes, bits
-        self._lanes = Lanes()
-        count = len(self._lanes)
+        self.lanes = Lanes()
+        count = len(self.lanes)
         self.kv_heads = key_value_heads(self.sizes, count)
         self.arrange(model)
         self._windows = self.sizes.windows()
@@ -46,7 +46,7 @@ class Decoder:
 
     def arrange(self, model: GPT) -> None:
         """Take the weights of a model of the same sizes as they are now; what was compiled stays."""
-        self._parts = lane_weights(model, len(self._lanes), self.bits)
+        self._parts = lane_weights(model, len(self.lanes), self.bits)
         self._shared = _shared_weights(model)
 
     def bytes_per_step(self) -> int:
@@ -77,7 +77,7 @@ class Decoder:
         held = [list(lane) for lane in caches]
         # Nobody else holds the old arrays while the new ones are computed, so that they are written in place.
         caches.clear()
-        with self._lanes.sharing(len(self._lanes)):
+        with self.lanes.sharing(len(self.lanes)):
             logits, made = self._compiled(given, held, self._parts, self._shared)
             del held
             caches.extend(made)
@@ -87,7 +87,7 @@ class Decoder:
     def _build(
         self, given: dict[str, Any], caches: Caches, parts: list[dict[str, Any]], shared: dict[str, mx.array]
     ) -> tuple[list[mx.array], Caches]:
-        sizes, streams = self.sizes, self._lanes.streams
+        sizes, streams = self.sizes, self.lanes.streams
         made: Caches = [[] for _ in parts]
         lanes = range(len(parts))
 

@@ -8,6 +8,7 @@ Shapes: B rows, K key/value heads, S cached tokens, D head width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,8 @@ from mlxchat.ops.attention import causal_attention, masked_attention
 from mlxchat.ops.normalisation import rms_norm
 
 _BLOCK_TOKENS = 128
+# Fewer tokens of a prompt are read by one lane.
+_SHARED_TOKENS = 64
 # Batches are made for so many rows, or a multiple of the last, so that few shapes are compiled.
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
@@ -83,14 +86,26 @@ class Slots:
         self.rows, self.room = 0, 0
 
     def read(self, ids: list[int], past: Past | None, last: int | None) -> Past:
-        """Return the past of a row that begins with `past`, whose last token is `last`, and goes on with `ids`."""
+        """Return the past of a row that begins with `past`, whose last token is `last`, and goes on with `ids`.
+
+        Each lane reads a part of the tokens: a layer of the later part waits for nothing but that layer's keys and
+        values of the earlier one.
+        """
         cache = _Reading(self.model, past)
         if past is not None and last is not None and self.model.sizes.smear:
             cache.last = rms_norm(self.model.transformer["wte"](mx.array([[last]])))
-        self.model.hidden(mx.array([ids]), cache)
-        layers = [layer.past for layer in cache.layers if layer.past is not None]
-        mx.eval(layers)
-        return Past(layers, cache.offset + len(ids))
+        lanes = self.decoder.lanes
+        parts = lanes.deal(len(ids)) if len(ids) >= _SHARED_TOKENS else [slice(0, len(ids))]
+
+        def read_part(part: slice) -> None:
+            self.model.hidden(mx.array([ids[part]]), cache)
+            cache.offset += part.stop - part.start
+
+        with lanes.sharing(len(parts)):
+            lanes.run([partial(read_part, part) for part in parts])
+            layers = [layer.past for layer in cache.layers if layer.past is not None]
+            mx.eval(layers)
+        return Past(layers, cache.offset)
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for so many rows of so many tokens; what there is stays."""
