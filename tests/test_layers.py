@@ -39,7 +39,7 @@ LAYERS = [
     {"training"},
     {"bench"},
     {"rl_problems"},
-    {"validation", "misspelling", "composed_cache", "compose", "trackers", "report", "terminal_chat", "serve"},
+    {"validation", "misspelling", "composed_cache", "compose", "trackers", "report", "terminal_chat", "terminal_input", "serve"},
     {"commands", "sweep", "cli"},
 ]
 

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import sys
-import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from mlxchat.data.conversation import Conversation, render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.errors import ConfigError
+from mlxchat.engine.sample import Sampling
+from mlxchat.engine.scheduler import Request, Scheduler
+from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.ops import blas
+from mlxchat.serve.parts import Kind, Parts
 
-_HELP = "/reset forgets the conversation, /temp T sets the temperature, /tokens N the longest answer, /quit leaves"
-_DIM, _PLAIN = "\033[2m", "\033[0m"
+# Command → (what follows it, what it does).
+COMMANDS = {
+    "/retry": ("", "answer the last question again, with another seed"),
+    "/edit": ("[TEXT]", "change the last question and ask it anew"),
+    "/clear": ("", "forget the conversation"),
+    "/system": ("[TEXT]", "say what stands before the conversation; without text: nothing does"),
+    "/save": ("FILE", "write the conversation to a file"),
+    "/load": ("FILE", "go on with the conversation of a file"),
+    "/temperature": ("T", "0 takes the likeliest token"),
+    "/topk": ("K", "draw among the K likeliest tokens; 0: among all"),
+    "/topp": ("P", "draw among the likeliest that have a share P together; 1: among all"),
+    "/tokens": ("N", "the longest answer"),
+    "/seed": ("S", "of the next answer's draws"),
+    "/help": ("", "say all of this"),
+    "/quit": ("", "leave"),
+}
+_SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
+_CONVERSATION = "the conversation"
 
 
 @dataclass
@@ -30,10 +50,18 @@ class Chat:
     seed: int
     continues: bool = False
     """Whether it is a base model, which was never taught to converse: it continues what it is given."""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    system: str | None = None
+    top_p: float | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    last: str | None = None
+    """What a base model continued last."""
+    _scheduler: Scheduler | None = None
 
     @classmethod
-    def load(cls, folder: Path, *, temperature: float, top_k: int | None, max_tokens: int, seed: int) -> Chat:
+    def load(
+        cls, folder: Path, *, temperature: float, top_k: int | None, max_tokens: int, seed: int,
+        system: str | None = None, top_p: float | None = None,
+    ) -> Chat:  # fmt: skip
         """Load a checkpoint artifact.
 
         Raises:
@@ -42,83 +70,98 @@ class Chat:
         """
         if temperature < 0 or max_tokens < 1 or (top_k is not None and top_k < 1):
             raise ConfigError("--temperature must be at least 0, --max-tokens and --top-k at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ConfigError("--top-p must be more than 0 and at most 1")
         model, tokenizer, facts = load_checkpoint(folder)
         blas.set_blas_threads(1)
         continues = facts.get("format") != "chat"
-        return cls(Engine(model, tokenizer), folder.name, temperature, top_k, max_tokens, seed, continues)
+        if continues and system:
+            raise ConfigError(f"{folder.name} was only pretrained: it continues text and knows no system prompt")
+        return cls(
+            Engine(model, tokenizer), folder.name, temperature, top_k, max_tokens, seed, continues, system, top_p
+        )
 
     def answer_once(self, prompt: str) -> None:
-        """Print the answer to one question, or a text with its continuation; '-' reads it from standard input."""
-        self._reply(sys.stdin.read().strip() if prompt == "-" else prompt)
+        """Print the answer to one question, or a text with its continuation; '-' reads it from standard input.
+
+        Raises:
+            ConfigError: there is no question.
+        """
+        text = sys.stdin.read().strip() if prompt == "-" else prompt
+        if not text.strip():
+            raise ConfigError("the prompt is empty; expected a question, or one on standard input with -p -")
+        self.ask(text)
 
     def converse(self) -> None:
         """Read questions and commands until /quit or the end of the input."""
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import WordCompleter
+        from mlxchat.terminal_input import read_lines
 
-        print(f"{self.name}{' continues what you write' if self.continues else ''}. {_HELP}.")
-        commands = WordCompleter(["/reset", "/temp", "/tokens", "/help", "/quit"], sentence=True)
-        session: PromptSession[str] | None = PromptSession(completer=commands) if sys.stdin.isatty() else None
-        while True:
-            try:
-                text = (session.prompt("text › " if self.continues else "you › ") if session else input()).strip()
-            except (EOFError, KeyboardInterrupt):
+        print(f"{self.name}{' continues what you write' if self.continues else ''}. /help lists the commands.")
+        mark = "text › " if self.continues else "you › "
+        for text, reader in read_lines(mark, COMMANDS):
+            if not text.startswith("/"):
+                self.ask(text)
+            elif _SHORT.get(text, text) == "/quit":
                 return
-            if text.startswith("/"):
-                if text in ("/quit", "/exit"):
-                    return
-                print(self.obey(text))
-            elif text:
-                self._reply(text)
+            elif text == "/edit" and (asked := self.last_question()) is not None:
+                changed = reader(asked)
+                if changed:
+                    print(self.obey(f"/edit {changed}"), end="")
+            else:
+                said = self.obey(text)
+                print(said + "\n" if said else "", end="")
 
     def obey(self, command: str) -> str:
         """Carry out a slash command; return what to say."""
         name, _, value = command.partition(" ")
+        name, value = _SHORT.get(name, name), value.strip()
+        if name not in COMMANDS:
+            return f"there is no {name}.{suggest(name, COMMANDS)} /help lists the commands"
+        act: Callable[[str], str] = getattr(self, f"_do_{name[1:]}")
         try:
-            if name == "/reset":
-                self.messages.clear()
-                return "the conversation is forgotten"
-            if name == "/temp":
-                temperature = float(value)
-                if not 0 <= temperature <= 10:
-                    raise ValueError
-                self.temperature = temperature
-                return f"temperature {self.temperature:g}"
-            if name == "/tokens":
-                tokens = int(value)
-                if tokens < 1:
-                    raise ValueError
-                self.max_tokens = tokens
-                return f"at most {self.max_tokens} tokens per answer"
+            return act(value)
         except ValueError:
-            return f'"{command}": expected a number, as in /temp 0.7 or /tokens 200'
-        return _HELP if name == "/help" else f"there is no {name}; {_HELP}"
+            return f'"{command}": expected {name} {COMMANDS[name][0]}; {COMMANDS[name][1]}'
+        except (ConfigError, DataError) as error:
+            return str(error)
 
-    def _reply(self, text: str) -> None:
-        """Continue the text, or answer it and remember question and answer."""
+    def ask(self, text: str) -> None:
+        """Print what follows a text, or the answer to it, and remember question and answer."""
         tokenizer = self.engine.tokenizer
         if self.continues:
+            self.last = text
             sys.stdout.write(text)
             self._stream([tokenizer.bos, *tokenizer.encode(text)][-self._room() :])
             return
         self.messages.append({"role": "user", "content": text})
-        answer = self._stream(render_for_completion(tokenizer, self._fitting()))
-        self.messages.append({"role": "assistant", "content": answer})
+        parts = self._stream(render_for_completion(tokenizer, self._fitting()))
+        self.messages.append({"role": "assistant", "content": parts.as_content()})
 
-    def _stream(self, prompt: list[int]) -> str:
-        """Print what the model says after a prompt, as it comes; return it."""
-        printer = StreamPrinter(self.engine.tokenizer, styled=sys.stdout.isatty())
+    def last_question(self) -> str | None:
+        """Return what was asked or continued last."""
+        asked = [message["content"] for message in self.messages if message["role"] == "user"]
+        return asked[-1] if asked else self.last
+
+    def _stream(self, prompt: list[int]) -> Parts:
+        """Print what comes after a prompt, as it comes; Ctrl-C ends it there."""
+        if self._scheduler is None:
+            self._scheduler = self.engine.scheduler(max_rows=1)
+        scheduler = self._scheduler
         self.seed += 1
-        for column in self.engine.stream(
-            [prompt],
-            max_new_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seed=self.seed,
-        ):
-            printer.add(column[0][1])
-        printer.finish()
-        return printer.text
+        sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+        id_ = scheduler.submit(
+            Request(prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, prefix=_CONVERSATION)
+        )
+        parts, shown = Parts(self.engine.tokenizer), _Shown()
+        while not scheduler.idle:
+            try:
+                for event in scheduler.step():
+                    for kind, text in parts.add(event):
+                        shown.add(kind, text)
+            except KeyboardInterrupt:
+                scheduler.cancel(id_)
+        shown.finish()
+        return parts
 
     def _room(self) -> int:
         """Return how many tokens may stand before an answer in the context."""
@@ -126,50 +169,127 @@ class Chat:
 
     def _fitting(self) -> Conversation:
         """Return the latest turns that leave room for an answer in the context."""
-        room = self._room()
+        first = [{"role": "system", "content": self.system}] if self.system else []
         messages = list(self.messages)
-        while len(messages) > 1 and len(render_for_completion(self.engine.tokenizer, {"messages": messages})) > room:
+        while len(messages) > 1 and self._num_tokens([*first, *messages]) > self._room():
             messages = messages[2:]
-        return {"messages": messages}
+        return {"messages": [*first, *messages]}
 
+    def _num_tokens(self, messages: list[dict[str, Any]]) -> int:
+        return len(render_for_completion(self.engine.tokenizer, {"messages": messages}))
 
-class StreamPrinter:
-    """Prints tokens as they come: never half a UTF-8 character, tool calls dimmed as <<2*3=6>>."""
+    def _do_retry(self, _: str) -> str:
+        return self._do_edit(self.last_question() or "")
 
-    def __init__(self, tokenizer: Tokenizer, *, styled: bool) -> None:
-        """Begin a line."""
-        self.text = ""
-        self._tokenizer, self._styled = tokenizer, styled
-        self._pending = b""
-        self._shown = {
-            tokenizer.special_ids["<|python_start|>"]: (_DIM if styled else "") + "<<",
-            tokenizer.special_ids["<|python_end|>"]: "=",
-            tokenizer.special_ids["<|output_end|>"]: ">>" + (_PLAIN if styled else ""),
-        }
-        self._special = set(tokenizer.special_ids.values())
-        self.began = time.perf_counter()
+    def _do_edit(self, text: str) -> str:
+        if self.last_question() is None:
+            return "nothing was asked yet"
+        if not text:
+            raise ValueError
+        del self.messages[-2:]
+        self.ask(text)
+        return ""
 
-    def add(self, token: int) -> None:
-        """Print a token as far as its characters are complete."""
-        if token in self._special:
-            shown = self._shown.get(token, "")
-            self._write(shown)
-            return
-        self._pending += self._tokenizer.decode_bytes([token])
+    def _do_clear(self, _: str) -> str:
+        self.messages.clear()
+        return "the conversation is forgotten"
+
+    def _do_system(self, text: str) -> str:
+        if self.continues:
+            return f"{self.name} continues text and knows no system prompt"
+        self.system = text or None
+        return f"system prompt: {text}" if text else "no system prompt"
+
+    def _do_save(self, file: str) -> str:
+        if not file:
+            raise ValueError
+        said = {"model": self.name, "system": self.system, "messages": self.messages}
         try:
-            text, self._pending = self._pending.decode(), b""
-        except UnicodeDecodeError as error:
-            if error.reason != "unexpected end of data":
-                text, self._pending = self._pending.decode(errors="replace"), b""
+            Path(file).expanduser().write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            return f"{file} cannot be written: {error.strerror}"
+        return f"{len(self.messages)} messages are in {file}"
+
+    def _do_load(self, file: str) -> str:
+        if not file:
+            raise ValueError
+        try:
+            said = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+            messages, system = list(said["messages"]), said.get("system")
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror}"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f'{file} is no conversation: expected {{"messages": [{{"role": …, "content": …}}]}}'
+        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+            system = messages.pop(0).get("content")
+        if messages:
+            self._num_tokens(messages)  # refuses what is no conversation
+        if len(messages) % 2:
+            return f"{file} ends with a question; expected one with its answer"
+        self.messages, self.system = messages, system
+        return f"{len(messages)} messages of {said.get('model') or 'a conversation'}"
+
+    def _do_temperature(self, value: str) -> str:
+        self.temperature = _within(float(value), 0, 10)
+        return f"temperature {self.temperature:g}"
+
+    def _do_topk(self, value: str) -> str:
+        self.top_k = int(_within(int(value), 0, 1 << 20)) or None
+        return f"among the {self.top_k} likeliest tokens" if self.top_k else "among all tokens"
+
+    def _do_topp(self, value: str) -> str:
+        share = _within(float(value), 1e-6, 1)
+        self.top_p = None if share == 1 else share
+        return f"among the likeliest with a share {share:g}"
+
+    def _do_tokens(self, value: str) -> str:
+        self.max_tokens = int(_within(int(value), 1, 1 << 20))
+        return f"at most {self.max_tokens} tokens per answer"
+
+    def _do_seed(self, value: str) -> str:
+        self.seed = int(_within(int(value), 0, 1 << 62)) - 1
+        return f"seed {value}"
+
+    def _do_help(self, _: str) -> str:
+        lines = [f"  {f'{name} {argument}':<18} {does}" for name, (argument, does) in COMMANDS.items()]
+        return "\n".join([*lines, "  Ctrl-C ends an answer, Ctrl-D the conversation"])
+
+
+class _Shown:
+    """Prints parts as they come; calls of the calculator dimmed, as <<2*3=6>>."""
+
+    _BEFORE: ClassVar[dict[tuple[Kind, Kind], str]] = {
+        ("text", "python"): "<<", ("python", "python_output"): "=", ("text", "python_output"): "<<=",
+        ("python", "text"): ">>", ("python_output", "text"): ">>", ("python_output", "python"): ">><<",
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self.kind: Kind = "text"
+        self._styled = sys.stdout.isatty()
+        if self._styled:
+            from rich.console import Console
+
+            self._console = Console(highlight=False, soft_wrap=True)
+
+    def add(self, kind: Kind, text: str) -> None:
+        for piece, dim in self._pieces(kind, text):
+            if self._styled:
+                self._console.print(piece, style="dim cyan" if dim else None, markup=False, emoji=False, end="")
             else:
-                text, self._pending = self._pending[: error.start].decode(), self._pending[error.start :]
-        self.text += text
-        self._write(text)
+                sys.stdout.write(piece)
+        sys.stdout.flush()
 
     def finish(self) -> None:
-        """End the line."""
-        self._write(self._pending.decode(errors="replace") + (_PLAIN if self._styled else "") + "\n")
+        self.add("text", "\n")
 
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def _pieces(self, kind: Kind, text: str) -> Iterator[tuple[str, bool]]:
+        if kind != self.kind:
+            yield self._BEFORE[self.kind, kind], True
+            self.kind = kind
+        yield text, kind != "text"
+
+
+def _within(value: float, least: float, most: float) -> float:
+    if not least <= value <= most:
+        raise ValueError
+    return value

@@ -120,6 +120,24 @@ class Alphabet:
         return logits
 
 
+class Saying(Alphabet):
+    """Says a text, whatever is asked, and ends."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str, seconds: float) -> None:
+        super().__init__(tokenizer.vocab_size, seconds)
+        self.ids = [*tokenizer.encode(text), tokenizer.assistant_end]
+        self.lengths: dict[int, int] = {}
+
+    def fill(self, row: int, past: Any) -> None:
+        self.lengths[row] = past
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        logits = super().step(ids, previous, positions) * 0
+        for row, position in enumerate(positions):
+            logits[row, self.ids[min(max(position - self.lengths.get(row, 0), 0), len(self.ids) - 1)]] = 1000.0
+        return logits
+
+
 class Server:
     """A server in a thread of this process."""
 
@@ -136,7 +154,7 @@ class Server:
         while not self.server.started:
             assert self.thread.is_alive()
             time.sleep(0.01)
-        self.url = "http://127.0.0.1:{}".format(self.server.servers[0].sockets[0].getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
         return self
 
@@ -163,14 +181,17 @@ class Server:
 
 @pytest.fixture(scope="session")
 def start(served: Path) -> Callable[..., Server]:
-    """Make a server with these limits and options; `seconds` makes it answer with the alphabet, slowly."""
+    """Make a server with these limits and options; `seconds` makes it answer slowly with `says`, or the alphabet."""
 
-    def make(*, limits: dict[str, int] | None = None, seconds: float | None = None, **options: Any) -> Server:
+    def make(
+        *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | None = None, **options: Any
+    ) -> Server:
         def load(model: Model, limits: Limits) -> Scheduler:
             if seconds is None:
                 return load_scheduler(model, limits)
             tokenizer = model.tokenizer
-            return Scheduler(Alphabet(tokenizer.vocab_size, seconds), tokenizer, max_rows=limits.max_rows)
+            forward = Alphabet(tokenizer.vocab_size, seconds) if says is None else Saying(tokenizer, says, seconds)
+            return Scheduler(forward, tokenizer, max_rows=limits.max_rows)
 
         bounds = Limits(**limits or {})
         models = Models(Store(served), served / "store" / CHAT)

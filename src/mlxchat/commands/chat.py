@@ -16,6 +16,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", help="a step (sft, rl, …), an artifact's name, or the start of its id")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="draw among so many tokens (default: 50)")
+    parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens that have this share together")
+    parser.add_argument("--system", metavar="TEXT", help="what stands before the conversation")
     parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_intermixed_args(arguments)
@@ -29,6 +31,8 @@ def main(arguments: list[str]) -> int:
         top_k=options.top_k or None,
         max_tokens=options.max_tokens,
         seed=options.seed,
+        system=options.system,
+        top_p=options.top_p,
     )
     if options.prompt is not None:
         chat.answer_once(options.prompt)

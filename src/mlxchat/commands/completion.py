@@ -53,7 +53,7 @@ _OPTIONS = {
     "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"], "export": ["--to"],
     "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
     "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
-    "chat": ["--prompt", "--model", "--temperature", "--top-k", "--max-tokens", "--seed"],
+    "chat": ["--prompt", "--model", "--system", "--temperature", "--top-k", "--top-p", "--max-tokens", "--seed"],
     "serve": [
         "--host", "--port", "--api-key", "--cors", "--temperature", "--top-k", "--grace-seconds", "--log-requests",
         "--max-tokens", "--max-messages", "--max-message-chars", "--max-conversation-chars", "--max-choices",

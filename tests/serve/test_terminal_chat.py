@@ -1,0 +1,158 @@
+"""The conversation in the terminal: turns, commands, files, pipes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.engine.generate import Engine
+from mlxchat.errors import ConfigError
+from mlxchat.model.gpt import GPT
+from mlxchat.terminal_chat import COMMANDS, Chat
+
+CHAT, BASE = "sft-d2-" + "c" * 16, "pretrain-d2-" + "b" * 16
+
+
+@pytest.fixture
+def chat(served: Path) -> Chat:
+    return Chat.load(served / "store" / CHAT, temperature=0.0, top_k=None, max_tokens=8, seed=0)
+
+
+def said(chat: Chat) -> list[str]:
+    return [message["content"] for message in chat.messages if message["role"] == "user"]
+
+
+def test_the_second_answer_knows_the_first_and_the_system_prompt(chat: Chat, model: GPT) -> None:
+    chat.system = "the log"
+    chat.ask("the cat")
+    chat.ask("the dog")
+    told = {"messages": [{"role": "system", "content": "the log"}, *chat.messages[:3]]}
+    prompt = render_for_completion(chat.engine.tokenizer, told)
+    (expected,) = Engine(model, chat.engine.tokenizer).complete([prompt], max_new_tokens=8)
+    special = set(chat.engine.tokenizer.special_ids.values())
+    text = "".join(part["text"] for part in chat.messages[-1]["content"])
+    assert text == chat.engine.tokenizer.decode([id_ for id_ in expected.ids if id_ not in special])
+
+
+def test_retry_and_edit_take_the_last_turn_back(chat: Chat) -> None:
+    assert chat.obey("/retry") == "nothing was asked yet"
+    chat.ask("the cat")
+    chat.ask("the dog")
+    assert chat.obey("/retry") == ""
+    assert said(chat) == ["the cat", "the dog"]
+    assert chat.obey("/edit the mat") == ""
+    assert said(chat) == ["the cat", "the mat"]
+    chat.obey("/clear")
+    assert chat.messages == []
+
+
+def test_with_a_temperature_another_try_is_another_answer_and_the_seed_brings_it_back(chat: Chat) -> None:
+    chat.obey("/temperature 1.5")
+    chat.obey("/seed 3")
+    chat.ask("the cat")
+    first = chat.messages[-1]
+    chat.obey("/retry")
+    assert chat.messages[-1] != first
+    chat.obey("/seed 3")
+    chat.obey("/retry")
+    assert chat.messages[-1] == first
+
+
+def test_a_saved_conversation_is_the_same_when_loaded(chat: Chat, tmp_path: Path) -> None:
+    chat.obey("/system the log")
+    chat.ask("the cat")
+    before = [*chat.messages]
+    assert chat.obey(f"/save {tmp_path}/talk.json") == f"2 messages are in {tmp_path}/talk.json"
+    chat.obey("/clear")
+    chat.obey("/system")
+    assert chat.obey(f"/load {tmp_path}/talk.json") == f"2 messages of {CHAT}"
+    assert (chat.messages, chat.system) == (before, "the log")
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "is no conversation"),
+        ("[]", "is no conversation"),
+        ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}', "is from"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),
+    ],
+)
+def test_what_is_no_conversation_is_told_and_changes_nothing(
+    chat: Chat, tmp_path: Path, contents: str | None, message: str
+) -> None:
+    if contents is not None:
+        (tmp_path / "talk.json").write_text(contents)
+    assert message in chat.obey(f"/load {tmp_path}/talk.json")
+    assert chat.messages == []
+
+
+@pytest.mark.parametrize("command", ["/temperature x", "/temperature -1", "/topk -1", "/topp 0", "/tokens 0", "/seed a",
+                                     "/save", "/load"])  # fmt: skip
+def test_a_command_with_a_wrong_value_says_what_it_takes(chat: Chat, command: str) -> None:
+    name = command.split()[0]
+    assert chat.obey(command) == f'"{command}": expected {name} {COMMANDS[name][0]}; {COMMANDS[name][1]}'
+
+
+def test_help_lists_every_command_and_a_slip_is_mended(chat: Chat) -> None:
+    assert all(name in chat.obey("/help") for name in COMMANDS)
+    assert 'Did you mean "/retry"?' in chat.obey("/rety")
+    assert chat.obey("/temp 0.5") == "temperature 0.5"
+
+
+def test_calls_of_the_calculator_are_shown(chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    from mlxchat.engine.scheduler import Event
+
+    tokenizer = chat.engine.tokenizer
+    special = tokenizer.special_ids
+    ids = [
+        *tokenizer.encode("2*3="), special["<|python_start|>"], *tokenizer.encode("2*3"), special["<|python_end|>"],
+        special["<|output_start|>"], *tokenizer.encode("6"), special["<|output_end|>"], *tokenizer.encode("6."),
+    ]  # fmt: skip
+    texts = ["" if id_ in special.values() else tokenizer.decode([id_]) for id_ in ids]
+    events = [Event(id=0, token=id_, text=text) for id_, text in zip(ids, texts, strict=True)]
+
+    class Told:
+        idle = False
+
+        def submit(self, request: Any) -> int:
+            return 0
+
+        def step(self) -> list[Event]:
+            self.idle = True
+            return events
+
+    monkeypatch.setattr(chat, "_scheduler", Told())
+    chat.ask("what is 2*3?")
+    assert capsys.readouterr().out == "2*3=<<2*3=6>>6.\n"
+    assert [part["type"] for part in chat.messages[-1]["content"]] == ["text", "python", "python_output", "text"]
+
+
+def test_a_pipe_is_a_question_or_a_conversation(
+    chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
+    chat.answer_once("-")
+    once = capsys.readouterr().out
+    chat.obey("/clear")
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n\n/save /nowhere/talk.json\n/quit\nnever\n"))
+    chat.converse()
+    assert capsys.readouterr().out == (
+        f"{CHAT}. /help lists the commands.\n{once}/nowhere/talk.json cannot be written: No such file or directory\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        chat.answer_once("-")
+
+
+def test_a_base_model_knows_no_system_prompt(served: Path) -> None:
+    settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "max_tokens": 4, "seed": 0}
+    with pytest.raises(ConfigError, match="knows no system prompt"):
+        Chat.load(served / "store" / BASE, **settings, system="the log")
+    assert json.dumps(Chat.load(served / "store" / BASE, **settings).obey("/system x")).count("knows no system") == 1
