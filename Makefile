@@ -35,6 +35,9 @@ run: setup ## run the pipeline, as far as it is not done yet
 chat: setup ## talk to the latest model
 	$(BIN)/mlxchat chat $(ARGS)
 
+serve: setup ## serve the latest model over HTTP, with a page to chat in
+	$(BIN)/mlxchat serve $(ARGS)
+
 report: setup ## write the report of the latest run
 	$(BIN)/mlxchat report $(ARGS)
 
@@ -133,4 +136,4 @@ ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat report pictures sweep rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE
+.PHONY: help setup run chat serve report pictures sweep rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE

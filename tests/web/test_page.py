@@ -1,0 +1,261 @@
+"""The page in a browser: talking, stopping, going back, keeping, choosing; and no text of anybody becomes script."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+BASE, CHAT = "pretrain-d2-" + "b" * 16, "sft-d2-" + "c" * 16
+MARKDOWN = (
+    "# Top\n\nSome **bold** and `code`.\n\n- one\n- two\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+)
+ATTACKS = [
+    "<script>window.hurt = 1</script>",
+    '<img src=x onerror="window.hurt = 1">',
+    '<svg onload="window.hurt = 1"></svg>',
+    "[click](javascript:window.hurt=1)",
+    "[click](JaVaScRiPt:window.hurt=1) [x](data:text/html,<script>window.hurt=1</script>)",
+    '[a](https://x.example/"onmouseover="window.hurt=1)',
+    "![x](https://x.example/track.png)",
+    "```html\n</code></pre><script>window.hurt = 1</script>\n```",
+    "`</code><script>window.hurt = 1</script>`",
+    "| <b>a</b> |\n|---|---|\n| <iframe src=javascript:window.hurt=1> |",
+    "# <script>window.hurt = 1</script>\n> <style>*{display:none}</style>\n- <a href=javascript:window.hurt=1>x</a>",
+]
+
+
+@pytest.fixture
+def show(browser: Any, start: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Open the page of a server that answers as told; everything that it asks for and complains of is kept."""
+    with ExitStack() as stack:
+
+        def opened(*, width: int = 1280, scheme: str = "light", **options: Any) -> Any:
+            server = stack.enter_context(start(**{"seconds": 0.002, **options}))
+            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            stack.callback(context.close)
+            page = context.new_page()
+            page.set_default_timeout(15_000)
+            page.server, page.asked, page.told = server, [], []
+            page.on("request", lambda request: page.asked.append(request.url))
+            page.on("console", lambda message: page.told.append(message.text))
+            page.on("pageerror", lambda error: page.told.append(str(error)))
+            page.goto(server.url)
+            return page
+
+        yield opened
+
+
+def ask(page: Any, text: str) -> Any:
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+    page.wait_for_selector("#stop", state="hidden")
+    return page.locator("li.assistant .said").last
+
+
+@contextmanager
+def known(page: Any) -> Iterator[None]:
+    page.wait_for_selector("#model-step:not(:empty)")
+    yield
+
+
+def test_an_answer_streams_in_and_everything_comes_from_the_server(show: Any) -> None:
+    page = show(says="yes, the cat sat on the mat")
+    assert ask(page, "did it?").inner_text() == "yes, the cat sat on the mat"
+    assert page.locator("li.user .said").inner_text() == "did it?"
+    assert page.locator("#status").inner_text() == "The model said: yes, the cat sat on the mat"
+    assert all(url.startswith(page.server.url) for url in page.asked)
+    assert page.told == []
+
+
+def test_markdown_becomes_elements(show: Any) -> None:
+    said = ask(show(says=MARKDOWN), "show me")
+    assert said.locator("h2").inner_text() == "Top"
+    assert (said.locator("strong").inner_text(), said.locator("p code").inner_text()) == ("bold", "code")
+    assert said.locator("li").all_inner_texts() == ["one", "two"]
+    assert said.locator("pre code").inner_text() == "x = 1"
+    assert said.locator("td").all_inner_texts() == ["1", "2"]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_text_of_the_model_and_of_the_user_never_becomes_script(show: Any, attack: str) -> None:
+    page = show(says=attack)
+    with known(page):
+        said = ask(page, attack)
+    page.wait_for_timeout(100)
+    assert page.evaluate("() => window.hurt") is None
+    inside = "script, img, svg, iframe, style, [onerror], [onload], [onmouseover], a:not([href^='https://'])"
+    assert page.locator("#messages").locator(inside).count() == 0
+    assert said.inner_text().strip()
+    assert page.locator("li.user .said").inner_text() == attack, "what was typed is shown as it was typed"
+    assert all(url.startswith(page.server.url) for url in page.asked)
+    page.reload()
+    page.locator("#list .name").click()
+    page.wait_for_selector("li.assistant")
+    assert page.evaluate("() => window.hurt") is None
+
+
+def test_what_lies_in_the_browsers_storage_is_no_way_in_either(show: Any) -> None:
+    page = show()
+    page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([
+        {id: '"><script>window.hurt=1</script>', changed: 1, messages: [
+            {role: 'user', parts: [{type: 'text', text: '<img src=x onerror=window.hurt=1>'}]},
+            {role: 'assistant', note: '<b>x</b>', parts: [{type: 'python', text: '<script>window.hurt=1</script>'}]}]},
+        {id: 'broken', messages: [{role: 'evil'}]}, null, 5]))""")
+    page.reload()
+    page.locator("#list .name").click()
+    page.wait_for_selector("li.assistant")
+    assert page.locator("#list li").count() == 1
+    assert page.evaluate("() => window.hurt") is None
+    page.evaluate("() => localStorage.setItem('mlxchat.conversations', '{')")
+    page.reload()
+    assert ask(page, "a").inner_text().startswith("abc"[:1])
+
+
+def test_inline_script_is_forbidden_by_the_servers_policy(show: Any) -> None:
+    page = show()
+    page.evaluate("""() => { const s = document.createElement('script'); s.textContent = 'window.hurt = 1';
+                             document.body.append(s); }""")
+    assert page.evaluate("() => window.hurt") is None
+    assert any("Content Security Policy" in told for told in page.told)
+
+
+def test_stop_ends_the_answer_here_and_on_the_server(show: Any) -> None:
+    page = show(seconds=0.03)
+    page.fill("#input", "go on")
+    page.press("#input", "Enter")
+    page.wait_for_selector("li.assistant .said p")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#stop", state="hidden")
+    page.server.until(lambda: page.server.worker.num_choices == 0, seconds=2)
+    said = page.locator("li.assistant .said").inner_text()
+    assert said
+    assert (string.ascii_lowercase * 20).startswith(said)
+    assert page.locator("li.assistant .note").inner_text() == "stopped"
+
+
+def test_regenerate_and_edit_go_back(show: Any) -> None:
+    page = show(says="yes")
+    ask(page, "first")
+    ask(page, "second")
+    page.get_by_role("button", name="Regenerate").last.click()
+    page.wait_for_selector("#stop", state="hidden")
+    assert page.locator("li.user .said").all_inner_texts() == ["first", "second"]
+    assert page.locator("li.assistant").count() == 2
+    page.get_by_role("button", name="Edit").first.click()
+    page.get_by_label("Edit your message").fill("changed")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("li.user:nth-child(3)", state="detached")
+    page.wait_for_selector("#stop", state="hidden")
+    assert page.locator("li.user .said").all_inner_texts() == ["changed"]
+
+
+def test_conversations_are_kept_opened_and_deleted(show: Any) -> None:
+    page = show(says="yes")
+    ask(page, "the first one")
+    page.keyboard.press("Control+Shift+O")
+    ask(page, "the second one")
+    page.reload()
+    assert page.locator("#list .name").all_inner_texts() == ["the second one", "the first one"]
+    page.get_by_role("button", name="the first one", exact=True).click()
+    assert page.locator("li.user .said").inner_text() == "the first one"
+    page.get_by_role("button", name="Delete “the first one”").click()
+    assert page.locator("#list .name").all_inner_texts() == ["the second one"]
+    assert page.locator("#messages li").count() == 0
+
+
+def test_a_model_is_chosen_with_what_its_manifest_says(show: Any) -> None:
+    page = show(seconds=0.001)
+    with known(page):
+        page.get_by_role("button", name="Model:").click()
+    facts = page.locator("#model-facts")
+    page.wait_for_selector("#model-facts details")
+    assert CHAT in facts.inner_text()
+    assert "0.25" in facts.inner_text()
+    page.select_option("#model-choice", BASE)
+    assert "continues text" in facts.inner_text()
+    page.keyboard.press("Escape")
+    assert ask(page, "a").inner_text().startswith("bcd"), "a base model continues what was written"
+    page.reload()
+    with known(page):
+        assert page.locator("#model-name").inner_text() == BASE
+
+
+def test_settings_are_kept_and_sent(show: Any) -> None:
+    page = show(says="yes")
+    page.get_by_role("button", name="Settings").click()
+    page.fill("#set-top_k", "7")
+    page.fill("#set-seed", "3")
+    page.fill("#set-system", "be brief")
+    page.keyboard.press("Escape")
+    with known(page), page.expect_request("**/v1/chat/completions") as caught:
+        ask(page, "well?")
+    body = caught.value.post_data_json
+    assert (body["top_k"], body["seed"]) == (7, 3)
+    assert body["messages"][0] == {"role": "system", "content": "be brief"}
+    page.reload()
+    page.get_by_role("button", name="Settings").click()
+    assert page.input_value("#set-top_k") == "7"
+
+
+def test_a_refusal_is_told_and_a_key_asked_for(show: Any) -> None:
+    page = show(says="yes", api_key="secret")
+    page.get_by_label("API key").fill("secret")
+    page.get_by_role("button", name="Go on").click()
+    with known(page):
+        assert ask(page, "well?").inner_text() == "yes"
+    page.fill("#input", "a" * 8001)
+    page.press("#input", "Enter")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "at most 8000" in page.locator("[role=alert]").inner_text()
+
+
+def test_all_of_it_can_be_done_from_the_keyboard(show: Any) -> None:
+    page = show(says="yes")
+    assert page.evaluate("() => document.activeElement.id") == "input"
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("li.assistant .actions button")
+    page.wait_for_selector("#stop", state="hidden")
+    assert page.locator("li.user .said").inner_text() == "one\ntwo"
+    names = []
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate("() => document.activeElement.textContent.trim().slice(0, 20)"))
+    assert {"New conversation", "Settings", "Copy", "Edit", "Regenerate"} <= set(names)
+    unnamed = page.evaluate("""() => [...document.querySelectorAll('button, input, select, textarea')].filter(e =>
+        !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)""")
+    assert unnamed == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 375, 1280])
+def test_it_fits_the_screen_and_every_text_stands_out(show: Any, width: int, scheme: str) -> None:
+    page = show(width=width, scheme=scheme, says=MARKDOWN + "\n\n" + "long" * 200)
+    ask(page, "show me " + "w" * 300)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    weakest = page.evaluate("""() => {
+      const channel = v => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
+      const light = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
+      const parse = s => (s.match(/[\\d.]+/g) || []).map(Number);
+      const found = [];
+      for (const e of document.querySelectorAll('p, h2, li, td, th, code, button, span, strong, textarea')) {
+        if (!e.textContent.trim() || !e.getClientRects().length) continue;
+        let ground = null;
+        for (let up = e; up && !ground; up = up.parentElement) {
+          const c = parse(getComputedStyle(up).backgroundColor);
+          if (c.length === 3 || c[3] === 1) ground = c;
+        }
+        const both = [light(parse(getComputedStyle(e).color)), light(ground || [255, 255, 255])];
+        const [a, b] = both.sort((x, y) => y - x);
+        found.push([(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 80)]);
+      }
+      return found.sort((x, y) => x[0] - y[0])[0];
+    }""")
+    assert weakest[0] >= 4.5, weakest
