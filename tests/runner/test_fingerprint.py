@@ -40,7 +40,9 @@ NOT_IDENTITY = {
     "pretrain.sample_top_k",
     "midtrain.eval_every",
     "sft.eval_every",
+    "rl.entropy_every",
     "rl.eval_every",
+    "rl.rollouts_kept",
     "eval.batch_rows",
     "outside.path",  # what is in the folder counts instead
     "training.on_nan",
