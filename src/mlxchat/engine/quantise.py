@@ -31,10 +31,8 @@ def stored(matrix: mx.array, bits: int | None) -> Weight:
     numbers, scales and offsets of (out, in).
     """
     outer, inner = matrix.shape
-    if bits is not None:
-        for group in _GROUP_NUMBERS:
-            if inner % group == 0:
-                return tuple(mx.quantize(matrix, group_size=group, bits=bits))
+    if bits is not None and (group := groups_of(inner)) is not None:
+        return tuple(mx.quantize(matrix, group_size=group, bits=bits))
     if backend() != "cpu":
         return mx.contiguous(matrix.T)
     width = _WIDEST_BLOCK
@@ -43,6 +41,11 @@ def stored(matrix: mx.array, bits: int | None) -> Weight:
     if outer % width:
         return mx.contiguous(matrix.T)[None]
     return mx.contiguous(matrix.reshape(-1, width, inner).swapaxes(1, 2))
+
+
+def groups_of(inner: int) -> int | None:
+    """Return how many numbers of a row share a scale; None: rows of this length are not quantised."""
+    return next((group for group in _GROUP_NUMBERS if inner % group == 0), None)
 
 
 def multiply(x: mx.array, weight: Weight) -> mx.array:

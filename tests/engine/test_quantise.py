@@ -1,0 +1,56 @@
+"""Quantised weights: decoding multiplies with the rounded numbers, a model that does not bear them is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.bench.timing import fill_zero_weights, random_rows
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.quantised_check import check_quantised, loss_change, rounded_copy
+from mlxchat.errors import DataError
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
+
+
+@pytest.fixture
+def wide(model: GPT) -> GPT:
+    """Return a model whose rows have whole groups also where two lanes share them."""
+    wide = GPT(replace(model.sizes, width=128, vocab_size=320))
+    init_weights(wide, 0)
+    fill_zero_weights(wide, 1)
+    return wide
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_decoding_multiplies_with_the_rounded_weights(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
+    prompt = list(range(40))
+    forward = Engine(wide, tokenizer, bits=bits).forward()
+    forward.reserve(1, len(prompt))
+    steps = [forward.step([token], [prompt[place - 1]], [place]) for place, token in enumerate(prompt)]
+    wanted = np.asarray(rounded_copy(wide, bits)(mx.array([prompt])))[0]
+    # Float32 through three layers, other orders of summation.
+    np.testing.assert_allclose(np.concatenate(steps), wanted, atol=2e-4)
+
+
+def test_fewer_bits_cost_more(wide: GPT) -> None:
+    rows = random_rows(2, 32, 320, seed=0, batch=0)
+    exact = flatten_parameters(wide)["lm_head.weight"]
+    errors = [
+        float(mx.abs(flatten_parameters(rounded_copy(wide, bits))["lm_head.weight"] - exact).max()) for bits in (8, 4)
+    ]
+    assert 0 < errors[0] < errors[1]
+    assert abs(loss_change(wide, 8, rows)) < 0.01
+
+
+def test_a_model_that_does_not_bear_it_is_refused(wide: GPT) -> None:
+    rows, weights = random_rows(2, 32, 320, seed=0, batch=0), flatten_parameters(wide)
+    with pytest.raises(DataError, match=r"does not bear weights of 4 bits: .* nats per token"):
+        check_quantised(wide, 4, rows, most=-1.0)
+    set_parameters(wide, {"lm_head.weight": weights["lm_head.weight"] * float("nan")})
+    with pytest.raises(DataError, match="does not bear weights of 8 bits: no finite loss"):
+        check_quantised(wide, 8, rows)
