@@ -11,8 +11,8 @@ import pytest
 from mlxchat.bench.timing import fill_zero_weights, random_rows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.quantised_check import check_quantised, loss_change, rounded_copy
 from mlxchat.errors import DataError
+from mlxchat.evals.quantised import check_quantised, loss_change, rounded_copy
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
 

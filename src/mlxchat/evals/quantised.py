@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
-import numpy as np
 
 from mlxchat.data.packing import Row
 from mlxchat.engine.quantise import groups_of
@@ -45,10 +44,11 @@ def check_quantised(model: GPT, bits: int, rows: list[Row], *, most: float = _MO
     """
     change = loss_change(model, bits, rows)
     if not math.isfinite(change) or change > most:
-        told = f"{change:+.2f} nats per token" if np.isfinite(change) else "no finite loss"
+        told = f"{change:+.2f} nats per token" if math.isfinite(change) else "no finite loss"
+        instead = "Use 8 bits or none" if bits < 8 else "Leave its weights as they are"
         raise DataError(
-            f"this model does not bear weights of {bits} bits: {told} on {len(rows)} rows; at most {most:+.2f} is taken. "
-            f"{'Use 8 bits or none' if bits < 8 else 'Leave its weights as they are'}"
+            f"this model does not bear weights of {bits} bits: {told} on {len(rows)} rows, at most {most:+.2f} is taken. "
+            f"{instead}"
         )
     return change
 
