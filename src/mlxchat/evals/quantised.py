@@ -47,7 +47,7 @@ def check_quantised(model: GPT, bits: int, rows: list[Row], *, most: float = _MO
         told = f"{change:+.2f} nats per token" if math.isfinite(change) else "no finite loss"
         instead = "Use 8 bits or none" if bits < 8 else "Leave its weights as they are"
         raise DataError(
-            f"this model does not bear weights of {bits} bits: {told} on {len(rows)} rows, at most {most:+.2f} is taken. "
+            f"this model does not bear weights of {bits} bits: {told} on {len(rows)} rows; most is {most:+.2f}. "
             f"{instead}"
         )
     return change
