@@ -20,7 +20,13 @@ def read_lines(mark: str, commands: Mapping[str, tuple[str, str]]) -> Iterator[t
     session = _session(commands)
 
     def ask(default: str = "") -> str:
-        return str(session.prompt(mark, default=default)).strip()
+        return str(session.prompt([("bold ansiblue", mark)], default=default)).strip()
+
+    def change(default: str) -> str:
+        try:
+            return ask(default)
+        except (KeyboardInterrupt, EOFError):  # then nothing is changed
+            return ""
 
     while True:
         try:
@@ -30,7 +36,7 @@ def read_lines(mark: str, commands: Mapping[str, tuple[str, str]]) -> Iterator[t
         except EOFError:
             return
         if text:
-            yield text, ask
+            yield text, change
 
 
 def _session(commands: Mapping[str, tuple[str, str]]) -> Any:
