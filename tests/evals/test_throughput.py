@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.engine.slots import Slots
 from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters
@@ -15,13 +17,14 @@ from mlxchat.model.weights import flatten_parameters
 
 def test_reading_and_writing_are_measured_in_tokens_per_second(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that needs 10 ms for every call reads its context of 64 tokens at 6,400 and writes at 100 a second."""
-    logits = GPT.logits
+    for name in ("read", "step"):
+        own = getattr(Slots, name)
 
-    def slow(self: GPT, hidden: mx.array) -> mx.array:
-        time.sleep(0.01)
-        return logits(self, hidden)
+        def slow(self: Slots, *given: Any, own: Callable[..., Any] = own) -> Any:
+            time.sleep(0.01)
+            return own(self, *given)
 
-    monkeypatch.setattr(GPT, "logits", slow)
+        monkeypatch.setattr(Slots, name, slow)
     found = measure_throughput(model, seconds=0.1)
     assert 640 < found["prefill_tokens_per_second"] < 6400
     assert 10 < found["decode_tokens_per_second"] < 100

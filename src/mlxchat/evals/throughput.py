@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlxchat.engine.kv_cache import KVCache
+from mlxchat.engine.decode import Decoder
+from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT
 
 _PROMPT_TOKENS = 512
@@ -23,22 +25,23 @@ def measure_throughput(model: GPT, *, seconds: float = 0.5) -> dict[str, float]:
     """
     mx.reset_peak_memory()  # of what this process did before
     tokens = min(_PROMPT_TOKENS, model.sizes.context_tokens)
-    prompt = mx.arange(tokens)[None] % model.sizes.vocab_size
+    prompt = [place % model.sizes.vocab_size for place in range(tokens)]
+    slots = Slots(model, Decoder(model))
 
     def read() -> int:
-        mx.eval(model.logits(model.hidden(prompt, KVCache(model.sizes, [tokens]))[:, -1]))
+        slots.read(prompt, None, None)
         return tokens
 
     reading = _rate(read, seconds)
-    cache = KVCache(model.sizes, [tokens])
-    mx.eval(model.hidden(prompt, cache))
-    room = max(1, min(_MOST_STEPS, model.sizes.context_tokens))
+    slots.reserve(1, tokens + _MOST_STEPS)
+    slots.fill(0, slots.read(prompt, None, None))
+    position = itertools.count(tokens)
 
     def write() -> int:
-        mx.eval(model.logits(model.hidden(prompt[:, :1], cache)[:, -1]))
+        slots.step(prompt[:1], prompt[-1:], [next(position)])
         return 1
 
-    writing = _rate(write, seconds, most=room - 1)
+    writing = _rate(write, seconds, most=_MOST_STEPS - 1)
     return {
         "prefill_tokens_per_second": reading,
         "decode_tokens_per_second": writing,
