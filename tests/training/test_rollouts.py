@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlxchat.config import RLConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
@@ -20,6 +22,7 @@ from mlxchat.training.advantages import centre_rewards
 from mlxchat.training.pass_at_k import pass_at_k, summarise
 from mlxchat.training.policy_batch import sampled_mask, weighted_rows
 from mlxchat.training.policy_loss import policy_loss
+from mlxchat.training.policy_scores import PolicyScores
 from mlxchat.training.rollouts import Rollouts
 from mlxchat.training.step import Batch, TrainStep
 
@@ -313,3 +316,109 @@ def test_pass_at_k_asks_every_problem_also_beyond_one_pass(tokenizer: Tokenizer)
     assert sorted({question for batch in engine.asked for question in batch}) == list(range(70))
     assert max(map(len, engine.asked)) <= 128
     assert len(set(engine.seeds)) == len(engine.asked)
+
+
+# Several updates, divergence, entropy
+
+
+def scored(
+    make_model: Callable[[], GPT], tokenizer: Tokenizer, log: Callable[[dict[str, Any]], None], **changes: Any
+) -> Rollouts:
+    """Return a source whose model, task and scores are real ones in small."""
+    task: Any = Numbers(6)
+    task.evaluate = lambda conversation, response: len(response) % 2 == 0
+    model = make_model()
+    return Rollouts(
+        Engine(model, tokenizer),
+        task,
+        settings(**changes),
+        seed=3,
+        log=log,
+        scores=PolicyScores(model, micro_tokens=4096, dtype=mx.float32),
+        reference=flatten_parameters(model) if changes.get("kl_coefficient") else None,
+    )
+
+
+SEVERAL = {"minibatches_per_rollout": 2, "passes_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2}
+
+
+def test_in_the_middle_of_a_rollout_it_goes_on_with_the_answers_and_probabilities_it_had(
+    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer], tokenizer: Tokenizer
+) -> None:
+    """The state as JSON; the model as it was then; equal to the bit."""
+    straight = scored(make_model, tokenizer, lambda record: None, kl_coefficient=0.1, **SEVERAL)
+    model = straight.engine.model
+    began = flatten_parameters(model)
+    step = TrainStep(model, make_optimizer(model), micro_tokens=4096, dtype=mx.float32)
+    for iteration in range(3):
+        step(straight.next_batch(iteration), Rates(0.5, 0.9, 1.0))
+    state = json.loads(json.dumps(straight.state()))
+    resumed = scored(make_model, tokenizer, lambda record: None, kl_coefficient=0.1, **SEVERAL)
+    set_parameters(resumed.engine.model, flatten_parameters(model))
+    resumed.restore(state)
+    for iteration in (3, 4):
+        got, expected = resumed.next_batch(iteration), straight.next_batch(iteration)
+        for name in ("ids", "targets", "weights"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    assert not all((flatten_parameters(model)[name] == value).all() for name, value in began.items())
+
+
+def test_ratios_leave_one_when_the_model_has_moved_and_the_divergence_leaves_zero(
+    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer], tokenizer: Tokenizer
+) -> None:
+    log: list[dict[str, Any]] = []
+    source = scored(make_model, tokenizer, log.append, kl_coefficient=0.1, **SEVERAL)
+    model = source.engine.model
+    step = TrainStep(model, make_optimizer(model), micro_tokens=4096, dtype=mx.float32)
+    for iteration in range(3):
+        step(source.next_batch(iteration), Rates(0.5, 0.9, 1.0))
+    updates = [record for record in log if "ratio" in record]
+    assert [record["iteration"] for record in updates] == [1, 2, 3]
+    assert (updates[0]["ratio"], updates[0]["kl"]) == (1.0, 0.0)
+    assert updates[2]["ratio"] != 1.0
+    assert updates[2]["kl"] > 0
+
+
+def test_scores_are_the_log_probabilities_and_entropies_of_the_whole_distribution(
+    make_model: Callable[[], GPT],
+) -> None:
+    """Against NumPy's log-softmax of the model's logits, 1e-4."""
+    model, draw = make_model(), np.random.default_rng(0)
+    ids = draw.integers(0, 200, (5, 32)).astype(np.int32)
+    targets = np.where(draw.random(ids.shape) < 0.7, ids[:, ::-1], -1).astype(np.int32)
+    logits = np.asarray(model.logits(model.hidden(mx.array(ids)))).astype(np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(logp, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    for micro_tokens in (64, 4096):
+        got, entropies = PolicyScores(model, micro_tokens=micro_tokens, dtype=mx.float32)(ids, targets)
+        np.testing.assert_allclose(got, np.where(targets >= 0, chosen, 0), atol=1e-4)
+        np.testing.assert_allclose(entropies, np.where(targets >= 0, -(np.exp(logp) * logp).sum(-1), 0), atol=1e-4)
+
+
+def test_with_one_update_and_no_divergence_nothing_is_scored_but_where_entropy_is_asked_for(
+    make_model: Callable[[], GPT], tokenizer: Tokenizer
+) -> None:
+    log: list[dict[str, Any]] = []
+    source = scored(make_model, tokenizer, log.append, entropy_every=2)
+    for iteration in range(3):
+        source.next_batch(iteration)
+    assert ["entropy" in record for record in log] == [True, False, True]
+    assert source.state() == {"mean_reward": source.mean_reward}
+
+
+def test_answers_that_were_cut_are_left_out_on_request(make_model: Callable[[], GPT], tokenizer: Tokenizer) -> None:
+    made = scored(make_model, tokenizer, lambda record: None, max_new_tokens=2, train_unfinished=False).next_batch(0)
+    whole = scored(make_model, tokenizer, lambda record: None, max_new_tokens=2).next_batch(0)
+    assert (made.targets >= 0).sum() < (whole.targets >= 0).sum()
+
+
+def test_a_minibatch_holds_whole_questions_and_all_are_trained(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
+    source = rollouts(engine, Numbers(4), minibatches_per_rollout=2)
+    source._scores = lambda ids, targets, parameters: (np.zeros(ids.shape), np.zeros(ids.shape))  # type: ignore
+    held = []
+    for iteration in range(4):
+        assert (source.next_batch(iteration).targets >= 0).any(axis=1).sum() == 4
+        held += source.documents()
+    assert len(engine.asked) == 2
+    assert sorted(held) == [f"question {index}" for index in range(4)]

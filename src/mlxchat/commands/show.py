@@ -17,10 +17,16 @@ EXAMPLES = ("wrong", "right", "all")
 
 
 def main(arguments: list[str]) -> int:
-    """Print an artifact's manifest for people, or with --json as it is; or an evaluation's examples."""
+    """Print an artifact's manifest for people, or with --json as it is; or an evaluation's examples, or RL's."""
     parser = make_naming_parser("show", "Show everything about an artifact.")
     parser.add_argument("--json", action="store_true", help="the manifest as it is")
-    parser.add_argument("--examples", choices=EXAMPLES, help="of an evaluation: what was asked and answered")
+    parser.add_argument(
+        "--examples",
+        nargs="?",
+        choices=EXAMPLES,
+        const="all",
+        help="of an evaluation or RL: questions and answers",
+    )
     parser.add_argument("-n", type=int, default=5, metavar="N", help="examples at most (default: 5)")
     parser.add_argument("--task", metavar="NAME", help="examples of this task only")
     options = parser.parse_intermixed_args(arguments)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from mlxchat.errors import DataError
 
 EXAMPLES_FILE = "examples.parquet"
+ROLLOUTS_FILE = "rollouts.jsonl"
 _SCHEMA = pa.schema(
     [
         ("task", pa.string()), ("index", pa.int32()), ("seed", pa.int32()), ("prompt", pa.string()),
@@ -34,13 +35,18 @@ def write_examples(path: Path, examples: Iterable[dict[str, Any]]) -> None:
 def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of an evaluation's artifact, `details` as it was; older artifacts hold examples.jsonl.
 
+    Of RL those of rollouts.jsonl, the latest first: `index` is the question, `seed` the number of the sample.
+
     Raises:
         DataError: there are none, or they cannot be read.
     """
-    path, older = folder / EXAMPLES_FILE, folder / "examples.jsonl"
-    if not path.is_file() and not older.is_file():
-        raise DataError(f"{folder.name} holds no examples: only evaluations do (eval_base, eval_sft, …)")
+    path, older, rollouts = folder / EXAMPLES_FILE, folder / "examples.jsonl", folder / ROLLOUTS_FILE
+    if not (path.is_file() or older.is_file() or rollouts.is_file()):
+        raise DataError(f"{folder.name} holds no examples: only evaluations (eval_base, eval_sft, …) and RL do")
     try:
+        if rollouts.is_file():
+            yield from _rollouts(rollouts)
+            return
         if path.is_file():
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=1024):
@@ -56,3 +62,16 @@ def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(f"the examples of {folder.name} cannot be read ({error})") from None
+
+
+def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the answers that RL kept, those of the last iteration first."""
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    for line in sorted(lines, key=lambda each: -each["iteration"]):
+        yield {
+            "task": "rollouts", "index": line["question"], "seed": line["sample"], "prompt": line["prompt"],
+            "output": line["output"], "expected": line["expected"], "verdict": line["right"], "tokens": line["tokens"],
+            "details": {
+                name: line[name] for name in ("iteration", "reward", "advantage", "parts", "finished") if name in line
+            },
+        }  # fmt: skip

@@ -50,7 +50,10 @@ _REWARD = (
     _Series(key="reward", title="mean reward (bold: smoothed)", y="per sampled answer", is_smoothed=True,
             from_zero=False),
     _Series(key="held_out_reward", title="held-out reward", y="per sampled answer", from_zero=False),
-    _Series(key="response_tokens", title="length of answers", y="tokens", is_smoothed=True),
+    _Series(key="completion_tokens", title="length of answers", y="tokens", is_smoothed=True),
+    _Series(key="entropy", title="entropy of the policy", y="nats per token"),
+    _Series(key="kl", title="divergence from the model that RL began with", y="nats per token"),
+    _Series(key="clip_frac", title="clipped tokens", y="% of the sampled", scale=100, show="{:.1f}%".format),
 )  # fmt: skip
 
 

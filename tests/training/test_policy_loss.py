@@ -1,0 +1,148 @@
+"""The GRPO family: the weights of tokens are the slopes of the losses as the papers write them."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlxchat.compose import compose_config
+from mlxchat.config import RLConfig
+from mlxchat.training.advantages import advantages_of
+from mlxchat.training.policy_loss import policy_loss
+
+# Three answers of 4, 2 and 3 sampled tokens; the second token of the last was forced.
+MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]], dtype=np.float64)
+ADVANTAGES = np.array([1.5, -0.5, -1.0])
+
+
+def settings(**changes: Any) -> RLConfig:
+    return RLConfig(
+        **{"max_new_tokens": 8, "ratio": "token", "clip_low": None, "clip_high": None, "loss_divisor": "tokens",
+           "kl_coefficient": 0.0} | changes
+    )  # fmt: skip
+
+
+def log_probabilities() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return those now, at sampling, and of the reference: apart enough that bounds hold for some."""
+    draw = np.random.default_rng(5)
+    now = -3 * draw.random(MASK.shape) - 0.1
+    return now, now + draw.normal(0, 0.4, MASK.shape), now + draw.normal(0, 0.5, MASK.shape)
+
+
+def as_written(config: RLConfig, now: np.ndarray, sampled: np.ndarray, reference: np.ndarray) -> float:
+    """Return the loss token by token: min(ratio × A, clipped ratio × A) less the divergence, divided."""
+    total, count = 0.0, MASK.sum()
+    for answer, advantage in enumerate(ADVANTAGES):
+        places = [place for place in range(MASK.shape[1]) if MASK[answer, place]]
+        apart = [now[answer, place] - sampled[answer, place] for place in places]
+        for place, own in zip(places, apart, strict=True):
+            ratio = math.exp(sum(apart) / len(apart)) if config.ratio == "sequence" else math.exp(own)
+            low = 1 - config.clip_low if config.clip_low else 0.0
+            high = 1 + config.clip_high if config.clip_high else math.inf
+            gain = min(ratio * advantage, min(max(ratio, low), high) * advantage)
+            distance = reference[answer, place] - now[answer, place]
+            loss = -gain + config.kl_coefficient * (math.exp(distance) - distance - 1)
+            total += loss / {
+                "tokens": count, "answers": len(MASK) * len(places), "longest": len(MASK) * config.max_new_tokens,
+            }[config.loss_divisor]  # fmt: skip
+    return total
+
+
+CASES = [
+    settings(ratio=ratio, loss_divisor=divisor, clip_low=low, clip_high=high, kl_coefficient=kl)
+    for ratio, divisor, (low, high), kl in product(
+        ("token", "sequence"), ("tokens", "answers", "longest"), ((None, None), (0.2, 0.28), (0.05, None)), (0.0, 0.3)
+    )
+]
+
+
+def name(config: RLConfig) -> str:
+    return f"{config.ratio}-{config.loss_divisor}-{config.clip_low}-{config.clip_high}-{config.kl_coefficient}"
+
+
+@pytest.mark.parametrize("config", CASES, ids=name)
+def test_value_and_weights_are_those_of_the_loss_as_written(config: RLConfig) -> None:
+    """The weights against central differences, 1e-6."""
+    now, sampled, reference = log_probabilities()
+    frozen = reference if config.kl_coefficient else None
+    got = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=sampled, reference=frozen)
+    assert got.value == pytest.approx(as_written(config, now, sampled, reference), abs=1e-12)
+    for place in np.ndindex(MASK.shape):
+        step = np.zeros(MASK.shape)
+        step[place] = 1e-6
+        difference = as_written(config, now + step, sampled, reference) - as_written(
+            config, now - step, sampled, reference
+        )
+        assert got.weights[place] == pytest.approx(-difference / 2e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("divisor", ["tokens", "answers", "longest"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_without_log_probabilities_it_is_the_first_update_after_sampling(ratio: str, divisor: str) -> None:
+    config = settings(ratio=ratio, loss_divisor=divisor, clip_low=0.2, clip_high=0.2)
+    now, _, _ = log_probabilities()
+    known = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=now)
+    np.testing.assert_array_equal(policy_loss(MASK, ADVANTAGES, config).weights, known.weights)
+    assert known.numbers == {"ratio": 1.0, "clip_frac": 0.0}
+
+
+def test_forced_tokens_and_padding_have_no_weight_whatever_stands_there() -> None:
+    now, sampled, reference = log_probabilities()
+    now, sampled = np.where(MASK, now, 50.0), np.where(MASK, sampled, -1000.0)
+    with np.errstate(all="raise"):
+        got = policy_loss(MASK, ADVANTAGES, settings(kl_coefficient=0.1), now=now, sampled=sampled, reference=reference)
+    assert not got.weights[MASK == 0].any()
+
+
+def test_the_divergence_is_zero_and_flat_where_policy_and_reference_agree() -> None:
+    now, _, _ = log_probabilities()
+    got = policy_loss(MASK, np.zeros(3), settings(kl_coefficient=0.1), now=now, sampled=now, reference=now)
+    assert (got.value, got.numbers["kl"], np.abs(got.weights).max()) == (0.0, 0.0, 0.0)
+
+
+def test_only_what_would_move_further_away_is_clipped() -> None:
+    """A good token that became rarer, and a bad one that became likelier, are trained whatever the bounds."""
+    one = np.ones((4, 1))
+    now = np.log([[1.5], [0.5], [1.5], [0.5]])
+    got = policy_loss(
+        one, np.array([1.0, 1.0, -1.0, -1.0]), settings(clip_low=0.2, clip_high=0.2), now=now, sampled=0 * now
+    )
+    np.testing.assert_allclose(got.weights[:, 0], np.array([0.0, 0.5, -1.5, 0.0]) / 4)
+    assert got.numbers["clip_frac"] == 0.5
+
+
+# Advantages
+
+
+def test_z_scores_have_a_deviation_of_one_and_equal_rewards_none() -> None:
+    got = advantages_of(np.array([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]]), "z_score")
+    assert got[0].std(ddof=1) == pytest.approx(1, abs=1e-3)
+    np.testing.assert_array_equal(got[1], 0.0)
+
+
+def test_leave_one_out_compares_with_the_others() -> None:
+    rewards = np.array([[1.0, 0.0, 0.5], [0.2, 0.9, 0.4]])
+    expected = [[own - (row.sum() - own) / 2 for own in row] for row in rewards]
+    np.testing.assert_allclose(advantages_of(rewards, "leave_one_out"), expected, atol=1e-12)
+
+
+# Recipes
+
+
+def test_the_recipes_are_those_of_their_papers() -> None:
+    """DeepSeekMath §4.1.3; DAPO §3; Dr. GRPO §3; GSPO §4.1 and §5.1."""
+    found = {recipe: compose_config([f"rl={recipe}"]).config.rl for recipe in ("grpo", "dr_grpo", "dapo", "gspo")}
+    chosen = {
+        recipe: (rl.advantages, rl.ratio, rl.loss_divisor, rl.clip_low, rl.clip_high, rl.kl_coefficient)
+        for recipe, rl in found.items()
+    }
+    assert chosen == {
+        "grpo": ("z_score", "token", "answers", 0.2, 0.2, 0.04),
+        "dr_grpo": ("mean", "token", "longest", 0.2, 0.2, 0.0),
+        "dapo": ("z_score", "token", "tokens", 0.2, 0.28, 0.0),
+        "gspo": ("z_score", "sequence", "answers", 0.0003, 0.0004, 0.0),
+    }
