@@ -204,7 +204,7 @@ def test_settings_are_kept_and_sent(show: Any) -> None:
 
 def test_a_refusal_is_told_and_a_key_asked_for(show: Any) -> None:
     page = show(says="yes", api_key="secret")
-    page.get_by_label("API key").fill("secret")
+    page.get_by_role("textbox", name="API key").fill("secret")
     page.get_by_role("button", name="Go on").click()
     with known(page):
         assert ask(page, "well?").inner_text() == "yes"
