@@ -19,7 +19,7 @@ from mlxchat.training.pass_at_k import pass_at_k
 from mlxchat.training.policy_scores import PolicyScores
 from mlxchat.training.rollouts import Rollouts, updates_per_rollout
 
-VERSION = 2
+VERSION = 3
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
