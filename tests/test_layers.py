@@ -39,7 +39,17 @@ LAYERS = [
     {"training"},
     {"bench"},
     {"rl_problems"},
-    {"validation", "misspelling", "composed_cache", "compose", "trackers", "report", "terminal_chat", "terminal_input", "serve"},
+    {
+        "validation",
+        "misspelling",
+        "composed_cache",
+        "compose",
+        "trackers",
+        "report",
+        "terminal_chat",
+        "terminal_input",
+        "serve",
+    },
     {"commands", "sweep", "cli"},
 ]
 
