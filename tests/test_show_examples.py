@@ -96,7 +96,7 @@ def test_only_evaluations_have_examples(tmp_path: Path) -> None:
         show_examples(tmp_path, which="all", count=5, task=None)
 
 
-@pytest.mark.parametrize("words", [["--examples", "bad"], ["--examples", "all", "-n", "0"], ["--examples"]])
+@pytest.mark.parametrize("words", [["--examples", "bad"], ["--examples", "all", "-n", "0"]])
 def test_other_choices_and_counts_are_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError):
         main(["eval_sft", *words])

@@ -15,7 +15,6 @@ from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.ops import blas
 from mlxchat.serve.parts import Kind, Parts
 
 # Command → (what follows it, what it does).
@@ -73,7 +72,6 @@ class Chat:
         if top_p is not None and not 0 < top_p <= 1:
             raise ConfigError("--top-p must be more than 0 and at most 1")
         model, tokenizer, facts = load_checkpoint(folder)
-        blas.set_blas_threads(1)
         continues = facts.get("format") != "chat"
         if continues and system:
             raise ConfigError(f"{folder.name} was only pretrained: it continues text and knows no system prompt")
