@@ -41,6 +41,7 @@ _SHORT = """
     eval.bpb_tokens=256 eval.max_new_tokens=4
 """
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -236,3 +237,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield server
         stop_fetching()
     listings.forget()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; without it or playwright the test is left out."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    places = [place for name in BROWSERS if (place := shutil.which(name))]
+    if not places:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=places[0], args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.slow
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # WCAG AA for text of usual size.
 LEAST_CONTRAST = 4.5
 
@@ -33,18 +31,6 @@ CONTRASTS = """() => {
   }
   return found.sort((x, y) => x[0] - y[0]).slice(0, 5);
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    places = [place for name in BROWSERS if (place := shutil.which(name))]
-    if not places:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=places[0], args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.device import backend
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
+from mlxchat.training.step import Batch, mean_batch
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
@@ -41,6 +42,35 @@ def on_cpu() -> Iterator[None]:
     yield
     mx.set_default_device(before)
     backend.cache_clear()
+
+
+class Numbers:
+    """Batches that follow from their number; after `stop_after` of them a signal arrives."""
+
+    waited_seconds = 0.0
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def next_batch(self, iteration: int) -> Batch:
+        ids = np.random.default_rng(self.number).integers(0, 280, (3, 17)).astype(np.int32)
+        self.number += 1
+        return mean_batch([(row[:-1], row[1:]) for row in ids])
+
+    def documents(self) -> list[str]:
+        return []
+
+    def state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+@pytest.fixture
+def make_numbers() -> Callable[[], Numbers]:
+    """Return the maker of such batches."""
+    return Numbers
 
 
 @pytest.fixture(scope="session")

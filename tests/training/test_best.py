@@ -21,7 +21,6 @@ from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit
-from mlxchat.training.step import Batch, mean_batch
 
 MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
 SCHEDULE = ScheduleConfig(
@@ -31,29 +30,6 @@ SCHEDULE = ScheduleConfig(
 # of every second iteration but the sixth's equal.
 NUMBERS = [9.0, 5.0, 7.0, 3.0, 1.0, 3.0, 4.0, 6.0, 5.0, 8.0]
 Weights = dict[str, bytes]
-
-
-class Numbers:
-    """Batches that follow from their number; after `stop_after` of them a signal arrives."""
-
-    waited_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def next_batch(self, iteration: int) -> Batch:
-        ids = np.random.default_rng(self.number).integers(0, 280, (3, 17)).astype(np.int32)
-        self.number += 1
-        return mean_batch([(row[:-1], row[1:]) for row in ids])
-
-    def documents(self) -> list[str]:
-        return []
-
-    def state(self) -> dict[str, Any]:
-        return {"number": self.number}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.number = state["number"]
 
 
 @dataclass
@@ -73,14 +49,15 @@ def bits(model: GPT) -> Weights:
 
 @pytest.fixture
 def train(
-    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, tokenizer: Tokenizer
-) -> Callable[..., Trained]:
+    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, make_numbers: Callable[[], Any],
+    tokenizer: Tokenizer,
+) -> Callable[..., Trained]:  # fmt: skip
     def run(
         name: str, num_iterations: int = 10, *, every: int | None = 2, extends: Path | None = None,
         stop_after: int = 99, numbers: list[float] = NUMBERS, eval_tokens: int = 100, dropout: float = 0.0,
     ) -> Trained:  # fmt: skip
         """Train to the end, or to a signal, with weights kept as scripted numbers say, and publish the result."""
-        model, batches, seen = make_model(), Numbers(), {}
+        model, batches, seen = make_model(), make_numbers(), {}
         optimizer = make_optimizer(model)
         best = Best(every=every, eval_tokens=eval_tokens) if every else None
         ctx = make_context(name, lambda: 15 if batches.number >= stop_after else None)

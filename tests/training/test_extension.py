@@ -19,7 +19,6 @@ from mlxchat.model.weights import flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import fit
-from mlxchat.training.step import Batch, mean_batch
 
 MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
 
@@ -30,39 +29,17 @@ def schedule(warmdown_frac: float) -> ScheduleConfig:
     )
 
 
-class Numbers:
-    """Batches that follow from their number; after `stop_after` of them a signal arrives."""
-
-    waited_seconds = 0.0
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def next_batch(self, iteration: int) -> Batch:
-        ids = np.random.default_rng(self.number).integers(0, 280, (3, 17)).astype(np.int32)
-        self.number += 1
-        return mean_batch([(row[:-1], row[1:]) for row in ids])
-
-    def documents(self) -> list[str]:
-        return []
-
-    def state(self) -> dict[str, Any]:
-        return {"number": self.number}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.number = state["number"]
-
-
 @pytest.fixture
 def train(
-    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, tokenizer: Tokenizer
-) -> Callable[..., tuple[Context, dict[str, bytes]]]:
+    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, make_numbers: Callable[[], Any],
+    tokenizer: Tokenizer,
+) -> Callable[..., tuple[Context, dict[str, bytes]]]:  # fmt: skip
     def run(
         name: str, num_iterations: int, *, extends: Path | None = None, warmdown_frac: float = 0.0,
         stop_after: int = 99, keep_state: bool = True, **optimizer_changes: Any,
     ) -> tuple[Context, dict[str, bytes]]:  # fmt: skip
         """Train to the end, or to a signal; publish as the runner does; return the context and all arrays."""
-        model, batches = make_model(), Numbers()
+        model, batches = make_model(), make_numbers()
         optimizer = make_optimizer(model, **optimizer_changes)
         ctx = make_context(name, lambda: 15 if batches.number >= stop_after else None)
         fit(

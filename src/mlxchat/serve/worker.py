@@ -158,7 +158,7 @@ class Worker:
     def _preload(self, model: Model) -> None:
         try:
             self._scheduler(model)
-        except Exception:
+        except Exception:  # the server goes on; whoever asks for this model is told
             _log.exception("%s cannot be loaded", model.name)
 
     def _begin(self, answer: Answer) -> None:
@@ -170,7 +170,7 @@ class Worker:
             scheduler = self._scheduler(answer.model)
             for index, request in enumerate(answer.requests):
                 self._choices[name, scheduler.submit(request)] = answer, index
-        except Exception as error:
+        except Exception as error:  # whatever it is, this answer alone fails of it
             self.forget(answer)
             self._fail(answer, error)
 
@@ -193,7 +193,7 @@ class Worker:
             began = time.perf_counter()
             try:
                 events = scheduler.step()
-            except Exception as error:
+            except Exception as error:  # whatever it is, the answers of this model alone fail of it
                 _log.exception("%s failed", name)
                 self._drop(name, error)
                 continue
