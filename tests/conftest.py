@@ -18,6 +18,7 @@ import pytest
 from hypothesis import settings
 
 from mlxchat.compose import compose_config
+from mlxchat.ops import blas
 from mlxchat.runner import stage as stage_module
 from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Run, execute
@@ -47,6 +48,15 @@ CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def _clean_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "HYDRA", "PYTHON"))}
+
+
+@pytest.fixture(autouse=True)
+def same_cores() -> Iterator[None]:
+    """Give matrix products the cores back that a training in this process may have taken from them."""
+    before = blas.blas_threads()
+    yield
+    if before is not None:
+        blas.set_blas_threads(before)
 
 
 @pytest.fixture(scope="session")
