@@ -29,6 +29,7 @@ LAYERS = [
         "rl_config",
         "user_function",
         "ops",
+        "sandbox",
     },
     {"runner"},
     {"hub"},

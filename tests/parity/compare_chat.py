@@ -12,7 +12,7 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.chat import Answering, evaluate_task, letter_logits
 from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore
-from mlxchat.evals.sandbox import run_programs
+from mlxchat.sandbox.programs import run_programs
 from mlxchat.tasks.base import Task
 from mlxchat.tasks.humaneval import assemble_program
 

@@ -85,7 +85,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _programs() -> Iterator[Finding]:
-    from mlxchat.evals.sandbox import protections_here
+    from mlxchat.sandbox.programs import protections_here
 
     try:
         found = protections_here()

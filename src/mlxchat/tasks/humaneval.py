@@ -5,7 +5,6 @@ Counterpart of nanochat's tasks/humaneval.py. Where a program runs, and what cou
 
 from __future__ import annotations
 
-import importlib
 import random
 import re
 from typing import Any, ClassVar
@@ -39,9 +38,9 @@ class HumanEval(HubTask):
 
     def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
         """Return the verdict, and how the program ended and what it printed last."""
-        # By name: the sandbox belongs to the evaluations, which know tasks and not the other way round.
-        sandbox = importlib.import_module("mlxchat.evals.sandbox")
-        outcome = sandbox.run_program(assemble_program(conversation, response))
+        from mlxchat.sandbox.programs import run_program  # only those who execute need it
+
+        outcome = run_program(assemble_program(conversation, response))
         printed = _ADDRESS.sub("0x…", outcome.output[-_KEPT_CHARS:])  # another one each time
         return bool(outcome.passed), {"status": outcome.status, "printed": printed}
 

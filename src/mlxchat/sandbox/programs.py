@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlxchat.evals.sandbox_run import PROTECTIONS, Outcome, Run
+from mlxchat.sandbox.execution import PROTECTIONS, Outcome, Run
 
 __all__ = ["PROTECTIONS", "Outcome", "protections_here", "run_program", "run_programs"]
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxchat.errors import StepFailed
-from mlxchat.evals.sandbox_watch import Watch
-from mlxchat.evals.seccomp import make_filter
+from mlxchat.sandbox.seccomp import make_filter
+from mlxchat.sandbox.watch import Watch
 
 PROTECTIONS = ("namespaces", "landlock", "seccomp", "sandbox-exec")
 """What may be in force besides the limits, which always are."""
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = Path(__file__).with_name("child.py")
 _MOST_OUTPUT_BYTES = 1 << 20
 _KEPT_OUTPUT_BYTES = 16 << 10
 _LONGEST_SAYING = 256

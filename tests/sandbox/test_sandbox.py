@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.evals.sandbox import PROTECTIONS, protections_here, run_program, run_programs
-from mlxchat.evals.sandbox_run import mac_profile
-from mlxchat.evals.sandbox_watch import Watch
-from mlxchat.evals.seccomp import ALLOWED, CHANGING, CONDITIONAL
+from mlxchat.sandbox.execution import mac_profile
+from mlxchat.sandbox.programs import PROTECTIONS, protections_here, run_program, run_programs
+from mlxchat.sandbox.seccomp import ALLOWED, CHANGING, CONDITIONAL
+from mlxchat.sandbox.watch import Watch
 
 HONEST = {
     "nothing": "",
@@ -242,7 +242,7 @@ def test_a_program_has_nothing_in_its_environment_and_an_empty_folder() -> None:
 
 
 def test_a_program_can_import_nothing_but_the_standard_library() -> None:
-    code = "for name in ('mlxchat', 'numpy', 'sandbox_run', 'seccomp'):\n    try:\n        __import__(name)\n"
+    code = "for name in ('mlxchat', 'numpy', 'execution', 'seccomp'):\n    try:\n        __import__(name)\n"
     assert run_program(code + "    except ImportError:\n        continue\n    raise SystemExit(name)").passed
 
 
