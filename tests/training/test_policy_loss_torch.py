@@ -1,6 +1,6 @@
 """The recipes' gradients against PyTorch's of the losses as the papers write them, through a softmax.
 
-Runs where there is a PyTorch, which is no dependency. Nothing of mlxchat is in the losses here but the recipes' numbers.
+Runs where there is a PyTorch, which is no dependency. Of mlxchat only the recipes' numbers are in the losses here.
 """
 
 from __future__ import annotations
