@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.generate import Engine
+from mlxchat.evals.quantised import check_quantised
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.weights import flatten_parameters
 from mlxchat.ops.device import select_device
@@ -17,6 +18,7 @@ from mlxchat.training.loop import Hook, fit
 from mlxchat.training.micro_batch import choose_micro_batch
 from mlxchat.training.pass_at_k import pass_at_k
 from mlxchat.training.policy_scores import PolicyScores
+from mlxchat.training.quantised_rollouts import conversation_rows
 from mlxchat.training.rollouts import Rollouts, updates_per_rollout
 
 VERSION = 3
@@ -30,7 +32,7 @@ RESOURCES = ["gpu"]
 def run(ctx: Context) -> None:
     config, machine = ctx.config.rl, ctx.config.machine
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, trained=True)
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
     rates = ctx.config.optimizer if config.clip_gradients else replace(ctx.config.optimizer, grad_clip=None)
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
@@ -57,8 +59,12 @@ def run(ctx: Context) -> None:
     def evaluate(iteration: int) -> dict[str, float]:
         return pass_at_k(engine, held_out, config, seed=ctx.seed("evaluation"))
 
+    if config.rollout_bits is not None:
+        rows = conversation_rows(tokenizer, held_out)
+        ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
+
     rollouts = Rollouts(
-        engine,
+        engine if config.rollout_bits is None else Engine(model, tokenizer, bits=config.rollout_bits, trained=True),
         practice,
         config,
         seed=ctx.seed("rollouts"),

@@ -26,6 +26,10 @@ class RewardConfig:
     function: str | None = field(default=None, metadata={"external": "function"})
     """function: module:function of yours, called with the conversation and the answer's text; returns a number. What
     stands in the module's file is part of the identity."""
+    timeout_seconds: float | None = field(default=60.0, metadata={"identity": False})
+    """function: seconds that one call may take; null: any."""
+    failure_value: float | None = field(default=None, metadata={"since_default": None})
+    """function: value of answers of which it raises, takes too long or returns no number; null: RL saves and ends."""
 
 
 @dataclass(kw_only=True)
@@ -66,6 +70,12 @@ class RLConfig:
     """How often each of these parts is trained on."""
     train_unfinished: bool = field(default=MISSING, metadata={"since_default": True})
     """Whether answers that max_new_tokens cut are trained on."""
+    rollout_bits: int | None = field(default=MISSING, metadata={"since_default": None})
+    """8 or 4: answers to practise on are sampled with weights rounded to so many bits, which the loss makes up for;
+    null: with the model's own. Held-out problems are always answered with these."""
+    rollout_correction: float = field(default=MISSING, metadata={"since_default": 2.0})
+    """With rollout_bits a token counts as many times as it is likelier under the model itself than under the rounded
+    one, at most so many times."""
     clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
     """Whether optimizer.grad_clip holds in this stage."""
     schedule: ScheduleConfig = MISSING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -37,6 +38,10 @@ def find_rl_problems(rl: RLConfig) -> Iterator[str]:
         yield f"rl.clip_high is {rl.clip_high}, expected above 0, or null for no bound"
     if not rl.kl_coefficient >= 0:
         yield f"rl.kl_coefficient is {rl.kl_coefficient}, expected at least 0 (no divergence)"
+    if rl.rollout_bits not in (None, 8, 4):
+        yield f"rl.rollout_bits is {rl.rollout_bits}, expected 8, 4, or null for the model's own weights"
+    if not rl.rollout_correction >= 1:
+        yield f"rl.rollout_correction is {rl.rollout_correction}, expected at least 1 (no token counts more than once)"
     parts, questions = rl.minibatches_per_rollout, rl.questions_per_iteration
     if parts >= 1 and questions % parts:
         yield f"rl.questions_per_iteration={questions} must be a multiple of rl.minibatches_per_rollout={parts}"
@@ -57,6 +62,10 @@ def _reward(where: str, reward: RewardConfig) -> Iterator[str]:
     free, most = reward.free_tokens, reward.most_tokens
     if reward.kind == "length" and (free is None or most is None or not 0 <= free < most):
         yield f"{where}: free_tokens is {_shown(free)} and most_tokens {_shown(most)}, expected 0 <= free < most"
+    if reward.timeout_seconds is not None and not reward.timeout_seconds > 0:
+        yield f"{where}.timeout_seconds is {reward.timeout_seconds}, expected more than 0, or null for no bound"
+    if reward.failure_value is not None and not math.isfinite(reward.failure_value):
+        yield f"{where}.failure_value is {reward.failure_value}, expected a finite number, or null to end there"
     if reward.kind == "function":
         try:
             load_function(reward.function or "")

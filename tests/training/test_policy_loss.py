@@ -146,3 +146,23 @@ def test_the_recipes_are_those_of_their_papers() -> None:
         "dapo": ("z_score", "token", "tokens", 0.2, 0.28, 0.0),
         "gspo": ("z_score", "sequence", "answers", 0.0003, 0.0004, 0.0),
     }
+
+
+# Rollouts of another policy
+
+
+def test_a_correction_multiplies_each_tokens_part_of_gain_and_divergence() -> None:
+    """Against the loss as written, token by token; the clip and the divisor stay those of the ratio and the mask."""
+    now, sampled, reference = log_probabilities()
+    factors = np.random.default_rng(2).uniform(0.2, 2.0, MASK.shape)
+    config = settings(clip_low=0.2, clip_high=0.28, kl_coefficient=0.3)
+    got = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=sampled, reference=reference, correction=factors)
+    total = 0.0
+    for place in zip(*np.nonzero(MASK), strict=True):
+        ratio, gap = math.exp(now[place] - sampled[place]), reference[place] - now[place]
+        advantage = ADVANTAGES[place[0]]
+        gain = min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+        total += factors[place] * (-gain + 0.3 * (math.exp(gap) - gap - 1)) / MASK.sum()
+    plain = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=sampled, reference=reference)
+    assert got.value == pytest.approx(total, abs=1e-12)
+    np.testing.assert_allclose(got.weights, plain.weights * factors, atol=1e-12)

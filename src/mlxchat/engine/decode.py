@@ -37,6 +37,8 @@ class Decoder:
         """Arrange the weights of `model` as they are now; `bits` as in `lane_weights`."""
         self.sizes, self.bits = model.sizes, bits
         self.lanes = Lanes()
+        self._parts: list[dict[str, Any]] = []
+        self._shared: dict[str, mx.array] = {}
         count = len(self.lanes)
         self.kv_heads = key_value_heads(self.sizes, count)
         self.arrange(model)
@@ -46,8 +48,13 @@ class Decoder:
 
     def arrange(self, model: GPT) -> None:
         """Take the weights of a model of the same sizes as they are now; what was compiled stays."""
+        self.release()  # or there would be two copies for a while
         self._parts = lane_weights(model, len(self.lanes), self.bits)
         self._shared = _shared_weights(model)
+
+    def release(self) -> None:
+        """Forget the weights; `arrange` takes them anew."""
+        self._parts, self._shared = [], {}
 
     def bytes_per_step(self) -> int:
         """Return how many bytes of weights a step reads, the few rows of embeddings left out."""

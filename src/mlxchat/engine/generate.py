@@ -7,6 +7,7 @@ What decodes is `scheduler.py`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ import numpy as np
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.decode import Decoder
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Forward, Request, Scheduler
+from mlxchat.engine.scheduler import Event, Forward, Request, Scheduler
 from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters
@@ -32,6 +33,8 @@ class Completion:
     """Generated ids, the final <|assistant_end|> included."""
     mask: list[int] = field(default_factory=list)
     """1 where the id was sampled, 0 where it was forced."""
+    log_probabilities: list[float] = field(default_factory=list)
+    """Where they were asked for: of each id when it was sampled, in nats; 0 where it was forced."""
     finished: bool = False
     """Whether the row ended by itself."""
 
@@ -43,11 +46,19 @@ class Completion:
 class Engine:
     """A model that answers."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None) -> None:
-        """Take a model with its tokenizer; `bits` 8 or 4 decodes with quantised weights."""
-        self.model, self.tokenizer, self.bits = model, tokenizer, bits
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None, trained: bool = False) -> None:
+        """Take a model with its tokenizer.
+
+        Args:
+            model: is read whenever answers begin, so they follow its training.
+            tokenizer: the model's.
+            bits: 8 or 4 decodes with quantised weights.
+            trained: whether the model is trained between answers: then nothing of it is kept in between.
+        """
+        self.model, self.tokenizer, self.bits, self.trained = model, tokenizer, bits, trained
         self._decoder: Decoder | None = None
-        self._arranged: list[mx.array] = []
+        # Without keeping alive what a training has moved on from.
+        self._arranged: list[weakref.ref[mx.array]] = []
 
     def forward(self) -> Forward:
         """Return the model as a scheduler needs it, with the weights that it has now."""
@@ -55,11 +66,20 @@ class Engine:
         if self._decoder is None:
             self._decoder = Decoder(self.model, bits=self.bits)
         elif len(weights) != len(self._arranged) or any(
-            a is not b for a, b in zip(weights, self._arranged, strict=True)
+            kept() is not weight for kept, weight in zip(self._arranged, weights, strict=True)
         ):
             self._decoder.arrange(self.model)
-        self._arranged = weights
+        self._arranged = [weakref.ref(weight) for weight in weights]
         return Slots(self.model, self._decoder)
+
+    def release(self) -> None:
+        """Give back the memory of the arranged weights, as large as the model; `forward` arranges them anew.
+
+        No scheduler made before may go on.
+        """
+        if self._decoder is not None:
+            self._decoder.release()
+            self._arranged = []
 
     def scheduler(
         self,
@@ -83,15 +103,19 @@ class Engine:
         temperature: float = 0.0,
         top_k: int | None = None,
         seed: int | Sequence[int] = 0,
+        log_probabilities: bool = False,
     ) -> list[Completion]:
-        """Return one completion per prompt; the arguments are `stream`'s."""
+        """Return one completion per prompt, on request with log-probabilities; the other arguments are `stream`'s."""
         rows: list[Completion] = [Completion() for _ in prompts]
-        for column in self.stream(
-            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-        ):
-            for index, token, sampled in column:
-                rows[index].ids.append(token)
-                rows[index].mask.append(sampled)
+        for column in self._columns(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed,
+            logprobs=0 if log_probabilities else None,
+        ):  # fmt: skip
+            for index, event in column:
+                rows[index].ids.append(event.token or 0)
+                rows[index].mask.append(int(event.sampled))
+                if log_probabilities:
+                    rows[index].log_probabilities.append(event.logprob or 0.0)
         for row in rows:
             row.finished = bool(row.ids) and row.ids[-1] in (self.tokenizer.assistant_end, self.tokenizer.bos)
         return rows
@@ -116,6 +140,22 @@ class Engine:
             top_k: draw among the k most likely; None: all.
             seed: of the draws; or one for each prompt, whose draws then depend on no other prompt.
         """
+        for column in self._columns(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+        ):
+            yield [(index, event.token or 0, int(event.sampled)) for index, event in column]
+
+    def _columns(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        seed: int | Sequence[int],
+        logprobs: int | None = None,
+    ) -> Iterator[list[tuple[int, Event]]]:
+        """Yield an event of every row that is being decoded, with the number of its prompt."""
         if max_new_tokens < 1:
             return
         seeds = [_row_seed(seed, index) for index in range(len(prompts))] if isinstance(seed, int) else list(seed)
@@ -123,11 +163,15 @@ class Engine:
         places = {}
         for index, prompt in enumerate(prompts):
             sampling = Sampling(temperature=temperature, top_k=top_k, seed=seeds[index])
-            request = Request(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, text=False)
+            request = Request(
+                prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, text=False, logprobs=logprobs
+            )
             places[scheduler.submit(request)] = index
         while not scheduler.idle:
             events = [event for event in scheduler.step() if event.token is not None]
-            yield sorted((places[event.id], event.token or 0, int(event.sampled)) for event in events)
+            yield sorted(((places[event.id], event) for event in events), key=lambda pair: pair[0])
+        if self.trained:
+            self.release()
 
 
 def _row_seed(seed: int, row: int) -> int:

@@ -13,8 +13,8 @@ from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 
-# Nats per token.
-_MOST_CHANGE = 0.2
+MOST_CHANGE = 0.2
+"""Nats per token beyond which the rounded model is another one."""
 _MICRO_TOKENS = 2048
 
 
@@ -36,7 +36,7 @@ def loss_change(model: GPT, bits: int, rows: list[Row]) -> float:
     return rounded - exact
 
 
-def check_quantised(model: GPT, bits: int, rows: list[Row], *, most: float = _MOST_CHANGE) -> float:
+def check_quantised(model: GPT, bits: int, rows: list[Row], *, most: float = MOST_CHANGE) -> float:
     """Return `loss_change`.
 
     Raises:

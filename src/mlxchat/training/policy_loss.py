@@ -37,6 +37,7 @@ def policy_loss(
     now: Floats | None = None,
     sampled: Floats | None = None,
     reference: Floats | None = None,
+    correction: Floats | None = None,
 ) -> PolicyLoss:
     """Return the loss of answers and its slopes.
 
@@ -47,6 +48,7 @@ def policy_loss(
         now: (B, T) log-probabilities of the tokens under the policy that is trained; None: as when they were sampled.
         sampled: (B, T) those under the policy that sampled them, None where `now` is.
         reference: (B, T) those under the frozen reference; None: no divergence is taken.
+        correction: (B, T) factors of the tokens' parts of the loss, where another policy drew them.
     """
     divisors = _divisors(mask, config)
     per_token = advantages / divisors
@@ -55,10 +57,11 @@ def policy_loss(
     if now is None or sampled is None:
         weights: Floats = mask * per_token[:, None]
         return PolicyLoss(weights=weights, value=-float(weights.sum()), numbers=numbers)
+    counted: Floats = mask if correction is None else mask * correction
     ratio, clipped = _ratios(np.where(mask > 0, now - sampled, 0.0), mask, advantages, config)
-    weights = np.where(clipped, 0.0, mask * per_token[:, None] * ratio)
+    weights = np.where(clipped, 0.0, counted * per_token[:, None] * ratio)
     low, high = 1 - (config.clip_low or np.inf), 1 + (config.clip_high or np.inf)
-    value = -float((mask * per_token[:, None] * np.where(clipped, np.clip(ratio, low, high), ratio)).sum())
+    value = -float((counted * per_token[:, None] * np.where(clipped, np.clip(ratio, low, high), ratio)).sum())
     numbers |= {
         "ratio": float((ratio * mask).sum() / count),
         "clip_frac": float((clipped * mask).sum() / count),
@@ -66,7 +69,7 @@ def policy_loss(
     if reference is not None:
         apart = np.where(mask > 0, reference - now, 0.0)
         divergence = np.expm1(apart) - apart
-        scale = mask * (config.kl_coefficient / divisors)[:, None]
+        scale = counted * (config.kl_coefficient / divisors)[:, None]
         weights = weights + scale * np.expm1(apart)
         value += float((scale * divergence).sum())
         numbers["kl"] = float((divergence * mask).sum() / count)

@@ -22,6 +22,7 @@ from mlxchat.training.draws import draw_seed
 from mlxchat.training.policy_batch import Floats, of_completions, sampled_mask, scored_rows, weighted_rows
 from mlxchat.training.policy_loss import policy_loss
 from mlxchat.training.policy_scores import PolicyScores
+from mlxchat.training.quantised_rollouts import correct, refuse_if_apart
 from mlxchat.training.rewards import Answer, Reward
 from mlxchat.training.step import Batch
 
@@ -89,7 +90,7 @@ class Rollouts:
         """Ask the task's questions in a shuffled order.
 
         Args:
-            engine: of the model that is trained.
+            engine: of the model that is trained; with weights of `rollout_bits`.
             task: whose questions are asked.
             config: of RL.
             seed: of the order and of all draws.
@@ -134,7 +135,12 @@ class Rollouts:
         now, sampled, reference = (
             None if array is None else array[:, :width] for array in (now, rollout.sampled, rollout.reference)
         )
-        loss = policy_loss(mask, rollout.advantages, config, now=now, sampled=sampled, reference=reference)
+        correction = None
+        if config.rollout_bits is not None and sampled is not None:
+            correction, _ = correct(sampled, rollout.completions, config)
+        loss = policy_loss(
+            mask, rollout.advantages, config, now=now, sampled=sampled, reference=reference, correction=correction
+        )
         if loss.numbers:
             self.log({"iteration": iteration + 1, "policy_loss": loss.value, **loss.numbers})
         padding = self.engine.tokenizer.assistant_end
@@ -173,6 +179,7 @@ class Rollouts:
             temperature=config.temperature,
             top_k=config.top_k,
             seed=draw_seed(self.seed, number),
+            log_probabilities=config.rollout_bits is not None,
         )
         answers = [
             Answer(conversation=conversations[index // samples], text=row.text(tokenizer), num_tokens=sum(row.mask))
@@ -191,7 +198,7 @@ class Rollouts:
         }
         for name in config.rewards:
             record[f"reward_{name}"] = float(np.mean([parts[name] for _, parts in judged]))
-        self.log(record | self._measure(rollout, number))
+        self.log(record | self._measure(rollout, number, iteration))
         kept = len(questions) if config.rollouts_kept is None else config.rollouts_kept
         for index in range(min(kept, len(questions)) * samples):
             self._keep(
@@ -212,7 +219,7 @@ class Rollouts:
             )
         return rollout
 
-    def _measure(self, rollout: Rollout, number: int) -> dict[str, float]:
+    def _measure(self, rollout: Rollout, number: int, iteration: int) -> dict[str, float]:
         """Set the log-probabilities that the loss will need; return the entropy where it was measured."""
         config = self.config
         needed = needs_log_probabilities(config)
@@ -220,12 +227,16 @@ class Rollouts:
         if self._scores is None or not (needed or due):
             return {}
         sampled, entropies = self._score(rollout)
+        mask = sampled_mask(rollout.completions)
+        numbers: dict[str, float] = {}
+        if config.rollout_bits is not None:
+            _, numbers = correct(sampled, rollout.completions, config)
+            refuse_if_apart(numbers, config, iteration + 1)
         if needed:
             rollout.sampled = sampled
             if self._reference is not None:
                 rollout.reference, _ = self._score(rollout, self._reference)
-        mask = sampled_mask(rollout.completions)
-        return {"entropy": float((entropies * mask).sum() / max(1.0, mask.sum()))}
+        return {"entropy": float((entropies * mask).sum() / max(1.0, mask.sum())), **numbers}
 
     def _score(self, rollout: Rollout, parameters: Flat | None = None) -> tuple[Floats, Floats]:
         """Return log-probabilities and entropies (B, L) of the completions' tokens."""
@@ -243,4 +254,4 @@ def updates_per_rollout(config: RLConfig) -> int:
 
 def needs_log_probabilities(config: RLConfig) -> bool:
     """Tell whether the loss needs log-probabilities: in the first update after sampling every ratio is 1."""
-    return updates_per_rollout(config) > 1 or config.kl_coefficient > 0
+    return updates_per_rollout(config) > 1 or config.kl_coefficient > 0 or config.rollout_bits is not None
