@@ -34,7 +34,6 @@ COMMANDS = {
     "/quit": ("", "leave"),
 }
 _SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
-_CONVERSATION = "the conversation"
 
 
 @dataclass
@@ -147,9 +146,7 @@ class Chat:
         scheduler = self._scheduler
         self.seed += 1
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
-        id_ = scheduler.submit(
-            Request(prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, prefix=_CONVERSATION)
-        )
+        id_ = scheduler.submit(Request(prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse="close"))
         parts, shown = Parts(self.engine.tokenizer), _Shown()
         while not scheduler.idle:
             try:

@@ -117,12 +117,12 @@ def test_a_conversation_is_read_on_from_where_its_last_turn_ended(
     forward: Any = scheduler.forward
     own = forward.read
     monkeypatch.setattr(forward, "read", lambda ids, *past: read.append(len(ids)) or own(ids, *past))
-    scheduler.submit(Request(prompt=first, max_new_tokens=4, prefix="talk"))
+    scheduler.submit(Request(prompt=first, max_new_tokens=4, reuse="close"))
     (events,) = run(scheduler).values()
     second = [*first, *(event.token or 0 for event in events), 7, 8, 9]
     answers = []
-    for prefix in ("talk", None):
-        scheduler.submit(Request(prompt=second, max_new_tokens=6, prefix=prefix))
+    for reuse in ("close", "off"):
+        scheduler.submit(Request(prompt=second, max_new_tokens=6, reuse=reuse))
         (events,) = run(scheduler).values()
         answers.append([event.token for event in events])
     # 44 tokens of the first turn are there, the answer's last one was never decoded; a prompt's last token always is.

@@ -2,24 +2,32 @@
 
 A request's tokens depend on its prompt, settings and seed, never on what else is computed: prompts are read one by
 one in pieces that begin at their first token, and rows are decoded with sums of their own (`decode.py`). The one
-exception is asked for: a request with a `prefix` goes on from what an earlier one with that name left, part of which
-was decoded instead of read, and agrees within float32's rounding.
+exception is asked for: a request with `reuse="close"` goes on from what earlier ones left (`kept.py`), part of which
+was decoded instead of read, and agrees within float32's rounding. A program of the Python tool keeps its row waiting,
+and no other one.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.forward import Forward as Forward  # what a scheduler takes is its own to tell
+from mlxchat.engine.kept import KeptPasts
+from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.sample import Sampling, log_probability, sample_token
 from mlxchat.engine.stopping import ShownText
 from mlxchat.engine.tools import ToolCalls
 from mlxchat.errors import ConfigError
+
+# A step comes back this soon even if every row waits for a program, so that requests and cancellations are seen.
+_PATIENCE_SECONDS = 0.02
 
 
 @dataclass(kw_only=True)
@@ -34,11 +42,12 @@ class Request:
     stop: tuple[str, ...] = ()
     """Strings before which the text ends."""
     tools: bool = True
-    """Whether the calculator answers."""
+    """Whether the calculator answers, and Python where the scheduler has it."""
     logprobs: int | None = None
     """How many likely alternatives are told with each token's log-probability; None: neither."""
-    prefix: str | None = None
-    """Name of a conversation whose earlier turns need not be read again; None: everything is read."""
+    reuse: Literal["off", "exact", "close"] = "off"
+    """Whether the beginning of the prompt need not be read again if an earlier request, not off either, had it too.
+    exact: only where the same bits come of it; close: also what was decoded then, which differs by rounding."""
     text: bool = True
     """Whether events have text; False: tokens only, and no stop strings."""
 
@@ -61,31 +70,6 @@ class Event:
     """'stop' (an end token or a stop string), 'length', 'cancelled'; None: more follows."""
 
 
-class Forward(Protocol):
-    """The model as the scheduler needs it: `slots.Slots`."""
-
-    def read(self, ids: list[int], past: Any, last: int | None) -> Any:
-        """Return the past of a row after `ids`, which follow `past`, whose last token is `last`."""
-
-    def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for rows of so many tokens."""
-
-    def keep(self, kept: list[int], tokens: int) -> None:
-        """Go on with these rows, numbered anew."""
-
-    def fill(self, row: int, past: Any) -> None:
-        """Give a row its past; None: it has none."""
-
-    def clear(self) -> None:
-        """Forget all rows."""
-
-    def past_of(self, row: int, tokens: int) -> Any:
-        """Return the past of a row's first tokens, or None."""
-
-    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
-        """Return logits (≥ B, V) after one more token of each row."""
-
-
 @dataclass
 class _Row:
     """A request that is being read or decoded."""
@@ -100,6 +84,8 @@ class _Row:
     past: Any = None
     cached: int = 0
     """Tokens whose keys and values are there."""
+    exact: int = 0
+    """First tokens whose keys and values are the bits that reading the prompt alone gives."""
     cancelled: bool = False
 
     @property
@@ -119,6 +105,7 @@ class Scheduler:
         max_cached_tokens: int | None = None,
         prefill_tokens: int = 512,
         kept_tokens: int = 8192,
+        python: PythonTool | None = None,
     ) -> None:
         """Begin without requests.
 
@@ -129,11 +116,12 @@ class Scheduler:
             max_cached_tokens: rows × tokens of the longest that the batch may hold; a request waits until it fits,
                 unless it is alone; None: no bound.
             prefill_tokens: read at a time; while rows are being decoded no step reads much more.
-            kept_tokens: of conversations with a `prefix`, kept for their next turns; the latest stay.
+            kept_tokens: of requests with `reuse`, kept for those that begin as they do; the latest stay.
+            python: runs calls that are no sums; None: nothing does.
         """
         self.forward, self.tokenizer = forward, tokenizer
         self.max_rows, self.max_cached_tokens = max_rows, max_cached_tokens
-        self.prefill_tokens, self.kept_tokens = prefill_tokens, kept_tokens
+        self.prefill_tokens, self.kept, self.python = prefill_tokens, KeptPasts(kept_tokens), python
         self._ends = (tokenizer.assistant_end, tokenizer.bos)
         self._lock = threading.Lock()
         self._waiting: deque[_Row] = deque()
@@ -141,7 +129,6 @@ class Scheduler:
         self._by_id: dict[int, _Row] = {}
         self._same: Counter[tuple[int, ...]] = Counter()
         self._read: dict[tuple[int, ...], Any] = {}
-        self._kept: OrderedDict[str, tuple[list[int], Any]] = OrderedDict()
         self._next_id = 0
 
     @property
@@ -177,7 +164,8 @@ class Scheduler:
             row = _Row(
                 id=self._next_id, request=request, draws=draws,
                 shown=ShownText(self.tokenizer, request.stop) if request.text else None,
-                calls=ToolCalls(self.tokenizer) if request.tools else None, ids=list(request.prompt),
+                calls=ToolCalls(self.tokenizer, self.python, request.sampling.seed) if request.tools else None,
+                ids=list(request.prompt),
             )  # fmt: skip
             self._next_id += 1
             self._by_id[row.id] = row
@@ -199,6 +187,10 @@ class Scheduler:
         if not self.num_active:
             return events
         inputs = list(self._rows)
+        programs = [row.calls.running for row in inputs if row and row.calls and row.calls.waits()]
+        if len(programs) == self.num_active:
+            wait([each for each in programs if each], _PATIENCE_SECONDS, FIRST_COMPLETED)
+            return events
         self.forward.reserve(len(inputs), 1 + max(row.cached for row in inputs if row is not None))
         logits = self.forward.step(
             [row.ids[row.cached] if row else 0 for row in inputs],
@@ -206,7 +198,7 @@ class Scheduler:
             [row.cached if row else 0 for row in inputs],
         )
         for place, row in enumerate(inputs):
-            if row is None:
+            if row is None or (row.calls and row.calls.running):  # what waits is decoded in the same place again
                 continue
             row.cached += 1
             event = self._advance(row, logits[place])
@@ -224,6 +216,8 @@ class Scheduler:
                     self._forget_waiting(row)
                 del self._by_id[row.id]
         for row in gone:
+            if row.calls:
+                row.calls.drop()
             if row in self._rows:
                 self._rows[self._rows.index(row)] = None
         texts = [row.shown.finish() if row.shown else "" for row in gone]
@@ -263,28 +257,25 @@ class Scheduler:
         target = len(prompt) - 1
         if row.cached == 0 and target > 0:
             if row.key in self._read:
-                row.past, row.cached = self._read[row.key], target
+                row.past, row.cached, row.exact = self._read[row.key], target, target
                 return 0
-            self._go_on_from_kept(row)
+            if row.request.reuse != "off":
+                exactly = row.request.reuse == "exact"
+                row.past, row.cached, row.exact = self.kept.find(prompt, self.prefill_tokens, exactly=exactly)
         if row.cached == target:
             return 0
         stop = min(target, (row.cached // self.prefill_tokens + 1) * self.prefill_tokens)
         row.past = self.forward.read(
             prompt[row.cached : stop], row.past, prompt[row.cached - 1] if row.cached else None
         )
+        if row.cached == row.exact and row.cached % self.prefill_tokens == 0:
+            row.exact = stop
         read, row.cached = stop - row.cached, stop
-        if row.cached == target and self._same[row.key] > 1 and row.request.prefix is None:
+        if row.cached == target == row.exact and self._same[row.key] > 1:
             self._read[row.key] = row.past
+        if row.cached == target and row.request.reuse != "off":
+            self.kept.keep(prompt[:target], row.past, row.exact)
         return read
-
-    def _go_on_from_kept(self, row: _Row) -> None:
-        if row.request.prefix is None or row.request.prefix not in self._kept:
-            return
-        ids, past = self._kept[row.request.prefix]
-        most = min(len(row.request.prompt) - 1, len(ids), past.tokens)
-        same = next((place for place in range(most) if ids[place] != row.request.prompt[place]), most)
-        if same:
-            row.past, row.cached = past.begun(same), same
 
     def _forget_waiting(self, row: _Row) -> None:
         self._same[row.key] -= 1
@@ -316,15 +307,12 @@ class Scheduler:
         )  # fmt: skip
 
     def _finish(self, place: int, row: _Row) -> None:
-        name = row.request.prefix
-        if name is not None:
-            tokens = row.cached
-            past = self.forward.past_of(place, tokens)
-            if past is not None and tokens <= self.kept_tokens:
-                self._kept[name] = row.ids[:tokens], past
-                self._kept.move_to_end(name)
-                while sum(each.tokens for _, each in self._kept.values()) > self.kept_tokens:
-                    self._kept.popitem(last=False)
+        if row.request.reuse != "off":
+            past = self.forward.past_of(place, row.cached)
+            if past is not None:
+                self.kept.keep(row.ids[: row.cached], past, row.exact)
+        if row.calls:
+            row.calls.drop()
         self._rows[place] = None
         with self._lock:
             self._by_id.pop(row.id, None)

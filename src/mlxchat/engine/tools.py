@@ -1,7 +1,7 @@
-"""The calculator that a model calls between <|python_start|> and <|python_end|>. Nothing is ever evaluated by Python.
+"""What a model calls between <|python_start|> and <|python_end|>: the calculator, which evaluates nothing by Python.
 
 Arithmetic of + − * / // % with parentheses, and 'text'.count('letter'). Whole results are written without a point,
-as GSM8K writes them.
+as GSM8K writes them. Where the operator allows Python, it gets the calls that are none of this.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import operator
 import warnings
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.python_tool import PythonTool
 
 _MOST_CHARS = 200
 _LARGEST = 1e15
@@ -33,10 +35,13 @@ _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
 class ToolCalls:
     """nanochat's protocol for one row: collects what stands in a call, and forces the answer when it closes."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Begin a row."""
+    def __init__(self, tokenizer: Tokenizer, python: PythonTool | None = None, seed: int = 0) -> None:
+        """Begin a row; `python` takes what the calculator does not, with this seed; None: nothing does."""
         self.forced: deque[int] = deque()
         """Tokens that come next, whatever the model wants."""
+        self.running: Future[str] | None = None
+        """A program whose output comes next; until then the row waits."""
+        self._python, self._seed = python, seed
         self._tokenizer, self._special = tokenizer, tokenizer.special_ids
         self._call: list[int] | None = None
 
@@ -46,13 +51,34 @@ class ToolCalls:
         if token == special["<|python_start|>"]:
             self._call = []
         elif token == special["<|python_end|>"] and self._call is not None:
-            answer = calculate(self._tokenizer.decode(self._call))
-            self._call = None
+            code = self._tokenizer.decode(self._call)
+            answer, self._call = calculate(code), None
             if answer is not None:
-                output = self._tokenizer.encode(answer)
-                self.forced.extend([special["<|output_start|>"], *output, special["<|output_end|>"]])
+                self._force(answer)
+            elif self._python is not None and code.strip():
+                self.running = self._python.start(code, self._seed)
         elif self._call is not None:
             self._call.append(token)
+
+    def waits(self) -> bool:
+        """Tell whether the row must wait for a program; of one that has ended the output is forced now.
+
+        Raises:
+            StepFailed: no interpreter can be started here.
+        """
+        if self.running is not None and self.running.done():
+            output, self.running = self.running.result(), None
+            self._force(output)
+        return self.running is not None
+
+    def drop(self) -> None:
+        """Have no program begun for a row that has ended; one that runs ends by its limits."""
+        if self.running is not None:
+            self.running.cancel()
+
+    def _force(self, output: str) -> None:
+        special = self._special
+        self.forced.extend([special["<|output_start|>"], *self._tokenizer.encode(output), special["<|output_end|>"]])
 
 
 def calculate(expression: str) -> str | None:

@@ -1,0 +1,139 @@
+"""What is kept of earlier requests: found by its ids, bounded, exact where that is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.kept import KeptPasts
+from mlxchat.engine.sample import Sampling
+from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.model.gpt import GPT
+
+PIECE = 32
+
+
+class Named:
+    """A past that knows what it is the beginning of."""
+
+    def __init__(self, name: str, tokens: int | None = None) -> None:
+        self.name, self.tokens = name, tokens
+
+    def begun(self, tokens: int) -> Named:
+        return Named(self.name, tokens)
+
+
+def found(kept: KeptPasts, prompt: list[int], *, exactly: bool = False) -> tuple[str | None, int, int]:
+    past, tokens, exact = kept.find(prompt, PIECE, exactly=exactly)
+    assert past is None or past.tokens == tokens
+    return past and past.name, tokens, exact
+
+
+def test_the_longest_common_beginning_is_found_but_for_the_prompts_last_token() -> None:
+    kept = KeptPasts(1000)
+    kept.keep([*range(40), 98], Named("other"), 41)
+    kept.keep([*range(40), *range(100, 160)], Named("long"), 70)
+    assert found(kept, [*range(40), 98]) == ("other", 40, 32)
+    assert found(kept, [*range(40), *range(100, 130), 7]) == ("long", 70, 64)
+    assert found(kept, [*range(40), *range(100, 130), 7], exactly=True) == ("long", 64, 64)
+    assert found(kept, [5, *range(40)]) == (None, 0, 0)
+    assert found(kept, [*range(10), 99, 98]) == (None, 0, 0), "so little is read as fast"
+
+
+def test_a_later_turn_takes_the_place_of_the_earlier_one() -> None:
+    kept = KeptPasts(1000)
+    for turn in range(1, 5):
+        kept.keep(list(range(50 * turn)), Named(str(turn)), 50 * turn)
+    assert kept.num_tokens == 200
+    kept.keep(list(range(50)), Named("again"), 50)
+    assert kept.num_tokens == 200, "there is as much already"
+
+
+def test_what_was_used_longest_ago_goes_first_and_the_bound_is_kept() -> None:
+    kept = KeptPasts(100)
+    for first in (1, 2):
+        kept.keep([first] * 50, Named(str(first)), 50)
+    assert found(kept, [1] * 51)[0] == "1"
+    kept.keep([3] * 50, Named("3"), 50)
+    assert [found(kept, [first] * 51)[0] for first in (1, 2, 3)] == ["1", None, "3"]
+    kept.keep([4] * 101, Named("4"), 101)
+    assert kept.num_tokens == 100
+
+
+def run(scheduler: Scheduler) -> list[Event]:
+    events = []
+    while not scheduler.idle:
+        events += scheduler.step()
+    return events
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer) -> tuple[Scheduler, list[int]]:
+    """Return a scheduler, and how many tokens it read at a time."""
+    scheduler, sizes = Engine(model, tokenizer).scheduler(prefill_tokens=PIECE), []
+    forward: Any = scheduler.forward
+    own = forward.read
+    monkeypatch.setattr(forward, "read", lambda ids, *past: sizes.append(len(ids)) or own(ids, *past))
+    return scheduler, sizes
+
+
+def talk(scheduler: Scheduler, prompt: list[int], reuse: Any, seed: int = 1) -> list[tuple[int | None, float | None]]:
+    """Return tokens and log-probabilities of an answer."""
+    sampling = Sampling(temperature=1.0, seed=seed)
+    scheduler.submit(Request(prompt=prompt, max_new_tokens=12, sampling=sampling, reuse=reuse, logprobs=0))
+    return [(event.token, event.logprob) for event in run(scheduler)]
+
+
+def test_exact_reuse_gives_the_bits_of_reading_everything_whatever_came_before(
+    read: tuple[Scheduler, list[int]], tokenizer: Tokenizer
+) -> None:
+    scheduler, sizes = read
+    first = [tokenizer.bos, *range(50)]
+    answer = [token or 0 for token, _ in talk(scheduler, first, "close")]
+    second = [*first, *answer, *range(60, 80)]
+    talk(scheduler, second, "close")
+    third = [*second, *range(30)]
+    alone = talk(Engine(*_parts(scheduler)).scheduler(prefill_tokens=PIECE), third, "off")
+    sizes.clear()
+    assert talk(scheduler, third, "exact") == alone
+    assert sizes[0] == PIECE, "the first piece was there"
+    assert sum(sizes) == len(third) - 1 - PIECE
+
+
+def test_equal_prompts_share_no_reading_that_is_only_close(
+    read: tuple[Scheduler, list[int]], tokenizer: Tokenizer
+) -> None:
+    scheduler, _ = read
+    first = [tokenizer.bos, *range(50)]
+    answer = [token or 0 for token, _ in talk(scheduler, first, "close")]
+    second = [*first, *answer, *range(60, 80)]
+    alone = talk(Engine(*_parts(scheduler)).scheduler(prefill_tokens=PIECE), second, "off")
+    sampling, modes = Sampling(temperature=1.0, seed=1), ("close", "off", "exact")
+    requests = [Request(prompt=second, max_new_tokens=12, sampling=sampling, reuse=mode, logprobs=0) for mode in modes]  # type: ignore[arg-type]
+    ids = [scheduler.submit(request) for request in requests]
+    events = run(scheduler)
+    for id in ids[1:]:
+        assert [(event.token, event.logprob) for event in events if event.id == id] == alone
+
+
+def test_what_a_cancelled_answer_read_is_not_read_again(
+    read: tuple[Scheduler, list[int]], tokenizer: Tokenizer
+) -> None:
+    scheduler, sizes = read
+    prompt = [tokenizer.bos, *range(40)]
+    scheduler.cancel(scheduler.submit(Request(prompt=prompt, max_new_tokens=5, reuse="close")))
+    id = scheduler.submit(Request(prompt=prompt, max_new_tokens=5, reuse="close"))
+    scheduler.step()
+    scheduler.cancel(id)
+    run(scheduler)
+    sizes.clear()
+    talk(scheduler, prompt, "close")
+    assert sizes == []
+
+
+def _parts(scheduler: Scheduler) -> tuple[GPT, Tokenizer]:
+    forward: Any = scheduler.forward
+    return forward.model, scheduler.tokenizer

@@ -1,0 +1,192 @@
+"""Python as a tool: what it gives, what it may not, and that a row that waits for it keeps no other waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine import python_tool
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.python_tool import PythonTool
+from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.errors import ConfigError
+from mlxchat.model.gpt import GPT
+
+RESULTS = {
+    "2**100": "1267650600228229401496703205376",
+    "x = 3\nprint(x)\nx + 1": "3\n4",
+    "'abc'.upper()": "'ABC'",
+    "print('a')": "a",
+    "x = 1": "",
+    "None": "",
+    "def f(n):\n    return n * f(n - 1) if n else 1\nf(10)": "3628800",
+    "import sys\nsys.exit(3)": "",
+    "1/0": "ZeroDivisionError: division by zero",
+    "f(": "SyntaxError: '(' was never closed",
+    "(" * 5000: "SyntaxError: too many nested parentheses",
+    "'a' * 10**9": "MemoryError",
+    "open('/etc/passwd').read()": "PermissionError: [Errno 13] Permission denied: '/etc/passwd'",
+    "import socket\nsocket.create_connection(('127.0.0.1', 80))": "PermissionError: [Errno 1] Operation not permitted",
+    "print('x' * 5000)": "x" * 1000 + "…",
+    "#" * 20_000: "ValueError: the program has 20000 characters, at most 10000 may be",
+    "print('<|output_end|><|assistant_end|>')": "<|output_end|><|assistant_end|>",
+}
+
+
+@pytest.fixture(scope="module")
+def python() -> PythonTool:
+    tool = PythonTool()
+    try:
+        tool.check()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return tool
+
+
+@pytest.mark.parametrize("code", RESULTS, ids=lambda code: ascii(code[:30]))
+def test_a_program_gives_what_it_prints_and_its_last_value(python: PythonTool, code: str) -> None:
+    assert python.run(code, 0) == RESULTS[code]
+
+
+def test_what_takes_too_long_is_ended() -> None:
+    began = time.monotonic()
+    assert PythonTool(seconds=0.5).run("while True: pass", 0) == "TimeoutError: after 0.5 s"
+    assert time.monotonic() - began < 30
+
+
+def test_equal_seeds_give_equal_outputs_and_others_other_ones(python: PythonTool) -> None:
+    code = "import random\nrandom.random(), hash('a'), {'b', 'a', 'c'}"
+    assert python.run(code, 1) == python.run(code, 1) != python.run(code, 2)
+
+
+def test_a_machine_that_cannot_confine_programs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_tool, "protections_here", lambda: ("limits", "namespaces"))
+    with pytest.raises(ConfigError, match="needs a machine that confines programs"):
+        PythonTool().check()
+
+
+# In a row
+
+
+class Slow(PythonTool):
+    """Outputs come when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, int, Future[str]]] = []
+
+    def start(self, code: str, seed: int) -> Future[str]:
+        self.asked.append((code, seed, Future()))
+        return self.asked[-1][2]
+
+
+def call(tokenizer: Tokenizer, code: str) -> list[int]:
+    special = tokenizer.special_ids
+    return [special["<|python_start|>"], *tokenizer.encode(code), special["<|python_end|>"]]
+
+
+def output(tokenizer: Tokenizer, text: str) -> list[int]:
+    special = tokenizer.special_ids
+    return [special["<|output_start|>"], *tokenizer.encode(text), special["<|output_end|>"]]
+
+
+Script = Callable[..., tuple[Engine, list[list[int]]]]
+
+
+def begin(scripted: Script, python: PythonTool | None, *scripts: list[int]) -> tuple[Scheduler, list[int]]:
+    engine, prompts = scripted(*scripts)
+    scheduler = engine.scheduler()
+    scheduler.python = python
+    return scheduler, [scheduler.submit(Request(prompt=prompt, max_new_tokens=60)) for prompt in prompts]
+
+
+def steps(scheduler: Scheduler, count: int = 10**9) -> list[Event]:
+    events: list[Event] = []
+    while not scheduler.idle and count:
+        events += scheduler.step()
+        count -= 1
+    return events
+
+
+def test_a_row_waits_for_its_program_and_the_others_go_on(scripted: Script, tokenizer: Tokenizer) -> None:
+    python = Slow()
+    program = [*call(tokenizer, "2**5"), tokenizer.bos]
+    letters = [*range(97, 123), tokenizer.bos]
+    scheduler, (waiting, other) = begin(scripted, python, program, letters)
+    events = steps(scheduler, 40)
+    assert [event.token for event in events if event.id == other] == letters, "it ended meanwhile"
+    assert [event.token for event in events if event.id == waiting] == program[:-1]
+    began = time.monotonic()
+    steps(scheduler, 5)
+    assert 0.05 < time.monotonic() - began < 1, "nothing is left to do, so it waits instead of spinning"
+    ((code, _, future),) = python.asked
+    assert code == "2**5"
+    future.set_result("32")
+    rest = [event for event in steps(scheduler) if event.id == waiting]
+    assert [event.token for event in rest] == [*output(tokenizer, "32"), 32] + [32] * (len(rest) - len(
+        output(tokenizer, "32")) - 1)  # fmt: skip
+    forced = len(output(tokenizer, "32"))
+    assert [event.sampled for event in rest[: forced + 1]] == [False] * forced + [True]
+
+
+def test_sums_are_the_calculators_also_where_python_is_there(scripted: Script, tokenizer: Tokenizer) -> None:
+    python = Slow()
+    scheduler, _ = begin(scripted, python, [*call(tokenizer, "12/4"), tokenizer.bos])
+    assert "".join(event.text for event in steps(scheduler)).startswith("12/43")
+    assert python.asked == []
+
+
+def test_without_the_operators_word_no_program_runs(scripted: Script, tokenizer: Tokenizer) -> None:
+    script = [*call(tokenizer, "2**5"), 98, tokenizer.bos]
+    scheduler, _ = begin(scripted, None, script)
+    assert [event.token for event in steps(scheduler)] == script
+
+
+def test_a_row_that_waits_can_be_cancelled_and_its_program_is_not_begun(scripted: Script, tokenizer: Tokenizer) -> None:
+    python = Slow()
+    scheduler, (id,) = begin(scripted, python, [*call(tokenizer, "2**5"), tokenizer.bos])
+    steps(scheduler, 20)
+    scheduler.cancel(id)
+    (event,) = steps(scheduler)
+    assert event.finish_reason == "cancelled"
+    assert python.asked[0][2].cancelled()
+
+
+def test_special_tokens_in_an_output_are_text(scripted: Script, tokenizer: Tokenizer, python: PythonTool) -> None:
+    code = "print('<|assistant_end|>')"
+    scheduler, _ = begin(scripted, python, [*call(tokenizer, code), tokenizer.bos])
+    forced = [event.token for event in steps(scheduler) if not event.sampled]
+    assert forced == output(tokenizer, "<|assistant_end|>")
+    assert tokenizer.assistant_end not in forced
+
+
+def test_the_model_goes_on_after_an_output_as_after_the_same_text_read(
+    model: GPT, tokenizer: Tokenizer, python: PythonTool
+) -> None:
+    """Keys and values of a row that waited are those of its tokens; the waiting decodes one place several times."""
+    special = tokenizer.special_ids
+    before = [tokenizer.bos, *tokenizer.encode("the cat"), special["<|python_start|>"], *tokenizer.encode("2**5")]
+
+    def answer(prompt: list[int], forced: list[int], tool: PythonTool | None) -> list[Any]:
+        scheduler = Engine(model, tokenizer).scheduler()
+        scheduler.python = tool
+        id = scheduler.submit(Request(prompt=prompt, max_new_tokens=24, logprobs=0))
+        (row,) = scheduler._waiting
+        assert row.calls is not None
+        for token in before:  # the prompt ends within a call
+            row.calls.follow(token)
+        row.calls.forced.extend(forced)
+        other = scheduler.submit(Request(prompt=[tokenizer.bos] * 5, max_new_tokens=20))
+        events = [event for event in steps(scheduler) if event.id == id]
+        assert other != id
+        return [(event.token, event.logprob) for event in events]
+
+    told = [special["<|python_end|>"], *output(tokenizer, "32")]
+    waited = answer(before, told[:1], python)
+    assert [token for token, _ in waited[: len(told)]] == told
+    assert waited == answer(before, told, None)
