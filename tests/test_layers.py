@@ -35,6 +35,7 @@ LAYERS = [
     {"hub"},
     {"data", "tasks"},
     {"model"},
+    {"interop"},
     {"optim", "engine"},
     {"evals"},
     {"training"},
@@ -50,6 +51,7 @@ LAYERS = [
         "terminal_chat",
         "terminal_input",
         "serve",
+        "distill",
     },
     {"commands", "sweep", "cli"},
 ]

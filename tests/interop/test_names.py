@@ -1,0 +1,54 @@
+"""The map of names and sizes agrees with the model that it names the parts of."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlxchat.errors import DataError
+from mlxchat.interop import names
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters
+
+META = {"sequence_len": 256, "vocab_size": 1000, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 64}
+LATER = ["value_embeds.0.weight", "resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"]
+
+
+def sizes_of(later: bool) -> GPTSizes:
+    return names.sizes_from_nanochat({**META, **({"window_pattern": "SSSL"} if later else {})}, LATER * later, "x")
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_the_expected_shapes_are_those_of_the_model(later: bool) -> None:
+    made = {name: tuple(value.shape) for name, value in flatten_parameters(GPT(sizes_of(later))).items()}
+    assert names.expected_shapes(sizes_of(later)) == made
+
+
+def test_every_parameter_of_october_2025_has_a_name_at_hugging_face_and_back() -> None:
+    ours = names.expected_shapes(sizes_of(False))
+    theirs = {name: names.hf_from_ours(name) for name in ours}
+    assert theirs["transformer.h.2.attn.c_proj.weight"] == "model.layers.2.self_attn.o_proj.weight"
+    assert {names.ours_from_hf(name) for name in theirs.values()} == ours.keys()
+    assert len(set(theirs.values())) == len(ours)
+
+
+def test_july_2026_has_no_name_at_hugging_face() -> None:
+    with pytest.raises(DataError, match="resid_lambdas"):
+        names.hf_from_ours("resid_lambdas")
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_sizes_come_back_from_nanochats_own_words(later: bool) -> None:
+    words = names.nanochat_from_sizes(sizes_of(later))
+    assert names.sizes_from_nanochat(words, LATER * later, "x") == sizes_of(later)
+    assert ("window_pattern" in words) == later
+
+
+def test_a_model_between_the_two_is_refused() -> None:
+    with pytest.raises(DataError, match="between October 2025 and July 2026"):
+        names.sizes_from_nanochat(META, ["resid_lambdas", "x0_lambdas"], "model_000001.pt")
+
+
+def test_all_sizes_that_are_wrong_are_named_together() -> None:
+    with pytest.raises(DataError, match=r"n_layer is None, n_head is 0"):
+        names.sizes_from_nanochat({**META, "n_layer": None, "n_head": 0}, [], "meta")
