@@ -105,11 +105,14 @@ def log_probability(logits: Array, token: int, most: int) -> tuple[float, list[t
 def _best(logits: Array, count: int) -> Array:
     """Return the ids of the `count` largest, in order of ids."""
     blocks = len(logits) // _BLOCK
-    candidates = np.arange(len(logits)) if blocks < 2 * count else None
-    if candidates is None:
+    if blocks < 2 * count:
+        bound = np.partition(logits, len(logits) - count)[len(logits) - count]
+    else:
         tops = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
         bound = np.partition(tops, blocks - count)[blocks - count]
-        candidates = np.flatnonzero(logits >= bound)
+    candidates = np.flatnonzero(logits >= bound)
+    if len(candidates) < count:  # NaN, which a partition takes for the largest, and a sort for the least
+        candidates = np.arange(len(logits))
     order = np.argsort(-logits[candidates], kind="stable")[:count]
     return np.sort(candidates[order])
 
