@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def brief(conversation, answer): return len(answer) <= LIMIT\n"
         "def lost(conversation, answer): return float('nan')\n"
         "def broken(conversation, answer): raise KeyError('no such thing')\n"
+        "def gone(conversation, answer): raise SystemExit(0)\n"
+        "def worded(conversation, answer): return '0.5'\n"
+        "def silent(conversation, answer): pass\n"
+        "def slow(conversation, answer):\n"
+        "    while True:\n"
+        "        try:\n"
+        "            while True: pass\n"
+        "        except Exception: pass\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, file.stem, raising=False)
@@ -65,11 +74,56 @@ def test_a_function_of_the_users_folder_judges(functions: Path) -> None:
     assert [judge("abc", own=part)[0], judge("abcd", own=part)[0]] == [3.0, 0.0]
 
 
-@pytest.mark.parametrize(("name", "said"), [("lost", "returned nan"), ("broken", "raised KeyError")])
-def test_a_function_that_gives_no_number_ends_the_step_and_is_named(functions: Path, name: str, said: str) -> None:
-    part = RewardConfig(kind="function", function=f"judging_of_tests:{name}")
-    with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {said}"):
-        judge("abc", own=part)
+FAILURES = {
+    "lost": "returned nan, expected a finite number",
+    "broken": r"raised KeyError: 'no such thing' \(judging_of_tests.py, line 4\)",
+    "gone": "raised SystemExit: 0",
+    "worded": "returned '0.5', a str, expected a number",
+    "silent": "returned None, a NoneType, expected a number",
+    "slow": "took longer than rl.rewards.own.timeout_seconds=0.05",
+}
+
+
+def function(name: str, **settings: Any) -> RewardConfig:
+    return RewardConfig(kind="function", function=f"judging_of_tests:{name}", timeout_seconds=0.05, **settings)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_function_that_gives_no_number_in_time_ends_the_step_and_is_named(functions: Path, name: str) -> None:
+    with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {FAILURES[name]}") as raised:
+        judge("abc", own=function(name))
+    assert "The answer was 'abc'." in str(raised.value)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_with_a_value_for_failures_it_goes_on_and_they_are_counted(functions: Path, name: str) -> None:
+    reward = Reward(Sums(), {"own": function(name, failure_value=-0.5, weight=2.0)})  # type: ignore[arg-type]
+    answers = [Answer(conversation=RIGHT, text=text, num_tokens=1) for text in ("abc", "4")]
+    assert [reward(answer) for answer in answers] == [(-1.0, {"own": -0.5})] * 2
+    assert [reward.failures(), reward.failures()] == [{"own": 2}, {"own": 0}]
+
+
+def test_what_always_fails_fails_at_the_datas_own_answer(functions: Path) -> None:
+    for parts in ({"right": RewardConfig(kind="exact")}, {"own": function("brief")}):
+        Reward(Sums(), parts).try_out(RIGHT)  # type: ignore[arg-type]
+    with pytest.raises(StepFailed, match=r"The answer was '4'\."):
+        Reward(Sums(), {"own": function("worded")}).try_out(RIGHT)  # type: ignore[arg-type]
+
+
+def test_a_bound_on_a_functions_time_leaves_anothers_alarm_alone(functions: Path) -> None:
+    """Such as the one that ends a step after its time limit."""
+    rung: list[int] = []
+    former = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+    try:
+        functions.write_text("import os, signal\ndef rings(*_): os.kill(os.getpid(), signal.SIGALRM); return 1\n")
+        part = RewardConfig(kind="function", function="judging_of_tests:rings", timeout_seconds=30)
+        assert judge("abc", own=part)[0] == 1.0
+        assert rung == [signal.SIGALRM]
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        signal.raise_signal(signal.SIGALRM)
+        assert len(rung) == 2
+    finally:
+        signal.signal(signal.SIGALRM, former)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +135,8 @@ def test_a_function_that_gives_no_number_ends_the_step_and_is_named(functions: P
         ("{kind: format, pattern: '('}", "is no regular expression"),
         ("{kind: length, free_tokens: 9, most_tokens: 9}", "expected 0 <= free < most"),
         ("{kind: exat}", 'Did you mean "exact"'),
+        ("{kind: function, function: 'judging_of_tests:brief', timeout_seconds: 0}", "expected more than 0"),
+        ("{kind: function, function: 'judging_of_tests:brief', failure_value: inf}", "expected a finite number"),
     ],
 )
 def test_a_part_that_cannot_be_is_told_before_anything_runs(functions: Path, part: str, said: str) -> None:

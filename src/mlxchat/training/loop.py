@@ -157,6 +157,11 @@ def fit(
             except Interrupted:  # while text was encoded, which the loop waited for
                 save()
                 raise
+            except StepFailed as error:  # a reward, say, that the user's code should have given
+                save()
+                raise StepFailed(
+                    f"{error}\nWhat was trained until iteration {done} of {num_iterations} is saved."
+                ) from error
             waited = batches.waited_seconds - waited
             rates = rates_at(done, num_iterations, schedule, optimizer.config)
             loss, norm = step(batch, rates, done)

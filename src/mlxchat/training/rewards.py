@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mlxchat.config import RewardConfig
-from mlxchat.errors import StepFailed
-from mlxchat.tasks.base import Task
-from mlxchat.user_function import load_function
+from mlxchat.tasks.base import Task, answer_text
+from mlxchat.training.user_reward import UserReward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +36,46 @@ class Reward:
             ConfigError: one cannot be imported.
         """
         self._weights = {name: part.weight for name, part in parts.items()}
-        self._parts = {name: _part(name, part, task) for name, part in parts.items()}
+        self._functions = {name: UserReward(name, part) for name, part in parts.items() if part.kind == "function"}
+        self._parts = {
+            name: _judge(self._functions[name]) if name in self._functions else _part(part, task)
+            for name, part in parts.items()
+        }
         self._task = task
 
     def __call__(self, answer: Answer) -> tuple[float, dict[str, float]]:
         """Return the reward and the value of each part, without its weight.
 
         Raises:
-            StepFailed: a function raised an error or returned something else than a finite number.
+            StepFailed: a function raised an error, took too long or returned something else than a finite number.
         """
         if not self._parts:
             return self._task.reward(answer.conversation, answer.text), {}
         values = {name: part(answer) for name, part in self._parts.items()}
         return sum(self._weights[name] * value for name, value in values.items()), values
 
+    def try_out(self, conversation: dict[str, Any]) -> None:
+        """Call the functions with a question and its own answer, so that what fails always fails before the work.
 
-def _part(name: str, part: RewardConfig, task: Task) -> Part:
+        Raises:
+            StepFailed: as when answers are judged.
+        """
+        for function in self._functions.values():
+            function(conversation, answer_text(conversation))
+
+    def failures(self) -> dict[str, int]:
+        """Return for each function with a failure_value how often that stood in for it since this was last asked."""
+        counts = {name: function.failures for name, function in self._functions.items()}
+        for function in self._functions.values():
+            function.failures = 0
+        return counts
+
+
+def _judge(function: UserReward) -> Part:
+    return lambda answer: function(answer.conversation, answer.text)
+
+
+def _part(part: RewardConfig, task: Task) -> Part:
     if part.kind == "format":
         assert part.pattern is not None, "validation asks for it"
         pattern = re.compile(part.pattern, re.DOTALL)
@@ -63,27 +85,9 @@ def _part(name: str, part: RewardConfig, task: Task) -> Part:
         assert part.most_tokens is not None, "validation asks for it"
         free, most = part.free_tokens, part.most_tokens
         return lambda answer: overlong_penalty(answer.num_tokens, free_tokens=free, most_tokens=most)
-    if part.kind == "function":
-        assert part.function is not None, "validation asks for it"
-        function, label = load_function(part.function), f"rl.rewards.{name}: {part.function}"
-        return lambda answer: _call(function, label, answer)
     return lambda answer: task.reward(answer.conversation, answer.text)
 
 
 def overlong_penalty(num_tokens: int, *, free_tokens: int, most_tokens: int) -> float:
     """Return 0 up to `free_tokens`, −1 from `most_tokens` on, evenly falling between (arXiv 2503.14476, eq. 13)."""
     return -min(1.0, max(0, num_tokens - free_tokens) / (most_tokens - free_tokens))
-
-
-def _call(function: Callable[..., Any], label: str, answer: Answer) -> float:
-    try:
-        value = function(answer.conversation, answer.text)
-    except Exception as error:  # the user's code may raise anything
-        raise StepFailed(f"{label} raised {type(error).__name__}: {error}\nof the answer {answer.text!r}") from error
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise StepFailed(f"{label} returned {value!r}, expected a finite number, of the answer {answer.text!r}")
-    return number
