@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from mlxchat.data.conversation import Conversation, render_for_completion
 from mlxchat.engine.generate import Engine
+from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.errors import ConfigError, DataError, suggest
@@ -50,6 +51,8 @@ class Chat:
     """Whether it is a base model, which was never taught to converse: it continues what it is given."""
     system: str | None = None
     top_p: float | None = None
+    python: PythonTool | None = None
+    """Runs the programs that the model calls; None: sums alone are answered."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: str | None = None
     """What a base model continued last."""
@@ -58,7 +61,7 @@ class Chat:
     @classmethod
     def load(
         cls, folder: Path, *, temperature: float, top_k: int | None, max_tokens: int, seed: int,
-        system: str | None = None, top_p: float | None = None,
+        system: str | None = None, top_p: float | None = None, python: PythonTool | None = None,
     ) -> Chat:  # fmt: skip
         """Load a checkpoint artifact.
 
@@ -75,7 +78,16 @@ class Chat:
         if continues and system:
             raise ConfigError(f"{folder.name} was only pretrained: it continues text and knows no system prompt")
         return cls(
-            Engine(model, tokenizer), folder.name, temperature, top_k, max_tokens, seed, continues, system, top_p
+            Engine(model, tokenizer),
+            folder.name,
+            temperature,
+            top_k,
+            max_tokens,
+            seed,
+            continues,
+            system,
+            top_p,
+            python,
         )
 
     def answer_once(self, prompt: str) -> None:
@@ -143,6 +155,7 @@ class Chat:
         """Print what comes after a prompt, as it comes; Ctrl-C ends it there."""
         if self._scheduler is None:
             self._scheduler = self.engine.scheduler(max_rows=1)
+            self._scheduler.python = self.python
         scheduler = self._scheduler
         self.seed += 1
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import make_parser, outputs_folder
 from mlxchat.errors import StoreError
 from mlxchat.runner.store import Store, read_manifest
+
+if TYPE_CHECKING:
+    from mlxchat.engine.python_tool import PythonTool
+
+PYTHON_TOOL = "run the Python that the model calls, confined (off: sums and .count alone are answered)"
 
 
 def main(arguments: list[str]) -> int:
@@ -20,6 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--system", metavar="TEXT", help="what stands before the conversation")
     parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--python-tool", action="store_true", help=PYTHON_TOOL)
     options = parser.parse_intermixed_args(arguments)
     place = find_model(Store(outputs_folder(options.settings)), options.model)
 
@@ -33,12 +40,26 @@ def main(arguments: list[str]) -> int:
         seed=options.seed,
         system=options.system,
         top_p=options.top_p,
+        python=python_tool() if options.python_tool else None,
     )
     if options.prompt is not None:
         chat.answer_once(options.prompt)
     else:
         chat.converse()
     return 0
+
+
+def python_tool() -> PythonTool:
+    """Return what runs the programs of answers.
+
+    Raises:
+        ConfigError: this machine cannot confine them.
+    """
+    from mlxchat.engine.python_tool import PythonTool
+
+    tool = PythonTool()
+    tool.check()
+    return tool
 
 
 def find_model(store: Store, name: str | None) -> Path:

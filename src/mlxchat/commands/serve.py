@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from mlxchat.commands.arguments import Parser, make_naming_parser, take_names
-from mlxchat.commands.chat import find_model
+from mlxchat.commands.chat import PYTHON_TOOL, find_model, python_tool
 from mlxchat.errors import ConfigError
 from mlxchat.runner.store import Store
 
@@ -15,6 +16,7 @@ _LIMITS = {
     "max-message-chars": "characters of a message", "max-conversation-chars": "characters of a conversation",
     "max-choices": "answers to one request", "max-rows": "answers computed at a time",
     "max-queue": "answers that wait; more are refused with 429", "max-models": "models in memory",
+    "kept-tokens": "tokens of conversations that are not read again with their next turn (default: 8192; 0: none)",
 }  # fmt: skip
 
 
@@ -54,7 +56,8 @@ def main(arguments: list[str]) -> int:
     models = Models(store, place)
     read_model(models.find(None).folder)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
-    service = Service(models, Worker(limits, load_scheduler), limits, defaults)
+    python = python_tool() if options.python_tool else None
+    service = Service(models, Worker(limits, partial(load_scheduler, python=python)), limits, defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
     return run_server(
         app, options.host, options.port, name=place.name, key_needed=key is not None,
@@ -75,6 +78,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--grace-seconds", type=int, default=30, metavar="N", help="to finish answers when asked to stop (default: 30)"
     )
+    parser.add_argument("--python-tool", action="store_true", help=PYTHON_TOOL)
     parser.add_argument("--log-requests", action="store_true", help="a line per request, never what was said")
     for name, meaning in _LIMITS.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)

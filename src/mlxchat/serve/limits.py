@@ -27,10 +27,13 @@ class Limits:
     """Answers that wait for a row; further requests are refused with 429."""
     max_models: int = 2
     """Models in memory; the one that was used longest ago goes."""
+    kept_tokens: int = 8192
+    """Tokens of earlier conversations whose keys and values are kept for their next turns, for each model; 0: none."""
 
     def __post_init__(self) -> None:
         """Refuse what no server could keep to."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < (0 if field.name == "max_queue" else 1):
-                raise ConfigError(f"--{field.name.replace('_', '-')} is {value}, expected at least 1")
+            least = 0 if field.name in ("max_queue", "kept_tokens") else 1
+            if value < least:
+                raise ConfigError(f"--{field.name.replace('_', '-')} is {value}, expected at least {least}")

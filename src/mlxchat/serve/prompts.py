@@ -80,6 +80,9 @@ def requests_for(
         raise Fault("stop takes at most 16 strings of at most 200 characters", param="stop")
     first = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
     top_k = defaults.top_k if body.top_k is None else body.top_k or None
+    temperature = defaults.temperature if body.temperature is None else body.temperature
+    # What can be asked for again gets the same bits again, whatever was asked before.
+    repeatable = body.seed is not None or temperature == 0 or body.n > 1
     found = []
     for prompt in prompts:
         room = model.context_tokens - len(prompt)
@@ -91,7 +94,7 @@ def requests_for(
             )  # fmt: skip
         for choice in range(body.n):
             sampling = Sampling(
-                temperature=defaults.temperature if body.temperature is None else body.temperature,
+                temperature=temperature,
                 top_k=top_k,
                 top_p=body.top_p,
                 min_p=body.min_p or None,
@@ -101,9 +104,10 @@ def requests_for(
             most = min(max_tokens or limits.max_tokens, limits.max_tokens, room)
             found.append(
                 Request(
-                    prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, tools=tools, logprobs=logprobs
+                    prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, tools=tools, logprobs=logprobs,
+                    reuse="exact" if repeatable else "close",
                 )
-            )
+            )  # fmt: skip
     return found
 
 

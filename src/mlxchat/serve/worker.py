@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
@@ -258,10 +259,12 @@ class Worker:
             self._loop.call_soon_threadsafe(function)
 
 
-def load_scheduler(model: Model, limits: Limits) -> Scheduler:
-    """Load a model's weights and return what computes with it."""
+def load_scheduler(model: Model, limits: Limits, *, python: PythonTool | None = None) -> Scheduler:
+    """Load a model's weights and return what computes with it; `python` runs calls that are no sums."""
     from mlxchat.engine.generate import Engine
     from mlxchat.model.checkpoint import load_checkpoint
 
     weights, tokenizer, _ = load_checkpoint(model.folder)
-    return Engine(weights, tokenizer).scheduler(max_rows=limits.max_rows)
+    scheduler = Engine(weights, tokenizer).scheduler(max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
+    scheduler.python = python
+    return scheduler
