@@ -19,6 +19,7 @@ from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.best import Best
+from mlxchat.training.estimates import core_hooks, train_text_hooks
 from mlxchat.training.horizon import derive_hyperparameters, derive_numbers, reference_sizes
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
@@ -103,7 +104,9 @@ def run(ctx: Context) -> None:
             schedule=config.schedule,
             hooks=[
                 Hook(run=validate, every=config.eval_every, also_every=best.every if best is not None else None),
+                *core_hooks(ctx, config, model, tokenizer),
                 Hook(run=sample, every=config.sample_every),
+                *train_text_hooks(ctx, config, model, tokenizer, lambda count: take_rows(read_rows("train"), count)),
             ],
             micro_tokens=micro_batch.tokens,
             extends=ctx.inputs.get("extends"),

@@ -40,7 +40,7 @@ LAYERS = [
     {"evals"},
     {"training"},
     {"bench"},
-    {"rl_problems"},
+    {"number_problems", "rl_problems"},
     {
         "validation",
         "misspelling",

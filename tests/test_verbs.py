@@ -117,7 +117,7 @@ def test_verify_finds_a_flipped_bit_a_missing_and_a_strange_file(two: Any, say: 
     assert f"{second.name}  result.txt is missing" in text
     assert f"{second.name}  other.txt is no part of it" in text
     assert list(json.loads(say("verify", "second", "--json", code=1))["faults"]) == [second.name]
-    assert say("verify", "run1/first").startswith("1 artifacts are right")
+    assert say("verify", "run1/first").startswith("1 artifact is right")
 
 
 def test_verify_finds_any_flipped_bit_of_a_manifest(two: Any, say: Say) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mlxchat.bench_config import BenchConfig as BenchConfig
+from mlxchat.eval_config import CoreConfig as CoreConfig
 from mlxchat.eval_config import EvalConfig as EvalConfig
 from mlxchat.eval_config import OutsideConfig as OutsideConfig
 from mlxchat.execution_config import HooksConfig as HooksConfig
@@ -108,6 +109,14 @@ class PretrainConfig:
     continues from the last."""
     keep_every: int | None = field(default=MISSING, metadata={"since_default": None})
     """Iterations between candidates of keep=best; null: a twentieth of all."""
+    core: CoreConfig | None = field(default=None, metadata={"identity": False})
+    """CORE to estimate while training, as eval.core says what it is; null: it is not."""
+    core_every: int | None = field(default=MISSING, metadata={"identity": False})
+    """Iterations between estimates; null: only at the end."""
+    core_max_per_task: int | None = field(default=MISSING, metadata={"identity": False})
+    """Examples of each task that an estimate is of, at most; null: as many as core.max_per_task allows."""
+    train_bpb_tokens: int | None = field(default=MISSING, metadata={"identity": False})
+    """Tokens of training text whose bits per byte are measured at the end; null: they are not."""
     sample_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between samples; null: only at the end."""
     sample_temperature: float = field(default=MISSING, metadata={"identity": False})
@@ -145,6 +154,14 @@ class FinetuneConfig:
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
     """Tokens of each validation."""
+    suite: dict[str, TaskItem] = field(default=MISSING, metadata={"identity": False})
+    """Tasks whose accuracy is looked at while training; empty: none is. Generated answers are greedy."""
+    suite_every: int | None = field(default=MISSING, metadata={"identity": False})
+    """Iterations between looks at the suite; null: only at the end."""
+    suite_max_new_tokens: int = field(default=MISSING, metadata={"identity": False})
+    """Longest generated answer."""
+    suite_batch_rows: int = field(default=MISSING, metadata={"identity": False})
+    """Answers generated at a time."""
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,9 @@ from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
 from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import suggest
+from mlxchat.number_problems import find_range_problems, find_zeros
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.rl_problems import find_rl_problems
-from mlxchat.runner.fingerprint import plain_of
-from mlxchat.runner.plan import flatten_config
 from mlxchat.tasks.items import find_item_problems
 
 _POLAR_EXPRESS_ITERATIONS = 5
@@ -31,12 +29,12 @@ def find_problems(config: Config) -> list[str]:
         *_finetune("sft", config.sft, config),
         *_schedule("rl", config.rl.schedule),
         *find_rl_problems(config.rl),
-        *find_item_problems("suite", config.suite, training=False),
+        *(find_item_problems("suite", config.suite, training=False) if config.suite else ()),
         *_eval(config),
-        *_at_least_one(config),
+        *find_zeros(config),
         *_optimizer(config.optimizer),
         *_sweep(config),
-        *_numbers(config),
+        *find_range_problems(config),
         *_execution(config),
     ]
 
@@ -161,6 +159,8 @@ def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[s
     yield from _schedule(name, finetune.schedule)
     yield from find_item_problems(f"{name}.mixture", finetune.mixture, training=True)
     yield from find_item_problems(f"{name}.validation", finetune.validation, training=False)
+    if finetune.suite:
+        yield from find_item_problems(f"{name}.suite", finetune.suite, training=False)
     if finetune.num_epochs < 1:
         yield f"{name}.num_epochs is {finetune.num_epochs}, expected at least 1"
     for step, wiring in config.pipeline.items():
@@ -243,26 +243,6 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
                 yield f"optimizer.scaling.{key} is {getattr(optimizer.scaling, key)}, expected at least 1"
 
 
-def _numbers(config: Config) -> Iterator[str]:
-    """Check the ranges of plain numbers, and that none is infinite or no number at all."""
-    machine = config.machine
-    factor = config.training.norm_warning_factor
-    if factor is not None and not factor > 1:
-        yield f"training.norm_warning_factor is {factor}, expected more than 1, or null for no warnings"
-    for key in ("memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes"):
-        if (limit := getattr(machine, key)) is not None and limit < 0:
-            yield f"machine.{key} is {limit}, expected at least 0, or null for MLX's own"
-    if machine.checkpoint_seconds < 0:
-        yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
-    if config.bench.warmup_steps < 0:
-        yield f"bench.warmup_steps is {config.bench.warmup_steps}, expected at least 0"
-    if machine.prefetch_batches < 0:
-        yield f"machine.prefetch_batches is {machine.prefetch_batches}, expected at least 0 (no batch made ahead)"
-    for key, value in flatten_config(plain_of(config)).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{key} is {value}, expected a number"
-
-
 def _eval(config: Config) -> Iterator[str]:
     temperature, core = config.eval.temperature, config.eval.core
     if temperature is not None and temperature < 0:
@@ -278,55 +258,6 @@ def _eval(config: Config) -> Iterator[str]:
         yield "eval.core.tasks is empty: name tasks, or null for all"
     if config.outside.path is None and any(step.get("stage") == "outside" for step in config.pipeline.values()):
         yield "outside.path is null, but the pipeline evaluates a model of another make: outside.path=FOLDER"
-
-
-def _at_least_one(config: Config) -> Iterator[str]:
-    """Check counts that would silently do nothing at zero."""
-    for key in (
-        "model.context_tokens",
-        "corpus.validation_documents",
-        "corpus.shard_documents",
-        "corpus.row_group_documents",
-        "tokenizer.max_chars",
-        "tokenizer.document_chars",
-        "pretrain.packing_buffer_documents",
-        "pretrain.eval_tokens",
-        "pretrain.eval_every",
-        "pretrain.keep_every",
-        "pretrain.sample_every",
-        "pretrain.sample_top_k",
-        "midtrain.num_iterations",
-        "midtrain.eval_every",
-        "sft.num_iterations",
-        "sft.eval_every",
-        "rl.num_iterations",
-        "rl.questions_per_iteration",
-        "rl.max_new_tokens",
-        "rl.eval_samples",
-        "rl.eval_every",
-        "rl.minibatches_per_rollout",
-        "rl.passes_per_rollout",
-        "rl.entropy_every",
-        "training.max_skipped_in_a_row",
-        "eval.batch_rows",
-        "outside.context_tokens",
-        "eval.seeds",
-        "eval.top_k",
-        "eval.max_new_tokens",
-        "machine.device_batch_tokens",
-        "machine.blas_threads",
-        "machine.log_every",
-        "bench.vocab_size",
-        "bench.batch_rows",
-        "bench.chars",
-        "bench.row_tokens",
-        "bench.steps",
-        "bench.core_examples",
-    ):
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        if value is not None and value < 1:
-            yield f"{key} is {value}, expected at least 1"
 
 
 def _sweep(config: Config) -> Iterator[str]:

@@ -35,11 +35,26 @@ NOT_IDENTITY = {
     "pretrain.extend",  # names an artifact, whose id is an input instead (tests/test_extend.py)
     "pretrain.save_training_state",
     "pretrain.eval_every",
+    "pretrain.core.bundle",  # CORE is only looked at there
+    "pretrain.core.sha256",
+    "pretrain.core.max_per_task",
+    "pretrain.core.tasks",
+    "pretrain.core_every",
+    "pretrain.core_max_per_task",
+    "pretrain.train_bpb_tokens",
     "pretrain.sample_every",
     "pretrain.sample_temperature",
     "pretrain.sample_top_k",
     "midtrain.eval_every",
+    "midtrain.suite",
+    "midtrain.suite_every",
+    "midtrain.suite_max_new_tokens",
+    "midtrain.suite_batch_rows",
     "sft.eval_every",
+    "sft.suite",
+    "sft.suite_every",
+    "sft.suite_max_new_tokens",
+    "sft.suite_batch_rows",
     "rl.entropy_every",
     "rl.eval_every",
     "rl.rollouts_kept",
@@ -241,12 +256,28 @@ def test_an_excluded_field_changes_no_id(path: str) -> None:
 
 
 def test_the_excluded_fields_are_those_listed_here() -> None:
-    marked = set()
-    for path, holder, name in leaves(full_config(), ""):
-        metadata = {item.name: item.metadata for item in fields(holder)} if is_dataclass(holder) else {}
-        if metadata.get(name, {}).get("identity") is False:
-            marked.add(path)
-    assert marked == NOT_IDENTITY
+    def is_marked(path: str) -> bool:
+        section: Any = full_config()
+        for name in path.split("."):
+            metadata = {item.name: item.metadata for item in fields(section)} if is_dataclass(section) else {}
+            if metadata.get(name, {}).get("identity") is False:
+                return True
+            section = section[name] if isinstance(section, dict) else getattr(section, name)
+        return False
+
+    assert {path for path, _, _ in leaves(full_config(), "") if is_marked(path)} == NOT_IDENTITY
+
+
+def test_a_file_that_is_only_looked_at_is_pinned_by_no_id(tmp_path: Path) -> None:
+    """CORE's bundle changes the evaluation, and not the pretraining that estimates CORE with it."""
+    before, bundle = full_ids(), tmp_path / "bundle.zip"
+    bundle.write_bytes(b"one")
+    config = copy.deepcopy(full_config())
+    config.pretrain.core.bundle = config.eval.core.bundle = str(bundle)
+    after = ids(config)
+    assert {step for step in before if before[step] != after[step]} == below(
+        {"eval_base", "eval_mid", "eval_sft", "eval_rl"}
+    )
 
 
 def test_every_section_is_either_read_by_a_stage_or_named_as_never_read() -> None:

@@ -107,9 +107,10 @@ def find_needs(
                 groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *found]))
             else:
                 urls[source.url] = source.sha256
-    core = sections["eval"].core if "eval" in sections else None
-    if core is not None and "://" in core.bundle:
-        urls[core.bundle] = core.sha256
+    for section in ("eval", "pretrain"):
+        core = sections[section].core if section in sections else None
+        if core is not None and "://" in core.bundle:
+            urls[core.bundle] = core.sha256
     return groups, urls
 
 

@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
     elif not places:
         print(f"{store.outputs} holds no artifacts yet: run mlxchat first")
     else:
-        told = f"{len(faults)} of {len(places)} artifacts differ" if faults else f"{len(places)} artifacts are right"
+        count = "1 artifact is" if len(places) == 1 else f"{len(places)} artifacts are"
+        told = f"{len(faults)} of {len(places)} artifacts differ" if faults else f"{count} right"
         remedy = ". Remove their folders; the next run makes them again" if faults else ""
         print(f"{told} ({format_bytes(size)} hashed){remedy}")
     return int(bool(faults))

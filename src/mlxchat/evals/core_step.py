@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlxchat.eval_config import CoreConfig
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.core_questions import TextEncoder
 from mlxchat.evals.language_model import LanguageModel
@@ -31,15 +32,26 @@ def measure_core(
     config = ctx.config.eval.core
     if config is None:
         return None
-    bundle = Path(config.bundle)
-    if "://" in config.bundle:
-        bundle = fetch_url(config.bundle, sha256=config.sha256)
-        ctx.externals.append({"name": "eval_bundle", **record(bundle)})
     result = evaluate_core(
-        model, tokenizer, bundle, max_per_task=config.max_per_task, tasks=config.tasks, batch_tokens=batch_tokens,
-        work=ctx.work / "core", progress=ctx.progress, should_stop=ctx.should_stop, stop=ctx.stop,
+        model, tokenizer, open_bundle(ctx, config), max_per_task=config.max_per_task, tasks=config.tasks,
+        batch_tokens=batch_tokens, work=ctx.work / "core", progress=ctx.progress, should_stop=ctx.should_stop,
+        stop=ctx.stop,
     )  # fmt: skip
     examples += result.examples
     measured = {"core": result.core, "core_examples_per_second": result.examples_per_second}
     ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
     return result.to_dict()
+
+
+def open_bundle(ctx: Context, config: CoreConfig) -> Path:
+    """Return where CORE's bundle lies, now fetched if need be; what was read is noted once.
+
+    Raises:
+        DataError, PassingError: it cannot be had.
+    """
+    if "://" not in config.bundle:
+        return Path(config.bundle)
+    bundle = fetch_url(config.bundle, sha256=config.sha256)
+    source = {"name": "eval_bundle", **record(bundle)}
+    ctx.externals += [source] if source not in ctx.externals else []
+    return bundle

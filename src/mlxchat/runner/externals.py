@@ -110,7 +110,8 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
                 if kind == "source":
                     kind, item = _resolve_source(item, field.metadata)
                 if kind is None:
-                    visit(f"{where}.{field.name}", item)
+                    if field.metadata.get("identity") is not False:  # what is only looked at changes no result
+                        visit(f"{where}.{field.name}", item)
                     continue
                 for name in [item] if isinstance(item, str) else item or []:
                     if kind == "file" and "://" in name:

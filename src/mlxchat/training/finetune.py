@@ -21,6 +21,7 @@ from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
+from mlxchat.training.estimates import suite_hooks
 from mlxchat.training.horizon import whole_rows
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
@@ -95,7 +96,10 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
             batches,
             num_iterations=num_iterations,
             schedule=config.schedule,
-            hooks=[Hook(run=validate, every=config.eval_every, at_start=True)],
+            hooks=[
+                Hook(run=validate, every=config.eval_every, at_start=True),
+                *suite_hooks(ctx, config, model, tokenizer),
+            ],
             micro_tokens=micro_batch.tokens,
         )
     ctx.metrics |= batches.counts()

@@ -61,6 +61,15 @@ class Hook:
     """Iterations between further calls."""
     at_start: bool = False
     """Whether to call it before the first iteration too."""
+    title: str = ""
+    """What it is called on the progress line while it runs; empty: it is short."""
+
+    def is_due(self, done: int, total: int, *, starting: bool) -> bool:
+        """Tell whether to call it after `done` of `total` iterations, or before the first one."""
+        cadences = [every for every in (self.every, self.also_every) if every]
+        if starting:
+            return self.at_start and done == 0
+        return done == total or any(done % every == 0 for every in cadences)
 
 
 def fit(
@@ -144,11 +153,30 @@ def fit(
         metrics = {name: value for name, value in ctx.metrics.items() if math.isfinite(value)}
         return {"batches": batches.state(), "meter": meter.state(), "watch": watch.state(), "metrics": metrics}
 
-    def save() -> None:
-        save_state(ctx.work, done, model, optimizer, progress_so_far(), best)
+    def save(**more: int) -> None:
+        save_state(ctx.work, done, model, optimizer, {**progress_so_far(), **more}, best)
 
     with ctx.progress(num_iterations, "iterations", start=done) as progress:
-        _run_hooks(ctx, hooks, done, num_iterations, starting=True)
+
+        def run_hooks(first: int = 0, *, starting: bool = False) -> None:
+            for number, hook in enumerate(hooks[first:], first):
+                if not hook.is_due(done, num_iterations, starting=starting):
+                    continue
+                if hook.title:
+                    progress.update(done, now=hook.title)
+                try:
+                    numbers = hook.run(done)
+                except Interrupted:  # the iteration is done, and what is looked at after it is not
+                    save(pending_hook=number)
+                    raise
+                if numbers:
+                    ctx.log({"iteration": done, **numbers})
+                    ctx.metrics.update(numbers)
+
+        if done and state is not None and "pending_hook" in state:
+            run_hooks(state["pending_hook"])
+        else:
+            run_hooks(starting=True)
         while done < num_iterations:
             before = progress_so_far()
             began, waited = time.perf_counter(), batches.waited_seconds
@@ -188,7 +216,7 @@ def fit(
                 ctx.log({"iteration": done, **meter.record(loss if good else None), **record})
             shown = {**meter.show(), **(best.show() if best is not None else {}), **watch.show(done)}
             progress.update(done, **shown)
-            _run_hooks(ctx, hooks, done, num_iterations, starting=False)
+            run_hooks()
             if ctx.should_stop() and done < num_iterations:
                 save()
                 raise ctx.stop(f"iteration {done} of {num_iterations}")
@@ -233,14 +261,3 @@ def _explain_stop(ctx: Context, iteration: int, num_iterations: int, what: str) 
         f"The state before it, after iteration {iteration - 1}, lies in {ctx.work}. The same command continues there; "
         "with training.on_nan=skip it leaves such updates out and goes on."
     )
-
-
-def _run_hooks(ctx: Context, hooks: list[Hook], done: int, total: int, *, starting: bool) -> None:
-    for hook in hooks:
-        cadences = [every for every in (hook.every, hook.also_every) if every]
-        due = hook.at_start and done == 0 if starting else done == total or any(done % every == 0 for every in cadences)
-        if due:
-            numbers = hook.run(done)
-            if numbers:
-                ctx.log({"iteration": done, **numbers})
-                ctx.metrics.update(numbers)

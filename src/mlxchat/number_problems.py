@@ -1,0 +1,92 @@
+"""What is wrong with plain numbers of a configuration; the rest of what is checked is in `validation.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from mlxchat.config import Config
+from mlxchat.runner.fingerprint import plain_of
+from mlxchat.runner.plan import flatten_config
+
+
+def find_range_problems(config: Config) -> Iterator[str]:
+    """Yield a line for each plain number that is out of its range, infinite, or no number at all."""
+    machine = config.machine
+    factor = config.training.norm_warning_factor
+    if factor is not None and not factor > 1:
+        yield f"training.norm_warning_factor is {factor}, expected more than 1, or null for no warnings"
+    if (cost := config.report.cost_per_hour) is not None and cost < 0:
+        yield f"report.cost_per_hour is {cost:g}, expected at least 0, or null"
+    for key in ("memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes"):
+        if (limit := getattr(machine, key)) is not None and limit < 0:
+            yield f"machine.{key} is {limit}, expected at least 0, or null for MLX's own"
+    if machine.checkpoint_seconds < 0:
+        yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
+    if config.bench.warmup_steps < 0:
+        yield f"bench.warmup_steps is {config.bench.warmup_steps}, expected at least 0"
+    if machine.prefetch_batches < 0:
+        yield f"machine.prefetch_batches is {machine.prefetch_batches}, expected at least 0 (no batch made ahead)"
+    for key, value in flatten_config(plain_of(config)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} is {value}, expected a number"
+
+
+def find_zeros(config: Config) -> Iterator[str]:
+    """Yield a line for each count that would silently do nothing at zero."""
+    for key in (
+        "model.context_tokens",
+        "corpus.validation_documents",
+        "corpus.shard_documents",
+        "corpus.row_group_documents",
+        "tokenizer.max_chars",
+        "tokenizer.document_chars",
+        "pretrain.packing_buffer_documents",
+        "pretrain.eval_tokens",
+        "pretrain.eval_every",
+        "pretrain.keep_every",
+        "pretrain.core_every",
+        "pretrain.core_max_per_task",
+        "pretrain.train_bpb_tokens",
+        "pretrain.sample_every",
+        "pretrain.sample_top_k",
+        "midtrain.num_iterations",
+        "midtrain.eval_every",
+        *(
+            f"{stage}.suite_{what}"
+            for stage in ("midtrain", "sft")
+            for what in ("every", "max_new_tokens", "batch_rows")
+        ),
+        "sft.num_iterations",
+        "sft.eval_every",
+        "sft.suite_every",
+        "sft.suite_max_new_tokens",
+        "sft.suite_batch_rows",
+        "rl.num_iterations",
+        "rl.questions_per_iteration",
+        "rl.max_new_tokens",
+        "rl.eval_samples",
+        "rl.eval_every",
+        "rl.minibatches_per_rollout",
+        "rl.passes_per_rollout",
+        "rl.entropy_every",
+        "training.max_skipped_in_a_row",
+        "eval.batch_rows",
+        "outside.context_tokens",
+        "eval.seeds",
+        "eval.top_k",
+        "eval.max_new_tokens",
+        "machine.device_batch_tokens",
+        "machine.blas_threads",
+        "machine.log_every",
+        "bench.vocab_size",
+        "bench.batch_rows",
+        "bench.chars",
+        "bench.row_tokens",
+        "bench.steps",
+        "bench.core_examples",
+    ):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None and value < 1:
+            yield f"{key} is {value}, expected at least 1"

@@ -1,0 +1,134 @@
+"""What is looked at while a training goes on, besides its own losses: CORE, tasks, bits per byte of training text.
+
+Counterpart of the CORE estimate of nanochat's base_train, of the accuracies and the ChatCORE of its chat_sft, and of
+the training text's bits per byte of its base_loss. These are observations: weights and random numbers do not depend on
+them, and what was answered before a stop or a kill is not asked again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from io import StringIO
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxchat.config import FinetuneConfig, PretrainConfig, TaskItem
+from mlxchat.data.mixture import open_item
+from mlxchat.data.packing import Row
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.evals.bpb import bits_per_byte
+from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.chat_scores import Score, mean_centered
+from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.core_step import open_bundle
+from mlxchat.evals.language_model import OwnModel
+from mlxchat.model.gpt import GPT
+from mlxchat.runner.context import Context
+from mlxchat.runner.progress import Progress
+from mlxchat.tasks.base import Task
+from mlxchat.training.loop import Hook
+from mlxchat.training.micro_batch import forward_tokens
+
+
+def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer) -> list[Hook]:
+    """Return what estimates CORE by the first examples of each task; nothing if pretrain.core is null.
+
+    It logs core_estimate and its standard error; of some tasks only, core_tasks_estimate.
+    """
+    core = config.core
+    if core is None:
+        return []
+    limits = [limit for limit in (config.core_max_per_task, core.max_per_task) if limit is not None]
+
+    def estimate(iteration: int) -> dict[str, float]:
+        work = ctx.work / "core" / str(iteration)
+        result = evaluate_core(
+            OwnModel(model, padding=tokenizer.bos), tokenizer, open_bundle(ctx, core),
+            max_per_task=min(limits, default=None), tasks=core.tasks,
+            batch_tokens=forward_tokens(ctx.config.machine, model.sizes), work=work, progress=_unseen,
+            should_stop=ctx.should_stop, stop=ctx.stop,
+        )  # fmt: skip
+        _forget(work)
+        if result.core is None or result.stderr is None:
+            centered = [score.centered for score in result.scores]
+            return {"core_tasks_estimate": sum(centered) / len(centered)}
+        return {"core_estimate": result.core, "core_estimate_stderr": result.stderr}
+
+    return [Hook(run=estimate, every=config.core_every, title="CORE")]
+
+
+def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tokenizer) -> list[Hook]:
+    """Return what looks at the accuracy on `suite`; nothing if it is empty.
+
+    It logs accuracy_<entry>, mean_centered over all entries, and mean_centered_choice over those with letters, where
+    there are others too. Generated answers are greedy.
+    """
+    if not config.suite:
+        return []
+    engine, tasks = Engine(model, tokenizer), dict[str, Task]()
+    answering = Answering(
+        batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens,
+        batch_tokens=forward_tokens(ctx.config.machine, model.sizes),
+    )  # fmt: skip
+
+    def look(iteration: int) -> dict[str, float]:
+        work = ctx.work / "suite" / str(iteration)
+        tasks.update(_opened(ctx, config.suite, tasks))
+        scores: dict[str, Score] = {}
+        for name, task in tasks.items():
+            scores[name], _ = evaluate_task(
+                engine, task, answering, work=work / name, should_stop=ctx.should_stop, stop=ctx.stop
+            )
+        _forget(work)
+        choice = [score for score in scores.values() if score.kind == "categorical"]
+        means = {"mean_centered": mean_centered(list(scores.values()))}
+        if len(choice) < len(scores):
+            means["mean_centered_choice"] = mean_centered(choice)
+        accuracies = {f"accuracy_{name}": score.accuracy for name, score in scores.items()}
+        return accuracies | {name: mean for name, mean in means.items() if mean is not None}
+
+    return [Hook(run=look, every=config.suite_every, title="the suite")]
+
+
+def train_text_hooks(
+    ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer, read: Callable[[int], list[Row]]
+) -> list[Hook]:
+    """Return what measures bits per byte on the first rows of the training text; nothing if that is off.
+
+    At the end only, of the last weights: beside val_bpb it tells how much was learnt by heart.
+
+    Args:
+        ctx: of the step.
+        config: says how many tokens.
+        model: to measure.
+        tokenizer: its.
+        read: takes a number of rows, and returns so many from the beginning.
+    """
+    count = config.train_bpb_tokens
+    if count is None:
+        return []
+
+    def measure(iteration: int) -> dict[str, float]:
+        rows = read(max(1, count // config.batch.row_tokens))
+        micro_tokens = forward_tokens(ctx.config.machine, model.sizes)
+        return {"train_bpb": bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)}
+
+    return [Hook(run=measure, every=None, title="training text")]
+
+
+def _opened(ctx: Context, items: Mapping[str, TaskItem], known: Mapping[str, Task]) -> dict[str, Task]:
+    return {name: open_item(ctx, item) for name, item in items.items() if name not in known}
+
+
+def _forget(work: Path) -> None:
+    """Remove answers that are counted, and what MLX keeps of their shapes, which training does not have."""
+    shutil.rmtree(work, ignore_errors=True)
+    mx.clear_cache()
+
+
+def _unseen(total: int, unit: str) -> Progress:
+    """Return a display that nobody sees: the training's own is on the terminal."""
+    return Progress("", total, unit, stream=StringIO())
