@@ -28,6 +28,7 @@ VERBS = {
     "data": ("data", "fetch, list, remove and look at what comes from the Hub: data fetch|ls|rm|show"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
     "serve": ("serve", "serve models over HTTP: OpenAI's interface, nanochat's, and a page to chat in"),
+    "distill": ("distill", "have a teacher behind an OpenAI-compatible endpoint answer questions to train on"),
     "report": ("report", "write and print the report of a run, of artifacts, or of several runs"),
     "graph": ("graph", "draw the pipeline (--format ascii, mermaid, dot or json)"),
     "bench": ("bench", "measure how fast this machine works (bench train, bench core; --json for programs)"),

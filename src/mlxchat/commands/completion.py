@@ -59,6 +59,12 @@ _OPTIONS = {
         "--max-tokens", "--max-messages", "--max-message-chars", "--max-conversation-chars", "--max-choices",
         "--max-rows", "--max-queue", "--max-models",
     ],
+    "distill": [
+        "--teacher", "--model", "--key-env", "--out", "--overwrite", "--questions", "--fill", "--task", "--split",
+        "--option", "--start", "--size", "--system", "--temperature", "--top-p", "--max-tokens", "--samples", "--seed",
+        "--body", "--only-correct", "--keep-system", "--keep-cut", "--keep-thoughts", "--concurrency", "--rpm", "--tpm",
+        "--retries", "--timeout", "--price-in", "--price-out", "--max-cost", "--cache", "--dry-run",
+    ],
     "report": ["--run", "--out", "--cost-per-hour", "--open"],
     "bench": ["--json", "--config-dir"],
     "data fetch": ["--dry-run", "--files", "--model", "--revision", "--workers"],
@@ -104,10 +110,12 @@ def complete(line: str) -> list[str]:
         found = list(_FORMATS.get(verb, ()))
     elif previous == "--stage":
         found = sorted({name.split("-")[0] for name in _names(Path(outputs) / "store")})
-    elif previous in ("--model", "--remove") or (
+    elif (previous in ("--model", "--remove") and verb != "distill") or (
         verb in _NAMING and not current.startswith("-") and "=" not in current
     ):
         found = [*_artifacts(Path(outputs), current), "outputs="]
+    elif verb == "distill" and not current.startswith("-"):
+        found = _tasks() if previous == "--task" else []  # else the shell completes files
     elif current.startswith("-"):
         found = [*_OPTIONS.get(" ".join(words[:2]), _OPTIONS.get(verb, [])), "--help"]
     elif verb == "data" and len(words) == 1:
@@ -158,6 +166,12 @@ def _keys(conf: Path, current: str) -> list[str]:
             trail = [*trail[: len(match[1]) // 2 + 1], match[2]]
             found.append(".".join(trail))
     return found
+
+
+def _tasks() -> list[str]:
+    from mlxchat.tasks import task_names
+
+    return task_names()
 
 
 def _conf() -> Path:

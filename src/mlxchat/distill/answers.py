@@ -1,0 +1,126 @@
+"""Every answer that a teacher ever gave, by the content of its request: one file for each teacher, only added to.
+
+Whatever asks the same again finds it there, so a killed command goes on where it was, and no request is paid twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import StoreError
+from mlxchat.runner.crash import crash_point
+from mlxchat.runner.fingerprint import canonical_json
+from mlxchat.runner.records import Records, now
+
+_SYNC_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a teacher said to one request."""
+
+    text: str
+    parts: list[dict[str, str]] | None = None
+    """Text and calculator calls, of a teacher that tells them apart (mlxchat serve)."""
+    finish: str | None = None
+    """Why it ended: stop, length, …"""
+    tokens: tuple[int, int] | None = None
+    """Input and output, as the teacher counts; None: not told."""
+    model: str | None = None
+    """What the teacher calls itself."""
+
+
+def request_key(url: str, body: dict[str, Any], sample: int) -> str:
+    """Return the name of a request: a hash of where it goes, what it says, and which of several samples it is."""
+    return hashlib.sha256(canonical_json({"url": url, "body": body, "sample": sample}).encode()).hexdigest()
+
+
+class Answers:
+    """The answers of one teacher; of each only its place in the file is kept in memory."""
+
+    def __init__(self, folder: Path, url: str, model: str) -> None:
+        """Look through what is there. Lines that a kill cut off or that are damaged count for nothing.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        self.path = folder / f"{hashlib.sha256(f'{url} {model}'.encode()).hexdigest()[:16]}.jsonl"
+        self.num_damaged = 0
+        self._places: dict[str, int] = {}
+        self._synced = time.monotonic()
+        self._about = {"teacher": url, "model": model}
+        try:
+            self._read()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} cannot be read ({error.strerror}). Choose another place: --cache DIR"
+            ) from None
+
+    def __contains__(self, key: str) -> bool:
+        """Tell whether the request was answered."""
+        return key in self._places
+
+    def __getitem__(self, key: str) -> Answer:
+        """Return an answer."""
+        with self.path.open("rb") as file:
+            file.seek(self._places[key])
+            record = json.loads(file.readline())["answer"]
+        tokens = record["tokens"]
+        return Answer(**{**record, "tokens": None if tokens is None else (tokens[0], tokens[1])})
+
+    def add(self, key: str, answer: Answer) -> None:
+        """Write an answer down: it is in the system's hands when this returns, and on the disk a second later at most.
+
+        Raises:
+            StoreError: the disk does not take it.
+        """
+        # ASCII: halves of characters have no other form. One write at the end, since others may add at the same time.
+        line = json.dumps({"key": key, "answer": asdict(answer), "time": now()}).encode("ascii") + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                Records(self.path).append(self._about)
+            with self.path.open("ab+", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                cut = file.read(1) not in (b"\n", b"")
+                written = file.write(b"\n" + line if cut else line)
+                # Wherever it ended up: another process may have been quicker.
+                self._places[key] = file.tell() - len(line)
+                if written < len(line):
+                    raise OSError(28, "no space is left on its disk")
+                crash_point("distill.answered")
+                if time.monotonic() - self._synced >= _SYNC_SECONDS:
+                    os.fsync(file.fileno())
+                    self._synced = time.monotonic()
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} cannot be written ({error.strerror}). Mend that, or choose another place with "
+                "--cache DIR, and run the same command again."
+            ) from None
+
+    def _read(self) -> None:
+        place = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                record = Records.parse(line) if line.endswith(b"\n") else None
+                if record is None and line.strip():
+                    self.num_damaged += 1
+                elif record and _is_answer(record):
+                    self._places[str(record["key"])] = place
+                place += len(line)
+
+
+def _is_answer(record: dict[str, Any]) -> bool:
+    answer = record.get("answer")
+    return isinstance(record.get("key"), str) and isinstance(answer, dict) and isinstance(answer.get("text"), str) and (
+        answer.keys() == Answer.__dataclass_fields__.keys()
+    )  # fmt: skip
