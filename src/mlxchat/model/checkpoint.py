@@ -1,13 +1,15 @@
 """Models on disk: a folder that the ecosystem opens. Safe formats only.
 
 model.safetensors with nanochat's parameter names, config.json with `model_type: nanochat` (as mlx-lm reads it),
-the tokenizer's files, and checkpoint.json with what the training knew.
+the tokenizer's files, and checkpoint.json with what the training knew. mlx-lm knows the architecture of October 2025;
+any other one has a model file of its own beside it, which mlx-lm uses when it is told to trust the folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from mlxchat.model.weights import flatten_parameters, set_parameters
 
 # What an architecture may have beyond the published one of October 2025, under these names in config.json.
 _FEATURES = [field.name for field in dataclasses.fields(GPTSizes) if field.default is not dataclasses.MISSING]
+MODEL_FILE = "mlx_lm_nanochat.py"
+"""The model for mlx-lm, in folders whose architecture mlx-lm does not know."""
 
 
 def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
@@ -36,8 +40,30 @@ def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[
     """
     arrays = {name: np.asarray(value.astype(mx.float32)) for name, value in flatten_parameters(model).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mlx"})
-    sizes = model.sizes
-    config = {
+    write_description(folder, model.sizes, tokenizer, facts)
+
+
+def write_description(folder: Path, sizes: GPTSizes, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+    """Write everything of a model folder but the weights; see `save_checkpoint`."""
+    config = config_of(sizes, tokenizer)
+    if "model_file" in config:
+        write_model_file(folder)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "checkpoint.json", facts)
+    tokenizer.save(folder)
+
+
+def write_model_file(folder: Path) -> None:
+    """Write MODEL_FILE into a folder."""
+    shutil.copyfile(Path(__file__).with_name(MODEL_FILE), folder / MODEL_FILE)
+
+
+def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return config.json as mlx-lm reads it."""
+    features = _features(sizes)
+    # The architecture says whose initial weights are drawn, which computes nothing.
+    known_to_mlx_lm = not features.keys() - {"architecture"}
+    return {
         "model_type": "nanochat",
         "architectures": ["NanoChatForCausalLM"],
         "hidden_size": sizes.width,
@@ -48,14 +74,12 @@ def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[
         "vocab_size": sizes.vocab_size,
         "max_position_embeddings": sizes.context_tokens,
         "rope_theta": sizes.rope_theta,
-        **_features(sizes),
+        **features,
+        **({} if known_to_mlx_lm else {"model_file": MODEL_FILE}),
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.assistant_end,
         "tie_word_embeddings": False,
     }
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "checkpoint.json", facts)
-    tokenizer.save(folder)
 
 
 def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
