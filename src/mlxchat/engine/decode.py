@@ -33,9 +33,9 @@ Array = np.ndarray[Any, Any]
 class Decoder:
     """A model's weights arranged for decoding, and the step."""
 
-    def __init__(self, model: GPT, *, bits: int | None = None) -> None:
-        """Arrange the weights of `model` as they are now; `bits` as in `lane_weights`."""
-        self.sizes, self.bits = model.sizes, bits
+    def __init__(self, model: GPT, *, bits: int | None = None, packed: bool = True) -> None:
+        """Arrange the weights of `model` as they are now; `bits` and `packed` as in `lane_weights`."""
+        self.sizes, self.bits, self._packed = model.sizes, bits, packed
         self.lanes = Lanes()
         self._parts: list[dict[str, Any]] = []
         self._shared: dict[str, mx.array] = {}
@@ -49,7 +49,7 @@ class Decoder:
     def arrange(self, model: GPT) -> None:
         """Take the weights of a model of the same sizes as they are now; what was compiled stays."""
         self.release()  # or there would be two copies for a while
-        self._parts = lane_weights(model, len(self.lanes), self.bits)
+        self._parts = lane_weights(model, len(self.lanes), self.bits, packed=self._packed)
         self._shared = _shared_weights(model)
 
     def release(self) -> None:

@@ -53,7 +53,8 @@ class Engine:
             model: is read whenever answers begin, so they follow its training.
             tokenizer: the model's.
             bits: 8 or 4 decodes with quantised weights.
-            trained: whether the model is trained between answers: then nothing of it is kept in between.
+            trained: whether the model is trained between answers: then nothing of it is kept in between, and quantised
+                weights are for their speed alone, so that on a CPU, where they have none, they are not packed.
         """
         self.model, self.tokenizer, self.bits, self.trained = model, tokenizer, bits, trained
         self._decoder: Decoder | None = None
@@ -64,7 +65,7 @@ class Engine:
         """Return the model as a scheduler needs it, with the weights that it has now."""
         weights = list(flatten_parameters(self.model).values())
         if self._decoder is None:
-            self._decoder = Decoder(self.model, bits=self.bits)
+            self._decoder = Decoder(self.model, bits=self.bits, packed=not self.trained)
         elif len(weights) != len(self._arranged) or any(
             kept() is not weight for kept, weight in zip(self._arranged, weights, strict=True)
         ):

@@ -6,20 +6,23 @@ A step of decoding multiplies few rows with every weight once, so it is as fast 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 
-from mlxchat.engine.quantise import stored
+from mlxchat.engine.quantise import Weight, stored
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
+from mlxchat.ops.device import backend
 
 # Widths of parts are whole blocks of `quantise.stored`, unless there are fewer.
 _MULTIPLE = 64
 
 
-def lane_weights(model: GPT, lanes: int, bits: int | None = None) -> list[dict[str, Any]]:
+def lane_weights(model: GPT, lanes: int, bits: int | None = None, *, packed: bool = True) -> list[dict[str, Any]]:
     """Return what each lane reads: copies, which need the memory of all weights once more.
 
     Keys: 'layers', a list of dicts with 'qkv' (C → (H + 2 K) D) of the lane's heads, 'attention_out' (H D → C), 'up'
@@ -30,14 +33,16 @@ def lane_weights(model: GPT, lanes: int, bits: int | None = None) -> list[dict[s
         model: whose weights.
         lanes: how many share the work.
         bits: 8 or 4 quantises all matrices but embeddings and gates; None leaves them as they are.
+        packed: whether quantised numbers stay packed, for the sake of memory; elsewhere than on a CPU they always do.
     """
     sizes = model.sizes
+    store = partial(stored, bits=bits, packed=packed or backend() != "cpu")
     kv_heads = key_value_heads(sizes, lanes)
     inner, vocabulary = _deal(4 * sizes.width, lanes, _MULTIPLE), _deal(sizes.vocab_size, lanes, _MULTIPLE)
     parts = []
     for lane in range(lanes):
-        layers = [_layer(model, index, kv_heads[lane], inner[lane], bits) for index in range(sizes.num_layers)]
-        parts.append({"layers": layers, "head": stored(_whole_blocks(model.head_weight[vocabulary[lane]]), bits)})
+        layers = [_layer(model, index, kv_heads[lane], inner[lane], store) for index in range(sizes.num_layers)]
+        parts.append({"layers": layers, "head": store(_whole_blocks(model.head_weight[vocabulary[lane]]))})
     mx.eval(parts)
     return parts
 
@@ -47,11 +52,11 @@ def key_value_heads(sizes: GPTSizes, lanes: int) -> list[slice]:
     return _deal(sizes.num_kv_heads, lanes)
 
 
-def _layer(model: GPT, index: int, kv: slice, inner: slice, bits: int | None) -> dict[str, Any]:
+def _layer(model: GPT, index: int, kv: slice, inner: slice, store: Callable[[mx.array], Weight]) -> dict[str, Any]:
     sizes, block = model.sizes, model.transformer["h"][index]
     part = {
-        "up": stored(block.mlp.c_fc.weight[inner], bits),
-        "down": stored(block.mlp.c_proj.weight[:, inner], bits),
+        "up": store(block.mlp.c_fc.weight[inner]),
+        "down": store(block.mlp.c_proj.weight[:, inner]),
     }
     if kv.start == kv.stop:
         return part
@@ -59,8 +64,8 @@ def _layer(model: GPT, index: int, kv: slice, inner: slice, bits: int | None) ->
     keys = slice(kv.start * sizes.head_width, kv.stop * sizes.head_width)
     queries = slice(keys.start * group, keys.stop * group)
     fused = [attention.c_q.weight[queries], attention.c_k.weight[keys], attention.c_v.weight[keys]]
-    part["qkv"] = stored(mx.concatenate(fused), bits)
-    part["attention_out"] = stored(attention.c_proj.weight[:, queries], bits)
+    part["qkv"] = store(mx.concatenate(fused))
+    part["attention_out"] = store(attention.c_proj.weight[:, queries])
     if sizes.has_value_embedding(index):
         part["gate"] = mx.contiguous(attention.ve_gate.weight[kv].T)
         part["values"] = mx.contiguous(model.value_embeds[str(index)].weight[:, keys])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import mlx.core as mx
-
 from mlxchat.data.packing import Row
-from mlxchat.engine.quantise import groups_of
+from mlxchat.engine.quantise import rounded
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT
@@ -22,10 +20,8 @@ def rounded_copy(model: GPT, bits: int) -> GPT:
     """Return a copy whose weights are the numbers that decoding with `bits` multiplies with."""
     copy, weights = GPT(model.sizes), flatten_parameters(model)
     for name, weight in weights.items():
-        if _is_quantised(name) and (group := groups_of(weight.shape[1])) is not None:
-            weights[name] = mx.dequantize(
-                *mx.quantize(weight, group_size=group, bits=bits), group_size=group, bits=bits
-            )
+        if _is_quantised(name):
+            weights[name] = rounded(weight, bits)
     set_parameters(copy, weights)
     return copy
 
