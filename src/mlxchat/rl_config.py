@@ -68,6 +68,9 @@ class RLConfig:
     """Parts into which the questions of an iteration are dealt, each of them an update."""
     passes_per_rollout: int = field(default=MISSING, metadata={"since_default": 1})
     """How often each of these parts is trained on."""
+    resample_rounds: int = field(default=MISSING, metadata={"since_default": 0})
+    """How often, at most, an iteration puts the next questions in the place of those whose answers are all rewarded
+    alike, which teach nothing (DAPO's dynamic sampling); 0: never."""
     train_unfinished: bool = field(default=MISSING, metadata={"since_default": True})
     """Whether answers that max_new_tokens cut are trained on."""
     rollout_bits: int | None = field(default=MISSING, metadata={"since_default": None})

@@ -51,7 +51,7 @@ def settings(**changes: Any) -> RLConfig:
         **{"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 8, "temperature": 1.0,
            "top_k": 50, "eval_samples": 4, "advantages": "mean", "ratio": "token", "clip_low": None, "clip_high": None,
            "loss_divisor": "tokens", "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
-           "train_unfinished": True, "entropy_every": None, "rollouts_kept": None,
+           "resample_rounds": 0, "train_unfinished": True, "entropy_every": None, "rollouts_kept": None,
            "rollout_bits": None, "rollout_correction": 2.0} | changes
     )  # fmt: skip
 
@@ -251,7 +251,7 @@ def test_rewards_and_lengths_are_logged(tokenizer: Tokenizer) -> None:
     engine = ScriptedEngine(tokenizer, lambda question, sample: sample < 1)
     source = rollouts(engine, Numbers(4), log.append)
     source.next_batch(2)
-    assert log == [{"iteration": 3, "reward": 0.25, "completion_tokens": 2.0, "finished": 1.0}]
+    assert log == [{"iteration": 3, "reward": 0.25, "completion_tokens": 2.0, "finished": 1.0, "teaching_frac": 1.0}]
     assert source.mean_reward == 0.25
 
 
@@ -287,6 +287,75 @@ def test_an_iterations_batch_does_not_depend_on_what_came_before(
     got = resumed.next_batch(1)
     for name in ("ids", "targets", "weights"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+
+
+# Questions that teach nothing
+
+
+def taught(engine: Any, source: Rollouts, iteration: int) -> tuple[list[int], list[int]]:
+    """Return the questions that an iteration trained on, and all that were asked for it, in order."""
+    rounds = len(engine.asked)
+    source.next_batch(iteration)
+    trained = [int(name.removeprefix("question ")) for name in source.documents()]
+    return trained, [question for batch in engine.asked[rounds:] for question in batch[::4]]
+
+
+def test_the_next_questions_take_the_place_of_those_whose_answers_are_all_alike(tokenizer: Tokenizer) -> None:
+    """Only questions that three divides have right and wrong answers; the others are all right or all wrong."""
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0 if question % 3 == 0 else question % 2 == 0)
+    source = rollouts(engine, Numbers(30), resample_rounds=50)
+    trained, asked = taught(engine, source, 0)
+    teaching = [question for question in asked if question % 3 == 0]
+    assert sorted(trained) == sorted(teaching[:2])
+    assert asked[-1] in trained, "nothing is asked once the iteration is full"
+    assert [place for place, question in enumerate(asked[:2]) if question % 3 == 0] == [
+        place for place, question in enumerate(trained) if question == asked[place]
+    ]
+
+
+def test_iterations_go_on_behind_all_that_was_asked(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0 and question % 3 == 0)
+    source = rollouts(engine, Numbers(30), resample_rounds=50)
+    asked = [question for iteration in range(4) for question in taught(engine, source, iteration)[1]]
+    assert len(asked) == len(set(asked)) <= 30
+    plain = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
+    reference = rollouts(plain, Numbers(30))
+    order = [question for iteration in range(15) for question in taught(plain, reference, iteration)[1]]
+    assert asked == order[: len(asked)]
+
+
+def test_rounds_end_and_what_is_left_then_stays_without_weight(tokenizer: Tokenizer) -> None:
+    log: list[dict[str, Any]] = []
+    engine = ScriptedEngine(tokenizer, lambda question, sample: True)
+    source = rollouts(engine, Numbers(30), log.append, resample_rounds=3)
+    made = source.next_batch(0)
+    assert [len(batch) for batch in engine.asked] == [8] * 4
+    assert [f"question {question}" for question in engine.asked[0][::4]] == source.documents()
+    assert not made.weights.any()
+    assert (log[0]["questions_asked"], log[0]["filled_frac"], log[0]["teaching_frac"]) == (8, 0.0, 0.0)
+    assert len(set(engine.seeds)) == 4
+
+
+def test_the_reward_that_is_logged_is_that_of_all_answers(tokenizer: Tokenizer) -> None:
+    """Not of the chosen questions, whose rewards say more about the choice than about the model."""
+    log: list[dict[str, Any]] = []
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0 if question % 3 == 0 else True)
+    source = rollouts(engine, Numbers(30), log.append, resample_rounds=50)
+    _, asked = taught(engine, source, 0)
+    assert log[0]["reward"] == pytest.approx(np.mean([0.25 if question % 3 == 0 else 1.0 for question in asked]))
+    assert log[0]["teaching_frac"] == pytest.approx(2 / len(asked))
+    assert log[0]["filled_frac"] == 1.0
+
+
+def test_a_resumed_training_asks_what_it_would_have_asked(tokenizer: Tokenizer) -> None:
+    def scripted() -> ScriptedEngine:
+        return ScriptedEngine(tokenizer, lambda question, sample: sample == 0 and question % 3 == 0)
+
+    one, other = scripted(), scripted()
+    straight, resumed = (rollouts(engine, Numbers(30), resample_rounds=2) for engine in (one, other))
+    straight.next_batch(0)
+    resumed.restore(json.loads(json.dumps(straight.state())))
+    assert taught(other, resumed, 1) == taught(one, straight, 1)
 
 
 # pass@k

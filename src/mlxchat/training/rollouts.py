@@ -13,17 +13,15 @@ from typing import Any
 import numpy as np
 
 from mlxchat.config import RLConfig
-from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.optim.groups import Flat
-from mlxchat.tasks.base import Task, answer_text
+from mlxchat.tasks.base import Task
 from mlxchat.training.advantages import advantages_of
-from mlxchat.training.draws import draw_seed
+from mlxchat.training.asking import Asker
 from mlxchat.training.policy_batch import Floats, of_completions, sampled_mask, scored_rows, weighted_rows
 from mlxchat.training.policy_loss import policy_loss
 from mlxchat.training.policy_scores import PolicyScores
 from mlxchat.training.quantised_rollouts import correct, refuse_if_apart
-from mlxchat.training.rewards import Answer, Reward
 from mlxchat.training.step import Batch
 
 Log = Callable[[dict[str, Any]], None]
@@ -101,16 +99,18 @@ class Rollouts:
 
         Raises:
             ConfigError: a function of the reward cannot be imported.
+            StepFailed: it fails with a question's own answer.
         """
-        self.engine, self.task, self.config, self.seed, self.log, self._keep = engine, task, config, seed, log, keep
+        self.engine, self.config, self.log, self._keep = engine, config, log, keep
         self._scores, self._reference = scores, reference
-        self._reward = Reward(task, config.rewards)
+        self._asker = Asker(engine, task, config, seed=seed)
         self.mean_reward = 0.0
         self.waited_seconds = 0.0
         """Sampling is work, no waiting."""
         self._rollout: Rollout | None = None
         self._saved: dict[str, Any] | None = None
         self._questions: list[int] = []
+        self._num_asked = 0
 
     def next_batch(self, iteration: int) -> Batch:
         """Return the rows of an update; before the first of an iteration, sample answers to its questions."""
@@ -151,72 +151,39 @@ class Rollouts:
         return [f"question {index}" for index in self._questions]
 
     def state(self) -> dict[str, Any]:
-        """Return the last reward and, where an iteration has several updates, its answers; all else follows."""
-        return {"mean_reward": self.mean_reward, **({} if self._saved is None else {"rollout": self._saved})}
+        """Return the last reward and, where it does not follow from the iteration, how many questions were asked.
+
+        Where an iteration has several updates, its answers, too.
+        """
+        state: dict[str, Any] = {"mean_reward": self.mean_reward}
+        if self.config.resample_rounds:
+            state["num_asked"] = self._num_asked
+        return state if self._saved is None else {**state, "rollout": self._saved}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
-        self.mean_reward = state["mean_reward"]
+        self.mean_reward, self._num_asked = state["mean_reward"], state.get("num_asked", 0)
         self._saved = state.get("rollout")
         self._rollout = None if self._saved is None else Rollout.of_record(self._saved)
 
     def _sample(self, number: int, iteration: int) -> Rollout:
-        """Sample answers to the questions of the `number`-th iteration, judge them, log and keep them."""
-        config, tokenizer = self.config, self.engine.tokenizer
-        order = np.random.default_rng(self.seed).permutation(len(self.task))
-        first = number * config.questions_per_iteration
-        questions = [int(order[(first + index) % len(order)]) for index in range(config.questions_per_iteration)]
-        conversations = [self.task[index] for index in questions]
-        samples = config.samples_per_question
-        prompts = [
-            prompt
-            for conversation in conversations
-            for prompt in [render_for_completion(tokenizer, conversation)] * samples
-        ]
-        completions = self.engine.complete(
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            seed=draw_seed(self.seed, number),
-            log_probabilities=config.rollout_bits is not None,
+        """Ask the questions of the `number`-th iteration, log what came of it and keep some answers."""
+        config, asker = self.config, self._asker
+        first = self._num_asked if config.resample_rounds else number * config.questions_per_iteration
+        chosen, asked = asker.ask(number, first)
+        advantages = advantages_of(np.array([each.rewards for each in chosen]), config.advantages)
+        rollout = Rollout(
+            questions=[each.number for each in chosen],
+            prompts=[each.prompt for each in chosen for _ in each.completions],
+            completions=[row for each in chosen for row in each.completions],
+            advantages=advantages.reshape(-1),
         )
-        answers = [
-            Answer(conversation=conversations[index // samples], text=row.text(tokenizer), num_tokens=sum(row.mask))
-            for index, row in enumerate(completions)
-        ]
-        judged = [self._reward(answer) for answer in answers]
-        rewards = np.array([reward for reward, _ in judged])
-        advantages = advantages_of(rewards.reshape(-1, samples), config.advantages).reshape(-1)
-        rollout = Rollout(questions=questions, prompts=prompts, completions=completions, advantages=advantages)
-        self.mean_reward = float(rewards.mean())
-        record = {
-            "iteration": iteration + 1,
-            "reward": self.mean_reward,
-            "completion_tokens": float(np.mean([len(row.ids) for row in completions])),
-            "finished": float(np.mean([row.finished for row in completions])),
-        }
-        for name in config.rewards:
-            record[f"reward_{name}"] = float(np.mean([parts[name] for _, parts in judged]))
-        self.log(record | self._measure(rollout, number, iteration))
-        kept = len(questions) if config.rollouts_kept is None else config.rollouts_kept
-        for index in range(min(kept, len(questions)) * samples):
-            self._keep(
-                {
-                    "iteration": iteration + 1,
-                    "question": questions[index // samples],
-                    "sample": index % samples,
-                    "prompt": tokenizer.decode(prompts[index]),
-                    "output": answers[index].text,
-                    "expected": answer_text(answers[index].conversation),
-                    "reward": judged[index][0],
-                    "parts": judged[index][1],
-                    "right": self.task.evaluate(answers[index].conversation, answers[index].text),
-                    "advantage": float(advantages[index]),
-                    "tokens": len(completions[index].ids),
-                    "finished": completions[index].finished,
-                }
-            )
+        numbers = asker.numbers(chosen, asked)
+        self.log({"iteration": iteration + 1, **numbers, **self._measure(rollout, number, iteration)})
+        for each, own in list(zip(chosen, advantages, strict=True))[: config.rollouts_kept]:
+            for record in asker.records(each, own):
+                self._keep({"iteration": iteration + 1, **record})
+        self.mean_reward, self._num_asked = numbers["reward"], first + len(asked)
         return rollout
 
     def _measure(self, rollout: Rollout, number: int, iteration: int) -> dict[str, float]:
