@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.engine.kv_format import KVFormat
 from mlxchat.engine.lane_weights import key_value_heads, lane_weights
 from mlxchat.engine.quantise import multiply, weight_bytes
 from mlxchat.model.gpt import GPT
@@ -26,16 +27,21 @@ from mlxchat.ops.lanes import Lanes
 from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 
 Caches = list[list[tuple[mx.array, ...]]]
-"""For each lane and layer its keys and values (B, K, S, D); () where a lane has no heads."""
+"""For each lane and layer what is kept of its keys, then of its values (`kv_format.py`); () where it has no heads."""
 Array = np.ndarray[Any, Any]
 
 
 class Decoder:
     """A model's weights arranged for decoding, and the step."""
 
-    def __init__(self, model: GPT, *, bits: int | None = None, packed: bool = True) -> None:
-        """Arrange the weights of `model` as they are now; `bits` and `packed` as in `lane_weights`."""
+    def __init__(self, model: GPT, *, bits: int | None = None, packed: bool = True, kv_bits: int | None = None) -> None:
+        """Arrange the weights of `model` as they are now; `bits` and `packed` as in `lane_weights`.
+
+        Raises:
+            ConfigError: keys and values cannot be kept in `kv_bits`.
+        """
         self.sizes, self.bits, self._packed = model.sizes, bits, packed
+        self.format = KVFormat(model.sizes.head_width, kv_bits)
         self.lanes = Lanes()
         self._parts: list[dict[str, Any]] = []
         self._shared: dict[str, mx.array] = {}
@@ -149,7 +155,7 @@ class Decoder:
         given: dict[str, Any],
         layer: int,
         kv: slice,
-    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+    ) -> tuple[mx.array, tuple[mx.array, ...]]:
         """Return what a lane's heads add to the stream (B, C), and their keys and values with the new ones."""
         sizes, rows = self.sizes, x.shape[0]
         kv_heads, width = kv.stop - kv.start, sizes.head_width
@@ -163,18 +169,20 @@ class Decoder:
             gate = 3.0 * mx.sigmoid(x[:, :VALUE_GATE_CHANNELS] @ weights["gate"])
             v = v + gate[..., None] * weights["values"][given["ids"]].reshape(v.shape)
         slots, visible = given["places"][layer]
-        at = mx.broadcast_to(slots[:, None, None, None], (rows, kv_heads, 1, width))
-        keys = mx.put_along_axis(past[0], at, k[:, :, None].astype(past[0].dtype), axis=2)
-        values = mx.put_along_axis(past[1], at, v[:, :, None].astype(past[1].dtype), axis=2)
+        new = [*self.format.pack(k[:, :, None]), *self.format.pack(v[:, :, None])]
+        kept = tuple(_written(old, slots, more) for old, more in zip(past, new, strict=True))
+        keys, values = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         q = q.reshape(rows, kv_heads, group, width)
-        if backend() == "cpu":
-            weight = _masked_exp((q * (width**-0.5 / EXP_UNIT)) @ keys.swapaxes(-1, -2), visible[:, None, None])
-            out = _scaled(weight @ values, (1 / weight.sum(-1))[..., None])
+        if backend() == "cpu" or self.format.bits is not None:
+            scores = self.format.scores(q * (width**-0.5 / EXP_UNIT), keys)
+            weight = _masked_exp(scores, visible[:, None, None])
+            out = _scaled(self.format.mixed(weight, values), (1 / weight.sum(-1))[..., None])
         else:
+            q = q.reshape(rows, heads, 1, width)
             out = mx.fast.scaled_dot_product_attention(
-                q.reshape(rows, heads, 1, width), keys, values, scale=width**-0.5, mask=visible[:, None, None] > 0
+                q, keys[0], values[0], scale=width**-0.5, mask=visible[:, None, None] > 0
             )
-        return multiply(out.reshape(rows, heads * width), weights["attention_out"]), (keys, values)
+        return multiply(out.reshape(rows, heads * width), weights["attention_out"]), kept
 
 
 def _shared_weights(model: GPT) -> dict[str, mx.array]:
@@ -208,6 +216,12 @@ def _visible(positions: Array, room: int, window: int | None) -> Array:
 
 def _room(caches: Caches, layer: int) -> int:
     return next(lane[layer][1].shape[2] for lane in caches if lane[layer])
+
+
+def _written(kept: mx.array, slots: mx.array, new: mx.array) -> mx.array:
+    """Return an array (B, K, S, …) with the tokens (B, K, 1, …) of all rows in their slots (B,)."""
+    at = mx.broadcast_to(slots[:, None, None, None], new.shape)
+    return mx.put_along_axis(kept, at, new.astype(kept.dtype), axis=2)
 
 
 def _mlp(x: mx.array, weights: dict[str, Any]) -> mx.array:

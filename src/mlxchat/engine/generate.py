@@ -46,17 +46,27 @@ class Completion:
 class Engine:
     """A model that answers."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None, trained: bool = False) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        bits: int | None = None,
+        kv_bits: int | None = None,
+        trained: bool = False,
+    ) -> None:
         """Take a model with its tokenizer.
 
         Args:
             model: is read whenever answers begin, so they follow its training.
             tokenizer: the model's.
             bits: 8 or 4 decodes with quantised weights.
+            kv_bits: 8 or 4 keeps keys and values of the past packed, which takes less memory and more time.
             trained: whether the model is trained between answers: then nothing of it is kept in between, and quantised
                 weights are for their speed alone, so that on a CPU, where they have none, they are not packed.
         """
-        self.model, self.tokenizer, self.bits, self.trained = model, tokenizer, bits, trained
+        self.model, self.tokenizer, self.trained = model, tokenizer, trained
+        self.bits, self.kv_bits = bits, kv_bits
         self._decoder: Decoder | None = None
         # Without keeping alive what a training has moved on from.
         self._arranged: list[weakref.ref[mx.array]] = []
@@ -65,7 +75,7 @@ class Engine:
         """Return the model as a scheduler needs it, with the weights that it has now."""
         weights = list(flatten_parameters(self.model).values())
         if self._decoder is None:
-            self._decoder = Decoder(self.model, bits=self.bits, packed=not self.trained)
+            self._decoder = Decoder(self.model, bits=self.bits, packed=not self.trained, kv_bits=self.kv_bits)
         elif len(weights) != len(self._arranged) or any(
             kept() is not weight for kept, weight in zip(self._arranged, weights, strict=True)
         ):

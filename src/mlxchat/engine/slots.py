@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.engine.decode import Caches, Decoder
+from mlxchat.engine.kv_format import Kept, KVFormat
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.attention import causal_attention, masked_attention
 from mlxchat.ops.normalisation import rms_norm
@@ -29,22 +30,22 @@ _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 class Past:
     """Keys and values of the beginning of a row, read by `Slots.read`; never changed afterwards."""
 
-    def __init__(self, layers: list[tuple[mx.array, mx.array]], tokens: int) -> None:
-        """Take for each layer keys and values (1, K, ≥ tokens, D)."""
+    def __init__(self, layers: list[Kept], tokens: int) -> None:
+        """Take for each layer what is kept of keys, then of values (1, K, ≥ tokens, …)."""
         self.layers, self.tokens = layers, tokens
 
     def begun(self, tokens: int) -> Past:
         """Return its first tokens only."""
-        return Past([(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers], tokens)
+        return Past([tuple(part[:, :, :tokens] for part in layer) for layer in self.layers], tokens)
 
 
 class _Reading:
     """`model.gpt.Cache` of one row that is read in chunks."""
 
-    def __init__(self, model: GPT, past: Past | None) -> None:
+    def __init__(self, model: GPT, past: Past | None, format: KVFormat) -> None:
         self.offset = past.tokens if past else 0
-        windows = model.sizes.windows()
-        self.layers = [_LayerReading(window, past.layers[i] if past else None) for i, window in enumerate(windows)]
+        layers = past.layers if past else [None] * model.sizes.num_layers
+        self.layers = [_LayerReading(*each, format) for each in zip(model.sizes.windows(), layers, strict=True)]
         self.last: mx.array | None = None
 
     def shift(self, x: mx.array) -> mx.array:
@@ -54,22 +55,28 @@ class _Reading:
 
 
 class _LayerReading:
-    def __init__(self, window: int | None, past: tuple[mx.array, mx.array] | None) -> None:
-        self.window, self.past = window, past
+    def __init__(self, window: int | None, past: Kept | None, format: KVFormat) -> None:
+        self.window, self.past, self.format = window, past, format
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        new = (*self.format.pack(k), *self.format.pack(v))
         if self.past is None:
-            self.past = k, v
-            return causal_attention(q, k, v, self.window).swapaxes(1, 2)
-        keys, values = (mx.concatenate([old, new], axis=2) for old, new in zip(self.past, (k, v), strict=True))
-        self.past = keys, values
-        tokens, total = q.shape[2], keys.shape[2]
+            self.past = new
+            return causal_attention(q, *self._unpacked(0), self.window).swapaxes(1, 2)
+        self.past = tuple(mx.concatenate(list(parts), axis=2) for parts in zip(self.past, new, strict=True))
+        tokens, total = q.shape[2], self.past[0].shape[2]
         first = 0 if self.window is None else max(0, total - tokens - self.window)
+        keys, values = self._unpacked(first)
         own, position = mx.arange(total - tokens, total)[:, None], mx.arange(first, total)
         visible = position <= own
         if self.window is not None:
             visible = visible & (position >= own - self.window)
-        return masked_attention(q, keys[:, :, first:], values[:, :, first:], visible[None]).swapaxes(1, 2)
+        return masked_attention(q, keys, values, visible[None]).swapaxes(1, 2)
+
+    def _unpacked(self, first: int) -> tuple[mx.array, mx.array]:
+        """Return keys and values of the tokens from the `first` on."""
+        kept = tuple(part[:, :, first:] for part in self.past or ())
+        return self.format.unpack(kept[: len(kept) // 2]), self.format.unpack(kept[len(kept) // 2 :])
 
 
 class Slots:
@@ -91,7 +98,7 @@ class Slots:
         Each lane reads a part of the tokens: a layer of the later part waits for nothing but that layer's keys and
         values of the earlier one.
         """
-        cache = _Reading(self.model, past)
+        cache = _Reading(self.model, past, self.decoder.format)
         if past is not None and last is not None and self.model.sizes.smear:
             cache.last = rms_norm(self.model.transformer["wte"](mx.array([[last]])))
         lanes = self.decoder.lanes
@@ -146,12 +153,8 @@ class Slots:
         layers = []
         for layer in range(len(self._most)):
             held = [lane[layer] for lane in self._caches if lane[layer]]
-            layers.append(
-                (
-                    mx.concatenate([part[0][row : row + 1, :, :tokens] for part in held], axis=1),
-                    mx.concatenate([part[1][row : row + 1, :, :tokens] for part in held], axis=1),
-                )
-            )
+            parts = ([part[row : row + 1, :, :tokens] for part in lanes] for lanes in zip(*held, strict=True))
+            layers.append(tuple(mx.concatenate(lanes, axis=1) for lanes in parts))
         mx.eval(layers)
         return Past(layers, tokens)
 
@@ -162,15 +165,18 @@ class Slots:
         return self.decoder.step(now, before, places, self._caches)
 
     def _remake(self, kept: list[int], rows: int, room: int) -> None:
-        sizes, dtype = self.model.sizes, self.model.transformer["wte"].weight.dtype
+        widths = 2 * self.decoder.format.widths(self.model.transformer["wte"].weight.dtype)
         old, self._caches = self._caches, []
         for number, kv in enumerate(self.decoder.kv_heads):
             lane: list[tuple[mx.array, ...]] = []
             for layer, most in enumerate(self._most):
                 heads, size = kv.stop - kv.start, room if most is None else min(room, most)
                 before = old[number][layer] if old else ()
-                shape = (rows, heads, size, sizes.head_width)
-                lane.append(tuple(_moved(before, part, kept, shape, dtype) for part in range(2)) if heads else ())
+                made = (
+                    _moved(before, part, kept, (rows, heads, size, width), dtype)
+                    for part, (width, dtype) in enumerate(widths)
+                )
+                lane.append(tuple(made) if heads else ())
             self._caches.append(lane)
         mx.eval(self._caches)
         self.rows, self.room = rows, room

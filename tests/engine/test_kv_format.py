@@ -1,0 +1,167 @@
+"""Packed keys and values: what decoding then computes, how far that is from the exact cache, and what it saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.compose import compose_config
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.sample import Sampling
+from mlxchat.engine.scheduler import Event, Request
+from mlxchat.engine.slots import Slots
+from mlxchat.errors import ConfigError
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+
+BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+TOKENS = 170  # windows of July 2026 are 128 tokens here
+
+
+def make_model(architecture: str, **sizes: Any) -> GPT:
+    """Return two layers with grouped heads 32 wide, none of whose projections and scalars is zero."""
+    config = vars(compose_config([f"architecture={architecture}"]).config.architecture)
+    features = {key: value for key, value in config.items() if key not in ("name", "whole_heads", "dropout")}
+    model = GPT(
+        GPTSizes(
+            **{
+                "architecture": config["name"], "vocab_size": 280, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+                "width": 128, "context_tokens": 64, **features, **sizes,
+            }
+        )
+    )  # fmt: skip
+    rng = np.random.default_rng(7)
+    weights = {
+        name: rng.normal(scale=1.0 if "wte" in name else 0.1, size=value.shape) + (name == "resid_lambdas")
+        for name, value in flatten_parameters(model).items()
+    }
+    set_parameters(model, {name: mx.array(value.astype(np.float32)) for name, value in weights.items()})
+    return model
+
+
+class RoundedLayer:
+    """A layer's past that is rounded when it comes; attention over it in float64."""
+
+    def __init__(self, window: int | None, bits: int | None) -> None:
+        self.window, self.bits = window, bits
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        if self.bits is not None:
+            how = {"group_size": 32, "bits": self.bits}
+            k, v = (mx.dequantize(*mx.quantize(x, **how), **how) for x in (k, v))
+        wide = [np.asarray(x).astype(np.float64) for x in (q, k, v)]
+        keys, values = (np.repeat(x, 2, axis=1) for x in wide[1:])
+        scores = wide[0] @ keys.swapaxes(2, 3) / np.sqrt(q.shape[-1])
+        age = np.arange(q.shape[2])[:, None] - np.arange(q.shape[2])
+        seen = (age >= 0) & (age <= (age.max() if self.window is None else self.window))
+        weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+        return mx.array((weights / weights.sum(-1, keepdims=True) @ values).astype(np.float32))
+
+
+class RoundedCache:
+    offset = 0
+
+    def __init__(self, model: GPT, bits: int | None) -> None:
+        self.layers = [RoundedLayer(window, bits) for window in model.sizes.windows()]
+
+    def shift(self, x: mx.array) -> mx.array:
+        return mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+
+
+def decoded(model: GPT, tokenizer: Tokenizer, kv_bits: int | None, ids: list[int], read: list[int]) -> np.ndarray:
+    """Return logits after reading pieces of these lengths and decoding the rest one by one."""
+    forward = Engine(model, tokenizer, kv_bits=kv_bits).forward()
+    past, start, found = None, 0, []
+    for size in read:
+        past = forward.read(ids[start : start + size], past, ids[start - 1] if start else None)
+        start += size
+    forward.reserve(1, start + 1)
+    forward.fill(0, past)
+    for place in range(start, len(ids)):
+        forward.reserve(1, place + 1)
+        found.append(forward.step([ids[place]], [ids[place - 1]], [place])[0])
+    return np.stack(found)
+
+
+def random_ids() -> list[int]:
+    return np.random.default_rng(3).integers(0, 256, TOKENS).tolist()
+
+
+@BOTH
+@pytest.mark.parametrize("read", [[], [20], [64, 64, 12], [150]], ids=str)
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.005), (4, 0.05)])
+def test_every_token_sees_the_rounded_keys_and_values(
+    tokenizer: Tokenizer, architecture: str, read: list[int], bits: int, tolerance: float
+) -> None:
+    """Against attention over numbers rounded as they come. A number on the border may fall on either side: hence the
+    tolerance, on logits of a standard deviation of about 5."""
+    model, ids = make_model(architecture), random_ids()
+    got = decoded(model, tokenizer, bits, ids, read)
+    expected = np.asarray(model(mx.array([ids]), RoundedCache(model, bits)))[0, -len(got) :]
+    np.testing.assert_allclose(got, expected, atol=tolerance)
+
+
+@BOTH
+@pytest.mark.parametrize(("bits", "most"), [(8, 1e-4), (4, 0.02)])
+def test_answers_stay_close_to_those_of_the_exact_cache(
+    tokenizer: Tokenizer, architecture: str, bits: int, most: float
+) -> None:
+    """Mean divergence of the next token's distribution, in nats; not zero, or nothing would have been rounded."""
+    model, ids = make_model(architecture), random_ids()
+    exact, rounded = (
+        (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float64)
+        for logits in (decoded(model, tokenizer, each, ids, [40]) for each in (None, bits))
+    )
+    assert 1e-9 < (np.exp(exact) * (exact - rounded)).sum(-1).mean() < most
+
+
+@BOTH
+def test_a_row_gets_the_same_alone_and_beside_others(tokenizer: Tokenizer, architecture: str) -> None:
+    engine, ids = Engine(make_model(architecture), tokenizer, kv_bits=4), [tokenizer.bos, *random_ids()]
+    requests = [
+        Request(
+            prompt=ids[:length], max_new_tokens=8 + 3 * index, logprobs=1,
+            sampling=Sampling(temperature=1.0, seed=index),
+        )
+        for index, length in enumerate((1, 5, 140, 33, 5))
+    ]  # fmt: skip
+
+    def run(together: list[Request]) -> list[list[Event]]:
+        scheduler = engine.scheduler(max_rows=3, prefill_tokens=32)
+        numbers = [scheduler.submit(request) for request in together]
+        events: dict[int, list[Event]] = {number: [] for number in numbers}
+        while not scheduler.idle:
+            for event in scheduler.step():
+                events[event.id].append(event)
+        return [events[number] for number in numbers]
+
+    def told(events: list[Event]) -> list[Any]:
+        return [(event.token, event.logprob) for event in events]
+
+    assert [told(events) for events in run(requests)] == [told(run([request])[0]) for request in requests]
+
+
+@pytest.mark.parametrize(("width", "bits", "share"), [(64, 8, 9 / 32), (64, 4, 5 / 32), (32, 8, 10 / 32)])
+def test_it_takes_as_much_memory_as_is_said(tokenizer: Tokenizer, width: int, bits: int, share: float) -> None:
+    model = make_model("oct2025", width=4 * width)
+    held = []
+    for each in (None, bits):
+        forward: Any = Engine(model, tokenizer, kv_bits=each).forward()
+        assert isinstance(forward, Slots)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        forward.reserve(2, 1000)
+        held.append(mx.get_active_memory() - before)
+        per_token = model.sizes.num_layers * model.sizes.num_kv_heads * forward.decoder.format.bytes_per_token()
+        assert held[-1] == pytest.approx(2 * 1024 * per_token, rel=0.01)
+    assert held[1] == pytest.approx(share * held[0], rel=0.01)
+
+
+def test_heads_that_cannot_be_packed_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="heads 12 wide cannot be packed; expected a multiple of 32"):
+        Engine(make_model("oct2025", width=48), tokenizer, kv_bits=8).forward()
