@@ -436,5 +436,5 @@ def test_files_of_one_content_are_fetched_once(hub: Any) -> None:
 
 
 def test_a_hub_file_sorts_by_its_path() -> None:
-    files = [HubFile(NAME, "dataset", "c", path, 1, None, "0") for path in ("b", "a")]
+    files = [HubFile(NAME, "dataset", "c", path, 1, None, "0" * 40) for path in ("b", "a")]
     assert [file.path for file in sorted(files)] == ["a", "b"]

@@ -28,6 +28,8 @@ _MOST_PAUSE_SECONDS = 60.0
 # How often a whole file that is not what was promised is thrown away and fetched again.
 _WRONG_TRIES = 3
 _SILENCE_SECONDS = 30.0
+# Bytes of a transfer of unknown length after which it is asked again whether the disk has room.
+_LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
 
 Check = Callable[[], None]
@@ -196,6 +198,10 @@ class _Transfer:
                     self.received += len(block)
                     self.on_bytes(len(block))
                     self.check()
+                    if self.size is not None and file.tell() > self.size:
+                        break  # more than was promised: it is wrong already, and may never end
+                    if self.size is None and file.tell() // _LOOK_BYTES > (file.tell() - len(block)) // _LOOK_BYTES:
+                        check_space(self.target.parent, _LOOK_BYTES, self.wanted.name)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -226,7 +232,7 @@ class _Transfer:
         arrived = Arrived(count, sha256.hexdigest(), self.received, self.facts)
         expected = self.wanted.sha256 or (_sha256_of_etag(self.facts.get("etag")) if self.wanted.trusts_etag else None)
         if self.size is not None and count != self.size:
-            return f"{count} bytes instead of {self.size}", arrived
+            return f"{'more than ' * (count > self.size)}{count} bytes instead of {self.size}", arrived
         if expected and arrived.sha256 != expected:
             return f"its sha256 is {arrived.sha256[:12]}… instead of {expected[:12]}…", arrived
         if self.wanted.git_sha1 and git.hexdigest() != self.wanted.git_sha1:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from mlxchat.errors import DataError
 from mlxchat.hub.cache import is_verified, note_verified
 from mlxchat.runner.fingerprint import hash_file
 
 HUB = "https://huggingface.co"
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f\\]")
+_COMMIT, _CHECKSUM = re.compile(r"\w[\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, order=True)
@@ -34,6 +38,22 @@ class HubFile:
     """Of the content, for files that the Hub keeps outside git (all large ones)."""
     git_sha1: str | None
     """Git's id of the content, for the others."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would lead out of the cache: all of this is what a server, or an artifact of others, says.
+
+        Raises:
+            DataError: a name, checksum or size that none of the Hub's is.
+        """
+        parts = PurePosixPath(self.path).parts
+        if not parts or ".." in parts or self.path.startswith("/") or _NO_NAME.search(self.path):
+            raise DataError(f"{self.repository} lists a file {self.path!r}, which is no path inside of a repository")
+        check_commit(self.repository, self.revision)
+        if not (isinstance(self.bytes, int) and self.bytes >= 0 and _CHECKSUM.fullmatch(str(self.etag))):
+            raise DataError(
+                f"{self.repository} lists {self.path} with {self.bytes!r} bytes and the checksum {self.etag!r}, "
+                "expected a size and hexadecimal digits"
+            )
 
     @property
     def etag(self) -> str:
@@ -77,6 +97,16 @@ def endpoint() -> str:
 def folder_name(repository: str, kind: str) -> str:
     """Return what a repository's folder is called in the cache."""
     return f"{kind}s--{repository.replace('/', '--')}"
+
+
+def check_commit(repository: str, commit: object) -> None:
+    """Refuse the name of a commit that is no name of a folder.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
+        raise DataError(f"{repository} is at commit {commit!r}, expected hexadecimal digits")
 
 
 def settle(file: HubFile) -> bool:

@@ -6,14 +6,14 @@ import fnmatch
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from mlxchat.errors import DataError, PassingError
 from mlxchat.hub.cache import cache_folder, is_offline, read_json, write_json
-from mlxchat.hub.files import HubFile, endpoint, folder_name
+from mlxchat.hub.files import HubFile, check_commit, endpoint, folder_name
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
 _TRIES, _TRIES_WITH_RECORD = 6, 2
@@ -50,7 +50,7 @@ def recorded_files(repository: str, revision: str, kind: str = "dataset") -> lis
     recorded = read_json(folder / f"{known.get('commit')}.json") or {}
     if "files" not in recorded:
         return None
-    return sorted(HubFile(repository, kind, known["commit"], *row) for row in recorded["files"])
+    return _files(repository, kind, known["commit"], recorded["files"])
 
 
 def forget() -> None:
@@ -84,6 +84,7 @@ def _resolve(repository: str, revision: str, kind: str) -> str:
                 raise PassingError(f"{error} {tell_command()}") from None
             print(f"  {repository}: the Hub does not answer; commit {commit[:12]} is used, as before", file=sys.stderr)
         else:
+            check_commit(repository, commit)
             for name in {quote(revision, safe=""), commit}:
                 write_json(known.with_name(name), {"commit": commit, "endpoint": endpoint()})
     _resolved[key] = commit
@@ -115,11 +116,16 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
             if "files" not in recorded:
                 raise
         else:
+            _files(repository, kind, commit, rows)  # refuses what must not be recorded
             recorded = {"repository": repository, "kind": kind, "commit": commit, "endpoint": endpoint(), "files": rows}
             write_json(path, recorded)
-    files = sorted(HubFile(repository, kind, commit, *row) for row in recorded["files"])
+    files = _files(repository, kind, commit, recorded["files"])
     _listed[path] = files
     return files
+
+
+def _files(repository: str, kind: str, commit: str, rows: Iterable[Sequence[Any]]) -> list[HubFile]:
+    return sorted((HubFile(repository, kind, commit, *row) for row in rows), key=lambda file: file.path)
 
 
 def _commit_of(hub: Any, repository: str, revision: str, kind: str) -> str:

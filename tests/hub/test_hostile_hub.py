@@ -1,0 +1,120 @@
+"""What a hostile Hub may say and send: no name of it leads out of the cache, and no file of it fills the disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import DataError
+from mlxchat.hub import cache, downloads
+from mlxchat.hub.client import HubFile, fetch_url, list_files
+from mlxchat.hub.files import hub_cache
+
+COMMIT, GIT, SHA256 = "0" * 40, "a" * 40, "b" * 64
+OUT = "../../../../out"
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """Answers with the server's `commit` and `entry`; every other address is a file without end."""
+
+    server: Any
+
+    def do_GET(self) -> None:
+        answer = {"/revision/": {"id": "a/b", "sha": self.server.commit}, "/tree/": [self.server.entry]}
+        found = next((value for part, value in answer.items() if part in self.path), None)
+        self.send_response(200)
+        if found is not None:
+            body = json.dumps(found).encode()
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return
+        if self.path.endswith("promised"):
+            self.send_header("Content-Length", "10")
+        self.end_headers()
+        for _ in range(self.server.blocks):
+            try:
+                self.wfile.write(bytes(1 << 16))
+            except OSError:
+                return
+            self.server.sent += 1 << 16
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    server.commit, server.blocks, server.sent = COMMIT, 1 << 12, 0
+    server.entry = {"type": "file", "path": "data/a.parquet", "oid": GIT, "size": 10}
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"commit": OUT}, {"commit": ".."}, {"commit": "a/b"}, {"commit": ""},
+        {"path": OUT}, {"path": "/etc/passwd"}, {"path": "data/../../x"}, {"path": "..\\x"}, {"path": "a\0b"},
+        {"path": ""}, {"oid": OUT}, {"oid": "A" * 40}, {"oid": ""}, {"lfs": {"oid": OUT, "size": 10, "pointerSize": 1}},
+        {"size": "ten"}, {"size": -5}, {"size": 1.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_listing_that_leads_out_of_the_cache_is_refused_and_recorded_nowhere(
+    hostile: Any, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    if "commit" in changed:
+        hostile.commit = changed["commit"]
+    else:
+        hostile.entry |= changed
+    with pytest.raises(DataError, match="a/b "):
+        list_files("a/b")
+    assert not list((tmp_path / "cache").rglob(f"{COMMIT}.json"))
+    assert not list(tmp_path.glob("out*")), "nothing outside of the cache"
+
+
+@pytest.mark.parametrize("path", ["a.parquet", "data/train-00000-of-00001.parquet", "données/a b.parquet", "..a/b..c"])
+@pytest.mark.parametrize("sums", [(SHA256, None), (None, GIT)], ids=["lfs", "git"])
+def test_ordinary_names_lie_inside_of_the_cache(path: str, sums: tuple[str | None, str | None]) -> None:
+    file = HubFile("org/name", "dataset", COMMIT, path, 0, *sums)
+    assert file.place.resolve().is_relative_to(hub_cache().resolve())
+
+
+def test_a_file_that_goes_on_behind_its_promised_end_is_not_kept(hostile: Any) -> None:
+    """A length in the header ends the transfer for the HTTP library; where the Hub's listing promised it, we do."""
+    wanted = downloads.Wanted(url=f"{hostile.url}/files/a", name="a", bytes=100_000)
+    target = cache.cache_folder() / "a"
+    with pytest.raises(DataError, match=r"more than \d+ bytes instead of 100000, 3 times"):
+        downloads.fetch_into(target, wanted, target.with_name("lock"))
+    assert hostile.sent < 3 * (hostile.blocks << 16) / 4
+    assert not target.exists()
+    assert not target.with_name("a.part").exists()
+
+
+def test_a_file_without_end_or_length_ends_before_the_disk_is_full(
+    hostile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "_LOOK_BYTES", 1 << 20)
+    free = iter([10**9] * 3 + [10**6] * 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
+    with pytest.raises(DataError, match=r"free\. Make room"):
+        fetch_url(f"{hostile.url}/files/b")
+    assert hostile.sent < hostile.blocks << 16
