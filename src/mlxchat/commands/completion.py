@@ -48,7 +48,7 @@ _DATA = ("fetch", "ls", "rm", "show")
 _OPTIONS = {
     "run": ["--multirun", "--cfg", "--config-dir", "--plan", "--fail-fast", "--help"],
     "plan": ["--json", "--exit-code", "--save", "--config-dir"],
-    "status": ["--json"], "ls": ["--stage", "--json"], "show": ["--json", "--examples", "--task"],
+    "status": ["--json"], "ls": ["--stage", "--json"], "show": ["--json", "--examples", "--task", "--iteration"],
     "lineage": ["--up", "--down", "--json"],
     "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"], "export": ["--to"],
     "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],

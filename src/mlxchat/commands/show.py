@@ -27,8 +27,9 @@ def main(arguments: list[str]) -> int:
         const="all",
         help="of an evaluation or RL: questions and answers",
     )
-    parser.add_argument("-n", type=int, default=5, metavar="N", help="examples at most (default: 5)")
-    parser.add_argument("--task", metavar="NAME", help="examples of this task only")
+    parser.add_argument("-n", type=int, default=5, metavar="N", help="examples at most, of RL questions (default: 5)")
+    parser.add_argument("--task", metavar="NAME", help="of an evaluation: examples of this task only")
+    parser.add_argument("--iteration", type=int, metavar="N", help="of RL: answers of this iteration only")
     options = parser.parse_intermixed_args(arguments)
     if options.n < 1:
         raise ConfigError(f"-n is {options.n}, expected at least 1")
@@ -37,7 +38,11 @@ def main(arguments: list[str]) -> int:
     place = store.resolve(name)
     if options.examples is not None:
         from mlxchat.commands.show_examples import show_examples  # which needs a reader of parquet
+        from mlxchat.commands.show_rollouts import show_rollouts
+        from mlxchat.evals.examples import has_rollouts
 
+        if has_rollouts(place):
+            return show_rollouts(place, which=options.examples, count=options.n, iteration=options.iteration)
         return show_examples(place, which=options.examples, count=options.n, task=options.task)
     manifest = read_manifest(place)
     if options.json:

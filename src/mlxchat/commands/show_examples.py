@@ -78,13 +78,13 @@ def _describe(example: dict[str, Any], width: int, *, colour: bool) -> Iterator[
     yield head
     for title in ("prompt", "output", "expected"):
         if example[title] is not None:
-            yield from _block(title, example[title], width)
+            yield from wrapped(title, example[title], width)
     details = _details(example["details"])
     if details:
-        yield from _block("details", details, width)
+        yield from wrapped("details", details, width)
 
 
-def _block(title: str, text: str, width: int) -> Iterator[str]:
+def wrapped(title: str, text: str, width: int) -> Iterator[str]:
     """Yield a text's lines, wrapped, beside its title."""
     text = printable(text)
     if len(text) > _MOST_CHARS:
@@ -117,7 +117,7 @@ def _details(details: dict[str, Any]) -> str:
             value = "  ".join(f"{key} {_short(item)}" for key, item in value.items())
         elif isinstance(value, list):
             value = "  ".join(map(_short, value))
-        if value not in (None, "", False) and (name, value) != ("finished", True):
+        if value is not None and value is not False and value != "" and (name, value) != ("finished", True):
             lines.append(f"{name}: {_short(value)}".rstrip())
     return "\n".join(lines)
 

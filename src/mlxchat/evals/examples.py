@@ -35,18 +35,13 @@ def write_examples(path: Path, examples: Iterable[dict[str, Any]]) -> None:
 def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of an evaluation's artifact, `details` as it was; older artifacts hold examples.jsonl.
 
-    Of RL those of rollouts.jsonl, the latest first: `index` is the question, `seed` the number of the sample.
-
     Raises:
         DataError: there are none, or they cannot be read.
     """
-    path, older, rollouts = folder / EXAMPLES_FILE, folder / "examples.jsonl", folder / ROLLOUTS_FILE
-    if not (path.is_file() or older.is_file() or rollouts.is_file()):
+    path, older = folder / EXAMPLES_FILE, folder / "examples.jsonl"
+    if not (path.is_file() or older.is_file()):
         raise DataError(f"{folder.name} holds no examples: only evaluations (eval_base, eval_sft, …) and RL do")
     try:
-        if rollouts.is_file():
-            yield from _rollouts(rollouts)
-            return
         if path.is_file():
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=1024):
@@ -64,14 +59,19 @@ def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"the examples of {folder.name} cannot be read ({error})") from None
 
 
-def _rollouts(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the answers that RL kept, those of the last iteration first."""
-    lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-    for line in sorted(lines, key=lambda each: -each["iteration"]):
-        yield {
-            "task": "rollouts", "index": line["question"], "seed": line["sample"], "prompt": line["prompt"],
-            "output": line["output"], "expected": line["expected"], "verdict": line["right"], "tokens": line["tokens"],
-            "details": {
-                name: line[name] for name in ("iteration", "reward", "advantage", "parts", "finished") if name in line
-            },
-        }  # fmt: skip
+def has_rollouts(folder: Path) -> bool:
+    """Tell whether an artifact is one of RL that kept answers."""
+    return (folder / ROLLOUTS_FILE).is_file()
+
+
+def read_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """Return the answers that RL kept, those of the last iteration first, a question's together.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    try:
+        lines = [json.loads(line) for line in (folder / ROLLOUTS_FILE).read_bytes().split(b"\n") if line]
+        return sorted(lines, key=lambda each: -each["iteration"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"the answers of {folder.name} cannot be read ({error})") from None
