@@ -23,7 +23,7 @@ VERBS = {
     "pin": ("pin", "name an artifact, which keeps it from being collected"),
     "verify": ("verify", "hash artifacts again and list what differs"),
     "gc": ("gc", "show what may be removed and why; --apply removes it"),
-    "export": ("transfer:main_export", "copy artifacts and all they were made from to a folder or tar"),
+    "export": ("export", "copy artifacts and all they were made from, or write a model for other tools (--to hf, …)"),
     "import": ("transfer:main_import", "take in exported artifacts, hashed first"),
     "data": ("data", "fetch, list, remove and look at what comes from the Hub: data fetch|ls|rm|show"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
