@@ -1,15 +1,19 @@
-"""Questions of the evals with what the model made of them: of each task one that is right and one that is wrong."""
+"""Questions of the evals with what the model made of them: of each task one that is right and one that is wrong.
+
+Of RL answers that it sampled: of its first and its last iteration a question that taught something, best and worst.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxchat.report.collect import RunReport
-from mlxchat.report.sources import mapping, read_jsonl, text
+from mlxchat.report.sources import mapping, number, read_jsonl, text
 from mlxchat.report.wording import cut
 
 log = logging.getLogger(__name__)
@@ -17,6 +21,7 @@ log = logging.getLogger(__name__)
 # Of a suite with more tasks, such as CORE's 22, only so many are shown.
 MOST_TASKS = 8
 _CHARACTERS = 700
+_TURNS = re.compile(r"<\|(bos|user_\w+|assistant_\w+)\|>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,9 @@ class Example:
 
 
 def example_groups(report: RunReport) -> dict[str, list[Example]]:
-    """Return eval step → some of its questions, for each that kept them."""
-    found = {step.name: read_examples(step.folder) for step in report.evals if step.folder is not None}
+    """Return step → some of its questions, for each that kept them: RL's and, last, those of the evals."""
+    found = {step.name: rollout_examples(step.folder) for step in report.steps if step.folder is not None}
+    found |= {step.name: read_examples(step.folder) for step in report.evals if step.folder is not None}
     return {name: examples for name, examples in found.items() if examples}
 
 
@@ -48,6 +54,42 @@ def read_examples(folder: Path) -> list[Example]:
     tasks = list(dict.fromkeys(task for task, _ in chosen))[:MOST_TASKS]
     pairs = [(task, verdict) for task in tasks for verdict in (True, False) if (task, verdict) in chosen]
     return [_example(task, verdict, chosen[task, verdict]) for task, verdict in pairs]
+
+
+def rollout_examples(folder: Path) -> list[Example]:
+    """Return the best and the worst answer to a question of the first iteration and to one of the last.
+
+    None where nothing was kept; what is damaged is left out.
+    """
+    questions: dict[tuple[float, float], list[dict[str, Any]]] = {}
+    for line in read_jsonl(folder / "rollouts.jsonl"):
+        iteration, question = number(line.get("iteration")), number(line.get("question"))
+        if iteration is not None and question is not None and number(line.get("reward")) is not None:
+            questions.setdefault((iteration, question), []).append(line)
+    iterations = sorted({iteration for iteration, _ in questions})
+    found = []
+    for iteration in dict.fromkeys([*iterations[:1], *iterations[-1:]]):
+        groups = [
+            sorted(group, key=lambda line: -float(line["reward"]))
+            for (of, _), group in questions.items()
+            if of == iteration
+        ]
+        answers = next((group for group in groups if group[0]["reward"] != group[-1]["reward"]), groups[0])
+        found += [_rollout_example(line) for line in (answers[0], answers[-1])]
+    return found
+
+
+def _rollout_example(line: dict[str, Any]) -> Example:
+    advantage = number(line.get("advantage"))
+    told = f"iteration {line['iteration']:g}, reward {line['reward']:.3g}"
+    told += f", advantage {advantage:+.3g}" if advantage is not None else ""
+    return Example(
+        task=told,
+        is_right=bool(line.get("right")),
+        prompt=cut(_TURNS.sub("", text(line.get("prompt"))).strip("\n"), _CHARACTERS),
+        output=cut(text(line.get("output")).strip("\n"), _CHARACTERS),
+        expected=cut(text(line.get("expected")).strip("\n"), _CHARACTERS),
+    )
 
 
 def _is_right(row: dict[str, Any]) -> bool:

@@ -58,6 +58,8 @@ _REWARD = (
     _Series(key="reward", title="mean reward (bold: smoothed)", y="per sampled answer", is_smoothed=True,
             from_zero=False),
     _Series(key="held_out_reward", title="held-out reward", y="per sampled answer", from_zero=False),
+    _Series(key="teaching_frac", title="questions with answers of unequal reward", y="% of the asked", is_smoothed=True,
+            scale=100, show="{:.0f}%".format),
     _Series(key="completion_tokens", title="length of answers", y="tokens", is_smoothed=True),
     _Series(key="entropy", title="entropy of the policy", y="nats per token"),
     _Series(key="kl", title="divergence from the model that RL began with", y="nats per token"),

@@ -1,0 +1,55 @@
+"""What the report shows of the answers that RL sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlxchat.report import collect
+from mlxchat.report.examples import example_groups, rollout_examples
+from mlxchat.report.html import render_html
+
+
+def answers(iteration: int, question: int, rewards: list[float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "iteration": iteration, "question": question, "sample": sample, "right": reward > 0.5, "reward": reward,
+            "prompt": f"<|bos|><|user_start|>ask {question}<|user_end|><|assistant_start|>",
+            "output": f"say {sample} <b>", "expected": "say", "advantage": reward - 0.5,
+        }
+        for sample, reward in enumerate(rewards)
+    ]  # fmt: skip
+
+
+def write(whole: Any) -> Path:
+    folder: Path = whole.folder("rl")
+    lines = [*answers(3, 9, [0.0, 0.0]), *answers(1, 4, [1.0, 1.0]), *answers(1, 5, [0.0, 1.0, 0.5])]
+    whole.write_lines(folder / "rollouts.jsonl", lines)
+    return folder
+
+
+def test_the_best_and_the_worst_of_a_question_that_taught_something_of_the_first_and_last_iteration(whole: Any) -> None:
+    found = rollout_examples(write(whole))
+    assert [(each.prompt, each.output, each.is_right) for each in found] == [
+        ("ask 5", "say 1 <b>", True), ("ask 5", "say 0 <b>", False),
+        ("ask 9", "say 0 <b>", False), ("ask 9", "say 1 <b>", False),
+    ]  # fmt: skip
+    assert found[0].task == "iteration 1, reward 1, advantage +0.5"
+
+
+def test_they_stand_in_the_report_as_text(whole: Any) -> None:
+    write(whole)
+    page = render_html(collect(whole.root, whole.run))
+    assert "iteration 1, reward 1, advantage +0.5" in page
+    assert "say 1 &lt;b&gt;" in page
+    assert "say 1 <b>" not in page
+
+
+def test_what_is_damaged_or_absent_is_left_out(whole: Any) -> None:
+    folder = write(whole)
+    with (folder / "rollouts.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "question": null}\n{"iteration": 6, "ques')
+    assert len(rollout_examples(folder)) == 4
+    (folder / "rollouts.jsonl").unlink()
+    assert rollout_examples(folder) == []
+    assert "rl" not in example_groups(collect(whole.root, whole.run))
