@@ -24,8 +24,10 @@ LAYERS = [
         "tokenizer_config",
         "execution_config",
         "eval_config",
+        "import_config",
         "model_config",
         "task_config",
+        "teacher_config",
         "rl_config",
         "user_function",
         "ops",
@@ -40,7 +42,7 @@ LAYERS = [
     {"evals"},
     {"training"},
     {"bench"},
-    {"number_problems", "rl_problems"},
+    {"number_problems", "rl_problems", "teacher_problems"},
     {
         "validation",
         "misspelling",
@@ -89,7 +91,7 @@ def packages(path: Path, **options: bool) -> set[str]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert (len(LIBRARY) > 40, len(STAGES), len(RUNNER) > 8) == (True, 8, True)
+    assert (len(LIBRARY) > 40, len(STAGES), len(RUNNER) > 8) == (True, 9, True)
     assert imports(ROOT / "stages" / "sft.py") >= {"mlxchat.training.finetune", "mlxchat.training.finetune.finetune"}
 
 

@@ -60,6 +60,11 @@ NOT_IDENTITY = {
     "rl.rollouts_kept",
     "eval.batch_rows",
     "outside.path",  # what is in the folder counts instead
+    "imported.name",
+    "imported.repository",  # so do the files of an imported model
+    "imported.revision",
+    "imported.folder",
+    "imported.step",
     "training.on_nan",
     "training.max_skipped_in_a_row",
     "training.norm_warning_factor",
@@ -95,6 +100,7 @@ READ_BY: dict[str, set[str]] = {
     "eval": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
     "suite": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
     "outside": set(),  # its pipeline has another model
+    "imported": set(),  # its pipelines, too
     "seed": {
         "corpus",
         "tokenizer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.commands.arguments import Parser, make_parser, outputs_folder
 from mlxchat.errors import StoreError
 from mlxchat.runner.store import Store, read_manifest
 
@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--python-tool", action="store_true", help=PYTHON_TOOL)
+    add_precision(parser)
     options = parser.parse_intermixed_args(arguments)
     place = find_model(Store(outputs_folder(options.settings)), options.model)
 
@@ -41,6 +42,8 @@ def main(arguments: list[str]) -> int:
         system=options.system,
         top_p=options.top_p,
         python=python_tool() if options.python_tool else None,
+        bits=options.bits,
+        kv_bits=options.kv_bits,
     )
     if options.prompt is not None:
         chat.answer_once(options.prompt)
@@ -62,6 +65,19 @@ def python_tool() -> PythonTool:
     return tool
 
 
+def add_precision(parser: Parser) -> None:
+    """Add the options that trade exactness and speed for memory."""
+    parser.add_argument(
+        "--bits", type=int, choices=(8, 4), help="decode with weights of so many bits; says what it costs"
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 4),
+        help="keep keys and values of the past in so many bits, for long contexts",
+    )
+
+
 def find_model(store: Store, name: str | None) -> Path:
     """Return the folder of the model that `name` means; None: the latest run's last chat model, or its base model.
 
@@ -78,7 +94,7 @@ def find_model(store: Store, name: str | None) -> Path:
         for place in store.refs().values()
         if (manifest := read_manifest(place))["kind"] == "checkpoint"
     }
-    for stage in ("rl", "sft", "midtrain", "pretrain"):
+    for stage in ("rl", "sft", "midtrain", "pretrain", "imported"):
         if stage in found:
             return found[stage]
     raise StoreError(f"{store.outputs} holds no model yet: run mlxchat first (or choose with --model)")

@@ -88,7 +88,11 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
     yield "derived", [[key, show_value(value)] for key, value in flatten(manifest.get("derived") or {}).items()]
     yield "config", [[key, show_value(value)] for key, value in flatten(manifest["config"]).items()]
     outside = [
-        [str(item.get("name")), str(item.get("revision") or item.get("version") or "")]
+        [
+            str(item.get("name") or item.get("url")),
+            str(item.get("revision") or item.get("version") or ""),
+            str(item.get("sha256") or "")[:12],
+        ]
         for item in manifest.get("externals") or ()
     ]
     yield "from outside", outside

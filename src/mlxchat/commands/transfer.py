@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlxchat.commands import import_model
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.errors import ConfigError
 from mlxchat.runner.progress import format_bytes
@@ -36,7 +37,11 @@ def main_export(arguments: list[str]) -> int:
 
 
 def main_import(arguments: list[str]) -> int:
-    """Take in the artifacts of a folder or tar file."""
+    """Take in the artifacts of a folder or tar file, or a model of another make."""
+    if arguments and arguments[0] in import_model.FORMATS:
+        if len(arguments) == 1:
+            raise ConfigError(import_model.tell_forms(arguments[0]))
+        return import_model.main(arguments[0], arguments[1:])
     parser = make_naming_parser(
         "import", "Take in the artifacts of an exported folder or tar file; every file is hashed first.", "PLACE"
     )

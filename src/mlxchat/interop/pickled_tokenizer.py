@@ -23,7 +23,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
         DataError: it is no such file, it is damaged, or it has other special tokens.
     """
     try:
-        data = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b"." * (MOST_BYTES + 1)
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
     where = path.name
@@ -55,8 +56,8 @@ def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -
     for name in sorted(expected.keys() | special.keys(), key=str):
         if expected.get(name) != special.get(name):
             raise DataError(
-                f"{where}: the special token {str(name)[:40]} has id {special.get(name)}, expected {expected.get(name)}. "
-                "Only nanochat's nine special tokens, after all others, are read"
+                f"{where}: the special token {str(name)[:40]} has id {special.get(name)}, expected "
+                f"{expected.get(name)}. Only nanochat's nine special tokens, after all others, are read"
             )
 
 

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -112,7 +113,7 @@ class SafetensorsFile:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{self.where} is no safetensors file that can be read ({error}). {_AGAIN}") from None
         ends = sorted((each.start, each.start + prod(each.shape) * each.dtype.bytes) for each in found.values())
-        if any(second[0] < first[1] for first, second in zip(ends, ends[1:], strict=False)):
+        if any(second[0] < first[1] for first, second in pairwise(ends)):
             raise DataError(f"{self.where} cannot be read: its tensors lie over each other")
         return found
 

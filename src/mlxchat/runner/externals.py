@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.metadata
 import json
 import os
@@ -89,7 +90,8 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
 
     Fields whose metadata says `external: file` hold paths, those with `external: folder` a folder of which all files
     count, also in what it contains, those with `external: package` names of packages, and those with `external:
-    function` a module:function, whose module's file counts. One with
+    function` a module:function, whose module's file counts. One with `external: section` has the whole section it
+    stands in pinned by the function (module:function of mlxchat's) that its metadata names under `by`. One with
     `external: source` holds its `since_default` (nothing outside), a word that `packages` translates, a file, or a
     folder of which the files named in `folder` count.
 
@@ -109,6 +111,9 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
                 item, kind = getattr(value, field.name), field.metadata.get("external")
                 if kind == "source":
                     kind, item = _resolve_source(item, field.metadata)
+                if kind == "section":
+                    pins.update(_section_pins(value, field.metadata["by"], hash_of))
+                    continue
                 if kind is None:
                     if field.metadata.get("identity") is not False:  # what is only looked at changes no result
                         visit(f"{where}.{field.name}", item)
@@ -140,6 +145,13 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
     if problems:
         raise ConfigError("\n".join(problems))
     return pins
+
+
+def _section_pins(section: Any, function: str, hash_of: Callable[[Path], str]) -> dict[str, str]:
+    """Return what a part above the runner, which is named in the schema, finds that a section refers to."""
+    module, _, name = function.partition(":")
+    found: dict[str, str] = getattr(importlib.import_module(module), name)(section, hash_of)
+    return found
 
 
 def _folder_pins(folder: Path, hash_of: Callable[[Path], str]) -> dict[str, str]:

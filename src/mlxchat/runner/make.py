@@ -134,7 +134,8 @@ def _prepare(
     _drop_work_on_other_inputs(work, {role: manifest["tree"] for role, manifest in lineage.items()})
     crash_point("step.prepared")
     return Context(
-        step=step.name, stage=step.stage.name, inputs=folders, input_steps=dict(step.inputs), out=out,
+        step=step.name, stage=step.stage.name, inputs=folders, out=out,
+        input_steps={role: made["step"] for role, made in lineage.items()},
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
         work=work / "ckpt", root_seed=run.seed, hints=run.policy.hints, stop_signal=lambda: run.stop_signal,
         on_metrics=run.on_metrics,

@@ -3,6 +3,7 @@
 sft                             a step of the latest run
 latest/sft, RUN/sft             a step of a run; the start of the run's name is enough
 best, pins/best                 a pin
+import:d32                      a model that was imported under this name
 sft-d4-247by4vjkvu7s7hg         the folder's name, or the start of it
 247by4                          the start of an id
 """
@@ -14,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxchat.errors import StoreError, suggest
-from mlxchat.runner.store import MANIFEST, Store, read_manifest
+from mlxchat.runner.store import MANIFEST, Store, clean_label, read_manifest
 
-PINS = "pins"
+PINS, IMPORTS = "pins", "imports"
 _ID_CHARS = 16
 _MOST_SHOWN = 8
 
@@ -27,6 +28,8 @@ def resolve(store: Store, name: str) -> Path:
     Raises:
         StoreError: nothing, or more than one thing, has this name; the message lists what may be meant.
     """
+    if name.startswith("import:"):
+        return resolve_import(store, name.removeprefix("import:"))
     direct = [place for place in _exact(store, name) if place is not None]
     if direct:
         if len(set(direct)) == 1:
@@ -55,6 +58,34 @@ def resolve(store: Store, name: str) -> Path:
     known += f" Pins: {', '.join(pins)}." if pins else ""
     hint = suggest(name, [*steps, *pins]) or suggest(name, _names(base)[:2000])
     raise StoreError(f'"{name}" is no artifact in {store.outputs}. {known}{hint}')
+
+
+def resolve_import(store: Store, name: str) -> Path:
+    """Return the folder of the model that was imported under a name, or by a pipeline that calls it so.
+
+    Raises:
+        StoreError: there is none, or more than one.
+    """
+    named = links(store, IMPORTS)
+    if name in named:
+        return named[name]
+    base = store.outputs / "store"
+    called: dict[str, list[Path]] = {}
+    for folder in _names(base):
+        if folder.startswith("imported-") and (base / folder / MANIFEST).exists():
+            called.setdefault(folder.removeprefix("imported-")[: -_ID_CHARS - 1], []).append(base / folder)
+    places = called.get(clean_label(name), [])
+    if len(places) == 1:
+        return places[0]
+    if places:
+        shown = ", ".join(sorted(place.name for place in places))
+        raise StoreError(f'there are several imports called "{name}": {shown}. Name one: mlxchat import … --name NAME')
+    known = sorted({*named, *called})
+    text = f"Imports: {', '.join(known)}." if known else "Nothing was imported yet."
+    raise StoreError(
+        f'there is no import "{name}" in {store.outputs}. {text}{suggest(name, known)} '
+        f"To import it: mlxchat import nanochat REPOSITORY --name {name}"
+    )
 
 
 def links(store: Store, group: str) -> dict[str, Path]:

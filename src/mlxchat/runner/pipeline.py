@@ -8,6 +8,20 @@ from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.stage import read_stage, stage_names
 
 Pipeline = Mapping[str, Mapping[str, str]]
+IMPORT = "import:"
+"""A role may be filled by import:NAME, a model that is in the store under that name, instead of by a step."""
+IMPORTED_KIND = "checkpoint"
+
+
+def steps_of(entry: Mapping[str, str]) -> dict[str, str]:
+    """Return role → step of the roles that steps fill."""
+    return {role: source for role, source in entry.items() if role != "stage" and not source.startswith(IMPORT)}
+
+
+def imports_of(entry: Mapping[str, str]) -> dict[str, str]:
+    """Return role → name of the roles that imported models fill."""
+    imported = {role: source for role, source in entry.items() if role != "stage" and source.startswith(IMPORT)}
+    return {role: source.removeprefix(IMPORT) for role, source in imported.items()}
 
 
 def order_steps(pipeline: Pipeline, targets: Iterable[str] | None) -> list[str]:
@@ -44,9 +58,8 @@ def order_steps(pipeline: Pipeline, targets: Iterable[str] | None) -> list[str]:
         if step in trail:
             raise ConfigError(f"pipeline has a cycle: {' → '.join([*trail[trail.index(step) :], step])}")
         trail.append(step)
-        for role, source in pipeline[step].items():
-            if role != "stage":
-                visit(source)
+        for source in steps_of(pipeline[step]).values():
+            visit(source)
         trail.pop()
         order.append(step)
 
@@ -74,6 +87,11 @@ def _check_wiring(pipeline: Pipeline) -> list[str]:
                 known = ", ".join(stage.roles) or "none"
                 hint = suggest(role, stage.roles)
                 problems.append(f'pipeline.{step}: "{role}" is no role of stage {name}: {known}.{hint}')
+            elif source.startswith(IMPORT):
+                if stage.roles[role] != IMPORTED_KIND:
+                    problems.append(
+                        f"pipeline.{step}.{role} is {source}, a {IMPORTED_KIND}; expected a {stage.roles[role]}"
+                    )
             elif source not in pipeline:
                 problems.append(
                     f'pipeline.{step}.{role} is "{source}", which is no step of this pipeline: '
@@ -89,9 +107,4 @@ def _check_wiring(pipeline: Pipeline) -> list[str]:
 def _is_sorted(pipeline: Pipeline, steps: list[str]) -> bool:
     """Tell whether the pipeline's own order already puts inputs first: then it is the order that people know."""
     position = {step: index for index, step in enumerate(pipeline)}
-    return all(
-        position[source] < position[step]
-        for step in steps
-        for role, source in pipeline[step].items()
-        if role != "stage"
-    )
+    return all(position[source] < position[step] for step in steps for source in steps_of(pipeline[step]).values())

@@ -15,6 +15,8 @@ from mlxchat.runner.code_digest import CodeDigests, changed_modules
 from mlxchat.runner.externals import FileHashes
 from mlxchat.runner.externals import pin_externals as pin_externals
 from mlxchat.runner.fingerprint import compute_rid, identity_of
+from mlxchat.runner.naming import resolve_import
+from mlxchat.runner.pipeline import IMPORTED_KIND, imports_of, steps_of
 from mlxchat.runner.pipeline import Pipeline as Pipeline
 from mlxchat.runner.pipeline import order_steps as order_steps
 from mlxchat.runner.reasons import Difference, find_difference
@@ -131,19 +133,24 @@ def make_plan(
     planned: dict[str, PlannedStep] = {}
     for name in order_steps(pipeline, targets):
         stage = read_stage(pipeline[name]["stage"])
-        inputs = {role: step for role, step in pipeline[name].items() if role != "stage"}
+        inputs = steps_of(pipeline[name])
+        imports = find_imports(name, imports_of(pipeline[name]), store)
         sections = {section: getattr(config, section) for section in stage.config}
         for section in sections.keys() - identities.keys():
             identities[section] = identity_of(sections[section])
         if stage.config not in pins:
             pins[stage.config] = pin_externals(sections, hashes.of)
-        identity = {"seed": seed, **{section: identities[section] for section in sections}}
+        identity = {section: identities[section] for section in sections}
+        identity |= {"seed": seed} if stage.seeded else {}
         externals = pins[stage.config]
         rids = {role: planned[step].rid for role, step in inputs.items()}
+        rids |= {role: manifest["rid"] for role, manifest in imports.items()}
         rid_with = partial(_rid_with, stage, identity, externals, rids)
         artifacts = find_artifacts(sections, store, rid_with)
         rid = rid_with(artifacts)
-        label = _label(stage, config, [planned[step].label for step in inputs.values()])
+        inherited = [planned[step].label for step in inputs.values()]
+        label = _label(stage, config, [*inherited, *imports_of(pipeline[name]).values()])
+        artifacts |= imports
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=externals, rid=rid,
             artifact=artifact_name(stage.name, label, rid), label=label, forced=name in force or "all" in force,
@@ -255,9 +262,13 @@ def find_artifacts(
         StoreError: a name leads to nothing, or to more than one thing.
     """
     found: dict[str, Manifest] = {}
-    for section in sections.values():
+    queue = list(sections.values())
+    while queue:
+        section = queue.pop(0)
         for item in fields(section) if is_dataclass(section) else ():
             role, name = item.metadata.get("artifact"), getattr(section, item.name)
+            if is_dataclass(name):  # fields of a part of the section count too
+                queue.append(name)
             if role is None or name is None:
                 continue
             found[role] = read_manifest(store.resolve(name))
@@ -265,6 +276,28 @@ def find_artifacts(
             first = store.read(before["rid"]) if before and name in store.refs() else None
             if first and rid_with({role: first}) == found[role]["rid"]:
                 found[role] = first
+    return found
+
+
+def find_imports(step: str, names: Mapping[str, str], store: Store) -> dict[str, Manifest]:
+    """Return role → manifest of the imported models that fill a step's roles.
+
+    Args:
+        step: its name, for messages.
+        names: role → name.
+        store: where they are.
+
+    Raises:
+        ConfigError: there is no import of such a name.
+    """
+    found = {}
+    for role, name in names.items():
+        try:
+            found[role] = read_manifest(resolve_import(store, name))
+        except StoreError as error:
+            raise ConfigError(f"pipeline.{step}.{role}: {error}") from None
+        if found[role]["kind"] != IMPORTED_KIND:
+            raise ConfigError(f"pipeline.{step}.{role}: {found[role]['name']} is a {found[role]['kind']}, no model")
     return found
 
 

@@ -39,6 +39,8 @@ class Stage:
     """What it needs alone: "gpu", of which there is one."""
     label: str | None
     """Dotted path of the config value that goes into the artifact's name; None: the label of the first input."""
+    seeded: bool = True
+    """Whether it draws random numbers; False: the run's seed is no part of the artifact's identity."""
 
     @property
     def roles(self) -> dict[str, str]:
@@ -94,6 +96,7 @@ def read_stage(name: str) -> Stage:
         outputs=tuple(values["OUTPUTS"]),
         resources=tuple(values.get("RESOURCES", ())),
         label=values.get("LABEL"),
+        seeded=bool(values.get("SEEDED", True)),
     )
 
 

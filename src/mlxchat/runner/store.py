@@ -209,9 +209,14 @@ class Store:
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
+def clean_label(label: str) -> str:
+    """Return a label as it stands in folder names."""
+    return "".join(char if char.isalnum() or char in "._" else "_" for char in redact(label))
+
+
 def artifact_name(stage: str, label: str, rid: str) -> str:
     """Return the folder name of an artifact: what it is for people, then 80 bits of its id."""
-    clean = "".join(char if char.isalnum() or char in "._" else "_" for char in redact(label))
+    clean = clean_label(label)
     return f"{stage}-{clean}-{rid[:_SHORT]}" if clean else f"{stage}-{rid[:_SHORT]}"
 
 

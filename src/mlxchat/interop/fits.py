@@ -1,0 +1,93 @@
+"""Which models of ours another format can express, and why not the others."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from mlxchat.errors import ConfigError
+from mlxchat.interop.names import architecture_values
+from mlxchat.model.sizing import GPTSizes
+
+_WORDS = {
+    "value_embeddings": "value embeddings",
+    "residual_scalars": "residual scalars",
+    "smear": "the smear",
+    "backout": "the backout",
+}
+# What the conf of an architecture says that computes nothing: whose initial weights are drawn.
+_NO_COMPUTATION = ("architecture", "window_pattern")
+
+GGUF_REASONS = """No architecture of llama.cpp computes this model, so there is no GGUF of it that would say the same:
+  - nanochat caps its logits: 15 tanh(x / 15). Those architectures of llama.cpp that can do so (gemma2, gemma3, gemma3n,
+    gemma4, grok, muse-glimmer, dflash) have no MLP with a squared ReLU; those with one (apertus by its xIELU, arcee,
+    nemotron, jais2, plm) have no cap.
+  - nanochat cuts digits into pairs; llama.cpp has no pre-tokenizer that does, so numbers would become other tokens.
+  - some forks of llama.cpp have an architecture "nanochat"; their files open in that fork alone.
+What works instead: --to mlx (mlx_lm.generate, mlx_lm.server; --quantize 4), --to hf (transformers), or mlxchat
+serve, which speaks OpenAI's protocol."""
+
+
+def beyond_october(sizes: GPTSizes) -> list[str]:
+    """Return in words what a model computes beyond nanochat's of October 2025, whatever its rotary base."""
+    found = [words for name, words in _WORDS.items() if getattr(sizes, name)]
+    if any(window is not None for window in sizes.windows()):
+        found.append(f"sliding windows ({sizes.window_pattern})")
+    if sizes.query_key_scale != 1.0:
+        found.append(f"queries and keys scaled by {sizes.query_key_scale:g}")
+    if sizes.padded_vocab_size != sizes.vocab_size:
+        found.append(f"tables padded to {sizes.padded_vocab_size:,} rows")
+    return found
+
+
+def check_hf(sizes: GPTSizes) -> None:
+    """Refuse what transformers' NanoChatForCausalLM cannot express.
+
+    Raises:
+        ConfigError: with what works instead.
+    """
+    if more := beyond_october(sizes):
+        raise ConfigError(
+            f"transformers' NanoChatForCausalLM is nanochat's model of October 2025. This one has more: {_list(more)}. "
+            "What works instead: --to mlx (mlx-lm with --trust-remote-code), or --to nanochat"
+        )
+
+
+def nanochat_snapshot(sizes: GPTSizes) -> str:
+    """Return whose code computes a model: oct2025 or jul2026.
+
+    Raises:
+        ConfigError: neither does; with the reason, and what works instead.
+    """
+    october, july = architecture_values("oct2025"), architecture_values("jul2026")
+    differing = {}
+    for name, values in (("oct2025", october), ("jul2026", july)):
+        # Rows that pad the tables are the same ones however their number was chosen.
+        ours = {**asdict(sizes), "vocab_multiple": values["vocab_multiple"]}
+        differing[name] = [key for key in values if key not in _NO_COMPUTATION and ours[key] != values[key]]
+        if replace(sizes, vocab_multiple=values["vocab_multiple"]).padded_vocab_size != sizes.padded_vocab_size:
+            differing[name].append("padded_vocab_size")
+    if not beyond_october(sizes) and sizes.rope_theta == october["rope_theta"]:
+        return "oct2025"
+    if not differing["jul2026"]:
+        return "jul2026"
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    values = architecture_values(nearest)
+    wrong = [f"{key} {getattr(sizes, key)} instead of {values.get(key, 'its own')}" for key in differing[nearest]]
+    wrong += [] if nearest == "jul2026" else [more for more in beyond_october(sizes) if "windows" in more]
+    raise ConfigError(
+        f"nanochat's code has these fixed and this model has them otherwise than {nearest}: {_list(wrong)}. "
+        f"What works instead: --to mlx{'' if beyond_october(sizes) else ' or --to hf'}"
+    )
+
+
+def refuse_gguf() -> None:
+    """Say why there is no GGUF.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(GGUF_REASONS)
+
+
+def _list(parts: list[str]) -> str:
+    return ", ".join(parts)

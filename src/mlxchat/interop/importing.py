@@ -1,0 +1,139 @@
+"""A model of another make becomes the folder of a checkpoint of ours, named by the contents of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import ConfigError, DataError
+from mlxchat.hub.cache import check_space
+from mlxchat.import_config import ImportConfig
+from mlxchat.interop import hf, nanochat
+from mlxchat.interop.names import sizes_from_hf, sizes_from_nanochat
+from mlxchat.interop.source import ModelSource, open_folder, open_repository
+from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
+from mlxchat.interop.torch_file import TorchFile
+from mlxchat.model.sizing import GPTSizes, count_parameters
+
+FORMATS = ("nanochat", "hf")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model's files in its source."""
+
+    source: ModelSource
+    files: nanochat.NanochatFiles | hf.HfFiles
+
+
+def open_source(config: ImportConfig) -> ModelSource:
+    """Return where a model comes from.
+
+    Raises:
+        ConfigError: neither or both of a repository and a folder are given.
+        DataError, PassingError: there is none, or the Hub does not answer.
+    """
+    if (config.repository is None) == (config.folder is None):
+        raise ConfigError("exactly one of imported.repository and imported.folder must be set")
+    if config.folder is not None:
+        return open_folder(Path(config.folder))
+    assert config.repository is not None
+    return open_repository(config.repository, config.revision)
+
+
+def find(config: ImportConfig) -> Found:
+    """Return the files of the model that a configuration means; only small ones are fetched.
+
+    Raises:
+        DataError: there is no such model, or something of it is missing.
+    """
+    source = open_source(config)
+    if config.format == "hf":
+        return Found(source, hf.find_files(source))
+    return Found(source, nanochat.find_files(source, config.step))
+
+
+def pins_of(config: ImportConfig, hash_of: Callable[[Path], str]) -> dict[str, str]:
+    """Return name → sha256 of the files that the model is made of: the same from a repository and from a folder."""
+    found = find(config)
+    return {f"model {Path(name).name}": found.source.sha256(name, hash_of) for name in found.files.identity()}
+
+
+def sizes_of_import(config: ImportConfig) -> GPTSizes:
+    """Return the sizes of the model that a configuration means, without fetching it.
+
+    Raises:
+        DataError: there is no such model, or what describes it is damaged.
+    """
+    found = find(config)
+    if isinstance(found.files, hf.HfFiles):
+        return sizes_from_hf(hf.read_config(found.source), found.source.where)
+    meta = found.source.small(found.files.meta)
+    return _sizes_of_meta(meta, found.files.meta)
+
+
+@lru_cache(maxsize=8)
+def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
+    model_config = nanochat.read_meta(data, where)["model_config"]
+    # The tensors tell the architecture; where only the meta file is at hand, the key that July 2026 added does.
+    later = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda"]
+    return sizes_from_nanochat(model_config, later if "window_pattern" in model_config else [], where)
+
+
+def import_model(config: ImportConfig, out: Path, check: Callable[[], None]) -> tuple[GPTSizes, list[dict[str, Any]]]:
+    """Write a model of another make into `out` as a checkpoint; return its sizes and a record of each of its files.
+
+    Numbers pass through in pieces: what is needed besides is a few megabytes.
+
+    Args:
+        config: which model.
+        out: exists.
+        check: called again and again; it may raise, to end the work.
+
+    Raises:
+        DataError: a file is missing, damaged, or not what it should be; the disk has no room.
+        PassingError: the Hub does not answer.
+    """
+    found = find(config)
+    source, files = found.source, found.files
+    parameters = count_parameters(sizes_of_import(config))["total"]
+    check_space(out, 4 * parameters, f"The checkpoint of {source.where}")
+    paths = source.fetch(files.all(), check)
+    with ExitStack() as opened:
+        tensors: Mapping[str, tuple[TensorFile, Tensor]]
+        if isinstance(files, hf.HfFiles):
+            about = _json_of(paths[files.about_tokenizer]) if files.about_tokenizer else {}
+            described = hf.read_config(source)
+            weights = {name: opened.enter_context(SafetensorsFile(paths[name])) for name in files.weights}
+            sizes, tensors, stored = hf.read_model(weights, described, source.where)
+            tokenizer = hf.read_matching_tokenizer(paths, files, sizes)
+            facts = hf.facts_of(described, about, config.chat)
+        else:
+            meta = nanochat.read_meta(paths[files.meta].read_bytes(), files.meta)
+            file = opened.enter_context(TorchFile(paths[files.model], files.model))
+            sizes, of_torch, stored = nanochat.read_model(file, meta, files.meta)
+            tensors = {name: (file, tensor) for name, tensor in of_torch.items()}
+            tokenizer = nanochat.read_matching_tokenizer(paths, files, sizes)
+            facts = nanochat.facts_of(meta, files, config.chat)
+        check()
+        write_float32(out / "model.safetensors", tensors)
+        check()
+    # MLX is imported with it, which finding and reading do without.
+    from mlxchat.model.checkpoint import write_description
+
+    facts["imported"] |= stored
+    write_description(out, sizes, tokenizer, facts)
+    return sizes, [source.record(name) for name in files.all()]
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path.name} cannot be read ({error})") from None
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,139 @@
+"""Where a model of another make comes from: a repository of the Hub at one commit, or a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.hub.client import fetch_files, list_files, record
+from mlxchat.hub.files import HubFile
+from mlxchat.runner.fingerprint import hash_file
+
+_MOST_FILES, _DEEPEST = 20_000, 4
+_SMALL_BYTES = 32 << 20
+
+Check = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Named files, some of which are a model."""
+
+    where: str
+    """The repository or the folder, for messages."""
+    files: dict[str, HubFile | Path] = field(default_factory=dict)
+    """Name, with / between folders → where it is."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is such a file."""
+        return name in self.files
+
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes; nothing is fetched."""
+        file = self.files[name]
+        return file.bytes if isinstance(file, HubFile) else file.stat().st_size
+
+    def fetch(self, names: Iterable[str], check: Check = lambda: None) -> dict[str, Path]:
+        """Return name → where the file is on this machine, whole and verified if it is of the Hub.
+
+        Raises:
+            DataError: the disk has no room, or what arrives is wrong.
+            PassingError: the Hub does not answer.
+        """
+        names = list(names)
+        wanted = [file for name in names if isinstance(file := self.files[name], HubFile)]
+        if wanted:
+            fetch_files(wanted, check=check)
+        return {name: file.place if isinstance(file := self.files[name], HubFile) else file for name in names}
+
+    def sha256(self, name: str, hash_of: Callable[[Path], str] = hash_file) -> str:
+        """Return a file's sha256. Large ones of the Hub are not fetched for it: the listing says it."""
+        file = self.files[name]
+        if isinstance(file, HubFile):
+            return file.sha256 or hash_file(self.fetch([name])[name])
+        return hash_of(file)
+
+    def small(self, name: str) -> bytes:
+        """Return the content of a small file, fetched if need be.
+
+        Raises:
+            DataError: it cannot be read, or is not small.
+        """
+        if self.size(name) > _SMALL_BYTES:
+            raise DataError(f"{self.where}: {name} has {self.size(name):,} bytes, which no such file has")
+        try:
+            return self.fetch([name])[name].read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.where}: {name} cannot be read ({error.strerror or error})") from None
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Return what manifests say of a file: url, revision, sha256, bytes."""
+        file = self.files[name]
+        if isinstance(file, HubFile):
+            return record(file)
+        return {"url": str(file), "revision": None, "sha256": hash_file(file), "bytes": file.stat().st_size}
+
+
+def open_repository(repository: str, revision: str) -> ModelSource:
+    """Return the files of a model repository: <organisation>/<name>, or of a folder in it: …/<folder>.
+
+    Raises:
+        DataError: there is no such repository, revision or folder.
+        PassingError: the Hub does not answer, and nothing of it is known here.
+    """
+    owner, _, rest = repository.partition("/")
+    name, _, folder = rest.partition("/")
+    if not owner or not name:
+        raise ConfigError(
+            f'"{repository}" is no repository: expected <organisation>/<name>, such as karpathy/nanochat-d32'
+        )
+    files = list_files(f"{owner}/{name}", revision=revision, kind="model")
+    return ModelSource(repository, _within({file.path: file for file in files}, folder, f"{owner}/{name}"))
+
+
+def open_folder(folder: Path) -> ModelSource:
+    """Return the files of a folder and of the folders in it, and the tokenizer of the folders around it.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        near = suggest(folder.name, (each.name for each in folder.parent.iterdir())) if folder.parent.is_dir() else ""
+        kind = "is a file, expected the folder it lies in" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {kind}.{near}")
+    found: dict[str, HubFile | Path] = {}
+    for place, folders, names in os.walk(folder):
+        depth = len(Path(place).relative_to(folder).parts)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < _DEEPEST else []
+        for name in sorted(names):
+            path = Path(place, name)
+            found[path.relative_to(folder).as_posix()] = path
+        if len(found) > _MOST_FILES:
+            raise DataError(f"{folder} holds more than {_MOST_FILES:,} files: give the folder of the model itself")
+    # nanochat keeps checkpoints in <base>/chatsft_checkpoints/d20/, the tokenizer in <base>/tokenizer/.
+    for above in (folder.absolute().parent, folder.absolute().parent.parent):
+        for name in ("tokenizer.pkl", "token_bytes.pt"):
+            if (above / "tokenizer" / name).is_file():
+                found.setdefault(f"tokenizer/{name}", above / "tokenizer" / name)
+    return ModelSource(str(folder), found)
+
+
+def _within(files: dict[str, HubFile], folder: str, repository: str) -> dict[str, HubFile | Path]:
+    folder = folder.strip("/")
+    if not folder:
+        return dict(files)
+    inside: dict[str, HubFile | Path] = {
+        path.removeprefix(f"{folder}/"): file for path, file in files.items() if path.startswith(f"{folder}/")
+    }
+    if not inside:
+        folders = sorted({path.rsplit("/", 1)[0] for path in files if "/" in path})
+        known = f" It has {', '.join(folders[:8])}." if folders else " It has no folders."
+        raise DataError(f"{repository} has no folder {folder}.{known}{suggest(folder, folders)}")
+    for path, file in files.items():
+        if path.startswith("tokenizer/"):
+            inside.setdefault(path, file)
+    return inside
