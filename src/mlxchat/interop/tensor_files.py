@@ -7,7 +7,7 @@ tensor may be bfloat16, which NumPy does not know: it travels as its bits, the u
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,10 @@ class StoredWeights:
         """
         self.path = folder / "model.safetensors"
         try:
-            self._file: Any = safe_open(self.path, framework="numpy")
-            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
-            wrong = [name for name in self.shapes if self._file.get_slice(name).get_dtype() != "F32"]
+            file: Any = safe_open(self.path, framework="numpy")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            self._file, self.shapes = file, {name: tuple(each.get_shape()) for name, each in slices.items()}
+            wrong = [name for name, each in slices.items() if each.get_dtype() != "F32"]
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path}: no readable weights ({error})") from None
         if wrong:
@@ -111,10 +112,10 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            written = sum(file.write(memoryview(part).cast("B")) for part in _contiguous(read(entry.name)))
+            written = sum(file.write(bytes_of(part)) for part in read(entry.name))
             assert written == entry.num_bytes, entry.name
 
 
-def _contiguous(parts: Iterable[Array]) -> Iterator[Array]:
-    for part in parts:
-        yield np.ascontiguousarray(part)
+def bytes_of(values: Array) -> memoryview:
+    """Return the bytes of numbers in order, without a copy where they lie so."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

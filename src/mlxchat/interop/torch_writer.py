@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.interop.tensor_files import Array, Entry
+from mlxchat.interop.tensor_files import Array, Entry, bytes_of
 
 _STORAGES = {"F32": "FloatStorage", "BF16": "BFloat16Storage", "F16": "HalfStorage", "I32": "IntStorage"}
 _NUMBERS_ALIGNMENT = 64
@@ -120,7 +120,7 @@ def _write_zip(path: Path, pickled: bytes, storages: Sequence[tuple[int, str]], 
         add("data.pkl", len(pickled), memoryview(pickled))
         add("byteorder", 6, memoryview(b"little"))
         for number, (num_bytes, name) in enumerate(storages):
-            content = memoryview(np.ascontiguousarray(read(name)).reshape(-1)).cast("B")
+            content = bytes_of(read(name))
             assert len(content) == num_bytes, name
             add(f"data/{number}", num_bytes, content)
         add("version", 2, memoryview(b"3\n"))

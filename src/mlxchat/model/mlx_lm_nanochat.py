@@ -140,7 +140,7 @@ class Model(nn.Module):
         rows = -(-args.vocab_size // args.vocab_multiple) * args.vocab_multiple
         num_layers, kv_width = args.num_hidden_layers, args.hidden_size // args.num_attention_heads
         kv_width *= args.num_key_value_heads
-        self.transformer = {
+        self.transformer: dict[str, Any] = {
             "wte": nn.Embedding(rows, args.hidden_size),
             "h": [Block(args, layer) for layer in range(num_layers)],
         }
@@ -160,7 +160,8 @@ class Model(nn.Module):
     @property
     def layers(self) -> list[Block]:
         """The blocks."""
-        return self.transformer["h"]
+        blocks: list[Block] = self.transformer["h"]
+        return blocks
 
     def make_cache(self) -> list[Any]:
         """Return the past of each layer, and last the smear's: the embedding before the next one."""

@@ -1,0 +1,108 @@
+"""A folder becomes the contents of a model repository of the Hub: in one commit, or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import ConfigError, PassingError
+from mlxchat.runner.secrets import redact
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# Former weights of these kinds go with the commit: loaders take every file of such a name for the model's.
+_FORMER = ("model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json")
+
+
+def check_repository(name: str, *, public: bool) -> str:
+    """Return the token for an upload to a repository.
+
+    Args:
+        name: of the repository.
+        public: whether it may be seen by everybody.
+
+    Raises:
+        ConfigError: the name is none, the environment holds no token, or the repository is public and must not be.
+        PassingError: the Hub does not answer as it should.
+    """
+    if not _REPOSITORY.fullmatch(name):
+        raise ConfigError(f'--push "{name}" is no repository: expected ORGANISATION/NAME, or your name in front')
+    token = next((value for key in _TOKENS if (value := os.environ.get(key, "").strip())), None)
+    if token is None:
+        raise ConfigError(
+            "--push needs a token that may write: set HF_TOKEN in the environment (https://huggingface.co/settings/tokens)"
+        )
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with _told(name):
+        api = _api(token)
+        try:
+            there = api.repo_info(name, repo_type="model")
+        except RepositoryNotFoundError:
+            return token
+    if not there.private and not public:
+        raise ConfigError(f"{name} is there and everybody sees it. Add --public if that is meant, or name another one")
+    return token
+
+
+def push_folder(folder: Path, name: str, token: str, *, message: str, public: bool) -> str:
+    """Upload a folder's files in one commit and return the commit's address.
+
+    The repository is made if there is none. If the upload fails, it holds what it held before; one that was made for it
+    stays, empty.
+
+    Args:
+        folder: its files, in folders or not.
+        name: of the repository.
+        token: as `check_repository` returns it.
+        message: of the commit.
+        public: whether a repository that is made may be seen by everybody.
+
+    Raises:
+        ConfigError: the token may not write there.
+        PassingError: the Hub does not answer as it should.
+    """
+    with _told(name):
+        api = _api(token)
+        api.create_repo(name, private=not public, repo_type="model", exist_ok=True)
+        info = api.upload_folder(
+            repo_id=name, folder_path=folder, repo_type="model", commit_message=message, delete_patterns=list(_FORMER)
+        )
+        return str(info.commit_url)
+
+
+def _api(token: str) -> Any:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn what the client raises into one message."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403, 404):
+            raise ConfigError(
+                f"{name} was not written: the Hub answers {status}. May the token of HF_TOKEN write there?"
+            ) from None
+        raise PassingError(f"{name} was not written: {_short(error)}. Nothing was committed; try again") from None
+    except Exception as error:  # among them those of the HTTP library that the client uses
+        raise PassingError(f"{name} was not written: {_short(error)}. Nothing was committed; try again") from None
+
+
+def _short(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return redact(" ".join(str(cause).split())[:300]) or type(cause).__name__

@@ -1,0 +1,192 @@
+"""The model card of an export: README.md, as the Hugging Face Hub shows it.
+
+What it says comes from manifests and scores, which hold text of users and of repositories: in the front matter every
+value is a JSON string (YAML reads it as it is), in the text everything is escaped as in the report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxchat import __version__
+from mlxchat.report.collect import RunReport, StepReport, collect_steps, entries_of_artifacts
+from mlxchat.report.markdown import escape, render_table
+from mlxchat.report.scorecard import core_table, metric_table
+from mlxchat.report.sections import groups_of, sections
+from mlxchat.report.sources import mapping, number, sequence, text
+from mlxchat.report.tables import Cell, Table, artifact_table, source_table
+from mlxchat.report.wording import format_count, visible
+from mlxchat.runner.catalog import by_rid, read_catalog
+from mlxchat.runner.store import Store
+
+_DATASET = re.compile(r"hf://datasets/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
+_HOW: dict[str, str] = {
+    "hf": """\
+    # transformers >= 5 with torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = (auto.from_pretrained("FOLDER") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    {prompt}
+    print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))
+
+    # mlxchat
+    mlxchat import hf FOLDER --name NAME""",
+    "nanochat": """\
+    # nanochat, its code of {snapshot}
+    export NANOCHAT_BASE_DIR=~/.cache/nanochat
+    mkdir -p $NANOCHAT_BASE_DIR/{source}_checkpoints
+    cp -r FOLDER $NANOCHAT_BASE_DIR/{source}_checkpoints/{tag}
+    cp -r FOLDER/tokenizer $NANOCHAT_BASE_DIR/
+    python -m scripts.{script}
+
+    # mlxchat
+    mlxchat import nanochat FOLDER --name NAME""",
+    "mlx": """\
+    # mlx-lm
+    mlx_lm.generate --model FOLDER{trust} --prompt "Why is the sky blue?"
+    mlx_lm.server --model FOLDER{trust}""",
+}
+
+_TOKENS_OF_CHAT = (
+    "The chat template puts the special tokens in: a prompt begins with `<|bos|>`, an answer ends with "
+    "`<|assistant_end|>`."
+)
+_TOKENS_OF_TEXT = "A text begins with `<|bos|>`. This model continues text; it has not learnt to chat."
+
+
+def render_card(
+    store: Store, place: Path, *, target: str, how: Mapping[str, str], notes: list[str], sha256: str, chats: bool
+) -> str:
+    """Return README.md.
+
+    Args:
+        store: with the artifact, what it was made from, and the scores of it.
+        place: the checkpoint artifact.
+        target: hf, nanochat or mlx.
+        how: what the instructions for this format leave open.
+        notes: what the export changed; plain sentences.
+        sha256: of the artifact's weights.
+        chats: whether it has learnt to chat.
+    """
+    entries = entries_of_artifacts(store.outputs, [place, *_scores_of(store, place)])
+    report = collect_steps(store.outputs, place.name, entries, place)
+    own = next(step for step in report.steps if step.artifact == place.name)
+    parts = [
+        f"# {escape(place.name)}",
+        escape(_what_it_is(own, chats)),
+        "\n".join(f"- {escape(note)}" for note in notes),
+        "## How to use it",
+        _fenced(_HOW[target].format(**{"prompt": _prompt(chats), **how})),
+        _TOKENS_OF_CHAT if chats else _TOKENS_OF_TEXT,
+    ]  # fmt: skip
+    if metrics := metric_table(report):
+        parts += ["## Scores", "± is one standard error; chance is what guessing gets.", render_table(metrics)]
+        if core := core_table(report):
+            parts += ["### CORE, task by task", render_table(core)]
+    if sources := source_table(report):
+        parts += [
+            "## Data",
+            "What it was trained and measured on, with each source's licence. The licence of these weights is for "
+            "whoever publishes them to choose, within these.",
+            render_table(sources),
+        ]
+    parts += ["## Lineage", render_table(artifact_table(report)), "## Configuration"]
+    for section in sections(report):
+        for title, pairs in groups_of(section):
+            if title == "Settings" and section.step.kind in ("checkpoint", "tokenizer", "corpus"):
+                rows = [[Cell(name), Cell(value)] for name, value in pairs]
+                header = [f"{section.step.name}: settings", ""]
+                parts.append(render_table(Table(header=header, align="lr", rows=rows)))
+    parts += ["## Provenance", render_table(_provenance(own, sha256))]
+    body = "\n\n".join(part for part in parts if part)
+    return visible(f"{_front_matter(report, target, chats)}\n{body}\n")
+
+
+def _front_matter(report: RunReport, target: str, chats: bool) -> str:
+    """Return the YAML that the Hub reads: JSON values alone, so that no text can end it or add to it."""
+    libraries = {"hf": "transformers", "mlx": "mlx", "nanochat": "nanochat"}
+    values: dict[str, Any] = {
+        "library_name": libraries[target],
+        "pipeline_tag": "text-generation",
+        "tags": ["nanochat", "mlxchat", *(["conversational"] if chats else []), *(["mlx"] if target == "mlx" else [])],
+    }
+    found = [
+        match[1]
+        for step in report.steps
+        for item in map(mapping, sequence(step.manifest.get("externals")))
+        if (match := _DATASET.match(text(item.get("url"))))
+    ]
+    if found:
+        values["datasets"] = sorted(set(found))
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=True)}" for key, value in values.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _scores_of(store: Store, place: Path) -> list[Path]:
+    """Return the artifacts that measured a checkpoint, or one that it was made from."""
+    summaries = read_catalog(store)
+    known = by_rid(summaries)
+    rids: set[str] = set()
+    waiting = [rid for rid, summary in known.items() if summary["folder"] == place.name]
+    while waiting:
+        rid = waiting.pop()
+        if rid in rids or rid not in known:
+            continue
+        rids.add(rid)
+        waiting += [made["rid"] for role, made in known[rid]["inputs"].items() if role in ("checkpoint", "extends")]
+    return [
+        store.outputs / "store" / summary["folder"]
+        for summary in known.values()
+        if summary.get("kind") == "scores"
+        and any(made["rid"] in rids for made in summary["inputs"].values())
+    ]  # fmt: skip
+
+
+def _what_it_is(step: StepReport, chats: bool) -> str:
+    config = step.model
+    count = format_count(number(step.num_parameters))
+    sizes = ", ".join(
+        f"{config[key]:,} {words}"
+        for key, words in (
+            ("num_hidden_layers", "layers"), ("hidden_size", "wide"), ("num_attention_heads", "heads"),
+            ("vocab_size", "tokens in its vocabulary"), ("max_position_embeddings", "tokens of context"),
+        )
+        if isinstance(config.get(key), int)
+    )  # fmt: skip
+    kind = "answers in conversations" if chats else "continues text"
+    return (
+        f"A language model of nanochat's architecture that {kind}: {count} parameters, {sizes}. "
+        f"It was made by the stage {step.stage} of mlxchat."
+    )
+
+
+def _provenance(step: StepReport, sha256: str) -> Table:
+    manifest = step.manifest
+    git = mapping(manifest.get("git"))
+    commit = text(git.get("commit"))
+    rows = [
+        ("artifact", step.artifact), ("id", step.rid), ("sha256 of its weights", sha256),
+        ("made", text(manifest.get("published"))),
+        ("commit of the code", commit + (", with changes" if commit and git.get("dirty") else "")),
+        ("exported by", f"mlxchat {__version__}"),
+    ]  # fmt: skip
+    return Table(
+        header=["What", ""], align="ll", rows=[[Cell(name), Cell(value)] for name, value in rows if value]
+    )  # fmt: skip
+
+
+def _prompt(chats: bool) -> str:
+    if not chats:
+        return 'ids = tokenizer("<|bos|>The sky is", return_tensors="pt").input_ids'
+    return (
+        'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'
+        '    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids'
+    )
+
+
+def _fenced(words: str) -> str:
+    lines = [line.removeprefix("    ") for line in words.splitlines()]
+    return "\n".join(["```", *lines, "```"])

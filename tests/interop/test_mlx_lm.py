@@ -1,0 +1,126 @@
+"""Checkpoints in the real mlx-lm: the same logits, the same ids, the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.interop.names import architecture_values
+from mlxchat.model.checkpoint import MODEL_FILE, save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+
+mlx_lm = pytest.importorskip("mlx_lm")
+
+_TEXT = "The house in the garden had 12 windows, and the sun stood over it. It isn't so. "
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([_TEXT * 4, "Haus Garten Fenster Sonne Mond"], 300)
+
+
+def make_model(tokenizer: Tokenizer, architecture: str, **more: Any) -> GPT:
+    """Return a model whose every part matters: no weight is zero, and windows are shorter than the test's rows."""
+    features = {**architecture_values(architecture), **more}
+    sizes = GPTSizes(vocab_size=tokenizer.vocab_size, num_layers=4, num_heads=4, num_kv_heads=2, width=64,
+                     context_tokens=512, **features)  # fmt: skip
+    model, rng = GPT(sizes), np.random.default_rng(7)
+    set_parameters(
+        model,
+        {
+            name: mx.array(rng.normal(0.0, 1.0 if "wte" in name else 0.3, value.shape).astype(np.float32))
+            for name, value in flatten_parameters(model).items()
+        },
+    )
+    return model
+
+
+@pytest.fixture(scope="module", params=["oct2025", "jul2026"])
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Any:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make_model(tokenizer, request.param)
+    save_checkpoint(folder, model, tokenizer, {"stage": "sft", "format": "chat"})
+    trust = request.param == "jul2026"
+    theirs, their_tokenizer = mlx_lm.load(str(folder), trust_remote_code=trust)
+    return model, theirs, their_tokenizer
+
+
+def ids_of(model: GPT, count: int) -> mx.array:
+    return mx.array(np.random.default_rng(1).integers(0, model.sizes.vocab_size, (2, count)))
+
+
+def test_logits_of_long_rows_agree(opened: Any) -> None:
+    model, theirs, _ = opened
+    ids = ids_of(model, 300)
+    np.testing.assert_allclose(np.asarray(theirs(ids)), np.asarray(model(ids)), atol=1e-3)
+
+
+def test_logits_agree_when_the_past_is_cached(opened: Any) -> None:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, theirs, _ = opened
+    ids = ids_of(model, 140)
+    cache = make_prompt_cache(theirs)
+    pieces = [theirs(ids[:, :100], cache), theirs(ids[:, 100:137], cache)]
+    pieces += [theirs(ids[:, at : at + 1], cache) for at in range(137, 140)]
+    np.testing.assert_allclose(np.asarray(mx.concatenate(pieces, axis=1)), np.asarray(model(ids)), atol=1e-3)
+
+
+def test_the_chat_template_renders_the_ids_that_training_saw(opened: Any, tokenizer: Tokenizer) -> None:
+    theirs = opened[2]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How many windows had it?  It isn't 12!"},
+        {"role": "assistant", "content": "12."},
+        {"role": "user", "content": "Why?\n"},
+    ]
+    expected = render_for_completion(tokenizer, {"messages": messages})
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True)
+    assert list(found) == list(expected)
+    assert theirs.eos_token_ids == {tokenizer.assistant_end}
+
+
+def test_greedy_tokens_are_those_of_our_engine(opened: Any, tokenizer: Tokenizer) -> None:
+    from mlx_lm.generate import generate_step
+
+    model, theirs, _ = opened
+    prompt = [tokenizer.bos, *tokenizer.encode(_TEXT)]
+    steps = generate_step(mx.array(prompt), theirs, max_tokens=12)
+    found = [int(token) for token, _ in steps]
+    expected, row = [], list(prompt)
+    for _ in range(12):
+        row.append(int(model(mx.array([row]))[0, -1].argmax()))
+        expected.append(row[-1])
+    assert found == expected
+
+
+def test_rows_of_unlike_length_are_answered_as_they_are_alone(opened: Any, tokenizer: Tokenizer) -> None:
+    from mlx_lm import batch_generate
+
+    _, theirs, their_tokenizer = opened
+    prompts = [tokenizer.encode(_TEXT), tokenizer.encode("Haus"), tokenizer.encode("It isn't so")]
+    together = batch_generate(theirs, their_tokenizer, prompts, max_tokens=8).texts
+    alone = [batch_generate(theirs, their_tokenizer, [prompt], max_tokens=8).texts[0] for prompt in prompts]
+    assert together == alone
+
+
+@pytest.mark.parametrize("feature", [{"query_key_scale": 1.2}, {"window_pattern": "SL"}])
+def test_a_model_that_mlx_lm_would_compute_otherwise_brings_its_own_file(
+    feature: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Neither has parameters of its own, so mlx-lm would load it and say other things than it."""
+    model = make_model(tokenizer, "oct2025", **feature)
+    save_checkpoint(tmp_path, model, tokenizer, {"stage": "sft", "format": "chat"})
+    with pytest.raises(ValueError, match=MODEL_FILE):
+        mlx_lm.load(str(tmp_path))
+    theirs, _ = mlx_lm.load(str(tmp_path), trust_remote_code=True)
+    ids = ids_of(model, 300)
+    np.testing.assert_allclose(np.asarray(theirs(ids)), np.asarray(model(ids)), atol=1e-3)
