@@ -30,7 +30,7 @@ from mlxchat.interop.names import (
 from mlxchat.interop.tensor_files import Array, Entry, StoredWeights, as_stored, write_safetensors
 from mlxchat.interop.torch_writer import write_encoding, write_state, write_tensor
 from mlxchat.model.sizing import GPTSizes
-from mlxchat.runner.store import read_manifest
+from mlxchat.runner.store import MANIFEST, read_manifest
 
 FORMATS = ("hf", "nanochat", "gguf", "mlx")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -77,11 +77,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        derived = read_manifest(folder).get("derived") or {}
+        manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: no readable checkpoint ({error})") from None
     sizes = sizes_from_hf(config, f"{folder.name}: config.json")
-    iterations = facts.get("iterations", derived.get("num_iterations"))
+    iterations = facts.get("iterations", (manifest.get("derived") or {}).get("num_iterations"))
     iterations = iterations if isinstance(iterations, int) and iterations >= 0 else 0
     return Checkpoint(folder, sizes, Tokenizer.load(folder), facts, StoredWeights(folder), iterations)
 

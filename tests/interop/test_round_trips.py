@@ -1,0 +1,166 @@
+"""What comes in from nanochat or Hugging Face goes out again with the same bits, and the files hold nothing to run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.interop import exporting
+from mlxchat.interop.importing import import_model
+from mlxchat.interop.torch_file import TorchFile
+
+Twin = Any
+Twins = Callable[..., Twin]
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "hub" / "root" / "models"
+PUBLISHED = [SHARED / "sdobson" / "nanochat", SHARED / "karpathy" / "nanochat-d32"]
+# What PyTorch's safe loader lets a file name; a tokenizer names its class alone.
+HARMLESS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
+            "torch BFloat16Storage", "torch IntStorage"}  # fmt: skip
+
+
+def come_in(twin: Twin, out: Path, **settings: Any) -> exporting.Checkpoint:
+    out.mkdir()
+    import_model(twin.config(**settings), out, lambda: None)
+    return exporting.open_checkpoint(out)
+
+
+def bits_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Return name → type, shape and bytes of a .pt file's tensors."""
+    with TorchFile(path, path.name) as file:
+        return {
+            name: (tensor.dtype.name, tensor.shape, b"".join(piece.tobytes() for piece in file.pieces(tensor)))
+            for name, tensor in file.tensors().items()
+        }
+
+
+def globals_of(data: bytes) -> set[str]:
+    """Return what a pickle names; one that names things in another way than by GLOBAL fails."""
+    found = list(pickletools.genops(data))
+    assert not {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"} & {op.name for op, *_ in found}
+    return {str(argument) for op, argument, _ in found if op.name == "GLOBAL"}
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("later", [False, True])
+def test_nanochats_tensors_come_back_bit_by_bit(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
+    made, out = twin(later=later, prefix=prefix), tmp_path / "back"
+    out.mkdir()
+    snapshot = exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
+    assert snapshot == ("jul2026" if later else "oct2025")
+    assert bits_of(out / "model_000007.pt") == bits_of(made.folder / "model_000007.pt")
+    assert json.loads((out / "meta_000007.json").read_text()) == json.loads(
+        (made.folder / "meta_000007.json").read_text()
+    )
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published files are not here")
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
+def test_published_models_come_back_bit_by_bit(folder: Path, tmp_path: Path) -> None:
+    from mlxchat.import_config import ImportConfig
+
+    config = ImportConfig(name="x", format="nanochat", repository=None, revision="main", folder=str(folder), step=None,
+                          chat=None)  # fmt: skip
+    ours, out = tmp_path / "ours", tmp_path / "back"
+    ours.mkdir()
+    out.mkdir()
+    import_model(config, ours, lambda: None)
+    exporting.write_nanochat(exporting.open_checkpoint(ours), out)
+    (model,) = folder.glob("model_*.pt")
+    assert bits_of(out / model.name) == bits_of(model)
+    theirs, back = (pickle.loads((place / "tokenizer.pkl").read_bytes()) for place in (folder, out / "tokenizer"))
+    assert theirs.__getstate__() == back.__getstate__()
+    assert bits_of_tensor(out / "tokenizer" / "token_bytes.pt")[0] == "int32"
+
+
+def bits_of_tensor(path: Path) -> tuple[str, bytes]:
+    with TorchFile(path, path.name) as file:
+        tensor: Any = file.content
+        return tensor.dtype.name, b"".join(piece.tobytes() for piece in file.pieces(tensor))
+
+
+def test_nanochats_tokenizer_is_the_encoding_that_tiktoken_pickles(twin: Twins, tmp_path: Path) -> None:
+    made, out = twin(), tmp_path / "back"
+    out.mkdir()
+    exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
+    found = pickle.loads((out / "tokenizer" / "tokenizer.pkl").read_bytes())
+    expected = pickle.loads((made.folder / "tokenizer.pkl").read_bytes())
+    assert found.__getstate__() == expected.__getstate__()
+    assert found.encode_ordinary("abc 123 it's") == expected.encode_ordinary("abc 123 it's")
+    lengths = np.frombuffer(bits_of_tensor(out / "tokenizer" / "token_bytes.pt")[1], np.int32)
+    assert np.array_equal(lengths, Tokenizer(expected._mergeable_ranks).token_bytes)
+
+
+def test_written_pickles_name_nothing_that_runs(twin: Twins, tmp_path: Path) -> None:
+    out = tmp_path / "back"
+    out.mkdir()
+    exporting.write_nanochat(come_in(twin(later=True), tmp_path / "ours"), out)
+    for path in (out / "model_000007.pt", out / "tokenizer" / "token_bytes.pt"):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+            assert globals_of(archive.read(f"{path.stem}/data.pkl")) <= HARMLESS
+            for info in archive.infolist():  # so that PyTorch can map the numbers into memory
+                assert (info.header_offset + 30 + len(info.filename) + len(info.extra)) % 64 == 0
+    assert globals_of((out / "tokenizer" / "tokenizer.pkl").read_bytes()) == {"tiktoken.core Encoding"}
+
+
+def test_pytorch_loads_what_was_written(twin: Twins, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    made, out = twin(later=True), tmp_path / "back"
+    out.mkdir()
+    exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
+    found = torch.load(out / "model_000007.pt", weights_only=True, mmap=True)
+    assert {name: value.float().numpy().tobytes() for name, value in found.items()} == {
+        name: value.tobytes() for name, value in made.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hugging_faces_file_comes_back_byte_by_byte(twin: Twins, tmp_path: Path, dtype: str) -> None:
+    theirs, out = tmp_path / "theirs", tmp_path / "back"
+    for folder in (theirs, out):
+        folder.mkdir()
+    exporting.write_hf(come_in(twin(), tmp_path / "ours"), theirs, dtype=dtype)
+    made = twin("unused")
+    again = come_in(made, tmp_path / "again", format="hf", folder=str(theirs))
+    exporting.write_hf(again, out)
+    assert (out / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert json.loads((out / name).read_text()) == json.loads((theirs / name).read_text())
+
+
+def test_a_trained_model_keeps_its_numbers_whatever_it_was_imported_from(twin: Twins, tmp_path: Path) -> None:
+    """Its tables were bfloat16 when they came in and no longer are."""
+    from safetensors.numpy import save_file
+
+    made, out = twin(), tmp_path / "back"
+    out.mkdir()
+    come_in(made, tmp_path / "ours")
+    weights = {name: value * np.float32(1.1) for name, value in load_file(tmp_path / "ours/model.safetensors").items()}
+    save_file(weights, tmp_path / "ours" / "model.safetensors")
+    facts = json.loads((tmp_path / "ours" / "checkpoint.json").read_text())
+    (tmp_path / "ours" / "checkpoint.json").write_text(json.dumps({**facts, "stage": "sft"}))
+    exporting.write_nanochat(exporting.open_checkpoint(tmp_path / "ours"), out)
+    found = bits_of(out / "model_000007.pt")
+    assert {name: content for name, (_, _, content) in found.items()} == {
+        name: value.tobytes() for name, value in weights.items()
+    }
+
+
+def test_a_base_model_is_one_again_when_it_comes_back(twin: Twins, tmp_path: Path) -> None:
+    ours = come_in(twin(), tmp_path / "ours", chat=False)
+    for target, write in (("nanochat", exporting.write_nanochat), ("hf", exporting.write_hf)):
+        out = tmp_path / target
+        out.mkdir()
+        write(ours, out)
+        again = come_in(twin(f"unused-{target}"), tmp_path / f"{target}-again", format=target, folder=str(out))
+        assert not again.chats
