@@ -14,6 +14,7 @@ from mlxchat.eval_config import OutsideConfig as OutsideConfig
 from mlxchat.execution_config import HooksConfig as HooksConfig
 from mlxchat.execution_config import ReportConfig as ReportConfig
 from mlxchat.execution_config import RetryConfig as RetryConfig
+from mlxchat.import_config import ImportConfig as ImportConfig
 from mlxchat.missing import MISSING
 from mlxchat.model_config import ArchitectureConfig as ArchitectureConfig
 from mlxchat.model_config import ModelConfig as ModelConfig
@@ -245,7 +246,7 @@ class Config:
     timeout: dict[str, float] = MISSING
     """Step → seconds after which it saves what it has and fails; the same command continues it."""
     pipeline: dict[str, dict[str, str]] = MISSING
-    """Step → {stage, role: step}."""
+    """Step → {stage, role: step}, or role: import:NAME, a model that was imported under that name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -261,6 +262,7 @@ class Config:
     """Tasks that chat models are evaluated on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    imported: ImportConfig = field(default_factory=ImportConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

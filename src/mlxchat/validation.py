@@ -32,6 +32,7 @@ def find_problems(config: Config) -> list[str]:
         *(find_item_problems("suite", config.suite, training=False) if config.suite else ()),
         *_eval(config),
         *find_zeros(config),
+        *_imported(config),
         *_optimizer(config.optimizer),
         *_sweep(config),
         *find_range_problems(config),
@@ -262,6 +263,24 @@ def _eval(config: Config) -> Iterator[str]:
 
 def _sweep(config: Config) -> Iterator[str]:
     sweep = config.sweep
+def _imported(config: Config) -> Iterator[str]:
+    imported = config.imported
+    if not any(step.get("stage") == "imported" for step in config.pipeline.values()):
+        return
+    if imported.format not in (known := ("nanochat", "hf")):
+        yield f'imported.format is "{imported.format}", expected nanochat or hf.{suggest(imported.format, known)}'
+    if (imported.repository is None) == (imported.folder is None):
+        given = "both are" if imported.folder is not None else "neither is"
+        yield f"exactly one of imported.repository and imported.folder must be set; {given}"
+    if imported.repository is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+(/.+)?", imported.repository):
+        yield (
+            f'imported.repository is "{imported.repository}", expected <organisation>/<name>, such as '
+            "karpathy/nanochat-d32"
+        )
+    if imported.step is not None and imported.step < 0:
+        yield f"imported.step is {imported.step}, expected at least 0, or null for the last"
+
+
     for key, least in (("trials", 1), ("random_trials", 1), ("seed", 0)):
         if getattr(sweep, key) < least:
             yield f"sweep.{key} is {getattr(sweep, key)}, expected at least {least}"

@@ -75,13 +75,16 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] = lambda plan: None) -> Path | None:
+def run_pipeline(
+    composed: Composed, check: Callable[[list[PlannedStep]], None] = lambda plan: None, *, report: bool = True
+) -> Path | None:
     """Complete the targets of a configuration; return the run's folder, or None if nothing had to be done.
 
     Args:
         composed: the configuration and how it came about.
         check: looks at the plan before anything is written; it may raise.
 
+        report: whether to end with the run's report.
     Raises:
         MlxchatError: what the steps and the store raise.
     """
@@ -127,6 +130,8 @@ def run_pipeline(composed: Composed, check: Callable[[list[PlannedStep]], None] 
     finally:
         tracker.finish(_results(config, store, folder, is_done=is_done))
     from mlxchat.commands.report import show_report
+    if not report:
+        return folder
 
     try:
         show_report(store.outputs, folder)

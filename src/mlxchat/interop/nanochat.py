@@ -105,11 +105,11 @@ def facts_of(meta: dict[str, Any], files: NanochatFiles, chat: bool | None) -> d
 
     Args:
         meta: of meta_*.json.
-        files: its step, and the folder that tells a base model from one that chats.
-        chat: whether it has learnt to chat; None: unless folder or meta say that it was only pretrained.
+        files: its step. What the folders are called decides nothing: the same files make the same checkpoint.
+        chat: whether it has learnt to chat; None: unless the meta file is one of pretraining.
     """
     if chat is None:
-        chat = "base_checkpoints" not in files.model and "device_batch_size" not in meta
+        chat = "device_batch_size" not in meta  # which only pretraining writes
     numbers = {key: value for key, value in meta.items() if isinstance(value, int | float) and key != "step"}
     batch = meta.get("total_batch_size")
     return {

@@ -47,6 +47,9 @@ class _Mark:
     """Where a group of the stack begins."""
 
 
+_MARK = _Mark()
+
+
 class _Refused(Exception):
     """The pickle is not one that is read; the text says why."""
 
@@ -209,7 +212,7 @@ class _Machine:
 _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     0x80: lambda m: m._protocol(),
     0x95: lambda m: m._skip_frame(),
-    ord("("): lambda m: m._push(_Mark()),
+    ord("("): lambda m: m._push(_MARK),
     ord("}"): lambda m: m._push({}),
     ord("]"): lambda m: m._push([]),
     ord(")"): lambda m: m._push(()),

@@ -1,0 +1,50 @@
+"""The sizes of models that a pipeline takes in instead of making them: what plans of steps below them need to know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxchat.config import Config
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_ROLE = "checkpoint"
+
+
+def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, GPTSizes]:
+    """Return step → sizes of the steps that take in a model, and of those that go on from one; of others nothing.
+
+    Raises:
+        DataError: a model that is to be taken in is not there, or what describes it is damaged.
+    """
+    store = Store(Path(config.outputs))
+    found: dict[str, GPTSizes] = {}
+    for step in plan:  # inputs come first
+        artifact: Mapping[str, object] | None = step.artifacts.get(_ROLE)
+        if step.stage.name == "imported":
+            made = store.find(step.rid) if step.done else None
+            found[step.name] = _of_folder(made) if made is not None else _of_config(config)
+        elif step.inputs.get(_ROLE) in found:
+            found[step.name] = found[step.inputs[_ROLE]]
+        elif artifact is not None and (folder := store.find(str(artifact["rid"]))) is not None:
+            found[step.name] = _of_folder(folder)
+    return found
+
+
+def _of_folder(folder: Path) -> GPTSizes:
+    from mlxchat.interop.names import sizes_from_hf
+
+    return sizes_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder.name)
+
+
+def _of_config(config: Config) -> GPTSizes:
+    from mlxchat.interop.importing import sizes_of_import  # only where something is taken in
+
+    return sizes_of_import(config.imported)

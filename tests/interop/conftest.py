@@ -1,0 +1,175 @@
+"""Small models in the layouts of others, written here without their code: what imports are tested on."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+
+from mlxchat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
+from mlxchat.import_config import ImportConfig
+from mlxchat.interop.names import expected_shapes, sizes_from_nanochat
+from mlxchat.model.sizing import GPTSizes
+
+LATER = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda"]
+_STORAGES = {"f4": "FloatStorage", "u2": "BFloat16Storage", "i4": "IntStorage", "i8": "LongStorage"}
+
+
+class _Storage:
+    def __init__(self, kind: type, key: str, count: int) -> None:
+        self.kind, self.key, self.count = kind, key, count
+
+
+class _Pickler(pickle.Pickler):
+    """Refers to storages by persistent ids, as torch.save does."""
+
+    def persistent_id(self, thing: Any) -> Any:
+        return ("storage", thing.kind, thing.key, "cuda:0", thing.count) if isinstance(thing, _Storage) else None
+
+
+@contextmanager
+def torch_by_name() -> Iterator[tuple[types.ModuleType, types.ModuleType]]:
+    """Have modules that are called torch and torch._utils, so that pickles can refer to their parts."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    for name in _STORAGES.values():
+        setattr(torch, name, type(name, (), {"__module__": "torch"}))
+
+    def _rebuild_tensor_v2(*_: Any) -> None:
+        raise AssertionError("nobody calls it")
+
+    _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+    utils._rebuild_tensor_v2 = _rebuild_tensor_v2  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", torch)
+        patch.setitem(sys.modules, "torch._utils", utils)
+        yield torch, utils
+
+
+class Tensor:
+    """A tensor to be written: NumPy's numbers (uint16: the bits of bfloat16), and where they lie in their storage."""
+
+    def __init__(self, numbers: np.ndarray[Any, Any], **lies: Any) -> None:
+        self.numbers, self.lies = numbers, lies
+
+    def place(self, storage: _Storage) -> tuple[Any, ...]:
+        shape = self.lies.get("shape", self.numbers.shape)
+        strides = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+        return (storage, self.lies.get("first", 0), shape, self.lies.get("strides", strides), False, OrderedDict())
+
+
+def write_torch(path: Path, content: dict[str, Any] | Tensor, **zip_options: Any) -> None:
+    """Write what torch.save would: a stored zip with a pickle and a member for each storage."""
+    members: dict[str, bytes] = {}
+    with torch_by_name() as (torch, utils):
+
+        class Rebuilt:
+            def __init__(self, arguments: tuple[Any, ...]) -> None:
+                self.arguments = arguments
+
+            def __reduce__(self) -> Any:
+                return utils._rebuild_tensor_v2, self.arguments
+
+        def prepare(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            key = value.lies.get("key", str(len(members)))
+            kind = getattr(torch, _STORAGES[value.numbers.dtype.str[1:]])
+            members.setdefault(f"data/{key}", value.numbers.tobytes())
+            return Rebuilt(value.place(_Storage(kind, key, value.lies.get("count", value.numbers.size))))
+
+        made = prepare(content) if isinstance(content, Tensor) else OrderedDict(
+            (name, prepare(value)) for name, value in content.items()
+        )  # fmt: skip
+        buffer = io.BytesIO()
+        _Pickler(buffer, protocol=2).dump(made)
+    write_zip(
+        path, {"data.pkl": buffer.getvalue(), "byteorder": b"little", **members, "version": b"3\n"}, **zip_options
+    )
+
+
+def write_zip(path: Path, members: dict[str, bytes], folder: str = "archive", compression: int = 0) -> None:
+    """Write a zip whose members lie in one folder."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{folder}/{name}", data)
+
+
+def encoding_of(num_merged: int = 20, special: tuple[str, ...] = SPECIAL_TOKENS) -> tiktoken.Encoding:
+    """Return an encoding of the 256 bytes and some pairs of letters."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for index in range(num_merged):
+        ranks[bytes([97 + index % 26, 97 + (index * 7 + 1) % 26]) + b"x" * (index // 26)] = len(ranks)
+    names = {name: len(ranks) + index for index, name in enumerate(special)}
+    return tiktoken.Encoding("rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=names)
+
+
+@dataclass
+class Twin:
+    """A folder as nanochat leaves it, of a tiny model with numbers drawn at random."""
+
+    folder: Path
+    sizes: GPTSizes
+    tensors: dict[str, np.ndarray[Any, Any]]
+    """Our name → float32; the tables were stored as bfloat16."""
+
+    def config(self, **settings: Any) -> ImportConfig:
+        """Return what imports it."""
+        given = {"name": "twin", "format": "nanochat", "repository": None, "revision": "main",
+                 "folder": str(self.folder), "step": None, "chat": None}  # fmt: skip
+        return ImportConfig(**{**given, **settings})
+
+
+def make_twin(
+    folder: Path, *, later: bool = False, prefix: str = "", step: int = 7, width: int = 32, seed: int = 0,
+    vocab_extra: int = 0,
+) -> Twin:  # fmt: skip
+    """Write a checkpoint of nanochat's, of either architecture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoding = encoding_of()
+    meta = {"sequence_len": 64, "vocab_size": encoding.n_vocab + vocab_extra, "n_layer": 2, "n_head": 2,
+            "n_kv_head": 1, "n_embd": width, **({"window_pattern": "SL"} if later else {})}  # fmt: skip
+    sizes = sizes_from_nanochat(meta, LATER * later, "twin")
+    random, tensors, stored = np.random.default_rng(seed), {}, {}
+    for name, shape in expected_shapes(sizes).items():
+        numbers = (0.3 * random.standard_normal(shape)).astype(np.float32)
+        if "wte" in name or "value_embeds" in name:
+            bits = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+            numbers = (bits.astype(np.uint32) << 16).view(np.float32)
+            stored[prefix + name] = Tensor(bits)
+        else:
+            stored[prefix + name] = Tensor(numbers)
+        tensors[name] = numbers
+    write_torch(folder / f"model_{step:06d}.pt", stored)
+    (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "val_loss": 1.5, "model_config": meta}))
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    lengths = [len(encoding.decode_single_token_bytes(index)) for index in range(encoding.n_vocab - 9)]
+    write_torch(folder / "token_bytes.pt", Tensor(np.array([*lengths, *[0] * 9], dtype=np.int32)))
+    return Twin(folder, sizes, tensors)
+
+
+@pytest.fixture
+def twin(tmp_path: Path) -> Callable[..., Twin]:
+    """Make twins below the test's folder."""
+    return lambda name="twin", **options: make_twin(tmp_path / name, **options)
+
+
+@pytest.fixture(scope="session")
+def lay() -> types.SimpleNamespace:
+    """What writes the layouts, for tests that write parts of them."""
+    return types.SimpleNamespace(
+        Tensor=Tensor, write_torch=write_torch, write_zip=write_zip, encoding_of=encoding_of, make_twin=make_twin,
+        torch_by_name=torch_by_name,
+    )  # fmt: skip

@@ -1,0 +1,209 @@
+"""Folders of nanochat's become checkpoints with the same numbers; what does not fit is told with its file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mlxchat.data.tokenizer import SPECIAL_TOKENS
+from mlxchat.errors import DataError
+from mlxchat.interop.importing import import_model, pins_of
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.fingerprint import hash_file
+
+Twin, Lay = Any, Any
+Twins = Callable[..., Twin]
+
+
+def importing(twin: Twin, tmp_path: Path, **settings: Any) -> Path:
+    out = tmp_path / "out"
+    out.mkdir()
+    import_model(twin.config(**settings), out, lambda: None)
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("later", [False, True])
+def test_both_architectures_come_in_bit_by_bit(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
+    made = twin(later=later, prefix=prefix)
+    out = importing(made, tmp_path)
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == made.tensors.keys()
+    for name, numbers in made.tensors.items():
+        assert found[name].dtype == np.float32
+        assert np.array_equal(found[name], numbers)
+    model, _, facts = load_checkpoint(out)
+    assert model.sizes == made.sizes
+    assert facts["imported"]["compiled"] == bool(prefix)
+    assert (facts["format"], facts["iterations"], facts["imported"]["meta"]) == ("chat", 7, {"val_loss": 1.5})
+
+
+def test_the_written_file_is_the_one_that_safetensors_writes(twin: Twins, tmp_path: Path) -> None:
+    made = twin(later=True)
+    out = importing(made, tmp_path)
+    save_file(made.tensors, tmp_path / "theirs.safetensors", metadata={"format": "mlx"})
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_of_several_steps_the_last_is_taken_unless_another_is_named(twin: Twins, tmp_path: Path) -> None:
+    twin(step=900, seed=1)
+    made = twin(step=1000, seed=2)
+    first, last = pins_of(made.config(step=900), hash_file), pins_of(made.config(), hash_file)
+    assert "model model_001000.pt" in last
+    assert "model model_000900.pt" in first
+    with pytest.raises(DataError, match=r"no model of step 950; it has 900, 1000"):
+        pins_of(made.config(step=950), hash_file)
+
+
+def test_nanochats_own_folders_are_searched_for_model_and_tokenizer(twin: Twins, tmp_path: Path) -> None:
+    made = twin("base/chatsft_checkpoints/d2")
+    (tmp_path / "base" / "tokenizer").mkdir()
+    for name in ("tokenizer.pkl", "token_bytes.pt"):
+        (made.folder / name).rename(tmp_path / "base" / "tokenizer" / name)
+    pins = pins_of(made.config(), hash_file)
+    assert pins == pins_of(made.config(folder=str(tmp_path / "base")), hash_file)
+    twin("base/base_checkpoints/d2")
+    with pytest.raises(DataError, match=r"several models.*\n.*base_checkpoints/d2\n.*chatsft_checkpoints/d2"):
+        pins_of(made.config(folder=str(tmp_path / "base")), hash_file)
+
+
+def say_base(folder: Path) -> None:
+    """Have the meta file be one of nanochat's base_train."""
+    path = folder / "meta_000007.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device_batch_size": 32, "max_seq_len": 64}))
+
+
+def test_a_model_that_was_only_pretrained_continues_text(twin: Twins, tmp_path: Path) -> None:
+    made = twin()
+    say_base(made.folder)
+    _, _, facts = load_checkpoint(importing(made, tmp_path))
+    assert facts["format"] == "base"
+
+
+def test_what_the_user_says_of_a_model_counts(twin: Twins, tmp_path: Path) -> None:
+    made = twin()
+    say_base(made.folder)
+    _, _, facts = load_checkpoint(importing(made, tmp_path, chat=True))
+    assert facts["format"] == "chat"
+
+
+def test_token_bytes_of_october_2025_counted_damaged_text(twin: Twins, tmp_path: Path, lay: Lay) -> None:
+    made, encoding = twin(), lay.encoding_of()
+    tokens = [encoding.decode_single_token_bytes(index) for index in range(encoding.n_vocab - 9)]
+    lengths = [len(token.decode("utf-8", "replace").encode()) for token in tokens]
+    assert lengths[200] == 3
+    lay.write_torch(made.folder / "token_bytes.pt", lay.Tensor(np.array([*lengths, *[0] * 9], dtype=np.int64)))
+    importing(made, tmp_path)
+
+
+def forget_tokenizer(folder: Path, lay: Lay) -> None:
+    (folder / "tokenizer.pkl").unlink()
+
+
+def forget_meta(folder: Path, lay: Lay) -> None:
+    (folder / "meta_000007.json").unlink()
+
+
+def cut_model(folder: Path, lay: Lay) -> None:
+    path = folder / "model_000007.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def halve_model(folder: Path, lay: Lay) -> None:
+    path = folder / "model_000007.pt"
+    path.write_bytes(path.read_bytes()[:20000])
+
+
+def flip_model(folder: Path, lay: Lay) -> None:
+    path = folder / "model_000007.pt"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"archive/data/1") + 500] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def empty_model(folder: Path, lay: Lay) -> None:
+    (folder / "model_000007.pt").write_bytes(b"")
+
+
+def point_at_model(folder: Path, lay: Lay) -> None:
+    (folder / "model_000007.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def cut_tokenizer(folder: Path, lay: Lay) -> None:
+    path = folder / "tokenizer.pkl"
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def exchange_tokenizer(folder: Path, lay: Lay) -> None:
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(lay.encoding_of(30)))
+
+
+def mix_up_token_bytes(folder: Path, lay: Lay) -> None:
+    lay.write_torch(folder / "token_bytes.pt", lay.Tensor(np.full(285, 3, dtype=np.int32)))
+
+
+def rename_special_token(folder: Path, lay: Lay) -> None:
+    names = ("<|endoftext|>", *SPECIAL_TOKENS[1:])
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(lay.encoding_of(special=names)))
+
+
+def name_registered_encoding(folder: Path, lay: Lay) -> None:
+    # As tiktoken pickles an encoding that it ships.
+    data = b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."
+    (folder / "tokenizer.pkl").write_bytes(data)
+
+
+def break_meta(folder: Path, lay: Lay) -> None:
+    (folder / "meta_000007.json").write_text('{"step": 7, "model_config"')
+
+
+def shrink_meta(folder: Path, lay: Lay) -> None:
+    path = folder / "meta_000007.json"
+    meta = json.loads(path.read_text())
+    meta["model_config"]["n_layer"] = 1
+    path.write_text(json.dumps(meta))
+
+
+def empty_folder(folder: Path, lay: Lay) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "README.md").touch()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (forget_tokenizer, r"has no tokenizer\.pkl, neither beside model_000007\.pt nor in tokenizer/\. Copy it"),
+        (forget_meta, r"has model_000007\.pt, but no meta_000007\.json"),
+        (cut_model, r"model_000007\.pt is cut off.*Fetch or copy it again"),
+        (halve_model, r"model_000007\.pt is cut off"),
+        (flip_model, r"model_000007\.pt is damaged: archive/data/1 is not what its checksum says"),
+        (empty_model, r"model_000007\.pt is empty"),
+        (point_at_model, r"pointer of Git LFS.*git lfs pull"),
+        (cut_tokenizer, r"tokenizer\.pkl is cut off or damaged"),
+        (
+            exchange_tokenizer,
+            r"tokenizer\.pkl has 295 tokens, model_000007\.pt has 285: it is the tokenizer of another",
+        ),
+        (mix_up_token_bytes, r"token_bytes\.pt and tokenizer\.pkl do not belong together"),
+        (rename_special_token, r"tokenizer\.pkl: the special token <\|bos\|> has id None, expected 276"),
+        (name_registered_encoding, r"tokenizer\.pkl only names the encoding 'gpt2'"),
+        (break_meta, r"meta_000007\.json is no meta file of nanochat's"),
+        (shrink_meta, r"is not the model that meta_000007\.json describes: .*is unknown"),
+        (empty_folder, r"holds no checkpoint of nanochat's.*It holds README\.md"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_file_and_a_way_out(
+    twin: Twins, tmp_path: Path, lay: Lay, spoil: Callable[[Path, Lay], None], message: str
+) -> None:
+    made = twin()
+    spoil(made.folder, lay)
+    with pytest.raises(DataError, match=message):
+        importing(made, tmp_path)
