@@ -23,6 +23,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.core import CoreResult, TaskScore, evaluate_core, likeliest, mean_losses
 from mlxchat.evals.core_bundle import Bundle, CoreTask
+from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import OwnModel
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -37,6 +38,9 @@ KINDS = {
     "language": ("language_modeling", 1, 0),
     "story": ("language_modeling", 0, 0),
 }
+ENTRY = (
+    "icl_tasks:\n- {{label: {}, icl_task_type: multiple_choice, num_fewshot: [{}], dataset_uri: all/choice.jsonl}}\n"
+)
 Evaluate = Callable[..., CoreResult]
 
 
@@ -155,6 +159,7 @@ from pathlib import Path
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 from mlxchat.evals import core
+from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import OwnModel
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.progress import Progress
@@ -219,14 +224,70 @@ def test_prompts_longer_than_the_context_are_counted(evaluate: Evaluate, model: 
         ("eval_data/all/choice.jsonl", '{"query": "a"}\n', "choice.jsonl line 1.*no choices, gold"),
         ("eval_data/all/choice.jsonl", '{"query": "a", "choices": ["b"], "gold": 1}\n', "gold is 1 of 1"),
         ("eval_data/all/choice.jsonl", "nonsense\n", "choice.jsonl line 1"),
+        ("eval_data/all/choice.jsonl", "[1]\n", "choice.jsonl line 1.*no object"),
+        ("eval_data/all/choice.jsonl", "[" * 100_000, "choice.jsonl line 1"),
+        ("eval_data/all/choice.jsonl", '{"query": "a", "choices": {"0": 1}, "gold": 0}\n', "options are no list"),
+        ("eval_data/all/choice.jsonl", '{"query": "a", "choices": ["b", "c"], "gold": 1.0}\n', "gold is 1.0 of 2"),
+        ("eval_data/all/choice.jsonl", '{"query": "\udcff"}\n', "choice.jsonl line 1.*utf-8"),
+        ("core.yaml", "icl_tasks: []", "names no task"),
+        ("core.yaml", ENTRY.format("../../out", 0), r"called '\.\./\.\./out'"),
+        ("core.yaml", ENTRY.format("choice", -1), "-1 shots"),
+        ("core.yaml", f"{ENTRY.format('choice', 0)}{ENTRY.format('choice', 0).partition(chr(10))[2]}", "several tasks"),
+        (
+            "eval_meta_data.csv",
+            "Eval Task,Random baseline\n" + "".join(f"{x},100\n" for x in KINDS),
+            "baseline of 100 %",
+        ),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\nchoice," + "9" * 200_000, "do not describe tasks"),
     ],
+    ids=str,
 )
 def test_a_damaged_bundle_is_refused_with_the_place(
     evaluate: Evaluate, bundle: Path, path: str, text: str, message: str
 ) -> None:
-    (bundle / "eval_bundle" / path).write_text(text)
+    (bundle / "eval_bundle" / path).write_text(text, encoding="utf-8", errors="surrogateescape")
+    if "../out" in text:
+        with (bundle / "eval_bundle" / "eval_meta_data.csv").open("a") as file:
+            file.write("\n../../out,25")
     with pytest.raises(DataError, match=message):
         evaluate()
+
+
+def damaged(path: Path, change: Callable[[bytearray, int], None]) -> Path:
+    """Change a zip where the directory's entry of a data file begins."""
+    content = bytearray(path.read_bytes())
+    change(content, content.rfind(b"PK\x01\x02", 0, content.rfind(b"eval_data/all/choice.jsonl")))
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content, entry: content.__setitem__(slice(entry + 24, entry + 28), (600 << 20).to_bytes(4, "little")),
+         "629,145,600 bytes, expected at most"),
+        (lambda content, entry: content.__setitem__(entry + 10, 99), "compression"),
+        (lambda content, entry: content.__setitem__(entry + 8, 1), "encrypted"),
+    ],
+    ids=["a bomb", "packed in an unknown way", "encrypted"],
+)  # fmt: skip
+def test_a_zip_that_would_fill_the_memory_or_cannot_be_unpacked_is_refused(
+    evaluate: Evaluate, bundle: Path, change: Callable[[bytearray, int], None], message: str
+) -> None:
+    """A zip of 3 MB that holds 3 GB of blanks once took 8 GB of memory."""
+    with pytest.raises(DataError, match=message):
+        evaluate(bundle=damaged(zipped(bundle), change), tasks=["choice"])
+
+
+def test_half_a_character_is_asked_about_and_kept_as_a_question_mark(
+    evaluate: Evaluate, bundle: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"query": f"the \ud800 cat {place}", "choices": ["a", "b"], "gold": 0}) for place in range(5)]
+    (bundle / "eval_bundle" / "eval_data" / "all" / "choice.jsonl").write_text("\n".join(lines))
+    result = evaluate(tasks=["choice"])
+    write_examples(tmp_path / "examples.parquet", [each | {"seed": None} for each in result.examples])
+    assert all("the ? cat" in row["prompt"] for row in read_examples(tmp_path))
+    assert evaluate(tasks=["choice"]).computed == 0, "the journal was read"
 
 
 def test_too_few_examples_for_the_shots_are_refused_with_how_many_it_takes(evaluate: Evaluate) -> None:

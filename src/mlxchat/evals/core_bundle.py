@@ -10,7 +10,10 @@ import hashlib
 import io
 import json
 import random
+import re
 import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +25,9 @@ from mlxchat.errors import DataError, suggest
 from mlxchat.runner.fingerprint import hash_file
 
 SHUFFLE_SEED = 1337
+# Of one unpacked file. nanochat's largest has 8 MB, but a few megabytes of a zip may stand for any size.
+_MOST_BYTES = 512 << 20
+_LABEL = re.compile(r"\w[\w.-]*")  # also the name of the task's journal
 _FIELDS = {
     "multiple_choice": ("query", "choices", "gold"),
     "schema": ("context_options", "continuation", "gold"),
@@ -105,13 +111,14 @@ class Bundle:
                 )
                 for task in yaml.safe_load(self._read("core.yaml"))["icl_tasks"]
             ]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
+        except (
+            KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, csv.Error, yaml.YAMLError
+        ) as error:  # fmt: skip
             raise DataError(
                 f"{self.path}: core.yaml and eval_meta_data.csv do not describe tasks ({type(error).__name__}: {error})"
             ) from None
-        unknown = sorted({task.kind for task in tasks} - _FIELDS.keys())
-        if unknown:
-            raise DataError(f"{self.path}: tasks of unknown type {', '.join(unknown)}; known: {', '.join(_FIELDS)}")
+        if problems := list(_find_problems(tasks)):
+            raise DataError(f"{self.path}: {'; '.join(problems)}")
         return tasks
 
     def choose(self, labels: list[str] | None) -> list[CoreTask]:
@@ -135,8 +142,7 @@ class Bundle:
             DataError: a line is no example of the task's type, or there are too few for the shots.
         """
         items: list[dict[str, Any]] = []
-        lines = self._read(f"eval_data/{task.data}").decode("utf-8").split("\n")
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(self._read(f"eval_data/{task.data}").split(b"\n"), 1):
             if line.strip():
                 items.append(_parse(line, task, f"{self.path}: {task.data} line {number}"))
         random.Random(SHUFFLE_SEED).shuffle(items)
@@ -151,25 +157,51 @@ class Bundle:
 
     def _read(self, name: str) -> bytes:
         try:
-            if self._zip is not None:
-                return self._zip.read(self._root + name)
-            path = self._folder / name
-            if not path.resolve().is_relative_to(self._folder.resolve()):
+            path = self._folder / name if self._zip is None else self.path
+            if self._zip is None and not path.resolve().is_relative_to(self._folder.resolve()):
                 raise DataError(f"{self.path}: {name} leads out of the bundle")
-            return path.read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            size = path.stat().st_size if self._zip is None else self._zip.getinfo(self._root + name).file_size
+            if size > _MOST_BYTES:
+                raise DataError(f"{self.path}: {name} has {size:,} bytes, expected at most {_MOST_BYTES:,}")
+            return path.read_bytes() if self._zip is None else self._zip.read(self._root + name)
+        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            # RuntimeError: it is encrypted, or packed in a way that Python does not know.
             raise DataError(f"{self.path}: cannot read {name} ({error})") from None
 
 
-def _parse(line: str, task: CoreTask, where: str) -> dict[str, Any]:
+def _find_problems(tasks: Sequence[CoreTask]) -> Iterator[str]:
+    """Yield what keeps tasks from being computed."""
+    if not tasks:
+        yield "core.yaml names no task"
+    labels = [task.label for task in tasks]
+    for label in sorted({label for label in labels if labels.count(label) > 1}):
+        yield f"core.yaml has several tasks {label!r}"
+    if unknown := sorted({task.kind for task in tasks} - _FIELDS.keys()):
+        yield f"tasks of unknown type {', '.join(unknown)}; known: {', '.join(_FIELDS)}"
+    for task in tasks:
+        if not _LABEL.fullmatch(task.label):
+            yield f"a task is called {task.label!r}, expected letters, digits, dots, - and _"
+        if task.num_fewshot < 0 or not 0 <= task.baseline < 1:
+            yield (
+                f"{task.label} has {task.num_fewshot} shots and a baseline of {100 * task.baseline:g} %, expected at "
+                "least 0, and 0 up to, but not, 100"
+            )
+
+
+def _parse(line: bytes, task: CoreTask, where: str) -> dict[str, Any]:
     try:
-        item = json.loads(line)
+        item = json.loads(line.decode())
+        if not isinstance(item, dict):
+            raise ValueError("no object")
         missing = [field for field in _FIELDS[task.kind] if field not in item]
         if missing:
             raise ValueError(f"no {', '.join(missing)}")
-        options = item.get("choices" if task.kind == "multiple_choice" else "context_options")
-        if task.kind != "language_modeling" and not 0 <= item["gold"] < len(options):
-            raise ValueError(f"gold is {item['gold']} of {len(options)}")
-    except (TypeError, ValueError) as error:
+        if task.kind != "language_modeling":
+            options, gold = item["choices" if task.kind == "multiple_choice" else "context_options"], item["gold"]
+            if not isinstance(options, list):
+                raise ValueError("its options are no list")
+            if not isinstance(gold, int) or not 0 <= gold < len(options):
+                raise ValueError(f"gold is {gold!r} of {len(options)}")
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no example of type {task.kind} ({error})") from None
-    return dict(item)
+    return item

@@ -26,10 +26,16 @@ _SCHEMA = pa.schema(
 def write_examples(path: Path, examples: Iterable[dict[str, Any]]) -> None:
     """Write the rows, `details` as JSON; equal rows give equal bytes."""
     rows = [
-        example | {"details": json.dumps(example["details"], sort_keys=True, ensure_ascii=False)}
+        {name: _whole(value) for name, value in example.items()}
+        | {"details": _whole(json.dumps(example["details"], sort_keys=True, ensure_ascii=False))}
         for example in examples
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd", row_group_size=4096)
+
+
+def _whole(value: Any) -> Any:
+    """Return a text with a question mark for each half of a character, which parquet cannot hold."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def read_examples(folder: Path) -> Iterator[dict[str, Any]]:

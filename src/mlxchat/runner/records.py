@@ -26,7 +26,8 @@ class Records:
 
     def append(self, record: Record) -> None:
         """Write one line, at once, without the environment's secrets."""
-        line = json.dumps(redact(record), ensure_ascii=False).encode() + b"\n"
+        # Half a character, which no UTF-8 is of, becomes the escape that JSON has for it.
+        line = json.dumps(redact(record), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             if file.tell() and self._is_cut(file):
@@ -61,5 +62,6 @@ class Records:
         kept = [record for record in self.read() if record.get("iteration", 0) <= iteration]
         temporary = self.path.with_suffix(".tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), "utf-8")
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        temporary.write_text(text, "utf-8", errors="backslashreplace")
         temporary.replace(self.path)
