@@ -34,7 +34,14 @@ def run(ctx: Context) -> None:
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     engine = Engine(model, tokenizer, trained=True)
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
-    rates = ctx.config.optimizer if config.clip_gradients else replace(ctx.config.optimizer, grad_clip=None)
+    rates = replace(
+        ctx.config.optimizer,
+        adamw_groups={
+            name: group if name == "matrices" else replace(group, lr_frac=group.lr_frac * config.table_lr_frac)
+            for name, group in ctx.config.optimizer.adamw_groups.items()
+        },
+        grad_clip=ctx.config.optimizer.grad_clip if config.clip_gradients else None,
+    )
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question

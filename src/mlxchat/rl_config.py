@@ -83,6 +83,9 @@ class RLConfig:
     """Whether optimizer.grad_clip holds in this stage."""
     schedule: ScheduleConfig = MISSING
     """Learning rates over the updates; warmup_iterations counts these, too."""
+    table_lr_frac: float = field(default=MISSING, metadata={"since_default": 1.0})
+    """Further factor of the rates of all but the blocks' matrices: embeddings, head, scalars. AdamW steps as far for
+    the faint gradients of tokens that have nothing to do with the reward, which loosens the policy."""
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between evaluations; null: only before and after."""
     eval_samples: int = MISSING

@@ -45,6 +45,8 @@ def find_rl_problems(rl: RLConfig) -> Iterator[str]:
     parts, questions = rl.minibatches_per_rollout, rl.questions_per_iteration
     if parts >= 1 and questions % parts:
         yield f"rl.questions_per_iteration={questions} must be a multiple of rl.minibatches_per_rollout={parts}"
+    if not rl.table_lr_frac >= 0:
+        yield f"rl.table_lr_frac is {rl.table_lr_frac}, expected at least 0"
     if rl.resample_rounds < 0:
         yield f"rl.resample_rounds is {rl.resample_rounds}, expected at least 0 (none)"
     for name, reward in rl.rewards.items():
