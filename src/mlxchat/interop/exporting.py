@@ -226,8 +226,10 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
 
     write_safetensors(out / "model.safetensors", entries, read, made_for="mlx")
     if bits is not None:
-        used = [group for group in groups.values() if group is not None]
-        quantization = {"group_size": max(used), "bits": bits, "mode": "affine"}
+        used = {name.removesuffix(".weight"): group for name, group in groups.items() if group is not None}
+        usual = {"group_size": max(used.values()), "bits": bits, "mode": "affine"}
+        narrow = {name: {**usual, "group_size": group} for name, group in used.items() if group < max(used.values())}
+        quantization = {**usual, **narrow}
         config |= {"quantization": quantization, "quantization_config": quantization}
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {key: config[key] for key in ("bos_token_id", "eos_token_id")})

@@ -1,0 +1,371 @@
+"""mlxchat export ID --to hf|nanochat|gguf|mlx PATH, from the command line to the other tool."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+
+from mlxchat.cli import main
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.tokenizer import train_tokenizer
+from mlxchat.interop.names import architecture_values
+from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.runner.store import Store, describe_outputs
+
+CommandLine = Callable[..., Any]
+# The Hub's client says this to itself.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
+HOSTILE = "x\n---\nlicense: mit\n<script>alert(1)</script>\n# {{ 7 * 7 }} | `rm` \u202e\x1b[2J"
+
+
+def publish(outputs: Path, name: str, architecture: str, *, chats: bool = True, **more: Any) -> Path:
+    """Publish a checkpoint with random weights, as a stage would, and return its folder."""
+    tokenizer = train_tokenizer(["The house in the garden had 12 windows. It isn't so. " * 4, "Haus Garten"], 300)
+    features = {**architecture_values(architecture), **more}
+    model = GPT(GPTSizes(vocab_size=300, num_layers=2, num_heads=2, num_kv_heads=1, width=64, context_tokens=256,
+                         **features))  # fmt: skip
+    rng = np.random.default_rng(3)
+    set_parameters(
+        model,
+        {
+            key: mx.array(rng.normal(0, 1.0 if "wte" in key else 0.2, value.shape).astype(np.float32))
+            for key, value in flatten_parameters(model).items()
+        },
+    )
+    store = Store(outputs)
+    store.prepare()
+    out = outputs / "work" / name / "out"
+    out.mkdir(parents=True)
+    save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat" if chats else "base"})
+    files, tree = describe_outputs(out)
+    rid = (name * 52)[:52]
+    manifest = {
+        "schema": 2, "rid": rid, "stage": "sft", "step": name, "kind": "checkpoint", "outputs": files, "tree": tree,
+        "published": "2026-11-22T00:00:00+00:00", "inputs": {}, "derived": {"num_iterations": 7},
+        "config": {"sft": {"mixture": HOSTILE}}, "full_config": {"sft": {"mixture": HOSTILE}},
+        "externals": [{"url": "hf://datasets/openai/gsm8k/main.parquet", "licence": "MIT", "name": HOSTILE},
+                      {"url": f"hf://datasets/evil/{HOSTILE}/x", "licence": HOSTILE}],
+    }  # fmt: skip
+    place = store.publish(out, f"sft-{name}-{rid[:16]}", manifest)
+    store.set_ref("latest", name, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outputs = tmp_path_factory.mktemp("export") / "outputs"
+    publish(outputs, "oct", "oct2025")
+    publish(outputs, "jul", "jul2026")
+    publish(outputs, "base", "oct2025", chats=False)
+    publish(outputs, "odd", "oct2025", rope_theta=5000.0)
+    return outputs
+
+
+@pytest.fixture
+def export(made: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run the verb in this process; return its exit code and all that it said."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main(["export", *map(str, arguments), f"outputs={made}"])
+        said = capsys.readouterr()
+        return int(exit_.value.code or 0), said.out + said.err
+
+    return run
+
+
+def artifact(made: Path, name: str) -> Path:
+    return Store(made).resolve(name)
+
+
+def logits_of_ours(made: Path, name: str, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.asarray(load_checkpoint(artifact(made, name))[0](mx.array(ids)))
+
+
+def some_ids(count: int = 200) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(1).integers(0, 300, (2, count))
+
+
+@pytest.mark.parametrize("name", ["oct", "jul"])
+def test_an_mlx_folder_opens_in_mlx_lm_with_our_logits(export: Any, made: Path, tmp_path: Path, name: str) -> None:
+    mlx_lm = pytest.importorskip("mlx_lm")
+    code, said = export(name, "--to", "mlx", tmp_path / "out")
+    assert code == 0
+    assert ("--trust-remote-code" in said) == (name == "jul")
+    model, tokenizer = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=name == "jul")
+    ids = some_ids()
+    np.testing.assert_allclose(np.asarray(model(mx.array(ids))), logits_of_ours(made, name, ids), atol=1e-3)
+    assert tokenizer.has_chat_template
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["oct", "jul"])
+def test_a_quantised_folder_computes_with_the_rounded_weights(
+    export: Any, made: Path, tmp_path: Path, name: str, bits: int
+) -> None:
+    mlx_lm = pytest.importorskip("mlx_lm")
+    code, said = export(name, "--to", "mlx", tmp_path / "out", "--quantize", bits)
+    assert code == 0
+    assert f"Weights of {bits} bits:" in said
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    usual = {"group_size": 64, "bits": bits, "mode": "affine"}
+    narrow = {"value_embeds.1": {**usual, "group_size": 32}} if name == "jul" else {}
+    assert config["quantization"] == {**usual, **narrow}
+    model, _ = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=name == "jul")
+    ours, _, _ = load_checkpoint(artifact(made, name))
+    weights = flatten_parameters(ours)
+    for key, value in weights.items():  # rounded as MLX's quantisation is documented, by NumPy
+        group = next((each for each in (64, 32) if value.ndim == 2 and value.shape[1] % each == 0), None)
+        if group is not None:
+            packed = mx.quantize(value, group_size=group, bits=bits)
+            weights[key] = mx.dequantize(*packed, group_size=group, bits=bits)
+    set_parameters(ours, weights)
+    ids = some_ids()
+    np.testing.assert_allclose(np.asarray(model(mx.array(ids))), np.asarray(ours(mx.array(ids))), atol=1e-3)
+
+
+def test_the_told_change_in_bits_per_byte_is_that_of_mlx_lms_own_logits(
+    export: Any, made: Path, tmp_path: Path
+) -> None:
+    mlx_lm = pytest.importorskip("mlx_lm")
+    from mlxchat.evals.rounding import held_out_rows
+
+    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--quantize", "4")
+    assert code == 0
+    model, _ = mlx_lm.load(str(tmp_path / "out"))
+    place = artifact(made, "oct")
+    tokenizer = load_checkpoint(place)[1]
+    rows, _ = held_out_rows(Store(made), place, tokenizer, 256, 8192)
+    nats = num_bytes = 0.0
+    for ids, targets in rows:
+        logits = np.asarray(model(mx.array(ids[None])))[0].astype(np.float64)
+        losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(targets)), targets]
+        lengths = tokenizer.token_bytes[targets]
+        nats, num_bytes = nats + losses[lengths > 0].sum(), num_bytes + lengths.sum()
+    assert f"Weights of 4 bits: {nats / np.log(2) / num_bytes:.4f} bits per byte of sample text" in said
+
+
+def test_bfloat16_halves_a_folder_and_rounds_to_nearest(export: Any, made: Path, tmp_path: Path) -> None:
+    export("oct", "--to", "mlx", tmp_path / "out", "--dtype", "bfloat16")
+    found: Any = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    weights = flatten_parameters(load_checkpoint(artifact(made, "oct"))[0])
+    for name, value in found.items():
+        assert mx.array_equal(value, weights[name].astype(mx.bfloat16))
+
+
+def test_a_hugging_face_folder_is_transformers_model(export: Any, made: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert export("oct", "--to", "hf", tmp_path / "out")[0] == 0
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert type(config).__name__ == "NanoChatConfig"
+    assert (config.hidden_act, config.final_logit_softcapping) == ("relu2", 15.0)
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    assert config.rms_norm_eps == np.finfo(np.float32).eps
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = load_checkpoint(artifact(made, "oct"))[1]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How many windows? It isn't 12!\n"},
+    ]
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert list(found) == render_for_completion(ours, {"messages": messages})
+    assert tokenizer.eos_token_id == ours.assistant_end
+
+
+def test_transformers_computes_our_logits(export: Any, made: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    export("oct", "--to", "hf", tmp_path / "out")
+    ids = some_ids()
+    with torch.no_grad():
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor(ids)).logits
+    np.testing.assert_allclose(found.numpy(), logits_of_ours(made, "oct", ids), atol=1e-4)
+
+
+def test_a_base_model_has_no_chat_template_and_stops_where_a_document_begins(export: Any, tmp_path: Path) -> None:
+    export("base", "--to", "hf", tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "chat_template" not in about
+    assert about["eos_token"] == "<|bos|>"
+    assert "has not learnt to chat" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["jul", "--to", "hf", "OUT"], "value embeddings, residual scalars, the smear, the backout.*--to mlx"),
+        (["oct", "--to", "gguf", "OUT"], "caps its logits.*digits into pairs.*--to mlx"),
+        (["odd", "--to", "nanochat", "OUT"], r"rope_theta 5000\.0 instead of 10000\.0.*--to mlx or --to hf"),
+        (["oct", "--to", "hf", "OUT", "--quantize", "4"], "--quantize is of --to mlx"),
+        (["oct", "--to", "nanochat", "OUT", "--dtype", "bfloat16"], "--dtype is of --to hf and --to mlx"),
+        (["oct", "--to", "nanochat"], r"--to nanochat is a format.*--to \./nanochat"),
+        (["oct", "--to", "OUT.tar", "--quantize", "4"], "--quantize is of formats"),
+        (["oct", "--to", "hf", "OUT", "--public"], "--public is of --push"),
+        (["oct", "--to", "hf", "OUT", "--push", "nowhere"], "is no repository"),
+        (["oct", "jul", "--to", "hf", "OUT"], "expected mlxchat export ID --to hf PATH"),
+    ],
+)
+def test_what_cannot_be_is_told_and_nothing_is_written(
+    export: Any, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    place = tmp_path / "out"
+    code, said = export(*(each.replace("OUT", str(place)) for each in arguments))
+    assert code == 2
+    assert re.search(told, " ".join(said.split())), said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_called_like_a_format_is_told_by_its_path(
+    export: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said = export("oct", "--to", "./hf")
+    assert (code, (tmp_path / "hf" / "store" / artifact(made, "oct").name / "manifest.json").exists()) == (0, True)
+    assert "exported 1 artifacts" in said
+
+
+def test_what_is_there_stays_unless_it_may_be_replaced(export: Any, tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    assert export("oct", "--to", "hf", place)[0] == 0  # an empty folder is nobody's
+    (place / "mine.txt").write_text("kept")
+    code, said = export("oct", "--to", "mlx", place)
+    assert (code, (place / "mine.txt").read_text()) == (2, "kept")
+    assert "--force" in said
+    assert export("oct", "--to", "mlx", place, "--force")[0] == 0
+    assert not (place / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_damaged_artifact_is_not_exported(export: Any, made: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "outputs"
+    shutil.copytree(made, copy, symlinks=True)
+    weights = artifact(copy, "oct") / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(data)
+    with pytest.raises(SystemExit):
+        main(["export", "oct", "--to", "hf", str(tmp_path / "out"), f"outputs={copy}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_export_leaves_nothing_at_its_place_and_the_next_one_cleans_up(
+    mlxchat: CommandLine, made: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "there" / "out"
+    arguments = ["export", "oct", "--to", "nanochat", place, f"outputs={made}"]
+    died = mlxchat(*arguments, environ={"MLXCHAT_CRASH_AT": "export.synced"})
+    assert died.returncode == -signal.SIGKILL
+    assert not place.exists()
+    assert len(list(place.parent.iterdir())) == 1
+    done = mlxchat(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in place.parent.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_nothing(mlxchat: CommandLine, made: Path, tmp_path: Path) -> None:
+    environ = {"MLXCHAT_CRASH_AT": "export.synced", "MLXCHAT_CRASH_ERROR": "ENOSPC"}
+    done = mlxchat("export", "oct", "--to", "hf", tmp_path / "out", f"outputs={made}", environ=environ)
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert "cannot be written (No space left on device)" in done.stderr
+
+
+def test_the_card_says_where_a_model_comes_from_and_no_text_breaks_it(export: Any, made: Path, tmp_path: Path) -> None:
+    export("oct", "--to", "hf", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    start, front, body = card.split("---\n", 2)
+    assert start == ""
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["nanochat", "mlxchat", "conversational"], "datasets": ["openai/gsm8k"],
+    }  # fmt: skip
+    place = artifact(made, "oct")
+    manifest = json.loads((place / "manifest.json").read_text())
+    (weights,) = [file for file in manifest["outputs"] if file["path"] == "model.safetensors"]
+    assert manifest["rid"] in body
+    assert weights["sha256"] in body
+    assert "<script>" not in body
+    assert "\n---\n" not in body
+    assert not {"\x1b", "\u202e"} & set(card)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("upload_hub", Path(__file__).with_name("upload_hub.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "upload_hub", module)
+    spec.loader.exec_module(module)
+    for name in ("HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with module.UploadHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield server
+
+
+def test_a_push_makes_a_private_repository_with_one_commit(export: Any, hub: Any, made: Path, tmp_path: Path) -> None:
+    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--push", "me/model")
+    assert code == 0, said
+    repository = hub.repositories["me/model"]
+    assert repository.private
+    assert repository.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (message,) = repository.commits
+    assert json.loads((artifact(made, "oct") / "manifest.json").read_text())["rid"] in message
+    assert hub.token not in said
+
+
+def test_a_push_needs_no_place_of_its_own_and_replaces_former_weights(export: Any, hub: Any) -> None:
+    assert export("oct", "--to", "nanochat", "--push", "me/model", "--public")[0] == 0
+    assert not hub.repositories["me/model"].private
+    hub.repositories["me/model"].files["LICENSE"] = b"mine"
+    assert export("oct", "--to", "mlx", "--push", "me/model", "--public")[0] == 0
+    files = hub.repositories["me/model"].files
+    assert "model_000007.pt" not in files
+    assert {"model.safetensors", "LICENSE"} <= files.keys()
+
+
+@pytest.mark.parametrize("part", ["/put/", "/commit/", "objects/batch", "/preupload/"])
+def test_a_push_that_fails_changes_nothing(export: Any, hub: Any, part: str) -> None:
+    export("oct", "--to", "mlx", "--push", "me/model")
+    before, hub.fail = dict(hub.repositories["me/model"].files), part
+    code, said = export("oct", "--to", "nanochat", "--push", "me/model")
+    assert (code, hub.repositories["me/model"].files) == (1, before)
+    assert "Nothing was committed" in said
+    assert hub.token not in said
+
+
+def test_a_public_repository_is_written_only_when_that_is_meant(export: Any, hub: Any, tmp_path: Path) -> None:
+    export("oct", "--to", "mlx", "--push", "me/model", "--public")
+    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--push", "me/model")
+    assert (code, (tmp_path / "out").exists()) == (2, False)
+    assert "Add --public" in said
+
+
+def test_a_wrong_token_or_none_is_told(export: Any, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_another_one")
+    assert "May the token of HF_TOKEN write there?" in export("oct", "--to", "mlx", "--push", "me/model")[1]
+    monkeypatch.delenv("HF_TOKEN")
+    code, said = export("oct", "--to", "mlx", "--push", "me/model")
+    assert (code, "set HF_TOKEN" in said, hub.repositories) == (2, True, {})
