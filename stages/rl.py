@@ -6,6 +6,7 @@ token-level normalisation; no KL penalty, no ratio, no clipping. Other losses: c
 
 from dataclasses import replace
 
+from mlxchat.config import OptimizerConfig, RLConfig
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.quantised import check_quantised
@@ -34,14 +35,7 @@ def run(ctx: Context) -> None:
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     engine = Engine(model, tokenizer, trained=True)
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
-    rates = replace(
-        ctx.config.optimizer,
-        adamw_groups={
-            name: group if name == "matrices" else replace(group, lr_frac=group.lr_frac * config.table_lr_frac)
-            for name, group in ctx.config.optimizer.adamw_groups.items()
-        },
-        grad_clip=ctx.config.optimizer.grad_clip if config.clip_gradients else None,
-    )
+    rates = rates_of(ctx.config.optimizer, config)
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
@@ -94,3 +88,12 @@ def run(ctx: Context) -> None:
     )
     ctx.metrics["reward"] = rollouts.mean_reward
     save_checkpoint(ctx.out, model, tokenizer, {**facts, "stage": "rl", "format": "chat"})
+
+
+def rates_of(optimizer: OptimizerConfig, config: RLConfig) -> OptimizerConfig:
+    """Return the optimizer's settings in this stage: all but the matrices at `table_lr_frac` of their rates."""
+    groups = {
+        name: group if name == "matrices" else replace(group, lr_frac=group.lr_frac * config.table_lr_frac)
+        for name, group in optimizer.adamw_groups.items()
+    }
+    return replace(optimizer, adamw_groups=groups, grad_clip=optimizer.grad_clip if config.clip_gradients else None)

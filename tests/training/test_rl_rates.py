@@ -1,0 +1,31 @@
+"""RL: which parameters learn at which rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from mlxchat.stages.rl import rates_of
+
+from mlxchat.compose import compose_config
+from mlxchat.model.gpt import GPT
+from mlxchat.optim.groups import Optimizer
+
+
+@pytest.mark.parametrize("kind", ["muon_oct2025", "adamw"])
+def test_embeddings_and_head_learn_at_their_share_of_the_rate_and_matrices_at_the_whole(
+    kind: str, make_model: Callable[[], GPT]
+) -> None:
+    whole, low = (
+        compose_config([f"optimizer={kind}", f"rl.table_lr_frac={share}", "rl.clip_gradients=false"]).config
+        for share in (1.0, 0.1)
+    )
+    model = make_model()
+    one, other = (Optimizer(model, rates_of(each.optimizer, each.rl), width=64, lr_frac=0.5) for each in (whole, low))
+    assert one.muon_lr == other.muon_lr
+    for name, rule in one.adamw_rules.items():
+        share = 1.0 if ".h." in name else 0.1
+        assert other.adamw_rules[name].lr == pytest.approx(share * rule.lr)
+    assert any("wte" in name for name in one.adamw_rules)
+    assert any("lm_head" in name for name in one.adamw_rules)
+    assert other.config.grad_clip is None
