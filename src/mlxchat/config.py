@@ -24,6 +24,8 @@ from mlxchat.rl_config import RewardConfig as RewardConfig
 from mlxchat.rl_config import RLConfig as RLConfig
 from mlxchat.sweep_config import SweepConfig as SweepConfig
 from mlxchat.task_config import TaskItem as TaskItem
+from mlxchat.teacher_config import NO_TEACHER
+from mlxchat.teacher_config import TeacherConfig as TeacherConfig
 from mlxchat.tokenizer_config import TokenizerConfig as TokenizerConfig
 
 
@@ -151,6 +153,8 @@ class FinetuneConfig:
     packing: str = field(default=MISSING, metadata={"since_default": "best_fit"})
     """best_fit, as nanochat since 2026; stream and alone (one in a row), as its midtraining and SFT of 2025."""
     packing_buffer_conversations: int = MISSING
+    teacher: TeacherConfig = field(default_factory=TeacherConfig, metadata={"since_default": NO_TEACHER})
+    """Whose distributions are learnt besides the conversations' tokens."""
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
@@ -258,11 +262,11 @@ class Config:
     rl: RLConfig = field(default_factory=RLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     outside: OutsideConfig = field(default_factory=OutsideConfig)
+    imported: ImportConfig = field(default_factory=ImportConfig)
     suite: dict[str, TaskItem] = MISSING
     """Tasks that chat models are evaluated on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
-    imported: ImportConfig = field(default_factory=ImportConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

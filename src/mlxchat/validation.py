@@ -14,6 +14,7 @@ from mlxchat.number_problems import find_range_problems, find_zeros
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.rl_problems import find_rl_problems
 from mlxchat.tasks.items import find_item_problems
+from mlxchat.teacher_problems import find_teacher_problems
 
 _POLAR_EXPRESS_ITERATIONS = 5
 
@@ -31,8 +32,8 @@ def find_problems(config: Config) -> list[str]:
         *find_rl_problems(config.rl),
         *(find_item_problems("suite", config.suite, training=False) if config.suite else ()),
         *_eval(config),
-        *find_zeros(config),
         *_imported(config),
+        *find_zeros(config),
         *_optimizer(config.optimizer),
         *_sweep(config),
         *find_range_problems(config),
@@ -158,6 +159,7 @@ def _pretrain(config: Config) -> Iterator[str]:
 def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[str]:
     yield from _batch(name, finetune.batch, config.model.context_tokens)
     yield from _schedule(name, finetune.schedule)
+    yield from find_teacher_problems(f"{name}.teacher", finetune.teacher)
     yield from find_item_problems(f"{name}.mixture", finetune.mixture, training=True)
     yield from find_item_problems(f"{name}.validation", finetune.validation, training=False)
     if finetune.suite:
@@ -261,8 +263,6 @@ def _eval(config: Config) -> Iterator[str]:
         yield "outside.path is null, but the pipeline evaluates a model of another make: outside.path=FOLDER"
 
 
-def _sweep(config: Config) -> Iterator[str]:
-    sweep = config.sweep
 def _imported(config: Config) -> Iterator[str]:
     imported = config.imported
     if not any(step.get("stage") == "imported" for step in config.pipeline.values()):
@@ -281,6 +281,8 @@ def _imported(config: Config) -> Iterator[str]:
         yield f"imported.step is {imported.step}, expected at least 0, or null for the last"
 
 
+def _sweep(config: Config) -> Iterator[str]:
+    sweep = config.sweep
     for key, least in (("trials", 1), ("random_trials", 1), ("seed", 0)):
         if getattr(sweep, key) < least:
             yield f"sweep.{key} is {getattr(sweep, key)}, expected at least {least}"

@@ -433,6 +433,15 @@ def test_all_lines_that_are_no_questions_are_named(ask: Callable[..., int], teac
     assert not teacher.bodies
 
 
+def test_no_answer_that_may_be_kept_leaves_no_file_and_says_why(
+    ask: Callable[..., int], teacher: Teacher, place: Path
+) -> None:
+    teacher.script = lambda question, tries: Reply("", finish="length")
+    with pytest.raises(DataError, match=r"no answer is left.*: 6 empty"):
+        ask()
+    assert not (place / "out.jsonl").exists()
+
+
 def test_a_dry_run_counts_and_asks_nothing(
     ask: Callable[..., int], teacher: Teacher, capsys: pytest.CaptureFixture[str]
 ) -> None:

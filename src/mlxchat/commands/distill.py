@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +38,14 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("\n".join(problems))
     key = os.environ.get(options.key_env or _KEY, "").strip() or None
     from mlxchat.distill.order import distill, estimate
+    from mlxchat.distill.teacher import is_loopback
 
     order = _order(options, body, fills, item, key)
     if options.dry_run:
         print(estimate(order))
         return 0
+    if key is not None and order.teacher.startswith("http://") and not is_loopback(order.teacher):
+        print("note: the key and all texts travel unencrypted to another machine (http)", file=sys.stderr)
     return distill(order)
 
 

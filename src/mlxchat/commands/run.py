@@ -30,6 +30,7 @@ from mlxchat.runner.store import Store
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results
 from mlxchat.training.extension import check_extensions
+from mlxchat.training.teacher_size import check_teachers
 from mlxchat.training.memory_check import check_memory
 from mlxchat.training.text_need import TextNeed, check_text_room, find_text_need
 
@@ -83,8 +84,8 @@ def run_pipeline(
     Args:
         composed: the configuration and how it came about.
         check: looks at the plan before anything is written; it may raise.
-
         report: whether to end with the run's report.
+
     Raises:
         MlxchatError: what the steps and the store raise.
     """
@@ -129,9 +130,9 @@ def run_pipeline(
         is_done = True
     finally:
         tracker.finish(_results(config, store, folder, is_done=is_done))
-    from mlxchat.commands.report import show_report
     if not report:
         return folder
+    from mlxchat.commands.report import show_report
 
     try:
         show_report(store.outputs, folder)
@@ -150,6 +151,7 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
         config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force, code=config.code
     )
     check_extensions(config, plan)
+    check_teachers(config, plan)
     return plan
 
 

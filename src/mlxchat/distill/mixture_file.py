@@ -149,7 +149,7 @@ def write_mixture(out: Path, conversations: Iterable[dict[str, Any]], describe: 
             file.flush()
             os.fsync(file.fileno())
         if not count:
-            raise DataError(f"no answer is left, so {out} was not written")
+            raise DataError(f"no answer is left, so {out} is not written")
         replaces = hash_file(out) if out.exists() else None
         # First, with both hashes: whichever of the two files a kill leaves there is known to be ours.
         _write_json(provenance_place(out), {**describe(), "sha256": digest.hexdigest(), "replaces": replaces})

@@ -16,7 +16,7 @@ from mlxchat.distill.mixture_file import Choice, Tally, choose_answers, provenan
 from mlxchat.distill.questions import Question
 from mlxchat.distill.teacher import Passing, Refused, Teacher, public_url
 from mlxchat.distill.words import one_line
-from mlxchat.errors import ConfigError, Interrupted, PassingError
+from mlxchat.errors import ConfigError, DataError, Interrupted, PassingError
 from mlxchat.runner.progress import Progress, format_count, format_seconds
 from mlxchat.runner.records import now
 from mlxchat.runner.secrets import redact
@@ -156,16 +156,21 @@ def distill(order: Order) -> int:
         hidden = redact(record)
         return _without(hidden, order.key) if order.key else hidden
 
-    if collected.fault is not None and not any(key in answers for key in every):
-        raise collected.fault
-    write_mixture(order.out, choose_answers(order.questions, keys, answers, order.choice, tally), describe)
-    _report(order, tally, collected, len(every), len(every) - len(missing), answers.num_damaged)
+    nothing: DataError | None = None
+    try:
+        write_mixture(order.out, choose_answers(order.questions, keys, answers, order.choice, tally), describe)
+        _report(order, tally, collected, len(every) - len(missing), answers)
+    except DataError as error:
+        nothing = error
     if collected.fault is not None:
         raise collected.fault
     if stopped:
         raise Interrupted(
             f"stopped: {tally.missing:,} answers are missing. The same command asks for these alone.", stopped[0]
         )
+    if nothing is not None:
+        reasons = [tally.describe(), *list(collected.failed.values())[:_MOST_SHOWN]]
+        raise DataError("\n".join([f"{nothing}: {reasons[0] or 'no question was answered'}", *reasons[1:]]))
     return 1 if collected.failed else 0
 
 
@@ -189,7 +194,7 @@ async def _collect(order: Order, answers: Answers, missing: list[Request], known
                 return await collector.run(missing, progress, known)
 
 
-def _report(order: Order, tally: Tally, collected: Collected, every: int, known: int, damaged: int) -> None:
+def _report(order: Order, tally: Tally, collected: Collected, known: int, answers: Answers) -> None:
     """Print what came of it, and the command that trains on it."""
     left_out = tally.describe()
     print(f"{order.out}: {tally.kept:,} conversations of {len(order.questions):,} questions"
@@ -206,8 +211,8 @@ def _report(order: Order, tally: Tally, collected: Collected, every: int, known:
     print(f"  tokens   {_told(order.prices, collected.usage)}" + (
         f"; of all answers {_told(order.prices, tally.usage)}" if known else ""))  # fmt: skip
     print(f"  teacher  {one_line(order.model)} at {public_url(order.teacher)}, see {provenance_place(order.out)}")
-    if damaged:
-        print(f"  {damaged:,} damaged lines of {answers_name(order)} counted for nothing")
+    if answers.num_damaged:
+        print(f"  {answers.num_damaged:,} damaged lines of {answers.path} counted for nothing")
     for reason in list(collected.failed.values())[:_MOST_SHOWN]:
         print(f"  failed   {reason}")
     if collected.failed:
@@ -215,11 +220,6 @@ def _report(order: Order, tally: Tally, collected: Collected, every: int, known:
     if collected.out_of_money:
         print(f"  stopped at --max-cost {order.limits.max_cost:g}: with a larger one the same command goes on")
     print(f"Train on it:\n  mlxchat {next_setting(order)}")
-
-
-def answers_name(order: Order) -> str:
-    """Return the file in which the teacher's answers are kept."""
-    return str(Answers(order.cache, order.teacher, order.model).path)
 
 
 def next_setting(order: Order) -> str:

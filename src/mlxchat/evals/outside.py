@@ -190,6 +190,10 @@ class OutsideTokenizer:
         """One more than the largest id."""
         return int(max(self._inner.get_vocab().values())) + 1
 
+    def vocabulary(self) -> dict[int, str]:
+        """Return id → token, as a tokenizer.json spells it."""
+        return {int(index): str(token) for token, index in self._inner.get_vocab().items()}
+
     @property
     def has_chat_template(self) -> bool:
         """Whether it says how conversations are written."""

@@ -131,9 +131,14 @@ def _cross_entropy_cpu_vjp(
     return d_x, d_weight, mx.zeros_like(targets), mx.zeros_like(row_weights)
 
 
+def chunk_rows(vocab_size: int) -> int:
+    """Return how many rows' logits are worked on at a time."""
+    return max(_LEAST_ROWS, _CHUNK_FLOATS // vocab_size)
+
+
 def _chunks(rows: int, vocab_size: int) -> list[slice]:
     """Return slices of rows whose logits are worked on at a time."""
-    size = max(_LEAST_ROWS, _CHUNK_FLOATS // vocab_size)
+    size = chunk_rows(vocab_size)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -40,6 +40,10 @@ _AFTERWARDS = (
 _LOSS = _Series(
     key="loss", title="training loss (bold: smoothed)", y="nats per token", is_smoothed=True, from_zero=False
 )
+_TEACHER = (
+    _Series(key="ce", title="cross-entropy (bold: smoothed)", y="nats per token", is_smoothed=True, from_zero=False),
+    _Series(key="kl", title="divergence from the teacher", y="nats per token", is_smoothed=True),
+)
 _VALIDATION = (
     _Series(key="val_bpb", title="validation", y="bits per byte", from_zero=False),
     _Series(key="val_loss", title="validation", y="nats per token", from_zero=False),
@@ -73,7 +77,7 @@ def step_charts(report: RunReport, step: StepReport) -> list[Drawing]:
         return []
     is_rl = bool(step.series("reward")[0])
     charts: list[Drawing] = []
-    for series in _REWARD if is_rl else (_LOSS,):
+    for series in _REWARD if is_rl else (_LOSS, *_TEACHER):
         charts += _chart(step, series)
     if is_rl:
         charts += _pass_chart(step)

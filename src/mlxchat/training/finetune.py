@@ -23,9 +23,10 @@ from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.estimates import suite_hooks
 from mlxchat.training.horizon import whole_rows
-from mlxchat.training.loop import Hook, fit
+from mlxchat.training.loop import Hook, fit, prepare_machine
 from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
 from mlxchat.training.resume import load_moments
+from mlxchat.training.teacher import load_teacher
 
 
 def finetune(ctx: Context, config: FinetuneConfig) -> None:
@@ -43,6 +44,11 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     if config.warm_start:
         load_moments(checkpoint, optimizer)
     row_tokens = config.batch.row_tokens
+    distillation = None
+    if config.teacher.is_there:
+        folder = ctx.inputs["teacher"] if config.teacher.artifact is not None else Path(config.teacher.path or "")
+        dtype = prepare_machine(machine)
+        distillation = load_teacher(config.teacher, folder, tokenizer, row_tokens=row_tokens, dtype=dtype)
     rows_per_iteration = _batch_tokens(ctx.stage, config, checkpoint, facts) // row_tokens
     mixture = Mixture(config.mixture, seed=ctx.seed("mixture"), load=partial(open_item, ctx))
 
@@ -72,7 +78,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         validation.append(held_out.next_row())
     # Rows of about one length together, since the padding that a batch ends with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
-    micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens)
+    size = None if distillation is None else distillation.size
+    micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens, teacher=size)
     ctx.derive(
         {
             "num_conversations": len(mixture),
@@ -101,6 +108,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
                 *suite_hooks(ctx, config, model, tokenizer),
             ],
             micro_tokens=micro_batch.tokens,
+            distillation=distillation,
         )
     ctx.metrics |= batches.counts()
     save_checkpoint(ctx.out, model, tokenizer, {**facts, "stage": ctx.stage, "format": "chat"})

@@ -27,6 +27,7 @@ from mlxchat.training.meter import Meter
 from mlxchat.training.micro_batch import MOST_TOKENS
 from mlxchat.training.resume import load_finished, load_state, save_finished, save_state
 from mlxchat.training.step import Batch, TrainStep
+from mlxchat.training.teacher import Distillation
 from mlxchat.training.watch import Watch, is_finite, name_documents
 
 
@@ -86,6 +87,7 @@ def fit(
     keep_state: bool = False,
     best: Best | None = None,
     dropout: float = 0.0,
+    distillation: Distillation | None = None,
 ) -> None:
     """Train for `num_iterations`, continuing where an earlier attempt of this step stopped.
 
@@ -110,6 +112,7 @@ def fit(
         keep_state: leave in the artifact what an extension needs.
         best: weights that hooks may offer; the model ends with those that were kept. An extension begins with the last.
         dropout: share of the stream's numbers that are left out.
+        distillation: a teacher whose distributions are learnt besides the targets.
 
     Raises:
         Interrupted: a signal arrived; the state was saved.
@@ -129,6 +132,7 @@ def fit(
         recompute=machine.grad_checkpointing,
         dropout=dropout,
         dropout_seed=ctx.seed("dropout"),
+        distillation=distillation,
     )
     meter = Meter(flops_per_token=flops_per_token(model.sizes), peak_flops=peak)
     watch = Watch(ctx.config.training)
@@ -197,6 +201,7 @@ def fit(
             record: dict[str, Any] = {}
             good = is_finite(loss, norm)
             if good:
+                ctx.metrics |= step.loss_parts
                 warning = watch.warn(done + 1, norm)
             else:
                 warning = f"loss {loss} and gradient norm {norm}, batch of {name_documents(batches.documents())}"
@@ -212,7 +217,7 @@ def fit(
                 progress.note(f"iteration {done}: {warning}")
                 record["warning"] = warning
             if done % machine.log_every == 0 or done == num_iterations or record:
-                record |= {"lr_multiplier": rates.lr_factor, **({"grad_norm": norm} if good else {})}
+                record |= {"lr_multiplier": rates.lr_factor, **({"grad_norm": norm, **step.loss_parts} if good else {})}
                 ctx.log({"iteration": done, **meter.record(loss if good else None), **record})
             shown = {**meter.show(), **(best.show() if best is not None else {}), **watch.show(done)}
             progress.update(done, **shown)

@@ -11,9 +11,13 @@ CPU, with that limit and without (DECISIONS.md); tests/training/test_memory.py c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlxchat.model.sizing import GPTSizes, count_parameters
 from mlxchat.optimizer_config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from mlxchat.training.teacher_size import TeacherSize
 
 _MASTER_BYTES = 4
 # Numbers per token and channel when the backward pass begins: of each layer, of what is recomputed (its input and the
@@ -25,6 +29,7 @@ _RESIDUAL, _VALUE_EMBEDDING = 1.0, 1.4
 _ATTENTION, _BLOCK_TOKENS = 1.5, 128  # the latter of ops/attention.py
 # Copies of a chunk's logits (tanh, exponential, slope), and chunks that all lanes together have at once.
 _LOGITS, _CHUNKS = 2.7, 3
+_TEACHER_LOGITS = 3.5  # further ones with a teacher: its logits and exponentials, softened ones, a product
 _CHUNK_FLOATS, _LEAST_CHUNK_ROWS = 1 << 22, 256  # of ops/cross_entropy.py
 # Copies of the head's gradient of each lane, and sums of it for chunks handed out ahead, of so many at most.
 _HEAD, _HEAD_PER_CHUNK, _MOST_HEADS = 1.1, 0.4, 8
@@ -54,7 +59,7 @@ class PeakBytes:
     moving: int
     """The summed gradients and the optimizer's workspace."""
     kept: int = 0
-    """The best weights so far, where they are kept."""
+    """The best weights so far, where they are kept, and those of a teacher."""
 
     @property
     def total(self) -> int:
@@ -74,6 +79,7 @@ def predict_peak_bytes(
     compute_bytes: int = 4,
     recompute: bool = False,
     keeps_best: bool = False,
+    teacher: TeacherSize | None = None,
 ) -> PeakBytes:
     """Return what a `TrainStep` needs, on a CPU within about 15 %; on a GPU, where it is not measured, roughly.
 
@@ -87,6 +93,7 @@ def predict_peak_bytes(
         compute_bytes: of a number that is computed with: 4 in float32, 2 in bfloat16.
         recompute: whether layers keep their input alone (`machine.grad_checkpointing`).
         keeps_best: whether the best weights so far are kept beside the present ones (`pretrain.keep`).
+        teacher: a frozen model whose distributions are learnt (`sft.teacher`).
     """
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
@@ -105,6 +112,8 @@ def predict_peak_bytes(
     chunks = lanes * -(-tokens // (lanes * chunk_rows))
     logits = _LOGITS * min(tokens, _CHUNKS * chunk_rows) * sizes.vocab_size
     logits += (_HEAD * lanes + _HEAD_PER_CHUNK * min(chunks, _MOST_HEADS)) * counts["head"]
+    if teacher is not None:
+        logits += _TEACHER_LOGITS * min(tokens, _CHUNKS * chunk_rows) * sizes.vocab_size
     # Shares of the matrices and tables move side by side, also where a micro-batch has fewer rows than there are lanes.
     workspace = _ADAMW * max(counts["embedding"], 4 * sizes.width**2) * min(num_lanes, 2 + value_layers)
     if muon:
@@ -114,12 +123,12 @@ def predict_peak_bytes(
         weights=parameters * _MASTER_BYTES,
         moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES,
         accumulated=gradients if rows > micro_rows else 0,
-        activations=round(kept * compute_bytes + cast),
+        activations=round(kept * compute_bytes + cast) + (teacher.per_token * tokens if teacher else 0),
         logits=round(logits * _MASTER_BYTES),
         gradients=gradients,
         summing=gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES,
         moving=(parameters + workspace) * _MASTER_BYTES,
-        kept=parameters * _MASTER_BYTES if keeps_best else 0,
+        kept=(parameters * _MASTER_BYTES if keeps_best else 0) + (teacher.weights if teacher else 0),
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 from mlxchat.config import Config, MachineConfig, ModelConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizing import GPTSizes, sizes_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes
+from mlxchat.training.given_sizes import find_given_sizes
 from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.training.micro_batch import MOST_TOKENS, Training, choose_micro_rows, find_device, rows_at_a_time
+from mlxchat.training.teacher_size import measure_teacher, teacher_folder, teachers_of
 
 _NUM_REMEDIES = 3
 # Depths that conf/model has files for.
@@ -22,9 +25,10 @@ _LEAST_ROW_TOKENS, _LEAST_VOCABULARY = 64, 512
 
 def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:
     """Return step → predicted peak and micro-batch of the plan's trainings that are to run, for people."""
-    lines = {}
+    lines, plan = {}, list(plan)
+    given = find_given_sizes(config, plan)
     for step in plan:
-        training = None if step.done else training_of(config, step.stage.name)
+        training = None if step.done else training_of(config, step.stage.name, given.get(step.name))
         if training is not None:
             rows = rows_at_a_time(training, config.machine)
             needed = f"{format_bytes(training.peak_bytes(rows or 1))} with {(rows or 1) * training.row_tokens:,} tokens"
@@ -40,13 +44,15 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
             with its number.
     """
     refused: dict[str, str] = {}
+    plan = list(plan)
+    given = find_given_sizes(config, plan)
     for step in plan:
-        training = None if step.done else training_of(config, step.stage.name)
+        training = None if step.done else training_of(config, step.stage.name, given.get(step.name))
         if training is None or rows_at_a_time(training, config.machine):
             continue
         asked = config.machine.device_batch_tokens or 1
         rows = min(training.rows, max(1, asked // training.row_tokens))
-        remedies = list(islice(_remedies(config, step.stage.name), _NUM_REMEDIES))
+        remedies = list(islice(_remedies(config, step.stage.name, given.get(step.name)), _NUM_REMEDIES))
         lines = [f"  {setting} → {format_bytes(needed)}" for setting, needed in remedies]
         what = "It would fit with any one of these:" if lines else "Nothing that was tried makes it fit."
         refused[step.name] = "\n".join([f"{step.name} {training.explain_excess(rows)}. {what}", *lines])
@@ -56,11 +62,18 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
         raise ConfigError(refused[first] + more)
 
 
-def training_of(config: Config, stage: str) -> Training | None:
-    """Return what the memory of a stage's training depends on, as far as the configuration says; None: no training."""
+def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training | None:
+    """Return what the memory of a stage's training depends on, as far as the configuration says; None: no training.
+
+    Args:
+        config: the whole one.
+        stage: its name.
+        sizes: of a model that was taken in; None: those of the configuration.
+    """
     if stage not in ("pretrain", "midtrain", "sft", "rl"):
         return None
-    sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    teacher = None
     if stage == "pretrain":
         row_tokens = config.pretrain.batch.row_tokens
         rows = _pretraining_tokens(config, sizes) // row_tokens
@@ -71,6 +84,9 @@ def training_of(config: Config, stage: str) -> Training | None:
     else:
         batch = (config.midtrain if stage == "midtrain" else config.sft).batch
         row_tokens = batch.row_tokens
+        if stage in (taught := teachers_of(config)):
+            folder = teacher_folder(taught[stage].teacher, Path(config.outputs))
+            teacher = None if folder is None else measure_teacher(folder)
         rows = (batch.tokens or _pretraining_tokens(config, sizes)) // row_tokens
     return Training(
         sizes=sizes, optimizer=config.optimizer, rows=max(1, rows), row_tokens=row_tokens,
@@ -78,6 +94,7 @@ def training_of(config: Config, stage: str) -> Training | None:
         # RL's frozen reference is as large.
         keeps_best=(stage == "pretrain" and config.pretrain.keep == "best")
         or (stage == "rl" and config.rl.kl_coefficient > 0),
+        teacher=teacher,
     )  # fmt: skip
 
 
@@ -87,7 +104,7 @@ def _pretraining_tokens(config: Config, sizes: GPTSizes) -> int:
     return derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference).batch_tokens
 
 
-def _remedies(config: Config, stage: str) -> Iterator[tuple[str, int]]:
+def _remedies(config: Config, stage: str, sizes: GPTSizes | None) -> Iterator[tuple[str, int]]:
     """Yield settings with which a stage's training fits, and its predicted peak: those that change no result first.
 
     What is not enough alone comes together with others.
@@ -104,29 +121,34 @@ def _remedies(config: Config, stage: str) -> Iterator[tuple[str, int]]:
     if machine.memory_limit_bytes is not None:
         alone["machine.memory_limit_bytes=null"] = replace(free, memory_limit_bytes=None)
     for setting, changed in alone.items():
-        if peak := _least_peak(replace(config, machine=changed), stage):
+        if peak := _least_peak(replace(config, machine=changed), stage, sizes):
             yield setting, peak
+    if stage == "rl" and config.rl.kl_coefficient > 0:  # the frozen reference is as large as the model
+        changed_rl = replace(config, machine=free, rl=replace(config.rl, kl_coefficient=0.0))
+        if peak := _least_peak(changed_rl, stage, sizes):
+            yield "rl.kl_coefficient=0", peak
     least, settings = replace(free, grad_checkpointing=True, blas_threads=1), " machine.grad_checkpointing=true"
     if "machine.blas_threads=1" in alone:
         settings += " machine.blas_threads=1"
     named = set()
-    for changes in (_shorter_rows, _shallower_models, _narrower_models, _smaller_vocabularies):
+    of_model = () if sizes else (_shallower_models, _narrower_models, _smaller_vocabularies)  # it has the sizes it has
+    for changes in (_shorter_rows, *of_model):
         tried = (
-            (f"{setting}{more}", _least_peak(changed, stage))
+            (f"{setting}{more}", _least_peak(changed, stage, sizes))
             for together, more in ((free, ""), (least, settings))
             for setting, changed in changes(replace(config, machine=together), stage)
         )
         if remedy := next(((setting, peak) for setting, peak in tried if peak), None):
             named.add(remedy[0])
             yield remedy
-    for setting, shallower in _shallower_models(replace(config, machine=free), stage):
-        if setting not in named and (peak := _least_peak(shallower, stage)):
+    for setting, shallower in () if sizes else _shallower_models(replace(config, machine=free), stage):
+        if setting not in named and (peak := _least_peak(shallower, stage, sizes)):
             yield setting, peak
 
 
-def _least_peak(config: Config, stage: str) -> int:
+def _least_peak(config: Config, stage: str, sizes: GPTSizes | None) -> int:
     """Return the predicted peak of a training that fits, 0 if it does not."""
-    training = training_of(config, stage)
+    training = training_of(config, stage, sizes)
     assert training is not None, "only trainings are refused"
     rows = choose_micro_rows(training, MOST_TOKENS[training.device.kind])
     return training.peak_bytes(rows) if rows else 0

@@ -24,6 +24,7 @@ from mlxchat.training.memory import predict_forward_bytes, predict_peak_bytes
 if TYPE_CHECKING:
     from mlxchat.config import MachineConfig, OptimizerConfig
     from mlxchat.runner.context import Context
+    from mlxchat.training.teacher_size import TeacherSize
 
 # Of the memory that a device has. On a CPU the rest is Python's, the system's and what malloc keeps; a Mac lets its GPU
 # wire three quarters and needs the rest itself; on CUDA the driver and MLX's own kernels take some.
@@ -62,6 +63,8 @@ class Training:
     device: Device
     keeps_best: bool = False
     """Whether the best weights so far are kept."""
+    teacher: TeacherSize | None = None
+    """What a teacher holds, where one is learnt from."""
 
     def peak_bytes(self, micro_rows: int) -> int:
         """Return the predicted peak with so many rows at a time."""
@@ -75,6 +78,7 @@ class Training:
             compute_bytes=self.device.compute_bytes,
             recompute=self.recompute,
             keeps_best=self.keeps_best,
+            teacher=self.teacher,
         ).total
 
     def fits(self, micro_rows: int) -> bool:
@@ -139,7 +143,13 @@ def choose_micro_rows(training: Training, most_tokens: int) -> int:
 
 
 def choose_micro_batch(
-    ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: int, keeps_best: bool = False
+    ctx: Context,
+    sizes: GPTSizes,
+    *,
+    rows: int,
+    row_tokens: int,
+    keeps_best: bool = False,
+    teacher: TeacherSize | None = None,
 ) -> MicroBatch:
     """Return what a stage computes at a time.
 
@@ -151,6 +161,7 @@ def choose_micro_batch(
         rows: of an iteration.
         row_tokens: of a row, at most.
         keeps_best: whether the best weights so far are kept.
+        teacher: what a teacher holds, where one is learnt from.
 
     Raises:
         ConfigError: it does not fit; with the predicted bytes and settings that would.
@@ -164,6 +175,7 @@ def choose_micro_batch(
         recompute=machine.grad_checkpointing,
         device=find_device(machine, ask_mlx=True),
         keeps_best=keeps_best,
+        teacher=teacher,
     )
     before = ctx.work / _CHOICE
     begun = None

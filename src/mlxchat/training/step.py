@@ -18,13 +18,16 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum
 from mlxchat.ops.device import backend
+from mlxchat.ops.distillation import distillation_sum
 from mlxchat.ops.dropout import Dropout, draw_keys
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor, sum_squares
 from mlxchat.optim.schedule import Rates
 from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.training.teacher import Distillation
 
 LossAndGradients = tuple[mx.array, Flat]
+_LOSS_PARTS = ("ce", "kl")
 # Of a table's gradient the rows that tokens have read, with the tokens: (N,) and (N, …).
 TableRows = dict[str, tuple[mx.array, mx.array]]
 
@@ -65,6 +68,7 @@ class TrainStep:
         recompute: bool = False,
         dropout: float = 0.0,
         dropout_seed: int = 0,
+        distillation: Distillation | None = None,
     ) -> None:
         """Compile lazily.
 
@@ -76,7 +80,11 @@ class TrainStep:
             recompute: whether a layer's activations are computed again instead of being kept for the gradient.
             dropout: share of the embedding, and of what layers add to it, that is left out; 0: nothing.
             dropout_seed: of which: what is left out of a row depends on it, the iteration and the row's number alone.
+            distillation: a teacher whose distributions are learnt besides the targets.
         """
+        self.distillation = distillation
+        self.loss_parts: dict[str, float] = {}
+        """With a teacher, of the last batch: ce, the mean cross-entropy, and kl, the mean divergence."""
         self.model, self.optimizer = model, optimizer
         self.micro_tokens, self.dtype, self.recompute = micro_tokens, dtype, recompute
         self.dropout, self._dropout_seed = dropout, dropout_seed
@@ -96,7 +104,9 @@ class TrainStep:
         lanes = len(self._lanes.deal(min(rows, len(batch.ids))))
         with self._lanes.sharing(lanes), self._memory_held_to_plan(batch, rows):
             loss, sums, norm = self._gradients_of(batch, rows, iteration)
-            result = float(cast(float, loss.item())), float(cast(float, norm.item()))
+            values = cast(list[float], loss.reshape(-1).tolist())
+            self.loss_parts = dict(zip(_LOSS_PARTS, values[1:], strict=False))
+            result = float(values[0]), float(cast(float, norm.item()))
             if math.isfinite(result[0]) and math.isfinite(result[1]):
                 self._update(sums, norm, Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates)))
         return result
@@ -125,8 +135,9 @@ class TrainStep:
             row_tokens=batch.ids.shape[1],
             num_lanes=len(self._lanes),
             recompute=self.recompute,
+            teacher=None if self.distillation is None else self.distillation.size,
         )
-        limit = mx.get_active_memory() + planned.total - planned.weights - planned.moments
+        limit = mx.get_active_memory() + planned.total - planned.weights - planned.moments - planned.kept
         before = mx.set_memory_limit(limit)
         mx.set_memory_limit(min(limit, before))
         try:
@@ -236,21 +247,29 @@ class TrainStep:
         self.num_traces += 1  # runs only while tracing
         dropout = None if keys is None else Dropout(self.dropout, keys)
 
-        def loss_of(masters: Flat, table_rows: Flat) -> mx.array:
+        def loss_of(masters: Flat, table_rows: Flat) -> tuple[mx.array, mx.array]:
             set_parameters(self.model, {name: value.astype(self.dtype) for name, value in masters.items()})
             rows = {name: value.astype(self.dtype) for name, value in table_rows.items()}
             hidden = self.model.hidden(ids, recompute=self.recompute, table_rows=rows, dropout=dropout)
-            return cross_entropy_sum(
+            if self.distillation is not None:
+                teacher, mix = self.distillation.teacher, self.distillation.mix
+                total, *parts = distillation_sum(
+                    hidden, self.model.head_weight, mx.maximum(targets, 0), weights, teacher.logits(ids), mix,
+                    capped=teacher.capped,
+                )  # fmt: skip
+                return total, mx.stack([mx.stop_gradient(total), *parts])
+            total = cross_entropy_sum(
                 hidden.reshape(-1, self.model.sizes.width),
                 self.model.head_weight,
                 mx.maximum(targets, 0).reshape(-1),
                 weights.reshape(-1),
             )
+            return total, total
 
         masters = flatten_parameters(self.model)
         table_rows = {name: parameters[name][ids] for name in self.model.table_names()}
         others = {name: value for name, value in parameters.items() if name not in table_rows}
-        loss, (gradients, rows) = mx.value_and_grad(loss_of, argnums=(0, 1))(others, table_rows)
+        (_, loss), (gradients, rows) = mx.value_and_grad(loss_of, argnums=(0, 1))(others, table_rows)
         set_parameters(self.model, masters)
         return loss, gradients, {name: (ids.reshape(-1), row.reshape(-1, row.shape[-1])) for name, row in rows.items()}
 

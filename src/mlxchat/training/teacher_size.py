@@ -1,0 +1,128 @@
+"""What a teacher needs of the memory, and whether it fits its pupil: told while planning, without MLX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxchat.config import Config, FinetuneConfig
+from mlxchat.data.vocabulary import HF_FILE
+from mlxchat.errors import ConfigError, MlxchatError
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.store import Store
+from mlxchat.teacher_config import TeacherConfig
+
+# Numbers per token and channel of a forward pass, one layer at a time; keys and values come on top.
+_FORWARD = 20.0
+_BYTES = 4
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSize:
+    """What a teacher holds, in bytes."""
+
+    weights: int
+    """As its files have them."""
+    per_token: int
+    """Of a micro-batch: a layer's numbers, the keys and values of all layers."""
+
+
+def teachers_of(config: Config) -> dict[str, FinetuneConfig]:
+    """Return stage → section of those that have a teacher."""
+    sections = {"midtrain": config.midtrain, "sft": config.sft}
+    return {stage: section for stage, section in sections.items() if section.teacher.is_there}
+
+
+def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path | None:
+    """Return where a teacher lies; None: there is none.
+
+    Raises:
+        StoreError: no artifact, or several, have its name.
+    """
+    if teacher.artifact is not None:
+        return Store(outputs).resolve(teacher.artifact)
+    return None if teacher.path is None else Path(teacher.path)
+
+
+def measure_teacher(folder: Path) -> TeacherSize:
+    """Return what the model of a folder needs, as far as its files say."""
+    record = _read_config(folder)
+    width = _number(record, "hidden_size", "n_embd", "d_model") or 0
+    layers = _number(record, "num_hidden_layers", "n_layer", "n_layers") or 0
+    heads = _number(record, "num_attention_heads", "n_head") or 1
+    head_width = _number(record, "head_dim") or width // heads
+    keys_and_values = 2 * layers * head_width * (_number(record, "num_key_value_heads") or heads)
+    weights = sum(path.stat().st_size for path in folder.glob("model*.safetensors")) if folder.is_dir() else 0
+    inner = max(_FORWARD * width, 3 * (_number(record, "intermediate_size") or 0))
+    return TeacherSize(weights=weights, per_token=round(_BYTES * (inner + keys_and_values)))
+
+
+def teacher_context(folder: Path) -> int | None:
+    """Return the longest row that a teacher takes; None: its config.json does not say."""
+    return _number(_read_config(folder), *_CONTEXT_KEYS)
+
+
+def check_teachers(config: Config, plan: list[PlannedStep]) -> None:
+    """Check the teachers of the steps that are to run.
+
+    Raises:
+        ConfigError: naming everything that keeps them from teaching.
+    """
+    trained = any(step.stage.name == "tokenizer" for step in plan)
+    problems = [
+        f"{stage}.teacher: {line}"
+        for stage, section in teachers_of(config).items()
+        if any(step.stage.name == stage and not step.done for step in plan)
+        for line in _problems(config, section, trained)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _problems(config: Config, section: FinetuneConfig, trained: bool) -> Iterator[str]:
+    try:
+        folder = teacher_folder(section.teacher, Path(config.outputs))
+    except MlxchatError as error:
+        yield str(error)
+        return
+    assert folder is not None
+    if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
+        yield f"{folder} holds no model; expected config.json, model*.safetensors and a tokenizer's files"
+        return
+    context, row_tokens = teacher_context(folder), section.batch.row_tokens
+    if context is not None and context < row_tokens:
+        yield f"{folder} takes {context:,} tokens at a time, rows have {row_tokens:,}: lower batch.row_tokens"
+    tokens = _vocab_size(folder)
+    if trained and tokens is not None and tokens != config.tokenizer.vocab_size:
+        yield (
+            f"{folder} has {tokens:,} tokens, the model will have {config.tokenizer.vocab_size:,}: its distributions "
+            "are over other tokens. Only a teacher with the very same tokenizer can be learnt from; of any other "
+            "one the answers can: mlxchat distill"
+        )
+
+
+def _vocab_size(folder: Path) -> int | None:
+    """Return how many tokens a tokenizer.json has; None: it is not there, or of another kind."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = json.loads((folder / HF_FILE).read_text(encoding="utf-8"))
+        return len({*record["model"]["vocab"].values(), *(token["id"] for token in record.get("added_tokens") or [])})
+    return None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return (
+                {**record.get("text_config", {}), **record} if isinstance(record.get("text_config"), dict) else record
+            )
+    return {}
+
+
+def _number(record: dict[str, Any], *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := record.get(name), int) and value > 0), None)

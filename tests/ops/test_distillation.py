@@ -1,0 +1,157 @@
+"""The distillation loss and its gradients against float64 NumPy, and against torch where it is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.ops import cross_entropy, distillation
+from mlxchat.ops.cross_entropy import cross_entropy_sum, soft_cap
+from mlxchat.ops.distillation import Mix, distillation_sum
+
+ROWS, LENGTH, WIDTH, VOCAB = 2, 150, 12, 61
+MIXES = [
+    Mix(weight=0.5), Mix(weight=0.3, temperature=2.0), Mix(weight=1.0, temperature=0.5),
+    Mix(weight=0.7, temperature=1.5, top_k=5), Mix(weight=1.0, top_k=1), Mix(weight=0.4, temperature=3.0, top_k=VOCAB),
+]  # fmt: skip
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two code paths computes, in chunks of 32 rows, so that there are several."""
+    for module in (cross_entropy, distillation):
+        monkeypatch.setattr(module, "backend", lambda: request.param)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 1)
+    monkeypatch.setattr(cross_entropy, "_LEAST_ROWS", 32)
+    distillation._exp_of.cache_clear()
+    yield str(request.param)
+    distillation._exp_of.cache_clear()
+
+
+class Case:
+    """Random states, head, targets, weights (a third of them 0) and teacher's logits."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(5)
+        self.x = rng.normal(size=(ROWS, LENGTH, WIDTH))
+        self.head = rng.normal(size=(VOCAB, WIDTH))
+        self.targets = rng.integers(0, VOCAB, (ROWS, LENGTH))
+        self.weights = (rng.random((ROWS, LENGTH)) < 0.67) / 200
+        self.logits = rng.normal(scale=4, size=(ROWS, LENGTH, VOCAB))
+
+    def run(self, mix: Mix) -> tuple[list[float], list[Floats]]:
+        """Return loss, cross-entropy and divergence, and the gradients in x and the head."""
+        logits = mx.array(self.logits.astype(np.float32))
+
+        def loss(x: mx.array, head: mx.array) -> Any:
+            return distillation_sum(
+                x, head, mx.array(self.targets), mx.array(self.weights.astype(np.float32)),
+                lambda part, after: logits[:, part].reshape(-1, VOCAB), mix, capped=False,
+            )  # fmt: skip
+
+        values, gradients = mx.value_and_grad(loss, argnums=(0, 1))(
+            mx.array(self.x.astype(np.float32)), mx.array(self.head.astype(np.float32))
+        )
+        return [float(value) for value in values], [np.asarray(each, dtype=np.float64) for each in gradients]
+
+    def expected(self, mix: Mix) -> tuple[list[float], list[Floats]]:
+        """Return the same by the formulas, in float64; the gradient by the chain rule, written out."""
+        tanh = np.tanh(self.x @ self.head.T / 15)
+        z, soft = 15 * tanh, mix.temperature
+        ones = np.eye(VOCAB)[self.targets]
+        ce = -(np.log(softmax(z)) * ones).sum(-1)
+        p, q = softmax(self.logits / soft), softmax(z / soft)
+        if mix.top_k is None:
+            top = np.ones_like(p, dtype=bool)
+        else:
+            top = self.logits >= np.sort(self.logits, -1)[..., -mix.top_k, None]
+        rest_p, rest_q = np.where(top, 0, p).sum(-1), np.where(top, 0, q).sum(-1)
+        kl = np.where(top, p * np.log(p / q), 0).sum(-1)
+        some = rest_p > 0
+        kl[some] += rest_p[some] * np.log(rest_p[some] / rest_q[some])
+        ratio = np.divide(rest_p, rest_q, out=np.zeros_like(rest_p), where=rest_q > 0)
+        aim = np.where(top, p, q * ratio[..., None])
+        slope = (1 - mix.weight) * (softmax(z) - ones) + mix.weight * soft * (q - aim)
+        slope *= self.weights[..., None] * (1 - tanh**2)
+        total = (1 - mix.weight) * ce + mix.weight * soft**2 * kl
+        values = [float((each * self.weights).sum()) for each in (total, ce, kl)]
+        d_head = slope.reshape(-1, VOCAB).T @ self.x.reshape(-1, WIDTH)
+        return values, [slope @ self.head, d_head]
+
+
+def softmax(logits: Floats) -> Floats:
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_loss_and_gradients_are_those_of_the_formulas(mix: Mix, path: str) -> None:
+    case = Case()
+    values, gradients = case.run(mix)
+    expected_values, expected_gradients = case.expected(mix)
+    np.testing.assert_allclose(values, expected_values, rtol=3e-5)
+    for found, expected in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("mix", MIXES[:3], ids=str)
+def test_the_gradient_of_the_formulas_is_that_of_torch(mix: Mix) -> None:
+    torch = pytest.importorskip("torch")
+    case = Case()
+    x, head = (torch.tensor(each, requires_grad=True) for each in (case.x, case.head))
+    z = 15 * torch.tanh(x @ head.T / 15)
+    flat = z.reshape(-1, VOCAB)
+    ce = torch.nn.functional.cross_entropy(flat, torch.tensor(case.targets).reshape(-1), reduction="none")
+    kl = torch.nn.functional.kl_div(
+        torch.log_softmax(flat / mix.temperature, -1),
+        torch.log_softmax(torch.tensor(case.logits).reshape(-1, VOCAB) / mix.temperature, -1),
+        reduction="none", log_target=True,
+    ).sum(-1)  # fmt: skip
+    weights = torch.tensor(case.weights).reshape(-1)
+    total = (weights * ((1 - mix.weight) * ce + mix.weight * mix.temperature**2 * kl)).sum()
+    total.backward()
+    values, gradients = case.expected(mix)
+    assert total.item() == pytest.approx(values[0], rel=1e-12)
+    for found, expected in zip(gradients, (x.grad, head.grad), strict=True):
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_a_model_does_not_diverge_from_itself_and_is_not_moved(top_k: int | None, path: str) -> None:
+    case = Case()
+    x, head = mx.array(case.x.astype(np.float32)), mx.array(case.head.astype(np.float32))
+    logits = soft_cap(x @ head.T)
+
+    def loss(x: mx.array) -> Any:
+        return distillation_sum(
+            x, head, mx.array(case.targets), mx.array(case.weights.astype(np.float32)),
+            lambda part, after: logits[:, part].reshape(-1, VOCAB), Mix(weight=1, temperature=2, top_k=top_k),
+            capped=True,
+        )  # fmt: skip
+
+    (total, _, kl), gradient = mx.value_and_grad(loss)(x)
+    assert abs(float(total)) < 1e-5
+    assert abs(float(kl)) < 1e-5
+    assert float(mx.abs(gradient).max()) < 1e-7
+
+
+def test_the_divergence_of_a_few_tokens_and_a_bucket_is_never_more_than_that_of_all() -> None:
+    case = Case()
+    whole = case.run(Mix(weight=1))[0][2]
+    parts = [case.run(Mix(weight=1, top_k=count))[0][2] for count in (1, 3, 10, 40, VOCAB)]
+    assert parts == sorted(parts)
+    assert parts[-1] == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_cross_entropy_beside_it_is_that_of_training_without_a_teacher() -> None:
+    case = Case()
+    (total, ce, _), _ = case.run(Mix(weight=1e-9))
+    alone = cross_entropy_sum(
+        mx.array(case.x.astype(np.float32)).reshape(-1, WIDTH), mx.array(case.head.astype(np.float32)),
+        mx.array(case.targets).reshape(-1), mx.array(case.weights.astype(np.float32)).reshape(-1),
+    )  # fmt: skip
+    assert (total, ce) == pytest.approx((float(alone), float(alone)), rel=1e-6)

@@ -1,0 +1,58 @@
+"""Our own server as the teacher: its answers become a mixture that SFT takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.commands.distill import main
+from mlxchat.config import TaskItem
+from mlxchat.data.conversation import render_conversation
+from mlxchat.data.mixture import Mixture
+from mlxchat.data.tokenizer import Tokenizer
+
+QUESTIONS = ["the cat", "the dog", "sat on", "<|assistant_end|> mat"]
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "ask.txt").write_text("\n".join(QUESTIONS))
+
+    def run(running: Any, *options: str) -> list[Any]:
+        arguments = ["--teacher", f"{running.url}/v1", "--model", "sft", "--questions", "ask.txt", "--out", "out.jsonl"]
+        assert main([*arguments, *options]) == 0
+        lines = (tmp_path / "out.jsonl").read_bytes().split(b"\n")
+        return [json.loads(line)["messages"][-1]["content"] for line in lines if line]
+
+    return run
+
+
+def test_answers_of_a_server_of_ours_become_a_mixture(
+    start: Callable[..., Any], ask: Callable[..., list[Any]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with start(limits={"max_rows": 2, "max_queue": 1}) as running:  # so that some requests get 429 and Retry-After
+        options = ["--max-tokens", "8", "--temperature", "1", "--seed", "3", "--keep-cut", "--samples", "2"]
+        first = ask(running, *options, "--concurrency", "8")
+        again = ask(running, *options, "--concurrency", "1", "--cache", "elsewhere")
+    assert first == again, "a seed's answer is the same alone and among others"
+    item = TaskItem(task="jsonl", path=str(tmp_path / "out.jsonl"), options={"held_out_frac": 0.0})
+    mixture = Mixture({"teacher": item}, seed=0)
+    assert len(mixture) == len(first)
+    for conversation in mixture:
+        ids, mask = render_conversation(tokenizer, conversation)
+        assert (ids[-1], mask[-1]) == (tokenizer.assistant_end, 1)
+        assert ids.count(tokenizer.assistant_end) == 1
+
+
+def test_what_it_asks_its_calculator_stays_a_call(start: Callable[..., Any], ask: Callable[..., list[Any]]) -> None:
+    with start() as running:
+        usage = running.chat("the cat", model="sft").json()["usage"]
+        assert {"prompt_tokens", "completion_tokens"} <= usage.keys()
+        answers = ask(running, "--max-tokens", "4", "--keep-cut", "--temperature", "0")
+    assert all(isinstance(answer, str | list) for answer in answers)
