@@ -134,17 +134,17 @@ class Twin:
 
 def make_twin(
     folder: Path, *, later: bool = False, prefix: str = "", step: int = 7, width: int = 32, seed: int = 0,
-    vocab_extra: int = 0,
+    num_layers: int = 2, random: bool = True,
 ) -> Twin:  # fmt: skip
     """Write a checkpoint of nanochat's, of either architecture."""
     folder.mkdir(parents=True, exist_ok=True)
     encoding = encoding_of()
-    meta = {"sequence_len": 64, "vocab_size": encoding.n_vocab + vocab_extra, "n_layer": 2, "n_head": 2,
+    meta = {"sequence_len": 64, "vocab_size": encoding.n_vocab, "n_layer": num_layers, "n_head": 2,
             "n_kv_head": 1, "n_embd": width, **({"window_pattern": "SL"} if later else {})}  # fmt: skip
     sizes = sizes_from_nanochat(meta, LATER * later, "twin")
-    random, tensors, stored = np.random.default_rng(seed), {}, {}
+    draw, tensors, stored = np.random.default_rng(seed), {}, {}
     for name, shape in expected_shapes(sizes).items():
-        numbers = (0.3 * random.standard_normal(shape)).astype(np.float32)
+        numbers = (0.3 * draw.standard_normal(shape)).astype(np.float32) if random else np.ones(shape, np.float32)
         if "wte" in name or "value_embeds" in name:
             bits = (numbers.view(np.uint32) >> 16).astype(np.uint16)
             numbers = (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,201 @@
+"""Folders of NanoChatForCausalLM become checkpoints with the same numbers and token ids; others are told what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import DataError
+from mlxchat.import_config import ImportConfig
+from mlxchat.interop.importing import import_model, pins_of, sizes_of_import
+from mlxchat.interop.pickled_tokenizer import read_tokenizer
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.fingerprint import hash_file
+
+Twin = Any
+Twins = Callable[..., Twin]
+# transformers' names, written out: the test shares no map with what it tests.
+LAYER = {
+    "self_attn.q_proj": "attn.c_q", "self_attn.k_proj": "attn.c_k", "self_attn.v_proj": "attn.c_v",
+    "self_attn.o_proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
+NAMES = {
+    "model.embed_tokens.weight": "transformer.wte.weight",
+    "lm_head.weight": "lm_head.weight",
+    **{
+        f"model.layers.{layer}.{theirs}.weight": f"transformer.h.{layer}.{ours}.weight"
+        for layer in range(2)
+        for theirs, ours in LAYER.items()
+    },
+}
+
+
+def config_of(folder: Path) -> ImportConfig:
+    return ImportConfig(
+        name="x", format="hf", repository=None, revision="main", folder=str(folder), step=None, chat=None
+    )
+
+
+def take(folder: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    out.mkdir()
+    import_model(config_of(folder), out, lambda: None)
+    return out
+
+
+@pytest.fixture
+def hf(twin: Twins, tmp_path: Path) -> Twin:
+    """A model as transformers writes it, with the numbers of a twin."""
+    made = twin()
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    save_file({theirs: made.tensors[ours] for theirs, ours in NAMES.items()}, folder / "model.safetensors")
+    sizes = made.sizes
+    config = {
+        "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "attention_bias": False,
+        "final_logit_softcapping": 15.0, "hidden_act": "relu2", "hidden_size": sizes.width,
+        "intermediate_size": 4 * sizes.width, "max_position_embeddings": 64, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": False,
+        "vocab_size": sizes.vocab_size,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    read_tokenizer(made.folder / "tokenizer.pkl").save(folder)
+    (folder / "ranks.tiktoken").unlink()
+    made.folder = folder
+    return made
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_numbers_sizes_and_token_ids_are_the_same(hf: Twin, tmp_path: Path) -> None:
+    out = take(hf.folder, tmp_path)
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == hf.tensors.keys()
+    assert all(np.array_equal(found[name], numbers) for name, numbers in hf.tensors.items())
+    model, tokenizer, facts = load_checkpoint(out)
+    assert (model.sizes, facts["format"]) == (hf.sizes, "chat")
+    assert sizes_of_import(config_of(hf.folder)) == hf.sizes
+    theirs = json.loads((hf.folder / "tokenizer.json").read_text())
+    assert {token["content"]: token["id"] for token in theirs["added_tokens"]} == tokenizer.special_ids
+    assert tokenizer.encode("Hello ab world") == read_tokenizer(
+        tmp_path / "twin" / "tokenizer.pkl"
+    ).encode("Hello ab world")  # fmt: skip
+
+
+def test_numbers_in_bfloat16_come_in_exactly(hf: Twin, tmp_path: Path) -> None:
+    arrays = {theirs: mx.array(hf.tensors[ours]).astype(mx.bfloat16) for theirs, ours in NAMES.items()}
+    mx.save_safetensors(str(hf.folder / "model.safetensors"), arrays)
+    found = load_file(take(hf.folder, tmp_path) / "model.safetensors")
+    for theirs, ours in NAMES.items():
+        assert np.array_equal(found[ours], np.asarray(arrays[theirs].astype(mx.float32)))
+
+
+def test_weights_in_several_files_come_in_by_their_index(hf: Twin, tmp_path: Path) -> None:
+    whole = load_file(hf.folder / "model.safetensors")
+    (hf.folder / "model.safetensors").unlink()
+    index = {}
+    for number, names in enumerate((list(whole)[::2], list(whole)[1::2])):
+        file = f"model-0000{number + 1}-of-00002.safetensors"
+        save_file({name: whole[name] for name in names}, hf.folder / file)
+        index |= dict.fromkeys(names, file)
+    (hf.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    found = load_file(take(hf.folder, tmp_path) / "model.safetensors")
+    assert all(np.array_equal(found[name], numbers) for name, numbers in hf.tensors.items())
+    assert len(pins_of(config_of(hf.folder), hash_file)) == 4
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_our_own_folders_come_in_again(twin: Twins, tmp_path: Path, later: bool) -> None:
+    made = twin(later=later)
+    first = tmp_path / "first"
+    first.mkdir()
+    import_model(made.config(), first, lambda: None)
+    again = take(first, tmp_path)
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert load_checkpoint(again)[0].sizes == made.sizes
+
+
+def other_architecture(folder: Path) -> None:
+    change(folder, model_type="llama", architectures=["LlamaForCausalLM"])
+
+
+def other_soft_cap(folder: Path) -> None:
+    change(folder, final_logit_softcapping=30.0, hidden_act="gelu")
+
+
+def pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def quantised_weights(folder: Path) -> None:
+    whole = load_file(folder / "model.safetensors")
+    save_file({name: value.astype(np.uint8) for name, value in whole.items()}, folder / "model.safetensors")
+
+
+def further_tensor(folder: Path) -> None:
+    whole = load_file(folder / "model.safetensors")
+    save_file({**whole, "model.norm.weight": np.ones(32, np.float32)}, folder / "model.safetensors")
+
+
+def lacking_tensor(folder: Path) -> None:
+    whole = load_file(folder / "model.safetensors")
+    del whole["model.layers.1.mlp.fc1.weight"]
+    save_file(whole, folder / "model.safetensors")
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def other_tokenizer(folder: Path) -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    Tokenizer(ranks).save(folder)
+    (folder / "ranks.tiktoken").unlink()
+
+
+def other_special_tokens(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|bos|>", "<|endoftext|>"))
+
+
+def lying_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_architecture, r"LlamaForCausalLM.*\n.*pipeline=outside outside.path.*\n.*--model hf:FOLDER"),
+        (other_soft_cap, r"hidden_act gelu \(expected relu2\), final_logit_softcapping 30.0 \(expected 15.0\)"),
+        (pickled_weights, r"has no model.safetensors. pytorch_model.bin is a pickle, which is not read"),
+        (cut_weights, r"model.safetensors is cut off or damaged"),
+        (quantised_weights, r"is stored as U8, expected F32, BF16, F16"),
+        (further_tensor, r"model.norm.weight is unknown"),
+        (lacking_tensor, r"transformer.h.1.mlp.c_fc.weight is missing"),
+        (no_tokenizer, r"has no tokenizer.json"),
+        (other_tokenizer, r"tokenizer.json has 265 tokens, the model 285: it is the tokenizer of another model"),
+        (other_special_tokens, r"tokenizer.json: the special token <\|bos\|> has id None, expected 276"),
+        (lying_index, r"does not say in which files"),
+    ],
+)
+def test_what_does_not_fit_is_told(hf: Twin, tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(hf.folder)
+    with pytest.raises(DataError, match=message):
+        take(hf.folder, tmp_path)
