@@ -52,6 +52,7 @@ LAYERS = [
         "report",
         "terminal_chat",
         "terminal_input",
+        "terminal_outside",
         "serve",
         "distill",
     },

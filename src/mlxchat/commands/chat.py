@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser, make_parser, outputs_folder
-from mlxchat.errors import StoreError
+from mlxchat.errors import ConfigError, StoreError
 from mlxchat.runner.store import Store, read_manifest
 
 if TYPE_CHECKING:
     from mlxchat.engine.python_tool import PythonTool
 
+MODEL = (
+    "a step (sft, rl, …), import:NAME, an artifact's name, or the start of its id; hf:FOLDER or hf:ORGANISATION/NAME: "
+    "any model that mlx-lm opens"
+)
 PYTHON_TOOL = "run the Python that the model calls, confined (off: sums and .count alone are answered)"
 
 
@@ -19,7 +24,7 @@ def main(arguments: list[str]) -> int:
     """Answer one question with -p, or converse until /quit."""
     parser = make_parser("chat", "Talk to a model of the outputs folder; one that was only pretrained continues text.")
     parser.add_argument("-p", "--prompt", help="answer or continue this one and leave; - reads it from standard input")
-    parser.add_argument("--model", help="a step (sft, rl, …), an artifact's name, or the start of its id")
+    parser.add_argument("--model", help=MODEL)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="draw among so many tokens (default: 50)")
     parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens that have this share together")
@@ -29,6 +34,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--python-tool", action="store_true", help=PYTHON_TOOL)
     add_precision(parser)
     options = parser.parse_intermixed_args(arguments)
+    if (options.model or "").startswith("hf:"):
+        return _chat_with_another(options)
     place = find_model(Store(outputs_folder(options.settings)), options.model)
 
     from mlxchat.terminal_chat import Chat
@@ -45,6 +52,27 @@ def main(arguments: list[str]) -> int:
         bits=options.bits,
         kv_bits=options.kv_bits,
     )
+    if options.prompt is not None:
+        chat.answer_once(options.prompt)
+    else:
+        chat.converse()
+    return 0
+
+
+def _chat_with_another(options: Namespace) -> int:
+    """Chat with a model that is none of ours, by mlx-lm."""
+    refused = [f"--{name.replace('_', '-')}" for name in ("python_tool", "bits", "kv_bits") if getattr(options, name)]
+    if refused:
+        raise ConfigError(f"{', '.join(refused)} is only for models of ours; {options.model} is run by mlx-lm as it is")
+    outputs_folder(options.settings)  # there must be no other setting
+    from mlxchat.interop.outside_folder import outside_folder
+    from mlxchat.terminal_outside import OutsideChat
+
+    chat = OutsideChat.open(
+        outside_folder(options.model), options.model.removeprefix("hf:"), system=options.system, seed=options.seed,
+        temperature=options.temperature, top_k=options.top_k or None, top_p=options.top_p,
+        max_tokens=options.max_tokens,
+    )  # fmt: skip
     if options.prompt is not None:
         chat.answer_once(options.prompt)
     else:

@@ -1,0 +1,142 @@
+"""Models of the Hub: fetched whole or not at all, named by their contents. Other architectures answer as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.commands.chat import main as chat
+from mlxchat.compose import compose_config
+from mlxchat.errors import ConfigError, DataError
+from mlxchat.hub import listings
+from mlxchat.interop.importing import import_model, pins_of, sizes_of_import
+from mlxchat.interop.outside_folder import outside_folder
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.fingerprint import hash_file
+
+Twin = Any
+Twins = Callable[..., Twin]
+
+
+def files_of(folder: Path, within: str = "") -> dict[str, bytes]:
+    return {f"{within}{path.name}": path.read_bytes() for path in folder.iterdir()}
+
+
+def offered(hub: Any, made: Twin, **more: Any) -> Any:
+    """Offer a twin on the Hub; return what imports it."""
+    hub.add("org/model", files_of(made.folder), kind="model", lfs=(".pt",), **more)
+    return made.config(folder=None, repository="org/model")
+
+
+def test_a_repository_and_a_folder_of_the_same_files_are_one_model(hub: Any, twin: Twins, tmp_path: Path) -> None:
+    made = twin(prefix="_orig_mod.", later=True)
+    config = offered(hub, made)
+    assert pins_of(config, hash_file) == pins_of(made.config(), hash_file)
+    assert sizes_of_import(config) == made.sizes
+    assert hub.requests("model_000007.pt") == []  # the listing tells its checksum
+    for name, settings in (("a", config), ("b", made.config())):
+        (tmp_path / name).mkdir()
+        import_model(settings, tmp_path / name, lambda: None)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_download_that_is_cut_or_altered_is_repeated_and_hashed(hub: Any, twin: Twins, tmp_path: Path) -> None:
+    config = offered(hub, twin())
+    hub.faults.truncate, hub.faults.corrupt = "*.pt", "tokenizer.pkl"
+    (tmp_path / "out").mkdir()
+    _, externals = import_model(config, tmp_path / "out", lambda: None)
+    assert {each["revision"] for each in externals} == {"0123456789abcdef0123456789abcdef01234567"}
+    assert load_checkpoint(tmp_path / "out")[2]["iterations"] == 7
+
+
+def test_a_folder_of_a_repository_can_be_meant(hub: Any, twin: Twins) -> None:
+    made = twin()
+    files = files_of(made.folder, "chatsft_checkpoints/d2/") | files_of(twin("b", seed=3).folder, "mid_checkpoints/d2/")
+    tokenizer = {
+        f"tokenizer/{name}": files[f"mid_checkpoints/d2/{name}"] for name in ("tokenizer.pkl", "token_bytes.pt")
+    }
+    models = {path: data for path, data in files.items() if path.rsplit("/", 1)[1].startswith("m")}
+    hub.add("org/all", models | tokenizer, kind="model", lfs=(".pt",))
+    config = made.config(folder=None, repository="org/all/chatsft_checkpoints/d2")
+    assert pins_of(config, hash_file) == pins_of(made.config(), hash_file)
+    with pytest.raises(DataError, match=r"several models.*\n  org/all/chatsft_checkpoints/d2\n  org/all/mid_check"):
+        pins_of(made.config(folder=None, repository="org/all"), hash_file)
+    with pytest.raises(DataError, match=r'no folder chatsft_checkpoints/d3.*Did you mean "chatsft_checkpoints/d2"'):
+        pins_of(made.config(folder=None, repository="org/all/chatsft_checkpoints/d3"), hash_file)
+
+
+def test_what_the_hub_does_not_have_is_told(hub: Any, twin: Twins) -> None:
+    made = twin()
+    config = offered(hub, made)
+    config.revision = "v2"
+    with pytest.raises(DataError, match="no such model or revision"):
+        pins_of(config, hash_file)
+    with pytest.raises(DataError, match=r"org/none: the Hub at .* has no such model"):
+        pins_of(made.config(folder=None, repository="org/none"), hash_file)
+
+
+def test_what_was_imported_is_planned_without_a_network(
+    hub: Any, twin: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = offered(hub, twin())
+    pins = pins_of(config, hash_file)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    listings.forget()
+    assert pins_of(config, hash_file) == pins
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="are not on this machine"):
+        import_model(config, tmp_path / "out", lambda: None)
+
+
+def test_the_recipes_name_the_published_models() -> None:
+    for name, repository in (("d32", "karpathy/nanochat-d32"), ("d20", "sdobson/nanochat")):
+        config = compose_config([f"experiment=grpo_nanochat_{name}"]).config
+        assert (config.imported.repository, config.imported.format) == (repository, "nanochat")
+        assert (config.rl.task.task, config.rl.task.split, config.rl.evaluation.split) == ("gsm8k", "train", "test")
+        assert (config.rl.advantages, config.rl.kl_coefficient, config.rl.clip_low) == ("z_score", 0.04, 0.2)
+        assert config.pipeline["rl"] == {"stage": "rl", "checkpoint": "imported"}
+
+
+@pytest.fixture
+def another(twin: Twins, tmp_path: Path) -> Path:
+    """A folder that mlx-lm opens."""
+    folder = tmp_path / "another"
+    folder.mkdir()
+    import_model(twin().config(), folder, lambda: None)
+    return folder
+
+
+def test_a_model_that_mlx_lm_opens_answers_as_it_is(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlx_lm")
+    assert chat(["--model", f"hf:{another}", "-p", "hello", "--max-tokens", "3", "--system", "be brief"]) == 0
+    first = capsys.readouterr().out
+    chat(["--model", f"hf:{another}", "-p", "hello", "--max-tokens", "3", "--system", "be brief"])
+    assert first == capsys.readouterr().out != "\n"
+    with pytest.raises(ConfigError, match="--bits is only for models of ours"):
+        chat(["--model", f"hf:{another}", "-p", "hello", "--bits", "4"])
+
+
+def test_a_model_without_a_template_continues_text(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlx_lm")
+    (another / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    chat(["--model", f"hf:{another}", "-p", "Once upon", "--max-tokens", "2"])
+    assert capsys.readouterr().out.startswith("Once upon")
+    with pytest.raises(ConfigError, match="has no chat template: it continues text"):
+        chat(["--model", f"hf:{another}", "-p", "x", "--system", "be brief"])
+
+
+def test_of_a_repository_only_data_is_fetched(hub: Any, another: Path) -> None:
+    files = files_of(another) | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04."}
+    hub.add("org/other", files, kind="model", lfs=(".safetensors",))
+    folder = outside_folder("hf:org/other")
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not [path for path in folder.iterdir() if path.suffix in (".py", ".bin")]
+    for reference, message in (("hf:nothing", "expected hf:FOLDER or hf:ORGANISATION/NAME"),):
+        with pytest.raises(ConfigError, match=message):
+            outside_folder(reference)
+    with pytest.raises(DataError, match="does not exist"):
+        outside_folder("hf:./nothing")
