@@ -110,6 +110,13 @@ def test_what_always_fails_fails_at_the_datas_own_answer(functions: Path) -> Non
         Reward(Sums(), {"own": function("worded")}).try_out(RIGHT)  # type: ignore[arg-type]
 
 
+def test_what_a_function_does_to_the_conversation_stays_with_it(functions: Path) -> None:
+    functions.write_text("def eats(conversation, answer): return len(conversation.pop('messages'))\n")
+    part = RewardConfig(kind="function", function="judging_of_tests:eats")
+    assert [judge("4", own=part)[0], judge("4", own=part, right=RewardConfig(kind="exact"))[0]] == [2.0, 3.0]
+    assert len(RIGHT["messages"]) == 2
+
+
 def test_a_bound_on_a_functions_time_leaves_anothers_alarm_alone(functions: Path) -> None:
     """Such as the one that ends a step after its time limit."""
     rung: list[int] = []

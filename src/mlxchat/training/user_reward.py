@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import threading
@@ -64,7 +65,7 @@ class UserReward:
         seconds = self._part.timeout_seconds
         try:
             with _at_most(seconds):
-                value = self._function(conversation, text)
+                value = self._function(copy.deepcopy(conversation), text)
         except _TooLong:
             return math.nan, f"took longer than {self._name}.timeout_seconds={seconds:g}"
         except (Exception, SystemExit) as error:  # the user's code may do anything
