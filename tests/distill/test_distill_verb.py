@@ -344,7 +344,7 @@ def test_templates_are_filled_with_every_combination_or_some_of_them(
 def test_money_is_never_spent_beyond_the_limit(
     ask: Callable[..., int], teacher: Teacher, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # An answer costs 10 × 1 + 100 × 2 = 210 of a million, at most (10 + 2 × 16 bytes) × 1 + 100 × 2 = 242 + question.
+    # An answer costs 10 × 1 + 100 × 2 = 210 of a million, at most (10 + 16 + 64) × 1 + 100 × 2 = 290.
     teacher.script = lambda question, tries: Reply(usage={"prompt_tokens": 10, "completion_tokens": 100}, seconds=0.02)
     options = ["--price-in", "1", "--price-out", "2", "--max-tokens", "100", "--concurrency", "6"]
     assert ask(*options, "--max-cost", "0.0008") == 0
@@ -356,6 +356,14 @@ def test_money_is_never_spent_beyond_the_limit(
     assert ask(*options, "--max-cost", "1") == 0
     assert len(teacher.bodies) == 6
     assert "cost 0.0006; of all answers 60 + 600, cost 0.0013" in capsys.readouterr().out
+
+
+def test_a_limit_of_money_needs_a_limit_of_tokens(ask: Callable[..., int], teacher: Teacher) -> None:
+    options = ["--price-in", "1", "--price-out", "1", "--max-cost", "1", "--body", "max_tokens=null"]
+    with pytest.raises(ConfigError, match="needs a bound of answers"):
+        ask(*options)
+    ask(*options, "--body", "max_completion_tokens=9", questions=["hi"])
+    assert teacher.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
 
 
 def test_so_many_requests_a_minute(ask: Callable[..., int], teacher: Teacher) -> None:

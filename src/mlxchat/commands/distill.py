@@ -123,6 +123,8 @@ def _read(options: Namespace) -> tuple[dict[str, Any], dict[str, Path], TaskItem
             problems.append(f"--body {pair}: expected KEY=JSON, such as top_k=20 or 'stop=[\"###\"]'")
         if name in ("messages", "model", "stream", "n") and equals:
             problems.append(f"--body {name} cannot be set: distill needs it as it is")
+    if options.max_cost is not None and not _bounds(options, body):
+        problems.append("--max-cost needs a bound of answers: --body leaves out max_tokens, and names none instead")
     for pair in options.fill:
         slot, _, place = pair.partition("=")
         if not slot.isidentifier() or not place:
@@ -137,6 +139,12 @@ def _read(options: Namespace) -> tuple[dict[str, Any], dict[str, Path], TaskItem
         item, found = _task_item(options)
         problems += found
     return body, fills, item, problems
+
+
+def _bounds(options: Namespace, body: dict[str, Any]) -> list[int]:
+    """Return what the fields of a request say of the longest answer."""
+    fields = {"max_tokens": options.max_tokens, **body}
+    return [value for name in ("max_tokens", "max_completion_tokens") if isinstance(value := fields.get(name), int)]
 
 
 def _number_problems(options: Namespace) -> Iterator[str]:
@@ -230,10 +238,12 @@ def _order(
     model = options.model or asyncio.run(find_model(base, key, min(options.timeout, 30.0)))
     return Order(
         teacher=base, key=key, model=model, questions=questions, source=source, system=options.system,
-        temperature=options.temperature, top_p=options.top_p, samples=options.samples, seed=options.seed, body=body,
+        temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens,
+        samples=options.samples, seed=options.seed, body=body,
         limits=Limits(
             concurrency=options.concurrency, requests_per_minute=options.rpm, tokens_per_minute=options.tpm,
-            retries=options.retries, max_cost=options.max_cost, max_tokens=options.max_tokens,
+            retries=options.retries, max_cost=options.max_cost,
+            max_tokens=max(_bounds(options, body), default=options.max_tokens),
         ),
         timeout_seconds=options.timeout, prices=Prices(options.price_in, options.price_out),
         choice=Choice(

@@ -50,7 +50,7 @@ class Limits:
     """Further tries of a request that failed for a passing reason."""
     max_cost: float | None = None
     max_tokens: int = 1024
-    """Longest answer."""
+    """The most that an answer may have, whatever field says so."""
 
 
 @dataclass

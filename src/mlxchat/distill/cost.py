@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _MILLION = 1e6
-# Tokens around a message in any chat format that is known; its text has no more tokens than bytes.
-_MESSAGE_TOKENS = 16
+# Tokens around a message in any chat format that is known, and those that formats put before all of them (a system
+# prompt of their own); a text has no more tokens than bytes.
+_MESSAGE_TOKENS, _FORMAT_TOKENS = 16, 64
 
 
 @dataclass
@@ -74,4 +75,4 @@ class Budget:
 def most_tokens(messages: list[dict[str, str]], max_tokens: int) -> tuple[int, int]:
     """Return the most input and output tokens that a request can have: a text has no more tokens than bytes."""
     size = sum(len(message["content"].encode("utf-8", "replace")) + _MESSAGE_TOKENS for message in messages)
-    return size + _MESSAGE_TOKENS, max_tokens
+    return size + _FORMAT_TOKENS, max_tokens

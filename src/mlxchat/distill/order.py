@@ -43,6 +43,8 @@ class Order:
     """What the teacher is told before each question."""
     temperature: float | None = None
     top_p: float | None = None
+    max_tokens: int = 1024
+    """Longest answer."""
     samples: int = 1
     """Answers to each question."""
     seed: int | None = None
@@ -66,7 +68,7 @@ class Order:
             "messages": with_system(question.asked(), self.system),
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "max_tokens": self.limits.max_tokens,
+            "max_tokens": self.max_tokens,
             "seed": None if self.seed is None else self.seed + sample,
             **self.body,
         }
@@ -80,7 +82,7 @@ class Order:
             "questions": self.source,
             "sampling": {
                 "system": self.system, "temperature": self.temperature, "top_p": self.top_p, "samples": self.samples,
-                "max_tokens": self.limits.max_tokens, "seed": self.seed, "body": self.body,
+                "max_tokens": self.max_tokens, "seed": self.seed, "body": self.body,
             },
             "kept": asdict(self.choice),
         }  # fmt: skip

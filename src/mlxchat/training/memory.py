@@ -123,8 +123,9 @@ def predict_peak_bytes(
         weights=parameters * _MASTER_BYTES,
         moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES,
         accumulated=gradients if rows > micro_rows else 0,
-        activations=round(kept * compute_bytes + cast) + (teacher.per_token * tokens if teacher else 0),
-        logits=round(logits * _MASTER_BYTES),
+        activations=round(kept * compute_bytes + cast) + (teacher.kept_per_token * tokens if teacher else 0),
+        # The teacher's layers are done before there are logits.
+        logits=max(round(logits * _MASTER_BYTES), teacher.working_per_token * tokens if teacher else 0),
         gradients=gradients,
         summing=gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES,
         moving=(parameters + workspace) * _MASTER_BYTES,

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config import Config, FinetuneConfig
-from mlxchat.data.vocabulary import HF_FILE
+from mlxchat.data.vocabulary import HF_FILE, RANKS_FILE
 from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
 from mlxchat.teacher_config import TeacherConfig
 
-# Numbers per token and channel of a forward pass, one layer at a time; keys and values come on top.
+# Numbers per token and channel of a forward pass, one layer at a time.
 _FORWARD = 20.0
 _BYTES = 4
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
@@ -28,8 +28,10 @@ class TeacherSize:
 
     weights: int
     """As its files have them."""
-    per_token: int
-    """Of a micro-batch: a layer's numbers, the keys and values of all layers."""
+    kept_per_token: int
+    """Of a micro-batch, until its loss is known: final states, or the keys and values of mlx-lm's cache."""
+    working_per_token: int
+    """Of a micro-batch, before there are logits: the numbers of one layer."""
 
 
 def teachers_of(config: Config) -> dict[str, FinetuneConfig]:
@@ -59,7 +61,12 @@ def measure_teacher(folder: Path) -> TeacherSize:
     keys_and_values = 2 * layers * head_width * (_number(record, "num_key_value_heads") or heads)
     weights = sum(path.stat().st_size for path in folder.glob("model*.safetensors")) if folder.is_dir() else 0
     inner = max(_FORWARD * width, 3 * (_number(record, "intermediate_size") or 0))
-    return TeacherSize(weights=weights, per_token=round(_BYTES * (inner + keys_and_values)))
+    is_ours = (folder / RANKS_FILE).is_file() and (folder / "checkpoint.json").is_file()
+    return TeacherSize(
+        weights=weights,
+        kept_per_token=_BYTES * (width if is_ours else keys_and_values),
+        working_per_token=round(_BYTES * inner),
+    )
 
 
 def teacher_context(folder: Path) -> int | None:
