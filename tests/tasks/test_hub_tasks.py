@@ -162,6 +162,48 @@ def test_an_answer_that_is_no_label_names_the_row(hub: Any) -> None:
         load_task("arc_easy", "test")[0]
 
 
+# Rows of a wrong form
+
+ARC = {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+MMLU = {"question": "?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1}
+GSM8K = {"question": "?", "answer": "#### 1"}
+HUMANEVAL = {"prompt": "p", "canonical_solution": "c", "entry_point": "e", "test": "t"}
+TALK = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "file", "row"),
+    [
+        *(("gsm8k", "test", "openai/gsm8k:main", GSM8K | change) for change in (
+            {"answer": None}, {"answer": 3}, {"question": ["?"]}, {"question": b"\xff"},
+        )),
+        *(("mmlu", "test", "cais/mmlu:all", MMLU | change) for change in (
+            {"question": None}, {"question": ["?"]}, {"choices": None}, {"choices": 3}, {"answer": "B"}, {"answer": -1},
+            {"choices": ["a", None, "c", "d"]}, {"choices": ["a"]},
+        )),
+        *(("arc_easy", "test", "allenai/ai2_arc:ARC-Easy", ARC | change) for change in (
+            {"question": None}, {"choices": None}, {"choices": ["x", "y"]}, {"answerKey": 1},
+            {"choices": {"text": ["x"], "label": ["A", "B"]}}, {"choices": {"text": ["x", None], "label": ["A", "B"]}},
+        )),
+        *(("humaneval", "test", "openai/openai_humaneval:openai_humaneval", HUMANEVAL | change) for change in (
+            {"test": None}, {"entry_point": 3}, {"prompt": ["p"]},
+        )),
+        *(("smoltalk", "test", "HuggingFaceTB/smol-smoltalk:data", {"messages": talk}) for talk in (
+            [None, *TALK], "talk", ["u", "a"], {"role": "user"}, 3, [{"role": "user"}, {"role": "assistant"}],
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_row_of_a_wrong_form_is_named_and_never_becomes_text(
+    hub: Any, task: str, split: str, file: str, row: dict[str, Any]
+) -> None:
+    """A null once became the question "None", and other faults ended in tracebacks without the row."""
+    repository, folder = file.split(":")
+    hub.write(repository, f"{folder}/{split}-00000-of-00001.parquet", [row])
+    with pytest.raises(DataError, match=f"task {task}: row 0 of {repository}/"):
+        load_task(task, split)[0]
+
+
 # SmolTalk
 
 USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}

@@ -105,7 +105,7 @@ class Shard:
         try:
             for batch in self._open(check).iter_batches(_BATCH_DOCUMENTS, columns=[self.column], use_threads=False):
                 yield from (text or "" for text in batch.column(0).to_pylist())
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except (OSError, KeyError, pa.ArrowException, UnicodeDecodeError) as error:  # KeyError: several of that name
             raise DataError(f"{self.name}: cannot be read ({error})") from None
 
     def _open(self, check: Check) -> Any:

@@ -20,12 +20,15 @@ class ArcEasy(HubTask):
     splits = ("train", "validation", "test")
     subsets: ClassVar[tuple[str, ...]] = ("ARC-Easy",)
     columns = ("question", "choices", "answerKey")
+    texts = ("question", "answerKey")
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = self.row(index)
         letters, answer = row["choices"]["label"], row["answerKey"]
         if answer not in letters:
             raise DataError(f'{self.place(index)} has the answer "{answer}", which is none of {", ".join(letters)}')
+        if len(letters) != len(row["choices"]["text"]):
+            raise DataError(f"{self.place(index)} has {len(letters)} labels for {len(row['choices']['text'])} choices")
         return choice_dialogue(row["question"], letters, row["choices"]["text"], answer)
 
 

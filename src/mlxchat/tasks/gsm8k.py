@@ -24,7 +24,7 @@ class GSM8K(HubTask):
     repository: ClassVar[str] = "openai/gsm8k"
     splits = ("train", "test")
     subsets: ClassVar[tuple[str, ...]] = ("main", "socratic")
-    columns = ("question", "answer")
+    columns = texts = ("question", "answer")
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = self.row(index)

@@ -38,6 +38,10 @@ class HubTask(Task):
     subsets: ClassVar[tuple[str, ...]]
     """Configurations of the data set that can be read; the first is meant where none is named."""
     columns: ClassVar[tuple[str, ...]]
+    texts: ClassVar[tuple[str, ...]] = ()
+    """Columns of plain text."""
+    may_be_null: ClassVar[tuple[str, ...]] = ()
+    """Columns that may be empty: nothing that is asked depends on them."""
     nested: ClassVar[str | None] = None
     """A column that may hold all the others."""
     source_options: ClassVar[tuple[str, ...]] = ("repository", "revision", "subset")
@@ -122,8 +126,33 @@ class HubTask(Task):
         return Rows(self.fetch(), self.columns, seed=self.seed, nested=self.nested)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row of a conversation by column."""
-        return self.rows[index]
+        """Return the row of a conversation by column.
+
+        Raises:
+            DataError: a cell that counts is empty, or is no text though it says so.
+        """
+        try:
+            row = self.rows[index]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.place(index)} is not in UTF-8 ({error})") from None
+        empty = [name for name, value in row.items() if name not in self.may_be_null and _holds_null(value)]
+        if empty:
+            raise DataError(f"{self.place(index)} has nothing (null) in {', '.join(empty)}")
+        if strange := [name for name in self.texts if not isinstance(row[name], str)]:
+            raise DataError(f"{self.place(index)} has no text in {', '.join(strange)}")
+        return row
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Return a conversation.
+
+        Raises:
+            DataError: its row is not of the form that the task expects.
+        """
+        try:
+            return super().__getitem__(index)
+        except (TypeError, KeyError, AttributeError) as error:
+            place = self.place(self._indices()[index])
+            raise DataError(f"{place} holds something else than this task expects ({error})") from None
 
     def place(self, index: int) -> str:
         """Return what people call a row."""
@@ -138,6 +167,12 @@ class HubTask(Task):
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Say whether the response is the right letter and nothing else."""
         return response.strip() == str(conversation["answer"])
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_null, value.values()))
+    return any(map(_holds_null, value)) if isinstance(value, list) else value is None
 
 
 def choice_dialogue(

@@ -25,7 +25,7 @@ class HumanEval(HubTask):
     splits = ("test",)
     training_splits = ()
     subsets: ClassVar[tuple[str, ...]] = ("openai_humaneval",)
-    columns = ("prompt", "canonical_solution", "entry_point", "test")
+    columns = texts = ("prompt", "canonical_solution", "entry_point", "test")
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = self.row(index)

@@ -27,6 +27,8 @@ class MMLU(HubTask):
     training_splits = (_AUXILIARY,)
     subsets: ClassVar[tuple[str, ...]] = ("all", _AUXILIARY)
     columns = ("question", "subject", "choices", "answer")
+    texts = ("question",)
+    may_be_null = ("subject",)
     nested = "train"
 
     def check(self) -> None:
