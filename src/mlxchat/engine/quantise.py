@@ -65,9 +65,12 @@ def multiply(x: mx.array, weight: Weight) -> mx.array:
     if isinstance(weight, mx.array):
         if weight.ndim == 2:
             return x @ weight
-        parts = [x[start : start + _ROWS] @ weight for start in range(0, len(x), _ROWS)]
-        found = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
-        return found.swapaxes(0, 1).reshape(len(x), -1)
+        rows = next(size for size in range(_ROWS, 0, -1) if len(x) % size == 0)
+        if rows == len(x):
+            return (x @ weight).swapaxes(0, 1).reshape(rows, -1)
+        # A block meets all rows before the next one comes, so that memory is read once.
+        found = x.reshape(1, -1, rows, x.shape[1]) @ weight[:, None]
+        return found.transpose(1, 2, 0, 3).reshape(len(x), -1)
     packed, scales, offsets = weight
     inner = x.shape[-1]
     product: mx.array = mx.quantized_matmul(
