@@ -142,3 +142,39 @@ def test_ended_at_random_many_times_it_ends_with_the_same_bytes(
     seed: int, settings: list[str], finetuned: Path, undisturbed: Path, start_mlxchat: Any, tmp_path: Path
 ) -> None:
     compare(seed, LONG[seed], settings, finetuned, undisturbed, start_mlxchat, tmp_path / "outputs")
+
+
+FAILING = """
+from pathlib import Path
+
+def own(conversation, answer):
+    with open("calls", "a") as calls:
+        calls.write(".")
+        if calls.tell() > 150 and not Path("mended").exists():
+            raise ConnectionError("the judge is away")
+    return 0.1 * len(answer)
+"""
+
+
+def test_a_reward_function_that_fails_for_a_while_costs_no_iteration(
+    settings: list[str], finetuned: Path, mlxchat: Callable[..., Any], tmp_path: Path
+) -> None:
+    shutil.copytree(finetuned, tmp_path / "outputs", symlinks=True)
+    (tmp_path / "judging_from_afar.py").write_text(FAILING)
+    own = '{right: {kind: exact}, own: {kind: function, function: "judging_from_afar:own"}}'
+    command = [*settings, f"+rl.rewards={own}", "stage=rl", "machine.checkpoint_seconds=1000", "outputs=outputs"]
+    failed = mlxchat(*command, cwd=tmp_path, timeout=200)
+    said = failed.stdout + failed.stderr
+    assert failed.returncode == 1, said
+    assert "judging_from_afar:own raised ConnectionError: the judge is away (judging_from_afar.py, line 8)" in said
+    assert "What was trained until iteration " in said
+    assert "Traceback" not in said
+    (tmp_path / "mended").touch()
+    mended = mlxchat(*command, cwd=tmp_path, timeout=200)
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    place = Store(tmp_path / "outputs").refs()["rl"]
+    failing, last = json.loads((place / "manifest.json").read_text())["attempts"]
+    assert failing["outcome"] == "failed"
+    assert last["resumed_from"] > 0
+    iterations = [record["iteration"] for record in records(place) if "policy_loss" in record]
+    assert iterations == list(range(1, UPDATES + 1))
