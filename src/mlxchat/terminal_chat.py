@@ -62,6 +62,7 @@ class Chat:
     def load(
         cls, folder: Path, *, temperature: float, top_k: int | None, max_tokens: int, seed: int,
         system: str | None = None, top_p: float | None = None, python: PythonTool | None = None,
+        bits: int | None = None, kv_bits: int | None = None,
     ) -> Chat:  # fmt: skip
         """Load a checkpoint artifact.
 
@@ -77,8 +78,12 @@ class Chat:
         continues = facts.get("format") != "chat"
         if continues and system:
             raise ConfigError(f"{folder.name} was only pretrained: it continues text and knows no system prompt")
+        if bits is not None:
+            from mlxchat.evals.quantised import measure_quantised
+
+            print(measure_quantised(model, tokenizer, bits), file=sys.stderr)
         return cls(
-            Engine(model, tokenizer),
+            Engine(model, tokenizer, bits=bits, kv_bits=kv_bits),
             folder.name,
             temperature,
             top_k,

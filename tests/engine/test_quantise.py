@@ -12,7 +12,9 @@ from mlxchat.bench.timing import fill_zero_weights, random_rows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import DataError
-from mlxchat.evals.quantised import check_quantised, loss_change, rounded_copy
+from mlxchat.evals.bpb import bits_per_byte
+from mlxchat.evals.quantised import QuantisedLoss, check_quantised, loss_change, measure_quantised, rounded_copy
+from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
 
@@ -54,3 +56,26 @@ def test_a_model_that_does_not_bear_it_is_refused(wide: GPT) -> None:
     set_parameters(wide, {"lm_head.weight": weights["lm_head.weight"] * float("nan")})
     with pytest.raises(DataError, match="does not bear weights of 8 bits: no finite loss"):
         check_quantised(wide, 8, rows)
+
+
+# What users are told
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_measured_cost_is_that_of_the_sample_text(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
+    """Against evals/bpb.py and NumPy's divergence, 1e-4."""
+    cost = measure_quantised(wide, tokenizer, bits)
+    ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: wide.sizes.context_tokens + 1], dtype=np.int32)
+    models = (wide, rounded_copy(wide, bits))
+    told = [bits_per_byte(each, [(ids[:-1], ids[1:])], tokenizer.token_bytes, micro_tokens=10_000) for each in models]
+    logits = [np.asarray(each(mx.array(ids[None, :-1])))[0].astype(np.float64) for each in models]
+    exact, rounded = (each - np.log(np.exp(each).sum(-1, keepdims=True)) for each in logits)
+    assert (cost.exact, cost.rounded) == pytest.approx(tuple(told), rel=1e-4)
+    assert cost.divergence == pytest.approx((np.exp(exact) * (exact - rounded)).sum(-1).mean(), abs=1e-4)
+    assert not cost.bad
+    assert str(cost).startswith(f"weights of {bits} bits: ")
+
+
+def test_a_bad_cost_is_a_warning_that_says_what_to_choose() -> None:
+    bad = [QuantisedLoss(bits=4, exact=1.0, rounded=1.5, divergence=each) for each in (0.5, float("nan"))]
+    assert all(str(each).startswith("warning: ") and str(each).endswith("choose 8 bits or none") for each in bad)

@@ -6,7 +6,7 @@ import os
 from functools import partial
 
 from mlxchat.commands.arguments import Parser, make_naming_parser, take_names
-from mlxchat.commands.chat import PYTHON_TOOL, find_model, python_tool
+from mlxchat.commands.chat import PYTHON_TOOL, add_precision, find_model, python_tool
 from mlxchat.errors import ConfigError
 from mlxchat.runner.store import Store
 
@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> int:
     read_model(models.find(None).folder)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
     python = python_tool() if options.python_tool else None
-    service = Service(models, Worker(limits, partial(load_scheduler, python=python)), limits, defaults)
+    load = partial(load_scheduler, python=python, bits=options.bits, kv_bits=options.kv_bits)
+    service = Service(models, Worker(limits, load), limits, defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
     return run_server(
         app, options.host, options.port, name=place.name, key_needed=key is not None,
@@ -79,6 +80,7 @@ def _parser() -> Parser:
         "--grace-seconds", type=int, default=30, metavar="N", help="to finish answers when asked to stop (default: 30)"
     )
     parser.add_argument("--python-tool", action="store_true", help=PYTHON_TOOL)
+    add_precision(parser)
     parser.add_argument("--log-requests", action="store_true", help="a line per request, never what was said")
     for name, meaning in _LIMITS.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)

@@ -259,12 +259,33 @@ class Worker:
             self._loop.call_soon_threadsafe(function)
 
 
-def load_scheduler(model: Model, limits: Limits, *, python: PythonTool | None = None) -> Scheduler:
-    """Load a model's weights and return what computes with it; `python` runs calls that are no sums."""
+def load_scheduler(
+    model: Model,
+    limits: Limits,
+    *,
+    python: PythonTool | None = None,
+    bits: int | None = None,
+    kv_bits: int | None = None,
+) -> Scheduler:
+    """Load a model's weights and return what computes with it.
+
+    Args:
+        model: where they lie.
+        limits: how many rows there may be.
+        python: runs calls that are no sums.
+        bits: of weights, as `Engine` takes them; the log says what they cost.
+        kv_bits: of keys and values.
+    """
     from mlxchat.engine.generate import Engine
     from mlxchat.model.checkpoint import load_checkpoint
 
     weights, tokenizer, _ = load_checkpoint(model.folder)
-    scheduler = Engine(weights, tokenizer).scheduler(max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
+    if bits is not None:
+        from mlxchat.evals.quantised import measure_quantised
+
+        cost = measure_quantised(weights, tokenizer, bits)
+        _log.log(logging.WARNING if cost.bad else logging.INFO, "%s: %s", model.name, cost)
+    engine = Engine(weights, tokenizer, bits=bits, kv_bits=kv_bits)
+    scheduler = engine.scheduler(max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
     scheduler.python = python
     return scheduler
