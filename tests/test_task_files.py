@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import DataError
+from mlxchat.tasks import jsonl
 from mlxchat.tasks import load_task as load
+from mlxchat.tasks.jsonl import read_conversations
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -81,6 +83,19 @@ def test_every_bad_line_is_named_at_once(tmp_path: Path) -> None:
         '  line 9: a part of the content is not {"type": one of text, python, python_output, "text": ...}',
         "  line 10: question and answer must be text",
     ]
+
+
+def test_a_line_that_is_nested_too_deeply_or_endless_is_a_fault_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One conversation of 100 MB once took 3 GB and a minute, to be cut to the first row."""
+    monkeypatch.setattr(jsonl, "_MOST_LINE_BYTES", 200_000)
+    path = tmp_path / "talks.jsonl"
+    path.write_text("[" * 100_000 + "\n" + json.dumps({"question": "?", "answer": "x" * 300_000}) + "\n")
+    with pytest.raises(
+        DataError, match=r"line 1: nested too deeply\n  line 2: 300,\d+ bytes, expected at most 200,000"
+    ):
+        read_conversations(path)
 
 
 def test_of_many_bad_lines_the_last_are_only_numbered(tmp_path: Path) -> None:

@@ -63,6 +63,17 @@ def test_every_bad_line_of_a_jsonl_file_is_listed(tmp_path: Path) -> None:
         read(path)
 
 
+def test_a_jsonl_file_may_begin_with_a_byte_order_mark_and_hold_half_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "t\\ud800wo"}\n')
+    assert read(tmp_path / "a.jsonl") == ["one", "t?wo"]
+
+
+def test_a_jsonl_line_that_is_nested_too_deeply_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + "[" * 100_000)
+    with pytest.raises(DataError, match="lines 2 are no JSON objects"):
+        read(tmp_path / "a.jsonl")
+
+
 def test_a_parquet_file_without_the_column_lists_those_it_has(tmp_path: Path) -> None:
     pq.write_table(pa.table({"story": ["x"], "id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match='no column "text"; there are story, id'):

@@ -182,6 +182,19 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
     "a byte missing": (lambda: damaged(lambda r: r["model"]["vocab"].pop("!")), "must hold all 256 bytes"),
     "a token in plain letters": (lambda: damaged(lambda r: r["model"]["vocab"].update({"a b": 999})), "byte-level BPE"),
     "tokens cut out of text": (lambda: damaged(cut_text), "cuts 'foo' and 0 others out of any text"),
+    "a normalizer of no kind": (lambda: damaged(lambda r: r.update(normalizer="NFC")), "no readable tokenizer.json"),
+    "added tokens that are none": (lambda: damaged(lambda r: r.update(added_tokens=[3])), "no readable"),
+    "merges that are none": (lambda: damaged(lambda r: r["model"].update(merges=5)), "no readable tokenizer.json"),
+    "a cut of no kind": (lambda: damaged(lambda r: r.update(pre_tokenizer="x")), "no readable tokenizer.json"),
+    "no cut at all": (
+        lambda: damaged(lambda r: r.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []})),
+        "no readable",
+    ),
+    "nested too deeply": (lambda: "[" * 100_000, "no readable tokenizer.json"),
+    "text left out": (
+        lambda: damaged(lambda r: r["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{L}+|\s+"})),
+        "tiktoken drops what its pattern leaves out",
+    ),
     "a group repeated": (
         lambda: damaged(lambda r: r["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{N}{1,3}+|."})),
         "tiktoken reads its pattern otherwise",

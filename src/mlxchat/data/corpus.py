@@ -75,15 +75,15 @@ def _read_text(path: Path) -> Iterator[str]:
 def _read_jsonl(path: Path) -> Iterator[str]:
     bad = []
     # Not splitlines: JSON allows U+2028 and its like inside a line.
-    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if isinstance(text, str):
-            yield text
+            yield text.encode(errors="replace").decode()  # half a character is in no file of ours
         else:
             bad.append(str(number))
     if bad:

@@ -36,11 +36,12 @@ def hf_record(path: Path) -> dict[str, Any]:
         model = record["model"]
         kind = model.get("type", "BPE")
         assert isinstance(model.get("vocab", {}), dict)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        normalizer = record["normalizer"]["type"] if record.get("normalizer") else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise DataError(f"{file}: no readable tokenizer.json ({error!r})") from None
     problems = [
         *([f"its model is {kind}, expected BPE"] if kind != "BPE" or "merges" not in model else []),
-        *([f"it normalises text ({record['normalizer'].get('type')})"] if record.get("normalizer") else []),
+        *([f"it normalises text ({normalizer})"] if normalizer else []),
         *(
             f"it has a {key}"
             for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")

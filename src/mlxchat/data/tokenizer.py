@@ -40,6 +40,10 @@ _CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}"""
 
 
+_EVERY_KIND = "The cat's 12 naïve CATS don't; 345,678 \t\n\r\n   你好 مرحبا नमस्ते 😀 _x_ {}\u0301\x00\u2028 end  "
+"""Letters, marks, digits, signs, blanks and controls, alone and side by side: a pattern must find all of it."""
+
+
 class Tokenizer:
     """Text to token ids and back. Special tokens have the highest ids, in the order of SPECIAL_TOKENS."""
 
@@ -209,7 +213,12 @@ def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
         DataError: it is not there, is damaged, or encodes in a way that ours would not.
     """
     vocabulary = words.read_vocabulary(source)
-    return Tokenizer(vocabulary.ranks, vocabulary.pattern), vocabulary.keeps_ids
+    tokenizer = Tokenizer(vocabulary.ranks, vocabulary.pattern)
+    if tokenizer.decode(tokenizer.encode(_EVERY_KIND)) != _EVERY_KIND:
+        raise DataError(
+            f"{source} cannot be taken over: tiktoken drops what its pattern leaves out ({tokenizer.pattern})"
+        )
+    return tokenizer, vocabulary.keeps_ids
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:

@@ -204,10 +204,13 @@ def _read(source: str) -> Vocabulary:
         path = _existing(source)
         if hf_file(path) is not None:
             record = hf_record(path)
-            vocabulary = assemble(
-                source, record["model"]["vocab"], hf_merges(record), hf_special_names(source, record),
-                hf_pattern(source, record),
-            )  # fmt: skip
+            try:
+                vocabulary = assemble(
+                    source, record["model"]["vocab"], hf_merges(record), hf_special_names(source, record),
+                    hf_pattern(source, record),
+                )  # fmt: skip
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                raise DataError(f"{source}: no readable tokenizer.json ({error!r})") from None
         elif path.is_dir() and (path / RANKS_FILE).exists():
             vocabulary = Vocabulary(read_ranks(path / RANKS_FILE), read_pattern(path))
         elif path.suffix == ".tiktoken":

@@ -18,6 +18,8 @@ from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_o
 from mlxchat.tasks.gsm8k import final_number, same_final_number
 
 _MAX_FAULTS_SHOWN = 20
+# A conversation is made into tokens as a whole, and what is longer than a row is cut off then.
+_MOST_LINE_BYTES = 16 << 20
 _PART_TYPES = ("text", "python", "python_output")
 
 
@@ -168,12 +170,16 @@ def read_conversations(path: Path, *, ends_answered: bool = True) -> Conversatio
 
 def _find_fault(line: bytes, ends_answered: bool) -> str:
     """Return what keeps a line from being a conversation, or an empty string."""
+    if len(line) > _MOST_LINE_BYTES:
+        return f"{len(line):,} bytes, expected at most {_MOST_LINE_BYTES:,}"
     try:
         _conversation(json.loads(line), ends_answered)
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at column {error.colno})"
     except UnicodeDecodeError:
         return "not UTF-8"
+    except RecursionError:
+        return "nested too deeply"
     except ValueError as error:
         return str(error)
     return ""
