@@ -40,6 +40,7 @@ class Teacher:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
+        self.paths: set[str] = set()
         self.models = ["only"]
         self.at_once, self.most_at_once = 0, 0
         self._lock = threading.Lock()
@@ -58,6 +59,7 @@ class Teacher:
                 question = body["messages"][-1]["content"]
                 with teacher._lock:
                     teacher.bodies.append(body)
+                    teacher.paths.add(self.path)
                     teacher.headers.append(dict(self.headers))
                     teacher.times.append(time.monotonic())
                     tries = sum(each["messages"][-1]["content"] == question for each in teacher.bodies)

@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from mlxchat.errors import StoreError
 from mlxchat.runner.crash import crash_point
@@ -54,7 +55,8 @@ class Answers:
         self.num_damaged = 0
         self._places: dict[str, int] = {}
         self._synced = time.monotonic()
-        self._about = {"teacher": url, "model": model}
+        # Without the query, in which keys are sent at times.
+        self._about = {"teacher": urlunsplit(urlsplit(url)._replace(query="", fragment="")), "model": model}
         try:
             self._read()
         except FileNotFoundError:

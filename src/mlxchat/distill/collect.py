@@ -13,6 +13,7 @@ from mlxchat.distill.answers import Answer, Answers
 from mlxchat.distill.cost import Budget, Prices, Usage, most_tokens
 from mlxchat.distill.pace import Gate
 from mlxchat.distill.teacher import Passing, Refused, Teacher
+from mlxchat.distill.words import one_line
 from mlxchat.errors import MlxchatError, PassingError
 from mlxchat.runner.progress import Progress, format_count
 
@@ -192,7 +193,7 @@ class Collector:
             self._end(error)
 
     def _fail(self, request: Request, reason: str) -> None:
-        self.collected.failed[request.key] = f"{request.name}: {reason}"
+        self.collected.failed[request.key] = f"{one_line(request.name)}: {reason}"
 
     def _end(self, fault: MlxchatError) -> None:
         if self.collected.fault is None:
