@@ -107,6 +107,10 @@ def find_needs(
                 groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *found]))
             else:
                 urls[source.url] = source.sha256
+    if "imported" in sections and config.imported.repository is not None:
+        from mlxchat.interop.importing import files_to_fetch
+
+        groups[config.imported.repository] = files_to_fetch(config.imported)
     for section in ("eval", "pretrain"):
         core = sections[section].core if section in sections else None
         if core is not None and "://" in core.bundle:

@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.runner.store import Store
     from mlxchat.training.duration import estimate_pretraining
     from mlxchat.training.memory_check import check_memory, describe_memory
+    from mlxchat.training.given_sizes import describe_imports
     from mlxchat.training.text_need import describe_text
 
     composed = compose_config(*split_config_dirs(rest))
@@ -50,7 +51,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(describe_plan(plan, estimates, memory), indent=1, ensure_ascii=False), flush=True)
     else:
         remarks = dict(memory)
-        for name, text in describe_text(config, plan, store).items():
+        further = [*describe_text(config, plan, store).items(), *describe_imports(config, plan).items()]
+        for name, text in further:
             remarks[name] = "; ".join(filter(None, (memory.get(name), text)))
         print(format_plan(plan, remarks, estimates), flush=True)
     check_memory(config, plan)

@@ -43,7 +43,10 @@ def main_import(arguments: list[str]) -> int:
             raise ConfigError(import_model.tell_forms(arguments[0]))
         return import_model.main(arguments[0], arguments[1:])
     parser = make_naming_parser(
-        "import", "Take in the artifacts of an exported folder or tar file; every file is hashed first.", "PLACE"
+        "import",
+        "Take in the artifacts of an exported folder or tar file; every file is hashed first. For models of other "
+        "makes: mlxchat import nanochat --help, mlxchat import hf --help",
+        "PLACE",
     )
     options = parser.parse_intermixed_args(arguments)
     (source,), settings = take_names(options.settings, "import", 1, 1, "PLACE")

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub.cache import check_space
+from mlxchat.hub.files import HubFile
 from mlxchat.import_config import ImportConfig
 from mlxchat.interop import hf, nanochat
 from mlxchat.interop.names import sizes_from_hf, sizes_from_nanochat
@@ -19,6 +20,7 @@ from mlxchat.interop.source import ModelSource, open_folder, open_repository
 from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
 from mlxchat.interop.torch_file import TorchFile
 from mlxchat.model.sizing import GPTSizes, count_parameters
+from mlxchat.runner.progress import format_bytes, format_count
 
 FORMATS = ("nanochat", "hf")
 
@@ -83,6 +85,22 @@ def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
     # The tensors tell the architecture; where only the meta file is at hand, the key that July 2026 added does.
     later = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda"]
     return sizes_from_nanochat(model_config, later if "window_pattern" in model_config else [], where)
+
+
+def describe_import(config: ImportConfig) -> str:
+    """Return how large a model is, what of it is to be fetched, and what it will take, for people."""
+    found = find(config)
+    parameters = count_parameters(sizes_of_import(config))["total"]
+    files = [found.source.files[name] for name in found.files.all()]
+    missing = sum(file.bytes for file in files if isinstance(file, HubFile) and not file.is_there())
+    text = f"{format_count(parameters)} parameters, {format_bytes(4 * parameters)} on disk"
+    return f"{text}, {format_bytes(missing)} to fetch" if missing else text
+
+
+def files_to_fetch(config: ImportConfig) -> list[HubFile]:
+    """Return the files of the Hub that an import reads; none if it is from a folder."""
+    found = find(config)
+    return [file for name in found.files.all() if isinstance(file := found.source.files[name], HubFile)]
 
 
 def import_model(config: ImportConfig, out: Path, check: Callable[[], None]) -> tuple[GPTSizes, list[dict[str, Any]]]:

@@ -38,6 +38,16 @@ def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
     return found
 
 
+def describe_imports(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:
+    """Return step → what is known of the model that it will take in, for people."""
+    steps = [step.name for step in plan if step.stage.name == "imported" and not step.done]
+    if not steps:
+        return {}
+    from mlxchat.interop.importing import describe_import
+
+    return dict.fromkeys(steps, describe_import(config.imported))
+
+
 def _of_folder(folder: Path) -> GPTSizes:
     from mlxchat.interop.names import sizes_from_hf
 
