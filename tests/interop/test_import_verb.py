@@ -117,6 +117,14 @@ def test_memory_is_predicted_for_the_model_that_was_taken_in(twin: Twins) -> Non
     assert describe_memory(named, plan_of(named, Store(Path("outputs"))))["rl"] == before
 
 
+def test_rows_longer_than_the_context_of_the_model_are_refused_early(twin: Twins) -> None:
+    take(str(twin().folder), "--name", "x")
+    wiring = ("pipeline.sft.checkpoint=import:x", "stage=sft")
+    with pytest.raises(ConfigError, match=r"longer than the context.*: 64\. Give sft\.batch\.row_tokens=64"):
+        plan(*wiring)
+    assert plan(*wiring, "sft.batch.row_tokens=64")["sft"].state == "run"
+
+
 def test_a_name_stays_with_its_model_unless_it_is_told_otherwise(twin: Twins) -> None:
     first, second = twin("first", seed=1), twin("second", seed=2)
     take(str(first.folder), "--name", "x")
@@ -125,6 +133,14 @@ def test_a_name_stays_with_its_model_unless_it_is_told_otherwise(twin: Twins) ->
         main_import(["nanochat", str(second.folder), "--name", "x"])
     main_import(["nanochat", str(second.folder), "--name", "x", "--replace"])
     assert Store(Path("outputs")).resolve("import:x") != before
+
+
+def test_a_name_can_be_forgotten(twin: Twins, capsys: pytest.CaptureFixture[str]) -> None:
+    take(str(twin().folder), "--name", "x")
+    assert main_import(["--forget", "x"]) == 0
+    assert "stands for nothing" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match='there is no import "x"'):
+        main_import(["--forget", "x"])
 
 
 def test_what_was_imported_by_name_is_kept_from_collection(twin: Twins) -> None:

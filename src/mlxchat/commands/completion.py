@@ -51,7 +51,7 @@ _OPTIONS = {
     "status": ["--json"], "ls": ["--stage", "--json"], "show": ["--json", "--examples", "--task", "--iteration"],
     "lineage": ["--up", "--down", "--json"],
     "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"], "export": ["--to"],
-    "import": ["--name", "--step", "--revision", "--chat", "--base", "--replace"],
+    "import": ["--name", "--step", "--revision", "--chat", "--base", "--replace", "--forget"],
     "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
     "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
     "chat": ["--prompt", "--model", "--system", "--temperature", "--top-k", "--top-p", "--max-tokens", "--seed"],

@@ -72,6 +72,8 @@ def main(arguments: list[str]) -> int:
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
     print(f"everything is there: {format_bytes(sum(file.bytes for file in every))} of the Hub, {len(urls)} downloads"
+    for name in repositories:
+        print(f"{name} is in {groups[name][0].folder / 'snapshots' / groups[name][0].revision}")
           if every or urls else "nothing is needed from elsewhere")  # fmt: skip
     return 0
 

@@ -45,8 +45,8 @@ def main(format_name: str, arguments: list[str]) -> int:
     if not _NAME.fullmatch(name):
         raise ConfigError(f'"{name}" is no name for an import: letters, digits, . _ - and no / are. Give --name NAME')
     overrides = [
-        f"outputs={_quote(str(outputs))}", "stage=imported", "pipeline=imported", "name=import", f"imported.format={format_name}",
-        f"imported.{key}={_quote(value)}", f"imported.name={_quote(name)}",
+        f"outputs={_quote(str(outputs))}", "stage=imported", "pipeline=imported", "name=import",
+        f"imported.format={format_name}", f"imported.{key}={_quote(value)}", f"imported.name={_quote(name)}",
     ]  # fmt: skip
     if options.revision != "main":
         overrides.append(f"imported.revision={_quote(options.revision)}")
@@ -55,6 +55,20 @@ def main(format_name: str, arguments: list[str]) -> int:
     if options.chat is not None:
         overrides.append(f"imported.chat={str(options.chat).lower()}")
     return _import(Store(outputs), name, overrides, replace=options.replace)
+
+
+def forget(store: Store, name: str) -> int:
+    """Remove the name of an import; the artifact stays until it is collected.
+
+    Raises:
+        ConfigError: there is no import of this name.
+    """
+    link = store.outputs / "refs" / IMPORTS / name
+    if not _NAME.fullmatch(name) or not link.is_symlink():
+        raise ConfigError(f'there is no import "{name}".{suggest(name, links(store, IMPORTS))}')
+    link.unlink()
+    print(f"import:{name} stands for nothing any more. To remove what nobody needs: mlxchat gc")
+    return 0
 
 
 def tell_forms(what: str) -> str:

@@ -48,7 +48,11 @@ def main_import(arguments: list[str]) -> int:
         "makes: mlxchat import nanochat --help, mlxchat import hf --help",
         "PLACE",
     )
+    parser.add_argument("--forget", metavar="NAME", help="let import:NAME stand for nothing; gc may then remove it")
     options = parser.parse_intermixed_args(arguments)
+    if options.forget is not None:
+        _, settings = take_names(options.settings, "import", 0, 0, "--forget NAME")
+        return import_model.forget(Store(outputs_folder(settings)), options.forget)
     (source,), settings = take_names(options.settings, "import", 1, 1, "PLACE")
     store = Store(outputs_folder(settings))
     new, known = import_all(store, Path(source))

@@ -96,7 +96,8 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
             "that is trained here. mlx-lm runs it as it is:\n"
             "  evaluate  mlxchat pipeline=outside outside.path=FOLDER outside.name=NAME\n"
             "  chat      mlxchat chat --model hf:FOLDER   (or hf:ORGANISATION/NAME)\n"
-            "  learn     mlxchat distill, with it as the teacher"
+            "  learn     mlxchat stage=sft sft.teacher.path=FOLDER (equal tokens); its answers: mlxchat distill\n"
+            "A repository comes into a folder by: mlxchat data fetch ORGANISATION/NAME --model"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.config import Config
+from mlxchat.errors import ConfigError
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
@@ -36,6 +37,29 @@ def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
         elif artifact is not None and (folder := store.find(str(artifact["rid"]))) is not None:
             found[step.name] = _of_folder(folder)
     return found
+
+
+def check_given(config: Config, plan: Iterable[PlannedStep]) -> None:
+    """Refuse to train a model that was taken in on rows longer than its context.
+
+    Raises:
+        ConfigError: naming each step, both lengths and the setting.
+    """
+    plan = list(plan)
+    given = find_given_sizes(config, plan)
+    problems = []
+    for step in plan:
+        section = step.stage.name
+        if step.done or step.name not in given or section not in ("midtrain", "sft"):
+            continue
+        rows, context = getattr(config, section).batch.row_tokens, given[step.name].context_tokens
+        if rows > context:
+            problems.append(
+                f"{section}.batch.row_tokens={rows} is longer than the context of the model that {step.name} goes on "
+                f"from: {context}. Give {section}.batch.row_tokens={context}"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def describe_imports(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:
