@@ -316,6 +316,15 @@ def test_a_hostile_program_fails_also_without_protections(name: str) -> None:
     assert not run_program(HOSTILE[name], seconds=0.5, protections=()).passed
 
 
+def test_folders_in_folders_without_end_are_removed_and_end_no_evaluation() -> None:
+    """On systems without a file system of their own for each program, they once ended ours by its recursion."""
+    before = set(Path(tempfile.gettempdir()).glob("mlxchat-program-*"))
+    deep = "import os\nfor i in range(3000):\n    os.mkdir('d' * 50)\n    os.chdir('d' * 50)\nopen('f', 'w').close()\n"
+    closed = "os.mkdir('e')\nos.symlink('/', 'l')\nos.chmod('e', 0)\nos.chmod('.', 0)\n"
+    assert run_program(deep + closed, protections=("limits",)).passed
+    assert set(Path(tempfile.gettempdir()).glob("mlxchat-program-*")) <= before
+
+
 def test_a_process_that_leaves_the_session_is_found_and_killed(folder: Path) -> None:
     """It forks twice and begins a session of its own, then its parents end, then time is up."""
     code = (

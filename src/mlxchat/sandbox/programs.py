@@ -19,11 +19,10 @@ point and harm nothing.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlxchat.sandbox.execution import PROTECTIONS, Outcome, Run
@@ -93,10 +92,31 @@ def _own_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():  # the program closed a folder of its own to its owner
-            for place, names, _ in os.walk(folder):
-                for inner in (Path(place, name) for name in names):
-                    if not inner.is_symlink():
-                        inner.chmod(0o700)
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, whatever a program made in it: closed to its owner, or deeper than a path may be long.
+
+    Inner folders come up to the first level before they are looked into, so that neither calls nor paths get deep.
+    """
+    folder.chmod(0o700)
+    while entries := list(folder.iterdir()):
+        for entry in entries:
+            if not _is_folder(entry):
+                entry.unlink()
+                continue
+            entry.chmod(0o700)
+            for inner in entry.iterdir():
+                if _is_folder(inner):
+                    inner.chmod(0o700)  # a folder that is moved must be open itself
+                    inner.rename(folder / os.urandom(16).hex())
+                else:
+                    inner.unlink()
+            entry.rmdir()
+    folder.rmdir()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
