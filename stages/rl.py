@@ -45,7 +45,12 @@ def run(ctx: Context) -> None:
     # The weights as they are now stay in memory, once more as large as the model, only where the loss asks for them.
     reference = flatten_parameters(model) if config.kl_coefficient > 0 else None
     micro_batch = choose_micro_batch(
-        ctx, model.sizes, rows=samples_per_iteration, row_tokens=longest, keeps_best=reference is not None
+        ctx,
+        model.sizes,
+        rows=samples_per_iteration,
+        row_tokens=longest,
+        keeps_best=reference is not None,
+        samples=True,
     )
     ctx.derive(
         {

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +22,10 @@ import pytest
 from mlxchat.cli import main
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
+from mlxchat.data.tokenizer import SPECIAL_TOKENS
+from mlxchat.engine import generate, slots
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.scheduler import Scheduler
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes, count_parameters, sizes_of
@@ -31,7 +37,7 @@ from mlxchat.runner.context import Context
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.store import Store
 from mlxchat.training import memory, micro_batch
-from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.training.memory import predict_peak_bytes, predict_sampling_bytes
 from mlxchat.training.memory_check import check_memory, describe_memory
 from mlxchat.training.micro_batch import Device, Training, choose_micro_batch, choose_micro_rows
 from mlxchat.training.step import TrainStep, mean_batch
@@ -271,3 +277,50 @@ def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) is False
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    ("variant", "rows", "prompt", "new"),
+    [("oct2025", 4, 480, 32), ("oct2025", 32, 100, 28), ("jul2026", 4, 480, 32)],
+    ids=str,
+)
+def test_what_answers_need_is_within_15_percent_of_what_mlx_held(
+    variant: str, rows: int, prompt: int, new: int
+) -> None:
+    """Four layers 512 wide; nothing of it is left afterwards, when the step needs the room."""
+    needs_lanes()
+    config = compose_config(
+        ["model=d4", f"architecture={variant}", "model.aspect_ratio=128", "model.head_width=128"]
+    ).config
+    sizes = sizes_of(replace(config.model, context_tokens=512), config.architecture, 2048)
+    model = GPT(sizes)
+    init_weights(model, 0)
+    mx.eval(model.parameters())
+    tokenizer: Any = SimpleNamespace(assistant_end=-1, bos=-2, special_ids=dict.fromkeys(SPECIAL_TOKENS, -3))
+    engine = Engine(model, tokenizer, trained=True)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    ids = np.random.default_rng(0).integers(0, 2048, prompt).tolist()
+    engine.complete([[row, *ids[1:]] for row in range(rows)], max_new_tokens=new)
+    measured = mx.get_peak_memory() - before
+    predicted = predict_sampling_bytes(sizes, rows=rows, row_tokens=prompt + new)
+    assert predicted == pytest.approx(measured, rel=0.15)
+    gc.collect()
+    assert mx.get_active_memory() - before < 0.02 * measured
+
+
+def test_an_rl_training_needs_what_the_worse_of_step_and_sampling_does() -> None:
+    numbers = {"rows": 256, "micro_rows": 1, "row_tokens": 1024, "num_lanes": 1}
+    step, both = (predict_peak_bytes(SIZES, config_of().optimizer, **numbers, samples=each) for each in (False, True))
+    assert both.sampling == predict_sampling_bytes(SIZES, rows=256, row_tokens=1024) > step.total
+    assert both.total == both.weights + both.moments + both.sampling
+
+
+def test_the_prediction_knows_the_engines_sizes() -> None:
+    assert (memory._DECODED_ROWS, memory._GROWTH_TOKENS) == (generate._MOST_ROWS, slots._BLOCK_TOKENS)
+    assert signature(Scheduler).parameters["prefill_tokens"].default == memory._READ_TOKENS

@@ -177,8 +177,10 @@ class Slots:
                     for part, (width, dtype) in enumerate(widths)
                 )
                 lane.append(tuple(made) if heads else ())
+                mx.eval(lane[layer])
+                if old:  # layer by layer, or all of it would be there twice
+                    old[number][layer] = before = ()
             self._caches.append(lane)
-        mx.eval(self._caches)
         self.rows, self.room = rows, room
 
 

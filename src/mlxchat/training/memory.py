@@ -36,6 +36,10 @@ _HEAD, _HEAD_PER_CHUNK, _MOST_HEADS = 1.1, 0.4, 8
 # Copies of all matrices in Muon's workspace: 15 of the first stack, the square ones, which are a third of them. Handing
 # out ahead ends before all of several lanes have all of theirs.
 _MUON, _MUON_OF_ALL_LANES = 5.0, 8.5
+# Rows that the engine decodes at a time, tokens by which its caches grow, tokens of a prompt that it reads at a time;
+# copies of their logits (of the lanes, joined, drawn from), and numbers per token and channel while a prompt is read.
+_DECODED_ROWS, _GROWTH_TOKENS, _READ_TOKENS = 32, 128, 512  # of engine/
+_DRAWN_LOGITS, _READ = 3.0, 18.0
 _ADAMW = 3  # a parameter and its two moments, old ones still there
 
 
@@ -60,12 +64,14 @@ class PeakBytes:
     """The summed gradients and the optimizer's workspace."""
     kept: int = 0
     """The best weights so far, where they are kept, and those of a teacher."""
+    sampling: int = 0
+    """In RL: what answering needs, between the steps."""
 
     @property
     def total(self) -> int:
-        """The peak: weights, moments and what is kept, with what there is besides at the worst of the four moments."""
+        """The peak: weights, moments and what is kept, with what there is besides at the worst of these moments."""
         backward = self.accumulated + max(self.activations + self.logits, self.gradients)
-        return self.weights + self.moments + self.kept + max(backward, self.summing, self.moving)
+        return self.weights + self.moments + self.kept + max(backward, self.summing, self.moving, self.sampling)
 
 
 def predict_peak_bytes(
@@ -80,6 +86,7 @@ def predict_peak_bytes(
     recompute: bool = False,
     keeps_best: bool = False,
     teacher: TeacherSize | None = None,
+    samples: bool = False,
 ) -> PeakBytes:
     """Return what a `TrainStep` needs, on a CPU within about 15 %; on a GPU, where it is not measured, roughly.
 
@@ -94,6 +101,7 @@ def predict_peak_bytes(
         recompute: whether layers keep their input alone (`machine.grad_checkpointing`).
         keeps_best: whether the best weights so far are kept beside the present ones (`pretrain.keep`).
         teacher: a frozen model whose distributions are learnt (`sft.teacher`).
+        samples: whether rows are answers that the model gives between the steps.
     """
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
@@ -130,7 +138,28 @@ def predict_peak_bytes(
         summing=gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES,
         moving=(parameters + workspace) * _MASTER_BYTES,
         kept=(parameters * _MASTER_BYTES if keeps_best else 0) + (teacher.weights if teacher else 0),
+        sampling=predict_sampling_bytes(sizes, rows=rows, row_tokens=row_tokens) if samples else 0,
     )
+
+
+def predict_sampling_bytes(sizes: GPTSizes, *, rows: int, row_tokens: int) -> int:
+    """Return what the engine needs for answers, beside the weights: their arranged copy, the past of rows, a prompt.
+
+    Args:
+        sizes: of the model.
+        rows: to answer; no more than 32 at a time.
+        row_tokens: prompt and answer, at most.
+    """
+    counts = count_parameters(sizes)
+    decoded = min(rows, _DECODED_ROWS)
+    room = -(-row_tokens // _GROWTH_TOKENS) * _GROWTH_TOKENS
+    held = [room if window is None else min(room, window + _GROWTH_TOKENS) for window in sizes.windows()]
+    of_token = 2 * sizes.kv_width
+    # Beside the rows' past: a layer's once more while its room grows, or a prompt that is read, or logits.
+    growing = of_token * decoded * max(held)
+    reading = _READ * min(row_tokens, _READ_TOKENS) * sizes.width + of_token * sizes.num_layers * row_tokens
+    besides = max(growing, reading, _DRAWN_LOGITS * decoded * sizes.vocab_size)
+    return round((counts["total"] - counts["embedding"] + of_token * decoded * sum(held) + besides) * _MASTER_BYTES)
 
 
 def predict_forward_bytes(sizes: GPTSizes, *, tokens: int, compute_bytes: int = 4) -> int:

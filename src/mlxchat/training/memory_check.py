@@ -94,7 +94,7 @@ def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Tr
         # RL's frozen reference is as large.
         keeps_best=(stage == "pretrain" and config.pretrain.keep == "best")
         or (stage == "rl" and config.rl.kl_coefficient > 0),
-        teacher=teacher,
+        teacher=teacher, samples=stage == "rl",
     )  # fmt: skip
 
 
@@ -127,6 +127,11 @@ def _remedies(config: Config, stage: str, sizes: GPTSizes | None) -> Iterator[tu
         changed_rl = replace(config, machine=free, rl=replace(config.rl, kl_coefficient=0.0))
         if peak := _least_peak(changed_rl, stage, sizes):
             yield "rl.kl_coefficient=0", peak
+    if stage in (taught := teachers_of(config)):
+        without = replace(taught[stage], teacher=replace(taught[stage].teacher, path=None, artifact=None))
+        key = "path" if taught[stage].teacher.artifact is None else "artifact"
+        if peak := _least_peak(replace(config, machine=free, **{stage: without}), stage, sizes):
+            yield f"{stage}.teacher.{key}=null", peak
     least, settings = replace(free, grad_checkpointing=True, blas_threads=1), " machine.grad_checkpointing=true"
     if "machine.blas_threads=1" in alone:
         settings += " machine.blas_threads=1"

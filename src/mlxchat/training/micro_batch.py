@@ -65,6 +65,8 @@ class Training:
     """Whether the best weights so far are kept."""
     teacher: TeacherSize | None = None
     """What a teacher holds, where one is learnt from."""
+    samples: bool = False
+    """Whether rows are answers that the model gives between the steps."""
 
     def peak_bytes(self, micro_rows: int) -> int:
         """Return the predicted peak with so many rows at a time."""
@@ -79,6 +81,7 @@ class Training:
             recompute=self.recompute,
             keeps_best=self.keeps_best,
             teacher=self.teacher,
+            samples=self.samples,
         ).total
 
     def fits(self, micro_rows: int) -> bool:
@@ -150,6 +153,7 @@ def choose_micro_batch(
     row_tokens: int,
     keeps_best: bool = False,
     teacher: TeacherSize | None = None,
+    samples: bool = False,
 ) -> MicroBatch:
     """Return what a stage computes at a time.
 
@@ -162,6 +166,7 @@ def choose_micro_batch(
         row_tokens: of a row, at most.
         keeps_best: whether the best weights so far are kept.
         teacher: what a teacher holds, where one is learnt from.
+        samples: whether rows are answers that the model gives between the steps.
 
     Raises:
         ConfigError: it does not fit; with the predicted bytes and settings that would.
@@ -176,6 +181,7 @@ def choose_micro_batch(
         device=find_device(machine, ask_mlx=True),
         keeps_best=keeps_best,
         teacher=teacher,
+        samples=samples,
     )
     before = ctx.work / _CHOICE
     begun = None
