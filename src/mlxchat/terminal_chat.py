@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ COMMANDS = {
     "/help": ("", "say all of this"),
     "/quit": ("", "leave"),
 }
+# What a terminal obeys instead of showing, and what turns a line around; a model or program may write it.
+_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
 
 
@@ -216,9 +219,12 @@ class Chat:
     def _do_save(self, file: str) -> str:
         if not file:
             raise ValueError
+        place = Path(file).expanduser()
+        if place.exists() and not _is_conversation(place):
+            return f"{file} is there already and is no conversation: choose another name"
         said = {"model": self.name, "system": self.system, "messages": self.messages}
         try:
-            Path(file).expanduser().write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            place.write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             return f"{file} cannot be written: {error.strerror}"
         return f"{len(self.messages)} messages are in {file}"
@@ -287,6 +293,7 @@ class _Shown:
     def add(self, kind: Kind, text: str) -> None:
         for piece, dim in self._pieces(kind, text):
             if self._styled:
+                piece = _COMMANDING.sub("\ufffd", piece)
                 self._console.print(piece, style="dim cyan" if dim else None, markup=False, emoji=False, end="")
             else:
                 sys.stdout.write(piece)
@@ -300,6 +307,13 @@ class _Shown:
             yield self._BEFORE[self.kind, kind], True
             self.kind = kind
         yield text, kind != "text"
+
+
+def _is_conversation(place: Path) -> bool:
+    try:
+        return "messages" in json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _within(value: float, least: float, most: float) -> float:

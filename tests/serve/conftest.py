@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.scheduler import Scheduler
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -27,6 +28,7 @@ from mlxchat.serve.app import make_app
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model, Models
 from mlxchat.serve.prompts import Defaults
+from mlxchat.serve.run import PatientProtocol
 from mlxchat.serve.service import Service
 from mlxchat.serve.worker import Worker, load_scheduler
 
@@ -89,14 +91,21 @@ def _describe(folder: Path, stage: str, kind: str, metrics: dict[str, Any], inpu
     write_manifest(folder, manifest)
 
 
+class Tokens(int):
+    """A past of which nothing is known but its length."""
+
+    def begun(self, tokens: int) -> Tokens:
+        return Tokens(tokens)
+
+
 class Alphabet:
     """A `Forward` whose answers are the letters of the alphabet, one each `seconds`, without end."""
 
     def __init__(self, vocab_size: int, seconds: float) -> None:
         self.vocab_size, self.seconds, self.rows = vocab_size, seconds, 0
 
-    def read(self, ids: list[int], past: Any, last: int | None) -> int:
-        return (past or 0) + len(ids)
+    def read(self, ids: list[int], past: Any, last: int | None) -> Tokens:
+        return Tokens((past or 0) + len(ids))
 
     def reserve(self, rows: int, tokens: int) -> None:
         self.rows = max(self.rows, rows)
@@ -123,9 +132,9 @@ class Alphabet:
 class Saying(Alphabet):
     """Says a text, whatever is asked, and ends."""
 
-    def __init__(self, tokenizer: Tokenizer, text: str, seconds: float) -> None:
+    def __init__(self, tokenizer: Tokenizer, text: str | list[int], seconds: float) -> None:
         super().__init__(tokenizer.vocab_size, seconds)
-        self.ids = [*tokenizer.encode(text), tokenizer.assistant_end]
+        self.ids = [*(tokenizer.encode(text) if isinstance(text, str) else text), tokenizer.assistant_end]
         self.lengths: dict[int, int] = {}
 
     def fill(self, row: int, past: Any) -> None:
@@ -144,8 +153,9 @@ class Server:
     def __init__(self, service: Service, **options: Any) -> None:
         self.service = service
         config = uvicorn.Config(
-            make_app(service, **options), host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5
-        )
+            make_app(service, **options), host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5,
+            http=PatientProtocol,
+        )  # fmt: skip
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
 
@@ -181,17 +191,24 @@ class Server:
 
 @pytest.fixture(scope="session")
 def start(served: Path) -> Callable[..., Server]:
-    """Make a server with these limits and options; `seconds` makes it answer slowly with `says`, or the alphabet."""
+    """Make a server with these limits and options.
+
+    `seconds` a token makes it answer with `says`, or the alphabet; `loads` are seconds that loading takes.
+    """
 
     def make(
-        *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | None = None, **options: Any
-    ) -> Server:
+        *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | list[int] | None = None,
+        python: PythonTool | None = None, loads: float = 0.0, **options: Any,
+    ) -> Server:  # fmt: skip
         def load(model: Model, limits: Limits) -> Scheduler:
+            time.sleep(loads)
             if seconds is None:
-                return load_scheduler(model, limits)
+                return load_scheduler(model, limits, python=python)
             tokenizer = model.tokenizer
             forward = Alphabet(tokenizer.vocab_size, seconds) if says is None else Saying(tokenizer, says, seconds)
-            return Scheduler(forward, tokenizer, max_rows=limits.max_rows)
+            scheduler = Scheduler(forward, tokenizer, max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
+            scheduler.python = python
+            return scheduler
 
         bounds = Limits(**limits or {})
         models = Models(Store(served), served / "store" / CHAT)

@@ -38,13 +38,49 @@ def test_health_and_stats_have_nanochats_fields(server: Any) -> None:
     assert (stats["total_workers"], stats["available_workers"], stats["busy_workers"]) == (1, 1, 0)
 
 
+def parse_exposition(text: str) -> dict[str, float]:
+    """Return sample → value; every rule of Prometheus' text format 0.0.4 is checked."""
+    assert text.endswith("\n")
+    kinds: dict[str, str] = {}
+    helped: list[str] = []
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("# HELP "):
+            helped.append(line.split(" ")[2])
+            assert len(set(helped)) == len(helped), "a family stands together, and once"
+            continue
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name == helped[-1]
+            assert kind in ("counter", "gauge", "histogram")
+            kinds[name] = kind
+            continue
+        match = re.fullmatch(r'([a-zA-Z_:][\w:]*)(?:\{((?:\w+="(?:[^"\\\n]|\\.)*",?)+)\})? (\S+)', line)
+        assert match, line
+        name, labels, value = match[1], match[2] or "", float(match[3])
+        family = helped[-1]
+        suffixes = ("_bucket", "_sum", "_count") if kinds[family] == "histogram" else ("",)
+        assert name in {family + suffix for suffix in suffixes}, line
+        assert kinds[family] != "counter" or name.endswith("_total"), "so counters are called"
+        assert kinds[family] != "gauge" or not name.endswith("_total")
+        assert line.rpartition(" ")[0] not in found, "each sample once"
+        assert value >= 0
+        found[f"{name}{{{labels}}}" if labels else name] = value
+    for family in (name for name, kind in kinds.items() if kind == "histogram"):
+        buckets = [(key, value) for key, value in found.items() if key.startswith(f"{family}_bucket")]
+        bounds = [float(key.split('"')[1]) for key, _ in buckets]
+        assert bounds == sorted(bounds)
+        assert bounds[-1] == float("inf")
+        assert [value for _, value in buckets] == sorted(value for _, value in buckets), "they are cumulative"
+        assert buckets[-1][1] == found[f"{family}_count"]
+    return found
+
+
 def test_metrics_are_what_prometheus_reads_and_count(server: Any) -> None:
     def metrics() -> dict[str, float]:
-        text = server.client.get("/metrics").text
-        for line in text.splitlines():
-            assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{(\w+="[^"]*",?)+\})? [-+.e\d]+', line), line
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in text.splitlines()
-                                                          if not line.startswith("#"))}  # fmt: skip
+        response = server.client.get("/metrics")
+        assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        return parse_exposition(response.text)
 
     before, told, after = metrics(), server.chat().json()["usage"], metrics()
     grown = {name: value - before.get(name, 0) for name, value in after.items()}
@@ -53,6 +89,16 @@ def test_metrics_are_what_prometheus_reads_and_count(server: Any) -> None:
     assert grown['mlxchat_requests_total{route="/v1/chat/completions",status="200"}'] == 1
     assert grown["mlxchat_time_to_first_token_seconds_count"] == 1
     assert after["mlxchat_rows_running"] == 0
+    assert {"process_resident_memory_bytes", "process_start_time_seconds", "process_cpu_seconds_total"} <= after.keys()
+
+
+def test_probes_learn_whether_it_is_ready_by_the_status(start: Callable[..., Any]) -> None:
+    with start(loads=0.5) as slow:
+        loading = slow.client.get("/health")
+        assert (loading.status_code, loading.json()["status"]) == (503, "loading")
+        slow.until(lambda: slow.client.head("/health").status_code == 200)
+        for path in ("/", "/metrics"):
+            assert slow.client.head(path).status_code == 200
 
 
 def test_the_page_asks_for_nothing_elsewhere_and_no_other_page_holds_it(server: Any) -> None:

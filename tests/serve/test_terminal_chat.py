@@ -134,6 +134,32 @@ def test_calls_of_the_calculator_are_shown(chat: Chat, capsys: pytest.CaptureFix
     assert [part["type"] for part in chat.messages[-1]["content"]] == ["text", "python", "python_output", "text"]
 
 
+def test_what_a_model_writes_commands_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxchat.terminal_chat import _Shown
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = _Shown()
+    shown.add("text", "a\x1b[2Jb\x1b]0;title\x07c\u202ed\r\x9b5n [bold]é[/bold] :smile:\tend\n")
+    shown.finish()
+    assert screen.getvalue().startswith("a\ufffd[2Jb\ufffd]0;title\ufffdc\ufffdd\ufffd\ufffd5n [bold]é[/bold] :smile:")
+    assert not {"\x1b", "\x07", "\r", "\x9b", "\u202e"} & set(screen.getvalue())
+
+
+def test_saving_never_overwrites_what_is_no_conversation(chat: Chat, tmp_path: Path) -> None:
+    chat.ask("the cat")
+    notes, talk = tmp_path / "notes.md", tmp_path / "talk.json"
+    notes.write_text("mine")
+    assert "is no conversation: choose another name" in chat.obey(f"/save {notes}")
+    assert notes.read_text() == "mine"
+    for _ in range(2):
+        assert chat.obey(f"/save {talk}").startswith("2 messages")
+
+
 def test_a_pipe_is_a_question_or_a_conversation(
     chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,9 @@ ATTACKS = [
     "`</code><script>window.hurt = 1</script>`",
     "| <b>a</b> |\n|---|---|\n| <iframe src=javascript:window.hurt=1> |",
     "# <script>window.hurt = 1</script>\n> <style>*{display:none}</style>\n- <a href=javascript:window.hurt=1>x</a>",
+    "[a](java\tscript:window.hurt=1) [b]( javascript:window.hurt=1) [c](vbscript:x) [d](//x.example/a) [e](/page/a)",
+    '```"><img/src=x/onerror=window.hurt=1>\ncode\n```',
+    "[<img src=x onerror=window.hurt=1>](https://x.example/)",
 ]
 
 
@@ -43,6 +46,8 @@ def show(browser: Any, start: Callable[..., Any]) -> Iterator[Callable[..., Any]
             page.server, page.asked, page.told = server, [], []
             page.on("request", lambda request: page.asked.append(request.url))
             page.on("console", lambda message: page.told.append(message.text))
+            page.accept = lambda dialog: dialog.accept()
+            page.on("dialog", page.accept)
             page.on("pageerror", lambda error: page.told.append(str(error)))
             page.goto(server.url)
             return page
@@ -111,6 +116,9 @@ def test_what_lies_in_the_browsers_storage_is_no_way_in_either(show: Any) -> Non
     page.wait_for_selector("li.assistant")
     assert page.locator("#list li").count() == 1
     assert page.evaluate("() => window.hurt") is None
+    page.evaluate("""() => { localStorage.setItem('mlxchat.conversations', '{"length": 3}');
+        localStorage.setItem('mlxchat.settings', '{"temperature": "<b>", "theme": "\\\"><script>", "model": {}}'); }""")
+    page.reload()
     page.evaluate("() => localStorage.setItem('mlxchat.conversations', '{')")
     page.reload()
     assert ask(page, "a").inner_text().startswith("abc"[:1])
@@ -152,6 +160,90 @@ def test_regenerate_and_edit_go_back(show: Any) -> None:
     page.wait_for_selector("li.user:nth-child(3)", state="detached")
     page.wait_for_selector("#stop", state="hidden")
     assert page.locator("li.user .said").all_inner_texts() == ["changed"]
+
+
+def test_names_of_models_scores_and_runs_never_become_script(show: Any) -> None:
+    page = show(says="yes")
+    hurt = "<img src=x onerror=window.hurt=1>"
+    entry = {"id": hurt, "object": "model", "created": 1, "owned_by": hurt, "mlxchat": {
+        "rid": hurt, "step": hurt, "stage": hurt, "run": hurt, "published": hurt, "converses": True,
+        "inputs": {hurt: hurt}, "metrics": {hurt: 1}, "scores": {hurt: 0.5}, "config": {hurt: hurt}, "seed": hurt,
+        "git": {"commit": hurt}}}  # fmt: skip
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [entry]}))
+    page.route("**/v1/models/**", lambda route: route.fulfill(json=entry))
+    page.reload()
+    with known(page):
+        page.get_by_role("button", name="Model:").click()
+    page.wait_for_selector("#model-facts details")
+    assert page.locator("img").count() == 1, "the logo"
+    assert page.evaluate("() => window.hurt") is None
+
+
+def test_an_error_of_the_server_never_becomes_script_and_the_question_can_be_asked_again(show: Any) -> None:
+    page = show(says="yes")
+    failing = {"error": {"message": "<img src=x onerror=window.hurt=1>", "type": "x", "param": None, "code": None}}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=500, json=failing), times=1)
+    with known(page):
+        page.fill("#input", "well?")
+    page.press("#input", "Enter")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert page.locator("#problem").inner_text() == "<img src=x onerror=window.hurt=1>"
+    page.get_by_role("button", name="Try again").click()
+    page.wait_for_selector("li.assistant .actions button")
+    assert page.locator("li .said").all_inner_texts() == ["well?", "yes"]
+    assert page.locator("#problem").is_hidden()
+
+
+def test_text_that_turns_its_direction_around_is_shown_as_it_is_and_leaves_what_follows_alone(show: Any) -> None:
+    turned = 'if access != "user\u202e \u2066// admin\u2069 \u2066"'
+    page = show(says="```\na\u202e b\n```\n[https://good\u202e/](https://x.example/)")
+    with known(page):
+        ask(page, turned)
+    text = page.locator("body").inner_text()
+    assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") & set(text)
+    assert page.locator(".said a").get_attribute("title") == "https://x.example/", "where a link leads can be seen"
+
+
+def test_a_program_and_its_output_are_folded_with_their_lines(show: Any) -> None:
+    page = show()
+    page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([{
+        id: 'a', changed: 1, messages: [{role: 'user', parts: [{type: 'text', text: 'x'}]}, {role: 'assistant', parts: [
+            {type: 'text', text: 'See: '}, {type: 'python', text: 'a = 1\\na + 1'}, {type: 'python_output', text: '2'},
+            {type: 'text', text: ' and '}, {type: 'python', text: '2*3'}, {type: 'python_output', text: '6'}]}]}]))""")
+    page.reload()
+    page.locator("#list .name").click()
+    program, sum_ = page.locator("details.tool").all()
+    assert not program.locator("pre").first.is_visible()
+    program.locator("summary").click()
+    assert program.locator("pre").all_inner_texts() == ["a = 1\na + 1", "2"]
+    assert sum_.locator("summary").inner_text() == "calculator"
+    sum_.locator("summary").click()
+    assert sum_.locator("div").inner_text() == "2*3 = 6"
+
+
+def test_nothing_is_deleted_without_being_asked_about(show: Any) -> None:
+    page = show(says="yes")
+    page.remove_listener("dialog", page.accept)
+    asked = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    ask(page, "keep me")
+    page.get_by_role("button", name="Delete “keep me”").click()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Delete all conversations").click()
+    assert asked == ["Delete “keep me”?", "Delete all 1 conversations?"]
+    page.keyboard.press("Escape")
+    assert page.locator("#list .name").all_inner_texts() == ["keep me"]
+
+
+def test_who_reads_on_above_is_left_there_and_finds_the_way_to_the_end(show: Any) -> None:
+    page = show(says="one\n\n" * 60)
+    ask(page, "go on")
+    page.evaluate("() => document.getElementById('scroll').scrollTo(0, 0)")
+    page.wait_for_selector("#to-end:not([hidden])")
+    page.click("#to-end")
+    page.wait_for_selector("#to-end", state="hidden")
+    assert page.evaluate("() => { const s = document.getElementById('scroll'); return s.scrollHeight - s.clientHeight"
+                         " - s.scrollTop < 3; }")  # fmt: skip
 
 
 def test_conversations_are_kept_opened_and_deleted(show: Any) -> None:
@@ -232,6 +324,58 @@ def test_all_of_it_can_be_done_from_the_keyboard(show: Any) -> None:
     unnamed = page.evaluate("""() => [...document.querySelectorAll('button, input, select, textarea')].filter(e =>
         !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)""")
     assert unnamed == []
+
+
+FAULTS = """() => {
+  const found = [];
+  const seen = e => e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
+  const name = e => (e.getAttribute('aria-label') || (e.getAttribute('aria-labelledby') || '').split(' ').map(
+    id => document.getElementById(id)?.textContent).join(' ') || [...(e.labels || [])].map(l => l.textContent).join(' ')
+    || (e.matches('button, a, summary, h1, h2, h3, h4, option') && e.textContent) || e.alt || '').trim();
+  const complain = (what, e) => found.push(what + ': ' + e.outerHTML.slice(0, 90));
+  const named = 'button, a, input, select, textarea, summary, dialog[open], nav, [role=region]';
+  for (const e of document.querySelectorAll(named)) if (seen(e) && !name(e)) complain('no name', e);
+  const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
+  if (new Set(ids).size !== ids.length) found.push('an id twice');
+  for (const e of document.querySelectorAll('[aria-labelledby], [aria-describedby], [aria-controls], label[for]'))
+    for (const id of (e.getAttribute('aria-labelledby') || e.getAttribute('aria-describedby')
+        || e.getAttribute('aria-controls') || e.htmlFor).split(' '))
+      if (!ids.includes(id)) complain('leads nowhere', e);
+  const roles = ['alert', 'status', 'region'];
+  for (const e of document.querySelectorAll('[role]')) if (!roles.includes(e.getAttribute('role'))) complain('role', e);
+  for (const e of document.querySelectorAll('[tabindex]')) if (e.tabIndex > 0) complain('order of focus', e);
+  for (const e of document.querySelectorAll('img:not([alt])')) complain('no alt', e);
+  for (const e of document.querySelectorAll(':is(ul, ol) > :not(li)')) complain('list', e);
+  const levels = [...document.querySelectorAll('h1, h2, h3, h4, h5')].filter(seen).map(e => +e.tagName[1]);
+  if (levels[0] !== 1 || levels.filter(l => l === 1).length !== 1) found.push('headings: ' + levels);
+  levels.forEach((l, i) => { if (i && l > levels[i - 1] + 1) found.push('headings: ' + levels); });
+  for (const tag of ['main', 'header', 'footer', 'nav'])
+    if (document.querySelectorAll(`body ${tag}`).length !== 1) found.push('landmark ' + tag);
+  for (const e of document.querySelectorAll('pre, .scroller'))
+    if (seen(e) && e.scrollWidth > e.clientWidth && e.tabIndex < 0) complain('cannot be scrolled by keys', e);
+  for (const e of document.querySelectorAll('button, select, summary, input:not([type=range])')) {
+    const box = e.getBoundingClientRect();
+    if (seen(e) && (box.width < 24 || box.height < 22)) complain('small', e);
+  }
+  if (!document.documentElement.lang || !document.title) found.push('no language or title');
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_names_roles_headings_and_landmarks_are_there_for_those_who_do_not_see_the_page(show: Any, width: int) -> None:
+    page = show(width=width, says=MARKDOWN)
+    with known(page):
+        assert page.evaluate(FAULTS) == []
+    ask(page, "show me")
+    assert page.evaluate(FAULTS) == []
+    for button in ("Model:", "Settings"):
+        page.get_by_role("button", name=button).click()
+        page.wait_for_timeout(150)
+        assert page.evaluate(FAULTS) == []
+        assert page.evaluate("() => document.activeElement.closest('dialog') !== null"), "focus is within"
+        page.keyboard.press("Escape")
+        assert page.evaluate("() => document.activeElement.getAttribute('aria-haspopup')") == "dialog", "focus is back"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

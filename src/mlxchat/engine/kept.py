@@ -29,6 +29,8 @@ class KeptPasts:
     def __init__(self, max_tokens: int) -> None:
         """Begin with nothing."""
         self.max_tokens = max_tokens
+        self.num_found = 0
+        """Tokens that need not be read again, of all that was found."""
         self._kept: list[Kept] = []  # the one used last stands last
 
     @property
@@ -56,6 +58,7 @@ class KeptPasts:
             return None, 0, 0
         self._kept.remove(best)
         self._kept.append(best)
+        self.num_found += most
         return best.past.begun(most), most, exact
 
     def keep(self, ids: list[int], past: Any, exact: int) -> None:

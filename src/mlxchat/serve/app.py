@@ -47,11 +47,11 @@ def make_app(
     app.include_router(openai_routes(service))
     app.include_router(nanochat_routes(service))
 
-    @app.get("/metrics", include_in_schema=False)
+    @app.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
     async def metrics() -> Response:
         return Response(service.metrics.text(service.worker), media_type=TEXT)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 
@@ -67,7 +67,7 @@ def make_app(
             allow_headers=["Authorization", "Content-Type"],
         )  # fmt: skip
     app.add_middleware(
-        Guard, metrics=service.metrics, api_key=api_key, loopback_only=loopback_only,
+        Guard, metrics=service.metrics, api_key=api_key, loopback_only=loopback_only, cors=cors,
         max_body_bytes=max(_LEAST_BODY_BYTES, 16 * service.limits.max_conversation_chars),
     )  # fmt: skip
     return app

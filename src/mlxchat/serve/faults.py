@@ -70,7 +70,11 @@ def add_fault_handlers(app: FastAPI) -> None:
 def _first_problem(error: RequestValidationError) -> Fault:
     problems = error.errors()
     first = problems[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        return Fault(f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    # A union's alternatives are no part of the field's name.
+    kinds = {"body", "str", "list[dict[str,any]]", "list[str]", "list[int]", "list[list[int]]"}
+    place = ".".join(str(part) for part in first["loc"] if part not in kinds)
     message = f"{place}: {first['msg']}" if place else str(first["msg"])
     if len(problems) > 1:
         message += f" (and {len(problems) - 1} more)"

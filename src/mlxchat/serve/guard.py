@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -47,6 +49,10 @@ class Guard:
     loopback_only: bool
     """Whether hosts' names that are not this machine's are refused: another site's page may not ask by its own name."""
     max_body_bytes: int
+    cors: Sequence[str] = ()
+    """Sites whose pages may ask."""
+    body_seconds: float = 30.0
+    """How long a body may take to arrive."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, pass on, count."""
@@ -85,6 +91,10 @@ class Guard:
             kind, _, key = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
                 return Fault("no such API key: send Authorization: Bearer KEY", status=401, code="invalid_api_key")
+        # Browsers say whose page asks. Those that are too old to say so are kept out by the lines below alone.
+        elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if method == "POST" and elsewhere and not {"*", headers.get("origin")} & set(self.cors):
+            return Fault("pages of other sites may not ask (mlxchat serve --cors lets them)", status=403)
         if method == "POST":
             # What a form of another site could send is no JSON, and JSON needs that site to be let in by --cors.
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -95,11 +105,17 @@ class Guard:
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
-        left = self.max_body_bytes
+        left, whole = self.max_body_bytes, False
 
         async def receiving() -> Message:
-            nonlocal left
-            message = await receive()
+            nonlocal left, whole
+            try:
+                # What comes after the body is that the client leaves, for which there is all the time.
+                async with asyncio.timeout(None if whole else self.body_seconds):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {self.body_seconds:g} s") from None
+            whole = not message.get("more_body", False)
             left -= len(message.get("body", b""))
             if left < 0:
                 # FastAPI passes on no other exception from where a body is read.
@@ -113,4 +129,4 @@ def _name_of(host: str) -> str:
     """Return a Host header without its port."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
-    return host.partition(":")[0]
+    return host.partition(":")[0].lower().removesuffix(".")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections import Counter
 
+from mlxchat import __version__
 from mlxchat.serve.worker import Worker
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -39,7 +39,6 @@ class Metrics:
 
     def __init__(self) -> None:
         """Begin at nothing."""
-        self.began = time.time()
         self.requests: Counter[tuple[str, int]] = Counter()
         self.finished: Counter[str] = Counter()
         self.prompt_tokens = 0
@@ -72,17 +71,39 @@ class Metrics:
         number("prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens)
         number("generated_tokens_total", "counter", "Tokens that were sampled.", worker.tokens_generated)
         number("failures_total", "counter", "Answers whose computation failed.", worker.failures)
+        number(
+            "reused_prompt_tokens_total", "counter", "Tokens of prompts that were not read again.", worker.num_reused
+        )
         number("rows_running", "gauge", "Choices that are computed.", worker.num_running)
         number("rows_waiting", "gauge", "Choices that wait for a row.", worker.num_waiting)
         number("models_loaded", "gauge", "Models in memory.", len(worker.loaded))
         number("step_seconds", "gauge", "Time of one token of every row, lately.", float(worker.step_seconds))
-        number("resident_memory_bytes", "gauge", "Memory of the process.", resident_bytes())
-        number("start_time_seconds", "gauge", "When the server began.", round(self.began))
         add("time_to_first_token_seconds", "histogram", "From a request to its first token.",
             *self.first_token.lines("mlxchat_time_to_first_token_seconds"))  # fmt: skip
         add("answer_seconds", "histogram", "From a request to the end of its answer.",
             *self.whole.lines("mlxchat_answer_seconds"))  # fmt: skip
-        return "\n".join(lines) + "\n"
+        add("info", "gauge", "Of what is served.", f'mlxchat_info{{version="{__version__}"}} 1')
+        return "\n".join([*lines, *_process_lines()]) + "\n"
+
+
+def _process_lines() -> list[str]:
+    """Return what every Prometheus client tells of its process, under the names that dashboards know."""
+    import psutil
+
+    process = psutil.Process()
+    with process.oneshot():
+        times = process.cpu_times()
+        found = [
+            ("cpu_seconds_total", "counter", "Processor time.", times.user + times.system),
+            ("resident_memory_bytes", "gauge", "Memory in use.", process.memory_info().rss),
+            ("start_time_seconds", "gauge", "When the process began, Unix time.", process.create_time()),
+            ("open_fds", "gauge", "Open files and connections.", process.num_fds()),
+        ]
+    return [
+        line
+        for name, kind, help_, value in found
+        for line in (f"# HELP process_{name} {help_}", f"# TYPE process_{name} {kind}", f"process_{name} {value}")
+    ]
 
 
 def resident_bytes() -> int:

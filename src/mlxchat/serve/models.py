@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +18,8 @@ from mlxchat.runner.store import Store, read_manifest
 from mlxchat.serve.faults import Fault
 
 _LISTED_SECONDS = 2.0
+_NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")
+_MOST_NAME_CHARS, _SHOWN_CHARS = 300, 80
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Models:
             place = self.default if name in (None, "", "default") else self._resolve(str(name))
             return read_model(_with_files(self.store, place))
         except StoreError as error:
-            raise Fault(str(error), status=404, param="model", code="model_not_found") from None
+            raise self._unknown(error) from None
         except DataError as error:
             raise Fault(str(error), status=500) from None
 
@@ -71,13 +74,20 @@ class Models:
         try:
             place = self.default if name == "default" else self._resolve(name)
         except StoreError as error:
-            raise Fault(str(error), status=404, param="model", code="model_not_found") from None
+            raise self._unknown(error) from None
         found = next(entry for entry in self.entries() if entry["id"] == place.name)
         manifest = read_manifest(place)
         found["mlxchat"] |= {"config": manifest.get("config"), "git": manifest.get("git"), "seed": manifest.get("seed")}
         return found
 
+    def _unknown(self, error: StoreError) -> Fault:
+        # Where things lie on this machine is nobody's business who asks over the network.
+        message = str(error).replace(str(self.store.outputs), "the outputs folder")
+        return Fault(message, status=404, param="model", code="model_not_found")
+
     def _resolve(self, name: str) -> Path:
+        if len(name) > _MOST_NAME_CHARS or not _NAME.fullmatch(name) or ".." in name.split("/"):
+            raise StoreError(f"{name[:_SHOWN_CHARS]!r} cannot be the name of a model")
         place = self.store.resolve(name)
         kind = read_manifest(place)["kind"]
         if kind != "checkpoint":

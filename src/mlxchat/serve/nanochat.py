@@ -37,12 +37,14 @@ def nanochat_routes(service: Service) -> APIRouter:
             return EventStream(answer, _chunks(service, answer))
         return {"response": await while_connected(request, answer, _whole(service, answer)), "gpu": 0}
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
-    async def health() -> Json:
-        free = int(worker.num_choices < service.limits.max_rows)
+    async def health(response: Response) -> Json:
+        ready = worker.alive and worker.has_loaded
+        response.status_code = 200 if ready else 503  # what probes look at
         return {
-            "status": "ok" if worker.alive else "stopping", "ready": worker.alive and bool(worker.loaded),
-            "num_gpus": 1, "available_workers": free if worker.alive else 0,
+            "status": "stopping" if not worker.alive else "ok" if ready else "loading", "ready": ready, "num_gpus": 1,
+            "available_workers": int(ready and worker.num_choices < service.limits.max_rows),
         }  # fmt: skip
 
     @routes.get("/stats")

@@ -75,7 +75,7 @@ def requests_for(
         raise Fault(f"{len(prompts) * body.n} choices are asked for, at most {limits.max_choices} may be", param="n")
     if max_tokens is not None and max_tokens > limits.max_tokens:
         raise Fault(f"max_tokens is {max_tokens}, at most {limits.max_tokens} may be asked for", param="max_tokens")
-    stop = tuple([body.stop] if isinstance(body.stop, str) else body.stop or ())
+    stop = tuple(body.stop or ())
     if len(stop) > 16 or any(len(each) > 200 for each in stop):
         raise Fault("stop takes at most 16 strings of at most 200 characters", param="stop")
     first = secrets.randbelow(_SEEDS) if body.seed is None else body.seed

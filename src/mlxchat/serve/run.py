@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import resource
 import socket
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxchat.errors import ConfigError
+
+# Connections that have not said what they want by then are closed.
+HEAD_SECONDS = 15.0
+# Files that are no connections: models, logs, the programs of answers.
+_OTHER_FILES = 64
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP whose patience with the head of a request is bounded, however often a byte of it comes."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take more of a request; begin to wait where it is the first part of another one."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _watch(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif not answering and self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+def most_connections() -> int:
+    """Return how many connections this process has files for; more are answered with 503."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 10_000 if files == resource.RLIM_INFINITY else max(16, min(10_000, files - _OTHER_FILES))
 
 
 class _Server(uvicorn.Server):
@@ -54,7 +104,8 @@ def run_server(
         logging.getLogger(quiet).setLevel(logging.WARNING)
     config = uvicorn.Config(
         app, log_config=None, log_level="info" if log_requests else "warning", access_log=log_requests,
-        timeout_graceful_shutdown=grace_seconds, server_header=False,
+        timeout_graceful_shutdown=grace_seconds, server_header=False, http=cast("type", PatientProtocol),
+        limit_concurrency=most_connections(),
     )  # fmt: skip
     with listening:
         _Server(config, said).run(sockets=[listening])

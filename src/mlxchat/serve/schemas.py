@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Tokens = Annotated[int, Field(ge=1)]
+Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""One string or several."""
+# Numbers in quotes, and true for 1, are somebody's mistake: OpenAI's servers refuse them too.
+_STRICT = ConfigDict(strict=True)
 
 
 class StreamOptions(BaseModel):
     """What a stream tells besides."""
+
+    model_config = _STRICT
 
     include_usage: bool = False
 
@@ -19,14 +25,22 @@ class StreamOptions(BaseModel):
 class Generation(BaseModel):
     """What chat and text completions share; None: the server's default."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Null says as much as nothing: some clients send every field."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] = 1
     max_tokens: Tokens | None = None
-    stop: str | list[str] | None = None
+    stop: Strings | None = None
     seed: int | None = None
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -43,6 +57,8 @@ class Generation(BaseModel):
 
 class Message(BaseModel):
     """One message of a conversation."""
+
+    model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[dict[str, Any]] | None = None
@@ -71,6 +87,8 @@ class TextRequest(Generation):
 
 class NanochatMessage(BaseModel):
     """A message as nanochat's page sends it."""
+
+    model_config = _STRICT
 
     role: Literal["user", "assistant"]
     content: str

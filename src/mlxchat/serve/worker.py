@@ -71,11 +71,14 @@ class Worker:
         self.answers: set[Answer] = set()
         self.tokens_generated, self.step_seconds = 0, 0.05
         self.failures = 0
+        self.has_loaded = False
+        """Whether a model was ever in memory."""
         self._schedulers: OrderedDict[str, Scheduler] = OrderedDict()
         self._choices: dict[tuple[str, int], tuple[Answer, int]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="mlxchat-worker", daemon=True)
         self._closing = False
+        self._reused_before = 0
 
     def start(self, default: Model | None = None) -> None:
         """Begin, from the event loop's thread; `default` is loaded at once."""
@@ -109,6 +112,11 @@ class Worker:
     def loaded(self) -> list[str]:
         """Names of the models in memory."""
         return list(self._schedulers)
+
+    @property
+    def num_reused(self) -> int:
+        """Tokens of prompts that were not read, since earlier requests had read or said them."""
+        return sum(scheduler.kept.num_found for scheduler in list(self._schedulers.values())) + self._reused_before
 
     @property
     def alive(self) -> bool:
@@ -179,9 +187,10 @@ class Worker:
         if model.name not in self._schedulers:
             unused = [name for name, scheduler in self._schedulers.items() if scheduler.idle]
             while len(self._schedulers) >= self.limits.max_models and unused:
-                del self._schedulers[unused.pop(0)]
+                self._reused_before += self._schedulers.pop(unused.pop(0)).kept.num_found
             began = time.perf_counter()
             self._schedulers[model.name] = self._load(model, self.limits)
+            self.has_loaded = True
             _log.info("loaded %s in %.1f s", model.name, time.perf_counter() - began)
         self._schedulers.move_to_end(model.name)
         return self._schedulers[model.name]
@@ -209,7 +218,7 @@ class Worker:
 
     def _drop(self, name: str, error: Exception) -> None:
         """Give up a model whose computation failed, and what was asked of it; the next request loads it anew."""
-        del self._schedulers[name]
+        self._reused_before += self._schedulers.pop(name).kept.num_found
         failed = {answer for (model, _), (answer, _) in self._choices.items() if model == name}
         self._choices = {key: value for key, value in self._choices.items() if key[0] != name}
         for answer in failed:

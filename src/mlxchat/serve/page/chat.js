@@ -1,6 +1,6 @@
 // The page: what happens when.
 
-import { make } from "./markdown.js";
+import { make, shown } from "./markdown.js";
 import { listModels, Refused, setKey, showModel, stream } from "./server.js";
 import { DEFAULTS, dropAll, dropConversation, keepConversation, readConversations, readSettings, writeSettings } from "./store.js";
 import { copy, editor, messageElement, provenance, renderParts, textOf } from "./view.js";
@@ -34,12 +34,13 @@ function showAll() {
 function showList() {
   const all = readConversations();
   $("list").replaceChildren(...all.map((one) => {
-    const title = one.messages.length ? textOf(one.messages[0]).slice(0, 80) : "New conversation";
-    const open = make("button", { class: "name", type: "button", title }, title);
+    const title = titleOf(one);
+    const open = make("button", { class: "name", type: "button", title, dir: "auto" }, title);
     open.addEventListener("click", () => openConversation(one.id));
     if (one.id === conversation.id) open.setAttribute("aria-current", "true");
     const drop = make("button", { class: "drop", type: "button", "aria-label": `Delete “${title}”` }, "✕");
     drop.addEventListener("click", () => {
+      if (!window.confirm(`Delete “${title}”?`)) return;
       dropConversation(one.id);
       if (one.id === conversation.id) begin();
       else showList();
@@ -48,18 +49,26 @@ function showList() {
   }));
 }
 
+function titleOf(one) {
+  return one.messages.length ? shown(textOf(one.messages[0])).slice(0, 80) : "New conversation";
+}
+
 function showMessages() {
   const { messages } = conversation;
+  document.title = messages.length ? `${titleOf(conversation)} · mlxchat` : "mlxchat";
+  const several = new Set(messages.filter((one) => one.model).map((one) => one.model)).size > 1;
   $("empty").hidden = messages.length > 0;
   $("messages").replaceChildren(...messages.map((message, index) => {
     if (index === editing) return editElement(message, index);
     if (going?.message === message) return going.element;
     const actions = [["Copy", (button) => copy(textOf(message), button)]];
     if (!going) {
-      if (message.role === "user") actions.push(["Edit", () => edit(index)]);
-      else actions.push(["Regenerate", () => regenerate(index)]);
+      if (message.role === "assistant") actions.push(["Regenerate", () => regenerate(index)]);
+      else actions.push(["Edit", () => edit(index)]);
+      if (message.role === "user" && index === messages.length - 1) actions.push(["Try again", () => regenerate(index + 1)]);
     }
-    return messageElement(message, actions, message.note);
+    const notes = [message.note, several && message.role === "assistant" && message.model, message.pace];
+    return messageElement(message, actions, notes.filter((note) => typeof note === "string").join(" · "));
   }));
 }
 
@@ -92,6 +101,11 @@ function atEnd() {
 
 function toEnd() {
   $("scroll").scrollTop = $("scroll").scrollHeight;
+  showToEnd();
+}
+
+function showToEnd() {
+  $("to-end").hidden = atEnd();
 }
 
 // ---- talking ----
@@ -129,6 +143,8 @@ function editElement(message, index) {
 function bodyFor(one) {
   const body = { model: one?.id, temperature: settings.temperature, top_k: settings.top_k, max_tokens: settings.max_tokens };
   if (settings.top_p < 1) body.top_p = settings.top_p;
+  if (settings.min_p > 0) body.min_p = settings.min_p;
+  if (settings.repetition_penalty !== 1) body.repetition_penalty = settings.repetition_penalty;
   if (settings.seed !== "") body.seed = Number(settings.seed);
   if (!one || one.mlxchat.converses) {
     const said = conversation.messages.map(({ role, parts }) => ({ role, content: role === "user" ? parts[0].text : parts }));
@@ -160,11 +176,15 @@ async function answer() {
     const follow = atEnd();
     element.querySelector(".said").replaceChildren(...renderParts(message.parts));
     if (follow) toEnd();
+    else showToEnd();
   };
+  let began = 0;
   try {
     for await (const told of stream(path, body, controller.signal)) {
       if (told.finish_reason === "length") message.note = "ended at the longest length";
+      if (told.usage && began) message.pace = pace(told.usage.completion_tokens, performance.now() - began);
       if (told.text === undefined) continue;
+      began ||= performance.now();
       const last = message.parts.at(-1);
       if (last?.type === told.type) last.text += told.text;
       else message.parts.push({ type: told.type, text: told.text });
@@ -187,7 +207,14 @@ async function answer() {
   if (readConversations().some((kept) => kept.id === asked.id)) keepConversation(asked);
   showAll();
   if (follow) toEnd();
-  $("status").textContent = message.parts.length ? `The model said: ${textOf(message)}` : "No answer.";
+  else showToEnd();
+  $("status").textContent = message.parts.length ? `The model said: ${shown(textOf(message))}` : "No answer.";
+}
+
+// The first token came with the reading of the prompt, and is no part of the speed.
+function pace(tokens, milliseconds) {
+  const speed = (1000 * (tokens - 1)) / milliseconds;
+  return tokens > 4 && Number.isFinite(speed) ? `${tokens} tokens, ${speed.toPrecision(2) * 1}/s` : `${tokens} tokens`;
 }
 
 function busy(yes) {
@@ -316,7 +343,15 @@ $("model-choice").addEventListener("change", (event) => {
 });
 $("settings-open").addEventListener("click", () => { fillSettings(); $("settings-dialog").showModal(); });
 for (const key of Object.keys(DEFAULTS)) $(`set-${key}`)?.addEventListener("input", (event) => changeSetting(key, event.target));
-$("forget").addEventListener("click", () => { dropAll(); $("settings-dialog").close(); begin(); });
+$("forget").addEventListener("click", () => {
+  const count = readConversations().length;
+  if (!count || !window.confirm(`Delete all ${count} conversations?`)) return;
+  dropAll();
+  $("settings-dialog").close();
+  begin();
+});
+$("scroll").addEventListener("scroll", showToEnd, { passive: true });
+$("to-end").addEventListener("click", () => { toEnd(); $("input").focus(); });
 $("key-form").addEventListener("submit", () => { setKey($("key").value.trim()); $("key").value = ""; loadModels(); });
 for (const dialog of document.querySelectorAll("dialog")) {
   dialog.querySelector("[data-close]")?.addEventListener("click", () => dialog.close());

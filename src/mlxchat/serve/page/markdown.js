@@ -7,6 +7,13 @@ const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const DIVIDER = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)+\|?\s*$/;
 const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
 const DEEPEST = 8;
+// What turns the direction of a text around, so that it is read otherwise than it is: of links, names, code.
+const TURNING = /[\u202a-\u202e\u2066-\u2069]/g;
+
+/** Return a text as it is shown: nothing in it makes what stands around it read otherwise. */
+export function shown(text) {
+  return text.replace(TURNING, "\ufffd");
+}
 
 /** Return an element with children, which are nodes or text. */
 export function make(name, attributes = {}, ...children) {
@@ -22,7 +29,7 @@ export function make(name, attributes = {}, ...children) {
 
 /** Return the nodes of a text; `copy(text, button)` is what a code block's button does. */
 export function renderMarkdown(text, copy, depth = 0) {
-  const lines = text.split("\n");
+  const lines = shown(text).split("\n");
   const nodes = [];
   let at = 0;
   while (at < lines.length) {
@@ -49,7 +56,7 @@ export function renderMarkdown(text, copy, depth = 0) {
       nodes.push(list(lines.slice(at, end), copy, depth));
       at = end;
     } else if (line.includes("|") && at + 1 < lines.length && DIVIDER.test(lines[at + 1])) {
-      const rows = [line];
+      const rows = [line, lines[at + 1]];
       for (at += 2; at < lines.length && lines[at].includes("|"); at += 1) rows.push(lines[at]);
       nodes.push(table(rows));
     } else {
@@ -106,7 +113,7 @@ function codeBlock(text, language, copy) {
   const button = make("button", { type: "button" }, "Copy");
   button.addEventListener("click", () => copy(text, button));
   return make("figure", { class: "code" }, make("figcaption", {}, make("span", {}, language || "code"), button),
-    make("pre", { tabindex: "0" }, make("code", {}, text)));
+    make("pre", { tabindex: "0", role: "region", "aria-label": "Code" }, make("code", {}, text)));
 }
 
 function endOfList(lines, at) {
@@ -141,11 +148,14 @@ function list(lines, copy, depth) {
 }
 
 function table(rows) {
-  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split("|").map((cell) => renderInline(cell.trim()));
-  const [head, ...body] = rows.map(cells);
-  const line = (name) => (row) => make("tr", {}, ...row.map((cell) => make(name, {}, ...cell)));
-  return make("div", { class: "scroller", tabindex: "0" },
-    make("table", {}, make("thead", {}, line("th")(head)), make("tbody", {}, ...body.map(line("td")))));
+  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+  const [head, divider, ...body] = rows.map(cells);
+  const side = divider.map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "centre" : "right") : ""));
+  const line = (name, extra) => (row) => make("tr", {}, ...row.map((cell, at) => {
+    return make(name, { ...(side[at] ? { class: side[at] } : {}), ...extra }, ...renderInline(cell));
+  }));
+  return make("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": "Table" },
+    make("table", {}, make("thead", {}, line("th", { scope: "col" })(head)), make("tbody", {}, ...body.map(line("td", {})))));
 }
 
 function code(text, at) {
@@ -175,6 +185,6 @@ function stressed(text, at, depth) {
 function link(text, at, depth) {
   const match = /^!?\[([^\][]{0,500})\]\(\s*([^\s()]{1,2000}(?:\([^\s()]{0,500}\))?)(?:\s+"[^"]{0,200}")?\s*\)/.exec(text.slice(at, at + 3000));
   if (!match || !SAFE_LINK.test(match[2]) || depth >= DEEPEST) return null;
-  const attributes = { href: match[2], target: "_blank", rel: "noopener noreferrer nofollow" };
+  const attributes = { href: match[2], title: match[2], target: "_blank", rel: "noopener noreferrer nofollow" };
   return { node: make("a", attributes, match[1] || match[2]), end: at + match[0].length };
 }

@@ -39,10 +39,10 @@ export async function showModel(id) {
   return (await ask(`/v1/models/${encodeURIComponent(id)}`)).json();
 }
 
-/** Yield {type, text} of an answer as it comes, then {finish_reason}. */
+/** Yield {type, text} of an answer as it comes, then {finish_reason} and {usage}. */
 export async function* stream(path, body, signal) {
   const response = await ask(path, {
-    method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...body, stream: true }),
+    method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
   });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let waiting = "";
@@ -58,6 +58,7 @@ export async function* stream(path, body, signal) {
       if (data === "[DONE]") return;
       const told = JSON.parse(data);
       if (told.error) throw new Refused(told.error.message, 500);
+      if (told.usage) yield { usage: told.usage };
       const choice = told.choices?.[0];
       if (!choice) continue;
       if (choice.text) yield { type: "text", text: choice.text };

@@ -4,7 +4,7 @@ const CONVERSATIONS = "mlxchat.conversations";
 const SETTINGS = "mlxchat.settings";
 const MOST = 200;
 
-export const DEFAULTS = { temperature: 0.8, top_k: 50, top_p: 1, max_tokens: 512, seed: "", system: "", theme: "", model: "" };
+export const DEFAULTS = { temperature: 0.8, top_k: 50, top_p: 1, min_p: 0, repetition_penalty: 1, max_tokens: 512, seed: "", system: "", theme: "", model: "" };
 
 function read(key, fallback) {
   try {
@@ -28,7 +28,7 @@ export function readSettings() {
   const kept = read(SETTINGS, {});
   const settings = { ...DEFAULTS };
   for (const [key, usual] of Object.entries(DEFAULTS)) {
-    if (typeof kept?.[key] === typeof usual) settings[key] = kept[key];
+    if (typeof kept?.[key] === typeof usual && !Number.isNaN(kept[key])) settings[key] = kept[key];
   }
   return settings;
 }
@@ -40,13 +40,14 @@ export function writeSettings(settings) {
 /** Return conversations, the latest first: {id, changed, messages: [{role, parts: [{type, text}], model}]}. */
 export function readConversations() {
   const kept = read(CONVERSATIONS, []);
-  const whole = (one) => typeof one?.id === "string" && Array.isArray(one.messages) && one.messages.every(isMessage);
+  const whole = (one) => typeof one?.id === "string" && Number.isFinite(one.changed)
+    && Array.isArray(one.messages) && one.messages.every(isMessage);
   return Array.isArray(kept) ? kept.filter(whole).sort((a, b) => b.changed - a.changed) : [];
 }
 
 function isMessage(message) {
   return ["user", "assistant"].includes(message?.role) && Array.isArray(message.parts)
-    && message.parts.every((part) => typeof part?.type === "string" && typeof part.text === "string");
+    && (message.role !== "user" || message.parts.length > 0) && message.parts.every((part) => typeof part?.type === "string" && typeof part.text === "string");
 }
 
 /** Keep a conversation; the oldest go where the browser has no room. Others may be written by other tabs. */

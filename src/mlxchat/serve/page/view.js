@@ -1,6 +1,8 @@
 // Messages as elements.
 
-import { make, renderInline, renderMarkdown } from "./markdown.js";
+import { make, renderInline, renderMarkdown, shown } from "./markdown.js";
+
+const SUM = /^[\d\s.,+\-*/%()]*$|^\s*(['"]).*\1\s*\.\s*count\(.*\)\s*$/;
 
 /** Copy a text; the button says that it was. */
 export async function copy(text, button) {
@@ -35,7 +37,8 @@ export function renderParts(parts) {
     } else {
       const answer = part.type === "python" && parts[at + 1]?.type === "python_output" ? parts[at += 1].text : null;
       const [call, result] = part.type === "python" ? [part.text, answer] : ["", part.text];
-      lastParagraph(nodes).append(tool(call, result));
+      if (SUM.test(call)) lastParagraph(nodes).append(calculation(shown(call), result));
+      else nodes.push(program(shown(call), result));
     }
   }
   return nodes;
@@ -43,7 +46,7 @@ export function renderParts(parts) {
 
 // Text around calls goes on in the paragraph that they stand in.
 function placeText(nodes, text) {
-  const [first, ...rest] = text.split("\n");
+  const [first, ...rest] = shown(text).split("\n");
   const goesOn = nodes.length && nodes.at(-1).tagName === "P" && first.trim();
   if (goesOn) lastParagraph(nodes).append(...renderInline(first));
   nodes.push(...renderMarkdown(goesOn ? rest.join("\n") : text, copy));
@@ -54,15 +57,21 @@ function lastParagraph(nodes) {
   return nodes.at(-1);
 }
 
-function tool(call, result) {
+function calculation(call, result) {
   return make("details", { class: "tool" }, make("summary", {}, "calculator"),
     make("div", {}, make("code", {}, call), result === null ? "" : " = ", make("code", {}, result ?? "")));
 }
 
+function program(call, result) {
+  const pre = (name, text) => make("pre", { tabindex: "0", role: "region", "aria-label": name }, make("code", {}, text));
+  return make("details", { class: "tool program" }, make("summary", {}, result === null ? "Python" : "Python and its output"),
+    pre("Program", call.trim()), ...(result === null ? [] : [pre("Output", shown(result))]));
+}
+
 /** Return a message's element; `actions` are [label, what it does] of its buttons. */
 export function messageElement(message, actions, note) {
-  const said = make("div", { class: "said" });
-  if (message.role === "user") said.textContent = textOf(message);
+  const said = make("div", { class: "said", dir: "auto" });
+  if (message.role === "user") said.textContent = shown(textOf(message));
   else said.append(...renderParts(message.parts));
   const row = make("div", { class: "actions" });
   for (const [label, act] of actions) {
@@ -94,12 +103,12 @@ export function provenance(model, detail) {
   const own = model.mlxchat;
   const facts = [
     ["id", model.id], ["step", own.step + (own.converses ? "" : " (continues text)")], ["run", own.run ?? "?"],
-    ["made", new Date(own.published).toLocaleString()], ["from", Object.values(own.inputs).join(", ")],
+    ["made", new Date(own.published).toLocaleString()], ["from", Object.values(own.inputs ?? {}).join(", ")],
     ["seed", detail?.mlxchat.seed], ["git", detail?.mlxchat.git?.commit?.slice(0, 12)],
   ].filter(([, value]) => value !== undefined && value !== "");
   const nodes = [definitions(facts)];
   for (const [title, numbers] of [["Scores", own.scores], ["Metrics of its training", own.metrics]]) {
-    const rows = Object.entries(numbers).map(([key, value]) => [key, show(value)]);
+    const rows = Object.entries(numbers ?? {}).map(([key, value]) => [key, show(value)]);
     if (rows.length) nodes.push(make("h3", {}, title), definitions(rows, "numbers"));
   }
   if (detail?.mlxchat.config) {

@@ -1,0 +1,76 @@
+"""Turns of a conversation over HTTP: what was read is not read again, and programs run where the operator allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.python_tool import PythonTool
+from mlxchat.errors import ConfigError
+
+
+def talk(server: Any, turns: int, **body: Any) -> list[str]:
+    messages, said = [], []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"the cat sat {turn}"})
+        answer = server.chat(messages=messages, max_tokens=8, **body).json()["choices"][0]["message"]
+        messages.append({"role": "assistant", "content": answer.get("parts", answer["content"])})
+        said.append(answer["content"])
+    return said
+
+
+def test_a_next_turn_reads_what_is_new_and_no_more(start: Callable[..., Any]) -> None:
+    with start(says="yes", seconds=0.0) as server:
+        read: list[int] = []
+        server.until(lambda: len(server.worker.loaded) == 1)
+        (scheduler,) = server.worker._schedulers.values()
+        forward = scheduler.forward
+        own = forward.read
+        forward.read = lambda ids, *past: read.append(len(ids)) or own(ids, *past)
+        talk(server, 4)
+        metrics = server.client.get("/metrics").text
+    prompt = int(metrics.split("\nmlxchat_prompt_tokens_total ")[1].split("\n")[0])
+    reused = int(metrics.split("\nmlxchat_reused_prompt_tokens_total ")[1].split("\n")[0])
+    assert sum(read) + reused + 4 == prompt, "but for the last token of each prompt, which is decoded"
+    assert reused > prompt / 3
+
+
+def test_with_a_seed_or_greedily_a_conversation_is_the_same_whatever_was_said_before(start: Callable[..., Any]) -> None:
+    with start(limits={"kept_tokens": 0}) as alone:
+        seeded, greedy = talk(alone, 4, seed=5, temperature=1.0), talk(alone, 4, temperature=0)
+    with start() as server:
+        talk(server, 4)
+        assert talk(server, 4, seed=5, temperature=1.0) == seeded
+        assert talk(server, 4, temperature=0) == greedy
+
+
+def test_no_more_than_the_limit_is_kept(start: Callable[..., Any]) -> None:
+    with start(limits={"kept_tokens": 60}, says="yes", seconds=0.0) as server:
+        talk(server, 4)
+        (scheduler,) = server.worker._schedulers.values()
+        assert 0 < scheduler.kept.num_tokens <= 60
+
+
+def test_programs_run_only_where_the_operator_allows_it_and_no_client_can(
+    start: Callable[..., Any], tokenizer: Tokenizer
+) -> None:
+    special = tokenizer.special_ids
+    call = [special["<|python_start|>"], *tokenizer.encode("2**100"), special["<|python_end|>"]]
+    tool = PythonTool()
+    try:
+        tool.check()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with start(says=call, seconds=0.001) as closed:
+        for asking in ({}, {"python_tool": True, "tools": [], "python": True, "tool_choice": "auto"}):
+            message = closed.chat(max_tokens=60, **asking).json()["choices"][0]["message"]
+            assert [part["type"] for part in message["parts"]] == ["python"]
+    with start(says=call, seconds=0.001, python=tool) as open_one:
+        told = open_one.chat(max_tokens=60).json()
+    parts = told["choices"][0]["message"]["parts"]
+    assert {"type": "python_output", "text": str(2**100)} in parts
+    forced = 2 + len(tokenizer.encode(str(2**100)))
+    assert told["usage"]["completion_tokens"] <= 60 - forced, "what the tool said was not sampled"

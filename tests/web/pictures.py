@@ -1,0 +1,123 @@
+"""The README's pictures of the page and of the terminal chat, taken of the real ones: `make pictures` runs this.
+
+Every question names a seed or is greedy, so the same model gives the same pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import pty
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+MLXCHAT = Path(sys.executable).with_name("mlxchat")
+QUESTIONS = ["What is the capital of France?", "Tom has 12 apples and buys 7 more. How many apples does Tom have now?"]
+TYPED = [*QUESTIONS, "/temperature 0.7", "/retry", "/save talk.json"]
+COLUMNS = 92
+
+
+def main() -> None:
+    """Take the pictures of the page, then of the terminal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the pictures go")
+    parser.add_argument("--chromium", default="chromium")
+    parser.add_argument("settings", nargs="*", help="passed on to mlxchat: outputs=DIR")
+    options = parser.parse_args()
+    take_page(options.folder, options.chromium, options.settings)
+    take_terminal(options.folder / "chat.svg", options.settings)
+
+
+def take_page(folder: Path, chromium: str, settings: list[str]) -> None:
+    """Write serve.png, and serve-phone.png in the dark."""
+    from playwright.sync_api import sync_playwright
+
+    command = [str(MLXCHAT), "serve", "--port", "0", *settings]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        assert server.stdout is not None
+        try:
+            url = next(found[0] for line in server.stdout if (found := re.search(r"http://[\d.]+:\d+", line)))
+            with sync_playwright() as player:
+                browser = player.chromium.launch(
+                    executable_path=shutil.which(chromium) or chromium, args=["--no-sandbox"]
+                )
+                for name, width, height, scheme, scale in (
+                    ("serve.png", 1100, 700, "light", 1.0), ("serve-phone.png", 375, 700, "dark", 1.5)
+                ):  # fmt: skip
+                    view: Any = {"width": width, "height": height}
+                    page = browser.new_page(viewport=view, color_scheme=scheme, device_scale_factor=scale)  # type: ignore[arg-type]
+                    page.goto(url)
+                    page.evaluate(
+                        """() => localStorage.setItem('mlxchat.settings', '{"temperature": 0, "seed": "1"}')"""
+                    )
+                    page.reload()
+                    page.wait_for_selector("#model-step:not(:empty)")
+                    for question in QUESTIONS:
+                        page.fill("#input", question)
+                        page.press("#input", "Enter")
+                        page.wait_for_selector("#stop:not([hidden])")
+                        page.wait_for_selector("#stop", state="hidden", timeout=120_000)
+                    for fold in page.locator(".tool summary").all()[:1]:
+                        fold.click()
+                    # What differs from one time to the next.
+                    page.evaluate("() => document.querySelectorAll('.assistant .note').forEach(note => note.remove())")
+                    page.focus("#input")
+                    page.screenshot(path=folder / name)
+                browser.close()
+        finally:
+            server.terminate()
+
+
+def take_terminal(picture: Path, settings: list[str]) -> None:
+    """Write what stands in a terminal after some questions and commands."""
+    from rich.console import Console
+    from rich.text import Text
+
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(picture.parent)
+        os.environ |= {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        os.execv(MLXCHAT, ["mlxchat", "chat", *settings])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, COLUMNS, 0, 0))
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
+        console.print(Text("$ mlxchat chat", style="bold"))
+        first = _read_until(terminal, "› ", 60)
+        told = re.search(r"\S+\. /help lists the commands\.", first)
+        assert told, first
+        console.print(told[0], highlight=False)
+        for line in TYPED:
+            os.write(terminal, line.encode() + b"\r")
+            told_all = _read_until(terminal, "\x1b[?2004l", 60) + _read_until(terminal, "\x1b[?2004h", 120)
+            answer = told_all.partition("\x1b[?2004l")[2].partition("\x1b[?2004h")[0]
+            answer = re.sub(r"\x1b\[\?\d+[hl]|\x1b\[\d*[JACDn]|\r", "", answer).rstrip("\n")
+            console.print(Text.assemble(("you › ", "bold blue"), line))
+            console.print(Text.from_ansi(answer))
+        os.write(terminal, b"/quit\r")
+        os.waitpid(process, 0)
+        (picture.parent / "talk.json").unlink(missing_ok=True)
+        console.save_svg(str(picture), title="mlxchat chat", unique_id="mlxchat")
+
+
+def _read_until(terminal: int, mark: str, seconds: float) -> str:
+    found, ends = "", time.monotonic() + seconds
+    while mark not in found:
+        assert time.monotonic() < ends, f"{mark!r} did not come: {found!r}"
+        if select.select([terminal], [], [], 0.1)[0]:
+            found += os.read(terminal, 65536).decode(errors="replace")
+    while select.select([terminal], [], [], 0.2)[0]:
+        found += os.read(terminal, 65536).decode(errors="replace")
+    return found
+
+
+if __name__ == "__main__":
+    main()
