@@ -28,6 +28,7 @@ from mlxchat.runner.records import Records
 from mlxchat.runner.store import Store
 from mlxchat.training.loop import fit
 from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.training.memory_check import check_memory
 from mlxchat.training.step import TrainStep, mean_batch
 from mlxchat.training.teacher import compare_vocabularies, load_teacher, spell_tokens
 from mlxchat.training.teacher_size import check_teachers, measure_teacher
@@ -294,6 +295,16 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(folder: Pat
     told = str(caught.value)
     assert "has 280 tokens, the model will have 4,096" in told
     assert "takes 64 tokens at a time" in told
+
+
+def test_a_teacher_that_the_memory_has_no_room_for_is_refused_with_what_would_fit(folder: Path, tmp_path: Path) -> None:
+    (folder / "model-2.safetensors").write_bytes(bytes(300_000_000))
+    outputs = tmp_path / "outputs"
+    settings = ["model=d2", f"sft.teacher.path={folder}", "machine=cpu", "machine.memory_limit_bytes=300000000"]
+    config = compose_config([*settings, f"outputs={outputs}"]).config
+    plan = make_plan(config, config.pipeline, Store(outputs), targets=["sft"], seed=0, force=[])
+    with pytest.raises(ConfigError, match=r"(?s)sft needs about .*sft\.teacher\.path=null → "):
+        check_memory(config, plan)
 
 
 def test_the_predicted_peak_grows_by_the_teacher(folder: Path) -> None:
