@@ -101,21 +101,26 @@ def _remove(folder: Path) -> None:
 
     Inner folders come up to the first level before they are looked into, so that neither calls nor paths get deep.
     """
-    folder.chmod(0o700)
+    _open(folder)
     while entries := list(folder.iterdir()):
         for entry in entries:
             if not _is_folder(entry):
                 entry.unlink()
                 continue
-            entry.chmod(0o700)
+            _open(entry)
             for inner in entry.iterdir():
                 if _is_folder(inner):
-                    inner.chmod(0o700)  # a folder that is moved must be open itself
+                    _open(inner)  # a folder that is moved must be open itself
                     inner.rename(folder / os.urandom(16).hex())
                 else:
                     inner.unlink()
             entry.rmdir()
     folder.rmdir()
+
+
+def _open(folder: Path) -> None:
+    if folder.stat().st_mode & 0o700 != 0o700:
+        folder.chmod(0o700)
 
 
 def _is_folder(path: Path) -> bool:
