@@ -58,8 +58,11 @@ def publish(outputs: Path, name: str, architecture: str, *, chats: bool = True, 
     manifest = {
         "schema": 2, "rid": rid, "stage": "sft", "step": name, "kind": "checkpoint", "outputs": files, "tree": tree,
         "published": "2026-11-22T00:00:00+00:00", "inputs": {}, "derived": {"num_iterations": 7},
-        "config": {"sft": {"mixture": HOSTILE}}, "full_config": {"sft": {"mixture": HOSTILE}},
-        "externals": [{"url": "hf://datasets/openai/gsm8k/main.parquet", "licence": "MIT", "name": HOSTILE},
+        "config": {"sft": {"mixture": HOSTILE}},
+        "full_config": {"sft": {"note": HOSTILE, "path": "/home/somebody/mine.jsonl"}},
+        "externals": [{"url": "hf://models/karpathy/nanochat-d32/model_000650.pt", "licence": "MIT"},
+                      {"url": "/home/somebody/tokenizer.pkl", "sha256": "0" * 64},
+                      {"url": "hf://datasets/openai/gsm8k/main.parquet", "licence": "MIT", "name": HOSTILE},
                       {"url": f"hf://datasets/evil/{HOSTILE}/x", "licence": HOSTILE}],
     }  # fmt: skip
     place = store.publish(out, f"sft-{name}-{rid[:16]}", manifest)
@@ -295,12 +298,15 @@ def test_the_card_says_where_a_model_comes_from_and_no_text_breaks_it(export: An
     assert yaml.safe_load(front) == {
         "library_name": "transformers", "pipeline_tag": "text-generation",
         "tags": ["nanochat", "mlxchat", "conversational"], "datasets": ["openai/gsm8k"],
+        "base_model": ["karpathy/nanochat-d32"],
     }  # fmt: skip
     place = artifact(made, "oct")
     manifest = json.loads((place / "manifest.json").read_text())
     (weights,) = [file for file in manifest["outputs"] if file["path"] == "model.safetensors"]
     assert manifest["rid"] in body
     assert weights["sha256"] in body
+    assert "mine.jsonl" in body
+    assert "somebody" not in card
     assert "<script>" not in body
     assert "\n---\n" not in body
     assert not {"\x1b", "\u202e"} & set(card)

@@ -24,6 +24,9 @@ from mlxchat.runner.catalog import by_rid, read_catalog
 from mlxchat.runner.store import Store
 
 _DATASET = re.compile(r"hf://datasets/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
+_MODEL = re.compile(r"hf://models/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
+# Where a file lies on the machine that made the model is nobody else's concern.
+_PLACE = re.compile(r"(?<![\w.:/])~?/(?:[^\s,\[\]{}'\"/]+/)+")
 _HOW: dict[str, str] = {
     "hf": """\
     # transformers >= 5 with torch
@@ -97,7 +100,7 @@ def render_card(
     for section in sections(report):
         for title, pairs in groups_of(section):
             if title == "Settings" and section.step.kind in ("checkpoint", "tokenizer", "corpus"):
-                rows = [[Cell(name), Cell(value)] for name, value in pairs]
+                rows = [[Cell(name), Cell(_PLACE.sub("…/", value))] for name, value in pairs]
                 header = [f"{section.step.name}: settings", ""]
                 parts.append(render_table(Table(header=header, align="lr", rows=rows)))
     parts += ["## Provenance", render_table(_provenance(own, sha256))]
@@ -113,14 +116,19 @@ def _front_matter(report: RunReport, target: str, chats: bool) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["nanochat", "mlxchat", *(["conversational"] if chats else []), *(["mlx"] if target == "mlx" else [])],
     }
-    found = [
-        match[1]
-        for step in report.steps
-        for item in map(mapping, sequence(step.manifest.get("externals")))
-        if (match := _DATASET.match(text(item.get("url"))))
+    externals = [
+        (step, item) for step in report.steps for item in map(mapping, sequence(step.manifest.get("externals")))
     ]
-    if found:
-        values["datasets"] = sorted(set(found))
+    datasets = {match[1] for _, item in externals if (match := _DATASET.match(text(item.get("url"))))}
+    models = {
+        match[1]
+        for step, item in externals
+        if step.kind == "checkpoint" and (match := _MODEL.match(text(item.get("url"))))
+    }
+    if datasets:
+        values["datasets"] = sorted(datasets)
+    if models:
+        values["base_model"] = sorted(models)
     lines = [f"{key}: {json.dumps(value, ensure_ascii=True)}" for key, value in values.items()]
     return "\n".join(["---", *lines, "---", ""])
 

@@ -1,0 +1,101 @@
+"""A folder appears whole or not at all, and what a killed process left is undone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mlxchat.errors import StoreError
+from mlxchat.runner.whole_folder import whole_folder
+
+
+def gone_process() -> int:
+    """Return the id of a process that has ended."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return child.pid
+
+
+def fill(path: Path, content: str = "new", *, force: bool = False) -> None:
+    with whole_folder(path, force=force) as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "file").write_text(content)
+
+
+def test_a_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "out"
+    with whole_folder(place) as folder:
+        (folder / "file").write_text("x")
+        assert not place.exists()
+    assert (place / "file").read_text() == "x"
+    assert [each.name for each in place.parent.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_there_stays(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "out"
+    if kind == "file":
+        place.write_text("mine")
+    elif kind == "folder":
+        place.mkdir()
+        (place / "mine").touch()
+    else:
+        place.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="is there already"):
+        fill(place)
+    assert os.path.lexists(place)
+    fill(place, force=True)
+    assert (place / "inside" / "file").read_text() == "new"
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_was_filled_meanwhile_stays(tmp_path: Path) -> None:
+    place = tmp_path / "out"
+
+    def be_late() -> None:
+        with whole_folder(place) as folder:
+            (folder / "file").write_text("x")
+            place.mkdir()
+            (place / "mine").touch()
+
+    with pytest.raises(StoreError, match="filled meanwhile"):
+        be_late()
+    assert [each.name for each in place.iterdir()] == ["mine"]
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_leftovers_of_processes_that_are_gone_go_and_others_stay(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    gone = tmp_path / f".out.unfinished-{host}-{gone_process()}"
+    alive = tmp_path / f".out.unfinished-{host}-{os.getppid()}"
+    elsewhere = tmp_path / ".out.unfinished-another_machine-1"
+    for place in (gone, alive, elsewhere):
+        place.mkdir()
+    fill(tmp_path / "out")
+    assert {each.name for each in tmp_path.iterdir()} == {"out", alive.name, elsewhere.name}
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_is_undone(tmp_path: Path) -> None:
+    former = tmp_path / f".out.replaced-{socket.gethostname()}-{gone_process()}"
+    former.mkdir()
+    (former / "mine").touch()
+    with pytest.raises(StoreError, match="is there already"):
+        fill(tmp_path / "out")
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["mine"]
+    fill(tmp_path / "out", force=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
