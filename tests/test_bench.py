@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.bench import generate
 from mlxchat.bench.parts import parts_of_step, phases_of_step
 from mlxchat.bench.timing import fill_zero_weights, random_rows
 from mlxchat.cli import main
@@ -278,3 +279,25 @@ def test_core_is_measured_both_ways_with_equal_verdicts(mlxchat: Callable[..., D
     for task in record["tasks"].values():
         assert task["equal_verdicts"] == task["num_examples"] >= 6
         assert task["ratio"] == pytest.approx(task["examples_per_second"] / task["one_at_a_time_per_second"])
+
+
+# Answers
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_step_of_decoding_reads_all_weights_but_the_embedding_and_what_rows_look_back_on(
+    monkeypatch: pytest.MonkeyPatch, kv_bits: int | None
+) -> None:
+    """Two layers 64 wide with heads of 32, of October 2025: 12 C² a layer and the head, in float32."""
+    for name, value in {"_BATCH_ROWS": (1, 3), "_PROMPT_TOKENS": 96, "_BANDWIDTH_BYTES": 1_000_000}.items():
+        monkeypatch.setattr(generate, name, value)
+    overrides = ["model=d2", "model.aspect_ratio=32", "model.head_width=32", "bench.vocab_size=320", "machine=cpu"]
+    kv = [] if kv_bits is None else [f"bench.kv_bits={kv_bits}"]
+    found = generate.measure_generation(compose_config([*overrides, *kv, "bench.past_tokens=40"]).config)
+    assert found["weight_bytes_per_step"] == 4 * (2 * 12 * 64 * 64 + 320 * 64)
+    for row in found["decode"]:
+        bits = 32 if kv_bits is None else 10
+        assert row["past_bytes"] == row["rows"] * 40 * 2 * 2 * 64 * bits // 8
+        assert row["step_bytes"] == found["weight_bytes_per_step"] + row["past_bytes"]
+        assert row["tokens_per_second"] == pytest.approx(row["rows"] / row["step_seconds"])
+    assert found["prefill"]["first_token_seconds"] > 0

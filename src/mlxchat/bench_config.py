@@ -23,6 +23,12 @@ class BenchConfig:
     """Repetitions before them, not counted: the first one also compiles."""
     split: bool = MISSING
     """Whether the parts of a step are measured too, each alone; takes about as long again."""
+    bits: int | None = MISSING
+    """8 or 4: of the weights that answers are decoded with; null: float32."""
+    kv_bits: int | None = MISSING
+    """8 or 4: of the keys and values that answers look back on; null: float32."""
+    past_tokens: int = MISSING
+    """Tokens that each row has when decoding is measured."""
     chars: int = MISSING
     """Characters of text on which a tokenizer is trained; a quarter of them is encoded."""
     core_examples: int = MISSING

@@ -27,8 +27,6 @@ from mlxchat.training.loop import prepare_machine
 
 _BATCH_ROWS = (1, 8, 32)
 _PROMPT_TOKENS, _READ_AT_A_TIME = 1024, 512
-# Tokens that each row has when decoding is measured.
-_PAST_TOKENS = 128
 _STEPS, _WARMUP_STEPS = 12, 3
 _BANDWIDTH_BYTES, _BANDWIDTH_TIMES = 256_000_000, 5
 
@@ -36,8 +34,8 @@ _BANDWIDTH_BYTES, _BANDWIDTH_TIMES = 256_000_000, 5
 def measure_generation(config: Config) -> dict[str, Any]:
     """Return what `mlxchat bench generate --json` prints: plain data, seconds, bytes, tokens per second.
 
-    'decode' has for each batch size tokens per second, of the median step after 128 tokens, and the bytes that a step
-    reads (weights once, keys and values of every row), as a share of what this machine can read in that time.
+    'decode' has for each batch size tokens per second, of the median step after `bench.past_tokens`, and the bytes that
+    a step reads (weights once, keys and values of every row), as a share of what this machine can read in that time.
     'prefill' is a prompt of 1,024 tokens; its 'first_token_seconds' include the step that makes the first token.
     """
     bench = config.bench
@@ -47,7 +45,7 @@ def measure_generation(config: Config) -> dict[str, Any]:
     init_weights(model, config.seed)
     fill_zero_weights(model, config.seed + 1)
     mx.eval(model.parameters())  # type: ignore[no-untyped-call]
-    decoder = Decoder(model)
+    decoder = Decoder(model, bits=bench.bits, kv_bits=bench.kv_bits)
     with Progress("bench", len(_BATCH_ROWS) + 2, "measurements") as progress:
         bandwidth = _bandwidth()
         progress.update(1, measuring="memory")
@@ -55,7 +53,7 @@ def measure_generation(config: Config) -> dict[str, Any]:
         progress.update(2, measuring="prefill")
         decode = []
         for place, rows in enumerate(_BATCH_ROWS):
-            decode.append(_decode(model, decoder, rows, bandwidth))
+            decode.append(_decode(model, decoder, rows, bench.past_tokens, bandwidth))
             progress.update(3 + place, measuring=f"{rows} rows")
     return {
         "decode": decode,
@@ -133,16 +131,17 @@ def _prefill(model: GPT, decoder: Decoder, seed: int) -> dict[str, Any]:
     }
 
 
-def _decode(model: GPT, decoder: Decoder, rows: int, bandwidth: float) -> dict[str, Any]:
+def _decode(model: GPT, decoder: Decoder, rows: int, past_tokens: int, bandwidth: float) -> dict[str, Any]:
     slots, ids = Slots(model, decoder), list(range(rows))
-    slots.reserve(rows, _PAST_TOKENS + _WARMUP_STEPS + _STEPS)
+    slots.reserve(rows, past_tokens + _WARMUP_STEPS + _STEPS)
     seconds = []
     for step in range(_WARMUP_STEPS + _STEPS):
         began = time.perf_counter()
-        slots.step(ids, ids, [_PAST_TOKENS + step] * rows)
+        slots.step(ids, ids, [past_tokens + step] * rows)
         seconds.append(time.perf_counter() - began)
     median, sizes = float(np.median(seconds[_WARMUP_STEPS:])), model.sizes
-    past_bytes = 2 * 4 * sizes.num_layers * sizes.kv_width * rows * _PAST_TOKENS
+    seen = sum(past_tokens if window is None else min(past_tokens, window + 1) for window in sizes.windows())
+    past_bytes = rows * seen * sizes.num_kv_heads * decoder.format.bytes_per_token()
     step_bytes = decoder.bytes_per_step() + past_bytes
     return {
         "rows": rows,
@@ -150,5 +149,6 @@ def _decode(model: GPT, decoder: Decoder, rows: int, bandwidth: float) -> dict[s
         "step_seconds": median,
         "step_bytes": step_bytes,
         "bytes_per_token": step_bytes / rows,
+        "past_bytes": past_bytes,
         "share_of_bandwidth": step_bytes / median / bandwidth,
     }
