@@ -122,6 +122,19 @@ def test_retry_after_is_waited_for_by_everybody(ask: Callable[..., int], teacher
     assert teacher.times[1] - teacher.times[0] >= 0.45
 
 
+def test_a_teacher_that_has_room_for_few_at_a_time_answers_all_in_the_end(
+    ask: Callable[..., int], teacher: Teacher, place: Path
+) -> None:
+    def script(question: str, tries: int) -> Reply:
+        if teacher.at_once > 1:
+            return Reply(status=429, headers={"Retry-After": "0.01"})
+        return Reply("fine", seconds=0.03)
+
+    teacher.script = script
+    assert ask("--concurrency", "12", "--retries", "4", questions=[f"q{number}" for number in range(24)]) == 0
+    assert len(answers(place)) == 24
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_is_wrong_with_every_request_ends_it_at_once(
     status: int, ask: Callable[..., int], teacher: Teacher, place: Path

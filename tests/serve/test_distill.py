@@ -36,7 +36,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[A
 def test_answers_of_a_server_of_ours_become_a_mixture(
     start: Callable[..., Any], ask: Callable[..., list[Any]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with start(limits={"max_rows": 2, "max_queue": 1}) as running:  # so that some requests get 429 and Retry-After
+    with start(limits={"max_rows": 3, "max_queue": 1}) as running:  # so that some requests get 429 and Retry-After
         options = ["--max-tokens", "8", "--temperature", "1", "--seed", "3", "--keep-cut", "--samples", "2"]
         first = ask(running, *options, "--concurrency", "8")
         again = ask(running, *options, "--concurrency", "1", "--cache", "elsewhere")

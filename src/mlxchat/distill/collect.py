@@ -125,7 +125,8 @@ class Collector:
         """Return an answer, after as many tries as it needs and may have; None: it was not asked any more."""
         most = request.most_tokens(self.limits.max_tokens)
         first, pause = time.monotonic(), FIRST_PAUSE_SECONDS
-        for attempt in range(self.limits.retries + 1):
+        failures, refused = 0, first
+        while True:
             # Input as most of the world's tokenizers cut it: about four bytes a token.
             guess = most[0] / 4 + self._output_tokens
             if not await self._may_go(most):
@@ -139,19 +140,22 @@ class Collector:
                 self._gate.tokens.give_back(guess)
                 if not isinstance(error, Passing):
                     raise
-                if attempt == self.limits.retries or (error.retry_after or 0) > _LONGEST_WAIT_SECONDS:
+                # A teacher that has no room now, and answered others since it last had none, will have some.
+                failures = 1 if error.no_room and self._answered_at > refused else failures + 1
+                refused = time.monotonic()
+                if failures > self.limits.retries or (error.retry_after or 0) > _LONGEST_WAIT_SECONDS:
                     if self._answered_at < first:
                         self._end(PassingError(f"the teacher does not answer now: {error}"))
                     raise
                 if error.retry_after is not None:
                     self._gate.close(error.retry_after)
-                await self._sleep(0.0 if error.retry_after is not None else pause * random.uniform(0.5, 1.5))
+                # After the wait, and not all at once again.
+                await self._sleep((error.retry_after or 0.0) + pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, _MOST_PAUSE_SECONDS)
                 continue
             self._budget.settle(most, answer.tokens, answered=True)
             self._count(answer, guess)
             return answer
-        raise AssertionError("the last try returns or raises")
 
     async def _may_go(self, most: tuple[int, int]) -> bool:
         """Wait for the limits; tell whether to go on."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _ROUTE = "/chat/completions"
 _MOST_BYTES = 8 << 20
 _PASSING = (408, 409, 425, 429)
+_NO_ROOM = (429, 503)
 # What one question has done wrong; all other refusals are of everything that could be asked.
 _OF_THE_QUESTION = (400, 413, 415, 422, 451)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -29,10 +30,10 @@ _PARTS = ("text", "python", "python_output")
 class Passing(Exception):
     """It did not work now and may in a while."""
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
-        """Say why, and in how many seconds to try again if the teacher said so."""
+    def __init__(self, reason: str, retry_after: float | None = None, *, no_room: bool = False) -> None:
+        """Say why, in how many seconds to try again if the teacher said so, and whether it has only too much to do."""
         super().__init__(reason)
-        self.retry_after = retry_after
+        self.retry_after, self.no_room = retry_after, no_room
 
 
 class Refused(Exception):
@@ -147,7 +148,7 @@ class Teacher:
         if code == "insufficient_quota" or (status not in _PASSING and status < 500):
             hint = ". The address of OpenAI's interface mostly ends in /v1" if status in (404, 405) else ""
             raise Refused(told + hint, for_good=code == "insufficient_quota" or status not in _OF_THE_QUESTION)
-        raise Passing(told, _retry_after(got.headers.get("retry-after")))
+        raise Passing(told, _retry_after(got.headers.get("retry-after")), no_room=status in _NO_ROOM)
 
 
 def place_of(base: str, route: str) -> str:
