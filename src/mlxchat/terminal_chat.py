@@ -275,7 +275,7 @@ class Chat:
 
 
 class _Shown:
-    """Prints parts as they come; calls of the calculator dimmed, as <<2*3=6>>."""
+    """Prints parts as they come; calls of tools dimmed, as <<2*3=6>>, an arrow after a program of several lines."""
 
     _BEFORE: ClassVar[dict[tuple[Kind, Kind], str]] = {
         ("text", "python"): "<<", ("python", "python_output"): "=", ("text", "python_output"): "<<=",
@@ -284,6 +284,7 @@ class _Shown:
 
     def __init__(self) -> None:
         self.kind: Kind = "text"
+        self._call = ""
         self._styled = sys.stdout.isatty()
         if self._styled:
             from rich.console import Console
@@ -304,8 +305,10 @@ class _Shown:
 
     def _pieces(self, kind: Kind, text: str) -> Iterator[tuple[str, bool]]:
         if kind != self.kind:
-            yield self._BEFORE[self.kind, kind], True
-            self.kind = kind
+            mark = self._BEFORE[self.kind, kind]
+            yield "\n→ " if mark == "=" and "\n" in self._call.strip() else mark, True
+            self.kind, self._call = kind, ""
+        self._call += text
         yield text, kind != "text"
 
 

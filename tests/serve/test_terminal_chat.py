@@ -150,6 +150,17 @@ def test_what_a_model_writes_commands_no_terminal(monkeypatch: pytest.MonkeyPatc
     assert not {"\x1b", "\x07", "\r", "\x9b", "\u202e"} & set(screen.getvalue())
 
 
+def test_a_program_of_several_lines_is_told_apart_from_its_output(capsys: pytest.CaptureFixture[str]) -> None:
+    from mlxchat.terminal_chat import _Shown
+
+    shown = _Shown()
+    for kind, text in (("text", "So: "), ("python", "a = 2"), ("python", "**5"), ("python", "\n"), ("python", "a + 1"), ("python_output", "33"),
+                       ("text", " and "), ("python", "2*3"), ("python_output", "6")):  # fmt: skip
+        shown.add(kind, text)  # type: ignore[arg-type]
+    shown.finish()
+    assert capsys.readouterr().out == "So: <<a = 2**5\na + 1\n→ 33>> and <<2*3=6>>\n"
+
+
 def test_saving_never_overwrites_what_is_no_conversation(chat: Chat, tmp_path: Path) -> None:
     chat.ask("the cat")
     notes, talk = tmp_path / "notes.md", tmp_path / "talk.json"
