@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -318,3 +320,18 @@ def test_reading_needs_neither_torch_nor_pickle(tmp_path: Path, lay: Lay) -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "276.0\n[]\n"
+
+
+def test_files_with_any_bytes_altered_are_read_or_refused(tmp_path: Path, lay: Lay) -> None:
+    path, draw = tmp_path / "model_000001.pt", random.Random(7)
+    lay.write_torch(path, {"a": lay.Tensor(NUMBERS), "b": lay.Tensor(NUMBERS)})
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(lay.encoding_of()))
+    for whole, read in ((path.read_bytes(), opening), ((tmp_path / "tokenizer.pkl").read_bytes(), read_tokenizer)):
+        for _ in range(250):
+            data = bytearray(whole)
+            for _ in range(draw.choice((1, 2, 5))):
+                at, length = draw.randrange(len(data)), draw.randrange(1, 9)
+                data[at : at + draw.choice((0, 1, length))] = draw.randbytes(draw.choice((0, 1, length)))
+            path.write_bytes(bytes(data))
+            with contextlib.suppress(DataError):  # all else would fail
+                read(path)
