@@ -154,8 +154,10 @@ def test_a_program_of_several_lines_is_told_apart_from_its_output(capsys: pytest
     from mlxchat.terminal_chat import _Shown
 
     shown = _Shown()
-    for kind, text in (("text", "So: "), ("python", "a = 2"), ("python", "**5"), ("python", "\n"), ("python", "a + 1"), ("python_output", "33"),
-                       ("text", " and "), ("python", "2*3"), ("python_output", "6")):  # fmt: skip
+    for kind, text in (
+        ("text", "So: "), ("python", "a = 2**5"), ("python", "\n"), ("python", "a + 1"), ("python_output", "33"),
+        ("text", " and "), ("python", "2*3"), ("python_output", "6"),
+    ):  # fmt: skip
         shown.add(kind, text)  # type: ignore[arg-type]
     shown.finish()
     assert capsys.readouterr().out == "So: <<a = 2**5\na + 1\n→ 33>> and <<2*3=6>>\n"
