@@ -284,9 +284,14 @@ class ConversationRows:
         return self._conversations.trained(index)
 
     def _shuffle(self) -> list[int]:
-        order = list(range(len(self._conversations)))
-        random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
-        return order
+        return order_of_epoch(len(self._conversations), self._seed, self.epoch)
+
+
+def order_of_epoch(count: int, seed: int, epoch: int) -> list[int]:
+    """Return the numbers 0 … count − 1 in the order of an epoch, which follows from seed and epoch alone."""
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:

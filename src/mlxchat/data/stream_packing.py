@@ -6,7 +6,6 @@ one's, which is a target and never an input. Rows begin anywhere, and nothing is
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlxchat.data.documents import DocumentSource
-from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, EpochRows, Row, RowStream
+from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, EpochRows, Row, RowStream, order_of_epoch
 from mlxchat.data.tokens import Array, Tokens
 
 
@@ -144,9 +143,7 @@ class ShuffledConversations:
         """Nothing goes on in the background."""
 
     def _shuffle(self) -> list[int]:
-        order = list(range(len(self._conversations)))
-        random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
-        return order
+        return order_of_epoch(len(self._conversations), self._seed, self.epoch)
 
 
 class StreamedConversations(StreamRows):

@@ -23,7 +23,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal
-from mlxchat.model.gpt import GPT
+from mlxchat.evals.language_model import OwnModel
 from mlxchat.tasks.base import Task
 
 Example = dict[str, Any]
@@ -208,17 +208,8 @@ def letter_logits(engine: Engine, prompts: list[list[int]], letters: Sequence[Se
     for offered, encoded in zip(letters, tokens, strict=True):
         if any(len(token) != 1 for token in encoded):
             raise DataError(f"the letters {list(offered)} must be single tokens of this tokenizer")
-    logits = _last_logits(engine.model, prompts, engine.tokenizer.bos)
+    logits = OwnModel(engine.model, padding=engine.tokenizer.bos).next_logits(prompts)
     return [[float(row[token[0]]) for token in encoded] for row, encoded in zip(logits, tokens, strict=True)]
-
-
-def _last_logits(model: GPT, prompts: list[list[int]], padding: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the logits (B, V) after each prompt; only the last position passes through the head."""
-    longest = max(len(prompt) for prompt in prompts)
-    # Padded on the right: a causal model's state at the last prompt token does not depend on what follows.
-    ids = mx.array([prompt + [padding] * (longest - len(prompt)) for prompt in prompts])
-    last = mx.array([len(prompt) - 1 for prompt in prompts])
-    return np.asarray(model.logits(model.hidden(ids)[mx.arange(len(prompts)), last]).astype(mx.float32))
 
 
 def question_text(conversation: dict[str, Any]) -> str:

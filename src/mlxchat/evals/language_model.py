@@ -76,7 +76,8 @@ class OwnModel:
         # Padded on the right: a causal model's state at the last prompt token does not depend on what follows.
         ids = mx.array([prompt + [self._padding] * (longest - len(prompt)) for prompt in prompts])
         last = mx.array([len(prompt) - 1 for prompt in prompts])
-        return np.asarray(self.model.logits(self.model.hidden(ids)[mx.arange(len(prompts)), last]))
+        # Only the last position passes through the head.
+        return np.asarray(self.model.logits(self.model.hidden(ids)[mx.arange(len(prompts)), last]).astype(mx.float32))
 
     @property
     def _head(self) -> mx.array:
