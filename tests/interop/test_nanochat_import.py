@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.data.tokenizer import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model, pins_of
+from mlxchat.interop.pickled_tokenizer import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.fingerprint import hash_file
 
@@ -101,6 +102,34 @@ def test_token_bytes_of_october_2025_counted_damaged_text(twin: Twins, tmp_path:
     assert lengths[200] == 3
     lay.write_torch(made.folder / "token_bytes.pt", lay.Tensor(np.array([*lengths, *[0] * 9], dtype=np.int64)))
     importing(made, tmp_path)
+
+
+def write_tokenizer_json(folder: Path, specials_first: bool) -> None:
+    """Have tokenizer.json in place of tokenizer.pkl, as nanochat wrote it with Hugging Face's library."""
+    read_tokenizer(folder / "tokenizer.pkl").save(folder)
+    for name in ("tokenizer.pkl", "ranks.tiktoken", "tokenizer_config.json"):
+        (folder / name).unlink()
+    record = json.loads((folder / "tokenizer.json").read_text())
+    if specials_first:
+        record["model"]["vocab"] = {token: rank + 9 for token, rank in record["model"]["vocab"].items()}
+        for rank, token in enumerate(record["added_tokens"]):
+            token["id"] = rank
+    (folder / "tokenizer.json").write_text(json.dumps(record))
+
+
+def test_the_older_form_of_the_tokenizer_is_read_too(twin: Twins, tmp_path: Path) -> None:
+    made = twin()
+    expected = read_tokenizer(made.folder / "tokenizer.pkl")
+    write_tokenizer_json(made.folder, specials_first=False)
+    _, tokenizer, _ = load_checkpoint(importing(made, tmp_path))
+    assert (tokenizer.ranks, tokenizer.special_ids) == (expected.ranks, expected.special_ids)
+
+
+def test_a_tokenizer_whose_special_tokens_come_first_is_refused(twin: Twins, tmp_path: Path) -> None:
+    made = twin()
+    write_tokenizer_json(made.folder, specials_first=True)
+    with pytest.raises(DataError, match=r"tokenizer\.json: the special token <\|.*\|> has id \d, expected 2\d\d"):
+        importing(made, tmp_path)
 
 
 def forget_tokenizer(folder: Path, lay: Lay) -> None:

@@ -161,14 +161,23 @@ def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GP
     path = paths[files.tokenizer[0]]
     tokenizer, keeps_ids = load_vocabulary(str(path if path.name == HF_FILE else path.parent))
     if path.name == HF_FILE:
-        added = _read_json(path.read_bytes(), HF_FILE).get("added_tokens") or []
-        check_special_tokens({token["content"]: token["id"] for token in added}, len(tokenizer.ranks), HF_FILE)
+        check_added_tokens(path, tokenizer)
     if tokenizer.vocab_size != sizes.vocab_size or not keeps_ids:
         raise DataError(
             f"{PurePosixPath(files.tokenizer[0]).name} has {tokenizer.vocab_size:,} tokens, the model "
             f"{sizes.vocab_size:,}: it is the tokenizer of another model"
         )
     return tokenizer
+
+
+def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer.json whose special tokens are not nanochat's, after all others.
+
+    Raises:
+        DataError: naming the first that differs.
+    """
+    added = _read_json(path.read_bytes(), path.name).get("added_tokens") or []
+    check_special_tokens({token["content"]: token["id"] for token in added}, len(tokenizer.ranks), path.name)
 
 
 def _read_index(source: ModelSource) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 model_000650.pt  meta_000650.json      at the top, or in a folder such as chatsft_checkpoints/d20/
 tokenizer.pkl    token_bytes.pt        beside them or in tokenizer/; the second one only to compare
+tokenizer.json                         instead of tokenizer.pkl: nanochat's earlier class wrote it
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.byte_level import HF_FILE
+from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
 from mlxchat.errors import DataError
+from mlxchat.interop.hf import check_added_tokens
 from mlxchat.interop.names import COMPILED_PREFIX, expected_shapes, ours_from_nanochat, sizes_from_nanochat
 from mlxchat.interop.pickled_tokenizer import check_token_bytes, read_tokenizer
 from mlxchat.interop.source import ModelSource
@@ -73,12 +76,12 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
             "was trained"
         )
     places = [folder, PurePosixPath("tokenizer"), *folder.parents, *(each / "tokenizer" for each in folder.parents)]
-    tokenizer = next((name for place in places if source.has(name := _join(place, "tokenizer.pkl"))), None)
+    wanted = [_join(place, name) for name in ("tokenizer.pkl", HF_FILE) for place in places]
+    tokenizer = next((name for name in wanted if source.has(name)), None)
     if tokenizer is None:
-        known = " There is a tokenizer.json: then try mlxchat import hf." if source.has("tokenizer.json") else ""
         raise DataError(
             f"{source.where} has no tokenizer.pkl, neither beside {model} nor in tokenizer/. Copy it from where the "
-            f"model was trained (nanochat keeps it in ~/.cache/nanochat/tokenizer).{known}"
+            f"model was trained (nanochat keeps it in ~/.cache/nanochat/tokenizer)"
         )
     token_bytes = _join(PurePosixPath(tokenizer).parent, "token_bytes.pt")
     return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None)
@@ -162,7 +165,12 @@ def read_matching_tokenizer(paths: dict[str, Path], files: NanochatFiles, sizes:
     Raises:
         DataError: it is damaged, or another model's.
     """
-    tokenizer = read_tokenizer(paths[files.tokenizer])
+    path = paths[files.tokenizer]
+    if path.name == HF_FILE:
+        tokenizer, _ = load_vocabulary(str(path))
+        check_added_tokens(path, tokenizer)
+    else:
+        tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size != sizes.vocab_size:
         raise DataError(
             f"{files.tokenizer} has {tokenizer.vocab_size:,} tokens, {files.model} has {sizes.vocab_size:,}: it is the "
