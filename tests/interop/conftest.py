@@ -104,7 +104,7 @@ def write_zip(path: Path, members: dict[str, bytes], folder: str = "archive", co
     """Write a zip whose members lie in one folder."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
-            archive.writestr(f"{folder}/{name}", data)
+            archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), data, compression)  # the same bytes at any time
 
 
 def encoding_of(num_merged: int = 20, special: tuple[str, ...] = SPECIAL_TOKENS) -> tiktoken.Encoding:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.run import plan_of
 from mlxchat.commands.transfer import main_export, main_import
 from mlxchat.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, StoreError
+from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
 from mlxchat.runner.plan import PlannedStep
@@ -254,3 +254,8 @@ def test_an_import_needs_little_memory_beside_the_file(tmp_path: Path, lay: Lay)
     # 1.3 times the file is what is promised; as numbers pass through in pieces, it is what Python and MLX take.
     assert int(done.stdout) < 0.8 * size
     assert Path("out/model.safetensors").stat().st_size > size
+
+
+def test_the_id_of_an_import_is_the_same_everywhere(twin: Twins) -> None:
+    steps = plan(*RL, f"imported.folder={twin('golden', random=False).folder}")
+    assert steps["imported"].rid == ""
