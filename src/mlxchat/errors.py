@@ -13,13 +13,21 @@ MlxchatError            one clear message, no traceback, exit code 2
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+# But line ends and tabs. The last two groups turn the direction of writing around.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class MlxchatError(Exception):
     """A fault that the user can mend. The message says where, what was expected, and what to do."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """Return the message with its control characters written out: it may quote files and servers of others."""
+        return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
 
 
 class ConfigError(MlxchatError):

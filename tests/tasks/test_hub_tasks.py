@@ -204,6 +204,16 @@ def test_a_row_of_a_wrong_form_is_named_and_never_becomes_text(
         load_task(task, split)[0]
 
 
+def test_a_message_that_quotes_a_row_cannot_move_the_cursor(hub: Any) -> None:
+    """Nor can what a server says: every message of ours goes the same way."""
+    row = {**ARC, "answerKey": "\x1b[2J\x1b]0;title\x07\u202e"}
+    hub.write("allenai/ai2_arc", "ARC-Easy/test-00000-of-00001.parquet", [row])
+    with pytest.raises(DataError) as caught:
+        load_task("arc_easy", "test")[0]
+    assert r'the answer "\x1b[2J\x1b]0;title\x07\u202e"' in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
 # SmolTalk
 
 USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
