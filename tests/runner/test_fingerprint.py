@@ -46,11 +46,15 @@ NOT_IDENTITY = {
     "pretrain.sample_temperature",
     "pretrain.sample_top_k",
     "midtrain.eval_every",
+    "midtrain.teacher.path",  # what is in the folder counts instead (tests/training/test_teacher.py)
+    "midtrain.teacher.artifact",  # its id is an input instead
     "midtrain.suite",
     "midtrain.suite_every",
     "midtrain.suite_max_new_tokens",
     "midtrain.suite_batch_rows",
     "sft.eval_every",
+    "sft.teacher.path",
+    "sft.teacher.artifact",
     "sft.suite",
     "sft.suite_every",
     "sft.suite_max_new_tokens",
@@ -257,6 +261,11 @@ def test_an_identity_field_changes_the_ids_of_the_steps_that_read_it_and_of_no_o
 def test_an_excluded_field_changes_no_id(path: str) -> None:
     if path == "pretrain.extend":  # must exist for a plan
         assert identity_of(changed(path)) == identity_of(full_config())
+        return
+    if ".teacher." in path:  # neither, and a teacher's settings come with it
+        section = path.split(".")[0]
+        before, after = (getattr(config, section).teacher for config in (full_config(), changed(path)))
+        assert identity_of(before) == identity_of(after)
         return
     assert ids(changed(path)) == full_ids()
 
