@@ -307,7 +307,7 @@ class Scheduler:
         )  # fmt: skip
 
     def _finish(self, place: int, row: _Row) -> None:
-        if row.request.reuse != "off":
+        if row.request.reuse == "close":  # what others may use is kept since it was read
             past = self.forward.past_of(place, row.cached)
             if past is not None:
                 self.kept.keep(row.ids[: row.cached], past, row.exact)
