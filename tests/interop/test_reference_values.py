@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.data.conversation import render_conversation
+from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.hub import listings
@@ -109,6 +109,14 @@ def test_a_conversation_is_rendered_and_masked_as_by_nanochat(imported: dict[str
     expected = imported["expected"]["conversation"]
     ids, mask = render_conversation(tokenizer, {"messages": expected["messages"]})
     assert (ids, mask) == (expected["ids"], expected["mask"])
+
+
+def test_a_question_is_put_in_nanochats_template(imported: dict[str, Any]) -> None:
+    _, tokenizer, _ = loaded(imported)
+    asked = [prompt for prompt in imported["expected"]["prompts"] if "messages" in prompt]
+    assert asked
+    for prompt in asked:
+        assert render_for_completion(tokenizer, {"messages": prompt["messages"]}) == prompt["ids"]
 
 
 def test_logits_are_nanochats_within_a_few_thousandths(imported: dict[str, Any]) -> None:
