@@ -7,12 +7,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlxchat.compose import compose_config
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Event, Request
+from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.engine.slots import Slots
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
@@ -120,30 +122,61 @@ def test_answers_stay_close_to_those_of_the_exact_cache(
     assert 1e-9 < (np.exp(exact) * (exact - rounded)).sum(-1).mean() < most
 
 
-@BOTH
-def test_a_row_gets_the_same_alone_and_beside_others(tokenizer: Tokenizer, architecture: str) -> None:
-    engine, ids = Engine(make_model(architecture), tokenizer, kv_bits=4), [tokenizer.bos, *random_ids()]
+LENGTHS = (1, 5, 140, 33, 5, 129)
+
+
+@pytest.mark.parametrize(("architecture", "kv_bits"), [("jul2026", None), ("jul2026", 8), ("oct2025", 4)])
+def test_a_row_gets_the_same_alone_and_among_others_across_windows(
+    tokenizer: Tokenizer, architecture: str, kv_bits: int | None
+) -> None:
+    """Tokens and log-probabilities, bit by bit, in any order, with cancellations, kept beginnings and little room."""
+    engine, ids = Engine(make_model(architecture), tokenizer, kv_bits=kv_bits), [tokenizer.bos, *random_ids()]
     requests = [
         Request(
-            prompt=ids[:length], max_new_tokens=8 + 3 * index, logprobs=1,
-            sampling=Sampling(temperature=1.0, seed=index),
+            prompt=ids[:length], max_new_tokens=3 + 4 * index, logprobs=1,
+            sampling=Sampling(temperature=1.0, seed=index), reuse="exact" if index % 2 else "off",
         )
-        for index, length in enumerate((1, 5, 140, 33, 5))
+        for index, length in enumerate(LENGTHS)
     ]  # fmt: skip
 
-    def run(together: list[Request]) -> list[list[Event]]:
-        scheduler = engine.scheduler(max_rows=3, prefill_tokens=32)
-        numbers = [scheduler.submit(request) for request in together]
-        events: dict[int, list[Event]] = {number: [] for number in numbers}
+    def told(events: list[Event]) -> list[Any]:
+        return [(event.token, event.logprob) for event in events if event.token is not None]
+
+    def run(scheduler: Scheduler, events: dict[int, list[Event]]) -> None:
         while not scheduler.idle:
             for event in scheduler.step():
-                events[event.id].append(event)
-        return [events[number] for number in numbers]
+                events.setdefault(event.id, []).append(event)
 
-    def told(events: list[Event]) -> list[Any]:
-        return [(event.token, event.logprob) for event in events]
+    alone = []
+    for request in requests:
+        scheduler, events = engine.scheduler(prefill_tokens=32), {}
+        scheduler.submit(request)
+        run(scheduler, events)
+        alone.append(told(events[0]))
+    what = st.one_of(st.integers(0, len(requests) - 1), st.just("step"), st.integers(-3, -1))
 
-    assert [told(events) for events in run(requests)] == [told(run([request])[0]) for request in requests]
+    @settings(max_examples=8, deadline=None)
+    @given(st.lists(what, max_size=15), st.integers(1, 4), st.sampled_from([None, 1, 200]))
+    def check(order: list[int | str], max_rows: int, room: int | None) -> None:
+        scheduler = engine.scheduler(max_rows=max_rows, max_cached_tokens=room, prefill_tokens=32)
+        asked: dict[int, int] = {}
+        events: dict[int, list[Event]] = {}
+        for each in order:
+            if each == "step":
+                for event in scheduler.step():
+                    events.setdefault(event.id, []).append(event)
+            elif isinstance(each, int) and each >= 0:
+                asked[scheduler.submit(requests[each])] = each
+            elif asked:
+                scheduler.cancel(list(asked)[int(each) % len(asked)])
+        run(scheduler, events)
+        assert events.keys() == asked.keys()
+        for id_, index in asked.items():
+            got = told(events[id_])
+            assert got == alone[index][: len(got)]
+            assert len(got) == len(alone[index]) or events[id_][-1].finish_reason == "cancelled"
+
+    check()
 
 
 @pytest.mark.parametrize(("width", "bits", "share"), [(64, 8, 9 / 32), (64, 4, 5 / 32), (32, 8, 10 / 32)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,8 +17,13 @@ from mlxchat.errors import DataError
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.evals.quantised import QuantisedLoss, check_quantised, loss_change, measure_quantised, rounded_copy
 from mlxchat.evals.quantised_sample import SAMPLE
+from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
+from mlxchat.serve.limits import Limits
+from mlxchat.serve.models import Model
+from mlxchat.serve.worker import load_scheduler
+from mlxchat.terminal_chat import Chat
 
 
 @pytest.fixture
@@ -79,3 +86,30 @@ def test_the_measured_cost_is_that_of_the_sample_text(wide: GPT, tokenizer: Toke
 def test_a_bad_cost_is_a_warning_that_says_what_to_choose() -> None:
     bad = [QuantisedLoss(bits=4, exact=1.0, rounded=1.5, divergence=each) for each in (0.5, float("nan"))]
     assert all(str(each).startswith("warning: ") and str(each).endswith("choose 8 bits or none") for each in bad)
+
+
+@pytest.fixture
+def saved(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> tuple[GPT, Path]:
+    """Return a model of the tokenizer's vocabulary whose rows have whole groups, and its checkpoint."""
+    wide = GPT(replace(model.sizes, width=128))
+    init_weights(wide, 0)
+    fill_zero_weights(wide, 1)
+    save_checkpoint(tmp_path, wide, tokenizer, {"format": "chat"})
+    return wide, tmp_path
+
+
+def test_chat_says_what_rounded_weights_cost_beside_the_answer(
+    saved: tuple[GPT, Path], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = Chat.load(saved[1], temperature=0.0, top_k=None, max_tokens=4, seed=0, bits=4, kv_bits=8)
+    chat.answer_once("the cat")
+    assert capsys.readouterr().err == f"{measure_quantised(saved[0], tokenizer, 4)}\n"
+    assert (chat.engine.bits, chat.engine.kv_bits) == (4, 8)
+
+
+def test_serve_logs_it(saved: tuple[GPT, Path], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    wide, folder = saved
+    model = Model(folder.name, folder, tokenizer, wide.sizes.context_tokens, converses=True)
+    with caplog.at_level(logging.INFO, logger="mlxchat.serve"):
+        load_scheduler(model, Limits(), bits=8, kv_bits=4)
+    assert caplog.messages == [f"{model.name}: {measure_quantised(wide, tokenizer, 8)}"]
