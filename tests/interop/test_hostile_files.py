@@ -335,3 +335,28 @@ def test_files_with_any_bytes_altered_are_read_or_refused(tmp_path: Path, lay: L
             path.write_bytes(bytes(data))
             with contextlib.suppress(DataError):  # all else would fail
                 read(path)
+
+
+def test_an_archive_with_places_of_64_bits_is_read(tmp_path: Path, lay: Lay) -> None:
+    # As archives above 4 GB say where things are: d32's has 7.5.
+    path = tmp_path / "model_000001.pt"
+    lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})
+    data = path.read_bytes()
+    end = data.index(b"PK\5\6")
+    count, _, start = struct.unpack("<HII", data[end + 10 : end + 20])
+    listing, at = b"", start
+    for _ in range(count):
+        names, extra = struct.unpack("<HH", data[at + 28 : at + 32])
+        entry = bytearray(data[at : at + 46])
+        wide = struct.pack("<HHQQ", 1, 16, *struct.unpack("<I", entry[24:28]), *struct.unpack("<I", entry[42:46]))
+        entry[24:28] = entry[42:46] = b"\xff" * 4
+        entry[30:32] = struct.pack("<H", len(wide))
+        listing += bytes(entry) + data[at + 46 : at + 46 + names] + wide
+        at += 46 + names + extra
+    record = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(listing), start)
+    locator = b"PK\6\7" + struct.pack("<IQI", 0, start + len(listing), 1)
+    tail = b"PK\5\6" + b"\0\0\0\0" + b"\xff" * 12 + b"\0\0"
+    path.write_bytes(data[:start] + listing + record + locator + tail)
+    assert np.array_equal(opening(path)["w"], NUMBERS)
+    path.write_bytes(data[:start] + listing.replace(b"\1\0\x10\0", b"\2\0\x10\0") + record + locator + tail)
+    refuse_file(path, "a size is missing")
