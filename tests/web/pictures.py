@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from pathlib import Path
@@ -31,10 +32,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
     parser.add_argument("--chromium", default="chromium")
-    parser.add_argument("settings", nargs="*", help="passed on to mlxchat: outputs=DIR")
+    parser.add_argument("settings", nargs="*", help="outputs=DIR; all else is no concern of chat")
     options = parser.parse_args()
-    take_page(options.folder, options.chromium, options.settings)
-    take_terminal(options.folder / "chat.svg", options.settings)
+    # The terminal is taken in a folder of its own, where a conversation is saved.
+    given = [setting.removeprefix("outputs=") for setting in options.settings if setting.startswith("outputs=")]
+    outputs = f"outputs={Path((given or ['outputs'])[-1]).resolve()}"
+    take_page(options.folder, options.chromium, [outputs])
+    with tempfile.TemporaryDirectory() as folder:
+        take_terminal(options.folder.resolve() / "chat.svg", Path(folder), [outputs])
 
 
 def take_page(folder: Path, chromium: str, settings: list[str]) -> None:
@@ -77,14 +82,14 @@ def take_page(folder: Path, chromium: str, settings: list[str]) -> None:
             server.terminate()
 
 
-def take_terminal(picture: Path, settings: list[str]) -> None:
-    """Write what stands in a terminal after some questions and commands."""
+def take_terminal(picture: Path, folder: Path, settings: list[str]) -> None:
+    """Write what stands in a terminal after some questions and commands, typed in a folder."""
     from rich.console import Console
     from rich.text import Text
 
     process, terminal = pty.fork()
     if process == 0:
-        os.chdir(picture.parent)
+        os.chdir(folder)
         os.environ |= {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
         os.execv(MLXCHAT, ["mlxchat", "chat", *settings])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, COLUMNS, 0, 0))
@@ -97,20 +102,20 @@ def take_terminal(picture: Path, settings: list[str]) -> None:
         console.print(told[0], highlight=False)
         for line in TYPED:
             os.write(terminal, line.encode() + b"\r")
-            told_all = _read_until(terminal, "\x1b[?2004l", 60) + _read_until(terminal, "\x1b[?2004h", 120)
+            # Between the end of one line's editing and the beginning of the next.
+            told_all = _read_until(terminal, "\x1b\\[\\?2004l.*\x1b\\[\\?2004h", 120)
             answer = told_all.partition("\x1b[?2004l")[2].partition("\x1b[?2004h")[0]
             answer = re.sub(r"\x1b\[\?\d+[hl]|\x1b\[\d*[JACDn]|\r", "", answer).rstrip("\n")
             console.print(Text.assemble(("you › ", "bold blue"), line))
             console.print(Text.from_ansi(answer))
         os.write(terminal, b"/quit\r")
         os.waitpid(process, 0)
-        (picture.parent / "talk.json").unlink(missing_ok=True)
         console.save_svg(str(picture), title="mlxchat chat", unique_id="mlxchat")
 
 
 def _read_until(terminal: int, mark: str, seconds: float) -> str:
     found, ends = "", time.monotonic() + seconds
-    while mark not in found:
+    while not re.search(mark, found, re.DOTALL):
         assert time.monotonic() < ends, f"{mark!r} did not come: {found!r}"
         if select.select([terminal], [], [], 0.1)[0]:
             found += os.read(terminal, 65536).decode(errors="replace")
