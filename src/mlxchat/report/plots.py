@@ -51,12 +51,12 @@ _VALIDATION = (
     _Series(key="perplexity", title="validation", y="perplexity", from_zero=False),
     _Series(
         key="core_estimate",
-        title="CORE, estimated by the first examples of each task",
-        y="centred accuracy",
+        title="CORE estimate",
+        y="mean centred accuracy",
         show="{:.4f}".format,
         from_zero=False,
     ),
-    _Series(key="mean_centered", title="tasks on the way", y="mean centred accuracy", from_zero=False),
+    _Series(key="mean_centered", title="accuracy on tasks", y="mean centred accuracy", from_zero=False),
 )
 _REWARD = (
     _Series(key="reward", title="mean reward (bold: smoothed)", y="per sampled answer", is_smoothed=True,

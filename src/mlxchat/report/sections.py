@@ -117,7 +117,7 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]
     for key, value in values.items():
         if value is None or value is False or value in ([], {}) or key in _LEFT_OUT:
             continue
-        if key == "mixture":
+        if key in ("mixture", "suite"):
             yield f"{prefix}{key}", _mixture(mapping(value))
         elif isinstance(value, Mapping) and "task" in value:
             yield f"{prefix}{key}", _task(text(value["task"]), value)
