@@ -275,7 +275,7 @@ class Chat:
 
 
 class _Shown:
-    """Prints parts as they come; calls of tools dimmed, as <<2*3=6>>, an arrow after a program of several lines."""
+    """Prints parts as they come; calls of tools in a colour, as <<2*3=6>>, an arrow after a program of several lines."""
 
     _BEFORE: ClassVar[dict[tuple[Kind, Kind], str]] = {
         ("text", "python"): "<<", ("python", "python_output"): "=", ("text", "python_output"): "<<=",
@@ -292,10 +292,10 @@ class _Shown:
             self._console = Console(highlight=False, soft_wrap=True)
 
     def add(self, kind: Kind, text: str) -> None:
-        for piece, dim in self._pieces(kind, text):
+        for piece, call in self._pieces(kind, text):
             if self._styled:
                 piece = _COMMANDING.sub("\ufffd", piece)
-                self._console.print(piece, style="dim cyan" if dim else None, markup=False, emoji=False, end="")
+                self._console.print(piece, style="cyan" if call else None, markup=False, emoji=False, end="")
             else:
                 sys.stdout.write(piece)
         sys.stdout.flush()
