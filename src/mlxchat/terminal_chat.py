@@ -275,7 +275,7 @@ class Chat:
 
 
 class _Shown:
-    """Prints parts as they come; calls of tools in a colour, as <<2*3=6>>, an arrow after a program of several lines."""
+    """Prints parts as they come; calls in a colour, as <<2*3=6>>, an arrow after a program of several lines."""
 
     _BEFORE: ClassVar[dict[tuple[Kind, Kind], str]] = {
         ("text", "python"): "<<", ("python", "python_output"): "=", ("text", "python_output"): "<<=",
