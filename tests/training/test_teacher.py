@@ -25,7 +25,7 @@ from mlxchat.optim.schedule import Rates
 from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.plan import Pipeline, make_plan
 from mlxchat.runner.records import Records
-from mlxchat.runner.store import Store
+from mlxchat.runner.store import Store, write_manifest
 from mlxchat.training.loop import fit
 from mlxchat.training.memory import predict_peak_bytes
 from mlxchat.training.memory_check import check_memory
@@ -285,6 +285,26 @@ def test_what_is_in_the_teachers_folder_is_part_of_the_identity_and_where_it_lie
     assert sft_step(store, f"sft.teacher.path={moved}", "sft.teacher.temperature=2").rid != first
     save_checkpoint(moved, make_teacher(seed=12), Tokenizer.load(moved), {"format": "chat"})
     assert sft_step(store, f"sft.teacher.path={moved}").rid != first
+
+
+def test_an_artifact_that_teaches_is_an_input_of_the_step(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    store = Store(tmp_path / "outputs")
+    names = [f"sft-d2-{letter * 16}" for letter in "ab"]
+    for seed, name in enumerate(names):
+        place = store.outputs / "store" / name
+        place.mkdir(parents=True)
+        save_checkpoint(place, make_teacher(seed=seed), tokenizer, {"format": "chat"})
+        manifest = {
+            "rid": name[-16:] + "x" * 36, "name": name, "stage": "sft", "step": "sft", "kind": "checkpoint",
+            "version": 1, "config": {}, "inputs": {}, "tree": str(seed) * 64, "outputs": [], "metrics": {},
+            "attempts": [], "run": "run",
+            "published": "2026-01-01T00:00:00+00:00",
+        }  # fmt: skip
+        write_manifest(place, manifest)
+    steps = [sft_step(store, f"sft.teacher.artifact={name}") for name in names]
+    assert [step.artifacts["teacher"]["name"] for step in steps] == names
+    assert len({sft_step(store).rid, *(step.rid for step in steps)}) == 3
+    assert sft_step(store, f"sft.teacher.artifact={'a' * 16}").rid == steps[0].rid, "by any of its names"
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
