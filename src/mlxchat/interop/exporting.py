@@ -121,7 +121,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
     ours = {hf_from_ours(name): name for name in weights.shapes}
     entries = [Entry(name, kinds[ours[name]], weights.shapes[ours[name]]) for name in sorted(ours)]
     write_safetensors(
-        out / "model.safetensors", entries, lambda name: [as_stored(weights(ours[name]), kinds[ours[name]])],
+        out / "model.safetensors", entries, lambda name: _pieces(checkpoint, ours[name], kinds[ours[name]]),
         made_for="pt",
     )  # fmt: skip
     stop = checkpoint.tokenizer.special_ids[checkpoint.stop_token]
@@ -169,9 +169,9 @@ def write_nanochat(checkpoint: Checkpoint, out: Path) -> str:
     prefix = COMPILED_PREFIX if _as_imported(checkpoint, "nanochat").get("compiled") else ""
     entries = [Entry(prefix + name, kinds[name], weights.shapes[name]) for name in weights.shapes]
 
-    def read(name: str) -> Array:
+    def read(name: str) -> Iterator[Array]:
         ours = name.removeprefix(prefix)
-        return as_stored(weights(ours), kinds[ours])
+        return _pieces(checkpoint, ours, kinds[ours])
 
     write_state(out / f"model_{step:06d}.pt", entries, read)
     numbers = _as_imported(checkpoint, "nanochat").get("meta") or {}
@@ -218,7 +218,7 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
         if name in parts:
             yield parts.pop(name)
         elif bits is None or (group := groups[name]) is None:
-            yield as_stored(weights(name), kind)
+            yield from _pieces(checkpoint, name, kind)
         else:
             stem = name.removesuffix(".weight")
             packed, parts[f"{stem}.scales"], parts[f"{stem}.biases"] = _quantised(weights(name), group, bits, kind)
@@ -264,6 +264,11 @@ def _quantised(
     packed, *others = mx.quantize(matrix, group_size=group, bits=bits)
     scales, biases = (np.asarray(part.view(mx.uint16) if kind == "BF16" else part) for part in others)
     return np.asarray(packed), scales, biases
+
+
+def _pieces(checkpoint: Checkpoint, name: str, kind: str) -> Iterator[Array]:
+    for piece in checkpoint.weights.pieces(name):
+        yield as_stored(piece, kind)
 
 
 def _groups_of(name: str, shape: tuple[int, ...]) -> int | None:

@@ -1,21 +1,21 @@
-"""Weights on their way out of a checkpoint: read one at a time, written one at a time.
+"""Weights on their way out of a checkpoint: read and written a few megabytes at a time, however large the model is.
 
-So an export needs memory for one tensor, however large the model is. Our checkpoints hold float32 alone; elsewhere a
+Our checkpoints hold float32 alone; elsewhere a
 tensor may be bfloat16, which NumPy does not know: it travels as its bits, the upper half of a float32's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mlxchat.errors import DataError
+from mlxchat.interop.tensors import Floats, SafetensorsFile
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U32": 4}
@@ -41,48 +41,48 @@ class StoredWeights:
     """The tensors of a checkpoint artifact, by our names."""
 
     def __init__(self, folder: Path) -> None:
-        """Open model.safetensors.
+        """Look into model.safetensors.
 
         Raises:
             DataError: it is missing or damaged, or holds other numbers than float32.
         """
         self.path = folder / "model.safetensors"
-        try:
-            file: Any = safe_open(self.path, framework="numpy")
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            self._file, self.shapes = file, {name: tuple(each.get_shape()) for name, each in slices.items()}
-            wrong = [name for name, each in slices.items() if each.get_dtype() != "F32"]
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{self.path}: no readable weights ({error})") from None
+        with SafetensorsFile(self.path) as file:
+            self.shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+            wrong = [name for name, tensor in file.tensors.items() if tensor.dtype.name != "float32"]
         if wrong:
-            raise DataError(f"{self.path}: {wrong[0]} is not in float32, as our checkpoints are")
+            raise DataError(f"{folder}: {wrong[0]} is not in float32, as our checkpoints are")
 
-    def __call__(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def pieces(self, name: str) -> Iterator[Floats]:
+        """Yield a tensor's numbers in order, a few megabytes at a time."""
+        with SafetensorsFile(self.path) as file:
+            yield from file.pieces(file.tensors[name])
+
+    def __call__(self, name: str) -> Floats:
         """Return one tensor."""
-        value: np.ndarray[Any, np.dtype[np.float32]] = self._file.get_tensor(name)
-        return value
+        return np.concatenate([*self.pieces(name)]).reshape(self.shapes[name])
 
     def fits(self, name: str, dtype: str) -> bool:
         """Tell whether a type (F32, BF16 or F16) has every number of a tensor."""
-        values = self(name)
-        if dtype == "BF16":
-            return not bool((np.ascontiguousarray(values).view(np.uint32) & 0xFFFF).any())
-        if dtype == "F16":
-            with np.errstate(over="ignore"):
-                return bool(
-                    (values.astype(np.float16).astype(np.float32).view(np.uint32) == values.view(np.uint32)).all()
-                )
-        return True
+        return dtype == "F32" or all(_fits(piece, dtype) for piece in self.pieces(name))
 
 
-def to_bfloat16(values: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.uint16]]:
+def _fits(values: Floats, dtype: str) -> bool:
+    bits = values.view(np.uint32)
+    if dtype == "BF16":
+        return not bool((bits & 0xFFFF).any())
+    with np.errstate(over="ignore"):
+        return bool((values.astype(np.float16).astype(np.float32).view(np.uint32) == bits).all())
+
+
+def to_bfloat16(values: Floats) -> np.ndarray[Any, np.dtype[np.uint16]]:
     """Return the bits of the nearest bfloat16, ties to even, of finite numbers."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
     return rounded.astype(np.uint16)
 
 
-def as_stored(values: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> Array:
+def as_stored(values: Floats, dtype: str) -> Array:
     """Return float32 numbers as F32 or F16, or as the bits of BF16."""
     if dtype == "BF16":
         return to_bfloat16(values)

@@ -8,7 +8,7 @@ storage and tiktoken's Encoding, nothing else, so PyTorch's safe loader (`weight
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from mlxchat.interop.tensor_files import Array, Entry, bytes_of
 
 _STORAGES = {"F32": "FloatStorage", "BF16": "BFloat16Storage", "F16": "HalfStorage", "I32": "IntStorage"}
 _NUMBERS_ALIGNMENT = 64
-_WRITE_BYTES = 1 << 24
 
 # The instructions of a pickle that are ever written (https://docs.python.org/3/library/pickletools.html).
 _PROTO, _GLOBAL, _EMPTY_TUPLE, _REDUCE, _MARK, _STOP = b"\x80", b"c", b")", b"R", b"(", b"."
@@ -27,13 +26,13 @@ _SETITEMS, _NEWOBJ, _BUILD, _EMPTY_DICT = b"u", b"\x81", b"b", b"}"
 _BINBYTES, _SHORT_BINBYTES = b"B", b"C"
 
 
-def write_state(path: Path, entries: Sequence[Entry], read: Callable[[str], Array]) -> None:
+def write_state(path: Path, entries: Sequence[Entry], read: Callable[[str], Iterable[Array]]) -> None:
     """Write an ordered dict of tensors as `torch.save` does.
 
     Args:
         path: of the .pt file; its name without the suffix is that of the zip's top folder, as PyTorch has it.
         entries: names, kinds (F32, BF16, F16) and shapes, in order.
-        read: name → the numbers, BF16 as their bits; called once for each entry, in order.
+        read: name → the numbers in one or several arrays, BF16 as their bits; called once for each entry, in order.
     """
     body = [_PROTO, b"\x02", _GLOBAL, b"collections\nOrderedDict\n", _EMPTY_TUPLE, _REDUCE, _MARK]
     for number, entry in enumerate(entries):
@@ -44,7 +43,7 @@ def write_state(path: Path, entries: Sequence[Entry], read: Callable[[str], Arra
 def write_tensor(path: Path, values: np.ndarray[Any, np.dtype[np.int32]]) -> None:
     """Write one tensor of int32 as `torch.save` does."""
     body = b"".join([_PROTO, b"\x02", *_tensor(0, "I32", values.shape), _STOP])
-    _write_zip(path, body, [(values.nbytes, "")], lambda name: values)
+    _write_zip(path, body, [(values.nbytes, "")], lambda name: [values])
 
 
 def write_encoding(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids: Mapping[str, int]) -> None:
@@ -101,12 +100,14 @@ def _bytes(value: bytes) -> bytes:
     return _BINBYTES + len(value).to_bytes(4, "little") + value
 
 
-def _write_zip(path: Path, pickled: bytes, storages: Sequence[tuple[int, str]], read: Callable[[str], Array]) -> None:
+def _write_zip(
+    path: Path, pickled: bytes, storages: Sequence[tuple[int, str]], read: Callable[[str], Iterable[Array]]
+) -> None:
     """Write the zip, uncompressed, each part at a multiple of 64 bytes so that it can be mapped into memory."""
     top = path.stem
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
-        def add(name: str, num_bytes: int, content: memoryview) -> None:
+        def add(name: str, num_bytes: int, content: Iterable[bytes | memoryview]) -> None:
             info = zipfile.ZipInfo(f"{top}/{name}")
             large = num_bytes >= zipfile.ZIP64_LIMIT
             # A local header has 30 bytes, the name, a large file's sizes (20) and this filling, which PyTorch calls FB.
@@ -114,13 +115,11 @@ def _write_zip(path: Path, pickled: bytes, storages: Sequence[tuple[int, str]], 
             padding = -filled % _NUMBERS_ALIGNMENT
             info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
             with archive.open(info, "w", force_zip64=large) as part:
-                for start in range(0, num_bytes, _WRITE_BYTES):
-                    part.write(content[start : start + _WRITE_BYTES])
+                written = sum(part.write(piece) for piece in content)
+            assert written == num_bytes, name
 
-        add("data.pkl", len(pickled), memoryview(pickled))
-        add("byteorder", 6, memoryview(b"little"))
+        add("data.pkl", len(pickled), [pickled])
+        add("byteorder", 6, [b"little"])
         for number, (num_bytes, name) in enumerate(storages):
-            content = bytes_of(read(name))
-            assert len(content) == num_bytes, name
-            add(f"data/{number}", num_bytes, content)
-        add("version", 2, memoryview(b"3\n"))
+            add(f"data/{number}", num_bytes, map(bytes_of, read(name)))
+        add("version", 2, [b"3\n"])
