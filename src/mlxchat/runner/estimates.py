@@ -26,15 +26,21 @@ class Estimate:
 
 
 def estimate_steps(plan: list[PlannedStep], store: Store) -> dict[str, Estimate | None]:
-    """Return step → estimate of the steps that are not done; None where the store has nothing of that stage.
+    """Return step → estimate of the steps that are not done; None where the store has nothing like what they make.
 
-    The nearest artifact is the one of the same stage that differs in the fewest config keys.
+    The nearest artifact is the one of the same stage and label (a model's size, a corpus) that differs in the fewest
+    config keys: what a small model took says nothing of a large one.
     """
     found: dict[str, Estimate | None] = {}
     for step in plan:
         if step.done:
             continue
-        made = (made for made in recent_artifacts(store, step.stage.name) if made.get("alias_of") is None)
+        like = step.artifact.rpartition("-")[0]  # without the id
+        made = (
+            made
+            for made in recent_artifacts(store, step.stage.name)
+            if made.get("alias_of") is None and made["name"].rpartition("-")[0] == like
+        )
         nearest = nearest_of(step.identity, made)
         found[step.name] = None
         if nearest is not None:
