@@ -10,12 +10,15 @@ from mlxchat.report.examples import example_groups, rollout_examples
 from mlxchat.report.html import render_html
 
 
+CALL = "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>"
+
+
 def answers(iteration: int, question: int, rewards: list[float]) -> list[dict[str, Any]]:
     return [
         {
             "iteration": iteration, "question": question, "sample": sample, "right": reward > 0.5, "reward": reward,
             "prompt": f"<|bos|><|user_start|>ask {question}<|user_end|><|assistant_start|>",
-            "output": f"say {sample} <b>", "expected": "say", "advantage": reward - 0.5,
+            "output": f"say {sample}{CALL} <b>", "expected": "say", "advantage": reward - 0.5,
         }
         for sample, reward in enumerate(rewards)
     ]  # fmt: skip
@@ -31,8 +34,8 @@ def write(whole: Any) -> Path:
 def test_the_best_and_the_worst_of_a_question_that_taught_something_of_the_first_and_last_iteration(whole: Any) -> None:
     found = rollout_examples(write(whole))
     assert [(each.prompt, each.output, each.is_right) for each in found] == [
-        ("ask 5", "say 1 <b>", True), ("ask 5", "say 0 <b>", False),
-        ("ask 9", "say 0 <b>", False), ("ask 9", "say 1 <b>", False),
+        ("ask 5", "say 1<<1+1=2>> <b>", True), ("ask 5", "say 0<<1+1=2>> <b>", False),
+        ("ask 9", "say 0<<1+1=2>> <b>", False), ("ask 9", "say 1<<1+1=2>> <b>", False),
     ]  # fmt: skip
     assert found[0].task == "iteration 1, reward 1, advantage +0.5"
 
@@ -41,8 +44,8 @@ def test_they_stand_in_the_report_as_text(whole: Any) -> None:
     write(whole)
     page = render_html(collect(whole.root, whole.run))
     assert "iteration 1, reward 1, advantage +0.5" in page
-    assert "say 1 &lt;b&gt;" in page
-    assert "say 1 <b>" not in page
+    assert "say 1&lt;&lt;1+1=2&gt;&gt; &lt;b&gt;" in page
+    assert "<b>" not in page
 
 
 def test_what_is_damaged_or_absent_is_left_out(whole: Any) -> None:

@@ -87,9 +87,15 @@ def _rollout_example(line: dict[str, Any]) -> Example:
         task=told,
         is_right=bool(line.get("right")),
         prompt=cut(_TURNS.sub("", text(line.get("prompt"))).strip("\n"), _CHARACTERS),
-        output=cut(text(line.get("output")).strip("\n"), _CHARACTERS),
+        output=cut(_with_calls(text(line.get("output"))).strip("\n"), _CHARACTERS),
         expected=cut(text(line.get("expected")).strip("\n"), _CHARACTERS),
     )
+
+
+def _with_calls(output: str) -> str:
+    """Return an answer with the calculator's calls as GSM8K writes them: <<12+7=19>>."""
+    output = output.replace("<|python_end|><|output_start|>", "=")
+    return output.replace("<|python_start|>", "<<").replace("<|output_end|>", ">>")
 
 
 def _is_right(row: dict[str, Any]) -> bool:
