@@ -337,6 +337,7 @@ def test_a_push_makes_a_private_repository_with_one_commit(export: Any, hub: Any
     repository = hub.repositories["me/model"]
     assert repository.private
     assert repository.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "mlx_lm.generate --model me/model --prompt" in repository.files["README.md"].decode()
     (message,) = repository.commits
     assert json.loads((artifact(made, "oct") / "manifest.json").read_text())["rid"] in message
     assert hub.token not in said

@@ -97,7 +97,7 @@ def _export(
         else:
             to = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="mlxchat-export-"))) / place.name
         with whole_folder(to, force=force) as out:
-            notes = _write(store, place, folder, checkpoint, target, out, bits=bits, dtype=dtype)
+            notes = _write(store, place, folder, checkpoint, target, out, bits=bits, dtype=dtype, repository=repository)
         size = format_bytes(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))
         print(f"exported {place.name}{f' to {to}' if kept else ''} for {_WORDS[target]} ({size})")
         for note in notes:
@@ -112,7 +112,7 @@ def _export(
 
 def _write(
     store: Store, place: Path, folder: Path, checkpoint: Checkpoint, target: str, out: Path, *, bits: int | None,
-    dtype: str | None,
+    dtype: str | None, repository: str | None,
 ) -> list[str]:  # fmt: skip
     """Write an export's files and its model card; return what is to be told of it."""
     from mlxchat.interop import exporting
@@ -141,7 +141,7 @@ def _write(
         notes.append(_measure(store, place, checkpoint, bits, dtype))
     card = render_card(
         store, place, target=target, how=how, notes=notes, sha256=hash_file(folder / "model.safetensors"),
-        chats=checkpoint.chats,
+        chats=checkpoint.chats, repository=repository,
     )  # fmt: skip
     (out / "README.md").write_text(card, encoding="utf-8")
     return notes

@@ -61,8 +61,9 @@ _TOKENS_OF_TEXT = "A text begins with `<|bos|>`. This model continues text; it h
 
 
 def render_card(
-    store: Store, place: Path, *, target: str, how: Mapping[str, str], notes: list[str], sha256: str, chats: bool
-) -> str:
+    store: Store, place: Path, *, target: str, how: Mapping[str, str], notes: list[str], sha256: str, chats: bool,
+    repository: str | None = None,
+) -> str:  # fmt: skip
     """Return README.md.
 
     Args:
@@ -73,6 +74,7 @@ def render_card(
         notes: what the export changed; plain sentences.
         sha256: of the artifact's weights.
         chats: whether it has learnt to chat.
+        repository: of the Hub, to which it will be pushed.
     """
     entries = entries_of_artifacts(store.outputs, [place, *_scores_of(store, place)])
     report = collect_steps(store.outputs, place.name, entries, place)
@@ -82,7 +84,7 @@ def render_card(
         escape(_what_it_is(own, chats)),
         "\n".join(f"- {escape(note)}" for note in notes),
         "## How to use it",
-        _fenced(_HOW[target].format(**{"prompt": _prompt(chats), **how})),
+        _fenced(_instructions(target, chats, how, repository)),
         _TOKENS_OF_CHAT if chats else _TOKENS_OF_TEXT,
     ]  # fmt: skip
     if metrics := metric_table(report):
@@ -184,6 +186,16 @@ def _provenance(step: StepReport, sha256: str) -> Table:
     return Table(
         header=["What", ""], align="ll", rows=[[Cell(name), Cell(value)] for name, value in rows if value]
     )  # fmt: skip
+
+
+def _instructions(target: str, chats: bool, how: Mapping[str, str], repository: str | None) -> str:
+    """Return how to use it, from the repository if it goes to one; nanochat knows folders alone."""
+    words = _HOW[target].format(**{"prompt": _prompt(chats), **how})
+    if repository is None:
+        return words
+    if target == "nanochat":
+        return f"    hf download {repository} --local-dir FOLDER\n\n{words}"
+    return words.replace("FOLDER", repository)
 
 
 def _prompt(chats: bool) -> str:
