@@ -9,7 +9,6 @@ from mlxchat.report import collect
 from mlxchat.report.examples import example_groups, rollout_examples
 from mlxchat.report.html import render_html
 
-
 CALL = "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>"
 
 
