@@ -112,3 +112,9 @@ def test_threads_come_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), lanes_of(2).sharing(2):
         raise ZeroDivisionError
     assert blas.blas_threads() == 2
+
+
+def test_lanes_made_again_and_again_take_no_more_threads() -> None:
+    """A server that loads models in turn, and every evaluation, make lanes."""
+    first = Lanes()
+    assert [Lanes().streams for _ in range(3)] == [first.streams] * 3

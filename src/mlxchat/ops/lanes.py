@@ -8,6 +8,7 @@ lane: MLX's default stream.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -23,6 +24,23 @@ R = TypeVar("R")
 _MOST_LANES = 16
 
 
+class _Made(threading.local):
+    """Streams belong to the thread that made them, and MLX never ends theirs: so each thread makes them once."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, list[mx.Stream]] = {}
+
+
+_made = _Made()
+
+
+def _streams(count: int) -> list[mx.Stream]:
+    device = mx.default_device()
+    made = _made.streams.setdefault(str(device), [])
+    made += [mx.new_stream(device) for _ in range(count - len(made))]
+    return made[:count]
+
+
 class Lanes:
     """Streams that run side by side. `len` is their number."""
 
@@ -30,7 +48,7 @@ class Lanes:
         """Make as many as matrix products may use cores now (`ops.blas.set_blas_threads`)."""
         cores = (blas.blas_threads() or 1) if backend() == "cpu" else 1
         self.streams = [mx.default_stream(mx.default_device())]
-        self.streams += [mx.new_stream(mx.default_device()) for _ in range(min(cores, _MOST_LANES) - 1)]
+        self.streams += _streams(min(cores, _MOST_LANES) - 1)
 
     def __len__(self) -> int:
         """Return their number."""
