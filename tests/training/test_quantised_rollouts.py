@@ -29,7 +29,7 @@ def settings(**changes: Any) -> RLConfig:
            "top_k": None, "advantages": "mean", "ratio": "token", "clip_low": None, "clip_high": None,
            "loss_divisor": "tokens", "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
            "train_unfinished": True, "entropy_every": None, "rollouts_kept": 0, "rollout_bits": 4,
-           "rollout_correction": 2.0} | changes
+           "rollout_correction": 2.0, "resample_rounds": 0} | changes
     )  # fmt: skip
 
 
