@@ -155,6 +155,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_typ
         (["rl.temperature=0"], r"rl\.temperature is 0"),
         (["rl.samples_per_question=1"], r"rl\.samples_per_question is 1, expected at least 2"),
         (["rl.top_k=0"], r"rl\.top_k is 0"),
+        (["rl.rollout_bits=3"], r"rl\.rollout_bits is 3, expected 8, 4, or null"),
+        (["rl.rollout_bits=8", "rl.rollout_correction=0.5"], r"rl\.rollout_correction is 0\.5, expected at least 1"),
         (["eval.seeds=0"], r"eval\.seeds is 0, expected at least 1"),
         (["eval.seeds=5", "eval.temperature=0"], r"eval\.seeds is 5 and eval\.temperature is 0: .*null: 1"),
         (["eval.temperature=-1"], r"eval\.temperature is -1, expected at least 0"),
