@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mlxchat.config import Config, MachineConfig, ModelConfig
 from mlxchat.errors import ConfigError
@@ -128,9 +129,10 @@ def _remedies(config: Config, stage: str, sizes: GPTSizes | None) -> Iterator[tu
         if peak := _least_peak(changed_rl, stage, sizes):
             yield "rl.kl_coefficient=0", peak
     if stage in (taught := teachers_of(config)):
-        without = replace(taught[stage], teacher=replace(taught[stage].teacher, path=None, artifact=None))
+        untaught = replace(taught[stage].teacher, path=None, artifact=None)
+        without: dict[str, Any] = {stage: replace(taught[stage], teacher=untaught)}
         key = "path" if taught[stage].teacher.artifact is None else "artifact"
-        if peak := _least_peak(replace(config, machine=free, **{stage: without}), stage, sizes):
+        if peak := _least_peak(replace(config, machine=free, **without), stage, sizes):
             yield f"{stage}.teacher.{key}=null", peak
     least, settings = replace(free, grad_checkpointing=True, blas_threads=1), " machine.grad_checkpointing=true"
     if "machine.blas_threads=1" in alone:
