@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from mlxchat import __version__
-from mlxchat.cli import VERBS, main
+from mlxchat.cli import main
 from mlxchat.compose import group_names, group_options
 from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed, StoreError
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import read_manifest
+from mlxchat.verbs import VERBS
 
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.run import plan_of
 from mlxchat.compose import compose_config
 from mlxchat.errors import MlxchatError
+from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store, read_manifest
 

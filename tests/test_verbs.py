@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from mlxchat.cli import VERBS, main
+from mlxchat.cli import main
 from mlxchat.commands.completion import _DATA, _OPTIONS, complete
 from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
 from mlxchat.compose import group_options
 from mlxchat.runner import attempts
 from mlxchat.runner.records import Records
+from mlxchat.verbs import VERBS
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 Say = Callable[..., str]

@@ -32,6 +32,29 @@ class Composed:
     """Group → chosen option."""
 
 
+def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without `--config-dir DIR`, and the folders it named.
+
+    Raises:
+        ConfigError: another option is left, or a folder is missing.
+    """
+    rest, folders = [], []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        name, _, value = argument.partition("=")
+        if name in ("--config-dir", "-cd"):
+            value = value or (queue.pop(0) if queue else "")
+            if not Path(value).is_dir():
+                raise ConfigError(f'--config-dir: there is no folder "{value}"')
+            folders.append(str(Path(value).resolve()))
+        elif argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument}. See: mlxchat --help")
+        else:
+            rest.append(argument)
+    return rest, folders
+
+
 def register_schema() -> None:
     """Tell Hydra the types; config.yaml's defaults list refers to them as `schema`."""
     from hydra.core.config_store import ConfigStore

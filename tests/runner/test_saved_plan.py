@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.plan import describe_plan, format_plan
+from mlxchat.commands.plan import describe_plan
 from mlxchat.errors import ConfigError
 from mlxchat.runner import locks
 from mlxchat.runner.estimates import estimate_steps
+from mlxchat.runner.plan_table import format_plan
 from mlxchat.runner.saved_plan import check_saved, load_plan, save_plan
 from mlxchat.runner.sealed import seal
 

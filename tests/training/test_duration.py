@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.run import plan_of
 from mlxchat.compose import compose_config
+from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.store import Store
 from mlxchat.training import duration

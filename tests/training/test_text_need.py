@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.commands.run import plan_of
 from mlxchat.compose import compose_config
 from mlxchat.errors import DataError
+from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.store import Store
 from mlxchat.training.text_need import TextNeed, check_text_room, describe_text, find_text_need
 

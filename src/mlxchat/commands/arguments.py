@@ -67,26 +67,3 @@ def outputs_folder(settings: list[str]) -> Path:
             raise ConfigError(f'"{setting}" is not used here; this verb takes outputs=PATH')
         folder = value
     return Path(folder)
-
-
-def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments without `--config-dir DIR`, and the folders it named.
-
-    Raises:
-        ConfigError: another option is left, or a folder is missing.
-    """
-    rest, folders = [], []
-    queue = list(arguments)
-    while queue:
-        argument = queue.pop(0)
-        name, _, value = argument.partition("=")
-        if name in ("--config-dir", "-cd"):
-            value = value or (queue.pop(0) if queue else "")
-            if not Path(value).is_dir():
-                raise ConfigError(f'--config-dir: there is no folder "{value}"')
-            folders.append(str(Path(value).resolve()))
-        elif argument.startswith("-"):
-            raise ConfigError(f"unknown option {argument}. See: mlxchat --help")
-        else:
-            rest.append(argument)
-    return rest, folders

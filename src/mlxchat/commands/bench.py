@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlxchat.commands.arguments import split_config_dirs
+from mlxchat.compose import compose_config, group_options, split_config_dirs
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.records import now
 from mlxchat.runner.sealed import write_whole
@@ -53,7 +53,6 @@ def main(arguments: list[str]) -> int:
     if kind not in KINDS:
         problem = f'there is no bench "{kind}"' if kind else "say what to measure"
         raise ConfigError(f"{problem}: {', '.join(KINDS)}.{suggest(kind, KINDS)} See: mlxchat bench --help")
-    from mlxchat.compose import compose_config
 
     config = compose_config(_with_defaults(overrides), config_dirs).config
     module, function, _ = KINDS[kind]
@@ -83,8 +82,6 @@ def _keep(kind: str, record: dict[str, Any], arguments: list[str], outputs: Path
 
 def _with_defaults(overrides: list[str]) -> list[str]:
     """Return the overrides with experiment=bench, and with the optimizer that belongs to the architecture."""
-    from mlxchat.compose import group_options
-
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     if "experiment" in given:
         return overrides

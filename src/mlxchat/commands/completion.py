@@ -50,7 +50,8 @@ _OPTIONS = {
     "plan": ["--json", "--exit-code", "--save", "--config-dir"],
     "status": ["--json"], "ls": ["--stage", "--json"], "show": ["--json", "--examples", "--task", "--iteration"],
     "lineage": ["--up", "--down", "--json"],
-    "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"], "export": ["--to"],
+    "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"],
+    "export": ["--to", "--quantize", "--dtype", "--push", "--public", "--force"],
     "import": ["--name", "--step", "--revision", "--chat", "--base", "--replace", "--forget"],
     "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
     "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
@@ -102,7 +103,7 @@ def complete(line: str) -> list[str]:
     """Return the words that the last word of a command line may become."""
     words = line.split()[1:]
     current = "" if not words or line[-1:].isspace() else words.pop()
-    from mlxchat.cli import VERBS
+    from mlxchat.verbs import VERBS
 
     verb = words[0] if words and words[0] in VERBS else "run"
     previous = words[-1] if words else ""

@@ -7,7 +7,8 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser, split_config_dirs, split_words
+from mlxchat.commands.arguments import Parser, split_words
+from mlxchat.compose import compose_config, split_config_dirs
 from mlxchat.errors import DataError, PassingError
 from mlxchat.runner.progress import format_bytes
 
@@ -71,9 +72,9 @@ def main(arguments: list[str]) -> int:
             faults.append(error)
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
-    print(f"everything is there: {format_bytes(sum(file.bytes for file in every))} of the Hub, {len(urls)} downloads"
     for name in repositories:
         print(f"{name} is in {groups[name][0].folder / 'snapshots' / groups[name][0].revision}")
+    print(f"everything is there: {format_bytes(sum(file.bytes for file in every))} of the Hub, {len(urls)} downloads"
           if every or urls else "nothing is needed from elsewhere")  # fmt: skip
     return 0
 
@@ -85,9 +86,8 @@ def find_needs(
 
     With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
     """
-    from mlxchat.commands.run import plan_of
-    from mlxchat.compose import compose_config
     from mlxchat.hub.client import list_files
+    from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.store import Store
     from mlxchat.tasks.hub_task import HubSource
     from mlxchat.tasks.items import load_item

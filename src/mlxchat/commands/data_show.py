@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser, split_config_dirs
+from mlxchat.commands.arguments import Parser
+from mlxchat.compose import compose_config, split_config_dirs
 from mlxchat.config import Config, TaskItem
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.naming import links, resolve
@@ -59,8 +60,6 @@ def main(arguments: list[str]) -> int:
     if options.count < 0 or options.start < 0:
         raise ConfigError("-n and --start must be at least 0")
     title, stage, overrides = _aim(options.settings)
-
-    from mlxchat.compose import compose_config
 
     dirs = split_config_dirs([word for folder in options.config_dir for word in ("--config-dir", folder)])[1]
     config = compose_config(overrides, dirs).config

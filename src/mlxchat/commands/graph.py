@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mlxchat.commands.arguments import Parser, split_config_dirs
+from mlxchat.commands.arguments import Parser
+from mlxchat.compose import compose_config, split_config_dirs
 from mlxchat.runner.plan import PlannedStep
 
 _COLOURS = {"done": ("#cde8d5", "#2e7d4f"), "waiting": ("#fdecc8", "#9a6b00"), "maybe": ("#e3e7f7", "#4a5aa8")}
@@ -16,8 +17,7 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="mlxchat graph", description="Draw the pipeline with each step's state.", allow_abbrev=False)
     parser.add_argument("--format", choices=tuple(_FORMATS), default="ascii")
     options, rest = parser.parse_known_args(arguments)
-    from mlxchat.commands.run import plan_of
-    from mlxchat.compose import compose_config
+    from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.store import Store
 
     overrides, config_dirs = split_config_dirs(rest)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser, split_config_dirs
+from mlxchat.commands.arguments import Parser
 from mlxchat.runner.plan import PlannedStep
 
 if TYPE_CHECKING:
@@ -31,15 +31,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
     parser.add_argument("--save", metavar="FILE", help="keep it: `mlxchat run --plan FILE` runs exactly that")
     options, rest = parser.parse_known_args(arguments)
-    from mlxchat.commands.run import plan_of
-    from mlxchat.compose import compose_config
+    from mlxchat.compose import compose_config, split_config_dirs
+    from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.estimates import estimate_steps
     from mlxchat.runner.fingerprint import plain_of
+    from mlxchat.runner.plan_table import format_plan
     from mlxchat.runner.saved_plan import save_plan
     from mlxchat.runner.store import Store
     from mlxchat.training.duration import estimate_pretraining
-    from mlxchat.training.memory_check import check_memory, describe_memory
     from mlxchat.training.given_sizes import describe_imports
+    from mlxchat.training.memory_check import check_memory, describe_memory
     from mlxchat.training.text_need import describe_text
 
     composed = compose_config(*split_config_dirs(rest))
@@ -63,41 +64,6 @@ def main(arguments: list[str]) -> int:
         if not options.json:
             print(f"saved: mlxchat run --plan {options.save}")
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
-
-
-def format_plan(
-    plan: list[PlannedStep],
-    remarks: Mapping[str, str] | None = None,
-    estimates: Mapping[str, Estimate | None] | None = None,
-) -> str:
-    """Return a line per step: state, artifact, reason, and in brackets remarks on steps that have some.
-
-    Args:
-        plan: the steps.
-        remarks: step → what else is known of it.
-        estimates: step → what it will take; None: nothing is known.
-    """
-    width = max(len(step.name) for step in plan)
-    names = max(len(step.artifact) for step in plan)
-    states = max(len(step.state) for step in plan)
-    lines = []
-    for step in plan:
-        line = f"{step.name:<{width}}  {step.state:<{states}}  {step.artifact:<{names}}  {step.reason}".rstrip()
-        notes = [remarks[step.name]] if remarks and step.name in remarks else []
-        if estimates is not None and step.name in estimates:
-            notes.append(str(estimates[step.name] or "no estimate"))
-        lines.append(f"{line} ({'; '.join(notes)})" if notes else line)
-    counts = {state: sum(step.state == state for step in plan) for state in ("run", "maybe", "waiting")}
-    summary = f"{len(plan)} steps: {sum(step.done for step in plan)} done, {counts['run']} to run"
-    summary += "".join(f", {counts[state]} {state}" for state in ("maybe", "waiting") if counts[state])
-    known = [estimate for estimate in (estimates or {}).values() if estimate is not None]
-    if known:
-        total = known[0].__class__(
-            seconds=sum(each.seconds for each in known), bytes=sum(each.bytes for each in known), artifact=""
-        )
-        unknown = len(estimates or {}) - len(known)
-        summary += f"; together {total}" + (f" and {unknown} without an estimate" if unknown else "")
-    return "\n".join([*lines, summary])
 
 
 def describe_plan(

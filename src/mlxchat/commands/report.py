@@ -42,11 +42,6 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def show_report(outputs: Path, run: Path) -> None:
-    """Write report.md and report.html into the run's folder and print a summary."""
-    print(f"report: {_write('', [collect(outputs, run)], [], None)}")
-
-
 def _write(title: str, reports: list[RunReport], titles: list[str], out: Path | None) -> Path:
     """Write the report of one run, or the comparison of several; print the summary of one."""
     from mlxchat.report.comparison import render_comparison, write_comparison

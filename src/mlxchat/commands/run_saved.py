@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.commands.run import run_pipeline
 from mlxchat.compose import Composed
 from mlxchat.composed_cache import restore
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
+from mlxchat.pipeline_run import run_pipeline
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.saved_plan import check_saved, load_plan
 from mlxchat.validation import find_problems

@@ -1,9 +1,9 @@
 """The loss of learning from a teacher's distributions: cross-entropy and divergence, by a few positions at a time.
 
 loss = Σ weight × [(1 − mix) × cross-entropy + mix × T² × KL(teacher ‖ student)], both distributions softened by T in
-the divergence, whose gradient the factor T² keeps as large as at T = 1 (Hinton et al. 2015). With `top_k` the divergence
-is that of the teacher's k likeliest tokens and one bucket for all others: never more than the whole one, and zero only
-where these probabilities agree.
+the divergence, whose gradient the factor T² keeps as large as at T = 1 (Hinton et al. 2015). With `top_k` the
+divergence is that of the teacher's k likeliest tokens and one bucket for all others: never more than the whole one, and
+zero only where these probabilities agree.
 
 The gradient is made in the forward pass, while a chunk's logits are at hand, as in `cross_entropy.py`, on every device:
 neither the student's nor the teacher's logits of all positions ever exist.

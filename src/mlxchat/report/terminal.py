@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxchat.report.collect import RunReport
+from mlxchat.report.collect import RunReport, collect
 from mlxchat.report.scorecard import metric_table
 from mlxchat.report.tables import Table
 from mlxchat.report.wording import format_time, headline, plural, troubles, visible
+from mlxchat.report.writing import write_collected
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
+
+
+def show_report(outputs: Path, run: Path) -> None:
+    """Write report.md and report.html into a run's folder, print a summary and where they are.
+
+    Raises:
+        StoreError: the run has no readable plan, or its folder cannot be written.
+    """
+    from rich.console import Console
+
+    report = collect(outputs, run)
+    place = write_collected(report, report.folder)
+    print_summary(report, Console())
+    print(f"report: {place}")
 
 
 def print_summary(report: RunReport, console: Console) -> None:

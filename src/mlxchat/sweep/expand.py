@@ -84,7 +84,7 @@ def compose_jobs(overrides: list[list[str]], config_dirs: list[str]) -> list[Job
     Raises:
         ConfigError: what is wrong with any of them; then none is run.
     """
-    from mlxchat.commands.run import plan_of
+    from mlxchat.pipeline_run import plan_of
 
     jobs: list[Job] = []
     problems: list[str] = []

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.commands.arguments import split_config_dirs
+from mlxchat.compose import split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
 from mlxchat.runner import locks
 from mlxchat.runner.plan import entries_of

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxchat.commands.arguments import split_config_dirs
-from mlxchat.compose import Composed, compose_config
+from mlxchat.compose import Composed, compose_config, split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, flatten_config
@@ -66,7 +65,7 @@ def run_search(arguments: list[str]) -> int:
     overrides, config_dirs = split_config_dirs(arguments)
     search = _prepare(overrides, config_dirs)
     if search is None:  # sweep=none
-        from mlxchat.commands.run import run_pipeline
+        from mlxchat.pipeline_run import run_pipeline
 
         run_pipeline(compose_config(overrides, config_dirs))
         return 0
@@ -143,7 +142,7 @@ def _varies(item: str) -> bool:
 
 
 def _plan(composed: Composed) -> list[PlannedStep]:
-    from mlxchat.commands.run import plan_of
+    from mlxchat.pipeline_run import plan_of
 
     return plan_of(composed.config, Store(Path(composed.config.outputs)))
 
@@ -228,7 +227,7 @@ def _run_trial(search: Search, trial: Trial) -> tuple[float | None, dict[str, An
         ConfigError: the step has no such metric, and so no trial has it.
         Interrupted: a signal arrived.
     """
-    from mlxchat.commands.run import run_pipeline
+    from mlxchat.pipeline_run import run_pipeline
 
     row: dict[str, Any] = {"metrics": {}}
     try:

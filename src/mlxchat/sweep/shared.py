@@ -65,7 +65,7 @@ def make_shared(jobs: Sequence[Job], *, fail_fast: bool) -> Shared:
 
 def _make(job: Job, steps: list[PlannedStep], shared: Shared) -> None:
     """Make steps of a job's plan, with another try for those that a failing one kept from being reached."""
-    from mlxchat.commands.run import run_pipeline
+    from mlxchat.pipeline_run import run_pipeline
 
     store, waiting = job.store, list(steps)
     rids = {step.name: step.rid for step in job.plan}

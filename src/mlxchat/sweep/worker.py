@@ -40,7 +40,7 @@ def run_job(
         settings: what the row says about the job.
         made: ids of steps that this sweep has made, which are not forced again.
     """
-    from mlxchat.commands.run import plan_of, run_pipeline
+    from mlxchat.pipeline_run import plan_of, run_pipeline
 
     row: Row = {"job": number, "overrides": settings, "status": "done", "metrics": {}}
     began = time.monotonic()

@@ -1,0 +1,53 @@
+"""mlxchat --help: the verbs, the groups of settings with their options, and what else can be written."""
+
+from __future__ import annotations
+
+from textwrap import fill
+
+from mlxchat import __version__
+from mlxchat.compose import group_names, group_options
+from mlxchat.verbs import VERBS
+
+_USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG.
+
+  mlxchat [run] [SETTINGS]           corpus → tokenizer → pretrain → midtrain → sft → rl → eval; what is done is kept
+  mlxchat stage=pretrain model=d20   up to and including a stage, with another model
+  mlxchat -m model=d2,d4             a sweep: one run per value, shared steps computed once
+  mlxchat sweep=tpe 'KEY=interval(0.1,1)'   a search: each trial is chosen by the results so far
+  mlxchat experiment=speedrun_d20    a recipe from conf/experiment
+  mlxchat VERB [SETTINGS] [--help]
+
+Verbs
+{verbs}
+
+Settings are written group=option or key=value:
+{groups}
+  any key of the configuration: `mlxchat --cfg job` prints it; +key adds, ~key removes
+  outputs=PATH    where artifacts are kept        force=[sft]    run a step again although it is done
+
+Further options
+  -m, --multirun            sweep over comma-separated values
+  --fail-fast               a step that fails stops the others too
+  --cfg job [-p SECTION]    print the composed configuration (--resolve: with its references resolved)
+  --config-dir DIR          find further YAML files in DIR
+  --shell-completion, --hydra-help, --info    Hydra's own
+  --version, --help
+
+MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS names or switches off the BLAS that serves MLX on a Linux CPU.
+"""
+
+
+def describe_usage() -> str:
+    """Return what `mlxchat --help` prints."""
+    verbs = "\n".join(f"  {verb:<10} {purpose}" for verb, (_, purpose) in VERBS.items())
+    names = {group: f"{group}=" for group in group_names() if group not in ("settings", "mixture")}
+    # The one group that is used at several places.
+    names |= {"mixture": "mixture@sft.mixture= (or @midtrain.mixture=)"}
+    groups = "\n".join(
+        fill(
+            f"{name:<14} {' '.join(group_options(group))}", width=118, initial_indent="  ",
+            subsequent_indent=" " * 17, break_on_hyphens=False,
+        )
+        for group, name in names.items()
+    )  # fmt: skip
+    return _USAGE.format(version=__version__, verbs=verbs, groups=groups)

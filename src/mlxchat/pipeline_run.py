@@ -1,0 +1,197 @@
+"""One invocation: plan, execute, tell trackers and people, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlxchat.compose import Composed
+from mlxchat.config import Config, HooksConfig
+from mlxchat.errors import StoreError
+from mlxchat.runner.crash import crash_point
+from mlxchat.runner.environment import Environment
+from mlxchat.runner.execute import Policy, Run, execute
+from mlxchat.runner.fingerprint import plain_of
+from mlxchat.runner.hooks import Hooks
+from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
+from mlxchat.runner.plan_table import format_plan
+from mlxchat.runner.records import Records, now
+from mlxchat.runner.sealed import write_whole
+from mlxchat.runner.secrets import redact
+from mlxchat.runner.store import Store
+from mlxchat.trackers import Tracker, numbers_of
+from mlxchat.trackers.service import Results
+from mlxchat.training.extension import check_extensions
+from mlxchat.training.given_sizes import check_given
+from mlxchat.training.memory_check import check_memory
+from mlxchat.training.teacher_size import check_teachers
+from mlxchat.training.text_need import TextNeed, check_text_room, find_text_need
+
+
+def run_pipeline(
+    composed: Composed, check: Callable[[list[PlannedStep]], None] = lambda plan: None, *, report: bool = True
+) -> Path | None:
+    """Complete the targets of a configuration; return the run's folder, or None if nothing had to be done.
+
+    Args:
+        composed: the configuration and how it came about.
+        check: looks at the plan before anything is written; it may raise.
+        report: whether to end with the run's report.
+
+    Raises:
+        MlxchatError: what the steps and the store raise.
+    """
+    config = composed.config
+    store = Store(Path(config.outputs))
+    plan = plan_of(config, store)
+    check(plan)
+    check_memory(config, plan)
+    need = find_text_need(config, plan, store)
+    check_text_room(need, store)
+    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}"
+    # A step that shares an artifact it has no alias of yet is done without computing, but not finished.
+    finished = all(step.done and step.verdict.original is None for step in plan)
+    store.prepare()
+    _say(format_plan(plan))
+    if need is not None:
+        _say(str(need))
+    if finished:
+        for step in plan:
+            place = store.find(step.rid)
+            if place is not None and store.refs().get(step.name) != place.resolve():
+                store.set_ref("latest", step.name, place)
+        print(f"nothing to do: all {len(plan)} steps are done. mlxchat report shows the results.")
+        return None
+    try:
+        folder = _start_run(composed, plan, store, name)
+    except OSError as error:
+        raise StoreError(f"{error.filename or store.outputs} cannot be written ({error.strerror})") from None
+    rids = {step.name: step.rid for step in plan}
+    tracker = Tracker(
+        config.tracker, folder, ids=rids.values(), settings=redact(plain_of(config)), say=_say,
+        history=lambda step: Records(store.work(rids[step]) / "ckpt" / "records" / "metrics.jsonl").read(),
+    )  # fmt: skip
+    run = Run(
+        folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
+        environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config, need),
+        hooks=_hooks(config.hooks), uses_gpu=partial(_uses_gpu, config.machine.device),
+    )  # fmt: skip
+    is_done = False
+    try:
+        execute(plan, store, run)
+        is_done = True
+    finally:
+        tracker.finish(_results(config, store, folder, is_done=is_done))
+    if not report:
+        return folder
+    from mlxchat.report.terminal import show_report
+
+    try:
+        show_report(store.outputs, folder)
+    except OSError as error:  # everything is done; the report can be had later
+        _say(f"the report could not be written ({error.strerror}: {error.filename}). Mend that and run: mlxchat report")
+    return folder
+
+
+def plan_of(config: Config, store: Store) -> list[PlannedStep]:
+    """Return the plan of a configuration.
+
+    Raises:
+        MlxchatError: it cannot be planned, or a training cannot be extended as it asks.
+    """
+    plan = make_plan(
+        config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force, code=config.code
+    )
+    check_extensions(config, plan)
+    check_given(config, plan)
+    check_teachers(config, plan)
+    return plan
+
+
+def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> Path:
+    """Make the run's folder, whose name no two runs share, and say in it what will be done."""
+    folder = store.outputs / "runs" / name
+    folder.mkdir(parents=True)
+    crash_point("run.folder")
+    record: dict[str, Any] = {
+        "run": folder.name,
+        "experiment": composed.choices.get("experiment"),
+        "choices": composed.choices,
+        "overrides": composed.overrides,
+        "started": now(),
+        "targets": composed.config.targets or list(composed.config.pipeline),
+        "command": shlex.join(["mlxchat", *composed.overrides]),
+        "cost_per_hour": composed.config.report.cost_per_hour,
+        "steps": entries_of(plan),
+    }
+    write_whole(folder / "plan.json", json.dumps(redact(record), indent=1).encode() + b"\n")
+    import yaml
+
+    (folder / "config.yaml").write_text(yaml.safe_dump(redact(plain_of(composed.config)), sort_keys=False), "utf-8")
+    return folder
+
+
+def _policy(config: Config, need: TextNeed | None) -> Policy:
+    """Return how steps are executed."""
+    return Policy(
+        max_parallel_steps=config.machine.max_parallel_steps,
+        fail_fast=config.fail_fast,
+        retry_attempts=config.retry.attempts,
+        retry_seconds=config.retry.seconds,
+        timeouts=config.timeout,
+        hints=need.hints() if need is not None else {},
+    )
+
+
+def _hooks(config: HooksConfig) -> Hooks:
+    """Return whom to tell."""
+    return Hooks(on_start=config.on_start, on_success=config.on_success, on_failure=config.on_failure, warn=_say)
+
+
+def _uses_gpu(device: str) -> bool:
+    """Tell whether stages compute on a GPU under `machine.device`."""
+    if device == "auto":
+        from mlxchat.ops.device import backend
+
+        return backend() != "cpu"
+    return device == "gpu"
+
+
+def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Results:
+    """Return what a tracker is told at the end."""
+    if config.tracker.kind == "none":
+        return Results(is_done=is_done)
+    from mlxchat.report.collect import collect
+    from mlxchat.report.scorecard import metric_table
+
+    try:
+        report = collect(store.outputs, folder)
+    except StoreError:  # the outputs folder is gone, which is told elsewhere
+        return Results(is_done=is_done)
+    numbers = {step.name: numbers_of(step.manifest.get("metrics") or {}) for step in report.steps}
+    table = metric_table(report)
+    return Results(
+        numbers={step: found for step, found in numbers.items() if found},
+        header=table.header if table else [],
+        rows=[[" ".join(filter(None, (cell.text, cell.detail))) for cell in row] for row in table.rows]
+        if table
+        else [],
+        is_done=is_done,
+    )
+
+
+def _describe_device() -> dict[str, Any]:
+    from mlxchat.ops.device import describe_device
+
+    return describe_device()
+
+
+def _say(line: str) -> None:
+    print(redact(line), flush=True, file=sys.stdout)
