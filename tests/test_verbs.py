@@ -18,6 +18,7 @@ import pytest
 
 from mlxchat.cli import main
 from mlxchat.commands.completion import _DATA, _OPTIONS, complete
+from mlxchat.commands.import_model import FORMATS
 from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
 from mlxchat.compose import group_options
 from mlxchat.runner import attempts
@@ -245,6 +246,7 @@ def test_completion_knows_verbs_options_groups_keys_and_artifacts(two: Any) -> N
     [
         *(verb for verb in VERBS if verb not in ("run", "plan", "bench", "doctor", "completion")),
         *(f"data {word}" for word in _DATA),
+        *(f"import {name}" for name in FORMATS),
     ],
 )
 def test_completion_offers_the_options_that_a_verbs_help_names(verb: str, say: Say, capsys: Any) -> None:
