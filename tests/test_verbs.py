@@ -18,8 +18,8 @@ import pytest
 
 from mlxchat.cli import main
 from mlxchat.commands.completion import _DATA, _OPTIONS, complete
-from mlxchat.commands.import_model import FORMATS
 from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
+from mlxchat.commands.import_model import FORMATS
 from mlxchat.compose import group_options
 from mlxchat.runner import attempts
 from mlxchat.runner.records import Records

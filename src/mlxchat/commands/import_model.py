@@ -23,7 +23,7 @@ def main(format_name: str, arguments: list[str]) -> int:
             "nanochat": "Take in a checkpoint as nanochat writes it: model_<step>.pt, meta_<step>.json, tokenizer.pkl.",
             "hf": "Take in a folder of NanoChatForCausalLM: config.json, safetensors, tokenizer.json.",
         }[format_name],
-        epilog="It is used as import:NAME: pipeline.rl.checkpoint=import:NAME, mlxchat chat --model import:NAME",
+        epilog="It is used as import:NAME: pipeline.rl.checkpoint=import:NAME, mlxchat serve import:NAME",
         allow_abbrev=False,
     )
     parser.add_argument("settings", nargs="*", metavar="WHAT", help="ORGANISATION/NAME of the Hub, or a folder")
