@@ -156,8 +156,9 @@ def test_a_worker_that_is_killed_is_told() -> None:
 
 
 PARENT = """
-    import itertools, psutil, sys
+    import itertools, psutil, signal, sys
     from mlxchat.data.bpe import train_ranks
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
     told = []
     def on_progress(now):
         if not told:
