@@ -498,12 +498,12 @@ def test_lines_of_the_cache_that_are_cut_or_damaged_are_asked_again(
     assert len(teacher.bodies) == 8
 
 
-def start(teacher: Teacher, place: Path, *options: str) -> subprocess.Popen[str]:
+def start(teacher: Teacher, place: Path, *options: str, **environ: str) -> subprocess.Popen[str]:
     (place / "many.txt").write_text("\n".join(f"question {number}" for number in range(40)) + "\n")
     return subprocess.Popen(
         [sys.executable, "-m", "mlxchat", "distill", "--teacher", teacher.url, "--model", "m", "--questions",
          "many.txt", "--out", "out.jsonl", "--concurrency", "4", *options],
-        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ},
+        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environ},
     )  # fmt: skip
 
 
@@ -532,3 +532,17 @@ def test_a_command_that_was_ended_goes_on_and_writes_what_it_would_have_written(
     assert answers(place) == [f"to question {number}" for number in range(40)]
     # Only what was under way at the kill is asked twice.
     assert len(teacher.bodies) <= 40 + (4 if number == signal.SIGKILL else 0)
+
+
+def test_no_answer_that_was_kept_before_a_crash_is_asked_again(teacher: Teacher, place: Path) -> None:
+    teacher.script = lambda question, tries: Reply(f"to {question}")
+    point = "distill.answered"
+    crashed = start(teacher, place, "--concurrency", "1", MLXCHAT_CRASH_AT=f"{point}:7")
+    crashed.communicate(timeout=20)
+    assert crashed.returncode == -signal.SIGKILL
+    again = start(teacher, place, "--concurrency", "1")
+    again.communicate(timeout=20)
+    assert again.returncode == 0
+    # One at a time: the crash found nothing under way.
+    assert len(teacher.bodies) == 40
+    assert answers(place) == [f"to question {number}" for number in range(40)]

@@ -49,6 +49,7 @@ CRASH_POINTS = {
     "import.checked": "the copy was hashed and is right, it is not in store/",
     "import.renamed": "one imported artifact is in store/",
     "export.synced": "an exported folder is whole and on disk under a temporary name",
+    "distill.answered": "a teacher's answer is in the file of answers, which need not be on disk",
     "search.asked": "a search chose values, its state does not have them",
     "search.written": "a search's journal has another line, which need not be on disk",
     "search.told": "a search's state has the trial's result",
