@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.conversation import Conversation
 from mlxchat.errors import ConfigError
 from mlxchat.evals.outside import OutsideModel, OutsideTokenizer, load_outside
 from mlxchat.terminal_chat import Chat
@@ -84,13 +83,6 @@ class OutsideChat(Chat):
 
     def _room(self) -> int:
         return max(1, self._opened[0].context_tokens - self.max_tokens)
-
-    def _fitting(self) -> Conversation:
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        messages = list(self.messages)
-        while len(messages) > 1 and self._num_tokens([*first, *messages]) > self._room():
-            messages = messages[2:]
-        return {"messages": [*first, *messages]}
 
     def _num_tokens(self, messages: list[dict[str, Any]]) -> int:
         return len(self._opened[1].render_prompt(messages))
