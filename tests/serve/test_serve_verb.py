@@ -5,11 +5,40 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+
+
+ANSWERED = """
+import mlxchat, asyncio, sys
+from pathlib import Path
+import mlx.core as mx
+from mlxchat.engine.scheduler import Request, Sampling
+from mlxchat.ops import blas
+from mlxchat.runner.store import Store
+from mlxchat.serve.limits import Limits
+from mlxchat.serve.models import Models
+from mlxchat.serve.worker import Worker, load_scheduler
+
+mx.set_default_device(mx.cpu)
+blas.set_blas_threads(2)
+store = Store(Path(sys.argv[1]))
+worker = Worker(Limits(), load_scheduler)
+
+async def answer():
+    worker.start()
+    model = Models(store, store.resolve("sft")).find(None)
+    request = Request(prompt=[1, 2, 3], max_new_tokens=4, sampling=Sampling(temperature=0.0))
+    assert [event async for event in worker.ask(model, [request])]
+
+asyncio.run(answer())
+worker.commands.put(None)
+worker._thread.join()  # and the process ends at once
+"""
 
 
 def test_it_says_where_it_is_answers_and_stops(
@@ -33,3 +62,10 @@ def test_it_says_where_it_is_answers_and_stops(
         process.kill()
         process.stdout.close()
         process.wait()
+
+
+def test_a_process_does_not_end_by_an_abort_whose_worker_used_two_cores(served: Path) -> None:
+    # What MLX keeps for a thread was freed after Python had joined it, while the process already ended.
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", ANSWERED, str(served)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
