@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx2 as httpx
 
-
 ANSWERED = """
 import mlxchat, asyncio, sys
 from pathlib import Path

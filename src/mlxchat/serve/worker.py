@@ -163,7 +163,7 @@ class Worker:
             command()
         self._fail_all(Fault("the server is shutting down", status=503, retry_after=5))
         self._schedulers.clear()
-        # What MLX keeps for a thread must go with it: at the process's end its threads would still run.
+        # What MLX keeps for a thread is freed after Python has joined it, too late where the process ends then.
         import mlx.core as mx
 
         mx.clear_streams()
