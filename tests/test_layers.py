@@ -33,6 +33,7 @@ LAYERS = [
         "ops",
         "sandbox",
     },
+    {"distributed"},
     {"runner"},
     {"hub"},
     {"data", "tasks"},

@@ -16,6 +16,7 @@ from mlxchat.runner.shared import SharedArtifacts
 
 if TYPE_CHECKING:
     from mlxchat.config import Config
+    from mlxchat.distributed.team import Team
 
 
 class Sections:
@@ -71,6 +72,8 @@ class Context:
     hints: Mapping[str, float] = field(default_factory=dict)
     """What is known of the whole run, to get things ready in time; it must change no result: train_chars, the
     characters of training text that its steps will read."""
+    team: Team | None = None
+    """The ranks that compute this step together, this process being the first; None: it is alone."""
     resumed_from: int | None = None
     """Iteration at which this attempt continued, if it did."""
 

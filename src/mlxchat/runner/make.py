@@ -138,7 +138,7 @@ def _prepare(
         input_steps={role: made["step"] for role, made in lineage.items()},
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
         work=work / "ckpt", root_seed=run.seed, hints=run.policy.hints, stop_signal=lambda: run.stop_signal,
-        on_metrics=run.on_metrics,
+        on_metrics=run.on_metrics, team=run.team,
         shared=SharedArtifacts(
             outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
         ),

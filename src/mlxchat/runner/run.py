@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxchat.runner.environment import Environment
 from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.records import Record, Records, now
+
+if TYPE_CHECKING:
+    from mlxchat.distributed.team import Team
 
 
 def _ignore_metrics(step: str, record: Record) -> None:
@@ -59,6 +62,8 @@ class Run:
     hooks: Hooks = field(default_factory=Hooks)
     uses_gpu: Callable[[], bool] = _no_gpu
     """Returns whether stages that declare `gpu` compute on one; may be slow, since it may load MLX."""
+    team: Team | None = None
+    """The ranks that compute together, this process being the first; None: it is alone."""
     stop_signal: int | None = field(default=None, init=False)
     """The signal that asked the run to stop, if one did."""
 

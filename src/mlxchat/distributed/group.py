@@ -1,0 +1,167 @@
+"""A group of processes that compute together: what MLX's collectives need to be used safely.
+
+Everything is evaluated at once, so that all ranks meet in the same order, and whoever is lost is told in words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.errors import StepFailed
+
+Arrays = dict[str, mx.array]
+
+# Bytes that one collective carries: more would keep a second copy of a whole model in memory.
+_BUCKET_BYTES = 64 * 2**20
+
+
+class PeerLost(StepFailed):
+    """Another process of the group is gone."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks 0 to size − 1, this process being one of them. Rank 0 leads: it alone reads and writes files."""
+
+    raw: Any = None
+    """MLX's group; None: this process is alone."""
+    backend: str = "none"
+    """ring, jaccl, nccl or mpi."""
+
+    @property
+    def rank(self) -> int:
+        """Return this process's number."""
+        return int(self.raw.rank()) if self.raw is not None else 0
+
+    @property
+    def size(self) -> int:
+        """Return how many processes there are."""
+        return int(self.raw.size()) if self.raw is not None else 1
+
+    @property
+    def leads(self) -> bool:
+        """Tell whether this is rank 0."""
+        return self.rank == 0
+
+    def part(self, count: int) -> slice:
+        """Return this rank's part of `count` things: contiguous, as equal as can be, empty if there are too few."""
+        return self.part_of(self.rank, count)
+
+    def part_of(self, rank: int, count: int) -> slice:
+        """Return any rank's part of `count` things."""
+        return slice(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def sum(self, arrays: Mapping[str, mx.array]) -> Arrays:
+        """Return arrays summed over all ranks, the same bits on each; every rank gives the same names and shapes.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        if self.size == 1:
+            return dict(arrays)
+        found: Arrays = {}
+        for names in _buckets(arrays):
+            flat = mx.concatenate([arrays[name].reshape(-1) for name in names])
+            total = self._meet(mx.distributed.all_sum, flat)
+            borders = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
+            parts = mx.split(total, borders)
+            found |= {name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)}
+        return found
+
+    def gather(self, array: mx.array) -> mx.array:
+        """Return the arrays of all ranks, all of one shape and dtype, concatenated along their first axis.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        return array if self.size == 1 else self._meet(mx.distributed.all_gather, array)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return what every rank gave, in their order; plain JSON data.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        if self.size == 1:
+            return [value]
+        own = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+        sizes = np.asarray(self.gather(mx.array([len(own)], dtype=mx.int32)))
+        padded = np.zeros(int(sizes.max()), dtype=np.uint8)
+        padded[: len(own)] = own
+        rows = np.asarray(self.gather(mx.array(padded))).reshape(self.size, -1)
+        return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def share(self, array: mx.array, source: int = 0) -> mx.array:
+        """Return the array of rank `source`, bit for bit; the other ranks give one of the same shape and dtype.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        if self.size == 1:
+            return array
+        # MLX has no broadcast. A sum with zeros is one; of integers, since −0.0 + 0.0 would lose its sign.
+        whole = array if array.ndim else array.reshape(1)
+        bits = whole.reshape(-1).view(mx.uint8)
+        pad = -bits.size % 4
+        words = (mx.pad(bits, (0, pad)) if pad else bits).view(mx.uint32)
+        total = self._meet(mx.distributed.all_sum, words if self.rank == source else mx.zeros_like(words))
+        return total.view(mx.uint8)[: bits.size].view(array.dtype).reshape(array.shape)
+
+    def share_json(self, value: Any = None) -> Any:
+        """Return rank 0's value, plain JSON data; what the others give is not looked at.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        if self.size == 1:
+            return value
+        own = np.frombuffer(json.dumps(value).encode() if self.leads else b"", dtype=np.uint8)
+        size = int(np.asarray(self.share(mx.array([len(own)], dtype=mx.int32)))[0])
+        found = self.share(mx.array(own) if self.leads else mx.zeros(size, dtype=mx.uint8))
+        return json.loads(bytes(np.asarray(found)))
+
+    def _meet(self, collective: Any, array: mx.array) -> mx.array:
+        # Collectives of nccl run on the GPU; those of the others must not keep it waiting for the network.
+        stream = None if self.backend == "nccl" else mx.cpu
+        with _telling_of_lost_peers():
+            mx.eval(array)
+            found: mx.array = collective(array, group=self.raw, stream=stream)
+            mx.eval(found)
+        return found
+
+
+ALONE = Group()
+"""The group of a process that has no others."""
+
+
+@contextmanager
+def _telling_of_lost_peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "peer" in str(error) or "connection" in str(error).lower():
+            raise PeerLost(
+                f"another process of the group is gone ({error}). The same command continues from what was saved last."
+            ) from error
+        raise
+
+
+def _buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:
+    """Yield names of arrays of one dtype that travel together."""
+    bucket: list[str] = []
+    size, dtype = 0, None
+    for name, array in arrays.items():
+        if bucket and (array.dtype != dtype or size + array.nbytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(name)
+        size, dtype = size + array.nbytes, array.dtype
+    if bucket:
+        yield bucket
