@@ -249,6 +249,18 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     listings.forget()
 
 
+@pytest.fixture(scope="session")
+def ranks() -> Any:
+    """Several processes in a ring: `ranks.run_ranks` and `ranks.lead_ranks` of tests/distributed/ranks.py."""
+    path = Path(__file__).with_name("distributed") / "ranks.py"
+    spec = importlib.util.spec_from_file_location("ranks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium without a window; without it or playwright the test is left out."""

@@ -1,0 +1,95 @@
+"""A model's weights on every rank."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import hashlib
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.distributed import team as team_module
+from mlxchat.distributed.team import Team
+from mlxchat.model.gpt import GPT
+from mlxchat.model.replicas import mark_equal, model_on, sync_model
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+
+assert mlxchat
+
+SIZES = GPTSizes(vocab_size=64, num_layers=2, num_heads=2, num_kv_heads=2, width=16, context_tokens=32, rope_theta=1e4)
+
+
+def digest(model: GPT) -> str:
+    found = hashlib.sha256()
+    for name, value in sorted(flatten_parameters(model).items()):
+        found.update(f"{name} {value.dtype} {value.shape}".encode() + np.array(value.view(mx.uint8)).tobytes())
+    return found.hexdigest()
+
+
+def digests(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[str]:
+    """Return the digest of each rank's model; asked for on all ranks."""
+    del arrays
+    return team.group.gather_json(digest(model_on(team, request["role"])))
+
+
+def on_all(team: Team, role: str = "model") -> list[str]:
+    return team.call(digests, {"role": role})
+
+
+def weights_everywhere(team: Team) -> dict[str, Any]:
+    """Lead: change a model in several ways; return what all ranks had after each, and how many arrays travelled."""
+    sent: list[int] = []
+    call = team.call
+
+    def counting(function: Any, request: Any = None, arrays: Any = None) -> Any:
+        sent.append(len(arrays or {}))
+        return call(function, request, arrays)
+
+    team.call = counting  # type: ignore[method-assign]
+    model, found = GPT(SIZES), {}
+
+    def note(name: str, role: str = "model") -> None:
+        sent.clear()
+        sync_model(team, model, role)
+        travelled = sum(sent)
+        found[name] = [travelled, digest(model), *on_all(team, role)]
+
+    note("first")
+    note("again")
+    flat = flatten_parameters(model)
+    set_parameters(model, {"lm_head.weight": mx.full(flat["lm_head.weight"].shape, -0.0)})
+    note("one swapped")
+    set_parameters(model, flat)
+    note("swapped back")
+    set_parameters(model, {name: value.astype(mx.bfloat16) for name, value in flat.items()})
+    note("other type")
+    note("other role", "reference")
+    set_parameters(model, flat)
+    mark_equal(team, model)
+    note("said to be equal")
+    return {"found": found, "parameters": len(flat)}
+
+
+def test_every_rank_has_the_weights_and_only_what_changed_travels(ranks: Any) -> None:
+    result = ranks.lead_ranks(weights_everywhere, 3)
+    found, everything = result["found"], result["parameters"]
+    sent = {name: values[0] for name, values in found.items()}
+    assert sent == {
+        "first": everything, "again": 0, "one swapped": 1, "swapped back": 1, "other type": everything,
+        "other role": everything, "said to be equal": 0,
+    }  # fmt: skip
+    for name, (_, *digests_of_ranks) in found.items():
+        if name != "said to be equal":
+            assert len(digests_of_ranks) == 4
+            assert len(set(digests_of_ranks)) == 1, name
+
+
+def test_a_process_alone_sends_nothing() -> None:
+    model, team = GPT(SIZES), Team()
+    sync_model(None, model)
+    sync_model(team, model)
+    assert team.kept == {}
+    assert team_module.ALONE.size == 1
