@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlxchat.engine.quantise import Weight, stored
 from mlxchat.model.gpt import GPT
+from mlxchat.model.linear import effective_weight
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.ops.device import backend
 
@@ -55,17 +56,18 @@ def key_value_heads(sizes: GPTSizes, lanes: int) -> list[slice]:
 def _layer(model: GPT, index: int, kv: slice, inner: slice, store: Callable[[mx.array], Weight]) -> dict[str, Any]:
     sizes, block = model.sizes, model.transformer["h"][index]
     part = {
-        "up": store(block.mlp.c_fc.weight[inner]),
-        "down": store(block.mlp.c_proj.weight[:, inner]),
+        "up": store(effective_weight(block.mlp.c_fc)[inner]),
+        "down": store(effective_weight(block.mlp.c_proj)[:, inner]),
     }
     if kv.start == kv.stop:
         return part
     attention, group = block.attn, sizes.num_heads // sizes.num_kv_heads
     keys = slice(kv.start * sizes.head_width, kv.stop * sizes.head_width)
     queries = slice(keys.start * group, keys.stop * group)
-    fused = [attention.c_q.weight[queries], attention.c_k.weight[keys], attention.c_v.weight[keys]]
+    projections = ((attention.c_q, queries), (attention.c_k, keys), (attention.c_v, keys))
+    fused = [effective_weight(layer)[rows] for layer, rows in projections]
     part["qkv"] = store(mx.concatenate(fused))
-    part["attention_out"] = store(attention.c_proj.weight[:, queries])
+    part["attention_out"] = store(effective_weight(attention.c_proj)[:, queries])
     if sizes.has_value_embedding(index):
         part["gate"] = mx.contiguous(attention.ve_gate.weight[kv].T)
         part["values"] = mx.contiguous(model.value_embeds[str(index)].weight[:, keys])

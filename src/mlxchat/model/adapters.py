@@ -8,11 +8,19 @@ scale and initial values are mlx-lm's: `lora_a`, `lora_b` and `m` lie beside the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from mlxchat.model.adapter_targets import AdapterSizes as AdapterSizes
+from mlxchat.model.adapter_targets import matrices_of
+from mlxchat.model.gpt import GPT
+from mlxchat.model.linear import LinearAdapter, adapted_matrix, row_lengths
+from mlxchat.model.parameters import flatten_parameters, set_parameters
+from mlxchat.ops.adapted import Shape
 
 Flat = dict[str, mx.array]
 
@@ -50,14 +58,60 @@ def is_quantised(name: str) -> bool:
     return name.startswith("transformer.h.") and name.endswith(".weight") and "gate" not in name
 
 
-def adapted_matrix(
-    weight: mx.array, a: mx.array, b: mx.array, scale: float, magnitudes: mx.array | None = None
-) -> mx.array:
-    """Return W + scale × (A B)ᵀ (out, in); with magnitudes (out,) every row has that length."""
-    adapted = weight + (scale * b.T) @ a.T
-    return adapted if magnitudes is None else (magnitudes / row_lengths(adapted))[:, None] * adapted
+def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
+    """Freeze a model, give it new adapters, and quantise its base where `sizes` says so.
+
+    Until they are trained they change nothing: B is zero, A uniform within ±1 / sqrt(in), and m the rows' lengths, as
+    mlx-lm and PEFT begin.
+
+    Args:
+        model: its parameters are those of the base, in float32.
+        sizes: of the adapters.
+        seed: of A.
+        dtype: what is computed in; the frozen weights are kept in it, the adapters in float32.
+    """
+    quantise = partial(mx.quantize, group_size=sizes.group_size, bits=sizes.bits)
+    names = matrices_of(model.sizes)
+    keys = dict(zip(names, mx.random.split(mx.random.key(seed), len(names)), strict=True))
+    model.freeze()
+    model.adapters = sizes
+    frozen: Flat = {}
+    for name, value in flatten_parameters(model).items():
+        if sizes.bits is None or not is_quantised(name):
+            frozen[name] = value.astype(dtype)
+    set_parameters(model, frozen)
+    for name, module in linear_layers(model).items():
+        # A row's length is that of the base as it computes: rounded, where it is.
+        weight = module.weight.astype(mx.float32)
+        if sizes.bits is not None:
+            packed, scales, offsets = quantise(weight)
+            module.weight, module.scales, module.biases = packed, scales.astype(dtype), offsets.astype(dtype)
+            weight = mx.dequantize(packed, scales, offsets, group_size=sizes.group_size, bits=sizes.bits)
+            module.freeze()
+        adapted = name in sizes.targets
+        shape = Shape(scale=sizes.scale, bits=sizes.bits, group_size=sizes.group_size)
+        module.adapter = LinearAdapter(sizes.kind if adapted else None, shape)
+        if adapted:
+            outer, inner = weight.shape
+            bound = 1 / math.sqrt(inner)
+            module.lora_a = mx.random.uniform(-bound, bound, (inner, sizes.rank), key=keys[name])
+            module.lora_b = mx.zeros((sizes.rank, outer))
+            if sizes.kind == "dora":
+                module.m = row_lengths(weight)
+    mx.eval(flatten_parameters(model))
 
 
-def row_lengths(matrix: mx.array) -> mx.array:
-    """Return the 2-norm of each row."""
-    return mx.sqrt(mx.square(matrix).sum(-1))
+def adapters_of(model: GPT) -> AdapterSizes | None:
+    """Return the sizes of a model's adapters; None: it has none, all of it is trained."""
+    return getattr(model, "adapters", None)
+
+
+def linear_layers(model: GPT) -> dict[str, Any]:
+    """Return the modules that may have adapters, by name."""
+    found: dict[str, Any] = {}
+    for name in matrices_of(model.sizes):
+        place: Any = model
+        for key in name.split("."):
+            place = place[int(key)] if isinstance(place, list) else place[key]
+        found[name] = place
+    return found

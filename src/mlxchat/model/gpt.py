@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxchat.model.linear import NUM_MATRICES, AdapterDropout, project
 from mlxchat.model.recompute import recomputed
 from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
-from mlxchat.ops.activation import gated_sum, product, squared_relu_product
+from mlxchat.ops.activation import gated_sum
 from mlxchat.ops.attention import causal_attention
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.dropout import Dropout, dropped
@@ -71,6 +72,7 @@ class Attention(nn.Module):
         *,
         offset: int | Positions = 0,
         cache: LayerCache | None = None,
+        unseen: AdapterDropout | None = None,
     ) -> mx.array:
         """Return (B, T, C).
 
@@ -79,23 +81,24 @@ class Attention(nn.Module):
             value_embedding: (B, T, K D), what the layer's table says of each token.
             offset: position of the first token, or of each one.
             cache: the past.
+            unseen: what adapters do not see; None: they see all.
         """
         sizes = self.sizes
         batch, tokens, width = x.shape
-        v = product(x, self.c_v.weight).reshape(batch, tokens, sizes.num_kv_heads, sizes.head_width)
+        v = project(self.c_v, x, unseen, 2).reshape(batch, tokens, sizes.num_kv_heads, sizes.head_width)
         if value_embedding is not None:
             gate = self.ve_gate(x[..., :VALUE_GATE_CHANNELS])
             v = gated_sum(v, gate[..., None], value_embedding.reshape(v.shape), scale=3.0)
         q, k = (
             rotate_and_normalise(
-                product(x, projection.weight).reshape(batch, tokens, heads, sizes.head_width),
+                project(projection, x, unseen, place).reshape(batch, tokens, heads, sizes.head_width),
                 offset=offset, theta=sizes.rope_theta, scale=sizes.query_key_scale,
             )
-            for projection, heads in ((self.c_q, sizes.num_heads), (self.c_k, sizes.num_kv_heads))
+            for place, (projection, heads) in enumerate(((self.c_q, sizes.num_heads), (self.c_k, sizes.num_kv_heads)))
         )  # fmt: skip
         v = mx.contiguous(v.swapaxes(1, 2))
         out = causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v).swapaxes(1, 2)
-        return product(out.reshape(batch, tokens, width), self.c_proj.weight)
+        return project(self.c_proj, out.reshape(batch, tokens, width), unseen, 3)
 
 
 class MLP(nn.Module):
@@ -107,9 +110,9 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(sizes.width, 4 * sizes.width, bias=False)
         self.c_proj = nn.Linear(4 * sizes.width, sizes.width, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Return (B, T, C)."""
-        return squared_relu_product(product(x, self.c_fc.weight), self.c_proj.weight)
+    def __call__(self, x: mx.array, unseen: AdapterDropout | None = None) -> mx.array:
+        """Return (B, T, C); `unseen` is `Attention`'s."""
+        return project(self.c_proj, project(self.c_fc, x, unseen, 4), unseen, 5, squared_relu=True)
 
 
 class Block(nn.Module):
@@ -130,6 +133,8 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         dropout_keys: mx.array | None = None,
         dropout_rate: float = 0.0,
+        adapter_keys: mx.array | None = None,
+        adapter_rate: float = 0.0,
     ) -> mx.array:
         """Return (B, T, C).
 
@@ -140,13 +145,16 @@ class Block(nn.Module):
             cache: the past.
             dropout_keys: (B, 2, 2), for what attention and MLP add to the stream; None: nothing is left out.
             dropout_rate: share of it that is left out.
+            adapter_keys: (B, 6, 2), for what the adapters of the layer's matrices see; None: all.
+            adapter_rate: share that they do not see.
         """
-        update = self.attn(rms_norm(x), value_embedding, offset=offset, cache=cache)
+        unseen = None if adapter_keys is None else AdapterDropout(adapter_rate, adapter_keys)
+        update = self.attn(rms_norm(x), value_embedding, offset=offset, cache=cache, unseen=unseen)
         if dropout_keys is None:
             x = x + update
-            return x + self.mlp(rms_norm(x))
+            return x + self.mlp(rms_norm(x), unseen)
         x = x + dropped(update, dropout_keys[:, 0], dropout_rate)
-        return x + dropped(self.mlp(rms_norm(x)), dropout_keys[:, 1], dropout_rate)
+        return x + dropped(self.mlp(rms_norm(x), unseen), dropout_keys[:, 1], dropout_rate)
 
 
 class GPT(nn.Module):
@@ -189,6 +197,11 @@ class GPT(nn.Module):
         """How many places of a row dropout has keys for: the embedding, and two in each layer."""
         return 1 + 2 * self.sizes.num_layers
 
+    @property
+    def adapter_places(self) -> int:
+        """How many places of a row adapters' dropout has keys for: each matrix of each layer."""
+        return NUM_MATRICES * self.sizes.num_layers
+
     def hidden(
         self,
         ids: mx.array,
@@ -197,6 +210,7 @@ class GPT(nn.Module):
         recompute: bool = False,
         table_rows: Mapping[str, mx.array] | None = None,
         dropout: Dropout | None = None,
+        adapter_dropout: Dropout | None = None,
     ) -> mx.array:
         """Return the final normalised states (B, T, C) of token ids (B, T).
 
@@ -209,6 +223,7 @@ class GPT(nn.Module):
                 gradient is then taken in these rows instead of in whole tables.
             dropout: what to leave out of the embedding and of what each attention and MLP adds to the stream, with keys
                 for `dropout_places` places; None: nothing.
+            adapter_dropout: what adapters do not see, with keys for `adapter_places` places; None: they see all.
         """
         sizes, middle = self.sizes, None
         offset = cache.offset if cache is not None else 0
@@ -227,13 +242,17 @@ class GPT(nn.Module):
                 value_embedding = table(ids) if table_rows is None else table_rows[_VALUE_EMBEDDING.format(layer)]
             keys = None if dropout is None else dropout.keys[:, 2 * layer + 1 : 2 * layer + 3]
             rate = 0.0 if dropout is None else dropout.rate
+            inputs = {"value_embedding": value_embedding, "dropout_keys": keys}
+            rates = {"dropout_rate": rate}
+            if adapter_dropout is not None:
+                inputs["adapter_keys"] = adapter_dropout.keys[:, NUM_MATRICES * layer : NUM_MATRICES * (layer + 1)]
+                rates["adapter_rate"] = adapter_dropout.rate
             if recompute:
-                inputs = {"x": x, "value_embedding": value_embedding, "dropout_keys": keys}
-                given = {name: value for name, value in inputs.items() if value is not None}
-                x = recomputed(block, given, dropout_rate=rate)
+                given = {name: value for name, value in {"x": x, **inputs}.items() if value is not None}
+                x = recomputed(block, given, **rates)
             else:
                 past = cache.layers[layer] if cache is not None else None
-                x = block(x, value_embedding, offset=offset, cache=past, dropout_keys=keys, dropout_rate=rate)
+                x = block(x, offset=offset, cache=past, **inputs, **rates)
             if layer == sizes.num_layers // 2:
                 middle = x
         if sizes.backout and middle is not None:

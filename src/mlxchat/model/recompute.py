@@ -11,25 +11,29 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
 
 
 def recomputed(layer: nn.Module, inputs: Mapping[str, mx.array], **settings: Any) -> mx.array:
     """Return `layer(**inputs, **settings)`; a gradient keeps `inputs` alone and computes the layer once more.
 
     Results and gradients, of the layer's parameters too, are those of the plain call bit for bit. Inputs of integers
-    (keys) have no gradient.
+    (keys) have no gradient, nor have frozen parameters.
     """
-    parameters: Any = layer.parameters()  # type: ignore[no-untyped-call]
-    names, values = zip(*tree_flatten(parameters), strict=True)
-    num_parameters = len(values)
-    # Integers last, so that what has a gradient comes first.
+    parameters = flatten_parameters(layer)
+    trained = trained_parameters(layer)
+    frozen = [name for name in parameters if name not in trained]
+    num_parameters = len(trained)
+    # Integers and what is frozen last, so that what has a gradient comes first.
     ordered = sorted(inputs, key=lambda name: not mx.issubdtype(inputs[name].dtype, mx.floating))
     num_floats = num_parameters + sum(mx.issubdtype(inputs[name].dtype, mx.floating) for name in ordered)
+    num_moving = num_parameters + len(ordered)
 
     def run(*arrays: mx.array) -> mx.array:
-        layer.update(tree_unflatten(list(zip(names, arrays[:num_parameters], strict=True))))
-        out: mx.array = layer(**dict(zip(ordered, arrays[num_parameters:], strict=True)), **settings)
+        given = [*arrays[:num_parameters], *arrays[num_moving:]]
+        set_parameters(layer, dict(zip([*trained, *frozen], given, strict=True)))
+        out: mx.array = layer(**dict(zip(ordered, arrays[num_parameters:num_moving], strict=True)), **settings)
         return out
 
     function = mx.custom_function(run)
@@ -45,4 +49,5 @@ def recomputed(layer: nn.Module, inputs: Mapping[str, mx.array], **settings: Any
         gradients[num_parameters:] = mx.depends(gradients[num_parameters:], gradients[:num_parameters])
         return [*gradients, *map(mx.zeros_like, integers)]
 
-    return cast(mx.array, function(*values, *(inputs[name] for name in ordered)))
+    others = [inputs[name] for name in ordered] + [parameters[name] for name in frozen]
+    return cast(mx.array, function(*trained.values(), *others))

@@ -1,38 +1,13 @@
-"""A model's weights by name, and nanochat's initial ones."""
+"""Nanochat's initial weights; what reads and sets weights by name, `parameters.py`, is found here too."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
-
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlxchat.model.gpt import BACKOUT_INIT, GPT
-
-
-def flatten_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Return a model's parameters by dotted name."""
-    parameters: Any = model.parameters()  # type: ignore[no-untyped-call]
-    return cast(dict[str, mx.array], tree_flatten(parameters, destination={}))
-
-
-def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array]) -> None:
-    """Replace a model's parameters by dotted name; what is not named stays.
-
-    Raises:
-        KeyError: the model has no such parameter.
-    """
-    for name, value in parameters.items():
-        *path, last = name.split(".")
-        place: Any = model
-        for key in path:
-            place = place[int(key)] if isinstance(place, list) else place[key]
-        if last not in place:
-            raise KeyError(name)
-        place[last] = value
+from mlxchat.model.parameters import flatten_parameters as flatten_parameters
+from mlxchat.model.parameters import set_parameters as set_parameters
 
 
 def init_weights(model: GPT, seed: int) -> None:
