@@ -13,13 +13,14 @@ from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
+from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.bpb import text_loss, uniform_bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.chat_scores import Score, chatcore, mean_centered
 from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
-from mlxchat.evals.language_model import OwnModel
 from mlxchat.evals.ngram import ngram_bits_per_byte
+from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts, continue_prompts
 from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.checkpoint import load_checkpoint
@@ -43,20 +44,20 @@ def run(ctx: Context) -> None:
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     chats = facts["format"] == "chat"
     throughput = measure_throughput(model)
+    engine = make_engine(ctx.team, model, tokenizer)
     examples: list[dict[str, Any]] = []
     scores: dict[str, Any] = {
         "checkpoint": ctx.input_steps["checkpoint"],
         "bpb": _measure_text(ctx, model, tokenizer) if "corpus" in ctx.inputs else None,
         "core": None if chats else _measure_core(ctx, model, tokenizer, examples),
-        **_measure_tasks(ctx, Engine(model, tokenizer), examples if chats else None),
+        **_measure_tasks(ctx, engine, examples if chats else None),
         "pass_at_k": None,
     }
     if chats:
-        samples = answer_prompts(model, tokenizer, config.prompts, config.max_new_tokens)
+        samples = answer_prompts(engine, config.prompts, config.max_new_tokens)
     else:
         samples = continue_prompts(
-            model,
-            tokenizer,
+            engine,
             config.prompts,
             config.max_new_tokens,
             temperature=config.temperature or 0.0,
@@ -75,7 +76,8 @@ def _measure_text(ctx: Context, model: GPT, tokenizer: Tokenizer) -> dict[str, f
     corpus, context_tokens = ctx.inputs["corpus"], model.sizes.context_tokens
     stream = DocumentRows(open_documents(ctx, "validation", tokenizer), context_tokens, buffer_documents=1000)
     rows = take_rows(stream, max(1, ctx.config.eval.bpb_tokens // context_tokens))
-    loss = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=forward_tokens(ctx.config.machine, model.sizes))
+    micro_tokens = forward_tokens(ctx.config.machine, model.sizes)
+    loss = text_loss(text_model(ctx.team, model), rows, tokenizer.token_bytes, micro_tokens=micro_tokens)
     ngram = ngram_bits_per_byte(iterate_documents(corpus, "train"), iterate_documents(corpus, "validation"))
     bpb = {
         "val": loss.bits_per_byte, "perplexity": loss.perplexity, "tokens": loss.num_tokens, "ngram_order2": ngram,
@@ -91,9 +93,8 @@ def _measure_core(
 ) -> dict[str, Any] | None:
     """Return the base model's results on CORE's tasks, and add its examples."""
     batch_tokens = forward_tokens(ctx.config.machine, model.sizes)
-    return measure_core(
-        ctx, OwnModel(model, padding=tokenizer.bos), tokenizer, batch_tokens=batch_tokens, examples=examples
-    )
+    asked = language_model(ctx.team, model, padding=tokenizer.bos)
+    return measure_core(ctx, asked, tokenizer, batch_tokens=batch_tokens, examples=examples)
 
 
 def _measure_tasks(ctx: Context, engine: Engine, examples: list[dict[str, Any]] | None) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from mlxchat.data.encoded import open_documents
 from mlxchat.data.packing import RowStream, take_rows
 from mlxchat.data.stream_packing import pack_documents
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.bpb import text_loss
+from mlxchat.evals.rank_model import text_model
 from mlxchat.evals.samples import continue_prompts
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -72,7 +74,8 @@ def run(ctx: Context) -> None:
         best = Best(every=config.keep_every or -(-num_iterations // 20), eval_tokens=config.eval_tokens)
 
     def validate(iteration: int) -> dict[str, float]:
-        found = text_loss(model, validation, tokenizer.token_bytes, micro_tokens=forward_tokens(machine, sizes))
+        micro_tokens = forward_tokens(machine, sizes)
+        found = text_loss(text_model(ctx.team, model), validation, tokenizer.token_bytes, micro_tokens=micro_tokens)
         numbers = {"val_bpb": found.bits_per_byte, "val_perplexity": found.perplexity}
         if best is not None and best.is_candidate(iteration, num_iterations):
             best.offer(iteration, numbers, model)
@@ -82,8 +85,7 @@ def run(ctx: Context) -> None:
         # At the end, what the artifact's weights say.
         with best.in_place(model) if best is not None and iteration == num_iterations else nullcontext():
             texts = continue_prompts(
-                model,
-                tokenizer,
+                make_engine(ctx.team, model, tokenizer, trained=True),
                 config.prompts,
                 config.sample_tokens,
                 temperature=config.sample_temperature,

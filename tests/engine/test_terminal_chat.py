@@ -26,7 +26,7 @@ def folder(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> Path:
 def test_a_text_is_printed_with_its_continuation(
     folder: Path, model: GPT, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ((_, expected),) = continue_prompts(model, tokenizer, ["the cat"], 6)
+    ((_, expected),) = continue_prompts(Engine(model, tokenizer), ["the cat"], 6)
     Chat.load(folder, **SETTINGS).answer_once("the cat")
     assert capsys.readouterr().out == f"the cat{expected}\n"
 
@@ -55,10 +55,12 @@ def test_of_a_text_longer_than_the_context_the_end_counts(
 
 def test_drawn_continuations_follow_from_the_seed_and_are_among_the_likeliest(model: GPT, tokenizer: Tokenizer) -> None:
     def drawn(seed: int, top_k: int | None) -> list[tuple[str, str]]:
-        return continue_prompts(model, tokenizer, ["the cat"] * 4, 8, temperature=1.5, top_k=top_k, seed=seed)
+        return continue_prompts(Engine(model, tokenizer), ["the cat"] * 4, 8, temperature=1.5, top_k=top_k, seed=seed)
 
     assert drawn(1, None) == drawn(1, None) != drawn(2, None)
-    assert drawn(1, 1) == continue_prompts(model, tokenizer, ["the cat"] * 4, 8), "the likeliest one is the greedy one"
+    assert drawn(1, 1) == continue_prompts(Engine(model, tokenizer), ["the cat"] * 4, 8), (
+        "the likeliest one is the greedy one"
+    )
 
 
 def test_impossible_settings_are_refused(folder: Path) -> None:

@@ -42,6 +42,8 @@ class Questions:
 class ScriptedEngine:
     """An engine that answers question i with `answers[i]` and notes what it is asked."""
 
+    team = None
+
     def __init__(self, tokenizer: Tokenizer, answers: list[str]) -> None:
         self.tokenizer, self.answers = tokenizer, answers
         self.model = SimpleNamespace(sizes=SimpleNamespace(context_tokens=1000))

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.distributed.team import Team
 from mlxchat.engine.decode import Decoder
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Forward, Request, Scheduler
@@ -45,6 +46,9 @@ class Completion:
 
 class Engine:
     """A model that answers."""
+
+    team: Team | None = None
+    """The ranks that share its answers (`rank_engine.py`); None: this process alone."""
 
     def __init__(
         self,
@@ -167,9 +171,9 @@ class Engine:
         logprobs: int | None = None,
     ) -> Iterator[list[tuple[int, Event]]]:
         """Yield an event of every row that is being decoded, with the number of its prompt."""
-        if max_new_tokens < 1:
+        if max_new_tokens < 1 or not prompts:
             return
-        seeds = [_row_seed(seed, index) for index in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        seeds = row_seeds(seed, len(prompts))
         scheduler = self.scheduler()
         places = {}
         for index, prompt in enumerate(prompts):
@@ -185,6 +189,8 @@ class Engine:
             self.release()
 
 
-def _row_seed(seed: int, row: int) -> int:
-    """Return the seed of one row of a batch."""
-    return int(np.random.SeedSequence([seed, row]).generate_state(1)[0])
+def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    """Return the seed of each row of a batch: as given, or made of one seed and the row's number."""
+    if not isinstance(seed, int):
+        return list(seed)
+    return [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(rows)]

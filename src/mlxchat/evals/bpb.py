@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.data.packing import Row, trim_rows
+from mlxchat.data.packing import Ints, Row, trim_rows
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
@@ -56,7 +56,7 @@ def text_loss(
     bits nor in bytes.
 
     Args:
-        model: to evaluate.
+        model: to evaluate; `rank_model.text_model` has all ranks do it.
         rows: inputs (T,) and targets (T,), −1 = ignored.
         token_bytes: (V,) raw bytes of each id, 0 for special tokens.
         micro_tokens: tokens per forward pass, at most.
@@ -71,13 +71,13 @@ def text_loss(
 
 
 def bits_per_byte(
-    model: GPT, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
+    model: GPT | LanguageModel, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
 ) -> float:
     """Return the model's bits per byte of the rows' targets, infinite if no byte counts; arguments as `text_loss`."""
     return text_loss(model, rows, token_bytes, micro_tokens=micro_tokens).bits_per_byte
 
 
-def mean_loss(model: GPT, rows: list[Row], *, micro_tokens: int) -> float:
+def mean_loss(model: GPT | LanguageModel, rows: list[Row], *, micro_tokens: int) -> float:
     """Return the mean cross-entropy in nats over the rows' targets that are not ignored."""
     total, count = 0.0, 0
     for losses, targets in _losses(model, rows, micro_tokens):
@@ -104,16 +104,18 @@ def _losses(
     ]
     if not isinstance(model, GPT):
         return [(model.token_losses(ids, targets).reshape(-1), targets.reshape(-1)) for ids, targets in batches]
-    lanes, compiled_losses = Lanes(), _compiled_losses(model)
-    weights, parts = flatten_parameters(model), []
-    for ids, targets in batches:
-        deals = lanes.deal(len(ids))
-        calls = [partial(compiled_losses, weights, mx.array(ids[deal]), mx.array(targets[deal])) for deal in deals]
-        with lanes.sharing(len(deals)):
-            losses = mx.concatenate(lanes.run(calls))
-            mx.eval(losses)
-        parts.append((np.asarray(losses), targets.reshape(-1)))
-    return parts
+    return [(own_losses(model, ids, targets), targets.reshape(-1)) for ids, targets in batches]
+
+
+def own_losses(model: GPT, ids: Ints, targets: Ints) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the loss of every target (B T,) after ids (B, T), 0 where a target is negative, by all cores."""
+    lanes, compiled_losses, weights = Lanes(), _compiled_losses(model), flatten_parameters(model)
+    deals = lanes.deal(len(ids))
+    calls = [partial(compiled_losses, weights, mx.array(ids[deal]), mx.array(targets[deal])) for deal in deals]
+    with lanes.sharing(len(deals)):
+        losses = mx.concatenate(lanes.run(calls))
+        mx.eval(losses)
+    return np.asarray(losses)
 
 
 def _compiled_losses(model: GPT) -> Callable[..., mx.array]:

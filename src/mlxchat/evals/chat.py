@@ -23,7 +23,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal
-from mlxchat.evals.language_model import OwnModel
+from mlxchat.evals.rank_model import language_model
 from mlxchat.tasks.base import Task
 
 Example = dict[str, Any]
@@ -36,7 +36,7 @@ class Answering:
     """How questions are answered, and how many at a time."""
 
     batch_rows: int
-    """Questions whose answers are generated at a time."""
+    """Questions whose answers a process generates at a time."""
     max_new_tokens: int
     """Of a generated answer."""
     batch_tokens: int = 16384
@@ -85,22 +85,22 @@ def evaluate_task(
     samples = answering.seeds if task.kind == "generative" else 1
     about = {"questions": len(task), "kind": task.kind, **answering.about(), "sample": 0}
     passes: list[list[Example]] = []
-    done = 0
+    before = 0
     # Verdicts that take their time, such as running programs, are found while the model answers the next batch.
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="verdicts") as pool:
         for sample in range(samples):
             journal = _open(work, sample, {**about, "sample": sample})
-            done += len(journal.records)
-            on_progress(done)
+            on_progress(before + len(journal.records))
             for examples in asked.answer(sample, journal.records, pool):
                 journal.append(examples)
-                done += len(examples)
+                done = before + len(journal.records)
                 on_progress(done)
                 if should_stop():
                     where = f"answer {done} of {samples * len(task)}"
                     raise stop(where) if stop else Interrupted(f"stopped at {where}", signal.SIGTERM)
             mx.clear_cache()  # of shapes that only this task has
             passes.append([journal.records[index] for index in range(len(task))])
+            before += len(task)
     verdicts = [[example["verdict"] for example in each] for each in passes]
     score = Score.of(verdicts, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
     return score, [example for each in passes for example in each]
@@ -162,7 +162,8 @@ class _Asked:
         """Return the questions' numbers, those of similar length together, so that little of a batch is padding."""
         order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
         if self.task.kind != "categorical":
-            rows = self.answering.batch_rows
+            team = self.engine.team
+            rows = self.answering.batch_rows * (1 if team is None else team.size)
             return [order[start : start + rows] for start in range(0, len(order), rows)]
         batches: list[list[int]] = []
         for index in order:  # the longest so far: it is what the others are padded to
@@ -208,8 +209,8 @@ def letter_logits(engine: Engine, prompts: list[list[int]], letters: Sequence[Se
     for offered, encoded in zip(letters, tokens, strict=True):
         if any(len(token) != 1 for token in encoded):
             raise DataError(f"the letters {list(offered)} must be single tokens of this tokenizer")
-    logits = OwnModel(engine.model, padding=engine.tokenizer.bos).next_logits(prompts)
-    return [[float(row[token[0]]) for token in encoded] for row, encoded in zip(logits, tokens, strict=True)]
+    model = language_model(engine.team, engine.model, padding=engine.tokenizer.bos)
+    return model.logits_of(prompts, [[token[0] for token in encoded] for encoded in tokens])
 
 
 def question_text(conversation: dict[str, Any]) -> str:

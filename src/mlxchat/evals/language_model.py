@@ -38,9 +38,6 @@ class LanguageModel(Protocol):
     def token_losses(self, ids: Ints, targets: Ints) -> Floats:
         """Return the loss in nats of every target (B, T) after ids (B, T); 0 where a target is negative."""
 
-    def next_logits(self, prompts: Sequence[list[int]]) -> Floats:
-        """Return the logits (B, V) of what follows each prompt."""
-
 
 class OwnModel:
     """Our GPT as a `LanguageModel`. A batch's rows are dealt to the cores of a CPU."""
@@ -70,8 +67,14 @@ class OwnModel:
         hidden = self.model.hidden(mx.array(ids)).reshape(-1, self.model.sizes.width)
         return np.asarray(token_losses(hidden, self._head, mx.array(targets.reshape(-1)))).reshape(targets.shape)
 
+    def logits_of(self, prompts: Sequence[list[int]], choices: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return for each prompt the logits of its choices, token ids, as what follows it."""
+        return [
+            [float(row[token]) for token in own] for row, own in zip(self.next_logits(prompts), choices, strict=True)
+        ]
+
     def next_logits(self, prompts: Sequence[list[int]]) -> Floats:
-        """See `LanguageModel.next_logits`."""
+        """Return the logits (B, V) of what follows each prompt."""
         longest = max(map(len, prompts))
         # Padded on the right: a causal model's state at the last prompt token does not depend on what follows.
         ids = mx.array([prompt + [self._padding] * (longest - len(prompt)) for prompt in prompts])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from mlxchat.data.tokenizer import SPECIAL_TOKENS
 from mlxchat.engine.generate import Engine
-from mlxchat.model.gpt import GPT
 
 
 def continue_prompts(
-    model: GPT,
-    tokenizer: Tokenizer,
+    engine: Engine,
     prompts: list[str],
     max_new_tokens: int,
     *,
@@ -19,24 +17,26 @@ def continue_prompts(
     seed: int = 0,
 ) -> list[tuple[str, str]]:
     """Return each prompt with the model's continuation, greedy or drawn as `Engine.stream` says."""
+    tokenizer = engine.tokenizer
     ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     if not ids:
         return []
-    completions = Engine(model, tokenizer).complete(
-        ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
+    completions = engine.complete(ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     return [
         (prompt, readable(tokenizer.decode(completion.ids)))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
-def answer_prompts(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int) -> list[tuple[str, str]]:
+def answer_prompts(engine: Engine, prompts: list[str], max_new_tokens: int) -> list[tuple[str, str]]:
     """Return each prompt with the model's greedy answer as an assistant."""
+    tokenizer = engine.tokenizer
     rendered = [
         render_for_completion(tokenizer, {"messages": [{"role": "user", "content": prompt}]}) for prompt in prompts
     ]
-    return _complete(model, tokenizer, prompts, rendered, max_new_tokens)
+    completions = engine.complete(rendered, max_new_tokens=max_new_tokens) if rendered else []
+    texts = [readable(tokenizer.decode(completion.ids)) for completion in completions]
+    return list(zip(prompts, texts, strict=True))
 
 
 def readable(text: str) -> str:
@@ -46,13 +46,3 @@ def readable(text: str) -> str:
     for token in SPECIAL_TOKENS:
         text = text.replace(token, "")
     return text
-
-
-def _complete(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], ids: list[list[int]], max_new_tokens: int
-) -> list[tuple[str, str]]:
-    if not ids:
-        return []
-    completions = Engine(model, tokenizer).complete(ids, max_new_tokens=max_new_tokens)
-    texts = [readable(tokenizer.decode(completion.ids)) for completion in completions]
-    return list(zip(prompts, texts, strict=True))

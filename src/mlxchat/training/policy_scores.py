@@ -9,7 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import Ints
+from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
+from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_scores
 from mlxchat.ops.lanes import Lanes
@@ -18,6 +20,14 @@ from mlxchat.optim.groups import Flat
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 _ROWS_STEP = 16
+_SCORES, _REFERENCE = "scores", "reference"
+
+
+def policy_scores(team: Team | None, model: GPT, *, micro_tokens: int, dtype: mx.Dtype) -> PolicyScores:
+    """Return the scores of this process, or of all ranks where there are several; arguments as `PolicyScores`."""
+    if team is None or team.size == 1:
+        return PolicyScores(model, micro_tokens=micro_tokens, dtype=dtype)
+    return RankScores(team, model, micro_tokens=micro_tokens, dtype=dtype)
 
 
 class PolicyScores:
@@ -71,6 +81,63 @@ class PolicyScores:
         scores = token_scores(hidden.reshape(-1, self.model.sizes.width), self.model.head_weight, targets.reshape(-1))
         set_parameters(self.model, masters)
         return scores
+
+
+class RankScores(PolicyScores):
+    """Scores on rank 0 whose rows are dealt to all ranks; a frozen reference travels once."""
+
+    def __init__(self, team: Team, model: GPT, *, micro_tokens: int, dtype: mx.Dtype) -> None:
+        """Take a team besides what `PolicyScores` takes."""
+        super().__init__(model, micro_tokens=micro_tokens, dtype=dtype)
+        self.team = team
+        self._reference = GPT(model.sizes)  # holds the weights that it is given, no others
+
+    def __call__(self, ids: Ints, targets: Ints, parameters: Flat | None = None) -> tuple[Floats, Floats]:
+        """See `PolicyScores.__call__`.
+
+        Raises:
+            PeerLost: another rank is gone.
+        """
+        team = self.team
+        if parameters is None:
+            sync_model(team, self.model)
+        else:
+            set_parameters(self._reference, parameters)
+            sync_model(team, self._reference, _REFERENCE)
+        team.kept[_SCORES] = self
+        request = {
+            "role": None if parameters is None else _REFERENCE,
+            "micro_tokens": self.micro_tokens, "dtype": str(self.dtype).rpartition(".")[2],
+        }  # fmt: skip
+        found: tuple[Floats, Floats] = team.call(_score, request, {"ids": ids, "targets": targets})
+        return found
+
+
+def _score(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> tuple[Floats, Floats]:
+    """Return the scores of all rows, each made by one rank."""
+    ids, targets = np.asarray(arrays["ids"]), np.asarray(arrays["targets"])
+    own = team.group.part(len(ids))  # all as wide
+    found = np.zeros((2, *ids.shape), dtype=np.float32)
+    if own.start < own.stop:
+        parameters = flatten_parameters(model_on(team, request["role"])) if request["role"] else None
+        found[:, own] = PolicyScores.__call__(_scores_here(team, request), ids[own], targets[own], parameters)
+    both = np.asarray(team.group.sum({"scores": mx.array(found)})["scores"]).astype(np.float64)
+    return both[0], both[1]
+
+
+def _scores_here(team: Team, request: dict[str, Any]) -> PolicyScores:
+    """Return this rank's scores: those that ask, or those that are kept for such questions."""
+    scores: PolicyScores | None = team.kept.get(_SCORES)
+    if team.group.leads:
+        assert scores is not None
+        return scores
+    micro_tokens, dtype = request["micro_tokens"], getattr(mx, request["dtype"])
+    if (
+        scores is None or scores.model is not model_on(team)
+        or (scores.micro_tokens, scores.dtype) != (micro_tokens, dtype)
+    ):  # fmt: skip
+        scores = team.kept[_SCORES] = PolicyScores(model_on(team), micro_tokens=micro_tokens, dtype=dtype)
+    return scores
 
 
 def _padded(array: Ints, height: int, value: int) -> Ints:
