@@ -18,13 +18,13 @@ from mlxchat.config import FinetuneConfig, PretrainConfig, TaskItem
 from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import Row
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.generate import Engine
+from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.chat_scores import Score, mean_centered
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.core_step import open_bundle
-from mlxchat.evals.language_model import OwnModel
+from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
@@ -46,7 +46,7 @@ def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Toke
     def estimate(iteration: int) -> dict[str, float]:
         work = ctx.work / "core" / str(iteration)
         result = evaluate_core(
-            OwnModel(model, padding=tokenizer.bos), tokenizer, open_bundle(ctx, core),
+            language_model(ctx.team, model, padding=tokenizer.bos), tokenizer, open_bundle(ctx, core),
             max_per_task=min(limits, default=None), tasks=core.tasks,
             batch_tokens=forward_tokens(ctx.config.machine, model.sizes), work=work, progress=_unseen,
             should_stop=ctx.should_stop, stop=ctx.stop,
@@ -68,7 +68,7 @@ def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tok
     """
     if not config.suite:
         return []
-    engine, tasks = Engine(model, tokenizer), dict[str, Task]()
+    engine, tasks = make_engine(ctx.team, model, tokenizer), dict[str, Task]()
     answering = Answering(
         batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens,
         batch_tokens=forward_tokens(ctx.config.machine, model.sizes),
@@ -114,7 +114,8 @@ def train_text_hooks(
     def measure(iteration: int) -> dict[str, float]:
         rows = read(max(1, count // config.batch.row_tokens))
         micro_tokens = forward_tokens(ctx.config.machine, model.sizes)
-        return {"train_bpb": bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)}
+        told = text_model(ctx.team, model)
+        return {"train_bpb": bits_per_byte(told, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)}
 
     return [Hook(run=measure, every=None, title="training text")]
 

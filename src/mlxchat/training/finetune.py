@@ -17,6 +17,7 @@ from mlxchat.data.stream_packing import pack_conversations
 from mlxchat.data.tokens import Tokens
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
+from mlxchat.evals.rank_model import text_model
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
@@ -92,7 +93,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     )
 
     def validate(iteration: int) -> dict[str, float]:
-        return {"val_loss": mean_loss(model, validation, micro_tokens=forward_tokens(machine, model.sizes))}
+        micro_tokens = forward_tokens(machine, model.sizes)
+        return {"val_loss": mean_loss(text_model(ctx.team, model), validation, micro_tokens=micro_tokens)}
 
     alone = config.packing == "alone"  # then most of a row is padding
     with RowBatches(pack(encoded), rows_per_iteration, ahead=machine.prefetch_batches, trimmed=alone) as batches:
