@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 _LARGE = (".safetensors", ".pt", ".pkl")
 
@@ -25,6 +26,15 @@ class Repository:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
+
+    def entry(self, path: str) -> dict[str, Any] | None:
+        """Return what a tree says of a file or folder, or None."""
+        content = self.files.get(path)
+        if content is not None:
+            return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if any(each.startswith(f"{path}/") for each in self.files):
+            return {"type": "directory", "path": path, "oid": "0" * 40}
+        return None
 
 
 @dataclass
@@ -85,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.put(path.removeprefix("/put/"), body)
         elif self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             self.say({"error": "Invalid username or password."}, 401)
+        elif "/resolve/" in path:
+            self.resolve(path)
         else:
             self.route(path, body)
 
@@ -116,10 +128,20 @@ class _Handler(BaseHTTPRequestHandler):
             ]  # fmt: skip
             self.say({"files": modes})
         elif verb == "tree":
-            self.say([
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for path, content in repository.files.items()
-            ])  # fmt: skip
+            below = "".join(f"{part}/" for part in parts[4:])
+            deep = "recursive=true" in self.path.lower() or not below
+            names = {
+                path if deep else below + path.removeprefix(below).split("/")[0]
+                for path in repository.files
+                if path.startswith(below)
+            }
+            if names or not below:
+                self.say([repository.entry(path) for path in sorted(names)])
+            else:
+                self.say({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        elif verb == "paths-info":
+            asked = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
+            self.say([entry for path in asked if (entry := repository.entry(path)) is not None])
         elif path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {**each, "actions": {"upload": {"href": f"{self.hub.url}/put/{each['oid']}"}}}
@@ -131,6 +153,20 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             siblings = [{"rfilename": each} for each in repository.files]
             self.say({"_id": "0", "id": name, "sha": "0" * 40, "private": repository.private, "siblings": siblings})
+
+    def resolve(self, path: str) -> None:
+        name, _, place = path.strip("/").partition("/resolve/")
+        content = self.hub.repositories[name].files.get(place.partition("/")[2])
+        if content is None:
+            self.say({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        part = content[int(asked[1]) : int(asked[2]) + 1 if asked[2] else None] if asked else content
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(part)
 
     def put(self, sha256: str, body: bytes) -> None:
         assert hashlib.sha256(body).hexdigest() == sha256

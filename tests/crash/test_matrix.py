@@ -25,7 +25,7 @@ SCENARIOS: dict[str, tuple[list[str] | None, list[str]]] = {
     "forced": ([], ["force=[source, train]"]),
     "shared": ([], ["source.lines=45"]),  # the same bytes: all below is an alias
 }
-ELSEWHERE = ("run.", "gc.", "import.", "export.", "search.", "eval.", "distill.")
+ELSEWHERE = ("run.", "gc.", "import.", "export.", "search.", "eval.", "distill.", "send.", "fetch.")
 POINTS = [point for point in CRASH_POINTS if not point.startswith(ELSEWHERE)]
 # Points that a scenario does not come by.
 NOT_PASSED = {

@@ -11,6 +11,7 @@ from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_
 from mlxchat.errors import ConfigError, StoreError
 from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.store import Store, read_manifest
+from mlxchat.runner.transfer import is_url
 
 if TYPE_CHECKING:
     from mlxchat.interop.exporting import Checkpoint
@@ -33,11 +34,11 @@ def main(arguments: list[str]) -> int:
         "ID",
     )
     parser.usage = (
-        "mlxchat export ID… --to PLACE [outputs=PATH]\n"
+        "mlxchat export ID… --to PLACE [--public] [outputs=PATH]\n"
         "       mlxchat export ID --to hf|nanochat|gguf|mlx PATH [--quantize 4|8] [--dtype float32|bfloat16]\n"
         "                      [--push ORGANISATION/NAME [--public]] [--force] [outputs=PATH]"
     )
-    parser.add_argument("--to", metavar="PLACE", help="a folder, FILE.tar, .tar.gz, .tgz, .tar.xz; or a format")
+    parser.add_argument("--to", metavar="PLACE", help="a folder, FILE.tar, .tar.gz, .tgz, .tar.xz, a URL; or a format")
     parser.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the matrices (--to mlx)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the other numbers (--to hf, mlx)")
     parser.add_argument(
@@ -47,7 +48,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace what is at PATH")
     options = parser.parse_intermixed_args(arguments)
     if options.to not in FORMATS:
-        given = [f"--{key}" for key in ("quantize", "dtype", "push", "public", "force") if getattr(options, key)]
+        formats = ("quantize", "dtype", "push", "force", *(() if is_url(options.to or "") else ("public",)))
+        given = [f"--{key}" for key in formats if getattr(options, key)]
         if given:
             raise ConfigError(f"{given[0]} is of formats: --to {', '.join(FORMATS)} and a PATH behind it")
         from mlxchat.commands.transfer import main_export

@@ -1,4 +1,4 @@
-"""mlxchat export and import: artifacts with everything they were made from, as a folder or a tar file."""
+"""mlxchat export and import: artifacts with all that they were made from, as a folder, a tar file, or behind a URL."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_
 from mlxchat.errors import ConfigError
 from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.store import Store
-from mlxchat.runner.transfer import closure, export, import_all
+from mlxchat.runner.transfer import closure, export, import_all, is_url
+
+_LOCAL = ("file://", "local://")
 
 
 def main_export(arguments: list[str]) -> int:
@@ -19,21 +21,49 @@ def main_export(arguments: list[str]) -> int:
         "Copy artifacts, and all that they were made from, to a folder (as rsync likes it) or a tar file.",
         "ID",
     )
-    parser.add_argument("--to", metavar="PLACE", help="a folder, or FILE.tar, .tar.gz, .tgz, .tar.xz")
+    parser.add_argument("--to", metavar="PLACE", help="a folder, FILE.tar, .tar.gz, .tgz, .tar.xz, or a URL")
+    parser.add_argument("--public", action="store_true", help="of hf://: everybody may see the repository")
     options = parser.parse_intermixed_args(arguments)
     names, settings = take_names(options.settings, "export", 1, None, "ID… --to PLACE")
     if not options.to:
         raise ConfigError("expected mlxchat export ID… --to PLACE: a folder or a tar file")
     store = Store(outputs_folder(settings))
     folders = closure(store, [store.resolve(name) for name in names])
-    to = Path(options.to)
+    if is_url(options.to) and not options.to.startswith(_LOCAL):
+        return _export_elsewhere(options.to, folders, public=options.public)
+    to = Path(_without_scheme(options.to))
     if to.exists() and to.resolve() == store.outputs.resolve():
         raise ConfigError(f"--to {to} is the outputs folder itself")
     copied = export(store, folders, to)
+    _tell(copied, folders, to)
+    return 0
+
+
+def _tell(copied: int, folders: list[Path], to: Path | str) -> None:
     size = format_bytes(sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()))
     there = f", {len(folders) - copied} were there" if copied < len(folders) else ""
     print(f"exported {copied} artifacts{there} ({size} in all) to {to}")
+
+
+def _export_elsewhere(url: str, folders: list[Path], *, public: bool) -> int:
+    from mlxchat.hub import remote
+    from mlxchat.hub.places import open_place
+
+    place = open_place(url)
+    if url.startswith("hf://"):
+        from mlxchat.hub.upload import push_artifacts
+
+        copied = push_artifacts(place, folders, public=public)
+    elif public:
+        raise ConfigError("--public is of hf://, and of --push")
+    else:
+        copied = remote.export_to(place, folders)
+    _tell(copied, folders, place.url)
     return 0
+
+
+def _without_scheme(place: str) -> str:
+    return next((place.removeprefix(scheme) for scheme in _LOCAL if place.startswith(scheme)), place)
 
 
 def main_import(arguments: list[str]) -> int:
@@ -48,14 +78,28 @@ def main_import(arguments: list[str]) -> int:
         "makes: mlxchat import nanochat --help, mlxchat import hf --help",
         "PLACE",
     )
+    parser.usage = "mlxchat import PLACE [ARTIFACT…] [outputs=PATH]\n       mlxchat import nanochat|hf WHAT"
     parser.add_argument("--forget", metavar="NAME", help="let import:NAME stand for nothing; gc may then remove it")
     options = parser.parse_intermixed_args(arguments)
     if options.forget is not None:
         _, settings = take_names(options.settings, "import", 0, 0, "--forget NAME")
         return import_model.forget(Store(outputs_folder(settings)), options.forget)
-    (source,), settings = take_names(options.settings, "import", 1, 1, "PLACE")
+    # A URL may have a "=" of its own, which makes it no setting.
+    urls = [word for word in options.settings if is_url(word)]
+    rest = [word for word in options.settings if word not in urls]
+    names, settings = take_names(rest, "import", 1 - len(urls[:1]), None, "PLACE [ARTIFACT…]")
+    source, wanted = (urls + names)[0], (urls + names)[1:]
     store = Store(outputs_folder(settings))
-    new, known = import_all(store, Path(source))
+    if is_url(source) or wanted:
+        from mlxchat.hub.places import open_place
+        from mlxchat.hub.remote import import_from
+
+        if not is_url(source) and not Path(source).is_dir():
+            raise ConfigError(f"{source} is no folder; of a tar file everything is taken in")
+        url = source if is_url(source) else f"file://{Path(source).resolve()}"
+        new, known = import_from(store, open_place(url), wanted)
+    else:
+        new, known = import_all(store, Path(source))
     for place in new:
         print(f"imported {place.name}")
     print(f"{len(new)} artifacts imported into {store.outputs}, {len(known)} were there")

@@ -17,9 +17,11 @@ class TransferProgress:
     """Counts the bytes of a transfer, from any thread, and shows them once it takes longer than a moment."""
 
     def __init__(
-        self, title: str, total: int, on_progress: Callable[[int, int], None] | None, *, start: int = 0
-    ) -> None:
-        """Begin with `start` of `total` bytes (0: not known); `on_progress` replaces the display."""
+        self, title: str, total: int, on_progress: Callable[[int, int], None] | None, *, start: int = 0,
+        verb: str = "fetch",
+    ) -> None:  # fmt: skip
+        """Begin with `start` of `total` bytes (0: not known); `on_progress` replaces the display, `verb` heads it."""
+        self.verb = verb
         self.title, self.total, self.done, self.start = title, total, start, start
         self._on_progress, self._lock = on_progress, threading.Lock()
         self._began = self._shown = time.monotonic()
@@ -51,7 +53,7 @@ class TransferProgress:
                 return
             self._shown = now
             if self._bar is None:
-                self._bar = _ByteProgress("fetch", max(1, self.total), "", start=self.start)
+                self._bar = _ByteProgress(self.verb, max(1, self.total), "", start=self.start)
                 self._bar.__enter__()
                 self._bar.began = self._began
             speed = (self.done - self.start) / max(1e-9, now - self._began)

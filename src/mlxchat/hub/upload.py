@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import ConfigError, PassingError
+from mlxchat.errors import ConfigError, PassingError, StoreError
+from mlxchat.hub.places import Place
+from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.secrets import redact
+from mlxchat.runner.store import MANIFEST, read_manifest
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -19,30 +22,32 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _FORMER = ("model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json")
 
 
-def check_repository(name: str, *, public: bool) -> str:
+def check_repository(name: str, *, public: bool, kind: str = "model", option: str = "--push ") -> str:
     """Return the token for an upload to a repository.
 
     Args:
         name: of the repository.
         public: whether it may be seen by everybody.
+        kind: model or dataset.
+        option: how the user named it, for messages.
 
     Raises:
         ConfigError: the name is none, the environment holds no token, or the repository is public and must not be.
         PassingError: the Hub does not answer as it should.
     """
     if not _REPOSITORY.fullmatch(name):
-        raise ConfigError(f'--push "{name}" is no repository: expected ORGANISATION/NAME, or your name in front')
+        raise ConfigError(f'{option}"{name}" is no repository: expected ORGANISATION/NAME, or your name in front')
     token = next((value for key in _TOKENS if (value := os.environ.get(key, "").strip())), None)
     if token is None:
         raise ConfigError(
-            "--push needs a token that may write: set HF_TOKEN in the environment (https://huggingface.co/settings/tokens)"
+            f"{option.strip() or name} needs a token that may write: set HF_TOKEN in the environment (https://huggingface.co/settings/tokens)"
         )
     from huggingface_hub.errors import RepositoryNotFoundError
 
     with _told(name):
         api = _api(token)
         try:
-            there = api.repo_info(name, repo_type="model")
+            there = api.repo_info(name, repo_type=kind)
         except RepositoryNotFoundError:
             return token
     if not there.private and not public:
@@ -74,6 +79,47 @@ def push_folder(folder: Path, name: str, token: str, *, message: str, public: bo
             repo_id=name, folder_path=folder, repo_type="model", commit_message=message, delete_patterns=list(_FORMER)
         )
         return str(info.commit_url)
+
+
+def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> int:
+    """Upload artifacts to hf://[datasets/]ORGANISATION/NAME/PATH in one commit; return how many were not there yet.
+
+    The repository is made if there is none. Large files that arrived are not sent again when the commit is tried again.
+
+    Args:
+        place: where to.
+        folders: the closure of what is to be exported.
+        public: whether a repository that everybody sees may be written, or is made.
+
+    Raises:
+        ConfigError: the place is none, or the token may not write there.
+        PassingError: the Hub does not answer as it should.
+        StoreError: an artifact here is not what was published.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    parts = place.root.strip("/").split("/")
+    kind = {"datasets": "dataset", "models": "model"}.get(parts[0])
+    name, rest = "/".join(parts[1:3] if kind else parts[:2]), parts[3:] if kind else parts[2:]
+    kind = kind or "model"
+    token = check_repository(name, public=public, kind=kind, option="--to hf://")
+    with _told(name):
+        api = _api(token)
+        api.create_repo(name, private=not public, repo_type=kind, exist_ok=True)
+        there = set(api.list_repo_files(name, repo_type=kind))
+        missing = [folder for folder in folders if "/".join((*rest, "store", folder.name, MANIFEST)) not in there]
+    operations = []
+    for folder in missing:
+        if damage := list(find_damage(folder, read_manifest(folder))):
+            raise StoreError(f"{folder.name} is not what was published: {damage[0]}. Nothing was sent")
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            where = "/".join((*rest, "store", folder.name, path.relative_to(folder).as_posix()))
+            operations.append(CommitOperationAdd(where, str(path)))
+    if operations:
+        with _told(name):
+            message = f"{missing[-1].name} from mlxchat, with {len(missing) - 1} artifacts that it was made from"
+            api.create_commit(name, operations, commit_message=message, repo_type=kind)
+    return len(missing)
 
 
 def _api(token: str) -> Any:

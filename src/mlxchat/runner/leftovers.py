@@ -78,6 +78,10 @@ def left_overs(store: Store, limits: Limits) -> Iterator[Garbage]:
         idle = time.time() - _last_change(path)
         if idle >= age:
             yield Garbage(path, "work", size_of(path), f"left over, untouched for {idle / DAY_SECONDS:.0f} days")
+    for path in (store.outputs / "work").glob(".import-*"):
+        idle = time.time() - _last_change(path)
+        if idle >= age and not locks.is_held(store.outputs / "locks" / "import.lock"):
+            yield Garbage(path, "work", size_of(path), "an import from elsewhere that was not gone on with")
     for path in entries(store.outputs / "store"):
         if not (path / MANIFEST).exists():
             yield Garbage(path, "artifact", size_of(path), "never finished: it has no manifest")

@@ -59,6 +59,12 @@ def is_tar(path: Path) -> bool:
     return path.suffix in _TARS and not path.is_dir()
 
 
+def is_url(place: str) -> bool:
+    """Tell whether a place is named by a URL rather than by a path."""
+    scheme, mark, _ = place.partition("://")
+    return bool(mark) and scheme.replace("+", "").isalnum()
+
+
 def export(store: Store, folders: list[Path], to: Path) -> int:
     """Copy artifacts to a folder or a tar file; return how many were not there yet.
 
@@ -116,14 +122,26 @@ def import_all(store: Store, source: Path) -> tuple[list[Path], list[Path]]:
         base.mkdir(parents=True)
         try:
             _unpack(source, base)
-            return _take_in(store, base / "store")
+            return take_in(store, base / "store")
         except OSError as error:
             raise StoreError(f"{source} cannot be imported ({error.strerror or error})") from error
         finally:
             shutil.rmtree(base, ignore_errors=True)
 
 
-def _take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
+def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
+    """Hash artifacts that were unpacked, and rename them into the store; the caller holds `import.lock`.
+
+    Args:
+        store: where to.
+        incoming: folder of the artifacts, on the store's file system; those that are new leave it.
+
+    Returns:
+        the new ones, and those that were here already.
+
+    Raises:
+        StoreError: one is not what its manifest says, or lacks what it was made from; none was taken in.
+    """
     staged = Store(incoming.parent)
     folders = sorted(path for path in incoming.iterdir()) if incoming.is_dir() else []
     if not folders:

@@ -1,0 +1,247 @@
+"""Artifacts in places that fsspec opens: s3://bucket/path, gs://, hf://, memory:// and whatever else is installed.
+
+A place has `store/<artifact>/…` as an exported folder has. An artifact is there if and only if its manifest is, which
+is written last, and after all it was made from: a transfer that ends anywhere leaves whole artifacts, or parts that
+nobody takes for one. The same command goes on with them, and hashes what it finds before it counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import ConfigError, PassingError, StoreError
+from mlxchat.hub.places import Place, told
+from mlxchat.hub.progress import TransferProgress
+from mlxchat.runner import locks
+from mlxchat.runner.catalog import references, short_form
+from mlxchat.runner.crash import crash_point
+from mlxchat.runner.integrity import find_damage
+from mlxchat.runner.sealed import sync
+from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
+from mlxchat.runner.transfer import take_in
+from mlxchat.runner.verifying import is_plain
+
+_PIECE_BYTES = 1 << 22
+_ROOM_BYTES = 1e9
+
+
+def export_to(place: Place, folders: Sequence[Path]) -> int:
+    """Copy artifacts to a place, inputs first; return how many were not there yet.
+
+    Args:
+        place: where to.
+        folders: the closure of what is to be exported, as `transfer.closure` orders it.
+
+    Raises:
+        StoreError: an artifact here is not what was published.
+        ConfigError: the place cannot be written by us.
+        PassingError: it does not answer as it should; what was sent is found again.
+    """
+    with told(place.url):
+        missing = [folder for folder in folders if not _is_there(place, folder.name)]
+        for folder in missing:
+            if damage := list(find_damage(folder, read_manifest(folder))):
+                raise StoreError(f"{folder.name} is not what was published: {damage[0]}. Nothing of it was sent")
+        total = sum(path.stat().st_size for folder in missing for path in _files(folder))
+        with TransferProgress(place.url, total, None, verb="send") as progress:
+            for folder in missing:
+                _send(place, folder, progress)
+    return len(missing)
+
+
+def _is_there(place: Place, name: str) -> bool:
+    try:
+        return place.manifest(name) is not None
+    except StoreError:  # it is written anew, after its files were hashed
+        return False
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return an artifact's files, the manifest last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return [*files, folder / MANIFEST]
+
+
+def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
+    """Copy one artifact; what an earlier try left is kept if it has the same contents."""
+    from fsspec.callbacks import Callback
+
+    class Counted(Callback):  # type: ignore[misc]
+        """Hands on how many bytes have left."""
+
+        def relative_update(self, inc: int = 1) -> None:
+            progress.add(inc)
+            super().relative_update(inc)
+
+    base = place.path(folder.name)
+    place.files.invalidate_cache()
+    sizes = {str(path): entry["size"] for path, entry in place.files.find(base, detail=True).items()}
+    for path in _files(folder):
+        target, size = place.path(folder.name, path.relative_to(folder).as_posix()), path.stat().st_size
+        known = sizes.pop(target, sizes.pop(target.lstrip("/"), None))
+        if path.name == MANIFEST and path.parent == folder:
+            crash_point("send.described")
+            for stray in sizes:  # of another build that was never finished
+                place.files.rm_file(stray)
+        elif known == size and _digest(place, target) == _digest_here(path):
+            progress.add(size)
+            continue
+        place.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        counted, before = Counted(), progress.done
+        place.files.put_file(str(path), target, callback=counted)
+        progress.add(size - (progress.done - before))  # those that count otherwise, or not at all
+        if (arrived := place.files.info(target)["size"]) != size:
+            raise PassingError(f"{place.url}: {target} has {arrived} bytes after {size} were sent; try again")
+        crash_point("send.file")
+
+
+def _digest(place: Place, path: str) -> str:
+    digest = hashlib.sha256()
+    with place.files.open(path, "rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digest_here(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Take in artifacts of a place with all they were made from; return the new ones, and those that were here already.
+
+    Args:
+        store: where to.
+        place: where from.
+        wanted: names of artifacts there, the start of one or of an id; none: everything.
+
+    Raises:
+        StoreError: what is there is not what its manifest says, or lacks what it was made from; or there is no room.
+            Nothing that is faulty reaches the store.
+        ConfigError: the place cannot be read by us, or has nothing of a name.
+        PassingError: it does not answer as it should; what arrived is found again.
+    """
+    store.prepare()
+    base = store.outputs / "work" / f".import-{hashlib.sha256(place.url.encode()).hexdigest()[:16]}"
+    with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, lambda owner: None):
+        with told(place.url):
+            chosen = _choose(store, place, wanted)
+            known = [here for manifest in chosen.values() if (here := store.own_folder(manifest["rid"])) is not None]
+            missing = {name: each for name, each in chosen.items() if store.own_folder(each["rid"]) is None}
+            if not missing:
+                return [], known
+            _fetch(place, missing, base)
+        try:
+            new, raced = take_in(store, base / "store")
+        except OSError as error:
+            raise StoreError(f"{place.url} cannot be imported ({error.strerror or error})") from error
+        except StoreError:
+            shutil.rmtree(base, ignore_errors=True)  # what is wrong there is wrong here
+            raise
+        shutil.rmtree(base, ignore_errors=True)
+        return new, [*known, *raced]
+
+
+def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Manifest]:
+    """Return name → manifest of what is wanted and of everything that it was made from."""
+    names = place.names()
+    by_rid = {name[-16:]: name for name in names}
+    if not names:
+        raise ConfigError(f"{place.url} holds no artifacts: expected {place.path('ARTIFACT', MANIFEST)}")
+    queue: list[str] = []
+    for word in wanted:
+        found = [word] if word in names else [n for n in names if n.startswith(word) or n[-16:].startswith(word[:16])]
+        if len(found) != 1:
+            which = ", ".join(found[:8]) if found else f"it holds {', '.join(names[:8])}{' …' * (len(names) > 8)}"
+            raise ConfigError(f'"{word}" is {len(found) or "no"} artifacts of {place.url}: {which}')
+        queue += found
+    chosen: dict[str, Manifest] = {}
+    queue = queue or names
+    while queue:
+        name = queue.pop()
+        if name in chosen:
+            continue
+        manifest = place.manifest(name) if is_plain(name) else None
+        if manifest is None:
+            if name in wanted or any(name.startswith(word) for word in wanted):
+                raise ConfigError(f"{name} is not whole at {place.url}: its export has not ended")
+            continue  # in the making, or no artifact
+        chosen[name] = manifest
+        rids = references(short_form(name, manifest))
+        queue += [by_rid[rid[:16]] for rid in rids if rid[:16] in by_rid and store.own_folder(rid) is None]
+    return chosen
+
+
+def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
+    """Bring artifacts to base/store/, each file hashed; what is whole there already is kept."""
+    for name, manifest in manifests.items():
+        strange = [str(file["path"]) for file in manifest["outputs"] if not is_plain(str(file["path"]))]
+        if strange:
+            raise StoreError(f"{name} lists files outside its folder: {', '.join(strange)}. Nothing was imported")
+    total = sum(file["bytes"] for manifest in manifests.values() for file in _listed(manifest))
+    base.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(base).free + sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
+    if total + _ROOM_BYTES > free:
+        raise StoreError(
+            f"{place.url} brings {total / 1e9:.1f} GB, and {base.parent.parent} has {free / 1e9:.1f} GB free"
+        )
+    with TransferProgress(place.url, total, None) as progress:
+        for name, manifest in manifests.items():
+            for file in _listed(manifest):
+                _fetch_file(place, name, file, base / "store" / name / file["path"], progress)
+            target = base / "store" / name / MANIFEST
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(place.files.cat_file(place.path(name, MANIFEST)))
+            sync(target)
+            crash_point("fetch.artifact")
+    for folder in (base / "store").iterdir():  # of another choice
+        if folder.name not in manifests:
+            shutil.rmtree(folder)
+
+
+def _listed(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the files that an artifact has itself; an alias has none."""
+    return [] if manifest.get("alias_of") else list(manifest["outputs"])
+
+
+def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, progress: TransferProgress) -> None:
+    """Bring one file, from where an earlier try was cut.
+
+    Raises:
+        StoreError: it is not what the manifest says.
+    """
+    if target.exists() and _digest_here(target) == file["sha256"]:
+        progress.add(file["bytes"])
+        return
+    part = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    resumed = True
+    while resumed:  # a part of other contents is told only at the end: then once more from the beginning
+        digest, done = hashlib.sha256(), 0
+        if part.exists():
+            with part.open("rb") as kept:
+                while piece := kept.read(_PIECE_BYTES):
+                    digest.update(piece)
+                    done += len(piece)
+        resumed = done > 0
+        progress.add(done)
+        with place.files.open(place.path(name, file["path"]), "rb") as source, part.open("ab") as out:
+            source.seek(done)
+            while done <= file["bytes"] and (piece := source.read(_PIECE_BYTES)):
+                out.write(piece)
+                digest.update(piece)
+                done += len(piece)
+                progress.add(len(piece))
+                crash_point("fetch.piece")
+        if done == file["bytes"] and digest.hexdigest() == file["sha256"]:
+            sync(part)
+            part.rename(target)
+            return
+        progress.add(-done)
+        part.unlink()
+    raise StoreError(f"{place.url}: {file['path']} of {name} is not what its manifest says. Nothing was imported")

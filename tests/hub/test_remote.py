@@ -1,0 +1,397 @@
+"""Artifacts over fsspec: whole or not at all, hashed, with what they were made from, and gone on with after any end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import ConfigError, PassingError, StoreError
+from mlxchat.hub import remote
+from mlxchat.hub.places import Place, open_place
+from mlxchat.hub.remote import export_to, import_from
+from mlxchat.runner.store import Store
+from mlxchat.runner.transfer import closure
+from mlxchat.runner.verifying import find_faults
+
+PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
+
+
+@pytest.fixture
+def made(toys: Any) -> Any:
+    toys.run(toys.plan(PIPELINE))
+    return toys
+
+
+@pytest.fixture
+def folders(made: Any) -> list[Path]:
+    return closure(made.store, [made.store.resolve("second")])
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """An empty place, each test its own; of S3 a small server on this machine, where moto and s3fs are installed."""
+    if request.param == "memory":
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        yield open_place(f"memory://bucket-{tmp_path.name}/runs")
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
+    elif request.param == "file":
+        yield open_place(f"file://{tmp_path}/elsewhere")
+    else:
+        yield open_place(f"s3://{request.getfixturevalue('bucket')}/runs")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 server with a bucket; returns the bucket's name. Servers of one process share their buckets."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    import s3fs
+
+    name = f"bucket-{os.urandom(6).hex()}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    yield name
+    server.stop()
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def there(place: Place) -> list[str]:
+    place.files.invalidate_cache()
+    return sorted(path.rpartition("/store/")[2] for path in place.files.find(place.path()))
+
+
+def test_what_comes_back_is_byte_for_byte_what_was_sent_inputs_first(
+    place: Place, made: Any, folders: list[Path], tmp_path: Path
+) -> None:
+    assert export_to(place, folders) == 2
+    other = Store(tmp_path / "other")
+    new, known = import_from(other, place, [])
+    assert ([path.name.split("-")[0] for path in new], known) == (["make", "copy"], [])
+    assert contents(other.outputs / "store") == contents(made.outputs / "store")
+    assert [fault for path in new for fault in find_faults(other, path)] == []
+    assert export_to(place, folders) == 0, "the second time everything is there"
+    assert import_from(other, place, [])[0] == []
+    assert list((other.outputs / "work").iterdir()) == []
+
+
+def test_an_artifact_is_there_only_after_its_files_and_what_it_was_made_from(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = open_place(f"file://{tmp_path}/elsewhere")
+    put, order = place.files.put_file, []
+
+    def put_file(source: str, target: str, **options: Any) -> None:
+        order.append(target.rpartition("/store/")[2])
+        put(source, target, **options)
+
+    monkeypatch.setattr(place.files, "put_file", put_file)
+    export_to(place, folders)
+    assert [name.split("-")[0] for name in order if name.endswith("/manifest.json")] == ["make", "copy"]
+    for name in {name.partition("/")[0] for name in order}:
+        assert [each for each in order if each.startswith(name)][-1] == f"{name}/manifest.json"
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_transfer_that_breaks_is_gone_on_with_and_nobody_takes_its_part_for_an_artifact(
+    after: int, place: Place, made: Any, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, count = place.files.put_file, 0
+
+    def breaking(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == after + 1:
+            raise TimeoutError("the network is gone")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(place.files, "put_file", breaking)
+    with pytest.raises(PassingError, match=r"network is gone.*goes on from what is there"):
+        export_to(place, folders)
+    other = Store(tmp_path / "other")
+    if any(name.endswith("manifest.json") for name in there(place)):
+        assert [path.name.split("-")[0] for path in import_from(other, place, [])[0]] == ["make"]
+    elif there(place):
+        assert import_from(other, place, [])[0] == []
+    whole = sum(name.endswith("manifest.json") for name in there(place))
+    before = count
+    assert export_to(place, folders) == len(folders) - whole
+    assert count - before == 4 - after, "what had arrived was not sent again"
+    import_from(other, place, [])
+    assert contents(other.outputs / "store") == contents(made.outputs / "store")
+
+
+def test_a_file_left_by_another_build_is_replaced_and_a_stray_one_goes(place: Place, folders: list[Path]) -> None:
+    right = (folders[1] / "result.txt").read_bytes()
+    place.files.makedirs(place.path(folders[1].name), exist_ok=True)
+    place.files.pipe_file(place.path(folders[1].name, "result.txt"), b"x" * len(right))
+    place.files.pipe_file(place.path(folders[1].name, "stray.txt"), b"x")
+    export_to(place, folders)
+    assert place.files.cat_file(place.path(folders[1].name, "result.txt")) == right
+    assert not any(name.endswith("stray.txt") for name in there(place))
+
+
+@pytest.mark.parametrize("damage", ["file", "short", "long", "missing", "manifest"])
+def test_nothing_is_imported_if_one_file_is_not_what_its_manifest_says(
+    damage: str, place: Place, folders: list[Path], tmp_path: Path
+) -> None:
+    export_to(place, folders)
+    target = place.path(folders[0].name, "manifest.json" if damage == "manifest" else "result.txt")
+    content = place.files.cat_file(target)
+    flipped = content[:40] + bytes([content[40] ^ 1]) + content[41:] if damage == "manifest" else b"9" * len(content)
+    place.files.rm_file(target)
+    if damage != "missing":
+        altered = {"file": flipped, "manifest": flipped, "short": content[:-1], "long": content + b"x"}[damage]
+        place.files.pipe_file(target, altered)
+    other = Store(tmp_path / "other")
+    with pytest.raises((StoreError, ConfigError)):
+        import_from(other, place, [])
+    assert list((other.outputs / "store").iterdir()) == []
+
+
+def test_a_damaged_artifact_is_not_sent(place: Place, folders: list[Path]) -> None:
+    (folders[0] / "result.txt").write_text("9")
+    with pytest.raises(StoreError, match=r"not what was published.*Nothing of it was sent"):
+        export_to(place, folders)
+    assert there(place) == []
+
+
+def test_a_manifest_with_paths_that_lead_elsewhere_is_refused(
+    place: Place, folders: list[Path], tmp_path: Path
+) -> None:
+    export_to(place, folders)
+    target = place.path(folders[0].name, "manifest.json")
+    record = json.loads(place.files.cat_file(target))
+    record.pop("digest", None)
+    record["schema"] = 1
+    record["outputs"].append({"path": "../../../evil.txt", "bytes": 1, "sha256": "0"})
+    place.files.pipe_file(target, json.dumps(record).encode())
+    with pytest.raises(StoreError, match="outside its folder"):
+        import_from(Store(tmp_path / "other"), place, [])
+
+
+def test_a_name_brings_that_artifact_and_what_it_was_made_from(
+    place: Place, made: Any, folders: list[Path], tmp_path: Path
+) -> None:
+    export_to(place, folders)
+    new, _ = import_from(Store(tmp_path / "one"), place, ["make"])
+    assert [path.name for path in new] == [folders[0].name]
+    new, known = import_from(Store(tmp_path / "one"), place, [folders[1].name])
+    assert ([path.name for path in new], known) == ([folders[1].name], [])
+    with pytest.raises(ConfigError, match=r'"sft" is no artifacts of .*it holds copy-'):
+        import_from(Store(tmp_path / "two"), place, ["sft"])
+
+
+RUN = """
+import sys
+from pathlib import Path
+from mlxchat.hub import remote
+from mlxchat.hub.places import open_place
+from mlxchat.runner.store import Store
+from mlxchat.runner.transfer import closure
+remote._PIECE_BYTES = 1000
+way, place, outputs = sys.argv[1:]
+store, place = Store(Path(outputs)), open_place(place)
+if way == "export":
+    remote.export_to(place, closure(store, [store.resolve("second")]))
+else:
+    remote.import_from(store, place, [])
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "point"),
+    [("export", "send.file"), ("export", "send.described"), ("export", "send.described:2"),
+     ("import", "fetch.piece"), ("import", "fetch.piece:3"), ("import", "fetch.artifact"),
+     ("import", "import.checked"), ("import", "import.renamed")],
+)  # fmt: skip
+def test_a_killed_transfer_leaves_no_partial_artifact_and_the_next_one_ends_it(
+    way: str, point: str, toys: Any, tmp_path: Path
+) -> None:
+    toys.add("make", "(ctx.out / 'result.txt').write_text('0123456789' * 1000)")
+    toys.run(toys.plan(PIPELINE))
+    url, other = f"file://{tmp_path}/elsewhere", Store(tmp_path / "other")
+    if way == "import":
+        export_to(open_place(url), closure(toys.store, [toys.store.resolve("second")]))
+    command = [sys.executable, "-c", RUN, way, url, str(toys.outputs if way == "export" else other.outputs)]
+    killed = subprocess.run(command, env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    if way == "import":
+        here = list((other.outputs / "store").iterdir())
+        assert [fault for folder in here for fault in find_faults(other, folder)] == []
+    subprocess.run(command, check=True, cwd=tmp_path)
+    import_from(other, open_place(url), [])
+    assert contents(other.outputs / "store") == contents(toys.outputs / "store")
+    assert list((other.outputs / "work").iterdir()) == []
+
+
+def test_an_interrupted_import_reads_only_the_rest_of_a_file(
+    toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toys.add("make", "(ctx.out / 'result.txt').write_text('0123456789' * 1000)")
+    toys.run(toys.plan({"first": {"stage": "make"}}))
+    place = open_place(f"memory://{tmp_path.name}")
+    export_to(place, closure(toys.store, [toys.store.resolve("first")]))
+    monkeypatch.setattr(remote, "_PIECE_BYTES", 1000)
+    read: list[int] = []
+    kind = type(place.files.open(place.path(toys.store.resolve("first").name, "result.txt")))
+    original = kind.read
+
+    def reading(self: Any, *size: Any) -> bytes:
+        if len(read) == 4:
+            read.append(0)
+            raise TimeoutError("the network is gone")
+        piece = original(self, *size)
+        read.append(len(piece))
+        return bytes(piece)
+
+    monkeypatch.setattr(kind, "read", reading)
+    other = Store(tmp_path / "other")
+    with pytest.raises(PassingError):
+        import_from(other, place, [])
+    del read[:]
+    read.extend([0] * 5)
+    import_from(other, place, [])
+    assert sum(read) == 6000
+    assert (other.outputs / "store").is_dir()
+
+
+def test_what_an_import_left_long_ago_is_garbage(toys: Any, tmp_path: Path) -> None:
+    from mlxchat.runner.leftovers import Limits, left_overs
+
+    toys.store.prepare()
+    folder = toys.outputs / "work" / ".import-0123456789abcdef"
+    folder.mkdir()
+    assert list(left_overs(toys.store, Limits())) == []
+    long_ago = time.time() - 8 * 86400
+    os.utime(folder, (long_ago, long_ago))
+    assert [item.path for item in left_overs(toys.store, Limits())] == [folder]
+
+
+def test_the_verbs_take_urls(made: Any, tmp_path: Path, mlxchat: Any) -> None:
+    url = f"file://{tmp_path}/to"
+    sent = mlxchat("export", "second", "--to", url, f"outputs={made.outputs}")
+    assert (sent.returncode, sent.stderr) == (0, "")
+    assert "exported 2 artifacts" in sent.stdout
+    taken = mlxchat("import", url, "copy", f"outputs={tmp_path}/other")
+    assert (taken.returncode, taken.stderr) == (0, "")
+    assert "2 artifacts imported" in taken.stdout
+    taken = mlxchat("import", f"{tmp_path}/to", "make", f"outputs={tmp_path}/third")
+    assert "1 artifacts imported" in taken.stdout, taken.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("quux://bucket/path", "fsspec knows no quux://"),
+        ("s3://", "names no folder"),
+        ("memory://nothing", "holds no artifacts"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_in_one_message(url: str, message: str, tmp_path: Path, mlxchat: Any) -> None:
+    done = mlxchat("import", url, f"outputs={tmp_path}/other")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    assert fsspec.__version__
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"s3:// needs a package.*pip install 'mlxchat\[s3\]'"):
+        open_place("s3://bucket/path")
+
+
+@pytest.fixture
+def upload_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("upload_hub", Path(__file__).parents[1] / "upload_hub.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "upload_hub", module)
+    spec.loader.exec_module(module)
+    for name in ("HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with module.UploadHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield server
+
+
+def test_the_hub_gets_one_commit_and_gives_the_same_artifacts_back(
+    upload_hub: Any, made: Any, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlxchat.commands.export import main as export_main
+    from mlxchat.commands.transfer import main_import
+
+    arguments = ["second", "--to", "hf://me/runs/artifacts", f"outputs={made.outputs}"]
+    assert export_main(arguments) == 0
+    repository = upload_hub.repositories["me/runs"]
+    assert (repository.private, len(repository.commits)) == (True, 1)
+    prefix = "artifacts/store/"
+    assert {path.removeprefix(prefix): content for path, content in repository.files.items()} == contents(
+        made.outputs / "store"
+    )
+    assert export_main(arguments) == 0
+    assert len(repository.commits) == 1, "nothing was missing"
+    assert main_import(["hf://me/runs/artifacts", f"outputs={tmp_path}/other"]) == 0
+    assert contents(tmp_path / "other" / "store") == contents(made.outputs / "store")
+    assert "2 artifacts imported" in capsys.readouterr().out
+
+
+def test_an_upload_to_the_hub_that_fails_leaves_nothing_there(upload_hub: Any, folders: list[Path]) -> None:
+    from mlxchat.hub.upload import push_artifacts
+
+    upload_hub.fail = "/commit/"
+    with pytest.raises(PassingError, match="Nothing was committed"):
+        push_artifacts(open_place("hf://me/runs"), folders, public=False)
+    assert upload_hub.repositories["me/runs"].files == {}
+
+
+def test_missing_credentials_and_buckets_are_told_in_one_message(
+    bucket: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"s3://nobucket/x: there is no such place"):
+        export_to(open_place("s3://nobucket/x"), folders)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"does not let us in .*AWS_ACCESS_KEY_ID"):
+        export_to(open_place(f"s3://{bucket}/x"), folders)
+
+
+def test_a_server_that_is_not_there_is_something_that_may_pass(
+    bucket: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(PassingError, match="goes on from what is there"):
+        export_to(open_place(f"s3://{bucket}/x"), folders)
