@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from numpy.typing import NDArray
@@ -21,12 +21,39 @@ Shared = Callable[["Team", dict[str, Any], dict[str, mx.array]], Any]
 _END = ""
 
 
+class Orders(Protocol):
+    """A way from rank 0 to the others that costs nothing while nobody says anything: who waits in MLX's ring spins."""
+
+    def send(self, order: dict[str, Any]) -> None:
+        """Tell all followers; called on rank 0."""
+
+    def receive(self) -> dict[str, Any]:
+        """Return what rank 0 said next; called on the others."""
+
+
+class _InTheGroup:
+    """Orders that go through the group itself."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def send(self, order: dict[str, Any]) -> None:
+        self.group.share_json(order)
+
+    def receive(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.group.share_json()
+        return found
+
+
 class Team:
     """A group's ranks at work for one step, and what each keeps between calls."""
 
-    def __init__(self, group: Group = ALONE) -> None:
-        """Keep nothing yet."""
+    def __init__(self, group: Group = ALONE, orders: Orders | None = None) -> None:
+        """Keep nothing yet; orders go through the group where there is no other way."""
         self.group = group
+        self.orders: Orders = orders or _InTheGroup(group)
+        self.open = False
+        """Whether a call has begun and not ended well here: then the ranks may no longer be at the same place."""
         self.kept: dict[str, Any] = {}
         """By name, what functions keep on this rank for later calls: model, optimizer, …"""
 
@@ -51,10 +78,13 @@ class Team:
             assert self.group.leads, "only rank 0 asks"
             shapes = {name: [list(array.shape), str(array.dtype).rpartition(".")[2]] for name, array in given.items()}
             name = f"{function.__module__}:{function.__qualname__}"
-            self.group.share_json({"function": name, "request": request or {}, "arrays": shapes})
+            self.open = True
+            self.orders.send({"function": name, "request": request or {}, "arrays": shapes})
             for array in given.values():
                 self.group.share(array)
-        return function(self, request or {}, given)
+        found = function(self, request or {}, given)
+        self.open = False
+        return found
 
     def follow(self) -> None:
         """Do what rank 0 asks for, until it ends the team.
@@ -62,7 +92,7 @@ class Team:
         Raises:
             PeerLost: rank 0 or another rank is gone.
         """
-        while (order := self.group.share_json())["function"] != _END:
+        while (order := self.orders.receive())["function"] != _END:
             module, _, name = order["function"].partition(":")
             assert module.partition(".")[0] == "mlxchat", module
             function: Shared = getattr(import_module(module), name)
@@ -75,4 +105,4 @@ class Team:
     def end(self) -> None:
         """Let the other ranks go; called on rank 0."""
         if self.size > 1:
-            self.group.share_json({"function": _END, "request": {}, "arrays": {}})
+            self.orders.send({"function": _END, "request": {}, "arrays": {}})
