@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlxchat.adapter_config import NO_ADAPTER
+from mlxchat.adapter_config import AdapterConfig as AdapterConfig
 from mlxchat.bench_config import BenchConfig as BenchConfig
 from mlxchat.eval_config import CoreConfig as CoreConfig
 from mlxchat.eval_config import EvalConfig as EvalConfig
@@ -155,6 +157,8 @@ class FinetuneConfig:
     packing_buffer_conversations: int = MISSING
     teacher: TeacherConfig = field(default_factory=TeacherConfig, metadata={"since_default": NO_TEACHER})
     """Whose distributions are learnt besides the conversations' tokens."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
+    """Small matrices that are trained in place of the model's; the group `adapter` sets those of all stages."""
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
@@ -260,6 +264,8 @@ class Config:
     midtrain: FinetuneConfig = field(default_factory=FinetuneConfig)
     sft: FinetuneConfig = field(default_factory=FinetuneConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What midtrain.adapter, sft.adapter and rl.adapter take; no stage reads it itself."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     outside: OutsideConfig = field(default_factory=OutsideConfig)
     imported: ImportConfig = field(default_factory=ImportConfig)

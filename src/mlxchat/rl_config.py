@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlxchat.adapter_config import NO_ADAPTER, AdapterConfig
 from mlxchat.missing import MISSING
 from mlxchat.optimizer_config import ScheduleConfig
 from mlxchat.task_config import TaskItem
@@ -79,6 +80,8 @@ class RLConfig:
     rollout_correction: float = field(default=MISSING, metadata={"since_default": 2.0})
     """With rollout_bits a token counts as many times as it is likelier under the model itself than under the rounded
     one, at most so many times."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
+    """Small matrices that are trained in place of the model's, which then is the reference of kl_coefficient."""
     clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
     """Whether optimizer.grad_clip holds in this stage."""
     schedule: ScheduleConfig = MISSING

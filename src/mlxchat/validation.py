@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxchat.adapter_problems import find_adapter_problems, find_unread_problems
 from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
 from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import suggest
+from mlxchat.model.sizing import sizes_of
 from mlxchat.number_problems import find_range_problems, find_zeros
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.rl_problems import find_rl_problems
@@ -21,8 +23,10 @@ _POLAR_EXPRESS_ITERATIONS = 5
 
 def find_problems(config: Config) -> list[str]:
     """Return a line for every value that cannot be, with what was expected; empty if all is well."""
+    of_model = list(_model(config))
     return [
-        *_model(config),
+        *of_model,
+        *_adapters(config, model_is_good=not of_model),
         *_choices(config),
         *_corpus(config),
         *_pretrain(config),
@@ -56,6 +60,24 @@ def _execution(config: Config) -> Iterator[str]:
         parts = target if isinstance(target, list) and target else [target]
         if target is not None and not all(isinstance(part, str) and part for part in parts):
             yield f"hooks.{name} is {target!r}, expected a command, a list of its words, an http(s) address or null"
+
+
+def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
+    stages = {"midtrain": config.midtrain.adapter, "sft": config.sft.adapter, "rl": config.rl.adapter}
+    yield from find_unread_problems(config.adapter, list(stages.values()))
+    # Of somebody's model the sizes are known when the plan is made.
+    ours = model_is_good and any(step.get("stage") == "pretrain" for step in config.pipeline.values())
+    sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size) if ours else None
+    told: list[str] = []
+    for name, adapter in {
+        "adapter": config.adapter,
+        **{f"{name}.adapter": each for name, each in stages.items()},
+    }.items():
+        # What the group says of all stages is told once.
+        for line in find_adapter_problems(name, adapter, sizes):
+            if (what := line.partition(".")[2] if name == "adapter" else line.partition(".adapter.")[2]) not in told:
+                told.append(what)
+                yield line
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -166,6 +188,11 @@ def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[s
         yield from find_item_problems(f"{name}.suite", finetune.suite, training=False)
     if finetune.num_epochs < 1:
         yield f"{name}.num_epochs is {finetune.num_epochs}, expected at least 1"
+    if finetune.warm_start and finetune.adapter.is_there:
+        yield (
+            f"{name}.warm_start is true, but {name}.adapter.kind is {finetune.adapter.kind}: pretraining's moments are "
+            f"of other parameters. Give {name}.warm_start=false, or {name}.adapter.kind=none"
+        )
     for step, wiring in config.pipeline.items():
         source = config.pipeline.get(wiring.get("checkpoint", ""), {})
         if not finetune.warm_start or wiring.get("stage") != name or source.get("stage") in (None, "outside"):

@@ -75,6 +75,7 @@ NOT_IDENTITY = {
 }
 # Sections that no stage may declare, and those that are declared, with the steps that read them.
 NEVER = (
+    "adapter",  # what each stage takes of it is its own
     "machine",
     "tracker",
     "bench",
@@ -130,7 +131,10 @@ plain_data = st.recursive(
 def full_config() -> Config:
     """A configuration in which every optional section is there, so that every field of the schema occurs."""
     config = compose_config(
-        ["corpus=fineweb_edu", "experiment=quickstart", "corpus.packages=[]", "optimizer=muon_jul2026", "core=nanochat"]
+        [
+            "corpus=fineweb_edu", "experiment=quickstart", "corpus.packages=[]", "optimizer=muon_jul2026",
+            "core=nanochat", "adapter=qlora",
+        ]  # fmt: skip
     ).config
     config.sft.mixture["facts"].options = {"seed": 3.0}
     for stage in (config.pretrain, config.midtrain, config.sft, config.rl):
