@@ -2,7 +2,7 @@
 
 A stage file declares, as literals that planning reads without importing it: VERSION (raised when a change of the
 code changes results), CONFIG (the sections of the configuration that it reads), INPUTS and OPTIONAL_INPUTS
-(role → kind of artifact), PRODUCES (kind), OUTPUTS (files that must exist afterwards) and, if its artifacts are
-named after a value of the configuration, LABEL. RESOURCES = ["gpu"]: it computes on the GPU, which one step
-has at a time. Its `run(ctx)` does the work.
+(role → kind of artifact), PRODUCES (kind), OUTPUTS (files that must exist afterwards, "a|b": one of both) and, if its
+artifacts are named after a value of the configuration, LABEL. RESOURCES = ["gpu"]: it computes on the GPU, which one
+step has at a time. Its `run(ctx)` does the work.
 """

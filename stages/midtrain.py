@@ -11,7 +11,13 @@ VERSION = 2
 CONFIG = ["optimizer", "midtrain", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
-OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+OUTPUTS = [
+    "model.safetensors|adapters.safetensors",
+    "config.json",
+    "checkpoint.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 RESOURCES = ["gpu"]
 
 

@@ -76,7 +76,7 @@ def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
 
 def test_the_stage_group_selects_targets_and_changes_nothing_else() -> None:
     in_pipeline = {step["stage"] for step in composed().config.pipeline.values()}
-    assert set(stage_names()) - in_pipeline == {"outside", "imported"}  # which have pipelines of their own
+    assert set(stage_names()) - in_pipeline == {"outside", "imported", "fused"}  # which have pipelines of their own
     for stage in in_pipeline:
         chosen = composed(f"stage={stage}").config
         assert chosen.targets == [stage]

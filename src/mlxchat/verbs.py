@@ -15,6 +15,7 @@ VERBS = {
     "gc": ("gc", "show what may be removed and why; --apply removes it"),
     "export": ("export", "copy artifacts and all they were made from, or write a model for other tools (--to hf, …)"),
     "import": ("transfer:main_import", "take in exported artifacts, or a model of another make: import nanochat|hf"),
+    "fuse": ("fuse", "put a model's adapters into its weights, which makes it a checkpoint of its own"),
     "data": ("data", "fetch, list, remove and look at what comes from the Hub: data fetch|ls|rm|show"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
     "serve": ("serve", "serve models over HTTP: OpenAI's interface, nanochat's, and a page to chat in"),

@@ -122,7 +122,7 @@ def find_model(store: Store, name: str | None) -> Path:
         for place in store.refs().values()
         if (manifest := read_manifest(place))["kind"] == "checkpoint"
     }
-    for stage in ("rl", "sft", "midtrain", "pretrain", "imported"):
+    for stage in ("rl", "sft", "midtrain", "pretrain", "fused", "imported"):
         if stage in found:
             return found[stage]
     raise StoreError(f"{store.outputs} holds no model yet: run mlxchat first (or choose with --model)")

@@ -42,7 +42,7 @@ _PLACES = """To use it:
   fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
 
 # Verbs that take names of artifacts, and those that take settings of the configuration.
-_NAMING = ("show", "lineage", "diff", "pin", "verify", "export", "report", "serve")
+_NAMING = ("show", "lineage", "diff", "pin", "verify", "export", "fuse", "report", "serve")
 _SETTING = ("run", "plan", "graph", "bench", "data")
 _DATA = ("fetch", "ls", "rm", "show")
 _OPTIONS = {

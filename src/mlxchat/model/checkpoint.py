@@ -2,7 +2,8 @@
 
 model.safetensors with nanochat's parameter names, config.json with `model_type: nanochat` (as mlx-lm reads it),
 the tokenizer's files, and checkpoint.json with what the training knew. mlx-lm knows the architecture of October 2025;
-any other one has a model file of its own beside it, which mlx-lm uses when it is told to trust the folder.
+any other one has a model file of its own beside it, which mlx-lm uses when it is told to trust the folder. A training
+of adapters leaves adapters.safetensors and adapter_config.json in place of the weights, which are those of its base.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
+from mlxchat.model.adapter_folder import read_adapters, rounding_of, write_adapters
+from mlxchat.model.adapter_targets import AdapterSizes
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.runner.bases import ADAPTER_KEY, describe_base, find_chain
 
 # What an architecture may have beyond the published one of October 2025, under these names in config.json.
 _FEATURES = [field.name for field in dataclasses.fields(GPTSizes) if field.default is not dataclasses.MISSING]
@@ -41,6 +46,37 @@ def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[
     arrays = {name: np.asarray(value.astype(mx.float32)) for name, value in flatten_parameters(model).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mlx"})
     write_description(folder, model.sizes, tokenizer, facts)
+
+
+def save_adapters(
+    folder: Path,
+    adapters: Mapping[str, mx.array],
+    adapter_sizes: AdapterSizes,
+    *,
+    base: Path,
+    sizes: GPTSizes,
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+    dropout: float = 0.0,
+) -> None:
+    """Write a model folder that holds adapters alone, and names the artifact that has the weights below them.
+
+    Args:
+        folder: exists.
+        adapters: by name, in float32.
+        adapter_sizes: what they are.
+        base: folder of the artifact on which they were trained; it may hold adapters itself.
+        sizes: of the model.
+        tokenizer: as for `save_checkpoint`.
+        facts: as for `save_checkpoint`.
+        dropout: with which they were trained.
+
+    Raises:
+        StoreError: the base is no artifact.
+    """
+    write_adapters(folder, adapters, adapter_sizes, num_layers=sizes.num_layers, dropout=dropout)
+    about = {"base": describe_base(base), **rounding_of(adapter_sizes)}
+    write_description(folder, sizes, tokenizer, {**facts, ADAPTER_KEY: about})
 
 
 def write_description(folder: Path, sizes: GPTSizes, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
@@ -85,13 +121,47 @@ def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
 def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Return the model, its tokenizer and the facts of checkpoint.json.
 
+    Adapters are put into the weights of their base, which is looked for in the same store.
+
     Raises:
         DataError: a file is missing or damaged, or weights and config do not fit each other.
+        StoreError: the base of an adapter is missing, or has other weights than it was trained on.
     """
+    *above, whole = find_chain(folder)
+    model, tokenizer, facts = _load_whole(whole)
+    for each in reversed(above):
+        sizes, _ = _read_description(each)
+        if sizes != model.sizes:
+            raise DataError(f"{each}: config.json is of another model than its base, {whole.name}")
+        read_adapters(each, sizes).apply(model)
+    if above:
+        _, facts = _read_description(folder)
+        tokenizer = _load_tokenizer(folder, model.sizes)
+    return model, tokenizer, facts
+
+
+def _load_whole(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Return what a folder with all of a model's weights holds."""
+    sizes, facts = _read_description(folder)
+    try:
+        arrays = load_file(folder / "model.safetensors")
+        model = GPT(sizes)
+    except Exception as error:  # the safetensors reader has several error types of its own
+        raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
+    expected = {name: tuple(value.shape) for name, value in flatten_parameters(model).items()}
+    found = {name: tuple(value.shape) for name, value in arrays.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise DataError(f"{folder}: weights do not fit config.json: {', '.join(wrong[:5])}")
+    set_parameters(model, {name: mx.array(value) for name, value in arrays.items()})
+    return model, _load_tokenizer(folder, sizes), facts
+
+
+def _read_description(folder: Path) -> tuple[GPTSizes, dict[str, Any]]:
+    """Return the sizes of config.json, and checkpoint.json without what it says of adapters."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        arrays = load_file(folder / "model.safetensors")
         sizes = GPTSizes(
             vocab_size=config["vocab_size"],
             num_layers=config["num_hidden_layers"],
@@ -102,19 +172,16 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
             rope_theta=config["rope_theta"],
             **{name: config[name] for name in _FEATURES if name in config},
         )
-        model = GPT(sizes)
-    except Exception as error:  # the safetensors reader has several error types of its own
+    except Exception as error:  # whatever a file of others may hold
         raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
-    expected = {name: tuple(value.shape) for name, value in flatten_parameters(model).items()}
-    found = {name: tuple(value.shape) for name, value in arrays.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise DataError(f"{folder}: weights do not fit config.json: {', '.join(wrong[:5])}")
-    set_parameters(model, {name: mx.array(value) for name, value in arrays.items()})
+    return sizes, {name: value for name, value in facts.items() if name != ADAPTER_KEY}
+
+
+def _load_tokenizer(folder: Path, sizes: GPTSizes) -> Tokenizer:
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != sizes.vocab_size:
         raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}")
-    return model, tokenizer, facts
+    return tokenizer
 
 
 def _features(sizes: GPTSizes) -> dict[str, Any]:

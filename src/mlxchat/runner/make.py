@@ -14,6 +14,7 @@ from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner import attempts as attempt_log
 from mlxchat.runner import locks
 from mlxchat.runner.aliases import action_key, remember_action
+from mlxchat.runner.bases import bases_of
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory
@@ -166,8 +167,7 @@ def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
         except StepFailed:
             shutil.rmtree(ctx.work, ignore_errors=True)  # made from both the old and the new
             raise
-        missing = [name for name in step.stage.outputs if not (ctx.out / name).exists()]
-        if missing:
+        if missing := step.stage.missing_outputs(ctx.out):
             raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({ctx.out})")
         return attempt
     except Interrupted as stop:
@@ -217,14 +217,19 @@ def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
 
 
 def _check_inputs(step: PlannedStep, folders: dict[str, Path], store: Store) -> None:
-    """Refuse inputs whose files are not those that were published."""
+    """Refuse inputs whose files, or those of what their weights rest on, are not those that were published."""
     for folder in folders.values():
-        damage = list(find_damage(folder, store.manifest_of(folder), again=False))
-        if damage:
-            raise StoreError(
-                f"{folder}, which {step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"
-                "Remove the folder; the next run makes it again."
-            )
+        _check_input(step, folder, store)
+    for folder in bases_of(folders):
+        _check_input(step, folder, store)
+
+
+def _check_input(step: PlannedStep, folder: Path, store: Store) -> None:
+    if damage := list(find_damage(folder, store.manifest_of(folder), again=False)):
+        raise StoreError(
+            f"{folder}, which {step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"
+            "Remove the folder; the next run makes it again."
+        )
 
 
 def _drop_work_on_other_inputs(work: Path, trees: dict[str, str]) -> None:

@@ -8,20 +8,20 @@ from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.stage import read_stage, stage_names
 
 Pipeline = Mapping[str, Mapping[str, str]]
-IMPORT = "import:"
-"""A role may be filled by import:NAME, a model that is in the store under that name, instead of by a step."""
-IMPORTED_KIND = "checkpoint"
+GIVEN = ("import:", "artifact:")
+"""A role may be filled by a model of the store instead of by a step: import:NAME is one that was imported under this
+name, artifact:NAME any, by whatever name `mlxchat show` takes."""
+GIVEN_KIND = "checkpoint"
 
 
 def steps_of(entry: Mapping[str, str]) -> dict[str, str]:
     """Return role → step of the roles that steps fill."""
-    return {role: source for role, source in entry.items() if role != "stage" and not source.startswith(IMPORT)}
+    return {role: source for role, source in entry.items() if role != "stage" and not source.startswith(GIVEN)}
 
 
-def imports_of(entry: Mapping[str, str]) -> dict[str, str]:
-    """Return role → name of the roles that imported models fill."""
-    imported = {role: source for role, source in entry.items() if role != "stage" and source.startswith(IMPORT)}
-    return {role: source.removeprefix(IMPORT) for role, source in imported.items()}
+def given_of(entry: Mapping[str, str]) -> dict[str, str]:
+    """Return role → import:NAME or artifact:NAME of the roles that models of the store fill."""
+    return {role: source for role, source in entry.items() if role != "stage" and source.startswith(GIVEN)}
 
 
 def order_steps(pipeline: Pipeline, targets: Iterable[str] | None) -> list[str]:
@@ -87,10 +87,10 @@ def _check_wiring(pipeline: Pipeline) -> list[str]:
                 known = ", ".join(stage.roles) or "none"
                 hint = suggest(role, stage.roles)
                 problems.append(f'pipeline.{step}: "{role}" is no role of stage {name}: {known}.{hint}')
-            elif source.startswith(IMPORT):
-                if stage.roles[role] != IMPORTED_KIND:
+            elif source.startswith(GIVEN):
+                if stage.roles[role] != GIVEN_KIND:
                     problems.append(
-                        f"pipeline.{step}.{role} is {source}, a {IMPORTED_KIND}; expected a {stage.roles[role]}"
+                        f"pipeline.{step}.{role} is {source}, a {GIVEN_KIND}; expected a {stage.roles[role]}"
                     )
             elif source not in pipeline:
                 problems.append(

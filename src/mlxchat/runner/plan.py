@@ -15,8 +15,7 @@ from mlxchat.runner.code_digest import CodeDigests, changed_modules
 from mlxchat.runner.externals import FileHashes
 from mlxchat.runner.externals import pin_externals as pin_externals
 from mlxchat.runner.fingerprint import compute_rid, identity_of
-from mlxchat.runner.naming import resolve_import
-from mlxchat.runner.pipeline import IMPORTED_KIND, imports_of, steps_of
+from mlxchat.runner.pipeline import GIVEN_KIND, given_of, steps_of
 from mlxchat.runner.pipeline import Pipeline as Pipeline
 from mlxchat.runner.pipeline import order_steps as order_steps
 from mlxchat.runner.reasons import Difference, find_difference
@@ -134,7 +133,7 @@ def make_plan(
     for name in order_steps(pipeline, targets):
         stage = read_stage(pipeline[name]["stage"])
         inputs = steps_of(pipeline[name])
-        imports = find_imports(name, imports_of(pipeline[name]), store)
+        given = find_given(name, given_of(pipeline[name]), store)
         sections = {section: getattr(config, section) for section in stage.config}
         for section in sections.keys() - identities.keys():
             identities[section] = identity_of(sections[section])
@@ -144,13 +143,14 @@ def make_plan(
         identity |= {"seed": seed} if stage.seeded else {}
         externals = pins[stage.config]
         rids = {role: planned[step].rid for role, step in inputs.items()}
-        rids |= {role: manifest["rid"] for role, manifest in imports.items()}
+        rids |= {role: manifest["rid"] for role, manifest in given.items()}
         rid_with = partial(_rid_with, stage, identity, externals, rids)
         artifacts = find_artifacts(sections, store, rid_with)
         rid = rid_with(artifacts)
         inherited = [planned[step].label for step in inputs.values()]
-        label = _label(stage, config, [*inherited, *imports_of(pipeline[name]).values()])
-        artifacts |= imports
+        labels = [given_label(source, given[role]) for role, source in given_of(pipeline[name]).items()]
+        label = _label(stage, config, [*inherited, *labels])
+        artifacts |= given
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=externals, rid=rid,
             artifact=artifact_name(stage.name, label, rid), label=label, forced=name in force or "all" in force,
@@ -279,26 +279,34 @@ def find_artifacts(
     return found
 
 
-def find_imports(step: str, names: Mapping[str, str], store: Store) -> dict[str, Manifest]:
-    """Return role → manifest of the imported models that fill a step's roles.
+def find_given(step: str, names: Mapping[str, str], store: Store) -> dict[str, Manifest]:
+    """Return role → manifest of the models of the store that fill a step's roles.
 
     Args:
         step: its name, for messages.
-        names: role → name.
+        names: role → import:NAME or artifact:NAME.
         store: where they are.
 
     Raises:
-        ConfigError: there is no import of such a name.
+        ConfigError: there is none of such a name.
     """
     found = {}
     for role, name in names.items():
         try:
-            found[role] = read_manifest(resolve_import(store, name))
+            found[role] = read_manifest(store.resolve(name.removeprefix("artifact:")))
         except StoreError as error:
             raise ConfigError(f"pipeline.{step}.{role}: {error}") from None
-        if found[role]["kind"] != IMPORTED_KIND:
+        if found[role]["kind"] != GIVEN_KIND:
             raise ConfigError(f"pipeline.{step}.{role}: {found[role]['name']} is a {found[role]['kind']}, no model")
     return found
+
+
+def given_label(source: str, manifest: Manifest) -> str:
+    """Return what steps below a given model are called after: the name of an import, or the artifact's own label."""
+    kind, _, name = source.partition(":")
+    if kind == "import":
+        return name
+    return str(manifest["name"]).removeprefix(f"{manifest['stage']}-")[: -len(manifest["rid"][:16]) - 1]
 
 
 def _rid_with(

@@ -34,7 +34,7 @@ class Stage:
     produces: str
     """Kind of the artifact."""
     outputs: tuple[str, ...]
-    """Files that must exist afterwards."""
+    """Files that must exist afterwards; of names with a | between them, exactly one."""
     resources: tuple[str, ...]
     """What it needs alone: "gpu", of which there is one."""
     label: str | None
@@ -46,6 +46,11 @@ class Stage:
     def roles(self) -> dict[str, str]:
         """All roles, filled or not."""
         return self.inputs | self.optional_inputs
+
+    def missing_outputs(self, out: Path) -> list[str]:
+        """Return what a folder lacks of the promised files, or has too many of where one of several was promised."""
+        wrong = (names for names in self.outputs if sum((out / name).exists() for name in names.split("|")) != 1)
+        return [names.replace("|", " or ") for names in wrong]
 
     def load(self) -> Callable[[Any], None]:
         """Import the stage and return its `run`; this is where MLX comes in."""

@@ -1,0 +1,53 @@
+"""mlxchat fuse REF: adapters and the weights below them become one checkpoint, which needs neither of them any more."""
+
+from __future__ import annotations
+
+from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
+from mlxchat.errors import ConfigError, StoreError
+from mlxchat.runner.bases import is_adapter
+from mlxchat.runner.progress import format_bytes
+from mlxchat.runner.store import Store, read_manifest
+
+
+def main(arguments: list[str]) -> int:
+    """Fuse a checkpoint that holds adapters, unless that was done before, and say what it is called."""
+    parser = make_naming_parser(
+        "fuse", "Put a model's adapters into the weights below them: a checkpoint with all of its weights.", "ID"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    (name,), settings = take_names(options.settings, "fuse", 1, 1, "ID")
+    store = Store(outputs_folder(settings))
+    place = store.resolve(name)
+    manifest = read_manifest(place)
+    if manifest["kind"] != "checkpoint":
+        raise StoreError(f"{place.name} is no model but a {manifest['kind']}")
+    folder = store.find(manifest["rid"])
+    if folder is None:
+        raise StoreError(f"{place.name}: the artifact that it stands for is no longer in {store.outputs}")
+    if not is_adapter(folder):
+        raise ConfigError(f"{place.name} has all of its weights already: there are no adapters to fuse")
+    return _fuse(store, place.name)
+
+
+def _fuse(store: Store, name: str) -> int:
+    from mlxchat.compose import compose_config
+    from mlxchat.pipeline_run import plan_of, run_pipeline
+
+    composed = compose_config([
+        f"outputs={_quote(str(store.outputs))}", "targets=[fused]", "name=fuse",
+        f"+pipeline.fused={{stage: fused, checkpoint: {_quote(f'artifact:{name}')}}}",
+    ])  # fmt: skip
+    (step,) = plan_of(composed.config, store)
+    if not step.done or store.find(step.rid) is None:
+        run_pipeline(composed, report=False)
+        store.forget()
+    made = store.find(step.rid)
+    assert made is not None, "a run that ends has made it"
+    size = format_bytes(sum(file["bytes"] for file in read_manifest(made)["outputs"]))
+    print(f"{name} with all of its weights is {made.name} ({size}). In a pipeline: artifact:{made.name}")
+    return 0
+
+
+def _quote(value: str) -> str:
+    """Return a value as an override takes it, whatever is in it."""
+    return "'" + value.replace("'", "\\'") + "'"

@@ -1,0 +1,108 @@
+"""What an artifact's weights rest on: an adapter holds only what it adds to the weights of another artifact, its base.
+
+The base is named in checkpoint.json by its id and by the digest of its contents, so that an adapter is never computed
+with other weights than it was trained on. It is also an input of the adapter, so that gc, export and import keep both
+together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import DataError, StoreError
+from mlxchat.runner.store import Store, read_manifest
+
+ADAPTER_KEY = "adapter"
+"""Of checkpoint.json: says that a folder holds an adapter, and what is known of it."""
+
+
+def describe_base(folder: Path) -> dict[str, str]:
+    """Return how an adapter names its base: the id and the digest of an artifact.
+
+    Args:
+        folder: the artifact, or a folder with its manifest.
+
+    Raises:
+        StoreError: it is no artifact.
+    """
+    manifest = read_manifest(folder)
+    return {"rid": manifest["rid"], "tree": manifest["tree"]}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter instead of all of a model's weights."""
+    try:
+        return _adapter_of(folder) is not None
+    except (OSError, ValueError):
+        return False  # whoever opens it is told
+
+
+def find_chain(folder: Path) -> list[Path]:
+    """Return a checkpoint's folder and those that its weights rest on, the nearest first; the last has all weights.
+
+    Raises:
+        DataError: a checkpoint.json cannot be read, or is not as adapters have it.
+        StoreError: a base is not in the same store, or has other contents than the adapter was trained on.
+    """
+    chain = [folder]
+    while (base := _find_base(chain[-1])) is not None:
+        if base.resolve() in [each.resolve() for each in chain]:
+            raise DataError(f"{folder}: its adapters rest on each other, so there are no weights below them")
+        chain.append(base)
+    return chain
+
+
+def bases_of(folders: Mapping[str, Path]) -> list[Path]:
+    """Return what the weights of inputs (role → folder) rest on besides their own files, each once.
+
+    Raises:
+        DataError: see `find_chain`, as for StoreError.
+    """
+    found = [each for folder in folders.values() if is_adapter(folder) for each in find_chain(folder)[1:]]
+    return list(dict.fromkeys(found))
+
+
+def _find_base(folder: Path) -> Path | None:
+    try:
+        adapter = _adapter_of(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
+    if adapter is None:
+        return None
+    base = adapter.get("base")
+    rid, tree = (base.get("rid"), base.get("tree")) if isinstance(base, dict) else (None, None)
+    if not isinstance(rid, str) or not isinstance(tree, str) or not rid:
+        raise DataError(f"{folder}: checkpoint.json does not name the base of its adapter by rid and tree")
+    store = Store(folder.resolve().parent.parent)
+    place = store.find(rid) if folder.resolve().parent.name == "store" else None
+    if place is None:
+        raise StoreError(
+            f"{folder.name} is an adapter, and its base {rid[:16]} is not in the same store ({store.outputs}). "
+            "mlxchat export ID --to PLACE carries both, and import takes both in; or run again what made the base"
+        )
+    made = store.manifest_of(place)
+    if made["tree"] != tree:
+        raise StoreError(
+            f"{folder.name} is an adapter for other weights than {place.name} has now: that was made again and came "
+            "out otherwise. Run again what made the adapter"
+        )
+    return place
+
+
+def _adapter_of(folder: Path) -> dict[str, Any] | None:
+    """Return what checkpoint.json says of an adapter, None if it is of a whole model or there is none.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON object.
+    """
+    facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    if not isinstance(facts, dict):
+        raise ValueError("checkpoint.json holds no object")
+    adapter = facts.get(ADAPTER_KEY)
+    if adapter is not None and not isinstance(adapter, dict):
+        raise ValueError("checkpoint.json: adapter is no object")
+    return adapter

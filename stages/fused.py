@@ -1,0 +1,27 @@
+"""Fused: a model whose adapters are put into the weights below them, so that it needs no other artifact to be used.
+
+Made by `mlxchat fuse`. Of a base whose matrices were rounded for the training of the adapters (QLoRA) the rounded
+numbers go in, written out in float32, since these are what the adapters were trained on.
+"""
+
+from mlxchat.errors import DataError
+from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
+from mlxchat.model.sizing import count_parameters
+from mlxchat.runner.bases import is_adapter
+from mlxchat.runner.context import Context
+
+VERSION = 1
+CONFIG: list[str] = []
+INPUTS = {"checkpoint": "checkpoint"}
+PRODUCES = "checkpoint"
+OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+SEEDED = False
+
+
+def run(ctx: Context) -> None:
+    folder = ctx.inputs["checkpoint"]
+    if not is_adapter(folder):
+        raise DataError(f"{folder.name} has all of its weights already: there are no adapters to fuse")
+    model, tokenizer, facts = load_checkpoint(folder)
+    ctx.metrics["num_parameters"] = count_parameters(model.sizes)["total"]
+    save_checkpoint(ctx.out, model, tokenizer, facts)

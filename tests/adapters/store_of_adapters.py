@@ -1,0 +1,115 @@
+"""A store with a base model and adapters for it, all of whose numbers matter, published as stages would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.interop.names import architecture_values
+from mlxchat.model.adapter_folder import shapes_of
+from mlxchat.model.adapter_targets import AdapterSizes, matrices_of
+from mlxchat.model.checkpoint import save_adapters, save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.runner.fingerprint import compute_rid
+from mlxchat.runner.store import Store, artifact_name, describe_outputs, read_manifest
+
+FACTS = {"stage": "sft", "format": "chat", "pretrain_batch_tokens": 512}
+
+
+def make_tokenizer() -> Tokenizer:
+    """Return a small tokenizer."""
+    return train_tokenizer(["The house in the garden had 12 windows. It isn't so. " * 4, "Haus Garten"], 300)
+
+
+def make_model(architecture: str = "oct2025", *, seed: int = 3, num_layers: int = 2) -> GPT:
+    """Return a model with random weights, none of them zero."""
+    model = GPT(
+        GPTSizes(
+            vocab_size=300, num_layers=num_layers, num_heads=2, num_kv_heads=1, width=64, context_tokens=256,
+            **architecture_values(architecture),
+        )
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    weights = {
+        name: mx.array(rng.normal(0, 1.0 if "wte" in name else 0.2, value.shape).astype(np.float32))
+        for name, value in flatten_parameters(model).items()
+    }
+    set_parameters(model, weights)
+    return model
+
+
+def adapter_sizes(model_sizes: GPTSizes, kind: str = "lora", **more: Any) -> AdapterSizes:
+    """Return adapters of rank 4 on all matrices but the last layer's projections."""
+    targets = tuple(list(matrices_of(model_sizes))[:-2])
+    return AdapterSizes(**{"kind": kind, "rank": 4, "scale": 2.5, "targets": targets, **more})
+
+
+def random_adapters(sizes: AdapterSizes, model_sizes: GPTSizes, *, seed: int = 5) -> dict[str, mx.array]:
+    """Return adapters none of whose numbers is zero; lengths of DoRA are around those that such rows have."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: mx.array((rng.normal(0, 0.15, shape) if len(shape) > 1 else rng.uniform(1, 3, shape)).astype(np.float32))
+        for name, shape in shapes_of(sizes, model_sizes).items()
+    }
+
+
+def publish(
+    outputs: Path, step: str, write: Callable[[Path], None], *, stage: str = "sft", inputs: Mapping[str, Path] = {}
+) -> Path:
+    """Publish what `write` puts into a folder as an artifact, and return its place."""
+    store = Store(outputs)
+    store.prepare()
+    out = outputs / "work" / step / "out"
+    out.mkdir(parents=True)
+    write(out)
+    files, tree = describe_outputs(out)
+    made = {role: read_manifest(folder) for role, folder in inputs.items()}
+    config = {"note": step}
+    rid = compute_rid(stage, 1, config, {role: each["rid"] for role, each in made.items()}, {})
+    keys = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
+    manifest = {
+        "schema": 2, "rid": rid, "name": artifact_name(stage, "d2", rid), "stage": stage, "step": step, "version": 1,
+        "kind": "checkpoint", "outputs": files, "tree": tree, "published": "2026-11-22T00:00:00+00:00", "pins": {},
+        "inputs": {role: {key: each[source] for key, source in keys.items()} for role, each in made.items()},
+        "config": config, "full_config": {"sft": config}, "derived": {"num_iterations": 7}, "externals": [],
+        "metrics": {}, "code": {}, "alias_of": None, "seconds": 1.0,
+    }  # fmt: skip
+    place = store.publish(out, manifest["name"], manifest)
+    store.set_ref("latest", step, place)
+    return place
+
+
+def publish_base(outputs: Path, step: str = "base", architecture: str = "oct2025", *, seed: int = 3) -> Path:
+    """Publish a whole model."""
+    model, tokenizer = make_model(architecture, seed=seed), make_tokenizer()
+    return publish(outputs, step, lambda out: save_checkpoint(out, model, tokenizer, dict(FACTS)), stage="midtrain")
+
+
+def publish_adapters(
+    outputs: Path, base: Path, step: str = "tuned", kind: str = "lora", *, seed: int = 5, **more: Any
+) -> Path:
+    """Publish adapters on an artifact."""
+    from mlxchat.model.checkpoint import load_checkpoint
+
+    sizes = load_checkpoint(base)[0].sizes
+    of = adapter_sizes(sizes, kind, **more)
+    arrays = random_adapters(of, sizes, seed=seed)
+
+    def write(out: Path) -> None:
+        save_adapters(
+            out, arrays, of, base=base, sizes=sizes, tokenizer=make_tokenizer(), facts=dict(FACTS), dropout=0.1
+        )
+
+    return publish(outputs, step, write, inputs={"checkpoint": base})
+
+
+def some_ids(count: int = 200) -> mx.array:
+    """Return token ids (2, count)."""
+    return mx.array(np.random.default_rng(1).integers(0, 300, (2, count)))
