@@ -71,7 +71,9 @@ def token_scores(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.a
     return mx.concatenate(losses), mx.concatenate(entropies)
 
 
-def cross_entropy_sum(x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array) -> mx.array:
+def cross_entropy_sum(
+    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool = False
+) -> mx.array:
     """Return the weighted sum of the tokens' cross-entropy (scalar, nats), differentiable in x and weight.
 
     Args:
@@ -79,10 +81,11 @@ def cross_entropy_sum(x: mx.array, weight: mx.array, targets: mx.array, row_weig
         weight: (V, C) the output head.
         targets: (N,) token ids, not negative.
         row_weights: (N,) factor of each token's loss; 0 leaves it out. Rewards' advantages may be negative.
+        frozen_head: whether no gradient of weight is made, which takes a quarter of the time.
     """
     if backend() == "cpu":
-        total, _, _ = _cross_entropy_cpu(x.astype(mx.float32), weight.astype(mx.float32), targets, row_weights)
-        return total
+        arrays = x.astype(mx.float32), weight.astype(mx.float32), targets, row_weights
+        return _with_frozen_head(*arrays)[0] if frozen_head else _cross_entropy_cpu(*arrays)[0]
     total = mx.array(0.0)
     for rows in _chunks(x.shape[0], weight.shape[0]):
         losses = mx.checkpoint(_losses_of_head)(x[rows], weight, targets[rows])
@@ -100,7 +103,25 @@ def _cross_entropy_cpu(
     number per row goes to the thin matrices (x and the product with the head) and the target's term is added by
     index, so that the wide matrix is passed over four times in all: tanh, exp, sum, slope.
     """
-    losses, d_x, d_weight, at_target = [], [], mx.zeros_like(weight), []
+    loss, d_x, d_weight = _losses_and_slopes(x, weight, targets, row_weights, frozen_head=False)
+    assert d_weight is not None
+    return loss, d_x, d_weight
+
+
+@differentiable
+def _with_frozen_head(
+    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return the loss and its gradient in x alone."""
+    loss, d_x, _ = _losses_and_slopes(x, weight, targets, row_weights, frozen_head=True)
+    return loss, d_x
+
+
+def _losses_and_slopes(
+    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Return what `_cross_entropy_cpu` returns; of a frozen head no gradient."""
+    losses, d_x, d_weight, at_target = [], [], None if frozen_head else mx.zeros_like(weight), []
     done: list[mx.array] = []
     for rows in _chunks(x.shape[0], weight.shape[0]):
         # One chunk after the other: by itself MLX would begin with the logits of them all.
@@ -113,11 +134,15 @@ def _cross_entropy_cpu(
         slope = _slope(exponentials, tanh)
         row_factor, target_slope = (factor / sums)[:, None], (factor * (1 - mx.square(target_tanh)))[:, None]
         d_x.append((slope @ weight) * row_factor - target_slope * weight[target])
+        if d_weight is None:
+            done = [d_x[-1], losses[-1]]
+            continue
         d_weight = mx.addmm(d_weight, slope.T, chunk * row_factor)
         at_target.append(target_slope * chunk)
         # A number of the sum instead of the sum, whose memory the next chunk's sum takes over.
         done = [d_weight[:1, :1] * 1.0, d_x[-1], losses[-1], at_target[-1]]
-    d_weight = d_weight.at[targets].subtract(mx.concatenate(at_target))
+    if d_weight is not None:
+        d_weight = d_weight.at[targets].subtract(mx.concatenate(at_target))
     return sum(losses[1:], losses[0]), mx.concatenate(d_x), d_weight
 
 
@@ -129,6 +154,14 @@ def _cross_entropy_cpu_vjp(
     _, _, targets, row_weights = primals
     d_x, d_weight = (gradient * cotangents[0] for gradient in outputs[1:])
     return d_x, d_weight, mx.zeros_like(targets), mx.zeros_like(row_weights)
+
+
+@_with_frozen_head.vjp
+def _with_frozen_head_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    """Scale the gradient that the forward pass has already made."""
+    return outputs[1] * cotangents[0], *map(mx.zeros_like, primals[1:])
 
 
 def chunk_rows(vocab_size: int) -> int:

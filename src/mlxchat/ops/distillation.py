@@ -42,7 +42,15 @@ class Mix:
 
 
 def distillation_sum(
-    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, teacher: Logits, mix: Mix, *, capped: bool
+    x: mx.array,
+    weight: mx.array,
+    targets: mx.array,
+    row_weights: mx.array,
+    teacher: Logits,
+    mix: Mix,
+    *,
+    capped: bool,
+    frozen_head: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return the loss, differentiable in x and weight, and of it the weighted sums of cross-entropy and divergence.
 
@@ -54,6 +62,7 @@ def distillation_sum(
         teacher: gives the teacher's logits.
         mix: of the two losses.
         capped: whether these are within ±15, so that no maximum has to be subtracted.
+        frozen_head: whether the gradient of weight is not made.
     """
 
     @differentiable
@@ -63,7 +72,7 @@ def distillation_sum(
         num_rows, length, width = x.shape
         size = max(1, chunk_rows(weight.shape[0]) // num_rows)
         ce, kl, d_x, at_target = [], [], [], []
-        d_weight = mx.zeros(weight.shape)
+        d_weight = mx.zeros((1, 1) if frozen_head else weight.shape)
         done: list[mx.array] = []
         for start in range(0, length, size):
             part = slice(start, min(start + size, length))
@@ -76,11 +85,15 @@ def distillation_sum(
             kl.append((kl_rows * factor).sum())
             target_slope = ((1 - mix.weight) * factor * (1 - mx.square(target_tanh)))[:, None]
             d_x.append((slope @ weight - target_slope * weight[target]).reshape(num_rows, -1, width))
+            if frozen_head:
+                done = [d_x[-1], ce[-1], kl[-1]]
+                continue
             d_weight = mx.addmm(d_weight, slope.T, chunk)
             at_target.append((target, target_slope * chunk))
             done = [d_weight[:1, :1] * 1.0, d_x[-1], ce[-1], kl[-1], at_target[-1][1]]
-        ids, rows = (mx.concatenate(list(each)) for each in zip(*at_target, strict=True))
-        d_weight = d_weight.at[ids].subtract(rows)
+        if not frozen_head:
+            ids, rows = (mx.concatenate(list(each)) for each in zip(*at_target, strict=True))
+            d_weight = d_weight.at[ids].subtract(rows)
         ce_sum, kl_sum = sum(ce[1:], ce[0]), sum(kl[1:], kl[0])
         total = (1 - mix.weight) * ce_sum + mix.weight * mix.temperature**2 * kl_sum
         return total, mx.concatenate(d_x, axis=1), d_weight, ce_sum, kl_sum
@@ -90,6 +103,7 @@ def distillation_sum(
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
     ) -> tuple[mx.array, ...]:
         d_x, d_weight = (each * cotangents[0] for each in outputs[1:3])
+        d_weight = mx.zeros_like(primals[1]) if frozen_head else d_weight
         return d_x, d_weight, mx.zeros_like(primals[2]), mx.zeros_like(primals[3])
 
     total, _, _, ce, kl = losses(x.astype(mx.float32), weight.astype(mx.float32), targets, row_weights)
