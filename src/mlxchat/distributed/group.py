@@ -6,9 +6,10 @@ Everything is evaluated at once, so that all ranks meet in the same order, and w
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -19,11 +20,22 @@ from mlxchat.errors import StepFailed
 Arrays = dict[str, mx.array]
 
 # Bytes that one collective carries: more would keep a second copy of a whole model in memory.
-_BUCKET_BYTES = 64 * 2**20
+BUCKET_BYTES = 64 * 2**20
 
 
 class PeerLost(StepFailed):
     """Another process of the group is gone."""
+
+
+@dataclass
+class Traffic:
+    """What a rank's collectives have cost so far."""
+
+    calls: int = 0
+    sent_bytes: int = 0
+    """What this rank sent, as a ring's algorithms go."""
+    seconds: float = 0.0
+    """Until they were done; the waiting for ranks that came later is part of it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,8 @@ class Group:
     """MLX's group; None: this process is alone."""
     backend: str = "none"
     """ring, jaccl, nccl or mpi."""
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+    """Of this rank."""
 
     @property
     def rank(self) -> int:
@@ -67,7 +81,7 @@ class Group:
         if self.size == 1:
             return dict(arrays)
         found: Arrays = {}
-        for names in _buckets(arrays):
+        for names in buckets(arrays):
             flat = mx.concatenate([arrays[name].reshape(-1) for name in names])
             total = self._meet(mx.distributed.all_sum, flat)
             borders = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
@@ -132,8 +146,14 @@ class Group:
         stream = None if self.backend == "nccl" else mx.cpu
         with _telling_of_lost_peers():
             mx.eval(array)
+            began = time.perf_counter()
             found: mx.array = collective(array, group=self.raw, stream=stream)
             mx.eval(found)
+        # Around a ring a sum takes 2 (n − 1) messages of an n-th, a gathering n − 1 of a whole.
+        share = 2 / self.size if collective is mx.distributed.all_sum else 1
+        self.traffic.calls += 1
+        self.traffic.sent_bytes += round(array.nbytes * share * (self.size - 1))
+        self.traffic.seconds += time.perf_counter() - began
         return found
 
 
@@ -153,12 +173,12 @@ def _telling_of_lost_peers() -> Iterator[None]:
         raise
 
 
-def _buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:
-    """Yield names of arrays of one dtype that travel together."""
+def buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:
+    """Yield the names of arrays by those of one dtype that travel together."""
     bucket: list[str] = []
     size, dtype = 0, None
     for name, array in arrays.items():
-        if bucket and (array.dtype != dtype or size + array.nbytes > _BUCKET_BYTES):
+        if bucket and (array.dtype != dtype or size + array.nbytes > BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
         bucket.append(name)

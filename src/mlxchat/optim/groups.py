@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +23,10 @@ from mlxchat.ops.device import backend
 from mlxchat.optim.adamw import adamw_update
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
 from mlxchat.optim.schedule import Rates
+from mlxchat.optimizer_config import AdamWGroupConfig, ScalingConfig
 
 Flat = dict[str, mx.array]
+Shape = tuple[int, ...]
 
 # Groups of AdamW by the beginnings of their parameters' names.
 _GROUPS = {
@@ -80,12 +83,18 @@ class Optimizer:
             ConfigError: a parameter belongs to no group.
         """
         self.config = config
+        self._given = {
+            "width": width, "lr_frac": lr_frac, "batch_lr_scale": batch_lr_scale, "weight_decay": weight_decay,
+        }  # fmt: skip
+        self.gather_state: Callable[[], Flat] | None = None
+        """Returns the state with the moments of all ranks; None: `state` has all of it."""
         self.dtype = dtype or (mx.float32 if backend() == "cpu" else mx.bfloat16)
         self.weight_decay = config.weight_decay if weight_decay is None else weight_decay
         self.muon_lr = config.matrix_lr * lr_frac * batch_lr_scale
         self.adamw_rules: dict[str, AdamWRule] = {}
         self.muon_shapes: dict[str, list[str]] = defaultdict(list)
         parameters = flatten_parameters(model)
+        self.shapes = {name: value.shape for name, value in parameters.items()}
         for name, value in parameters.items():
             group = _group_of(name, value)
             if group == "matrices" and config.kind == "muon":
@@ -99,14 +108,36 @@ class Optimizer:
                 lr *= batch_lr_scale
             self.adamw_rules[name] = AdamWRule(lr, (numbers.beta1, numbers.beta2), numbers.weight_decay)
         self.state: Flat = {"count": mx.array(0.0)}
-        for name in self.adamw_rules:
-            self.state[f"first.{name}"] = mx.zeros(parameters[name].shape)
-            self.state[f"second.{name}"] = mx.zeros(parameters[name].shape)
-        for names in self.muon_shapes.values():
-            for name in names:
-                self.state[f"momentum.{name}"] = mx.zeros(parameters[name].shape)
-                if config.variant == "jul2026":
-                    self.state[f"variance.{name}"] = mx.zeros(variance_shape(*parameters[name].shape))
+        self.state |= {name: mx.zeros(shape) for name, shape in self.state_shapes(self.shapes).items()}
+
+    def recipe(self) -> dict[str, Any]:
+        """Return as JSON data what another process needs to make the same rules for the same model."""
+        return {"config": asdict(self.config), **self._given, "dtype": str(self.dtype).rpartition(".")[2]}
+
+    @classmethod
+    def of_recipe(cls, model: nn.Module, recipe: dict[str, Any]) -> Optimizer:
+        """Return an optimizer of a recipe, with zero moments."""
+        given = recipe["config"]
+        groups = {name: AdamWGroupConfig(**group) for name, group in given["adamw_groups"].items()}
+        scaling = ScalingConfig(**given["scaling"]) if given["scaling"] else None
+        config = OptimizerConfig(**{**given, "adamw_groups": groups, "scaling": scaling})
+        others = {name: value for name, value in recipe.items() if name not in ("config", "dtype")}
+        return cls(model, config, **others, dtype=getattr(mx, recipe["dtype"]))
+
+    def state_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Return name in `state` → shape, of parameters by name or of parts of them; without the count."""
+        found: dict[str, Shape] = {}
+        for name in (name for name in self.adamw_rules if name in shapes):
+            found |= {f"first.{name}": shapes[name], f"second.{name}": shapes[name]}
+        for name in (name for names in self.muon_shapes.values() for name in names if name in shapes):
+            found[f"momentum.{name}"] = shapes[name]
+            if self.config.variant == "jul2026":
+                found[f"variance.{name}"] = variance_shape(*shapes[name])
+        return found
+
+    def whole_state(self) -> Flat:
+        """Return `state`, with the moments of the other ranks where there are any."""
+        return self.state if self.gather_state is None else self.gather_state()
 
     def update(self, parameters: Flat, gradients: Flat, rates: Rates[mx.array]) -> Flat:
         """Return the new parameters and advance `state`; the arguments are `move`'s."""
@@ -159,21 +190,17 @@ class Optimizer:
         stacks = [[name for name in stack if name in wanted] for stack in self.muon_shapes.values()]
         return [stack for stack in stacks if stack] + [[name] for name in self.adamw_rules if name in wanted]
 
+    def costs(self, shapes: Mapping[str, Shape]) -> dict[str, float]:
+        """Return about how long it takes to move parameters, or parts of them, against each other."""
+        found = {name: 1.0 * math.prod(shapes[name]) for name in self.adamw_rules if name in shapes}
+        for name in (name for names in self.muon_shapes.values() for name in names if name in shapes):
+            # Its products against a table's passes over memory: some 25 for each number of a short side.
+            found[name] = math.prod(shapes[name]) * min(shapes[name]) / 25
+        return found
+
     def share(self, parts: int) -> list[list[str]]:
         """Return the parameters' names in so many parts that take about equally long to move."""
-        costs = {name: 1.0 * self.state[f"first.{name}"].size for name in self.adamw_rules}
-        for names in self.muon_shapes.values():
-            for name in names:
-                shape = self.state[f"momentum.{name}"].shape
-                # Its products against a table's passes over memory: some 25 for each number of a short side.
-                costs[name] = math.prod(shape) * min(shape) / 25
-        shares: list[list[str]] = [[] for _ in range(parts)]
-        loads = [0.0] * parts
-        for name in sorted(costs, key=lambda name: -costs[name]):
-            lightest = loads.index(min(loads))
-            shares[lightest].append(name)
-            loads[lightest] += costs[name]
-        return shares
+        return share_evenly(self.costs(self.shapes), parts)
 
     def _move_oct2025(
         self, names: list[str], parameters: Flat, gradients: Flat, state: Flat, new_state: Flat, rates: Rates[mx.array]
@@ -214,6 +241,17 @@ class Optimizer:
             - decay * parameters[name] * (step[index] * parameters[name] >= 0)
             for index, name in enumerate(names)
         }
+
+
+def share_evenly(costs: Mapping[str, float], parts: int) -> list[list[str]]:
+    """Return names in so many parts that cost about the same: the dearest first, to whoever has least."""
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    loads = [0.0] * parts
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(name)
+        loads[lightest] += costs[name]
+    return shares
 
 
 def sum_squares(gradients: Flat) -> mx.array:

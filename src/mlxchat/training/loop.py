@@ -26,8 +26,9 @@ from mlxchat.training.best import Best
 from mlxchat.training.meter import Meter
 from mlxchat.training.micro_batch import MOST_TOKENS
 from mlxchat.training.resume import load_finished, load_state, save_finished, save_state
-from mlxchat.training.step import Batch, TrainStep
+from mlxchat.training.step import Batch
 from mlxchat.training.teacher import Distillation
+from mlxchat.training.team_step import TeamStep, make_step
 from mlxchat.training.watch import Watch, is_finite, name_documents
 
 
@@ -124,7 +125,8 @@ def fit(
     peak = peak_flops(dtype)
     mx.reset_peak_memory()
     micro_tokens = micro_tokens or machine.device_batch_tokens or MOST_TOKENS[backend()]
-    step = TrainStep(
+    step = make_step(
+        ctx.team,
         model,
         optimizer,
         micro_tokens=micro_tokens,
@@ -134,7 +136,8 @@ def fit(
         dropout_seed=ctx.seed("dropout"),
         distillation=distillation,
     )
-    meter = Meter(flops_per_token=flops_per_token(model.sizes), peak_flops=peak)
+    num_ranks = ctx.team.size if ctx.team is not None else 1
+    meter = Meter(flops_per_token=flops_per_token(model.sizes), peak_flops=peak and num_ranks * peak)
     watch = Watch(ctx.config.training)
     state = load_state(ctx.work, model, optimizer, best)
     if state is not None:
@@ -233,6 +236,8 @@ def fit(
                 f"kept the weights of iteration {best.iteration}: {best.METRIC} {best.numbers[best.METRIC]:.5f}"
             )
     crash_point("train.finished")
+    if isinstance(step, TeamStep):
+        step.end()
     if keep_state:
         save_finished(ctx.out, done, optimizer, progress_so_far(), model, best)
     if best is not None and best.iteration is not None:

@@ -87,6 +87,7 @@ def predict_peak_bytes(
     keeps_best: bool = False,
     teacher: TeacherSize | None = None,
     samples: bool = False,
+    num_ranks: int = 1,
 ) -> PeakBytes:
     """Return what a `TrainStep` needs, on a CPU within about 15 %; on a GPU, where it is not measured, roughly.
 
@@ -102,6 +103,7 @@ def predict_peak_bytes(
         keeps_best: whether the best weights so far are kept beside the present ones (`pretrain.keep`).
         teacher: a frozen model whose distributions are learnt (`sft.teacher`).
         samples: whether rows are answers that the model gives between the steps.
+        num_ranks: processes that share the iteration, of which this one has `rows`; each has its part of the moments.
     """
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
@@ -129,7 +131,7 @@ def predict_peak_bytes(
     gradients = (lanes * (parameters - tables) + tables) * _MASTER_BYTES
     return PeakBytes(
         weights=parameters * _MASTER_BYTES,
-        moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES,
+        moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES // num_ranks,
         accumulated=gradients if rows > micro_rows else 0,
         activations=round(kept * compute_bytes + cast) + (teacher.kept_per_token * tokens if teacher else 0),
         # The teacher's layers are done before there are logits.

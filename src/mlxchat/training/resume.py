@@ -25,7 +25,7 @@ def save_state(
 ) -> None:
     """Save weights, optimizer and `state` (JSON data) after `iteration` iterations; drop the older saves."""
     arrays = {f"model.{name}": np.asarray(value) for name, value in flatten_parameters(model).items()}
-    arrays |= {f"optimizer.{name}": np.asarray(value) for name, value in optimizer.state.items()}
+    arrays |= {f"optimizer.{name}": np.asarray(value) for name, value in optimizer.whole_state().items()}
     if best is not None:
         arrays |= best.arrays(iteration)
         state = {**state, "best": best.state()}
@@ -55,7 +55,7 @@ def save_finished(
 
     Where the finished model will be an earlier one than the last, the last weights, `model`'s, too.
     """
-    arrays = {name: np.asarray(value) for name, value in optimizer.state.items()}
+    arrays = {name: np.asarray(value) for name, value in optimizer.whole_state().items()}
     if best is not None:
         state = {**state, "best": best.state()}
         if best.iteration not in (None, iteration):

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import Ints, trim_rows
+from mlxchat.distributed.group import ALONE, Group
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum
@@ -21,15 +22,14 @@ from mlxchat.ops.device import backend
 from mlxchat.ops.distillation import distillation_sum
 from mlxchat.ops.dropout import Dropout, draw_keys
 from mlxchat.ops.lanes import Lanes
-from mlxchat.optim.groups import Flat, Optimizer, clip_factor, sum_squares
+from mlxchat.optim.groups import Flat, Optimizer, clip_factor
 from mlxchat.optim.schedule import Rates
+from mlxchat.optim.sharding import Sharding
+from mlxchat.training.gradient_sums import LossAndGradients, TableRows, add_rows, add_sums, sum_gradients
 from mlxchat.training.memory import predict_peak_bytes
 from mlxchat.training.teacher import Distillation
 
-LossAndGradients = tuple[mx.array, Flat]
 _LOSS_PARTS = ("ce", "kl")
-# Of a table's gradient the rows that tokens have read, with the tokens: (N,) and (N, …).
-TableRows = dict[str, tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,21 @@ class TrainStep:
         dropout: float = 0.0,
         dropout_seed: int = 0,
         distillation: Distillation | None = None,
+        group: Group = ALONE,
     ) -> None:
         """Compile lazily.
 
         Args:
             model: float32 master weights, updated in place.
             optimizer: its state is updated in place.
-            micro_tokens: tokens per micro-batch, at most; at least one row.
+            micro_tokens: tokens per micro-batch of a rank, at most; at least one row.
             dtype: what to compute in.
             recompute: whether a layer's activations are computed again instead of being kept for the gradient.
             dropout: share of the embedding, and of what layers add to it, that is left out; 0: nothing.
             dropout_seed: of which: what is left out of a row depends on it, the iteration and the row's number alone.
             distillation: a teacher whose distributions are learnt besides the targets.
+            group: ranks that make this step together, each with equal weights and the whole batch; each computes its
+                rows, sums are made over all, and each moves its part of the parameters.
         """
         self.distillation = distillation
         self.loss_parts: dict[str, float] = {}
@@ -90,9 +93,13 @@ class TrainStep:
         self.dropout, self._dropout_seed = dropout, dropout_seed
         self.num_traces = 0
         self._lanes = Lanes()
+        self._group = group
+        self.sharding = Sharding(group, optimizer) if group.size > 1 else None
+        """Which rank moves what; None: this process moves everything."""
         self._shares = optimizer.share(len(self._lanes))
+        self._own_shares = self.sharding.share(optimizer, len(self._lanes)) if self.sharding else self._shares
         self._gradients: Callable[..., tuple[mx.array, Flat, TableRows]] = mx.compile(self._loss_and_gradients)
-        self._sum: Callable[..., tuple[Flat, mx.array]] = mx.compile(_sum_gradients)
+        self._sum: Callable[..., tuple[Flat, mx.array]] = mx.compile(sum_gradients)
         self._move: Callable[..., tuple[Flat, Flat]] = mx.compile(self._clip_and_move)
 
     def __call__(self, batch: Batch, rates: Rates[float], iteration: int = 0) -> tuple[float, float]:
@@ -101,7 +108,7 @@ class TrainStep:
         The iteration matters to dropout alone. If either is NaN or infinite, weights and optimizer stay as they were.
         """
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
-        lanes = len(self._lanes.deal(min(rows, len(batch.ids))))
+        lanes = len(self._lanes.deal(max(1, min(rows, self._num_own_rows(batch)))))
         with self._lanes.sharing(lanes), self._memory_held_to_plan(batch, rows):
             loss, sums, norm = self._gradients_of(batch, rows, iteration)
             values = cast(list[float], loss.reshape(-1).tolist())
@@ -127,15 +134,17 @@ class TrainStep:
         if backend() != "cpu":
             yield
             return
+        own_rows = max(1, self._num_own_rows(batch))
         planned = predict_peak_bytes(
             self.model.sizes,
             self.optimizer.config,
-            rows=len(batch.ids),
-            micro_rows=min(rows, len(batch.ids)),
+            rows=own_rows,
+            micro_rows=min(rows, own_rows),
             row_tokens=batch.ids.shape[1],
             num_lanes=len(self._lanes),
             recompute=self.recompute,
             teacher=None if self.distillation is None else self.distillation.size,
+            num_ranks=self._group.size,
         )
         limit = mx.get_active_memory() + planned.total - planned.weights - planned.moments - planned.kept
         before = mx.set_memory_limit(limit)
@@ -153,8 +162,14 @@ class TrainStep:
             arrays.append(draw_keys(self._dropout_seed, iteration, rows=num_rows, places=places))
         totals: list[LossAndGradients] = []
         tables: list[Flat] = [{} for _ in self._shares]
-        for start in range(0, len(batch.ids), rows):
-            parts = self._micro_batch([array[start : start + rows] for array in arrays])
+        # What ranks compute at the same time are parts of one stretch of rows, as lanes' are.
+        together = rows * self._group.size
+        for start in range(0, len(batch.ids), together):
+            stretch = [array[start : start + together] for array in arrays]
+            own = self._group.part(len(stretch[0]))
+            if own.start == own.stop:
+                continue
+            parts = self._micro_batch([array[own] for array in stretch])
             # Without what follows, which needs both: MLX would hand out one lane's work after the other's.
             mx.eval(parts)
             totals = self._add(totals, [(loss, gradients) for loss, gradients, _ in parts])
@@ -162,10 +177,12 @@ class TrainStep:
             del parts
             # Now, so that only one micro-batch is ever in memory.
             mx.eval(totals, tables)
+        if not totals:
+            totals, tables = self._nothing()
         loss, sums, norm = self._sum_lanes(totals, tables)
         del totals, tables
         mx.eval(loss, sums, norm)
-        return loss, sums, norm
+        return (loss, sums, norm) if self.sharding is None else self._sum_ranks(self.sharding, loss, sums)
 
     def _micro_batch(self, arrays: list[np.ndarray[Any, Any]]) -> list[tuple[mx.array, Flat, TableRows]]:
         """Return the sums over the rows of each lane, and what it adds to the tables' gradients."""
@@ -181,14 +198,14 @@ class TrainStep:
         """Return the lanes' sums of two micro-batches."""
         if not totals:
             return more
-        return self._lanes.run([partial(_add, *pair) for pair in zip_longest(totals, more)])
+        return self._lanes.run([partial(add_sums, *pair) for pair in zip_longest(totals, more)])
 
     def _add_tables(self, totals: list[Flat], more: list[TableRows]) -> list[Flat]:
         """Return the tables' gradients, each lane those of its share, with the rows of all lanes added."""
         shapes = {name: value.shape for name, value in flatten_parameters(self.model).items()}
         calls = [
             partial(
-                _add_rows,
+                add_rows,
                 {name: total.get(name, mx.zeros(shapes[name])) for name in names if name in more[0]},
                 more,
             )
@@ -210,11 +227,34 @@ class TrainStep:
         sums = self._lanes.run(calls)
         return loss, [total for total, _ in sums], mx.sqrt(sum((squares for _, squares in sums[1:]), sums[0][1]))
 
+    def _num_own_rows(self, batch: Batch) -> int:
+        """Return about how many rows of a batch this rank computes."""
+        return len(range(len(batch.ids))[self._group.part(len(batch.ids))])
+
+    def _nothing(self) -> tuple[list[LossAndGradients], list[Flat]]:
+        """Return the sums of a rank that has no rows."""
+        tables, shapes = set(self.model.table_names()), self.optimizer.shapes
+        zeros = [{name: mx.zeros(shapes[name]) for name in names} for names in self._shares]
+        gradients = {name: value for share in zeros for name, value in share.items() if name not in tables}
+        loss = mx.zeros(() if self.distillation is None else 1 + len(_LOSS_PARTS))
+        of_tables = [{name: value for name, value in share.items() if name in tables} for share in zeros]
+        return [(loss, gradients)], of_tables
+
+    def _sum_ranks(self, sharding: Sharding, loss: mx.array, sums: list[Flat]) -> tuple[mx.array, list[Flat], mx.array]:
+        """Return loss and norm of all ranks, and of the gradients' sums what this rank moves, each lane its share."""
+        loss = self._group.sum({"loss": loss})["loss"]
+        gradients = {name: lane.pop(name) for lane in sums for name in list(lane)}
+        own, norm = sharding.sum(gradients)
+        return loss, [{name: own.pop(name) for name in names} for names in self._own_shares], norm
+
     def _update(self, sums: list[Flat], norm: mx.array, rates: Rates[mx.array]) -> None:
         """Move the parameters, each lane its share of them, a few at a time, so that few exist both old and new."""
         parameters, state = flatten_parameters(self.model), self.optimizer.state
-        count = state["count"]
-        for names_of_lanes in zip_longest(*(self.optimizer.batches(names) for names in self._shares), fillvalue=()):
+        if self.sharding is not None:
+            parameters = {name: piece.of(parameters[name]) for name, piece in self.sharding.own.items()}
+        count, own = state["count"], Flat()
+        state["count"] = count + 1
+        for names_of_lanes in zip_longest(*(self.optimizer.batches(names) for names in self._own_shares), fillvalue=()):
             calls = [
                 partial(
                     self._move,
@@ -232,9 +272,17 @@ class TrainStep:
             moved = self._lanes.run(calls)
             del calls
             for new, new_state in moved:
-                set_parameters(self.model, new)
+                if self.sharding is None:
+                    set_parameters(self.model, new)
+                else:
+                    own |= new
                 state.update(new_state)
             mx.eval(moved)
+        if self.sharding is not None:
+            mx.eval(state["count"])  # also where nothing of this rank was moved
+            for name, whole in self.sharding.gather(own):
+                mx.eval(whole)
+                set_parameters(self.model, {name: whole})
 
     def _loss_and_gradients(
         self, parameters: Flat, ids: mx.array, targets: mx.array, weights: mx.array, keys: mx.array | None = None
@@ -280,25 +328,3 @@ class TrainStep:
         if factor is not None:
             gradients = {name: gradient * factor for name, gradient in gradients.items()}
         return self.optimizer.move(parameters, gradients, state, rates)
-
-
-def _sum_gradients(parts: list[Flat], tables: Flat) -> tuple[Flat, mx.array]:
-    """Return the sum of gradients, with the tables' ones, and the sum of its squares."""
-    total = {name: sum((part[name] for part in parts[1:]), value) for name, value in parts[0].items()} | tables
-    return total, sum_squares(total)
-
-
-def _add_rows(totals: Flat, more: list[TableRows]) -> Flat:
-    """Return tables to which the rows of all lanes are added, always in the same order."""
-    added = {}
-    for name, total in totals.items():
-        ids, rows = (mx.concatenate(list(parts)) for parts in zip(*(part[name] for part in more), strict=True))
-        added[name] = total.at[ids].add(rows)
-    return added
-
-
-def _add(total: LossAndGradients, more: LossAndGradients | None) -> LossAndGradients:
-    """Return the sum of two micro-batches; the last one may have fewer lanes."""
-    if more is None:
-        return total
-    return total[0] + more[0], {name: value + more[1][name] for name, value in total[1].items()}

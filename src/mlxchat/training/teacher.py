@@ -50,17 +50,17 @@ class OwnTeacher:
 
     def __init__(self, model: GPT, dtype: mx.Dtype) -> None:
         """Take the model; its weights are kept in the type that is computed in."""
-        self._model = model
+        self.model = model
         set_parameters(model, {name: value.astype(dtype) for name, value in flatten_parameters(model).items()})
         mx.eval(flatten_parameters(model))
 
     def logits(self, ids: mx.array) -> Logits:
         """See `TeacherModel`."""
-        hidden = mx.stop_gradient(self._model.hidden(ids))
+        hidden = mx.stop_gradient(self.model.hidden(ids))
 
         def of(part: slice, after: list[mx.array]) -> mx.array:
             (states,) = mx.depends([hidden[:, part].reshape(-1, hidden.shape[-1])], after)
-            return soft_cap(states @ self._model.head_weight.T)
+            return soft_cap(states @ self.model.head_weight.T)
 
         return of
 
@@ -70,9 +70,9 @@ class OutsideTeacher:
 
     capped = False
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
-        """Take the model and how many of its logits stand for tokens; the rest only pads them."""
-        self._model, self._vocab_size = model, vocab_size
+    def __init__(self, model: Any, vocab_size: int, folder: Path) -> None:
+        """Take the model, how many of its logits stand for tokens (the rest only pads them), and where it lies."""
+        self._model, self.vocab_size, self.folder = model, vocab_size, folder
 
     def logits(self, ids: mx.array) -> Logits:
         """See `TeacherModel`."""
@@ -82,8 +82,8 @@ class OutsideTeacher:
 
         def of(part: slice, after: list[mx.array]) -> mx.array:
             (tokens,) = mx.depends([ids[:, part]], after)
-            found = self._model(tokens, cache=cache)[..., : self._vocab_size]
-            return mx.stop_gradient(found.astype(mx.float32)).reshape(-1, self._vocab_size)
+            found = self._model(tokens, cache=cache)[..., : self.vocab_size]
+            return mx.stop_gradient(found.astype(mx.float32)).reshape(-1, self.vocab_size)
 
         return of
 
@@ -117,7 +117,7 @@ def load_teacher(
             raise ConfigError(f"the teacher {folder} needs mlx-lm: pip install 'mlxchat[outside]'") from None
         theirs = its_words.vocabulary()
         context = teacher_context(folder)
-        model = OutsideTeacher(outside.model, tokenizer.vocab_size)
+        model = OutsideTeacher(outside.model, tokenizer.vocab_size, folder)
     difference = compare_vocabularies(spell_tokens(tokenizer), theirs)
     if difference:
         raise DataError(

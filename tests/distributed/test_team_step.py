@@ -1,0 +1,193 @@
+"""Steps of several ranks give what one process gives: losses, norms, weights, moments."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import hashlib
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.compose import compose_config
+from mlxchat.distributed.team import Team
+from mlxchat.model.gpt import GPT
+from mlxchat.model.replicas import model_on
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.ops import blas
+from mlxchat.ops.distillation import Mix
+from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import Rates
+from mlxchat.training.step import Batch, mean_batch
+from mlxchat.training.teacher import Distillation, OwnTeacher
+from mlxchat.training.teacher_size import TeacherSize
+from mlxchat.training.team_step import make_step
+
+assert mlxchat
+
+TOKENS, VOCABULARY = 16, 281  # no multiple of any number of ranks
+OCT = {"vocab_size": VOCABULARY, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "width": 32}
+# Three layers: of two the middle one would be the last, whose share the norm after it takes out again.
+JUL = {
+    "num_layers": 3, "architecture": "jul2026", "vocab_multiple": 8, "window_pattern": "SL", "query_key_scale": 1.2,
+    "value_embeddings": True, "residual_scalars": True, "smear": True, "backout": True,
+}  # fmt: skip
+UNEVEN = [16, 2, 9, 0, 16, 5, 1]
+CASES: dict[str, dict[str, Any]] = {
+    "oct2025": {},
+    "jul2026": {"sizes": JUL, "optimizer": {"variant": "jul2026"}},
+    "AdamW": {"optimizer": {"kind": "adamw"}, "sizes": JUL},
+    "unequal numbers of targets": {"targets": UNEVEN},
+    "micro-batches of two rows": {"targets": UNEVEN, "micro_rows": 2},
+    "ranks without a row": {"targets": [16]},
+    "clipped": {"optimizer": {"grad_clip": 0.01}},
+    "dropout": {"dropout": 0.3, "micro_rows": 1},
+    "a teacher": {"teacher": True},
+    "a teacher, ranks without a row": {"teacher": True, "targets": [9]},
+    "an update left out": {"broken": 1},
+    "layers computed again": {"recompute": True},
+}
+SETTINGS = {"micro_rows": 3, "targets": [16, 16, 16, 16, 16, 16], "sizes": {}, "optimizer": {}}
+
+
+def make_model(seed: int, **sizes: Any) -> GPT:
+    model = GPT(GPTSizes(**{**OCT, "context_tokens": 64, "rope_theta": 1e4, **sizes}))
+    rng = np.random.default_rng(seed)
+    weights = {
+        name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.2, size=value.shape).astype(np.float32))
+        for name, value in flatten_parameters(model).items()
+    }
+    set_parameters(model, weights)
+    return model
+
+
+def make_optimizer(model: GPT, **changes: Any) -> Optimizer:
+    config = compose_config(["experiment=speedrun_d12"]).config.optimizer
+    return Optimizer(model, replace(config, **changes), width=32, lr_frac=0.7, batch_lr_scale=1.1, weight_decay=0.05)
+
+
+def make_batch(seed: int, targets: list[int], *, broken: bool) -> Batch:
+    rows = []
+    rng = np.random.default_rng(seed)
+    for count in targets:
+        ids = rng.integers(0, VOCABULARY, TOKENS + 1).astype(np.int32)
+        rows.append((ids[:-1], np.where(np.arange(TOKENS) < count, ids[1:], -1).astype(np.int32)))
+    batch = mean_batch(rows)
+    if broken:
+        batch.weights[0, 0] = np.nan
+    return batch
+
+
+def digest(arrays: dict[str, mx.array]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(name.encode() + np.array(arrays[name]).tobytes())
+    return found.hexdigest()
+
+
+def look(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Any]:
+    """Return of each rank the digest of its weights and the shapes of its moments."""
+    state = team.kept["training"].optimizer.state
+    shapes = {name: list(value.shape) for name, value in state.items()}
+    return team.group.gather_json([digest(flatten_parameters(model_on(team))), shapes])
+
+
+def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
+    """Train on a few batches; leave weights and moments in the folder."""
+    blas.set_blas_threads(1)
+    case = {**SETTINGS, **CASES[name]}
+    model = make_model(7, **case["sizes"])
+    optimizer = make_optimizer(model, **case["optimizer"])
+    distillation = None
+    if case.get("teacher"):
+        distillation = Distillation(
+            teacher=OwnTeacher(make_model(8), mx.float32), mix=Mix(weight=0.5, temperature=2.0),
+            size=TeacherSize(weights=1, kept_per_token=1, working_per_token=1),
+        )  # fmt: skip
+    step = make_step(
+        team, model, optimizer, micro_tokens=case["micro_rows"] * TOKENS, dtype=mx.float32,
+        dropout=case.get("dropout", 0.0), dropout_seed=5, distillation=distillation,
+        recompute=case.get("recompute", False),
+    )  # fmt: skip
+    steps, parts = [], []
+    for index in range(3):
+        batch = make_batch(index, case["targets"], broken=index == case.get("broken"))
+        steps.append(step(batch, Rates(1.0, 0.9, 1.0), index))
+        parts.append(step.loss_parts)
+    ranks = team.call(look) if team.size > 1 else []
+    arrays = {**flatten_parameters(model), **optimizer.whole_state()}
+    np.savez(Path(folder) / f"{name}.npz", **{key: np.array(value) for key, value in arrays.items()})
+    return {"steps": steps, "parts": parts, "ranks": ranks, "digest": digest(flatten_parameters(model))}
+
+
+def train_all(team: Team, folder: str) -> dict[str, Any]:
+    return {name: train_case(team, name, folder) for name in CASES}
+
+
+@cache
+def alone(name: str, folder: str) -> dict[str, Any]:
+    return train_case(Team(), name, folder)
+
+
+@pytest.fixture(scope="module")
+def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("one")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def together(request: pytest.FixtureRequest, ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder, ranks.lead_ranks(train_all, request.param, str(folder), seconds=120)
+
+
+def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
+    with np.load(folder / f"{name}.npz") as found:
+        return dict(found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_norms_are_those_of_one_process(name: str, together: Any, one_folder: Path) -> None:
+    """To 1e-5, sums being made in another order; NaN where one process has NaN."""
+    _, found = together
+    expected = alone(name, str(one_folder))
+    np.testing.assert_allclose(found[name]["steps"], expected["steps"], rtol=1e-5)
+    for ours, theirs in zip(found[name]["parts"], expected["parts"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_and_moments_are_those_of_one_process(name: str, together: Any, one_folder: Path) -> None:
+    """To 5e-4 of each array's norm, after three steps: AdamW divides by the root of what may be nearly nothing."""
+    folder, _ = together
+    alone(name, str(one_folder))
+    ours, theirs = arrays_of(folder, name), arrays_of(one_folder, name)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key].shape == value.shape, key
+        assert np.linalg.norm(ours[key] - value) <= 5e-4 * np.linalg.norm(value), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_have_the_same_bits(name: str, together: Any) -> None:
+    _, found = together
+    assert {each[0] for each in found[name]["ranks"]} == {found[name]["digest"]}
+
+
+@pytest.mark.parametrize("name", ["oct2025", "jul2026", "AdamW"])
+def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
+    folder, found = together
+    whole = {key: value.size for key, value in arrays_of(folder, name).items() if key.startswith(("first.", "second."))}
+    whole |= {key: value.size for key, value in arrays_of(folder, name).items() if key.startswith(("mom", "vari"))}
+    held = dict.fromkeys(whole, 0)
+    for _, shapes in found[name]["ranks"]:
+        for key in shapes.keys() - {"count"}:
+            held[key] += int(np.prod(shapes[key]))
+    assert held == whole
+    sizes = [sum(int(np.prod(shape)) for shape in shapes.values()) for _, shapes in found[name]["ranks"]]
+    assert max(sizes) < 1.25 * min(sizes)
