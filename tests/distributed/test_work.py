@@ -1,0 +1,378 @@
+"""What all ranks do together besides training gives what one process gives: answers, losses, scores, verdicts."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.config import RLConfig
+from mlxchat.data.packing import Row
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.distributed.team import Team
+from mlxchat.engine.rank_engine import make_engine
+from mlxchat.errors import Interrupted
+from mlxchat.evals.bpb import mean_loss, text_loss
+from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.rank_model import language_model, text_model
+from mlxchat.evals.samples import answer_prompts
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.ops import blas
+from mlxchat.ops.device import backend
+from mlxchat.runner.progress import Progress
+from mlxchat.training.pass_at_k import pass_at_k
+from mlxchat.training.policy_scores import policy_scores
+from mlxchat.training.rollouts import Rollouts
+
+assert mlxchat
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "oct2025": {},
+    "jul2026": {
+        "architecture": "jul2026", "window_pattern": "SSL", "query_key_scale": 1.2, "value_embeddings": True,
+        "residual_scalars": True, "smear": True, "backout": True,
+    },
+}  # fmt: skip
+LENGTHS = [4, 9, 2, 17, 6, 11, 3]
+TOLERANCE = 2e-5  # nats, in float32: rows are padded to other widths
+NUMBERS = ("text", "padded", "one_row", "scores", "reference_scores")
+
+
+@cache
+def make_tokenizer() -> Tokenizer:
+    return train_tokenizer(["the cat sat on the mat and the dog sat on the log " * 5], 280)
+
+
+def make_model(architecture: str) -> GPT:
+    """Return a model none of whose projections is zero."""
+    sizes = GPTSizes(
+        vocab_size=280, num_layers=2, num_heads=4, num_kv_heads=2, width=32, context_tokens=96, rope_theta=1e4,
+        **FEATURES[architecture],
+    )  # fmt: skip
+    model, rng = GPT(sizes), np.random.default_rng(7)
+    weights = {
+        name: rng.normal(scale=1.0 if "wte" in name else 0.25, size=value.shape).astype(np.float32)
+        for name, value in flatten_parameters(model).items()
+    }
+    set_parameters(model, {name: mx.array(value) for name, value in weights.items()})
+    return model
+
+
+def calling(model: GPT) -> GPT:
+    """Return a model that answers what ends with one of LENGTHS by asking the calculator for 1."""
+    tokenizer, made = make_tokenizer(), GPT(model.sizes)
+    weights = {name: np.array(value) for name, value in flatten_parameters(model).items()}
+    weights |= {name: 0.02 * value for name, value in weights.items() if "c_proj" in name}
+    words, head = weights["transformer.wte.weight"], 0.02 * weights["lm_head.weight"]
+    (one,), special = tokenizer.encode("1"), tokenizer.special_ids
+    begin, end = special["<|python_start|>"], special["<|python_end|>"]
+    head[begin], head[one], head[end] = words[LENGTHS].sum(axis=0), words[begin], words[one]
+    weights["lm_head.weight"] = head
+    set_parameters(made, {name: mx.array(value) for name, value in weights.items()})
+    return made
+
+
+class Questions:
+    """Conversations of different lengths, with a verdict."""
+
+    chance = 0.25
+
+    def __init__(self, count: int, kind: str = "generative") -> None:
+        self.count, self.kind = count, kind
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        question = f"{index}:" + " the cat" * (index * 7 % 5)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "ABCD"[index % 4]}]
+        return {"messages": messages, "letters": list("ABCD")}
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        if self.kind == "categorical":
+            return response == conversation["messages"][-1]["content"]
+        return len(response) % 2 == 0
+
+    def reward(self, conversation: dict[str, Any], response: str) -> float:
+        return len(response) % 5 / 4
+
+
+def write_bundle(folder: Path) -> Path:
+    """Write a bundle of CORE with a task of each kind."""
+    rng = np.random.default_rng(0)
+    (folder / "eval_data").mkdir(parents=True)
+    words = ["the", "cat", "sat", "on", "mat", "dog", "log"]
+
+    def text(number: int) -> str:
+        return " ".join(rng.choice(words, number))
+
+    items = {
+        "choice": [
+            {"query": text(1 + n), "choices": [f"{text(2)} {place}" for place in range(3)], "gold": n % 3}
+            for n in range(11)
+        ],
+        "schema": [
+            {"context_options": [f"{text(3)} {place}" for place in range(2)], "continuation": text(3), "gold": n % 2}
+            for n in range(5)
+        ],
+        "story": [{"context": text(5), "continuation": text(1)} for n in range(7)],
+    }
+    kinds = {"choice": "multiple_choice", "schema": "schema", "story": "language_modeling"}
+    for label, lines in items.items():
+        (folder / "eval_data" / f"{label}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tasks = [
+        {"label": label, "icl_task_type": kind, "num_fewshot": [1], "dataset_uri": f"{label}.jsonl"}
+        for label, kind in kinds.items()
+    ]
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
+    baselines = "".join(f"\n{label},25" for label in kinds)
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline" + baselines)
+    return folder
+
+
+def rows_of(lengths: list[int], width: int = 96) -> list[Row]:
+    """Return rows whose last target stands after so many tokens."""
+    rng, rows = np.random.default_rng(1), []
+    for length in lengths:
+        ids, targets = rng.integers(0, 280, width).astype(np.int32), np.full(width, -1, np.int32)
+        targets[:length] = rng.integers(0, 280, length)
+        rows.append((ids, targets))
+    return rows
+
+
+def settings(**changes: Any) -> RLConfig:
+    return RLConfig(
+        **{"questions_per_iteration": 3, "samples_per_question": 3, "max_new_tokens": 8, "temperature": 1.0,
+           "top_k": 50, "eval_samples": 2, "advantages": "mean", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2,
+           "loss_divisor": "tokens", "kl_coefficient": 0.1, "minibatches_per_rollout": 1, "passes_per_rollout": 2,
+           "resample_rounds": 0, "train_unfinished": True, "entropy_every": None, "rollouts_kept": None,
+           "rollout_bits": None, "rollout_correction": 2.0} | changes
+    )  # fmt: skip
+
+
+def completions(team: Team | None, model: GPT) -> dict[str, Any]:
+    tokenizer = make_tokenizer()
+    engine = make_engine(team, model, tokenizer)
+    prompts = [[tokenizer.bos, *range(1, 1 + length)] for length in LENGTHS]
+    drawn = {"max_new_tokens": 24, "temperature": 1.0, "top_k": 50, "seed": 5, "log_probabilities": True}
+    rounded = make_engine(team, model, tokenizer, bits=4, trained=True)
+    found = {
+        "greedy": engine.complete(prompts, max_new_tokens=9),
+        "drawn": engine.complete(prompts, **drawn),
+        "calls": make_engine(team, calling(model), tokenizer).complete(prompts, **drawn),
+        "seeds": engine.complete(prompts, **drawn | {"seed": list(range(7, 14))}),
+        "one": engine.complete(prompts[:1], **drawn),
+        "none": engine.complete([], **drawn),
+        "rounded": rounded.complete(prompts, **drawn),
+        "again": engine.complete(prompts[:3], max_new_tokens=9),
+    }
+    return {name: [asdict(row) for row in rows] for name, rows in found.items()}
+
+
+def reinforce(team: Team | None, model: GPT, bits: int | None) -> list[Any]:
+    """Return log and batches of three updates, the weights being others in the second iteration."""
+    tokenizer, log, batches = make_tokenizer(), list[dict[str, Any]](), []
+    config, task = settings(rollout_bits=bits), Questions(5)
+    reference = flatten_parameters(model)
+    source = Rollouts(
+        make_engine(team, model, tokenizer, bits=bits, trained=True), task, config, seed=3, log=log.append,
+        scores=policy_scores(team, model, micro_tokens=200, dtype=mx.float32), reference=reference,
+    )  # fmt: skip
+    for iteration in range(3):
+        batch = source.next_batch(iteration)
+        batches.append([batch.ids.tolist(), batch.weights.tolist()])
+        set_parameters(model, {name: 1.01 * value for name, value in flatten_parameters(model).items()})
+    log.append(pass_at_k(make_engine(team, model, tokenizer, trained=True), task, config, seed=2))
+    set_parameters(model, reference)
+    return [log, batches]
+
+
+def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
+    """Return all that ranks share besides training; of one process without a team."""
+    model, tokenizer = make_model(architecture), make_tokenizer()
+    asked = text_model(team, model)
+    engine = make_engine(team, model, tokenizer)
+    found: dict[str, Any] = {"completions": completions(team, model)}
+    whole, padded = rows_of([96] * 7), rows_of(sorted([3, 90, 17, 290, 128, 1, 64, 33]), 300)
+    loss = text_loss(asked, whole, tokenizer.token_bytes, micro_tokens=300)
+    found["counted"] = [loss.num_bytes, loss.num_tokens]
+    found["text"], found["one_row"] = loss.bits_per_byte, mean_loss(asked, whole[:1], micro_tokens=300)
+    found["padded"] = mean_loss(asked, padded, micro_tokens=900)
+    ids, targets = (np.stack([row[side] for row in padded]) for side in (0, 1))
+    scores = policy_scores(team, model, micro_tokens=900, dtype=mx.float32)
+    other = {name: 0.9 * value for name, value in flatten_parameters(model).items()}
+    found["scores"] = [part.tolist() for part in scores(ids, targets)]
+    found["reference_scores"] = [part.tolist() for part in scores(ids, targets, other)]
+    core = evaluate_core(
+        language_model(team, model, padding=tokenizer.bos), tokenizer, Path(folder) / "bundle", max_per_task=None,
+        tasks=None, batch_tokens=300, work=Path(folder) / f"core-{architecture}-{team.size if team else 1}",
+        progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()),
+    )  # fmt: skip
+    found["core"], found["core_examples"] = core.to_dict(), core.examples
+    for kind in ("generative", "categorical"):
+        answering = Answering(batch_rows=3, max_new_tokens=8, batch_tokens=200, seeds=2, temperature=0.8, seed=4)
+        score, examples = evaluate_task(engine, Questions(10, kind), answering)
+        found[kind] = [score.to_dict(), examples]
+    found["samples"] = answer_prompts(engine, ["the cat", "the dog sat"], 6)
+    found["rl"] = {str(bits): reinforce(team, model, bits) for bits in (None, 8)}
+    return found
+
+
+@pytest.fixture(autouse=True)
+def on_one_core() -> Iterator[None]:
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    backend.cache_clear()
+    blas.set_blas_threads(1)
+    yield
+    mx.set_default_device(before)
+    backend.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("work")
+    write_bundle(folder / "bundle")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def of_ranks(ranks: Any, bundle: str) -> Callable[[str, int], dict[str, Any]]:
+    @cache
+    def run(architecture: str, size: int) -> dict[str, Any]:
+        found: dict[str, Any] = ranks.lead_ranks(work, size, architecture, bundle)
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def of_one(bundle: str) -> Callable[[str], dict[str, Any]]:
+    @cache
+    def run(architecture: str) -> dict[str, Any]:
+        mx.set_default_device(mx.cpu)
+        blas.set_blas_threads(1)
+        found: dict[str, Any] = json.loads(json.dumps(work(None, architecture, bundle)))
+        return found
+
+    return run
+
+
+EACH = pytest.mark.parametrize(("architecture", "size"), [("oct2025", 2), ("jul2026", 3)])
+
+
+@EACH
+def test_every_answer_is_the_one_of_a_single_process(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
+    """Bit for bit, log-probabilities and what the calculator said included, with too few rows and with none."""
+    expected, got = of_one(architecture)["completions"], of_ranks(architecture, size)["completions"]
+    assert [len(rows) for rows in expected.values()] == [7, 7, 7, 7, 1, 0, 7, 3]
+    assert sum(0 in row["mask"] for row in expected["calls"]) > 1, "nobody called the calculator"
+    assert got == expected
+    assert of_ranks(architecture, size)["samples"] == of_one(architecture)["samples"]
+
+
+@EACH
+@pytest.mark.parametrize("name", NUMBERS)
+def test_losses_and_log_probabilities_agree(
+    of_ranks: Any, of_one: Any, architecture: str, size: int, name: str
+) -> None:
+    expected, got = of_one(architecture), of_ranks(architecture, size)
+    assert np.ptp(np.array(expected["scores"])) > 0
+    np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=TOLERANCE)
+    assert got["counted"] == expected["counted"]
+
+
+@EACH
+def test_core_is_the_same(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
+    expected, got = of_one(architecture), of_ranks(architecture, size)
+    assert got["core"] == expected["core"]
+    for mine, theirs in zip(got["core_examples"], expected["core_examples"], strict=True):
+        losses = [each["details"].get("losses", []) for each in (mine, theirs)]
+        np.testing.assert_allclose(*losses, rtol=0, atol=TOLERANCE)
+        assert mine | {"details": None} == theirs | {"details": None}
+
+
+@EACH
+def test_scores_of_tasks_and_each_verdict_are_the_same(
+    of_ranks: Any, of_one: Any, architecture: str, size: int
+) -> None:
+    expected, got = of_one(architecture), of_ranks(architecture, size)
+    assert got["generative"] == expected["generative"]
+    assert 0 < got["generative"][0]["accuracy"] < 1
+    assert got["categorical"][0] == expected["categorical"][0]
+    for mine, theirs in zip(got["categorical"][1], expected["categorical"][1], strict=True):
+        logits = [list(each["details"]["logits"].values()) for each in (mine, theirs)]
+        np.testing.assert_allclose(*logits, rtol=0, atol=TOLERANCE)
+        assert mine | {"details": None} == theirs | {"details": None}
+
+
+@EACH
+@pytest.mark.parametrize("bits", ["None", "8"])
+def test_rewards_questions_and_weights_of_rl_are_the_same(
+    of_ranks: Any, of_one: Any, architecture: str, size: int, bits: str
+) -> None:
+    """Also after the weights have changed, with a reference that has not; and with rounded rollouts."""
+    (expected_log, expected), (log, got) = (
+        each["rl"][bits] for each in (of_one(architecture), of_ranks(architecture, size))
+    )
+    assert [sorted(each) for each in log] == [sorted(each) for each in expected_log]
+    for mine, theirs in zip(log, expected_log, strict=True):
+        for name, value in theirs.items():
+            tolerance = 0 if name.startswith(("reward", "pass_at", "held_out", "completion", "iteration")) else 1e-4
+            assert mine[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    assert len({json.dumps(ids) for ids, _ in expected}) > 1, "a second iteration, with other answers"
+    for (ids, weights), (expected_ids, expected_weights) in zip(got, expected, strict=True):
+        assert ids == expected_ids
+        np.testing.assert_allclose(weights, expected_weights, rtol=1e-3, atol=1e-6)
+
+
+# A stop in the middle
+
+
+def answer_until(team: Team | None, folder: str, stop_after: int | None, kind: str) -> list[Any]:
+    """Return score, examples and how many answers were known at each border, or the latter alone when stopped."""
+    model, known = make_model("oct2025"), list[int]()
+    answering = Answering(batch_rows=2, max_new_tokens=8, batch_tokens=100, seeds=2, temperature=0.8, seed=4)
+    try:
+        score, examples = evaluate_task(
+            make_engine(team, model, make_tokenizer()), Questions(13, kind), answering, work=Path(folder),
+            on_progress=known.append, should_stop=lambda: stop_after is not None and len(known) > stop_after,
+        )  # fmt: skip
+    except Interrupted:
+        return [known]
+    return [known, score.to_dict(), examples]
+
+
+@pytest.mark.parametrize(("kind", "first", "then"), [("generative", 2, 3), ("generative", 1, 2), ("categorical", 3, 1)])
+def test_a_stopped_evaluation_goes_on_with_another_number_of_ranks(
+    ranks: Any, tmp_path: Path, kind: str, first: int, then: int
+) -> None:
+    def answer(size: int, name: str, stop_after: int | None) -> list[Any]:
+        given = (str(tmp_path / name), stop_after, kind)
+        found = answer_until(None, *given) if size == 1 else ranks.lead_ranks(answer_until, size, *given)
+        return json.loads(json.dumps(found))
+
+    _, score, examples = answer(1, "straight", None)
+    (before,) = answer(first, "stopped", 2)
+    after, *got = answer(then, "stopped", None)
+    total = 26 if kind == "generative" else 13
+    assert 0 < before[-1] < total
+    assert after[0] == before[-1], "what had been answered is known"
+    assert after == sorted(after)
+    assert after[-1] == total
+    assert got[0] == score
+    if kind == "generative":
+        assert got[1] == examples
