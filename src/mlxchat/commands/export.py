@@ -1,4 +1,4 @@
-"""mlxchat export ID --to hf|nanochat|gguf|mlx PATH: a checkpoint as a folder of another tool's, with its model card."""
+"""mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter PATH: a checkpoint as another tool's folder, with its card."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from mlxchat.runner.transfer import is_url
 if TYPE_CHECKING:
     from mlxchat.interop.exporting import Checkpoint
 
-FORMATS = ("hf", "nanochat", "gguf", "mlx")
+FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter")
 _MEASURED_TOKENS = 8192
 _WORDS = {
     "hf": "transformers' NanoChatForCausalLM",
     "nanochat": "nanochat's own files",
     "mlx": "mlx-lm",
+    "mlx-adapter": "mlx-lm, beside their base",
 }
 
 
@@ -30,13 +31,14 @@ def main(arguments: list[str]) -> int:
     parser = make_naming_parser(
         "export",
         "Copy artifacts, and all that they were made from, to a folder (as rsync likes it) or a tar file. "
-        "Or, with --to hf, nanochat, gguf or mlx, write one model to PATH as that tool reads it.",
+        "Or, with --to hf, nanochat, gguf or mlx, write one model to PATH as that tool reads it; mlx-adapter: its "
+        "adapters alone.",
         "ID",
     )
     parser.usage = (
         "mlxchat export ID… --to PLACE [--public] [outputs=PATH]\n"
-        "       mlxchat export ID --to hf|nanochat|gguf|mlx PATH [--quantize 4|8] [--dtype float32|bfloat16]\n"
-        "                      [--push ORGANISATION/NAME [--public]] [--force] [outputs=PATH]"
+        "       mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter PATH [--quantize 4|8]\n"
+        "                      [--dtype float32|bfloat16] [--push ORGANISATION/NAME [--public]] [--force] [outputs=PATH]"
     )
     parser.add_argument("--to", metavar="PLACE", help="a folder, FILE.tar, .tar.gz, .tgz, .tar.xz, a URL; or a format")
     parser.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the matrices (--to mlx)")
@@ -91,8 +93,9 @@ def _export(
         raise StoreError(f"{place.name}: the artifact that it stands for is no longer in {store.outputs}")
     checkpoint = exporting.open_checkpoint(folder)
     exporting.check_export(checkpoint, target, bits=bits, dtype=dtype)
-    if damage := list(find_damage(folder, read_manifest(folder))):
-        raise StoreError(f"{folder.name} is not what was published: {damage[0]}. mlxchat verify tells more")
+    for each in (folder, *checkpoint.bases):
+        if damage := list(find_damage(each, read_manifest(each))):
+            raise StoreError(f"{each.name} is not what was published: {damage[0]}. mlxchat verify tells more")
     with ExitStack() as opened:
         if kept := path is not None:
             to = path
@@ -129,6 +132,9 @@ def _write(
         snapshot = exporting.write_nanochat(checkpoint, out)
         notes.append(f"For nanochat's code of {_MONTHS[snapshot]}.")
         how = _nanochat_words(checkpoint, snapshot)
+    elif target == "mlx-adapter":
+        exporting.write_mlx_adapter(checkpoint, out)
+        how, notes = _adapter_words(checkpoint)
     else:
         exporting.write_mlx(checkpoint, out, bits=bits, dtype=dtype)
         own = exporting.needs_model_file(checkpoint)
@@ -137,12 +143,15 @@ def _write(
             notes.append(
                 "mlx-lm does not know this architecture: the folder has a model file of its own (--trust-remote-code)."
             )
+    if checkpoint.bases and target != "mlx-adapter":
+        notes.append(f"Its adapters were put into the weights of {checkpoint.bases[0].name}.")
     if dtype == "bfloat16" and not bits:
         notes.append("Its numbers were rounded to bfloat16.")
     if bits:
         notes.append(_measure(store, place, checkpoint, bits, dtype))
+    weights = "adapters.safetensors" if checkpoint.bases else "model.safetensors"
     card = render_card(
-        store, place, target=target, how=how, notes=notes, sha256=hash_file(folder / "model.safetensors"),
+        store, place, target=target, how=how, notes=notes, sha256=hash_file(folder / weights),
         chats=checkpoint.chats, repository=repository,
     )  # fmt: skip
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -150,6 +159,25 @@ def _write(
 
 
 _MONTHS = {"oct2025": "October 2025", "jul2026": "July 2026"}
+
+
+def _adapter_words(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
+    """Return how adapters and their base are used together, and what is to be told of them."""
+    from mlxchat.interop.exporting import needs_model_file
+
+    base, *below = checkpoint.bases
+    notes = [
+        f"Adapters for {base.name}, whose weights are not among these files: mlxchat export {base.name} --to mlx BASE."
+    ]
+    if below:
+        notes.append(f"{base.name} holds adapters itself; that export puts them into its weights.")
+    bits = (checkpoint.facts.get("adapter") or {}).get("bits")
+    if bits:
+        notes.append(
+            f"They were trained on matrices of {bits} bits. On the base as it is they say something slightly else; "
+            "--to mlx without -adapter is exactly the model that was trained."
+        )
+    return {"trust": " --trust-remote-code" if needs_model_file(checkpoint) else ""}, notes
 
 
 def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:

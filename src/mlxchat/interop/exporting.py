@@ -19,6 +19,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.interop import fits
+from mlxchat.interop.adapted_weights import AdaptedWeights
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
     HF_ARCHITECTURE,
@@ -30,9 +31,10 @@ from mlxchat.interop.names import (
 from mlxchat.interop.tensor_files import Array, Entry, StoredWeights, as_stored, write_safetensors
 from mlxchat.interop.torch_writer import write_encoding, write_state, write_tensor
 from mlxchat.model.sizing import GPTSizes
+from mlxchat.runner.bases import find_chain
 from mlxchat.runner.store import MANIFEST, read_manifest
 
-FORMATS = ("hf", "nanochat", "gguf", "mlx")
+FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BITS = (8, 4)
 _GROUP_NUMBERS = (64, 32)
@@ -45,7 +47,7 @@ _NANOCHAT_BATCH_ROWS = 32
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint artifact that is to be exported."""
+    """A checkpoint artifact that is to be exported, with its adapters, if it has any, in its weights."""
 
     folder: Path
     sizes: GPTSizes
@@ -55,6 +57,8 @@ class Checkpoint:
     weights: StoredWeights
     iterations: int
     """Updates of its last training."""
+    bases: tuple[Path, ...] = ()
+    """What its weights rest on if it holds adapters, the nearest first."""
 
     @property
     def chats(self) -> bool:
@@ -72,8 +76,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         DataError: a file is missing or damaged.
-        StoreError: its manifest is.
+        StoreError: its manifest is; or it holds adapters, and their base is missing.
     """
+    chain = find_chain(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
@@ -83,7 +88,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     sizes = sizes_from_hf(config, f"{folder.name}: config.json")
     iterations = facts.get("iterations", (manifest.get("derived") or {}).get("num_iterations"))
     iterations = iterations if isinstance(iterations, int) and iterations >= 0 else 0
-    return Checkpoint(folder, sizes, Tokenizer.load(folder), facts, StoredWeights(folder), iterations)
+    for base in chain[1:]:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        if sizes_from_hf(config, f"{base.name}: config.json") != sizes:
+            raise DataError(f"{folder}: config.json is of another model than its base, {base.name}")
+    weights = StoredWeights(folder) if len(chain) == 1 else AdaptedWeights(chain, sizes)
+    return Checkpoint(folder, sizes, Tokenizer.load(folder), facts, weights, iterations, tuple(chain[1:]))
 
 
 def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype: str | None) -> None:
@@ -94,8 +104,14 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
     """
     if target == "gguf":
         fits.refuse_gguf()
+    if target == "mlx-adapter" and not checkpoint.bases:
+        raise ConfigError(
+            f"{checkpoint.folder.name} holds no adapters: all of its weights are its own. --to mlx writes them"
+        )
     if bits is not None and target != "mlx":
         raise ConfigError(f"--quantize is of --to mlx; {target} holds a model's weights as they are")
+    if dtype is not None and target == "mlx-adapter":
+        raise ConfigError("--dtype is of --to hf and --to mlx; adapters are written as they were trained, in float32")
     if dtype is not None and target == "nanochat":
         raise ConfigError(
             "--dtype is of --to hf and --to mlx; nanochat's files have the types that nanochat gives them"
@@ -234,6 +250,19 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {key: config[key] for key in ("bos_token_id", "eos_token_id")})
     _write_tokenizer(checkpoint, out)
+
+
+def write_mlx_adapter(checkpoint: Checkpoint, out: Path) -> None:
+    """Write the adapters alone, as mlx-lm takes them beside their base.
+
+    Args:
+        checkpoint: `check_export` has let it pass.
+        out: an empty folder.
+    """
+    from mlxchat.model.adapter_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
+
+    for name in (ADAPTERS_FILE, ADAPTER_CONFIG_FILE):
+        shutil.copyfile(checkpoint.folder / name, out / name)
 
 
 def needs_model_file(checkpoint: Checkpoint) -> bool:

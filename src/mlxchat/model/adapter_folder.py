@@ -38,6 +38,10 @@ class Adapters:
     arrays: dict[str, np.ndarray[Any, Any]]
     """float32, by the names of `AdapterSizes`."""
 
+    def changes(self, name: str) -> bool:
+        """Tell whether a weight of the base, by its name, is another one with these adapters."""
+        return self.sizes.bits is not None or name.removesuffix(".weight") in self.sizes.targets
+
     def on(self, name: str, weight: mx.array) -> mx.array:
         """Return a weight of the base, by its name, as it is with these adapters, in float32."""
         module = name.removesuffix(".weight")
@@ -47,11 +51,11 @@ class Adapters:
 
     def apply(self, model: GPT) -> None:
         """Put these adapters into a model's weights, one at a time, so that no second copy of all is ever needed."""
-        for name in flatten_parameters(model):
-            if self.sizes.bits is not None or name.removesuffix(".weight") in self.sizes.targets:
-                value = self.on(name, flatten_parameters(model)[name])
-                mx.eval(value)
-                set_parameters(model, {name: value})
+        weights = flatten_parameters(model)
+        for name in filter(self.changes, list(weights)):
+            value = self.on(name, weights.pop(name))
+            mx.eval(value)
+            set_parameters(model, {name: value})
 
 
 def write_adapters(

@@ -51,6 +51,10 @@ _HOW: dict[str, str] = {
     # mlx-lm
     mlx_lm.generate --model FOLDER{trust} --prompt "Why is the sky blue?"
     mlx_lm.server --model FOLDER{trust}""",
+    "mlx-adapter": """\
+    # mlx-lm; BASE is a folder with the weights below them
+    mlx_lm.generate --model BASE{trust} --adapter-path FOLDER --prompt "Why is the sky blue?"
+    mlx_lm.fuse --model BASE{trust} --adapter-path FOLDER --save-path WHOLE""",
 }
 
 _TOKENS_OF_CHAT = (
@@ -69,7 +73,7 @@ def render_card(
     Args:
         store: with the artifact, what it was made from, and the scores of it.
         place: the checkpoint artifact.
-        target: hf, nanochat or mlx.
+        target: hf, nanochat, mlx or mlx-adapter.
         how: what the instructions for this format leave open.
         notes: what the export changed; plain sentences.
         sha256: of the artifact's weights.
@@ -112,11 +116,11 @@ def render_card(
 
 def _front_matter(report: RunReport, target: str, chats: bool) -> str:
     """Return the YAML that the Hub reads: JSON values alone, so that no text can end it or add to it."""
-    libraries = {"hf": "transformers", "mlx": "mlx", "nanochat": "nanochat"}
+    libraries = {"hf": "transformers", "mlx": "mlx", "mlx-adapter": "mlx", "nanochat": "nanochat"}
     values: dict[str, Any] = {
         "library_name": libraries[target],
         "pipeline_tag": "text-generation",
-        "tags": ["nanochat", "mlxchat", *(["conversational"] if chats else []), *(["mlx"] if target == "mlx" else [])],
+        "tags": ["nanochat", "mlxchat", *(["conversational"] if chats else []), *({"mlx"} & {libraries[target]})],
     }
     externals = [
         (step, item) for step in report.steps for item in map(mapping, sequence(step.manifest.get("externals")))
@@ -176,9 +180,11 @@ def _what_it_is(step: StepReport, chats: bool) -> str:
 def _provenance(step: StepReport, sha256: str) -> Table:
     manifest = step.manifest
     git = mapping(manifest.get("git"))
+    files = {text(mapping(file).get("path")) for file in sequence(manifest.get("outputs"))}
+    weights = "adapters" if "adapters.safetensors" in files else "weights"
     commit = text(git.get("commit"))
     rows = [
-        ("artifact", step.artifact), ("id", step.rid), ("sha256 of its weights", sha256),
+        ("artifact", step.artifact), ("id", step.rid), (f"sha256 of its {weights}", sha256),
         ("made", text(manifest.get("published"))),
         ("commit of the code", commit + (", with changes" if commit and git.get("dirty") else "")),
         ("exported by", f"mlxchat {__version__}"),

@@ -17,6 +17,7 @@ from typing import Any
 from mlxchat.errors import StoreError
 from mlxchat.report.scores import Sample, Scores, last_samples, parse_scores
 from mlxchat.report.sources import count_parameters, mapping, number, read_json, read_jsonl, sequence, text
+from mlxchat.runner.bases import folder_of_weights
 
 # How much of an id the name of an artifact's folder carries.
 RID_LETTERS = 16
@@ -255,7 +256,7 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
         scores=parse_scores(scores, mapping(manifest.get("metrics"))) if scores else None,
         compression=read_json(folder / "compression.json"),
         model=read_json(folder / "config.json"),
-        num_parameters=count_parameters(folder / "model.safetensors"),
+        num_parameters=count_parameters(folder_of_weights(folder) / "model.safetensors"),
         folder=folder if manifest else None,
     )
 

@@ -55,6 +55,18 @@ def find_chain(folder: Path) -> list[Path]:
     return chain
 
 
+def folder_of_weights(folder: Path) -> Path:
+    """Return the folder with all weights of a checkpoint: its own, or, of adapters, the last of what they rest on.
+
+    Its own, too, where that is not to be found: this is for what is told of them, as their number. Who computes with
+    them uses `find_chain`.
+    """
+    try:
+        return find_chain(folder)[-1]
+    except (DataError, StoreError):
+        return folder
+
+
 def bases_of(folders: Mapping[str, Path]) -> list[Path]:
     """Return what the weights of inputs (role → folder) rest on besides their own files, each once.
 

@@ -12,6 +12,7 @@ from typing import Any
 from mlxchat.config import Config, FinetuneConfig
 from mlxchat.data.vocabulary import HF_FILE, RANKS_FILE
 from mlxchat.errors import ConfigError, MlxchatError
+from mlxchat.runner.bases import find_chain, folder_of_weights, is_adapter
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
 from mlxchat.teacher_config import TeacherConfig
@@ -59,7 +60,8 @@ def measure_teacher(folder: Path) -> TeacherSize:
     heads = _number(record, "num_attention_heads", "n_head") or 1
     head_width = _number(record, "head_dim") or width // heads
     keys_and_values = 2 * layers * head_width * (_number(record, "num_key_value_heads") or heads)
-    weights = sum(path.stat().st_size for path in folder.glob("model*.safetensors")) if folder.is_dir() else 0
+    whole = folder_of_weights(folder)
+    weights = sum(path.stat().st_size for path in whole.glob("model*.safetensors")) if whole.is_dir() else 0
     inner = max(_FORWARD * width, 3 * (_number(record, "intermediate_size") or 0))
     is_ours = (folder / RANKS_FILE).is_file() and (folder / "checkpoint.json").is_file()
     return TeacherSize(
@@ -98,7 +100,13 @@ def _problems(config: Config, section: FinetuneConfig, trained: bool) -> Iterato
         yield str(error)
         return
     assert folder is not None
-    if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
+    if is_adapter(folder):
+        try:
+            find_chain(folder)
+        except MlxchatError as error:
+            yield str(error)
+            return
+    if not (folder / "config.json").is_file() or not any(folder_of_weights(folder).glob("model*.safetensors")):
         yield f"{folder} holds no model; expected config.json, model*.safetensors and a tokenizer's files"
         return
     context, row_tokens = teacher_context(folder), section.batch.row_tokens

@@ -1,0 +1,158 @@
+"""mlxchat fuse, and adapters in the verbs that know nothing of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
+
+from mlxchat.cli import main
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.store import Store, read_manifest
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "outputs"
+    publish_adapters(place, publish_base(place), "sft", bits=8)
+    return place
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command line in this process; return its exit code and all that it said."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(each) for each in arguments])
+        said = capsys.readouterr()
+        return int(exit_.value.code or 0), said.out + said.err
+
+    return run
+
+
+def logits(folder: Path) -> np.ndarray[Any, Any]:
+    return np.asarray(load_checkpoint(folder)[0](some_ids()))
+
+
+def test_a_fused_model_is_an_artifact_with_lineage_that_needs_no_base(outputs: Path, command: Command) -> None:
+    tuned, base = Store(outputs).resolve("sft"), Store(outputs).resolve("base")
+    code, said = command("fuse", "sft")
+    assert code == 0, said
+    fused = Store(outputs).resolve("fused")
+    assert f"{tuned.name} with all of its weights is {fused.name}" in said
+    assert fused.name.startswith("fused-d2-")
+    manifest = read_manifest(fused)
+    assert manifest["inputs"]["checkpoint"]["rid"] == read_manifest(tuned)["rid"]
+    assert command("verify", fused.name)[0] == 0
+    expected = logits(tuned)
+    facts = json.loads((fused / "checkpoint.json").read_text())
+    assert (facts["stage"], facts["format"]) == ("sft", "chat")
+    assert "adapter" not in facts
+    shutil.rmtree(base)
+    np.testing.assert_array_equal(logits(fused), expected)
+
+
+def test_fusing_again_computes_nothing_whatever_the_name(outputs: Path, command: Command) -> None:
+    command("fuse", "sft")
+    runs = len(list((outputs / "runs").iterdir()))
+    _, said = command("fuse", Store(outputs).resolve("sft").name)
+    assert "with all of its weights is fused-" in said
+    assert len(list((outputs / "runs").iterdir())) == runs
+
+
+def test_a_step_may_take_any_model_of_the_store(outputs: Path, command: Command) -> None:
+    command("fuse", "sft")
+    name = Store(outputs).resolve("fused").name
+    code, said = command("plan", f"pipeline.rl.checkpoint=artifact:{name}", "targets=[rl]")
+    assert code == 0
+    assert f"checkpoint {name}" in said
+    code, said = command("plan", "pipeline.rl.checkpoint=artifact:nothing", "targets=[rl]")
+    assert code == 2
+    assert 'pipeline.rl.checkpoint: "nothing" is no artifact' in said
+
+
+def test_a_whole_model_has_nothing_to_fuse(outputs: Path, command: Command) -> None:
+    code, said = command("fuse", "base")
+    assert code == 2
+    assert "has all of its weights already: there are no adapters to fuse" in said
+    assert not (outputs / "runs").exists() or not list((outputs / "runs").iterdir())
+
+
+def test_a_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
+    base = Store(outputs).resolve("base")
+    path = base / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    code, said = command("fuse", "sft")
+    assert code == 2
+    assert f"{base.name}, which fused needs, is damaged" in said
+    assert not list((outputs / "store").glob("fused-*"))
+    code, said = command("export", "sft", "--to", "mlx", "out")
+    assert "is not what was published" in said
+    assert not Path("out").exists()
+
+
+def test_adapters_travel_with_their_base_and_open_there(outputs: Path, command: Command, tmp_path: Path) -> None:
+    expected = logits(Store(outputs).resolve("sft"))
+    name = Store(outputs).resolve("sft").name
+    assert command("export", "sft", "--to", tmp_path / "it.tar")[0] == 0
+    code, said = command("import", tmp_path / "it.tar", f"outputs={tmp_path / 'there'}")
+    assert code == 0, said
+    there = Store(tmp_path / "there").resolve(name)
+    np.testing.assert_array_equal(logits(there), expected)
+    assert command("verify", there.name, f"outputs={tmp_path / 'there'}")[0] == 0
+
+
+def test_chat_and_serve_and_show_and_lineage_take_adapters_as_any_model(outputs: Path, command: Command) -> None:
+    code, said = command("chat", "--model", "sft", "-p", "How many windows?", "--max-tokens", "3")
+    assert code == 0, said
+    from mlxchat.commands.chat import find_model
+    from mlxchat.serve.models import Models
+
+    models = Models(Store(outputs), find_model(Store(outputs), None))
+    assert models.find("sft").converses
+    tuned, base = (Store(outputs).resolve(name).name for name in ("sft", "base"))
+    assert base in command("lineage", "sft")[1]
+    assert tuned in command("lineage", "base", "--down")[1]
+    assert "adapters.safetensors" in command("show", "sft")[1]
+
+
+def test_a_report_counts_the_parameters_of_the_whole_model(outputs: Path) -> None:
+    from mlxchat.report.collect import collect_steps, entries_of_artifacts
+
+    places = [Store(outputs).resolve(name) for name in ("sft", "base")]
+    report = collect_steps(outputs, "x", entries_of_artifacts(outputs, places), places[0])
+    counts = {step.num_parameters for step in report.steps}
+    assert len(counts) == 1
+    assert None not in counts
+
+
+def test_what_fits_on_a_plan_is_told_of_a_model_with_adapters(outputs: Path) -> None:
+    from mlxchat.training.teacher_size import measure_teacher
+
+    tuned, base = (Store(outputs).resolve(name) for name in ("sft", "base"))
+    assert measure_teacher(tuned) == measure_teacher(base)
+
+
+def test_opening_adapters_needs_no_third_copy_of_the_weights(tmp_path: Path) -> None:
+    """One copy stays; while it is opened there are the arrays of the file, or one matrix more."""
+    tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), bits=4)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_checkpoint(tuned)[0]
+    size, peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
+    assert model is not None
+    assert peak < 1.5 * size

@@ -1,0 +1,131 @@
+"""Adapters in the real mlx-lm: the same logits, and the same model when they are fused there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
+
+from mlxchat.cli import main
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.store import Store
+
+mlx_lm = pytest.importorskip("mlx_lm")
+CASES = [("oct2025", "lora"), ("oct2025", "dora"), ("jul2026", "lora"), ("jul2026", "dora")]
+
+
+def logits(model: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(model(some_ids()))
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CASES)
+def test_artifacts_open_there_untouched_with_our_logits(tmp_path: Path, architecture: str, kind: str) -> None:
+    base = publish_base(tmp_path / "outputs", architecture=architecture)
+    tuned = publish_adapters(tmp_path / "outputs", base, kind=kind)
+    trust = architecture == "jul2026"
+    theirs, _ = mlx_lm.load(str(base), adapter_path=str(tuned), trust_remote_code=trust)
+    ours = logits(load_checkpoint(tuned)[0])
+    np.testing.assert_allclose(logits(theirs), ours, atol=1e-3)
+    assert np.abs(logits(load_checkpoint(base)[0]) - ours).max() > 1  # they say something
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CASES)
+def test_what_mlx_lm_fuses_is_what_we_fuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
+) -> None:
+    from mlx_lm.fuse import main as fuse
+
+    base = publish_base(tmp_path / "outputs", architecture=architecture)
+    tuned = publish_adapters(tmp_path / "outputs", base, kind=kind)
+    own, there = tmp_path / "own", tmp_path / "there"
+    export(tuned, "mlx-adapter", own)
+    trust = ["--trust-remote-code"] if architecture == "jul2026" else []
+    command = ["fuse", "--model", str(base), "--adapter-path", str(own), "--save-path", str(there), *trust]
+    monkeypatch.setattr(sys, "argv", command)
+    fuse()
+    export(tuned, "mlx", tmp_path / "fused")
+    found, expected = load_file(there / "model.safetensors"), load_file(tmp_path / "fused" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_exported_adapters_work_on_the_exported_base_where_that_holds_adapters_itself(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    below = publish_adapters(outputs, publish_base(outputs), "sft")
+    above = publish_adapters(outputs, below, "rl", "dora", seed=9)
+    export(below, "mlx", tmp_path / "base")
+    export(above, "mlx-adapter", tmp_path / "above")
+    card = (tmp_path / "above" / "README.md").read_text()
+    assert "holds adapters itself" in card
+    assert f"mlxchat export {below.name} --to mlx BASE" in card.replace("\\", "")
+    theirs, _ = mlx_lm.load(str(tmp_path / "base"), adapter_path=str(tmp_path / "above"))
+    np.testing.assert_allclose(logits(theirs), logits(load_checkpoint(above)[0]), atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_an_export_for_mlx_lm_has_the_adapters_in_its_weights(tmp_path: Path, bits: int | None) -> None:
+    tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), bits=bits)
+    export(tuned, "mlx", tmp_path / "out")
+    theirs, _ = mlx_lm.load(str(tmp_path / "out"))
+    np.testing.assert_allclose(logits(theirs), logits(load_checkpoint(tuned)[0]), atol=1e-3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Its adapters were put into the weights of" in card
+    assert "sha256 of its adapters" in card
+
+
+def test_bits_of_the_base_are_told_where_mlx_lm_cannot_know_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), bits=4)
+    export(tuned, "mlx-adapter", tmp_path / "out")
+    assert "They were trained on matrices of 4 bits" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md", "adapter_config.json", "adapters.safetensors",
+    ]  # fmt: skip
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 4
+
+
+def test_transformers_gets_a_whole_model(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"))
+    export(tuned, "hf", tmp_path / "out")
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        found = theirs(torch.tensor(np.asarray(some_ids()))).logits
+    np.testing.assert_allclose(found.numpy(), logits(load_checkpoint(tuned)[0]), atol=1e-3)
+
+
+def test_from_nanochats_files_comes_the_fused_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), kind="dora")
+    export(tuned, "nanochat", tmp_path / "out")
+    run("import", "nanochat", "out", "--name", "back", f"outputs={tmp_path / 'outputs'}")
+    back = load_checkpoint(Store(tmp_path / "outputs").resolve("import:back"))[0]
+    # nanochat keeps its tables in bfloat16 where that loses nothing, and these adapters sit on none of them
+    np.testing.assert_array_equal(logits(back), logits(load_checkpoint(tuned)[0]))
+
+
+def test_a_whole_model_has_no_adapters_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = publish_base(tmp_path / "outputs")
+    assert run("export", base.name, "--to", "mlx-adapter", tmp_path / "out", f"outputs={base.parents[1]}") == 2
+    assert "holds no adapters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(each) for each in arguments])
+    return int(exit_.value.code or 0)
+
+
+def export(artifact: Path, target: str, to: Path) -> None:
+    assert run("export", artifact.name, "--to", target, to, f"outputs={artifact.parents[1]}") == 0
