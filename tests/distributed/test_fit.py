@@ -1,0 +1,228 @@
+"""Whole trainings of several ranks: stopped, continued by another number of ranks, extended, begun warm."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mlxchat.compose import compose_config
+from mlxchat.config import ScheduleConfig
+from mlxchat.distributed.team import Team
+from mlxchat.errors import Interrupted
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.optim.groups import Optimizer
+from mlxchat.runner.context import Context
+from mlxchat.training.best import Best
+from mlxchat.training.loop import Hook, fit
+from mlxchat.training.resume import load_moments
+from mlxchat.training.step import Batch, mean_batch
+
+assert mlxchat
+
+SCHEDULE = ScheduleConfig(
+    init_lr_frac=1.0, warmup_frac=0.2, warmdown_frac=0.5, final_lr_frac=0.0, weight_decay_frac=1.0
+)
+CONSTANT = replace(SCHEDULE, warmup_frac=0.0, warmdown_frac=0.0)
+NUM_ITERATIONS = 6
+
+
+class Batches:
+    """Batches that follow from their number, of unlike numbers of targets; one of them may be broken."""
+
+    waited_seconds = 0.0
+
+    def __init__(self, broken: int | None) -> None:
+        self.number, self.broken = 0, broken
+
+    def next_batch(self, iteration: int) -> Batch:
+        rng = np.random.default_rng(self.number)
+        ids = rng.integers(0, 280, (5, 17)).astype(np.int32)
+        counts = rng.integers(0, 17, 5)
+        rows = [
+            (row[:-1], np.where(np.arange(16) < n, row[1:], -1).astype(np.int32))
+            for row, n in zip(ids, counts, strict=True)
+        ]
+        batch = mean_batch(rows)
+        if self.number == self.broken:
+            batch.weights[0, 0] = np.nan
+        self.number += 1
+        return batch
+
+    def documents(self) -> list[str]:
+        return []
+
+    def state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+@cache
+def settings() -> Any:
+    config = compose_config(["experiment=speedrun_d12", "machine=cpu"]).config
+    machine = replace(config.machine, device_batch_tokens=32, checkpoint_seconds=1e9, blas_threads=1)
+    return SimpleNamespace(
+        machine=machine, training=replace(config.training, on_nan="skip"), optimizer=config.optimizer
+    )
+
+
+def make_model() -> GPT:
+    model = GPT(
+        GPTSizes(vocab_size=280, num_layers=2, num_heads=4, num_kv_heads=2, width=32, context_tokens=64, rope_theta=1e4)
+    )
+    rng = np.random.default_rng(7)
+    weights = {
+        name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.2, size=value.shape).astype(np.float32))
+        for name, value in flatten_parameters(model).items()
+    }
+    set_parameters(model, weights)
+    return model
+
+
+def train(
+    team: Team | None, folder: str, name: str, *, stop_after: int | None = None, iterations: int = NUM_ITERATIONS,
+    extends: str | None = None, warm: str | None = None, broken: int | None = None, keeps: bool = False,
+    schedule: ScheduleConfig = CONSTANT,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, from where an earlier attempt of this name stopped; write weights and moments into its folder."""
+    model, batches = make_model(), Batches(broken)
+    optimizer = Optimizer(model, settings().optimizer, width=32)
+    work, out = Path(folder, name, "work"), Path(folder, name, "out")
+    for place in (work, out):
+        place.mkdir(parents=True, exist_ok=True)
+    ctx = Context(
+        step="toy", stage="toy", config=settings(), inputs={}, input_steps={}, out=out, work=work, root_seed=0,
+        stop_signal=lambda: 15 if stop_after is not None and batches.number >= stop_after else None,
+        on_metrics=lambda step, record: None, team=team,
+    )  # fmt: skip
+    if warm is not None:
+        load_moments(Path(folder, warm, "out"), optimizer)
+    best = Best(every=2, eval_tokens=8)
+
+    def look(iteration: int) -> dict[str, float]:
+        # Weights that are not those of training, for a while, as evaluations have them.
+        own = flatten_parameters(model)
+        set_parameters(model, {"lm_head.weight": mx.zeros(own["lm_head.weight"].shape)})
+        set_parameters(model, own)
+        best.offer(iteration, {"val_bpb": abs(iteration - 4) + 1.0}, model)
+        return {}
+
+    with suppress(Interrupted):
+        fit(
+            ctx, model, optimizer, batches, num_iterations=iterations, schedule=schedule, dropout=0.1,
+            hooks=[Hook(run=look, every=2)], keep_state=keeps,
+            extends=None if extends is None else Path(folder, extends, "out"),
+            best=best if keeps else None, micro_tokens=32,
+        )  # fmt: skip
+    if keeps:
+        weights = {name: np.array(value) for name, value in flatten_parameters(model).items()}
+        save_file(weights, out / "model.safetensors")
+    arrays = {**flatten_parameters(model), **optimizer.whole_state()}
+    np.savez(Path(folder, name, "arrays.npz"), **{key: np.array(value) for key, value in arrays.items()})
+    found = ctx.records("metrics").read()
+    keys = ("iteration", "loss", "grad_norm", "skipped_iterations")
+    return {"records": [[record.get(key, -1) for key in keys] for record in found], "metrics": ctx.metrics}
+
+
+def train_two(team: Team | None, folder: str) -> dict[str, Any]:
+    """Everything that two ranks, or one process, train from the beginning."""
+    found = {
+        "straight": train(team, folder, "straight", schedule=SCHEDULE),
+        "stopped": train(team, folder, "stopped", stop_after=3, schedule=SCHEDULE),
+    }
+    for number in (1, 3):
+        shutil.copytree(Path(folder, "stopped"), Path(folder, f"left for {number}"))
+    found["continued"] = train(team, folder, "stopped", schedule=SCHEDULE)
+    found["finished"] = train(team, folder, "finished", iterations=5, keeps=True)
+    found["extended"] = train(team, folder, "extended", extends="finished", iterations=8, keeps=True)
+    found["warm"] = train(team, folder, "warm", warm="finished", iterations=2)
+    found["broken"] = train(team, folder, "broken", broken=2)
+    return found
+
+
+def go_on(team: Team | None, folder: str, name: str) -> dict[str, Any]:
+    return train(team, folder, name, schedule=SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("one")
+    return folder, train_two(None, str(folder))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, ranks: Any) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, ranks.lead_ranks(train_two, 2, str(folder), seconds=120)
+
+
+def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
+    with np.load(folder / name / "arrays.npz") as found:
+        return dict(found)
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Compare records, losses and norms to 1e-5."""
+    assert len(ours["records"]) == len(theirs["records"])
+    for mine, other in zip(ours["records"], theirs["records"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
+def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    """Compare arrays to 1e-3 of their norm: six iterations at nanochat's rates, Adam's quotients of small numbers."""
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert np.linalg.norm(ours[key] - value) <= 1e-3 * np.linalg.norm(value), key
+
+
+@pytest.mark.parametrize("name", ["straight", "stopped", "continued", "finished", "extended", "warm", "broken"])
+def test_two_ranks_train_as_one_process(name: str, one: Any, two: Any) -> None:
+    assert_equal(two[1][name], one[1][name])
+    place = "stopped" if name == "continued" else name
+    assert_close(arrays_of(two[0], place), arrays_of(one[0], place))
+
+
+def test_a_stopped_training_of_as_many_ranks_ends_with_the_same_bits(two: Any) -> None:
+    folder, found = two
+    straight, continued = arrays_of(folder, "straight"), arrays_of(folder, "stopped")
+    assert all(straight[key].tobytes() == continued[key].tobytes() for key in straight)
+    assert found["continued"]["records"] == found["straight"]["records"]
+
+
+def test_three_ranks_and_one_process_continue_what_two_began(two: Any, one: Any, ranks: Any) -> None:
+    folder, _ = two
+    found = {
+        3: ranks.lead_ranks(go_on, 3, str(folder), "left for 3", seconds=120),
+        1: go_on(None, str(folder), "left for 1"),
+    }
+    for number, result in found.items():
+        assert_equal(result, one[1]["straight"])
+        assert_close(arrays_of(folder, f"left for {number}"), arrays_of(one[0], "straight"))
+
+
+def test_an_update_that_is_left_out_is_left_out_by_all(two: Any) -> None:
+    """The fourth iteration and the ones after it are those of one process, so all ranks kept what they had."""
+    records = two[1]["broken"]["records"]
+    assert records[2][1] == -1
+    assert records[2][3] == 1
+    assert all(np.isfinite(record[1]) for record in records[3:])
+
+
+def test_the_best_weights_are_put_in_place(two: Any) -> None:
+    assert two[1]["finished"]["metrics"]["best_iteration"] == 4
+    assert two[1]["extended"]["metrics"]["best_iteration"] == 4
