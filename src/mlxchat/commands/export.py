@@ -1,4 +1,4 @@
-"""mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter PATH: a checkpoint as another tool's folder, with its card."""
+"""mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter PATH: a checkpoint as another tool reads it, with its card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
     parser.usage = (
         "mlxchat export ID… --to PLACE [--public] [outputs=PATH]\n"
         "       mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter PATH [--quantize 4|8]\n"
-        "                      [--dtype float32|bfloat16] [--push ORGANISATION/NAME [--public]] [--force] [outputs=PATH]"
+        "                      [--dtype float32|bfloat16] [--push ORGANISATION/NAME [--public]] [--force]\n"
+        "                      [outputs=PATH]"
     )
     parser.add_argument("--to", metavar="PLACE", help="a folder, FILE.tar, .tar.gz, .tgz, .tar.xz, a URL; or a format")
     parser.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the matrices (--to mlx)")
