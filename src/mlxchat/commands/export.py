@@ -1,4 +1,4 @@
-"""mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter PATH: a checkpoint as another tool reads it, with its card."""
+"""mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter PATH: a checkpoint as another tool reads it; its card."""
 
 from __future__ import annotations
 
