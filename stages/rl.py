@@ -8,17 +8,19 @@ from dataclasses import replace
 
 from mlxchat.config import OptimizerConfig, RLConfig
 from mlxchat.data.mixture import open_item
-from mlxchat.engine.generate import Engine
+from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.quantised import check_quantised
-from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.adapters import adapters_of
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.model.parameters import trained_parameters
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
+from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.micro_batch import choose_micro_batch
 from mlxchat.training.pass_at_k import pass_at_k
-from mlxchat.training.policy_scores import PolicyScores
+from mlxchat.training.policy_scores import policy_scores
 from mlxchat.training.quantised_rollouts import conversation_rows
 from mlxchat.training.rollouts import Rollouts, updates_per_rollout
 
@@ -26,24 +28,35 @@ VERSION = 3
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
-OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+OUTPUTS = [
+    "model.safetensors|adapters.safetensors",
+    "config.json",
+    "checkpoint.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 RESOURCES = ["gpu"]
 
 
 def run(ctx: Context) -> None:
     config, machine = ctx.config.rl, ctx.config.machine
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
-    engine = Engine(model, tokenizer, trained=True)
+    engine = make_engine(ctx.team, model, tokenizer, trained=True)
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
     rates = rates_of(ctx.config.optimizer, config)
-    optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
+    if config.rollout_bits is not None:
+        rows = conversation_rows(tokenizer, held_out)
+        ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
+    rule = begin_adapters(ctx, config.adapter, model)
+    optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
     updates = updates_per_rollout(config)
     # Samples are seldom as long as the context, but may be.
     longest = model.sizes.context_tokens
     # The weights as they are now stay in memory, once more as large as the model, only where the loss asks for them.
-    reference = flatten_parameters(model) if config.kl_coefficient > 0 else None
+    # Of adapters these are as small as they, since those that do nothing yet make the base.
+    reference = trained_parameters(model) if config.kl_coefficient > 0 else None
     micro_batch = choose_micro_batch(
         ctx,
         model.sizes,
@@ -51,6 +64,7 @@ def run(ctx: Context) -> None:
         row_tokens=longest,
         keeps_best=reference is not None,
         samples=True,
+        adapters=adapters_of(model),
     )
     ctx.derive(
         {
@@ -65,19 +79,20 @@ def run(ctx: Context) -> None:
     def evaluate(iteration: int) -> dict[str, float]:
         return pass_at_k(engine, held_out, config, seed=ctx.seed("evaluation"))
 
-    if config.rollout_bits is not None:
-        rows = conversation_rows(tokenizer, held_out)
-        ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
-
     rollouts = Rollouts(
-        engine if config.rollout_bits is None else Engine(model, tokenizer, bits=config.rollout_bits, trained=True),
+        engine
+        if config.rollout_bits is None
+        else make_engine(ctx.team, model, tokenizer, bits=config.rollout_bits, trained=True),
         practice,
         config,
         seed=ctx.seed("rollouts"),
         log=ctx.log,
         keep=ctx.records("rollouts").append,
-        scores=PolicyScores(
-            model, micro_tokens=micro_batch.tokens, dtype=select_device(machine.device, machine.compute_dtype)
+        scores=policy_scores(
+            ctx.team,
+            model,
+            micro_tokens=micro_batch.tokens,
+            dtype=select_device(machine.device, machine.compute_dtype),
         ),
         reference=reference,
     )
@@ -92,7 +107,8 @@ def run(ctx: Context) -> None:
         micro_tokens=micro_batch.tokens,
     )
     ctx.metrics["reward"] = rollouts.mean_reward
-    save_checkpoint(ctx.out, model, tokenizer, {**facts, "stage": "rl", "format": "chat"})
+    facts = {**facts, "stage": "rl", "format": "chat"}
+    save_trained(ctx, config.adapter, model, tokenizer, facts, ctx.inputs["checkpoint"])
 
 
 def rates_of(optimizer: OptimizerConfig, config: RLConfig) -> OptimizerConfig:

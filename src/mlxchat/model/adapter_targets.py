@@ -47,6 +47,15 @@ def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
     return {f"transformer.h.{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
 
 
+def count_adapter_parameters(adapters: AdapterSizes, sizes: GPTSizes) -> int:
+    """Return how many numbers of adapters on a model are trained."""
+    shapes = matrices_of(sizes)
+    return sum(
+        adapters.rank * sum(shapes[name]) + (shapes[name][0] if adapters.kind == "dora" else 0)
+        for name in adapters.targets
+    )
+
+
 def resolve_targets(targets: Iterable[str], sizes: GPTSizes) -> tuple[str, ...]:
     """Return the modules that targets mean, in the order of the model.
 

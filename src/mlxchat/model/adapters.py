@@ -21,6 +21,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.linear import LinearAdapter, adapted_matrix, row_lengths
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.ops.adapted import Shape
+from mlxchat.ops.dropout import Dropout
 
 Flat = dict[str, mx.array]
 
@@ -58,7 +59,9 @@ def is_quantised(name: str) -> bool:
     return name.startswith("transformer.h.") and name.endswith(".weight") and "gate" not in name
 
 
-def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
+def attach_adapters(
+    model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx.Dtype = mx.float32, dropout: float = 0.0
+) -> None:
     """Freeze a model, give it new adapters, and quantise its base where `sizes` says so.
 
     Until they are trained they change nothing: B is zero, A uniform within ±1 / sqrt(in), and m the rows' lengths, as
@@ -69,12 +72,13 @@ def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx
         sizes: of the adapters.
         seed: of A.
         dtype: what is computed in; the frozen weights are kept in it, the adapters in float32.
+        dropout: share of their input that adapters do not see while they are trained.
     """
     quantise = partial(mx.quantize, group_size=sizes.group_size, bits=sizes.bits)
     names = matrices_of(model.sizes)
     keys = dict(zip(names, mx.random.split(mx.random.key(seed), len(names)), strict=True))
     model.freeze()
-    model.adapters = sizes
+    model.adapters, model.adapter_dropout = sizes, dropout
     frozen: Flat = {}
     for name, value in flatten_parameters(model).items():
         if sizes.bits is None or not is_quantised(name):
@@ -104,6 +108,22 @@ def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx
 def adapters_of(model: GPT) -> AdapterSizes | None:
     """Return the sizes of a model's adapters; None: it has none, all of it is trained."""
     return getattr(model, "adapters", None)
+
+
+def adapter_dropout_of(model: GPT) -> float:
+    """Return the share of their input that a model's adapters do not see in training; 0: nothing is left out."""
+    return getattr(model, "adapter_dropout", 0.0)
+
+
+def count_places(model: GPT) -> int:
+    """Return how many places of a row dropout has keys for: the stream's, and where there is such dropout adapters'."""
+    return model.dropout_places + (model.adapter_places if adapter_dropout_of(model) else 0)
+
+
+def unseen_by_adapters(model: GPT, keys: mx.array | None) -> Dropout | None:
+    """Return what adapters do not see, of keys (B, `count_places`, 2); None: they see all."""
+    rate = adapter_dropout_of(model)
+    return None if keys is None or rate == 0 else Dropout(rate, keys[:, model.dropout_places :])
 
 
 def linear_layers(model: GPT) -> dict[str, Any]:

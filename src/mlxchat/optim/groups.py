@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlxchat.config import OptimizerConfig
 from mlxchat.errors import ConfigError
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.parameters import trained_parameters
 from mlxchat.ops.compiled import made_once
 from mlxchat.ops.device import backend
 from mlxchat.optim.adamw import adamw_update
@@ -65,17 +65,19 @@ class Optimizer:
         lr_frac: float = 1.0,
         batch_lr_scale: float = 1.0,
         weight_decay: float | None = None,
+        adapter: AdamWRule | None = None,
         dtype: mx.Dtype | None = None,
     ) -> None:
         """Sort the model's parameters into groups and make zero moments.
 
         Args:
-            model: every parameter must be a matrix of a block or belong to a group of AdamW.
+            model: every parameter that is trained must be a matrix of a block or belong to a group of AdamW.
             config: rates and momenta.
             width: of the model; rates of tables scale with (width / reference_width)^-0.5.
             lr_frac: factor of all rates (nanochat's init_lr_frac).
             batch_lr_scale: factor, for the size of the batch, of Muon's rate and of the groups that scale with it.
             weight_decay: Muon's, of jul2026; None: the configuration's.
+            adapter: of all that is trained, where that is adapters, instead of the configuration's groups.
             dtype: what Muon orthogonalises in; None: float32 on a CPU, where bfloat16's products run at a fiftieth of
                 its speed, and bfloat16 on a GPU.
 
@@ -85,6 +87,7 @@ class Optimizer:
         self.config = config
         self._given = {
             "width": width, "lr_frac": lr_frac, "batch_lr_scale": batch_lr_scale, "weight_decay": weight_decay,
+            "adapter": adapter,
         }  # fmt: skip
         self.gather_state: Callable[[], Flat] | None = None
         """Returns the state with the moments of all ranks; None: `state` has all of it."""
@@ -93,9 +96,12 @@ class Optimizer:
         self.muon_lr = config.matrix_lr * lr_frac * batch_lr_scale
         self.adamw_rules: dict[str, AdamWRule] = {}
         self.muon_shapes: dict[str, list[str]] = defaultdict(list)
-        parameters = flatten_parameters(model)
+        parameters = trained_parameters(model)
         self.shapes = {name: value.shape for name, value in parameters.items()}
         for name, value in parameters.items():
+            if adapter is not None:
+                self.adamw_rules[name] = AdamWRule(*adapter)
+                continue
             group = _group_of(name, value)
             if group == "matrices" and config.kind == "muon":
                 self.muon_shapes["x".join(map(str, value.shape))].append(name)

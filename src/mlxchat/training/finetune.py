@@ -18,9 +18,11 @@ from mlxchat.data.tokens import Tokens
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
-from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
+from mlxchat.model.adapters import adapters_of
+from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
+from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.estimates import suite_hooks
 from mlxchat.training.horizon import whole_rows
@@ -41,7 +43,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     machine, rates = ctx.config.machine, ctx.config.optimizer
     if not config.clip_gradients:
         rates = replace(rates, grad_clip=None)
-    optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac)
+    rule = begin_adapters(ctx, config.adapter, model)
+    optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
     if config.warm_start:
         load_moments(checkpoint, optimizer)
     row_tokens = config.batch.row_tokens
@@ -80,7 +83,14 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     # Rows of about one length together, since the padding that a batch ends with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
     size = None if distillation is None else distillation.size
-    micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens, teacher=size)
+    micro_batch = choose_micro_batch(
+        ctx,
+        model.sizes,
+        rows=rows_per_iteration,
+        row_tokens=row_tokens,
+        teacher=size,
+        adapters=adapters_of(model),
+    )
     ctx.derive(
         {
             "num_conversations": len(mixture),
@@ -113,7 +123,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
             distillation=distillation,
         )
     ctx.metrics |= batches.counts()
-    save_checkpoint(ctx.out, model, tokenizer, {**facts, "stage": ctx.stage, "format": "chat"})
+    facts = {**facts, "stage": ctx.stage, "format": "chat"}
+    save_trained(ctx, config.adapter, model, tokenizer, facts, checkpoint)
 
 
 def _batch_tokens(stage: str, config: FinetuneConfig, checkpoint: Path, facts: dict[str, Any]) -> int:

@@ -10,9 +10,10 @@ CPU, with that limit and without (DECISIONS.md); tests/training/test_memory.py c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from mlxchat.model.adapter_targets import AdapterSizes, count_adapter_parameters, matrices_of
 from mlxchat.model.sizing import GPTSizes, count_parameters
 from mlxchat.optimizer_config import OptimizerConfig
 
@@ -40,6 +41,8 @@ _MUON, _MUON_OF_ALL_LANES = 5.0, 8.5
 # copies of their logits (of the lanes, joined, drawn from), and numbers per token and channel while a prompt is read.
 _DECODED_ROWS, _GROWTH_TOKENS, _READ_TOKENS = 32, 128, 512  # of engine/
 _DRAWN_LOGITS, _READ = 3.0, 18.0
+# Copies of the largest matrix that a lane has: unpacked; and as it is with its adapter, squared, for rows' lengths.
+_UNPACKED, _LENGTHS = 1.5, 3.0
 _ADAMW = 3  # a parameter and its two moments, old ones still there
 
 
@@ -88,6 +91,7 @@ def predict_peak_bytes(
     teacher: TeacherSize | None = None,
     samples: bool = False,
     num_ranks: int = 1,
+    adapters: AdapterSizes | None = None,
 ) -> PeakBytes:
     """Return what a `TrainStep` needs, on a CPU within about 15 %; on a GPU, where it is not measured, roughly.
 
@@ -104,6 +108,7 @@ def predict_peak_bytes(
         teacher: a frozen model whose distributions are learnt (`sft.teacher`).
         samples: whether rows are answers that the model gives between the steps.
         num_ranks: processes that share the iteration, of which this one has `rows`; each has its part of the moments.
+        adapters: which alone are trained; None: all weights are.
     """
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
@@ -121,7 +126,8 @@ def predict_peak_bytes(
     chunk_rows = max(_LEAST_CHUNK_ROWS, _CHUNK_FLOATS // sizes.vocab_size)
     chunks = lanes * -(-tokens // (lanes * chunk_rows))
     logits = _LOGITS * min(tokens, _CHUNKS * chunk_rows) * sizes.vocab_size
-    logits += (_HEAD * lanes + _HEAD_PER_CHUNK * min(chunks, _MOST_HEADS)) * counts["head"]
+    if adapters is None:  # else the head is frozen
+        logits += (_HEAD * lanes + _HEAD_PER_CHUNK * min(chunks, _MOST_HEADS)) * counts["head"]
     if teacher is not None:
         logits += _TEACHER_LOGITS * min(tokens, _CHUNKS * chunk_rows) * sizes.vocab_size
     # Shares of the matrices and tables move side by side, also where a micro-batch has fewer rows than there are lanes.
@@ -129,7 +135,7 @@ def predict_peak_bytes(
     if muon:
         workspace = max(workspace, round(matrices * min(_MUON, _MUON_OF_ALL_LANES / num_lanes)))
     gradients = (lanes * (parameters - tables) + tables) * _MASTER_BYTES
-    return PeakBytes(
+    found = PeakBytes(
         weights=parameters * _MASTER_BYTES,
         moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES // num_ranks,
         accumulated=gradients if rows > micro_rows else 0,
@@ -141,6 +147,32 @@ def predict_peak_bytes(
         moving=(parameters + workspace) * _MASTER_BYTES,
         kept=(parameters * _MASTER_BYTES if keeps_best else 0) + (teacher.weights if teacher else 0),
         sampling=predict_sampling_bytes(sizes, rows=rows, row_tokens=row_tokens) if samples else 0,
+    )
+    if adapters is None:
+        return found
+    trained = count_adapter_parameters(adapters, sizes) * _MASTER_BYTES
+    shapes = matrices_of(sizes)
+    frozen, largest = parameters * compute_bytes, 4 * sizes.width**2 * compute_bytes
+    besides = 0.0
+    if adapters.bits is not None:
+        numbers = sum(rows * columns for rows, columns in shapes.values())
+        frozen += round(numbers * (adapters.bits / 8 + (2 / adapters.group_size - 1) * compute_bytes))
+        besides += _UNPACKED * lanes * largest
+    if adapters.kind == "dora":
+        besides += _LENGTHS * lanes * largest
+        # What a row's length is multiplied with, for the length's gradient.
+        columns = max if recompute else sum
+        besides += tokens * compute_bytes * columns(shapes[name][0] for name in adapters.targets)
+    return replace(
+        found,
+        weights=frozen + trained,
+        moments=2 * trained // num_ranks,
+        accumulated=lanes * trained if rows > micro_rows else 0,
+        activations=found.activations - cast + round(besides),
+        gradients=lanes * trained,
+        summing=(lanes + (lanes > 1)) * trained,
+        moving=(1 + _ADAMW) * trained,
+        kept=(trained if keeps_best else 0) + (teacher.weights if teacher else 0),
     )
 
 

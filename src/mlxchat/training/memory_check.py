@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.config import Config, MachineConfig, ModelConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizing import GPTSizes, sizes_of
@@ -70,11 +71,16 @@ def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Tr
         config: the whole one.
         stage: its name.
         sizes: of a model that was taken in; None: those of the configuration.
+
+    Raises:
+        ConfigError: its adapters do not fit the model.
     """
     if stage not in ("pretrain", "midtrain", "sft", "rl"):
         return None
     sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-    teacher = None
+    teacher, adapters = None, None
+    if stage != "pretrain":
+        adapters = adapter_sizes_of(f"{stage}.adapter", getattr(config, stage).adapter, sizes)
     if stage == "pretrain":
         row_tokens = config.pretrain.batch.row_tokens
         rows = _pretraining_tokens(config, sizes) // row_tokens
@@ -95,7 +101,7 @@ def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Tr
         # RL's frozen reference is as large.
         keeps_best=(stage == "pretrain" and config.pretrain.keep == "best")
         or (stage == "rl" and config.rl.kl_coefficient > 0),
-        teacher=teacher, samples=stage == "rl",
+        teacher=teacher, samples=stage == "rl", adapters=adapters,
     )  # fmt: skip
 
 

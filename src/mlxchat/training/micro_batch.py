@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from mlxchat.errors import ConfigError
+from mlxchat.model.adapter_targets import AdapterSizes
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.ops import blas
 from mlxchat.runner.progress import format_bytes
@@ -67,6 +68,8 @@ class Training:
     """What a teacher holds, where one is learnt from."""
     samples: bool = False
     """Whether rows are answers that the model gives between the steps."""
+    adapters: AdapterSizes | None = None
+    """What alone is trained; None: all weights are."""
 
     def peak_bytes(self, micro_rows: int) -> int:
         """Return the predicted peak with so many rows at a time."""
@@ -82,6 +85,7 @@ class Training:
             keeps_best=self.keeps_best,
             teacher=self.teacher,
             samples=self.samples,
+            adapters=self.adapters,
         ).total
 
     def fits(self, micro_rows: int) -> bool:
@@ -154,6 +158,7 @@ def choose_micro_batch(
     keeps_best: bool = False,
     teacher: TeacherSize | None = None,
     samples: bool = False,
+    adapters: AdapterSizes | None = None,
 ) -> MicroBatch:
     """Return what a stage computes at a time.
 
@@ -167,6 +172,7 @@ def choose_micro_batch(
         keeps_best: whether the best weights so far are kept.
         teacher: what a teacher holds, where one is learnt from.
         samples: whether rows are answers that the model gives between the steps.
+        adapters: what alone is trained; None: all weights are.
 
     Raises:
         ConfigError: it does not fit; with the predicted bytes and settings that would.
@@ -182,6 +188,7 @@ def choose_micro_batch(
         keeps_best=keeps_best,
         teacher=teacher,
         samples=samples,
+        adapters=adapters,
     )
     before = ctx.work / _CHOICE
     begun = None

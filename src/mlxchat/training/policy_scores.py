@@ -11,6 +11,7 @@ import numpy as np
 from mlxchat.data.packing import Ints
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import cast_parameters
 from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_scores
@@ -51,10 +52,10 @@ class PolicyScores:
         Args:
             ids: (B, T).
             targets: (B, T) token ids; negative ones are ignored.
-            parameters: other weights than the model's, such as those of a frozen reference.
+            parameters: other weights than the model's, such as those of a frozen reference; all, or some of them.
         """
         lanes = self._lanes = self._lanes or Lanes()
-        parameters = flatten_parameters(self.model) if parameters is None else parameters
+        parameters = {**flatten_parameters(self.model), **(parameters or {})}
         width = ids.shape[1]
         rows = max(1, self.micro_tokens // width)
         found = np.zeros((2, *ids.shape))
@@ -76,7 +77,7 @@ class PolicyScores:
 
     def _losses_and_entropies(self, parameters: Flat, ids: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         masters = flatten_parameters(self.model)
-        set_parameters(self.model, {name: value.astype(self.dtype) for name, value in parameters.items()})
+        set_parameters(self.model, cast_parameters(parameters, self.dtype))
         hidden = self.model.hidden(ids)
         scores = token_scores(hidden.reshape(-1, self.model.sizes.width), self.model.head_weight, targets.reshape(-1))
         set_parameters(self.model, masters)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import trained_parameters
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.training.best import Best
@@ -23,8 +24,8 @@ _LAST = "last."
 def save_state(
     work: Path, iteration: int, model: GPT, optimizer: Optimizer, state: dict[str, Any], best: Best | None = None
 ) -> None:
-    """Save weights, optimizer and `state` (JSON data) after `iteration` iterations; drop the older saves."""
-    arrays = {f"model.{name}": np.asarray(value) for name, value in flatten_parameters(model).items()}
+    """Save trained weights, optimizer and `state` (JSON data) after `iteration` iterations; drop the older saves."""
+    arrays = {f"model.{name}": np.asarray(value) for name, value in trained_parameters(model).items()}
     arrays |= {f"optimizer.{name}": np.asarray(value) for name, value in optimizer.whole_state().items()}
     if best is not None:
         arrays |= best.arrays(iteration)

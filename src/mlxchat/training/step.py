@@ -15,7 +15,9 @@ import numpy as np
 
 from mlxchat.data.packing import Ints, trim_rows
 from mlxchat.distributed.group import ALONE, Group
+from mlxchat.model.adapters import adapter_dropout_of, adapters_of, count_places, unseen_by_adapters
 from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import cast_parameters, trained_parameters
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum
 from mlxchat.ops.device import backend
@@ -144,6 +146,7 @@ class TrainStep:
             num_lanes=len(self._lanes),
             recompute=self.recompute,
             teacher=None if self.distillation is None else self.distillation.size,
+            adapters=adapters_of(self.model),
             num_ranks=self._group.size,
         )
         limit = mx.get_active_memory() + planned.total - planned.weights - planned.moments - planned.kept
@@ -157,8 +160,8 @@ class TrainStep:
     def _gradients_of(self, batch: Batch, rows: int, iteration: int) -> tuple[mx.array, list[Flat], mx.array]:
         """Return the loss, the gradients, each lane its share of them, and their common norm; all evaluated."""
         arrays: list[np.ndarray[Any, Any]] = [batch.ids, batch.targets, batch.weights]
-        if self.dropout:
-            num_rows, places = len(batch.ids), self.model.dropout_places
+        if self.dropout or adapter_dropout_of(self.model):
+            num_rows, places = len(batch.ids), count_places(self.model)
             arrays.append(draw_keys(self._dropout_seed, iteration, rows=num_rows, places=places))
         totals: list[LossAndGradients] = []
         tables: list[Flat] = [{} for _ in self._shares]
@@ -293,17 +296,20 @@ class TrainStep:
         gradients of it would be filled, kept and added up by every lane.
         """
         self.num_traces += 1  # runs only while tracing
-        dropout = None if keys is None else Dropout(self.dropout, keys)
+        dropout = Dropout(self.dropout, keys) if keys is not None and self.dropout else None
+        unseen = unseen_by_adapters(self.model, keys)
 
         def loss_of(masters: Flat, table_rows: Flat) -> tuple[mx.array, mx.array]:
-            set_parameters(self.model, {name: value.astype(self.dtype) for name, value in masters.items()})
-            rows = {name: value.astype(self.dtype) for name, value in table_rows.items()}
-            hidden = self.model.hidden(ids, recompute=self.recompute, table_rows=rows, dropout=dropout)
+            set_parameters(self.model, cast_parameters({**frozen, **masters}, self.dtype))
+            rows = {name: value.astype(self.dtype) for name, value in {**frozen_rows, **table_rows}.items()}
+            hidden = self.model.hidden(
+                ids, recompute=self.recompute, table_rows=rows, dropout=dropout, adapter_dropout=unseen
+            )
             if self.distillation is not None:
                 teacher, mix = self.distillation.teacher, self.distillation.mix
                 total, *parts = distillation_sum(
                     hidden, self.model.head_weight, mx.maximum(targets, 0), weights, teacher.logits(ids), mix,
-                    capped=teacher.capped,
+                    capped=teacher.capped, frozen_head=frozen_head,
                 )  # fmt: skip
                 return total, mx.stack([mx.stop_gradient(total), *parts])
             total = cross_entropy_sum(
@@ -311,12 +317,17 @@ class TrainStep:
                 self.model.head_weight,
                 mx.maximum(targets, 0).reshape(-1),
                 weights.reshape(-1),
+                frozen_head=frozen_head,
             )
             return total, total
 
         masters = flatten_parameters(self.model)
+        moved = trained_parameters(self.model)
+        frozen_head = "lm_head.weight" not in moved
         table_rows = {name: parameters[name][ids] for name in self.model.table_names()}
-        others = {name: value for name, value in parameters.items() if name not in table_rows}
+        others = {name: value for name, value in parameters.items() if name not in table_rows and name in moved}
+        frozen = {name: value for name, value in parameters.items() if name not in table_rows and name not in moved}
+        frozen_rows = {name: table_rows.pop(name) for name in list(table_rows) if name not in moved}
         (_, loss), (gradients, rows) = mx.value_and_grad(loss_of, argnums=(0, 1))(others, table_rows)
         set_parameters(self.model, masters)
         return loss, gradients, {name: (ids.reshape(-1), row.reshape(-1, row.shape[-1])) for name, row in rows.items()}
