@@ -1,0 +1,217 @@
+"""What a group's collectives give: the same bits on every rank, whatever the array."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import sys
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxchat.distributed import group as group_module
+from mlxchat.distributed.group import ALONE, Group, buckets
+from mlxchat.distributed.team import Team
+
+assert mlxchat
+
+# By name, what rank 2 has; the others have something else of the same shape.
+BITS: dict[str, list[int]] = {
+    "float32": [0x80000000, 0x7FC00001, 0xFFC00000, 0x7F800000, 0x00000001, 0x3F800000],  # −0.0, NaNs, ∞, denormal, 1
+    "bfloat16": [0x8000, 0x7FC1, 0x0001],
+    "uint8": [1, 2, 255, 0, 7],
+    "int64": [2**53 + 1, -(2**62)],
+    "empty": [],
+}
+MX = {"float32": (np.uint32, mx.float32), "bfloat16": (np.uint16, mx.bfloat16), "uint8": (np.uint8, mx.uint8),
+      "int64": (np.int64, mx.int64), "empty": (np.uint32, mx.float32)}  # fmt: skip
+
+
+def array_of(name: str, *, mine: bool) -> mx.array:
+    bits, dtype = MX[name]
+    values = np.array(BITS[name], dtype=bits)
+    return mx.array(values if mine else np.ones_like(values)).view(dtype)
+
+
+def bits_of(name: str, array: mx.array) -> list[int]:
+    view = {"float32": mx.uint32, "bfloat16": mx.uint16, "empty": mx.uint32}.get(name)
+    return np.array(array.view(view) if view else array).tolist()
+
+
+def use_group(group: Group) -> dict[str, Any]:
+    """Do everything once on each rank of three."""
+    rank, found = group.rank, {}
+    found["shared"] = {name: bits_of(name, group.share(array_of(name, mine=rank == 2), 2)) for name in BITS}
+    found["scalar"] = group.share(mx.array(3.5 if rank == 0 else 9.0)).item()
+    found["shape"] = list(group.share(mx.zeros((2, 0, 3))).shape)
+    found["said"] = group.gather_json({"rank": rank, "text": "ü" * 40 * rank})
+    found["told"] = group.share_json({"from": rank, "text": "x" * 10_000})
+    found["nothing"] = group.share_json() if rank else group.share_json(None)
+    ours = {
+        "a": mx.full((3, 2), rank + 1.0), "b": mx.array([rank], dtype=mx.int32), "c": mx.array(0.25 * rank),
+        "none": mx.zeros((0, 4)), "d": mx.full((5,), 10.0 * rank),
+    }  # fmt: skip
+    for size in (64 * 2**20, 1):
+        group_module.BUCKET_BYTES = size
+        found[f"sums {size}"] = {name: np.array(value).tolist() for name, value in group.sum(ours).items()}
+    noise = mx.array(np.random.default_rng(rank).normal(size=1001).astype(np.float32))
+    found["noise"] = np.array(group.sum({"x": noise})["x"].view(mx.uint32)).tolist()
+    found["gathered"] = np.array(group.gather(mx.array([[rank, rank + 10]]))).tolist()
+    found["parts"] = [[part.start, part.stop] for part in (group.part(7), group.part(2), group.part_of(1, 7))]
+    found["traffic"] = [group.traffic.calls > 0, group.traffic.sent_bytes > 0, group.traffic.seconds > 0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(ranks: Any) -> list[dict[str, Any]]:
+    return list(ranks.run_ranks(use_group, 3))
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_what_is_shared_arrives_bit_for_bit_from_any_rank(name: str, found: Any) -> None:
+    for each in found:
+        assert each["shared"][name] == BITS[name]
+
+
+def test_scalars_and_empty_arrays_keep_their_shapes(found: Any) -> None:
+    assert [(each["scalar"], each["shape"]) for each in found] == [(3.5, [2, 0, 3])] * 3
+
+
+def test_json_of_unequal_lengths_is_gathered_in_the_order_of_the_ranks(found: Any) -> None:
+    for each in found:
+        assert each["said"] == [{"rank": rank, "text": "ü" * 40 * rank} for rank in range(3)]
+
+
+def test_rank_0_is_heard_and_nobody_else(found: Any) -> None:
+    for each in found:
+        assert each["told"] == {"from": 0, "text": "x" * 10_000}
+        assert each["nothing"] is None
+
+
+@pytest.mark.parametrize("bucket", [64 * 2**20, 1])
+def test_sums_are_those_of_all_ranks_whatever_travels_together(bucket: int, found: Any) -> None:
+    for each in found:
+        assert each[f"sums {bucket}"] == {"a": [[6.0, 6.0]] * 3, "b": [3], "c": 0.75, "none": [], "d": [30.0] * 5}
+
+
+def test_sums_are_the_same_bits_on_every_rank(found: Any) -> None:
+    assert found[0]["noise"] == found[1]["noise"] == found[2]["noise"]
+    expected = sum(np.random.default_rng(rank).normal(size=1001).astype(np.float32) for rank in range(3))
+    np.testing.assert_allclose(np.array(found[0]["noise"], np.uint32).view(np.float32), expected, atol=1e-6)
+
+
+def test_gathered_arrays_stand_in_the_order_of_the_ranks(found: Any) -> None:
+    for each in found:
+        assert each["gathered"] == [[0, 10], [1, 11], [2, 12]]
+        assert each["traffic"] == [True, True, True]
+
+
+def test_parts_cover_everything_once(found: Any) -> None:
+    assert [each["parts"][0] for each in found] == [[0, 2], [2, 4], [4, 7]]
+    assert [each["parts"][1] for each in found] == [[0, 0], [0, 1], [1, 2]]
+    assert {tuple(each["parts"][2]) for each in found} == {(2, 4)}
+
+
+class Fake:
+    """Of MLX's group what `part_of` asks for."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
+@given(size=st.integers(1, 20), count=st.integers(0, 100))
+def test_parts_are_contiguous_and_as_equal_as_can_be(size: int, count: int) -> None:
+    group = Group(Fake(size), "ring")
+    parts = [range(count)[group.part_of(rank, count)] for rank in range(size)]
+    assert [index for part in parts for index in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(sizes=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([mx.float32, mx.int32])), max_size=8))
+def test_what_travels_together_is_of_one_type_and_not_too_large(sizes: list[tuple[int, mx.Dtype]]) -> None:
+    arrays = {str(index): mx.zeros(size, dtype=dtype) for index, (size, dtype) in enumerate(sizes)}
+    before, group_module.BUCKET_BYTES = group_module.BUCKET_BYTES, 100
+    try:
+        found = [list(names) for names in buckets(arrays)]
+    finally:
+        group_module.BUCKET_BYTES = before
+    assert [name for names in found for name in names] == list(arrays)
+    for names in found:
+        assert len({arrays[name].dtype for name in names}) == 1
+        assert len(names) == 1 or sum(arrays[name].nbytes for name in names) <= 100
+
+
+def test_a_process_alone_needs_nobody() -> None:
+    array = mx.array([1.0, -0.0])
+    assert ALONE.share(array) is array
+    assert ALONE.sum({"a": array})["a"] is array
+    assert ALONE.gather(array) is array
+    assert (ALONE.gather_json(3), ALONE.share_json({"a": 1}), ALONE.rank, ALONE.size, ALONE.leads) == (
+        [3], {"a": 1}, 0, 1, True,
+    )  # fmt: skip
+    assert ALONE.traffic.calls == 0
+
+
+# Teams
+
+
+def remember(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Any]:
+    """Keep something for the next call; return what all ranks were given and kept."""
+    team.kept["count"] = team.kept.get("count", 0) + request["add"] * (1 + team.group.rank)
+    seen = {name: [str(array.dtype), np.array(array.astype(mx.float32)).tolist()] for name, array in arrays.items()}
+    return team.group.gather_json([team.group.rank, team.kept["count"], request, seen])
+
+
+def lead(team: Team) -> list[Any]:
+    given = {
+        "ids": np.arange(4, dtype=np.int32).reshape(2, 2), "half": mx.array([1.5, -2.0], dtype=mx.bfloat16),
+        "none": mx.zeros((0, 3)), "sign": mx.array(-0.0),
+    }  # fmt: skip
+    return [team.call(remember, {"add": 1}, given), team.call(remember, {"add": 10}), len(team.kept)]
+
+
+def test_every_rank_calls_what_rank_0_names_with_what_it_gives(ranks: Any) -> None:
+    first, second, _ = ranks.lead_ranks(lead, 3)
+    seen = {
+        "ids": ["mlx.core.int32", [[0.0, 1.0], [2.0, 3.0]]], "half": ["mlx.core.bfloat16", [1.5, -2.0]],
+        "none": ["mlx.core.float32", []], "sign": ["mlx.core.float32", -0.0],
+    }  # fmt: skip
+    assert first == [[rank, 1 + rank, {"add": 1}, seen] for rank in range(3)]
+    assert all(str(each[3]["sign"][1]) == "-0.0" for each in first)
+    assert second == [[rank, 11 * (1 + rank), {"add": 10}, {}] for rank in range(3)]
+
+
+def test_a_team_of_one_calls_the_function_itself() -> None:
+    team = Team()
+    assert team.call(remember, {"add": 2}) == [[0, 2, {"add": 2}, {}]]
+    assert "mlx" in sys.modules
+    team.end()
+
+
+def leave(group: Group) -> str:
+    """Rank 1 ends at once; the others ask for something that needs it."""
+    if group.rank == 1:
+        return "left"
+    try:
+        for _ in range(1000):
+            group.share_json({"a": 1})
+    except group_module.PeerLost as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+def test_a_lost_rank_is_told_in_words(ranks: Any) -> None:
+    said = ranks.run_ranks(leave, 2, seconds=60)
+    assert said[1] == "left"
+    assert "another process of the group is gone" in said[0]
+    assert "continues from what was saved last" in said[0]
