@@ -25,9 +25,15 @@ Finding = tuple[str, str, str]
 
 def main(arguments: list[str]) -> int:
     """Print the findings; return 1 if something is wrong."""
-    parser = make_parser("doctor", "Check this machine and installation.")
-    outputs = outputs_folder(parser.parse_intermixed_args(arguments).settings)
-    findings = [*_installation(), *_device(), *_programs(), *_resources(outputs)]
+    parser = make_parser("doctor", "Check this machine and installation, and the file system of the outputs folder.")
+    parser.add_argument("--hosts", action="store_true", help="try locks between two machines: run it on both at once")
+    parser.add_argument("--seconds", type=float, default=120, help="how long to wait for the other one (default: 120)")
+    options = parser.parse_intermixed_args(arguments)
+    outputs = outputs_folder(options.settings)
+    if options.hosts:
+        findings = [*_folder(outputs), *_hosts(outputs, options.seconds)]
+    else:
+        findings = [*_installation(), *_device(), *_programs(), *_resources(outputs), *_folder(outputs)]
     for mark, what, details in findings:
         print(f"{mark:<5} {what:<10} {details}")
     return int(any(mark == "wrong" for mark, _, _ in findings))
@@ -107,6 +113,42 @@ def _resources(outputs: Path) -> Iterator[Finding]:
     little = disk.free < _LITTLE_DISK_BYTES
     remedy = ": little. Free some, or choose another place with outputs=PATH" if little else ""
     yield ("note" if little else "ok", "disk", f"{format_bytes(disk.free)} free for {outputs}{remedy}")
+
+
+def _folder(outputs: Path) -> Iterator[Finding]:
+    from mlxchat.runner.mounts import mount_of
+    from mlxchat.runner.probing import probe_folder
+
+    place = outputs
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    mount = mount_of(place)
+    reason = mount.hides_locks()
+    if reason is not None:
+        yield ("note", "sharing", f"{outputs} is for one host: {reason}. To try it: mlxchat doctor --hosts, on both")
+    elif not mount.is_local:
+        yield ("ok", "sharing", f"{outputs} is {mount.kind}: hosts that mount it so see each other's locks")
+    try:
+        found = list(probe_folder(place))
+    except OSError as error:
+        yield ("wrong", "outputs", f"{outputs} cannot be written ({error.strerror}): choose another with outputs=PATH")
+        return
+    if all(mark == "ok" for mark, _ in found):
+        yield ("ok", "outputs", f"{mount.kind}: locks, renames, links and times of files work in {outputs}")
+    for mark, text in found:
+        if mark != "ok":
+            yield (mark, "outputs", f"{text} ({place}, {mount.kind})")
+
+
+def _hosts(outputs: Path, seconds: float) -> Iterator[Finding]:
+    from mlxchat.runner.probing import HostsProbe
+
+    probe = HostsProbe(outputs / "locks", seconds, say=lambda line: print(line, flush=True))
+    try:
+        for mark, text in probe.run():
+            yield (mark, "hosts", text.removeprefix("hosts: "))
+    except OSError as error:
+        yield ("wrong", "hosts", f"{outputs}: {error.strerror or error}")
 
 
 def _version(package: str) -> str | None:

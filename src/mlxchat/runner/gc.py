@@ -78,6 +78,7 @@ def collect(store: Store, limits: Limits) -> Collection:
 
     Raises:
         ConfigError: a step is running.
+        StoreError: locks or names cannot be relied on here, so nobody can tell what is needed.
     """
 
     def refuse(owner: object) -> None:
@@ -85,6 +86,8 @@ def collect(store: Store, limits: Limits) -> Collection:
         raise ConfigError(f"gc has to wait until no step is running: {running}. See: mlxchat status")
 
     with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "gc"}, refuse):
+        if (store.outputs / "refs").is_dir():
+            store.check()
         found = find_garbage(store, limits, trusted=False)
         crash_point("gc.planned")
         trash = store.outputs / "trash"

@@ -9,6 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Of the run in this process, the signals that asked it to stop.
+_heard: list[list[int]] = []
+
+
+def is_stopping() -> bool:
+    """Tell whether a signal has asked the run of this process to stop."""
+    return any(_heard)
 
 
 @contextmanager
@@ -27,6 +34,7 @@ def stop_on_signals(
         yield
         return
     received: list[int] = []
+    _heard.append(received)
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
@@ -58,6 +66,7 @@ def stop_on_signals(
     try:
         yield
     finally:
+        _heard.pop()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(former)

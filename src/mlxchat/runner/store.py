@@ -2,7 +2,7 @@
 
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json is there
     work/<rid>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
-    locks/<rid>.lock                 flock files
+    locks/<rid>.lock                 flock files; one-host.json, hosts.json: runner/mounts.py
     refs/<run>/<step>, refs/latest/<step>   relative symlinks: names for people
     runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
 
@@ -24,6 +24,7 @@ from mlxchat.errors import StoreError
 from mlxchat.runner import attempts, locks
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.fingerprint import canonical_json, hash_file
+from mlxchat.runner.mounts import check_links, claim
 from mlxchat.runner.sealed import seal, sync, unseal
 from mlxchat.runner.secrets import redact
 
@@ -53,7 +54,8 @@ class Store:
         """Make the folders.
 
         Raises:
-            StoreError: the outputs folder cannot be written, or its file system has no locks.
+            StoreError: the outputs folder cannot be written, its file system has no locks, hides them from another
+                host that uses it, or has no links.
         """
         try:
             for name in ("store", "work", "locks", "refs", "runs"):
@@ -61,13 +63,23 @@ class Store:
             probe = self.outputs / "work" / f".probe-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
-            locks.check_locks(self.outputs / "locks")
+            self.check()
             sweep(self.outputs)
         except OSError as error:
             raise StoreError(
                 f"outputs folder {self.outputs} cannot be written ({error.strerror}). "
                 "Choose another with outputs=PATH, or mend its permissions."
             ) from None
+
+    def check(self) -> None:
+        """Make sure that locks and names can be relied on here.
+
+        Raises:
+            StoreError: they cannot: see `locks.check_locks`, `mounts.claim`, `mounts.check_links`.
+        """
+        locks.check_locks(self.outputs / "locks")
+        claim(self.outputs / "locks")
+        check_links(self.outputs / "refs")
 
     def find(self, rid: str) -> Path | None:
         """Return the folder with the files of the complete artifact with this rid, or None.

@@ -1,7 +1,7 @@
 """The folder of a sweep: what its processes tell each other, and what is left for people.
 
 sweep.json     the jobs, and what was computed for all of them
-rows/<n>.json  the result of a job, written by whichever process ran it
+rows/<n>.json  the result of a job, written by whichever process ran it; <n>.begun: it was taken out of its queue
 sweep.lock     held as long as somebody waits for the jobs
 stop           somebody asked for an end: no further job starts
 table.*        at the end; the rows are in it and go
@@ -51,6 +51,14 @@ class SweepFolder:
     def add_row(self, row: Row) -> None:
         """Keep the result of a job."""
         _write(self.path / "rows" / f"{row['job']}.json", row)
+
+    def begin(self, number: int) -> None:
+        """Note that a job has begun, on whichever machine."""
+        (self.path / "rows" / f"{number}.begun").touch()
+
+    def has_begun(self, number: int) -> bool:
+        """Tell whether a job has begun."""
+        return (self.path / "rows" / f"{number}.begun").exists()
 
     def rows(self) -> dict[int, Row]:
         """Return job → its result, of those that have one."""

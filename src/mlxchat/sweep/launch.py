@@ -8,12 +8,13 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.sweep.folder import Row, SweepFolder
+from mlxchat.sweep.slurm import all_waited_for
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -24,6 +25,7 @@ EXTRAS = {
     "joblib": "joblib",
     "submitit_local": "submitit",
     "submitit_slurm": "submitit",
+    "slurm": "submitit",  # conf/hydra/launcher/slurm.yaml
     "ray": "ray",
     "ray_aws": "ray",
 }
@@ -143,8 +145,9 @@ def launch(
         )
         size = config.hydra.sweeper.get("max_batch_size") or len(jobs)
         callbacks.on_multirun_start(config=config, config_name="config")
-        for start in range(0, len(jobs), size):
-            launcher.launch(jobs[start : start + size], initial_job_idx=start)
+        with all_waited_for(folder) if "submitit" in type(launcher).__module__ else nullcontext():
+            for start in range(0, len(jobs), size):
+                launcher.launch(jobs[start : start + size], initial_job_idx=start)
         callbacks.on_multirun_end(config=config, config_name="config")
     finally:
         GlobalHydra.instance().clear()

@@ -23,13 +23,21 @@ from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.sweep.folder import Row, SweepFolder, metrics_of
+from mlxchat.sweep.slurm import Leave, in_queue, leaving
 
 _POLL_SECONDS = 0.3
+# From another host each look is a request to a file server, of every job.
+_FAR_POLL_SECONDS = 3.0
+_UNSEEN = (
+    "{here} does not see the lock of the sweep, which process {pid} on {host} holds: either that one has ended, or the "
+    "file system of outputs keeps locks to each host. To find out: mlxchat doctor --hosts, on both"
+)
 
 
 def run_job(
-    folder: SweepFolder, number: int, overrides: list[str], composed: Composed, settings: dict[str, Any], made: set[str]
-) -> Row:
+    folder: SweepFolder, number: int, overrides: list[str], composed: Composed, settings: dict[str, Any],
+    made: set[str], leave: Leave | None = None,
+) -> Row:  # fmt: skip
     """Run one job and return its row, which is in the folder then too. A failure is a row.
 
     Args:
@@ -39,6 +47,7 @@ def run_job(
         composed: its configuration.
         settings: what the row says about the job.
         made: ids of steps that this sweep has made, which are not forced again.
+        leave: what to do when not the sweep but the queue that the job came from stops it; the job has no row then.
     """
     from mlxchat.pipeline_run import plan_of, run_pipeline
 
@@ -57,7 +66,10 @@ def run_job(
         row |= {"run": place.name if place else None, "metrics": metrics_of(rids_of(plan), store)}
     except Interrupted as stop:
         row |= {"status": "interrupted", "error": str(stop)}
-        folder.ask_to_stop("signal", stop.exit_code - 128)
+        if leave is not None and not folder.stop() and locks.is_held(folder.lock):
+            row["error"] = f"its time was up, and it is not queued again: {leave()}"
+        else:
+            folder.ask_to_stop("signal", stop.exit_code - 128)
     except Exception as error:
         if not isinstance(error, MlxchatError):
             log = folder.path / f"job-{number}-error.log"
@@ -85,12 +97,17 @@ def run_elsewhere(composed: Any) -> None:
     job = state["jobs"][str(number)]
     choices = {str(group): str(option) for group, option in hydra.runtime.choices.items() if "hydra" not in str(group)}
     at_home = os.getpid() == state["parent"]["pid"] and socket.gethostname() == state["parent"]["host"]
-    with _prefixed(f"[{number}] "), _stopping_with(folder, at_home=at_home):
+    folder.begin(number)
+    if socket.gethostname() != state["parent"]["host"] and not locks.is_held(folder.lock):
+        row = {"job": number, "overrides": job["settings"], "status": "failed", "metrics": {}}
+        folder.add_row(row | {"error": _UNSEEN.format(here=socket.gethostname(), **state["parent"])})
+        return
+    with _prefixed(f"[{number}] "), _stopping_with(folder, state["parent"], at_home=at_home), leaving() as leave:
         if not at_home:
             os.chdir(state["parent"]["cwd"])
         run_job(
             folder, number, job["overrides"], Composed(to_typed(composed), job["overrides"], choices),
-            job["settings"], set(state["made"]),
+            job["settings"], set(state["made"]), leave,
         )  # fmt: skip
 
 
@@ -148,25 +165,28 @@ def _prefixed(prefix: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stopping_with(folder: SweepFolder, *, at_home: bool) -> Iterator[None]:
+def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool) -> Iterator[None]:
     """Send this process one SIGTERM when the sweep is to stop, or nobody waits for it any more.
 
     The terminal's Ctrl-C reaches only the process that was started there, since a second signal means "at once".
 
     Args:
         folder: where the word to stop is looked for, and whose lock is free once nobody waits.
+        parent: where the sweep's own process is.
         at_home: whether this is the sweep's own process, which gets its signals itself.
     """
     if at_home:
         yield
         return
-    with suppress(OSError):
-        os.setpgid(0, 0)
+    if not in_queue():  # SLURM may know its processes by their group
+        with suppress(OSError):
+            os.setpgid(0, 0)
     ended = threading.Event()
+    pause = _POLL_SECONDS if socket.gethostname() == parent["host"] else _FAR_POLL_SECONDS
 
     def watch() -> None:
         told = False
-        while not ended.wait(_POLL_SECONDS):
+        while not ended.wait(pause):
             stop, orphaned = folder.stop(), not locks.is_held(folder.lock)
             if not told and (stop or orphaned):
                 told = True

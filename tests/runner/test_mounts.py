@@ -1,0 +1,233 @@
+"""Outputs that several hosts see: what is mounted decides who may use them, and two machines can try their locks."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import StoreError
+from mlxchat.runner import locks, mounts, probing
+from mlxchat.runner.gc import collect
+from mlxchat.runner.leftovers import Limits
+from mlxchat.runner.mounts import Mount, check_links, claim, mount_of, remember_tested
+from mlxchat.runner.probing import HostsProbe, probe_folder
+from mlxchat.runner.store import Store
+
+NFS = Mount("nfs4", "server:/data", ("rw", "relatime", "vers=4.2", "local_lock=none"))
+SSHFS = Mount("fuse.sshfs", "server:/data", ("rw",))
+
+
+@pytest.mark.parametrize(
+    ("mount", "said"),
+    [
+        (Mount("ext4", "/dev/sda1", ("rw",)), None),
+        (Mount("overlay", "overlay", ("rw",)), None),
+        (NFS, None),
+        (Mount("nfs", "s:/d", ("rw", "vers=3", "nolock", "local_lock=all")), "nolock"),
+        (Mount("nfs", "s:/d", ("rw", "vers=3", "local_lock=flock")), "local_lock=flock"),
+        (Mount("nfs4", "s:/d", ("rw", "local_lock=posix")), None),
+        (Mount("cifs", "//s/d", ("rw", "nobrl")), "nobrl"),
+        (Mount("cifs", "//s/d", ("rw",)), None),
+        (Mount("lustre", "s:/d", ("rw", "flock")), None),
+        (Mount("lustre", "s:/d", ("rw", "localflock")), "localflock"),
+        (Mount("lustre", "s:/d", ("rw",)), "without flock"),
+        (Mount("ceph", "s:/", ("rw",)), None),
+        (SSHFS, "not known"),
+        (Mount("beegfs", "beegfs_nodev", ("rw",)), "not known"),
+    ],
+)
+def test_what_is_mounted_says_whether_other_hosts_see_locks(mount: Mount, said: str | None) -> None:
+    reason = mount.hides_locks()
+    assert reason is None if said is None else said in (reason or "")
+
+
+def test_the_innermost_and_last_mount_over_a_folder_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "mountinfo"
+    inner = str(tmp_path / "a b")
+    (tmp_path / "a b").mkdir()
+    lines = [
+        "20 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw,discard",
+        f"30 20 0:40 / {tmp_path} rw - nfs4 server:/data rw,local_lock=none",
+        f"31 30 0:41 / {inner.replace(' ', chr(92) + '040')} rw - fuse.sshfs host:/x rw,user_id=0",
+        f"32 20 0:42 / {tmp_path}x rw - tmpfs tmpfs rw",
+    ]
+    table.write_text("\n".join(lines) + "\n")
+    original = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text",
+        lambda self, **options: original(table if str(self) == "/proc/self/mountinfo" else self, **options),
+    )  # fmt: skip
+    assert mount_of(tmp_path / "outputs" / "not there yet").kind == "nfs4"
+    assert mount_of(tmp_path / "a b" / "outputs").kind == "fuse.sshfs"
+    assert mount_of(Path("/")).options == ("rw", "relatime", "discard")
+
+
+def on(monkeypatch: pytest.MonkeyPatch, mount: Mount, host: str) -> None:
+    monkeypatch.setattr(mounts, "mount_of", lambda folder: mount)
+    monkeypatch.setattr(probing, "mount_of", lambda folder: mount)
+    monkeypatch.setattr(locks, "host_name", lambda: host)
+
+
+def test_a_folder_whose_locks_stay_with_each_host_belongs_to_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "outputs")
+    on(monkeypatch, SSHFS, "one")
+    store.prepare()
+    store.prepare()
+    on(monkeypatch, SSHFS, "two")
+    with pytest.raises(StoreError, match=r"fuse\.sshfs.*one uses this outputs folder, and two would not see its locks"):
+        store.prepare()
+    with pytest.raises(StoreError, match="would not see"):
+        collect(store, Limits())
+    (tmp_path / "outputs" / "locks" / "one-host.json").unlink()
+    store.prepare()
+    on(monkeypatch, SSHFS, "one")
+    with pytest.raises(StoreError, match="two uses this outputs folder"):
+        store.prepare()
+
+
+@pytest.mark.parametrize("mount", [NFS, Mount("ext4", "/dev/sda1", ("rw",))])
+def test_a_folder_whose_locks_all_hosts_see_belongs_to_nobody(
+    mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for host in ("one", "two"):
+        on(monkeypatch, mount, host)
+        Store(tmp_path / "outputs").prepare()
+    assert list((tmp_path / "outputs" / "locks").iterdir()) == []
+
+
+def test_of_two_hosts_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one-host.json").touch()  # the other one has made the file and writes what is in it
+    on(monkeypatch, SSHFS, "two")
+    written = json.dumps({"host": "one", "since": "now"})
+    timer = threading.Timer(0.1, lambda: (tmp_path / "one-host.json").write_text(written))
+    timer.start()
+    with pytest.raises(StoreError, match="one uses this outputs folder"):
+        claim(tmp_path)
+    timer.join()
+
+
+def test_hosts_that_saw_each_others_locks_may_share_a_folder_as_long_as_it_is_mounted_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beegfs = Mount("beegfs", "x", ())
+    on(monkeypatch, beegfs, "one")
+    claim(tmp_path)
+    remember_tested(tmp_path, ["one", "two"])
+    on(monkeypatch, beegfs, "three")
+    claim(tmp_path)
+    on(monkeypatch, SSHFS, "three")
+    claim(tmp_path)
+    on(monkeypatch, SSHFS, "one")
+    with pytest.raises(StoreError, match="three uses"):
+        claim(tmp_path)
+
+
+def test_a_file_system_whose_links_cannot_be_read_back_is_refused_before_gc_takes_names_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "outputs")
+    store.prepare()
+
+    def refuse(self: Path) -> Path:
+        raise PermissionError("Operation not permitted")  # as sshfs does with links that lead up
+
+    monkeypatch.setattr(Path, "readlink", refuse)
+    for act in (store.prepare, lambda: collect(store, Limits()), lambda: check_links(store.outputs / "refs")):
+        with pytest.raises(StoreError, match=r"no symbolic links.*no_contain_symlinks"):
+            act()
+    assert list((store.outputs / "refs").iterdir()) == []
+
+
+def test_the_probe_finds_nothing_wrong_here_and_leaves_nothing(tmp_path: Path) -> None:
+    assert [text for mark, text in probe_folder(tmp_path) if mark == "wrong"] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_LOCKS = """
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+int flock(int handle, int operation) {
+    if (!getenv("REFUSE_FLOCK")) return 0;
+    errno = ENOLCK;
+    return -1;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler and LD_PRELOAD")
+@pytest.mark.parametrize(
+    ("refuse", "doctor", "run"),
+    [(False, "two processes hold the same one at once", "two holders at once"), (True, "flock is refused", "no locks")],
+)
+def test_where_flock_does_nothing_or_is_refused_doctor_says_so_and_no_run_begins(
+    refuse: bool, doctor: str, run: str, tmp_path: Path, mlxchat: Any, tiny: tuple[str, ...]
+) -> None:
+    library = tmp_path / "noflock.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), "-xc", "-"], input=NO_LOCKS, text=True, check=True)
+    environ = {"LD_PRELOAD": str(library)} | ({"REFUSE_FLOCK": "1"} if refuse else {})
+    told = mlxchat("doctor", "--hosts", "--seconds", "0.1", f"outputs={tmp_path}/outputs", environ=environ)
+    assert told.returncode == 1
+    assert doctor in told.stdout
+    done = mlxchat(*tiny, "stage=corpus", f"outputs={tmp_path}/outputs", environ=environ)
+    assert done.returncode == 2
+    assert run in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "outputs" / "store").iterdir()) == []
+
+
+def meet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
+    """Let two threads of this process meet as two hosts; flock is between open files, so it works between them."""
+    hosts = threading.local()
+    monkeypatch.setattr(locks, "host_name", lambda: hosts.name)
+    found: list[list[tuple[str, str]]] = [[], []]
+
+    def one(number: int) -> None:
+        hosts.name = f"host{number}"
+        found[number] += HostsProbe(folder, 10).run()
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+def test_two_hosts_that_see_each_others_locks_are_told_so_and_it_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for found in meet(tmp_path / "locks", monkeypatch):
+        assert [mark for mark, _ in found] == ["ok", "ok"], found
+        assert "see each other's locks" in found[0][1]
+    assert json.loads((tmp_path / "locks" / "hosts.json").read_text())["hosts"] == ["host0", "host1"]
+    assert [path.name for path in (tmp_path / "locks").iterdir()] == ["hosts.json"]
+
+
+def test_two_hosts_that_hold_the_same_lock_are_told_so_and_nothing_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
+    for found in meet(tmp_path / "locks", monkeypatch):
+        assert found[0][0] == "wrong"
+        assert "hold the same lock at once" in found[0][1]
+    assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_a_host_that_nobody_meets_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    began = time.monotonic()
+    ((mark, text),) = HostsProbe(tmp_path / "locks", 0.2).run()
+    assert (mark, "no other machine came" in text) == ("note", True)
+    assert time.monotonic() - began < 5
+    assert list((tmp_path / "locks").iterdir()) == []

@@ -1,0 +1,207 @@
+"""SLURM, as submitit uses it: the script that sbatch is given is really run; what is stopped is queued again."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import Interrupted
+from mlxchat.runner import locks
+from mlxchat.runner.store import read_manifest
+from mlxchat.sweep import slurm, worker
+from mlxchat.sweep.folder import SweepFolder
+
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """SLURM's commands on PATH; returns the folder of their state. Nothing that they started outlives the test."""
+    programs, state = tmp_path / "slurm-bin", tmp_path / "slurm"
+    programs.mkdir()
+    state.mkdir()
+    source = Path(__file__).with_name("slurm_stub.py").read_text().partition("\n")[2]
+    for name in ("sbatch", "srun", "sacct", "scontrol", "scancel"):
+        (programs / name).write_text(f"#!{sys.executable}\n{source}")
+        (programs / name).chmod(0o755)
+    controller = programs / "slurm_stub.py"
+    controller.write_text(source)
+    for name in ("sbatch",):
+        text = (programs / name).read_text().replace("__file__", repr(str(controller)))
+        (programs / name).write_text(text)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STUB", str(state))
+    yield state
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"SLURM_STUB={state}".encode() in (place / "environ").read_bytes().split(b"\0")
+            if ours and int(place.name) != os.getpid():
+                os.kill(int(place.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+@pytest.fixture
+def sweep(stub: Path, outputs: Path, tiny: tuple[str, ...], start_mlxchat: Any) -> Start:
+    """Start a sweep of pretrainings through SLURM, each iteration of which is saved."""
+
+    def start(*overrides: str, parallel: int = 2) -> subprocess.Popen[str]:
+        return start_mlxchat(  # type: ignore[no-any-return]
+            "-m", *tiny, "stage=pretrain", "machine.checkpoint_seconds=0", *overrides, "hydra/launcher=slurm",
+            f"hydra.launcher.array_parallelism={parallel}", "hydra.launcher.timeout_min=5", f"outputs={outputs}",
+        )  # fmt: skip
+
+    return start
+
+
+def pid_of(stub: Path, number: int, process: subprocess.Popen[str], outputs: Path, saves: int = 1) -> int:
+    """Wait until so many trainings have saved a state, and return the process of a task of the first job array."""
+    end = time.monotonic() + 90
+    while len(list((outputs / "work").glob("*/ckpt/[0-9]*/state.json"))) < saves:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "no training has saved anything"
+        time.sleep(0.1)
+    return int((stub / f"pid-1000_{number}").read_text())
+
+
+def attempts(outputs: Path) -> list[dict[str, Any]]:
+    """Return the attempts of the pretraining that had the most."""
+    manifests = [read_manifest(path.parent) for path in (outputs / "store").glob("pretrain-*/manifest.json")]
+    return max((manifest["attempts"] for manifest in manifests), key=len)
+
+
+def test_jobs_in_a_queue_give_the_table_of_jobs_in_this_process(
+    sweep: Start, outputs: Path, short: tuple[str, ...], mlxchat: Any, swept: Any, stub: Path
+) -> None:
+    settings = ["pretrain.num_iterations=1", "optimizer.matrix_lr=0.01,0.03"]
+    process = sweep(*settings)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    script = (stub / "script-1000").read_text()
+    for line in ("--array=0-1%2", "--requeue", "--signal=USR2@120", "--time=5"):
+        assert f"#SBATCH {line}" in script
+    rows = type(swept)(outputs).rows()
+    assert [row["status"] for row in rows] == ["done"] * 2
+    again = mlxchat("-m", *short, *settings[1:], f"outputs={outputs}")
+    assert len(re.findall("is done already", again.stdout)) == 2
+    assert type(swept)(outputs).rows() == rows
+
+
+@pytest.mark.parametrize("signals", ["USR2", pytest.param("TERM USR2", marks=pytest.mark.slow)])
+def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on(
+    signals: str, sweep: Start, stub: Path, outputs: Path, swept: Any
+) -> None:
+    process = sweep("pretrain.num_iterations=120", "optimizer.matrix_lr=0.01,0.03", parallel=1)
+    pid = pid_of(stub, 0, process, outputs)
+    for name in signals.split():
+        os.kill(pid, getattr(signal, f"SIG{name}"))
+    text, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, text
+    assert [row["status"] for row in type(swept)(outputs).rows()] == ["done"] * 2
+    first, second = attempts(outputs)
+    assert (first["outcome"], second["outcome"]) == ("interrupted", "done")
+    assert second["resumed_from"] > 0
+
+
+@pytest.mark.slow
+def test_a_job_that_is_lost_is_a_failed_row_and_the_others_end(
+    sweep: Start, stub: Path, outputs: Path, swept: Any
+) -> None:
+    process = sweep("pretrain.num_iterations=100,101")
+    os.kill(pid_of(stub, 0, process, outputs, 2), signal.SIGKILL)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, text
+    statuses = {row["job"]: row["status"] for row in type(swept)(outputs).rows()}
+    assert statuses == {1: "failed", 2: "done"}, text
+
+
+@pytest.mark.slow
+def test_a_sweep_that_stops_saves_what_runs_and_takes_the_rest_out_of_the_queue(
+    sweep: Start, stub: Path, outputs: Path, swept: Any
+) -> None:
+    process = sweep("pretrain.num_iterations=3000,3001", parallel=1)
+    pid_of(stub, 0, process, outputs)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, text
+    statuses = {row["job"]: row["status"] for row in type(swept)(outputs).rows()}
+    assert statuses[1] == "interrupted"
+    assert statuses[2] in ("interrupted", "not run"), "it was taken out of the queue, or saw at once that it is over"
+    assert len(list((outputs / "work").glob("*/ckpt"))) == 1
+
+
+def test_the_queues_word_stops_the_run_once_and_what_follows_does_not_end_it_unsaved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    stopped: list[int] = []
+    queued: list[int] = []
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    signal.signal(signal.SIGUSR2, lambda number, frame: queued.append(number))
+    try:
+        with slurm.leaving() as leave:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert stopped[0] == signal.SIGTERM
+            assert queued == []
+            assert leave is not None
+            assert "does not queue it again" in leave()
+            assert queued == [signal.SIGUSR2]
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def test_a_node_that_does_not_see_the_sweeps_lock_says_so_in_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    folder = SweepFolder(tmp_path)
+    jobs = {"7": {"overrides": ["seed=2"], "settings": {"seed": 2}}}
+    folder.prepare({"parent": {"pid": 1, "host": "head", "cwd": "/"}, "jobs": jobs, "pending": [7], "made": []})
+    chosen = {"sweep": {"dir": str(tmp_path)}, "job": {"num": 0}, "runtime": {"choices": {}}}
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: OmegaConf.create(chosen)))
+    assert not locks.is_held(folder.lock)
+    worker.run_elsewhere(None)
+    (row,) = folder.rows().values()
+    assert (row["status"], row["job"]) == ("failed", 7)
+    assert "does not see the lock of the sweep, which process 1 on head holds" in row["error"]
+
+
+def test_an_interruption_by_the_queue_leaves_no_row_and_does_not_stop_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: tuple[str, ...]
+) -> None:
+    from mlxchat.compose import compose_config
+
+    def stopped(*_: object) -> None:
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    def leave() -> str:
+        raise SystemExit(143)
+
+    monkeypatch.setattr("mlxchat.pipeline_run.run_pipeline", stopped)
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.prepare({})
+    composed = compose_config([*tiny, "stage=tokenizer", f"outputs={tmp_path}/outputs"])
+    with locks.hold(folder.lock, {}, lambda owner: None):
+        with pytest.raises(SystemExit):
+            worker.run_job(folder, 1, [], composed, {}, set(), leave)
+        assert (folder.rows(), folder.stop()) == ({}, None)
+        worker.run_job(folder, 1, [], composed, {}, set(), lambda: "timed out too often.")
+        assert folder.rows()[1]["error"] == "its time was up, and it is not queued again: timed out too often."
+        assert folder.stop() is None
