@@ -21,7 +21,7 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
             f"{record['model']} {record['architecture']}: {format_count(record['num_parameters'])} parameters, "
             f"{sizes['num_layers']} layers of width {sizes['width']}, vocabulary {sizes['vocab_size']}, "
             f"{bench['batch_rows']} × {bench['row_tokens']} tokens, {record['optimizer']['kind']} "
-            f"{record['optimizer']['variant']}, {record['dtype']}",
+            f"{record['optimizer']['variant']}, {record['dtype']}{_adapter(record)}",
             style="bold",
         )
     )
@@ -52,6 +52,15 @@ def _speeds(record: dict[str, Any]) -> Table:
     table.add_row("peak memory", format_bytes(record["peak_bytes"]), held)
     table.add_row("peak of the process", format_bytes(record["peak_rss_bytes"]), "resident, all libraries included")
     return table
+
+
+def _adapter(record: dict[str, Any]) -> str:
+    adapter = record["adapter"]
+    if adapter is None:
+        return ""
+    base = "" if adapter["bits"] is None else f" on {adapter['bits']} bits"
+    trained = format_count(record["num_trained_parameters"])
+    return f", {adapter['kind']} of rank {adapter['rank']}{base} ({trained} trained)"
 
 
 def _split(record: dict[str, Any]) -> Table:

@@ -10,12 +10,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.bench.parts import Part, parts_of_step, phases_of_step
 from mlxchat.bench.timing import Stopwatch, fill_zero_weights, median, random_rows
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
+from mlxchat.model.adapters import AdapterSizes, attach_adapters
 from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import trained_parameters
 from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.model.weights import init_weights
 from mlxchat.ops.device import backend, describe_device
@@ -24,6 +27,7 @@ from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates, rates_at
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.runner.progress import Progress
+from mlxchat.training.adapting import rule_of
 from mlxchat.training.loop import prepare_machine
 from mlxchat.training.micro_batch import Training, find_device, forward_tokens, rows_at_a_time
 from mlxchat.training.step import TrainStep, mean_batch
@@ -56,6 +60,7 @@ def measure_training(config: Config) -> dict[str, Any]:
         row_tokens=bench.row_tokens,
         recompute=machine.grad_checkpointing,
         device=find_device(machine, ask_mlx=True),
+        adapters=adapter_sizes_of("adapter", config.adapter, sizes),
     )
     micro_rows = rows_at_a_time(training, machine)
     if micro_rows == 0:
@@ -68,11 +73,13 @@ def measure_training(config: Config) -> dict[str, Any]:
     resident_before = peak_memory_bytes()
     mx.clear_cache()
     mx.reset_peak_memory()
-    model, optimizer = _make_model(config, sizes)
+    model, optimizer = _make_model(config, sizes, training.adapters, dtype)
+    # The parts are those of a training of all weights.
+    split_too = bench.split and training.adapters is None
     phases: list[Part] = []
     parts: list[Part] = []
     rates = rates_at(0, 1000, config.pretrain.schedule, config.optimizer)
-    if bench.split:
+    if split_too:
         ids = mx.array(np.stack([row[0] for row in rows(0, micro_rows)]))
         phases = phases_of_step(model, optimizer, ids, rates, dtype=dtype, recompute=machine.grad_checkpointing)
         parts = parts_of_step(model, ids, dtype=dtype)
@@ -90,7 +97,7 @@ def measure_training(config: Config) -> dict[str, Any]:
             warmup_steps=bench.warmup_steps,
         )
         peak = peak_flops(dtype)
-        split = _split(watch, phases, parts, bench.batch_rows / micro_rows, median(seconds)) if bench.split else None
+        split = _split(watch, phases, parts, bench.batch_rows / micro_rows, median(seconds)) if split_too else None
     growth = max(0, resident_peak - resident_before)
     flops = flops_per_token(sizes) * tokens / median(seconds)
     device = describe_device()
@@ -116,6 +123,8 @@ def measure_training(config: Config) -> dict[str, Any]:
         "optimizer": {"kind": config.optimizer.kind, "variant": config.optimizer.variant},
         "sizes": sizes.to_dict(),
         "num_parameters": count_parameters(sizes)["total"],
+        "adapter": asdict(config.adapter) if training.adapters is not None else None,
+        "num_trained_parameters": sum(value.size for value in trained_parameters(model).values()),
         "flops_per_token": flops_per_token(sizes),
         "bench": asdict(bench),
         "seed": seed,
@@ -127,11 +136,18 @@ def measure_training(config: Config) -> dict[str, Any]:
     }
 
 
-def _make_model(config: Config, sizes: GPTSizes) -> tuple[GPT, Optimizer]:
+def _make_model(
+    config: Config, sizes: GPTSizes, adapters: AdapterSizes | None, dtype: mx.Dtype
+) -> tuple[GPT, Optimizer]:
     model = GPT(sizes)
     init_weights(model, config.seed)
     fill_zero_weights(model, config.seed + 1)
-    optimizer = Optimizer(model, config.optimizer, width=sizes.width)
+    rule = None
+    if adapters is not None:
+        attach_adapters(model, adapters, seed=config.seed, dtype=dtype, dropout=config.adapter.dropout)
+        fill_zero_weights(model, config.seed + 2)
+        rule = rule_of(config.adapter)
+    optimizer = Optimizer(model, config.optimizer, width=sizes.width, adapter=rule)
     mx.eval(model.state, optimizer.state)
     return model, optimizer
 

@@ -1,0 +1,182 @@
+"""A layer with an adapter and its gradients: against NumPy in float64, and against mlx-lm's own layers."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlxchat.model import linear as linear_module
+from mlxchat.model.linear import AdapterDropout, LinearAdapter, effective_weight, project
+from mlxchat.ops import adapted, normalisation
+from mlxchat.ops.adapted import Shape
+from mlxchat.ops.device import backend
+from mlxchat.ops.dropout import draw_keys, dropped
+
+assert mlxchat
+IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
+Numbers = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> None:
+    mx.set_default_device(mx.cpu)
+    backend.cache_clear()
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two code paths computes; the GPU's is run on the CPU."""
+    for module in (adapted, normalisation):
+        monkeypatch.setattr(module, "backend", lambda: request.param)
+    return str(request.param)
+
+
+@dataclass
+class Made:
+    """A layer with an adapter, and its numbers in float64; none is zero."""
+
+    layer: nn.Linear
+    numbers: Numbers
+
+
+def make(kind: str, bits: int | None = None, *, seed: int = 0) -> Made:
+    rng = np.random.default_rng(seed)
+    numbers = {
+        "w": rng.normal(0, 0.2, (OUT, IN)), "a": rng.normal(0, 0.2, (IN, RANK)), "b": rng.normal(0, 0.3, (RANK, OUT)),
+        "m": rng.uniform(1, 3, OUT),
+    }  # fmt: skip
+    layer = nn.Linear(IN, OUT, bias=False)
+    layer.weight = mx.array(numbers["w"].astype(np.float32))
+    if bits is not None:
+        layer.weight, layer.scales, layer.biases = mx.quantize(layer.weight, group_size=GROUP, bits=bits)
+        whole = mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=GROUP, bits=bits)
+        numbers["w"] = np.asarray(whole).astype(np.float64)
+    layer.lora_a, layer.lora_b = (mx.array(numbers[name].astype(np.float32)) for name in ("a", "b"))
+    if kind == "dora":
+        layer.m = mx.array(numbers["m"].astype(np.float32))
+    layer.adapter = LinearAdapter(kind, Shape(scale=SCALE, bits=bits, group_size=GROUP))
+    return Made(layer, numbers)
+
+
+def expected(
+    kind: str, x: np.ndarray, numbers: Numbers, *, squared_relu: bool, lengths_of: Numbers | None = None
+) -> np.ndarray:
+    """Return the papers' formula; rows' lengths, which have no gradient, may be those of other numbers."""
+    seen = np.maximum(x, 0) ** 2 if squared_relu else x
+    adapted_weight = numbers["w"] + SCALE * (numbers["a"] @ numbers["b"]).T
+    if kind == "dora":
+        of = lengths_of or numbers
+        lengths = np.linalg.norm(of["w"] + SCALE * (of["a"] @ of["b"]).T, axis=1)
+        adapted_weight = (numbers["m"] / lengths)[:, None] * adapted_weight
+    return seen @ adapted_weight.T
+
+
+@pytest.mark.parametrize("squared_relu", [False, True])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_product_is_that_of_the_paper(path: str, kind: str, bits: int | None, squared_relu: bool) -> None:
+    made = make(kind, bits)
+    x = np.random.default_rng(1).normal(0, 1, (2, 5, IN))
+    out = project(made.layer, mx.array(x.astype(np.float32)), squared_relu=squared_relu)
+    np.testing.assert_allclose(np.asarray(out), expected(kind, x, made.numbers, squared_relu=squared_relu), atol=2e-4)
+
+
+@pytest.mark.parametrize("squared_relu", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_gradients_are_the_finite_differences_of_the_papers_formula(
+    path: str, kind: str, bits: int | None, squared_relu: bool
+) -> None:
+    made, rng = make(kind, bits), np.random.default_rng(2)
+    x, cotangent = rng.normal(0, 1, (2, 3, IN)), rng.normal(0, 1, (2, 3, OUT))
+    names = {"a": "lora_a", "b": "lora_b", **({"m": "m"} if kind == "dora" else {})}
+
+    def loss(x: mx.array, *small: mx.array) -> mx.array:
+        for name, value in zip(names.values(), small, strict=True):
+            made.layer[name] = value
+        return (project(made.layer, x, squared_relu=squared_relu) * mx.array(cotangent.astype(np.float32))).sum()
+
+    given = [mx.array(x.astype(np.float32)), *(made.layer[name] for name in names.values())]
+    found = mx.grad(loss, argnums=tuple(range(len(given))))(*given)
+    for (name, slope), direction_seed in zip(zip(["x", *names], found, strict=True), range(9), strict=False):
+        direction = np.random.default_rng(direction_seed).normal(0, 1, slope.shape)
+
+        def moved(by: float, name: str = name, direction: np.ndarray = direction) -> float:
+            numbers = {**made.numbers, "x": x}
+            numbers[name] = numbers[name] + by * direction
+            out = expected(kind, numbers["x"], numbers, squared_relu=squared_relu, lengths_of=made.numbers)
+            return float((out * cotangent).sum())
+
+        difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        assert float((np.asarray(slope) * direction).sum()) == pytest.approx(difference, rel=1e-4, abs=1e-3), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_forward_and_gradients_are_those_of_mlx_lms_layer(path: str, kind: str, bits: int | None) -> None:
+    layers = pytest.importorskip("mlx_lm.tuner.lora"), pytest.importorskip("mlx_lm.tuner.dora")
+    made = make(kind, bits)
+    base = nn.Linear(IN, OUT, bias=False)
+    if bits is not None:
+        base = nn.QuantizedLinear(IN, OUT, bias=False, group_size=GROUP, bits=bits)
+        base.scales, base.biases = made.layer.scales, made.layer.biases
+    base.weight = made.layer.weight
+    theirs = (layers[0].LoRALinear if kind == "lora" else layers[1].DoRALinear).from_base(base, r=RANK, scale=SCALE)
+    names = ["lora_a", "lora_b", *(["m"] if kind == "dora" else [])]
+    x = mx.random.normal((7, IN), key=mx.random.key(3))
+    weights = mx.random.normal((7, OUT), key=mx.random.key(4))
+
+    def gradients(layer: nn.Module, call: Callable[[mx.array], mx.array]) -> list[np.ndarray]:
+        def loss(x: mx.array, *small: mx.array) -> mx.array:
+            for name, value in zip(names, small, strict=True):
+                layer[name] = value
+            return (call(x) * weights).sum()
+
+        given = [x, *(made.layer[name] for name in names)]
+        return [np.array(slope) for slope in mx.grad(loss, argnums=tuple(range(len(given))))(*given)]
+
+    for name in names:
+        theirs[name] = made.layer[name]
+    np.testing.assert_allclose(np.asarray(project(made.layer, x)), np.asarray(theirs(x)), atol=1e-4)
+    ours = gradients(made.layer, lambda x: project(made.layer, x))
+    for found, right in zip(ours, gradients(theirs, theirs), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_effective_matrix_gives_the_same_product(kind: str, bits: int | None) -> None:
+    made = make(kind, bits)
+    x = mx.random.normal((3, IN), key=mx.random.key(5))
+    whole = x @ effective_weight(made.layer).T
+    np.testing.assert_allclose(np.asarray(whole), np.asarray(project(made.layer, x)), atol=1e-4)
+
+
+def test_dropout_hides_numbers_from_the_adapter_alone_in_both_directions(path: str) -> None:
+    made = make("lora")
+    x, cotangent = (np.random.default_rng(6).normal(0, 1, (2, 3, width)) for width in (IN, OUT))
+    keys = mx.array(draw_keys(1, 2, rows=2, places=linear_module.NUM_MATRICES))
+    unseen = AdapterDropout(0.4, keys)
+    seen = np.asarray(dropped(mx.array(x.astype(np.float32)), keys[:, 3], 0.4)).astype(np.float64)
+    kept = seen / np.where(x == 0, 1, x)  # 0, or what the others are scaled by
+    n = made.numbers
+    right = x @ n["w"].T + SCALE * seen @ n["a"] @ n["b"]
+
+    def loss(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        made.layer.lora_a, made.layer.lora_b = a, b
+        return (project(made.layer, x, unseen, 3) * mx.array(cotangent.astype(np.float32))).sum()
+
+    given = [mx.array(value.astype(np.float32)) for value in (x, n["a"], n["b"])]
+    np.testing.assert_allclose(np.asarray(project(made.layer, given[0], unseen, 3)), right, atol=1e-4)
+    d_x, d_a, d_b = (np.asarray(slope) for slope in mx.grad(loss, argnums=(0, 1, 2))(*given))
+    d_inner = SCALE * cotangent @ n["b"].T
+    np.testing.assert_allclose(d_x, cotangent @ n["w"] + kept * (d_inner @ n["a"].T), atol=1e-4)
+    np.testing.assert_allclose(d_a, np.einsum("bti,btr->ir", seen, d_inner), atol=1e-4)
+    np.testing.assert_allclose(d_b, SCALE * np.einsum("btr,bto->ro", seen @ n["a"], cotangent), atol=1e-4)
