@@ -1,0 +1,118 @@
+"""Which rank moves what: every row once, the work about equal, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxchat.compose import compose_config
+from mlxchat.config import OptimizerConfig
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.optim import sharding as sharding_module
+from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.sharding import Piece, deal_pieces
+
+FEATURES = {"value_embeddings": True, "residual_scalars": True, "smear": True, "backout": True, "vocab_multiple": 8}
+
+OPTIONS = ["muon_oct2025", "muon_jul2026", "adamw"]
+
+
+@cache
+def config_of(option: str) -> OptimizerConfig:
+    return compose_config([f"optimizer={option}"]).config.optimizer
+
+
+@cache
+def optimizer_of(option: str, num_layers: int, *, newer: bool) -> Optimizer:
+    sizes = GPTSizes(
+        vocab_size=61, num_layers=num_layers, num_heads=2, num_kv_heads=1, width=16, context_tokens=32,
+        rope_theta=1e4, architecture="jul2026" if newer else "oct2025", **(FEATURES if newer else {}),
+    )  # fmt: skip
+    return Optimizer(GPT(sizes), config_of(option), width=16)
+
+
+@given(
+    size=st.integers(1, 40), num_layers=st.integers(1, 5), newer=st.booleans(),
+    option=st.sampled_from(OPTIONS),
+)  # fmt: skip
+def test_every_row_of_every_parameter_is_moved_by_one_rank(
+    size: int, num_layers: int, newer: bool, option: str
+) -> None:
+    optimizer = optimizer_of(option, num_layers, newer=newer)
+    dealt = deal_pieces(optimizer, size)
+    assert len(dealt) == size
+    rows: dict[str, list[int]] = defaultdict(list)
+    for own in dealt:
+        assert len({piece.name for piece in own}) == len(own)
+        for piece in own:
+            rows[piece.name] += range(piece.start, piece.stop)
+            assert piece.shape == (piece.stop - piece.start, *optimizer.shapes[piece.name][1:])
+    assert {name: sorted(found) for name, found in rows.items()} == {
+        name: list(range(shape[0])) for name, shape in optimizer.shapes.items()
+    }
+
+
+@given(size=st.integers(1, 20), num_layers=st.integers(1, 5), option=st.sampled_from(OPTIONS[:2]))
+def test_matrices_that_are_orthogonalised_stay_whole(size: int, num_layers: int, option: str) -> None:
+    optimizer = optimizer_of(option, num_layers, newer=True)
+    matrices = {name for names in optimizer.muon_shapes.values() for name in names}
+    for own in deal_pieces(optimizer, size):
+        for piece in own:
+            assert piece.name not in matrices or piece.shape == optimizer.shapes[piece.name]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@given(size=st.integers(1, 12))
+def test_no_rank_has_more_to_do_than_its_part_and_one_matrix(option: str, size: int) -> None:
+    optimizer = optimizer_of(option, 5, newer=True)
+    work = []
+    for own in deal_pieces(optimizer, size):
+        work.append(sum(optimizer.costs({piece.name: piece.shape for piece in own}).values()))
+    whole = optimizer.costs(optimizer.shapes)
+    # Besides: rows that do not divide evenly, one of each parameter that is cut.
+    uneven = sum(np.prod(optimizer.shapes[name][1:]) for name in optimizer.adamw_rules)
+    largest = max((whole[name] for names in optimizer.muon_shapes.values() for name in names), default=0.0)
+    assert max(work) <= sum(whole.values()) / size + largest + uneven
+
+
+def test_a_piece_that_is_cut_out_does_not_keep_the_whole_array() -> None:
+    whole = mx.array(np.arange(12, dtype=np.float32).reshape(6, 2))
+    piece = Piece("a", 2, 4, (2, 2))
+    np.testing.assert_array_equal(np.array(piece.cut_out(whole)), [[4, 5], [6, 7]])
+    assert Piece("a", 0, 6, (6, 2)).cut_out(whole) is whole
+
+
+@given(sizes=st.lists(st.integers(1, 50), max_size=10))
+def test_what_a_rank_sends_goes_in_loads_that_are_not_too_large(sizes: list[int]) -> None:
+    pieces = [Piece(str(index), 0, size, (size,)) for index, size in enumerate(sizes)]
+    before, sharding_module.BUCKET_BYTES = sharding_module.BUCKET_BYTES, 4 * 60
+    try:
+        loads = list(sharding_module._loads(pieces))
+    finally:
+        sharding_module.BUCKET_BYTES = before
+    assert [piece for load in loads for piece in load] == pieces
+    assert all(len(load) == 1 or sum(piece.size for piece in load) <= 60 for load in loads)
+
+
+def test_another_process_makes_the_same_rules_from_a_recipe() -> None:
+    optimizer = optimizer_of("muon_jul2026", 3, newer=True)
+    other = Optimizer.of_recipe(
+        GPT(GPTSizes(vocab_size=61, num_layers=3, num_heads=2, num_kv_heads=1, width=16, context_tokens=32,
+                     rope_theta=1e4, architecture="jul2026", **FEATURES)),
+        optimizer.recipe(),
+    )  # fmt: skip
+    assert other.adamw_rules == optimizer.adamw_rules
+    assert other.muon_shapes == optimizer.muon_shapes
+    assert (other.muon_lr, other.weight_decay, other.dtype, other.config) == (
+        optimizer.muon_lr, optimizer.weight_decay, optimizer.dtype, optimizer.config,
+    )  # fmt: skip
+    assert {name: value.shape for name, value in other.state.items()} == {
+        name: value.shape for name, value in optimizer.state.items()
+    }
