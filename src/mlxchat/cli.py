@@ -43,6 +43,12 @@ def _dispatch(arguments: list[str]) -> int:
         from mlxchat.commands.completion import main_complete
 
         return main_complete(arguments[1:])
+    if "MLX_RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
+        from mlxchat.distributed.entry import enter
+
+        code = enter(arguments)
+        if code is not None:
+            return code
     if not arguments or arguments[0] not in VERBS:
         if arguments and arguments[0] in ("--help", "-h", "help"):
             from mlxchat.commands.help import describe_usage

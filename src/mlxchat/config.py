@@ -202,7 +202,9 @@ class MachineConfig:
     max_parallel_steps: int = MISSING
     """Steps at a time; above 1 each runs in a process of its own. A GPU computes one at a time all the same."""
     blas_threads: int | None = MISSING
-    """Cores of a matrix product on a Linux CPU; null: all available."""
+    """Cores of a matrix product on a Linux CPU; null: all available, shared by the ranks of this machine."""
+    num_processes: int = MISSING
+    """Processes on this machine that train and evaluate together as ranks; under mlx.launch, which starts them: 1."""
 
 
 @dataclass(kw_only=True)

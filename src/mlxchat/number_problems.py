@@ -78,6 +78,7 @@ def find_zeros(config: Config) -> Iterator[str]:
         "eval.max_new_tokens",
         "machine.device_batch_tokens",
         "machine.blas_threads",
+        "machine.num_processes",
         "machine.log_every",
         "bench.vocab_size",
         "bench.batch_rows",

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from mlxchat.compose import Composed
 from mlxchat.config import Config, HooksConfig
+from mlxchat.distributed.lead import lead_ranks
 from mlxchat.errors import StoreError
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import Environment
@@ -48,7 +50,8 @@ def run_pipeline(
     Raises:
         MlxchatError: what the steps and the store raise.
     """
-    config = composed.config
+    machine, ranks = lead_ranks(composed.config.machine)
+    config = replace(composed.config, machine=machine)
     store = Store(Path(config.outputs))
     plan = plan_of(config, store)
     check(plan)
@@ -81,7 +84,7 @@ def run_pipeline(
     run = Run(
         folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
         environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config, need),
-        hooks=_hooks(config.hooks), uses_gpu=partial(_uses_gpu, config.machine.device),
+        hooks=_hooks(config.hooks), uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
     )  # fmt: skip
     is_done = False
     try:

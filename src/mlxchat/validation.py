@@ -55,6 +55,11 @@ def _execution(config: Config) -> Iterator[str]:
         yield "retry.attempts must be at least 1 and retry.seconds at least 0"
     if config.machine.max_parallel_steps < 1:
         yield f"machine.max_parallel_steps is {config.machine.max_parallel_steps}, expected at least 1"
+    if config.machine.num_processes > 1 and config.machine.max_parallel_steps > 1:
+        yield (
+            f"machine.num_processes is {config.machine.num_processes} and machine.max_parallel_steps "
+            f"{config.machine.max_parallel_steps}: either processes compute one step together, or each one of its own"
+        )
     for name in ("on_start", "on_success", "on_failure"):
         target = getattr(config.hooks, name)
         parts = target if isinstance(target, list) and target else [target]
@@ -294,8 +299,9 @@ def _imported(config: Config) -> Iterator[str]:
     imported = config.imported
     if not any(step.get("stage") == "imported" for step in config.pipeline.values()):
         return
-    if imported.format not in (known := ("nanochat", "hf")):
-        yield f'imported.format is "{imported.format}", expected nanochat or hf.{suggest(imported.format, known)}'
+    if imported.format not in (known := ("nanochat", "hf", "adapter")):
+        expected = f"expected {', '.join(known)}.{suggest(imported.format, known)}"
+        yield f'imported.format is "{imported.format}", {expected}'
     if (imported.repository is None) == (imported.folder is None):
         given = "both are" if imported.folder is not None else "neither is"
         yield f"exactly one of imported.repository and imported.folder must be set; {given}"

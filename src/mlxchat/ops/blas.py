@@ -116,6 +116,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def share_of_cores(processes: int) -> int:
+    """Return how many of this machine's cores each of some processes gets that compute at the same time."""
+    return max(1, available_cores() // processes)
+
+
 def _needed() -> bool:
     """Tell whether MLX here is the CPU wheel for Linux."""
     return sys.platform == "linux"

@@ -54,7 +54,8 @@ def _execute_here(outcome: Outcome) -> None:
     """Complete one step after the other in this process."""
     plan, run = outcome.plan, outcome.run
 
-    with stop_on_signals(run.request_stop, run.announce_stop):
+    leave = run.ranks.kill if run.ranks is not None else lambda: None
+    with stop_on_signals(run.request_stop, run.announce_stop, leave):
         for step in plan:
             if outcome.must_skip(step):
                 continue
@@ -65,7 +66,7 @@ def _execute_here(outcome: Outcome) -> None:
                 raise
             except MlxchatError as error:
                 outcome.fail(step, error)
-                if run.policy.fail_fast:
+                if run.policy.fail_fast or (run.ranks is not None and run.ranks.is_broken):
                     return
                 continue
             outcome.finish(step, place)

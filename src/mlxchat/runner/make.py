@@ -9,6 +9,7 @@ import time
 import traceback
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner import attempts as attempt_log
@@ -139,7 +140,8 @@ def _prepare(
         input_steps={role: made["step"] for role, made in lineage.items()},
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
         work=work / "ckpt", root_seed=run.seed, hints=run.policy.hints, stop_signal=lambda: run.stop_signal,
-        on_metrics=run.on_metrics, team=run.team,
+        on_metrics=run.on_metrics,
+        team=run.ranks.start(run, step.name) if run.ranks is not None and "gpu" in step.stage.resources else None,
         shared=SharedArtifacts(
             outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
         ),
@@ -183,7 +185,7 @@ def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
             "to, and was ended."
         )
     except BaseException as raised:
-        error = raised
+        error = run.ranks.explain(raised, ctx.work) if run.ranks is not None else raised
     with suppress(OSError):
         attempt_log.finish(work, attempt, "failed", _tell(error), ctx.resumed_from)
     run.try_event("step_failed", step=step.name, error=_tell(error))
@@ -262,7 +264,7 @@ def _describe(
         "kind": step.stage.produces,
         "version": step.stage.version,
         "config": step.identity,
-        "excluded": {"machine": plain_of(run.config.machine)},
+        "excluded": _excluded(ctx, run),
         "full_config": sections,
         "overrides": run.overrides,
         "inputs": lineage,
@@ -282,6 +284,12 @@ def _describe(
         "run": run.name,
         "published": now(),
     }
+
+
+def _excluded(ctx: Context, run: Run) -> dict[str, Any]:
+    """Return on what the step was made, which is no part of its identity."""
+    found = {"machine": plain_of(run.config.machine)}
+    return found | {"ranks": run.ranks.describe()} if run.ranks is not None and ctx.team is not None else found
 
 
 # Numbers of the execution, not of the result.

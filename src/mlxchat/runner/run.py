@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlxchat.runner.environment import Environment
 from mlxchat.runner.hooks import Hooks
@@ -22,6 +22,26 @@ def _ignore_metrics(step: str, record: Record) -> None:
 
 def _no_gpu() -> bool:
     return False
+
+
+class Ranks(Protocol):
+    """The processes that compute a run's steps together, this one being the first."""
+
+    def start(self, run: Run, step: str) -> Team:
+        """Return them ready for a step, started now if need be; StepFailed: that is not possible."""
+
+    def explain(self, error: BaseException, work: Path) -> BaseException:
+        """Return what is told of an error that ended the step whose saved states lie in `work`."""
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return their number, backend and places, or None if there are none yet."""
+
+    def kill(self) -> None:
+        """Kill what this process has started, since it will end at once."""
+
+    @property
+    def is_broken(self) -> bool:
+        """Tell whether nothing more can be computed together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +82,8 @@ class Run:
     hooks: Hooks = field(default_factory=Hooks)
     uses_gpu: Callable[[], bool] = _no_gpu
     """Returns whether stages that declare `gpu` compute on one; may be slow, since it may load MLX."""
-    team: Team | None = None
-    """The ranks that compute together, this process being the first; None: it is alone."""
+    ranks: Ranks | None = None
+    """The processes that compute steps together which declare `gpu`; None: this one is alone."""
     stop_signal: int | None = field(default=None, init=False)
     """The signal that asked the run to stop, if one did."""
 

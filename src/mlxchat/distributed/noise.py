@@ -1,0 +1,52 @@
+"""What MLX prints when a peer is lost, some twenty lines: kept for whoever looks for it, not for the terminal."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+_NOISE = b"[ring] "
+
+
+def divert_noise(keep: Callable[[str], None]) -> None:
+    """Pass what is written to standard error on, but lines of MLX's ring, with which `keep` is called; until the end.
+
+    Python's own stream goes to the terminal as before. With MLX_RING_VERBOSE nothing is changed.
+    """
+    if os.environ.get("MLX_RING_VERBOSE"):
+        return
+    sys.stderr.flush()
+    original = os.dup(2)
+    reading, writing = os.pipe()
+    sys.stderr = os.fdopen(os.dup(original), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1)
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def work() -> None:
+        rest = b""
+        while chunk := os.read(reading, 65536):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if rest and not rest.startswith(_NOISE[: len(rest)]):  # a line that is not finished, such as a question
+                lines, rest = [*lines, rest], b""
+                end = b""
+            else:
+                end = b"\n"
+            for number, line in enumerate(lines):
+                if line.startswith(_NOISE):
+                    keep(line.decode(errors="replace"))
+                else:
+                    with suppress(OSError):
+                        os.write(original, line + (end if number == len(lines) - 1 else b"\n"))
+
+    thread = threading.Thread(target=work, name="noise", daemon=True)
+    thread.start()
+
+    def restore() -> None:
+        os.dup2(original, 2)
+        thread.join(0.2)  # a program that is left behind may keep the pipe open
+
+    atexit.register(restore)
