@@ -14,7 +14,8 @@ class ImportConfig:
     name: str = field(default=MISSING, metadata={"identity": False})
     """What the artifact is called."""
     format: str = field(default=MISSING, metadata={"external": "section", "by": "mlxchat.interop.importing:pins_of"})
-    """nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl) or hf (a folder of NanoChatForCausalLM)."""
+    """nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl) or hf (a folder of NanoChatForCausalLM);
+    or adapter (adapters of mlx-lm's on the model that fills the step's role checkpoint)."""
     repository: str | None = field(default=MISSING, metadata={"identity": False})
     """A model of the Hugging Face Hub, <organisation>/<name>, or a folder in it, <organisation>/<name>/<folder>."""
     revision: str = field(default=MISSING, metadata={"identity": False})

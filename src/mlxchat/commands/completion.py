@@ -53,6 +53,7 @@ _OPTIONS = {
     "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"],
     "export": ["--to", "--quantize", "--dtype", "--push", "--public", "--force"],
     "import": ["--forget"], "import hf": ["--name", "--revision", "--chat", "--base", "--replace"],
+    "import adapter": ["--base", "--name", "--revision", "--chat", "--replace"],
     "import nanochat": ["--name", "--revision", "--step", "--chat", "--base", "--replace"],
     "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
     "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],

@@ -1,4 +1,4 @@
-"""mlxchat import nanochat|hf: a model of another make becomes a checkpoint, which import:NAME stands for."""
+"""mlxchat import nanochat|hf|adapter: what another tool made becomes a checkpoint, which import:NAME stands for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.naming import IMPORTS, links
 from mlxchat.runner.store import Store, read_manifest
 
-FORMATS = ("nanochat", "hf")
+FORMATS = ("nanochat", "hf", "adapter")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
@@ -22,6 +22,8 @@ def main(format_name: str, arguments: list[str]) -> int:
         description={
             "nanochat": "Take in a checkpoint as nanochat writes it: model_<step>.pt, meta_<step>.json, tokenizer.pkl.",
             "hf": "Take in a folder of NanoChatForCausalLM: config.json, safetensors, tokenizer.json.",
+            "adapter": "Take in adapters that mlx-lm trained on a model of ours: adapters.safetensors, "
+            "adapter_config.json.",
         }[format_name],
         epilog="It is used as import:NAME: pipeline.rl.checkpoint=import:NAME, mlxchat serve import:NAME",
         allow_abbrev=False,
@@ -33,7 +35,10 @@ def main(format_name: str, arguments: list[str]) -> int:
         parser.add_argument("--step", type=int, help="which of several checkpoints (default: the last)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--chat", action="store_const", const=True, help="it has learnt to chat, whatever its files say")
-    kind.add_argument("--base", dest="chat", action="store_const", const=False, help="it has not")
+    if format_name == "adapter":
+        parser.add_argument("--base", required=True, metavar="ID", help="the model of ours that they were trained on")
+    else:
+        kind.add_argument("--base", dest="chat", action="store_const", const=False, help="it has not")
     parser.add_argument("--replace", action="store_true", help="let the name stand for this model from now on")
     options = parser.parse_intermixed_args(arguments)
     words, settings = split_words(options.settings)
@@ -48,13 +53,19 @@ def main(format_name: str, arguments: list[str]) -> int:
         f"outputs={_quote(str(outputs))}", "stage=imported", "pipeline=imported", "name=import",
         f"imported.format={format_name}", f"imported.{key}={_quote(value)}", f"imported.name={_quote(name)}",
     ]  # fmt: skip
+    store = Store(outputs)
+    if format_name == "adapter":
+        from mlxchat.commands.chat import find_model
+
+        base = f"artifact:{find_model(store, options.base).name}"
+        overrides.append(f"++pipeline.imported.checkpoint={_quote(base)}")
     if options.revision != "main":
         overrides.append(f"imported.revision={_quote(options.revision)}")
     if getattr(options, "step", None) is not None:
         overrides.append(f"imported.step={options.step}")
     if options.chat is not None:
         overrides.append(f"imported.chat={str(options.chat).lower()}")
-    return _import(Store(outputs), name, overrides, replace=options.replace)
+    return _import(store, name, overrides, replace=options.replace)
 
 
 def forget(store: Store, name: str) -> int:
@@ -73,7 +84,8 @@ def forget(store: Store, name: str) -> int:
 
 def tell_forms(what: str) -> str:
     """Return how `mlxchat import nanochat` alone should have been said, where that is also the name of a folder."""
-    text = f'"{what}" is a format: expected mlxchat import {what} WHAT, a repository of the Hub or a folder.'
+    base = " --base ID" if what == "adapter" else ""
+    text = f'"{what}" is a format: expected mlxchat import {what} WHAT{base}, a repository of the Hub or a folder.'
     if Path(what).exists():
         text += f" To take in the artifacts of the folder {what}: mlxchat import ./{what}"
     return text

@@ -75,10 +75,10 @@ def main_import(arguments: list[str]) -> int:
     parser = make_naming_parser(
         "import",
         "Take in the artifacts of an exported folder or tar file; every file is hashed first. For models of other "
-        "makes: mlxchat import nanochat --help, mlxchat import hf --help",
+        "makes: mlxchat import nanochat --help, mlxchat import hf --help, mlxchat import adapter --help",
         "PLACE",
     )
-    parser.usage = "mlxchat import PLACE [ARTIFACT…] [outputs=PATH]\n       mlxchat import nanochat|hf WHAT"
+    parser.usage = "mlxchat import PLACE [ARTIFACT…] [outputs=PATH]\n       mlxchat import nanochat|hf|adapter WHAT"
     parser.add_argument("--forget", metavar="NAME", help="let import:NAME stand for nothing; gc may then remove it")
     options = parser.parse_intermixed_args(arguments)
     if options.forget is not None:

@@ -14,7 +14,7 @@ from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub.cache import check_space
 from mlxchat.hub.files import HubFile
 from mlxchat.import_config import ImportConfig
-from mlxchat.interop import hf, nanochat
+from mlxchat.interop import adapter_import, hf, nanochat
 from mlxchat.interop.names import sizes_from_hf, sizes_from_nanochat
 from mlxchat.interop.source import ModelSource, open_folder, open_repository
 from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
@@ -22,7 +22,7 @@ from mlxchat.interop.torch_file import TorchFile
 from mlxchat.model.sizing import GPTSizes, count_parameters
 from mlxchat.runner.progress import format_bytes, format_count
 
-FORMATS = ("nanochat", "hf")
+FORMATS = ("nanochat", "hf", "adapter")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Found:
     """A model's files in its source."""
 
     source: ModelSource
-    files: nanochat.NanochatFiles | hf.HfFiles
+    files: nanochat.NanochatFiles | hf.HfFiles | adapter_import.AdapterFiles
 
 
 def open_source(config: ImportConfig) -> ModelSource:
@@ -57,6 +57,8 @@ def find(config: ImportConfig) -> Found:
     source = open_source(config)
     if config.format == "hf":
         return Found(source, hf.find_files(source))
+    if config.format == "adapter":
+        return Found(source, adapter_import.find_files(source))
     return Found(source, nanochat.find_files(source, config.step))
 
 
@@ -75,6 +77,7 @@ def sizes_of_import(config: ImportConfig) -> GPTSizes:
     found = find(config)
     if isinstance(found.files, hf.HfFiles):
         return sizes_from_hf(hf.read_config(found.source), found.source.where)
+    assert isinstance(found.files, nanochat.NanochatFiles), "adapters say nothing of the model that they are for"
     meta = found.source.small(found.files.meta)
     return _sizes_of_meta(meta, found.files.meta)
 
@@ -90,6 +93,8 @@ def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
 def describe_import(config: ImportConfig) -> str:
     """Return how large a model is, what of it is to be fetched, and what it will take, for people."""
     found = find(config)
+    if isinstance(found.files, adapter_import.AdapterFiles):
+        return f"adapters of {format_bytes(found.source.size(found.files.adapters))}"
     parameters = count_parameters(sizes_of_import(config))["total"]
     files = [found.source.files[name] for name in found.files.all()]
     missing = sum(file.bytes for file in files if isinstance(file, HubFile) and not file.is_there())
@@ -103,7 +108,9 @@ def files_to_fetch(config: ImportConfig) -> list[HubFile]:
     return [file for name in found.files.all() if isinstance(file := found.source.files[name], HubFile)]
 
 
-def import_model(config: ImportConfig, out: Path, check: Callable[[], None]) -> tuple[GPTSizes, list[dict[str, Any]]]:
+def import_model(
+    config: ImportConfig, out: Path, check: Callable[[], None], base: Path | None = None
+) -> tuple[GPTSizes, list[dict[str, Any]]]:
     """Write a model of another make into `out` as a checkpoint; return its sizes and a record of each of its files.
 
     Numbers pass through in pieces: what is needed besides is a few megabytes.
@@ -112,6 +119,7 @@ def import_model(config: ImportConfig, out: Path, check: Callable[[], None]) -> 
         config: which model.
         out: exists.
         check: called again and again; it may raise, to end the work.
+        base: the artifact that adapters are for.
 
     Raises:
         DataError: a file is missing, damaged, or not what it should be; the disk has no room.
@@ -119,6 +127,11 @@ def import_model(config: ImportConfig, out: Path, check: Callable[[], None]) -> 
     """
     found = find(config)
     source, files = found.source, found.files
+    if isinstance(files, adapter_import.AdapterFiles):
+        sizes = adapter_import.import_adapter(source, files, base, out, chats=config.chat, check=check)
+        return sizes, [source.record(name) for name in files.all()]
+    if base is not None:
+        raise DataError(f"{source.where} is a whole model, which has no base: only adapters have")
     parameters = count_parameters(sizes_of_import(config))["total"]
     check_space(out, 4 * parameters, f"The checkpoint of {source.where}")
     paths = source.fetch(files.all(), check)

@@ -7,7 +7,6 @@ see `runner/bases.py`. What mlx-lm has no word for, a base whose matrices were r
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError
-from mlxchat.model.adapter_targets import AdapterSizes, matrices_of
+from mlxchat.model.adapter_targets import AdapterSizes
 from mlxchat.model.adapters import ADAPTER_NAMES, fuse
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
@@ -28,6 +27,9 @@ from mlxchat.runner.bases import ADAPTER_KEY
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 _KINDS = ("lora", "dora")
 _BITS = (None, 4, 8)
+_MOST_SCALE = 1e30
+# Whose rows are looked up, not multiplied with.
+_TABLES = ("transformer.wte.", "value_embeds.")
 
 
 @dataclass(frozen=True)
@@ -108,25 +110,30 @@ def read_adapters(folder: Path, model_sizes: GPTSizes) -> Adapters:
         raise DataError(
             f"{folder}: checkpoint.json: adapter: bits {bits!r}, group_size {group_size!r} are none of ours"
         )
-    return read_adapter_files(folder, model_sizes, bits=bits, group_size=group_size)
+    sizes = replace(read_adapter_config(folder, model_sizes), bits=bits, group_size=group_size)
+    try:
+        arrays = load_file(folder / ADAPTERS_FILE)
+    except Exception as error:  # the safetensors reader has several error types of its own
+        raise DataError(f"{folder}: no readable {ADAPTERS_FILE} ({type(error).__name__}: {error})") from None
+    check_shapes({name: value.shape for name, value in arrays.items()}, sizes, model_sizes, folder)
+    kinds = sorted({str(value.dtype) for value in arrays.values()} - {"float32"})
+    if kinds:
+        raise DataError(f"{folder}: {ADAPTERS_FILE} holds {', '.join(kinds)}, expected float32")
+    return Adapters(sizes, arrays)
 
 
-def read_adapter_files(
-    folder: Path, model_sizes: GPTSizes, *, bits: int | None = None, group_size: int = AdapterSizes.group_size
-) -> Adapters:
-    """Return the adapters of a folder as mlx-lm writes it.
+def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:
+    """Return what adapter_config.json says, as mlx-lm reads it.
 
-    Targets may be named as mlx-lm names them: whole (transformer.h.0.attn.c_q), or within a layer (attn.c_q), which
-    means the last `num_layers`; without keys, all matrices of these layers have adapters.
+    Matrices may be named as a whole (transformer.h.0.attn.c_q), or within a layer (attn.c_q), which means the last
+    `num_layers`; without names, all matrices of these layers have adapters.
 
     Args:
-        folder: with both files.
-        model_sizes: of the model that they are for.
-        bits: of the base's numbers, None: as they were.
-        group_size: numbers that share a scale, with `bits`.
+        folder: with the file.
+        model_sizes: of the model that the adapters are for.
 
     Raises:
-        DataError: a file is missing or damaged, or they do not fit each other or the model.
+        DataError: it is missing or damaged, or does not fit the model.
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
@@ -140,7 +147,7 @@ def read_adapter_files(
         problems.append(f"fine_tune_type {kind!r} is neither lora nor dora")
     if type(rank) is not int or rank < 1:
         problems.append(f"rank {rank!r} is no whole number above 0")
-    if type(scale) not in (int, float) or not math.isfinite(float(scale or 0)):
+    if type(scale) not in (int, float) or not abs(scale) <= _MOST_SCALE:
         problems.append(f"scale {scale!r} is no number")
     targets, wrong = _targets(given.get("keys"), config.get("num_layers"), model_sizes)
     problems += wrong
@@ -148,23 +155,29 @@ def read_adapter_files(
         raise DataError(f"{folder}: {ADAPTER_CONFIG_FILE}: {'; '.join(problems)}")
     assert type(rank) is int
     assert isinstance(scale, int | float)
-    try:
-        arrays = load_file(folder / ADAPTERS_FILE)
-    except Exception as error:  # the safetensors reader has several error types of its own
-        raise DataError(f"{folder}: no readable {ADAPTERS_FILE} ({type(error).__name__}: {error})") from None
-    sizes = AdapterSizes(
-        kind=kind, rank=rank, scale=float(scale), targets=targets, bits=bits, group_size=group_size
-    )  # fmt: skip
-    expected, found = shapes_of(sizes, model_sizes), {name: value.shape for name, value in arrays.items()}
+    return AdapterSizes(kind=kind, rank=rank, scale=float(scale), targets=targets)
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], sizes: AdapterSizes, model_sizes: GPTSizes, where: Path | str
+) -> None:
+    """Refuse arrays that are not those of adapters on a model.
+
+    Args:
+        found: their shapes, by name.
+        sizes: of the adapters.
+        model_sizes: of the model.
+        where: they are, for the message.
+
+    Raises:
+        DataError: naming those that are missing, too many or of another shape.
+    """
+    expected = shapes_of(sizes, model_sizes)
     strange = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if strange:
         shown = "; ".join(f"{name} is {_told(found, name)}, expected {_told(expected, name)}" for name in strange[:3])
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-        raise DataError(f"{folder}: adapters do not fit {ADAPTER_CONFIG_FILE} and the model: {shown}{more}")
-    kinds = sorted({str(value.dtype) for value in arrays.values()} - {"float32", "float16"})
-    if kinds:
-        raise DataError(f"{folder}: {ADAPTERS_FILE} holds {', '.join(kinds)}, expected float32")
-    return Adapters(sizes, {name: value.astype(np.float32, copy=False) for name, value in arrays.items()})
+        raise DataError(f"{where}: adapters do not fit {ADAPTER_CONFIG_FILE} and the model: {shown}{more}")
 
 
 def shapes_of(sizes: AdapterSizes, model_sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
@@ -174,7 +187,7 @@ def shapes_of(sizes: AdapterSizes, model_sizes: GPTSizes) -> dict[str, tuple[int
         KeyError: a target is none of its matrices.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    known = matrices_of(model_sizes)
+    known = _matrices(model_sizes)
     for module in sizes.targets:
         rows, columns = known[module]
         shapes |= {f"{module}.lora_a": (columns, sizes.rank), f"{module}.lora_b": (sizes.rank, rows)}
@@ -183,13 +196,23 @@ def shapes_of(sizes: AdapterSizes, model_sizes: GPTSizes) -> dict[str, tuple[int
     return shapes
 
 
+def _matrices(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
+    """Return the shape (out, in) of every linear layer; mlx-lm may put adapters on gates and on the head, too."""
+    shapes = {
+        name.removesuffix(".weight"): value.shape
+        for name, value in flatten_parameters(GPT(sizes)).items()
+        if value.ndim == 2 and not name.startswith(_TABLES)
+    }
+    return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
+
+
 def _names(kind: str, module: str) -> list[str]:
     return [f"{module}.{name}" for name in (ADAPTER_NAMES if kind == "dora" else ADAPTER_NAMES[:2])]
 
 
 def _targets(keys: Any, layers: Any, sizes: GPTSizes) -> tuple[tuple[str, ...], list[str]]:
     """Return the modules that keys of mlx-lm mean, in the model's order, and what is wrong with them."""
-    known = matrices_of(sizes)
+    known = _matrices(sizes)
     if keys is not None and (not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)):
         return (), ["keys is no list of names"]
     if type(layers) is not int:
@@ -197,7 +220,8 @@ def _targets(keys: Any, layers: Any, sizes: GPTSizes) -> tuple[tuple[str, ...], 
     last = range(sizes.num_layers)[-layers if layers > 0 else 0 :]
     within = {f"transformer.h.{layer}." for layer in last}
     chosen, unknown = set(), []
-    for key in keys if keys is not None else {".".join(name.split(".")[3:]) for name in known}:
+    inner = {".".join(name.split(".")[3:]) for name in known if name.startswith("transformer.h.")}
+    for key in keys if keys is not None else sorted(inner):
         meant = {name for name in known if name == key or any(name == f"{layer}{key}" for layer in within)}
         chosen |= meant
         unknown += [] if meant else [key]

@@ -29,7 +29,7 @@ def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
     found: dict[str, GPTSizes] = {}
     for step in plan:  # inputs come first
         artifact: Mapping[str, object] | None = step.artifacts.get(_ROLE)
-        if step.stage.name == "imported":
+        if step.stage.name == "imported" and not step.stage.optional_inputs.keys() & {*step.inputs, *step.artifacts}:
             made = store.find(step.rid) if step.done else None
             found[step.name] = _of_folder(made) if made is not None else _of_config(config)
         elif step.inputs.get(_ROLE) in found:

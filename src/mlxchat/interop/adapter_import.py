@@ -1,0 +1,112 @@
+"""Adapters that mlx-lm trained on a model of ours become an artifact: the same numbers, on the base that is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxchat.errors import DataError
+from mlxchat.interop.names import sizes_from_hf
+from mlxchat.interop.source import Check, ModelSource
+from mlxchat.interop.tensors import SafetensorsFile, widen
+from mlxchat.model.sizing import GPTSizes
+
+_CONFIG, _ADAPTERS = "adapter_config.json", "adapters.safetensors"
+_MOST_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The names of adapters' files in their source."""
+
+    config: str = _CONFIG
+    adapters: str = _ADAPTERS
+
+    def identity(self) -> list[str]:
+        """Return the names of those that the adapters are made of."""
+        return [self.config, self.adapters]
+
+    def all(self) -> list[str]:
+        """Return the names of those that are read."""
+        return self.identity()
+
+
+def find_files(source: ModelSource) -> AdapterFiles:
+    """Return the files of adapters.
+
+    Raises:
+        DataError: one is missing.
+    """
+    files = AdapterFiles()
+    missing = [name for name in files.all() if not source.has(name)]
+    if missing:
+        names, wanted = ", ".join(sorted(source.files)[:_MOST_SHOWN]) or "nothing", " and no ".join(missing)
+        raise DataError(f"{source.where} holds no {wanted}, so these are no adapters of mlx-lm's. It holds {names}")
+    source.small(files.config)
+    return files
+
+
+def import_adapter(
+    source: ModelSource, files: AdapterFiles, base: Path | None, out: Path, *, chats: bool | None, check: Check
+) -> GPTSizes:
+    """Write adapters on one of our models into `out` as a checkpoint; return the sizes of the model.
+
+    Args:
+        source: where they are.
+        files: their names there.
+        base: the artifact that they were trained on.
+        out: exists.
+        chats: whether the model with them has learnt to chat; None: as its base.
+        check: may raise, to end the work.
+
+    Raises:
+        DataError: a file is missing or damaged, or they do not fit the base; there is none.
+    """
+    import mlx.core as mx
+
+    from mlxchat.data.tokenizer import Tokenizer
+    from mlxchat.model.adapter_folder import check_shapes, read_adapter_config
+    from mlxchat.model.checkpoint import save_adapters
+    from mlxchat.runner.bases import ADAPTER_KEY
+
+    if base is None:
+        raise DataError("adapters need a base: mlxchat import adapter FOLDER --base REF")
+    sizes = sizes_from_hf(_json(base / "config.json"), f"{base.name}: config.json")
+    paths = source.fetch(files.all(), check)
+    adapter_sizes = read_adapter_config(paths[files.config].parent, sizes)
+    given = _json(paths[files.config])["lora_parameters"].get("dropout", 0.0)
+    with SafetensorsFile(paths[files.adapters]) as file:
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        check_shapes(shapes, adapter_sizes, sizes, source.where)
+        arrays = {
+            name: np.concatenate([widen(piece, tensor.dtype) for piece in file.pieces(tensor)]).reshape(tensor.shape)
+            for name, tensor in file.tensors.items()
+        }
+    strange = sorted(name for name, value in arrays.items() if not np.isfinite(value).all())
+    if strange:
+        raise DataError(f"{source.where}: {strange[0]} holds numbers that are not finite")
+    check()
+    below = {name: value for name, value in _json(base / "checkpoint.json").items() if name != ADAPTER_KEY}
+    facts = {**below, "stage": "imported", "imported": {"format": "adapter"}}
+    if chats is not None:
+        facts["format"] = "chat" if chats else "base"
+    save_adapters(
+        out, {name: mx.array(value) for name, value in arrays.items()}, adapter_sizes, base=base, sizes=sizes,
+        tokenizer=Tokenizer.load(base), facts=facts,
+        dropout=float(given) if isinstance(given, int | float) and 0 <= given < 1 else 0.0,
+    )  # fmt: skip
+    return sizes
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no object")
+    return content

@@ -1,0 +1,167 @@
+"""mlxchat import adapter: what mlx-lm trained on one of our models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
+
+from mlxchat.cli import main
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.store import Store, read_manifest
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command line in this process; return its exit code and all that it said."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(each) for each in arguments])
+        said = capsys.readouterr()
+        return int(exit_.value.code or 0), said.out + said.err
+
+    return run
+
+
+def train_there(base: Path, folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, *, trust: bool) -> None:
+    """Have mlx_lm.lora train adapters on a model of ours, two iterations."""
+    from mlx_lm.lora import main as lora
+
+    data = folder.parent / "data"
+    data.mkdir()
+    for name in ("train", "valid"):
+        rows = [json.dumps({"text": f"The house in the garden had {number} windows."}) for number in range(6)]
+        (data / f"{name}.jsonl").write_text("\n".join(rows))
+    more = ["--trust-remote-code"] if trust else []
+    monkeypatch.setattr(sys, "argv", [
+        "lora", "--train", "--model", str(base), "--data", str(data), "--fine-tune-type", kind, "--iters", "2",
+        "--batch-size", "2", "--num-layers", "1", "--adapter-path", str(folder), "--learning-rate", "0.05",
+        "--val-batches", "1", *more,
+    ])  # fmt: skip
+    lora()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("architecture", "kind"), [("oct2025", "dora"), ("jul2026", "lora")])
+def test_adapters_that_mlx_lm_trained_are_an_artifact_with_its_logits(
+    outputs: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
+) -> None:
+    mlx_lm = pytest.importorskip("mlx_lm")
+    base = publish_base(outputs, architecture=architecture)
+    trust = architecture == "jul2026"
+    train_there(base, tmp_path / "there", kind, monkeypatch, trust=trust)
+    code, said = command("import", "adapter", "there", "--base", "base", "--name", "mine")
+    assert code == 0, said
+    made = Store(outputs).resolve("import:mine")
+    theirs, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "there"), trust_remote_code=trust)
+    found = np.asarray(load_checkpoint(made)[0](some_ids()))
+    np.testing.assert_allclose(found, np.asarray(theirs(some_ids())), atol=1e-3)
+    assert np.abs(found - np.asarray(load_checkpoint(base)[0](some_ids()))).max() > 0.01
+    assert read_manifest(made)["inputs"]["checkpoint"]["rid"] == read_manifest(base)["rid"]
+    assert {Path(file["url"]).name for file in read_manifest(made)["externals"]} == {
+        "adapters.safetensors", "adapter_config.json",
+    }  # fmt: skip
+    assert command("fuse", "import:mine")[0] == 0
+
+
+def foreign(folder: Path, tuned: Path, dtype: mx.Dtype = mx.float32) -> Path:
+    """Write a folder as mlx-lm would, with the numbers of an artifact."""
+    folder.mkdir()
+    arrays = {name: mx.array(value).astype(dtype) for name, value in load_file(tuned / "adapters.safetensors").items()}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    (folder / "adapter_config.json").write_bytes((tuned / "adapter_config.json").read_bytes())
+    return folder
+
+
+def test_bfloat16_is_widened(outputs: Path, command: Command, tmp_path: Path) -> None:
+    tuned = publish_adapters(outputs, publish_base(outputs))
+    foreign(tmp_path / "there", tuned, mx.bfloat16)
+    assert command("import", "adapter", "there", "--base", "base")[0] == 0
+    found = load_file(Store(outputs).resolve("import:there") / "adapters.safetensors")
+    for name, value in load_file(tuned / "adapters.safetensors").items():
+        expected = mx.array(value).astype(mx.bfloat16).astype(mx.float32)
+        np.testing.assert_array_equal(found[name], np.asarray(expected))
+
+
+def test_the_same_adapters_on_another_base_are_another_artifact(
+    outputs: Path, command: Command, tmp_path: Path
+) -> None:
+    foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
+    publish_base(outputs, "other", seed=8)
+    command("import", "adapter", "there", "--base", "base", "--name", "a")
+    command("import", "adapter", "there", "--base", "base", "--name", "b")
+    command("import", "adapter", "there", "--base", "other", "--name", "c")
+    a, b, c = (Store(outputs).resolve(f"import:{name}") for name in "abc")
+    assert a == b != c
+    assert read_manifest(a)["tree"] != read_manifest(c)["tree"]
+
+
+def _without(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+def _poison(folder: Path) -> None:
+    arrays = load_file(folder / "adapters.safetensors")
+    first = sorted(arrays)[0]
+    arrays[first][0] = np.nan
+    save_file(arrays, folder / "adapters.safetensors")
+
+
+def _config(folder: Path, **more: Any) -> None:
+    record = json.loads((folder / "adapter_config.json").read_text())
+    record["lora_parameters"] |= more
+    (folder / "adapter_config.json").write_text(json.dumps(record))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no arrays": (lambda folder: _without(folder, "adapters.safetensors"), "holds no adapters.safetensors"),
+    "no config": (lambda folder: _without(folder, "adapter_config.json"), "holds no adapter_config.json"),
+    "cut": (lambda folder: (folder / "adapters.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"{"), "is cut off"),
+    "a pickle": (lambda folder: (folder / "adapters.safetensors").write_bytes(b"\x80\x04cos\nsystem\n."), "is cut off"),
+    "not finite": (_poison, "numbers that are not finite"),
+    "a huge scale": (lambda folder: _config(folder, scale=10**400), "is no number"),
+    "another rank": (lambda folder: _config(folder, rank=5), "adapters do not fit adapter_config.json and the model"),
+    "another model": (lambda folder: _config(folder, keys=["model.layers.0.q_proj"]), "is no matrix of the model"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_is_broken_or_for_another_model_is_refused_and_leaves_nothing(
+    outputs: Path, command: Command, tmp_path: Path, fault: str
+) -> None:
+    foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
+    break_it, reason = BROKEN[fault]
+    break_it(tmp_path / "there")
+    before = sorted(path.name for path in (outputs / "store").iterdir())
+    code, said = command("import", "adapter", "there", "--base", "base")
+    assert code != 0
+    assert reason in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in (outputs / "store").iterdir()) == before
+
+
+def test_a_base_is_asked_for(outputs: Path, command: Command, tmp_path: Path) -> None:
+    foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
+    code, said = command("import", "adapter", "there")
+    assert code == 2
+    assert "--base" in said
+    code, said = command("import", "adapter", "there", "--base", "nothing")
+    assert code == 2
+    assert '"nothing" is no artifact' in said
