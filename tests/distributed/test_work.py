@@ -27,7 +27,9 @@ from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts
+from mlxchat.model.adapters import AdapterSizes, attach_adapters
 from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import trained_parameters
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops import blas
@@ -200,6 +202,30 @@ def reinforce(team: Team | None, model: GPT, bits: int | None) -> list[Any]:
     return [log, batches]
 
 
+def adapted(team: Team | None, model: GPT) -> dict[str, Any]:
+    """Return what a model with adapters on a rounded base answers, and its losses beside a reference's."""
+    tokenizer, sizes = make_tokenizer(), model.sizes
+    names = tuple(f"transformer.h.{layer}.{name}" for layer in range(2) for name in ("attn.c_q", "mlp.c_proj"))
+    attach_adapters(model, AdapterSizes("dora", 2, 2.0, names, bits=8, group_size=32), dropout=0.1)
+    rng = np.random.default_rng(3)
+    moved = {
+        name: mx.array(np.array(value) + rng.normal(scale=0.1, size=value.shape).astype(np.float32))
+        for name, value in trained_parameters(model).items()
+    }
+    reference = trained_parameters(model)
+    set_parameters(model, moved)
+    rows = rows_of([90, 17, 5], sizes.context_tokens)
+    ids, targets = (np.stack([row[side] for row in rows]) for side in (0, 1))
+    scores = policy_scores(team, model, micro_tokens=300, dtype=mx.float32)
+    prompts = [[tokenizer.bos, 1, 2], [tokenizer.bos, 5]]
+    answers = make_engine(team, model, tokenizer).complete(prompts, max_new_tokens=6)
+    return {
+        "answers": [row.ids for row in answers],
+        "losses": [mean_loss(text_model(team, model), rows, micro_tokens=300)],
+        "scores": [scores(ids, targets)[0].tolist(), scores(ids, targets, reference)[0].tolist()],
+    }
+
+
 def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
     """Return all that ranks share besides training; of one process without a team."""
     model, tokenizer = make_model(architecture), make_tokenizer()
@@ -228,6 +254,7 @@ def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
         found[kind] = [score.to_dict(), examples]
     found["samples"] = answer_prompts(engine, ["the cat", "the dog sat"], 6)
     found["rl"] = {str(bits): reinforce(team, model, bits) for bits in (None, 8)}
+    found["adapted"] = adapted(team, model)
     return found
 
 
@@ -337,6 +364,18 @@ def test_rewards_questions_and_weights_of_rl_are_the_same(
     for (ids, weights), (expected_ids, expected_weights) in zip(got, expected, strict=True):
         assert ids == expected_ids
         np.testing.assert_allclose(weights, expected_weights, rtol=1e-3, atol=1e-6)
+
+
+@EACH
+def test_a_model_with_adapters_is_the_same_on_every_rank(
+    of_ranks: Any, of_one: Any, architecture: str, size: int
+) -> None:
+    expected, got = of_one(architecture)["adapted"], of_ranks(architecture, size)["adapted"]
+    assert got["answers"] == expected["answers"]
+    np.testing.assert_allclose(got["losses"], expected["losses"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got["scores"], expected["scores"], rtol=0, atol=TOLERANCE)
+    with_adapters, of_reference = np.array(expected["scores"])
+    assert np.abs(with_adapters - of_reference).max() > 0.01
 
 
 # A stop in the middle

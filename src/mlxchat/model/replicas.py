@@ -8,11 +8,13 @@ that were swapped in for an evaluation, or that rank 0 alone has changed; those 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, cast
 
 import mlx.core as mx
 
 from mlxchat.distributed.team import Team
+from mlxchat.model.adapters import AdapterSizes, adapter_dropout_of, adapters_of, attach_adapters
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.model.weights import flatten_parameters, set_parameters
@@ -32,13 +34,17 @@ def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
     if team is None or team.size == 1:
         return
     parameters = flatten_parameters(model)
-    shape = {"sizes": model.sizes.to_dict(), "names": list(parameters)}
+    adapters = adapters_of(model)
+    shape = {
+        "sizes": model.sizes.to_dict(), "names": list(parameters), "adapters": adapters and asdict(adapters),
+        "adapter_dropout": adapter_dropout_of(model),
+    }  # fmt: skip
     begins = team.kept.get(_shape_of(role)) != shape
     equal = {} if begins else team.kept.get(_equal_of(role), {})
     changed = {name: value for name, value in parameters.items() if equal.get(name) is not value}
     team.kept[_model_of(role)], team.kept[_shape_of(role)] = model, shape
     if changed:
-        team.call(_take, {"role": role, **({"sizes": shape["sizes"]} if begins else {})}, changed)
+        team.call(_take, {"role": role, **(shape if begins else {})}, changed)
     mark_equal(team, model, role)
 
 
@@ -66,7 +72,10 @@ def _take(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> N
     place = _model_of(request["role"])
     if "sizes" in request:
         team.kept.pop(place, None)
-        team.kept[place] = GPT(GPTSizes(**request["sizes"]))
+        model = team.kept[place] = GPT(GPTSizes(**request["sizes"]))
+        if request["adapters"]:
+            adapters = AdapterSizes(**request["adapters"] | {"targets": tuple(request["adapters"]["targets"])})
+            attach_adapters(model, adapters, dropout=request["adapter_dropout"])
     set_parameters(team.kept[place], arrays)
 
 

@@ -91,7 +91,6 @@ class RankScores(PolicyScores):
         """Take a team besides what `PolicyScores` takes."""
         super().__init__(model, micro_tokens=micro_tokens, dtype=dtype)
         self.team = team
-        self._reference = GPT(model.sizes)  # holds the weights that it is given, no others
 
     def __call__(self, ids: Ints, targets: Ints, parameters: Flat | None = None) -> tuple[Floats, Floats]:
         """See `PolicyScores.__call__`.
@@ -100,18 +99,29 @@ class RankScores(PolicyScores):
             PeerLost: another rank is gone.
         """
         team = self.team
-        if parameters is None:
-            sync_model(team, self.model)
-        else:
-            set_parameters(self._reference, parameters)
-            sync_model(team, self._reference, _REFERENCE)
+        sync_model(team, self.model)
+        if parameters is not None:
+            _share_reference(team, parameters)
         team.kept[_SCORES] = self
         request = {
-            "role": None if parameters is None else _REFERENCE,
-            "micro_tokens": self.micro_tokens, "dtype": str(self.dtype).rpartition(".")[2],
+            "reference": parameters is not None, "micro_tokens": self.micro_tokens,
+            "dtype": str(self.dtype).rpartition(".")[2],
         }  # fmt: skip
         found: tuple[Floats, Floats] = team.call(_score, request, {"ids": ids, "targets": targets})
         return found
+
+
+def _share_reference(team: Team, parameters: Flat) -> None:
+    """Give every rank these weights, unless they have them."""
+    known = team.kept.get(_REFERENCE, {})
+    if known.keys() == parameters.keys() and all(known[name] is value for name, value in parameters.items()):
+        return
+    team.call(_take_reference, {}, parameters)
+    team.kept[_REFERENCE] = dict(parameters)
+
+
+def _take_reference(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    team.kept[_REFERENCE] = arrays
 
 
 def _score(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> tuple[Floats, Floats]:
@@ -120,7 +130,7 @@ def _score(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> 
     own = team.group.part(len(ids))  # all as wide
     found = np.zeros((2, *ids.shape), dtype=np.float32)
     if own.start < own.stop:
-        parameters = flatten_parameters(model_on(team, request["role"])) if request["role"] else None
+        parameters = team.kept[_REFERENCE] if request["reference"] else None
         found[:, own] = PolicyScores.__call__(_scores_here(team, request), ids[own], targets[own], parameters)
     both = np.asarray(team.group.sum({"scores": mx.array(found)})["scores"]).astype(np.float64)
     return both[0], both[1]
