@@ -14,7 +14,7 @@ VERBS = {
     "verify": ("verify", "hash artifacts again and list what differs"),
     "gc": ("gc", "show what may be removed and why; --apply removes it"),
     "export": ("export", "copy artifacts and all they were made from, or write a model for other tools (--to hf, …)"),
-    "import": ("transfer:main_import", "take in exported artifacts, or what other tools made: import nanochat|hf|adapter"),
+    "import": ("transfer:main_import", "take in exported artifacts, or what others made: import nanochat|hf|adapter"),
     "fuse": ("fuse", "put a model's adapters into its weights, which makes it a checkpoint of its own"),
     "data": ("data", "fetch, list, remove and look at what comes from the Hub: data fetch|ls|rm|show"),
     "chat": ("chat", "talk to a model (-p QUESTION for one answer)"),
