@@ -256,7 +256,8 @@ class Config:
     timeout: dict[str, float] = MISSING
     """Step → seconds after which it saves what it has and fails; the same command continues it."""
     pipeline: dict[str, dict[str, str]] = MISSING
-    """Step → {stage, role: step}, or role: import:NAME, a model that was imported under that name."""
+    """Step → {stage, role: step}; or role: import:NAME, a model that was imported under that name, or role:
+    artifact:NAME, any model of the store."""
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
