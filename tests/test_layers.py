@@ -34,6 +34,7 @@ LAYERS = [
         "sandbox",
     },
     {"distributed"},
+    {"launch"},
     {"runner"},
     {"hub"},
     {"data", "tasks"},

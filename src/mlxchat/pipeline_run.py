@@ -15,8 +15,8 @@ from typing import Any
 
 from mlxchat.compose import Composed
 from mlxchat.config import Config, HooksConfig
-from mlxchat.distributed.lead import lead_ranks
 from mlxchat.errors import StoreError
+from mlxchat.launch.lead import lead_ranks
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Policy, Run, execute

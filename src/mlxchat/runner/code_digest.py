@@ -21,7 +21,7 @@ from mlxchat.runner.fingerprint import hash_code, strip_docstrings
 _LIBRARY = "mlxchat"
 # Parts of mlxchat that do not compute what ends in an artifact; schemas, whose names end in _config, do not either.
 _LEFT_OUT = frozenset({
-    "runner", "commands", "report", "bench", "sweep", "serve", "cli", "compose", "composed_cache", "missing",
+    "runner", "launch", "commands", "report", "bench", "sweep", "serve", "cli", "compose", "composed_cache", "missing",
     "validation", "misspelling", "trackers", "terminal_chat", "errors", "config", "conf", "stages", "__init__",
     "__main__",
 })  # fmt: skip

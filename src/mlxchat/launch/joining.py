@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlxchat.distributed.group import Group
-from mlxchat.distributed.meeting import forget_meeting
 from mlxchat.errors import StepFailed
+from mlxchat.launch.meeting import forget_meeting
 
 JOIN_SECONDS = 60.0
 _MOST_HANDLES = 1024
@@ -99,8 +99,9 @@ def _ending_after(seconds: float, *, tell: bool) -> Iterator[None]:
     finally:
         for known, handler in former.items():
             signal.signal(known, handler)
-        faulthandler.cancel_dump_traceback_later()
-        if watcher is not None:
+        if watcher is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
             with suppress(ProcessLookupError):
                 os.killpg(watcher.pid, signal.SIGKILL)
             watcher.wait()

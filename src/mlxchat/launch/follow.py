@@ -16,9 +16,9 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
-from mlxchat.distributed.facts import find_facts
-from mlxchat.distributed.line import BEAT_SECONDS, SILENCE_SECONDS, Line, Message, connect
-from mlxchat.distributed.meeting import Meeting
+from mlxchat.launch.facts import find_facts
+from mlxchat.launch.line import BEAT_SECONDS, SILENCE_SECONDS, Line, Message, connect
+from mlxchat.launch.meeting import Meeting
 
 assert mlxchat
 
@@ -93,7 +93,7 @@ def follow(meeting: Meeting, *, started_by_lead: bool = False, says: bool = Fals
         started_by_lead: whether rank 0 started this process, which then writes to a file already.
         says: whether this rank tells people if rank 0 is gone.
     """
-    from mlxchat.distributed.joining import join_group
+    from mlxchat.launch.joining import join_group
 
     facts = find_facts(meeting.rank)
     assert meeting.address is not None

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.distributed.ranks import Ranks, current, start_here
 from mlxchat.errors import ConfigError, Interrupted, StepFailed
+from mlxchat.launch.ranks import Ranks, current, start_here
 from mlxchat.ops.blas import share_of_cores
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Lead:
         ranks.watch.on_stop = lambda: _stop(run)
         machine = {name: getattr(self._machine, name) for name in _LIMITS} | {"blas_threads": self._threads}
         neighbours = [ranks.on_host_of(rank) for rank in range(ranks.size)]
-        from mlxchat.distributed.begin import begin_step
+        from mlxchat.launch.begin import begin_step
 
         ranks.write(run.folder)
         ranks.team.call(begin_step, {"step": step, "machine": machine, "neighbours": neighbours})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mlxchat.distributed.meeting import Meeting, find_meeting, forget_meeting
+from mlxchat.launch.meeting import Meeting, find_meeting, forget_meeting
 from mlxchat.verbs import VERBS
 
 # Options with which `run` only tells something.
@@ -30,7 +30,7 @@ def enter(arguments: list[str]) -> int | None:
         forget_meeting()
         return None if meeting.rank == 0 else 0
     if meeting.rank == 0:
-        from mlxchat.distributed.ranks import meet
+        from mlxchat.launch.ranks import meet
 
         meet(meeting, lambda line: print(line, flush=True))
         return None
@@ -46,7 +46,7 @@ def computes(arguments: list[str]) -> bool:
 
 
 def _follow(meeting: Meeting) -> int:
-    from mlxchat.distributed.follow import follow
+    from mlxchat.launch.follow import follow
 
     code = follow(meeting, says=meeting.rank == 1)
     sys.stdout.flush()

@@ -18,13 +18,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.distributed.line import listen_at
-from mlxchat.distributed.meeting import Meeting
 from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.launch.line import listen_at
+from mlxchat.launch.meeting import Meeting
 
 if TYPE_CHECKING:
     from mlxchat.distributed.team import Team
-    from mlxchat.distributed.watch import Watch
+    from mlxchat.launch.watch import Watch
 
 _START_SECONDS = 90.0
 _MEET_SECONDS = 120.0
@@ -59,9 +59,9 @@ class Ranks:
             others: what it reads in the others.
             hosts: addresses of each rank, for a ring of this machine.
         """
-        from mlxchat.distributed.joining import join_group, shut
-        from mlxchat.distributed.noise import divert_noise
         from mlxchat.distributed.team import Team
+        from mlxchat.launch.joining import join_group, shut
+        from mlxchat.launch.noise import divert_noise
 
         self.watch.welcome({"variables": others, "hosts": hosts, "host": platform.node()})
         try:
@@ -155,8 +155,8 @@ def start_here(
     global _current
     import mlx.core as mx
 
-    from mlxchat.distributed.facts import find_facts
-    from mlxchat.distributed.watch import Watch
+    from mlxchat.launch.facts import find_facts
+    from mlxchat.launch.watch import Watch
     from mlxchat.ops.device import backend
 
     kind = "nccl" if backend() == "cuda" and mx.distributed.is_available("nccl") else "ring"
@@ -194,8 +194,8 @@ def meet(meeting: Meeting, say: Callable[[str], None]) -> Ranks:
         StepFailed: one did not come.
     """
     global _current
-    from mlxchat.distributed.facts import find_facts
-    from mlxchat.distributed.watch import Watch
+    from mlxchat.launch.facts import find_facts
+    from mlxchat.launch.watch import Watch
 
     if meeting.address is None:
         raise ConfigError("mlxchat's ranks need an address of rank 0, which mpi does not tell: use ring, jaccl or nccl")
@@ -227,7 +227,7 @@ def _start(order: dict[str, Any], folder: Path, blas_threads: int, kind: str) ->
     with (folder / f"rank-{order['rank']}.log").open("ab") as log:
         try:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "mlxchat.distributed.follow", json.dumps(order)],
+                [sys.executable, "-P", "-m", "mlxchat.launch.follow", json.dumps(order)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
@@ -235,7 +235,7 @@ def _start(order: dict[str, Any], folder: Path, blas_threads: int, kind: str) ->
 
 
 def _check_children(watch: Watch, folder: Path, check: Callable[[], None]) -> None:
-    from mlxchat.distributed.watch import how_ended
+    from mlxchat.launch.watch import how_ended
 
     check()
     for rank, child in watch.children.items():

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from mlxchat.distributed.facts import Facts, describe_rank, find_differences
-from mlxchat.distributed.line import BEAT_SECONDS, SILENCE_SECONDS, Line, Message
 from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.launch.facts import Facts, describe_rank, find_differences
+from mlxchat.launch.line import BEAT_SECONDS, SILENCE_SECONDS, Line, Message
 
 _HELLO_SECONDS = 10.0
 _CODE_SECONDS = 2.0
