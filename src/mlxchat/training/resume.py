@@ -43,6 +43,8 @@ def load_state(work: Path, model: GPT, optimizer: Optimizer, best: Best | None =
     set_parameters(model, weights)
     for name in optimizer.state:
         optimizer.state[name] = mx.array(arrays[f"optimizer.{name}"])
+    # In saves of former versions it has an axis.
+    optimizer.state["count"] = optimizer.state["count"].reshape(())
     mx.eval(model.state, optimizer.state)
     if best is not None and "best" in state:
         best.restore(state["best"], arrays, model)

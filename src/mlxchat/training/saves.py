@@ -30,7 +30,9 @@ def write_save(work: Path, iteration: int, arrays: Mapping[str, NDArray[Any]], s
     for unfinished in work.glob(".*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, temporary / _ARRAYS)
+    # NumPy makes what has no axis one with an axis, and a count like that would give a row of numbers another shape.
+    whole = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in arrays.items()}
+    save_file(whole, temporary / _ARRAYS)
     crash_point("checkpoint.arrays")
     digest = hash_file(temporary / _ARRAYS)
     (temporary / _STATE).write_bytes(seal({"iteration": iteration, "arrays_sha256": digest, **state}))
