@@ -27,7 +27,10 @@ class AdapterConfig:
     group_size: int = MISSING
     """With bits: numbers of a row that share a scale; 32, 64 or 128."""
     learning_rate: float = MISSING
-    """AdamW's, of adapters, at its highest: the optimizer's rates and the schedule's init_lr_frac do not count."""
+    """AdamW's, of adapters, at its highest, where the model's width is optimizer.reference_width. The optimizer's own
+    rates and the schedule's init_lr_frac do not count."""
+    width_exponent: float = MISSING
+    """The rate is multiplied with (optimizer.reference_width / width)^width_exponent; 0: it is the same everywhere."""
     beta1: float = MISSING
     beta2: float = MISSING
     weight_decay: float = MISSING
@@ -47,6 +50,6 @@ class AdapterConfig:
 
 NO_ADAPTER = AdapterConfig(
     kind="none", rank=16, scale=2.0, targets=["all"], dropout=0.0, bits=None, group_size=64, learning_rate=1e-3,
-    beta1=0.9, beta2=0.999, weight_decay=0.0,
+    width_exponent=0.78, beta1=0.9, beta2=0.999, weight_decay=0.0,
 )  # fmt: skip
 """What a stage without adapters has. Identities leave it out, which they did not know before there were adapters."""

@@ -146,7 +146,7 @@ def _make_model(
     if adapters is not None:
         attach_adapters(model, adapters, seed=config.seed, dtype=dtype, dropout=config.adapter.dropout)
         fill_zero_weights(model, config.seed + 2)
-        rule = rule_of(config.adapter)
+        rule = rule_of(config.adapter, sizes.width, config.optimizer)
     optimizer = Optimizer(model, config.optimizer, width=sizes.width, adapter=rule)
     mx.eval(model.state, optimizer.state)
     return model, optimizer

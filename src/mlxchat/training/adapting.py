@@ -14,6 +14,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import trained_parameters
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import AdamWRule
+from mlxchat.optimizer_config import OptimizerConfig
 from mlxchat.runner.context import Context
 
 
@@ -29,13 +30,16 @@ def begin_adapters(ctx: Context, config: AdapterConfig, model: GPT) -> AdamWRule
     machine = ctx.config.machine
     dtype = select_device(machine.device, machine.compute_dtype)
     attach_adapters(model, sizes, seed=ctx.seed("adapters"), dtype=dtype, dropout=config.dropout)
-    ctx.derive({"num_trained_parameters": sum(value.size for value in trained_parameters(model).values())})
-    return rule_of(config)
+    rule = rule_of(config, model.sizes.width, ctx.config.optimizer)
+    trained = sum(value.size for value in trained_parameters(model).values())
+    ctx.derive({"num_trained_parameters": trained, "adapter_learning_rate": rule.lr})
+    return rule
 
 
-def rule_of(config: AdapterConfig) -> AdamWRule:
-    """Return how adapters move."""
-    return AdamWRule(config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+def rule_of(config: AdapterConfig, width: int, optimizer: OptimizerConfig) -> AdamWRule:
+    """Return how adapters on a model of this width move."""
+    lr = config.learning_rate * (optimizer.reference_width / width) ** config.width_exponent
+    return AdamWRule(lr, (config.beta1, config.beta2), config.weight_decay)
 
 
 def save_trained(
