@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ def find_facts(rank: int) -> Facts:
     from mlxchat.ops.device import backend
 
     return {
-        "rank": rank, "host": platform.node(), "pid": os.getpid(), "python": platform.python_version(),
-        "mlxchat": __version__, "code": code_digest(), "mlx": importlib.metadata.version("mlx"), "backend": backend(),
+        "rank": rank, "host": platform.node(), "pid": os.getpid(), "place": _place(), "mlxchat": __version__,
+        "code": code_digest(), "mlx": importlib.metadata.version("mlx"), "backend": backend(),
     }  # fmt: skip
 
 
@@ -42,6 +43,15 @@ def find_differences(own: Facts, other: Facts) -> list[str]:
 def describe_rank(facts: Facts) -> str:
     """Return which rank it is, and where: 'rank 1 (process 4711 on mini2)'."""
     return f"rank {facts['rank']} (process {facts['pid']} on {facts['host']})"
+
+
+def _place() -> str:
+    """Return a text that is equal exactly for processes that see each other under the same numbers."""
+    found = [platform.node()]
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        found += [boot, str(Path("/proc/self/ns/pid").readlink())]
+    return " ".join(found)
 
 
 @cache

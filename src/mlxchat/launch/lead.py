@@ -64,7 +64,7 @@ class Lead:
     def kill(self) -> None:
         """Kill what this process has started."""
         if self._ranks is not None:
-            self._ranks.watch.leave()
+            self._ranks.watch.kill()
 
     @property
     def is_broken(self) -> bool:

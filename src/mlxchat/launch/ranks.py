@@ -101,12 +101,14 @@ class Ranks:
         """Let the other ranks go, and see that those of this machine are gone."""
         global _current
         _current = None if _current is self else _current
-        if self.team is not None and not self.is_broken:
-            self.watch.finish()
-            self.team.end()
-            for child in self.watch.children.values():
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(_END_SECONDS)
+        if self.team is None or self.is_broken:
+            self.watch.kill()
+            return
+        self.watch.finish()
+        self.team.end()
+        for child in self.watch.children.values():
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_END_SECONDS)
         self.watch.leave()
 
     def describe(self) -> dict[str, Any]:

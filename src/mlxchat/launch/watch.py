@@ -124,14 +124,22 @@ class Watch:
         self._over = True
 
     def leave(self) -> None:
-        """End the others at once."""
+        """Be done with the others: who was told to end does so by itself, and what this process started is gone."""
         self._over = True
         for line in self._lines.values():
             line.close()
-        self.kill()
+        self._kill_children()
 
     def kill(self) -> None:
-        """Kill what this process has started."""
+        """Kill all other ranks of this machine, whoever started them: one that is stopped obeys nothing else."""
+        self._over = True
+        for rank, facts in self.facts.items():
+            if rank and rank not in self.children and facts.get("place") == self.facts[0]["place"]:
+                with suppress(OSError, TypeError):
+                    os.kill(facts["pid"], signal.SIGKILL)
+        self.leave()
+
+    def _kill_children(self) -> None:
         for child in self.children.values():
             if child.poll() is None:
                 with suppress(ProcessLookupError):
@@ -210,11 +218,11 @@ class Watch:
         for line in self._lines.values():
             line.send({"kind": "abort"})
         self.on_loss()
-        threading.Timer(1.0, self.kill).start()  # who hangs does not hear that it is to end
         if not self._noticed.wait(_NOTICE_SECONDS):
             text = f"error: {self.loss}.\n       The same command continues from what was saved last."
             with suppress(OSError, ValueError):
                 print(text, file=sys.stderr, flush=True)
+            self.kill()
             os._exit(1)
 
 
