@@ -77,6 +77,11 @@ def _device() -> Iterator[Finding]:
         yield ("ok", "kernels", f"compiled with g++ {remedy.compiler}")
     if device["backend"] == "cpu" and sys.platform == "linux" and shutil.which("g++") is None:
         yield ("note", "compiler", "no g++: MLX cannot compile kernels and falls back to slower ones. Install g++.")
+    available = [name for name in ("ring", "jaccl", "nccl", "mpi") if mx.distributed.is_available(name)]
+    missing = [name for name in ("ring", "jaccl", "nccl", "mpi") if name not in available]
+    lacking = f" ({', '.join(missing)}: not here)" if missing else ""
+    mark = "ok" if available else "note"
+    yield (mark, "ranks", f"can compute together by {', '.join(available) or 'nothing'}{lacking}")
     matrix = mx.random.normal((1024, 1024))
     mx.eval(matrix @ matrix)
     seconds = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def describe_work(store: Store, folder: Path) -> Row:
         "state": state, "step": owner.get("step") or last.get("step") or rid[:16], "rid": rid, "run": run,
         "pid": owner.get("pid") or last.get("pid"), "host": owner.get("host") or last.get("host"),
         "started": last.get("started"), "ended": last.get("ended"), "attempts": len(executions),
+        "ranks": _ranks(store, str(run)) if held else None,
         "iteration": latest.get("iteration"), "loss": latest.get("loss"),
         "tokens_per_second": latest.get("tokens_per_second"), "error": last.get("error"),
         "log": str(log) if log.exists() else None, "log_tail": _tail(log) if state == "failed" else [],
@@ -76,7 +78,11 @@ def _lines_of(row: Row) -> list[str]:
     speed = f", {format_count(row['tokens_per_second'])} tok/s" if row["tokens_per_second"] else ""
     if row["state"] == "running":
         since = f", since {when(row['started'])}" if row["started"] else ""
-        who = f"running in process {row['pid']} on {row['host']} (run {row['run']}){at}{speed}{since}"
+        ranks = row["ranks"] or {}
+        hosts = list(dict.fromkeys(ranks.get("hosts", ())))
+        where = f" on {', '.join(hosts)}" if len(hosts) > 1 else ""
+        together = f" with {ranks['size']} ranks ({ranks['backend']}){where}" if ranks else ""
+        who = f"running in process {row['pid']} on {row['host']}{together} (run {row['run']}){at}{speed}{since}"
         return [f"  {row['step']:<11} {who}"]
     tries = f", attempt {row['attempts']}" if row["attempts"] > 1 else ""
     error = f": {row['error']}" if row["error"] else ""
@@ -106,6 +112,14 @@ def _cells(row: Row) -> list[str]:
         row["step"], row["artifact"], format_bytes(row["bytes"]), format_seconds(row["seconds"] or 0),
         when(row["published"]) + note,
     ]  # fmt: skip
+
+
+def _ranks(store: Store, run: str) -> Row | None:
+    """Return which ranks compute in a run: size, backend, hosts, pids; None: it is one process."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((store.outputs / "runs" / run / "ranks.json").read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("size", "backend", "hosts", "pids")}
+    return None
 
 
 def _folders(place: Path) -> list[Path]:

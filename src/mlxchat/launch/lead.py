@@ -58,7 +58,7 @@ class Lead:
         return error if self._ranks is None else self._ranks.explain(error, work)
 
     def describe(self) -> dict[str, Any] | None:
-        """Return number, backend and places of the ranks; None: there are none yet."""
+        """Return number, backend and hosts of the ranks; None: there are none yet."""
         return None if self._ranks is None else self._ranks.describe()
 
     def kill(self) -> None:

@@ -112,15 +112,16 @@ class Ranks:
         self.watch.leave()
 
     def describe(self) -> dict[str, Any]:
-        """Return number, backend and places of the ranks, for records."""
-        places = [{key: facts[key] for key in ("rank", "host", "pid")} for _, facts in sorted(self.watch.facts.items())]
-        return {"size": self.size, "backend": self.backend, "ranks": places}
+        """Return number, backend and hosts of the ranks, for records."""
+        hosts = [facts["host"] for _, facts in sorted(self.watch.facts.items())]
+        return {"size": self.size, "backend": self.backend, "hosts": hosts}
 
     def write(self, folder: Path) -> None:
         """Say in a run's folder who computes, for whoever looks while it does."""
         self.folder = folder
+        pids = [facts["pid"] for _, facts in sorted(self.watch.facts.items())]
         with suppress(OSError):
-            (folder / "ranks.json").write_text(json.dumps(self.describe()) + "\n", encoding="utf-8")
+            (folder / "ranks.json").write_text(json.dumps(self.describe() | {"pids": pids}) + "\n", encoding="utf-8")
 
     def on_host_of(self, rank: int) -> int:
         """Return how many ranks share the machine of this one."""

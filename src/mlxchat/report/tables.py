@@ -94,6 +94,10 @@ def machine_table(report: RunReport) -> Table | None:
         for name, value in device.items():
             note({"name": "device"}.get(name, name), text(value), step)
         note("memory", format_bytes(memory) if memory else "", step)
+        ranks = mapping(mapping(step.manifest.get("excluded")).get("ranks"))
+        if ranks:
+            hosts = ", ".join(dict.fromkeys(map(text, sequence(ranks.get("hosts")))))
+            note("ranks", f"{text(ranks.get('size'))} ({text(ranks.get('backend'))}) on {hosts}", step)
         for name, value in mapping(step.manifest.get("versions")).items():
             note(name, text(value), step)
         git = mapping(step.manifest.get("git"))

@@ -34,7 +34,7 @@ class Ranks(Protocol):
         """Return what is told of an error that ended the step whose saved states lie in `work`."""
 
     def describe(self) -> dict[str, Any] | None:
-        """Return their number, backend and places, or None if there are none yet."""
+        """Return their number, backend and hosts, or None if there are none yet."""
 
     def kill(self) -> None:
         """Kill what this process has started, since it will end at once."""
