@@ -1,0 +1,130 @@
+"""Adapters in the configuration: who has them, what cannot be, and whose ids they change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mlxchat.adapter_config import NO_ADAPTER, AdapterConfig
+from mlxchat.adapter_problems import adapter_sizes_of
+from mlxchat.compose import compose_config
+from mlxchat.config import Config
+from mlxchat.errors import ConfigError
+from mlxchat.model.adapter_targets import AdapterSizes, count_adapter_parameters, matrices_of
+from mlxchat.model.sizing import sizes_of
+from mlxchat.runner.plan import make_plan
+from mlxchat.runner.store import Store
+from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.training.memory_check import training_of
+
+
+@cache
+def composed(*overrides: str) -> Config:
+    return compose_config(["experiment=smoke", *overrides]).config
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose_config(["experiment=smoke", *overrides])
+    return str(caught.value)
+
+
+def ids(*overrides: str) -> dict[str, str]:
+    config = composed(*overrides)
+    plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
+    return {step.name: step.rid for step in plan}
+
+
+def test_no_adapter_is_what_the_group_says_at_first() -> None:
+    assert vars(composed().adapter) == vars(NO_ADAPTER)
+
+
+def test_the_group_is_for_all_stages_and_each_may_differ() -> None:
+    config = composed("adapter=dora", "adapter.rank=4", "sft.adapter.rank=2", "rl.adapter.kind=none")
+    assert [stage.adapter.kind for stage in (config.midtrain, config.sft, config.rl)] == ["dora", "dora", "none"]
+    assert [stage.adapter.rank for stage in (config.midtrain, config.sft)] == [4, 2]
+
+
+def test_qlora_is_a_lora_on_four_bits() -> None:
+    assert vars(composed("adapter=qlora").sft.adapter) == vars(composed("adapter=lora").sft.adapter) | {"bits": 4}
+
+
+def test_pretraining_and_what_has_no_adapter_keep_their_ids() -> None:
+    plain = ids()
+    later = ids("adapter=lora", "adapter.rank=4", "midtrain.adapter.kind=none")
+    same = {name for name, rid in plain.items() if later[name] == rid}
+    assert same == {"corpus", "tokenizer", "pretrain", "midtrain", "eval_base", "eval_mid"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["adapter=lora", "adapter.kind=lara"], 'adapter.kind is "lara", expected none, lora, dora.'),
+        (["adapter=lora", "adapter.targets=[c_p]"], 'the model has no matrix "c_p"'),
+        (["adapter=lora", "adapter.targets=[atention]"], 'Did you mean "attention"?'),
+        (["adapter=lora", "adapter.targets=[h.7.attn.c_q]"], 'no matrix "h.7.attn.c_q"'),
+        (["adapter=lora", "adapter.targets=[]"], "adapter.targets is empty"),
+        (["adapter=lora", "adapter.rank=65"], "rank is 65, but transformer.h.0.attn.c_q is 64 × 64: at most 64"),
+        (["adapter=lora", "adapter.rank=0"], "adapter.rank is 0, expected at least 1"),
+        (["adapter=lora", "adapter.bits=3"], "adapter.bits is 3, expected 4 or 8, or null"),
+        (["adapter=qlora", "adapter.group_size=48"], "adapter.group_size is 48, expected 32, 64 or 128"),
+        (["adapter=qlora", "adapter.group_size=128"], "does not divide the 64 numbers of a row"),
+        (["adapter=lora", "adapter.dropout=1"], "adapter.dropout is 1, expected 0 (off) up to, but not, 1"),
+        (["adapter=lora", "adapter.scale=0"], "adapter.scale is 0, expected more than 0"),
+        (["adapter=lora", "adapter.learning_rate=0"], "adapter.learning_rate is 0, expected more than 0"),
+        (["adapter=lora", "adapter.beta2=1"], "adapter.beta2 is 1, expected 0 up to, but not, 1"),
+        (["adapter=lora", "adapter.weight_decay=-1"], "adapter.weight_decay is -1, expected at least 0"),
+        (["adapter.rank=4"], "adapter.rank: given, but there is no adapter. Choose adapter=lora"),
+        (["adapter=lora", "sft.warm_start=true", "pipeline.sft.checkpoint=pretrain"], "start is true, but sft.adapter"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_in_one_line(overrides: list[str], expected: str) -> None:
+    told = refusal(*overrides)
+    assert expected in told
+    assert len([line for line in told.splitlines() if expected in line]) == 1
+
+
+def test_a_mistake_of_the_group_is_told_once_and_one_of_a_stage_as_its_own() -> None:
+    assert refusal("adapter=lora", "adapter.rank=0").count("rank is 0") == 1
+    assert refusal("adapter=lora", "rl.adapter.rank=0").startswith("rl.adapter.rank is 0")
+
+
+def test_adapters_of_a_model_that_is_known_later_are_looked_at_then() -> None:
+    config = composed("adapter=lora")
+    sizes = sizes_of(config.model, config.architecture, 512)
+    with pytest.raises(ConfigError, match=r"sft\.adapter\.rank is 65"):
+        adapter_sizes_of("sft.adapter", replace(config.sft.adapter, rank=65), sizes)
+    assert adapter_sizes_of("sft.adapter", NO_ADAPTER, sizes) is None
+
+
+def test_two_that_are_no_adapters_are_equal_and_others_are_not() -> None:
+    other: AdapterConfig = replace(NO_ADAPTER, rank=3)
+    assert other == NO_ADAPTER
+    assert replace(other, kind="lora") != replace(NO_ADAPTER, kind="lora")
+
+
+def test_planning_predicts_less_memory_with_adapters_but_not_for_pretraining() -> None:
+    plain, small = composed(), composed("adapter=lora", "adapter.rank=2")
+    for stage in ("midtrain", "sft", "rl"):
+        of_all, of_few = (training_of(config, stage) for config in (plain, small))
+        assert of_all is not None
+        assert of_few is not None
+        assert of_few.peak_bytes(1) < of_all.peak_bytes(1)
+    pretraining = training_of(small, "pretrain")
+    assert pretraining is not None
+    assert pretraining.adapters is None
+
+
+def test_moments_and_gradients_are_predicted_for_the_adapters_numbers_alone() -> None:
+    config = composed()
+    sizes = sizes_of(config.model, config.architecture, 512)
+    adapters = AdapterSizes("dora", 3, 2.0, tuple(matrices_of(sizes)))
+    numbers = sum(3 * (rows + columns) + rows for rows, columns in matrices_of(sizes).values())
+    assert count_adapter_parameters(adapters, sizes) == numbers
+    found = predict_peak_bytes(
+        sizes, config.optimizer, rows=4, micro_rows=2, row_tokens=64, num_lanes=2, adapters=adapters
+    )
+    assert (found.moments, found.gradients) == (8 * numbers, 8 * numbers)
