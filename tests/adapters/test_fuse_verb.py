@@ -104,6 +104,16 @@ def test_a_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
     assert not Path("out").exists()
 
 
+def test_verify_says_where_the_base_came_out_otherwise(outputs: Path, command: Command, tmp_path: Path) -> None:
+    base = Store(outputs).resolve("base")
+    other = publish_base(tmp_path / "elsewhere", seed=8)
+    shutil.rmtree(base)
+    shutil.copytree(other, base)
+    code, said = command("verify", "sft")
+    assert code == 1
+    assert f"is an adapter for other weights than {base.name} has now" in said
+
+
 def test_adapters_travel_with_their_base_and_open_there(outputs: Path, command: Command, tmp_path: Path) -> None:
     expected = logits(Store(outputs).resolve("sft"))
     name = Store(outputs).resolve("sft").name

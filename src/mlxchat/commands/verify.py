@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
 from mlxchat.commands.columns import print_json
+from mlxchat.errors import MlxchatError
+from mlxchat.runner.bases import find_chain, is_adapter
 from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.store import MANIFEST, Store
 from mlxchat.runner.verifying import find_faults
@@ -23,7 +27,7 @@ def main(arguments: list[str]) -> int:
     places = [store.resolve(name) for name in names] or [place for place in every if (place / MANIFEST).exists()]
     faults: dict[str, list[str]] = {}
     for place in dict.fromkeys(places):
-        found = list(find_faults(store, place))
+        found = list(find_faults(store, place)) or _faults_below(place)
         if found:
             faults[place.name] = found
             if not options.json:
@@ -39,3 +43,14 @@ def main(arguments: list[str]) -> int:
         remedy = ". Remove their folders; the next run makes them again" if faults else ""
         print(f"{told} ({format_bytes(size)} hashed){remedy}")
     return int(bool(faults))
+
+
+def _faults_below(place: Path) -> list[str]:
+    """Return what keeps adapters, whose own files are right, from being computed with what they rest on."""
+    if not is_adapter(place):
+        return []
+    try:
+        find_chain(place)
+    except MlxchatError as error:
+        return [str(error)]
+    return []
