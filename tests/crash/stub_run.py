@@ -1,7 +1,8 @@
 """Run the pipeline of stubs in a process of its own: stub_run.py OUTPUTS [key=value ...].
 
 Keys are those of the sections (source.lines=40), of Policy (max_parallel_steps=2), `force=[step]`, and a few that stand
-for the world around: host=NAME is what this machine is called, gpu=true that it has one.
+for the world around: host=NAME is what this machine is called, gpu=true that it has one. ranks=2 runs another pipeline,
+a step of which so many processes compute together, the further ones started by python=PATH.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ PIPELINE = {
     "inspect": {"stage": "inspect", "table": "convert"},
 }
 
+OF_RANKS = {
+    "source": {"stage": "source"},
+    "together": {"stage": "together", "text": "source"},
+    "score": {"stage": "score", "model": "together"},
+}
+
 
 @dataclass
 class Source:
@@ -61,6 +68,9 @@ class Score:
     failing: list[str] = field(default_factory=list, metadata={"identity": False})
 
 
+OTHER = {"force": [], "targets": None, "host": None, "gpu": False, "ranks": 0, "python": None}
+
+
 @dataclass
 class Settings:
     source: Source = field(default_factory=Source)
@@ -74,6 +84,17 @@ def describe_device() -> dict[str, Any]:
     return {"name": "stub"}
 
 
+def lead(ranks: int) -> Any:
+    """Return what a run with this machine.num_processes is led by."""
+    from mlxchat.config import MachineConfig
+    from mlxchat.launch.lead import lead_ranks
+
+    return lead_ranks(MachineConfig(
+        num_processes=ranks, max_parallel_steps=1, blas_threads=1, device="cpu", compute_dtype="auto",
+        memory_limit_bytes=None, cache_limit_bytes=None, wired_limit_bytes=None,
+    ))[1]  # fmt: skip
+
+
 def has_gpu() -> bool:
     return True
 
@@ -82,7 +103,7 @@ def main(outputs: Path, arguments: list[str]) -> None:
     """Plan and execute; exit as the command line does."""
     import yaml
 
-    settings, policy, hooks, other = Settings(), {}, {}, {"force": [], "targets": None, "host": None, "gpu": False}
+    settings, policy, hooks, other = Settings(), {}, {}, dict(OTHER)
     for argument in arguments:
         key, _, text = argument.partition("=")
         section, _, name = key.partition(".")
@@ -100,8 +121,10 @@ def main(outputs: Path, arguments: list[str]) -> None:
             other[key] = value
     if other["host"]:
         locks.host_name = attempts.host_name = lambda: other["host"]
+    sys.executable = other["python"] or sys.executable
     store = Store(outputs)
-    plan = make_plan(settings, PIPELINE, store, targets=other["targets"], seed=1, force=other["force"])
+    pipeline = OF_RANKS if other["ranks"] else PIPELINE
+    plan = make_plan(settings, pipeline, store, targets=other["targets"], seed=1, force=other["force"])
     store.prepare()
     folder = outputs / "runs" / f"{now().replace(':', '')}-{os.getpid()}"
     folder.mkdir(parents=True)
@@ -109,6 +132,7 @@ def main(outputs: Path, arguments: list[str]) -> None:
         folder=folder, config=settings, seed=1, force=other["force"], overrides=arguments,
         environment=Environment(describe_device), policy=Policy(**policy), hooks=Hooks(**hooks),
         say=lambda line: print(line, flush=True), **({"uses_gpu": has_gpu} if other["gpu"] else {}),
+        ranks=lead(other["ranks"]) if other["ranks"] else None,
     )  # fmt: skip
     execute(plan, store, run)
 

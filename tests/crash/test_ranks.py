@@ -1,0 +1,167 @@
+"""A rank that is killed, stopped, asked to stop or cannot start: all end within seconds, and the next start goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.runner.records import Records
+
+RANKS = ("ranks=3", "train.iterations=12")
+SLOWLY = (*RANKS, "train.pause=0.1")
+SECONDS = 8.0
+
+
+def wait_for(stubs: Any, iteration: int) -> list[int]:
+    """Return the processes of the latest run's ranks once its step has done some iterations."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for log in stubs.outputs.glob("work/*/ckpt/records/metrics.jsonl"):
+            records = Records(log).read()
+            if records and records[-1]["iteration"] >= iteration:
+                latest = max(stubs.outputs.glob("runs/*/ranks.json"), key=lambda path: path.stat().st_mtime)
+                pids: list[int] = json.loads(latest.read_text())["pids"]
+                return pids
+        time.sleep(0.01)
+    raise AssertionError("no iteration was done")
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process is there and no zombie, which whoever should have waited for it may leave."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def check_gone(pids: list[int]) -> None:
+    """All of these processes end by themselves."""
+    until = time.monotonic() + 3
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < until, [pid for pid in pids if is_alive(pid)]
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make_stubs: Any) -> Any:
+    """A run of three ranks that nothing happened to."""
+    stubs = make_stubs()
+    code, text = stubs.run(*RANKS)
+    assert code == 0, text
+    assert "[ring]" not in text
+    return stubs
+
+
+ENDS = [
+    ("KILL", 1, 1, "rank 1 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
+    ("KILL", 2, 1, "rank 2 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
+    ("STOP", 2, 1, "rank 2 (process {pid} on {host}) has said nothing for 2 seconds"),
+    ("TERM", 1, 143, "together stopped at iteration"),
+    ("TERM", 0, 143, "together stopped at iteration"),
+    ("INT", 0, 130, "together stopped at iteration"),
+    ("KILL", 0, -9, ""),
+]
+
+
+@pytest.mark.parametrize(("name", "rank", "code", "message"), ENDS, ids=lambda value: str(value)[:6])
+def test_all_ranks_end_with_one_message_and_the_next_start_ends_with_the_same_bytes(
+    stubs: Any, undisturbed: Any, name: str, rank: int, code: int, message: str
+) -> None:
+    process = stubs.start(*SLOWLY, mlxchat_silence_seconds="2")
+    pids = wait_for(stubs, 3)
+    assert pids[0] == process.pid
+    began = time.monotonic()
+    os.kill(pids[rank], getattr(signal, f"SIG{name}"))
+    text, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < SECONDS
+    assert process.returncode == code, text
+    check_gone(pids)
+    assert "[ring]" not in text
+    assert "Traceback" not in text
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == (1 if message else 0), text
+    if message:
+        assert message.format(pid=pids[rank], host=os.uname().nodename) in errors[0]
+        assert "The same command continues from" in errors[0]
+    again, text = stubs.run(*RANKS)
+    assert again == 0, text
+    stubs.check_clean()
+    assert stubs.trees() == undisturbed.trees()
+    assert stubs.executions()["together"] == 2
+
+
+def test_a_second_signal_ends_all_ranks_at_once(stubs: Any) -> None:
+    process = stubs.start(*RANKS, "train.pause=60")
+    pids = wait_for(stubs, 1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    check_gone(pids)
+    assert time.monotonic() - began < SECONDS
+
+
+def test_a_rank_that_is_asked_twice_leaves_at_once_and_is_told_of(stubs: Any) -> None:
+    process = stubs.start(*RANKS, "train.pause=3")
+    pids = wait_for(stubs, 1)
+    for _ in range(2):
+        os.kill(pids[2], signal.SIGTERM)
+        time.sleep(0.6)
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode in (1, 143), text
+    assert "continues from" in text
+    check_gone(pids)
+
+
+@pytest.mark.parametrize("iteration", [1, 12])
+def test_rank_0_may_die_at_any_iteration_and_nothing_is_left(stubs: Any, undisturbed: Any, iteration: int) -> None:
+    code, _ = stubs.run(*RANKS, AT=f"train.iteration:{iteration}")
+    assert code == -9
+    (ranks,) = stubs.outputs.glob("runs/*/ranks.json")
+    check_gone(json.loads(ranks.read_text())["pids"])
+    assert stubs.run(*RANKS)[0] == 0
+    assert stubs.trees() == undisturbed.trees()
+
+
+def test_a_rank_that_cannot_start_is_named_with_what_it_said(stubs: Any, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no memory for this >&2\nexit 7\n")
+    python.chmod(0o755)
+    code, text = stubs.run(*RANKS, f"python={python}")
+    assert code == 1
+    assert "could not be started: it ended with exit code 7" in text
+    assert "no memory for this" in text
+    assert stubs.run(*RANKS)[0] == 0
+
+
+def test_ranks_start_only_when_a_step_needs_them(stubs: Any) -> None:
+    code, text = stubs.run(*RANKS, "targets=[source]", "python=/bin/false")
+    assert code == 0, text
+    assert "ranks compute together" not in text
+    assert not list(stubs.outputs.glob("runs/*/rank*"))
+
+
+def test_what_ranks_print_goes_to_the_folder_of_the_run(undisturbed: Any) -> None:
+    (run,) = (undisturbed.outputs / "runs").iterdir()
+    assert sorted(path.name for path in run.glob("rank*")) == ["rank-1.log", "rank-2.log", "ranks.json"]
+    assert "together: rank 2 of 3" in (run / "rank-2.log").read_text()
+
+
+def test_the_manifest_says_who_computed_and_the_id_does_not(undisturbed: Any, make_stubs: Any) -> None:
+    from mlxchat.runner.store import Store, read_manifest
+
+    refs = Store(undisturbed.outputs).refs()
+    found = read_manifest(refs["together"])
+    assert found["excluded"]["ranks"] == {"size": 3, "backend": "ring", "hosts": [os.uname().nodename] * 3}
+    assert "ranks" not in read_manifest(refs["score"])["excluded"]
+    two = make_stubs()
+    assert two.run("ranks=2", "train.iterations=12")[0] == 0
+    assert read_manifest(Store(two.outputs).refs()["together"])["rid"] == found["rid"]
