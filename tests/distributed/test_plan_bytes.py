@@ -1,0 +1,53 @@
+"""The bytes that the paper plan reckons with are those that ranks really send in a step."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.bench.machines import sent_bytes
+from mlxchat.compose import compose_config
+from mlxchat.distributed.team import Team
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes, count_parameters
+from mlxchat.model.weights import init_weights
+from mlxchat.ops import blas
+from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.schedule import Rates
+from mlxchat.training.step import mean_batch
+from mlxchat.training.team_step import make_step
+
+assert mlxchat
+
+SIZES = GPTSizes(
+    vocab_size=1024, num_layers=6, num_heads=2, num_kv_heads=2, width=64, context_tokens=64, rope_theta=1e4
+)
+ROWS, TOKENS = 6, 64
+
+
+def count_bytes(team: Team) -> float:
+    """Return what rank 0 sends in a step, once the model is with all."""
+    blas.set_blas_threads(1)
+    model = GPT(SIZES)
+    init_weights(model, 1)
+    optimizer = Optimizer(model, compose_config(["experiment=speedrun_d20"]).config.optimizer, width=64)
+    step = make_step(team, model, optimizer, micro_tokens=TOKENS, dtype=mx.float32)
+    ids = np.arange(ROWS * (TOKENS + 1), dtype=np.int32).reshape(ROWS, TOKENS + 1) % 1000
+    batch = mean_batch([(row[:-1], row[1:]) for row in ids])
+    step(batch, Rates(1.0, 0.9, 1.0), 0)
+    before = team.group.traffic.sent_bytes
+    step(batch, Rates(1.0, 0.9, 1.0), 1)
+    return float(team.group.traffic.sent_bytes - before)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_step_sends_what_the_plan_says(size: int, ranks: Any) -> None:
+    """To 6 %: matrices are not cut, so that some ranks gather a little more than an n-th."""
+    found = ranks.lead_ranks(count_bytes, size, seconds=60)
+    expected = sum(sent_bytes(count_parameters(SIZES)["total"], ROWS * TOKENS, size).values())
+    assert found == pytest.approx(expected, rel=0.06)
