@@ -52,7 +52,7 @@ class Line:
             text = self._file.readline(_MOST_BYTES)
             self.heard = time.monotonic()
             message = json.loads(text) if text.endswith(b"\n") else None
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # also a line that was closed here
             return None
         return message if isinstance(message, dict) else None
 
@@ -79,8 +79,9 @@ class Line:
         """End the line for both sides, also for a thread that waits at it."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        with suppress(OSError):
-            self._socket.close()
+        for part in (self._file, self._socket):
+            with suppress(OSError):
+                part.close()
 
 
 def connect(address: tuple[str, int], seconds: float) -> Line:

@@ -1,0 +1,147 @@
+"""How ranks that somebody else started meet, and in what they must agree."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.launch.entry import computes
+from mlxchat.launch.facts import code_digest, find_facts
+from mlxchat.launch.line import Line, connect, listen_at
+from mlxchat.launch.meeting import find_meeting
+from mlxchat.launch.watch import Watch
+
+assert mlxchat
+
+
+def write(folder: Path, value: Any) -> str:
+    path = folder / "hosts.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+def test_a_process_without_variables_is_alone() -> None:
+    assert find_meeting({}) is None
+    assert find_meeting({"MLX_RANK": "0"}) is None
+
+
+def test_one_rank_of_mlx_launch_is_alone(tmp_path: Path) -> None:
+    assert find_meeting({"MLX_RANK": "0", "MLX_HOSTFILE": write(tmp_path, "\n")}) is None
+
+
+def test_ranks_of_a_ring_meet_one_port_above_all_of_theirs(tmp_path: Path) -> None:
+    hosts = [["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5002", "10.0.1.2:5003"]]
+    found = find_meeting({"MLX_RANK": "1", "MLX_HOSTFILE": write(tmp_path, hosts)})
+    assert found is not None
+    assert (found.rank, found.size, found.backend) == (1, 2, "ring")
+    assert found.address == ("10.0.0.1", 5004)
+    assert found.hosts == ["10.0.0.1", "10.0.0.2"]
+
+
+def test_ranks_of_jaccl_and_nccl_meet_one_port_above_their_coordinator(tmp_path: Path) -> None:
+    devices = write(tmp_path, [[None, "rdma_en2"], ["rdma_en3", None]])
+    jaccl = {"MLX_RANK": "0", "MLX_IBV_DEVICES": devices, "MLX_JACCL_COORDINATOR": "192.168.1.10:32323"}
+    found = find_meeting(jaccl)
+    assert found is not None
+    assert (found.size, found.backend, found.address) == (2, "jaccl", ("192.168.1.10", 32324))
+    nccl = {"MLX_RANK": "3", "MLX_WORLD_SIZE": "4", "NCCL_HOST_IP": "10.0.0.1", "NCCL_PORT": "12345"}
+    found = find_meeting(nccl)
+    assert found is not None
+    assert (found.rank, found.size, found.backend, found.address) == (3, 4, "nccl", ("10.0.0.1", 12346))
+
+
+@pytest.mark.parametrize(
+    ("rank", "hosts", "message"),
+    [
+        ("2", [["a:1"], ["b:2"]], "MLX_RANK is 2, expected 0 to 1: there are 2 ranks"),
+        ("one", [["a:1"], ["b:2"]], "MLX_RANK is 'one', expected a whole number"),
+        ("0", '{"hosts": []}', "does not hold a list"),
+        ("0", "[[", "cannot be read as JSON"),
+        ("0", [{"ssh": "a"}, {"ssh": "b"}], "expected a list for each rank with its addresses"),
+        ("0", [["a"], ["b"]], '"a" is no port: addresses of ranks are HOST:PORT'),
+    ],
+)
+def test_a_hostfile_that_cannot_be_used_is_explained(tmp_path: Path, rank: str, hosts: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        find_meeting({"MLX_RANK": rank, "MLX_HOSTFILE": write(tmp_path, hosts)})
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", True), ("run", True), ("model=d4 seed=1", True), ("-m seed=1,2", True), ("run --plan FILE", True),
+        ("plan", False), ("ls", False), ("chat", False), ("--help", False), ("run --help", False), ("help", False),
+        ("--version", False), ("--cfg job", False),
+    ],
+)  # fmt: skip
+def test_all_ranks_compute_what_run_does_and_nothing_else(line: str, expected: bool) -> None:
+    assert computes(line.split()) is expected
+
+
+def meet(others: list[dict[str, Any]], size: int, seconds: float = 5) -> Watch:
+    """Return rank 0's watch after these have come."""
+    watch, lines = Watch(find_facts(0), size), list[Line]()
+    with listen_at("127.0.0.1", 0) as listener:
+
+        def come() -> None:
+            for facts in others:
+                lines.append(connect(listener.getsockname()[:2], 5))
+                lines[-1].send({"kind": "hello", "facts": facts})
+
+        thread = threading.Thread(target=come)
+        thread.start()
+        try:
+            watch.gather(listener, seconds, lambda: None, ["10.0.0.1", "10.0.0.2", "10.0.0.3"][:size])
+        finally:
+            thread.join()
+            watch.leave()
+            for line in lines:
+                line.close()
+    return watch
+
+
+def test_ranks_that_are_equal_meet_in_any_order() -> None:
+    watch = meet([find_facts(2), find_facts(1)], 3)
+    assert sorted(watch.facts) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mlxchat", "9.9", "mlxchat is 9.9 there and"),
+        ("code", "0" * 12, f"code of mlxchat (digest) is {'0' * 12} there and {code_digest()} here"),
+        ("mlx", "0.1", "MLX is 0.1 there and"),
+        ("backend", "metal", "backend is metal there and cpu here"),
+    ],
+)
+def test_a_rank_that_would_compute_something_else_is_named_with_its_host(key: str, value: str, message: str) -> None:
+    other = find_facts(2) | {"host": "mini2", key: value}
+    with pytest.raises(ConfigError) as refused:
+        meet([find_facts(1), other], 3)
+    assert "rank 2 (process" in str(refused.value)
+    assert "on mini2) cannot work with rank 0 on" in str(refused.value)
+    assert message in str(refused.value)
+    assert "rank 1" not in str(refused.value)
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_host() -> None:
+    with pytest.raises(StepFailed, match=re.escape("rank 2 (10.0.0.3) did not come within 1 seconds")):
+        meet([find_facts(1)], 3, seconds=1)
+
+
+def test_strangers_who_say_nothing_that_is_known_are_not_believed() -> None:
+    strangers = [{"rank": 0}, {"rank": 3}, {"rank": "1"}, {}]
+    watch = meet([*strangers, find_facts(1)], 2)
+    assert watch.facts[1] == find_facts(1)
+
+
+def test_a_code_digest_changes_with_the_code() -> None:
+    assert re.fullmatch("[0-9a-f]{12}", code_digest())
