@@ -23,8 +23,9 @@ def sbatch(arguments: list[str]) -> None:
     script = Path(arguments[-1])
     number = 1000 + len(list(STATE.glob("script-*")))
     (STATE / f"script-{number}").write_text(script.read_text())
-    flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script.read_text(), re.MULTILINE))
-    last, parallel = re.fullmatch(r"0-(\d+)%(\d+)", flags["array"]).groups() if "array" in flags else ("0", "1")
+    lines = re.findall(r"^#SBATCH (.*)$", script.read_text(), re.MULTILINE)
+    flags = dict(re.findall(r"--([\w-]+)=(\S+)", " ".join(lines)))
+    last, parallel = re.fullmatch(r"0-(\d+)(?:%(\d+))?", flags["array"]).groups("2")
     for task in range(int(last) + 1):
         write(f"{number}_{task}", "PENDING")
     subprocess.Popen(
@@ -80,7 +81,7 @@ def srun(arguments: list[str]) -> None:
         if flag in ("--output", "--error"):
             places[flag] = arguments.pop(0)
     names = {"%A": os.environ["SLURM_ARRAY_JOB_ID"], "%a": os.environ["SLURM_ARRAY_TASK_ID"], "%t": "0"}
-    for descriptor, flag in ((1, "--output"), (2, "--error")):
+    for descriptor, flag in ((1, "--output"), (2, "--error")) if places else ():
         place = places.get(flag, places["--output"])
         for short, text in names.items():
             place = place.replace(short, text)

@@ -205,3 +205,28 @@ def test_an_interruption_by_the_queue_leaves_no_row_and_does_not_stop_the_sweep(
         worker.run_job(folder, 1, [], composed, {}, set(), lambda: "timed out too often.")
         assert folder.rows()[1]["error"] == "its time was up, and it is not queued again: timed out too often."
         assert folder.stop() is None
+
+
+@pytest.mark.slow
+def test_the_readmes_array_of_plain_commands_is_queued_again_and_ends(
+    stub: Path, outputs: Path, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    recipe = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH --array.*?)```", text, re.DOTALL)
+    assert len(recipe) == 1
+    settings = " ".join([*tiny, "stage=pretrain", "pretrain.num_iterations=120", "machine.checkpoint_seconds=0"])
+    command = f"{sys.executable} -m mlxchat {settings} outputs={outputs}"
+    script = recipe[0].replace("mlxchat experiment=smoke outputs=/shared/outputs", command)
+    assert command in script
+    (tmp_path / "script.sh").write_text(script.replace("--array=0-2", "--array=0-1%1"))
+    subprocess.run(["sbatch", str(tmp_path / "script.sh")], check=True)
+    end = time.monotonic() + 120
+    while not list((outputs / "work").glob("*/ckpt/[0-9]*/state.json")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    os.kill(int((stub / "pid-1000_0").read_text()), signal.SIGTERM)
+    while [(stub / f"state-1000_{task}").read_text() for task in (0, 1)] != ["COMPLETED"] * 2:
+        assert time.monotonic() < end, [(stub / f"stderr-1000_{task}").read_text() for task in (0, 1)]
+        time.sleep(0.2)
+    assert [each["outcome"] for each in attempts(outputs)] == ["interrupted", "done"]
+    assert attempts(outputs)[1]["resumed_from"] > 0

@@ -71,7 +71,7 @@ _OPTIONS = {
         "--retries", "--timeout", "--price-in", "--price-out", "--max-cost", "--cache", "--dry-run",
     ],
     "report": ["--run", "--out", "--cost-per-hour", "--open"],
-    "bench": ["--json", "--config-dir"],
+    "bench": ["--json", "--config-dir"], "doctor": ["--hosts", "--seconds"],
     "data fetch": ["--dry-run", "--files", "--model", "--revision", "--workers"],
     "data ls": ["--json"], "data rm": ["--dry-run", "--force"],
     "data show": ["--count", "--start", "--task", "--seed", "--validation", "--tokenizer", "--config-dir"],
