@@ -81,8 +81,11 @@ def unpacked(frozen: Frozen, shape: Shape) -> mx.array:
 
 
 def row_scaled(x: mx.array, factor: mx.array) -> mx.array:
-    """Return x (…, C) times factor (C,); the factor's gradient comes before that of x is used."""
-    return _row_scaled(x, factor) if backend() == "cpu" else x * factor
+    """Return x (…, C) times factor (C,); the factor's gradient comes before that of x is used.
+
+    It is made of the product, which what follows keeps anyway, so that x is not kept. Where the factor is 0, so is it.
+    """
+    return _row_scaled(x, factor)
 
 
 @cache
@@ -159,7 +162,8 @@ def _row_scaled(x: mx.array, factor: mx.array) -> mx.array:
 def _row_scaled_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
 ) -> tuple[mx.array, mx.array]:
-    x, factor = primals
-    d_factor = (cotangent * x).reshape(-1, x.shape[-1]).sum(0)
+    _, factor = primals
+    sums = (cotangent * output).reshape(-1, output.shape[-1]).sum(0)
+    d_factor = mx.where(factor == 0, 0.0, sums / factor).astype(factor.dtype)
     (d_x,) = mx.depends([cotangent * factor], [d_factor])
     return d_x, d_factor

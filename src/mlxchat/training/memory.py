@@ -42,7 +42,7 @@ _MUON, _MUON_OF_ALL_LANES = 5.0, 8.5
 _DECODED_ROWS, _GROWTH_TOKENS, _READ_TOKENS = 32, 128, 512  # of engine/
 _DRAWN_LOGITS, _READ = 3.0, 18.0
 # Copies of the largest matrix that a lane has: unpacked; and as it is with its adapter, squared, for rows' lengths.
-_UNPACKED, _LENGTHS = 1.5, 3.0
+_UNPACKED, _LENGTHS = 1.5, 6.0
 _ADAMW = 3  # a parameter and its two moments, old ones still there
 
 
@@ -160,9 +160,9 @@ def predict_peak_bytes(
         besides += _UNPACKED * lanes * largest
     if adapters.kind == "dora":
         besides += _LENGTHS * lanes * largest
-        # What a row's length is multiplied with, for the length's gradient.
-        columns = max if recompute else sum
-        besides += tokens * compute_bytes * columns(shapes[name][0] for name in adapters.targets)
+        # What is multiplied with rows' lengths, for their gradient; of c_fc it is kept anyway.
+        columns = [shapes[name][0] for name in adapters.targets if not name.endswith("c_fc")]
+        besides += tokens * compute_bytes * (max if recompute else sum)([0, *columns])
     return replace(
         found,
         weights=frozen + trained,
