@@ -202,6 +202,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         _edit("checkpoint.json", lambda it: it["adapter"]["base"].update(rid="../../../etc")), "not in the same store"
     ),
     "strange bits": (_edit("checkpoint.json", lambda it: it["adapter"].update(bits=3)), "bits 3, group_size 64 are"),
+    "facts nest": (lambda folder: (folder / "checkpoint.json").write_text("[" * 99999), "no readable checkpoint"),
     "no facts of it": (_edit("checkpoint.json", lambda it: it.update(adapter=[])), "adapter is no object"),
     "another model": (_edit("config.json", lambda it: it.update(num_attention_heads=1)), "another model than its base"),
 }  # fmt: skip

@@ -36,7 +36,7 @@ def is_adapter(folder: Path) -> bool:
     """Tell whether a folder holds an adapter instead of all of a model's weights."""
     try:
         return _adapter_of(folder) is not None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False  # whoever opens it is told
 
 
@@ -80,7 +80,7 @@ def bases_of(folders: Mapping[str, Path]) -> list[Path]:
 def _find_base(folder: Path) -> Path | None:
     try:
         adapter = _adapter_of(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
     if adapter is None:
         return None

@@ -1,0 +1,46 @@
+"""The whole pipeline with adapters in every stage, through the real command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.adapters.store_of_adapters import some_ids
+
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.bases import find_chain
+from mlxchat.runner.store import Store, read_manifest
+
+pytestmark = pytest.mark.slow
+
+
+def logits(folder: Path) -> np.ndarray[Any, Any]:
+    return np.asarray(load_checkpoint(folder)[0](some_ids(20)))
+
+
+def test_adapters_on_adapters_are_trained_measured_fused_and_opened_in_mlx_lm(
+    mlxchat: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = mlxchat("experiment=smoke", "adapter=lora", "adapter.rank=2", "midtrain.adapter.kind=dora", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    store = Store(tmp_path / "outputs")
+    chain = find_chain(store.resolve("rl"))
+    assert [read_manifest(folder)["step"] for folder in chain] == ["rl", "sft", "midtrain", "pretrain"]
+    found = [logits(folder) for folder in chain]
+    assert all(not np.array_equal(upper, lower) for upper, lower in pairwise(found))
+
+    assert mlxchat("fuse", "rl", cwd=tmp_path).returncode == 0
+    store.forget()
+    np.testing.assert_array_equal(logits(store.resolve("fused")), found[0])
+    again = mlxchat("plan", "experiment=smoke", "adapter=lora", "adapter.rank=2", "midtrain.adapter.kind=dora",
+                    "--exit-code", cwd=tmp_path)  # fmt: skip
+    assert again.returncode == 0, again.stdout
+
+    mlx_lm = pytest.importorskip("mlx_lm")
+    base, tuned = store.resolve("pretrain"), store.resolve("midtrain")
+    theirs, _ = mlx_lm.load(str(base), adapter_path=str(tuned))
+    np.testing.assert_allclose(np.asarray(theirs(some_ids(20))), logits(tuned), atol=1e-3)
