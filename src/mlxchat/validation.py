@@ -80,7 +80,7 @@ def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
     }.items():
         # What the group says of all stages is told once.
         for line in find_adapter_problems(name, adapter, sizes):
-            if (what := line.partition(".")[2] if name == "adapter" else line.partition(".adapter.")[2]) not in told:
+            if (what := line.replace(f"{name}.", "")) not in told:
                 told.append(what)
                 yield line
 
