@@ -87,13 +87,11 @@ def _problems_with_model(where: str, adapter: AdapterConfig, sizes: GPTSizes) ->
                 f'{where}.targets: the model has no matrix "{target}": expected attention, mlp, all, or c_q, c_k, c_v, '
                 f"c_proj, c_fc, also with what stands before them (mlp.c_proj, h.0.attn.c_q).{suggest(target, known)}"
             )
-    for name in sorted(meant, key=lambda name: min(shapes[name]))[:1]:
+    smallest = sorted((name for name in shapes if name in meant), key=lambda name: min(shapes[name]))
+    for name in smallest[:1]:
         if adapter.rank > min(shapes[name]):
             rows, columns = shapes[name]
-            yield (
-                f"{where}.rank is {adapter.rank}, but {name} is {rows} × {columns}: at most {min(rows, columns)}, and "
-                "adapters save something far below that"
-            )
+            yield (f"{where}.rank is {adapter.rank}, but {name} is {rows} × {columns}: at most {min(rows, columns)}")
     if adapter.bits is not None and adapter.group_size in _GROUP_SIZES and sizes.width % adapter.group_size:
         fitting = [str(size) for size in _GROUP_SIZES if sizes.width % size == 0]
         remedy = f"{where}.group_size={fitting[-1]}" if fitting else f"{where}.bits=null"
