@@ -151,6 +151,20 @@ def test_publishing_again_replaces_the_artifact_and_leaves_nothing_behind(store:
     assert [path.name for path in (store.outputs / "work").iterdir() if path.name.startswith(".")] == []
 
 
+def test_who_may_read_the_folder_may_read_every_file_of_an_artifact(store: Store) -> None:
+    out = store.work(RID) / "out"
+    out.mkdir(parents=True)
+    out.chmod(0o750)
+    private = out / "model.safetensors"
+    private.write_text("weights")
+    private.chmod(0o600)  # as safetensors writes it
+    place = store.publish(out, f"sft-d4-{RID[:16]}", manifest())
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in place.iterdir()} == {
+        "manifest.json": "0o640",
+        "model.safetensors": "0o640",
+    }
+
+
 def test_refs_are_relative_and_survive_a_move_of_the_folder(store: Store, tmp_path: Path) -> None:
     place = make_artifact(store)
     store.set_ref("latest", "sft", place)

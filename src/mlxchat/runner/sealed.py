@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def settle(folder: Path) -> None:
+    """Wait until all of a folder is on disk, its files readable for whoever may read the folder.
+
+    The writer of safetensors lets the owner alone read, and others may work in the same outputs folder.
+    """
+    readable = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != readable:
+            path.chmod(readable)
+        sync(path)
+    sync(folder)

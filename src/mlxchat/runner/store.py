@@ -25,7 +25,7 @@ from mlxchat.runner import attempts, locks
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.fingerprint import canonical_json, hash_file
 from mlxchat.runner.mounts import check_links, claim
-from mlxchat.runner.sealed import seal, sync, unseal
+from mlxchat.runner.sealed import seal, settle, sync, unseal
 from mlxchat.runner.secrets import redact
 
 Manifest = dict[str, Any]
@@ -167,8 +167,7 @@ class Store:
         crash_point("publish.described")
         write_manifest(out, manifest)
         crash_point("publish.written")
-        for path in [*sorted(out.rglob("*")), out]:
-            sync(path)
+        settle(out)
         crash_point("publish.synced")
         place = self.outputs / "store" / name
         trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"

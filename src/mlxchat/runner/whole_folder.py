@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlxchat.errors import StoreError
 from mlxchat.runner.crash import crash_point
-from mlxchat.runner.sealed import sync
+from mlxchat.runner.sealed import settle, sync
 
 _UNFINISHED, _REPLACED = "unfinished", "replaced"
 
@@ -40,9 +40,7 @@ def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         raise _unwritable(path, error) from None
     try:
         yield unfinished
-        for place in sorted(unfinished.rglob("*"), reverse=True):
-            sync(place)
-        sync(unfinished)
+        settle(unfinished)
         crash_point("export.synced")
         _put(unfinished, path, force=force)
         sync(path.parent)
