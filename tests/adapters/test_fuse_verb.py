@@ -166,3 +166,18 @@ def test_opening_adapters_needs_no_third_copy_of_the_weights(tmp_path: Path) -> 
     size, peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     assert model is not None
     assert peak < 1.5 * size
+
+
+def test_an_alias_of_adapters_is_a_model_too(outputs: Path, command: Command) -> None:
+    store = Store(outputs)
+    manifest = read_manifest(store.resolve("sft"))
+    rid = "a" * 52
+    out = outputs / "work" / rid / "out"
+    out.mkdir(parents=True)
+    alias = {**manifest, "rid": rid, "alias_of": manifest["rid"], "name": f"sft-d2-{rid[:16]}", "step": "again"}
+    store.set_ref("latest", "again", store.publish(out, alias["name"], alias))
+    code, said = command("chat", "--model", "again", "-p", "How many windows?", "--max-tokens", "3")
+    assert code == 0, said
+    code, said = command("fuse", "again")
+    assert code == 0, said
+    np.testing.assert_array_equal(logits(Store(outputs).resolve("fused")), logits(store.resolve("sft")))

@@ -36,12 +36,13 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if (options.model or "").startswith("hf:"):
         return _chat_with_another(options)
-    place = find_model(Store(outputs_folder(options.settings)), options.model)
+    store = Store(outputs_folder(options.settings))
+    place = find_model(store, options.model)
 
     from mlxchat.terminal_chat import Chat
 
     chat = Chat.load(
-        place,
+        store.find(read_manifest(place)["rid"]) or place,  # an alias has no files of its own
         temperature=options.temperature,
         top_k=options.top_k or None,
         max_tokens=options.max_tokens,

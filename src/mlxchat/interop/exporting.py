@@ -108,10 +108,10 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
         raise ConfigError(
             f"{checkpoint.folder.name} holds no adapters: all of its weights are its own. --to mlx writes them"
         )
+    if target == "mlx-adapter" and (bits is not None or dtype is not None):
+        raise ConfigError("adapters are written as they were trained, in float32: --quantize, --dtype are of --to mlx")
     if bits is not None and target != "mlx":
         raise ConfigError(f"--quantize is of --to mlx; {target} holds a model's weights as they are")
-    if dtype is not None and target == "mlx-adapter":
-        raise ConfigError("--dtype is of --to hf and --to mlx; adapters are written as they were trained, in float32")
     if dtype is not None and target == "nanochat":
         raise ConfigError(
             "--dtype is of --to hf and --to mlx; nanochat's files have the types that nanochat gives them"

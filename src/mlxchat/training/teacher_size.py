@@ -14,7 +14,7 @@ from mlxchat.data.vocabulary import HF_FILE, RANKS_FILE
 from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.runner.bases import find_chain, folder_of_weights, is_adapter
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.store import Store
+from mlxchat.runner.store import Store, read_manifest
 from mlxchat.teacher_config import TeacherConfig
 
 # Numbers per token and channel of a forward pass, one layer at a time.
@@ -48,7 +48,9 @@ def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path | None:
         StoreError: no artifact, or several, have its name.
     """
     if teacher.artifact is not None:
-        return Store(outputs).resolve(teacher.artifact)
+        store = Store(outputs)
+        place = store.resolve(teacher.artifact)
+        return store.find(read_manifest(place)["rid"]) or place  # an alias has no files of its own
     return None if teacher.path is None else Path(teacher.path)
 
 
