@@ -1,0 +1,100 @@
+"""Ranks on two hosts: network namespaces with a link between them that is slow, and is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Two hosts, vm and mini2, of which the second has neither outputs nor the command's working directory.
+SCRIPT = """
+set -e
+cd "$FOLDER"
+ip link set lo up
+unshare -nu sh -c 'hostname mini2; exec sleep 300' & other=$!
+trap 'kill -9 $other' EXIT
+sleep 0.3
+on_other() { nsenter -t $other -n -u "$@"; }
+ip link add v0 type veth peer name v1
+ip link set v1 netns $other
+ip addr add 10.77.0.1/24 dev v0
+ip link set v0 up
+on_other ip addr add 10.77.0.2/24 dev v1
+on_other ip link set v1 up
+on_other ip link set lo up
+delay() { tc qdisc add dev v0 root netem delay 5ms 2> /dev/null; }
+delay || tc qdisc add dev v0 root tbf rate 200mbit burst 64kb latency 50ms  # not every kernel has delays
+echo '[["10.77.0.1:5000"], ["10.77.0.2:5000"]]' > hosts.json
+run() {
+    export MLX_HOSTFILE=$PWD/hosts.json
+    (
+        cd /; code=0
+        MLX_RANK=1 on_other "$@" > "$FOLDER/$name-1.txt" 2>&1 || code=$?
+        echo $code > "$FOLDER/$name-1.code"
+    ) & follower=$!
+    MLX_RANK=0 "$@" > $name-0.txt 2>&1 & leader=$!
+}
+finish() {
+    set +e
+    wait $leader; echo $? > $name-0.code
+    wait $follower
+    set -e
+}
+name=cut; run "$@"
+for _ in $(seq 900); do ls outputs/work/*/ckpt/00000[1-9]* > /dev/null 2>&1 && break; sleep 0.1; done
+ip link set v0 down
+began=$(date +%s)
+finish
+echo $(($(date +%s) - began)) > cut-seconds
+ip link set v0 up
+name=again; run "$@"; finish
+"""
+
+
+def has_namespaces() -> bool:
+    """Tell whether this user may make networks of its own."""
+    if not all(map(shutil.which, ("unshare", "nsenter", "ip", "tc"))):
+        return False
+    tried = subprocess.run(
+        ["unshare", "-Urn", "unshare", "-nu", "sh", "-c", "ip link add v0 type veth peer name v1"], capture_output=True
+    )
+    return tried.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_namespaces(), reason="network namespaces are not allowed here")
+def test_two_hosts_train_end_when_their_link_is_cut_and_go_on(
+    tiny: tuple[str, ...], mlxchat: Any, tmp_path: Path
+) -> None:
+    settings = [*tiny, "stage=pretrain", "pretrain.num_iterations=300", "machine.checkpoint_seconds=0"]
+    outputs = f"outputs={tmp_path}/outputs"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "MLX_", "PYTHON"))}
+    done = subprocess.run(
+        ["unshare", "-Urn", "bash", "-c", SCRIPT, "hosts", sys.executable, "-m", "mlxchat", *settings, outputs],
+        env=clean | {"FOLDER": str(tmp_path), "MLXCHAT_SILENCE_SECONDS": "3"}, capture_output=True, text=True,
+        timeout=400, check=False,
+    )  # fmt: skip
+    said = {path.name: path.read_text() for path in tmp_path.glob("*-?.*")}
+    assert done.returncode == 0, (done.stderr, said)
+    assert said["cut-0.code"].strip() == "1", said
+    assert said["cut-1.code"].strip() == "1", said
+    assert int((tmp_path / "cut-seconds").read_text()) <= 12
+    errors = [line for line in said["cut-0.txt"].splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, said
+    assert "on mini2) has said nothing for 3 seconds: it hangs, was stopped, or its network is gone" in errors[0]
+    assert "continues from iteration" in errors[0]
+    assert "has said nothing for 3 seconds: this run is over" in said["cut-1.txt"]
+    assert said["again-0.code"].strip() == said["again-1.code"].strip() == "0", said
+    assert "[ring]" not in "".join(said.values())
+    found = json.loads((tmp_path / "outputs/refs/latest/pretrain/manifest.json").read_text())
+    assert found["excluded"]["ranks"]["hosts"] == [os.uname().nodename, "mini2"]
+    here = mlxchat(*settings, "machine.num_processes=2", f"outputs={tmp_path}/here", timeout=200)
+    assert here.returncode == 0, here.stdout + here.stderr
+    alone = json.loads((tmp_path / "here/refs/latest/pretrain/manifest.json").read_text())
+    assert found["tree"] == alone["tree"]
