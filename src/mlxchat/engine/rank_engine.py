@@ -55,27 +55,34 @@ class RankEngine(Engine):
         """
         team = self.team
         assert team is not None
+        how: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+            "log_probabilities": log_probabilities,
+        }  # fmt: skip
+        if not all(prompts) or not prompts:  # nothing to do, or refused: here, while no rank waits for another
+            return super().complete(prompts, seed=seed, **how)
         sync_model(team, self.model)
         _share_tokenizer(team, self.tokenizer)
         options = {"bits": self.bits, "kv_bits": self.kv_bits, "trained": self.trained}
         _engines(team)[str(options)] = self
-        how = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-            "log_probabilities": log_probabilities,
-        }  # fmt: skip
-        request = {"prompts": prompts, "seeds": row_seeds(seed, len(prompts)), "how": how, "options": options}
-        found: list[Completion] = team.call(_complete, request)
+        request = {"seeds": row_seeds(seed, len(prompts)), "how": how, "options": options}
+        # Thousands of prompts are more than an order may be long.
+        arrays: Given = {
+            "ids": np.concatenate([np.array(prompt, dtype=np.int32) for prompt in prompts]),
+            "lengths": np.array([len(prompt) for prompt in prompts], dtype=np.int32),
+        }
+        found: list[Completion] = team.call(_complete, request, arrays)
         return found
 
 
 def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Completion]:
     """Return the completions of all prompts, each made by one rank."""
-    del arrays
+    given = _parts(np.asarray(arrays["ids"]).tolist(), arrays["lengths"])
     # Every rank gets some samples of each question, and some of the long prompts: so all take about as long.
     own = slice(team.group.rank, None, team.size)
-    prompts, seeds = request["prompts"][own], request["seeds"][own]
-    rows = Engine.complete(_engine_here(team, request["options"]), prompts, seed=seeds, **request["how"])
-    completions = [Completion() for _ in request["prompts"]]
+    engine, seeds = _engine_here(team, request["options"]), request["seeds"][own]
+    rows = Engine.complete(engine, given[own], seed=seeds, **request["how"])
+    completions = [Completion() for _ in given]
     for rank, found in enumerate(team.group.gather_json([asdict(row) for row in rows])):
         completions[rank :: team.size] = [Completion(**row) for row in found]
     return completions
@@ -112,6 +119,11 @@ def _share_tokenizer(team: Team, tokenizer: Tokenizer) -> None:
 def _take_tokenizer(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
     if team.group.leads:
         return
-    joined, ends = bytes(np.asarray(arrays["bytes"])), np.cumsum(np.asarray(arrays["lengths"])).tolist()
-    tokens = [joined[start:stop] for start, stop in pairwise([0, *ends])]
+    tokens = _parts(bytes(np.asarray(arrays["bytes"])), arrays["lengths"])
     team.kept[_TOKENIZER] = Tokenizer({token: rank for rank, token in enumerate(tokens)}, request["pattern"])
+
+
+def _parts(joined: Any, lengths: mx.array) -> list[Any]:
+    """Return the parts of these lengths that something is joined of."""
+    ends = np.cumsum(np.asarray(lengths)).tolist()
+    return [joined[start:stop] for start, stop in pairwise([0, *ends])]
