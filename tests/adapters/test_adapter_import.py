@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
 
 from mlxchat.cli import main
+from mlxchat.errors import DataError
+from mlxchat.interop.adapter_import import find_files, import_adapter
+from mlxchat.interop.source import open_folder
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.store import Store, read_manifest
 
@@ -143,16 +146,27 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_what_is_broken_or_for_another_model_is_refused_and_leaves_nothing(
-    outputs: Path, command: Command, tmp_path: Path, fault: str
+def test_what_is_broken_or_for_another_model_is_refused_before_anything_is_written(
+    outputs: Path, tmp_path: Path, fault: str
 ) -> None:
-    foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
+    base = publish_base(outputs)
+    there, out = foreign(tmp_path / "there", publish_adapters(outputs, base)), tmp_path / "out"
+    out.mkdir()
     break_it, reason = BROKEN[fault]
-    break_it(tmp_path / "there")
+    break_it(there)
+    source = open_folder(there)
+    with pytest.raises(DataError, match=reason):
+        import_adapter(source, find_files(source), base, out, chats=None, check=lambda: None)
+    assert list(out.iterdir()) == []
+
+
+def test_a_refused_import_leaves_no_artifact_and_no_traceback(outputs: Path, command: Command, tmp_path: Path) -> None:
+    there = foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
+    _config(there, rank=5)
     before = sorted(path.name for path in (outputs / "store").iterdir())
     code, said = command("import", "adapter", "there", "--base", "base")
     assert code != 0
-    assert reason in said
+    assert "adapters do not fit adapter_config.json and the model" in said
     assert "Traceback" not in said
     assert sorted(path.name for path in (outputs / "store").iterdir()) == before
 
