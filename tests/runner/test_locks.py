@@ -271,3 +271,19 @@ def test_a_lock_in_a_folder_that_cannot_be_written_is_refused_in_words(tmp_path:
         locks.hold(tmp_path / "file" / "x.lock", {}, print),
     ):
         pass
+
+
+def test_each_host_and_each_gpu_that_it_was_given_has_a_lock_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    found = {locks.gpu_lock(tmp_path)}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-12/ab,1")
+    found.add(locks.gpu_lock(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_GPUS", "3")  # in a container of SLURM's each job sees its GPU as the first
+    found.add(locks.gpu_lock(tmp_path))
+    monkeypatch.setattr(locks, "host_name", lambda: "another")
+    found.add(locks.gpu_lock(tmp_path))
+    assert len(found) == 4
+    assert {path.parent for path in found} == {tmp_path / "locks"}

@@ -106,6 +106,16 @@ def host_name() -> str:
     return os.uname().nodename
 
 
+def gpu_lock(outputs: Path) -> Path:
+    """Return the lock file of the GPU that this process may use: one step at a time, for each host that shares outputs.
+
+    SLURM and CUDA say which of several it is.
+    """
+    which = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    name = "".join(char if char.isalnum() or char in "._" else "-" for char in f"{host_name()}-{which}")
+    return outputs / "locks" / f"gpu-{name[:200]}.lock"
+
+
 def read_owner(path: Path) -> dict[str, Any]:
     """Return what the holder wrote about itself, or an empty record."""
     try:

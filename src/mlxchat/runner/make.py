@@ -54,7 +54,7 @@ def make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], li
     """
     with ExitStack() as held:
         if "gpu" in step.stage.resources and run.uses_gpu():
-            token = store.outputs / "locks" / "gpu0.lock"
+            token = locks.gpu_lock(store.outputs)
             waiting = Waiting(run, step.name, token, doing="has the GPU")
             held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
         _check_inputs(step, folders, store)
