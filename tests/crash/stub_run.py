@@ -59,6 +59,7 @@ class Convert:
 class Train:
     iterations: int = 4
     pause: float = field(default=0.0, metadata={"identity": False})
+    dtype: str = field(default="auto", metadata={"identity": False})
 
 
 @dataclass

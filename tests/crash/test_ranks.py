@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -94,6 +95,15 @@ def test_all_ranks_end_with_one_message_and_the_next_start_ends_with_the_same_by
     stubs.check_clean()
     assert stubs.trees() == undisturbed.trees()
     assert stubs.executions()["together"] == 2
+
+
+def test_what_goes_wrong_on_a_rank_is_told_and_its_traceback_kept(stubs: Any) -> None:
+    code, text = stubs.run(*RANKS, "train.dtype=none")
+    assert code == 1
+    assert re.search(r"error: rank [12] \(process \d+ on .*\) failed: KeyError: 'none'\. All ranks have ended", text)
+    assert "Traceback" not in text
+    (run,) = (stubs.outputs / "runs").iterdir()
+    assert "KeyError: 'none'" in (run / "rank-1.log").read_text()
 
 
 def test_a_second_signal_ends_all_ranks_at_once(stubs: Any) -> None:

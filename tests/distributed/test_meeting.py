@@ -5,7 +5,10 @@ from __future__ import annotations
 import mlxchat  # isort: split
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -135,6 +138,39 @@ def test_a_rank_that_would_compute_something_else_is_named_with_its_host(key: st
 def test_a_rank_that_does_not_come_is_named_with_its_host() -> None:
     with pytest.raises(StepFailed, match=re.escape("rank 2 (10.0.0.3) did not come within 1 seconds")):
         meet([find_facts(1)], 3, seconds=1)
+
+
+# As with mpi, which is not in every MLX: the ranks join the group before they know where rank 0 listens.
+GROUP_FIRST = """
+import mlxchat, os, sys
+from mlxchat.launch.meeting import Meeting
+rank = int(os.environ["MLX_RANK"])
+meeting = Meeting(rank=rank, size=2, backend="ring", address=None)
+if rank == 0:
+    from mlxchat.launch.ranks import meet
+    print(meet(meeting, print).describe()["size"], "ranks")
+else:
+    from mlxchat.launch.follow import follow
+    sys.exit(follow(meeting))
+"""
+
+
+def test_ranks_that_can_only_meet_in_the_group_learn_there_where_rank_0_listens(ranks: Any, tmp_path: Path) -> None:
+    hosts = write(tmp_path, [[f"127.0.0.1:{port}"] for port in ranks.free_ports(2)])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", GROUP_FIRST], env=os.environ | {"MLX_RANK": rank, "MLX_HOSTFILE": hosts},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=60)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "2 ranks" in said[0].splitlines()
 
 
 def test_strangers_who_say_nothing_that_is_known_are_not_believed() -> None:

@@ -96,10 +96,13 @@ def follow(meeting: Meeting, *, started_by_lead: bool = False, says: bool = Fals
     from mlxchat.launch.joining import join_group
 
     facts = find_facts(meeting.rank)
-    assert meeting.address is not None
-    host, port = meeting.address
+    group, address = None, meeting.address
+    if address is None:
+        group, _ = join_group(meeting.backend, {}, None, tell=False)
+        address = tuple(group.share_json())
+    host, port = address
     try:
-        line = connect(meeting.address, CONNECT_SECONDS)
+        line = connect((host, port), CONNECT_SECONDS)
     except OSError as error:
         print(f"error: rank {meeting.rank} on {facts['host']} finds no rank 0 at {host}:{port} ({error})",
               file=sys.stderr)  # fmt: skip
@@ -109,7 +112,8 @@ def follow(meeting: Meeting, *, started_by_lead: bool = False, says: bool = Fals
     if answer is None or answer.get("kind") != "welcome":
         return 1  # rank 0 has said why
     variables = {"MLX_RANK": str(meeting.rank), **answer["variables"]}
-    group, _ = join_group(meeting.backend, variables, answer["hosts"], tell=False)
+    if group is None:
+        group, _ = join_group(meeting.backend, variables, answer["hosts"], tell=False)
     follower = Follower(line, answer["host"], says=says)
     return work(follower, group, same_host=answer["host"] == facts["host"], forward=not started_by_lead)
 

@@ -43,7 +43,8 @@ class Lead:
         )
         self._ranks = ranks
         if ranks.is_broken or ranks.team is None:
-            raise StepFailed("the ranks of this process have ended. Run the same command again.")
+            loss = f"{ranks.watch.cause()}. " if ranks.watch.loss else ""
+            raise StepFailed(f"{loss}All ranks have ended. The same command continues.")
         ranks.watch.on_stop = lambda: _stop(run)
         machine = {name: getattr(self._machine, name) for name in _LIMITS} | {"blas_threads": self._threads}
         neighbours = [ranks.on_host_of(rank) for rank in range(ranks.size)]

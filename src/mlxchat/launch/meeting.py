@@ -27,7 +27,7 @@ class Meeting:
     backend: str
     """ring, jaccl, nccl or mpi."""
     address: tuple[str, int] | None
-    """Host and port at which rank 0 listens to the others; None: it tells them through the group."""
+    """Host and port at which rank 0 listens to the others; None (mpi): it tells them through the group."""
     hosts: list[str] = field(default_factory=list)
     """Where each rank is, as far as the variables say so."""
 

@@ -23,6 +23,7 @@ from mlxchat.launch.line import listen_at
 from mlxchat.launch.meeting import Meeting
 
 if TYPE_CHECKING:
+    from mlxchat.distributed.group import Group
     from mlxchat.distributed.team import Team
     from mlxchat.launch.watch import Watch
 
@@ -51,13 +52,17 @@ class Ranks:
         """Return how many ranks there are, this one included."""
         return self.watch.size
 
-    def join(self, variables: dict[str, str], others: dict[str, str], hosts: list[list[str]] | None) -> None:
-        """Join MLX's group together with the others.
+    def join(
+        self, variables: dict[str, str], others: dict[str, str], hosts: list[list[str]] | None,
+        joined: tuple[Group, list[int]] | None = None,
+    ) -> None:  # fmt: skip
+        """Join MLX's group together with the others, and listen to them from now on.
 
         Args:
             variables: what MLX reads in this process.
             others: what it reads in the others.
             hosts: addresses of each rank, for a ring of this machine.
+            joined: the group and its sockets, if all have joined it already.
         """
         from mlxchat.distributed.team import Team
         from mlxchat.launch.joining import join_group, shut
@@ -65,7 +70,7 @@ class Ranks:
 
         self.watch.welcome({"variables": others, "hosts": hosts, "host": platform.node()})
         try:
-            group, sockets = join_group(self.backend, variables, hosts, tell=True)
+            group, sockets = joined or join_group(self.backend, variables, hosts, tell=True)
         except StepFailed:
             self.watch.leave()
             raise
@@ -198,13 +203,13 @@ def meet(meeting: Meeting, say: Callable[[str], None]) -> Ranks:
     """
     global _current
     from mlxchat.launch.facts import find_facts
+    from mlxchat.launch.joining import join_group
     from mlxchat.launch.watch import Watch
 
-    if meeting.address is None:
-        raise ConfigError("mlxchat's ranks need an address of rank 0, which mpi does not tell: use ring, jaccl or nccl")
     watch = Watch(find_facts(0), meeting.size)
     found = Ranks(watch, meeting.backend)
-    host, port = meeting.address
+    joined = None if meeting.address is not None else join_group(meeting.backend, {}, None, tell=True)
+    host, port = meeting.address or ("", 0)
     try:
         listener = listen_at(host, port)
     except OSError as error:
@@ -213,8 +218,10 @@ def meet(meeting: Meeting, say: Callable[[str], None]) -> Ranks:
             "port above those of the hostfile: is this the host of rank 0, and is the port free?"
         ) from None
     with listener:
+        if joined is not None:
+            joined[0].share_json([platform.node(), listener.getsockname()[1]])
         watch.gather(listener, _MEET_SECONDS, lambda: None, meeting.hosts)
-    found.join({}, {}, None)
+    found.join({}, {}, None, joined)
     places = ", ".join(dict.fromkeys(str(facts["host"]) for facts in watch.facts.values()))
     say(f"{meeting.size} ranks compute together ({meeting.backend}): {places}")
     _current = found

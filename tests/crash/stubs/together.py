@@ -15,24 +15,24 @@ PRODUCES = "model"
 OUTPUTS = ["model.bin"]
 RESOURCES = ["gpu"]
 
-# A function of mlxchat that all ranks may be asked to call; what is sent along travels through MLX's ring.
-ORDER = {"step": "again", "neighbours": [1, 1, 1], "machine": {
-    "device": "cpu", "compute_dtype": "auto", "memory_limit_bytes": None, "cache_limit_bytes": None,
-    "wired_limit_bytes": None, "blas_threads": 1,
-}}  # fmt: skip
-
 
 def run(ctx):
     from mlxchat.launch.begin import begin_step
 
     count_execution(ctx)
+    # A function of mlxchat that all ranks may be asked to call; what is sent along travels through MLX's ring.
+    machine = {
+        "device": "cpu", "compute_dtype": ctx.config.train.dtype, "memory_limit_bytes": None, "cache_limit_bytes": None,
+        "wired_limit_bytes": None, "blas_threads": 1,
+    }  # fmt: skip
+    order = {"step": "again", "neighbours": [1, 1, 1], "machine": machine}
     found = read_newest(ctx.work)
     total, done = (found[0]["total"], found[1]["iteration"]) if found else (np.zeros(8), 0)
     ctx.rewind_records(done)
     while done < ctx.config.train.iterations:
         numbers = np.random.default_rng(done).integers(0, 9, size=8)
         if ctx.team is not None:
-            ctx.team.call(begin_step, ORDER, {"numbers": numbers.astype(np.float32)})
+            ctx.team.call(begin_step, order, {"numbers": numbers.astype(np.float32)})
         total = total + numbers
         done += 1
         crash_point("train.iteration")
