@@ -17,13 +17,14 @@ from tests.adapters.store_of_adapters import (
     publish,
     publish_adapters,
     publish_base,
+    random_adapters,
     some_ids,
 )
 
 from mlxchat.errors import DataError, MlxchatError, StoreError
 from mlxchat.model.adapter_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapter_config
-from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.runner.store import Store, read_manifest
 
 Weights = dict[str, np.ndarray[Any, Any]]
@@ -244,3 +245,27 @@ def test_an_adapter_is_kept_together_with_its_base_by_gc(tmp_path: Path) -> None
     assert find_garbage(Store(outputs), limits).garbage == []
     (outputs / "refs" / "latest" / "tuned").unlink()
     assert {item.path.name for item in find_garbage(Store(outputs), limits).garbage} == {base.name, tuned.name}
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("lora", None), ("dora", None), ("lora", 4), ("dora", 8)])
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_what_is_opened_says_what_the_model_said_in_which_adapters_were_trained(
+    tmp_path: Path, architecture: str, kind: str, bits: int | None
+) -> None:
+    """There the adapters compute beside the base's matrices, here they are in them."""
+    from mlxchat.model.adapters import attach_adapters
+    from mlxchat.model.parameters import trained_parameters
+
+    base = publish_base(tmp_path / "outputs", architecture=architecture)
+    trained, tokenizer, facts = load_checkpoint(base)
+    sizes = adapter_sizes(trained.sizes, kind, bits=bits)
+    attach_adapters(trained, sizes)
+    set_parameters(trained, random_adapters(sizes, trained.sizes))
+
+    def write(out: Path) -> None:
+        save_adapters(
+            out, trained_parameters(trained), sizes, base=base, sizes=trained.sizes, tokenizer=tokenizer, facts=facts
+        )
+
+    opened = load_checkpoint(publish(tmp_path / "outputs", "tuned", write, inputs={"checkpoint": base}))[0]
+    np.testing.assert_allclose(np.asarray(opened(some_ids())), np.asarray(trained(some_ids())), atol=2e-4)
