@@ -353,6 +353,24 @@ def test_a_push_needs_no_place_of_its_own_and_replaces_former_weights(export: An
     assert {"model.safetensors", "LICENSE"} <= files.keys()
 
 
+def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(hub: Any, tmp_path: Path) -> None:
+    from tests.adapters.store_of_adapters import publish_adapters, publish_base
+
+    tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"))
+    weights = {"model.safetensors", "adapters.safetensors", "adapter_config.json"}
+    for target, expected in (
+        ("mlx", {"model.safetensors"}), ("mlx-adapter", weights - {"model.safetensors"}), ("hf", {"model.safetensors"})
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as exit_:
+            main(["export", tuned.name, "--to", target, "--push", "me/model", f"outputs={tmp_path / 'outputs'}"])
+        assert exit_.value.code == 0
+        files = hub.repositories["me/model"].files
+        assert files.keys() & weights == expected
+        # mlx-lm fetches models, but no adapters.
+        fetched = "hf download me/model --local-dir FOLDER" in files["README.md"].decode()
+        assert fetched == (target == "mlx-adapter")
+
+
 @pytest.mark.parametrize("part", ["/put/", "/commit/", "objects/batch", "/preupload/"])
 def test_a_push_that_fails_changes_nothing(export: Any, hub: Any, part: str) -> None:
     export("oct", "--to", "mlx", "--push", "me/model")

@@ -19,7 +19,10 @@ from mlxchat.runner.store import MANIFEST, read_manifest
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # Former weights of these kinds go with the commit: loaders take every file of such a name for the model's.
-_FORMER = ("model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json")
+_FORMER = (
+    "model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json", "adapters.safetensors",
+    "adapter_config.json",
+)  # fmt: skip
 
 
 def check_repository(name: str, *, public: bool, kind: str = "model", option: str = "--push ") -> str:

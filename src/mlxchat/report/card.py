@@ -195,11 +195,11 @@ def _provenance(step: StepReport, sha256: str) -> Table:
 
 
 def _instructions(target: str, chats: bool, how: Mapping[str, str], repository: str | None) -> str:
-    """Return how to use it, from the repository if it goes to one; nanochat knows folders alone."""
+    """Return how to use it, from the repository if it goes to one; nanochat and adapters are for folders alone."""
     words = _HOW[target].format(**{"prompt": _prompt(chats), **how})
     if repository is None:
         return words
-    if target == "nanochat":
+    if target in ("nanochat", "mlx-adapter"):
         return f"    hf download {repository} --local-dir FOLDER\n\n{words}"
     return words.replace("FOLDER", repository)
 
