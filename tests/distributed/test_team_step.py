@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlxchat  # isort: split
 
+import gc
 import hashlib
 from dataclasses import replace
 from functools import cache
@@ -18,12 +19,13 @@ from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
 from mlxchat.model.replicas import model_on
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.sizing import GPTSizes, sizes_of
+from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
 from mlxchat.ops import blas
 from mlxchat.ops.distillation import Mix
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
+from mlxchat.training.memory import predict_peak_bytes
 from mlxchat.training.step import Batch, mean_batch
 from mlxchat.training.teacher import Distillation, OwnTeacher
 from mlxchat.training.teacher_size import TeacherSize
@@ -126,6 +128,40 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
     return {"steps": steps, "parts": parts, "ranks": ranks, "digest": digest(flatten_parameters(model))}
 
 
+def peak_of_large(team: Team) -> dict[str, Any]:
+    """Train a model that is large enough for its memory to be counted; return what ranks held and what is predicted."""
+    blas.set_blas_threads(1)
+    config = compose_config(["model=d6", "architecture=oct2025", "optimizer=muon_oct2025"]).config
+    sizes = sizes_of(replace(config.model, context_tokens=128), config.architecture, 2048)
+    before = team.call(forget_peak)
+    model = GPT(sizes)
+    init_weights(model, 0)
+    optimizer = Optimizer(model, config.optimizer, width=sizes.width)
+    step = make_step(team, model, optimizer, micro_tokens=256, dtype=mx.float32)
+    ids = np.random.default_rng(0).integers(0, 2048, (8, 129), dtype=np.int32)
+    batch = mean_batch([(row[:-1], row[1:]) for row in ids])
+    for _ in range(3):
+        step(batch, Rates(1.0, 0.9, 1.0))
+    held = [peak - first for (_, peak), (first, _) in zip(team.call(tell_memory), before, strict=True)]
+    predicted = predict_peak_bytes(
+        sizes, config.optimizer, rows=-(-8 // team.size), micro_rows=2, row_tokens=128, num_lanes=1,
+        num_ranks=team.size,
+    )  # fmt: skip
+    return {"held": held, "predicted": predicted.total, "parts": vars(predicted)}
+
+
+def forget_peak(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Any]:
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return tell_memory(team, request, arrays)
+
+
+def tell_memory(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Any]:
+    """Return of each rank the bytes that MLX has, and the most that it had."""
+    return team.group.gather_json([mx.get_active_memory(), mx.get_peak_memory()])
+
+
 def train_all(team: Team, folder: str) -> dict[str, Any]:
     return {name: train_case(team, name, folder) for name in CASES}
 
@@ -191,3 +227,11 @@ def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
     assert held == whole
     sizes = [sum(int(np.prod(shape)) for shape in shapes.values()) for _, shapes in found[name]["ranks"]]
     assert max(sizes) < 1.25 * min(sizes)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_each_rank_holds_is_what_is_predicted(size: int, ranks: Any) -> None:
+    """To 15 %, of a model of six layers; weights are on all ranks, moments are dealt out."""
+    found = ranks.lead_ranks(peak_of_large, size, seconds=120)
+    print(found)
+    assert found["held"] == pytest.approx([found["predicted"]] * size, rel=0.15)

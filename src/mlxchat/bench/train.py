@@ -50,6 +50,11 @@ def measure_training(config: Config) -> dict[str, Any]:
     steps, weights and moments included: the most that MLX held, on a CPU the growth of the process if that is more.
     """
     bench, machine, seed = config.bench, config.machine, config.seed
+    if machine.num_processes > 1:
+        raise ConfigError(
+            f"bench train measures one process, machine.num_processes is {machine.num_processes}: leave it out. What "
+            "ranks reach together is in the metrics of a training: tokens_per_second and communication_frac"
+        )
     dtype = prepare_machine(machine)
     sizes = sizes_of(replace(config.model, context_tokens=bench.row_tokens), config.architecture, bench.vocab_size)
     tokens = bench.batch_rows * bench.row_tokens

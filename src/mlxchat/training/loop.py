@@ -199,9 +199,13 @@ def fit(
                 ) from error
             waited = batches.waited_seconds - waited
             rates = rates_at(done, num_iterations, schedule, optimizer.config)
+            traffic = ctx.team.group.traffic.seconds if ctx.team is not None else 0.0
             loss, norm = step(batch, rates, done)
             seconds = time.perf_counter() - began
             record: dict[str, Any] = {}
+            of_ranks = {}
+            if isinstance(step, TeamStep):
+                of_ranks["communication_frac"] = (step.team.group.traffic.seconds - traffic) / seconds
             good = is_finite(loss, norm)
             if good:
                 ctx.metrics |= step.loss_parts
@@ -221,7 +225,7 @@ def fit(
                 record["warning"] = warning
             if done % machine.log_every == 0 or done == num_iterations or record:
                 record |= {"lr_multiplier": rates.lr_factor, **({"grad_norm": norm, **step.loss_parts} if good else {})}
-                ctx.log({"iteration": done, **meter.record(loss if good else None), **record})
+                ctx.log({"iteration": done, **meter.record(loss if good else None), **of_ranks, **record})
             shown = {**meter.show(), **(best.show() if best is not None else {}), **watch.show(done)}
             progress.update(done, **shown)
             run_hooks()

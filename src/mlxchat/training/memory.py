@@ -44,6 +44,8 @@ _DRAWN_LOGITS, _READ = 3.0, 18.0
 # Copies of the largest matrix that a lane has: unpacked; and as it is with its adapter, squared, for rows' lengths.
 _UNPACKED, _LENGTHS = 1.5, 6.0
 _ADAMW = 3  # a parameter and its two moments, old ones still there
+# Bytes that travel between ranks at a time, at least one parameter; each lies there as it is and as a message.
+_BUCKET = 64 * 2**20  # of distributed/group.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,15 @@ def predict_peak_bytes(
     if muon:
         workspace = max(workspace, round(matrices * min(_MUON, _MUON_OF_ALL_LANES / num_lanes)))
     gradients = (lanes * (parameters - tables) + tables) * _MASTER_BYTES
+    summing = gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES
+    moving = (parameters + workspace) * _MASTER_BYTES
+    if num_ranks > 1:
+        whole = parameters * _MASTER_BYTES
+        bucket = min(whole, max(_BUCKET, counts["embedding"] * _MASTER_BYTES))
+        summing = max(summing, whole + 2 * bucket)
+        # New weights come in before the old ones go; each rank's part is there once more, and as a message.
+        arriving = min(whole, num_ranks * bucket) + 2 * whole // num_ranks
+        moving = max(whole + workspace * _MASTER_BYTES // num_ranks, arriving)
     found = PeakBytes(
         weights=parameters * _MASTER_BYTES,
         moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES // num_ranks,
@@ -143,8 +154,8 @@ def predict_peak_bytes(
         # The teacher's layers are done before there are logits.
         logits=max(round(logits * _MASTER_BYTES), teacher.working_per_token * tokens if teacher else 0),
         gradients=gradients,
-        summing=gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES,
-        moving=(parameters + workspace) * _MASTER_BYTES,
+        summing=summing,
+        moving=moving,
         kept=(parameters * _MASTER_BYTES if keeps_best else 0) + (teacher.weights if teacher else 0),
         sampling=predict_sampling_bytes(sizes, rows=rows, row_tokens=row_tokens) if samples else 0,
     )

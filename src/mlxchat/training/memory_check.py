@@ -16,7 +16,14 @@ from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes
 from mlxchat.training.given_sizes import find_given_sizes
 from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
-from mlxchat.training.micro_batch import MOST_TOKENS, Training, choose_micro_rows, find_device, rows_at_a_time
+from mlxchat.training.micro_batch import (
+    MOST_TOKENS,
+    Training,
+    choose_micro_rows,
+    count_ranks,
+    find_device,
+    rows_at_a_time,
+)
 from mlxchat.training.teacher_size import measure_teacher, teacher_folder, teachers_of
 
 _NUM_REMEDIES = 3
@@ -34,6 +41,7 @@ def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, st
         if training is not None:
             rows = rows_at_a_time(training, config.machine)
             needed = f"{format_bytes(training.peak_bytes(rows or 1))} with {(rows or 1) * training.row_tokens:,} tokens"
+            needed += f" on each of {training.num_ranks} ranks" if training.num_ranks > 1 else ""
             lines[step.name] = needed if rows else "does not fit"
     return lines
 
@@ -53,7 +61,7 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
         if training is None or rows_at_a_time(training, config.machine):
             continue
         asked = config.machine.device_batch_tokens or 1
-        rows = min(training.rows, max(1, asked // training.row_tokens))
+        rows = min(training.own_rows, max(1, asked // training.row_tokens))
         remedies = list(islice(_remedies(config, step.stage.name, given.get(step.name)), _NUM_REMEDIES))
         lines = [f"  {setting} → {format_bytes(needed)}" for setting, needed in remedies]
         what = "It would fit with any one of these:" if lines else "Nothing that was tried makes it fit."
@@ -101,7 +109,7 @@ def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Tr
         # RL's frozen reference is as large.
         keeps_best=(stage == "pretrain" and config.pretrain.keep == "best")
         or (stage == "rl" and config.rl.kl_coefficient > 0),
-        teacher=teacher, samples=stage == "rl", adapters=adapters,
+        teacher=teacher, samples=stage == "rl", adapters=adapters, num_ranks=count_ranks(config.machine)[0],
     )  # fmt: skip
 
 

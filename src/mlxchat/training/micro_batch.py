@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from mlxchat.errors import ConfigError
+from mlxchat.launch.ranks import current
 from mlxchat.model.adapter_targets import AdapterSizes
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.ops import blas
@@ -70,13 +71,20 @@ class Training:
     """Whether rows are answers that the model gives between the steps."""
     adapters: AdapterSizes | None = None
     """What alone is trained; None: all weights are."""
+    num_ranks: int = 1
+    """Processes that share an iteration's rows and the moments."""
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of an iteration that one rank has, at most."""
+        return -(-self.rows // self.num_ranks)
 
     def peak_bytes(self, micro_rows: int) -> int:
         """Return the predicted peak with so many rows at a time."""
         return predict_peak_bytes(
             self.sizes,
             self.optimizer,
-            rows=self.rows,
+            rows=self.own_rows,
             micro_rows=micro_rows,
             row_tokens=self.row_tokens,
             num_lanes=self.device.num_lanes,
@@ -86,6 +94,7 @@ class Training:
             teacher=self.teacher,
             samples=self.samples,
             adapters=self.adapters,
+            num_ranks=self.num_ranks,
         ).total
 
     def fits(self, micro_rows: int) -> bool:
@@ -125,7 +134,7 @@ def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
     half = machine.compute_dtype == "bfloat16" or (machine.compute_dtype == "auto" and kind != "cpu")
     lanes = min(machine.blas_threads or blas.available_cores(), _MOST_LANES) if kind == "cpu" else 1
     total = _memory_bytes(kind, ask_mlx=ask_mlx)
-    limit = machine.memory_limit_bytes
+    limit, neighbours = machine.memory_limit_bytes, count_ranks(machine)[1]
     if limit is not None:
         where = "machine.memory_limit_bytes"
     elif total is None:
@@ -133,7 +142,16 @@ def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
     else:
         limit = int(total * MEMORY_SHARE[kind])
         where = f"{MEMORY_SHARE[kind]:.0%} of this machine's {format_bytes(total)}"
+        if kind != "cuda" and neighbours > 1:  # there each has a GPU of its own
+            limit //= neighbours
+            where += f", shared by {neighbours} ranks"
     return Device(kind=kind, num_lanes=lanes, compute_bytes=2 if half else 4, limit_bytes=limit, limit_is=where)
+
+
+def count_ranks(machine: MachineConfig) -> tuple[int, int]:
+    """Return how many ranks compute together, and how many of them on this machine."""
+    ranks = current()
+    return (machine.num_processes,) * 2 if ranks is None else (ranks.size, ranks.on_host_of(0))
 
 
 def choose_micro_rows(training: Training, most_tokens: int) -> int:
@@ -141,12 +159,13 @@ def choose_micro_rows(training: Training, most_tokens: int) -> int:
 
     Micro-batches of one size where that costs less than half of it; else as equal as can be.
     """
-    most = max(1, min(training.rows, most_tokens // training.row_tokens))
+    rows_of_rank = training.own_rows
+    most = max(1, min(rows_of_rank, most_tokens // training.row_tokens))
     fitting = next((rows for rows in range(most, 0, -1) if training.fits(rows)), 0)
     if fitting == 0:
         return 0
-    divisor = next(rows for rows in range(fitting, 0, -1) if training.rows % rows == 0)
-    return divisor if 2 * divisor > fitting else -(-training.rows // -(-training.rows // fitting))
+    divisor = next(rows for rows in range(fitting, 0, -1) if rows_of_rank % rows == 0)
+    return divisor if 2 * divisor > fitting else -(-rows_of_rank // -(-rows_of_rank // fitting))
 
 
 def choose_micro_batch(
@@ -189,20 +208,21 @@ def choose_micro_batch(
         teacher=teacher,
         samples=samples,
         adapters=adapters,
+        num_ranks=ctx.team.size if ctx.team is not None else 1,
     )
     before = ctx.work / _CHOICE
     begun = None
     with suppress(OSError, ValueError, KeyError, TypeError):
         begun = max(1, int(json.loads(before.read_text(encoding="utf-8"))["tokens"]) // row_tokens)
-    if machine.device_batch_tokens is None and begun is not None and training.fits(min(rows, begun)):
-        micro_rows = min(rows, begun)
+    if machine.device_batch_tokens is None and begun is not None and training.fits(min(training.own_rows, begun)):
+        micro_rows = min(training.own_rows, begun)
     else:
         micro_rows = rows_at_a_time(training, machine)
     if micro_rows == 0:
         rows = 1 if machine.device_batch_tokens is None else max(1, machine.device_batch_tokens // row_tokens)
         raise ConfigError(
-            f"{ctx.step} {training.explain_excess(min(rows, training.rows))}. Give it machine.grad_checkpointing=true, "
-            "fewer tokens at a time or in a row, or a smaller model"
+            f"{ctx.step} {training.explain_excess(min(rows, training.own_rows))}. Give it "
+            "machine.grad_checkpointing=true, fewer tokens at a time or in a row, or a smaller model"
         )
     found = MicroBatch(tokens=micro_rows * row_tokens, predicted_peak_bytes=training.peak_bytes(micro_rows))
     before.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +234,7 @@ def rows_at_a_time(training: Training, machine: MachineConfig) -> int:
     """Return the rows of a micro-batch: as `machine.device_batch_tokens` says, or chosen; 0: they do not fit."""
     if machine.device_batch_tokens is None:
         return choose_micro_rows(training, MOST_TOKENS[training.device.kind])
-    rows = min(training.rows, max(1, machine.device_batch_tokens // training.row_tokens))
+    rows = min(training.own_rows, max(1, machine.device_batch_tokens // training.row_tokens))
     # On a GPU, where no prediction was measured, whoever gives a number knows better.
     return rows if training.device.kind != "cpu" or training.fits(rows) else 0
 
