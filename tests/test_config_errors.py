@@ -167,6 +167,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_typ
         (["machine.log_every=0"], r"machine\.log_every is 0"),
         (["machine.checkpoint_seconds=-1"], r"machine\.checkpoint_seconds is -1"),
         (["machine.blas_threads=0"], r"machine\.blas_threads is 0"),
+        (["machine.num_processes=0"], r"machine\.num_processes is 0, expected at least 1"),
+        (["machine.num_processes=2", "machine.max_parallel_steps=2"], r"either processes compute one step together"),
         (["optimizer.grad_clip=0"], r"optimizer\.grad_clip is 0"),
         (["optimizer.matrix_lr=-0.1"], r"optimizer\.matrix_lr is -0\.1"),
         (["optimizer.matrix_lr=nan"], r"optimizer\.matrix_lr.*nan"),

@@ -63,6 +63,11 @@ def run_pipeline(
     finished = all(step.done and step.verdict.original is None for step in plan)
     store.prepare()
     _say(format_plan(plan))
+    if ranks is not None:
+        sections = {step.name: getattr(config, step.stage.name, None) for step in plan if not step.done}
+        batches = {step: getattr(section, "batch", None) for step, section in sections.items()}
+        for line in ranks.remarks({step: batch for step, batch in batches.items() if batch is not None}):
+            _say(line)
     if need is not None:
         _say(str(need))
     if finished:

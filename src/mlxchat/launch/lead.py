@@ -11,7 +11,9 @@ from mlxchat.launch.ranks import Ranks, current, start_here
 from mlxchat.ops.blas import share_of_cores
 
 if TYPE_CHECKING:
-    from mlxchat.config import MachineConfig
+    from collections.abc import Mapping
+
+    from mlxchat.config import BatchConfig, MachineConfig
     from mlxchat.distributed.team import Team
 
 _LIMITS = ("device", "compute_dtype", "memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes")
@@ -30,6 +32,20 @@ class Lead:
         self._machine, self._threads = machine, threads_given
         self._ranks = current()
         self._run: Any = None
+
+    def remarks(self, batches: Mapping[str, BatchConfig]) -> list[str]:
+        """Return a line for each step with fewer rows in an iteration than there are ranks.
+
+        Args:
+            batches: step → its iteration's tokens, as far as they are given.
+        """
+        size = self._ranks.size if self._ranks is not None else self._machine.num_processes
+        rows = {step: batch.tokens // batch.row_tokens for step, batch in batches.items() if batch.tokens is not None}
+        return [
+            f"{step:<10} has {count} rows in an iteration for {size} ranks: some have nothing to train on"
+            for step, count in rows.items()
+            if count < size
+        ]
 
     def start(self, run: Any, step: str) -> Team:
         """Return all ranks, ready for a step; those of this machine are started for the first one.

@@ -1,0 +1,48 @@
+"""What a run is told of its ranks before any is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlxchat.compose import compose_config
+from mlxchat.config import BatchConfig
+from mlxchat.launch.lead import Lead, lead_ranks
+from mlxchat.ops import blas
+
+
+def machine(*settings: str) -> Any:
+    return compose_config(["experiment=smoke", *settings]).config.machine
+
+
+def test_one_process_has_no_ranks_and_its_settings_as_they_are() -> None:
+    given = machine()
+    assert lead_ranks(given) == (given, None)
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(8, 2, 4), (8, 3, 2), (2, 4, 1)])
+def test_ranks_share_the_cores_of_their_machine(
+    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int
+) -> None:
+    monkeypatch.setattr(blas, "available_cores", lambda: cores)
+    shared, lead = lead_ranks(machine(f"machine.num_processes={ranks}"))
+    assert shared.blas_threads == threads
+    assert isinstance(lead, Lead)
+
+
+def test_threads_that_are_given_are_not_shared_out() -> None:
+    shared, _ = lead_ranks(machine("machine.num_processes=2", "machine.blas_threads=3"))
+    assert shared.blas_threads == 3
+
+
+def test_more_ranks_than_rows_are_remarked_on() -> None:
+    _, lead = lead_ranks(machine("machine.num_processes=3"))
+    assert lead is not None
+    batches = {
+        "pretrain": BatchConfig(tokens=1024, row_tokens=512),
+        "midtrain": BatchConfig(tokens=2048, row_tokens=512),
+        "sft": BatchConfig(tokens=None, row_tokens=512),
+    }
+    (line,) = lead.remarks(batches)
+    assert line == "pretrain   has 2 rows in an iteration for 3 ranks: some have nothing to train on"
