@@ -1,0 +1,92 @@
+"""Adapters that several ranks train are those that one process trains, and the base is the same on all."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import hashlib
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxchat.compose import compose_config
+from mlxchat.distributed.team import Team
+from mlxchat.model.adapter_targets import AdapterSizes, resolve_targets
+from mlxchat.model.adapters import attach_adapters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.replicas import model_on
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.ops import blas
+from mlxchat.optim.groups import AdamWRule, Optimizer
+from mlxchat.optim.schedule import Rates
+from mlxchat.training.policy_scores import policy_scores
+from mlxchat.training.step import mean_batch
+from mlxchat.training.team_step import make_step
+
+assert mlxchat
+KINDS = {"lora": ("lora", None), "dora": ("dora", None), "qlora": ("lora", 4)}
+
+
+def train(team: Team, name: str) -> dict[str, Any]:
+    """Train adapters for three steps; return losses, adapters, scores before and after, and digests of ranks."""
+    blas.set_blas_threads(1)
+    kind, bits = KINDS[name]
+    model = GPT(
+        GPTSizes(vocab_size=281, num_layers=2, num_heads=4, num_kv_heads=2, width=32, context_tokens=64, rope_theta=1e4)
+    )
+    rng = np.random.default_rng(7)
+
+    def around(parameters: dict[str, mx.array], scale: float) -> dict[str, mx.array]:
+        """Return parameters with random numbers added, none of which is zero."""
+        return {
+            name: value + mx.array(rng.normal(0, 1.0 if "wte" in name else scale, value.shape).astype(np.float32))
+            for name, value in parameters.items()
+        }
+
+    set_parameters(model, around({key: mx.zeros_like(value) for key, value in flatten_parameters(model).items()}, 0.2))
+    sizes = AdapterSizes(kind, 3, 2.0, resolve_targets(["all"], model.sizes), bits, 32)
+    attach_adapters(model, sizes, seed=1, dropout=0.2)
+    set_parameters(model, around(trained_parameters(model), 0.1))
+    reference = trained_parameters(model)
+    config = compose_config(["experiment=speedrun_d12"]).config.optimizer
+    optimizer = Optimizer(model, config, width=32, adapter=AdamWRule(1e-2, (0.9, 0.999), 0.01))
+    step = make_step(team, model, optimizer, micro_tokens=48, dtype=mx.float32, dropout_seed=5)
+    steps = []
+    for index in range(3):
+        ids = np.random.default_rng(index).integers(0, 281, (7, 17)).astype(np.int32)
+        batch = mean_batch([(row[:-1], row[1:]) for row in ids])
+        steps.append(step(batch, Rates(1.0, 0.9, 1.0), index))
+    scores = policy_scores(team, model, micro_tokens=64, dtype=mx.float32)
+    before, _ = scores(batch.ids, batch.targets, reference)
+    after, _ = scores(batch.ids, batch.targets)
+    return {
+        "steps": steps,
+        "adapters": {key: np.array(value).tolist() for key, value in trained_parameters(model).items()},
+        "scores": [before.tolist(), after.tolist()],
+        "digests": team.call(look) if team.size > 1 else [],
+        "digest": digest(model),
+    }
+
+
+def digest(model: GPT) -> str:
+    arrays = flatten_parameters(model)
+    return hashlib.sha256(b"".join(np.array(arrays[name]).tobytes() for name in sorted(arrays))).hexdigest()
+
+
+def look(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[str]:
+    """Return each rank's digest of all its weights."""
+    return team.group.gather_json(digest(model_on(team)))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_ranks_train_adapters_as_one_process_does(name: str, ranks: Any) -> None:
+    found, expected = ranks.lead_ranks(train, 2, name, seconds=90), train(Team(), name)
+    np.testing.assert_allclose(found["steps"], expected["steps"], rtol=1e-5)
+    for key, value in expected["adapters"].items():
+        apart = np.linalg.norm(np.array(found["adapters"][key]) - np.array(value))
+        assert apart <= 1e-3 * np.linalg.norm(value), key
+    np.testing.assert_allclose(found["scores"], expected["scores"], atol=2e-3)
+    assert set(found["digests"]) == {found["digest"]}
