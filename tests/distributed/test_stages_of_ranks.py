@@ -1,0 +1,62 @@
+"""Stages have all ranks evaluate and answer, and give what one process gives."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ASKING = [
+    *(ROOT / "stages" / f"{name}.py" for name in ("pretrain", "rl", "eval")),
+    *(ROOT / "src" / "mlxchat" / "training" / f"{name}.py" for name in ("estimates", "finetune")),
+]
+LOSSES = {"text_loss", "mean_loss", "bits_per_byte"}
+
+
+def called(path: Path) -> list[tuple[str, ast.Call]]:
+    """Return the calls of plain names in a file."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return [(call.func.id, call) for call in calls if isinstance(call.func, ast.Name)]
+
+
+@pytest.mark.parametrize("path", ASKING, ids=lambda path: path.stem)
+def test_whoever_evaluates_a_model_of_ours_has_all_ranks_do_it(path: Path) -> None:
+    """These would compute on rank 0 alone: right, and unnoticed."""
+    names = dict(called(path))
+    assert not names.keys() & {"Engine", "OwnModel", "PolicyScores"}
+    assert names.keys() & {"make_engine", "language_model", "text_model"}
+    for name, call in called(path):
+        if name in LOSSES:
+            assert ast.unparse(call.args[0]) in ("text_model(ctx.team, model)", "told"), ast.unparse(call)
+        if name in ("make_engine", "language_model", "text_model", "policy_scores"):
+            assert ast.unparse(call.args[0]) == "ctx.team", ast.unparse(call)
+
+
+def results(outputs: Path) -> dict[str, Any]:
+    """Return scores and what RL's answers were rewarded with, by step."""
+    latest = outputs / "refs" / "latest"
+    found: dict[str, Any] = {
+        name: json.loads((latest / name / "scores.json").read_text()) for name in ("eval_base", "eval_rl")
+    }
+    records = [json.loads(line) for line in (latest / "rl" / "rollouts.jsonl").read_text().splitlines()]
+    return found | {"rl": [[each["question"], each["output"], each["reward"]] for each in records]}
+
+
+def test_rl_and_evaluations_of_two_ranks_have_the_results_of_one_process(
+    mlxchat: Any, tiny: tuple[str, ...], outputs: Path
+) -> None:
+    before = results(outputs)
+    done = mlxchat(
+        *tiny, f"outputs={outputs}", "machine.num_processes=2", "force=[rl, eval_base, eval_rl]", timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = results(outputs)
+    assert after["rl"] == before["rl"]
+    assert len(after["rl"]) > 0
+    bpb = [each["eval_base"].pop("bpb") for each in (before, after)]
+    assert bpb[1] == pytest.approx(bpb[0], rel=1e-6)
+    assert after == before
