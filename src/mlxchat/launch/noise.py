@@ -22,7 +22,10 @@ def divert_noise(keep: Callable[[str], None]) -> None:
     sys.stderr.flush()
     original = os.dup(2)
     reading, writing = os.pipe()
-    sys.stderr = os.fdopen(os.dup(original), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1)
+    if sys.stderr is sys.__stderr__:  # a bar is only drawn on a terminal; a stream in its place may stay as it is
+        sys.stderr = os.fdopen(
+            os.dup(original), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1
+        )
     os.dup2(writing, 2)
     os.close(writing)
 
