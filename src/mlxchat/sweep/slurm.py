@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 from mlxchat.runner.signals import is_stopping
@@ -38,7 +39,7 @@ def leaving() -> Iterator[Leave | None]:
     requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
     told: list[int] = []
 
-    def hear(number: int, frame: object) -> None:
+    def hear(number: int, frame: FrameType | None) -> None:
         told.append(number)
         stopping, stop = is_stopping(), signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -75,7 +76,8 @@ def all_waited_for(folder: SweepFolder) -> Iterator[None]:
     except ModuleNotFoundError:
         yield
         return
-    original = submitit.AutoExecutor.map_array
+    executor: Any = submitit.AutoExecutor
+    original = executor.map_array
 
     def map_array(self: Any, function: Any, *arguments: Any) -> list[_Waiting]:
         jobs = original(self, function, *arguments)
@@ -86,11 +88,11 @@ def all_waited_for(folder: SweepFolder) -> Iterator[None]:
             each.others = waiting
         return waiting
 
-    submitit.AutoExecutor.map_array = map_array
+    executor.map_array = map_array
     try:
         yield
     finally:
-        submitit.AutoExecutor.map_array = original
+        executor.map_array = original
 
 
 class _Waiting:

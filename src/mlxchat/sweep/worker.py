@@ -99,7 +99,7 @@ def run_elsewhere(composed: Any) -> None:
     at_home = os.getpid() == state["parent"]["pid"] and socket.gethostname() == state["parent"]["host"]
     folder.begin(number)
     if socket.gethostname() != state["parent"]["host"] and not locks.is_held(folder.lock):
-        row = {"job": number, "overrides": job["settings"], "status": "failed", "metrics": {}}
+        row: Row = {"job": number, "overrides": job["settings"], "status": "failed", "metrics": {}}
         folder.add_row(row | {"error": _UNSEEN.format(here=socket.gethostname(), **state["parent"])})
         return
     with _prefixed(f"[{number}] "), _stopping_with(folder, state["parent"], at_home=at_home), leaving() as leave:
