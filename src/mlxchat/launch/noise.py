@@ -22,10 +22,9 @@ def divert_noise(keep: Callable[[str], None]) -> None:
     sys.stderr.flush()
     original = os.dup(2)
     reading, writing = os.pipe()
-    if sys.stderr is sys.__stderr__:  # a bar is only drawn on a terminal; a stream in its place may stay as it is
-        sys.stderr = os.fdopen(
-            os.dup(original), "w", encoding=sys.stderr.encoding, errors=sys.stderr.errors, buffering=1
-        )
+    former, is_own = sys.stderr, sys.stderr is sys.__stderr__
+    if is_own:  # a bar is only drawn on a terminal; a stream in its place may stay as it is
+        sys.stderr = os.fdopen(os.dup(original), "w", encoding=former.encoding, errors=former.errors, buffering=1)
     os.dup2(writing, 2)
     os.close(writing)
 
