@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlxchat.commands.status import main as status
 from mlxchat.runner.records import Records
 
 RANKS = ("ranks=3", "train.iterations=12")
@@ -118,6 +119,18 @@ def test_a_second_signal_ends_all_ranks_at_once(stubs: Any) -> None:
     assert process.returncode == 130
     check_gone(pids)
     assert time.monotonic() - began < SECONDS
+
+
+def test_status_says_who_computes(stubs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    process = stubs.start(*RANKS, "train.pause=60")
+    wait_for(stubs, 1)
+    assert status([f"outputs={stubs.outputs}"]) == 0
+    process.kill()
+    process.wait()
+    host = os.uname().nodename
+    assert f"running in process {process.pid} on {host} with 3 ranks (ring) (run " in capsys.readouterr().out
+    assert status([f"outputs={stubs.outputs}"]) == 0
+    assert "ranks" not in capsys.readouterr().out
 
 
 def test_a_rank_that_is_asked_twice_leaves_at_once_and_is_told_of(stubs: Any) -> None:

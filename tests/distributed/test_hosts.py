@@ -77,19 +77,19 @@ def test_two_hosts_train_end_when_their_link_is_cut_and_go_on(
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "MLX_", "PYTHON"))}
     done = subprocess.run(
         ["unshare", "-Urn", "bash", "-c", SCRIPT, "hosts", sys.executable, "-m", "mlxchat", *settings, outputs],
-        env=clean | {"FOLDER": str(tmp_path), "MLXCHAT_SILENCE_SECONDS": "3"}, capture_output=True, text=True,
+        env=clean | {"FOLDER": str(tmp_path), "MLXCHAT_SILENCE_SECONDS": "6"}, capture_output=True, text=True,
         timeout=400, check=False,
     )  # fmt: skip
     said = {path.name: path.read_text() for path in tmp_path.glob("*-?.*")}
     assert done.returncode == 0, (done.stderr, said)
     assert said["cut-0.code"].strip() == "1", said
     assert said["cut-1.code"].strip() == "1", said
-    assert int((tmp_path / "cut-seconds").read_text()) <= 12
+    assert int((tmp_path / "cut-seconds").read_text()) <= 20
     errors = [line for line in said["cut-0.txt"].splitlines() if line.startswith("error:")]
     assert len(errors) == 1, said
-    assert "on mini2) has said nothing for 3 seconds: it hangs, was stopped, or its network is gone" in errors[0]
+    assert "on mini2) has said nothing for 6 seconds: it hangs, was stopped, or its network is gone" in errors[0]
     assert "continues from iteration" in errors[0]
-    assert "has said nothing for 3 seconds: this run is over" in said["cut-1.txt"]
+    assert "has said nothing for 6 seconds: this run is over" in said["cut-1.txt"]
     assert said["again-0.code"].strip() == said["again-1.code"].strip() == "0", said
     assert "[ring]" not in "".join(said.values())
     found = json.loads((tmp_path / "outputs/refs/latest/pretrain/manifest.json").read_text())

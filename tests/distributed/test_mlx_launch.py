@@ -30,7 +30,7 @@ def launch(ranks: Any) -> Callable[..., subprocess.Popen[str]]:
         port = min(ranks.free_ports(8))
         return subprocess.Popen(
             [str(LAUNCHER), *hosts, "-p", str(port), "--", sys.executable, "-m", "mlxchat", *map(str, arguments)],
-            env=clean | {"MLXCHAT_SILENCE_SECONDS": "3"} | variables, stdin=subprocess.DEVNULL, text=True,
+            env=clean | variables, stdin=subprocess.DEVNULL, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
