@@ -64,6 +64,12 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     return compose
 
 
+def test_adapters_are_measured_as_what_alone_is_trained(mlxchat: Callable[..., Done]) -> None:
+    table = mlxchat("bench", "train", *TINY, "adapter=qlora", "adapter.rank=2")
+    assert "lora of rank 2 on 4 bits (9.22k trained)" in " ".join(table.stdout.split())
+    assert "optimizer" not in table.stdout  # the parts are those of a training of all weights
+
+
 def test_json_is_one_line_and_all_of_stdout(done: Done) -> None:
     assert (done.stdout.count("\n"), done.stdout[0], done.stdout[-2:]) == (1, "{", "}\n")
     assert "measurements" in done.stderr
