@@ -147,7 +147,7 @@ def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:
         problems.append(f"fine_tune_type {kind!r} is neither lora nor dora")
     if type(rank) is not int or rank < 1:
         problems.append(f"rank {rank!r} is no whole number above 0")
-    if type(scale) not in (int, float) or not abs(scale) <= _MOST_SCALE:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= _MOST_SCALE:
         problems.append(f"scale {scale!r} is no number")
     targets, wrong = _targets(given.get("keys"), config.get("num_layers"), model_sizes)
     problems += wrong
