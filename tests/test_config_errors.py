@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxchat import compose
 from mlxchat.cli import main
 
 Refuse = Callable[..., str]
@@ -209,6 +210,24 @@ def test_mistakes_in_several_names_are_all_reported_at_once(refuse: Refuse) -> N
     lines = refuse("modle=d4", "sft.num_epoch=2", "optimizer=adam", "seed=1").splitlines()
     assert [line for line in lines if "modle" in line or "num_epoch" in line or "adam" in line] == lines
     assert len(lines) == 3
+
+
+def test_a_mistake_among_many_settings_is_found_without_composing_each_of_them(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed: list[int] = []
+
+    def count(overrides: list[str]) -> object:
+        composed.append(len(overrides))
+        return real(overrides)
+
+    real = compose._compose
+    monkeypatch.setattr(compose, "_compose", count)
+    many = [f"rl.schedule.init_lr_frac=0.{number}" for number in range(1, 60)]
+    message = refuse(*many[:20], "sft.num_epoch=2", *many[20:])
+    assert message.count("\n") == 1
+    assert "sft.num_epochs" in message
+    assert len(composed) <= 20, "one by one it would be 60, of half a second each"
 
 
 def test_impossible_values_of_several_sections_are_all_reported_at_once(refuse: Refuse) -> None:

@@ -173,16 +173,35 @@ def _diagnose(overrides: list[str], search: list[str], error: Exception) -> str:
     from mlxchat.misspelling import explain_override, first_line
 
     groups = {group: group_options(group) for group in group_names()}
-    # Groups first: what a key may be depends on what they bring.
-    ordered = sorted(overrides, key=lambda override: re.split("[@=]", override)[0] not in groups)
+    # Groups first, one after the other: what a key may be depends on what they bring.
+    of_groups = [override for override in overrides if re.split("[@=]", override)[0] in groups]
     found: dict[str, str] = {}
     around = list(search)
-    for override in ordered:
-        try:
-            _compose([*around, override])
-            if re.split("[@=]", override)[0] in groups:
-                around = [*around, override]
-        except _refusals() as alone:
-            found[override] = explain_override(override, alone, groups, partial(_compose, around))
+    for override in of_groups:
+        wrong = _wrong_ones([override], around)
+        found |= {each: explain_override(each, error, groups, partial(_compose, around)) for each, error in wrong}
+        around = [*around, override] if not wrong else around
+    keys = [override for override in overrides if override not in of_groups]
+    found |= {
+        override: explain_override(override, alone, groups, partial(_compose, around))
+        for override, alone in _wrong_ones(keys, around)
+    }
     problems = [found[override] for override in overrides if override in found]
     return "\n".join(problems) if problems else first_line(error)
+
+
+def _wrong_ones(overrides: list[str], around: list[str]) -> list[tuple[str, Exception]]:
+    """Return the overrides that do not compose with those around them, each with what that raises.
+
+    Halves of them are tried together, since composing takes half a second and most are right.
+    """
+    if not overrides:
+        return []
+    try:
+        _compose([*around, *overrides])
+    except _refusals() as error:
+        if len(overrides) == 1:
+            return [(overrides[0], error)]
+        middle = len(overrides) // 2
+        return _wrong_ones(overrides[:middle], around) + _wrong_ones(overrides[middle:], around)
+    return []
