@@ -132,9 +132,13 @@ def full_config() -> Config:
     """A configuration in which every optional section is there, so that every field of the schema occurs."""
     config = compose_config(
         [
-            "corpus=fineweb_edu", "experiment=quickstart", "corpus.packages=[]", "optimizer=muon_jul2026",
-            "core=nanochat", "adapter=qlora",
-        ]  # fmt: skip
+            "corpus=fineweb_edu",
+            "experiment=quickstart",
+            "corpus.packages=[]",
+            "optimizer=muon_jul2026",
+            "core=nanochat",
+            "adapter=qlora",
+        ]
     ).config
     config.sft.mixture["facts"].options = {"seed": 3.0}
     for stage in (config.pretrain, config.midtrain, config.sft, config.rl):

@@ -11,9 +11,11 @@ the new weights are gathered. Nothing of it happens at the same time as anything
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, TextIO
 
-from mlxchat.compose import compose_config
+import yaml
+
 from mlxchat.config import Config
 from mlxchat.distributed.group import BUCKET_BYTES
 from mlxchat.errors import ConfigError
@@ -209,10 +211,12 @@ def mac(preset: str, name: str) -> Machine:
     Raises:
         ConfigError: it does not say what a training reaches there.
     """
-    machine = compose_config([f"machine={preset}"]).config.machine
-    if machine.training_flops is None or machine.memory_limit_bytes is None:
-        raise ConfigError(f"conf/machine/{preset}.yaml has no training_flops or memory_limit_bytes")
-    return Machine(name=name, flops=machine.training_flops, memory_bytes=machine.memory_limit_bytes, source=preset)
+    said = yaml.safe_load(files("mlxchat.conf").joinpath("machine", f"{preset}.yaml").read_text(encoding="utf-8"))
+    missing = [key for key in ("training_flops", "memory_limit_bytes") if said.get(key) is None]
+    if missing:
+        raise ConfigError(f"conf/machine/{preset}.yaml does not say {' and '.join(missing)}")
+    flops, memory = float(said["training_flops"]), float(said["memory_limit_bytes"])
+    return Machine(name=name, flops=flops, memory_bytes=memory, source=preset)
 
 
 def measure_machines(config: Config) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def check_links(refs: Path) -> None:
     if not right:
         raise StoreError(
             f"{refs}: this file system ({mount_of(refs).kind}) has no symbolic links that lead to a neighbouring "
-            "folder, and refs/ are such. Choose another folder: outputs=PATH. For sshfs: mount it with -o no_contain_symlinks"
+            "folder, and refs/ are such. Choose another folder: outputs=PATH. "
+            "For sshfs: mount it with -o no_contain_symlinks"
         )
 
 
