@@ -133,6 +133,28 @@ def test_hosts_that_saw_each_others_locks_may_share_a_folder_as_long_as_it_is_mo
         claim(tmp_path)
 
 
+def test_two_hosts_remember_a_test_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = threading.local()
+    monkeypatch.setattr(locks, "host_name", lambda: hosts.name)
+    failed: list[OSError] = []
+
+    def remember(name: str) -> None:
+        hosts.name = name
+        try:
+            for _ in range(40):
+                remember_tested(tmp_path, ["one", "two"])
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=remember, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+    assert [path.name for path in tmp_path.iterdir()] == ["hosts.json"]
+
+
 def test_a_file_system_whose_links_cannot_be_read_back_is_refused_before_gc_takes_names_for_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,3 +253,15 @@ def test_a_host_that_nobody_meets_says_so_and_leaves_nothing(tmp_path: Path) -> 
     assert (mark, "no other machine came" in text) == ("note", True)
     assert time.monotonic() - began < 5
     assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_what_a_killed_try_left_is_not_taken_for_a_host_that_does_not_see_locks(tmp_path: Path) -> None:
+    meeting = tmp_path / "locks" / ".two-hosts"
+    meeting.mkdir(parents=True)
+    for name in ("first", "first-is", "lock"):
+        (meeting / name).write_text("one")
+    ((mark, text),) = HostsProbe(tmp_path / "locks", 0.2).run()
+    assert mark == "note"
+    assert "one does not answer" in text
+    assert f"{meeting} is left over: remove it" in text
+    assert not (tmp_path / "locks" / "hosts.json").exists()

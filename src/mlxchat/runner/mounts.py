@@ -163,7 +163,9 @@ def check_links(refs: Path) -> None:
 def remember_tested(folder: Path, hosts: list[str]) -> None:
     """Keep that hosts saw each other's locks in a folder, as it is mounted here."""
     mount = mount_of(folder)
-    write_whole(folder / TESTED, json.dumps({"hosts": hosts, "at": now(), "mount": mount.kind}).encode())
+    own = folder / f"{TESTED}.{locks.host_name()}"  # both hosts come here at the same moment
+    write_whole(own, json.dumps({"hosts": hosts, "at": now(), "mount": mount.kind}).encode())
+    own.replace(folder / TESTED)
     (folder / CLAIM).unlink(missing_ok=True)
 
 

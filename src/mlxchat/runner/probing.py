@@ -221,16 +221,15 @@ class HostsProbe:
     def _second(self) -> Iterator[Finding]:
         other = self._await("first-is")
         if other is None:
-            yield (
-                "note",
-                f"hosts: {self.meeting} is left over from another try. Remove it and run this on both machines",
-            )
+            yield "note", f"hosts: the other machine does not answer. {self._left_over}"
             return
         handle = os.open(self.meeting / "lock", os.O_RDWR)
         try:
             refused = not _try(handle)
             self._put("second", locks.host_name())
-            self._await("published")
+            if self._await("published") is None:
+                yield "note", f"hosts: {other} does not answer. {self._left_over}"
+                return
             whole = [self._is_whole(number) for number in range(_PUBLICATIONS)]
             self._put("looked", "refused" if refused else "granted")
             got = None
@@ -272,6 +271,10 @@ class HostsProbe:
             yield "wrong", f"hosts: of folders that {other} renamed, {wrong} were not there whole at once"
         elif wrong == "none":
             yield "ok", f"hosts: {_PUBLICATIONS} folders that the other one published were whole at once"
+
+    @property
+    def _left_over(self) -> str:
+        return f"If it is not waiting, {self.meeting} is left over: remove it, and run this on both machines"
 
     def _is_whole(self, number: int) -> bool:
         try:
