@@ -239,12 +239,18 @@ def test_completion_knows_verbs_options_groups_keys_and_artifacts(two: Any) -> N
     assert complete(f"mlxchat diff {place} run2/s") == ["run2/second"]
     assert complete("mlxchat graph --format m") == ["mermaid"]
     assert complete("mlxchat completion z") == ["zsh"]
+    assert complete("mlxchat -m hyd") == ["hydra/launcher="]
+    assert complete("mlxchat -m hydra/launcher=") == ["hydra/launcher=slurm"]
+    assert complete("mlxchat import ") == ["adapter", "hf", "nanochat", "outputs="]
+    assert complete("mlxchat export first --to mlx") == ["mlx", "mlx-adapter"]
+    assert complete(f"mlxchat import adapter {place} --base fir") == ["first"]
+    assert {"links", "machines"} <= set(complete("mlxchat bench "))
 
 
 @pytest.mark.parametrize(
     "verb",
     [
-        *(verb for verb in VERBS if verb not in ("run", "plan", "bench", "doctor", "completion")),
+        *(verb for verb in VERBS if verb not in ("run", "plan", "bench", "completion")),
         *(f"data {word}" for word in _DATA),
         *(f"import {name}" for name in FORMATS),
     ],

@@ -115,8 +115,14 @@ def complete(line: str) -> list[str]:
         found = list(_FORMATS.get(verb, ()))
     elif previous == "--stage":
         found = sorted({name.split("-")[0] for name in _names(Path(outputs) / "store")})
-    elif (previous in ("--model", "--remove") and verb != "distill") or (
-        verb in _NAMING and not current.startswith("-") and "=" not in current
+    elif verb == "export" and previous == "--to":
+        from mlxchat.commands.export import FORMATS
+
+        found = list(FORMATS)  # a shell completes folders where none of these fits
+    elif (
+        (previous in ("--model", "--remove") and verb != "distill")
+        or (previous == "--base" and words[:2] == ["import", "adapter"])
+        or (verb in _NAMING and not current.startswith("-") and "=" not in current)
     ):
         found = [*_artifacts(Path(outputs), current), "outputs="]
     elif verb == "distill" and not current.startswith("-"):
@@ -125,6 +131,12 @@ def complete(line: str) -> list[str]:
         found = [*_OPTIONS.get(" ".join(words[:2]), _OPTIONS.get(verb, [])), "--help"]
     elif verb == "data" and len(words) == 1:
         found = list(_DATA)
+    elif verb == "import" and len(words) == 1:
+        found = [*(key.partition(" ")[2] for key in _OPTIONS if key.startswith("import ")), "outputs="]
+    elif verb == "bench" and len(words) == 1:
+        from mlxchat.commands.bench import KINDS
+
+        found = list(KINDS)
     elif verb == "completion":
         found = list(_SCRIPTS)
     elif verb in _SETTING:
@@ -151,7 +163,9 @@ def _settings(current: str) -> list[str]:
     if equals:
         folder = conf / group.partition("@")[0]
         return [f"{current.partition('=')[0]}={name[:-5]}" for name in _names(folder) if name.endswith(".yaml")]
-    groups = [f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in ("settings", "__pycache__")]
+    others = ("settings", "hydra", "__pycache__")
+    groups = [f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in others]
+    groups += [f"hydra/{name}=" for name in _names(conf / "hydra")]
     return [*groups, *(key if key.endswith(".") else f"{key}=" for key in _keys(conf, current))]
 
 
