@@ -180,3 +180,16 @@ def test_dropout_hides_numbers_from_the_adapter_alone_in_both_directions(path: s
     np.testing.assert_allclose(d_x, cotangent @ n["w"] + kept * (d_inner @ n["a"].T), atol=1e-4)
     np.testing.assert_allclose(d_a, np.einsum("bti,btr->ir", seen, d_inner), atol=1e-4)
     np.testing.assert_allclose(d_b, SCALE * np.einsum("btr,bto->ro", seen @ n["a"], cotangent), atol=1e-4)
+
+
+def test_doras_factor_is_finer_than_the_numbers_that_it_is_multiplied_with() -> None:
+    rng = np.random.default_rng(1)
+    x = mx.array(rng.uniform(1, 2, (4096, 3)).astype(np.float32)).astype(mx.bfloat16)
+    factor = mx.array([1.0, 1.011, 0.98])
+    (total, slopes) = mx.value_and_grad(lambda it: (adapted.row_scaled(x, it).astype(mx.float32)).sum(0).sum())(factor)
+    out, plain = adapted.row_scaled(x, factor), np.asarray(x.astype(mx.float32)).astype(np.float64)
+    assert out.dtype == mx.bfloat16
+    means = np.asarray(out.astype(mx.float32)).mean(0) / plain.mean(0)
+    np.testing.assert_allclose(means, np.asarray(factor), atol=1e-3)  # in bfloat16 it would be 1.0078
+    np.testing.assert_allclose(np.asarray(slopes), plain.sum(0), rtol=1e-3)
+    assert np.isfinite(float(total))

@@ -222,7 +222,7 @@ def _targets(keys: Any, layers: Any, sizes: GPTSizes) -> tuple[tuple[str, ...], 
     chosen, unknown = set(), []
     inner = {".".join(name.split(".")[3:]) for name in known if name.startswith("transformer.h.")}
     for key in keys if keys is not None else sorted(inner):
-        meant = {name for name in known if name == key or any(name == f"{layer}{key}" for layer in within)}
+        meant = {name for name in (key, *(f"{layer}{key}" for layer in within)) if name in known}
         chosen |= meant
         unknown += [] if meant else [key]
     wrong = [f"{', '.join(unknown[:3])} is no matrix of the model"] if unknown else []

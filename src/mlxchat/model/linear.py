@@ -57,7 +57,7 @@ def project(
         return out
     # In float32: it is the quotient of two lengths that are nearly equal.
     lengths = row_lengths(_present_matrix(layer, own).astype(mx.float32))
-    return row_scaled(out, (layer.m.astype(mx.float32) / mx.stop_gradient(lengths)).astype(out.dtype))
+    return row_scaled(out, layer.m.astype(mx.float32) / mx.stop_gradient(lengths))
 
 
 def effective_weight(layer: nn.Linear) -> mx.array:
