@@ -190,6 +190,24 @@ def test_a_manifest_with_paths_that_lead_elsewhere_is_refused(
         import_from(Store(tmp_path / "other"), place, [])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rid", 5), ("rid", "0" * 52), ("inputs", ["x"]), ("outputs", 1), ("outputs", [{"path": "a", "bytes": "1"}])],
+)
+def test_a_manifest_of_other_kinds_of_values_is_damaged_and_will_not_pass_with_time(
+    key: str, value: Any, folders: list[Path], tmp_path: Path
+) -> None:
+    place = open_place(f"file://{tmp_path}/elsewhere")
+    export_to(place, folders)
+    target = Path(place.path(folders[0].name, "manifest.json"))
+    record = {**json.loads(target.read_bytes()), "schema": 1, key: value}
+    record.pop("digest", None)
+    target.write_text(json.dumps(record))
+    with pytest.raises(StoreError, match=f"the manifest of {folders[0].name} is damaged"):
+        import_from(Store(tmp_path / "other"), place, [])
+    assert list((tmp_path / "other" / "store").iterdir()) == []
+
+
 def test_a_name_brings_that_artifact_and_what_it_was_made_from(
     place: Place, made: Any, folders: list[Path], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import MANIFEST, Manifest, parse_manifest
+from mlxchat.runner.verifying import check_manifest
 
 _MANIFEST_BYTES = 1 << 26
 # Scheme → what brings it and what it asks of the environment.
@@ -54,9 +55,15 @@ class Place:
             return None
         try:
             manifest = parse_manifest(data)
-            _ = manifest["rid"], manifest["outputs"], manifest["inputs"]
-        except (ValueError, KeyError) as error:
-            raise StoreError(f"{self.url}: the manifest of {name} is damaged ({error})") from None
+            faults = [*check_manifest(name, manifest)]
+            if not all(type(file["bytes"]) is int and file["bytes"] >= 0 for file in manifest["outputs"]):
+                faults.append("it does not say how large its files are")
+            if not all(isinstance(made, dict) for made in manifest["inputs"].values()):
+                faults.append("it does not say what it was made from")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            faults = [str(error)]
+        if faults:
+            raise StoreError(f"{self.url}: the manifest of {name} is damaged ({'; '.join(faults)})")
         return manifest
 
     def names(self) -> list[str]:

@@ -179,10 +179,6 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
 
 def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
     """Bring artifacts to base/store/, each file hashed; what is whole there already is kept."""
-    for name, manifest in manifests.items():
-        strange = [str(file["path"]) for file in manifest["outputs"] if not is_plain(str(file["path"]))]
-        if strange:
-            raise StoreError(f"{name} lists files outside its folder: {', '.join(strange)}. Nothing was imported")
     total = sum(file["bytes"] for manifest in manifests.values() for file in _listed(manifest))
     base.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(base).free + sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
