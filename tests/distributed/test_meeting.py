@@ -179,5 +179,12 @@ def test_strangers_who_say_nothing_that_is_known_are_not_believed() -> None:
     assert watch.facts[1] == find_facts(1)
 
 
-def test_a_code_digest_changes_with_the_code() -> None:
+def test_a_code_digest_changes_with_the_code_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{12}", code_digest())
+    monkeypatch.setattr(mlxchat, "__path__", [str(tmp_path)])
+    found = []
+    for name, text in (("a.py", "x = 1"), ("notes.txt", "x"), ("a.py", "x = 2"), ("b.py", "")):
+        (tmp_path / name).write_text(text)
+        found.append(code_digest.__wrapped__())
+    assert found[0] == found[1]
+    assert len(set(found)) == 3

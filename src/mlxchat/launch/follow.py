@@ -18,7 +18,7 @@ from typing import Any
 
 from mlxchat.launch.facts import find_facts
 from mlxchat.launch.line import BEAT_SECONDS, SILENCE_SECONDS, Line, Message, connect
-from mlxchat.launch.meeting import Meeting
+from mlxchat.launch.meeting import Meeting, take_token
 
 assert mlxchat
 
@@ -26,6 +26,7 @@ CONNECT_SECONDS = 120.0
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux
 # A Ctrl-C on a terminal reaches all ranks there: rank 0 shall notice its own first.
 _FIRST_SECONDS = 0.3
+_MOST_LETTERS = 100_000  # of a line that was printed
 
 
 class Follower:
@@ -72,7 +73,7 @@ class Follower:
             asleep, last = now - last > 3 * BEAT_SECONDS, now
             if asleep:
                 self.line.heard = now
-            self.line.send({"kind": "beat"})
+            self.line.send_at_once({"kind": "beat"})
             # On one machine the kernel tells of its end, and whoever only stopped it for a while may go on.
             if not same_host and now - self.line.heard > SILENCE_SECONDS:
                 self._end_alone(f"rank 0 on {self.host} has said nothing for {SILENCE_SECONDS:g} seconds")
@@ -107,7 +108,7 @@ def follow(meeting: Meeting, *, started_by_lead: bool = False, says: bool = Fals
         print(f"error: rank {meeting.rank} on {facts['host']} finds no rank 0 at {host}:{port} ({error})",
               file=sys.stderr)  # fmt: skip
         return 1
-    line.send({"kind": "hello", "facts": facts})
+    line.send({"kind": "hello", "facts": facts, "token": take_token()})
     answer = line.receive()
     if answer is None or answer.get("kind") != "welcome":
         return 1  # rank 0 has said why
@@ -177,7 +178,7 @@ def _forward_output(line: Line) -> None:
     def work() -> None:
         with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
             for text in lines:
-                line.send({"kind": "output", "text": text.rstrip("\n")})
+                line.send({"kind": "output", "text": text.rstrip("\n")[:_MOST_LETTERS]})
 
     threading.Thread(target=work, name="output", daemon=True).start()
 

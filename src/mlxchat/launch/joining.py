@@ -86,7 +86,11 @@ def _ending_after(seconds: float, *, tell: bool) -> Iterator[None]:
             f"error: the ranks of this run have found each other, but MLX did not connect them within {seconds:g} "
             "seconds.\n       Can all hosts reach each other at the addresses of the hostfile?"
         )
-        script = f"sleep {seconds:g}; echo {shlex.quote(text)} >&2; kill -9 {os.getpid()}"
+        # It ends with this process, however that ends.
+        script = (
+            f"i=0; while [ $i -lt {seconds:g} ]; do sleep 1; kill -0 {os.getpid()} 2> /dev/null || exit; "
+            f"i=$((i + 1)); done; echo {shlex.quote(text)} >&2; kill -9 {os.getpid()}"
+        )
         watcher = subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True)
     else:
         faulthandler.dump_traceback_later(seconds, exit=True)

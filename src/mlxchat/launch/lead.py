@@ -55,8 +55,9 @@ class Lead:
             Interrupted: the run was asked to stop meanwhile.
         """
         ranks = self._ranks or start_here(
-            self._machine.num_processes, run.folder, self._machine.blas_threads or 1, run.say, lambda: _check_stop(run)
-        )
+            self._machine.num_processes, run.folder, self._machine.blas_threads or 1, self._machine.device, run.say,
+            lambda: _check_stop(run),
+        )  # fmt: skip
         self._ranks = ranks
         if ranks.is_broken or ranks.team is None:
             loss = f"{ranks.watch.cause()}. " if ranks.watch.loss else ""

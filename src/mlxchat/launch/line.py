@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import threading
 import time
@@ -21,6 +22,8 @@ BEAT_SECONDS = 1.0
 SILENCE_SECONDS = float(os.environ.get("MLXCHAT_SILENCE_SECONDS", "15"))
 _MOST_BYTES = 16 * 2**20
 _RETRY_SECONDS = 0.2
+# What a short message waits for a longer one that is on its way to somebody who reads.
+_TURN_SECONDS = 0.1
 
 
 class Line:
@@ -38,13 +41,33 @@ class Line:
         """When the last message came."""
 
     def send(self, message: Message) -> bool:
-        """Send a message; tell whether the line still takes any."""
+        """Send a message; tell whether the line still takes any.
+
+        Raises:
+            ValueError: it is longer than what the other side reads.
+        """
+        text = json.dumps(message).encode() + b"\n"
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"a message to another rank has {len(text)} bytes, more than {_MOST_BYTES}")
         try:
             with self._sending:
-                self._socket.sendall(json.dumps(message).encode() + b"\n")
+                self._socket.sendall(text)
         except OSError:
             return False
         return True
+
+    def send_at_once(self, message: Message) -> None:
+        """Send a short message, or leave it: who watches for ranks that hang must not wait for one to read."""
+        if not self._sending.acquire(timeout=_TURN_SECONDS):
+            return
+        try:
+            with suppress(OSError, ValueError):  # also a line that was closed here
+                poll = select.poll()
+                poll.register(self._socket, select.POLLOUT)
+                if poll.poll(0):
+                    self._socket.sendall(json.dumps(message).encode() + b"\n")
+        finally:
+            self._sending.release()
 
     def receive(self) -> Message | None:
         """Return the next message, or None if there are no more, or it is none."""
@@ -75,10 +98,14 @@ class Line:
 
         threading.Thread(target=work, name="line", daemon=True).start()
 
-    def close(self) -> None:
-        """End the line for both sides, also for a thread that waits at it."""
+    def cut(self) -> None:
+        """Let no thread here wait at the line any more; what was sent still arrives."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the line for both sides, also for a thread that waits at it."""
+        self.cut()
         for part in (self._file, self._socket):
             with suppress(OSError):
                 part.close()

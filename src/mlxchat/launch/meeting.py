@@ -14,8 +14,10 @@ from mlxchat.errors import ConfigError
 # Every variable that MLX's collectives read; whoever has taken them clears them for the processes it starts.
 VARIABLES = (
     "MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING",
-    "NCCL_HOST_IP", "NCCL_PORT",
+    "NCCL_HOST_IP", "NCCL_PORT", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
 )  # fmt: skip
+# A word that only ranks of this run know; whoever starts them may give one.
+TOKEN = "MLXCHAT_RANKS_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,11 @@ def find_meeting(variables: Mapping[str, str] = os.environ) -> Meeting | None:
     if not 0 <= found.rank < found.size:
         raise ConfigError(f"MLX_RANK is {found.rank}, expected 0 to {found.size - 1}: there are {found.size} ranks")
     return found
+
+
+def take_token() -> str:
+    """Return the word by which this run's ranks know each other, empty if there is none, and clear it."""
+    return os.environ.pop(TOKEN, "")
 
 
 def forget_meeting() -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.launch.line import listen_at
-from mlxchat.launch.meeting import Meeting
+from mlxchat.launch.meeting import TOKEN, Meeting, take_token
 
 if TYPE_CHECKING:
     from mlxchat.distributed.group import Group
@@ -145,7 +146,7 @@ def current() -> Ranks | None:
 
 
 def start_here(
-    size: int, folder: Path, blas_threads: int, say: Callable[[str], None], check: Callable[[], None]
+    size: int, folder: Path, blas_threads: int, device: str, say: Callable[[str], None], check: Callable[[], None]
 ) -> Ranks:
     """Start further ranks on this machine, and return all of them.
 
@@ -153,6 +154,7 @@ def start_here(
         size: ranks, this process included.
         folder: where the output of the others goes.
         blas_threads: cores of each, which it may not exceed while it starts.
+        device: `machine.device`.
         say: tells people.
         check: called while they start; it may raise.
 
@@ -167,18 +169,20 @@ def start_here(
     from mlxchat.launch.watch import Watch
     from mlxchat.ops.device import backend
 
-    kind = "nccl" if backend() == "cuda" and mx.distributed.is_available("nccl") else "ring"
+    on_gpus = device != "cpu" and backend() == "cuda"
+    kind = "nccl" if on_gpus and mx.distributed.is_available("nccl") else "ring"
     if kind == "nccl" and mx.device_count(mx.gpu) < size:
         found_gpus = mx.device_count(mx.gpu)
         raise ConfigError(f"machine.num_processes is {size}, but MLX finds {found_gpus} GPUs: expected one for each")
-    watch = Watch(find_facts(0), size)
+    token = secrets.token_hex(16)
+    watch = Watch(find_facts(0), size, token)
     found = Ranks(watch, kind)
     found.folder = folder
     with listen_at(_HERE, 0) as listener:
-        for rank in range(1, size):
-            order = {"address": listener.getsockname()[:2], "rank": rank, "size": size, "backend": kind}
-            watch.children[rank] = _start(order, folder, blas_threads, kind)
         try:
+            for rank in range(1, size):
+                order = {"address": listener.getsockname()[:2], "rank": rank, "size": size, "backend": kind}
+                watch.children[rank] = _start(order, token, folder, blas_threads, kind)
             watch.gather(listener, _START_SECONDS, lambda: _check_children(watch, folder, check), [_HERE] * size)
         except BaseException:
             watch.leave()
@@ -206,7 +210,7 @@ def meet(meeting: Meeting, say: Callable[[str], None]) -> Ranks:
     from mlxchat.launch.joining import join_group
     from mlxchat.launch.watch import Watch
 
-    watch = Watch(find_facts(0), meeting.size)
+    watch = Watch(find_facts(0), meeting.size, take_token())
     found = Ranks(watch, meeting.backend)
     joined = None if meeting.address is not None else join_group(meeting.backend, {}, None, tell=True)
     host, port = meeting.address or ("", 0)
@@ -228,9 +232,9 @@ def meet(meeting: Meeting, say: Callable[[str], None]) -> Ranks:
     return found
 
 
-def _start(order: dict[str, Any], folder: Path, blas_threads: int, kind: str) -> subprocess.Popen[bytes]:
+def _start(order: dict[str, Any], token: str, folder: Path, blas_threads: int, kind: str) -> subprocess.Popen[bytes]:
     """Start one rank, in a session of its own: a Ctrl-C of the terminal is for rank 0 alone."""
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": str(blas_threads), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": str(blas_threads), "PYTHONUNBUFFERED": "1", TOKEN: token}
     if kind == "nccl":
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         environment["CUDA_VISIBLE_DEVICES"] = visible[order["rank"]] if visible else str(order["rank"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import signal
 import socket
@@ -28,14 +29,15 @@ _MOST_LINES = 10_000
 class Watch:
     """The lines to all other ranks. `Team` sends its orders here."""
 
-    def __init__(self, facts: Facts, size: int) -> None:
+    def __init__(self, facts: Facts, size: int, token: str = "") -> None:
         """Begin with nobody.
 
         Args:
             facts: of this process.
             size: ranks, this one included.
+            token: what a rank must know to be one.
         """
-        self.size = size
+        self.size, self._token = size, token
         self.facts: dict[int, Facts] = {0: facts}
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         """Ranks that this process started."""
@@ -134,9 +136,12 @@ class Watch:
         """Kill all other ranks of this machine, whoever started them: one that is stopped obeys nothing else."""
         self._over = True
         for rank, facts in self.facts.items():
-            if rank and rank not in self.children and facts.get("place") == self.facts[0]["place"]:
-                with suppress(OSError, TypeError):
-                    os.kill(facts["pid"], signal.SIGKILL)
+            pid = facts["pid"]
+            if rank in self.children or facts.get("place") != self.facts[0]["place"] or pid == os.getpid():
+                continue
+            if isinstance(pid, int) and pid > 1:  # others mean many processes
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         self.leave()
 
     def _kill_children(self) -> None:
@@ -149,11 +154,12 @@ class Watch:
                 child.wait(_CODE_SECONDS)
 
     def _take(self, line: Line) -> None:
-        """Believe a stranger who says which rank it is."""
+        """Believe a stranger who knows the token and says which rank it is."""
         message = line.receive_within(_HELLO_SECONDS) or {}
+        knows = hmac.compare_digest(str(message.get("token", "")).encode(), self._token.encode())
         facts = message.get("facts")
         rank = facts.get("rank") if isinstance(facts, dict) else None
-        if message.get("kind") != "hello" or not isinstance(rank, int) or not 0 < rank < self.size:
+        if not knows or message.get("kind") != "hello" or not isinstance(rank, int) or not 0 < rank < self.size:
             line.close()
             return
         if rank in self._lines:
@@ -203,7 +209,7 @@ class Watch:
             for rank, line in list(self._lines.items()):
                 if asleep:  # this process was stopped or had no core: the others' beats wait to be read
                     line.heard = now
-                line.send({"kind": "beat"})
+                line.send_at_once({"kind": "beat"})
                 if now - line.heard > SILENCE_SECONDS and not self._over:
                     what = "it hangs, was stopped, or its network is gone"
                     self._lose(rank, f"has said nothing for {SILENCE_SECONDS:g} seconds: {what}")
@@ -216,7 +222,8 @@ class Watch:
             self.loss = f"{describe_rank(self.facts[rank])} {how}"
         self._lost.set()
         for line in self._lines.values():
-            line.send({"kind": "abort"})
+            line.send_at_once({"kind": "abort"})
+        self._lines[rank].cut()  # an order may be waiting for it to read
         self.on_loss()
         if not self._noticed.wait(_NOTICE_SECONDS):
             text = f"error: {self.loss}.\n       The same command continues from what was saved last."
