@@ -114,6 +114,13 @@ def test_the_table_in_the_architecture_is_what_is_computed(config: Config) -> No
     assert "\n".join(markdown(measure_machines(config))) in text, "paste what `mlxchat bench machines` prints"
 
 
+def test_every_number_of_hardware_has_its_source(config: Config) -> None:
+    record = measure_machines(config)
+    used = {case[key] for case in record["cases"] for key in ("machine", "link")} - {None}
+    assert used == set(record["sources"])
+    assert all(record["sources"].values())
+
+
 def test_a_fit_of_loopback_predicts_what_follows_the_formula_and_no_other() -> None:
     link = Link(name="", bytes_per_second=5e8, latency_seconds=1e-4, source="")
     rows: list[dict[str, Any]] = [

@@ -216,7 +216,7 @@ def mac(preset: str, name: str) -> Machine:
     if missing:
         raise ConfigError(f"conf/machine/{preset}.yaml does not say {' and '.join(missing)}")
     flops, memory = float(said["training_flops"]), float(said["memory_limit_bytes"])
-    return Machine(name=name, flops=flops, memory_bytes=memory, source=preset)
+    return Machine(name=name, flops=flops, memory_bytes=memory, source=f"conf/machine/{preset}.yaml")
 
 
 def measure_machines(config: Config) -> dict[str, Any]:
@@ -237,6 +237,7 @@ def measure_machines(config: Config) -> dict[str, Any]:
         "optimizer_flops": load.optimizer_flops,
         "total_flops": load.step_flops * load.num_iterations,
         "cases": [step_on(load, *case) for case in cases],
+        "sources": {known.name: known.source for known in (max_40, ULTRA, H100, *LINKS)},
     }
 
 
@@ -277,5 +278,5 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     )
     print("\n".join(markdown(record)), file=stream)
     print("", file=stream)
-    for known in (ULTRA, H100, *LINKS):
-        print(f"- {known.name}: {known.source}", file=stream)
+    for name, source in record["sources"].items():
+        print(f"- {name}: {source}", file=stream)
