@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mlxchat.cli import main
+from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import _DATA, _OPTIONS, complete
 from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
 from mlxchat.commands.import_model import FORMATS
@@ -245,6 +246,13 @@ def test_completion_knows_verbs_options_groups_keys_and_artifacts(two: Any) -> N
     assert complete("mlxchat export first --to mlx") == ["mlx", "mlx-adapter"]
     assert complete(f"mlxchat import adapter {place} --base fir") == ["first"]
     assert {"links", "machines"} <= set(complete("mlxchat bench "))
+
+
+@pytest.mark.parametrize("value", ["it's", "back\\", "both\\'", "\\\\", "", "a b=c,{d: [e]}"])
+def test_a_quoted_value_is_read_back_as_it_was(value: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert OverridesParser.create().parse_override(f"name={quoted(value)}").value() == value
 
 
 @pytest.mark.parametrize(

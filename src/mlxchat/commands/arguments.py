@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -52,6 +53,12 @@ def take_names(words: list[str], verb: str, least: int, most: int | None, form: 
     if len(names) < least or (most is not None and len(names) > most):
         raise ConfigError(f"expected mlxchat {verb} {form}, got {len(names) or 'no'} names. See: mlxchat {verb} --help")
     return names, settings
+
+
+def quoted(value: str) -> str:
+    """Return a value as an override takes it, whatever is in it."""
+    # Backslashes count where a quotation mark follows: one of the value's, or the one that ends it.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
 
 
 def outputs_folder(settings: list[str]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
+from mlxchat.commands.arguments import make_naming_parser, outputs_folder, quoted, take_names
 from mlxchat.errors import ConfigError, StoreError
 from mlxchat.runner.bases import is_adapter
 from mlxchat.runner.progress import format_bytes
@@ -34,8 +34,8 @@ def _fuse(store: Store, name: str) -> int:
     from mlxchat.pipeline_run import plan_of, run_pipeline
 
     composed = compose_config([
-        f"outputs={_quote(str(store.outputs))}", "targets=[fused]", "name=fuse",
-        f"+pipeline.fused={{stage: fused, checkpoint: {_quote(f'artifact:{name}')}}}",
+        f"outputs={quoted(str(store.outputs))}", "targets=[fused]", "name=fuse",
+        f"+pipeline.fused={{stage: fused, checkpoint: {quoted(f'artifact:{name}')}}}",
     ])  # fmt: skip
     (step,) = plan_of(composed.config, store)
     if not step.done or store.find(step.rid) is None:
@@ -46,8 +46,3 @@ def _fuse(store: Store, name: str) -> int:
     size = format_bytes(sum(file["bytes"] for file in read_manifest(made)["outputs"]))
     print(f"{name} with all of its weights is {made.name} ({size}). In a pipeline: artifact:{made.name}")
     return 0
-
-
-def _quote(value: str) -> str:
-    """Return a value as an override takes it, whatever is in it."""
-    return "'" + value.replace("'", "\\'") + "'"

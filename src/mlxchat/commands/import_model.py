@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mlxchat.commands.arguments import Parser, outputs_folder, split_words
+from mlxchat.commands.arguments import Parser, outputs_folder, quoted, split_words
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.naming import IMPORTS, links
 from mlxchat.runner.store import Store, read_manifest
@@ -50,17 +50,17 @@ def main(format_name: str, arguments: list[str]) -> int:
     if not _NAME.fullmatch(name):
         raise ConfigError(f'"{name}" is no name for an import: letters, digits, . _ - and no / are. Give --name NAME')
     overrides = [
-        f"outputs={_quote(str(outputs))}", "stage=imported", "pipeline=imported", "name=import",
-        f"imported.format={format_name}", f"imported.{key}={_quote(value)}", f"imported.name={_quote(name)}",
+        f"outputs={quoted(str(outputs))}", "stage=imported", "pipeline=imported", "name=import",
+        f"imported.format={format_name}", f"imported.{key}={quoted(value)}", f"imported.name={quoted(name)}",
     ]  # fmt: skip
     store = Store(outputs)
     if format_name == "adapter":
         from mlxchat.commands.chat import find_model
 
         base = f"artifact:{find_model(store, options.base).name}"
-        overrides.append(f"++pipeline.imported.checkpoint={_quote(base)}")
+        overrides.append(f"++pipeline.imported.checkpoint={quoted(base)}")
     if options.revision != "main":
-        overrides.append(f"imported.revision={_quote(options.revision)}")
+        overrides.append(f"imported.revision={quoted(options.revision)}")
     if getattr(options, "step", None) is not None:
         overrides.append(f"imported.step={options.step}")
     if options.chat is not None:
@@ -128,8 +128,3 @@ def _place(what: str) -> tuple[str, str]:
         f'"{what}" is neither a folder nor a repository of the Hub: expected ORGANISATION/NAME, such as '
         f"karpathy/nanochat-d32.{near}"
     )
-
-
-def _quote(value: str) -> str:
-    """Return a value as an override takes it, whatever is in it."""
-    return "'" + value.replace("'", "\\'") + "'"
