@@ -104,6 +104,18 @@ def test_a_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("content", ["{", "[" * 99999, None])
+def test_an_export_over_a_base_without_a_readable_config_is_refused(
+    outputs: Path, command: Command, content: str | None
+) -> None:
+    config = Store(outputs).resolve("base") / "config.json"
+    config.unlink() if content is None else config.write_text(content)
+    code, said = command("export", "sft", "--to", "mlx", "out")
+    assert code == 2
+    assert "no readable checkpoint" in said
+    assert not Path("out").exists()
+
+
 def test_verify_says_where_the_base_came_out_otherwise(outputs: Path, command: Command, tmp_path: Path) -> None:
     base = Store(outputs).resolve("base")
     other = publish_base(tmp_path / "elsewhere", seed=8)

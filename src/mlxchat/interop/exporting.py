@@ -83,15 +83,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
-    except (OSError, ValueError) as error:
+        below = {base.name: json.loads((base / "config.json").read_text(encoding="utf-8")) for base in chain[1:]}
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{folder}: no readable checkpoint ({error})") from None
     sizes = sizes_from_hf(config, f"{folder.name}: config.json")
     iterations = facts.get("iterations", (manifest.get("derived") or {}).get("num_iterations"))
     iterations = iterations if isinstance(iterations, int) and iterations >= 0 else 0
-    for base in chain[1:]:
-        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        if sizes_from_hf(config, f"{base.name}: config.json") != sizes:
-            raise DataError(f"{folder}: config.json is of another model than its base, {base.name}")
+    for name, config in below.items():
+        if sizes_from_hf(config, f"{name}: config.json") != sizes:
+            raise DataError(f"{folder}: config.json is of another model than its base, {name}")
     weights = StoredWeights(folder) if len(chain) == 1 else AdaptedWeights(chain, sizes)
     return Checkpoint(folder, sizes, Tokenizer.load(folder), facts, weights, iterations, tuple(chain[1:]))
 
