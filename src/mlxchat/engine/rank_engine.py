@@ -30,6 +30,15 @@ def make_engine(team: Team | None, model: GPT, tokenizer: Tokenizer, **options: 
     return RankEngine(team, model, tokenizer, **options)
 
 
+def clear_caches(team: Team | None) -> None:
+    """Give back the memory that every rank keeps for arrays of shapes that it had."""
+    (team or Team()).call(_clear_cache)
+
+
+def _clear_cache(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    mx.clear_cache()
+
+
 class RankEngine(Engine):
     """An engine on rank 0 that has all ranks complete prompts; what streams or is scheduled by hand stays here."""
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
+from mlxchat.engine.rank_engine import clear_caches
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal
@@ -98,7 +98,7 @@ def evaluate_task(
                 if should_stop():
                     where = f"answer {done} of {samples * len(task)}"
                     raise stop(where) if stop else Interrupted(f"stopped at {where}", signal.SIGTERM)
-            mx.clear_cache()  # of shapes that only this task has
+            clear_caches(engine.team)  # of shapes that only this task has
             passes.append([journal.records[index] for index in range(len(task))])
             before += len(task)
     verdicts = [[example["verdict"] for example in each] for each in passes]

@@ -97,7 +97,7 @@ class TeamStep:
             sync_model(self.team, teacher.model, _TEACHER)
             return told
         assert isinstance(teacher, OutsideTeacher), "ranks can make these two"
-        return {**told, "folder": str(teacher.folder), "vocab_size": teacher.vocab_size}
+        return {**told, "folder": str(teacher.folder.absolute()), "vocab_size": teacher.vocab_size}
 
 
 def make_step(

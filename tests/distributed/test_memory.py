@@ -1,0 +1,61 @@
+"""What ranks keep in memory beside what they compute with, and where they find what they read."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxchat.distributed.team import Team
+from mlxchat.engine.rank_engine import clear_caches
+from mlxchat.ops.distillation import Mix
+from mlxchat.training.teacher import Distillation, OutsideTeacher
+from mlxchat.training.teacher_size import TeacherSize
+from mlxchat.training.team_step import TeamStep
+
+assert mlxchat
+
+SIZE = TeacherSize(weights=1, kept_per_token=1, working_per_token=1)
+
+
+def fill(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    mx.eval(mx.zeros(request["bytes"] // 4) + 1)
+
+
+def cached(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[int]:
+    return team.group.gather_json(mx.get_cache_memory())
+
+
+def clear(team: Team) -> list[list[int]]:
+    team.call(fill, {"bytes": 2**24})
+    before = team.call(cached)
+    clear_caches(team)
+    return [before, team.call(cached)]
+
+
+def test_all_ranks_give_memory_back_when_rank_0_does(ranks: Any) -> None:
+    before, after = ranks.lead_ranks(clear, 2)
+    assert min(before) >= 2**24
+    assert max(after) < 2**20
+
+
+def test_a_process_alone_gives_memory_back() -> None:
+    mx.eval(mx.zeros(2**22) + 1)
+    clear_caches(None)
+    assert mx.get_cache_memory() < 2**20
+
+
+def test_ranks_are_told_where_a_teacher_lies_whatever_folder_they_work_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher = OutsideTeacher(None, 10, Path("teacher"))
+    asking = SimpleNamespace(distillation=Distillation(teacher=teacher, mix=Mix(weight=0.5), size=SIZE), team=Team())
+    told = TeamStep._send_teacher(asking)  # type: ignore[arg-type]
+    assert told is not None
+    assert told["folder"] == str(tmp_path / "teacher")
