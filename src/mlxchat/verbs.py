@@ -24,5 +24,5 @@ VERBS = {
     "graph": ("graph", "draw the pipeline (--format ascii, mermaid, dot or json)"),
     "bench": ("bench", "measure how fast this machine works (bench train, bench core; --json for programs)"),
     "completion": ("completion", "print a script with which bash, zsh or fish completes all of this"),
-    "doctor": ("doctor", "check device, BLAS, memory, disk and versions, and say how to mend what is wrong"),
+    "doctor": ("doctor", "check device, BLAS, memory, versions and the outputs folder, and say how to mend it"),
 }

@@ -106,6 +106,13 @@ def test_a_folder_whose_locks_all_hosts_see_belongs_to_nobody(
     assert list((tmp_path / "outputs" / "locks").iterdir()) == []
 
 
+def test_a_claim_that_was_cut_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, SSHFS, "one")
+    (tmp_path / "one-host.json").write_text("")
+    with pytest.raises(StoreError, match=r"one-host.json does not say which host.*remove the file"):
+        claim(tmp_path)
+
+
 def test_of_two_hosts_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one-host.json").touch()  # the other one has made the file and writes what is in it
     on(monkeypatch, SSHFS, "two")

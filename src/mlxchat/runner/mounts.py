@@ -124,8 +124,16 @@ def claim(folder: Path) -> None:
         file.write(json.dumps(record))
         return
     owner = _read(path)
-    if owner.get("host") != here:
-        since, other = owner.get("since", "a while"), owner.get("host", "another host")
+    if "host" not in owner:
+        if not path.exists():  # two hosts have just tested it
+            claim(folder)
+            return
+        raise StoreError(
+            f"{path} does not say which host uses this outputs folder: whoever wrote it was ended. If no other "
+            "one uses it, remove the file"
+        )
+    if owner["host"] != here:
+        since, other = owner.get("since", "a while"), owner["host"]
         raise StoreError(
             f"{folder.parent}: {reason}. Since {since} {other} uses this outputs folder, and {here} would not see its "
             "locks, so that both could make the same step. "
