@@ -193,3 +193,21 @@ def test_doras_factor_is_finer_than_the_numbers_that_it_is_multiplied_with() -> 
     np.testing.assert_allclose(means, np.asarray(factor), atol=1e-3)  # in bfloat16 it would be 1.0078
     np.testing.assert_allclose(np.asarray(slopes), plain.sum(0), rtol=1e-3)
     assert np.isfinite(float(total))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_rows_of_zeros_stay_zeros_with_new_adapters_of_dora(path: str, bits: int | None) -> None:
+    made = make("dora", None)
+    layer, zero = made.layer, slice(0, 8)
+    layer.weight[zero] = 0
+    layer.lora_b, layer.m = mx.zeros_like(layer.lora_b), linear_module.row_lengths(layer.weight)
+    if bits is not None:
+        layer.weight, layer.scales, layer.biases = mx.quantize(layer.weight, group_size=GROUP, bits=bits)
+        layer.adapter = LinearAdapter("dora", Shape(scale=SCALE, bits=bits, group_size=GROUP))
+    x = mx.array(np.random.default_rng(2).normal(0, 1, (2, 3, IN)).astype(np.float32))
+    total, slopes = mx.value_and_grad(lambda it: mx.square(project(layer, it)).sum())(x)
+    matrix = effective_weight(layer)
+    assert np.isfinite(np.asarray(slopes)).all()
+    assert np.isfinite(float(total))
+    assert float(mx.abs(project(layer, x)[..., zero]).max()) == float(mx.abs(matrix[zero]).max()) == 0
+    assert float(mx.abs(matrix[8:]).max(1).min()) > 0

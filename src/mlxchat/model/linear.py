@@ -57,7 +57,7 @@ def project(
         return out
     # In float32: it is the quotient of two lengths that are nearly equal.
     lengths = row_lengths(_present_matrix(layer, own).astype(mx.float32))
-    return row_scaled(out, layer.m.astype(mx.float32) / mx.stop_gradient(lengths))
+    return row_scaled(out, _row_factors(layer.m.astype(mx.float32), mx.stop_gradient(lengths)))
 
 
 def effective_weight(layer: nn.Linear) -> mx.array:
@@ -75,14 +75,19 @@ def effective_weight(layer: nn.Linear) -> mx.array:
 def adapted_matrix(
     weight: mx.array, a: mx.array, b: mx.array, scale: float, magnitudes: mx.array | None = None
 ) -> mx.array:
-    """Return W + scale × (A B)ᵀ (out, in); with magnitudes (out,) every row has that length."""
+    """Return W + scale × (A B)ᵀ (out, in); with magnitudes (out,) every row has that length, unless it is zero."""
     adapted = weight + (scale * b.T) @ a.T
-    return adapted if magnitudes is None else (magnitudes / row_lengths(adapted))[:, None] * adapted
+    return adapted if magnitudes is None else _row_factors(magnitudes, row_lengths(adapted))[:, None] * adapted
 
 
 def row_lengths(matrix: mx.array) -> mx.array:
     """Return the 2-norm of each row."""
     return mx.sqrt(mx.square(matrix).sum(-1))
+
+
+def _row_factors(magnitudes: mx.array, lengths: mx.array) -> mx.array:
+    """Return what brings rows to their magnitudes; a row of zeros has no direction, and stays what it is."""
+    return magnitudes / mx.where(lengths == 0, 1, lengths)
 
 
 def _frozen(layer: nn.Linear) -> Frozen:
