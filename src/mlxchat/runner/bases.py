@@ -99,7 +99,7 @@ def _find_base(folder: Path) -> Path | None:
     if made["tree"] != tree:
         raise StoreError(
             f"{folder.name} is an adapter for other weights than {place.name} has now: that was made again and came "
-            "out otherwise. Run the step that made the adapter again: force=[STEP]"
+            "out otherwise. Run again what made the adapter: force=[STEP]"
         )
     return place
 
