@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StepFailed
+from mlxchat.launch import follow, meeting, ranks, watch
 from mlxchat.launch import line as line_module
-from mlxchat.launch import meeting, ranks, watch
 from mlxchat.launch.facts import find_facts
 from mlxchat.launch.line import Line, connect, listen_at
 from mlxchat.launch.watch import Watch
@@ -102,6 +102,27 @@ def test_a_rank_that_hangs_is_noticed_while_an_order_waits_for_it_to_read(monkey
     finally:
         seen.leave()
         other.close()
+
+
+def test_a_stranger_who_says_nothing_keeps_nobody_waiting() -> None:
+    seen = Watch(find_facts(0), 2)
+    with listen_at("127.0.0.1", 0) as listener:
+        silent = socket.create_connection(listener.getsockname()[:2])
+        other = connect(listener.getsockname()[:2], 5)
+        other.send({"kind": "hello", "facts": find_facts(1)})
+        began = time.monotonic()
+        seen.gather(listener, 5, lambda: None, [])
+    assert time.monotonic() - began < 4
+    seen.leave()
+    other.close()
+    silent.close()
+
+
+def test_a_rank_does_not_wait_for_ever_for_a_rank_0_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "WELCOME_SECONDS", 0.3)
+    with listen_at("127.0.0.1", 0) as listener:
+        address = listener.getsockname()[:2]
+        assert follow.follow(meeting.Meeting(rank=1, size=2, backend="ring", address=address)) == 1
 
 
 def test_a_stranger_without_the_word_of_the_run_is_no_rank() -> None:

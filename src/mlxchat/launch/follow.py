@@ -23,6 +23,8 @@ from mlxchat.launch.meeting import Meeting, take_token
 assert mlxchat
 
 CONNECT_SECONDS = 120.0
+# Rank 0 waits for the others for less.
+WELCOME_SECONDS = 180.0
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux
 # A Ctrl-C on a terminal reaches all ranks there: rank 0 shall notice its own first.
 _FIRST_SECONDS = 0.3
@@ -109,8 +111,9 @@ def follow(meeting: Meeting, *, started_by_lead: bool = False, says: bool = Fals
               file=sys.stderr)  # fmt: skip
         return 1
     line.send({"kind": "hello", "facts": facts, "token": take_token()})
-    answer = line.receive()
+    answer = line.receive_within(WELCOME_SECONDS)
     if answer is None or answer.get("kind") != "welcome":
+        line.close()
         return 1  # rank 0 has said why
     variables = {"MLX_RANK": str(meeting.rank), **answer["variables"]}
     if group is None:

@@ -81,7 +81,9 @@ class Watch:
                     f"{names} did not come within {seconds:g} seconds. Was the same command started there?"
                 )
             with suppress(TimeoutError):
-                self._take(Line(listener.accept()[0]))
+                line = Line(listener.accept()[0])
+                # One who says nothing keeps nobody waiting.
+                threading.Thread(target=self._take, args=(line,), name="hello", daemon=True).start()
         wrong = []
         for rank in sorted(self._lines):
             differences = find_differences(self.facts[0], self.facts[rank])
@@ -127,8 +129,10 @@ class Watch:
 
     def leave(self) -> None:
         """Be done with the others: who was told to end does so by itself, and what this process started is gone."""
-        self._over = True
-        for line in self._lines.values():
+        with self._lock:
+            self._over = True
+            lines = list(self._lines.values())
+        for line in lines:
             line.close()
         self._kill_children()
 
@@ -162,11 +166,14 @@ class Watch:
         if not knows or message.get("kind") != "hello" or not isinstance(rank, int) or not 0 < rank < self.size:
             line.close()
             return
-        if rank in self._lines:
+        with self._lock:
+            is_new = rank not in self._lines and not self._over
+            if is_new:
+                self.facts[rank] = {"host": "?", "pid": "?", **facts}  # type: ignore[dict-item]
+                self._lines[rank] = line
+        if not is_new:
             line.send({"kind": "refused"})
             line.close()
-            return
-        self._lines[rank], self.facts[rank] = line, {"host": "?", "pid": "?", **facts}  # type: ignore[dict-item]
 
     def _refuse(self, why: str) -> None:
         for line in self._lines.values():
