@@ -132,7 +132,8 @@ def test_a_transfer_that_breaks_is_gone_on_with_and_nobody_takes_its_part_for_an
     if any(name.endswith("manifest.json") for name in there(place)):
         assert [path.name.split("-")[0] for path in import_from(other, place, [])[0]] == ["make"]
     elif there(place):
-        assert import_from(other, place, [])[0] == []
+        with pytest.raises(ConfigError, match="holds no whole artifact"):
+            import_from(other, place, [])
     whole = sum(name.endswith("manifest.json") for name in there(place))
     before = count
     assert export_to(place, folders) == len(folders) - whole
@@ -218,6 +219,18 @@ def test_a_name_brings_that_artifact_and_what_it_was_made_from(
     assert ([path.name for path in new], known) == ([folders[1].name], [])
     with pytest.raises(ConfigError, match=r'"sft" is no artifacts of .*it holds copy-'):
         import_from(Store(tmp_path / "two"), place, ["sft"])
+
+
+@pytest.mark.parametrize("word", [slice(0, 6), slice(-16, None), slice(-16, -9)])
+def test_what_is_named_and_not_whole_is_told_however_it_is_named(
+    word: slice, folders: list[Path], tmp_path: Path
+) -> None:
+    place = open_place(f"file://{tmp_path}/elsewhere")
+    export_to(place, folders)
+    name = folders[1].name
+    Path(place.path(name, "manifest.json")).unlink()
+    with pytest.raises(ConfigError, match=f"{name} is not whole"):
+        import_from(Store(tmp_path / "other"), place, [name[word]])
 
 
 RUN = """

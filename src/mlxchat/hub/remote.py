@@ -161,6 +161,7 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
             raise ConfigError(f'"{word}" is {len(found) or "no"} artifacts of {place.url}: {which}')
         queue += found
     chosen: dict[str, Manifest] = {}
+    asked = set(queue)
     queue = queue or names
     while queue:
         name = queue.pop()
@@ -168,12 +169,14 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
             continue
         manifest = place.manifest(name) if is_plain(name) else None
         if manifest is None:
-            if name in wanted or any(name.startswith(word) for word in wanted):
+            if name in asked:
                 raise ConfigError(f"{name} is not whole at {place.url}: its export has not ended")
             continue  # in the making, or no artifact
         chosen[name] = manifest
         rids = references(short_form(name, manifest))
         queue += [by_rid[rid[:16]] for rid in rids if rid[:16] in by_rid and store.own_folder(rid) is None]
+    if not chosen:
+        raise ConfigError(f"{place.url} holds no whole artifact: its export has not ended")
     return chosen
 
 
