@@ -210,3 +210,27 @@ def test_who_watches_a_joining_ends_with_it_and_else_ends_it(ends: bool) -> None
         rest = process.stdout.read()  # until the watcher is gone too
     assert ("MLX did not connect them within 2 seconds" in rest) is not ends
     assert process.returncode == (-signal.SIGINT if ends else -signal.SIGKILL)
+
+
+HANGS = """
+import mlxchat, time
+from mlxchat.launch import watch
+from mlxchat.launch.facts import find_facts
+from mlxchat.launch.line import connect, listen_at
+watch._NOTICE_SECONDS = 0.3
+seen = watch.Watch(find_facts(0), 2)
+with listen_at("127.0.0.1", 0) as listener:
+    other = connect(listener.getsockname()[:2], 5)
+    other.send({"kind": "hello", "facts": find_facts(1) | {"host": "mini2", "pid": 4711, "place": "elsewhere"}})
+    seen.gather(listener, 5, lambda: None, [])
+seen.begin()
+other.close()
+time.sleep(30)
+"""
+
+
+def test_a_process_that_does_not_notice_that_a_rank_is_lost_says_so_and_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert "error: rank 1 (process 4711 on mini2) ended, or the connection to it was cut." in done.stderr
+    assert "The same command continues from what was saved last." in done.stderr
