@@ -42,10 +42,12 @@ def sizes_of(kind: str, model: GPT, targets: tuple[str, ...] = ("all",)) -> Adap
 
 @pytest.fixture
 def make(make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer]) -> Make:
-    def made(kind: str = "lora", *, dropout: float = 0.0, zeros: bool = False) -> tuple[GPT, Optimizer]:
+    def made(
+        kind: str = "lora", *, dropout: float = 0.0, zeros: bool = False, dtype: mx.Dtype = mx.float32
+    ) -> tuple[GPT, Optimizer]:
         """Return a model with adapters none of whose numbers is zero, and what moves them."""
         model = make_model()
-        attach_adapters(model, sizes_of(kind, model), seed=1, dropout=dropout)
+        attach_adapters(model, sizes_of(kind, model), seed=1, dropout=dropout, dtype=dtype)
         rng = np.random.default_rng(8)
         if not zeros:
             moved = {
@@ -133,6 +135,24 @@ def test_both_code_paths_learn_the_same(make: Make, monkeypatch: pytest.MonkeyPa
     for module in (activation, adapted, attention, cross_entropy, normalisation):
         monkeypatch.setattr(module, "backend", lambda: "gpu")
     np.testing.assert_allclose(train(*make(kind)), on_cpu, rtol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpus_path_in_bfloat16_has_the_gradients_of_float32_and_moves_float32(
+    make: Make, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    _, exact = TrainStep(*make(kind), micro_tokens=1000, dtype=mx.float32).gradients(batch())
+    for module in (activation, adapted, attention, cross_entropy, normalisation):
+        monkeypatch.setattr(module, "backend", lambda: "gpu")
+    model, optimizer = make(kind, dtype=mx.bfloat16)
+    step = TrainStep(model, optimizer, micro_tokens=1000, dtype=mx.bfloat16)
+    _, found = step.gradients(batch())
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        difference = np.linalg.norm(np.asarray(value.astype(mx.float32)) - np.asarray(exact[name]))
+        assert difference < 0.15 * np.linalg.norm(np.asarray(exact[name])), name
+    step(batch(), Rates(1.0, 0.9, 1.0), 0)
+    assert {value.dtype for value in trained_parameters(model).values()} == {mx.float32}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
