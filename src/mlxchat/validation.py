@@ -300,7 +300,7 @@ def _imported(config: Config) -> Iterator[str]:
     if not any(step.get("stage") == "imported" for step in config.pipeline.values()):
         return
     if imported.format not in (known := ("nanochat", "hf", "adapter")):
-        expected = f"expected {', '.join(known)}.{suggest(imported.format, known)}"
+        expected = f"expected nanochat, hf or adapter.{suggest(imported.format, known)}"
         yield f'imported.format is "{imported.format}", {expected}'
     if (imported.repository is None) == (imported.folder is None):
         given = "both are" if imported.folder is not None else "neither is"

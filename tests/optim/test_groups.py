@@ -102,7 +102,7 @@ def test_kind_adamw_leaves_nothing_to_muon(model: GPT, make_config: MakeConfig) 
 @pytest.mark.parametrize("name", ["lambdas", "transformer.h.0.attn.bias", "transformer.value_embeds.weight"])
 def test_a_parameter_of_no_group_is_named(model: GPT, make_config: MakeConfig, name: str) -> None:
     class Foreign(nn.Module):
-        def parameters(self) -> dict[str, object]:
+        def trainable_parameters(self) -> dict[str, object]:
             return {**flatten_parameters(model), name: mx.zeros(3)}
 
     with pytest.raises(ConfigError, match=name):
