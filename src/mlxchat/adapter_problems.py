@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mlxchat.adapter_config import NO_ADAPTER, AdapterConfig
 from mlxchat.errors import ConfigError, suggest
@@ -57,6 +57,25 @@ def find_unread_problems(adapter: AdapterConfig, others: list[AdapterConfig]) ->
     if given:
         keys = ", ".join(f"adapter.{name}" for name in given)
         yield f"{keys}: given, but there is no adapter. Choose adapter=lora, adapter=dora or adapter=qlora"
+
+
+def find_fusing_problems(
+    pipeline: Mapping[str, Mapping[str, str]], stages: Mapping[str, AdapterConfig]
+) -> Iterator[str]:
+    """Yield a line for every step that is to fuse what has no adapters.
+
+    Args:
+        pipeline: the configuration's.
+        stages: those that may train adapters, by name.
+    """
+    for name, step in pipeline.items():
+        source = step.get("checkpoint", "")
+        stage = pipeline.get(source, {}).get("stage")
+        if step.get("stage") != "fused" or stage not in ("pretrain", *stages):
+            continue
+        if stage == "pretrain" or not stages[stage].is_there:
+            remedy = "" if stage == "pretrain" else f", or give {stage}.adapter.kind=lora"
+            yield f"pipeline.{name}: {source} trains all weights, so it has no adapters to fuse. Leave it out{remedy}"
 
 
 def adapter_sizes_of(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterSizes | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxchat.adapter_problems import find_adapter_problems, find_unread_problems
+from mlxchat.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
 from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
 from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.vocabulary import problems_of_vocabulary
@@ -70,8 +70,11 @@ def _execution(config: Config) -> Iterator[str]:
 def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
     stages = {"midtrain": config.midtrain.adapter, "sft": config.sft.adapter, "rl": config.rl.adapter}
     yield from find_unread_problems(config.adapter, list(stages.values()))
+    yield from find_fusing_problems(config.pipeline, stages)
     # Of somebody's model the sizes are known when the plan is made.
-    ours = model_is_good and any(step.get("stage") == "pretrain" for step in config.pipeline.values())
+    steps = config.pipeline.values()
+    others = any(source.startswith(("import:", "artifact:")) for step in steps for source in step.values())
+    ours = model_is_good and not others and any(step.get("stage") == "pretrain" for step in steps)
     sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size) if ours else None
     told: list[str] = []
     for name, adapter in {

@@ -100,6 +100,22 @@ def test_adapters_of_a_model_that_is_known_later_are_looked_at_then() -> None:
     assert adapter_sizes_of("sft.adapter", NO_ADAPTER, sizes) is None
 
 
+FUSED = "+pipeline.whole={stage: fused, checkpoint: %s}"
+
+
+def test_fusing_a_step_that_trains_all_weights_is_refused_before_it_trains() -> None:
+    told = refusal(FUSED % "sft", "rl.adapter.kind=lora")
+    assert told.startswith("pipeline.whole: sft trains all weights, so it has no adapters to fuse.")
+    assert "give sft.adapter.kind=lora" in told
+    assert "pipeline.whole: pretrain trains all weights" in refusal(FUSED % "pretrain", "adapter=lora")
+    assert composed(FUSED % "sft", "adapter=lora").pipeline["whole"]["stage"] == "fused"
+
+
+def test_adapters_on_somebodys_model_are_not_measured_against_ours() -> None:
+    wide = composed("sft.adapter.kind=lora", "sft.adapter.rank=65", "pipeline.sft.checkpoint=artifact:theirs")
+    assert wide.sft.adapter.rank == 65, "more than our matrices of 64 × 64 have; theirs are looked at by the plan"
+
+
 def test_two_that_are_no_adapters_are_equal_and_others_are_not() -> None:
     other: AdapterConfig = replace(NO_ADAPTER, rank=3)
     assert other == NO_ADAPTER

@@ -134,12 +134,12 @@ def test_a_stranger_without_the_word_of_the_run_is_no_rank() -> None:
     seen.leave()
 
 
-@pytest.mark.parametrize("pid", [-1, 0, 1, "12", None, os.getpid()])
+@pytest.mark.parametrize("pid", [-1, 0, 1, "12", None, "own"])
 def test_nothing_else_is_killed_whatever_a_rank_says_is_its_number(pid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda number, signal: killed.append(number))
     seen = Watch(find_facts(0), 2)
-    other = gather(seen, find_facts(1) | {"pid": pid}, "")
+    other = gather(seen, find_facts(1) | {"pid": os.getpid() if pid == "own" else pid}, "")
     seen.kill()
     other.close()
     assert killed == []
@@ -227,6 +227,12 @@ seen.begin()
 other.close()
 time.sleep(30)
 """
+
+
+def test_work_of_its_own_is_brought_to_its_end_although_a_rank_is_lost() -> None:
+    own = HANGS.replace("seen.begin()", "seen.is_calling = lambda: False; seen.begin()").replace("(30)", "(2)")
+    done = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_process_that_does_not_notice_that_a_rank_is_lost_says_so_and_ends() -> None:

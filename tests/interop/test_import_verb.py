@@ -191,7 +191,9 @@ def test_a_pipeline_that_imports_needs_exactly_one_place() -> None:
         compose_config([*RL])
     with pytest.raises(ConfigError, match="both are"):
         compose_config([*RL, "imported.folder=x", "imported.repository=a/b"])
-    with pytest.raises(ConfigError, match=r'imported\.format is "nanochta", expected nanochat, hf or adapter\. Did you mean'):
+    with pytest.raises(
+        ConfigError, match=r'imported\.format is "nanochta", expected nanochat, hf or adapter\. Did you mean'
+    ):
         compose_config([*RL, "imported.folder=x", "imported.format=nanochta"])
 
 

@@ -93,6 +93,13 @@ def test_moments_are_those_of_the_adapters_alone(make: Make, kind: str) -> None:
     assert sum(value.size for name, value in optimizer.state.items() if name != "count") == 2 * trained
 
 
+def test_weight_decay_shrinks_adapters_and_not_the_lengths_of_doras_rows(make: Make) -> None:
+    model, optimizer = make("dora")
+    decaying = Optimizer(model, optimizer.config, width=model.sizes.width, adapter=RULE._replace(weight_decay=0.1))
+    decays = {name.rpartition(".")[2]: rule.weight_decay for name, rule in decaying.adamw_rules.items()}
+    assert decays == {"lora_a": 0.1, "lora_b": 0.1, "m": 0.0}
+
+
 def test_one_step_is_adamws_first_step_whatever_the_rates_of_the_optimizer(make: Make) -> None:
     model, optimizer = make()
     before = copies(trained_parameters(model))

@@ -79,7 +79,8 @@ class Ranks:
         self.watch.on_loss = lambda: shut(sockets)
         self.watch.on_output = self._keep
         self.watch.begin()
-        self.team = Team(group, self.watch)
+        self.team = team = Team(group, self.watch)
+        self.watch.is_calling = lambda: team.open
         atexit.register(self.end)
 
     @property

@@ -20,8 +20,9 @@ from mlxchat.launch.line import BEAT_SECONDS, SILENCE_SECONDS, Line, Message
 
 _HELLO_SECONDS = 10.0
 _CODE_SECONDS = 2.0
-# What a process may take to notice that a rank is lost before it is ended.
+# How long a process may wait for others, one of which is lost, before it is ended.
 _NOTICE_SECONDS = 20.0
+_LOOK_SECONDS = 0.1
 _CAUSE_SECONDS = 3.0
 _MOST_LINES = 10_000
 
@@ -47,6 +48,8 @@ class Watch:
         """Called with what a rank has printed."""
         self.on_loss: Callable[[], None] = lambda: None
         """Called once when a rank is lost."""
+        self.is_calling: Callable[[], bool] = lambda: True
+        """Tells whether this process is at work with the others now, and not at something of its own."""
         self.loss: str | None = None
         """Which rank was lost first, and how."""
         self._lines: dict[int, Line] = {}
@@ -232,7 +235,11 @@ class Watch:
             line.send_at_once({"kind": "abort"})
         self._lines[rank].cut()  # an order may be waiting for it to read
         self.on_loss()
-        if not self._noticed.wait(_NOTICE_SECONDS):
+        waited = 0.0
+        # What this process does by itself, a save say, is not lost: it notices when it needs the others again.
+        while waited < _NOTICE_SECONDS and not self._noticed.wait(_LOOK_SECONDS):
+            waited += _LOOK_SECONDS if self.is_calling() else 0.0
+        if not self._noticed.is_set():
             text = f"error: {self.loss}.\n       The same command continues from what was saved last."
             with suppress(OSError, ValueError):
                 print(text, file=sys.stderr, flush=True)

@@ -248,6 +248,9 @@ class TrainStep:
         loss = self._group.sum({"loss": loss})["loss"]
         gradients = {name: lane.pop(name) for lane in sums for name in list(lane)}
         own, norm = sharding.sum(gradients)
+        # Rank 0's numbers: not every backend sums to the same bits everywhere, and all must decide alike.
+        told = self._group.share(mx.concatenate([loss.reshape(-1), norm.reshape(1)]))
+        loss, norm = told[:-1].reshape(loss.shape), told[-1]
         return loss, [{name: own.pop(name) for name in names} for names in self._own_shares], norm
 
     def _update(self, sums: list[Flat], norm: mx.array, rates: Rates[mx.array]) -> None:
