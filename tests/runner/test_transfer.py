@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlxchat.errors import StoreError
+from mlxchat.runner import locks
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
 from mlxchat.runner.store import Store
@@ -49,6 +52,22 @@ def test_what_is_imported_is_byte_for_byte_what_was_exported_inputs_first(form: 
     assert [fault for place in new for fault in find_faults(other, place)] == []
     assert import_all(other, tmp_path / form)[0] == [], "the second time everything is there"
     assert [item for item in find_garbage(other, Limits()).garbage if item.kind == "artifact"] == []
+
+
+def test_an_import_says_for_which_other_one_it_waits(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, place = Store(tmp_path / "other"), exported(made, tmp_path / "x.tar")
+    other.prepare()
+    with locks.hold(other.outputs / "locks" / "import.lock", {"step": "import"}, lambda owner: None):
+        second = threading.Thread(target=import_all, args=(other, place))
+        second.start()
+        until = time.monotonic() + 10
+        while "waiting" not in (said := capsys.readouterr().err) and time.monotonic() < until:
+            time.sleep(0.01)
+    second.join()
+    assert said == f"waiting for the import of process {os.getpid()} on {locks.host_name()}\n"
+    assert len(list(other.manifests())) == 2
 
 
 def test_an_imported_artifact_is_done_for_a_plan(made: Any, tmp_path: Path) -> None:

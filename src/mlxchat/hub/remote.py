@@ -22,7 +22,7 @@ from mlxchat.runner.crash import crash_point
 from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.sealed import sync
 from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
-from mlxchat.runner.transfer import take_in
+from mlxchat.runner.transfer import take_in, tell_waiting
 from mlxchat.runner.verifying import is_plain
 
 _PIECE_BYTES = 1 << 22
@@ -128,7 +128,7 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
     """
     store.prepare()
     base = store.outputs / "work" / f".import-{hashlib.sha256(place.url.encode()).hexdigest()[:16]}"
-    with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, lambda owner: None):
+    with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, tell_waiting):
         with told(place.url):
             chosen = _choose(store, place, wanted)
             known = [here for manifest in chosen.values() if (here := store.own_folder(manifest["rid"])) is not None]

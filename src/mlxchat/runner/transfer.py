@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from datetime import datetime
@@ -117,7 +118,7 @@ def import_all(store: Store, source: Path) -> tuple[list[Path], list[Path]]:
         raise StoreError(f"there is no {source}")
     store.prepare()
     base = store.outputs / "work" / ".import"
-    with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, lambda owner: None):
+    with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, tell_waiting):
         shutil.rmtree(base, ignore_errors=True)
         base.mkdir(parents=True)
         try:
@@ -127,6 +128,12 @@ def import_all(store: Store, source: Path) -> tuple[list[Path], list[Path]]:
             raise StoreError(f"{source} cannot be imported ({error.strerror or error})") from error
         finally:
             shutil.rmtree(base, ignore_errors=True)
+
+
+def tell_waiting(owner: dict[str, Any]) -> None:
+    """Say whose import comes first."""
+    who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another process"
+    print(f"waiting for the import of {who}", file=sys.stderr, flush=True)
 
 
 def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
