@@ -102,7 +102,7 @@ class Optimizer:
             if adapter is not None:
                 # Lengths of rows (DoRA's m) are no weights that grow without need: they do not decay.
                 decay = 0.0 if name.endswith(".m") else adapter.weight_decay
-                self.adamw_rules[name] = adapter._replace(weight_decay=decay)
+                self.adamw_rules[name] = AdamWRule(*adapter)._replace(weight_decay=decay)  # JSON brings a list
                 continue
             group = _group_of(name, value)
             if group == "matrices" and config.kind == "muon":
