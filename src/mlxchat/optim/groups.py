@@ -100,9 +100,9 @@ class Optimizer:
         self.shapes = {name: value.shape for name, value in parameters.items()}
         for name, value in parameters.items():
             if adapter is not None:
+                rule = AdamWRule(*adapter)  # to other ranks it goes as a list
                 # Lengths of rows (DoRA's m) are no weights that grow without need: they do not decay.
-                decay = 0.0 if name.endswith(".m") else adapter.weight_decay
-                self.adamw_rules[name] = AdamWRule(*adapter)._replace(weight_decay=decay)  # JSON brings a list
+                self.adamw_rules[name] = rule._replace(weight_decay=0.0) if name.endswith(".m") else rule
                 continue
             group = _group_of(name, value)
             if group == "matrices" and config.kind == "muon":
