@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-_NOISE = b"[ring] "
+# How its lines begin; those of two threads may fall into each other, and then one has lost its first word.
+_NOISE = (b"[ring] ", b"Sending to socket ", b"Receiving from socket ", b"Socket ", b"Too many send/recv errors")
 
 
 def divert_noise(keep: Callable[[str], None]) -> None:
@@ -32,13 +33,14 @@ def divert_noise(keep: Callable[[str], None]) -> None:
         rest = b""
         while chunk := os.read(reading, 65536):
             *lines, rest = (rest + chunk).split(b"\n")
-            if rest and not rest.startswith(_NOISE[: len(rest)]):  # a line that is not finished, such as a question
+            # A line that is not finished, such as a question, and none of MLX's that has only begun.
+            if rest and not any(rest.startswith(noise[: len(rest)]) for noise in _NOISE):
                 lines, rest = [*lines, rest], b""
                 end = b""
             else:
                 end = b"\n"
             for number, line in enumerate(lines):
-                if line.startswith(_NOISE):
+                if line.startswith(_NOISE) or _NOISE[0] in line:
                     keep(line.decode(errors="replace"))
                 else:
                     with suppress(OSError):
