@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
 
-from mlxchat.cli import main
 from mlxchat.errors import DataError
 from mlxchat.interop.adapter_import import find_files, import_adapter
 from mlxchat.interop.source import open_folder
@@ -28,19 +27,6 @@ Command = Callable[..., tuple[int, str]]
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path / "outputs"
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command line in this process; return its exit code and all that it said."""
-
-    def run(*arguments: str | Path) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(each) for each in arguments])
-        said = capsys.readouterr()
-        return int(exit_.value.code or 0), said.out + said.err
-
-    return run
 
 
 def train_there(base: Path, folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, *, trust: bool) -> None:

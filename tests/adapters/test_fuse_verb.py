@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
 
-from mlxchat.cli import main
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.store import Store, read_manifest
 
@@ -26,19 +25,6 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "outputs"
     publish_adapters(place, publish_base(place), "sft", bits=8)
     return place
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command line in this process; return its exit code and all that it said."""
-
-    def run(*arguments: str | Path) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(each) for each in arguments])
-        said = capsys.readouterr()
-        return int(exit_.value.code or 0), said.out + said.err
-
-    return run
 
 
 def logits(folder: Path) -> np.ndarray[Any, Any]:

@@ -60,9 +60,10 @@ def test_a_short_message_arrives_where_somebody_reads(two_ends: Any) -> None:
 
 
 def test_a_short_message_to_a_line_that_is_closed_is_left(two_ends: Any) -> None:
-    line, _ = two_ends
+    line, other = two_ends
     line.close()
     line.send_at_once({"kind": "beat"})
+    assert other.makefile("rb").read() == b"", "nothing arrives, and nothing is raised"
 
 
 def test_a_message_that_the_other_side_would_not_read_is_refused(

@@ -54,7 +54,7 @@ def leaving() -> Iterator[Leave | None]:
         try:
             if callable(requeue):
                 requeue(told[0], None)  # asks SLURM to queue the job again, and leaves
-        except Exception as error:
+        except Exception as error:  # submitit raises all kinds where it gives up
             return f"{error} hydra.launcher.max_num_timeout is how often. The same command goes on"
         return "submitit does not queue it again. The same command goes on"
 
