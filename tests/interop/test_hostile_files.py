@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import json
 import os
 import pickle
 import random
@@ -21,6 +22,7 @@ import pytest
 from mlxchat.errors import DataError
 from mlxchat.interop.pickled import Made, Maker, OrderedNames, read_pickle
 from mlxchat.interop.pickled_tokenizer import read_tokenizer
+from mlxchat.interop.tensors import SafetensorsFile
 from mlxchat.interop.torch_file import TorchFile
 
 Lay = Any
@@ -196,7 +198,9 @@ def test_a_model_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"count": 1 << 40}, "not 1099511627776 float32"),
         ({"count": 3}, "not 3 float32"),
         ({"shape": (2.0, 6)}, "impossible place"),
-        ({"shape": (1,) * 50}, "not stored row by row"),
+        ({"shape": (1,) * 50}, "has 50 dimensions"),
+        ({"shape": (10**600, 6), "strides": (6, 1)}, "impossible place"),
+        ({"count": 10**600}, "refers to something that is no storage"),
     ],
 )  # fmt: skip
 def test_sizes_and_strides_that_lie_are_refused(lies: dict[str, Any], message: str, tmp_path: Path, lay: Lay) -> None:
@@ -205,6 +209,28 @@ def test_sizes_and_strides_that_lie_are_refused(lies: dict[str, Any], message: s
         lies = {**lies, "strides": (6, 1) if len(lies["shape"]) == 2 else lies["shape"]}
     lay.write_torch(path, {"w": lay.Tensor(NUMBERS, **lies)})
     refuse_file(path, message)
+
+
+def test_a_tensor_of_many_dimensions_takes_no_memory(tmp_path: Path, lay: Lay) -> None:
+    # The dimensions were multiplied before they were counted: 0.5 MB of them took 20 GB.
+    path = tmp_path / "model_000001.pt"
+    many = (2**31 - 1,) * 2_000  # 8 MB of partial products; 100,000 took 20 GB
+    lay.write_torch(path, {"w": lay.Tensor(NUMBERS, shape=many, strides=many)})
+    tracemalloc.start()
+    try:
+        refuse_file(path, "has 2,000 dimensions")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_safetensors_header_of_many_dimensions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    entry = {"dtype": "F32", "shape": [2**31 - 1] * 2_000, "data_offsets": [0, 4]}
+    header = json.dumps({"w": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(DataError, match=r"w has 2,000 dimensions, at most 8"):
+        SafetensorsFile(path)
 
 
 def test_a_tensor_may_be_a_part_of_a_storage_but_none_may_share_numbers(tmp_path: Path, lay: Lay) -> None:

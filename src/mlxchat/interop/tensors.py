@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from mlxchat.errors import DataError
-from mlxchat.interop.torch_file import DTYPES, Dtype
+from mlxchat.interop.torch_file import DTYPES, MOST_DIMENSIONS, Dtype
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -123,6 +123,11 @@ class SafetensorsFile:
             raise DataError(
                 f"{self.where}: {name} is stored as {kind}, expected {', '.join(_DTYPES)}. A quantised model cannot be "
                 "trained; import the one that it was made from"
+            )
+        if len(shape) > MOST_DIMENSIONS:  # before any arithmetic: a product of very many dimensions takes hours
+            raise DataError(
+                f"{self.where} cannot be read: {name} has {len(shape):,} dimensions, at most {MOST_DIMENSIONS} are "
+                "accepted"
             )
         numbers = (start, end, *shape)
         if any(type(each) is not int or each < 0 for each in numbers) or base + end > size:

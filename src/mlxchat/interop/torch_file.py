@@ -21,6 +21,10 @@ from mlxchat.interop.pickled import MOST_BYTES, Maker, OrderedNames, read_pickle
 from mlxchat.interop.torch_zip import Member, list_members
 
 _PIECE_BYTES = 4 << 20
+MOST_DIMENSIONS = 8
+"""Of a tensor of any format that is read."""
+_MOST_NUMBERS = 1 << 63
+"""Offsets, lengths and strides are 64-bit signed integers in torch."""
 _WHAT = "a file of torch.save's"
 
 
@@ -178,18 +182,27 @@ class TorchFile:
         if type(key) is not tuple or len(key) != 5 or key[0] != "storage" or not isinstance(key[1], Dtype):
             raise DataError(f"{self.where} cannot be read: it refers to something that is no storage")
         _, dtype, name, _device, count = key
+        if type(count) is not int or not 0 <= count < _MOST_NUMBERS:
+            raise DataError(f"{self.where} cannot be read: it refers to something that is no storage")
         member = self._members.get(f"data/{name}") if type(name) is str else None
         if member is None:
             raise DataError(f"{self.where} is damaged: the numbers data/{str(name)[:40]} are not in it")
-        if type(count) is not int or count * dtype.bytes != member.bytes:
+        if count * dtype.bytes != member.bytes:
             raise DataError(
                 f"{self.where} is damaged: data/{name} has {member.bytes:,} bytes, not {count} {dtype.name}"
             )
         return Storage(dtype, member, count)
 
     def _rebuild(self, storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
-        numbers = (first, *shape, *strides) if type(shape) is tuple and type(strides) is tuple else (None,)
-        if not isinstance(storage, Storage) or any(type(each) is not int or each < 0 for each in numbers):
+        if type(shape) is not tuple or type(strides) is not tuple or not isinstance(storage, Storage):
+            raise DataError(f"{self.where} cannot be read: a tensor has an impossible place or shape")
+        # Before any arithmetic: the product of many or of huge dimensions would itself fill memory.
+        if max(len(shape), len(strides)) > MOST_DIMENSIONS:
+            raise DataError(
+                f"{self.where} cannot be read: a tensor has {max(len(shape), len(strides)):,} dimensions, at most "
+                f"{MOST_DIMENSIONS} are accepted"
+            )
+        if not all(type(each) is int and 0 <= each < _MOST_NUMBERS for each in (first, *shape, *strides)):
             raise DataError(f"{self.where} cannot be read: a tensor has an impossible place or shape")
         # Only rows without gaps: strides can make a small storage look like any amount of numbers.
         expected: list[int] = []
@@ -200,10 +213,8 @@ class TorchFile:
         plain = len(shape) == len(strides) and all(
             length == 1 or stride == wanted for length, stride, wanted in zip(shape, strides, expected, strict=True)
         )
-        if not plain or len(shape) > 8:
-            raise DataError(
-                f"{self.where} cannot be read: a tensor of shape {list(shape)[:8]} is not stored row by row"
-            )
+        if not plain:
+            raise DataError(f"{self.where} cannot be read: a tensor of shape {list(shape)} is not stored row by row")
         if first + step > storage.count:
             raise DataError(
                 f"{self.where} is damaged: a tensor of shape {list(shape)} needs {first + step:,} numbers, its storage "
