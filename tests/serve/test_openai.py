@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
+from mlxchat.runner.store import Store
+from mlxchat.serve.models import Models
 
 BASE, CHAT = "pretrain-d2-" + "b" * 16, "sft-d2-" + "c" * 16
 
@@ -129,6 +132,25 @@ def test_models_are_listed_with_where_they_come_from(server: Any) -> None:
     assert [entry["mlxchat"]["converses"] for entry in listed["data"]] == [True, False]
     one = server.client.get("/v1/models/sft").json()
     assert (one["id"], one["mlxchat"]["config"]["sft"]) == (CHAT, {"lr": 0.1})
+    assert one["mlxchat"]["digest"] == "0" * 64
+
+
+def test_fingerprint_changes_with_contents_and_settings_only(server: Any, served: Path) -> None:
+    """Clients tell by it whether the model behind a name was replaced: once it was part of the folder's name."""
+    told = server.client.get("/v1/models/sft").json()["mlxchat"]["fingerprint"]
+    text = {"prompt": "the", "max_tokens": 2, "model": "sft"}
+    for answer in (server.chat(model="sft"), server.chat(), server.client.post("/v1/completions", json=text)):
+        assert answer.json()["system_fingerprint"] == told
+    streamed = server.chat(stream=True).text.splitlines()[0].removeprefix("data: ")
+    assert json.loads(streamed)["system_fingerprint"] == told
+    place = served / "store" / CHAT
+
+    def fingerprint(digest: str, **settings: Any) -> str:
+        return Models(Store(served), place, settings).fingerprint(digest)
+
+    assert told == fingerprint("0" * 64)
+    assert len({told, fingerprint("1" * 64), fingerprint("0" * 64, bits=4), fingerprint("0" * 64, bits=8)}) == 4
+    assert fingerprint("0" * 64, bits=4, top_k=50) == fingerprint("0" * 64, top_k=50, bits=4)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,11 @@ def main(arguments: list[str]) -> int:
 
     chosen = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _LIMITS}
     limits = Limits(**{name: value for name, value in chosen.items() if value is not None})
-    models = Models(store, place)
+    answering = {
+        "bits": options.bits, "kv_bits": options.kv_bits, "python_tool": options.python_tool,
+        "temperature": options.temperature, "top_k": options.top_k,
+    }  # fmt: skip
+    models = Models(store, place, answering)
     read_model(models.find(None).folder)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
     python = python_tool() if options.python_tool else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -14,6 +16,7 @@ from typing import Any
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, StoreError
 from mlxchat.runner.catalog import Summary, read_catalog
+from mlxchat.runner.fingerprint import canonical_json
 from mlxchat.runner.store import Store, read_manifest
 from mlxchat.serve.faults import Fault
 
@@ -33,14 +36,16 @@ class Model:
     context_tokens: int
     converses: bool
     """False: it was only pretrained and continues text."""
+    digest: str = ""
+    """Of the artifact's contents."""
 
 
 class Models:
     """What a server offers: every checkpoint of the outputs folder, and one that is meant when none is named."""
 
-    def __init__(self, store: Store, default: Path) -> None:
-        """Take the store and the folder of the default model."""
-        self.store, self.default = store, default
+    def __init__(self, store: Store, default: Path, settings: Mapping[str, Any] | None = None) -> None:
+        """Take the store, the folder of the default model, and the server's settings that change answers."""
+        self.store, self.default, self._settings = store, default, dict(settings or {})
         self._listed: tuple[float, list[Summary]] = (-_LISTED_SECONDS, [])
 
     def find(self, name: str | None) -> Model:
@@ -63,7 +68,11 @@ class Models:
         scores = _scores(found)
         checkpoints = [summary for summary in reversed(found) if summary.get("kind") == "checkpoint"]
         checkpoints.sort(key=lambda summary: summary["folder"] != self.default.name)
-        return [_entry(summary, scores) for summary in checkpoints]
+        return [_entry(summary, scores, self.fingerprint(summary["tree"])) for summary in checkpoints]
+
+    def fingerprint(self, digest: str) -> str:
+        """Return the `system_fingerprint` of answers: it changes with the artifact's contents and server's settings."""
+        return hashlib.sha256(canonical_json({"digest": digest, **self._settings}).encode()).hexdigest()[:16]
 
     def entry(self, name: str) -> dict[str, Any]:
         """Return OpenAI's entry of one model, with the settings that made it.
@@ -113,9 +122,10 @@ def read_model(folder: Path) -> Model:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         context = int(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError) as error:
+        digest = str(read_manifest(folder)["tree"])
+    except (OSError, ValueError, KeyError, StoreError) as error:
         raise DataError(f"{folder.name}: no readable checkpoint ({type(error).__name__}: {error})") from None
-    return Model(folder.name, folder, Tokenizer.load(folder), context, facts.get("format") == "chat")
+    return Model(folder.name, folder, Tokenizer.load(folder), context, facts.get("format") == "chat", digest)
 
 
 def _with_files(store: Store, place: Path) -> Path:
@@ -135,7 +145,7 @@ def _scores(found: list[Summary]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def _entry(summary: Summary, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _entry(summary: Summary, scores: dict[str, dict[str, float]], fingerprint: str) -> dict[str, Any]:
     made_from = {role: made.get("artifact") for role, made in (summary.get("inputs") or {}).items() if made}
     return {
         "id": summary["folder"],
@@ -144,6 +154,8 @@ def _entry(summary: Summary, scores: dict[str, dict[str, float]]) -> dict[str, A
         "owned_by": "mlxchat",
         "mlxchat": {
             "rid": summary["rid"],
+            "digest": summary["tree"],
+            "fingerprint": fingerprint,
             "step": summary["step"],
             "stage": summary["stage"],
             "run": summary.get("run"),

@@ -47,7 +47,7 @@ def openai_routes(service: Service) -> APIRouter:
             model, body, [prompt], service.limits, service.defaults, max_tokens=most, logprobs=logprobs
         )
         answer = service.worker.ask(model, asked)
-        head = _head("chatcmpl", "chat.completion", model)
+        head = _head("chatcmpl", "chat.completion", service, model)
         if body.stream:
             return EventStream(answer, _chat_chunks(service, answer, head, body))
         choices = await while_connected(request, answer, _collect(service, answer))
@@ -74,7 +74,7 @@ def openai_routes(service: Service) -> APIRouter:
             max_tokens=most, logprobs=body.logprobs,
         )  # fmt: skip
         answer = service.worker.ask(model, asked)
-        head = _head("cmpl", "text_completion", model)
+        head = _head("cmpl", "text_completion", service, model)
         echoes = [text if body.echo else "" for _, text in prompts for _ in range(body.n)]
         if body.stream:
             return EventStream(answer, _text_chunks(service, answer, head, body, echoes))
@@ -172,10 +172,10 @@ def _text_prompts(service: Service, model: Model, body: TextRequest) -> list[tup
     return found
 
 
-def _head(prefix: str, kind: str, model: Model) -> Json:
+def _head(prefix: str, kind: str, service: Service, model: Model) -> Json:
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model.name,
-        "system_fingerprint": model.name.rpartition("-")[2],
+        "system_fingerprint": service.models.fingerprint(model.digest),
     }  # fmt: skip
 
 
