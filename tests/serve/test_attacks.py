@@ -104,7 +104,7 @@ def test_special_tokens_that_somebody_types_stay_text(served: Any, tokenizer: To
         said = [Message(role="user", content="a")] if role == "assistant" else []
         last = [Message(role="user", content="a")] if role != "user" else []
         messages = [*said, Message(role=role, content=text), *last]  # type: ignore[arg-type]
-        ids = chat_prompt(model, messages, Limits(), answer_tokens=8, truncate=False)
+        ids = chat_prompt(model, messages, Limits(), answer_tokens=8, truncate=False).ids
         return [id_ for id_ in ids if id_ in tokenizer.special_ids.values()]
 
     assert specials(SPECIAL) == specials("nothing special")

@@ -31,7 +31,7 @@ def nanochat_routes(service: Service) -> APIRouter:
         messages = [Message(role=message.role, content=message.content) for message in body.messages]
         prompt = chat_prompt(model, messages, service.limits, answer_tokens=most, truncate=True)
         settings = Generation(temperature=body.temperature, top_k=body.top_k)
-        asked = requests_for(model, settings, [prompt], service.limits, service.defaults, max_tokens=most)
+        asked = requests_for(model, settings, [prompt.ids], service.limits, service.defaults, max_tokens=most)
         answer = worker.ask(model, asked)
         if body.stream:
             return EventStream(answer, _chunks(service, answer))

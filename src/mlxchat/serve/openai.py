@@ -44,12 +44,13 @@ def openai_routes(service: Service) -> APIRouter:
         )
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         asked = requests_for(
-            model, body, [prompt], service.limits, service.defaults, max_tokens=most, logprobs=logprobs
+            model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs
         )
         answer = service.worker.ask(model, asked)
         head = _head("chatcmpl", "chat.completion", service, model)
+        own = {"mlxchat": {"truncated_turns": prompt.truncated_turns}} if body.truncation == "auto" else {}
         if body.stream:
-            return EventStream(answer, _chat_chunks(service, answer, head, body))
+            return EventStream(answer, _chat_chunks(service, answer, head, body, own))
         choices = await while_connected(request, answer, _collect(service, answer))
         told = [
             {
@@ -58,7 +59,7 @@ def openai_routes(service: Service) -> APIRouter:
             }
             for index, choice in enumerate(choices)
         ]  # fmt: skip
-        return {**head, "choices": told, "usage": usage_of(answer, choices, body.n)}
+        return {**head, "choices": told, "usage": usage_of(answer, choices, body.n), **own}
 
     @routes.post("/completions", response_model=None)
     async def complete(body: TextRequest, request: Request) -> Response | Json:
@@ -99,7 +100,10 @@ async def _collect(service: Service, answer: Answer) -> list[Choice]:
     return choices
 
 
-async def _chat_chunks(service: Service, answer: Answer, head: Json, body: ChatRequest) -> AsyncIterator[Json | str]:
+async def _chat_chunks(
+    service: Service, answer: Answer, head: Json, body: ChatRequest, own: Json
+) -> AsyncIterator[Json | str]:
+    """Yield the chunks of a stream; the first one has the fields `own`."""
     head = {**head, "object": "chat.completion.chunk"}
     choices = choices_of(answer)
     usage = _usage_field(body)
@@ -109,7 +113,7 @@ async def _chat_chunks(service: Service, answer: Answer, head: Json, body: ChatR
         return {**head, "choices": [choice], **usage}
 
     for index in range(len(choices)):
-        yield chunk(index, {"role": "assistant", "content": ""})
+        yield {**chunk(index, {"role": "assistant", "content": ""}), **(own if index == 0 else {})}
     async for index, event in measured(answer, service.metrics):
         choice = choices[index]
         logprobs = choice.chat_logprobs(event)

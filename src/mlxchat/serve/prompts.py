@@ -10,7 +10,6 @@ from typing import Any
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request
-from mlxchat.errors import DataError
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
@@ -28,37 +27,57 @@ class Defaults:
     top_k: int | None = 50
 
 
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as the engine reads it."""
+
+    ids: list[int]
+    truncated_turns: int
+    """Oldest turns that were left out: a user's message with the replies to it, if any, is one turn."""
+
+
 def chat_prompt(
     model: Model, messages: Sequence[Message], limits: Limits, *, answer_tokens: int | None, truncate: bool
-) -> list[int]:
-    """Return the ids that ask for the next message.
+) -> ChatPrompt:
+    """Return the prompt for the assistant's next message.
 
     Args:
-        model: that is asked.
-        messages: system messages are joined to the user's that follows; neighbours of one role are joined.
-        limits: of the server.
-        answer_tokens: how many the answer may take; None: as many as fit.
-        truncate: leave the oldest turns out where the context is too short for all.
+        model: the model that will answer.
+        messages: system messages are joined to the user message that follows; consecutive messages of one role are
+            joined.
+        limits: of the server; with `truncate` they apply to what is left.
+        answer_tokens: length limit of the answer; None: the rest of the context.
+        truncate: leave out the oldest turns until the rest is within the limits and the context. System messages and
+            the last user message always stay.
 
     Raises:
-        Fault: the model cannot converse, or the conversation is beyond a limit or has no form.
+        Fault: the model is a base model, the messages have an invalid form, or they exceed a limit or the context.
     """
     if not model.converses:
         raise Fault(
-            f"{model.name} was only pretrained: it continues text (POST /v1/completions) and answers nobody",
+            f"{model.name} was only pretrained: it continues text (POST /v1/completions) and cannot chat",
             param="model", code="unsupported_model",
         )  # fmt: skip
-    _check_sizes(messages, limits)
-    turns = _turns(messages)
+    said = _check_form(messages)
     room = model.context_tokens - min(answer_tokens or 256, model.context_tokens // 2) if truncate else None
+    turns = _turns(said)
+    kept = turns if room is None else _latest_turns(model, said, turns, limits, room)
     while True:
-        try:
-            ids = render_for_completion(model.tokenizer, {"messages": turns})
-        except DataError as error:
-            raise Fault(str(error), param="messages") from None
-        if room is None or len(ids) <= room or len(turns) < 3:
-            return ids
-        turns = turns[2:]
+        chosen = {index for turn in kept for index in turn}
+        left = [each for index, each in enumerate(said) if each.role == "system" or index in chosen]
+        _check_sizes(left, limits, truncate=truncate)
+        ids = render_for_completion(model.tokenizer, {"messages": _joined(left)})
+        if room is None or len(ids) <= room or len(kept) == 1:
+            break
+        kept = kept[1:]  # joined messages may have a few more tokens than each alone
+    if len(ids) >= model.context_tokens:
+        subject, advice = _too_much(left, truncate=truncate)
+        raise Fault(
+            f"This model's maximum context length is {model.context_tokens} tokens, answer included; "
+            f"{subject} {len(ids)} tokens. {advice}.",
+            param="messages", code="context_length_exceeded",
+        )  # fmt: skip
+    return ChatPrompt(ids, len(turns) - len(kept))
 
 
 def requests_for(
@@ -88,9 +107,9 @@ def requests_for(
         room = model.context_tokens - len(prompt)
         if room < 1:
             raise Fault(
-                f"this model's context is {model.context_tokens} tokens; the prompt has {len(prompt)} and leaves no "
-                'room for an answer. Shorten it, or ask with truncation="auto"',
-                param="messages", code="context_length_exceeded",
+                f"This model's maximum context length is {model.context_tokens} tokens, answer included; the prompt "
+                f"has {len(prompt)} tokens. Shorten it.",
+                param="prompt", code="context_length_exceeded",
             )  # fmt: skip
         for choice in range(body.n):
             sampling = Sampling(
@@ -121,45 +140,119 @@ def _refuse_unsupported(body: Generation) -> None:
             raise Fault(f"{name} is not supported", param=name, code="unsupported_parameter")
 
 
-def _check_sizes(messages: Sequence[Message], limits: Limits) -> None:
-    if len(messages) > limits.max_messages:
-        raise Fault(f"the conversation has {len(messages)} messages, at most {limits.max_messages} may be",
-                    param="messages")  # fmt: skip
-    sizes = [sum(len(part["text"]) for part in _parts(message)) for message in messages]
-    for index, size in enumerate(sizes):
-        if size > limits.max_message_chars:
-            raise Fault(f"message {index} has {size} characters, at most {limits.max_message_chars} may be",
-                        param="messages")  # fmt: skip
-    if sum(sizes) > limits.max_conversation_chars:
-        raise Fault(f"the conversation has {sum(sizes)} characters, at most {limits.max_conversation_chars} may be",
-                    param="messages")  # fmt: skip
+@dataclass(frozen=True)
+class _Said:
+    """A message of a valid form."""
+
+    role: str
+    """system, user or assistant."""
+    parts: list[dict[str, str]]
+
+    @property
+    def num_chars(self) -> int:
+        return sum(len(part["text"]) for part in self.parts)
+
+    @property
+    def text(self) -> str:
+        return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
 
-def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return turns of user and assistant in alternation, the user's first and last."""
-    turns: list[dict[str, Any]] = []
-    waiting: list[str] = []
-    for message in messages:
-        parts = _parts(message)
-        said = "".join(part["text"] for part in parts if part["type"] == "text")
-        if message.role in ("system", "developer"):
-            waiting.append(said)
-        elif message.role == "user":
-            text = "\n\n".join([*waiting, said])
-            waiting = []
-            if turns and turns[-1]["role"] == "user":
-                turns[-1]["content"] += "\n\n" + text
-            else:
-                turns.append({"role": "user", "content": text})
-        elif turns and turns[-1]["role"] == "assistant":
-            turns[-1]["content"] += parts
-        else:
-            turns.append({"role": "assistant", "content": parts})
-    if not turns or turns[0]["role"] != "user":
+def _check_form(messages: Sequence[Message]) -> list[_Said]:
+    said = [_Said("system" if each.role == "developer" else each.role, _parts(each)) for each in messages]
+    if next((each.role for each in said if each.role != "system"), None) != "user":
         raise Fault("the first message after the system's must be the user's", param="messages")
-    if turns[-1]["role"] != "user" or waiting:
+    if said[-1].role != "user":
         raise Fault("the last message must be the user's", param="messages")
+    return said
+
+
+def _check_sizes(said: Sequence[_Said], limits: Limits, *, truncate: bool) -> None:
+    subject, advice = _too_much(said, truncate=truncate)
+    if len(said) > limits.max_messages:
+        raise Fault(f"the conversation has {len(said)} messages; at most {limits.max_messages} are accepted. {advice}.",
+                    param="messages")  # fmt: skip
+    for index, each in enumerate(said):
+        if each.num_chars > limits.max_message_chars:
+            kept = each.role == "system" or index == len(said) - 1
+            name = "the system prompt" if each.role == "system" else "the message" if kept else f"message {index}"
+            raise Fault(f"{name} has {each.num_chars} characters; at most {limits.max_message_chars} are accepted. "
+                        f"{'Shorten it' if kept else advice}.", param="messages")  # fmt: skip
+    if (total := sum(each.num_chars for each in said)) > limits.max_conversation_chars:
+        raise Fault(f"{subject} {total} characters; at most {limits.max_conversation_chars} are accepted. {advice}.",
+                    param="messages")  # fmt: skip
+
+
+def _too_much(said: Sequence[_Said], *, truncate: bool) -> tuple[str, str]:
+    """Return what is too long and how to shorten it."""
+    if not truncate:
+        return "the conversation has", 'Shorten it, or send truncation="auto" to leave out the oldest turns'
+    if len(said) == 1:
+        return "the message has", "Shorten it"
+    return "the system prompt and the message have", "Shorten one of them"
+
+
+def _turns(said: Sequence[_Said]) -> list[list[int]]:
+    """Return the indices of each turn's messages: a user message and the assistant messages that follow it."""
+    turns: list[list[int]] = []
+    for index, each in enumerate(said):
+        if each.role == "user":
+            turns.append([index])
+        elif each.role == "assistant":
+            turns[-1].append(index)
     return turns
+
+
+def _latest_turns(
+    model: Model, said: Sequence[_Said], turns: list[list[int]], limits: Limits, room: int
+) -> list[list[int]]:
+    """Return the last turn and as many before it as the limits and `room` tokens allow.
+
+    An unanswered message that is too long is skipped, so that it does not hide the turns before it.
+    """
+
+    def cost(indices: Sequence[int]) -> tuple[int, int, int] | None:
+        """Return messages, characters and tokens; None: a message is over its own limit."""
+        chars = [said[index].num_chars for index in indices]
+        if any(each > limits.max_message_chars for each in chars):
+            return None
+        texts = [part["text"] for index in indices for part in said[index].parts]
+        return len(chars), sum(chars), sum(2 + len(model.tokenizer.encode(text)) for text in texts)
+
+    always = [index for index, each in enumerate(said) if each.role == "system"] + turns[-1]
+    used = cost(always)
+    kept = [turns[-1]]
+    if used is None:
+        return kept
+    most = (limits.max_messages, limits.max_conversation_chars, room - 2)  # <|bos|> and <|assistant_start|>
+    for turn in reversed(turns[:-1]):
+        more = cost(turn)
+        total = None if more is None else (used[0] + more[0], used[1] + more[1], used[2] + more[2])
+        if total is not None and all(have <= limit for have, limit in zip(total, most, strict=True)):
+            kept.insert(0, turn)
+            used = total
+        elif len(turn) > 1:
+            break
+    return kept
+
+
+def _joined(said: Sequence[_Said]) -> list[dict[str, Any]]:
+    """Return messages of user and assistant in alternation; system messages are joined to the user's that follows."""
+    joined: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    for each in said:
+        if each.role == "system":
+            waiting.append(each.text)
+        elif each.role == "user":
+            text, waiting = "\n\n".join([*waiting, each.text]), []
+            if joined and joined[-1]["role"] == "user":
+                joined[-1]["content"] += "\n\n" + text
+            else:
+                joined.append({"role": "user", "content": text})
+        elif joined[-1]["role"] == "assistant":
+            joined[-1]["content"] += each.parts
+        else:
+            joined.append({"role": "assistant", "content": [*each.parts]})
+    return joined
 
 
 def _parts(message: Message) -> list[dict[str, str]]:

@@ -52,7 +52,8 @@ class Generation(BaseModel):
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
-    """auto: the oldest turns are left out where a conversation is longer than the model's context."""
+    """auto: leave out the oldest turns of a conversation that exceeds the limits or the model's context; system
+    messages stay. The response counts them in `mlxchat.truncated_turns`."""
 
 
 class Message(BaseModel):

@@ -1,0 +1,152 @@
+"""truncation="auto": what is left out of a long conversation, what stays, and how the client learns of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.serve.faults import Fault
+from mlxchat.serve.limits import Limits
+from mlxchat.serve.models import Model
+from mlxchat.serve.prompts import chat_prompt
+from mlxchat.serve.schemas import Message
+
+Turn = tuple[str, str]
+
+
+def messages(*said: Turn) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in said]
+
+
+def pairs(count: int, text: str = "the cat sat ") -> list[Turn]:
+    return [(role, f"{text}{number}") for number in range(count) for role in ("user", "assistant")]
+
+
+def prompt(tokenizer: Tokenizer, context: int, said: list[Turn], truncate: bool = True, **limits: int) -> Any:
+    model = Model("a", Path("a"), tokenizer, context, True)
+    given = [Message(role=role, content=text) for role, text in said]  # type: ignore[arg-type]
+    return chat_prompt(model, given, Limits(**limits), answer_tokens=8, truncate=truncate)
+
+
+def rendered(tokenizer: Tokenizer, *said: Turn) -> list[int]:
+    return render_for_completion(tokenizer, {"messages": messages(*said)})
+
+
+def test_truncation_keeps_the_system_prompt(tokenizer: Tokenizer) -> None:
+    """The system prompt was joined to the oldest turn and left out with it."""
+    said = pairs(9)
+    got = prompt(tokenizer, 128, [("system", "the dog"), *said, ("user", "the mat")])
+    kept = said[2 * got.truncated_turns :]
+    assert 0 < got.truncated_turns < 9
+    assert got.ids == rendered(tokenizer, ("system", "the dog"), *kept, ("user", "the mat"))
+    longer = rendered(tokenizer, ("system", "the dog"), *said[-len(kept) - 2 :], ("user", "the mat"))
+    assert len(got.ids) <= 128 - 8 < len(longer), "no turn more than necessary is left out"
+
+
+def test_nothing_is_left_out_of_what_fits(tokenizer: Tokenizer) -> None:
+    said = [("system", "the dog"), *pairs(2), ("user", "the mat")]
+    got = prompt(tokenizer, 200, said)
+    assert (got.ids, got.truncated_turns) == (rendered(tokenizer, *said), 0)
+
+
+@pytest.mark.parametrize(
+    ("old", "limits"),
+    [
+        ([("user", "a" * 90), ("assistant", "b")], {"max_message_chars": 80}),
+        ([("user", "a"), ("assistant", "b" * 90)], {"max_message_chars": 80}),
+        (pairs(3), {"max_conversation_chars": 80}),
+        (pairs(9), {"max_messages": 5}),
+    ],
+    ids=["long question", "long answer", "long conversation", "many messages"],
+)
+def test_limits_apply_to_what_truncation_leaves(tokenizer: Tokenizer, old: list[Turn], limits: dict[str, int]) -> None:
+    """Sizes were checked first, so every later turn of a long conversation was refused."""
+    last = [*pairs(1, "the dog "), ("user", "the mat")]
+    got = prompt(tokenizer, 2000, [*old, *last], **limits)
+    assert got.truncated_turns > 0
+    kept = (old + last)[2 * got.truncated_turns :]
+    assert kept[-3:] == last
+    assert got.ids == rendered(tokenizer, *kept)
+    with pytest.raises(Fault, match='truncation="auto"'):
+        prompt(tokenizer, 2000, [*old, *last], truncate=False, **limits)
+
+
+def test_an_unanswered_message_that_is_too_long_is_left_out_alone(tokenizer: Tokenizer) -> None:
+    """[user (too long), user] was refused: the first was joined to the second, and every later message failed."""
+    assert prompt(tokenizer, 128, [("user", "a b " * 90), ("user", "the mat")]).ids == rendered(
+        tokenizer, ("user", "the mat")
+    )
+    said = pairs(1)
+    got = prompt(tokenizer, 128, [*said, ("user", "a b " * 90), ("user", "the mat")])
+    assert got.ids == rendered(tokenizer, *said, ("user", "the mat")), "the turns before it stay"
+    assert got.truncated_turns == 1
+    short = prompt(tokenizer, 128, [*said, ("user", "the log"), ("user", "the mat")])
+    assert short.ids == rendered(tokenizer, *said, ("user", "the log\n\nthe mat"))
+
+
+def test_long_text_in_many_turns_fits_the_context_exactly(tokenizer: Tokenizer) -> None:
+    for context in range(40, 130, 7):
+        said = [("system", "the dog"), *pairs(9), ("user", "x"), ("user", "the log"), ("user", "the mat")]
+        got = prompt(tokenizer, context, said)
+        assert len(got.ids) <= context - min(8, context // 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "limits", "expected"),
+    [
+        ([("user", "a" * 90)], {"max_message_chars": 80},
+         "the message has 90 characters; at most 80 are accepted. Shorten it."),
+        ([("system", "a" * 90), ("user", "a")], {"max_message_chars": 80},
+         "the system prompt has 90 characters; at most 80 are accepted. Shorten it."),
+        ([("system", "a" * 50), ("user", "a" * 50)], {"max_conversation_chars": 80},
+         "the system prompt and the message have 100 characters; at most 80 are accepted. Shorten one of them."),
+        ([("user", "1 2 " * 60)], {},
+         "This model's maximum context length is 128 tokens, answer included; the message has 244 tokens. Shorten it."),
+    ],
+)  # fmt: skip
+def test_what_truncation_cannot_mend_is_explained_without_api_terms(
+    tokenizer: Tokenizer, said: list[Turn], limits: dict[str, int], expected: str
+) -> None:
+    with pytest.raises(Fault) as caught:
+        prompt(tokenizer, 128, said, **limits)
+    assert (caught.value.status, caught.value.message) == (400, expected)
+
+
+def test_the_response_counts_the_turns_left_out(server: Any) -> None:
+    """Turns were left out without a word."""
+    long = messages(*pairs(12), ("user", "the mat"))
+    told = server.chat(messages=long, truncation="auto").json()
+    assert told["mlxchat"]["truncated_turns"] > 0
+    assert told["usage"]["prompt_tokens"] < 128
+    fits = server.chat(truncation="auto").json()
+    assert fits["mlxchat"] == {"truncated_turns": 0}
+    assert "mlxchat" not in server.chat().json(), "nothing is left out unless the client asks for it"
+    lines = server.chat(messages=long, truncation="auto", stream=True).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert chunks[0]["mlxchat"] == told["mlxchat"]
+    assert all("mlxchat" not in chunk for chunk in chunks[1:])
+
+
+def test_the_pages_conversation_survives_forty_thousand_characters(server: Any) -> None:
+    """Beyond 32,000 characters, or after an answer above 8,000, every turn got 400."""
+    long = messages(*pairs(10, "the cat sat " * 160), ("user", "a"), ("assistant", "b" * 8001), ("user", "the mat"))
+    assert server.chat(messages=long, truncation="auto").json()["mlxchat"] == {"truncated_turns": 11}
+    assert server.chat(messages=long).status_code == 400
+
+
+def test_openai_client_reads_the_turns_left_out(server: Any) -> None:
+    openai = pytest.importorskip("openai")
+    said: Any = messages(*pairs(12), ("user", "the mat"))
+    extra = {"truncation": "auto"}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        whole = client.chat.completions.create(model="sft", messages=said, max_tokens=4, extra_body=extra)
+        with client.chat.completions.stream(model="sft", messages=said, max_tokens=4, extra_body=extra) as stream:
+            list(stream)
+            snapshot = stream.current_completion_snapshot
+    assert snapshot.mlxchat == whole.mlxchat
+    assert whole.mlxchat["truncated_turns"] > 0
