@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -134,3 +135,87 @@ def test_sixty_four_streams_for_two_minutes_in_bounded_memory(start: Callable[..
         before = resident_bytes()
         assert load(server, 64, 120) > 200
         assert resident_bytes() - before < 50e6
+
+
+class Held:
+    """Holds up a server's first step until `release`, and records what the worker does from then on."""
+
+    def __init__(self, server: Any) -> None:
+        self.worker, self.gate, self.entered = server.worker, threading.Event(), threading.Event()
+        self.loads: list[str] = []
+        self.most_models = self.most_rows = 0
+        server.until(lambda: len(self.worker.loaded) == 1)
+        for scheduler in self.worker._schedulers.values():
+            self.watch(scheduler)
+        own = self.worker._load
+
+        def load(model: Any, limits: Any) -> Any:
+            self.loads.append(model.name.split("-")[0])
+            self.most_models = max(self.most_models, 1 + len(self.worker._schedulers))
+            return self.watch(own(model, limits))
+
+        self.worker._load = load
+
+    def watch(self, scheduler: Any) -> Any:
+        own = scheduler.step
+
+        def step() -> Any:
+            self.entered.set()
+            assert self.gate.wait(60)
+            events = own()
+            rows = sum(each.num_active for each in self.worker._schedulers.values())
+            self.most_rows = max(self.most_rows, rows)
+            return events
+
+        scheduler.step = step
+        return scheduler
+
+
+def ask(server: Any, model: str) -> tuple[str, int]:
+    """Return (model, status) of a completion of 20 tokens."""
+    response = server.client.post("/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 20})
+    return model, response.status_code
+
+
+def test_a_further_model_waits_until_a_loaded_one_is_idle(start: Callable[..., Any]) -> None:
+    """Only idle models were unloaded, so that a request for another one was computed beyond max_models."""
+    with start(limits={"max_models": 1}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
+        held = Held(server)
+        asked = []
+        for number, model in enumerate(("sft", "pretrain", "sft", "pretrain"), 1):
+            asked.append(pool.submit(ask, server, model))
+            server.until(lambda number=number: server.worker.num_choices == number)
+            assert held.entered.wait(60)
+        held.gate.set()
+        assert {each.result() for each in asked} == {("sft", 200), ("pretrain", 200)}
+    assert held.most_models == 1
+    assert held.loads == ["pretrain", "sft", "pretrain"], "first come, first served: no model waits forever"
+
+
+def test_rows_are_bounded_over_all_models_together(start: Callable[..., Any]) -> None:
+    """max_rows was the bound of each model."""
+    with start(limits={"max_rows": 2}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
+        held = Held(server)
+        asked = [pool.submit(ask, server, model) for model in ("sft", "pretrain") * 3]
+        server.until(lambda: server.worker.num_choices == 6)
+        held.gate.set()
+        assert [each.result()[1] for each in asked] == [200] * 6
+        assert (held.most_models, held.most_rows) == (2, 2)
+        assert (server.worker.num_running, server.worker.num_waiting) == (0, 0)
+
+
+def test_a_client_that_leaves_while_its_model_waits_frees_its_place(start: Callable[..., Any]) -> None:
+    with start(limits={"max_models": 1}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
+        held = Held(server)
+        first = pool.submit(ask, server, "sft")
+        assert held.entered.wait(60)
+        body = {"model": "pretrain", "prompt": "a", "n": 2, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            server.until(lambda: server.worker.num_choices == 3)
+        server.until(lambda: server.worker.commands.qsize() == 2)  # to begin the answer, and to cancel it
+        held.gate.set()
+        assert first.result() == ("sft", 200)
+        server.until(lambda: server.worker.num_choices == 0)
+        assert ask(server, "sft") == ("sft", 200)
+    assert held.loads == [], "nothing was loaded for nobody"

@@ -22,11 +22,11 @@ class Limits:
     max_choices: int = 16
     """Answers to one request, `n` and prompts together."""
     max_rows: int = 16
-    """Answers in the making at a time."""
+    """Answers computed at a time, over all models."""
     max_queue: int = 64
     """Answers that wait for a row; further requests are refused with 429."""
     max_models: int = 2
-    """Models in memory; the one that was used longest ago goes."""
+    """Models in memory. A request for another one waits until one of them is idle; the least recently used is unloaded."""
     kept_tokens: int = 8192
     """Tokens of earlier conversations whose keys and values are kept for their next turns, for each model; 0: none."""
 

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -37,7 +37,6 @@ class Answer:
     events: asyncio.Queue[list[Told] | Exception] = field(default_factory=asyncio.Queue)
     left: int = 0
     """Choices that have not ended."""
-    cancelled: bool = False
 
     async def __aiter__(self) -> AsyncIterator[Told]:
         """Yield what comes until every choice has ended.
@@ -56,7 +55,6 @@ class Answer:
 
     def cancel(self) -> None:
         """Stop computing what is left of it."""
-        self.cancelled = True
         if self.left:
             self.worker.commands.put(lambda: self.worker.forget(self))
 
@@ -74,6 +72,7 @@ class Worker:
         self.has_loaded = False
         """Whether a model was ever in memory."""
         self._schedulers: OrderedDict[str, Scheduler] = OrderedDict()
+        self._pending: deque[tuple[Answer, int]] = deque()
         self._choices: dict[tuple[str, int], tuple[Answer, int]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="mlxchat-worker", daemon=True)
@@ -101,7 +100,7 @@ class Worker:
     @property
     def num_running(self) -> int:
         """Rows that are being computed."""
-        return min(self.num_choices, self.limits.max_rows)
+        return min(self.num_choices, len(self._choices))
 
     @property
     def num_waiting(self) -> int:
@@ -145,14 +144,22 @@ class Worker:
         return answer
 
     def forget(self, answer: Answer) -> None:
-        """Cancel an answer's rows, on the worker's thread."""
+        """Cancel an answer's choices, on the worker's thread."""
+        gone = Event(id=-1, token=None, finish_reason="cancelled")
+        self._tell([(answer, index, gone) for index in self._withdraw(answer)])
+
+    def _withdraw(self, answer: Answer) -> list[int]:
+        """Cancel an answer's rows, and return its choices that have no row; these end at once."""
         for (name, row), (asked, _) in self._choices.items():
             if asked is answer:
                 self._schedulers[name].cancel(row)
+        waiting = [index for asked, index in self._pending if asked is answer]
+        self._pending = deque(each for each in self._pending if each[0] is not answer)
+        return waiting
 
     def _run(self) -> None:
         while True:
-            idle = all(scheduler.idle for scheduler in self._schedulers.values())
+            idle = not self._pending and all(scheduler.idle for scheduler in self._schedulers.values())
             try:
                 command = self.commands.get(block=idle)
             except queue.Empty:
@@ -175,22 +182,35 @@ class Worker:
             _log.exception("%s cannot be loaded", model.name)
 
     def _begin(self, answer: Answer) -> None:
-        if answer.cancelled:
-            self._tell([(answer, -1, None)])
-            return
-        name = answer.model.name
-        try:
-            scheduler = self._scheduler(answer.model)
-            for index, request in enumerate(answer.requests):
-                self._choices[name, scheduler.submit(request)] = answer, index
-        except Exception as error:  # whatever it is, this answer alone fails of it
-            self.forget(answer)
-            self._fail(answer, error)
+        self._pending.extend((answer, index) for index in range(len(answer.requests)))
 
-    def _scheduler(self, model: Model) -> Scheduler:
+    def _admit(self) -> None:
+        """Give rows to pending choices, first come, first served, up to max_rows over all models.
+
+        A choice whose model has no room in memory holds up those after it: otherwise models that are always busy would
+        keep it waiting forever.
+        """
+        while self._pending and len(self._choices) < self.limits.max_rows:
+            answer, index = self._pending[0]
+            try:
+                scheduler = self._scheduler(answer.model)
+                if scheduler is None:
+                    return
+                row = scheduler.submit(answer.requests[index])
+            except Exception as error:  # whatever it is, this answer alone fails of it
+                self._withdraw(answer)
+                self._fail(answer, error)
+                continue
+            self._pending.popleft()
+            self._choices[answer.model.name, row] = answer, index
+
+    def _scheduler(self, model: Model) -> Scheduler | None:
+        """Return the scheduler of a model, which is loaded if necessary; None: all models in memory are in use."""
         if model.name not in self._schedulers:
             unused = [name for name, scheduler in self._schedulers.items() if scheduler.idle]
-            while len(self._schedulers) >= self.limits.max_models and unused:
+            while len(self._schedulers) >= self.limits.max_models:
+                if not unused:
+                    return None
                 self._reused_before += self._schedulers.pop(unused.pop(0)).kept.num_found
             began = time.perf_counter()
             self._schedulers[model.name] = self._load(model, self.limits)
@@ -200,7 +220,8 @@ class Worker:
         return self._schedulers[model.name]
 
     def _step(self) -> None:
-        told: list[tuple[Answer, int, Event | None]] = []
+        self._admit()
+        told: list[tuple[Answer, int, Event]] = []
         for name, scheduler in list(self._schedulers.items()):
             if scheduler.idle:
                 continue
@@ -226,6 +247,7 @@ class Worker:
         failed = {answer for (model, _), (answer, _) in self._choices.items() if model == name}
         self._choices = {key: value for key, value in self._choices.items() if key[0] != name}
         for answer in failed:
+            self._withdraw(answer)
             self._fail(answer, error)
 
     def _fail(self, answer: Answer, error: Exception) -> None:
@@ -238,15 +260,12 @@ class Worker:
         for answer in list(self.answers):
             self._fail(answer, error)
 
-    def _tell(self, told: list[tuple[Answer, int, Event | None]]) -> None:
+    def _tell(self, told: list[tuple[Answer, int, Event]]) -> None:
         """Hand events over to the event loop's thread."""
 
         def deliver() -> None:
             parts: dict[Answer, list[Told]] = {}
             for answer, index, event in told:
-                if event is None:
-                    self._end(answer, None)
-                    continue
                 if answer not in self.answers:  # it failed before
                     continue
                 parts.setdefault(answer, []).append((index, event))
@@ -259,12 +278,11 @@ class Worker:
 
         self._call(deliver)
 
-    def _end(self, answer: Answer, error: Exception | None) -> None:
+    def _end(self, answer: Answer, error: Exception) -> None:
         answer.left = 0
         self.answers.discard(answer)
-        if error is not None:
-            self.failures += 1
-            answer.events.put_nowait(error)
+        self.failures += 1
+        answer.events.put_nowait(error)
 
     def _call(self, function: Callable[[], None]) -> None:
         assert self._loop is not None
