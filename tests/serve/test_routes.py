@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -180,3 +181,37 @@ def test_the_verb_refuses_what_would_be_a_mistake(
         main(["serve", f"outputs={served}", *arguments])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_files_and_text_are_read_outside_the_event_loop(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading tokenizers, reading the catalog and encoding prompts held up all streams."""
+    from mlxchat.data.tokenizer import Tokenizer
+    from mlxchat.serve import models, prompts
+
+    threads: dict[str, set[int]] = {}
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return function(*arguments, **options)
+
+        return called
+
+    for name in ("read_catalog", "read_manifest"):
+        monkeypatch.setattr(models, name, recorded(name, getattr(models, name)))
+    monkeypatch.setattr(prompts, "render_for_completion", recorded("render", prompts.render_for_completion))
+    monkeypatch.setattr(Tokenizer, "encode", recorded("encode", Tokenizer.encode))
+    monkeypatch.setattr(Tokenizer, "load", recorded("load", Tokenizer.load))
+    models.read_model.cache_clear()
+    with start() as server:
+        assert server.chat(truncation="auto").status_code == 200
+        body = {"model": "pretrain", "prompt": "a", "max_tokens": 2}
+        assert server.client.post("/v1/completions", json=body).status_code == 200
+        assert server.client.post("/chat/completions", json=QUESTION).status_code == 200
+        for path in ("/v1/models", "/v1/models/sft"):
+            assert server.client.get(path).status_code == 200
+        loop = server.thread.ident
+    assert threads.keys() == {"read_catalog", "read_manifest", "render", "encode", "load"}
+    assert [name for name, used in threads.items() if loop in used] == []

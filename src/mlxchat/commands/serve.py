@@ -15,7 +15,8 @@ _LIMITS = {
     "max-tokens": "tokens of an answer", "max-messages": "messages of a conversation",
     "max-message-chars": "characters of a message", "max-conversation-chars": "characters of a conversation",
     "max-choices": "answers to one request", "max-rows": "answers computed at a time",
-    "max-queue": "answers that wait; more are refused with 429", "max-models": "models in memory; requests for further ones wait until one is idle",
+    "max-queue": "answers that wait; more are refused with 429",
+    "max-models": "models in memory; requests for further ones wait until one is idle",
     "kept-tokens": "tokens of conversations that are not read again with their next turn (default: 8192; 0: none)",
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
 
 from mlxchat import __version__
 from mlxchat.serve.faults import add_fault_handlers
@@ -37,7 +38,7 @@ def make_app(
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        service.worker.start(service.models.find(None))
+        service.worker.start(await run_in_threadpool(service.models.find, None))
         yield
         await service.worker.stop()
 

@@ -26,7 +26,7 @@ class Limits:
     max_queue: int = 64
     """Answers that wait for a row; further requests are refused with 429."""
     max_models: int = 2
-    """Models in memory. A request for another one waits until one of them is idle; the least recently used is unloaded."""
+    """Models in memory. A request for another one waits until one of them is idle; the least recently used one goes."""
     kept_tokens: int = 8192
     """Tokens of earlier conversations whose keys and values are kept for their next turns, for each model; 0: none."""
 

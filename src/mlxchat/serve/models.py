@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Models:
         """Take the store, the folder of the default model, and the server's settings that change answers."""
         self.store, self.default, self._settings = store, default, dict(settings or {})
         self._listed: tuple[float, list[Summary]] = (-_LISTED_SECONDS, [])
+        self._lock = threading.Lock()  # requests come from several threads; each file is read by one of them
 
     def find(self, name: str | None) -> Model:
         """Return a model by any name that `mlxchat show` would take; None or "default": the default one.
@@ -56,7 +58,8 @@ class Models:
         """
         try:
             place = self.default if name in (None, "", "default") else self._resolve(str(name))
-            return read_model(_with_files(self.store, place))
+            with self._lock:
+                return read_model(_with_files(self.store, place))
         except StoreError as error:
             raise self._unknown(error) from None
         except DataError as error:
@@ -104,11 +107,12 @@ class Models:
         return place
 
     def _summaries(self) -> list[Summary]:
-        now = time.monotonic()
-        if now - self._listed[0] >= _LISTED_SECONDS:
-            readable = [summary for summary in read_catalog(self.store) if "damaged" not in summary]
-            self._listed = now, readable
-        return self._listed[1]
+        with self._lock:
+            now = time.monotonic()
+            if now - self._listed[0] >= _LISTED_SECONDS:
+                readable = [summary for summary in read_catalog(self.store) if "damaged" not in summary]
+                self._listed = now, readable
+            return self._listed[1]
 
 
 @lru_cache(maxsize=8)

@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from mlxchat.engine.scheduler import Event
+from mlxchat.engine.scheduler import Request as Asked
 from mlxchat.serve.listening import EventStream, measured, while_connected
+from mlxchat.serve.models import Model
 from mlxchat.serve.prompts import chat_prompt, requests_for
 from mlxchat.serve.schemas import Generation, Message, NanochatRequest
 from mlxchat.serve.service import Service
@@ -26,12 +29,7 @@ def nanochat_routes(service: Service) -> APIRouter:
 
     @routes.post("/chat/completions", response_model=None)
     async def chat(body: NanochatRequest, request: Request) -> Response | Json:
-        model = service.models.find(None)
-        most = body.max_tokens or min(_DEFAULT_TOKENS, service.limits.max_tokens)
-        messages = [Message(role=message.role, content=message.content) for message in body.messages]
-        prompt = chat_prompt(model, messages, service.limits, answer_tokens=most, truncate=True)
-        settings = Generation(temperature=body.temperature, top_k=body.top_k)
-        asked = requests_for(model, settings, [prompt.ids], service.limits, service.defaults, max_tokens=most)
+        model, asked = await run_in_threadpool(_prepare, service, body)
         answer = worker.ask(model, asked)
         if body.stream:
             return EventStream(answer, _chunks(service, answer))
@@ -60,6 +58,16 @@ def nanochat_routes(service: Service) -> APIRouter:
         }  # fmt: skip
 
     return routes
+
+
+def _prepare(service: Service, body: NanochatRequest) -> tuple[Model, list[Asked]]:
+    """Return what a request asks for; it reads files and encodes text, so it runs outside the event loop."""
+    model = service.models.find(None)
+    most = body.max_tokens or min(_DEFAULT_TOKENS, service.limits.max_tokens)
+    messages = [Message(role=message.role, content=message.content) for message in body.messages]
+    prompt = chat_prompt(model, messages, service.limits, answer_tokens=most, truncate=True)
+    settings = Generation(temperature=body.temperature, top_k=body.top_k)
+    return model, requests_for(model, settings, [prompt.ids], service.limits, service.defaults, max_tokens=most)
 
 
 async def _texts(service: Service, answer: Answer) -> AsyncIterator[str]:

@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
 
+from mlxchat.engine.scheduler import Request as Asked
 from mlxchat.serve.choices import Choice, choices_of, usage_of
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.listening import EventStream, measured, while_connected
 from mlxchat.serve.models import Model
-from mlxchat.serve.prompts import chat_prompt, requests_for
+from mlxchat.serve.prompts import ChatPrompt, chat_prompt, requests_for
 from mlxchat.serve.schemas import ChatRequest, Generation, TextRequest
 from mlxchat.serve.service import Service
 from mlxchat.serve.worker import Answer
@@ -25,27 +27,18 @@ def openai_routes(service: Service) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(prefix="/v1")
 
+    # Functions that are not async run in a thread: the event loop does not wait for files.
     @routes.get("/models")
-    async def list_models() -> Json:
+    def list_models() -> Json:
         return {"object": "list", "data": service.models.entries()}
 
     @routes.get("/models/{name:path}")
-    async def show_model(name: str) -> Json:
+    def show_model(name: str) -> Json:
         return service.models.entry(name)
 
     @routes.post("/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response | Json:
-        model = service.models.find(body.model)
-        if body.top_logprobs and not body.logprobs:
-            raise Fault("top_logprobs needs logprobs=true", param="top_logprobs")
-        most = body.max_completion_tokens or body.max_tokens
-        prompt = chat_prompt(
-            model, body.messages, service.limits, answer_tokens=most, truncate=body.truncation == "auto"
-        )
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        asked = requests_for(
-            model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs
-        )
+        model, prompt, asked = await run_in_threadpool(_prepare_chat, service, body)
         answer = service.worker.ask(model, asked)
         head = _head("chatcmpl", "chat.completion", service, model)
         own = {"mlxchat": {"truncated_turns": prompt.truncated_turns}} if body.truncation == "auto" else {}
@@ -63,20 +56,10 @@ def openai_routes(service: Service) -> APIRouter:
 
     @routes.post("/completions", response_model=None)
     async def complete(body: TextRequest, request: Request) -> Response | Json:
-        model = service.models.find(body.model)
-        if body.best_of not in (None, body.n):
-            raise Fault("best_of is not supported", param="best_of", code="unsupported_parameter")
-        if body.echo and body.logprobs is not None:
-            raise Fault("echo with logprobs is not supported", param="echo", code="unsupported_parameter")
-        prompts = _text_prompts(service, model, body)
-        most = body.max_tokens if body.max_tokens is not None else min(128, service.limits.max_tokens)
-        asked = requests_for(
-            model, body, [ids for ids, _ in prompts], service.limits, service.defaults,
-            max_tokens=most, logprobs=body.logprobs,
-        )  # fmt: skip
+        model, texts, asked = await run_in_threadpool(_prepare_text, service, body)
         answer = service.worker.ask(model, asked)
         head = _head("cmpl", "text_completion", service, model)
-        echoes = [text if body.echo else "" for _, text in prompts for _ in range(body.n)]
+        echoes = [text if body.echo else "" for text in texts for _ in range(body.n)]
         if body.stream:
             return EventStream(answer, _text_chunks(service, answer, head, body, echoes))
         choices = await while_connected(request, answer, _collect(service, answer))
@@ -90,6 +73,36 @@ def openai_routes(service: Service) -> APIRouter:
         return {**head, "choices": told, "usage": usage_of(answer, choices, body.n)}
 
     return routes
+
+
+def _prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[Asked]]:
+    """Return what a chat request asks for; it reads files and encodes text, so it runs outside the event loop."""
+    model = service.models.find(body.model)
+    if body.top_logprobs and not body.logprobs:
+        raise Fault("top_logprobs needs logprobs=true", param="top_logprobs")
+    most = body.max_completion_tokens or body.max_tokens
+    prompt = chat_prompt(model, body.messages, service.limits, answer_tokens=most, truncate=body.truncation == "auto")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    asked = requests_for(
+        model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs
+    )
+    return model, prompt, asked
+
+
+def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[str], list[Asked]]:
+    """Return what a text completion asks for, with the text of each prompt; it runs outside the event loop, too."""
+    model = service.models.find(body.model)
+    if body.best_of not in (None, body.n):
+        raise Fault("best_of is not supported", param="best_of", code="unsupported_parameter")
+    if body.echo and body.logprobs is not None:
+        raise Fault("echo with logprobs is not supported", param="echo", code="unsupported_parameter")
+    prompts = _text_prompts(service, model, body)
+    most = body.max_tokens if body.max_tokens is not None else min(128, service.limits.max_tokens)
+    asked = requests_for(
+        model, body, [ids for ids, _ in prompts], service.limits, service.defaults,
+        max_tokens=most, logprobs=body.logprobs,
+    )  # fmt: skip
+    return model, [text for _, text in prompts], asked
 
 
 async def _collect(service: Service, answer: Answer) -> list[Choice]:
