@@ -1,12 +1,12 @@
 # Everything there is to type; `make help` lists it. Python 3.11-3.13, a POSIX shell and GNU make 3.81 are enough:
 # each target first makes .venv from the lock files, and makes it anew only when something it came from has changed.
 #
-#   ARGS="model=d4 seed=1"      passed on to mlxchat
+#   ARGS="stage=sft seed=1"     passed on to mlxchat
 #   TESTS="tests/model -k rope" which tests, passed on to pytest
 #   DEVICE=cpu|cuda12|cuda13    MLX's backend on Linux; .venv remembers it (a Mac always computes on Metal)
 #   PYTHON=python3.12           the interpreter of a new .venv (`make clean` first); default: the newest that fits
 
-SWEEP ?= model=d2,d4 optimizer=muon_oct2025,adamw
+SWEEP ?= experiment=quickstart model=d2,d4 optimizer=muon_oct2025,adamw
 
 BIN := .venv/bin
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
@@ -49,7 +49,7 @@ pictures: setup ## the README's pictures: report of the latest run, chat page, t
 	cp $(addprefix .venv/report/report/,pretrain-loss.svg pretrain-val_bpb.svg rl-pass.svg) .github/
 	$(BIN)/python tests/web/pictures.py .github --chromium $(CHROMIUM) $(ARGS)
 
-sweep: setup ## run every combination of SWEEP="model=d2,d4 ..."
+sweep: setup ## run every combination of SWEEP="experiment=quickstart model=d2,d4 ..."
 	$(BIN)/mlxchat -m $(SWEEP) $(ARGS)
 
 rehearsal: setup ## everything that the speedrun does, once and small, with its real data

@@ -186,7 +186,7 @@ def test_the_optimizer_fits_the_architecture_unless_one_is_given(
         (["foo"], r'there is no bench "foo": train, '),
         (["trian", "model=d2"], r'there is no bench "trian": train, .*\. Did you mean "train"\?'),
         (["train", "bench.step=2"], r'there is no "bench\.step" to set\. Did you mean "bench\.steps"\?'),
-        (["train", "model=d5"], r'model has no option "d5"'),
+        (["train", "model=d65"], r'model has no option "d65"'),
         (["train", "machine.num_processes=2"], r"bench train measures one process, machine\.num_processes is 2"),
         (["train", "bench.steps=0"], r"bench\.steps is 0, expected at least 1"),
         (["train", "bench.steps=two"], r"bench\.steps.*two.*[Ii]nteger"),

@@ -13,20 +13,22 @@ from typing import get_type_hints
 
 import pytest
 
-from mlxchat.compose import Composed, compose_config, group_names, group_options
+from mlxchat.commands.needs import find_downloads
+from mlxchat.compose import Composed, compose_config, group_names, group_options, implied_experiment
 from mlxchat.config import Config
 from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.stage import read_stage, stage_names
 from mlxchat.runner.store import Store
 from mlxchat.training.horizon import count_iterations, derive_hyperparameters, derive_numbers
+from mlxchat.validation import find_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those in hydra/ add to Hydra's own groups: the tests of what launches sweeps compose them.
 FILES = sorted(
     path.relative_to(ROOT / "conf")
     for path in (ROOT / "conf").rglob("*.yaml")
-    if path.name != "config.yaml" and path.relative_to(ROOT / "conf").parts[0] != "hydra"
+    if path.name != "config.yaml" and path.name[0] != "_" and path.relative_to(ROOT / "conf").parts[0] != "hydra"
 )
 
 
@@ -71,10 +73,11 @@ def test_every_file_composes_to_a_plan_of_every_step(file: Path, tmp_path: Path)
 
 def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
     on_disk = {file.parent.as_posix() for file in FILES}
-    assert set(group_names()) == on_disk
+    assert set(group_names()) == on_disk | {"model"}
     assert {f"{group}/{option}.yaml" for group in on_disk for option in group_options(group)} == {
         str(file) for file in FILES
     }
+    assert group_options("model") == [f"d{depth}" for depth in range(1, 65)]
 
 
 def test_the_stage_group_selects_targets_and_changes_nothing_else() -> None:
@@ -156,9 +159,10 @@ NANOCHAT = {
 }
 
 
-@pytest.mark.parametrize("depth", [int(option[1:]) for option in group_options("model")])
+@pytest.mark.parametrize("depth", [depth for depth in range(1, 65) if not 64 * depth % -(-64 * depth // 128)])
 def test_a_depth_gives_the_sizes_that_nanochat_gives_it(depth: int) -> None:
-    config = composed(f"model=d{depth}", "experiment=speedrun_d20", f"model.depth={depth}").config
+    config = composed("model=d20").config
+    config = replace(config, model=replace(config.model, depth=depth))
     found = sizes(config)
     # 12 L d² + 2 V d, with d = 64 L
     width = 64 * depth
@@ -172,10 +176,83 @@ def test_a_depth_gives_the_sizes_that_nanochat_gives_it(depth: int) -> None:
         assert count_iterations(config.pretrain, found, 524_288) == expected[4]
 
 
-@pytest.mark.parametrize("option", group_options("model"))
-def test_a_model_is_called_by_its_depth(option: str) -> None:
+@pytest.mark.parametrize("depth", range(1, 65))
+def test_every_depth_has_heads_of_a_whole_even_width(depth: int) -> None:
+    """Depths 5, 9, 11 and others were refused: nanochat's ceil(width / 128) heads do not divide their width."""
+    config = composed("model=d20").config
+    config = replace(config, model=replace(config.model, depth=depth))
+    found = sizes(config)
+    assert find_problems(config) == []
+    assert found.width % (2 * found.num_heads) == 0
+    assert 64 <= found.width // found.num_heads <= 128
+
+
+@pytest.mark.parametrize("option", ["d1", "d2", "d10", "d14", "d22", "d28", "d30", "d64"])
+def test_a_model_of_any_depth_composes_and_is_called_by_it(option: str) -> None:
+    """d10, d14, d22, d28 and d30 were no options."""
     config = composed(f"model={option}").config
     assert (config.model.name, config.model.depth) == (option, int(option[1:]))
+
+
+def test_a_models_name_follows_its_depth_unless_it_is_set() -> None:
+    """model.depth=14 named its artifacts d4."""
+    assert composed("model.depth=14").config.model.name == "d14"
+    assert composed("model=d4", "model.depth=14").config.model.name == "d14"
+    assert composed("model.depth=14", "model.name=mine").config.model.name == "mine"
+
+
+def test_choosing_a_model_gives_nanochats_recipe() -> None:
+    """model=d20 kept the quickstart's width, vocabulary, context, text and batch, and was named d20."""
+    config = composed("model=d20").config
+    derived = derive_numbers(
+        derive_hyperparameters(config.pretrain, config.optimizer, sizes(config), None), sizes(config), 32 * 2048
+    )
+    assert {key: derived[key] for key in D20} == D20
+    assert (config.model.context_tokens, config.corpus.name) == (2048, "fineweb_edu")
+    assert config == replace(composed("experiment=speedrun_d20").config, name="nanochat_d20")
+
+
+def test_plain_mlxchat_stays_the_quickstart() -> None:
+    config = composed().config
+    assert composed().choices["experiment"] == "quickstart"
+    assert (config.model.depth, config.model.aspect_ratio, config.pretrain.num_iterations) == (4, 48, 340)
+    deeper = composed("experiment=quickstart", "model=d6").config
+    assert deeper == replace(config, model=replace(config.model, name="d6", depth=6))
+    assert composed("model.depth=6").config == deeper
+
+
+def test_a_model_on_the_bundled_corpus_needs_nothing_from_elsewhere() -> None:
+    config = composed("model=d20", "corpus=bundled").config
+    full = composed("model=d20").config
+    plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
+    assert find_downloads(config, plan, Store(Path("/none"))) is None
+    assert config.corpus == composed().config.corpus
+    assert config.suite == composed().config.suite
+    assert (config.model, config.pretrain.batch, config.sft.schedule) == (
+        full.model,
+        full.pretrain.batch,
+        full.sft.schedule,
+    )
+    assert config.tokenizer.vocab_size <= 58_217, "tokens that the bundled text yields"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "implied"),
+    [
+        ([], []),
+        (["seed=1", "corpus=bundled"], []),
+        (["model.depth=6"], []),
+        (["model=d6"], ["experiment=nanochat"]),
+        (["model=d6", "corpus=tinystories"], ["experiment=nanochat"]),
+        (["corpus=bundled", "model=d6"], ["experiment=nanochat_bundled"]),
+        (["model=d6", "experiment=quickstart"], []),
+        (["model=d6", "~experiment"], []),
+        (["model=d2,d4"], ["experiment=nanochat"]),
+    ],
+    ids=lambda part: " ".join(part),
+)
+def test_a_model_implies_an_experiment_where_none_is_chosen(overrides: list[str], implied: list[str]) -> None:
+    assert implied_experiment(overrides) == implied
 
 
 def leaf_names(schema: type) -> Iterator[tuple[str, str]]:

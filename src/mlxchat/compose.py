@@ -13,6 +13,7 @@ from mlxchat.composed_cache import ComposedCache
 from mlxchat.config import Config
 from mlxchat.data.vocabulary import vocab_size_of
 from mlxchat.errors import ConfigError
+from mlxchat.model_config import MODELS
 from mlxchat.validation import find_problems
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
@@ -56,10 +57,26 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def register_schema() -> None:
-    """Tell Hydra the types; config.yaml's defaults list refers to them as `schema`."""
+    """Register with Hydra the types, which config.yaml's defaults list names `schema`, and a model of every depth."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name in MODELS:
+        store.store(group="model", name=name, node={"defaults": ["_depth", "_self_"], "depth": int(name[1:])})
+
+
+def implied_experiment(overrides: list[str]) -> list[str]:
+    """Return the override `experiment=…` that overrides imply: nanochat's recipe for a model, else nothing.
+
+    Plain `mlxchat` is the quickstart, whose sizes suit its own depth alone. Choosing a model without choosing an
+    experiment therefore means nanochat's recipe; with `corpus=bundled`, the variant that downloads nothing. Whatever
+    composes for a command line applies this rule.
+    """
+    chosen = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
+    if "model" not in chosen or "experiment" in chosen:
+        return []
+    return ["experiment=nanochat_bundled" if chosen.get("corpus") == "bundled" else "experiment=nanochat"]
 
 
 def compose_config(overrides: list[str], config_dirs: list[str] | None = None) -> Composed:
@@ -138,9 +155,15 @@ def conf_folder() -> Path:
 
 def group_options(group: str) -> list[str]:
     """Return the options of a config group that ships with mlxchat."""
-    names = [entry.stem for entry in conf_folder().joinpath(group).glob("*.yaml")]
-    # d2 before d12
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    if group == "model":
+        return list(MODELS)
+    names = [entry.stem for entry in conf_folder().joinpath(group).glob("[!_]*.yaml")]
+    return sorted(names)
+
+
+def describe_options(options: list[str]) -> str:
+    """Return the options of a group for a message; those of `model` shortened."""
+    return f"{options[0]} … {options[-1]}" if options == MODELS else ", ".join(options)
 
 
 def group_names() -> list[str]:
@@ -160,8 +183,9 @@ def _refusals() -> tuple[type[Exception], ...]:
 def _compose(overrides: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_module
 
+    overrides = [*implied_experiment(overrides), *map(_as_merge, overrides)]
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        return compose("config", [_as_merge(override) for override in overrides], return_hydra_config=True)
+        return compose("config", overrides, return_hydra_config=True)
 
 
 def _as_merge(override: str) -> str:

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from mlxchat.compose import describe_options
 from mlxchat.config import Config
 from mlxchat.errors import suggest
 from mlxchat.runner.plan import flatten_config
@@ -40,7 +41,7 @@ def explain_override(
     if group in groups and value not in groups[group] and "@" not in key:
         if "," in value:
             return f"{override}: several values are a sweep; add -m"
-        return f'{key} has no option "{value}": {", ".join(groups[group])}.{suggest(value, groups[group])}'
+        return f'{key} has no option "{value}": {describe_options(groups[group])}.{suggest(value, groups[group])}'
     known = [*groups, *_known_keys(Config)]
     present = flatten_config(OmegaConf.to_container(default()))
     present = {**present, **{key.rpartition(".")[0]: None for key in present}}

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from mlxchat.missing import MISSING
 
+MODELS = [f"d{depth}" for depth in range(1, 65)]
+"""Options of the group `model`: conf/model/_depth.yaml with each of these depths."""
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -18,7 +21,7 @@ class ModelConfig:
     aspect_ratio: int = MISSING
     """Width per layer of depth."""
     head_width: int = MISSING
-    """Wished width of a head; heads = ceil(width / head_width)."""
+    """Wished width of a head; heads = ceil(width / head_width), or the next number that divides the width evenly."""
     num_kv_heads: int | None = MISSING
     """Key/value heads; null: as many as query heads."""
     context_tokens: int = MISSING

@@ -11,7 +11,7 @@ from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
 from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import suggest
-from mlxchat.model.sizing import sizes_of
+from mlxchat.model.sizing import count_heads, sizes_of
 from mlxchat.number_problems import find_range_problems, find_zeros
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.rl_problems import find_rl_problems
@@ -105,7 +105,7 @@ def _model(config: Config) -> Iterator[str]:
         yield f'architecture.window_pattern is "{architecture.window_pattern}", expected letters S and L, such as SSSL'
     if architecture.smear and width < 24:
         yield f"architecture.smear needs a width of at least 24, got {width}"
-    heads = max(1, -(-width // model.head_width))
+    heads = count_heads(width, model.head_width)
     if width % heads or (width // heads) % 2:
         fitting = [depth for depth in range(2, 41) if not (depth * model.aspect_ratio) % model.head_width][:6]
         yield (

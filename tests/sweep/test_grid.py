@@ -177,10 +177,10 @@ def test_a_glob_stands_for_the_options_of_a_group(outputs: Path, tiny: tuple[str
 
 
 def test_an_impossible_value_refuses_a_sweep_before_its_first_job(mlxchat: CommandLine, swept: Any) -> None:
-    done = mlxchat("-m", "sft.num_epochs=1,0", "model=d2,d3", f"outputs={swept.outputs}")
+    done = mlxchat("-m", "sft.num_epochs=1,0", "model=d2,d65", f"outputs={swept.outputs}")
     assert (done.returncode, done.stdout) == (2, "")
     assert "sft.num_epochs is 0, expected at least 1" in done.stderr
-    assert 'model has no option "d3"' in done.stderr
+    assert 'model has no option "d65"' in done.stderr
     assert not swept.outputs.exists()
 
 
@@ -197,7 +197,7 @@ def test_an_impossible_value_refuses_a_sweep_before_its_first_job(mlxchat: Comma
         (["seed=interval(1,2)"], "to search an interval use sweep=tpe"),
         (["sweep=tpe", "seed=1,2"], "leave out -m"),
         (["sweep=tpa", "seed=1,2"], "leave out -m|has no option"),
-        (["model=d5", "seed=1,2"], "Did you mean"),
+        (["model=d65", "seed=1,2"], "Did you mean"),
         (["sweep.metric=bpb", "seed=1,2"], "expected STEP.METRIC"),
         (["sweep.direction=minimise", "seed=1,2"], 'Did you mean "minimize"'),
         (["--nothing", "seed=1,2"], "unknown option --nothing"),

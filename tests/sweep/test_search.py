@@ -162,7 +162,7 @@ def test_another_search_under_the_same_name_is_refused(
         (["sweep=tpa", "seed=1,2"], 'sweep has no option "tpa".* Did you mean "tpe"'),
         (["sweep=tpe", "optimizer.matrx_lr=interval(0,1)"], 'Did you mean "optimizer.matrix_lr"'),
         (["sweep=tpe", "optimizer.matrix_lr=interval(1,0)"], "the interval is empty"),
-        (["sweep=tpe", "model=choice(d2,d3)"], 'model has no option "d3"'),
+        (["sweep=tpe", "model=choice(d2,d65)"], 'model has no option "d65"'),
         (["sweep=tpe", "sft.num_epochs=range(0,3)"], "sft.num_epochs is 0, expected at least 1"),
         (["sweep=tpe", "seed=1,2", "sweep.metric=pretran.val_bpb"], 'Did you mean "pretrain"'),
         (["sweep=tpe", "seed=1,2", "sweep.metric=null"], "sweep.metric has no value"),

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mlxchat.commands.arguments import Parser
+from mlxchat.model_config import MODELS
 
 _BASH = r"""_mlxchat() {
     local IFS=$'\n' word="${COMP_WORDS[COMP_CWORD]}" line="${COMP_LINE:0:COMP_POINT}"
@@ -161,8 +162,9 @@ def _settings(current: str) -> list[str]:
     conf = _conf()
     group, equals, _ = current.lstrip("+").partition("=")
     if equals:
-        folder = conf / group.partition("@")[0]
-        return [f"{current.partition('=')[0]}={name[:-5]}" for name in _names(folder) if name.endswith(".yaml")]
+        group = group.partition("@")[0]
+        names = MODELS if group == "model" else [name[:-5] for name in _names(conf / group) if name.endswith(".yaml")]
+        return [f"{current.partition('=')[0]}={name}" for name in names]
     others = ("settings", "hydra", "__pycache__")
     groups = [f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in others]
     groups += [f"hydra/{name}=" for name in _names(conf / "hydra")]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser, split_words
+from mlxchat.commands.needs import find_sources
 from mlxchat.compose import compose_config, split_config_dirs
 from mlxchat.errors import DataError, PassingError
 from mlxchat.runner.progress import format_bytes
 
 if TYPE_CHECKING:
-    from mlxchat.config import Config, TaskItem
+    from mlxchat.config import Config
     from mlxchat.hub.client import HubFile
     from mlxchat.runner.plan import PlannedStep
     from mlxchat.runner.store import Store
@@ -89,34 +89,24 @@ def find_needs(
     from mlxchat.hub.client import list_files
     from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.store import Store
-    from mlxchat.tasks.hub_task import HubSource
-    from mlxchat.tasks.items import load_item
 
     config = compose_config(settings, dirs).config
     store = Store(Path(config.outputs))
     plan = [step for step in plan_of(config, store) if not step.done]
     groups: dict[str, list[HubFile]] = {}
-    urls: dict[str, str | None] = {}
     if any(step.stage.name in ("corpus", "tokenizer", "pretrain") or "corpus" in step.inputs for step in plan):
         groups |= _corpus_files(config, plan, store, measure=measure)
-    sections = {name: getattr(config, name) for step in plan for name in step.stage.config}
-    for item in _task_items(sections):
-        for source in load_item(item).needs():
-            if isinstance(source, HubSource):
-                found = list_files(source.repository, revision=source.revision, pattern=source.pattern)
-                if not found:
-                    raise DataError(f"{source.repository} at {source.revision} has no file {source.pattern}")
-                groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *found]))
-            else:
-                urls[source.url] = source.sha256
-    if "imported" in sections and config.imported.repository is not None:
+    sources, addresses = find_sources(config, plan)
+    for source in sources:
+        found = list_files(source.repository, revision=source.revision, pattern=source.pattern)
+        if not found:
+            raise DataError(f"{source.repository} at {source.revision} has no file {source.pattern}")
+        groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *found]))
+    urls = {address.url: address.sha256 for address in addresses}
+    if config.imported.repository is not None and any(step.stage.name == "imported" for step in plan):
         from mlxchat.interop.importing import files_to_fetch
 
         groups[config.imported.repository] = files_to_fetch(config.imported)
-    for section in ("eval", "pretrain"):
-        core = sections[section].core if section in sections else None
-        if core is not None and "://" in core.bundle:
-            urls[core.bundle] = core.sha256
     return groups, urls
 
 
@@ -141,17 +131,3 @@ def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, meas
         files = known.first(need.chars)
         print(need)
     return {config.corpus.hub.repository: list(dict.fromkeys([*validation, *files]))}
-
-
-def _task_items(value: Any) -> Iterator[TaskItem]:
-    """Yield every task of the sections."""
-    from mlxchat.config import TaskItem
-
-    if isinstance(value, TaskItem):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _task_items(item)
-    elif is_dataclass(value):
-        for each in fields(value):
-            yield from _task_items(getattr(value, each.name))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from textwrap import fill
 
 from mlxchat import __version__
-from mlxchat.compose import group_names, group_options
+from mlxchat.compose import describe_options, group_names, group_options
 from mlxchat.verbs import VERBS
 
 _USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG.
 
   mlxchat [run] [SETTINGS]           corpus → tokenizer → pretrain → midtrain → sft → rl → eval; what is done is kept
-  mlxchat stage=pretrain model=d20   up to and including a stage, with another model
-  mlxchat -m model=d2,d4             a sweep: one run per value, shared steps computed once
+  mlxchat stage=pretrain             up to and including a stage
+  mlxchat model=d20                  nanochat's recipe at this depth; `mlxchat plan model=d20` says what it takes
+  mlxchat experiment=quickstart model=d6    the default recipe, deeper
+  mlxchat -m seed=1,2                a sweep: one run per value, shared steps computed once
   mlxchat sweep=tpe 'KEY=interval(0.1,1)'   a search: each trial is chosen by the results so far
   mlxchat experiment=speedrun_d20    a recipe from conf/experiment
   mlxchat VERB [SETTINGS] [--help]
@@ -45,7 +47,7 @@ def describe_usage() -> str:
     names |= {"mixture": "mixture@sft.mixture= (or @midtrain.mixture=)"}
     groups = "\n".join(
         fill(
-            f"{name:<14} {' '.join(group_options(group))}", width=118, initial_indent="  ",
+            f"{name:<14} {describe_options(group_options(group)).replace(', ', ' ')}", width=118, initial_indent="  ",
             subsequent_indent=" " * 17, break_on_hyphens=False,
         )
         for group, name in names.items()

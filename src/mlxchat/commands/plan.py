@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
     parser.add_argument("--save", metavar="FILE", help="keep it: `mlxchat run --plan FILE` runs exactly that")
     options, rest = parser.parse_known_args(arguments)
+    from mlxchat.commands.needs import describe_recipe, find_downloads
     from mlxchat.compose import compose_config, split_config_dirs
     from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.estimates import estimate_steps
@@ -55,6 +56,8 @@ def main(arguments: list[str]) -> int:
         further = [*describe_text(config, plan, store).items(), *describe_imports(config, plan).items()]
         for name, text in further:
             remarks[name] = "; ".join(filter(None, (memory.get(name), text)))
+        for line in describe_recipe(composed, plan, store, find_downloads(config, plan, store)):
+            print(line)
         print(format_plan(plan, remarks, estimates), flush=True)
     check_memory(config, plan)
     if options.save:

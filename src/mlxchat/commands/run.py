@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxchat.compose import compose_config, split_config_dirs
+from mlxchat.compose import compose_config, implied_experiment, split_config_dirs
 from mlxchat.pipeline_run import run_pipeline
 
 _SWEEP_FLAGS = {"-m", "--multirun"}
@@ -44,5 +44,7 @@ def main(arguments: list[str]) -> int:
         from mlxchat.sweep.search import run_search
 
         return run_search(arguments)
+    if implied := implied_experiment(overrides):
+        print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
     run_pipeline(composed)
     return 0

@@ -86,9 +86,9 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
         DataError: it cannot be had, is not what it should be, or the network may not be used.
         PassingError: the server does not answer.
     """
-    name = Path(urlsplit(url).path).name or "index"
-    folder = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    place, note = folder / name, folder / "source.json"
+    place = url_place(url)
+    name, folder = place.name, place.parent
+    note = folder / "source.json"
 
     def is_there() -> bool:
         known = read_json(note) or {}
@@ -110,6 +110,12 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
             note_verified(arrived.sha256, place)
             write_json(note, {"url": url, "revision": None, "sha256": arrived.sha256, "bytes": arrived.bytes})
     return place
+
+
+def url_place(url: str) -> Path:
+    """Return where `fetch_url` puts the file of an address."""
+    folder = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return folder / (Path(urlsplit(url).path).name or "index")
 
 
 def record(source: HubFile | Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def sizes_from_depth(
     whole_heads: bool = False,
     **features: Any,
 ) -> GPTSizes:
-    """Return the sizes at a depth: width = depth × aspect_ratio, heads = ceil(width / head_width).
+    """Return the sizes at a depth: width = depth × aspect_ratio, heads as `count_heads` says.
 
     The caller has checked divisibility (`validation.find_problems`).
 
@@ -106,7 +106,7 @@ def sizes_from_depth(
     width = depth * aspect_ratio
     if whole_heads:
         width = -(-width // head_width) * head_width
-    num_heads = max(1, math.ceil(width / head_width))
+    num_heads = count_heads(width, head_width)
     return GPTSizes(
         vocab_size=vocab_size,
         num_layers=depth,
@@ -117,6 +117,17 @@ def sizes_from_depth(
         rope_theta=rope_theta,
         **features,
     )
+
+
+def count_heads(width: int, head_width: int) -> int:
+    """Return the number of heads: ceil(width / head_width), as nanochat, if that divides the width into even parts.
+
+    Where it does not (width 320, heads of 128), nanochat stops with an error. Here it is the next larger number that
+    does, provided that a head keeps at least half of head_width; without one it is ceil(width / head_width) again.
+    """
+    least = max(1, math.ceil(width / head_width))
+    fitting = (heads for heads in range(least, 2 * width // head_width + 1) if width % (2 * heads) == 0)
+    return next(fitting, least) if head_width % 2 == 0 else least
 
 
 def sizes_of(model: ModelConfig, architecture: ArchitectureConfig, vocab_size: int) -> GPTSizes:

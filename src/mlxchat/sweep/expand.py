@@ -13,7 +13,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from mlxchat.compose import CONF_MODULE, Composed, compose_config
+from mlxchat.compose import CONF_MODULE, Composed, compose_config, register_schema
 from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
@@ -59,6 +59,7 @@ def expand_jobs(overrides: list[str], config_dirs: list[str]) -> list[list[str]]
     """
     loader = None
     if any("glob(" in item for item in overrides):
+        register_schema()  # model=glob(*) finds the depths there
         path = search_path()
         for folder in config_dirs:
             path.prepend("command-line", f"file://{folder}")

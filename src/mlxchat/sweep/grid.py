@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.compose import split_config_dirs
+from mlxchat.compose import implied_experiment, split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
 from mlxchat.runner import locks
 from mlxchat.runner.plan import entries_of
@@ -58,6 +58,8 @@ def run_sweep(arguments: list[str]) -> int:
         groups = [task for task in tasks if "." not in task.partition("=")[0] and "," not in task]
         tasks = [*check_settings(hydras, config_dirs, groups), *tasks]
     jobs = compose_jobs(expand_jobs(tasks, config_dirs), config_dirs)
+    if any(implied := [item for job in jobs for item in implied_experiment(job.overrides)]):
+        print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
     store = jobs[0].store
     store.prepare()
     folder = SweepFolder(place or store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}")
@@ -165,7 +167,8 @@ def _run_elsewhere(
     print(f"\n── {len(pending)} jobs by {launcher}; their lines begin with their number", flush=True)
     try:
         with environment(before), stopped_by_signals(folder), told_as_they_end(folder, set(folder.rows()), told):
-            launch([job.overrides for job in pending], hydras, config_dirs, folder, run_elsewhere)
+            overrides = [[*implied_experiment(job.overrides), *job.overrides] for job in pending]
+            launch(overrides, hydras, config_dirs, folder, run_elsewhere)
     except MlxchatError:
         raise
     except Exception as error:  # a worker was killed, or could not be started: each launcher has its own exception

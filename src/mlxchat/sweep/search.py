@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxchat.compose import Composed, compose_config, split_config_dirs
+from mlxchat.compose import Composed, compose_config, implied_experiment, split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, flatten_config
@@ -94,11 +94,16 @@ def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
     hydras = split_hydras(overrides)[1]
     if any(item.lstrip("+").startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher")) for item in hydras):
         raise ConfigError(f"{hydras[0]}: a search runs its trials one after the other in this process")
+    overrides = [*implied_experiment(overrides), *overrides]  # also where only trials choose a model
     plain = [item for item in overrides if not _varies(item)]
     base = compose_config(plain, config_dirs)
     sweep = base.config.sweep
     if sweep.kind == "none":
         return None
+    if implied := implied_experiment([*overrides, *(f"{key}={value}" for key, value in sweep.space.items())]):
+        overrides = [*implied, *overrides]
+        base = compose_config([*implied, *plain], config_dirs)
+        sweep = base.config.sweep
     fixed, space = read_space(overrides, sweep.space)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("sweep=tpe needs Optuna: pip install 'mlxchat[search]' (or optuna)")

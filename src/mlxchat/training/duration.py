@@ -15,12 +15,18 @@ from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.training.memory import predict_peak_bytes
 from mlxchat.training.micro_batch import find_device
 
+# What trainings of this project reached of a CPU's measured peak; of a GPU's published one it is an assumption.
+_SHARE_OF_PEAK = 0.4
 
-def estimate_pretraining(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
+
+def estimate_pretraining(
+    config: Config, plan: Iterable[PlannedStep], store: Store, *, measure: bool = False
+) -> dict[str, Estimate]:
     """Return step → estimate of the pretrainings that are to run, where a speed is known.
 
     The speed is that of the finished pretraining in the store that was most like it in FLOPs per token, on the same
-    kind of device; without one it is `machine.training_flops`. The bytes are those of weights and moments.
+    kind of device; without one it is `machine.training_flops`. Where that is null too, `measure` takes a share of this
+    device's peak, which a CPU is measured for. The bytes are those of weights and moments.
     """
     found: dict[str, Estimate] = {}
     for step in plan:
@@ -33,6 +39,8 @@ def estimate_pretraining(config: Config, plan: Iterable[PlannedStep], store: Sto
         reached, source = config.machine.training_flops, "machine.training_flops"
         if made := _most_alike(recent_artifacts(store, "pretrain"), per_token, device):
             reached, source = _speed(made), made["name"]
+        if reached is None and measure:
+            reached, source = _share_of_peak(config), "this device's peak"
         if reached is None:
             continue
         peak = predict_peak_bytes(
@@ -45,6 +53,14 @@ def estimate_pretraining(config: Config, plan: Iterable[PlannedStep], store: Sto
             artifact=source,
         )
     return found
+
+
+def _share_of_peak(config: Config) -> float | None:
+    from mlxchat.ops.device import select_device
+    from mlxchat.ops.peak import peak_flops  # imports MLX
+
+    peak = peak_flops(select_device(config.machine.device, config.machine.compute_dtype))
+    return None if peak is None else _SHARE_OF_PEAK * peak
 
 
 def _most_alike(made: Iterable[Manifest], per_token: float, device: str) -> Manifest | None:

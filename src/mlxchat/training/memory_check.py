@@ -27,7 +27,7 @@ from mlxchat.training.micro_batch import (
 from mlxchat.training.teacher_size import measure_teacher, teacher_folder, teachers_of
 
 _NUM_REMEDIES = 3
-# Depths that conf/model has files for.
+# Depths that are suggested: those of nanochat's recipes and a few small ones.
 _DEPTHS = (32, 26, 24, 20, 16, 12, 8, 6, 4, 2)
 _LEAST_ROW_TOKENS, _LEAST_VOCABULARY = 64, 512
 
@@ -189,7 +189,7 @@ def _shorter_rows(config: Config, stage: str) -> Iterator[tuple[str, Config]]:
 def _shallower_models(config: Config, stage: str) -> Iterator[tuple[str, Config]]:
     for depth in _DEPTHS:
         if depth < config.model.depth and _has_whole_heads(changed := replace(config.model, depth=depth)):
-            yield f"model=d{depth}", replace(config, model=changed)
+            yield f"model.depth={depth}", replace(config, model=changed)
 
 
 def _narrower_models(config: Config, stage: str) -> Iterator[tuple[str, Config]]:
