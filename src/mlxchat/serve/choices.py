@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +21,25 @@ class Choice:
 
     tokenizer: Tokenizer
     parts: Parts
-    events: list[tuple[Event, Kind]] = field(default_factory=list)
-    """Those with log-probabilities that are text, and of which kind."""
+    position: int = 0
+    """Where the next token begins in the choice's text, in characters; an echoed prompt counts."""
+    events: list[tuple[Event, Kind, int]] = field(default_factory=list)
+    """Text events with log-probabilities, their kind and their position."""
     num_sampled: int = 0
     finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        """Begin to decode."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, event: Event) -> Iterator[tuple[Kind, str]]:
         """Take an event; yield (kind, text) of what may be shown."""
         self.num_sampled += event.sampled
         self.events += self._with_logprobs(event)
+        if event.token is not None:
+            special = event.token in self.tokenizer.special_ids.values()
+            data = b"" if special else self.tokenizer.decode_bytes([event.token])
+            self.position += len(self._decoder.decode(data, final=special))
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason if event.finish_reason == "length" else "stop"
         yield from self.parts.add(event)
@@ -45,31 +56,32 @@ class Choice:
 
     def chat_logprobs(self, event: Event | None = None) -> Json | None:
         """Return the log-probabilities of what is said, of one event before it is added, or of all."""
-        entries = [self._chat_entry(each) for each, kind in self._with_logprobs(event) if kind == "text"]
+        entries = [self._chat_entry(each) for each, kind, _ in self._with_logprobs(event) if kind == "text"]
         return {"content": entries, "refusal": None} if entries else None
 
     def text_logprobs(self, event: Event | None = None) -> Json | None:
-        """Return the same as text completions have it, of calls too."""
-        events = [each for each, _ in self._with_logprobs(event)]
-        if not events:
+        """Return the same as text completions have it, of calls too.
+
+        `text_offset` counts the characters before each token in the whole text of the choice, also in a stream's
+        chunks; tokens of one character have the same.
+        """
+        found = self._with_logprobs(event)
+        if not found:
             return None
-        tokens = [self._token(each.token) for each in events]
-        offsets, place = [], 0
-        for token in tokens:
-            offsets.append(place)
-            place += len(token)
         return {
-            "tokens": tokens,
-            "token_logprobs": [each.logprob for each in events],
-            "top_logprobs": [{self._token(id_): value for id_, value in each.top_logprobs or ()} for each in events],
-            "text_offset": offsets,
+            "tokens": [self._token(each.token) for each, _, _ in found],
+            "token_logprobs": [each.logprob for each, _, _ in found],
+            "top_logprobs": [
+                {self._token(id_): value for id_, value in each.top_logprobs or ()} for each, _, _ in found
+            ],
+            "text_offset": [position for _, _, position in found],
         }
 
-    def _with_logprobs(self, event: Event | None) -> list[tuple[Event, Kind]]:
+    def _with_logprobs(self, event: Event | None) -> list[tuple[Event, Kind, int]]:
         if event is None:
             return self.events
         told = event.logprob is not None and event.token not in self.tokenizer.special_ids.values()
-        return [(event, self.parts.kind)] if told else []
+        return [(event, self.parts.kind, self.position)] if told else []
 
     def _chat_entry(self, event: Event) -> Json:
         top = [self._valued(id_, value) for id_, value in event.top_logprobs or ()]
@@ -80,13 +92,21 @@ class Choice:
         return {"token": self._token(token), "logprob": logprob, "bytes": list(data)}
 
     def _token(self, token: int | None) -> str:
-        return "" if token is None else self.tokenizer.decode([token])
+        r"""Return a token's text; one that is no text by itself is written as OpenAI does, as bytes:\xe2\x96."""
+        data = b"" if token is None else self.tokenizer.decode_bytes([token])
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def choices_of(answer: Answer) -> list[Choice]:
-    """Return the choices of an answer, empty."""
+def choices_of(answer: Answer, echoes: Sequence[str] = ()) -> list[Choice]:
+    """Return the choices of an answer, which begin with the prompts that they echo."""
     tokenizer = answer.model.tokenizer
-    return [Choice(tokenizer, Parts(tokenizer)) for _ in answer.requests]
+    return [
+        Choice(tokenizer, Parts(tokenizer), len(echoes[index]) if echoes else 0)
+        for index in range(len(answer.requests))
+    ]
 
 
 def usage_of(answer: Answer, choices: list[Choice], each: int) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -62,7 +62,7 @@ def openai_routes(service: Service) -> APIRouter:
         echoes = [text if body.echo else "" for text in texts for _ in range(body.n)]
         if body.stream:
             return EventStream(answer, _text_chunks(service, answer, head, body, echoes))
-        choices = await while_connected(request, answer, _collect(service, answer))
+        choices = await while_connected(request, answer, _collect(service, answer, echoes))
         told = [
             {
                 "index": index, "text": echoes[index] + choice.all_text, "logprobs": choice.text_logprobs(),
@@ -105,8 +105,8 @@ def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[str]
     return model, [text for _, text in prompts], asked
 
 
-async def _collect(service: Service, answer: Answer) -> list[Choice]:
-    choices = choices_of(answer)
+async def _collect(service: Service, answer: Answer, echoes: Sequence[str] = ()) -> list[Choice]:
+    choices = choices_of(answer, echoes)
     async for index, event in measured(answer, service.metrics):
         for _ in choices[index].add(event):
             pass
@@ -146,7 +146,7 @@ async def _chat_chunks(
 async def _text_chunks(
     service: Service, answer: Answer, head: Json, body: TextRequest, echoes: list[str]
 ) -> AsyncIterator[Json | str]:
-    choices = choices_of(answer)
+    choices = choices_of(answer, echoes)
     usage = _usage_field(body)
 
     def chunk(index: int, text: str, reason: str | None = None, logprobs: Json | None = None) -> Json:

@@ -1,0 +1,104 @@
+"""Log-probabilities of text completions: where each token stands in the text, and what half a character is called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.scheduler import Event
+from mlxchat.serve.choices import Choice
+from mlxchat.serve.parts import Parts
+
+TEXT = "the cat ▖ sat 5é on 😀 mat"
+LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+def complete(server: Any, **body: Any) -> Any:
+    return server.client.post("/v1/completions", json={"model": "sft", "prompt": "a", "max_tokens": 60, **body})
+
+
+def said_bytes(token: str) -> bytes:
+    """Return the bytes that OpenAI's clients make of a token."""
+    if token.startswith("bytes:"):
+        return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+    return token.encode()
+
+
+def test_text_offset_counts_over_all_chunks_of_a_stream(start: Callable[..., Any]) -> None:
+    """It restarted at 0 in each chunk."""
+    with start(says=TEXT, seconds=0.0) as server:
+        whole = complete(server, logprobs=1).json()["choices"][0]
+        lines = complete(server, logprobs=1, stream=True).text.splitlines()
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    pieces = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"]]
+    assert len(pieces) > 10
+    assert {key: [each for piece in pieces for each in piece[key]] for key in LISTS} == whole["logprobs"]
+    assert whole["text"] == TEXT
+    tokens, offsets = whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"]
+    data = b""
+    for token, offset in zip(tokens, offsets, strict=True):
+        assert offset == len(data.decode(errors="ignore")), "characters before the token"
+        if not token.startswith("bytes:"):
+            assert TEXT[offset : offset + len(token)] == token
+        data += said_bytes(token)
+    assert data.decode() == TEXT
+
+
+def test_text_offset_counts_an_echoed_prompt(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the dog")
+    choice = Choice(tokenizer, Parts(tokenizer), position=len("the cat"))
+    for id_ in ids:
+        list(choice.add(Event(id=0, token=id_, sampled=True, text=tokenizer.decode([id_]), logprob=-1.0)))
+    told = choice.text_logprobs()
+    assert told is not None
+    text = "the cat" + "the dog"
+    ends = [*told["text_offset"][1:], len(text)]
+    assert [text[a:b] for a, b in zip(told["text_offset"], ends, strict=True)] == told["tokens"]
+    assert told["text_offset"][0] == len("the cat")
+
+
+def test_text_offset_counts_what_a_tool_says(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    special = tokenizer.special_ids
+    call = [
+        special["<|python_start|>"],
+        *tokenizer.encode("2*30"),
+        special["<|python_end|>"],
+        *tokenizer.encode("xyzuvwqp"),
+    ]
+    with start(says=call, seconds=0.0) as server:
+        told = complete(server, logprobs=0).json()["choices"][0]
+    assert told["text"].startswith("2*3060")
+    assert told["text"].endswith("qp"), "text follows the result"
+    found = [
+        told["text"][offset : offset + len(token)]
+        for token, offset in zip(told["logprobs"]["tokens"], told["logprobs"]["text_offset"], strict=True)
+    ]
+    assert found == told["logprobs"]["tokens"]
+    assert len("".join(found)) == len(told["text"]) - 2, "the result was not sampled and has no log-probability"
+
+
+def test_alternatives_that_are_no_text_by_themselves_are_not_merged(tokenizer: Tokenizer) -> None:
+    """All ids that decode to U+FFFD had one key."""
+    (a,) = tokenizer.encode("a")
+    ids = [
+        a,
+        *(
+            next(id_ for id_ in range(256) if tokenizer.decode_bytes([id_]) == bytes([byte]))
+            for byte in range(128, 160)
+        ),
+    ]
+    event = Event(id=0, token=ids[-1], sampled=True, logprob=-3.0, top_logprobs=[(id_, -float(id_)) for id_ in ids])
+    choice = Choice(tokenizer, Parts(tokenizer))
+    told = choice.text_logprobs(event)
+    assert told is not None
+    (top,) = told["top_logprobs"]
+    assert top == {"a": -float(a)} | {
+        f"bytes:\\x{byte:02x}": -float(id_) for byte, id_ in zip(range(128, 160), ids[1:], strict=True)
+    }
+    assert told["tokens"] == ["bytes:\\x9f"]
+    chat = choice.chat_logprobs(event)
+    assert chat is not None
+    assert [chat["content"][0]["token"], chat["content"][0]["bytes"]] == ["bytes:\\x9f", [0x9F]]
+    assert [each["bytes"] for each in chat["content"][0]["top_logprobs"][1:]] == [[byte] for byte in range(128, 160)]
