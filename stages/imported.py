@@ -9,7 +9,7 @@ from mlxchat.interop.importing import import_model
 from mlxchat.model.sizing import count_parameters
 from mlxchat.runner.context import Context
 
-VERSION = 1
+VERSION = 2
 CONFIG = ["imported"]
 INPUTS: dict[str, str] = {}
 OPTIONAL_INPUTS = {"checkpoint": "checkpoint"}

@@ -11,7 +11,7 @@ from mlxchat.data.tokenizer import load_vocabulary
 from mlxchat.data.tokenizer_training import train_on_corpus
 from mlxchat.runner.context import Context
 
-VERSION = 1
+VERSION = 2
 CONFIG = ["tokenizer"]
 INPUTS = {"corpus": "corpus"}
 PRODUCES = "tokenizer"

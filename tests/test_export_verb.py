@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -19,8 +19,10 @@ import pytest
 import yaml
 
 from mlxchat.cli import main
-from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import train_tokenizer
+from mlxchat.data.conversation import render_conversation, render_for_completion
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.tools import calculate
 from mlxchat.interop.names import architecture_values
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -189,6 +191,100 @@ def test_a_hugging_face_folder_is_transformers_model(export: Any, made: Path, tm
     found = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert list(found) == render_for_completion(ours, {"messages": messages})
     assert tokenizer.eos_token_id == ours.assistant_end
+    # Pipelines pad batches; without a pad token they refuse.
+    batch = tokenizer(["a", "a longer text"], padding=True)
+    assert batch["input_ids"][0][-1] == tokenizer.pad_token_id == ours.assistant_end
+    assert 0 in batch["attention_mask"][0]
+
+
+def test_the_chat_template_marks_what_the_assistant_said(export: Any, made: Path, tmp_path: Path) -> None:
+    # TRL trains on this mask (assistant_only_loss): the same tokens as our own mask.
+    transformers = pytest.importorskip("transformers")
+    export("oct", "--to", "hf", tmp_path / "out")
+    ours = load_checkpoint(artifact(made, "oct"))[1]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "Yes, hello."},
+        {"role": "user", "content": "More"},
+        {"role": "assistant", "content": "No."},
+    ]
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = render_conversation(ours, {"messages": messages})
+    assert (list(found["input_ids"]), list(found["assistant_masks"])) == (list(ids), list(mask))
+
+
+def code_of_card(folder: Path) -> str:
+    text = (folder / "README.md").read_text()
+    return text.split("### The calculator")[1].split("```")[1].replace("FOLDER", str(folder))
+
+
+class Scripted:
+    """A model for mlx-lm: calls the calculator, then says the result that it reads and ends."""
+
+    layers: ClassVar[list[Any]] = []
+
+    def __init__(self, tokenizer: Tokenizer, call: str) -> None:
+        special, self.tokenizer = tokenizer.special_ids, tokenizer
+        self.call = [special["<|python_start|>"], *tokenizer.encode(call), special["<|python_end|>"]]
+        self.seen: list[int] = []
+
+    def make_cache(self) -> list[Any]:
+        self.seen = []
+        return []
+
+    def __call__(self, ids: mx.array, cache: Any) -> mx.array:
+        self.seen += ids.reshape(-1).tolist()
+        special = self.tokenizer.special_ids
+        if special["<|assistant_start|>"] not in self.seen:
+            return mx.zeros((*ids.shape, self.tokenizer.vocab_size))
+        said = self.seen[len(self.seen) - self.seen[::-1].index(special["<|assistant_start|>"]) :]
+        script = [*self.call, special["<|assistant_end|>"]]
+        if special["<|output_end|>"] in said:
+            first, last = (said.index(special[f"<|output_{end}|>"]) for end in ("start", "end"))
+            script = [*said[: last + 1], *said[first + 1 : last], special["<|assistant_end|>"]]
+        following = script[min(len(said), len(script) - 1)]
+        return mx.broadcast_to(
+            mx.eye(self.tokenizer.vocab_size)[following] * 50, (*ids.shape, self.tokenizer.vocab_size)
+        )
+
+
+CALLS = [
+    "12+7", "2*(3+4)", "1.1*3-0.3", "1,200/4", "7//2", "7%4", "'strawberry'.count('r')", '"aa".count("a")', " 3-5 ",
+    "2**9", "1/0", "import os", "", "(1", "9()", "a+1", "'a'.upper()",
+]  # fmt: skip
+
+
+def test_the_cards_loop_runs_the_calculator(
+    export: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The card gave scores that need a calculator, which mlx-lm does not run, and did not say so.
+    mlx_lm = pytest.importorskip("mlx_lm")
+    assert export("oct", "--to", "mlx", tmp_path / "out")[0] == 0
+    ours, theirs = load_checkpoint(artifact(made, "oct"))[1], mlx_lm.load(str(tmp_path / "out"))[1]
+    for call in CALLS:
+        scripted = Scripted(ours, call)
+        monkeypatch.setattr(mlx_lm, "load", lambda place, scripted=scripted: (scripted, theirs))
+        namespace: dict[str, Any] = {}
+        exec(code_of_card(tmp_path / "out"), namespace)  # as a reader of the card does
+        found = namespace["answer"]([{"role": "user", "content": "How many?"}])
+        result = calculate(call)
+        output = "" if result is None else f"<|output_start|>{result}<|output_end|>{result}"
+        assert found == f"<|python_start|>{call}<|python_end|>{output}<|assistant_end|>"
+
+
+def test_the_cards_loop_for_transformers_answers_as_we_do(export: Any, made: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    export("oct", "--to", "hf", tmp_path / "out")
+    namespace: dict[str, Any] = {}
+    exec(code_of_card(tmp_path / "out"), namespace)
+    model, tokenizer, _ = load_checkpoint(artifact(made, "oct"))
+    messages = [{"role": "user", "content": "How many windows?"}]
+    prompt = render_for_completion(tokenizer, {"messages": messages})
+    [expected] = Engine(model, tokenizer).complete([prompt], max_new_tokens=20, temperature=0.0)
+    assert namespace["answer"](messages, 20) == tokenizer.decode(expected.ids)
 
 
 def test_transformers_computes_our_logits(export: Any, made: Path, tmp_path: Path) -> None:

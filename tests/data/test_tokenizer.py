@@ -6,12 +6,15 @@ import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.numpy import load_file
 
@@ -213,10 +216,20 @@ def test_the_tokenizers_library_knows_the_special_tokens(tokenizer: Tokenizer, h
     assert hugging_face.get_vocab_size() == tokenizer.vocab_size
 
 
+class Generation(Extension):
+    """The tag that transformers adds to Jinja; its contents are rendered as they are."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def render_template(folder: Path, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     """Render as transformers does."""
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
     return environment.from_string(config["chat_template"]).render(
         messages=messages, add_generation_prompt=add_generation_prompt
     )

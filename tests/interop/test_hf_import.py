@@ -94,6 +94,30 @@ def test_numbers_sizes_and_token_ids_are_the_same(hf: Twin, tmp_path: Path) -> N
     ).encode("Hello ab world")  # fmt: skip
 
 
+def test_a_chat_model_saved_by_transformers_is_a_chat_model(hf: Twin, tmp_path: Path) -> None:
+    # transformers 5 writes chat_template.jinja, which was not read: the model came in as a base model.
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoTokenizer.from_pretrained(hf.folder).save_pretrained(hf.folder)
+    assert "chat_template" not in json.loads((hf.folder / "tokenizer_config.json").read_text())
+    assert (hf.folder / "chat_template.jinja").is_file()
+    _, tokenizer, facts = load_checkpoint(take(hf.folder, tmp_path))
+    assert (facts["format"], tokenizer.vocab_size) == ("chat", hf.sizes.vocab_size)
+    with_template = pins_of(config_of(hf.folder), hash_file)
+    (hf.folder / "chat_template.jinja").unlink()
+    assert pins_of(config_of(hf.folder), hash_file) != with_template
+    (tmp_path / "out").rename(tmp_path / "first")
+    assert load_checkpoint(take(hf.folder, tmp_path))[2]["format"] == "base"
+
+
+def test_a_chat_model_saved_by_mlx_lm_fuse_is_a_chat_model(hf: Twin, tmp_path: Path) -> None:
+    mlx_lm = pytest.importorskip("mlx_lm.utils")
+    ours = take(hf.folder, tmp_path).rename(tmp_path / "ours")
+    model, tokenizer, config = mlx_lm.load(str(ours), return_config=True)
+    mlx_lm.save(tmp_path / "fused", ours, model, tokenizer, config)  # what mlx_lm.fuse calls
+    assert (tmp_path / "fused" / "chat_template.jinja").is_file()
+    assert load_checkpoint(take(tmp_path / "fused", tmp_path))[2]["format"] == "chat"
+
+
 def test_numbers_in_bfloat16_come_in_exactly(hf: Twin, tmp_path: Path) -> None:
     arrays = {theirs: mx.array(hf.tensors[ours]).astype(mx.bfloat16) for theirs, ours in NAMES.items()}
     mx.save_safetensors(str(hf.folder / "model.safetensors"), arrays)

@@ -178,7 +178,7 @@ def _adapter_words(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
             f"They were trained on matrices of {bits} bits. On the base as it is they say something slightly else; "
             "--to mlx without -adapter is exactly the model that was trained."
         )
-    return {"trust": " --trust-remote-code" if needs_model_file(checkpoint) else ""}, notes
+    return {"trust": " --trust-remote-code" if needs_model_file(checkpoint) else "", "adapter": "yes"}, notes
 
 
 def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:

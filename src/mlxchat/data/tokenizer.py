@@ -34,7 +34,7 @@ _CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 {%- elif message['role'] == 'user' -%}
 {{- '<|user_start|>' + ns.system + message['content'] + '<|user_end|>' -}}{%- set ns.system = '' -%}
 {%- elif message['role'] == 'assistant' -%}
-{{- '<|assistant_start|>' + message['content'] + '<|assistant_end|>' -}}
+{{- '<|assistant_start|>' -}}{%- generation -%}{{- message['content'] + '<|assistant_end|>' -}}{%- endgeneration -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}"""
@@ -126,6 +126,7 @@ class Tokenizer:
                     "tokenizer_class": "PreTrainedTokenizerFast",
                     "bos_token": "<|bos|>",
                     "eos_token": "<|assistant_end|>",
+                    "pad_token": "<|assistant_end|>",
                     "additional_special_tokens": list(SPECIAL_TOKENS),
                     "clean_up_tokenization_spaces": False,
                     "chat_template": _CHAT_TEMPLATE,

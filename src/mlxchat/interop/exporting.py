@@ -38,8 +38,6 @@ FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BITS = (8, 4)
 _GROUP_NUMBERS = (64, 32)
-# PyTorch's epsilon of a float32 norm, which nanochat's norms use.
-_EPSILON = 1.1920928955078125e-07
 _TABLES = ("transformer.wte.", "value_embeds.")
 # nanochat's scripts use it where they are told nothing else, and its base models alone have it in their meta file.
 _NANOCHAT_BATCH_ROWS = 32
@@ -132,6 +130,8 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         out: an empty folder.
         dtype: float32 or bfloat16; None: as it came in, or float32.
     """
+    from mlxchat.ops.normalisation import RMS_NORM_EPSILON
+
     sizes, weights = checkpoint.sizes, checkpoint.weights
     kinds = {name: DTYPES[dtype] if dtype else _kept_dtype(checkpoint, name, "hf") for name in weights.shapes}
     ours = {hf_from_ours(name): name for name in weights.shapes}
@@ -153,7 +153,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         "num_key_value_heads": sizes.num_kv_heads,
         "max_position_embeddings": sizes.context_tokens,
         "hidden_act": "relu2",
-        "rms_norm_eps": _EPSILON,
+        "rms_norm_eps": RMS_NORM_EPSILON,
         "rope_parameters": {"rope_type": "default", "rope_theta": sizes.rope_theta},
         "final_logit_softcapping": SOFT_CAP,
         "attention_bias": False,
@@ -331,7 +331,7 @@ def _write_tokenizer(checkpoint: Checkpoint, out: Path) -> None:
     config = json.loads((checkpoint.folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if not checkpoint.chats:
         config.pop("chat_template", None)
-    config["eos_token"] = checkpoint.stop_token
+    config |= {"eos_token": checkpoint.stop_token, "pad_token": checkpoint.stop_token}
     config["model_max_length"] = checkpoint.sizes.context_tokens
     _write_json(out / CONFIG_FILE, config)
 

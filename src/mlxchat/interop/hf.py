@@ -19,7 +19,7 @@ from mlxchat.interop.tensors import SafeTensor, SafetensorsFile
 from mlxchat.model.sizing import GPTSizes
 
 INDEX_FILE = "model.safetensors.index.json"
-_CONFIG, _WHOLE = "config.json", "model.safetensors"
+_CONFIG, _WHOLE, _TEMPLATE = "config.json", "model.safetensors", "chat_template.jinja"
 _MOST_SHOWN = 8
 
 
@@ -32,11 +32,13 @@ class HfFiles:
     tokenizer: list[str]
     """tokenizer.json, or the files of ours."""
     about_tokenizer: str | None
-    """tokenizer_config.json: whether there is a chat template."""
+    """tokenizer_config.json, which may hold a chat template."""
+    chat_template: str | None
+    """chat_template.jinja, where transformers 5 and mlx_lm.fuse write it."""
 
     def identity(self) -> list[str]:
         """Return the names of those that the model is made of."""
-        return [self.config, *self.weights, *self.tokenizer]
+        return [self.config, *self.weights, *self.tokenizer, *([self.chat_template] if self.chat_template else [])]
 
     def all(self) -> list[str]:
         """Return the names of those that are read."""
@@ -70,7 +72,8 @@ def find_files(source: ModelSource) -> HfFiles:
     if len(ours) < 2 and not source.has(HF_FILE):
         raise DataError(f"{source.where} has no {HF_FILE}. A model without its tokenizer is of no use; copy it there")
     about = CONFIG_FILE if source.has(CONFIG_FILE) else None
-    return HfFiles(_CONFIG, weights, ours if len(ours) == 2 else [HF_FILE], about)
+    template = _TEMPLATE if source.has(_TEMPLATE) else None
+    return HfFiles(_CONFIG, weights, ours if len(ours) == 2 else [HF_FILE], about, template)
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
@@ -101,16 +104,13 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def facts_of(config: Mapping[str, Any], about_tokenizer: Mapping[str, Any], chat: bool | None) -> dict[str, Any]:
-    """Return what checkpoint.json says of a model.
+def facts_of(config: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+    """Return the contents of checkpoint.json for a model.
 
     Args:
         config: config.json.
-        about_tokenizer: tokenizer_config.json; a chat template there tells a model that chats.
-        chat: whether it has learnt to chat; None: as above.
+        chat: whether it has learnt to chat.
     """
-    if chat is None:
-        chat = bool(about_tokenizer.get("chat_template"))
     name = str(config.get("_name_or_path") or "")
     return {
         "stage": "imported",

@@ -143,7 +143,8 @@ def import_model(
             weights = {name: opened.enter_context(SafetensorsFile(paths[name])) for name in files.weights}
             sizes, tensors, stored = hf.read_model(weights, described, source.where)
             tokenizer = hf.read_matching_tokenizer(paths, files, sizes)
-            facts = hf.facts_of(described, about, config.chat)
+            template = files.chat_template or about.get("chat_template")
+            facts = hf.facts_of(described, chat=bool(template) if config.chat is None else config.chat)
         else:
             meta = nanochat.read_meta(paths[files.meta].read_bytes(), files.meta)
             file = opened.enter_context(TorchFile(paths[files.model], files.model))

@@ -26,6 +26,7 @@ from mlxchat.model.adapter_targets import AdapterSizes
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import GPTSizes
 from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 from mlxchat.runner.bases import ADAPTER_KEY, describe_base, find_chain
 
 # What an architecture may have beyond the published one of October 2025, under these names in config.json.
@@ -110,6 +111,7 @@ def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
         "vocab_size": sizes.vocab_size,
         "max_position_embeddings": sizes.context_tokens,
         "rope_theta": sizes.rope_theta,
+        "rms_norm_eps": RMS_NORM_EPSILON,
         **features,
         **({} if known_to_mlx_lm else {"model_file": MODEL_FILE}),
         "bos_token_id": tokenizer.bos,
