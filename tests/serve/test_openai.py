@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,26 @@ def test_fingerprint_changes_with_contents_and_settings_only(server: Any, served
     assert told == fingerprint("0" * 64)
     assert len({told, fingerprint("1" * 64), fingerprint("0" * 64, bits=4), fingerprint("0" * 64, bits=8)}) == 4
     assert fingerprint("0" * 64, bits=4, top_k=50) == fingerprint("0" * 64, top_k=50, bits=4)
+
+
+@pytest.mark.parametrize("name", ["corpus", "eval", "e", "sfft", ""])
+def test_an_unknown_model_is_answered_with_the_models_alone(server: Any, served: Path, name: str) -> None:
+    """The 404 listed the steps of the latest run, corpora among them."""
+    corpus = served / "store" / ("corpus-bundled-" + "f" * 16)
+    shutil.copytree(served / "store" / ("eval-d2-" + "e" * 16), corpus)
+    Store(served).set_ref("latest", "corpus", corpus)
+    try:
+        response = server.chat(model=name or "x" * 400)
+    finally:
+        (served / "refs" / "latest" / "corpus").unlink()
+        shutil.rmtree(corpus)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (404, "model_not_found")
+    listed = error["message"].split("Models: ")[1]
+    assert listed.startswith(f"{CHAT}, {BASE}.")
+    assert "corpus" not in listed
+    assert "eval" not in listed
+    assert ('Did you mean "sft"?' in listed) == (name == "sfft")
 
 
 @pytest.mark.parametrize(

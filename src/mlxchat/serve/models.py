@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.errors import DataError, StoreError
+from mlxchat.errors import DataError, StoreError, suggest
 from mlxchat.runner.catalog import Summary, read_catalog
 from mlxchat.runner.fingerprint import canonical_json
 from mlxchat.runner.store import Store, read_manifest
@@ -23,7 +23,7 @@ from mlxchat.serve.faults import Fault
 
 _LISTED_SECONDS = 2.0
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")
-_MOST_NAME_CHARS, _SHOWN_CHARS = 300, 80
+_MOST_NAME_CHARS, _SHOWN_CHARS, _MOST_SHOWN = 300, 80, 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Models:
             with self._lock:
                 return read_model(_with_files(self.store, place))
         except StoreError as error:
-            raise self._unknown(error) from None
+            raise self._damaged(error) from None
         except DataError as error:
             raise Fault(str(error), status=500) from None
 
@@ -86,24 +86,38 @@ class Models:
         try:
             place = self.default if name == "default" else self._resolve(name)
         except StoreError as error:
-            raise self._unknown(error) from None
+            raise self._damaged(error) from None
         found = next(entry for entry in self.entries() if entry["id"] == place.name)
         manifest = read_manifest(place)
         found["mlxchat"] |= {"config": manifest.get("config"), "git": manifest.get("git"), "seed": manifest.get("seed")}
         return found
 
-    def _unknown(self, error: StoreError) -> Fault:
+    def _unknown(self, name: str) -> Fault:
+        entries = self.entries()
+        ids = [entry["id"] for entry in entries]
+        listed = ", ".join(ids[:_MOST_SHOWN]) + (
+            f" and {len(ids) - _MOST_SHOWN} more" if len(ids) > _MOST_SHOWN else ""
+        )
+        hint = suggest(name[:_SHOWN_CHARS], sorted({entry["mlxchat"]["step"] for entry in entries} | set(ids)))
+        return Fault(
+            f"The model {name[:_SHOWN_CHARS]!r} does not exist. Models: {listed}.{hint}",
+            status=404, param="model", code="model_not_found",
+        )  # fmt: skip
+
+    def _damaged(self, error: StoreError) -> Fault:
         # Where things lie on this machine is nobody's business who asks over the network.
         message = str(error).replace(str(self.store.outputs), "the outputs folder")
         return Fault(message, status=404, param="model", code="model_not_found")
 
     def _resolve(self, name: str) -> Path:
         if len(name) > _MOST_NAME_CHARS or not _NAME.fullmatch(name) or ".." in name.split("/"):
-            raise StoreError(f"{name[:_SHOWN_CHARS]!r} cannot be the name of a model")
-        place = self.store.resolve(name)
-        kind = read_manifest(place)["kind"]
-        if kind != "checkpoint":
-            raise StoreError(f"{place.name} is no model but a {kind}")
+            raise self._unknown(name)
+        try:
+            place = self.store.resolve(name)
+        except StoreError:  # lists artifacts of every kind
+            raise self._unknown(name) from None
+        if read_manifest(place)["kind"] != "checkpoint":
+            raise self._unknown(name)
         return place
 
     def _summaries(self) -> list[Summary]:
