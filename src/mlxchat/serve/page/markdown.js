@@ -1,10 +1,10 @@
 // Markdown to DOM nodes. Text only ever becomes textContent, so nothing in it can become markup or script.
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
-const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
-const DIVIDER = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)+\|?\s*$/;
+// The text of a model is rendered again in each frame, so the time must be linear in its length: an unbounded
+// quantifier stands alone in its expression, anchored at the beginning.
+const FENCE = /^ {0,3}(`{3}|~{3})/;
+const HEADING = /^ {0,3}(#{1,6})\s/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s/;
 const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
 const DEEPEST = 8;
 // What turns the direction of a text around, so that it is read otherwise than it is: of links, names, code.
@@ -37,14 +37,16 @@ export function renderMarkdown(text, copy, depth = 0) {
     let match;
     if (!line.trim()) at += 1;
     else if ((match = FENCE.exec(line))) {
+      const fence = leading(line.trimStart(), match[1][0]);
+      const language = /^[\w+#.-]*/.exec(line.trimStart().slice(fence.length).trimStart())[0];
       const body = [];
-      for (at += 1; at < lines.length && !closes(lines[at], match[1]); at += 1) body.push(lines[at]);
+      for (at += 1; at < lines.length && !closes(lines[at], fence); at += 1) body.push(lines[at]);
       at += 1;
-      nodes.push(codeBlock(body.join("\n"), match[2], copy));
+      nodes.push(codeBlock(body.join("\n"), language, copy));
     } else if ((match = HEADING.exec(line))) {
-      nodes.push(make(`h${Math.min(5, match[1].length + 1)}`, {}, ...renderInline(match[2])));
+      nodes.push(make(`h${Math.min(5, match[1].length + 1)}`, {}, ...renderInline(headingText(line.slice(match[0].length)))));
       at += 1;
-    } else if (RULE.test(line)) {
+    } else if (isRule(line)) {
       nodes.push(make("hr"));
       at += 1;
     } else if (/^ {0,3}>/.test(line) && depth < DEEPEST) {
@@ -55,7 +57,7 @@ export function renderMarkdown(text, copy, depth = 0) {
       const end = endOfList(lines, at);
       nodes.push(list(lines.slice(at, end), copy, depth));
       at = end;
-    } else if (line.includes("|") && at + 1 < lines.length && DIVIDER.test(lines[at + 1])) {
+    } else if (line.includes("|") && at + 1 < lines.length && isDivider(lines[at + 1])) {
       const rows = [line, lines[at + 1]];
       for (at += 2; at < lines.length && lines[at].includes("|"); at += 1) rows.push(lines[at]);
       nodes.push(table(rows));
@@ -71,6 +73,7 @@ export function renderMarkdown(text, copy, depth = 0) {
 /** Return the nodes of a line: code, bold, italic, struck, links. */
 export function renderInline(text, depth = 0) {
   const nodes = [];
+  const unclosed = new Set(); // marks that nothing further on closes: looked for once, not again at each of them
   let plain = "";
   const flush = () => { if (plain) nodes.push(plain); plain = ""; };
   let at = 0;
@@ -81,7 +84,7 @@ export function renderInline(text, depth = 0) {
       at += 2;
       continue;
     }
-    const found = char === "`" ? code(text, at) : "*_~".includes(char) && depth < DEEPEST ? stressed(text, at, depth)
+    const found = char === "`" ? code(text, at) : "*_~".includes(char) && depth < DEEPEST ? stressed(text, at, depth, unclosed)
       : char === "[" || (char === "!" && text[at + 1] === "[") ? link(text, at, depth) : null;
     if (found) {
       flush();
@@ -97,12 +100,41 @@ export function renderInline(text, depth = 0) {
 }
 
 function begins(line) {
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || ITEM.test(line) || /^ {0,3}>/.test(line);
+  return FENCE.test(line) || HEADING.test(line) || isRule(line) || ITEM.test(line) || /^ {0,3}>/.test(line);
+}
+
+function leading(text, char) {
+  let end = 0;
+  while (text[end] === char) end += 1;
+  return text.slice(0, end);
 }
 
 function closes(line, fence) {
   const bare = line.trim();
-  return bare.length >= fence.length && [...bare].every((char) => char === fence[0]);
+  return bare.length >= fence.length && bare === leading(bare, fence[0]);
+}
+
+// Hashes at the end close a heading only after a space: "# C#" keeps its own.
+function headingText(text) {
+  const bare = text.trim();
+  let end = bare.length;
+  while (bare[end - 1] === "#") end -= 1;
+  return end === 0 || /\s/.test(bare[end - 1]) ? bare.slice(0, end).trimEnd() : bare;
+}
+
+function isRule(line) {
+  if (!/^ {0,3}[-*_]/.test(line)) return false;
+  const bare = line.replace(/\s/g, "");
+  return bare.length > 2 && bare === leading(bare, bare[0]);
+}
+
+function isDivider(line) {
+  const marks = cells(line);
+  return marks.length > 1 && marks.every((mark) => /^:?-+:?$/.test(mark));
+}
+
+function cells(row) {
+  return row.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
 }
 
 function withBreaks(lines) {
@@ -123,7 +155,7 @@ function endOfList(lines, at) {
     const line = lines[end];
     const next = lines[end + 1] ?? "";
     const goesOn = line.trim() ? ITEM.test(line) || /^\s/.test(line) : (ITEM.test(next) || /^\s{2,}\S/.test(next));
-    if (!goesOn || (RULE.test(line) && line.search(/\S/) <= indent)) break;
+    if (!goesOn || (isRule(line) && line.search(/\S/) <= indent)) break;
     end += 1;
   }
   return end;
@@ -135,7 +167,7 @@ function list(lines, copy, depth) {
   const items = [];
   for (const line of lines) {
     const match = ITEM.exec(line);
-    if (match && match[1].length <= first[1].length + 1) items.push([match[3]]);
+    if (match && match[1].length <= first[1].length + 1) items.push([line.slice(match[0].length).trimStart()]);
     else items.at(-1).push(line.replace(/^\s{1,4}/, ""));
   }
   const made = make(ordered ? "ol" : "ul", ordered ? { start: String(parseInt(first[2], 10)) } : {});
@@ -148,7 +180,6 @@ function list(lines, copy, depth) {
 }
 
 function table(rows) {
-  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
   const [head, divider, ...body] = rows.map(cells);
   const side = divider.map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "centre" : "right") : ""));
   const line = (name, extra) => (row) => make("tr", {}, ...row.map((cell, at) => {
@@ -165,11 +196,12 @@ function code(text, at) {
   return { node: make("code", {}, text.slice(at + ticks.length, end)), end: end + ticks.length };
 }
 
-function stressed(text, at, depth) {
+function stressed(text, at, depth, unclosed) {
   const char = text[at];
   const double = text[at + 1] === char;
   if (char === "~" && !double) return null;
   const mark = double ? char + char : char;
+  if (unclosed.has(mark)) return null;
   const begin = at + mark.length;
   if (/\s/.test(text[begin] ?? " ")) return null;
   if (char === "_" && /\w/.test(text[at - 1] ?? " ")) return null;
@@ -177,13 +209,16 @@ function stressed(text, at, depth) {
   while (end > 0 && (/\s/.test(text[end - 1]) || (char === "_" && /\w/.test(text[end + mark.length] ?? " ")))) {
     end = text.indexOf(mark, end + 1);
   }
-  if (end < 0) return null;
+  if (end < 0) {
+    unclosed.add(mark);
+    return null;
+  }
   const name = char === "~" ? "del" : double ? "strong" : "em";
   return { node: make(name, {}, ...renderInline(text.slice(begin, end), depth + 1)), end: end + mark.length };
 }
 
 function link(text, at, depth) {
-  const match = /^!?\[([^\][]{0,500})\]\(\s*([^\s()]{1,2000}(?:\([^\s()]{0,500}\))?)(?:\s+"[^"]{0,200}")?\s*\)/.exec(text.slice(at, at + 3000));
+  const match = /^!?\[([^\][]{0,500})\]\(\s{0,20}([^\s()]{1,2000}(?:\([^\s()]{0,500}\))?)(?:\s{1,20}"[^"]{0,200}")?\s{0,20}\)/.exec(text.slice(at, at + 3000));
   if (!match || !SAFE_LINK.test(match[2]) || depth >= DEEPEST) return null;
   const attributes = { href: match[2], title: match[2], target: "_blank", rel: "noopener noreferrer nofollow" };
   return { node: make("a", attributes, match[1] || match[2]), end: at + match[0].length };

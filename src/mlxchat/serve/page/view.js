@@ -2,7 +2,8 @@
 
 import { make, renderInline, renderMarkdown, shown } from "./markdown.js";
 
-const SUM = /^[\d\s.,+\-*/%()]*$|^\s*(['"]).*\1\s*\.\s*count\(.*\)\s*$/;
+const SUM = /^[\d\s.,+\-*/%()]*$/;
+const COUNT = /^\s{0,9}(['"])[^'"\n]{0,200}\1\s{0,9}\.\s{0,9}count\([^()\n]{0,200}\)\s{0,9}$/;
 
 /** Copy a text; the button says that it was. */
 export async function copy(text, button) {
@@ -37,7 +38,7 @@ export function renderParts(parts) {
     } else {
       const answer = part.type === "python" && parts[at + 1]?.type === "python_output" ? parts[at += 1].text : null;
       const [call, result] = part.type === "python" ? [part.text, answer] : ["", part.text];
-      if (SUM.test(call)) lastParagraph(nodes).append(calculation(shown(call), result));
+      if (SUM.test(call) || COUNT.test(call)) lastParagraph(nodes).append(calculation(shown(call), result));
       else nodes.push(program(shown(call), result));
     }
   }

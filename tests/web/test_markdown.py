@@ -1,0 +1,128 @@
+"""The page's Markdown: rendering takes time linear in the text's length, and the blocks are told apart correctly.
+
+The module runs under Node.js with a document of a few lines, so no browser is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlxchat
+
+PAGE = Path(mlxchat.__file__).parent / "serve" / "page"
+# A regular expression stands where an operand may: after an opening parenthesis, an operator or a comma.
+EXPRESSION = re.compile(r"[(=,:!&|?]\s?/(?![/*])((?:\\.|\[(?:\\.|[^\]\\])*\]|[^/\\\[\n])+)/[a-z]*")
+UNITS = [
+    " ", "\t", "\r", "\u2028", "#", "*", "*a ", "**a ", "_a ", "__a ", "~~a ", "**", "`", "`` ", "```", "[", "[](",
+    "[a](b", "![", "]", "(", "|", "| ", "|-", "- ", "-", ":-", "> ", ">", "1. ", "  - a\n", "> - a\n", "a\n", "\n",
+    "\\", "*a*_b_",
+]  # fmt: skip
+PLACES = [
+    ("", "b"), ("# a", "b"), ("# ", " #b"), ("- a", "\u2028b"), ("a|b\n", "b"), ("a|b\n|-|-", "x"), ("--", "x"),
+    ("[a](b", ""), ("> ", ""), ("*a", ""),
+]  # fmt: skip
+NODE = """
+const [path, cases] = JSON.parse(require("fs").readFileSync(0, "utf8"));
+class Element {
+  constructor(name) { this.name = name; this.children = []; }
+  append(...children) { this.children.push(...children); }
+  setAttribute() {}
+  addEventListener() {}
+}
+globalThis.document = { createElement: (name) => new Element(name) };
+const html = (node) =>
+  typeof node === "string" ? node : `<${node.name}>${node.children.map(html).join("")}</${node.name}>`;
+const spent = (work) => {
+  const before = process.cpuUsage();
+  work();
+  const { user, system } = process.cpuUsage(before);
+  return (user + system) / 1000;
+};
+import(path).then(({ renderMarkdown }) => {
+  const render = (text) => renderMarkdown(text, () => {});
+  const least = (text) => Math.min(...[1, 2, 3].map(() => spent(() => render(text))));
+  // Time of four times the text to time of the text, at the first length that can be measured: 4 if linear, else 16 on.
+  const growth = ([before, unit, after]) => {
+    const text = (length) => before + unit.repeat(Math.ceil(length / unit.length)) + after;
+    for (let length = 500; length <= 32000; length *= 2) {
+      if (spent(() => render(text(length))) < 40) continue;
+      const time = least(text(length));
+      if (time > 40) return least(text(4 * length)) / time;
+    }
+    return 0;
+  };
+  console.log(JSON.stringify(cases.map((one) => Array.isArray(one) ? growth(one) : render(one).map(html).join(""))));
+});
+"""
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js on this machine")
+
+
+def run_page(cases: Sequence[Any]) -> list[Any]:
+    """Return the HTML of each text, or the growth of each (before, repeated, after)."""
+    given = json.dumps([(PAGE / "markdown.js").as_uri(), list(cases)])
+    done = subprocess.run(["node", "--no-warnings", "-e", NODE], input=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: list[Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PAGE.glob("*.js")), ids=lambda path: path.name)
+def test_expressions_have_one_anchored_unbounded_quantifier_at_most(path: Path) -> None:
+    """Two of them that meet made headings cubic; one that is not anchored is quadratic."""
+    for expression in EXPRESSION.findall(path.read_text(encoding="utf-8")):
+        bare = re.sub(r"\[(?:\\.|[^\]\\])*\]|\\.", "x", expression)
+        unbounded = re.findall(r"[*+]|\{\d+,\}", bare)
+        assert len(unbounded) <= (1 if bare.startswith("^") else 0), expression
+
+
+def test_the_expressions_of_the_page_are_found() -> None:
+    found = EXPRESSION.findall((PAGE / "markdown.js").read_text(encoding="utf-8"))
+    assert len(found) > 15
+    assert r"^ {0,3}(#{1,6})\s" in found
+
+
+@needs_node
+@pytest.mark.parametrize("unit", UNITS, ids=repr)
+def test_time_is_linear_in_the_length_of_the_text(unit: str) -> None:
+    """`# a`, 2,000 spaces and `b` took seconds a frame."""
+    growths = dict(zip(PLACES, run_page([(before, unit, after) for before, after in PLACES]), strict=True))
+    assert {place: growth for place, growth in growths.items() if growth > 9} == {}
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("# a", "<h2>a</h2>"),
+        ("###### a ##", "<h5>a</h5>"),
+        ("# C#", "<h2>C#</h2>"),
+        ("# C #\t", "<h2>C</h2>"),
+        ("## ##", "<h3></h3>"),
+        ("#a", "<p>#a</p>"),
+        ("- - -", "<hr></hr>"),
+        ("***", "<hr></hr>"),
+        ("--", "<p>--</p>"),
+        ("-*-", "<p>-*-</p>"),
+        ("-   a\n- b", "<ul><li>a</li><li>b</li></ul>"),
+        ("3. a", "<ol><li>a</li></ol>"),
+        ("~~~~ c++ x\n~~~\n~~~~", "<figure><figcaption><span>c++</span><button>Copy</button></figcaption>"
+         "<pre><code>~~~</code></pre></figure>"),
+        ("a | b\n:- | -:\n1 | 2", "<div><table><thead><tr><th>a</th><th>b</th></tr></thead>"
+         "<tbody><tr><td>1</td><td>2</td></tr></tbody></table></div>"),
+        ("a | b\n- | x", "<p>a | b</p><ul><li>| x</li></ul>"),
+        ("*a *b*", "<p><em>a *b</em></p>"),
+        ("*a *b ~~c~~", "<p>*a *b <del>c</del></p>"),
+        ("_a_b_ *c", "<p><em>a_b</em> *c</p>"),
+        ("[a]( https://x.example/ \"t\" )", "<p><a>a</a></p>"),
+    ],
+)  # fmt: skip
+def test_blocks_and_marks_become_elements(text: str, html: str) -> None:
+    assert run_page([text]) == [html]
