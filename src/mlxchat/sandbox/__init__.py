@@ -1,1 +1,1 @@
-"""Programs that a model wrote are executed here, by evaluations and by the tool of answers, and harm nothing."""
+"""Runs programs that a model wrote, for evaluations and for the Python tool, confined by the operating system."""

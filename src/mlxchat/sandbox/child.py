@@ -22,15 +22,20 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-# <linux/sched.h>, <sys/mount.h>, <linux/prctl.h>, <linux/landlock.h>
-_NEW_NAMESPACES = 0x10000000 | 0x40000000 | 0x08000000 | 0x00020000  # user, net, ipc, mount
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 16384, 1 << 18
+# <linux/sched.h>, <sys/mount.h>, <linux/mount.h>, <linux/prctl.h>, <linux/landlock.h>
+_NEW_NAMESPACES = 0x10000000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000  # user, PID, net, IPC, mount
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+_MNT_DETACH, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY, _MOUNT_SETATTR = 2, -100, 0x8000, 1, 442
 _PDEATHSIG, _SET_SECCOMP, _NO_NEW_PRIVILEGES, _FILTER_MODE = 1, 22, 38, 2
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _CAPSET = 444, 445, 446, {"x86_64": 126, "aarch64": 91}
+_CAPSET, _PIVOT_ROOT = {"x86_64": (126, 155), "aarch64": (91, 41)}.get(os.uname().machine, (None, None))
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _EXECUTE, _WRITE, _READ, _LIST, _TRUNCATE = 1, 2, 4, 8, 1 << 14
 _FILE_RIGHTS = _EXECUTE | _WRITE | _READ | _TRUNCATE
-_RIGHTS_BY_VERSION = {1: 13, 2: 14}
-"""How many rights the first versions of Landlock know; the third adds truncation."""
+_RIGHTS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15}
+"""How many rights for files each version of Landlock has; since 3 truncation, since 5 ioctl on devices."""
+_NETWORK_RIGHTS, _SCOPES = 0b11, 0b11
+"""Bind and connect with TCP, since version 4; abstract Unix sockets and signals of others, since 6."""
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 def main(verdict: int) -> None:
@@ -42,7 +47,7 @@ def main(verdict: int) -> None:
     os.close(null)
     os.set_inheritable(verdict, False)
     os.environ.clear()
-    in_force = _confine(orders)
+    in_force = _confine(orders, files=max(verdict, answers) + 1)
     begun, done = _thread.allocate_lock(), _thread.allocate_lock()
     begun.acquire()
     done.acquire()
@@ -91,6 +96,8 @@ def _vouch(
     """
     write, read, leave = os.write, os.read, os._exit
     question = read(answers, 64)
+    if not question:
+        leave(1)  # the process that would have asked has ended
     begun.release()
     done.acquire()
     frame = frames().get(watched)
@@ -103,46 +110,64 @@ def _vouch(
     leave(0)
 
 
-def _confine(orders: dict[str, Any]) -> list[str]:
+def _confine(orders: dict[str, Any], *, files: int) -> list[str]:
     """Give up what the program shall not have; return the names of what is in force.
 
     What cannot be had on this machine is left out, and not named.
+
+    Args:
+        orders: the protections to try, and their settings.
+        files: more than the number of any open file.
     """
     wanted, folder = orders["protections"], orders["folder"]
-    in_force: list[str] = []
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.syscall.restype = ctypes.c_long
-        libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != orders["parent"]:
-            os._exit(1)  # it died before the line above
-        steps: list[tuple[str, Callable[[], bool]]] = [
-            ("namespaces", lambda: _enter_namespaces(libc, folder)),
-            ("landlock", lambda: _restrict_paths(libc, folder, orders["readable"])),
-            # Only Landlock knows which files; without it none is opened for writing.
-            ("seccomp", lambda: _restrict_calls(libc, orders["filters"]["landlock" in in_force])),
-        ]
-    else:
-        libc, steps = None, []
+    if sys.platform != "linux":
+        os.chdir(folder)
+        _limit(orders, others=0)
+        return ["limits"]
+    in_force = ["limits"]
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != orders["parent"]:
+        os._exit(1)  # it died before the line above
+    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    if "namespaces" in wanted and _enter_namespaces(libc, folder, orders["readable"]):
+        in_force.append("namespaces")
     os.chdir(folder)
-    if libc is not None:
-        libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    for name, step in steps:
-        if name == "seccomp":
-            _limit(orders, alone="namespaces" in in_force)  # before it, since it forbids to set limits
-        if name in wanted and step():
-            in_force.append(name)
-    if libc is None:
-        _limit(orders, alone=True)
-    return ["limits", *in_force]
+    if _CAPSET is not None:  # no capability, neither here nor in the namespace
+        libc.syscall(_CAPSET, struct.pack("Ii", 0x20080522, 0), bytes(24))
+    if "namespaces" in in_force:
+        for _ in range(2):  # the first process of a PID namespace would be immune to its own signals
+            _go_on_in_child(libc, files)
+    # Within the namespace, the two processes above it count, and no others.
+    _limit(orders, others=2 if "namespaces" in in_force else orders["other_processes"])
+    if "landlock" in wanted and _restrict_paths(libc, folder, orders["readable"]):
+        in_force.append("landlock")
+    # Without Landlock no file is opened for writing, since no other protection sees which one.
+    writes = "landlock" in in_force
+    if "seccomp" in wanted and _restrict_calls(libc, orders["filters"][f"{os.getpid()}, {writes=}"]):
+        in_force.append("seccomp")
+    return in_force
 
 
-def _limit(orders: dict[str, Any], *, alone: bool) -> None:
-    """Set the limits of this process. Memory has none on a Mac, where the kernel knows none: it is watched.
+def _go_on_in_child(libc: Any, files: int) -> None:
+    """Return in a child process; this one waits for it, ends as it did, and is killed with its own parent."""
+    child = os.fork()
+    if child == 0:
+        # Where the parent ends before this line, nothing is asked and the program is never begun.
+        libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        return
+    os.closerange(0, files)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _limit(orders: dict[str, Any], *, others: int) -> None:
+    """Set the limits of this process. On a Mac the kernel cannot limit memory, so the parent watches it.
 
     Args:
         orders: how much of what.
-        alone: whether only this program's processes and threads count as the user's.
+        others: processes and threads of the user besides the program's.
     """
     seconds, memory = int(orders["seconds"]) + 2, orders["memory_bytes"]
     limits = [
@@ -150,7 +175,7 @@ def _limit(orders: dict[str, Any], *, alone: bool) -> None:
     ]  # fmt: skip
     if sys.platform == "linux":
         limits += [("RLIMIT_AS", memory), ("RLIMIT_DATA", memory), ("RLIMIT_MSGQUEUE", 0), ("RLIMIT_MEMLOCK", 0)]
-    limits.append(("RLIMIT_NPROC", orders["processes"] + (0 if alone else orders["other_processes"])))
+    limits.append(("RLIMIT_NPROC", orders["processes"] + others))
     for name, value in limits:
         number = getattr(resource, name)
         most = resource.getrlimit(number)[1]
@@ -159,8 +184,11 @@ def _limit(orders: dict[str, Any], *, alone: bool) -> None:
             resource.setrlimit(number, (allowed, allowed))
 
 
-def _enter_namespaces(libc: Any, folder: str) -> bool:
-    """Have no network, no shared memory of others, and a small file system in memory as the only folder."""
+def _enter_namespaces(libc: Any, folder: str, readable: list[str]) -> bool:
+    """Leave the network, the processes and the shared memory of others, and all files but those that Python needs.
+
+    The folder becomes a small file system in memory. Child processes are in a PID namespace of their own.
+    """
     user, group = os.getuid(), os.getgid()
     if libc.unshare(_NEW_NAMESPACES) != 0:
         return False
@@ -168,30 +196,65 @@ def _enter_namespaces(libc: Any, folder: str) -> bool:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-        libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-        flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-        libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, b"size=16m,nr_inodes=1000,mode=700")
-        os.chdir(folder)
     except OSError:
-        pass  # without them the folder is an ordinary one
-    call = _CAPSET.get(os.uname().machine)
-    if call is not None:  # no capability, also not within the namespace
-        header, data = struct.pack("Ii", 0x20080522, 0), bytes(24)
-        libc.syscall(call, header, data)
+        return True  # a user without a number can create nothing in a new file system: files stay as they are
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+    try:
+        _change_root(libc, folder, readable)
+    except OSError:
+        libc.umount2(os.fsencode(folder), _MNT_DETACH)
+        libc.mount(b"tmpfs", b"/proc", b"tmpfs", flags, b"size=4k,mode=500")
+    libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, b"size=16m,nr_inodes=1000,mode=700")
     return True
 
 
+def _change_root(libc: Any, folder: str, readable: list[str]) -> None:
+    """Make a root directory that has nothing but what Python needs, read-only, and an empty folder.
+
+    Raises:
+        OSError: the system does not permit it.
+    """
+
+    def check(result: int) -> None:
+        if result != 0:
+            raise OSError(ctypes.get_errno(), "mount")
+
+    check(libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _MS_NOSUID, b"size=1m,nr_inodes=1000,mode=755"))
+    bound: list[str] = []
+    for path in sorted({*readable, *_DEVICES}):
+        # What lies in a folder that is there already must not be made: it would be made outside.
+        if any(path.startswith(f"{other}/") for other in bound) or not os.path.exists(path):
+            continue
+        place = folder + path
+        if os.path.isdir(path):
+            os.makedirs(place)
+        else:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.close(os.open(place, os.O_CREAT | os.O_WRONLY))
+        check(libc.mount(os.fsencode(path), os.fsencode(place), None, _MS_BIND | _MS_REC, None))
+        bound.append(path)
+    os.makedirs(folder + folder, exist_ok=True)
+    attributes = struct.pack("4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
+    libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(folder), _AT_RECURSIVE, attributes, len(attributes))
+    os.chdir(folder)
+    check(libc.syscall(_PIVOT_ROOT or -1, b".", b"."))  # the old root now lies over the new one
+    check(libc.umount2(b".", _MNT_DETACH))
+    os.chdir("/")
+
+
 def _restrict_paths(libc: Any, folder: str, readable: list[str]) -> bool:
-    """Allow to read what Python needs, and to write in the folder (Landlock)."""
+    """Allow to read what Python needs, to write in the folder, and to signal nothing but itself (Landlock)."""
     version = libc.syscall(_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
-    handled = (1 << _RIGHTS_BY_VERSION.get(version, 15)) - 1
-    ruleset = libc.syscall(_CREATE_RULESET, struct.pack("Q", handled), 8, 0)
+    handled = (1 << _RIGHTS_BY_VERSION.get(version, 16)) - 1
+    attributes = struct.pack("3Q", handled, _NETWORK_RIGHTS, _SCOPES)
+    ruleset = libc.syscall(_CREATE_RULESET, attributes, 8 if version < 4 else 16 if version < 6 else 24, 0)
     if ruleset < 0:
         return False
     own = [(folder, handled & ~_EXECUTE)]
-    devices = [(path, _READ | _WRITE) for path in ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")]
+    devices = [(path, _READ | _WRITE) for path in _DEVICES]
     for path, rights in [*own, *devices, *((path, _EXECUTE | _READ | _LIST) for path in readable)]:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)

@@ -31,6 +31,7 @@ _MOST_FILE_BYTES = 4 << 20
 _MOST_PROCESSES = 32
 _START_SECONDS = 60.0  # an interpreter starts in 0.05; a busy machine may take its time
 _LOOK_SECONDS = 0.1
+_PID_IN_NAMESPACE = 2  # the first process there only waits for it
 _SANDBOX_EXEC = "/usr/bin/sandbox-exec"
 
 
@@ -104,15 +105,16 @@ class Run:
             pass_fds=[verdict], start_new_session=True,
         )  # fmt: skip
         self.question, self.secret = secrets.token_hex(16).encode(), secrets.token_hex(16).encode()
-        filters = {writes: make_filter(process.pid, writes=writes) for writes in (True, False)}
+        filters: dict[str, str | None] = {}
+        for pid in (process.pid, _PID_IN_NAMESPACE):
+            for writes in (True, False):
+                lines = make_filter(pid, writes=writes)
+                filters[f"{pid}, {writes=}"] = base64.b64encode(lines).decode() if lines else None
         orders = {
             "code": self.code, "parent": os.getpid(), "folder": str(self.folder),
             "seconds": self.seconds, "memory_bytes": self.memory_bytes, "file_bytes": _MOST_FILE_BYTES,
             "processes": _MOST_PROCESSES, "other_processes": _processes_here(),
-            "protections": self.protections, "readable": _readable(),
-            "filters": [
-                None if lines is None else base64.b64encode(lines).decode() for lines in (filters[False], filters[True])
-            ],
+            "protections": self.protections, "readable": _readable(), "filters": filters,
         }  # fmt: skip
         self.orders = json.dumps(orders).encode() + b"\n"
         return process
@@ -177,7 +179,7 @@ class Run:
             return "passed"
         if bytes(self.said) == b"memory":
             return "memory"
-        return "timeout" if process.returncode == -signal.SIGXCPU else "failed"
+        return "timeout" if process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU) else "failed"
 
     def _is_expected(self, answered: bool) -> bool:
         """Say whether what came through the verdict's pipe begins what the code around the program says."""

@@ -5,8 +5,12 @@ nothing in its environment, in a session and a folder of its own, under limits o
 files and processes, and is killed with all that it started when its time is up. What the operating system offers beyond
 that is used where it is permitted, and named in the outcome:
 
-- Linux: user, network, IPC and mount namespaces (no network, a small file system in memory), Landlock (no file
-  elsewhere can be written, only Python's own can be read), seccomp (no process, no signal, no socket).
+- Linux, namespaces (user, PID, network, IPC, mount): no network, no other process, no file but Python's own, read-only,
+  and a folder of 16 MB in memory.
+- Linux, Landlock: only Python's own files can be read, only the folder can be written; from Linux 6.7 no TCP, from 6.12
+  no signal to another process.
+- Linux, seccomp: only listed system calls, none of which starts or reaches a process or opens a socket. Where Landlock
+  is missing, no file can be opened for writing.
 - macOS: sandbox-exec (no network, no process, no signal, nothing written elsewhere). The kernel has no limit of
   memory, so what the program has in memory is looked at ten times a second.
 
@@ -14,6 +18,20 @@ A program has passed if all of it was executed, to the end. Its exit status says
 sending back a secret, which is only sent for a question that no code of the program can find, asked by a second thread
 that has seen the main thread come back. What reads the interpreter's memory by hand could claim that; it would gain a
 point and harm nothing.
+
+What a program can do where only some of this is in force on Linux (tests/sandbox/test_escapes.py shows each cell):
+
+| in force | find a file | read it | write it | signal a process | connect (TCP) | fork |
+|---|---|---|---|---|---|---|
+| limits alone | yes | yes | yes | yes | yes | yes |
+| namespaces | | | | | | yes |
+| Landlock (Linux 6.12) | yes | | | | | yes |
+| seccomp | yes | yes | | | | |
+| Landlock and seccomp | yes | | | | | |
+| all | | | | | | |
+
+The file, the process and the server are outside the sandbox and belong to the same user. Containers often forbid user
+namespaces: then Landlock and seccomp remain, and a program can learn that a file exists, its size and its times.
 """
 
 from __future__ import annotations

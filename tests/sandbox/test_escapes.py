@@ -1,0 +1,390 @@
+"""Attacks from inside the sandbox: system calls that would reach others, with every protection and with each alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlxchat.sandbox.programs import protections_here, run_program
+from mlxchat.sandbox.seccomp import ALLOWED, CHANGING, CONDITIONAL
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="attacks by Linux system calls")
+
+COLUMN = 1 if platform.machine() == "aarch64" else 0
+# Calls with which a program would reach others or gain powers: (x86-64, ARM64).
+FORBIDDEN: dict[str, tuple[int, int | None]] = {
+    # Signals
+    "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "timer_create": (222, 107), "mq_notify": (244, 184),
+    "mq_open": (240, 180), "signalfd4": (289, 74),
+    # Other processes
+    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
+    "process_mrelease": (448, 448), "kcmp": (312, 272), "setpriority": (141, 140), "getpriority": (140, 141),
+    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274), "ioprio_set": (251, 30), "setpgid": (109, 154), "setsid": (112, 157),
+    "setns": (308, 268), "unshare": (272, 97), "get_robust_list": (274, 100), "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "perf_event_open": (298, 241),
+    # The process's own powers
+    "prctl": (157, 167), "seccomp": (317, 277), "capset": (126, 91), "setuid": (105, 146), "setgid": (106, 144),
+    "setresuid": (117, 147), "setgroups": (116, 159), "setrlimit": (160, 164), "personality": (135, 92),
+    "arch_prctl": (158, None), "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
+    "bpf": (321, 280), "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427), "modify_ldt": (154, None), "iopl": (172, None),
+    "landlock_create_ruleset": (444, 444), "landlock_restrict_self": (446, 446), "acct": (163, 89),
+    "quotactl": (179, 60), "swapon": (167, 224), "reboot": (169, 142), "kexec_load": (246, 104),
+    "init_module": (175, 105), "finit_module": (313, 273), "syslog": (103, 116), "settimeofday": (164, 170),
+    "clock_settime": (227, 112), "adjtimex": (159, 171), "sethostname": (170, 161),
+    # Files
+    "flock": (73, 32), "truncate": (76, 45), "link": (86, None), "linkat": (265, 37), "mknod": (133, None),
+    "mknodat": (259, 33), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None),
+    "fchown": (93, 55), "fchownat": (260, 54), "creat": (85, None), "openat2": (437, 437),
+    "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "chroot": (161, 51), "pivot_root": (155, 41),
+    "mount": (165, 40), "umount2": (166, 39), "fsopen": (430, 430), "open_tree": (428, 428), "move_mount": (429, 429),
+    "mount_setattr": (442, 442), "fanotify_init": (300, 262), "inotify_init": (253, None), "inotify_init1": (294, 26),
+    "inotify_add_watch": (254, 27), "setxattr": (188, 5), "utimensat": (280, 88), "mincore": (27, 232),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "sync": (162, 81), "syncfs": (306, 267),
+    "fallocate": (285, 47), "sendfile": (40, 71), "splice": (275, 76), "vmsplice": (278, 75), "tee": (276, 77),
+    "copy_file_range": (326, 285), "lookup_dcookie": (212, 18),
+    # Channels to others
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
+    "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206), "sendmsg": (46, 211), "recvmsg": (47, 212),
+    "setsockopt": (54, 208), "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190),
+    "semop": (65, 193), "semctl": (66, 191), "msgget": (68, 186), "msgsnd": (69, 189), "msgctl": (71, 187),
+    "io_setup": (206, 0), "io_submit": (209, 2), "vhangup": (153, 58),
+}  # fmt: skip
+KILL, TGKILL = (62, 129)[COLUMN], (234, 131)[COLUMN]
+FCNTL, IOCTL, FUTEX, CLONE, OPENAT, PRLIMIT = (
+    (72, 25)[COLUMN], (16, 29)[COLUMN], (202, 98)[COLUMN], (56, 220)[COLUMN], (257, 56)[COLUMN], (302, 261)[COLUMN],
+)  # fmt: skip
+# Allowed calls with arguments that are not; each is refused with EPERM.
+ARGUMENTS = {
+    "fcntl F_GETLK": (FCNTL, 0, 5), "fcntl F_SETLK": (FCNTL, 0, 6), "fcntl F_SETLKW": (FCNTL, 0, 7),
+    "fcntl F_SETOWN": (FCNTL, 0, 8), "fcntl F_GETOWN": (FCNTL, 0, 9), "fcntl F_SETSIG": (FCNTL, 0, 10),
+    "fcntl F_SETOWN_EX": (FCNTL, 0, 15), "fcntl F_OFD_SETLK": (FCNTL, 0, 37), "fcntl F_SETLEASE": (FCNTL, 0, 1024),
+    "fcntl F_NOTIFY": (FCNTL, 0, 1026), "fcntl F_SETPIPE_SZ": (FCNTL, 0, 1031), "fcntl F_ADD_SEALS": (FCNTL, 0, 1033),
+    "fcntl F_SETOWN with upper bits": (FCNTL, 0, 8 | 3 << 32),
+    "fcntl F_SETFL O_ASYNC": (FCNTL, 0, 4, 0x2000), "fcntl F_SETFL O_ASYNC and more": (FCNTL, 0, 4, 0x2C00),
+    "fcntl F_SETFL O_ASYNC with upper bits": (FCNTL, 0, 4 | 1 << 32, 0x2000 | 1 << 32),
+    "ioctl FIOASYNC": (IOCTL, 0, 0x5452), "ioctl FIOSETOWN": (IOCTL, 0, 0x8901), "ioctl SIOCSPGRP": (IOCTL, 0, 0x8902),
+    "ioctl TIOCSTI": (IOCTL, 0, 0x5412), "ioctl TIOCSCTTY": (IOCTL, 0, 0x540E), "ioctl TIOCLINUX": (IOCTL, 0, 0x541C),
+    "ioctl FIOASYNC with upper bits": (IOCTL, 0, 0x5452 | 1 << 40),
+    "futex LOCK_PI": (FUTEX, 0, 6), "futex LOCK_PI private": (FUTEX, 0, 6 | 128),
+    "clone as fork": (CLONE, 17), "clone as vfork": (CLONE, 0x4111), "clone with a user namespace": (CLONE, 0x10000000),
+    "clone of a thread with more": (CLONE, 0x3D0F00 | 0x20000000), "clone of a thread with a pidfd": (CLONE, 0x3D1F00),
+    "openat O_TRUNC alone": (OPENAT, -100, 0, 0x200), "openat without access": (OPENAT, -100, 0, 3),
+    "kill of the group": (KILL, 0, 9), "kill of all": (KILL, -1, 9), "kill of the parent": (KILL, 1, 9),
+    "tgkill of the parent": (TGKILL, 1, 1, 9),
+    "prlimit64 of the parent": (PRLIMIT, 1, 7, 0, 0), "prlimit64 with new limits": (PRLIMIT, 0, 7, 1, 0),
+    "prlimit64 with new limits at a round address": (PRLIMIT, 0, 7, 1 << 32, 0),
+    "getpgid of the parent": ((121, 155)[COLUMN], 1), "getsid of the parent": ((124, 156)[COLUMN], 1),
+    "sched_getaffinity of the parent": ((204, 123)[COLUMN], 1, 0, 0),
+    "getpid of the x32 ABI": (0x40000000 | 39,), "execve of the x32 ABI": (0x40000000 | 520,),
+    "ptrace of the x32 ABI": (0x40000000 | 521,), "rt_sigqueueinfo of the x32 ABI": (0x40000000 | 524,),
+}  # fmt: skip
+
+PRELUDE = """
+import sys
+for name in ("ctypes", "_ctypes"):
+    sys.modules.pop(name, None)
+import ctypes, errno, os
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+def call(number, *arguments):
+    ctypes.set_errno(0)
+    arguments = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    result = libc.syscall(ctypes.c_long(number), *arguments)
+    return errno.errorcode[ctypes.get_errno()] if result == -1 else result
+def tries(*actions):
+    for action in actions:
+        try:
+            action()
+        except OSError:
+            pass
+"""
+
+SIGNALS_BY_PIPE = """
+import fcntl
+readable, writable = os.pipe()
+tries(
+    lambda: {own},
+    lambda: fcntl.fcntl(readable, 10, 9),  # F_SETSIG
+    lambda: {asynchronous},
+    lambda: os.write(writable, b"x"),
+)
+print("finished")
+"""
+OWN_BY_FCNTL = "fcntl.fcntl(readable, 8, {victim})"  # F_SETOWN
+ASYNC_BY_FCNTL = "fcntl.fcntl(readable, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)"
+ASYNC_BY_IOCTL = "fcntl.ioctl(readable, 0x5452, b'\\1\\0\\0\\0')"  # FIOASYNC
+OWN_BY_OWNER = "fcntl.fcntl(readable, 15, __import__('struct').pack('ii', 1, {victim}))"  # F_SETOWN_EX, F_OWNER_PID
+KILLS = {
+    "F_SETOWN": SIGNALS_BY_PIPE.format(own=OWN_BY_FCNTL, asynchronous=ASYNC_BY_FCNTL),
+    "F_SETOWN_EX": SIGNALS_BY_PIPE.format(own=OWN_BY_OWNER, asynchronous=ASYNC_BY_FCNTL),
+    "FIOASYNC": SIGNALS_BY_PIPE.format(own=OWN_BY_FCNTL, asynchronous=ASYNC_BY_IOCTL),
+    "kill": "tries(lambda: os.kill({victim}, 9))\nprint('finished')",
+    "tkill": f"call({FORBIDDEN['tkill'][COLUMN]}, {{victim}}, 9)\nprint('finished')",
+    "tgkill": f"call({TGKILL}, {{victim}}, {{victim}}, 9)\nprint('finished')",
+    "pidfd_send_signal": "call(424, call(434, {victim}, 0), 9, None, 0)\nprint('finished')",
+}
+
+
+@pytest.fixture
+def victim() -> Iterator[subprocess.Popen[bytes]]:
+    """A process outside the sandbox, of the same user."""
+    with subprocess.Popen(["sleep", "300"]) as process:
+        yield process
+        process.kill()
+
+
+def attack(code: str, victim: subprocess.Popen[bytes], protections: list[str] | None = None) -> str:
+    """Run an attack on a process; return what it printed."""
+    chosen = protections_here() if protections is None else protections
+    return run_program(PRELUDE + code.format(victim=victim.pid), seconds=20, protections=chosen).output
+
+
+def is_killed(victim: subprocess.Popen[bytes]) -> bool:
+    """Return whether a process dies within a moment."""
+    try:
+        return victim.wait(0.2) == -9
+    except subprocess.TimeoutExpired:
+        return False
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_no_signal_reaches_a_process_outside(name: str, victim: subprocess.Popen[bytes]) -> None:
+    """F_SETOWN with F_SETSIG and O_ASYNC on a pipe once killed any process of the user."""
+    if not {"seccomp", "landlock", "namespaces"} & set(protections_here()):
+        pytest.skip("this system offers limits only")
+    output = attack(KILLS[name], victim)
+    assert output.splitlines()[-1:] == ["finished"], output
+    assert not is_killed(victim)
+
+
+@pytest.mark.parametrize("one", ["namespaces", "landlock", "seccomp"])
+@pytest.mark.parametrize("name", KILLS)
+def test_one_protection_is_enough_against_signals(name: str, one: str, victim: subprocess.Popen[bytes]) -> None:
+    if one not in protections_here() or (one == "landlock" and landlock_version() < 6):
+        pytest.skip("this system does not offer it")
+    output = attack(KILLS[name], victim, protections=[one])
+    assert output.splitlines()[-1:] == ["finished"], output
+    assert not is_killed(victim)
+
+
+def landlock_version() -> int:
+    """Return the version of the kernel's Landlock; 6 has scopes for signals."""
+    import ctypes
+
+    return int(ctypes.CDLL(None).syscall(444, None, 0, 1))
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_these_attacks_kill_where_nothing_protects(name: str, victim: subprocess.Popen[bytes]) -> None:
+    """The control of the test above: the attacks themselves work."""
+    attack(KILLS[name], victim, protections=[])
+    assert is_killed(victim)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, str]:
+    """The kernel's answer, inside the sandbox, to each forbidden call."""
+    if "seccomp" not in protections_here():
+        pytest.skip("this system does not offer it")
+    calls = {name: (numbers[COLUMN], *[-1] * 6) for name, numbers in FORBIDDEN.items() if numbers[COLUMN] is not None}
+    calls |= {name: call for name, call in ARGUMENTS.items() if COLUMN == 0 or "x32" not in name}
+    code = f"{PRELUDE}\nfor name, arguments in {calls!r}.items():\n    print(name, call(*arguments), sep='=')"
+    outcome = run_program(code, seconds=20)
+    assert outcome.passed, outcome.output
+    return dict(line.rsplit("=", 1) for line in outcome.output.splitlines())
+
+
+@pytest.mark.parametrize("name", [*FORBIDDEN, *ARGUMENTS])
+def test_a_call_that_would_reach_others_is_refused(name: str, answers: dict[str, str]) -> None:
+    if name not in answers:
+        pytest.skip("this machine has no such call")
+    assert answers[name] == "EPERM"
+
+
+def test_every_call_that_is_not_listed_is_refused() -> None:
+    if "seccomp" not in protections_here():
+        pytest.skip("this system does not offer it")
+    listed = {numbers[COLUMN] for numbers in [*ALLOWED.values(), *CHANGING.values(), *CONDITIONAL.values()]}
+    # No filter sees x86's uretprobe and uprobe: they belong to the kernel and end a process that calls them.
+    unlisted = [number for number in range(1024) if number not in {*listed, 335, 336}]
+    code = f"{PRELUDE}\nprint({{call(number, *[-1] * 6) for number in {unlisted}}})"
+    assert run_program(code, seconds=20).output == "{'EPERM'}\n"
+    assert len(unlisted) > 900
+
+
+def test_clone3_seems_not_to_exist_and_the_parent_not_to_be_there() -> None:
+    """Its flags are in memory, so the C library has to fall back to clone."""
+    if "seccomp" not in protections_here():
+        pytest.skip("this system does not offer it")
+    assert run_program(f"{PRELUDE}\nprint(call(435, 0, 0), os.getppid())").output == "ENOSYS 0\n"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="an ABI of x86")
+def test_a_call_through_the_32_bit_abi_ends_the_program() -> None:
+    if "seccomp" not in protections_here():
+        pytest.skip("this system does not offer it")
+    code = """
+import mmap
+memory = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+memory.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # mov eax, 20 (getpid); int 0x80; ret
+place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+print("before", flush=True)
+print(ctypes.CFUNCTYPE(ctypes.c_int)(place)(), "after", flush=True)
+"""
+    outcome = run_program(PRELUDE + code)
+    assert outcome.output == "before\n"
+    assert not outcome.passed
+
+
+def test_memory_of_a_process_outside_cannot_be_read(victim: subprocess.Popen[bytes]) -> None:
+    if not {"seccomp", "landlock", "namespaces"} & set(protections_here()):
+        pytest.skip("this system offers limits only")
+    code = """
+for pid in ({victim}, os.getppid()):
+    for name in ("mem", "maps", "environ", "cmdline", "stat", "fd", "root", "cwd"):
+        try:
+            place = f"/proc/{{pid}}/{{name}}"
+            print(name, os.listdir(place) if name in "fd root cwd" else open(place).read(9))
+        except OSError as error:
+            assert error.errno in (errno.ENOENT, errno.EACCES), error
+"""
+    assert attack(code, victim) == ""
+
+
+PROBES = """
+import os, socket
+def probe(name, action):
+    try:
+        action()
+        print(name)
+    except OSError:
+        pass
+def fork():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+probe("find", lambda: os.stat({file!r}))
+probe("read", lambda: open({file!r}).read())
+probe("write", lambda: open({file!r}, "a"))
+probe("signal", lambda: os.kill({victim}, 0))
+probe("connect", lambda: socket.create_connection(("127.0.0.1", {port}), 1))
+probe("fork", fork)
+"""
+POSSIBLE = {
+    (): "find read write signal connect fork",
+    ("namespaces",): "fork",
+    ("landlock",): "find fork",
+    ("seccomp",): "find read",
+    ("landlock", "seccomp"): "find",
+    ("namespaces", "landlock", "seccomp"): "",
+}
+
+
+@pytest.mark.parametrize("protections", POSSIBLE, ids=lambda names: "+".join(names) or "limits")
+def test_what_each_protection_leaves_possible(
+    protections: tuple[str, ...], victim: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """These are the rows of the table in the documentation of programs.py."""
+    if not set(protections) <= set(protections_here()) or ("landlock" in protections and landlock_version() < 6):
+        pytest.skip("this system does not offer it")
+    file = tmp_path / "file"
+    file.write_text("text")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = PROBES.format(file=str(file), victim=victim.pid, port=server.getsockname()[1])
+        outcome = run_program(code, seconds=20, protections=protections)
+    assert outcome.passed, outcome.output
+    assert outcome.output.split() == POSSIBLE[protections].split()
+
+
+def test_in_namespaces_only_pythons_files_exist(tmp_path: Path) -> None:
+    """Landlock alone leaves it visible that a file exists, and its size."""
+    if "namespaces" not in protections_here():
+        pytest.skip("this system does not offer it")
+    secret = tmp_path / "secret"
+    secret.write_text("text")
+    code = f"""
+import os
+for path in ({str(secret)!r}, "/proc/self", "/sys/kernel", "/etc/passwd", "/run", "/var", "/dev/shm"):
+    print(path) if os.path.lexists(path) else None
+assert os.stat(".").st_size is not None and os.path.exists("/dev/null")
+try:
+    open(os.__file__, "a")
+except OSError:
+    print("read-only")
+"""
+    outcome = run_program(code, protections=["namespaces"])
+    assert (outcome.passed, outcome.output) == (True, "read-only\n")
+    assert outcome.protections == ("limits", "namespaces")
+
+
+def test_in_namespaces_a_program_sees_no_other_process() -> None:
+    if "namespaces" not in protections_here():
+        pytest.skip("this system does not offer it")
+    code = """
+import os
+found = []
+for pid in range(1, 100_000):
+    try:
+        os.kill(pid, 0)
+        found.append(pid)
+    except ProcessLookupError:
+        pass
+print(found, os.getpid(), os.getppid(), os.getsid(0), os.getpgid(0))
+"""
+    # 1 waits for the program, which is 2 and has a second thread; the session's leader is outside and has no number.
+    assert run_program(code, seconds=20, protections=["namespaces"]).output == "[1, 2, 3] 2 1 0 0\n"
+
+
+def test_a_program_has_no_capability() -> None:
+    """Without namespaces it kept those of the user, which are all where the user is root."""
+    if "landlock" not in protections_here():
+        pytest.skip("this system does not offer it")
+    code = f"""
+import struct
+header, data = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+assert call({(125, 90)[COLUMN]}, header, data) == 0
+print(data.raw == bytes(24))
+"""
+    assert run_program(PRELUDE + code, protections=[]).output == "True\n"
+
+
+def test_a_program_has_no_files_of_ours() -> None:
+    """It has its standard files, and the pipes of the verdict."""
+    kinds = """
+import os, stat
+for file in range(2000):
+    try:
+        mode = os.fstat(file).st_mode
+        print("pipe" if stat.S_ISFIFO(mode) else "device" if stat.S_ISCHR(mode) else mode)
+    except OSError:
+        pass
+"""
+    with Path(os.devnull).open() as inherited:
+        os.set_inheritable(inherited.fileno(), True)
+        assert run_program(kinds).output.split() == ["device", "pipe", "pipe", "pipe", "pipe"]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_numbers_of_the_attacks_are_those_of_the_kernels_headers(machine: str) -> None:
+    import re
+
+    places = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "/usr/include/asm-generic/unistd.h"}
+    header = Path(places[machine])
+    if not header.is_file():
+        pytest.skip("the kernel's headers are not here")
+    found = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", header.read_text()))
+    ours = {name: numbers[machine == "aarch64"] for name, numbers in FORBIDDEN.items()}
+    for name, number in ours.items():
+        assert number is None or int(found.get(name, number)) == number, name
