@@ -17,6 +17,14 @@ CONFIG = ["corpus"]
 INPUTS: dict[str, str] = {}
 PRODUCES = "corpus"
 OUTPUTS = ["corpus.json"]
+METRICS = {
+    "train_documents": "neither if not corpus.hub",
+    "train_chars": "neither if not corpus.hub",
+    "validation_documents": "neither",
+    "validation_chars": "neither",
+    "train_files": "neither if corpus.hub",
+    "train_bytes": "neither if corpus.hub",
+}
 LABEL = "corpus.name"
 
 

@@ -35,6 +35,20 @@ INPUTS = {"checkpoint": "checkpoint"}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
 PRODUCES = "scores"
 OUTPUTS = ["scores.json", "examples.parquet"]
+METRICS = {
+    "val_bpb": "minimize if corpus",
+    "perplexity": "minimize if corpus",
+    "core": "maximize if base and eval.core and not eval.core.tasks",
+    "{suite}": "maximize if chat",
+    "mean_centered": "maximize if chat and suite",
+    "chatcore": "maximize if chat and chatcore",
+    "ngram_bpb": "neither if corpus",
+    "untrained_bpb": "neither if corpus",
+    "core_examples_per_second": "maximize if base and eval.core",
+    "prefill_tokens_per_second": "maximize",
+    "decode_tokens_per_second": "maximize",
+    "model_peak_memory_bytes": "minimize",
+}
 RESOURCES = ["gpu"]
 
 

@@ -15,6 +15,7 @@ CONFIG: list[str] = []
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+METRICS = {"num_parameters": "neither"}
 SEEDED = False
 
 

@@ -21,6 +21,7 @@ OUTPUTS = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
+METRICS = {"num_parameters": "neither"}
 LABEL = "imported.name"
 SEEDED = False
 

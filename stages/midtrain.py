@@ -18,6 +18,19 @@ OUTPUTS = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
+METRICS = {
+    "val_loss": "minimize",
+    "loss": "minimize",
+    "ce": "minimize if midtrain.teacher.is_there",
+    "kl": "minimize if midtrain.teacher.is_there",
+    "accuracy_{midtrain.suite}": "maximize",
+    "mean_centered": "maximize if midtrain.suite",
+    "mean_centered_choice": "maximize if midtrain.suite",
+    "truncated_conversations": "minimize",
+    "skipped_iterations": "minimize if training.on_nan=skip",
+    "tokens_per_second": "maximize",
+    "data_wait_frac": "minimize",
+}
 RESOURCES = ["gpu"]
 
 

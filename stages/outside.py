@@ -25,6 +25,15 @@ INPUTS: dict[str, str] = {}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
 PRODUCES = "scores"
 OUTPUTS = ["scores.json", "examples.parquet"]
+METRICS = {
+    "val_bpb": "minimize if corpus",
+    "perplexity": "minimize if corpus",
+    "core": "maximize if eval.core and not eval.core.tasks",
+    "{suite}": "maximize",
+    "mean_centered": "maximize if suite",
+    "chatcore": "maximize if chatcore",
+    "core_examples_per_second": "maximize if eval.core",
+}
 RESOURCES = ["gpu"]
 LABEL = "outside.name"
 

@@ -31,6 +31,24 @@ CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
 INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
 PRODUCES = "checkpoint"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
+METRICS = {
+    "val_bpb": "minimize",
+    "val_perplexity": "minimize",
+    "loss": "minimize",
+    "core_estimate": "maximize if pretrain.core and not pretrain.core.tasks",
+    "core_estimate_stderr": "neither if pretrain.core and not pretrain.core.tasks",
+    "core_tasks_estimate": "maximize if pretrain.core.tasks",
+    "train_bpb": "minimize if pretrain.train_bpb_tokens",
+    "best_iteration": "neither if pretrain.keep=best",
+    "last_val_bpb": "minimize if pretrain.keep=best",
+    "last_val_perplexity": "minimize if pretrain.keep=best",
+    "epochs": "neither",
+    "cropped_tokens": "minimize",
+    "cropped_frac": "minimize",
+    "skipped_iterations": "minimize if training.on_nan=skip",
+    "tokens_per_second": "maximize",
+    "data_wait_frac": "minimize",
+}
 RESOURCES = ["gpu"]
 LABEL = "model.name"
 

@@ -35,6 +35,18 @@ OUTPUTS = [
     "tokenizer.json",
     "tokenizer_config.json",
 ]
+METRICS = {
+    "pass_at_{rl.eval_samples}": "maximize",
+    "held_out_reward": "maximize",
+    "reward": "maximize",
+    "pass_at_{rl.eval_samples}_stderr": "neither",
+    "held_out_reward_stderr": "neither",
+    "loss": "neither",
+    "rollout_loss_change": "minimize if rl.rollout_bits",
+    "skipped_iterations": "minimize if training.on_nan=skip",
+    "tokens_per_second": "maximize",
+    "data_wait_frac": "minimize",
+}
 RESOURCES = ["gpu"]
 
 

@@ -16,6 +16,14 @@ CONFIG = ["tokenizer"]
 INPUTS = {"corpus": "corpus"}
 PRODUCES = "tokenizer"
 OUTPUTS = ["ranks.tiktoken", "tokenizer.json", "tokenizer_config.json", "token_bytes.safetensors", "compression.json"]
+METRICS = {
+    "bytes_per_token": "maximize",
+    "chars_per_token": "maximize",
+    "trained_chars": "neither if tokenizer.source=train",
+    "distinct_pieces": "neither if tokenizer.source=train",
+    "chars_per_second": "maximize if tokenizer.source=train",
+    "training_peak_bytes": "minimize if tokenizer.source=train",
+}
 LABEL = "tokenizer.vocab_size"
 
 

@@ -16,9 +16,10 @@ class SweepConfig:
     name: str | None = MISSING
     """Folder of a search under outputs/multirun; null: the run's name. The same name goes on with the same search."""
     metric: str | None = MISSING
-    """step.metric that is looked for or sorted by; null (only for -m): the last of the pipeline that differs."""
+    """step.metric that is looked for or sorted by, any number that a step records; null (only for -m): the last of the
+    pipeline that differs."""
     direction: str | None = MISSING
-    """minimize or maximize; null: what is good for this metric."""
+    """minimize or maximize; null: the direction that the metric's stage declares."""
     trials: int = MISSING
     """Trials of a search, those of earlier commands included."""
     random_trials: int = MISSING

@@ -326,5 +326,3 @@ def _sweep(config: Config) -> Iterator[str]:
         yield f'sweep.name is "{sweep.name}", expected the name of a folder, without a path'
     if sweep.metric is None and sweep.kind != "none":
         yield "sweep.metric has no value: give sweep.metric=STEP.METRIC, such as pretrain.val_bpb"
-    elif sweep.metric is not None and "." not in sweep.metric:
-        yield f'sweep.metric is "{sweep.metric}", expected STEP.METRIC, such as pretrain.val_bpb'

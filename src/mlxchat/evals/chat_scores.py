@@ -6,7 +6,7 @@ Counterpart of nanochat's chat_eval. Centred = (accuracy − chance) / (1 − ch
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,14 @@ def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str,
         tasks: the registered task, on its test split, that each of the suite's names stands for.
     """
     found = {task: name for name, task in tasks.items() if name in scores}
-    for which, members in CHATCORE_SETS.items():
-        if all(task in found for task in members):
-            chosen = [scores[found[task]] for task in members]
-            return {
-                "value": mean_centered(chosen), "stderr": mean_centered_stderr(chosen),
-                "tasks": [found[task] for task in members], "set": which,
-            }  # fmt: skip
-    return None
+    which = chatcore_set(found)
+    if which is None:
+        return None
+    names = [found[task] for task in CHATCORE_SETS[which]]
+    chosen = [scores[name] for name in names]
+    return {"value": mean_centered(chosen), "stderr": mean_centered_stderr(chosen), "tasks": names, "set": which}
+
+
+def chatcore_set(tasks: Container[str]) -> str | None:
+    """Return the first set whose tasks are all among these registered ones, evaluated on their test split."""
+    return next((which for which, members in CHATCORE_SETS.items() if all(task in tasks for task in members)), None)

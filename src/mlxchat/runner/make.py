@@ -29,7 +29,7 @@ from mlxchat.runner.records import Record, now
 from mlxchat.runner.run import Run
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.shared import SharedArtifacts
-from mlxchat.runner.store import SCHEMA, Manifest, Store, describe_outputs
+from mlxchat.runner.store import MEASURED, SCHEMA, Manifest, Store, describe_outputs
 from mlxchat.runner.time_limit import TimeIsUp, TimeLimit
 from mlxchat.runner.waiting import Waiting
 
@@ -272,7 +272,7 @@ def _describe(
         "tree": tree,
         "pins": step.externals,
         "externals": ctx.externals,
-        **{key: metrics.pop(key, None) for key in _MEASURED},
+        **{key: metrics.pop(key, None) for key in MEASURED},
         "metrics": metrics,
         "derived": ctx.derived,
         "seed": run.seed,
@@ -290,10 +290,6 @@ def _excluded(ctx: Context, run: Run) -> dict[str, Any]:
     """Return on what the step was made, which is no part of its identity."""
     found = {"machine": plain_of(run.config.machine)}
     return found | {"ranks": run.ranks.describe()} if run.ranks is not None and ctx.team is not None else found
-
-
-# Numbers of the execution, not of the result.
-_MEASURED = ("tokens_per_second", "data_wait_frac")
 
 
 def _summary(manifest: Manifest) -> str:

@@ -6,7 +6,7 @@ import ast
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Stage:
     """What it needs alone: "gpu", of which there is one."""
     label: str | None
     """Dotted path of the config value that goes into the artifact's name; None: the label of the first input."""
+    metrics: dict[str, str] = field(default_factory=dict)
+    """Name of a number that it records → minimize, maximize or neither, and under which conditions it is recorded."""
     seeded: bool = True
     """Whether it draws random numbers; False: the run's seed is no part of the artifact's identity."""
 
@@ -101,6 +103,7 @@ def read_stage(name: str) -> Stage:
         outputs=tuple(values["OUTPUTS"]),
         resources=tuple(values.get("RESOURCES", ())),
         label=values.get("LABEL"),
+        metrics=dict(values.get("METRICS", {})),
         seeded=bool(values.get("SEEDED", True)),
     )
 

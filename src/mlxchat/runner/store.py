@@ -37,6 +37,8 @@ SCHEMA = 2
 OBSERVATIONS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 # What only a continuation of a training reads. A person may do without it, and has the same artifact then.
 CONTINUATION = ("training_state.safetensors", "training_state.json")
+# Numbers that stages record of the execution, not of the result: manifests keep them apart from the metrics.
+MEASURED = ("tokens_per_second", "data_wait_frac")
 _SHORT = 16
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.runner.secrets import redact
-from mlxchat.runner.store import Store
+from mlxchat.runner.store import MEASURED, Manifest, Store
 
 Row = dict[str, Any]
 """job, overrides (key → value), status, metrics (step.metric → value), seconds; error and run, where there are any."""
@@ -90,25 +90,35 @@ class SweepFolder:
                 job.rmdir()
 
 
-def metrics_of(rids: dict[str, str], store: Store) -> dict[str, float]:
-    """Return step.metric → value for the numbers of finished steps that tell runs apart.
+def metrics_of(rids: dict[str, str], store: Store, metric: str | None = None) -> dict[str, float]:
+    """Return step.metric → value for the columns of a table.
 
     Args:
         rids: step → id.
-        store: where their artifacts are.
+        store: where the steps' artifacts are.
+        metric: STEP.METRIC of sweep.metric, shown besides what every table has.
     """
     store.forget()
     found = {}
     for step, rid in rids.items():
         manifest = store.read(rid)
-        for key in TELLING if manifest else ():
-            if key in manifest["metrics"]:  # type: ignore[index]
-                found[f"{step}.{key}"] = round(manifest["metrics"][key], 4)  # type: ignore[index]
+        recorded = {} if manifest is None else recorded_numbers(manifest)
+        for key, value in recorded.items():
+            if f"{step}.{key}" == metric:
+                found[metric] = float(f"{value:.6g}")
+            elif key in _SHOWN:
+                found[f"{step}.{key}"] = round(value, 4)
     return found
 
 
-# Metric → whether less is better.
-TELLING = {"val_bpb": True, "val_loss": True, "mean_centered": False, "pass_at_1": False}
+def recorded_numbers(manifest: Manifest) -> dict[str, float]:
+    """Return all numbers that a step recorded, the speeds that manifests keep apart included."""
+    apart = {key: manifest.get(key) for key in MEASURED}
+    return {key: value for key, value in {**manifest["metrics"], **apart}.items() if isinstance(value, int | float)}
+
+
+_SHOWN = ("val_bpb", "val_loss", "core", "mean_centered", "chatcore", "pass_at_1")
+"""What the table of every sweep shows of each step."""
 
 
 def _write(path: Path, content: Any) -> None:

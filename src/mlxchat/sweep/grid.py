@@ -29,8 +29,9 @@ from mlxchat.sweep.launch import (
     told_as_they_end,
     whereabouts,
 )
+from mlxchat.sweep.metrics import find_metric, metrics_of_plan
 from mlxchat.sweep.shared import Shared, make_shared
-from mlxchat.sweep.table import differing, write_results
+from mlxchat.sweep.table import differing, main_metric, write_results
 from mlxchat.sweep.worker import is_finished, rids_of, run_elsewhere, run_job
 
 Elsewhere = Callable[[list[Job], Shared, SweepFolder, "_Teller"], None]
@@ -58,6 +59,9 @@ def run_sweep(arguments: list[str]) -> int:
         groups = [task for task in tasks if "." not in task.partition("=")[0] and "," not in task]
         tasks = [*check_settings(hydras, config_dirs, groups), *tasks]
     jobs = compose_jobs(expand_jobs(tasks, config_dirs), config_dirs)
+    sweep = jobs[0].composed.config.sweep
+    if sweep.metric is not None:
+        find_metric(sweep.metric, sweep.direction, [(job.plan, job.composed.config) for job in jobs])
     if any(implied := [item for job in jobs for item in implied_experiment(job.overrides)]):
         print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
     store = jobs[0].store
@@ -112,10 +116,12 @@ def _sweep(jobs: list[Job], folder: SweepFolder, arguments: list[str], elsewhere
     for job in jobs:
         settings = told.settings[job.number]
         rows.setdefault(job.number, {"job": job.number, "overrides": settings, "metrics": {}, "status": "not run"})
+    results = [rows[number] for number in sorted(rows)]
     config = jobs[0].composed.config.sweep
-    write_results(
-        [rows[number] for number in sorted(rows)], folder.path, metric=config.metric, direction=config.direction
-    )
+    metric = config.metric or main_metric(results)
+    declared = {one.name: one.direction for job in jobs for one in metrics_of_plan(job.plan, job.composed.config)}
+    direction = config.direction or declared.get(metric or "", "minimize")
+    write_results(results, folder.path, metric=metric, less_is_better=direction == "minimize")
     _report(jobs, folder, told)
     folder.tidy()
     if stop is not None:
@@ -218,7 +224,7 @@ class _Teller:
 
 def _cached(job: Job, settings: dict[str, Any]) -> Row:
     """Return the row of a job of which everything is done."""
-    metrics = metrics_of(rids_of(job.plan), Store(job.store.outputs))
+    metrics = metrics_of(rids_of(job.plan), Store(job.store.outputs), job.composed.config.sweep.metric)
     return {
         "job": job.number,
         "overrides": settings,

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.compose import Composed, compose_config, implied_experiment, split_config_dirs
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError
 from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, flatten_config
 from mlxchat.runner.progress import format_number
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.sweep.expand import split_hydras
-from mlxchat.sweep.folder import metrics_of
+from mlxchat.sweep.folder import metrics_of, recorded_numbers
 from mlxchat.sweep.journal import Journal, Trial
+from mlxchat.sweep.metrics import find_metric
 from mlxchat.sweep.space import Space, describe, read_space
-from mlxchat.sweep.table import is_less_better, write_results
+from mlxchat.sweep.table import write_results
 from mlxchat.sweep.worker import is_finished, rids_of
 
 
@@ -79,6 +80,8 @@ def run_search(arguments: list[str]) -> int:
     with locks.hold(search.folder / "search.lock", {"search": search.folder.name}, tell_waiting):
         journal = Journal(search.folder / "trials.jsonl")
         journal.begin(redact(_study(search)))
+        goal = f"the {'smallest' if search.less_is_better else 'largest'} {search.step}.{search.metric}"
+        print(f"{search.base.config.sweep.trials} trials for {goal}; their results: {journal.path}", flush=True)
         try:
             _run_trials(search, journal)
         except Interrupted as stop:
@@ -109,16 +112,13 @@ def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
         raise ConfigError("sweep=tpe needs Optuna: pip install 'mlxchat[search]' (or optuna)")
     assert sweep.metric is not None
     step, _, metric = sweep.metric.rpartition(".")
-    if base.config.targets is None:  # what comes after the metric is not looked at
-        if step not in base.config.pipeline:
-            raise _no_step(sweep.metric, step, list(base.config.pipeline))
+    if base.config.targets is None and step in base.config.pipeline:  # what comes after the metric is not needed
         base = replace(base, config=replace(base.config, targets=[step]))
     plan = _plan(base)
-    if step not in rids_of(plan):
-        raise _no_step(sweep.metric, step, list(rids_of(plan)))
+    direction = find_metric(sweep.metric, sweep.direction, [(plan, base.config)])
     search = Search(
         base=base, plan=plan, fixed=fixed, config_dirs=config_dirs, space=space, step=step, metric=metric,
-        less_is_better=is_less_better(sweep.metric, sweep.direction),
+        less_is_better=direction == "minimize",
     )  # fmt: skip
     problems: list[str] = []
     for key, dimension in space.items():
@@ -130,10 +130,6 @@ def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return search
-
-
-def _no_step(metric: str, step: str, steps: list[str]) -> ConfigError:
-    return ConfigError(f'sweep.metric={metric}: "{step}" is no step: {", ".join(steps)}.{suggest(step, steps)}')
 
 
 def _varies(item: str) -> bool:
@@ -251,14 +247,14 @@ def _run_trial(search: Search, trial: Trial) -> tuple[float | None, dict[str, An
     manifest = store.read(rids[search.step]) if search.step in rids else None
     if manifest is None:
         return None, row | {"error": f"there is no step {search.step}"}
-    metrics = {key: value for key, value in manifest["metrics"].items() if isinstance(value, int | float)}
-    if search.metric not in metrics:
+    recorded = recorded_numbers(manifest)
+    if search.metric not in recorded:  # hooks that leave no trace in the id may have been off when it was made
         raise ConfigError(
-            f'sweep.metric: step {search.step} has no metric "{search.metric}": {", ".join(metrics)}.'
-            f"{suggest(search.metric, metrics)}"
+            f"sweep.metric: the artifact of {search.step}, made before, has no {search.metric}. To make it again: "
+            f"force=[{search.step}]"
         )
-    value = float(metrics[search.metric])
-    row["metrics"] = metrics_of(rids, store) | {f"{search.step}.{search.metric}": round(value, 6)}
+    value = float(recorded[search.metric])
+    row["metrics"] = metrics_of(rids, store, f"{search.step}.{search.metric}")
     if not math.isfinite(value):
         return None, {"error": f"{search.step}.{search.metric} is {value}", "metrics": {}}
     return value, row
@@ -271,8 +267,7 @@ def _conclude(search: Search, journal: Journal) -> int:
         for trial in journal.trials
     ]
     metric = f"{search.step}.{search.metric}"
-    direction = "minimize" if search.less_is_better else "maximize"
-    write_results(rows, search.folder, metric=metric, direction=direction, unit="trial")
+    write_results(rows, search.folder, metric=metric, less_is_better=search.less_is_better, unit="trial")
     best = _best(search, journal)
     if best is None:
         print("no trial has succeeded")

@@ -9,28 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.runner.secrets import redact
-from mlxchat.sweep.folder import TELLING, Row
+from mlxchat.sweep.folder import Row
 
 _LAST = ("status", "error")
 
 
 def write_results(
-    rows: list[Row], folder: Path, *, metric: str | None, direction: str | None, unit: str = "job"
+    rows: list[Row], folder: Path, *, metric: str | None, less_is_better: bool, unit: str = "job"
 ) -> list[Row]:
     """Write table.md, table.csv, table.json and, where there is something to see, plot.png; print the table.
 
     Args:
         rows: of all jobs.
         folder: the sweep's.
-        metric: step.metric that the rows are sorted by; None: the last one of the pipeline that differs.
-        direction: minimize or maximize; None: what the metric's name says.
+        metric: step.metric that the rows are sorted by; None: no row has any.
+        less_is_better: whether small values of it come first.
         unit: what a row is called.
 
     Returns:
         the rows, the best first; those without the metric last.
     """
-    metric = metric or main_metric(rows)
-    less_is_better = is_less_better(metric, direction)
     rows = sorted(redact(rows), key=lambda row: _rank(row, metric, less_is_better))
     keys = differing([row["overrides"] for row in rows])
     flat = [flatten(row, keys, unit) for row in rows]
@@ -44,7 +42,8 @@ def write_results(
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(flat)
-    print(f"\n{table}\n", flush=True)
+    order = f"{unit}s by {metric}, {'smallest' if less_is_better else 'largest'} first\n\n" if metric else ""
+    print(f"\n{order}{table}\n", flush=True)
     made = [folder / "table.md"]
     if metric is not None:
         from mlxchat.sweep.plot import draw_sweep
@@ -75,13 +74,6 @@ def main_metric(rows: Sequence[Row]) -> str | None:
     names: list[str] = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     telling = [name for name in names if len({row["metrics"][name] for row in rows if name in row["metrics"]}) > 1]
     return (telling or names)[-1] if names else None
-
-
-def is_less_better(metric: str | None, direction: str | None) -> bool:
-    """Tell whether small values of a metric are good ones."""
-    if direction is not None:
-        return direction == "minimize"
-    return TELLING.get((metric or "").rpartition(".")[2], True)
 
 
 def _rank(row: Row, metric: str | None, less_is_better: bool) -> tuple[bool, float, int]:

@@ -63,7 +63,7 @@ def run_job(
         plan = plan_of(config, store)
         forced = force_only_others(config.force, plan, made)
         place = run_pipeline(replace(composed, config=replace(config, force=forced), overrides=overrides))
-        row |= {"run": place.name if place else None, "metrics": metrics_of(rids_of(plan), store)}
+        row |= {"run": place.name if place else None, "metrics": metrics_of(rids_of(plan), store, config.sweep.metric)}
     except Interrupted as stop:
         row |= {"status": "interrupted", "error": str(stop)}
         if leave is not None and not folder.stop() and locks.is_held(folder.lock):

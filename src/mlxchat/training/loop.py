@@ -248,7 +248,7 @@ def fit(
         best.put_back(model)
         last = {f"last_{name}": value for name, value in ctx.metrics.items() if name in best.numbers}
         ctx.metrics |= {**best.numbers, "best_iteration": best.iteration, **last}
-    if watch.num_skipped:
+    if watch.num_skipped or ctx.config.training.on_nan == "skip":
         ctx.metrics["skipped_iterations"] = watch.num_skipped
     ctx.metrics["loss"] = meter.loss
     ctx.metrics["tokens_per_second"] = meter.tokens / max(meter.seconds, 1e-9)

@@ -1,0 +1,160 @@
+"""Which metrics a sweep may follow, and in which direction."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.cli import main
+from mlxchat.compose import compose_config
+from mlxchat.errors import ConfigError
+from mlxchat.pipeline_run import plan_of
+from mlxchat.runner.store import Store
+from mlxchat.sweep.metrics import find_metric, metrics_of_plan
+
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+APART = ("tokens_per_second", "data_wait_frac")
+
+
+def plans(*overrides: str, outputs: Path = Path("nowhere")) -> list[Any]:
+    """Return what `find_metric` takes, for one configuration."""
+    config = compose_config(["experiment=smoke", *overrides, f"outputs={outputs}"]).config
+    return [(plan_of(config, Store(outputs)), config)]
+
+
+def declared(*overrides: str) -> dict[str, str]:
+    """Return STEP.METRIC → direction of what a configuration records."""
+    ((plan, config),) = plans(*overrides)
+    return {metric.name: metric.direction for metric in metrics_of_plan(plan, config) if not metric.absent}
+
+
+def test_stages_declare_exactly_what_they_record(finished: Any, tiny: tuple[str, ...]) -> None:
+    recorded = {
+        f"{manifest['step']}.{name}"
+        for manifest in Store(finished.outputs).manifests()
+        if manifest["stage"] != "tokens"
+        for name in [*manifest["metrics"], *(key for key in APART if manifest.get(key) is not None)]
+    }
+    assert recorded == set(declared(*tiny))
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        ("pretrain.val_bpb", "minimize"),
+        ("pretrain.tokens_per_second", "maximize"),
+        ("pretrain.core_estimate", "maximize"),
+        ("eval_base.core", "maximize"),
+        ("eval_base.perplexity", "minimize"),
+        ("sft.val_loss", "minimize"),
+        ("eval_sft.kinds_mc", "maximize"),
+        ("eval_sft.letters", "maximize"),
+        ("eval_rl.mean_centered", "maximize"),
+        ("rl.pass_at_2", "maximize"),
+        ("rl.reward", "maximize"),
+        ("tokenizer.bytes_per_token", "maximize"),
+    ],
+)
+def test_each_metric_has_its_better_direction(metric: str, direction: str) -> None:
+    """Bug: all metrics but four were minimised, CORE and task scores among them."""
+    assert find_metric(metric, None, plans("core=nanochat")) == direction
+
+
+def test_sweep_direction_replaces_the_declared_one() -> None:
+    assert find_metric("eval_base.val_bpb", "maximize", plans()) == "maximize"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "present", "missing"),
+    [
+        (["pretrain.keep=best"], ["pretrain.best_iteration", "pretrain.last_val_bpb"], []),
+        (["training.on_nan=skip"], ["sft.skipped_iterations"], []),
+        (["core=nanochat", "eval.core.tasks=[copa]"], ["pretrain.core_tasks_estimate"], ["eval_base.core"]),
+        (["suite=chatcore", "experiment=quickstart"], ["eval_mid.chatcore", "eval_mid.mmlu"], ["eval_mid.kinds_mc"]),
+        (["suite=none", "experiment=quickstart"], [], ["eval_rl.mean_centered", "eval_rl.kinds_mc"]),
+        (["rl.eval_samples=2"], ["rl.pass_at_2"], ["rl.pass_at_3"]),
+        (["stage=pretrain"], ["pretrain.val_bpb"], ["eval_base.val_bpb"]),
+    ],
+)
+def test_the_configuration_decides_what_is_recorded(
+    overrides: list[str], present: list[str], missing: list[str]
+) -> None:
+    found = declared(*overrides)
+    assert found.keys() >= set(present)
+    assert not found.keys() & set(missing)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "metric", "message"),
+    [
+        ([], "eval_base.core", r"not recorded here, since eval.core is null \(core=nanochat computes it\)"),
+        ([], "eval_base.cor", r'(?s)records no "cor": val_bpb, perplexity.*mean "eval_base.core".*core=nanochat'),
+        ([], "eval_sft.core", "eval_sft evaluates a chat model"),
+        ([], "eval_base.kinds_mc", "eval_base evaluates a base model"),
+        ([], "eval_sft.chatcore", "suite=chatcore"),
+        ([], "sft.val_bpb", r'(?s)records no "val_bpb": val_loss, loss.*Did you mean "sft.val_loss"'),
+        ([], "kinds_mc", r'(?s)expected STEP.METRIC.*\n +eval_sft: kinds_mc, .*Did you mean "eval_mid.kinds_mc"'),
+        ([], "pretran.val_bpb", r'(?s)"pretran" is no step that runs.*\n +pretrain: val_bpb.*mean "pretrain.val_bpb"'),
+        (["stage=pretrain"], "eval_base.val_bpb", '"eval_base" is no step that runs'),
+        ([], "pretrain.best_iteration", "pretrain.keep is last"),
+        ([], "corpus.train_chars", "give sweep.direction=minimize or sweep.direction=maximize"),
+    ],
+)
+def test_a_metric_that_is_not_recorded_is_refused_with_the_reason(
+    overrides: list[str], metric: str, message: str
+) -> None:
+    """Bug: an unknown metric was no column of the table and sorted nothing, without a word."""
+    with pytest.raises(ConfigError) as caught:
+        find_metric(metric, None, plans(*overrides))
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [["-m", "seed=1,2"], ["sweep=tpe", "seed=choice(1,2)"]], ids=["-m", "tpe"])
+def test_an_unknown_metric_is_refused_before_anything_is_written(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "experiment=smoke", "sweep.metric=eval_base.cor", f"outputs={tmp_path}/outputs"])
+    assert caught.value.code == 2
+    assert 'Did you mean "eval_base.core"' in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
+def sizes_by_place(folder: Path) -> list[int]:
+    return [int(row["tokenizer.vocab_size"]) for row in json.loads((folder / "table.json").read_text())]
+
+
+def test_a_sweep_puts_the_largest_of_a_maximised_metric_first(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
+) -> None:
+    """More merges never give fewer bytes a token, so the largest vocabulary is the best one."""
+    settings = ["stage=tokenizer", "tokenizer.vocab_size=280,330,300", "sweep.metric=tokenizer.bytes_per_token"]
+    done = mlxchat("-m", *tiny, *settings, f"outputs={outputs}")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (outputs / "multirun").iterdir()
+    assert sizes_by_place(folder) == [330, 300, 280]
+    assert "jobs by tokenizer.bytes_per_token, largest first" in done.stdout
+    header = (folder / "table.md").read_text().splitlines()[0]
+    assert header == "| job | tokenizer.vocab_size | tokenizer.bytes_per_token | status |"
+
+
+def test_a_search_finds_the_largest_of_a_maximised_metric(
+    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
+) -> None:
+    pytest.importorskip("optuna")
+    settings = ["sweep=tpe", "sweep.name=s", "sweep.trials=6", "tokenizer.vocab_size=choice(280,330,300)"]
+    done = mlxchat(*tiny, *settings, "sweep.metric=tokenizer.bytes_per_token", f"outputs={outputs}", timeout=240)
+    assert done.returncode == 0, done.stderr
+    tried = sizes_by_place(outputs / "multirun" / "s")
+    assert tried == sorted(tried, reverse=True)
+    assert len(set(tried)) > 1
+    (best,) = re.findall(r"^best: trial \d+/6 tokenizer.vocab_size=(\d+)", done.stdout, re.MULTILINE)
+    assert int(best) == max(tried)
+    assert "6 trials for the largest tokenizer.bytes_per_token" in done.stdout
