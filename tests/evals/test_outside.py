@@ -195,6 +195,28 @@ def test_text_is_generated_and_finished_answers_are_not_asked_again(
     assert (score.accuracy, [row["index"] for row in rows], asked) == (1.0, [0, 1], [1, 2])
 
 
+def test_our_export_for_transformers_has_the_same_logits(
+    model: GPT, folder: Path, outside: tuple[OutsideModel, OutsideTokenizer], tmp_path: Path
+) -> None:
+    """mlx-lm has other names of nanochat's parameters; the error ended where their list began."""
+    from mlxchat.interop import exporting
+
+    checkpoint = exporting.open_checkpoint(folder)
+    (tmp_path / "hf").mkdir()
+    exporting.write_hf(checkpoint, tmp_path / "hf")
+    exported, tokenizer = load_outside(tmp_path / "hf")
+    ids = mx.array([[tokenizer.bos, *tokenizer.encode("the cat sat on the mat")]])
+    assert np.array_equal(np.asarray(exported(ids)), np.asarray(outside[0](ids)))
+    assert tokenizer.has_chat_template
+
+
+def test_weights_of_another_model_are_named_in_the_error(folder: Path) -> None:
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    mx.save_safetensors(str(folder / "model.safetensors"), {f"other.{name}": value for name, value in weights.items()})
+    with pytest.raises(DataError, match=r"not in model: other\.\w"):
+        load_outside(folder)
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"config\.json"):
         load_outside(tmp_path)

@@ -26,6 +26,7 @@ _MOST_LOGITS = 1 << 26
 _MOST_CACHED_TOKENS = 8192
 # nanochat's context: what ours are compared in.
 _MOST_CONTEXT_TOKENS = 2048
+_MOST_REASON_CHARS = 300
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 
 
@@ -43,18 +44,42 @@ def load_outside(folder: Path, *, context_tokens: int | None = None) -> tuple[Ou
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no model folder; expected config.json, model*.safetensors and a tokenizer's files")
     try:
-        from mlx_lm import load
+        from mlx_lm import utils
     except ImportError:
         raise ConfigError("outside models need mlx-lm: pip install 'mlxchat[outside]'") from None
     try:
-        model, wrapper = load(str(folder), tokenizer_config={"trust_remote_code": False})[:2]
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        renamed = _nanochat_options(config) if config.get("model_type") == "nanochat" else {}
+        loading: Any = utils  # partly typed
+        model = loading.load_model(folder, **renamed)[0]
+        wrapper = loading.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
         return OutsideModel(model, config, context_tokens), OutsideTokenizer(wrapper)
     except MemoryError:
         raise
     except Exception as error:  # whatever a folder of unknown make leads to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise DataError(f"{folder}: mlx-lm cannot open it ({type(error).__name__}: {reason})") from None
+        reason = " ".join(str(error).split())  # a list of parameters begins on the second line
+        shown = reason if len(reason) <= _MOST_REASON_CHARS else reason[:_MOST_REASON_CHARS] + "…"
+        raise DataError(f"{folder}: mlx-lm cannot open it ({type(error).__name__}: {shown})") from None
+
+
+def _nanochat_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Return options of mlx-lm's `load_model` for a nanochat model, which knows nanochat's names of parameters only.
+
+    Folders of transformers, also those of `mlxchat export --to hf`, have `NanoChatForCausalLM`'s names.
+    """
+    from mlx_lm.models import nanochat
+
+    from mlxchat.interop.names import ours_from_hf
+
+    class Renamed(nanochat.Model):
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            return {ours_from_hf(name) or name: value for name, value in weights.items()}
+
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    return {
+        "get_model_classes": lambda config: (Renamed, nanochat.ModelArgs),
+        "model_config": {"rope_theta": theta} if theta and "rope_theta" not in config else None,
+    }
 
 
 class OutsideModel:
