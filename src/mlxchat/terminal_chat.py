@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlxchat.data.conversation import Conversation, render_for_completion
+from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.sample import Sampling
@@ -117,7 +117,10 @@ class Chat:
         mark = "text › " if self.continues else "you › "
         for text, reader in read_lines(mark, COMMANDS):
             if not text.startswith("/"):
-                self.ask(text)
+                try:
+                    self.ask(text)
+                except ConfigError as error:
+                    print(error, file=sys.stderr)
             elif _SHORT.get(text, text) == "/quit":
                 return
             elif text == "/edit" and (asked := self.last_question()) is not None:
@@ -143,16 +146,20 @@ class Chat:
             return str(error)
 
     def ask(self, text: str) -> None:
-        """Print what follows a text, or the answer to it, and remember question and answer."""
-        tokenizer = self.engine.tokenizer
+        """Print what follows a text, or the answer to it, and remember question and answer.
+
+        Raises:
+            ConfigError: the system prompt leaves no room for a question.
+        """
         if self.continues:
+            prompt = self._beginning(text)
             self.last = text
             sys.stdout.write(text)
-            self._stream([tokenizer.bos, *tokenizer.encode(text)][-self._room() :])
+            self._stream(prompt)
             return
-        self.messages.append({"role": "user", "content": text})
-        parts = self._stream(render_for_completion(tokenizer, self._fitting()))
-        self.messages.append({"role": "assistant", "content": parts.as_content()})
+        question = {"role": "user", "content": text}
+        parts = self._stream(render_for_completion(self._tokenizer, {"messages": self._fitting(question)}))
+        self.messages += [question, {"role": "assistant", "content": parts.as_content()}]
 
     def last_question(self) -> str | None:
         """Return what was asked or continued last."""
@@ -179,17 +186,53 @@ class Chat:
         shown.finish()
         return parts
 
-    def _room(self) -> int:
-        """Return how many tokens may stand before an answer in the context."""
-        return max(1, self.engine.model.sizes.context_tokens - self.max_tokens)
+    @property
+    def _tokenizer(self) -> Any:
+        return self.engine.tokenizer
 
-    def _fitting(self) -> Conversation:
-        """Return the latest turns that leave room for an answer in the context."""
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        messages = list(self.messages)
-        while len(messages) > 1 and self._num_tokens([*first, *messages]) > self._room():
-            messages = messages[2:]
-        return {"messages": [*first, *messages]}
+    @property
+    def _context_tokens(self) -> int:
+        return self.engine.model.sizes.context_tokens
+
+    def _room(self) -> int:
+        """Return how many tokens may stand before an answer in the context: at least half of it."""
+        return self._context_tokens - min(self.max_tokens, self._context_tokens // 2)
+
+    def _note(self, what: str) -> None:
+        context, room = self._context_tokens, self._room()
+        reason = f"the model reads {context} tokens, of which {context - room} are for the answer (--max-tokens)"
+        print(f"left out {what}: {reason}", file=sys.stderr)
+
+    def _beginning(self, text: str) -> list[int]:
+        """Return the prompt of a text that is continued; of one that is too long, its end."""
+        ids, most = self._tokenizer.encode(text), self._room() - 1
+        if len(ids) > most:
+            self._note(f"the first {len(ids) - most} of {len(ids)} tokens of the text")
+        return [self._tokenizer.bos, *ids[-most:]]
+
+    def _fitting(self, question: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the latest turns and a question, with room for an answer; say on stderr what is left out.
+
+        Raises:
+            ConfigError: the system prompt leaves no room for a question.
+        """
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        turns, room = self.messages, self._room()
+        while turns and self._num_tokens([*system, *turns, question]) > room:
+            turns = turns[2:]
+        if left_out := (len(self.messages) - len(turns)) // 2:
+            self._note("the oldest turn" if left_out == 1 else f"the {left_out} oldest turns")
+        if (tokens := self._num_tokens([*system, question])) > room:
+            ids = self._tokenizer.encode(question["content"])
+            most = len(ids) - (tokens - room)
+            if most < 1:
+                raise ConfigError(
+                    f"the system prompt leaves no room for a question: the model reads {self._context_tokens} tokens, "
+                    f"and {tokens - len(ids)} are not the question's. Shorten it"
+                )
+            self._note(f"the first {len(ids) - most} of {len(ids)} tokens of the question")
+            question = {**question, "content": self._tokenizer.decode(ids[-most:]).lstrip("\ufffd")}
+        return [*system, *turns, question]
 
     def _num_tokens(self, messages: list[dict[str, Any]]) -> int:
         return len(render_for_completion(self.engine.tokenizer, {"messages": messages}))

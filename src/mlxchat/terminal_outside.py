@@ -43,15 +43,15 @@ class OutsideChat(Chat):
 
     def ask(self, text: str) -> None:
         """Print what follows a text, or the answer to it, and remember question and answer."""
-        tokenizer = self._opened[1]
         if self.continues:
+            prompt = self._beginning(text)
             self.last = text
             sys.stdout.write(text)
-            self._answer([tokenizer.bos, *tokenizer.encode(text)][-self._room() :])
+            self._answer(prompt)
             return
-        self.messages.append({"role": "user", "content": text})
-        answer = self._answer(tokenizer.render_prompt(self._fitting()["messages"]))
-        self.messages.append({"role": "assistant", "content": answer})
+        question = {"role": "user", "content": text}
+        answer = self._answer(self._tokenizer.render_prompt(self._fitting(question)))
+        self.messages += [question, {"role": "assistant", "content": answer}]
 
     @property
     def _opened(self) -> tuple[OutsideModel, OutsideTokenizer]:
@@ -81,8 +81,13 @@ class OutsideChat(Chat):
         sys.stdout.write("\n")
         return said
 
-    def _room(self) -> int:
-        return max(1, self._opened[0].context_tokens - self.max_tokens)
+    @property
+    def _tokenizer(self) -> OutsideTokenizer:
+        return self._opened[1]
+
+    @property
+    def _context_tokens(self) -> int:
+        return self._opened[0].context_tokens
 
     def _num_tokens(self, messages: list[dict[str, Any]]) -> int:
         return len(self._opened[1].render_prompt(messages))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,67 @@ def test_a_base_model_knows_no_system_prompt(served: Path) -> None:
     with pytest.raises(ConfigError, match="knows no system prompt"):
         Chat.load(served / "store" / BASE, **settings, system="the log")
     assert json.dumps(Chat.load(served / "store" / BASE, **settings).obey("/system x")).count("knows no system") == 1
+
+
+def asked(chat: Chat, monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
+    """Return the prompt of a question."""
+    prompts: list[list[int]] = []
+    own = chat._stream
+    monkeypatch.setattr(chat, "_stream", lambda prompt: prompts.append(prompt) or own(prompt))
+    chat.ask(text)
+    monkeypatch.undo()
+    return prompts[0]
+
+
+def test_a_chat_says_which_turns_it_leaves_out(
+    chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest turns were left out without a word."""
+    chat.system = "the log"
+    turns = [{"role": role, "content": f"the cat sat {n}"} for n in range(9) for role in ("user", "assistant")]
+    chat.messages = list(turns)
+    prompt = asked(chat, monkeypatch, "the mat")
+    (line,) = capsys.readouterr().err.splitlines()
+    left_out = int(re.match(r"left out the (\d+) oldest turns: the model reads 128 tokens, of which 8 are", line)[1])  # type: ignore[index]
+    kept = [{"role": "system", "content": "the log"}, *turns[2 * left_out :], {"role": "user", "content": "the mat"}]
+    assert prompt == render_for_completion(chat.engine.tokenizer, {"messages": kept})
+    assert len(prompt) <= 120
+    chat.obey("/clear")
+    asked(chat, monkeypatch, "the mat")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_chat_says_what_it_leaves_out_of_a_question(
+    chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question beyond the context was asked whole, and all turns before it were left out without a word."""
+    tokenizer = chat.engine.tokenizer
+    ids = tokenizer.encode("1 2 3 4 5 " * 30)
+    prompt = asked(chat, monkeypatch, tokenizer.decode(ids))
+    assert len(prompt) == 120
+    left_out = len(ids) - 116  # <|bos|>, two delimiters of the question, one of the answer
+    assert prompt[2:-2] == ids[left_out:]
+    told = "the model reads 128 tokens, of which 8 are for the answer (--max-tokens)"
+    assert capsys.readouterr().err == f"left out the first {left_out} of {len(ids)} tokens of the question: {told}\n"
+    assert said(chat) == [tokenizer.decode(ids)], "the conversation keeps it whole"
+
+
+def test_a_base_model_says_what_it_leaves_out_of_a_text(
+    served: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning was left out without a word; with --max-tokens of the context's size, all but one token was."""
+    prompts: list[list[int]] = []
+    monkeypatch.setattr(Chat, "_stream", lambda self, prompt: prompts.append(prompt))
+    for most, room in ((8, 120), (500, 64)):
+        chat = Chat.load(served / "store" / BASE, temperature=0.0, top_k=None, max_tokens=most, seed=0)
+        ids = chat.engine.tokenizer.encode("1 2 3 4 5 " * 30)
+        chat.ask(chat.engine.tokenizer.decode(ids))
+        assert prompts.pop() == [chat.engine.tokenizer.bos, *ids[-(room - 1) :]]
+        assert f"left out the first {len(ids) - room + 1} of {len(ids)} tokens of the text" in capsys.readouterr().err
+
+
+def test_a_system_prompt_without_room_for_a_question_is_refused(chat: Chat) -> None:
+    chat.system = "1 2 3 " * 60
+    with pytest.raises(ConfigError, match="leaves no room for a question: the model reads 128 tokens, and 36"):
+        chat.ask("the cat")
+    assert chat.messages == []
