@@ -29,7 +29,7 @@ from mlxchat.runner.context import Context
 from mlxchat.training.loop import prepare_machine
 from mlxchat.training.micro_batch import forward_tokens
 
-VERSION = 4
+VERSION = 5
 CONFIG = ["suite", "eval"]
 INPUTS = {"checkpoint": "checkpoint"}
 OPTIONAL_INPUTS = {"corpus": "corpus"}

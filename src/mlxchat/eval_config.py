@@ -19,6 +19,9 @@ class CoreConfig:
     """Examples of each task, at most; null: all, of which CORE is made."""
     tasks: list[str] | None = None
     """Labels of the tasks to compute; null: all, or there is no CORE."""
+    long_prompts: str = field(default="extend", metadata={"since_default": "extend"})
+    """Prompts longer than the model's context: extend (nanochat's rule: computed beyond it) or cut (their beginning is
+    left out). Third-party models always cut."""
 
 
 @dataclass(kw_only=True)

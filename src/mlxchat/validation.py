@@ -292,6 +292,9 @@ def _eval(config: Config) -> Iterator[str]:
         )
     if core is not None and core.max_per_task is not None and core.max_per_task < 1:
         yield f"eval.core.max_per_task is {core.max_per_task}, expected at least 1, or null for all"
+    if core is not None and core.long_prompts not in (known := ("extend", "cut")):
+        hint = suggest(core.long_prompts, known)
+        yield f'eval.core.long_prompts is "{core.long_prompts}", expected extend or cut.{hint}'
     if core is not None and core.tasks is not None and not core.tasks:
         yield "eval.core.tasks is empty: name tasks, or null for all"
     if config.outside.path is None and any(step.get("stage") == "outside" for step in config.pipeline.values()):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mlxchat  # isort: split
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +19,8 @@ from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+sys.path.append(str(Path(__file__).parents[1]))  # for gpt_in_numpy
 
 
 @pytest.fixture(autouse=True)

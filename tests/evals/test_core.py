@@ -15,18 +15,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from gpt_in_numpy import numpy_logits
 
 from mlxchat.bench.core import answer_alone
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.core import CoreResult, TaskScore, evaluate_core, likeliest, mean_losses
 from mlxchat.evals.core_bundle import Bundle, CoreTask
+from mlxchat.evals.core_questions import Question, build_question
 from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import OwnModel
+from mlxchat.interop.names import architecture_values
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.runner.progress import Progress
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
@@ -208,12 +214,88 @@ def test_results_of_another_bundle_are_not_continued(evaluate: Evaluate, bundle:
     assert second.computed == first.computed == 24
 
 
-def test_prompts_longer_than_the_context_are_counted(evaluate: Evaluate, model: GPT) -> None:
-    tokens = {example["index"]: example["tokens"] for example in evaluate(tasks=["language"]).examples}
-    limit = sorted(tokens.values())[len(tokens) // 2]
+def set_context(model: GPT, bundle_evaluate: Evaluate) -> tuple[int, int]:
+    """Give a model a context that half of the prompts exceed; return it, and the number of longer prompts."""
+    tokens = sorted(example["tokens"] for example in bundle_evaluate(tasks=["language"]).examples)
+    limit = tokens[len(tokens) // 2]
     object.__setattr__(model.sizes, "context_tokens", limit)
-    result = evaluate(tasks=["language"])
-    assert result.scores[0].cropped == sum(count > limit for count in tokens.values()) > 0
+    return limit, sum(count > limit for count in tokens)
+
+
+@pytest.mark.parametrize(("rule", "counted"), [("extend", "extended"), ("cut", "cropped")])
+def test_prompts_longer_than_the_context_are_counted(evaluate: Evaluate, model: GPT, rule: str, counted: str) -> None:
+    limit, longer = set_context(model, evaluate)
+    result = evaluate(tasks=["language"], long_prompts=rule).to_dict()
+    found = result["tasks"]["language"]
+    assert found[counted] == longer > 0
+    assert found["extended"] + found["cropped"] == longer
+    assert (result["long_prompts"], result["context_tokens"]) == (rule, limit)
+
+
+def test_results_under_another_rule_are_not_continued(evaluate: Evaluate, model: GPT) -> None:
+    set_context(model, evaluate)
+    assert evaluate(tasks=["language"]).computed == evaluate(tasks=["language"], long_prompts="cut").computed > 0
+
+
+def test_a_third_party_model_keeps_its_limit(
+    model: GPT, tokenizer: Tokenizer, bundle: Path, tmp_path: Path, evaluate: Evaluate
+) -> None:
+    class Bounded(OwnModel):
+        extends = False
+
+    limit, longer = set_context(model, evaluate)
+    result = evaluate_core(
+        Bounded(model), tokenizer, bundle, max_per_task=None, tasks=["language"], batch_tokens=300,
+        work=tmp_path / "bounded", progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()),
+    )  # fmt: skip
+    assert (result.long_prompts, result.scores[0].cropped, result.scores[0].extended) == ("cut", longer, 0)
+    assert max(example["tokens"] for example in result.examples) == limit
+
+
+def numpy_verdict(model: GPT, question: Question) -> tuple[bool, list[float]]:
+    """Return the verdict on an example and the mean loss of each option, by nanochat's transformer in float64."""
+    means, predicted = [], []
+    for tokens, start in zip(question.sequences, question.starts, strict=True):
+        logits = numpy_logits(model, np.array([tokens]))[0]
+        places = np.arange(start, len(tokens))
+        losses = np.log(np.exp(logits).sum(-1))[places - 1] - logits[places - 1, np.array(tokens)[places]]
+        means.append(float(losses.mean()))
+        predicted.append(logits[places - 1].argmax(-1).tolist())
+    if question.gold is None:
+        return predicted[0] == question.sequences[0][question.starts[0] :], means
+    return int(np.argmin(means)) == question.gold, means
+
+
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_long_prompts_are_computed_beyond_the_context_as_nanochat_does(
+    evaluate: Evaluate, tokenizer: Tokenizer, bundle: Path, tmp_path: Path, architecture: str
+) -> None:
+    """Guards against cut prompts, and against layers of July 2026 that see further back than the context (64)."""
+    sizes = GPTSizes(
+        vocab_size=tokenizer.vocab_size, num_layers=3, num_heads=4, num_kv_heads=2, width=32, context_tokens=64,
+        **architecture_values(architecture),
+    )  # fmt: skip
+    model, rng = GPT(sizes), np.random.default_rng(5)
+    for name, value in flatten_parameters(model).items():
+        weight = rng.normal(scale=1.0 if "wte" in name else 0.3, size=value.shape).astype(np.float32)
+        set_parameters(model, {name: mx.array(weight)})
+    described = bundle / "eval_bundle" / "core.yaml"
+    described.write_text(described.read_text().replace('"num_fewshot": [', '"num_fewshot": [1'))  # 10 to 12 shots
+    result = evaluate_core(
+        OwnModel(model), tokenizer, bundle, max_per_task=14, tasks=None, batch_tokens=2000, work=tmp_path / "work",
+        progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()),
+    )  # fmt: skip
+    opened, found = Bundle(bundle), {(each["task"], each["index"]): each for each in result.examples}
+    for task in opened.tasks:
+        items = opened.examples(task, 14)
+        for index in range(4):
+            example = found[f"core/{task.label}", index]
+            verdict, losses = numpy_verdict(model, build_question(task, items, index, tokenizer))
+            assert example["verdict"] == verdict
+            if "losses" in example["details"]:
+                np.testing.assert_allclose(example["details"]["losses"], losses, atol=2e-4)
+    assert all(score.extended == score.num_examples for score in result.scores)
+    assert max(example["tokens"] for example in result.examples) > 2 * 64
 
 
 @pytest.mark.parametrize(

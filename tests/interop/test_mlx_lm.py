@@ -31,7 +31,7 @@ def make_model(tokenizer: Tokenizer, architecture: str, **more: Any) -> GPT:
     """Return a model whose every part matters: no weight is zero, and windows are shorter than the test's rows."""
     features = {**architecture_values(architecture), **more}
     sizes = GPTSizes(vocab_size=tokenizer.vocab_size, num_layers=4, num_heads=4, num_kv_heads=2, width=64,
-                     context_tokens=512, **features)  # fmt: skip
+                     **{"context_tokens": 512, **features})  # fmt: skip
     model, rng = GPT(sizes), np.random.default_rng(7)
     set_parameters(
         model,
@@ -72,6 +72,21 @@ def test_logits_agree_when_the_past_is_cached(opened: Any) -> None:
     pieces = [theirs(ids[:, :100], cache), theirs(ids[:, 100:137], cache)]
     pieces += [theirs(ids[:, at : at + 1], cache) for at in range(137, 140)]
     np.testing.assert_allclose(np.asarray(mx.concatenate(pieces, axis=1)), np.asarray(model(ids)), atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_logits_agree_beyond_the_context(tmp_path: Path, tokenizer: Tokenizer, architecture: str) -> None:
+    """Guards against long windows of July 2026 that see all of an input longer than the context (64) in mlx-lm."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = make_model(tokenizer, architecture, context_tokens=64)
+    save_checkpoint(tmp_path, model, tokenizer, {"stage": "sft", "format": "chat"})
+    theirs, _ = mlx_lm.load(str(tmp_path), trust_remote_code=architecture == "jul2026")
+    ids = ids_of(model, 200)
+    expected, cache = np.asarray(model(ids)), make_prompt_cache(theirs)
+    pieces = [theirs(ids[:, :180], cache), *(theirs(ids[:, at : at + 1], cache) for at in range(180, 200))]
+    for found in (theirs(ids), mx.concatenate(pieces, axis=1)):
+        np.testing.assert_allclose(np.asarray(found), expected, atol=1e-3)
 
 
 def test_the_chat_template_renders_the_ids_that_training_saw(opened: Any, tokenizer: Tokenizer) -> None:

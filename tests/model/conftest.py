@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mlxchat  # isort: split
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +22,8 @@ from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+sys.path.append(str(Path(__file__).parents[1]))  # for gpt_in_numpy
 
 
 @pytest.fixture(autouse=True)

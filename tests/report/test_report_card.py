@@ -85,6 +85,33 @@ def test_chatcore_of_another_set_of_tasks_is_not_put_beside_the_published_one(ma
     assert any("over 5 tasks, here over 6: not comparable" in note for note in table.notes)
 
 
+def set_long_prompts(fake, **counts):
+    """Count prompts longer than the context in one task of CORE."""
+    core = json.loads((fake.folder("eval_base") / "scores.json").read_text())["core"]
+    core["tasks"]["squad"] |= {"extended": 0, "cropped": 0, **counts}
+    fake.edit_json("eval_base", "scores.json", core=core | {"context_tokens": 2048})
+
+
+@pytest.mark.parametrize(
+    ("counts", "note"),
+    [
+        ({"extended": 3}, "CORE of BASE: 3 prompts longer than the context of 2,048 tokens computed beyond it"),
+        ({"cropped": 1}, "CORE of BASE: 1 prompt longer than the context of 2,048 tokens lost"),
+    ],
+)
+def test_report_says_what_was_done_with_long_prompts_of_core(whole_recipe, counts, note):
+    set_long_prompts(whole_recipe, **counts)
+    assert any(each.startswith(note) for each in metric_table(whole_recipe.read()).notes)
+
+
+def test_published_core_is_compared_only_under_the_same_rule(whole_recipe):
+    """Guards against a CORE of cut prompts beside nanochat's, which computes them whole."""
+    set_long_prompts(whole_recipe, cropped=3)
+    ((_, table),) = published_tables(whole_recipe.read())
+    assert (row(table, "CORE")[1].text, row(table, "CORE")[1].detail) == ("0.2219", "")
+    assert any("eval.core.long_prompts=extend" in note for note in table.notes)
+
+
 @pytest.mark.parametrize(
     ("step", "changes"),
     [

@@ -117,7 +117,7 @@ def measure_core(config: Config) -> dict[str, Any]:
 
 def answer_alone(model: GPT, encoder: TextEncoder, task: CoreTask, items: Examples, index: int) -> bool:
     """Return the verdict of one example, computed as nanochat's loop does: whole options, all logits."""
-    question = build_question(task, items, index, encoder, model.sizes.context_tokens)
+    question = build_question(task, items, index, encoder)
     longest = max(question.ends)
     ids = mx.array([tokens + [encoder.bos] * (longest - len(tokens)) for tokens in question.sequences])
     logits = model(ids)

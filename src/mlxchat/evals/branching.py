@@ -152,7 +152,9 @@ class Branches:
             visible = ((key_number == 0) | (key_number == own_number)) & (key <= own)
             self._distance = own - key
         self._branching = border < longest
-        self.layers = [_BranchedLayer(border, visible, window, self) for window in sizes.windows()]
+        # A window that is longer than every sequence hides nothing.
+        windows = (None if window is None or window > position.max() else window for window in sizes.windows())
+        self.layers = [_BranchedLayer(border, visible, window, self) for window in windows]
 
     def shift(self, x: mx.array) -> mx.array:
         """Return for each token of x (B, T, C) the one before it in its own sequence; zeros before a row's first."""

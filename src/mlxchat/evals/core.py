@@ -37,8 +37,10 @@ class TaskScore:
     task: CoreTask
     accuracy: float
     num_examples: int
-    cropped: int
-    """Examples whose prompt was longer than the model's context."""
+    extended: int = 0
+    """Examples whose prompt was computed beyond the model's context."""
+    cropped: int = 0
+    """Examples whose prompt was cut to the model's context."""
 
     @property
     def centered(self) -> float:
@@ -60,7 +62,7 @@ class TaskScore:
         return {
             "accuracy": self.accuracy, "centered": self.centered, "stderr": self.stderr,
             "num_examples": self.num_examples, "num_fewshot": self.task.num_fewshot, "type": self.task.kind,
-            "baseline": self.task.baseline, "cropped": self.cropped,
+            "baseline": self.task.baseline, "extended": self.extended, "cropped": self.cropped,
         }  # fmt: skip
 
 
@@ -73,6 +75,10 @@ class CoreResult:
     max_per_task: int | None
     is_whole: bool
     """Whether these are all of the bundle's tasks."""
+    long_prompts: str = "extend"
+    """What was done with prompts longer than the context: extend or cut."""
+    context_tokens: int | None = None
+    """The model's context."""
     seconds: float = 0.0
     """Spent by this process."""
     computed: int = 0
@@ -101,7 +107,8 @@ class CoreResult:
         """Return plain data for scores.json; equal evaluations give equal data, so nothing in it is a time."""
         return {
             "core": self.core, "stderr": self.stderr, "max_per_task": self.max_per_task,
-            "bundle_sha256": self.bundle_sha256,
+            "bundle_sha256": self.bundle_sha256, "long_prompts": self.long_prompts,
+            "context_tokens": self.context_tokens,
             "tasks": {score.task.label: score.to_dict() for score in self.scores},
         }  # fmt: skip
 
@@ -113,6 +120,7 @@ def evaluate_core(
     *,
     max_per_task: int | None,
     tasks: list[str] | None,
+    long_prompts: str = "extend",
     batch_tokens: int,
     work: Path,
     progress: Callable[[int, str], Progress],
@@ -127,6 +135,8 @@ def evaluate_core(
         bundle: nanochat's eval_bundle.zip, or the folder that was in it.
         max_per_task: examples of each task, at most; None: all. The shots are drawn from these.
         tasks: labels; None: all.
+        long_prompts: of prompts longer than the model's context: "extend" computes them whole, as nanochat does, where
+            the model can; "cut" leaves their beginning out.
         batch_tokens: computed at a time, which bounds the memory.
         work: folder for the journals, kept from attempt to attempt of the same evaluation.
         progress: from a number of examples and their name to a display.
@@ -140,8 +150,16 @@ def evaluate_core(
     opened = Bundle(bundle)
     chosen = opened.choose(tasks)
     whole = len(chosen) == len(opened.tasks)
-    result = CoreResult(scores=[], bundle_sha256=opened.sha256, max_per_task=max_per_task, is_whole=whole)
-    about = {"bundle": opened.sha256, "max_per_task": max_per_task, "context_tokens": model.context_tokens}
+    rule = long_prompts if model.extends else "cut"
+    limit = model.context_tokens if rule == "cut" else None
+    result = CoreResult(
+        scores=[], bundle_sha256=opened.sha256, max_per_task=max_per_task, is_whole=whole, long_prompts=rule,
+        context_tokens=model.context_tokens,
+    )  # fmt: skip
+    about = {
+        "bundle": opened.sha256, "max_per_task": max_per_task, "long_prompts": rule,
+        "context_tokens": model.context_tokens,
+    }  # fmt: skip
     began = time.monotonic()
     for number, task in enumerate(chosen, 1):
         items = opened.examples(task, max_per_task)
@@ -150,7 +168,7 @@ def evaluate_core(
         with progress(len(items), f"examples of {task.label} ({number}/{len(chosen)})") as display:
             display.start = done
             display.update(done)
-            for results in answer_examples(model, tokenizer, task, items, batch_tokens, journal.records):
+            for results in answer_examples(model, tokenizer, task, items, batch_tokens, journal.records, limit=limit):
                 journal.append(results)
                 result.computed += len(results)
                 speed = (len(journal.records) - done) / max(1e-9, time.monotonic() - display.began)
@@ -160,20 +178,24 @@ def evaluate_core(
                     raise stop(where) if stop else Interrupted(f"CORE stopped at {where}", signal.SIGTERM)
             records = [journal.records[index] for index in range(len(items))]
             result.examples.extend({"task": f"core/{task.label}", **record} for record in records)
-            result.scores.append(score := score_task(task, records))
-            if score.cropped:
-                share = f"{score.cropped} of {len(items)} prompts of {task.label}"
-                display.note(f"{share} lost their beginning: longer than {model.context_tokens} tokens")
+            result.scores.append(score := score_task(task, records, model.context_tokens))
+            if score.cropped or score.extended:
+                done = "cut to it" if score.cropped else "computed beyond it"
+                display.note(
+                    f"{task.label}: {score.cropped or score.extended:,} of {len(items):,} prompts are longer than the "
+                    f"context of {model.context_tokens:,} tokens; {done}"
+                )
     result.seconds = time.monotonic() - began
     return result
 
 
-def score_task(task: CoreTask, records: list[dict[str, Any]]) -> TaskScore:
-    """Return the score of a task from the results of all of its examples."""
+def score_task(task: CoreTask, records: list[dict[str, Any]], context_tokens: int) -> TaskScore:
+    """Return the score of a task from the results of all of its examples by a model with such a context."""
     return TaskScore(
         task=task,
         accuracy=float(np.mean([record["verdict"] for record in records])),
         num_examples=len(records),
+        extended=sum(record["tokens"] > context_tokens for record in records),
         cropped=sum(record["details"]["cropped"] for record in records),
     )
 
@@ -185,14 +207,17 @@ def answer_examples(
     items: list[dict[str, Any]],
     batch_tokens: int,
     known: Container[int] = (),
+    *,
+    limit: int | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the results of a task's examples, batch by batch; batches of which all is known are left out.
 
     The batches do not depend on what is known, so that a continued evaluation computes what one in one go does.
+    `limit`: longest prompt in tokens, others are cut to it; None: none is cut.
     """
 
     def prepare(window: list[int]) -> tuple[list[Question], list[list[Row]]]:
-        questions = [build_question(task, items, index, tokenizer, model.context_tokens) for index in window]
+        questions = [build_question(task, items, index, tokenizer, limit) for index in window]
         groups = [[Continuation(*each) for each in question.scored()] for question in questions]
         return questions, make_batches(make_rows(groups, batch_tokens), batch_tokens)
 

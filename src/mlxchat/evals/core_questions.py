@@ -133,15 +133,15 @@ def crop(
 
 
 def build_question(
-    task: CoreTask, items: list[dict[str, Any]], index: int, encoder: TextEncoder, context_tokens: int | None
+    task: CoreTask, items: list[dict[str, Any]], index: int, encoder: TextEncoder, limit: int | None = None
 ) -> Question:
-    """Return example `index` of a task with its shots before it, cropped to the model's context."""
+    """Return example `index` of a task with its shots before it, cropped to `limit` tokens if there is a limit."""
     shots = [items[place] for place in draw_shots(index, len(items), task.num_fewshot)]
     item = items[index]
     sequences, starts = tokenize_prompts(task.kind, render_prompts(task, item, shots), encoder)
     cropped = False
-    if context_tokens is not None:
-        sequences, starts, cropped = crop(sequences, starts, context_tokens)
+    if limit is not None:
+        sequences, starts, cropped = crop(sequences, starts, limit)
     gold = None if task.kind == "language_modeling" else int(item["gold"])
     return Question(index=index, sequences=sequences, starts=starts, gold=gold, cropped=cropped)
 

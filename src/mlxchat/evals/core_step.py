@@ -34,8 +34,8 @@ def measure_core(
         return None
     result = evaluate_core(
         model, tokenizer, open_bundle(ctx, config), max_per_task=config.max_per_task, tasks=config.tasks,
-        batch_tokens=batch_tokens, work=ctx.work / "core", progress=ctx.progress, should_stop=ctx.should_stop,
-        stop=ctx.stop,
+        long_prompts=config.long_prompts, batch_tokens=batch_tokens, work=ctx.work / "core", progress=ctx.progress,
+        should_stop=ctx.should_stop, stop=ctx.stop,
     )  # fmt: skip
     examples += result.examples
     measured = {"core": result.core, "core_examples_per_second": result.examples_per_second}

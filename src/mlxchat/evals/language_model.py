@@ -26,8 +26,12 @@ class LanguageModel(Protocol):
     """A model that predicts tokens."""
 
     @property
-    def context_tokens(self) -> int | None:
-        """Longest input; None: no limit is known."""
+    def context_tokens(self) -> int:
+        """Tokens of the rows that it was trained on, or its longest input."""
+
+    @property
+    def extends(self) -> bool:
+        """Whether it computes inputs longer than that."""
 
     def losses(self, rows: Sequence[Row]) -> list[list[Floats]]:
         """Return for each row and each of its sequences the loss in nats of every target."""
@@ -47,9 +51,14 @@ class OwnModel:
         self.model, self._padding, self._lanes = model, padding, Lanes()
 
     @property
-    def context_tokens(self) -> int | None:
+    def context_tokens(self) -> int:
         """Tokens of the rows that it was trained on."""
         return self.model.sizes.context_tokens
+
+    @property
+    def extends(self) -> bool:
+        """Always: rotary positions have no end."""
+        return True
 
     def losses(self, rows: Sequence[Row]) -> list[list[Floats]]:
         """See `LanguageModel.losses`."""

@@ -97,6 +97,11 @@ class OutsideModel:
         """Longest input."""
         return self._context
 
+    @property
+    def extends(self) -> bool:
+        """Never: third-party models keep their own limits."""
+        return False
+
     def __call__(self, ids: mx.array) -> mx.array:
         """Return logits (B, T, V) in float32 of ids (B, T)."""
         logits: mx.array = self.model(ids)

@@ -43,9 +43,14 @@ class RankModel:
         self.team, self.model, self._padding = team, model, padding
 
     @property
-    def context_tokens(self) -> int | None:
+    def context_tokens(self) -> int:
         """Tokens of the rows that it was trained on."""
         return self.model.sizes.context_tokens
+
+    @property
+    def extends(self) -> bool:
+        """See `OwnModel.extends`."""
+        return True
 
     def losses(self, rows: Sequence[Row]) -> list[list[Floats]]:
         """See `LanguageModel.losses`."""

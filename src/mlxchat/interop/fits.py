@@ -14,7 +14,7 @@ _WORDS = {
     "smear": "the smear",
     "backout": "the backout",
 }
-# What the conf of an architecture says that computes nothing: whose initial weights are drawn.
+# Fields of an architecture that do not change what is computed within the context.
 _NO_COMPUTATION = ("architecture", "window_pattern")
 
 GGUF_REASONS = """No architecture of llama.cpp computes this model, so there is no GGUF of it that would say the same:
@@ -28,9 +28,12 @@ serve, which speaks OpenAI's protocol."""
 
 
 def beyond_october(sizes: GPTSizes) -> list[str]:
-    """Return in words what a model computes beyond nanochat's of October 2025, whatever its rotary base."""
+    """Return in words what a model computes within its context that nanochat's of October 2025 does not.
+
+    The base of the rotary positions does not count.
+    """
     found = [words for name, words in _WORDS.items() if getattr(sizes, name)]
-    if any(window is not None for window in sizes.windows()):
+    if any(window is not None and window < sizes.context_tokens for window in sizes.windows()):
         found.append(f"sliding windows ({sizes.window_pattern})")
     if sizes.query_key_scale != 1.0:
         found.append(f"queries and keys scaled by {sizes.query_key_scale:g}")

@@ -98,7 +98,7 @@ def write_model_file(folder: Path) -> None:
 def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return config.json as mlx-lm reads it."""
     features = _features(sizes)
-    # The architecture says whose initial weights are drawn, which computes nothing.
+    # Within the context the architecture's name alone changes nothing.
     known_to_mlx_lm = not features.keys() - {"architecture"}
     return {
         "model_type": "nanochat",

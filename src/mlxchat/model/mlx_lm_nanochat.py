@@ -24,6 +24,7 @@ _WINDOW_TILE = 128
 class ModelArgs(BaseModelArgs):
     """What config.json says; the features default to October 2025."""
 
+    architecture: str = "oct2025"
     model_type: str = "nanochat"
     hidden_size: int = 1280
     num_hidden_layers: int = 20
@@ -43,9 +44,10 @@ class ModelArgs(BaseModelArgs):
 
     def windows(self) -> list[int | None]:
         """Return for each layer how many tokens one sees, itself included; None: all of them."""
+        long = None if self.architecture == "oct2025" else self.max_position_embeddings + 1
         short = -(-self.max_position_embeddings // 4 // _WINDOW_TILE) * _WINDOW_TILE + 1
         kinds = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.num_hidden_layers)]
-        return [short if kind == "S" else None for kind in kinds[:-1]] + [None]
+        return [short if kind == "S" else long for kind in kinds[:-1]] + [long]
 
     def has_value_embedding(self, layer: int) -> bool:
         """Tell whether a layer has a value embedding: every second one, the last included."""

@@ -30,7 +30,7 @@ class GPTSizes:
     context_tokens: int
     rope_theta: float
     architecture: str = "oct2025"
-    """Whose initial weights `init_weights` draws: oct2025 or jul2026."""
+    """oct2025 or jul2026: whose initial weights `init_weights` draws, and whether long windows end (jul2026)."""
     vocab_multiple: int = 1
     """The tables have this many rows or a multiple; logits are cropped to vocab_size."""
     window_pattern: str = "L"
@@ -62,10 +62,15 @@ class GPTSizes:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def windows(self) -> list[int | None]:
-        """Return for each layer how many earlier tokens one sees besides itself; None: all of them."""
+        """Return for each layer how many earlier tokens one sees besides itself; None: all of them.
+
+        In nanochat of July 2026 long windows are as long as the context, which bounds them in longer inputs. October
+        2025 has no windows.
+        """
+        long = None if self.architecture == "oct2025" else self.context_tokens
         short = -(-self.context_tokens // 4 // _WINDOW_TILE) * _WINDOW_TILE
         kinds = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.num_layers)]
-        return [short if kind == "S" else None for kind in kinds[:-1]] + [None]
+        return [short if kind == "S" else long for kind in kinds[:-1]] + [long]
 
     def has_value_embedding(self, layer: int) -> bool:
         """Tell whether a layer has a value embedding."""

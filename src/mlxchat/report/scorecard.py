@@ -97,7 +97,7 @@ def metric_table(report: RunReport) -> Table | None:
         rows.append(_row(Cell("perplexity", "per token"), [s.perplexity for s in scores], "{:.2f}".format, best=None))
     if any(s.core for s in scores):
         cores = [s.core for s in scores]
-        best = max if len({c.max_per_task for c in cores if c}) == 1 else None
+        best = max if len({(c.max_per_task, c.cropped > 0) for c in cores if c}) == 1 else None
         values, errors = [c.value if c else None for c in cores], [c.stderr if c else None for c in cores]
         rows.append(_row(Cell("CORE"), values, _four_decimals, errors=errors, show_error=_four_decimals, best=best))
     for task in task_names(chosen):
@@ -143,6 +143,13 @@ def _published_table(report: RunReport, reference: Reference) -> Table:
         number = ", ".join(map(str, sorted(counts)))
         notes.append(f"ChatCORE there is over {reference.chatcore_tasks} tasks, here over {number}: not comparable.")
         ours.pop("ChatCORE", None)
+    cut = [c for c in chosen if c.scores and c.scores.core and c.scores.core.cropped]
+    if cut and "CORE" in ours:
+        notes.append(
+            f"CORE here is of another rule (prompts of {join(c.label for c in cut)} were cut to the context): not "
+            "comparable. eval.core.long_prompts=extend computes them as nanochat does."
+        )
+        ours["CORE"] = [Cell(ABSENT) if c in cut else cell for c, cell in zip(chosen, ours["CORE"], strict=True)]
     rows = []
     for metric in dict.fromkeys(name for values in reference.columns.values() for name in values):
         cells = [Cell(metric)]
@@ -224,6 +231,18 @@ def _row(
     return cells
 
 
+def _long_prompts(column: Column) -> str:
+    """Return what was done with prompts longer than the context, empty where none was."""
+    core = column.scores.core if column.scores else None
+    if core is None or not (core.extended or core.cropped):
+        return ""
+    context = f"the context of {core.context_tokens:,} tokens" if core.context_tokens else "the context"
+    if core.cropped:
+        cut = plural(core.cropped, "prompt")
+        return f"{cut} longer than {context} lost their beginning; nanochat computes them whole."
+    return f"{plural(core.extended, 'prompt')} longer than {context} computed beyond it, as nanochat does."
+
+
 def _four_decimals(value: float) -> str:
     return f"{value:.4f}"
 
@@ -257,6 +276,9 @@ def _metric_notes(chosen: list[Column], scores: list[Scores]) -> list[str]:
         limits = {c.max_per_task for c in cores}
         sizes = join(f"at most {limit:,} of each" if limit else "all" for limit in limits)
         notes.append(f"CORE: mean centred accuracy over the DCLM bundle's 22 tasks (examples: {sizes}); 0 is guessing.")
+        notes += [
+            f"CORE of {column.label}: {rule}" for column in chosen if column.scores and (rule := _long_prompts(column))
+        ]
     if chat := next((s for s in scores if s.chatcore is not None), None):
         notes.append(f"ChatCORE: mean centred accuracy over {join(chat.chatcore_tasks) or 'its tasks'}.")
     if any(s.mean_centered is not None and s.chatcore is None for s in scores):

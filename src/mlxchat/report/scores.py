@@ -69,6 +69,12 @@ class Core:
     max_per_task: int | None
     """Examples of each task at most; None: all."""
     tasks: dict[str, CoreTask]
+    context_tokens: int | None = None
+    """The model's context."""
+    extended: int = 0
+    """Examples whose prompt was computed beyond the context, as nanochat does."""
+    cropped: int = 0
+    """Examples whose prompt was cut to the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +157,9 @@ def _parse_task(raw: dict[str, Any]) -> TaskScore:
 
 
 def _parse_core(raw: dict[str, Any]) -> Core:
-    tasks = {}
+    tasks, longer = {}, {"extended": 0, "cropped": 0}
     for name, task in ((name, mapping(task)) for name, task in mapping(raw.get("tasks")).items()):
+        longer = {key: count + (_whole(task.get(key)) or 0) for key, count in longer.items()}
         tasks[name] = CoreTask(
             kind=text(task.get("type")),
             num_fewshot=_whole(task.get("num_fewshot")),
@@ -167,6 +174,8 @@ def _parse_core(raw: dict[str, Any]) -> Core:
         stderr=number(raw.get("stderr")),
         max_per_task=_whole(raw.get("max_per_task")),
         tasks=tasks,
+        context_tokens=_whole(raw.get("context_tokens")),
+        **longer,
     )
 
 

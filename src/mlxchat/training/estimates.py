@@ -48,8 +48,8 @@ def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Toke
         result = evaluate_core(
             language_model(ctx.team, model, padding=tokenizer.bos), tokenizer, open_bundle(ctx, core),
             max_per_task=min(limits, default=None), tasks=core.tasks,
-            batch_tokens=forward_tokens(ctx.config.machine, model.sizes), work=work, progress=_unseen,
-            should_stop=ctx.should_stop, stop=ctx.stop,
+            long_prompts=core.long_prompts, batch_tokens=forward_tokens(ctx.config.machine, model.sizes), work=work,
+            progress=_unseen, should_stop=ctx.should_stop, stop=ctx.stop,
         )  # fmt: skip
         _forget(work)
         if result.core is None or result.stderr is None:
