@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxchat import compose
 from mlxchat.cli import main
+from mlxchat.compose import compose_config
+from mlxchat.validation import find_problems
 
 Refuse = Callable[..., str]
 
@@ -74,6 +80,27 @@ def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
 def test_a_misspelt_name_is_refused_with_the_right_one(override: str, wrong: str, meant: str, refuse: Refuse) -> None:
     message = refuse(override)
     assert re.search(rf'(?<!\w){re.escape(wrong)}(?!\w).*Did you mean "[\w.]*({meant})[\w.]*"\?', message), message
+
+
+def spoil(value: Any, number: float) -> Any:
+    """Return a configuration in which every number is `number` and every text "nonsense", as far as types allow."""
+    if is_dataclass(value):
+        return replace(value, **{each.name: spoil(getattr(value, each.name), number) for each in fields(value)})
+    if isinstance(value, dict):
+        return {key: spoil(each, number) for key, each in value.items()}
+    if isinstance(value, float) or (type(value) is int and math.isfinite(number)):
+        return type(value)(number)
+    return "nonsense" if isinstance(value, str) and number < 0 else value
+
+
+@pytest.mark.parametrize("number", [-1, 0, 10**9, math.nan, math.inf])
+def test_no_setting_is_listed_twice_when_all_are_wrong(number: float) -> None:
+    """Guards against two validators with the same key, as sft.suite_every once had, and a NaN told by two."""
+    config = compose_config(["core=nanochat", "architecture=jul2026", "optimizer=muon_jul2026"]).config
+    found = find_problems(spoil(config, number))
+    keys = Counter(re.match(r"[\w.]+", line)[0] for line in found)
+    assert len(found) > 60
+    assert [key for key, count in keys.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("verb", ["statsu", "rnu", "grahp"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mlxchat.config import Config
 from mlxchat.runner.fingerprint import plain_of
@@ -11,7 +11,7 @@ from mlxchat.runner.plan import flatten_config
 
 
 def find_range_problems(config: Config) -> Iterator[str]:
-    """Yield a line for each plain number that is out of its range, infinite, or no number at all."""
+    """Yield a line for each plain number that is out of its range."""
     machine = config.machine
     factor = config.training.norm_warning_factor
     if factor is not None and not factor > 1:
@@ -27,8 +27,13 @@ def find_range_problems(config: Config) -> Iterator[str]:
         yield f"bench.warmup_steps is {config.bench.warmup_steps}, expected at least 0"
     if machine.prefetch_batches < 0:
         yield f"machine.prefetch_batches is {machine.prefetch_batches}, expected at least 0 (no batch made ahead)"
+
+
+def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each number that is infinite or no number at all, except those that lines already tell of."""
+    keys = {line.partition(" ")[0] for line in told}
     for key, value in flatten_config(plain_of(config)).items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and key not in keys:
             yield f"{key} is {value}, expected a number"
 
 
@@ -59,9 +64,6 @@ def find_zeros(config: Config) -> Iterator[str]:
         ),
         "sft.num_iterations",
         "sft.eval_every",
-        "sft.suite_every",
-        "sft.suite_max_new_tokens",
-        "sft.suite_batch_rows",
         "rl.num_iterations",
         "rl.questions_per_iteration",
         "rl.max_new_tokens",

@@ -12,7 +12,7 @@ from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import suggest
 from mlxchat.model.sizing import count_heads, sizes_of
-from mlxchat.number_problems import find_range_problems, find_zeros
+from mlxchat.number_problems import find_range_problems, find_unbounded, find_zeros
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.rl_problems import find_rl_problems
 from mlxchat.tasks.items import find_item_problems
@@ -24,7 +24,7 @@ _POLAR_EXPRESS_ITERATIONS = 5
 def find_problems(config: Config) -> list[str]:
     """Return a line for every value that cannot be, with what was expected; empty if all is well."""
     of_model = list(_model(config))
-    return [
+    found = [
         *of_model,
         *_adapters(config, model_is_good=not of_model),
         *_choices(config),
@@ -43,6 +43,7 @@ def find_problems(config: Config) -> list[str]:
         *find_range_problems(config),
         *_execution(config),
     ]
+    return [*found, *find_unbounded(config, found)]
 
 
 def _execution(config: Config) -> Iterator[str]:
