@@ -24,7 +24,7 @@ from mlxchat.training.policy_scores import policy_scores
 from mlxchat.training.quantised_rollouts import conversation_rows
 from mlxchat.training.rollouts import Rollouts, updates_per_rollout
 
-VERSION = 3
+VERSION = 4
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"

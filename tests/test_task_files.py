@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.errors import DataError
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks import jsonl
 from mlxchat.tasks import load_task as load
 from mlxchat.tasks.jsonl import read_conversations
@@ -50,9 +50,48 @@ def test_a_raw_gsm8k_answer_in_a_file_becomes_parts(tmp_path: Path) -> None:
     assert not task.evaluate(task[0], "2")
 
 
-def test_an_answer_without_a_number_is_looked_for_in_the_response(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("answer", "response", "equal", "contained"),
+    [
+        ("4", "4", True, True),
+        ("4", " 4. ", True, True),
+        ("4", "It is 4.", False, True),
+        ("4", "It is 14.", False, False),
+        ("4", "4.5", False, False),
+        ("4", "1,4", False, False),
+        ("4", "-4", False, False),
+        ("-4", "it is -4", False, True),
+        ("no", "No!", True, True),
+        ("no", "I do not know", False, False),
+        ("no", "Well, no, never", False, True),
+        ("Straße  7", "straße 7", True, True),
+        ("Straße 7", "STRASSE 7", True, True),
+        ("C++", "c++ is one", False, True),
+        ("...", "anything", False, False),
+        ("...", "...", True, True),
+        ("?", "", False, False),
+    ],
+)
+def test_responses_are_judged_by_equality_or_by_whole_words(
+    tmp_path: Path, answer: str, response: str, equal: bool, contained: bool
+) -> None:
+    """Guards against containment without word borders: "4" in "14", "no" in "know", "..." in everything."""
+    path = write(tmp_path / "a.jsonl", {"question": "?", "answer": answer})
+    strict, lenient = (load("jsonl", "train", path=path, held_out_frac=0, **o) for o in ({}, {"contains": 1.0}))
+    assert strict.evaluate(strict[0], response) is equal
+    assert lenient.evaluate(lenient[0], response) is contained
+
+
+def test_contains_of_another_value_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": "?", "answer": "x"})
+    with pytest.raises(ConfigError, match="contains of task jsonl is 0"):
+        load("jsonl", "train", path=path, contains=0.5)
+
+
+def test_an_answer_without_a_number_must_be_the_whole_response(tmp_path: Path) -> None:
     task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", MESSAGES), held_out_frac=0)
-    assert task.evaluate(task[0], "Well, hello!")
+    assert task.evaluate(task[0], "hello!")
+    assert not task.evaluate(task[0], "Well, hello!")
     assert not task.evaluate(task[0], "Hi")
 
 

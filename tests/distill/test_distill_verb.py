@@ -331,6 +331,18 @@ def test_only_right_answers_are_kept_by_the_answers_of_a_file(
     assert "right    25.0% of 4 judged answers" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("flags", "kept"), [((), ["Four"]), (("--contains",), ["Four", "It is four."])])
+def test_a_texts_answer_equals_the_files_or_contains_it(
+    ask: Callable[..., int], teacher: Teacher, place: Path, flags: tuple[str, ...], kept: list[str]
+) -> None:
+    """Guards against the answer "four" accepted within "fourteen"."""
+    lines = [{"question": f"{number}?", "answer": "four"} for number in range(3)]
+    said = iter(["Four", "It is four.", "fourteen"])
+    teacher.script = lambda question, tries: Reply(next(said))
+    assert ask("--only-correct", *flags, "--concurrency", "1", questions=lines, suffix="jsonl") == 0
+    assert answers(place) == kept
+
+
 def test_a_task_is_asked_and_judged_by_its_own_rules(
     teacher: Teacher, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

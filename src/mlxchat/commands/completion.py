@@ -68,8 +68,8 @@ _OPTIONS = {
     "distill": [
         "--teacher", "--model", "--key-env", "--out", "--overwrite", "--questions", "--fill", "--task", "--split",
         "--option", "--start", "--size", "--system", "--temperature", "--top-p", "--max-tokens", "--samples", "--seed",
-        "--body", "--only-correct", "--keep-system", "--keep-cut", "--keep-thoughts", "--concurrency", "--rpm", "--tpm",
-        "--retries", "--timeout", "--price-in", "--price-out", "--max-cost", "--cache", "--dry-run",
+        "--body", "--only-correct", "--contains", "--keep-system", "--keep-cut", "--keep-thoughts", "--concurrency",
+        "--rpm", "--tpm", "--retries", "--timeout", "--price-in", "--price-out", "--max-cost", "--cache", "--dry-run",
     ],
     "report": ["--run", "--out", "--cost-per-hour", "--open"],
     "bench": ["--json", "--config-dir"], "doctor": ["--hosts", "--seconds"],

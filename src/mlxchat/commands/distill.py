@@ -82,6 +82,9 @@ def _parser() -> Parser:
     )
     kept = parser.add_argument_group("what is kept")
     kept.add_argument("--only-correct", action="store_true", help="answers that the task (or the file) calls right")
+    kept.add_argument(
+        "--contains", action="store_true", help="with --only-correct: containing the file's answer is enough"
+    )
     kept.add_argument("--keep-system", action="store_true", help="the system prompt, too")
     kept.add_argument("--keep-cut", action="store_true", help="answers that --max-tokens cut, too")
     kept.add_argument("--keep-thoughts", action="store_true", help="the <think> part of answers, too")
@@ -180,6 +183,8 @@ def _file_problems(options: Namespace) -> Iterator[str]:
         yield f"--out is {options.out}, the file that the questions are in"
     if options.option:
         yield "--option belongs to --task"
+    if options.contains and not options.only_correct:
+        yield "--contains: requires --only-correct"
     if options.fill and options.only_correct:
         yield "--only-correct: filled questions have no answers to compare with"
     if options.fill and options.start:
@@ -196,6 +201,7 @@ def _task_item(options: Namespace) -> tuple[TaskItem, list[str]]:
     stop = None if options.size is None else options.start + options.size
     item = TaskItem(task=options.task, split=options.split, size=stop, start=max(0, options.start), stop=stop)
     problems = ["--fill belongs to --questions"] if options.fill else []
+    problems += ["--contains belongs to --questions; of --task jsonl: --option contains=1"] if options.contains else []
     try:
         sources = task_class(options.task).source_options
     except ConfigError:
@@ -264,7 +270,7 @@ def _questions(
     if item is not None:
         return questions_of_task(item), {"task": plain_of(item)}
     path = options.questions
-    questions = questions_of_file(path)
+    questions = questions_of_file(path, contains=options.contains)
     source = {"file": path.name, "sha256": hash_file(path), "start": options.start, "size": options.size}
     if fills:
         source["fills"] = {slot: {"file": place.name, "sha256": hash_file(place)} for slot, place in fills.items()}

@@ -60,8 +60,10 @@ def questions_of_task(item: TaskItem) -> list[Question]:
     return questions
 
 
-def questions_of_file(path: Path) -> list[Question]:
+def questions_of_file(path: Path, *, contains: bool = False) -> list[Question]:
     """Return the questions of a .txt file (one on a line) or a .jsonl file; empty lines are skipped.
+
+    `contains`: an answer that contains the file's is right too (`is_answer`).
 
     Raises:
         DataError: it cannot be read, is empty, or lines of it are no questions; all of them are named.
@@ -88,7 +90,7 @@ def questions_of_file(path: Path) -> list[Question]:
         except ValueError as error:
             faults.append(f"line {number}: {error}")
         else:
-            judge = partial(is_answer, {"messages": answered}) if answered else None
+            judge = partial(is_answer, {"messages": answered}, contains=contains) if answered else None
             questions.append(Question(messages, f"{path.name} line {number}", judge))
     if faults:
         more = len(faults) - _MOST_FAULTS_SHOWN

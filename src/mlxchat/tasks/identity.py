@@ -30,10 +30,11 @@ class Identity(Jsonl):
         size: int | None = None,
         seed: int = 0,
         held_out_frac: float = 0.1,
+        contains: float = 0,
     ) -> None:
         """Read the bundled conversations, or those of `path`; the other options are those of task jsonl."""
         path = IDENTITY_FILE if path is None else path
-        super().__init__(split, path=path, size=size, seed=seed, held_out_frac=held_out_frac)
+        super().__init__(split, path=path, size=size, seed=seed, held_out_frac=held_out_frac, contains=contains)
 
 
 class IdentityConversations(Task):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,8 @@ _PART_TYPES = ("text", "python", "python_output")
 class Jsonl(Task):
     """Conversations of a file. Those with the same first user message are all in one split.
 
-    A response is right if its number after #### is that of the file's answer, or, where the answer has no
-    such number, if it contains the answer.
+    A response is right if its number after #### is that of the file's answer, or, where the answer has no such number,
+    if it is the answer (`is_answer`).
     """
 
     name: ClassVar[str] = "jsonl"
@@ -40,6 +41,7 @@ class Jsonl(Task):
         size: int | None = None,
         seed: int = 0,
         held_out_frac: float = 0.1,
+        contains: float = 0,
     ) -> None:
         """Read the file.
 
@@ -49,15 +51,21 @@ class Jsonl(Task):
             size: number of conversations, repeated where the file has fewer; None: each once.
             seed: order of the conversations.
             held_out_frac: about this part of the conversations makes the test split, 0 to below 1.
+            contains: 1: a response that contains the answer as whole words is right too; 0: it must equal the answer.
 
         Raises:
-            ConfigError: held_out_frac is out of range.
+            ConfigError: held_out_frac or contains is out of range.
             DataError: the file cannot be read, a line is not a conversation, or the split is empty.
 
         """
         super().__init__(split, size=size, seed=seed)
         if not 0 <= held_out_frac < 1:
             raise ConfigError(f"held_out_frac of task {self.name} is {held_out_frac}, expected 0 to below 1.")
+        if contains not in (0, 1):
+            raise ConfigError(
+                f"contains of task {self.name} is {contains:g}, expected 0 or 1 (containing the answer is enough)."
+            )
+        self._contains = bool(contains)
         self._conversations = read_conversations(Path(path))
         places = [
             place
@@ -78,20 +86,34 @@ class Jsonl(Task):
         return self._conversations[self._places[index % len(self._places)]]
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Compare the numbers after ####, or look for the answer in the response, capitals aside."""
-        return is_answer(conversation, response)
+        """Judge by `is_answer`."""
+        return is_answer(conversation, response, contains=self._contains)
 
 
-def is_answer(conversation: Conversation, response: str) -> bool:
-    """Compare the numbers after ####, or look for the conversation's answer in the response, capitals aside."""
+def is_answer(conversation: Conversation, response: str, *, contains: bool = False) -> bool:
+    """Say whether a response is the answer at the end of a conversation.
+
+    Compares the numbers after ####. Without such a number in the answer, the texts: letter case, white space and a
+    closing full stop or exclamation mark do not count.
+
+    Args:
+        conversation: with the answer as its last message.
+        response: to judge.
+        contains: the answer may also be a part of the response, between word borders. A number is no part of another.
+    """
     answer = answer_text(conversation)
     if final_number(answer) is not None:
         return same_final_number(answer, response)
-    return _plain(answer) in _plain(response)
+    right, given = _plain(answer), _plain(response)
+    if not contains or not right:
+        return given == right
+    sign = r"(?<![-−])" if right[0].isdigit() else ""
+    return re.search(rf"(?<!\w)(?<!\d[.,]){sign}{re.escape(right)}(?!\w)(?![.,]\d)", given) is not None
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".!")
+    plain = " ".join(text.casefold().split())
+    return plain.rstrip(".! ") or plain
 
 
 def _first_user(conversation: Conversation) -> str:
