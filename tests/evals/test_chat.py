@@ -15,9 +15,10 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import DataError, Interrupted
-from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
 from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore, mean_centered, mean_centered_stderr
 from mlxchat.model.gpt import GPT
+from mlxchat.tasks.gsm8k import GSM8K
 
 
 class Questions:
@@ -390,3 +391,39 @@ def test_the_error_of_a_mean_of_centred_scores_by_hand() -> None:
     """Errors of 0.05 and 0.04, the first stretched by 1 / (1 − 0.25)."""
     scores = [score(0.5, 0.25, 100), score(0.2, 0.0, 100)]
     assert mean_centered_stderr(scores) == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + 0.04**2) / 2)
+
+
+def test_expected_answers_show_calls_and_results_apart() -> None:
+    """Guards against "37+53=37+539090": the text, the call, its result and the text again without anything between."""
+    parts = [
+        {"type": "text", "text": "37+53="}, {"type": "python", "text": "37+53"},
+        {"type": "python_output", "text": "90"}, {"type": "text", "text": "90"},
+    ]  # fmt: skip
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": parts}]
+    assert expected_text({"messages": messages}) == "37+53=<<37+53=90>>90"
+    messages += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "91"}]
+    assert question_text({"messages": messages}) == "user: ?\n\nassistant: 37+53=<<37+53=90>>90\n\nuser: And?"
+
+
+def test_both_verdicts_on_gsm8k_are_recorded(tokenizer: Tokenizer) -> None:
+    """Guards against scores beside published ones of another rule: "#### 18." is right here, wrong for nanochat."""
+
+    class Numbers(Questions):
+        explain = GSM8K.explain
+        evaluate = GSM8K.evaluate
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            conversation = super().__getitem__(index)
+            conversation["messages"][-1]["content"] = [{"type": "text", "text": self.expected[index]}]
+            return conversation
+
+    answers = ["#### 18", "#### 18.", "no number", "#### 18."]
+    score, records = evaluate(ScriptedEngine(tokenizer, answers), Numbers(["#### 18"] * 3 + ["no number"]))
+    assert [record["verdict"] for record in records] == [True, True, False, False]
+    assert [record["details"]["nanochat_verdict"] for record in records] == [True, False, False, False]
+    found = score.to_dict()
+    assert (found["accuracy"], found["nanochat_accuracy"]) == (0.5, 0.25)
+    assert found["nanochat_stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    whole = chatcore(dict.fromkeys(CHATCORE_SETS["jul2026"], score), {n: n for n in CHATCORE_SETS["jul2026"]})
+    assert whole is not None
+    assert (whole["value"], whole["nanochat_value"]) == (0.5, 0.25)

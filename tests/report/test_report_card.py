@@ -112,6 +112,31 @@ def test_published_core_is_compared_only_under_the_same_rule(whole_recipe):
     assert any("eval.core.long_prompts=extend" in note for note in table.notes)
 
 
+def test_published_gsm8k_is_compared_under_nanochats_verdict(whole_recipe):
+    """Guards against published rows beside scores of another verdict: both are recorded, like stands beside like."""
+    scores = json.loads((whole_recipe.folder("eval_sft") / "scores.json").read_text())
+    scores["tasks"]["gsm8k"] |= {"accuracy": 0.2, "nanochat_accuracy": 0.1234, "nanochat_stderr": 0.01}
+    whole_recipe.edit_json("eval_sft", "scores.json", **scores)
+    report = whole_recipe.read()
+    ((_, table),) = published_tables(report)
+    assert row(table, "gsm8k")[3].detail == "(here 12.3% ± 1.0)"
+    assert row(table, "gsm8k")[2].detail == "", "scores without nanochat's verdicts are not compared"
+    assert row(metric_table(report), "gsm8k")[3].text == "20.0%"
+    chat = scores["chatcore"]
+    assert row(table, "ChatCORE")[3].detail == f"(here {chat['nanochat_value']:.4f} ± {chat['nanochat_stderr']:.4f})"
+    assert any("by nanochat's verdicts, as there" in note for note in table.notes)
+
+
+def test_calls_in_examples_are_readable(make):
+    """Guards against special tokens, and a call and its result run together, in the report's examples."""
+    fake = make()
+    said = "37+53=<|python_start|>37+53<|python_end|><|output_start|>90<|output_end|>90"
+    rows = [{**row, "output": said} for row in speedrun.example_rows(0, ["arithmetic"])]
+    write_examples(fake.folder("eval_sft") / "examples.parquet", rows)
+    (right, _) = read_examples(fake.folder("eval_sft"))
+    assert right.output == "37+53=<<37+53=90>>90"
+
+
 @pytest.mark.parametrize(
     ("step", "changes"),
     [

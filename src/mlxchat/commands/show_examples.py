@@ -13,12 +13,10 @@ from typing import Any
 
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.evals.examples import read_examples
+from mlxchat.report.wording import with_calls
 
 _MOST_CHARS = 1500
 _WIDEST = 110
-# How generated text is shown: calculator calls as people write them, no other special tokens.
-_SHOWN = (("<|python_start|>", "<<"), ("<|python_end|><|output_start|>", "="), ("<|output_end|>", ">>"))
-_SPECIAL = re.compile(r"<\|(bos|user_start|user_end|assistant_start|assistant_end|python_\w+|output_\w+)\|>")
 
 
 def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> int:
@@ -103,10 +101,9 @@ def wrapped(title: str, text: str, width: int) -> Iterator[str]:
 
 def printable(text: str) -> str:
     """Return generated text as people read it; nothing in it can move the cursor or change colours."""
-    for token, shown in _SHOWN:
-        text = text.replace(token, shown)
-    text = _SPECIAL.sub("", text)
-    return "".join(char if char.isprintable() or char in "\n " else {"\t": "    "}.get(char, "·") for char in text)
+    return "".join(
+        char if char.isprintable() or char in "\n " else {"\t": "    "}.get(char, "·") for char in with_calls(text)
+    )
 
 
 def _details(details: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal
 from mlxchat.evals.rank_model import language_model
-from mlxchat.tasks.base import Task
+from mlxchat.tasks.base import Task, content_text
 
 Example = dict[str, Any]
 """One row of examples.parquet, without its task."""
@@ -101,8 +101,7 @@ def evaluate_task(
             clear_caches(engine.team)  # of shapes that only this task has
             passes.append([journal.records[index] for index in range(len(task))])
             before += len(task)
-    verdicts = [[example["verdict"] for example in each] for each in passes]
-    score = Score.of(verdicts, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
+    score = Score.of_examples(passes, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
     return score, [example for each in passes for example in each]
 
 
@@ -143,7 +142,7 @@ class _Asked:
             found = find(batch, conversations, sample)
             examples, verdicts = [], []
             for index, conversation, (text, tokens, details) in zip(batch, conversations, found, strict=True):
-                verdicts.append(pool.submit(_judge, self.task, conversation, text))
+                verdicts.append(pool.submit(judge, self.task, conversation, text))
                 details |= {"cropped": True} if self.cropped[index] else {}
                 examples.append(
                     {
@@ -217,20 +216,16 @@ def question_text(conversation: dict[str, Any]) -> str:
     """Return what was asked: the message before the answer, with those before it if there are any."""
     messages = conversation["messages"][:-1]
     if len(messages) == 1:
-        return _plain(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {_plain(message['content'])}" for message in messages)
+        return content_text(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {content_text(message['content'])}" for message in messages)
 
 
 def expected_text(conversation: dict[str, Any]) -> str:
     """Return the answer that the data give."""
-    return _plain(conversation["messages"][-1]["content"])
+    return content_text(conversation["messages"][-1]["content"])
 
 
-def _plain(content: str | list[dict[str, str]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _judge(task: Task, conversation: dict[str, Any], text: str) -> _Verdict:
+def judge(task: Task, conversation: dict[str, Any], text: str) -> _Verdict:
     """Return a task's verdict, and what it tells besides."""
     explain: Callable[[dict[str, Any], str], _Verdict] | None = getattr(task, "explain", None)
     if explain is not None:

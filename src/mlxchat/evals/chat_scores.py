@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,19 @@ class Score:
     """Variance, over the questions, of the share of right samples; None: that of one sample, p (1 − p)."""
     cropped: int = 0
     """Questions whose prompt was longer than the model's context."""
+    nanochat: Score | None = None
+    """The score by nanochat's verdicts, where they differ from the task's own (GSM8K)."""
+
+    @classmethod
+    def of_examples(
+        cls, passes: Sequence[Sequence[Mapping[str, Any]]], *, kind: str, chance: float, cropped: int = 0
+    ) -> Score:
+        """Return the score of examples by sample and question, with nanochat's verdicts where they are recorded."""
+        score = cls.of([[each["verdict"] for each in one] for one in passes], kind=kind, chance=chance, cropped=cropped)
+        theirs = [[each["details"].get("nanochat_verdict") for each in one] for one in passes]
+        if any(verdict is None for one in theirs for verdict in one) or not score.num_examples:
+            return score
+        return replace(score, nanochat=cls.of(theirs, kind=kind, chance=chance))
 
     @classmethod
     def of(cls, verdicts: Sequence[Sequence[bool]], *, kind: str, chance: float, cropped: int = 0) -> Score:
@@ -74,6 +87,8 @@ class Score:
         }  # fmt: skip
         if self.cropped:
             numbers["cropped"] = self.cropped
+        if self.nanochat is not None:
+            numbers |= {"nanochat_accuracy": self.nanochat.accuracy, "nanochat_stderr": self.nanochat.stderr}
         if self.per_seed:
             numbers |= {
                 "seeds": len(self.per_seed), "per_seed": list(self.per_seed), "seed_stderr": self.seed_stderr,
@@ -96,6 +111,8 @@ def mean_centered_stderr(scores: Sequence[Score]) -> float | None:
 def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str, Any] | None:
     """Return ChatCORE with its standard error and the tasks it is of, None unless there is a whole set of them.
 
+    By the tasks' own verdicts, and by nanochat's.
+
     Args:
         scores: by the suite's names.
         tasks: the registered task, on its test split, that each of the suite's names stands for.
@@ -106,7 +123,12 @@ def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str,
         return None
     names = [found[task] for task in CHATCORE_SETS[which]]
     chosen = [scores[name] for name in names]
-    return {"value": mean_centered(chosen), "stderr": mean_centered_stderr(chosen), "tasks": names, "set": which}
+    theirs = [score.nanochat or score for score in chosen]
+    return {
+        "value": mean_centered(chosen), "stderr": mean_centered_stderr(chosen),
+        "nanochat_value": mean_centered(theirs), "nanochat_stderr": mean_centered_stderr(theirs), "tasks": names,
+        "set": which,
+    }  # fmt: skip
 
 
 def chatcore_set(tasks: Container[str]) -> str | None:

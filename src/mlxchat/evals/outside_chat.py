@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxchat.errors import DataError
-from mlxchat.evals.chat import expected_text, question_text
+from mlxchat.evals.chat import expected_text, judge, question_text
 from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal
 from mlxchat.evals.outside import OutsideModel, OutsideTokenizer
@@ -57,20 +57,21 @@ def evaluate_outside_task(
             answers = _letters(model, tokenizer, asked, [each["letters"] for each in conversations])
         else:
             answers = _generated(model, tokenizer, asked, max_new_tokens)
-        journal.append(
-            [
+        found = []
+        for index, conversation, answer in zip(batch, conversations, answers, strict=True):
+            verdict, details = judge(task, conversation, answer)
+            found.append(
                 {
                     "index": index, "seed": None, "prompt": question_text(conversation), "output": answer,
-                    "expected": expected_text(conversation), "verdict": bool(task.evaluate(conversation, answer)),
-                    "tokens": len(prompts[index]), "details": {},
+                    "expected": expected_text(conversation), "verdict": verdict, "tokens": len(prompts[index]),
+                    "details": details,
                 }
-                for index, conversation, answer in zip(batch, conversations, answers, strict=True)
-            ]
-        )  # fmt: skip
+            )  # fmt: skip
+        journal.append(found)
         on_progress(len(journal.records))
         check()
     records = [journal.records[index] for index in range(len(task))]
-    score = Score.of([[record["verdict"] for record in records]], kind=task.kind, chance=task.chance)
+    score = Score.of_examples([records], kind=task.kind, chance=task.chance)
     return score, [{"task": name, **record} for record in records]
 
 

@@ -6,7 +6,6 @@ Of RL answers that it sampled: of its first and its last iteration a question th
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any
 
 from mlxchat.report.collect import RunReport
 from mlxchat.report.sources import mapping, number, read_jsonl, text
-from mlxchat.report.wording import cut
+from mlxchat.report.wording import cut, with_calls
 
 log = logging.getLogger(__name__)
 
 # Of a suite with more tasks, such as CORE's 22, only so many are shown.
 MOST_TASKS = 8
 _CHARACTERS = 700
-_TURNS = re.compile(r"<\|(bos|user_\w+|assistant_\w+)\|>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +84,10 @@ def _rollout_example(line: dict[str, Any]) -> Example:
     return Example(
         task=told,
         is_right=bool(line.get("right")),
-        prompt=cut(_TURNS.sub("", text(line.get("prompt"))).strip("\n"), _CHARACTERS),
-        output=cut(_with_calls(text(line.get("output"))).strip("\n"), _CHARACTERS),
+        prompt=cut(with_calls(text(line.get("prompt"))).strip("\n"), _CHARACTERS),
+        output=cut(with_calls(text(line.get("output"))).strip("\n"), _CHARACTERS),
         expected=cut(text(line.get("expected")).strip("\n"), _CHARACTERS),
     )
-
-
-def _with_calls(output: str) -> str:
-    """Return an answer with the calculator's calls as GSM8K writes them: <<12+7=19>>."""
-    output = output.replace("<|python_end|><|output_start|>", "=")
-    return output.replace("<|python_start|>", "<<").replace("<|output_end|>", ">>")
 
 
 def _is_right(row: dict[str, Any]) -> bool:
@@ -104,7 +96,7 @@ def _is_right(row: dict[str, Any]) -> bool:
 
 def _example(task: str, is_right: bool, row: dict[str, Any]) -> Example:
     prompt = text(row.get("prompt", row.get("question"))).strip("\n")
-    output = text(row.get("output", row.get("answer"))).strip("\n")
+    output = with_calls(text(row.get("output", row.get("answer")))).strip("\n")
     # Few-shot prompts are long, and the question is at their end.
     shown = prompt if len(prompt) <= _CHARACTERS else f"… {prompt[-_CHARACTERS:]}"
     expected = cut(text(row.get("expected")).strip("\n"), _CHARACTERS)

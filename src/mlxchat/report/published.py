@@ -17,6 +17,8 @@ from mlxchat.report.sources import mapping, number, text
 _PUBLISHED: dict[str, Any] = json.loads(files("mlxchat.report").joinpath("published.json").read_text(encoding="utf-8"))
 GPT_CORE: dict[str, float] = _PUBLISHED["core"]
 """Model → CORE as the DCLM bundle and nanochat give it."""
+NANOCHAT_VERDICTS: list[str] = _PUBLISHED["nanochat_verdicts"]
+"""Rows that were published under verdicts of nanochat's which are not ours: compared only with the same ones."""
 # Horizons are the same if they differ by less than this share.
 _CLOSE = 0.05
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
-from mlxchat.report.published import Reference, references
+from mlxchat.report.published import NANOCHAT_VERDICTS, Reference, references
 from mlxchat.report.scores import Scores
 from mlxchat.report.tables import Cell, Table
 from mlxchat.report.wording import (
@@ -150,6 +150,11 @@ def _published_table(report: RunReport, reference: Reference) -> Table:
             "comparable. eval.core.long_prompts=extend computes them as nanochat does."
         )
         ours["CORE"] = [Cell(ABSENT) if c in cut else cell for c, cell in zip(chosen, ours["CORE"], strict=True)]
+    for metric in NANOCHAT_VERDICTS:
+        if metric in ours:
+            ours[metric] = [_by_nanochat(metric, column) for column in chosen]
+    if any(cell.text != ABSENT for metric in NANOCHAT_VERDICTS for cell in ours.get(metric, [])):
+        notes.append(f"{join(NANOCHAT_VERDICTS)} here: by nanochat's verdicts, as there; the table above has our own.")
     rows = []
     for metric in dict.fromkeys(name for values in reference.columns.values() for name in values):
         cells = [Cell(metric)]
@@ -164,6 +169,17 @@ def _published_table(report: RunReport, reference: Reference) -> Table:
                  *[Cell("")] * (len(stages) - 1)])  # fmt: skip
     header = ["Published elsewhere", *(STAGE_LABELS.get(stage, stage) for stage in stages)]
     return Table(header=header, align="l" + "r" * len(stages), rows=rows, notes=notes)
+
+
+def _by_nanochat(metric: str, column: Column) -> Cell:
+    """Return a score by nanochat's verdicts; a dash where they were not recorded."""
+    scores = column.scores or Scores(checkpoint="")
+    if metric == "ChatCORE":
+        value, error = scores.chatcore_nanochat or (None, None)
+        return _row(Cell(metric), [value], _four_decimals, errors=[error], show_error=_four_decimals)[1]
+    task = scores.tasks.get(metric)
+    value, error = (task.nanochat if task else None) or (None, None)
+    return _row(Cell(metric), [value], format_fraction, errors=[error])[1]
 
 
 def _time(report: RunReport) -> str:

@@ -37,6 +37,8 @@ class TaskScore:
     stderr: float | None
     num_examples: int | None
     num_seeds: int | None = None
+    nanochat: tuple[float, float | None] | None = None
+    """Accuracy by nanochat's verdicts and its standard error, where they differ from the task's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,8 @@ class Scores:
     chatcore: float | None = None
     """Mean centred accuracy of one of nanochat's own sets of tasks."""
     chatcore_stderr: float | None = None
+    chatcore_nanochat: tuple[float, float | None] | None = None
+    """ChatCORE by nanochat's verdicts and its standard error."""
     chatcore_tasks: list[str] = field(default_factory=list)
     pass_at_k: dict[int, float] = field(default_factory=dict)
     throughput: dict[str, float] = field(default_factory=dict)
@@ -119,6 +123,7 @@ def parse_scores(raw: dict[str, Any], metrics: dict[str, Any] | None = None) -> 
         mean_centered=number(raw.get("mean_centered")),
         chatcore=number(chatcore.get("value")),
         chatcore_stderr=number(chatcore.get("stderr")),
+        chatcore_nanochat=_with_error(chatcore, "nanochat_value", "nanochat_stderr"),
         chatcore_tasks=[text(name) for name in sequence(chatcore.get("tasks"))],
         pass_at_k={int(k): p for k, v in pass_at_k.items() if k.isdecimal() and (p := number(v)) is not None},
         throughput=_numbers(raw.get("throughput"))
@@ -153,7 +158,13 @@ def _parse_task(raw: dict[str, Any]) -> TaskScore:
         stderr=number(raw.get("stderr")),
         num_examples=_whole(raw.get("num_questions")) or _whole(raw.get("num_examples")),
         num_seeds=_whole(raw.get("seeds")),
+        nanochat=_with_error(raw, "nanochat_accuracy", "nanochat_stderr"),
     )
+
+
+def _with_error(raw: dict[str, Any], name: str, error: str) -> tuple[float, float | None] | None:
+    value = number(raw.get(name))
+    return None if value is None else (value, number(raw.get(error)))
 
 
 def _parse_core(raw: dict[str, Any]) -> Core:

@@ -14,6 +14,8 @@ ABSENT = "—"
 STAGE_LABELS = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}
 SAMPLES_SHOWN = 8
 SAMPLE_CHARACTERS = 1500
+_CALLS = (("<|python_end|><|output_start|>", "="), ("<|python_start|>", "<<"), ("<|output_end|>", ">>"))
+_SPECIAL = re.compile(r"<\|(bos|user_start|user_end|assistant_start|assistant_end|python_\w+|output_\w+)\|>")
 
 
 def visible(value: object) -> str:
@@ -29,6 +31,13 @@ def visible(value: object) -> str:
 
     pattern = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(pattern, mark, str(value).replace("\r\n", "\n"))
+
+
+def with_calls(output: str) -> str:
+    """Return a model's text with calls of the calculator as GSM8K writes them, <<12+7=19>>, and no special tokens."""
+    for token, shown in _CALLS:
+        output = output.replace(token, shown)
+    return _SPECIAL.sub("", output)
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -157,6 +157,14 @@ def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> 
     return {"messages": messages, **extra}
 
 
+def content_text(content: str | list[dict[str, str]]) -> str:
+    """Return a message's content as people read it: calls of the calculator as GSM8K writes them, <<12+7=19>>."""
+    if isinstance(content, str):
+        return content
+    marks = {"text": "{}", "python": "<<{}", "python_output": "={}>>"}
+    return "".join(marks[part["type"]].format(part["text"]) for part in content)
+
+
 def answer_text(conversation: Conversation) -> str:
     """Return the text of the last message: a string, or its parts of type text joined."""
     content = conversation["messages"][-1]["content"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mlxchat.tasks.base import Conversation, dialogue
 from mlxchat.tasks.hub_task import HubTask
@@ -34,6 +34,11 @@ class GSM8K(HubTask):
         """Compare the number after the first ####; a response without one is wrong."""
         number = final_number(response)
         return number is not None and number == final_number(_last_text(conversation))
+
+    def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
+        """Return the verdict, and nanochat's, by which published scores were made."""
+        verdict = self.evaluate(conversation, response)
+        return verdict, {"nanochat_verdict": nanochat_verdict(conversation, response)}
 
 
 def calculator_parts(answer: str) -> list[dict[str, str]]:
