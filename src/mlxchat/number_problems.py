@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 from mlxchat.config import Config
@@ -31,7 +32,7 @@ def find_range_problems(config: Config) -> Iterator[str]:
 
 def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:
     """Yield a line for each number that is infinite or no number at all, except those that lines already tell of."""
-    keys = {line.partition(" ")[0] for line in told}
+    keys = {key for line in told for key in re.findall(r"\w+(?:\.\w+)+", line.partition(": ")[0])}
     for key, value in flatten_config(plain_of(config)).items():
         if isinstance(value, float) and not math.isfinite(value) and key not in keys:
             yield f"{key} is {value}, expected a number"
