@@ -180,10 +180,10 @@ def evaluate_core(
             result.examples.extend({"task": f"core/{task.label}", **record} for record in records)
             result.scores.append(score := score_task(task, records, model.context_tokens))
             if score.cropped or score.extended:
-                done = "cut to it" if score.cropped else "computed beyond it"
+                action = "cut to it" if score.cropped else "computed beyond it"
                 display.note(
                     f"{task.label}: {score.cropped or score.extended:,} of {len(items):,} prompts are longer than the "
-                    f"context of {model.context_tokens:,} tokens; {done}"
+                    f"context of {model.context_tokens:,} tokens; {action}"
                 )
     result.seconds = time.monotonic() - began
     return result
