@@ -57,7 +57,9 @@ def test_what_a_run_needs_is_fetched_and_no_more(
     hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_need, "LEAST_CHARS", 0)
-    assert "everything is there" in say("data", "fetch", *SETTINGS)
+    size = sum(len(texts.files[name]) for name in ("held_out.parquet", "shard_0.parquet"))
+    told = say("data", "fetch", *SETTINGS).splitlines()[-1]
+    assert told == f"everything is there: 2 files of the Hub ({size / 1000:.1f} kB)", "and not: 0 downloads"
     fetched = sorted({each.path.rpartition("/")[2] for each in hub.requests("parquet")})
     # The tokenizer reads 5,500 characters, and the held-out file says that a file has 6,000 and more.
     assert fetched == ["held_out.parquet", "shard_0.parquet"]

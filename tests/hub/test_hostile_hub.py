@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.errors import DataError
-from mlxchat.hub import cache, downloads
+from mlxchat.errors import DataError, MlxchatError, PassingError
+from mlxchat.hub import cache, downloads, listings
 from mlxchat.hub.client import HubFile, fetch_url, list_files
 from mlxchat.hub.files import hub_cache
 
@@ -28,10 +29,14 @@ class Hostile(BaseHTTPRequestHandler):
     server: Any
 
     def do_GET(self) -> None:
+        self.server.asked.append(self.headers["Host"])
         answer = {"/revision/": {"id": "a/b", "sha": self.server.commit}, "/tree/": [self.server.entry]}
         found = next((value for part, value in answer.items() if part in self.path), None)
-        self.send_response(200)
+        self.send_response(self.server.status if "/tree/" in self.path else 200)
         if found is not None:
+            if "/tree/" in self.path:
+                for name, value in self.server.headers(len(self.server.asked)).items():
+                    self.send_header(name, value)
             body = json.dumps(found).encode()
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -56,6 +61,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
     server.commit, server.blocks, server.sent = COMMIT, 1 << 12, 0
     server.entry = {"type": "file", "path": "data/a.parquet", "oid": GIT, "size": 10}
+    server.asked, server.status, server.headers = [], 200, lambda number: {}
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -118,3 +124,48 @@ def test_a_file_without_end_or_length_ends_before_the_disk_is_full(
     with pytest.raises(DataError, match=r"free\. Make room"):
         fetch_url(f"{hostile.url}/files/b")
     assert hostile.sent < hostile.blocks << 16
+
+
+@pytest.mark.parametrize("place", ["/tree/0?page=1", "/tree/0?page={number}", "http://localhost:{port}/tree/x"])
+def test_list_of_files_without_end_is_refused(hostile: Any, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Pages in a circle, ever new pages, pages of another host, which must not get the token."""
+    monkeypatch.setattr(listings, "_MOST_PAGES", 20)
+    port = hostile.server_address[1]
+
+    def link(number: int) -> dict[str, str]:
+        after = place.format(number=number, port=port) if number < 200 else ""
+        return {"Link": f'<{after if "://" in after else hostile.url + after}>; rel="next"'} if after else {}
+
+    hostile.headers = link
+    with pytest.raises(DataError, match="a/b: its list of files does not end"):
+        list_files("a/b")
+    assert len(hostile.asked) <= 22
+    assert set(hostile.asked) == {f"127.0.0.1:{port}"}
+
+
+def test_listing_waits_a_minute_at_most_whatever_retry_after_says(
+    hostile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The official client sleeps for as long as the server says: a year."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    hostile.status, hostile.headers = 503, lambda number: {"Retry-After": "31536000"}
+    with pytest.raises(PassingError, match=r"a/b: the Hub at .* cannot be asked now .*503"):
+        list_files("a/b")
+    assert slept == [60.0] * 5
+
+
+@pytest.mark.parametrize("entry", [7, {"type": "file"}, {"type": "file", "path": "a", "size": 1, "lfs": 7}])
+def test_listing_of_another_form_is_one_message(hostile: Any, monkeypatch: pytest.MonkeyPatch, entry: Any) -> None:
+    monkeypatch.setattr(listings, "FIRST_PAUSE_SECONDS", 0.0)
+    hostile.entry = entry
+    with pytest.raises(MlxchatError, match="a/b"):
+        list_files("a/b")
+
+
+def test_listing_of_endless_length_is_one_message(hostile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listings, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(listings, "_MOST_BYTES", 1 << 20)
+    hostile.entry = {"path": "x" * (2 << 20)}
+    with pytest.raises(PassingError, match="its answer has more than 1 MB"):
+        list_files("a/b")

@@ -74,8 +74,12 @@ def main(arguments: list[str]) -> int:
         raise type(faults[0])("\n".join(map(str, faults)))
     for name in repositories:
         print(f"{name} is in {groups[name][0].folder / 'snapshots' / groups[name][0].revision}")
-    print(f"everything is there: {format_bytes(sum(file.bytes for file in every))} of the Hub, {len(urls)} downloads"
-          if every or urls else "nothing is needed from elsewhere")  # fmt: skip
+    counts = {
+        f"of the Hub ({format_bytes(sum(file.bytes for file in every))})": len(every),
+        "of other addresses": len(urls),
+    }
+    told = [f"{count:,} file{'s' * (count != 1)} {what}" for what, count in counts.items() if count]
+    print(f"everything is there: {', '.join(told)}" if told else "nothing is needed from elsewhere")
     return 0
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +22,20 @@ from mlxchat.hub.cache import check_space, read_json, write_json
 from mlxchat.runner import locks
 
 BLOCK_BYTES = 1 << 20
-# Pauses between tries that brought nothing new: 0.5, 1, 2, 4, 8 s. The runner's own `retry` comes after these.
+# Attempts in a row without enough progress (`_Transfer._milestone`), with pauses of 0.5, 1, 2, 4, 8 s between them. The
+# runner's own `retry` comes after these.
 TRIES = 6
 FIRST_PAUSE_SECONDS = 0.5
 _MOST_PAUSE_SECONDS = 60.0
 # How often a whole file that is not what was promised is thrown away and fetched again.
 _WRONG_TRIES = 3
 _SILENCE_SECONDS = 30.0
+# A connection that delivers fewer bytes in this time is cut: single bytes keep the read timeout from ever expiring.
+_SLOW_SECONDS, _SLOW_BYTES = 60.0, 16 << 10
 # Bytes of a transfer of unknown length after which it is asked again whether the disk has room.
 _LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Check = Callable[[], None]
 """Called now and then while a transfer goes on or waits; it may raise, to end it."""
@@ -115,6 +120,9 @@ class _Transfer:
         self.received = 0
         self.size = wanted.bytes
         self.facts: dict[str, Any] = {}
+        self.mark = 0
+        """Length of the part when an attempt last made enough progress."""
+        self.ignores_range = False
 
     def run(self) -> Arrived:
         """Fetch, continue, verify, and rename."""
@@ -122,7 +130,6 @@ class _Transfer:
 
         wrong = fruitless = 0
         while True:
-            before = self.received
             try:
                 self._receive()
                 trouble, pause = "", 0.0
@@ -137,6 +144,7 @@ class _Transfer:
                     self.note.unlink(missing_ok=True)
                     return arrived
                 self._drop()
+                self.mark = 0
                 wrong += 1
                 if wrong == _WRONG_TRIES:
                     raise DataError(
@@ -144,20 +152,43 @@ class _Transfer:
                         f"of it was kept. The server, or what stands between, damages it: {self.wanted.url}"
                     )
                 continue
-            fruitless = fruitless + 1 if self.received == before else 0
+            there = self._arrived_bytes()
+            if there >= self._milestone():
+                fruitless, self.mark = 0, there
+            else:
+                fruitless += 1
             if fruitless == TRIES:
+                so_far = f"{there:,}{'' if self.size is None else f' of {self.size:,}'} bytes are here"
                 raise PassingError(
-                    f"{self.wanted.name} cannot be fetched now ({trouble}; {self.wanted.url}). What arrived is kept, "
-                    "and the same command continues there."
+                    f"{self.wanted.name} cannot be fetched now ({trouble}; {self.wanted.url}). {so_far}, "
+                    + (
+                        "but the server ignores Range and sends the whole file again each time."
+                        if self.ignores_range
+                        else "and the same command continues there."
+                    )
                 )
             self._pause(max(pause, FIRST_PAUSE_SECONDS * 2 ** (fruitless - 1) if fruitless else 0.0))
+
+    def _milestone(self) -> int:
+        """Return how long the part must be for the failures to count from zero again.
+
+        Bytes below the longest part so far are no progress (a server without Range sends them again and again), and a
+        few more are not enough: a 64th of what is left, at most a block. A file of unknown length must double.
+        """
+        if self.size is None:
+            return max(2 * self.mark, BLOCK_BYTES)
+        return self.mark + max(1, min(BLOCK_BYTES, (self.size - self.mark) // 64))
+
+    def _arrived_bytes(self) -> int:
+        """Return the length of the part."""
+        return self.part.stat().st_size if self.part.exists() else 0
 
     def _receive(self) -> None:
         """Ask for what is missing and append it to the part."""
         from huggingface_hub import get_session
 
-        start = self.part.stat().st_size if self.part.exists() else 0
-        known = read_json(self.note) or {}
+        start = self._arrived_bytes()
+        known = (read_json(self.note) or {}) if start else {}
         self.size = self.size if self.size is not None else known.get("bytes")
         if start and (self.size is None or start > self.size):
             self._drop()
@@ -178,12 +209,16 @@ class _Transfer:
             if answer.status_code == 416:
                 self._drop()
                 raise _Busy("the server has less than arrived before")
-            begins = _first_byte(answer.headers.get("Content-Range")) if answer.status_code == 206 else 0
-            if start and begins != start:  # it sends the whole file again
+            if answer.status_code == 206:
+                told = answer.headers.get("Content-Range", "")
+                found = _CONTENT_RANGE.fullmatch(told)
+                if not found or int(found[1]) != start or found[2] not in ("*", str(self.size or found[2])):
+                    self._drop()
+                    raise _Busy(f"asked for bytes from {start} on, the server sent Content-Range {told[:60]!r}")
+            elif start:
+                self.ignores_range = True
                 self._drop()
                 start = 0
-                if begins:
-                    raise _Busy("the server continued elsewhere")
             length = answer.headers.get("Content-Length")
             if self.size is None and length is not None and length.isdigit():
                 self.size = start + int(length)
@@ -192,6 +227,7 @@ class _Transfer:
             self.facts = {"bytes": self.size, "etag": answer.headers.get("ETag")}
             if not start:
                 write_json(self.note, self.facts)
+            looked, counted = time.monotonic(), self.received
             with self.part.open("ab") as file:
                 for block in answer.iter_raw():  # as it comes: what a cut leaves in a buffer of theirs would be lost
                     file.write(block)
@@ -200,6 +236,10 @@ class _Transfer:
                     self.check()
                     if self.size is not None and file.tell() > self.size:
                         break  # more than was promised: it is wrong already, and may never end
+                    if (now := time.monotonic()) - looked >= _SLOW_SECONDS:
+                        if self.received - counted < _SLOW_BYTES:
+                            raise _Busy(f"fewer than {_SLOW_BYTES} bytes in {_SLOW_SECONDS:g} s")
+                        looked, counted = now, self.received
                     if self.size is None and file.tell() // _LOOK_BYTES > (file.tell() - len(block)) // _LOOK_BYTES:
                         check_space(self.target.parent, _LOOK_BYTES, self.wanted.name)
                 file.flush()
@@ -212,9 +252,7 @@ class _Transfer:
             return
         reason = answer.headers.get("X-Error-Message") or answer.reason_phrase
         if status >= 500 or status in _PASSING_STATUS:
-            after = answer.headers.get("Retry-After", "")
-            pause = min(float(after), _MOST_PAUSE_SECONDS) if after.isdigit() else 0.0
-            raise _Busy(f"HTTP {status} {reason}", pause)
+            raise _Busy(f"HTTP {status} {reason}", retry_after(answer.headers))
         hint = " Is the token right (HF_TOKEN), and may it read this repository?" if status in (401, 403) else ""
         raise DataError(f"{self.wanted.name} cannot be had: HTTP {status} {reason} ({self.wanted.url}).{hint}")
 
@@ -242,7 +280,8 @@ class _Transfer:
         return "", arrived
 
     def _drop(self) -> None:
-        """Throw away what arrived."""
+        """Throw away what arrived, and the size that the server said."""
+        self.size = self.wanted.bytes
         with suppress(FileNotFoundError):
             self.on_bytes(-self.part.stat().st_size)
             self.part.unlink()
@@ -262,10 +301,10 @@ class _Busy(Exception):
         self.pause = pause
 
 
-def _first_byte(content_range: str | None) -> int:
-    """Return where `bytes 100-199/200` begins."""
-    value = (content_range or "").removeprefix("bytes ").partition("-")[0]
-    return int(value) if value.isdigit() else 0
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Return the seconds to wait by a Retry-After header, a minute at most; 0: it says nothing."""
+    after = headers.get("Retry-After", "")
+    return min(float(after), _MOST_PAUSE_SECONDS) if after.isdecimal() else 0.0
 
 
 def _sha256_of_etag(etag: str | None) -> str | None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from mlxchat.errors import DataError, PassingError
 from mlxchat.hub.cache import cache_folder, is_offline, read_json, write_json
+from mlxchat.hub.downloads import retry_after
 from mlxchat.hub.files import HubFile, check_commit, endpoint, folder_name
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
 _TRIES, _TRIES_WITH_RECORD = 6, 2
 FIRST_PAUSE_SECONDS = 0.5
 _SILENCE_SECONDS = 20.0
+# Bounds of one answer, and of the pages of a list of files; the Hub's have 1,000 files each.
+_ANSWER_SECONDS, _MOST_BYTES, _MOST_PAGES = 120.0, 64 << 20, 1000
 
 # Asked once in a process: a run works with one commit, whatever is uploaded meanwhile.
 _resolved: dict[tuple[str, str, str, str], str] = {}
@@ -78,7 +82,7 @@ def _resolve(repository: str, revision: str, kind: str) -> str:
     elif revision != commit:  # a commit means itself
         try:
             tries = _TRIES if commit is None else _TRIES_WITH_RECORD
-            commit = _ask(repository, kind, tries, lambda hub: _commit_of(hub, repository, revision, kind))
+            commit = _ask(repository, kind, tries, lambda: _commit_of(repository, revision, kind))
         except PassingError as error:
             if commit is None:
                 raise PassingError(f"{error} {tell_command()}") from None
@@ -102,16 +106,9 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
         if is_offline():
             raise DataError(_tell_unknown(repository, commit, kind))
 
-        def ask(hub: Any) -> list[list[Any]]:
-            rows = []
-            for entry in hub.list_repo_tree(repository, recursive=True, revision=commit, repo_type=kind):
-                lfs = getattr(entry, "lfs", None)
-                if hasattr(entry, "size"):  # a folder has none
-                    rows.append([entry.path, entry.size, lfs.sha256 if lfs else None, None if lfs else entry.blob_id])
-            return rows
-
         try:
-            rows = _ask(repository, kind, _TRIES if "files" not in recorded else _TRIES_WITH_RECORD, ask)
+            tries = _TRIES if "files" not in recorded else _TRIES_WITH_RECORD
+            rows = _ask(repository, kind, tries, lambda: _rows_of(repository, commit, kind))
         except PassingError:
             if "files" not in recorded:
                 raise
@@ -128,28 +125,96 @@ def _files(repository: str, kind: str, commit: str, rows: Iterable[Sequence[Any]
     return sorted((HubFile(repository, kind, commit, *row) for row in rows), key=lambda file: file.path)
 
 
-def _commit_of(hub: Any, repository: str, revision: str, kind: str) -> str:
-    return str(hub.repo_info(repository, revision=revision, repo_type=kind, timeout=_SILENCE_SECONDS).sha)
+def _commit_of(repository: str, revision: str, kind: str) -> str:
+    answer, _ = _get_json(f"{_api(repository, kind)}/revision/{quote(revision, safe='')}")
+    if not isinstance(answer, dict):
+        raise ValueError("its answer is no JSON object")
+    return str(answer.get("sha"))
 
 
-def _ask(repository: str, kind: str, tries: int, question: Callable[[Any], Any]) -> Any:
+def _rows_of(repository: str, commit: str, kind: str) -> list[list[Any]]:
+    """Return path, size, sha256 and git id of every file of a commit.
+
+    Not by the official client: it follows pages in a circle, sends the token to any address that a page links to, and
+    waits for as long as Retry-After says.
+    """
+    page: str | None = f"{_api(repository, kind)}/tree/{quote(commit, safe='')}?recursive=true"
+    seen: set[str] = set()
+    rows: list[list[Any]] = []
+    while page is not None:
+        if page in seen or len(seen) == _MOST_PAGES:
+            raise DataError(
+                f"{repository}: its list of files does not end. Page {len(seen) + 1} is {page[:200]}, expected a new "
+                f"page, and {_MOST_PAGES:,} at most"
+            )
+        seen.add(page)
+        entries, page = _get_json(page)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("its list of files is no JSON list of objects")
+        for entry in entries:
+            if entry.get("type") == "file":
+                lfs = entry.get("lfs")
+                sha256 = lfs.get("oid") if isinstance(lfs, dict) else None
+                rows.append([str(entry.get("path", "")), entry.get("size"), sha256, None if lfs else entry.get("oid")])
+    return rows
+
+
+def _api(repository: str, kind: str) -> str:
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    validate_repo_id(repository)
+    return f"{endpoint()}/api/{kind}s/{repository}"
+
+
+def _get_json(url: str) -> tuple[Any, str | None]:
+    """Return what an address of the Hub answers, and the address of the next page if there is one.
+
+    Raises:
+        HTTPError: a status that is no success, or the network.
+        OSError: the answer took too long.
+        ValueError: it is too long, or no JSON.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    ends = time.monotonic() + _ANSWER_SECONDS
+    body = bytearray()
+    headers = build_hf_headers(library_name="mlxchat")
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=_SILENCE_SECONDS, follow_redirects=True
+    ) as answer:  # fmt: skip
+        for block in answer.iter_bytes():
+            body += block
+            if len(body) > _MOST_BYTES:
+                raise ValueError(f"its answer has more than {_MOST_BYTES >> 20} MB")
+            if time.monotonic() > ends:
+                raise TimeoutError(f"no whole answer within {_ANSWER_SECONDS:g} s")
+    hf_raise_for_status(answer)
+    after = answer.links.get("next", {}).get("url")
+    if after is not None and not after.startswith(f"{endpoint()}/"):  # a mirror's, or one that wants the token
+        after = endpoint() + urlunsplit(urlsplit(after)._replace(scheme="", netloc=""))
+    return json.loads(body), after
+
+
+def _ask(repository: str, kind: str, tries: int, question: Callable[[], Any]) -> Any:
     """Return the Hub's answer; a fault that may pass is tried again with growing pauses."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
     for number in range(tries):
         try:
-            return question(HfApi(endpoint=endpoint(), library_name="mlxchat"))
+            return question()
         except (HTTPError, OSError, ValueError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
             status = 400 if isinstance(error, HFValidationError) else status
             reason = " ".join(str(error).split())[:300]
+            asked_pause = 0.0 if response is None else retry_after(response.headers)
         # Outside of the handler: an error that is raised in there would count as one that may pass, as its cause is.
         if status is not None and status < 500 and status not in (408, 425, 429):
             hint = " If it is not public, set HF_TOKEN." if status in (401, 403) else ""
             raise DataError(f"{repository}: the Hub at {endpoint()} has no such {kind} or revision ({reason}).{hint}")
         if number + 1 < tries:
-            time.sleep(FIRST_PAUSE_SECONDS * 2**number)
+            time.sleep(max(asked_pause, FIRST_PAUSE_SECONDS * 2**number))
     raise PassingError(f"{repository}: the Hub at {endpoint()} cannot be asked now ({reason}).")
 
 

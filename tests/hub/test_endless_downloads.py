@@ -1,0 +1,212 @@
+"""Servers whose files never arrive: every download ends after a bounded number of requests, with one message."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.errors import DataError, MlxchatError, PassingError
+from mlxchat.hub import cache, downloads
+from mlxchat.hub.client import fetch_url
+
+CONTENT = bytes(range(256)) * 1000
+HALF, WHOLE = len(CONTENT) // 2, len(CONTENT)
+Answer = Callable[[Any, int, int], None]
+
+
+def send(request: Any, status: int, body: bytes, **headers: str) -> None:
+    """Send an answer; Content-Length is the body's unless it is given. An empty header is left out."""
+    request.send_response(status)
+    for name, value in {"Content_Length": str(len(body)), **headers}.items():
+        if value:
+            request.send_header(name.replace("_", "-"), value)
+    request.end_headers()
+    request.wfile.write(body)
+    request.close_connection = True
+
+
+def rest(request: Any, start: int, most: int, **headers: str) -> None:
+    """Promise what is missing from `start`, send `most` bytes of it."""
+    facts = {"Content_Length": str(WHOLE - start), "Content_Range": f"bytes {start}-{WHOLE - 1}/{WHOLE}"}
+    send(request, 206 if start else 200, CONTENT[start : start + most], **{**facts, **headers})
+
+
+class Server:
+    """Answers request number n (from 1) for bytes from `start` on by `answer(request, n, start)`."""
+
+    def __init__(self) -> None:
+        self.answer: Answer = lambda request, number, start: rest(request, start, WHOLE)
+        self.asked: list[int] = []
+        self.pauses: list[float] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+                server.asked.append(start)
+                try:
+                    server.answer(self, len(server.asked), start)
+                except OSError:
+                    self.close_connection = True
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/files/a"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def fetch(self, size: int | None = WHOLE) -> Path:
+        """Fetch the file; None: its size is what the server says."""
+        target = cache.cache_folder() / "a"
+        wanted = downloads.Wanted(url=self.url, name="a", bytes=size)
+        downloads.fetch_into(target, wanted, target.with_name("lock"))
+        return target
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server()
+    monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr(downloads._Transfer, "_pause", lambda self, seconds: server.pauses.append(seconds))
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def cut(request: Any, number: int, start: int) -> None:
+    """Ignore Range; cut in the middle."""
+    rest(request, 0, HALF)
+
+
+def cut_then(second: Answer) -> Answer:
+    """Cut whole files in the middle; continue them by `second`."""
+    return lambda request, number, start: second(request, number, start) if start else cut(request, number, 0)
+
+
+def continued(most: int, **headers: str) -> Answer:
+    """Cut whole files in the middle; continue them with `most` bytes and these headers."""
+    return cut_then(lambda request, number, start: rest(request, start, most, **headers))
+
+
+def status(code: int, body: bytes = b"", **headers: str) -> Answer:
+    return lambda request, number, start: send(request, code, body, **headers)
+
+
+def redirect(request: Any, number: int, start: int) -> None:
+    send(request, 302, b"", Location=request.path)
+
+
+ENDLESS: dict[str, tuple[Answer, int]] = {
+    "Range is ignored and every answer is cut": (cut, 7),
+    "one byte more each time": (lambda request, number, start: rest(request, start, 1), 20),
+    "a whole file, one byte longer each time": (lambda request, number, start: rest(request, 0, 1000 + number), 20),
+    "nothing": (lambda request, number, start: rest(request, start, 0), 6),
+    "another range": (continued(9, Content_Range="bytes 7-9/10"), 12),
+    "no Content-Range": (continued(9, Content_Range=""), 12),
+    "a range of no digits": (continued(9, Content_Range="bytes ²-"), 12),
+    "another total": (continued(9, Content_Range=f"bytes {HALF}-{WHOLE}/{WHOLE + 1}"), 12),
+    "416": (cut_then(status(416)), 12),
+    "416 at once": (status(416), 6),
+    "redirects in a circle": (redirect, 6 * 21),
+    "a redirect to no address": (status(302, Location="ftp://[x"), 6),
+    "a length that is too short": (status(200, CONTENT[:HALF]), 3),
+    "a length that is too long": (lambda request, number, start: rest(request, 0, WHOLE, Content_Length="999999"), 7),
+    "busy for a year": (status(503, Retry_After="31536000"), 6),
+    "busy for a number of 400 digits": (status(429, Retry_After="9" * 400), 6),
+    "busy for no number": (status(503, Retry_After="²"), 6),
+}
+# Where a listing says the size, a longer length does no harm; where nothing does, a shorter one is the truth.
+SIZES: dict[str, tuple[int | None, ...]] = {
+    "a length that is too short": (WHOLE,),
+    "a length that is too long": (None,),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name in ENDLESS for size in SIZES.get(name, (WHOLE, None))]
+)
+def test_download_ends_after_a_bounded_number_of_requests(name: str, size: int | None, server: Server) -> None:
+    """Guards against a failure count that any received byte resets: 853 requests came in 1.5 s without a pause."""
+    behaviour, most = ENDLESS[name]
+    # Beyond the bound it sends the whole file, so that the test fails instead of going on.
+    server.answer = lambda request, number, start: (
+        behaviour(request, number, start) if number <= 200 else rest(request, start, WHOLE)
+    )
+    with pytest.raises(MlxchatError, match=r"\ba (cannot be|is not)") as raised:
+        server.fetch(size)
+    assert len(str(raised.value)) < 600
+    assert len(server.asked) <= most
+    assert all(pause <= 60 for pause in server.pauses)
+    assert sum(server.pauses) <= 5 * 60
+    assert not (cache.cache_folder() / "a").exists()
+
+
+def test_attempts_without_progress_back_off(server: Server) -> None:
+    server.answer = cut
+    with pytest.raises(PassingError, match=r"128,000 of 256,000 bytes.*Range"):
+        server.fetch()
+    assert server.asked == [0, *[HALF] * 6]
+    first = downloads.FIRST_PAUSE_SECONDS
+    assert server.pauses == [0.0, *[first * 2**number for number in range(5)]]
+
+
+def test_whole_file_arrives_although_range_is_ignored(server: Server) -> None:
+    sizes = [HALF, 1000, HALF - 1, 3 * WHOLE // 4, 10, WHOLE]
+    server.answer = lambda request, number, start: rest(request, 0, sizes[number - 1])
+    assert server.fetch().read_bytes() == CONTENT
+    assert len(server.asked) == len(sizes)
+
+
+def test_many_cuts_with_progress_are_no_failure(server: Server) -> None:
+    server.answer = lambda request, number, start: rest(request, start, WHOLE // 40)
+    assert server.fetch().read_bytes() == CONTENT
+    assert sum(server.pauses) == 0
+
+
+def test_trickle_within_one_answer_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then never lets the read time out."""
+    monkeypatch.setattr(downloads, "_SLOW_SECONDS", 0.05)
+
+    def answer(request: Any, number: int, start: int) -> None:
+        rest(request, start, 0)
+        for place in range(start, start + 1000):
+            request.wfile.write(CONTENT[place : place + 1])
+            time.sleep(0.01)
+
+    server.answer = answer
+    with pytest.raises(PassingError, match="fewer than"):
+        server.fetch()
+    assert len(server.asked) <= 20
+
+
+def test_address_whose_length_changed_is_fetched_anew(server: Server) -> None:
+    """The length that a server promised before a cut was believed for ever, also by later commands."""
+    lengths = iter([2 * WHOLE, WHOLE])
+    server.answer = lambda request, number, start: rest(request, 0, WHOLE, Content_Length=str(next(lengths)))
+    assert server.fetch(None).read_bytes() == CONTENT
+
+
+def test_false_length_of_a_former_command_is_forgotten(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "TRIES", 1)
+    server.answer = lambda request, number, start: rest(request, 0, 0, Content_Length=str(2 * WHOLE))
+    with pytest.raises(PassingError):
+        fetch_url(server.url)
+    server.answer = lambda request, number, start: rest(request, 0, WHOLE)
+    assert fetch_url(server.url).read_bytes() == CONTENT
+
+
+def test_wrong_content_is_fetched_three_times_only(server: Server) -> None:
+    server.answer = lambda request, number, start: send(request, 200, b"x" * (WHOLE + 1))
+    with pytest.raises(DataError, match="3 times"):
+        server.fetch()
+    assert len(server.asked) == 3
