@@ -201,7 +201,7 @@ class FakeOutputs:
             records.append({"iteration": i, "reward": level + noise.gauss(0, 0.07), "loss": 0.01})
             if i % 25 == 0 or i == 199:
                 passes = {f"pass_at_{k}": min(1.0, level + 0.08 * math.log2(k)) for k in range(1, 9)}
-                records.append({"iteration": i, **passes})
+                records.append({"iteration": i, **passes, **{f"{name}_stderr": 0.05 for name in passes}})
         return records
 
     def make_scores(self, step: str) -> None:

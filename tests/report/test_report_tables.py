@@ -1,5 +1,8 @@
 """Which rows and columns the tables have, and what the headline says."""
 
+import json
+import math
+
 import pytest
 
 from mlxchat.report.scorecard import columns, metric_table
@@ -68,9 +71,42 @@ def test_unmeasured_is_a_dash_and_a_lone_value_is_not_best(whole):
     assert not any(cell.is_best for cell in row(table, "val bpb"))
 
 
-def test_best_accuracy_is_marked_with_chance_and_error_beside_it(whole):
+def set_accuracy(fake, step, task, accuracy, **more):
+    tasks = json.loads((fake.folder(step) / "scores.json").read_text())["tasks"]
+    tasks[task] |= {"accuracy": accuracy, **more}
+    fake.edit_json(step, "scores.json", tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "others", "stderr", "is_best"),
+    [
+        (0.26, 0.22, 0.04, False),  # guessing scores 0.25
+        (0.26, 0.22, 0.001, True),
+        (0.60, 0.55, 0.04, False),  # the difference has an error of 0.057
+        (0.70, 0.55, 0.04, True),
+        (0.25, 0.20, 0.0, False),
+    ],
+)
+def test_best_is_marked_only_beyond_the_errors_and_chance(whole, accuracy, others, stderr, is_best):
+    """Guards against facts_mc 26 ± 4 shaded as best beside 24 ± 4, where guessing scores 25."""
+    for step in ("eval_base", "eval_mid", "eval_rl"):
+        set_accuracy(whole, step, "capitals", others, stderr=stderr)
+    set_accuracy(whole, "eval_sft", "capitals", accuracy, stderr=stderr)
     capitals = row(metric_table(whole.read()), "capitals")
-    assert [cell.is_best for cell in capitals] == [False, False, False, True, False]
+    assert [cell.is_best for cell in capitals] == [False, False, False, is_best, False]
+
+
+def test_pass_at_k_and_the_mean_have_standard_errors(whole):
+    """Guards against rows without ± beside others that have it."""
+    table = metric_table(whole.read())
+    assert [cell.detail for cell in row(table, "pass@1")[3:]] == ["± 5.0", "± 5.0"]
+    tasks = json.loads((whole.folder("eval_sft") / "scores.json").read_text())["tasks"].values()
+    error = math.sqrt(sum((task["stderr"] / (1 - task["chance"])) ** 2 for task in tasks)) / len(tasks)
+    assert row(table, "mean centred")[3].detail == f"± {error:.4f}"
+
+
+def test_accuracies_have_chance_and_error_beside_them(whole):
+    capitals = row(metric_table(whole.read()), "capitals")
     assert (capitals[0].detail, capitals[3].text, capitals[3].detail) == ("chance 25.0%", "44.6%", "± 2.2")
 
 
@@ -184,6 +220,11 @@ def test_control_characters_and_half_characters_are_made_visible():
         (format_bytes(12), "12 B"),
         (format_value(True), "true"),
         (format_value(0.02), "0.02"),
+        (format_value(5672310.5), "5,672,310"),
+        (format_value(-12345.678), "-12,345.7"),
+        (format_value(999.9999), "1,000"),
+        (format_value(1e-10), "1e-10"),
+        (format_value(3.9171e19), "3.9171e19"),
         (format_time("2026-11-21T10:15:02.000001+00:00"), "2026-11-21 10:15:02 +00:00"),
         (format_time("2026-11-21T10:15:02.5Z"), "2026-11-21 10:15:02 Z"),
         (format_time("yesterday"), "yesterday"),

@@ -6,6 +6,7 @@ stand beside each accuracy.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
 from mlxchat.report.published import NANOCHAT_VERDICTS, Reference, references
-from mlxchat.report.scores import Scores
+from mlxchat.report.scores import Scores, mean_centered_stderr
 from mlxchat.report.tables import Cell, Table
 from mlxchat.report.wording import (
     ABSENT,
@@ -34,7 +35,8 @@ class Column:
     label: str
     step: StepReport
     scores: Scores | None
-    pass_at_k: dict[int, float]
+    pass_at_k: dict[int, tuple[float, float | None]]
+    """With standard errors, where they are known."""
 
 
 def columns(report: RunReport) -> list[Column]:
@@ -64,7 +66,7 @@ def passes(step: StepReport) -> list[int]:
     return [k for k in ks if k.bit_count() == 1 or k == ks[-1]]
 
 
-def _pass_at_k(report: RunReport, step: StepReport) -> dict[int, float]:
+def _pass_at_k(report: RunReport, step: StepReport) -> dict[int, tuple[float, float | None]]:
     """Return pass@k of the checkpoint that an eval step scored.
 
     If the eval did not measure it, an rl step did: of its own checkpoint at its last iteration, and of the one
@@ -74,12 +76,18 @@ def _pass_at_k(report: RunReport, step: StepReport) -> dict[int, float]:
         return step.scores.pass_at_k
     checkpoint = checkpoint_name(step)
     for trained in report.steps:
-        curves = {k: trained.series(f"pass_at_{k}") for k in passes(trained)}
-        if curves and trained.name == checkpoint and trained.manifest:
-            return {k: values[-1] for k, (_, values) in curves.items()}
-        if curves and trained.inputs.get("checkpoint") == checkpoint:
-            return {k: values[0] for k, (iterations, values) in curves.items() if iterations[0] == 0}
+        ks = passes(trained)
+        if ks and trained.name == checkpoint and trained.manifest:
+            return {k: _measured(trained, k, trained.series(f"pass_at_{k}")[0][-1]) for k in ks}
+        if ks and trained.inputs.get("checkpoint") == checkpoint:
+            return {k: _measured(trained, k, 0) for k in ks if trained.series(f"pass_at_{k}")[0][0] == 0}
     return {}
+
+
+def _measured(step: StepReport, k: int, iteration: float) -> tuple[float, float | None]:
+    """Return pass@k at an iteration, and its standard error over the problems."""
+    value, error = (dict(zip(*step.series(f"pass_at_{k}{end}"), strict=True)) for end in ("", "_stderr"))
+    return value[iteration], error.get(iteration)
 
 
 def metric_table(report: RunReport) -> Table | None:
@@ -110,6 +118,7 @@ def metric_table(report: RunReport) -> Table | None:
                 [r.accuracy if r else None for r in results],
                 format_fraction,
                 errors=[r.stderr if r else None for r in results],
+                chance=max(chances, default=None),
             )
         )
     if any(s.chatcore is not None for s in scores):
@@ -119,10 +128,14 @@ def metric_table(report: RunReport) -> Table | None:
                    best=max if same else None)  # fmt: skip
         rows.append(row)
     if any(s.mean_centered is not None and s.chatcore is None for s in scores):
-        values = [s.mean_centered for s in scores]
-        rows.append(_row(Cell("mean centred"), values, _four_decimals, best=max if _same_tasks(scores) else None))
+        values, errors = [s.mean_centered for s in scores], [mean_centered_stderr(s) for s in scores]
+        row = _row(Cell("mean centred"), values, _four_decimals, errors=errors, show_error=_four_decimals,
+                   best=max if _same_tasks(scores) else None)  # fmt: skip
+        rows.append(row)
     for k in sorted({k for column in chosen for k in column.pass_at_k}):
-        rows.append(_row(Cell(f"pass@{k}"), [c.pass_at_k.get(k) for c in chosen], format_fraction))
+        found = [column.pass_at_k.get(k, (None, None)) for column in chosen]
+        values, errors = [value for value, _ in found], [error for _, error in found]
+        rows.append(_row(Cell(f"pass@{k}"), values, format_fraction, errors=errors))
     header = ["Metric", *(column.label for column in chosen)]
     align = "l" + "r" * len(chosen)
     return Table(header=header, align=align, rows=rows, notes=_metric_notes(chosen, scores))
@@ -169,6 +182,24 @@ def _published_table(report: RunReport, reference: Reference) -> Table:
                  *[Cell("")] * (len(stages) - 1)])  # fmt: skip
     header = ["Published elsewhere", *(STAGE_LABELS.get(stage, stage) for stage in stages)]
     return Table(header=header, align="l" + "r" * len(stages), rows=rows, notes=notes)
+
+
+def _clear_best(
+    measured: list[tuple[float, float]], best: Callable[[list[float]], float], chance: float | None
+) -> float | None:
+    """Return the best of values with standard errors; None unless it is beyond all others and beyond chance.
+
+    Beyond: by more than two standard errors of the difference. With one value, or all alike, nothing is best.
+    """
+    if len({value for value, _ in measured}) < 2:
+        return None
+    top = best([value for value, _ in measured])
+    error = max(error for value, error in measured if value == top)
+    others = [(value, other) for value, other in measured if value != top]
+    others += [] if chance is None else [(chance, 0.0)]
+    if chance is not None and top <= chance:
+        return None
+    return top if all(abs(top - value) > 2 * math.hypot(error, other) for value, other in others) else None
 
 
 def _by_nanochat(metric: str, column: Column) -> Cell:
@@ -236,12 +267,13 @@ def _row(
     best: Callable[[list[float]], float] | None = max,
     errors: list[float | None] | None = None,
     show_error: Callable[[float], str] = lambda error: f"{100 * error:.1f}",
+    chance: float | None = None,
 ) -> list[Cell]:
-    measured = [value for value in values if value is not None]
-    # With one value, or all alike, nothing is best.
-    top = best(measured) if best and len(set(measured)) > 1 else None
+    pairs = list(zip(values, errors or [None] * len(values), strict=True))
+    measured = [(value, error or 0.0) for value, error in pairs if value is not None]
+    top = _clear_best(measured, best, chance) if best else None
     cells = [label]
-    for value, error in zip(values, errors or [None] * len(values), strict=True):
+    for value, error in pairs:
         detail = f"± {show_error(error)}" if value is not None and error is not None else ""
         cells.append(Cell(ABSENT if value is None else show(value), detail, value is not None and value == top))
     return cells
@@ -307,5 +339,8 @@ def _metric_notes(chosen: list[Column], scores: list[Scores]) -> list[str]:
             notes.append("The columns were scored on different tasks: their mean centred are not comparable.")
     if any(column.pass_at_k for column in chosen):
         notes.append("pass@k: share of held-out problems for which at least one of k sampled answers is right.")
-    notes.append(f"Bold: best of the row. {ABSENT}: not measured.")
+    notes.append(
+        "Bold: best of the row and above chance, where ± is given by more than two standard errors of the difference. "
+        f"{ABSENT}: not measured."
+    )
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,8 @@ class Scores:
     chatcore_nanochat: tuple[float, float | None] | None = None
     """ChatCORE by nanochat's verdicts and its standard error."""
     chatcore_tasks: list[str] = field(default_factory=list)
-    pass_at_k: dict[int, float] = field(default_factory=dict)
+    pass_at_k: dict[int, tuple[float, float | None]] = field(default_factory=dict)
+    """With standard errors, where they are known."""
     throughput: dict[str, float] = field(default_factory=dict)
     """prefill_tokens_per_second, decode_tokens_per_second, peak_memory_bytes."""
     samples: list[Sample] = field(default_factory=list)
@@ -125,11 +127,25 @@ def parse_scores(raw: dict[str, Any], metrics: dict[str, Any] | None = None) -> 
         chatcore_stderr=number(chatcore.get("stderr")),
         chatcore_nanochat=_with_error(chatcore, "nanochat_value", "nanochat_stderr"),
         chatcore_tasks=[text(name) for name in sequence(chatcore.get("tasks"))],
-        pass_at_k={int(k): p for k, v in pass_at_k.items() if k.isdecimal() and (p := number(v)) is not None},
+        pass_at_k={
+            int(k): (p, number(mapping(raw.get("pass_at_k_stderr")).get(k)))
+            for k, v in pass_at_k.items()
+            if k.isdecimal() and (p := number(v)) is not None
+        },
         throughput=_numbers(raw.get("throughput"))
         or {name: speed[key] for key, name in _THROUGHPUT.items() if key in speed},
         samples=list(parse_samples(sequence(raw.get("samples")))),
     )
+
+
+def mean_centered_stderr(scores: Scores) -> float | None:
+    """Return the standard error of `mean_centered`, from those of its tasks; None where one is unknown."""
+    errors = [
+        task.stderr / (1 - task.chance)
+        for task in scores.tasks.values()
+        if task.stderr is not None and task.chance is not None and task.chance < 1
+    ]
+    return math.hypot(*errors) / len(errors) if errors and len(errors) == len(scores.tasks) else None
 
 
 def last_samples(records: list[dict[str, Any]]) -> list[Sample]:

@@ -82,13 +82,13 @@ def format_bytes(size: float | None) -> str:
 
 
 def format_value(value: object) -> str:
-    """Return a setting or version as text; whole numbers are grouped, others have 6 digits."""
+    """Return a setting or version as text; numbers are grouped by thousands and have at least 6 digits."""
     if isinstance(value, bool) or number(value) is None:
         return text(value) or ABSENT
     assert isinstance(value, int | float)
-    if value == round(value) and abs(value) < 1e15:
+    if abs(value) < 1e15 and (value == round(value) or abs(value) >= 1e6):
         return f"{value:,.0f}"
-    return f"{value:.6g}"
+    return f"{value:,.6g}".replace("e+", "e")
 
 
 def format_fraction(value: float | None) -> str:
