@@ -5,11 +5,8 @@ The module runs under Node.js with a document of a few lines, so no browser is n
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +26,23 @@ PLACES = [
     ("", "b"), ("# a", "b"), ("# ", " #b"), ("- a", "\u2028b"), ("a|b\n", "b"), ("a|b\n|-|-", "x"), ("--", "x"),
     ("[a](b", ""), ("> ", ""), ("*a", ""),
 ]  # fmt: skip
-NODE = """
-const [path, cases] = JSON.parse(require("fs").readFileSync(0, "utf8"));
-class Element {
-  constructor(name) { this.name = name; this.children = []; }
-  append(...children) { this.children.push(...children); }
-  setAttribute() {}
-  addEventListener() {}
-}
-globalThis.document = { createElement: (name) => new Element(name) };
-const html = (node) =>
-  typeof node === "string" ? node : `<${node.name}>${node.children.map(html).join("")}</${node.name}>`;
-const spent = (work) => {
-  const before = process.cpuUsage();
-  work();
-  const { user, system } = process.cpuUsage(before);
-  return (user + system) / 1000;
-};
-import(path).then(({ renderMarkdown }) => {
+RUN = """
+({ renderMarkdown }, cases) => {
+  class Element {
+    constructor(name) { this.name = name; this.children = []; }
+    append(...children) { this.children.push(...children); }
+    setAttribute() {}
+    addEventListener() {}
+  }
+  globalThis.document = { createElement: (name) => new Element(name) };
+  const html = (node) =>
+    typeof node === "string" ? node : `<${node.name}>${node.children.map(html).join("")}</${node.name}>`;
+  const spent = (work) => {
+    const before = process.cpuUsage();
+    work();
+    const { user, system } = process.cpuUsage(before);
+    return (user + system) / 1000;
+  };
   const render = (text) => renderMarkdown(text, () => {});
   const least = (text) => Math.min(...[1, 2, 3].map(() => spent(() => render(text))));
   // Time of four times the text to time of the text, at the first length that can be measured: 4 if linear, else 16 on.
@@ -59,19 +55,9 @@ import(path).then(({ renderMarkdown }) => {
     }
     return 0;
   };
-  console.log(JSON.stringify(cases.map((one) => Array.isArray(one) ? growth(one) : render(one).map(html).join(""))));
-});
+  return cases.map((one) => Array.isArray(one) ? growth(one) : render(one).map(html).join(""));
+}
 """
-needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js on this machine")
-
-
-def run_page(cases: Sequence[Any]) -> list[Any]:
-    """Return the HTML of each text, or the growth of each (before, repeated, after)."""
-    given = json.dumps([(PAGE / "markdown.js").as_uri(), list(cases)])
-    done = subprocess.run(["node", "--no-warnings", "-e", NODE], input=given, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: list[Any] = json.loads(done.stdout)
-    return found
 
 
 @pytest.mark.parametrize("path", sorted(PAGE.glob("*.js")), ids=lambda path: path.name)
@@ -89,15 +75,15 @@ def test_the_expressions_of_the_page_are_found() -> None:
     assert r"^ {0,3}(#{1,6})\s" in found
 
 
-@needs_node
 @pytest.mark.parametrize("unit", UNITS, ids=repr)
-def test_time_is_linear_in_the_length_of_the_text(unit: str) -> None:
+def test_time_is_linear_in_the_length_of_the_text(node: Callable[..., Any], unit: str) -> None:
     """`# a`, 2,000 spaces and `b` took seconds a frame."""
-    growths = dict(zip(PLACES, run_page([(before, unit, after) for before, after in PLACES]), strict=True))
+    growths = dict(
+        zip(PLACES, node("markdown.js", RUN, [(before, unit, after) for before, after in PLACES]), strict=True)
+    )
     assert {place: growth for place, growth in growths.items() if growth > 9} == {}
 
 
-@needs_node
 @pytest.mark.parametrize(
     ("text", "html"),
     [
@@ -124,5 +110,5 @@ def test_time_is_linear_in_the_length_of_the_text(unit: str) -> None:
         ("[a]( https://x.example/ \"t\" )", "<p><a>a</a></p>"),
     ],
 )  # fmt: skip
-def test_blocks_and_marks_become_elements(text: str, html: str) -> None:
-    assert run_page([text]) == [html]
+def test_blocks_and_marks_become_elements(node: Callable[..., Any], text: str, html: str) -> None:
+    assert node("markdown.js", RUN, [text]) == [html]

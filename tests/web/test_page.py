@@ -162,6 +162,124 @@ def test_regenerate_and_edit_go_back(show: Any) -> None:
     assert page.locator("li.user .said").all_inner_texts() == ["changed"]
 
 
+def is_shown(page: Any, *texts: str) -> bool:
+    return bool(page.locator("#messages li .said").all_inner_texts() == list(texts))
+
+
+def reopen(page: Any) -> None:
+    page.reload()
+    page.locator("#list .name").click()
+    page.wait_for_selector("li.user")
+
+
+SIX = ("one", "yes", "two", "yes", "three", "yes")
+
+
+@pytest.mark.parametrize("way", ["Regenerate", "Edit"])
+def test_regenerate_and_edit_lose_nothing_without_a_server(show: Any, way: str) -> None:
+    """Both cut and kept the conversation before there was an answer: six messages became one."""
+    page = show(says="yes")
+    for text in SIX[::2]:
+        ask(page, text)
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.get_by_role("button", name=way, exact=True).first.click()
+    if way == "Edit":
+        page.get_by_label("Edit your message").fill("changed")
+        page.keyboard.press("Enter")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "The server does not answer" in page.locator("#problem").inner_text()
+    assert is_shown(page, *SIX)
+    reopen(page)
+    assert is_shown(page, *SIX)
+    if way == "Edit":
+        page.get_by_role("button", name="Later version").click()
+        assert is_shown(page, "changed")
+        page.unroute("**/v1/chat/completions")
+        page.get_by_role("button", name="Try again").click()
+        page.wait_for_selector("li.assistant .actions button")
+        assert is_shown(page, "changed", "yes")
+
+
+def test_new_version_of_an_early_answer_keeps_the_later_turns(show: Any) -> None:
+    """Regenerate of an early answer deleted all that came after it."""
+    page = show(says="yes")
+    for text in SIX[::2]:
+        ask(page, text)
+    page.get_by_role("button", name="Regenerate").first.click()
+    page.wait_for_selector(".versions")
+    assert is_shown(page, "one", "yes")
+    assert page.locator(".versions").inner_text().split() == ["‹", "2", "of", "2", "›"]
+    reopen(page)
+    assert is_shown(page, "one", "yes")
+    page.get_by_role("button", name="Earlier version").click()
+    assert is_shown(page, *SIX)
+    assert page.evaluate("() => document.activeElement.ariaLabel") == "Later version", "focus stays at the buttons"
+    reopen(page)
+    assert is_shown(page, *SIX)
+
+
+def test_messages_after_one_that_is_too_long_are_answered(show: Any) -> None:
+    """It was joined to the next one, so every later message was refused."""
+    page = show(says="yes")
+    ask(page, "one")
+    ask(page, "a" * 8001)
+    assert page.locator("#problem").inner_text() == (
+        "The message has 8001 characters; at most 8000 are accepted. Shorten it."
+    )
+    unanswered = page.locator("li.user").last
+    assert unanswered.locator("button").all_inner_texts() == ["Copy", "Edit", "Try again"]
+    with page.expect_request("**/v1/chat/completions") as caught:
+        assert ask(page, "two").inner_text() == "yes"
+    said = [message["content"] for message in caught.value.post_data_json["messages"]]
+    assert said == ["one", [{"type": "text", "text": "yes"}], "two"]
+    assert page.locator("#problem").is_hidden()
+    assert "not answered" in page.locator("li.user").nth(1).inner_text()
+
+
+def test_conversation_beyond_the_limits_goes_on_and_says_so(show: Any) -> None:
+    """Beyond 32,000 characters, or after an answer above 8,000, every message was refused."""
+    page = show(says="the cat sat on the mat " * 3, limits={"max_message_chars": 60, "max_conversation_chars": 150})
+    for _ in range(4):
+        assert ask(page, "the dog sat on the log").inner_text().startswith("the cat")
+        assert page.locator("#problem").is_hidden()
+    lines = page.locator(".left-out").all_inner_texts()
+    assert lines
+    assert lines[-1].endswith("left out for this answer: the conversation is longer than the model can read.")
+    reopen(page)
+    assert page.locator(".left-out").all_inner_texts() == lines
+
+
+def test_rate_is_shown_if_it_was_measured(show: Any) -> None:
+    """A burst was shown as `9 tokens, 20000/s`."""
+    page = show()
+    told = page.evaluate("""async () => { const { pace } = await import('/page/view.js');
+        return [pace(9, 0.4), pace(1, 0), pace(400, 499), pace(4, 5000), pace(101, 2000)]; }""")
+    assert told == ["9 tokens", "1 token", "400 tokens", "4 tokens", "101 tokens, 50/s"]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (429, {"message": "12 answers wait", "code": "queue_full"},
+         "The server is busy with other answers. Try again in 7 s."),
+        (404, {"message": "The model 'x' does not exist.", "param": "model", "code": "model_not_found"},
+         "The server no longer has this model. Choose another one at the top."),
+        (400, {"message": "max_tokens is 9, at most 4 may be", "param": "max_tokens"},
+         "The server does not accept a setting: Max_tokens is 9, at most 4 may be. Change it in Settings."),
+        (413, {"message": "the body has 9 bytes"}, "This conversation is too large for the server. Begin a new one."),
+        (500, {}, "The server failed while it answered. Try again."),
+    ],
+)  # fmt: skip
+def test_errors_are_words_for_people(show: Any, status: int, error: dict[str, str], words: str) -> None:
+    """They named fields and headers of the interface."""
+    page = show(says="yes")
+    answer = {"status": status, "json": {"error": error}, "headers": {"Retry-After": "7"}}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
+    with known(page):
+        ask(page, "well?")
+    assert page.locator("#problem").inner_text() == words
+
+
 def test_names_of_models_scores_and_runs_never_become_script(show: Any) -> None:
     page = show(says="yes")
     hurt = "<img src=x onerror=window.hurt=1>"
@@ -187,7 +305,7 @@ def test_an_error_of_the_server_never_becomes_script_and_the_question_can_be_ask
         page.fill("#input", "well?")
     page.press("#input", "Enter")
     page.wait_for_selector("#problem:not([hidden])")
-    assert page.locator("#problem").inner_text() == "<img src=x onerror=window.hurt=1>"
+    assert page.locator("#problem").inner_text().endswith(" Try again. <img src=x onerror=window.hurt=1>.")
     page.get_by_role("button", name="Try again").click()
     page.wait_for_selector("li.assistant .actions button")
     assert page.locator("li .said").all_inner_texts() == ["well?", "yes"]

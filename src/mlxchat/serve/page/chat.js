@@ -1,9 +1,10 @@
 // The page: what happens when.
 
+import { append, choose, fresh, isUnanswered, parentOf, pathOf, readable, versionsOf } from "./conversation.js";
 import { make, shown } from "./markdown.js";
-import { listModels, Refused, setKey, showModel, stream } from "./server.js";
+import { listModels, setKey, showModel, stream } from "./server.js";
 import { DEFAULTS, dropAll, dropConversation, keepConversation, readConversations, readSettings, writeSettings } from "./store.js";
-import { copy, editor, messageElement, provenance, renderParts, textOf } from "./view.js";
+import { copy, editor, messageElement, omission, pace, provenance, renderParts, textOf, versionSwitch } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const settings = readSettings();
@@ -12,12 +13,8 @@ const BEGINNINGS = ["The capital of France is", "Once upon a time"];
 
 let models = [];
 let conversation = fresh();
-let going = null; // {controller, message, element} of the answer that is coming
+let going = null; // the answer that is coming: {asked, path, element, controller, keep(note) what has come}
 let editing = null; // index of the message that is being edited
-
-function fresh() {
-  return { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, changed: Date.now(), messages: [] };
-}
 
 function model() {
   return models.find((one) => one.id === settings.model) ?? models[0];
@@ -50,26 +47,38 @@ function showList() {
 }
 
 function titleOf(one) {
-  return one.messages.length ? shown(textOf(one.messages[0])).slice(0, 80) : "New conversation";
+  return one.messages.length ? shown(textOf(one.messages[pathOf(one)[0] ?? 0])).slice(0, 80) : "New conversation";
 }
 
 function showMessages() {
   const { messages } = conversation;
+  const coming = going?.asked === conversation ? going : null;
+  const path = coming ? coming.path : pathOf(conversation);
   document.title = messages.length ? `${titleOf(conversation)} · mlxchat` : "mlxchat";
   const several = new Set(messages.filter((one) => one.model).map((one) => one.model)).size > 1;
   $("empty").hidden = messages.length > 0;
-  $("messages").replaceChildren(...messages.map((message, index) => {
+  const elements = path.map((index, place) => {
+    const message = messages[index];
     if (index === editing) return editElement(message, index);
-    if (going?.message === message) return going.element;
+    const unanswered = isUnanswered(conversation, path, place) && !(coming && place === path.length - 1);
     const actions = [["Copy", (button) => copy(textOf(message), button)]];
     if (!going) {
-      if (message.role === "assistant") actions.push(["Regenerate", () => regenerate(index)]);
+      if (message.role === "assistant") actions.push(["Regenerate", () => answer(path[place - 1])]);
       else actions.push(["Edit", () => edit(index)]);
-      if (message.role === "user" && index === messages.length - 1) actions.push(["Try again", () => regenerate(index + 1)]);
+      if (unanswered) actions.push(["Try again", () => tryAgain(index, path)]);
+      const versions = versionsOf(conversation, index);
+      const at = versions.indexOf(index);
+      if (versions.length > 1) actions.unshift(versionSwitch(at, versions.length, (to) => {
+        showVersion(versions[to]);
+        const buttons = [...$("messages").children[place].querySelectorAll(".versions button:enabled")];
+        buttons.at(to > at ? -1 : 0).focus();
+      }));
     }
-    const notes = [message.note, several && message.role === "assistant" && message.model, message.pace];
+    const name = several && message.role === "assistant" && message.model;
+    const notes = [message.note, unanswered && "not answered: the model does not read it", name, message.pace];
     return messageElement(message, actions, notes.filter((note) => typeof note === "string").join(" · "));
-  }));
+  });
+  $("messages").replaceChildren(...elements, ...(coming ? [coming.element] : []));
 }
 
 function showModelName() {
@@ -87,9 +96,8 @@ function showModelName() {
   }));
 }
 
-function complain(error) {
-  const message = error instanceof Refused ? error.message : String(error?.message ?? error);
-  $("problem").textContent = message;
+function complain(error, more = "") {
+  $("problem").textContent = String(error?.message ?? error) + more;
   $("problem").hidden = false;
   if (error.status === 401 && !$("key-dialog").open) $("key-dialog").showModal();
 }
@@ -110,16 +118,23 @@ function showToEnd() {
 
 // ---- talking ----
 
-function say(text) {
+function say(text, after = pathOf(conversation).at(-1) ?? -1) {
   if (going || !text.trim()) return;
-  conversation.messages.push({ role: "user", parts: [{ type: "text", text }] });
-  answer();
+  answer(append(conversation, { role: "user", parts: [{ type: "text", text }] }, after));
 }
 
-function regenerate(index) {
+function tryAgain(index, path) {
   if (going) return;
-  conversation.messages.length = index;
-  answer();
+  if (index === path.at(-1)) answer(index);
+  else say(textOf(conversation.messages[index]), parentOf(conversation, index));
+}
+
+function showVersion(index) {
+  if (going) return;
+  editing = null;
+  choose(conversation, index);
+  keepConversation(conversation);
+  showAll();
 }
 
 function edit(index) {
@@ -132,59 +147,75 @@ function editElement(message, index) {
   const stop = () => { editing = null; showMessages(); $("input").focus(); };
   const { form, field } = editor(textOf(message), (text) => {
     editing = null;
-    conversation.messages.length = index;
-    say(text);
+    say(text, parentOf(conversation, index));
     $("input").focus();
   }, stop);
   setTimeout(() => { field.focus(); form.scrollIntoView({ block: "nearest" }); });
   return make("li", { class: "user" }, form);
 }
 
-function bodyFor(one) {
+function bodyFor(one, said) {
   const body = { model: one?.id, temperature: settings.temperature, top_k: settings.top_k, max_tokens: settings.max_tokens };
   if (settings.top_p < 1) body.top_p = settings.top_p;
   if (settings.min_p > 0) body.min_p = settings.min_p;
   if (settings.repetition_penalty !== 1) body.repetition_penalty = settings.repetition_penalty;
   if (settings.seed !== "") body.seed = Number(settings.seed);
   if (!one || one.mlxchat.converses) {
-    const said = conversation.messages.map(({ role, parts }) => ({ role, content: role === "user" ? parts[0].text : parts }));
+    const messages = said.map(({ role, parts }) => ({ role, content: role === "user" ? parts[0].text : parts }));
     const system = settings.system.trim() ? [{ role: "system", content: settings.system.trim() }] : [];
-    return ["/v1/chat/completions", { ...body, messages: [...system, ...said], truncation: "auto" }];
+    return ["/v1/chat/completions", { ...body, messages: [...system, ...messages], truncation: "auto" }];
   }
-  return ["/v1/completions", { ...body, prompt: textOf(conversation.messages.at(-1)) }];
+  return ["/v1/completions", { ...body, prompt: textOf(said.at(-1)) }];
 }
 
-async function answer() {
+/** Ask for an answer to a message. It is added, and shown instead of another version, only when it has come. */
+async function answer(parent) {
+  if (going || parent === undefined) return;
   const one = model();
   const asked = conversation;
-  const [path, body] = bodyFor(one);
-  const message = { role: "assistant", parts: [], model: one?.id ?? "" };
+  const path = pathOf(asked, parent);
+  const { messages, omitted } = readable(asked, path);
+  const [address, body] = bodyFor(one, messages);
+  const message = { role: "assistant", parts: [], model: one?.id ?? "", left_out: one?.mlxchat.converses === false ? 0 : omitted };
   const element = messageElement(message, []);
   element.classList.add("going");
   element.setAttribute("aria-busy", "true");
   const controller = new AbortController();
-  going = { controller, message, element };
+  let kept = false;
+  const keep = (note) => {
+    if (kept) return;
+    kept = true;
+    if (note) message.note = note;
+    asked.last = append(asked, message, parent);
+    if (readConversations().some((other) => other.id === asked.id)) save(asked);
+  };
+  going = { asked, path, element, controller, keep };
   $("problem").hidden = true;
-  conversation.messages.push(message);
   busy(true);
-  keepConversation(asked);
+  save(asked);
   showAll();
   toEnd();
   let waiting = false;
   const draw = () => {
     waiting = false;
     const follow = atEnd();
+    element.querySelector(".left-out")?.remove();
+    element.prepend(...omission(message.left_out));
     element.querySelector(".said").replaceChildren(...renderParts(message.parts));
     if (follow) toEnd();
     else showToEnd();
   };
   let began = 0;
+  let ended = 0;
+  let failed = "";
   try {
-    for await (const told of stream(path, body, controller.signal)) {
+    for await (const told of stream(address, body, controller.signal)) {
       if (told.finish_reason === "length") message.note = "ended at the longest length";
-      if (told.usage && began) message.pace = pace(told.usage.completion_tokens, performance.now() - began);
+      if (told.truncated_turns) message.left_out += told.truncated_turns;
+      if (told.usage && began) message.pace = pace(told.usage.completion_tokens, ended - began);
       if (told.text === undefined) continue;
-      began ||= performance.now();
+      ended = performance.now();
+      began ||= ended;
       const last = message.parts.at(-1);
       if (last?.type === told.type) last.text += told.text;
       else message.parts.push({ type: told.type, text: told.text });
@@ -194,27 +225,28 @@ async function answer() {
       }
     }
   } catch (error) {
-    if (error.name === "AbortError") message.note = "stopped";
-    else complain(error);
-  }
-  if (!message.parts.length) {
-    if (message.note || !$("problem").hidden) asked.messages.splice(asked.messages.indexOf(message), 1);
-    else message.note = "said nothing";
+    failed = error.name === "AbortError" ? "stopped" : "cut off";
+    if (error.name !== "AbortError") complain(error, versionKept(asked, parent));
   }
   const follow = atEnd();
   going = null;
   busy(false);
-  if (readConversations().some((kept) => kept.id === asked.id)) keepConversation(asked);
+  if (message.parts.length) keep(failed);
+  else if (!failed) keep("said nothing");
   showAll();
   if (follow) toEnd();
   else showToEnd();
   $("status").textContent = message.parts.length ? `The model said: ${shown(textOf(message))}` : "No answer.";
 }
 
-// The first token came with the reading of the prompt, and is no part of the speed.
-function pace(tokens, milliseconds) {
-  const speed = (1000 * (tokens - 1)) / milliseconds;
-  return tokens > 4 && Number.isFinite(speed) ? `${tokens} tokens, ${speed.toPrecision(2) * 1}/s` : `${tokens} tokens`;
+function save(one) {
+  if (!keepConversation(one)) complain(new Error("This browser has no room left: the conversation is lost when this page is closed."));
+}
+
+/** Return where an edited message is that got no answer: the version before it stays. */
+function versionKept(asked, index) {
+  if (pathOf(asked).includes(index)) return "";
+  return ` The version before is shown; yours is kept as version ${versionsOf(asked, index).indexOf(index) + 1}.`;
 }
 
 function busy(yes) {
@@ -365,6 +397,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey && event.shiftKey && event.code === "KeyO") { event.preventDefault(); begin(); }
 });
 window.addEventListener("storage", showList);
+window.addEventListener("pagehide", () => { if (going?.element.querySelector(".said").textContent) going.keep("cut off"); });
 
 theme();
 showAll();

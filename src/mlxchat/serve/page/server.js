@@ -2,12 +2,31 @@
 
 const KEY = "mlxchat.key";
 
-/** An error body of the server, or the lack of an answer. */
+/** Why there is no answer, in words for the person who reads the page; `status` is 0 where none came. */
 export class Refused extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;
   }
+}
+
+// The server words its errors for programs: fields, headers, codes.
+function refusal(status, { message = "", param, code } = {}, wait = null) {
+  const sentence = message && `${message[0].toUpperCase()}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}`;
+  const words = () => {
+    if (status === 401) return "This server needs an API key.";
+    if (status === 403) return "This server refuses requests from this page's address.";
+    if (status === 413) return "This conversation is too large for the server. Begin a new one.";
+    if (status === 429) return `The server is busy with other answers. Try again in ${wait ?? "a few"} s.`;
+    if (status === 503) return `The server is starting or stopping. Try again in ${wait ?? "a few"} s.`;
+    if (status >= 500) return `The server failed while it answered. Try again. ${sentence}`;
+    if (code === "model_not_found") return "The server no longer has this model. Choose another one at the top.";
+    if (code === "unsupported_model") return "This model continues text and cannot chat. Choose another one at the top.";
+    if (["messages", "prompt"].includes(param)) return sentence;
+    if (param) return `The server does not accept a setting: ${sentence} Change it in Settings.`;
+    return `The server refused: ${sentence || `status ${status}.`}`;
+  };
+  return new Refused(words().trim(), status);
 }
 
 export function setKey(key) {
@@ -27,8 +46,7 @@ async function ask(path, options = {}) {
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
   const wait = response.headers.get("Retry-After");
-  const message = body?.error?.message ?? `The server answers ${response.status}.`;
-  throw new Refused(wait ? `${message}. Try again in ${wait} s.` : message, response.status);
+  throw refusal(response.status, body?.error, wait);
 }
 
 export async function listModels() {
@@ -39,7 +57,7 @@ export async function showModel(id) {
   return (await ask(`/v1/models/${encodeURIComponent(id)}`)).json();
 }
 
-/** Yield {type, text} of an answer as it comes, then {finish_reason} and {usage}. */
+/** Yield {truncated_turns} and {type, text} of an answer as they come, then {finish_reason} and {usage}. */
 export async function* stream(path, body, signal) {
   const response = await ask(path, {
     method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
@@ -57,8 +75,9 @@ export async function* stream(path, body, signal) {
       const data = line.slice(5).trim();
       if (data === "[DONE]") return;
       const told = JSON.parse(data);
-      if (told.error) throw new Refused(told.error.message, 500);
+      if (told.error) throw refusal(told.error.type === "server_error" ? 500 : 400, told.error);
       if (told.usage) yield { usage: told.usage };
+      if (told.mlxchat?.truncated_turns) yield { truncated_turns: told.mlxchat.truncated_turns };
       const choice = told.choices?.[0];
       if (!choice) continue;
       if (choice.text) yield { type: "text", text: choice.text };
@@ -67,5 +86,5 @@ export async function* stream(path, body, signal) {
       if (choice.finish_reason) yield { finish_reason: choice.finish_reason };
     }
   }
-  throw new Refused("The answer was cut off: the server has stopped.", 0);
+  throw new Refused("The answer was cut off: the connection to the server ended.", 0);
 }

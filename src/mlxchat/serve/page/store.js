@@ -37,25 +37,31 @@ export function writeSettings(settings) {
   write(SETTINGS, settings);
 }
 
-/** Return conversations, the latest first: {id, changed, messages: [{role, parts: [{type, text}], model}]}. */
+/** Return conversations, the latest first: {id, changed, last, messages: [{role, parts: [{type, text}], parent, model}]}. */
 export function readConversations() {
   const kept = read(CONVERSATIONS, []);
   const whole = (one) => typeof one?.id === "string" && Number.isFinite(one.changed)
-    && Array.isArray(one.messages) && one.messages.every(isMessage);
+    && Array.isArray(one.messages) && one.messages.every(isMessage)
+    && (one.last === undefined || isIndex(one.last, one.messages.length));
   return Array.isArray(kept) ? kept.filter(whole).sort((a, b) => b.changed - a.changed) : [];
 }
 
-function isMessage(message) {
+function isIndex(value, end) {
+  return Number.isInteger(value) && value >= -1 && value < end;
+}
+
+function isMessage(message, index) {
   return ["user", "assistant"].includes(message?.role) && Array.isArray(message.parts)
+    && (message.parent === undefined || isIndex(message.parent, index))
     && (message.role !== "user" || message.parts.length > 0) && message.parts.every((part) => typeof part?.type === "string" && typeof part.text === "string");
 }
 
-/** Keep a conversation; the oldest go where the browser has no room. Others may be written by other tabs. */
+/** Keep a conversation and return whether the browser had room; the oldest ones give way to it. Other tabs write too. */
 export function keepConversation(conversation) {
   conversation.changed = Date.now();
   let all = [conversation, ...readConversations().filter((one) => one.id !== conversation.id)].slice(0, MOST);
   while (all.length > 1 && !write(CONVERSATIONS, all)) all = all.slice(0, -1);
-  if (all.length === 1) write(CONVERSATIONS, all);
+  return all.length > 1 || write(CONVERSATIONS, all);
 }
 
 export function dropConversation(id) {

@@ -69,20 +69,50 @@ function program(call, result) {
     pre("Program", call.trim()), ...(result === null ? [] : [pre("Output", shown(result))]));
 }
 
-/** Return a message's element; `actions` are [label, what it does] of its buttons. */
+/** Return the length of an answer, with its rate if `milliseconds` from its first text to its last one measure any. */
+export function pace(tokens, milliseconds) {
+  const count = `${tokens} token${tokens === 1 ? "" : "s"}`;
+  // The first token came with the reading of the prompt. What arrives in one burst was computed before.
+  return milliseconds < 500 || tokens < 5 ? count : `${count}, ${((1000 * (tokens - 1)) / milliseconds).toPrecision(2) * 1}/s`;
+}
+
+/** Return buttons that go through the versions of a message, of which the one at `place` is shown. */
+export function versionSwitch(place, count, show) {
+  const button = (label, text, to) => {
+    const made = make("button", { type: "button", "aria-label": label, title: label, onclick: () => show(to) }, text);
+    made.disabled = to < 0 || to >= count;
+    return made;
+  };
+  return make("span", { class: "versions" },
+    button("Earlier version", "‹", place - 1), make("span", {}, `${place + 1} of ${count}`), button("Later version", "›", place + 1));
+}
+
+/** Return a message's element; `actions` are [label, what it does] of its buttons, or elements. */
 export function messageElement(message, actions, note) {
   const said = make("div", { class: "said", dir: "auto" });
   if (message.role === "user") said.textContent = shown(textOf(message));
   else said.append(...renderParts(message.parts));
   const row = make("div", { class: "actions" });
-  for (const [label, act] of actions) {
+  for (const action of actions) {
+    if (action instanceof Element) {
+      row.append(action);
+      continue;
+    }
+    const [label, act] = action;
     const button = make("button", { type: "button" }, label);
     button.addEventListener("click", () => act(button));
     row.append(button);
   }
   if (note) row.append(make("span", { class: "note" }, note));
   const who = make("span", { class: "unseen" }, message.role === "user" ? "You said:" : "The model said:");
-  return make("li", { class: message.role }, who, said, row);
+  return make("li", { class: message.role }, ...omission(message.left_out), who, said, row);
+}
+
+/** Return the line above an answer that says how many earlier turns the model did not read. */
+export function omission(turns) {
+  if (!Number.isInteger(turns) || turns < 1) return [];
+  const what = turns === 1 ? "1 earlier turn was" : `${turns} earlier turns were`;
+  return [make("p", { class: "note left-out" }, `${what} left out for this answer: the conversation is longer than the model can read.`)];
 }
 
 /** Return a form to edit a text. */

@@ -1,0 +1,72 @@
+"""Versions of messages in the page: nothing that was said is lost, and what the model reads is what was answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+RUN = """
+(page, steps) => {
+  const talk = { messages: [], last: -1 };
+  const texts = (messages) => messages.map((message) => message.parts[0].text).join(" ");
+  const message = (text) => ({ role: text[0] === "u" ? "user" : "assistant", parts: [{ text }] });
+  const say = (text, parent) => page.append(talk, message(text), parent);
+  const told = [];
+  for (const [what, ...given] of steps) {
+    if (what === "say") say(...given);
+    if (what === "answer") talk.last = say(...given);
+    if (what === "choose") page.choose(talk, ...given);
+    if (what === "old") {
+      talk.messages = given.map(message);
+      delete talk.last;
+    }
+    if (what === "versions") told.push(page.versionsOf(talk, ...given));
+    if (what === "path") told.push(texts(page.pathOf(talk).map((index) => talk.messages[index])));
+    if (what === "read") {
+      const { messages, omitted } = page.readable(talk, page.pathOf(talk));
+      told.push([texts(messages).slice(0, 40), omitted]);
+    }
+  }
+  return told;
+}
+"""
+TWO_TURNS = [["say", "u1", -1], ["answer", "a1", 0], ["say", "u2", 1], ["answer", "a2", 2]]
+
+
+def run(node: Callable[..., Any], *steps: list[Any]) -> list[Any]:
+    found: list[Any] = node("conversation.js", RUN, steps)
+    return found
+
+
+def test_new_answer_to_an_early_message_keeps_the_later_turns(node: Callable[..., Any]) -> None:
+    """Regenerate deleted them."""
+    told = run(node, *TWO_TURNS, ["answer", "a1b", 0], ["path"], ["versions", 4], ["choose", 1], ["path"])
+    assert told == ["u1 a1b", [1, 4], "u1 a1 u2 a2"]
+
+
+def test_edited_message_is_shown_once_it_is_answered(node: Callable[..., Any]) -> None:
+    """Edit cut the conversation before an answer existed."""
+    told = run(node, *TWO_TURNS, ["say", "u1b", -1], ["path"], ["versions", 0], ["answer", "a1b", 4], ["path"],
+               ["choose", 0], ["path"])  # fmt: skip
+    assert told == ["u1 a1 u2 a2", [0, 4], "u1b a1b", "u1 a1 u2 a2"]
+
+
+def test_model_reads_no_message_that_was_never_answered(node: Callable[..., Any]) -> None:
+    """A message that was too long was joined to the next one, which was refused as well."""
+    told = run(node, *TWO_TURNS, ["say", "u3", 3], ["say", "u4", 4], ["path"], ["read"])
+    assert told == ["u1 a1 u2 a2 u3 u4", ["u1 a1 u2 a2 u4", 0]]
+
+
+def test_very_long_conversation_is_cut_at_a_turn_and_counted(node: Callable[..., Any]) -> None:
+    """The server refuses bodies above 1 MB, so without this every further message would fail."""
+    long = "a" * 100_000
+    told = run(
+        node, ["say", "u1", -1], ["answer", long, 0], ["say", "u2", 1], ["answer", long, 2], ["say", "u3", 3], ["read"]
+    )
+    assert told == [["u2 " + "a" * 37, 1]]
+    assert run(node, ["say", "u1", -1], ["answer", "a1", 0], ["say", "u" * 200_000, 1], ["read"]) == [["u" * 40, 1]]
+
+
+def test_conversations_kept_before_there_were_versions_go_on(node: Callable[..., Any]) -> None:
+    told = run(node, ["old", "u1", "a1", "u2"], ["path"], ["answer", "a2", 2], ["path"], ["versions", 3])
+    assert told == ["u1 a1 u2", "u1 a1 u2 a2", [3]]
