@@ -6,8 +6,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+import pytest
+
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.scheduler import Event
+from mlxchat.model.gpt import GPT
 from mlxchat.serve.choices import Choice
 from mlxchat.serve.parts import Parts
 
@@ -102,3 +107,47 @@ def test_alternatives_that_are_no_text_by_themselves_are_not_merged(tokenizer: T
     assert chat is not None
     assert [chat["content"][0]["token"], chat["content"][0]["bytes"]] == ["bytes:\\x9f", [0x9F]]
     assert [each["bytes"] for each in chat["content"][0]["top_logprobs"][1:]] == [[byte] for byte in range(128, 160)]
+
+
+def test_an_echoed_prompt_has_the_models_log_probabilities(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
+    """echo with logprobs was refused."""
+    text = "the cat 5é sat"
+    ids = tokenizer.encode(text)
+    scores = np.asarray(model.logits(model.hidden(mx.array([[tokenizer.bos, *ids]]))[0]), dtype=np.float64)
+    scores -= np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+    body: dict[str, Any] = {"echo": True, "logprobs": 3, "max_tokens": 4, "temperature": 0}
+    whole = complete(server, prompt=text, **body).json()["choices"][0]
+    told = whole["logprobs"]
+    assert whole["text"].startswith(text)
+    assert b"".join(map(said_bytes, told["tokens"][: len(ids)])) == text.encode()
+    expected = [scores[place, id_] for place, id_ in enumerate(ids)]
+    assert told["token_logprobs"][: len(ids)] == pytest.approx(expected, abs=1e-4)
+    for place, top in enumerate(told["top_logprobs"][: len(ids)]):
+        assert sorted(top.values()) == pytest.approx(sorted(scores[place])[-3:], abs=1e-4)
+    assert len(told["tokens"]) > len(ids)
+    for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+        assert token.startswith("bytes:") or whole["text"][offset : offset + len(token)] == token
+    silent = complete(server, prompt=text, **{**body, "echo": False}).json()["choices"][0]
+    assert told["token_logprobs"][len(ids) :] == silent["logprobs"]["token_logprobs"], "the answer is the same"
+    assert text + silent["text"] == whole["text"]
+    given = complete(server, prompt=[tokenizer.bos, *ids], **body).json()["choices"][0]["logprobs"]
+    assert (given["token_logprobs"][0], given["top_logprobs"][0]) == (None, None), (
+        "nothing comes before the first token"
+    )
+    assert given["token_logprobs"][1:] == told["token_logprobs"]
+    single = complete(server, prompt=[tokenizer.bos], **body).json()["choices"][0]["logprobs"]
+    assert single["token_logprobs"][0] is None
+
+
+def test_a_stream_echoes_the_prompt_with_its_log_probabilities(server: Any) -> None:
+    body: dict[str, Any] = {"prompt": ["the cat", "a dog"], "n": 2, "echo": True, "logprobs": 2, "seed": 3}
+    body |= {"max_tokens": 5, "temperature": 1.0}
+    whole = complete(server, **body).json()["choices"]
+    lines = complete(server, **body, stream=True).text.splitlines()
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    for index, choice in enumerate(whole):
+        own = [chunk for chunk in chunks if chunk["index"] == index]
+        assert "".join(chunk["text"] for chunk in own) == choice["text"]
+        pieces = [chunk["logprobs"] for chunk in own if chunk["logprobs"]]
+        assert {key: [each for piece in pieces for each in piece[key]] for key in LISTS} == choice["logprobs"]
+        assert choice["logprobs"]["text_offset"][0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,9 @@ class Forward(Protocol):
 
     def read(self, ids: list[int], past: Any, last: int | None) -> Any:
         """Return the past of a row after `ids`, which follow `past`, whose last token is `last`."""
+
+    def score(self, ids: list[int]) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the logits (V,) after each of `ids`, which begin a row."""
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for rows of so many tokens."""

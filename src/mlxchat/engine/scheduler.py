@@ -30,6 +30,10 @@ from mlxchat.errors import ConfigError
 _PATIENCE_SECONDS = 0.02
 
 
+Scored = tuple[float, list[tuple[int, float]]]
+"""The log-probability of a token, and the likely alternatives with theirs."""
+
+
 @dataclass(kw_only=True)
 class Request:
     """What to continue, and how."""
@@ -45,6 +49,8 @@ class Request:
     """Whether the calculator answers, and Python where the scheduler has it."""
     logprobs: int | None = None
     """How many likely alternatives are told with each token's log-probability; None: neither."""
+    prompt_logprobs: bool = False
+    """Whether the first event has log-probabilities of the prompt's tokens, too; `logprobs` is set then."""
     reuse: Literal["off", "exact", "close"] = "off"
     """Whether the beginning of the prompt need not be read again if an earlier request, not off either, had it too.
     exact: only where the same bits come of it; close: also what was decoded then, which differs by rounding."""
@@ -66,6 +72,8 @@ class Event:
     logprob: float | None = None
     """Of the model's own distribution, where the request asks for it and the token was sampled."""
     top_logprobs: list[tuple[int, float]] | None = None
+    prompt_logprobs: list[Scored] | None = None
+    """(log-probability, alternatives) of each prompt token but the first one."""
     finish_reason: str | None = None
     """'stop' (an end token or a stop string), 'length', 'cancelled'; None: more follows."""
 
@@ -291,6 +299,9 @@ class Scheduler:
         logprob, alternatives = None, None
         if request.logprobs is not None and sampled:
             logprob, alternatives = log_probability(logits, token, request.logprobs)
+        scored = None
+        if request.prompt_logprobs and len(row.ids) == len(request.prompt):
+            scored = self._score(request.prompt, request.logprobs or 0)
         row.ids.append(token)
         if calls:
             calls.follow(token)
@@ -303,8 +314,14 @@ class Scheduler:
             text += row.shown.finish()
         return Event(
             id=row.id, token=token, sampled=sampled, text=text, logprob=logprob, top_logprobs=alternatives,
-            finish_reason=reason,
+            prompt_logprobs=scored, finish_reason=reason,
         )  # fmt: skip
+
+    def _score(self, prompt: list[int], most: int) -> list[Scored]:
+        if len(prompt) == 1:
+            return []
+        logits = self.forward.score(prompt[:-1])
+        return [log_probability(each, token, most) for each, token in zip(logits, prompt[1:], strict=True)]
 
     def _finish(self, place: int, row: _Row) -> None:
         if row.request.reuse == "close":  # what others may use is kept since it was read

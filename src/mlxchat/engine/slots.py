@@ -8,6 +8,7 @@ Shapes: B rows, K key/value heads, S cached tokens, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,8 @@ from mlxchat.ops.normalisation import rms_norm
 _BLOCK_TOKENS = 128
 # Fewer tokens of a prompt are read by one lane.
 _SHARED_TOKENS = 64
+# Tokens whose logits are held at a time.
+_SCORED_TOKENS = 128
 # Batches are made for so many rows, or a multiple of the last, so that few shapes are compiled.
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
@@ -113,6 +116,12 @@ class Slots:
             layers = [layer.past for layer in cache.layers if layer.past is not None]
             mx.eval(layers)
         return Past(layers, cache.offset)
+
+    def score(self, ids: list[int]) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the logits (V,) after each of `ids`, which begin a row."""
+        hidden = self.model.hidden(mx.array([ids]))[0]
+        for start in range(0, len(ids), _SCORED_TOKENS):
+            yield from np.asarray(self.model.logits(hidden[start : start + _SCORED_TOKENS]))
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for so many rows of so many tokens; what there is stays."""

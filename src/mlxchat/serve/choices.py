@@ -13,6 +13,8 @@ from mlxchat.serve.parts import Kind, Parts
 from mlxchat.serve.worker import Answer
 
 Json = dict[str, Any]
+Echo = tuple[str, list[int]]
+"""A prompt that the text of a choice begins with, and its tokens; both are empty without `echo`."""
 
 
 @dataclass
@@ -21,6 +23,8 @@ class Choice:
 
     tokenizer: Tokenizer
     parts: Parts
+    echoed: list[int] = field(default_factory=list)
+    """Tokens of the prompt that the text begins with."""
     position: int = 0
     """Where the next token begins in the choice's text, in characters; an echoed prompt counts."""
     events: list[tuple[Event, Kind, int]] = field(default_factory=list)
@@ -72,7 +76,8 @@ class Choice:
             "tokens": [self._token(each.token) for each, _, _ in found],
             "token_logprobs": [each.logprob for each, _, _ in found],
             "top_logprobs": [
-                {self._token(id_): value for id_, value in each.top_logprobs or ()} for each, _, _ in found
+                None if each.top_logprobs is None else {self._token(id_): value for id_, value in each.top_logprobs}
+                for each, _, _ in found
             ],
             "text_offset": [position for _, _, position in found],
         }
@@ -81,7 +86,18 @@ class Choice:
         if event is None:
             return self.events
         told = event.logprob is not None and event.token not in self.tokenizer.special_ids.values()
-        return [(event, self.parts.kind, self.position)] if told else []
+        return [*self._of_prompt(event), *([(event, self.parts.kind, self.position)] if told else [])]
+
+    def _of_prompt(self, event: Event) -> Iterator[tuple[Event, Kind, int]]:
+        """Yield what an event says of the echoed prompt; of a prompt's first token there is no log-probability."""
+        if event.prompt_logprobs is None:
+            return
+        known: list[tuple[float | None, list[tuple[int, float]] | None]] = [(None, None), *event.prompt_logprobs]
+        scored = known[len(known) - len(self.echoed) :]
+        decoder, position = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
+        for token, (logprob, alternatives) in zip(self.echoed, scored, strict=True):
+            yield Event(id=event.id, token=token, logprob=logprob, top_logprobs=alternatives), "text", position
+            position += len(decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def _chat_entry(self, event: Event) -> Json:
         top = [self._valued(id_, value) for id_, value in event.top_logprobs or ()]
@@ -100,12 +116,11 @@ class Choice:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def choices_of(answer: Answer, echoes: Sequence[str] = ()) -> list[Choice]:
+def choices_of(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
     """Return the choices of an answer, which begin with the prompts that they echo."""
     tokenizer = answer.model.tokenizer
     return [
-        Choice(tokenizer, Parts(tokenizer), len(echoes[index]) if echoes else 0)
-        for index in range(len(answer.requests))
+        Choice(tokenizer, Parts(tokenizer), ids, len(text)) for text, ids in echoes or [("", [])] * len(answer.requests)
     ]
 
 

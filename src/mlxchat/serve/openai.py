@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from mlxchat.engine.scheduler import Request as Asked
-from mlxchat.serve.choices import Choice, choices_of, usage_of
+from mlxchat.serve.choices import Choice, Echo, choices_of, usage_of
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.listening import EventStream, measured, while_connected
 from mlxchat.serve.models import Model
@@ -56,16 +56,15 @@ def openai_routes(service: Service) -> APIRouter:
 
     @routes.post("/completions", response_model=None)
     async def complete(body: TextRequest, request: Request) -> Response | Json:
-        model, texts, asked = await run_in_threadpool(_prepare_text, service, body)
+        model, echoes, asked = await run_in_threadpool(_prepare_text, service, body)
         answer = service.worker.ask(model, asked)
         head = _head("cmpl", "text_completion", service, model)
-        echoes = [text if body.echo else "" for text in texts for _ in range(body.n)]
         if body.stream:
             return EventStream(answer, _text_chunks(service, answer, head, body, echoes))
         choices = await while_connected(request, answer, _collect(service, answer, echoes))
         told = [
             {
-                "index": index, "text": echoes[index] + choice.all_text, "logprobs": choice.text_logprobs(),
+                "index": index, "text": echoes[index][0] + choice.all_text, "logprobs": choice.text_logprobs(),
                 "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(choices)
@@ -89,23 +88,21 @@ def _prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPromp
     return model, prompt, asked
 
 
-def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[str], list[Asked]]:
-    """Return what a text completion asks for, with the text of each prompt; it runs outside the event loop, too."""
+def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Echo], list[Asked]]:
+    """Return what a text completion asks for, with what each choice echoes; it runs outside the event loop, too."""
     model = service.models.find(body.model)
     if body.best_of not in (None, body.n):
         raise Fault("best_of is not supported", param="best_of", code="unsupported_parameter")
-    if body.echo and body.logprobs is not None:
-        raise Fault("echo with logprobs is not supported", param="echo", code="unsupported_parameter")
     prompts = _text_prompts(service, model, body)
     most = body.max_tokens if body.max_tokens is not None else min(128, service.limits.max_tokens)
     asked = requests_for(
         model, body, [ids for ids, _ in prompts], service.limits, service.defaults,
-        max_tokens=most, logprobs=body.logprobs,
+        max_tokens=most, logprobs=body.logprobs, prompt_logprobs=body.echo and body.logprobs is not None,
     )  # fmt: skip
-    return model, [text for _, text in prompts], asked
+    return model, [echo if body.echo else ("", []) for _, echo in prompts for _ in range(body.n)], asked
 
 
-async def _collect(service: Service, answer: Answer, echoes: Sequence[str] = ()) -> list[Choice]:
+async def _collect(service: Service, answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
     choices = choices_of(answer, echoes)
     async for index, event in measured(answer, service.metrics):
         for _ in choices[index].add(event):
@@ -144,7 +141,7 @@ async def _chat_chunks(
 
 
 async def _text_chunks(
-    service: Service, answer: Answer, head: Json, body: TextRequest, echoes: list[str]
+    service: Service, answer: Answer, head: Json, body: TextRequest, echoes: list[Echo]
 ) -> AsyncIterator[Json | str]:
     choices = choices_of(answer, echoes)
     usage = _usage_field(body)
@@ -153,13 +150,17 @@ async def _text_chunks(
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**head, "choices": [choice], **usage}
 
-    for index, echo in enumerate(echoes):
-        if echo:
-            yield chunk(index, echo)
+    waiting = [text for text, _ in echoes]
+    if body.logprobs is None:  # else the prompt comes with its log-probabilities, together with the first token
+        for index, text in enumerate(waiting):
+            if text:
+                yield chunk(index, text)
+        waiting = [""] * len(echoes)
     async for index, event in measured(answer, service.metrics):
         choice = choices[index]
         logprobs = choice.text_logprobs(event)
-        text = "".join(text for _, text in choice.add(event))
+        text = waiting[index] + "".join(text for _, text in choice.add(event))
+        waiting[index] = ""
         if text or logprobs or choice.finish_reason:
             yield chunk(index, text, choice.finish_reason, logprobs)
     if usage:
@@ -167,25 +168,26 @@ async def _text_chunks(
     yield "[DONE]"
 
 
-def _text_prompts(service: Service, model: Model, body: TextRequest) -> list[tuple[list[int], str]]:
-    """Return (ids, text) of every prompt; text begins a document, ids are taken as they are."""
+def _text_prompts(service: Service, model: Model, body: TextRequest) -> list[tuple[list[int], Echo]]:
+    """Return (ids, echo) of every prompt; text begins a document, ids are taken as they are."""
     tokenizer, limits = model.tokenizer, service.limits
     given: list[Any] = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
     if given and all(isinstance(each, int) for each in given):
         given = [given]
     if not given:
         raise Fault("prompt is an empty list", param="prompt")
-    found = []
+    found: list[tuple[list[int], Echo]] = []
     for prompt in given:
         if len(prompt) > limits.max_conversation_chars:
             raise Fault(f"a prompt has {len(prompt)} characters, at most {limits.max_conversation_chars} may be",
                         param="prompt")  # fmt: skip
         if isinstance(prompt, str):
-            found.append(([tokenizer.bos, *tokenizer.encode(prompt)], prompt))
+            ids = tokenizer.encode(prompt)
+            found.append(([tokenizer.bos, *ids], (prompt, ids)))
             continue
         if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
             raise Fault(f"a prompt of ids needs at least one, from 0 to {tokenizer.vocab_size - 1}", param="prompt")
-        found.append((prompt, tokenizer.decode(prompt)))
+        found.append((prompt, (tokenizer.decode(prompt), prompt)))
     return found
 
 

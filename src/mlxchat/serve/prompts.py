@@ -82,7 +82,7 @@ def chat_prompt(
 
 def requests_for(
     model: Model, body: Generation, prompts: Sequence[list[int]], limits: Limits, defaults: Defaults, *,
-    max_tokens: int | None, logprobs: int | None = None, tools: bool = True,
+    max_tokens: int | None, logprobs: int | None = None, prompt_logprobs: bool = False, tools: bool = True,
 ) -> list[Request]:  # fmt: skip
     """Return what the engine is asked: `n` choices for each prompt, each with a seed of its own.
 
@@ -124,6 +124,7 @@ def requests_for(
             found.append(
                 Request(
                     prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, tools=tools, logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
                     reuse="exact" if repeatable else "close",
                 )
             )  # fmt: skip
