@@ -25,6 +25,7 @@ METRICS = {
     "train_files": "neither if corpus.hub",
     "train_bytes": "neither if corpus.hub",
 }
+SEEDED = "data"
 LABEL = "corpus.name"
 
 
@@ -47,7 +48,7 @@ def run(ctx: Context) -> None:
         ctx.externals += sources
         return
     documents, sources = gather_documents(
-        config.packages, config.paths, document_chars=config.document_chars, seed=ctx.seed("order")
+        config.packages, config.paths, document_chars=config.document_chars, seed=ctx.data_seed("order")
     )
     ctx.externals += sources
     write_shards(

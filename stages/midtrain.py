@@ -32,6 +32,7 @@ METRICS = {
     "data_wait_frac": "minimize",
 }
 RESOURCES = ["gpu"]
+SEEDED = "both"
 
 
 def run(ctx: Context) -> None:

@@ -25,6 +25,7 @@ METRICS = {
     "training_peak_bytes": "minimize if tokenizer.source=train",
 }
 LABEL = "tokenizer.vocab_size"
+SEEDED = "data"
 
 
 def run(ctx: Context) -> None:

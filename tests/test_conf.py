@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
 
+from mlxchat import compose
 from mlxchat.commands.needs import find_downloads
-from mlxchat.compose import Composed, compose_config, group_names, group_options, implied_experiment
+from mlxchat.compose import Composed, compose_config, group_names, group_options
 from mlxchat.config import Config
+from mlxchat.errors import ConfigError
 from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
-from mlxchat.runner.plan import make_plan
+from mlxchat.overrides import implied_experiment
+from mlxchat.runner.context import Context
+from mlxchat.runner.plan import flatten_config, make_plan
 from mlxchat.runner.stage import read_stage, stage_names
 from mlxchat.runner.store import Store
 from mlxchat.training.horizon import count_iterations, derive_hyperparameters, derive_numbers
@@ -253,6 +259,85 @@ def test_a_model_on_the_bundled_corpus_needs_nothing_from_elsewhere() -> None:
 )
 def test_a_model_implies_an_experiment_where_none_is_chosen(overrides: list[str], implied: list[str]) -> None:
     assert implied_experiment(overrides) == implied
+
+
+# Where the options of a group put their values. Sizes, rates and dropout of the model are the recipe's own.
+SECTIONS_OF_OPTIONS = (
+    "corpus", "suite", "midtrain.suite", "sft.suite", "midtrain.mixture", "midtrain.validation", "sft.mixture",
+    "sft.validation", "eval.core", "pretrain.core", "pipeline", "machine", "tracker", "sweep", "targets", "adapter",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", group_options("experiment"))
+def test_an_experiment_sets_no_part_of_another_groups_option(name: str) -> None:
+    """experiment=smoke set corpus.packages, which then was trained on beside corpus=files' own text."""
+    file = ROOT / "conf" / "experiment" / f"{name}.yaml"
+    keys = flatten_config({key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"})
+    assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in SECTIONS_OF_OPTIONS))] == []
+    of_losses = {key for recipe in (ROOT / "conf" / "rl").glob("*.yaml") for key in yaml.safe_load(recipe.read_text())}
+    assert [key for key in keys if key.startswith("rl.") and key.split(".")[1] in of_losses] == []
+
+
+@pytest.mark.parametrize("name", group_options("experiment"))
+def test_every_corpus_has_its_own_values_in_every_experiment(name: str) -> None:
+    """experiment=smoke corpus=tinystories was refused: smoke's packages cannot be mixed with files of the Hub."""
+    for option in group_options("corpus"):
+        given = {"files": ["corpus.paths=[a.txt]"], "hub": ["corpus.hub.repository=somebody/something"]}.get(option, [])
+        alone = OmegaConf.to_container(corpus_alone(option), resolve=True)
+        found = compose._compose([f"experiment={name}", f"corpus={option}", *given]).corpus
+        expected = {"packages": [], "paths": [], **alone} | ({"paths": ["a.txt"]} if option == "files" else {})
+        if option == "hub":
+            expected["hub"]["repository"] = "somebody/something"
+        assert OmegaConf.to_container(found) == expected, option
+
+
+def corpus_alone(option: str) -> DictConfig:
+    """Return the values in an option's file, and in the option that it extends."""
+    file = OmegaConf.load(ROOT / "conf" / "corpus" / f"{option}.yaml")
+    assert isinstance(file, DictConfig)
+    for base in reversed([base for base in file.pop("defaults", []) if base != "_self_"]):
+        file = OmegaConf.merge(corpus_alone(base), file)
+    return file
+
+
+def test_text_of_ones_own_is_the_only_text_of_a_smoke_run(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("Some text.")
+    corpus = compose_config(["experiment=smoke", "corpus=files", f"corpus.paths=[{text}]"]).config.corpus
+    assert (corpus.packages, corpus.paths, corpus.hub) == ([], [str(text)], None)
+    with pytest.raises(ConfigError, match=r"give corpus\.packages, corpus\.paths"):
+        compose_config(["experiment=smoke", "corpus=files"])
+
+
+def test_runs_of_two_seeds_validate_on_the_same_conversations_and_ask_the_same_questions() -> None:
+    first, second = (composed(f"seed={seed}").config for seed in (1, 2))
+    assert first == replace(second, seed=1)
+
+    def context(config: Config) -> Context:
+        return Context(
+            step="sft", config=None, inputs={}, input_steps={}, out=Path(), work=Path(), stage="sft",  # type: ignore[arg-type]
+            root_seed=config.seed, root_data_seed=config.data_seed, stop_signal=lambda: None,
+            on_metrics=lambda step, record: None,
+        )  # fmt: skip
+
+    one, two = context(first), context(second)
+    assert one.data_seed("validation") == two.data_seed("validation") == context(composed().config).seed("validation")
+    assert one.seed("order") != two.seed("order")
+
+
+def test_ids_tell_runs_apart_whose_data_have_another_seed() -> None:
+    def ids(seed: int, data_seed: int | None) -> dict[str, str]:
+        config = composed().config
+        store = Store(Path("/none"))
+        plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=seed, data_seed=data_seed, force=[])
+        return {step.name: step.rid for step in plan}
+
+    assert ids(42, 42) == ids(42, None), "ids of a time with one seed"
+    of_data = {"corpus", "tokenizer"}
+    assert {step for step, rid in ids(1, 42).items() if rid == ids(2, 42)[step]} == of_data
+    assert {step for step, rid in ids(1, 42).items() if rid == ids(1, 43)[step]} == set()
+    midtrain = read_stage("midtrain")
+    assert midtrain.seeds(1, 42) != midtrain.seeds(1, 1), "its validation is of other conversations"
 
 
 def leaf_names(schema: type) -> Iterator[tuple[str, str]]:

@@ -119,10 +119,10 @@ def test_a_misspelt_verb_is_refused_with_the_right_one(verb: str, refuse: Refuse
         ("sft.num_epochs=true", r"sft\.num_epochs.*[Tt]rue.*[Ii]nteger"),
         ("sft.num_epochs=null", r"sft\.num_epochs"),
         ("seed=abc", r"seed.*abc.*[Ii]nteger"),
-        ("pretrain.prompts=hello", r"pretrain\.prompts.*"),
+        ("pretrain.prompts={a: 1}", r"pretrain\.prompts.*"),
         ("sft.mixture.facts=3", r"sft\.mixture\.facts"),
         ("model=3", r'model has no option "3"'),
-        ("targets=sft", r"targets"),
+        ("targets={a: 1}", r"targets"),
         ("name=null", r"name"),
     ],
 )
@@ -217,6 +217,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_typ
         (["sft.mixture.facts.task=jsonl", "sft.mixture.facts.path=/no/such.jsonl"], r"no file /no/such\.jsonl"),
         (["sft.mixture={}", "~sft.mixture"], r"sft\.mixture"),
         (["~pipeline.midtrain"], r'pipeline\.sft\.checkpoint is "midtrain", which is no step'),
+        (["~pipeline.sft"], r"Leave rl out with '~pipeline\.rl', or rewire it: pipeline\.rl\.checkpoint=midtrain"),
+        (["timeout.pretrian=60"], r'timeout\.pretrian: no step of the pipeline\. Did you mean "pretrain"'),
         (["pipeline.sft.checkpoint=rl"], r"pipeline has a cycle: "),
         (["pipeline.sft.checkpoint=corpus"], r"is corpus, a corpus; expected a checkpoint"),
         (["model=d4,d6"], r"-m"),
@@ -231,6 +233,38 @@ def test_an_impossible_value_is_refused_with_what_was_expected(
     overrides: list[str], expected: str, refuse: Refuse
 ) -> None:
     assert re.search(expected, refuse(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("+experiment=smoke", "experiment=smoke"),
+        ("force=sft", "force=[sft]"),
+        ("targets=sft", "targets=[sft]"),
+        ("pretrain.prompts='Once, upon'", "pretrain.prompts=['Once, upon']"),
+        ("timeout.pretrain=3600", "+timeout.pretrain=3600"),
+        ("suite.arithmetic.options.seed=1", "+suite.arithmetic.options.seed=1"),
+        ("rl.rewards={right: {kind: exact}}", "+rl.rewards={right: {kind: exact}}"),
+        ("rl.rewards.right={kind: exact}", "+rl.rewards={right: {kind: exact}}"),
+    ],
+)
+def test_an_override_that_leaves_out_brackets_or_a_plus_is_understood(typed: str, meant: str) -> None:
+    """README's timeout.pretrain=3600 was refused without a plus, +experiment=smoke and force=sft by Hydra."""
+    assert compose.compose_config([typed]).config == compose.compose_config([meant]).config
+
+
+@pytest.mark.parametrize(("word", "setting"), [("pretrain", "stage=pretrain"), ("smoke", "experiment=smoke")])
+def test_a_stage_or_experiment_in_place_of_a_verb_is_told_as_a_setting(word: str, setting: str, refuse: Refuse) -> None:
+    assert f"mlxchat {setting} seed=1\n" in refuse("seed=1", verb=word)
+
+
+def test_a_verb_may_follow_a_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`mlxchat --config-dir X plan` was refused: "plan" was read as a setting."""
+    for option in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*option, "plan", "stage=corpus", f"outputs={tmp_path}/outputs"])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out.startswith("corpus ")
 
 
 def test_mistakes_in_several_names_are_all_reported_at_once(refuse: Refuse) -> None:

@@ -50,6 +50,7 @@ LAYERS = [
     {
         "validation",
         "misspelling",
+        "overrides",
         "composed_cache",
         "compose",
         "trackers",

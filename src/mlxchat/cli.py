@@ -35,6 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0)
 
 
+def _verb_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with a verb that follows `--config-dir DIR` moved before it."""
+    place = 0
+    while place < len(arguments) and arguments[place].partition("=")[0] in ("--config-dir", "-cd"):
+        place += 1 if "=" in arguments[place] else 2
+    if 0 < place < len(arguments) and arguments[place] in VERBS:
+        return [arguments[place], *arguments[:place], *arguments[place + 1 :]]
+    return arguments
+
+
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("--version", "-V"):
         print(f"mlxchat {__version__}")
@@ -49,6 +59,7 @@ def _dispatch(arguments: list[str]) -> int:
         code = enter(arguments)
         if code is not None:
             return code
+    arguments = _verb_first(arguments)
     if not arguments or arguments[0] not in VERBS:
         if arguments and arguments[0] in ("--help", "-h", "help"):
             from mlxchat.commands.help import describe_usage
@@ -56,6 +67,13 @@ def _dispatch(arguments: list[str]) -> int:
             print(describe_usage())
             return 0
         if arguments and arguments[0].isidentifier():
+            from mlxchat.compose import group_options
+
+            for group in ("stage", "experiment"):
+                if arguments[0] in group_options(group):
+                    raise ConfigError(
+                        f'there is no verb "{arguments[0]}". For the {group}: mlxchat {group}={" ".join(arguments)}'
+                    )
             raise ConfigError(
                 f'there is no verb "{arguments[0]}": {", ".join(VERBS)}.{suggest(arguments[0], VERBS)} '
                 "Settings are written key=value."

@@ -14,6 +14,7 @@ from mlxchat.config import Config
 from mlxchat.data.vocabulary import vocab_size_of
 from mlxchat.errors import ConfigError
 from mlxchat.model_config import MODELS
+from mlxchat.overrides import as_hydra
 from mlxchat.validation import find_problems
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
@@ -64,19 +65,6 @@ def register_schema() -> None:
     store.store(name="schema", node=Config)
     for name in MODELS:
         store.store(group="model", name=name, node={"defaults": ["_depth", "_self_"], "depth": int(name[1:])})
-
-
-def implied_experiment(overrides: list[str]) -> list[str]:
-    """Return the override `experiment=…` that overrides imply: nanochat's recipe for a model, else nothing.
-
-    Plain `mlxchat` is the quickstart, whose sizes suit its own depth alone. Choosing a model without choosing an
-    experiment therefore means nanochat's recipe; with `corpus=bundled`, the variant that downloads nothing. Whatever
-    composes for a command line applies this rule.
-    """
-    chosen = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
-    if "model" not in chosen or "experiment" in chosen:
-        return []
-    return ["experiment=nanochat_bundled" if chosen.get("corpus") == "bundled" else "experiment=nanochat"]
 
 
 def compose_config(overrides: list[str], config_dirs: list[str] | None = None) -> Composed:
@@ -183,14 +171,8 @@ def _refusals() -> tuple[type[Exception], ...]:
 def _compose(overrides: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_module
 
-    overrides = [*implied_experiment(overrides), *map(_as_merge, overrides)]
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        return compose("config", overrides, return_hydra_config=True)
-
-
-def _as_merge(override: str) -> str:
-    """Return `+sft.mixture.mine={…}` as `+sft.mixture={mine: {…}}`: OmegaConf merges a new task, but sets none."""
-    return re.sub(r"^(\+{1,2}[\w.]+\.(?:mixture|validation|suite))\.(\w+)=(\{.*\})$", r"\1={\2: \3}", override)
+        return compose("config", as_hydra(overrides), return_hydra_config=True)
 
 
 def _diagnose(overrides: list[str], search: list[str], error: Exception) -> str:

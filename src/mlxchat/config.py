@@ -242,7 +242,10 @@ class Config:
     name: str = MISSING
     """Name of the run."""
     seed: int = MISSING
-    """All randomness derives from it."""
+    """Of training: initial weights, the order of conversations, dropout, sampled answers."""
+    data_seed: int = MISSING
+    """Of the data: which text is held out, with it the tokenizer, and the conversations of validation losses. Runs that
+    differ in `seed` alone share all of it."""
     outputs: str = MISSING
     """Folder of the store."""
     targets: list[str] | None = MISSING

@@ -87,9 +87,10 @@ def run_pipeline(
         history=lambda step: Records(store.work(rids[step]) / "ckpt" / "records" / "metrics.jsonl").read(),
     )  # fmt: skip
     run = Run(
-        folder=folder, config=config, seed=config.seed, force=config.force, overrides=composed.overrides,
-        environment=Environment(_describe_device), say=_say, on_metrics=tracker.log, policy=_policy(config, need),
-        hooks=_hooks(config.hooks), uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
+        folder=folder, config=config, seed=config.seed, data_seed=config.data_seed, force=config.force,
+        overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=tracker.log,
+        policy=_policy(config, need), hooks=_hooks(config.hooks),
+        uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
     )  # fmt: skip
     is_done = False
     try:
@@ -115,8 +116,9 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
         MlxchatError: it cannot be planned, or a training cannot be extended as it asks.
     """
     plan = make_plan(
-        config, config.pipeline, store, targets=config.targets, seed=config.seed, force=config.force, code=config.code
-    )
+        config, config.pipeline, store, targets=config.targets, seed=config.seed, data_seed=config.data_seed,
+        force=config.force, code=config.code,
+    )  # fmt: skip
     check_extensions(config, plan)
     check_given(config, plan)
     check_teachers(config, plan)

@@ -156,6 +156,30 @@ def test_a_changed_setting_is_shown_old_and_new_and_its_followers_name_their_inp
     }
 
 
+@dataclass
+class LaterPart:
+    """Part of a section."""
+
+    weight: float = field(default=0.5, metadata={"since_default": 0.5})
+
+
+@dataclass
+class LaterSection:
+    """A section that got two fields after artifacts were made."""
+
+    number: int = 1
+    shape: str = field(default="round", metadata={"since_default": "round"})
+    part: LaterPart = field(default_factory=LaterPart)
+
+
+def test_a_field_that_left_its_default_is_shown_with_the_default(toys: Any) -> None:
+    """`config changed: rl.advantages absent → z_score` hid that the artifact was made with `mean`."""
+    toys.config.toy = LaterSection()
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy = LaterSection(shape="square", part=LaterPart(weight=1.5))
+    assert reasons(toys)["one"][1] == "config changed: toy.part.weight 0.5 → 1.5, toy.shape round → square"
+
+
 def test_a_setting_of_a_later_stage_leaves_the_earlier_done(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.other.number = 5

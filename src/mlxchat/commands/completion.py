@@ -175,7 +175,11 @@ def _keys(conf: Path, current: str) -> list[str]:
     """Return the dotted keys below what was typed, as the files of conf/settings spell them."""
     section = current.partition(".")[0]
     if "." not in current:
-        return ["seed", "force", "name", *(f"{name[:-5]}." for name in _names(conf / "settings"))] if current else []
+        return (
+            ["seed", "data_seed", "force", "name", *(f"{name[:-5]}." for name in _names(conf / "settings"))]
+            if current
+            else []
+        )
     try:
         lines = (conf / "settings" / f"{section}.yaml").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -73,7 +73,8 @@ def main(arguments: list[str]) -> int:
 
     # As the stages draw their orders.
     purpose = "validation" if options.validation else "mixture"
-    seed = stage_seed(config.seed, stage, purpose) if options.seed is None else options.seed
+    root = config.data_seed if options.validation else config.seed
+    seed = stage_seed(root, stage, purpose) if options.seed is None else options.seed
     tokenizer, which = _find_tokenizer(Store(Path(config.outputs)), config, options.tokenizer)
     mixture = Mixture(items, seed=seed)
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)

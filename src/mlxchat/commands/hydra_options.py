@@ -10,8 +10,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mlxchat.compose import compose_config, implied_experiment, register_schema
+from mlxchat.compose import compose_config, register_schema
 from mlxchat.errors import ConfigError
+from mlxchat.overrides import as_hydra
 
 _WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
 
@@ -25,10 +26,10 @@ def run_with_hydra(arguments: list[str]) -> int:
     if not any("--config-dir" in argument or "-cd" in argument for argument in arguments):
         compose_config(_settings(arguments))  # its mistakes, as a run names them; a user's folders are Hydra's to check
     register_schema()
-    settings = _settings(arguments)
-    if settings:  # beside another override: argparse takes overrides in one piece only
-        place = arguments.index(settings[-1]) + 1
-        arguments = [*arguments[:place], *implied_experiment(settings), *arguments[place:]]
+    if settings := _settings(arguments):  # in one place: argparse takes overrides in one piece only
+        place = arguments.index(settings[0])
+        rest = [argument for argument in arguments if argument not in settings]
+        arguments = [*rest[:place], *as_hydra(settings), *rest[place:]]
     # Otherwise Hydra prints its own errors and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 

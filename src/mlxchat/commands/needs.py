@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.compose import Composed, implied_experiment
+from mlxchat.compose import Composed
 from mlxchat.config import Config, TaskItem
+from mlxchat.overrides import implied_experiment
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes, format_seconds
 

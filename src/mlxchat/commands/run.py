@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mlxchat.compose import compose_config, implied_experiment, split_config_dirs
+from mlxchat.compose import compose_config, split_config_dirs
+from mlxchat.overrides import implied_experiment
 from mlxchat.pipeline_run import run_pipeline
 
 _SWEEP_FLAGS = {"-m", "--multirun"}

@@ -61,6 +61,8 @@ class Context:
     """Returns the signal that asked the run to stop, if one did."""
     on_metrics: Callable[[str, Record], None]
     """Called with the step's name and each record, for trackers."""
+    root_data_seed: int | None = None
+    """The data's seed; None: the run's."""
     shared: SharedArtifacts | None = None
     """Artifacts that stages make on demand and share; None where there is no store."""
     externals: list[dict[str, Any]] = field(default_factory=list)
@@ -80,6 +82,11 @@ class Context:
     def seed(self, purpose: str) -> int:
         """Return a seed for one purpose of this stage, in [0, 2^32): equal settings draw equal numbers."""
         return stage_seed(self.root_seed, self.stage, purpose)
+
+    def data_seed(self, purpose: str) -> int:
+        """Return a seed of the data for one purpose: equal in runs that differ in their own seed alone."""
+        root = self.root_seed if self.root_data_seed is None else self.root_data_seed
+        return stage_seed(root, self.stage, purpose)
 
     def records(self, name: str) -> Records:
         """Return a .jsonl file that travels with the resumable work and ends in the artifact."""

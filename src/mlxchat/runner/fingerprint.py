@@ -30,6 +30,20 @@ def identity_of(config: Any) -> Any:
     return _plain(config, identity_only=True)
 
 
+def left_out_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted key → plain default of every field that an identity leaves out while it has its default."""
+    found: dict[str, Any] = {}
+    if isinstance(config, Mapping):
+        for key, item in config.items():
+            found |= left_out_of(item, f"{prefix}{key}.")
+    elif dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            if "since_default" in field.metadata:
+                found[f"{prefix}{field.name}"] = _plain(field.metadata["since_default"], identity_only=True)
+            found |= left_out_of(getattr(config, field.name), f"{prefix}{field.name}.")
+    return found
+
+
 def plain_of(config: Any) -> Any:
     """Return a typed configuration as plain data, everything included."""
     return _plain(config, identity_only=False)

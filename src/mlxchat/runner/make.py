@@ -139,8 +139,8 @@ def _prepare(
         step=step.name, stage=step.stage.name, inputs=folders, out=out,
         input_steps={role: made["step"] for role, made in lineage.items()},
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
-        work=work / "ckpt", root_seed=run.seed, hints=run.policy.hints, stop_signal=lambda: run.stop_signal,
-        on_metrics=run.on_metrics,
+        work=work / "ckpt", root_seed=run.seed, root_data_seed=run.data_seed,
+        hints=run.policy.hints, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
         team=run.ranks.start(run, step.name) if run.ranks is not None and "gpu" in step.stage.resources else None,
         shared=SharedArtifacts(
             outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
@@ -275,7 +275,8 @@ def _describe(
         **{key: metrics.pop(key, None) for key in MEASURED},
         "metrics": metrics,
         "derived": ctx.derived,
-        "seed": run.seed,
+        "seed": ctx.root_seed,
+        "data_seed": ctx.root_seed if ctx.root_data_seed is None else ctx.root_data_seed,
         "attempts": attempts,
         "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
         "peak_memory_bytes": peak_memory_bytes(),

@@ -51,6 +51,7 @@ class Order:
     folder: Path
     config: Any
     seed: int
+    data_seed: int | None
     overrides: list[str]
     policy: Policy
     hooks: tuple[Any, Any, Any]
@@ -147,7 +148,8 @@ def _start(step: PlannedStep, outcome: Outcome) -> _Child:
     hooks = (run.hooks.on_start, run.hooks.on_success, run.hooks.on_failure)
     order = Order(
         step=step.name, planned=_needed(step, outcome.planned), outputs=outcome.store.outputs, folder=run.folder,
-        config=run.config, seed=run.seed, overrides=run.overrides, policy=replace(run.policy, max_parallel_steps=1),
+        config=run.config, seed=run.seed, data_seed=run.data_seed, overrides=run.overrides,
+        policy=replace(run.policy, max_parallel_steps=1),
         hooks=hooks, uses_gpu=run.uses_gpu, environment=run.environment,
     )  # fmt: skip
     process = context.Process(target=_work, args=(order, theirs, printing), name=step.name)
@@ -257,8 +259,8 @@ def _work(order: Order, messages: Connection, printing: Connection) -> None:
     on_start, on_success, on_failure = order.hooks
     say = partial(print, flush=True)
     run = Run(
-        folder=order.folder, config=order.config, seed=order.seed, force=[], overrides=order.overrides,
-        environment=order.environment, say=say, policy=order.policy, uses_gpu=order.uses_gpu,
+        folder=order.folder, config=order.config, seed=order.seed, data_seed=order.data_seed, force=[],
+        overrides=order.overrides, environment=order.environment, say=say, policy=order.policy, uses_gpu=order.uses_gpu,
         hooks=Hooks(on_start=on_start, on_success=on_success, on_failure=on_failure, warn=say),
         on_metrics=lambda step, record: messages.send(("metrics", step, record)),
     )  # fmt: skip

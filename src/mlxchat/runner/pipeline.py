@@ -95,13 +95,38 @@ def _check_wiring(pipeline: Pipeline) -> list[str]:
             elif source not in pipeline:
                 problems.append(
                     f'pipeline.{step}.{role} is "{source}", which is no step of this pipeline: '
-                    f"{', '.join(pipeline)}.{suggest(str(source), pipeline)}"
+                    f"{', '.join(pipeline)}.{_rewire(pipeline, step, role, str(source))}"
                 )
             elif pipeline[source].get("stage") in stage_names():
                 kind = read_stage(pipeline[source]["stage"]).produces
                 if kind != stage.roles[role]:
                     problems.append(f"pipeline.{step}.{role} is {source}, a {kind}; expected a {stage.roles[role]}")
     return problems
+
+
+def _rewire(pipeline: Pipeline, step: str, role: str, source: str) -> str:
+    """Return what to do about a role whose step is not there: leave this step out, or name a fitting one."""
+    kind, names = read_stage(pipeline[step]["stage"]).roles[role], stage_names()
+    fitting = [
+        name
+        for name, entry in pipeline.items()
+        if entry.get("stage") in names and read_stage(str(entry["stage"])).produces == kind
+        and step not in (name, *_sources(pipeline, name))
+    ]  # fmt: skip
+    rewired = f", or rewire it: pipeline.{step}.{role}={fitting[-1]}" if fitting else ""
+    return f"{suggest(source, fitting)} Leave {step} out with '~pipeline.{step}'{rewired}"
+
+
+def _sources(pipeline: Pipeline, name: str) -> set[str]:
+    """Return the steps that a step needs, directly or not; missing ones and cycles are passed over."""
+    found: set[str] = set()
+    queue = [name]
+    while queue:
+        for source in steps_of(pipeline.get(queue.pop(), {})).values():
+            if source not in found:
+                found.add(source)
+                queue.append(source)
+    return found
 
 
 def _is_sorted(pipeline: Pipeline, steps: list[str]) -> bool:

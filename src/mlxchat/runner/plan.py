@@ -64,6 +64,8 @@ class PlannedStep:
     """What changed code does: warn, strict (the step runs again) or ignore."""
     digests: CodeDigests | None = None
     """Where digests of source files come from."""
+    sections: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The sections of the configuration that the stage reads."""
     verdict: Verdict = field(default_factory=lambda: Verdict(state="run"))
 
     @property
@@ -103,6 +105,7 @@ def make_plan(
     *,
     targets: Iterable[str] | None,
     seed: int,
+    data_seed: int | None = None,
     force: Iterable[str],
     code: str = "warn",
 ) -> list[PlannedStep]:
@@ -113,7 +116,8 @@ def make_plan(
         pipeline: step → {stage, role: step}.
         store: where artifacts are looked up.
         targets: steps or stages; None: all.
-        seed: the run's seed, part of every identity.
+        seed: the run's seed, part of the identity of what draws from it.
+        data_seed: the data's; None: the same.
         force: steps to run although their artifact is there; "all" for every one.
         code: what changed code does to a step that is done: warn, strict (it runs again) or ignore.
 
@@ -140,7 +144,7 @@ def make_plan(
         if stage.config not in pins:
             pins[stage.config] = pin_externals(sections, hashes.of)
         identity = {section: identities[section] for section in sections}
-        identity |= {"seed": seed} if stage.seeded else {}
+        identity |= stage.seeds(seed, seed if data_seed is None else data_seed)
         externals = pins[stage.config]
         rids = {role: planned[step].rid for role, step in inputs.items()}
         rids |= {role: manifest["rid"] for role, manifest in given.items()}
@@ -154,7 +158,7 @@ def make_plan(
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=externals, rid=rid,
             artifact=artifact_name(stage.name, label, rid), label=label, forced=name in force or "all" in force,
-            code_policy=code, digests=digests,
+            code_policy=code, digests=digests, sections=sections,
         )  # fmt: skip
         step.verdict = judge(step, store, forced=step.forced, planned=planned)
         place = store.own_folder(rid) if step.done else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.runner.aliases import recent_artifacts
+from mlxchat.runner.fingerprint import left_out_of
 from mlxchat.runner.store import Manifest, Store
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def find_difference(step: PlannedStep, store: Store, rids: Mapping[str, str]) ->
     return Difference(
         nearest=nearest["name"],
         version=None if nearest["version"] == step.stage.version else (nearest["version"], step.stage.version),
-        config=_changes(before, now),
+        config=_changes(before, now, lambda: flatten_config(left_out_of(step.sections))),
         inputs={
             role: step.inputs.get(role, role)
             for role, rid in rids.items()
@@ -112,12 +113,18 @@ def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> M
     return best[2] if best else None
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {
-        key: (before.get(key, _ABSENT), now.get(key, _ABSENT))
+def _changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Callable[[], Mapping[str, Any]] = dict
+) -> dict[str, tuple[Any, Any]]:
+    """Return key → (old, new) of what differs; what an identity leaves out has its default."""
+    changed = [
+        key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
-    }
+        if key not in before or key not in now or before[key] != now[key]
+    ]
+    known = defaults() if any(key not in before or key not in now for key in changed) else {}
+    absent = {key: known.get(key, _ABSENT) for key in changed}
+    return {key: (before.get(key, absent[key]), now.get(key, absent[key])) for key in changed}
 
 
 def _show(value: Any) -> str:

@@ -71,6 +71,8 @@ class Run:
     config: Any
     """The typed configuration."""
     seed: int
+    data_seed: int | None = None
+    """None: the same as the run's."""
     force: list[str]
     overrides: list[str]
     environment: Environment

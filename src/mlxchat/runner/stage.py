@@ -41,13 +41,22 @@ class Stage:
     """Dotted path of the config value that goes into the artifact's name; None: the label of the first input."""
     metrics: dict[str, str] = field(default_factory=dict)
     """Name of a number that it records → minimize, maximize or neither, and under which conditions it is recorded."""
-    seeded: bool = True
-    """Whether it draws random numbers; False: the run's seed is no part of the artifact's identity."""
+    seeded: bool | str = True
+    """Which seeds it draws from, and therefore its identity: True (the run's), False (none), "data" (the data's alone),
+    "both" (the run's, and the data's for what it validates on)."""
 
     @property
     def roles(self) -> dict[str, str]:
         """All roles, filled or not."""
         return self.inputs | self.optional_inputs
+
+    def seeds(self, seed: int, data_seed: int) -> dict[str, int]:
+        """Return the seeds that are part of an artifact's identity."""
+        if self.seeded == "data":
+            return {"seed": data_seed}
+        # Once there was one seed for all: ids of that time stay valid where both are equal.
+        of_data = {"data_seed": data_seed} if self.seeded == "both" and data_seed != seed else {}
+        return {"seed": seed, **of_data} if self.seeded else {}
 
     def missing_outputs(self, out: Path) -> list[str]:
         """Return what a folder lacks of the promised files, or has too many of where one of several was promised."""
@@ -104,7 +113,7 @@ def read_stage(name: str) -> Stage:
         resources=tuple(values.get("RESOURCES", ())),
         label=values.get("LABEL"),
         metrics=dict(values.get("METRICS", {})),
-        seeded=bool(values.get("SEEDED", True)),
+        seeded=values.get("SEEDED", True),
     )
 
 

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.compose import implied_experiment, split_config_dirs
+from mlxchat.compose import split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
+from mlxchat.overrides import as_hydra, implied_experiment
 from mlxchat.runner import locks
 from mlxchat.runner.plan import entries_of
 from mlxchat.runner.progress import format_number
@@ -173,7 +174,7 @@ def _run_elsewhere(
     print(f"\n── {len(pending)} jobs by {launcher}; their lines begin with their number", flush=True)
     try:
         with environment(before), stopped_by_signals(folder), told_as_they_end(folder, set(folder.rows()), told):
-            overrides = [[*implied_experiment(job.overrides), *job.overrides] for job in pending]
+            overrides = [as_hydra(job.overrides) for job in pending]
             launch(overrides, hydras, config_dirs, folder, run_elsewhere)
     except MlxchatError:
         raise

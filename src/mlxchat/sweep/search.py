@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxchat.compose import Composed, compose_config, implied_experiment, split_config_dirs
+from mlxchat.compose import Composed, compose_config, split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
+from mlxchat.overrides import implied_experiment
 from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, flatten_config
 from mlxchat.runner.progress import format_number

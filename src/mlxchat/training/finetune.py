@@ -57,7 +57,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     mixture = Mixture(config.mixture, seed=ctx.seed("mixture"), load=partial(open_item, ctx))
 
     encoded = open_mixture(ctx, "mixture", mixture, tokenizer)
-    held_out_mixture = Mixture(config.validation, seed=ctx.seed("validation"), load=partial(open_item, ctx))
+    held_out_mixture = Mixture(config.validation, seed=ctx.data_seed("validation"), load=partial(open_item, ctx))
 
     def pack(conversations: Tokens) -> EpochRows:
         return pack_conversations(

@@ -1,0 +1,89 @@
+"""Overrides as people type them, turned into overrides that Hydra accepts with the meaning intended."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from mlxchat.config import Config
+
+# Groups of the defaults list, where `+` would add a second entry.
+_LISTED_GROUPS = (
+    "pipeline", "model", "architecture", "optimizer", "corpus", "adapter", "rl", "suite", "core", "machine", "tracker",
+    "sweep", "stage", "experiment",
+)  # fmt: skip
+# Several values, which -m makes jobs of; a comma in quotation marks is none of theirs.
+_SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
+
+
+def as_hydra(overrides: list[str]) -> list[str]:
+    """Return overrides for Hydra, the implied experiment included.
+
+    - `+experiment=smoke` becomes `experiment=smoke`.
+    - One value for a list (`force=sft`) becomes a list of one.
+    - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`) needs no `+`.
+    - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf merges a new task, but sets none.
+    """
+    return [*implied_experiment(overrides), *map(_as_hydra, overrides)]
+
+
+def implied_experiment(overrides: list[str]) -> list[str]:
+    """Return the override `experiment=…` that overrides imply: nanochat's recipe for a model, else nothing.
+
+    Plain `mlxchat` is the quickstart, whose sizes suit its own depth alone. Choosing a model without choosing an
+    experiment therefore means nanochat's recipe; with `corpus=bundled`, the variant that downloads nothing. Whatever
+    composes for a command line applies this rule.
+    """
+    chosen = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
+    if "model" not in chosen or "experiment" in chosen:
+        return []
+    is_bundled = chosen.get("corpus", "").startswith("bundled")
+    return ["experiment=nanochat_bundled" if is_bundled else "experiment=nanochat"]
+
+
+def _as_hydra(override: str) -> str:
+    key, sign, value = override.partition("=")
+    name = key.lstrip("+")
+    if not sign or name.startswith("~"):
+        return override
+    if name in _LISTED_GROUPS and not value.startswith("{"):
+        return f"{name}={value}"
+    if _is_list(name) and value and value not in ("null", "[]") and not re.match(r"[\[{$]", value):
+        return override if _SWEEPS.match(value) else f"{key}=[{value}]"
+    if key == name and _starts_empty(name.rpartition(".")[0]):
+        key = f"++{name}"
+    elif key == name and (name == "rl.rewards" or name.startswith("rl.rewards.")) and value.startswith("{"):
+        key = f"+{name}"
+    return re.sub(
+        r"^(\+{1,2}[\w.]+\.(?:mixture|validation|suite|rewards))\.(\w+)=(\{.*\})$", r"\1={\2: \3}", f"{key}={value}"
+    )
+
+
+def _is_list(key: str) -> bool:
+    """Tell whether the schema has a list at a dotted key, and nothing else than a list or null."""
+    schema = _type_of(key)
+    kinds = [kind for kind in (get_args(schema) or (schema,)) if kind is not type(None)]
+    return get_origin(schema) is list or (len(kinds) == 1 and get_origin(kinds[0]) is list)
+
+
+def _starts_empty(key: str) -> bool:
+    """Tell whether the schema has a mapping to plain values at a dotted key: timeout, sweep.space, a task's options."""
+    schema = _type_of(key)
+    if get_origin(schema) is not dict or key.startswith("pipeline"):
+        return False
+    return not any(is_dataclass(kind) or get_origin(kind) is dict for kind in get_args(schema)[1:])
+
+
+def _type_of(key: str) -> Any:
+    """Return the type that the schema declares at a dotted key; None: it has no such key."""
+    schema: Any = Config
+    for part in key.split("."):
+        kinds = [kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)]
+        if get_origin(schema) is dict:
+            schema = get_args(schema)[1]
+        elif kinds:
+            schema = get_type_hints(kinds[0]).get(part)
+        else:
+            return None
+    return schema
