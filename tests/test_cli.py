@@ -339,6 +339,18 @@ def test_what_goes_wrong_decides_the_exit_code(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_stop_by_a_signal_is_not_called_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(arguments: list[str]) -> int:
+        raise Interrupted("pretrain stopped: saved at iteration 82 of 1,500.", 2)
+
+    monkeypatch.setattr("mlxchat.commands.status.main", stop)
+    with pytest.raises(SystemExit):
+        main(["status"])
+    assert capsys.readouterr().err == "pretrain stopped: saved at iteration 82 of 1,500.\n"
+
+
 def test_a_message_of_several_lines_is_indented_under_its_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

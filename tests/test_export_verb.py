@@ -336,7 +336,7 @@ def test_a_folder_that_is_called_like_a_format_is_told_by_its_path(
     monkeypatch.chdir(tmp_path)
     code, said = export("oct", "--to", "./hf")
     assert (code, (tmp_path / "hf" / "store" / artifact(made, "oct").name / "manifest.json").exists()) == (0, True)
-    assert "exported 1 artifacts" in said
+    assert "exported 1 artifact" in said
 
 
 def test_what_is_there_stays_unless_it_may_be_replaced(export: Any, tmp_path: Path) -> None:

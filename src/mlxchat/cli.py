@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from mlxchat import __version__
-from mlxchat.errors import ConfigError, MlxchatError, suggest
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.verbs import VERBS
 
 
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from mlxchat.runner.secrets import redact
 
         lines = redact(str(error)).splitlines() or [type(error).__name__]
-        print("error: " + "\n       ".join(lines), file=sys.stderr)
+        # A signal is no error: what was stopped, and where it continues.
+        head = "" if isinstance(error, Interrupted) else "error: "
+        print(head + f"\n{' ' * len(head)}".join(lines), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

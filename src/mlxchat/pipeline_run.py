@@ -75,7 +75,8 @@ def run_pipeline(
             place = store.find(step.rid)
             if place is not None and store.refs().get(step.name) != place.resolve():
                 store.set_ref("latest", step.name, place)
-        print(f"nothing to do: all {len(plan)} steps are done. mlxchat report shows the results.")
+        which = "the step is" if len(plan) == 1 else f"all {len(plan)} steps are"
+        print(f"nothing to do: {which} done. mlxchat report shows the results.")
         return None
     try:
         folder = _start_run(composed, plan, store, name)

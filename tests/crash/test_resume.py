@@ -132,8 +132,8 @@ def test_a_stop_is_told_in_one_line_with_the_way_on(disturbed: Story) -> None:
     for printed, (step, _, number) in zip(disturbed.printed, ENDS, strict=False):
         if number == signal.SIGKILL:
             continue
-        assert f"{step} stopped at iteration " in printed
-        assert f" of {totals[step]}. The same command continues from there." in printed
+        assert f"{step} stopped: saved at iteration " in printed
+        assert f" of {totals[step]:,}. The same command continues from there." in printed
         assert "Traceback" not in printed
 
 
@@ -221,7 +221,7 @@ def test_a_sweep_that_is_stopped_starts_no_further_job(
     text, _ = process.communicate(timeout=100)
     assert process.returncode == 143, text
     assert "Traceback" not in text
-    assert "pretrain stopped at iteration " in text
+    assert "pretrain stopped: saved at iteration " in text
     plans = [json.loads(path.read_text()) for path in (outputs / "runs").glob("*/plan.json")]
     trained = [plan for plan in plans if any(step["step"] == "pretrain" for step in plan["steps"])]
     assert len(trained) == 1, "the run that makes what jobs share trains nothing"

@@ -328,7 +328,7 @@ def test_the_verbs_take_urls(made: Any, tmp_path: Path, mlxchat: Any) -> None:
     assert (taken.returncode, taken.stderr) == (0, "")
     assert "2 artifacts imported" in taken.stdout
     taken = mlxchat("import", f"{tmp_path}/to", "make", f"outputs={tmp_path}/third")
-    assert "1 artifacts imported" in taken.stdout, taken.stderr
+    assert "1 artifact imported" in taken.stdout, taken.stderr
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_signal_stops_jobs_elsewhere_where_they_can_continue(
     assert process.returncode == 128 + number, text
     assert "Traceback" not in text
     assert [row["status"] for row in type(swept)(outputs).rows()] == ["interrupted"] * 2
-    assert len(re.findall(r"pretrain stopped at iteration \d+", text)) >= 2
+    assert len(re.findall(r"pretrain stopped: saved at iteration \d+", text)) >= 2
     assert len(list((outputs / "work").glob("*/ckpt"))) == 2
 
 

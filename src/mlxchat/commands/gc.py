@@ -57,7 +57,8 @@ def _show(found: Collection, applied: bool, store: Store) -> None:
     if links:
         print(f"and {links} names or index entries that lead to nothing")
     size = format_bytes(sum(item.bytes for item in found.garbage))
-    kept = f"{len(found.kept)} artifacts stay ({format_bytes(found.kept_bytes)})"
+    stay = "1 artifact stays" if len(found.kept) == 1 else f"{len(found.kept)} artifacts stay"
+    kept = f"{stay} ({format_bytes(found.kept_bytes)})"
     if not found.garbage:
         print(f"nothing to remove: {kept}")
     elif applied:

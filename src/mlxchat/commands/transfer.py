@@ -7,7 +7,7 @@ from pathlib import Path
 from mlxchat.commands import import_model
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.errors import ConfigError
-from mlxchat.runner.progress import format_bytes
+from mlxchat.runner.progress import format_bytes, plural
 from mlxchat.runner.store import Store
 from mlxchat.runner.transfer import closure, export, import_all, is_url
 
@@ -42,7 +42,7 @@ def main_export(arguments: list[str]) -> int:
 def _tell(copied: int, folders: list[Path], to: Path | str) -> None:
     size = format_bytes(sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()))
     there = f", {len(folders) - copied} were there" if copied < len(folders) else ""
-    print(f"exported {copied} artifacts{there} ({size} in all) to {to}")
+    print(f"exported {plural(copied, 'artifact')}{there} ({size} in all) to {to}")
 
 
 def _export_elsewhere(url: str, folders: list[Path], *, public: bool) -> int:
@@ -102,5 +102,5 @@ def main_import(arguments: list[str]) -> int:
         new, known = import_all(store, Path(source))
     for place in new:
         print(f"imported {place.name}")
-    print(f"{len(new)} artifacts imported into {store.outputs}, {len(known)} were there")
+    print(f"{plural(len(new), 'artifact')} imported into {store.outputs}, {len(known)} already there")
     return 0

@@ -21,6 +21,7 @@ from mlxchat.errors import DataError
 from mlxchat.hub.cache import check_space, missing_bytes
 from mlxchat.hub.client import HubFile, fetch_files, list_files, record
 from mlxchat.hub.files import hub_cache
+from mlxchat.runner.progress import plural
 
 _NAMES_SHOWN = 10
 
@@ -54,7 +55,7 @@ def list_corpus(hub: HubConfig, validation_documents: int) -> HubCorpus:
     held_out = set(fnmatch.filter(names, hub.validation_files)) if hub.validation_files else set()
     train = [file for file in files if fnmatch.fnmatchcase(file.path, hub.train_files) and file.path not in held_out]
     if not train or (hub.validation_files and not held_out):
-        counts = f"{len(train)} files like {hub.train_files}"
+        counts = f"{plural(len(train), 'file')} like {hub.train_files}"
         if hub.validation_files:
             counts += f" and {len(held_out)} like {hub.validation_files}"
         raise DataError(

@@ -33,7 +33,7 @@ from mlxchat.hub.files import HUB, HubFile, endpoint, hub_cache, is_right, link,
 from mlxchat.hub.listings import list_files, tell_command
 from mlxchat.hub.progress import TransferProgress
 from mlxchat.runner.fingerprint import hash_file
-from mlxchat.runner.progress import format_bytes
+from mlxchat.runner.progress import format_bytes, plural
 
 __all__ = ["HubFile", "fetch_file", "fetch_files", "fetch_url", "list_files", "record"]
 
@@ -66,7 +66,7 @@ def fetch_files(
         left = missing_bytes((file.blob, file.bytes) for file in missing)
         check_space(hub_cache(), left, _name_of(missing))
         total = sum(file.bytes for file in missing)
-        title = f"{missing[0].repository}: {len(missing)} files"
+        title = f"{missing[0].repository}: {plural(len(missing), 'file')}"
         with TransferProgress(title, total, on_progress, start=total - left) as progress:
             _fetch_all(missing, workers, progress.add, check)
         for file in files:

@@ -23,10 +23,10 @@ from mlxchat.report.wording import (
     format_seconds,
     format_value,
     num_parameters,
-    plural,
     trained_tokens,
     visible,
 )
+from mlxchat.runner.progress import plural
 
 # More curves than colours cannot be told apart.
 MOST_CURVES = COLOURS

@@ -24,8 +24,8 @@ from mlxchat.report.wording import (
     format_fraction,
     format_seconds,
     join,
-    plural,
 )
+from mlxchat.runner.progress import plural
 
 
 @dataclass(frozen=True, kw_only=True)

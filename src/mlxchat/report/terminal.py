@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from mlxchat.report.collect import RunReport, collect
 from mlxchat.report.scorecard import metric_table
 from mlxchat.report.tables import Table
-from mlxchat.report.wording import format_time, headline, plural, troubles, visible
+from mlxchat.report.wording import format_time, headline, troubles, visible
 from mlxchat.report.writing import write_collected
+from mlxchat.runner.progress import plural
 
 if TYPE_CHECKING:
     from rich.console import Console

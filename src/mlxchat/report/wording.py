@@ -9,6 +9,7 @@ from dataclasses import replace
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
 from mlxchat.report.scores import Sample, Scores
 from mlxchat.report.sources import mapping, number, text
+from mlxchat.runner.progress import plural
 
 ABSENT = "—"
 STAGE_LABELS = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}
@@ -99,11 +100,6 @@ def format_fraction(value: float | None) -> str:
 def format_time(stamp: str) -> str:
     """Return "2026-11-21 10:15:02 +00:00" for an ISO time, and anything else as it is."""
     return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?(?=([+-]|Z?$))", r"\1 \2 ", stamp).strip()
-
-
-def plural(count: int, noun: str) -> str:
-    """Return "1 step", "2 steps"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def join(parts: Iterable[str], last: str = " and ") -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.errors import Interrupted
-from mlxchat.runner.progress import Progress
+from mlxchat.runner.progress import Progress, fill, format_number
 from mlxchat.runner.records import Record, Records
 from mlxchat.runner.seeds import stage_seed
 from mlxchat.runner.shared import SharedArtifacts
@@ -97,11 +97,16 @@ class Context:
         self.records("metrics").append(record)
         self.on_metrics(self.step, record)
 
-    def derive(self, numbers: dict[str, Any]) -> None:
-        """Record and show hyperparameters that follow from the configuration."""
+    def derive(self, numbers: dict[str, Any], *, shown: Collection[str] | None = None) -> None:
+        """Record hyperparameters that follow from the configuration, and print one line of them.
+
+        Args:
+            numbers: for the manifest; `mlxchat show` prints all of them.
+            shown: names that the line has; None: all.
+        """
         self.derived |= numbers
-        for key, value in numbers.items():
-            print(f"  {key:<24} {value:,}" if isinstance(value, int) else f"  {key:<24} {value:.6g}", flush=True)
+        pairs = [f"{key} {format_number(value)}" for key, value in numbers.items() if shown is None or key in shown]
+        print(fill(f"{self.step:<10} {'  '.join(pairs)}"), flush=True)
 
     def rewind_records(self, iteration: int) -> None:
         """Forget what was recorded after `iteration`, from where this attempt continues."""
@@ -130,7 +135,7 @@ class Context:
         """Tell whether a signal asked the run to stop; ask at iteration borders."""
         return self.stop_signal() is not None
 
-    def stop(self, where: str) -> Interrupted:
-        """Return the exception to raise after state was saved at `where`."""
-        number = self.stop_signal() or 15
-        return Interrupted(f"{self.step} stopped at {where}. The same command continues from there.", number)
+    def stop(self, where: str, *, saved: bool = False) -> Interrupted:
+        """Return the exception to raise when a signal ended the stage's work at `where`, after its state was saved."""
+        number, how = self.stop_signal() or 15, ": saved" if saved else ""
+        return Interrupted(f"{self.step} stopped{how} at {where}. The same command continues from there.", number)

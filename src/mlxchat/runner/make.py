@@ -24,7 +24,7 @@ from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.passing import is_passing
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
+from mlxchat.runner.progress import fill, format_bytes, format_count, format_number, format_seconds
 from mlxchat.runner.records import Record, now
 from mlxchat.runner.run import Run
 from mlxchat.runner.secrets import redact
@@ -121,7 +121,7 @@ def _make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], l
     crash_point("step.cleaned")
     seconds = time.monotonic() - began
     run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
-    run.say(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(manifest)}")
+    run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(manifest)}"))
     return place
 
 

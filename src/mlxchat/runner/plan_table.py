@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.progress import plural
 
 
 def format_plan(
@@ -31,7 +32,7 @@ def format_plan(
             notes.append(str(estimates[step.name] or "no estimate"))
         lines.append(f"{line} ({'; '.join(notes)})" if notes else line)
     counts = {state: sum(step.state == state for step in plan) for state in ("run", "maybe", "waiting")}
-    summary = f"{len(plan)} steps: {sum(step.done for step in plan)} done, {counts['run']} to run"
+    summary = f"{plural(len(plan), 'step')}: {sum(step.done for step in plan)} done, {counts['run']} to run"
     summary += "".join(f", {counts[state]} {state}" for state in ("maybe", "waiting") if counts[state])
     known = [estimate for estimate in (estimates or {}).values() if estimate is not None]
     if known:

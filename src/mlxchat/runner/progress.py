@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 _PLAIN_INTERVAL_SECONDS = 5.0
+_SPINNER_COLUMNS, _LEAST_BAR, _MOST_BAR = 2, 8, 24
+_NAME_COLUMNS = 11
 
 
 class Progress:
@@ -21,23 +24,22 @@ class Progress:
         self.title, self.total, self.unit, self.start = title, total, unit, start
         self.stream = stream if stream is not None else sys.stderr
         self.began = self.last_line = time.monotonic()
+        self._first: tuple[int, float] | None = None
         self.bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
         """Begin to show the bar, on a terminal."""
         if self.stream.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+            from rich.progress import Progress, SpinnerColumn, TextColumn
 
+            console = Console(file=self.stream)
             self.bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[numbers]}"),
-                console=Console(file=self.stream),
-                transient=True,
-            )
-            self.task = self.bar.add_task(f"{self.title:<9}", total=self.total, completed=self.start, numbers="")
+                TextColumn("{task.fields[line]}", markup=False),
+                console=console, transient=True, expand=False,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=self.total, completed=self.start, line=self.title)
             self.bar.start()
         return self
 
@@ -49,16 +51,22 @@ class Progress:
             self.bar.stop()
 
     def update(self, done: int, **numbers: str) -> None:
-        """Show that `done` units are finished, with numbers already formatted: loss="3.91", speed="4.1k tok/s"."""
+        """Show that `done` units are finished.
+
+        Args:
+            done: of the total.
+            numbers: already formatted, such as loss="3.91", speed="4.1k tok/s", the most important first: a narrow
+                terminal shows as many as fit.
+        """
         now = time.monotonic()
-        numbers["eta"] = self._eta(done, now)
-        text = f"{self.amount(done)}  " + "  ".join(
-            value if key in ("speed", "memory") else f"{key} {value}" for key, value in numbers.items() if value
-        )
+        eta = self._eta(done, now)
+        parts = [value if key in ("speed", "memory") else f"{key} {value}" for key, value in numbers.items() if value]
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, numbers=text)
+            width = self.bar.console.width - _SPINNER_COLUMNS
+            self.bar.update(self.task, completed=done, line=self._fit(done, parts, eta, width))
         elif now - self.last_line >= _PLAIN_INTERVAL_SECONDS or done >= self.total:
             self.last_line = now
+            text = "  ".join([self.amount(done), *parts, *([f"eta {eta}"] if eta else [])])
             print(f"  {self.title:<9} {done / max(1, self.total):>4.0%}  {text}", file=self.stream, flush=True)
 
     def amount(self, done: int) -> str:
@@ -73,9 +81,62 @@ class Progress:
         else:
             print(line, file=self.stream, flush=True)
 
+    def _fit(self, done: int, parts: list[str], eta: str, width: int) -> str:
+        """Return a line of at most `width` columns: title, amount, ETA, then a bar, then as many parts as fit."""
+        last = f"  eta {eta}" if eta else ""
+        head, amount = f"{self.title:<9} ", self.amount(done)
+        if len(head + amount + last) > width:
+            amount = amount.removesuffix(f" {self.unit}")
+        left = width - len(head + amount + last)
+        bar = ""
+        if left > _LEAST_BAR:
+            # What the parts need is theirs; the bar takes at least its minimum and at most 24 columns.
+            cells = max(_LEAST_BAR, min(_MOST_BAR, left - 1 - sum(len(part) + 2 for part in parts)))
+            full = round(cells * min(1.0, done / max(1, self.total)))
+            bar = "━" * full + "─" * (cells - full) + " "
+            left -= len(bar)
+        shown = []
+        for part in parts:
+            if len(part) + 2 > left:
+                break
+            shown.append(f"  {part}")
+            left -= len(part) + 2
+        return (head + bar + amount + "".join(shown) + last)[:width]
+
     def _eta(self, done: int, now: float) -> str:
-        fresh = done - self.start
-        return format_seconds((now - self.began) / fresh * (self.total - done)) if fresh > 0 else ""
+        """Return the time that the rest takes, empty while unknown.
+
+        The first update is left out as soon as there is another: its units also compile and load. A single unit that
+        did so says nothing at all.
+        """
+        before, then = self._first or (self.start, self.began)
+        alone = self._first is None and done - self.start == 1 < self.total - self.start
+        self._first = self._first or (done, now)
+        if alone or done <= before:
+            return ""
+        return format_seconds((now - then) / (done - before) * (self.total - done))
+
+
+def fill(text: str, *, width: int | None = None) -> str:
+    """Return a line of words, two spaces between pairs, broken between pairs where the terminal ends.
+
+    Args:
+        text: lines after the first begin below its twelfth column, where the text after a step's name begins.
+        width: columns; None: of the terminal, or no limit where the output is no terminal.
+    """
+    if width is None:
+        if not sys.stdout.isatty():
+            return text
+        width = shutil.get_terminal_size().columns
+    lines, line = [], ""
+    head, _, rest = text.partition(": ")
+    for number, part in enumerate([f"{head}:", *rest.split("  ")] if rest else text.split("  ")):
+        joined = f"{line}{' ' if number == 1 and rest else '  '}{part}" if line else part
+        if line and len(joined) > width:
+            lines.append(line)
+            joined = " " * _NAME_COLUMNS + part
+        line = joined
+    return "\n".join([*lines, line])
 
 
 def format_seconds(seconds: float) -> str:
@@ -95,6 +156,11 @@ def format_count(count: float) -> str:
         if abs(count) >= limit:
             return f"{count / limit:.3g}{letter}"
     return f"{count:.4g}"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return "1 step", "2 steps"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def format_number(number: float) -> str:

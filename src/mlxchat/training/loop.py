@@ -231,7 +231,7 @@ def fit(
             run_hooks()
             if ctx.should_stop() and done < num_iterations:
                 save()
-                raise ctx.stop(f"iteration {done} of {num_iterations}")
+                raise ctx.stop(f"iteration {done:,} of {num_iterations:,}", saved=True)
             if time.monotonic() - saved_at >= machine.checkpoint_seconds:
                 save()
                 saved_at = time.monotonic()

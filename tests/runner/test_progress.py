@@ -1,0 +1,79 @@
+"""What a person sees while a step works, at any width of the terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from mlxchat.runner import progress
+from mlxchat.runner.progress import Progress, fill
+
+TRAINING = {"loss": "4.751", "speed": "4.02k tok/s", "mfu": "50%", "memory": "571.2 MB"}
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(width: int, monkeypatch: pytest.MonkeyPatch, title: str = "pretrain", **numbers: str) -> str:
+    """Return the line of a training that is shown at 86 of 340 iterations."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with Progress(title, 340, "iterations", stream=Terminal()) as bar:
+        bar.update(1, **numbers)
+        now = 100.0
+        bar.update(86, **numbers)
+        assert bar.bar is not None
+        out = io.StringIO()
+        Console(file=out, width=width).print(bar.bar.get_renderable())
+    lines = out.getvalue().rstrip("\n").split("\n")
+    assert len(lines) == 1, lines
+    assert len(lines[0]) <= width
+    return lines[0]
+
+
+def test_a_line_of_80_columns_has_bar_amount_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At 80 columns there was no bar and the ETA was cut; at 70 the step's name was gone, too.
+    line = shown(80, monkeypatch, **TRAINING)
+    assert re.search(r"pretrain +━+.* 86/340 iterations .*loss 4\.751.*eta 4m59s$", line), line
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 70])
+def test_a_narrow_line_keeps_name_amount_and_eta(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = shown(width, monkeypatch, **TRAINING)
+    assert re.search(r"pretrain .*86/340.*eta 4m59s$", line), line
+
+
+def test_a_wide_line_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = shown(120, monkeypatch, **TRAINING)
+    for part in ("loss 4.751", "4.02k tok/s", "mfu 50%", "571.2 MB", "eta "):
+        assert part in line
+    assert line.index("571.2 MB") < line.index("eta ")
+
+
+def test_the_first_unit_which_compiles_is_not_in_the_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    # After one iteration of 54 s, 53 of which compiled, five hours were predicted for a training of two minutes.
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    out = io.StringIO()
+    with Progress("pretrain", 101, "iterations", stream=out) as line:
+        for done, now in ((1, 50.0), (2, 60.0), (11, 70.0)):  # noqa: B007 (`now` is the clock)
+            line.update(done)
+    assert [text.rpartition("  ")[2].strip() for text in out.getvalue().splitlines()] == [
+        "1/101 iterations", "eta 16m30s", "eta 3m00s",
+    ]  # fmt: skip
+
+
+def test_long_lines_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "rl         done in 4.2s: " + "  ".join(f"pass_at_{k} 0.{k}" for k in range(1, 9))
+    lines = fill(text, width=60).split("\n")
+    assert max(map(len, lines)) <= 60
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+    assert all(re.fullmatch(r" {11}pass_at_\d 0\.\d(  pass_at_\d 0\.\d)*", line) for line in lines[1:]), lines
