@@ -144,11 +144,6 @@ def test_a_part_imports_no_part_above_it(path: Path) -> None:
     assert {other for other in used if order[other] > order[part]} == set()
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, *STAGES], ids=name)
-def test_a_file_has_at_most_350_lines(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
-
-
 @pytest.mark.parametrize("path", STAGES, ids=name)
 def test_a_stage_is_a_recipe_of_at_most_130_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 130

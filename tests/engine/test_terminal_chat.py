@@ -45,7 +45,7 @@ def test_of_a_text_longer_than_the_context_the_end_counts(
 ) -> None:
     text = "the cat sat on the mat and " * 200
     room = model.sizes.context_tokens - 6
-    ids = tokenizer.encode(text)[-room:]
+    ids = [tokenizer.bos, *tokenizer.encode(text)[-(room - 1) :]]
     assert len(ids) == room
     (expected,) = Engine(model, tokenizer).complete([ids], max_new_tokens=6)
     Chat.load(folder, **SETTINGS).answer_once(text)
