@@ -20,6 +20,7 @@ from mlxchat.cli import main as run_cli
 from mlxchat.commands.distill import main
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.tokenizer import train_tokenizer
+from mlxchat.distill.cost import Budget, Prices
 from mlxchat.errors import ConfigError, DataError, MlxchatError, PassingError
 from mlxchat.tasks.jsonl import Jsonl
 
@@ -391,6 +392,92 @@ def test_money_is_never_spent_beyond_the_limit(
     assert ask(*options, "--max-cost", "1") == 0
     assert len(teacher.bodies) == 6
     assert "cost 0.0006; of all answers 60 + 600, cost 0.0013" in capsys.readouterr().out
+
+
+LIMITED = ("--price-in", "1", "--price-out", "2", "--max-tokens", "100", "--max-cost", "0.0008")
+
+
+def billed(teacher: Teacher) -> float:
+    """Return what a provider bills that counts 10 + 100 tokens for every request, answered or not."""
+    return 210e-6 * len(teacher.bodies)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Reply(drop=True), Reply(seconds=1.0), Reply(status=500), Reply(status=504), Reply(status=408), Reply(raw=b"{}"),
+     Reply(raw=b'{"choices": [{"mess'), Reply(raw=b'{"error": {"message": "overloaded", "code": 429}}')],
+    ids=["cut", "silence", "500", "504", "408", "no choices", "half JSON", "error in a 200"],
+)  # fmt: skip
+def test_requests_without_an_answer_count_at_their_maximum(
+    fault: Reply, ask: Callable[..., int], teacher: Teacher, place: Path
+) -> None:
+    """They settled at zero, so a provider that bills and then cuts was paid without end."""
+    teacher.script = lambda question, tries: fault
+    with pytest.raises(MlxchatError) as caught:
+        ask(*LIMITED, "--concurrency", "6", "--timeout", "0.2", "--retries", "50")
+    assert billed(teacher) <= 0.0008
+    assert len(teacher.bodies) == 2, "at most 290 of a million each"
+    assert "stopped at --max-cost 0.0008: 0.0006 is spent" in str(caught.value)
+    with pytest.raises(DataError, match=r"0\.0006 of it by earlier runs"):
+        ask(*LIMITED)
+    assert len(teacher.bodies) == 2
+
+
+def test_refused_and_unsent_requests_cost_nothing(ask: Callable[..., int], teacher: Teacher, place: Path) -> None:
+    teacher.script = lambda question, tries: Reply(status=429) if tries < 5 else Reply("fine")
+    with pytest.raises(PassingError, match="does not answer"):
+        ask(*LIMITED, "--teacher", "http://127.0.0.1:9/v1", "--retries", "3")
+    assert ask(*LIMITED, questions=QUESTIONS[:3]) == 0
+    assert len(answers(place)) == 3
+
+
+def test_limit_holds_over_kills_and_resumes(teacher: Teacher, place: Path) -> None:
+    """What a killed run had spent, or had under way, was forgotten: every run had the whole limit again."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 100}
+    teacher.script = lambda question, tries: Reply(f"to {question}", usage=usage, seconds=0.05)
+    options = (*LIMITED[:-1], "0.005")
+    for _ in range(3):
+        process, before = start(teacher, place, *options), len(teacher.bodies)
+        while len(teacher.bodies) < before + 3 and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate(timeout=20)
+    last = start(teacher, place, *options)
+    told, _ = last.communicate(timeout=60)
+    assert billed(teacher) <= 0.005
+    assert "stopped at --max-cost 0.005" in told
+    ledger = (place / "out.costs.log").read_bytes()
+    assert ledger.count(b'"most"') == len(teacher.bodies)
+
+
+def test_two_processes_cannot_spend_by_one_limit(tmp_path: Path) -> None:
+    first = Budget(1.0, Prices(1, 1), tmp_path / "out.costs.log")
+    with pytest.raises(MlxchatError, match="another mlxchat distill"):
+        Budget(1.0, Prices(1, 1), tmp_path / "out.costs.log")
+    first.close()
+    Budget(1.0, Prices(1, 1), tmp_path / "out.costs.log").close()
+
+
+def test_reservations_survive_and_answers_beyond_their_maximum_raise_it(tmp_path: Path) -> None:
+    place = tmp_path / "out.costs.log"
+    budget = Budget(10.01, Prices(0.1e6, 0.3e6), place)
+    first, second, _ = (budget.reserve((1, number)) for number in (1, 2, 3))
+    budget.settle(first, (1, 1), (1, 2))  # one token more than was thought to be the most
+    budget.settle_unanswered(second, free=False)
+    assert budget.spent == pytest.approx(0.7 + 0.7)
+    assert budget.fits((1, 24))
+    assert not budget.fits((1, 25)), "a token more is expected of each"
+    budget.close()
+    with place.open("ab") as file:
+        file.write(b'{"id": "x", "mo')  # cut by a kill: that request was never sent
+    again = Budget(10.0, Prices(0.1e6, 0.3e6), place)
+    assert again.spent == pytest.approx(0.7 + 0.7 + 1.0)
+    again.settle_unanswered(again.reserve((1, 1)), free=True)
+    assert not again.has_waiting()
+    again.close()
+    last = Budget(10.0, Prices(0.1e6, 0.3e6), place)
+    last.close()
+    assert last.spent == pytest.approx(2.4)
 
 
 def test_a_limit_of_money_needs_a_limit_of_tokens(ask: Callable[..., int], teacher: Teacher) -> None:

@@ -98,7 +98,9 @@ def _parser() -> Parser:
     )
     limits.add_argument("--price-in", type=float, metavar="P", help="of a million input tokens")
     limits.add_argument("--price-out", type=float, metavar="P", help="of a million output tokens")
-    limits.add_argument("--max-cost", type=float, metavar="C", help="never spend more than this now")
+    limits.add_argument(
+        "--max-cost", type=float, metavar="C", help="the most that all runs for --out may cost together"
+    )
     limits.add_argument("--cache", type=Path, metavar="DIR", help="where answers are kept (default: in MLXCHAT_CACHE)")
     limits.add_argument("--dry-run", action="store_true", help="count and estimate, ask nothing")
     return parser

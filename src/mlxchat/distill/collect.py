@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlxchat.distill.answers import Answer, Answers
@@ -14,7 +15,7 @@ from mlxchat.distill.cost import Budget, Prices, Usage, most_tokens
 from mlxchat.distill.pace import Gate
 from mlxchat.distill.teacher import Passing, Refused, Teacher
 from mlxchat.distill.words import one_line
-from mlxchat.errors import MlxchatError, PassingError
+from mlxchat.errors import MlxchatError, PassingError, StoreError
 from mlxchat.runner.progress import Progress, format_count
 
 # Before the first further try; doubled each time, and varied by half.
@@ -66,6 +67,11 @@ class Collected:
     """Request's key → question and reason, of those that failed."""
     seconds: float = 0.0
     out_of_money: bool = False
+    spent: float = 0.0
+    """By all runs that --max-cost limits together."""
+    spent_before: float = 0.0
+    unanswered_cost: float = 0.0
+    """Counted now for requests that came to no answer and that the teacher may bill."""
     fault: MlxchatError | None = None
     """What ended everything."""
 
@@ -73,11 +79,11 @@ class Collected:
 class Collector:
     """Asks requests of a teacher and writes their answers down."""
 
-    def __init__(self, teacher: Teacher, answers: Answers, limits: Limits, prices: Prices) -> None:
-        """Take what is needed; nothing is asked yet."""
+    def __init__(self, teacher: Teacher, answers: Answers, limits: Limits, prices: Prices, ledger: Path) -> None:
+        """Take what is needed; nothing is asked yet. `ledger` is where costs are kept if they are limited."""
         self.teacher, self.answers, self.limits, self.prices = teacher, answers, limits, prices
         self.collected = Collected()
-        self._budget = Budget(limits.max_cost, prices)
+        self._budget = Budget(limits.max_cost, prices, ledger)
         self._gate = Gate(limits.requests_per_minute, limits.tokens_per_minute)
         self._output_tokens: float = limits.max_tokens  # of an answer, on average, as far as is known
         self._refusals = 0
@@ -99,10 +105,15 @@ class Collector:
             self._wake.set()
         began = time.monotonic()
         queue = iter(requests)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self.limits.concurrency, len(requests))):
-                group.create_task(self._work(queue, progress, done, began))
+        self.collected.spent_before = self._budget.spent
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.limits.concurrency, len(requests))):
+                    group.create_task(self._work(queue, progress, done, began))
+        finally:
+            self._budget.close()
         self.collected.seconds = time.monotonic() - began
+        self.collected.spent, self.collected.unanswered_cost = self._budget.spent, self._budget.unanswered
         return self.collected
 
     async def _work(self, queue: Iterator[Request], progress: Progress, done: int, began: float) -> None:
@@ -116,6 +127,9 @@ class Collector:
                     self._end(MlxchatError(f"the teacher refuses: {error}"))
             except Passing as error:
                 self._fail(request, str(error))
+            except StoreError as error:  # its cost could not be written down
+                self._fail(request, "its cost could not be kept")
+                self._end(error)
             else:
                 if answer is not None:
                     self._keep(request, answer)
@@ -132,11 +146,11 @@ class Collector:
             if not await self._may_go(most):
                 return None
             self._gate.enter(guess)
-            self._budget.put_aside(most)
+            reserved = self._budget.reserve(most)
             try:
                 answer = await self.teacher.ask(request.body)
             except BaseException as error:
-                self._budget.settle(most, None, answered=False)
+                self._budget.settle_unanswered(reserved, free=isinstance(error, Passing | Refused) and error.free)
                 self._gate.tokens.give_back(guess)
                 if not isinstance(error, Passing):
                     raise
@@ -153,7 +167,7 @@ class Collector:
                 await self._sleep((error.retry_after or 0.0) + pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, _MOST_PAUSE_SECONDS)
                 continue
-            self._budget.settle(most, answer.tokens, answered=True)
+            self._budget.settle(reserved, most, answer.tokens)
             self._count(answer, guess)
             return answer
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
+import math
+import os
+import secrets
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlxchat.errors import StoreError
+from mlxchat.runner.records import Records
 
 _MILLION = 1e6
 # Tokens around a message in any chat format that is known, and those that formats put before all of them (a system
@@ -43,33 +54,120 @@ class Prices:
 
 
 class Budget:
-    """Money that may be spent. What a request may cost at most is put aside before it is sent."""
+    """Money that may be spent. The most that a request can cost is reserved, in a file, before the request is sent.
 
-    def __init__(self, most: float | None, prices: Prices) -> None:
-        """Take the limit; None: none."""
-        self.most, self._prices = most, prices
-        self.spent, self._aside = 0.0, 0.0
+    A reservation that nothing settled, since the process was killed, counts in full: the teacher may bill the request.
+    """
+
+    def __init__(self, most: float | None, prices: Prices, ledger: Path | None = None) -> None:
+        """Take the limit (None: none) and the file with the costs of earlier runs (None: they do not count).
+
+        Raises:
+            StoreError: the file cannot be used, or another process spends by it now.
+        """
+        self.most, self._prices, self._path = most, prices, ledger
+        self.spent = 0.0
+        """Cost of all requests that were settled, those of earlier runs among them."""
+        self.unanswered = 0.0
+        """Part of it: reserved by this run for requests without an answer."""
+        self._reserved: dict[str, float] = {}
+        self._more = (0, 0)  # tokens that answers had beyond what was thought to be the most
+        self._file: BinaryIO | None = None
+        if most is None or ledger is None:
+            return
+        try:
+            self._file = ledger.open("ab+", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.seek(0)
+            data = self._file.read()
+        except BlockingIOError:
+            self.close()
+            raise StoreError(f"another mlxchat distill --max-cost works on {ledger}: wait until it has ended") from None
+        except OSError as error:
+            self.close()
+            raise self._fault(error) from None
+        self.spent = _sum_ledger(data)
+        if data and not data.endswith(b"\n"):
+            self._write_bytes(b"\n")
 
     def fits(self, most_tokens: tuple[int, int]) -> bool:
         """Tell whether a request of at most so many input and output tokens may be sent now."""
-        return self.most is None or self.spent + self._aside + self._cost(most_tokens) <= self.most
+        return (
+            self.most is None or math.fsum((self.spent, *self._reserved.values(), self._most(most_tokens))) <= self.most
+        )
 
     def has_waiting(self) -> bool:
-        """Tell whether something is put aside, part of which will be free again."""
-        return self._aside > 0
+        """Tell whether something is reserved, part of which will be free again."""
+        return bool(self._reserved)
 
-    def put_aside(self, most_tokens: tuple[int, int]) -> None:
-        """Count a request that is sent."""
-        self._aside += self._cost(most_tokens)
+    def reserve(self, most_tokens: tuple[int, int]) -> str:
+        """Count a request that is about to be sent at its maximum; return the reservation.
 
-    def settle(self, most_tokens: tuple[int, int], tokens: tuple[int, int] | None, *, answered: bool) -> None:
-        """Count what came of it. An answer whose tokens were not told is counted at the most that it may have cost."""
-        self._aside = max(0.0, self._aside - self._cost(most_tokens))
-        if answered:
-            self.spent += self._cost(tokens or most_tokens)
+        Raises:
+            StoreError: it cannot be written down, so the request must not be sent.
+        """
+        name, cost = secrets.token_hex(8), self._most(most_tokens)
+        self._write({"id": name, "most": cost})
+        self._reserved[name] = cost
+        return name
+
+    def settle(self, name: str, most_tokens: tuple[int, int], tokens: tuple[int, int] | None) -> None:
+        """Count an answer: by its tokens, or at the maximum if the teacher did not say them."""
+        if tokens is None:
+            self._settle(name, self._reserved[name])
+            return
+        self._more = (max(self._more[0], tokens[0] - most_tokens[0]), max(self._more[1], tokens[1] - most_tokens[1]))
+        self._settle(name, self._cost(tokens))
+
+    def settle_unanswered(self, name: str, *, free: bool) -> None:
+        """Count a request without an answer: at the maximum, unless the teacher certainly did no work (`free`)."""
+        cost = 0.0 if free else self._reserved[name]
+        self.unanswered += cost
+        self._settle(name, cost)
+
+    def close(self) -> None:
+        """Let other processes use the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _settle(self, name: str, cost: float) -> None:
+        self.spent += cost
+        del self._reserved[name]
+        self._write({"id": name, "cost": cost})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._write_bytes(json.dumps(record).encode() + b"\n")
+
+    def _write_bytes(self, line: bytes) -> None:
+        assert self._file is not None
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._fault(error) from None
+
+    def _fault(self, error: OSError) -> StoreError:
+        return StoreError(f"{self._path}, the costs that --max-cost limits, cannot be used ({error.strerror})")
+
+    def _most(self, tokens: tuple[int, int]) -> float:
+        return self._cost((tokens[0] + self._more[0], tokens[1] + self._more[1]))
 
     def _cost(self, tokens: tuple[int, int]) -> float:
         return self._prices.of(Usage(*tokens)) or 0.0
+
+
+def _sum_ledger(data: bytes) -> float:
+    """Return what the lines of a ledger add up to; a reservation without its settlement counts in full."""
+    costs: dict[str, float] = {}
+    for line in data.split(b"\n"):
+        record = Records.parse(line) or {}
+        for field in ("most", "cost"):
+            value = record.get(field)
+            if isinstance(value, int | float) and value >= 0:
+                costs[str(record.get("id"))] = float(value)
+    return math.fsum(costs.values())
 
 
 def most_tokens(messages: list[dict[str, str]], max_tokens: int) -> tuple[int, int]:

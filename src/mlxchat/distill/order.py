@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Order:
     choice: Choice = field(default_factory=Choice)
     out: Path
     cache: Path
+
+    @property
+    def ledger(self) -> Path:
+        """Where the costs of all runs with a limit for this file are kept, beside it."""
+        return self.out.with_name(f"{self.out.name.removesuffix('.jsonl')}.costs.log")
 
     def requests(self) -> list[list[Request]]:
         """Return the requests of each question, one for each sample."""
@@ -154,6 +159,7 @@ def distill(order: Order) -> int:
                        "known": len(every) - len(missing), "failed": len(collected.failed)},
             "tokens": asdict(tally.usage), "prices": asdict(order.prices), "cost": order.prices.of(tally.usage),
             "tokens_now": asdict(collected.usage), "cost_now": order.prices.of(collected.usage),
+            "unanswered_cost_now": collected.unanswered_cost,
         }  # fmt: skip
         hidden = redact(record)
         return _without(hidden, order.key) if order.key else hidden
@@ -171,7 +177,8 @@ def distill(order: Order) -> int:
             f"stopped: {tally.missing:,} answers are missing. The same command asks for these alone.", stopped[0]
         )
     if nothing is not None:
-        reasons = [tally.describe(), *list(collected.failed.values())[:_MOST_SHOWN]]
+        shown = list(collected.failed.values())[:_MOST_SHOWN]
+        reasons = [tally.describe(), *shown, *_tell_money(order, collected)]
         raise DataError("\n".join([f"{nothing}: {reasons[0] or 'no question was answered'}", *reasons[1:]]))
     return 1 if collected.failed else 0
 
@@ -181,7 +188,7 @@ async def _collect(order: Order, answers: Answers, missing: list[Request], known
     async with Teacher(
         order.teacher, order.key, timeout_seconds=order.timeout_seconds, concurrency=limits.concurrency
     ) as teacher:
-        collector = Collector(teacher, answers, limits, order.prices)
+        collector = Collector(teacher, answers, limits, order.prices, order.ledger)
 
         def request_stop(number: int) -> None:
             stopped.append(number)
@@ -219,9 +226,20 @@ def _report(order: Order, tally: Tally, collected: Collected, known: int, answer
         print(f"  failed   {reason}")
     if collected.failed:
         print("  The same command asks for these again.")
-    if collected.out_of_money:
-        print(f"  stopped at --max-cost {order.limits.max_cost:g}: with a larger one the same command goes on")
+    for line in _tell_money(order, collected):
+        print(f"  {line}")
     print(f"Train on it:\n  mlxchat {next_setting(order)}")
+
+
+def _tell_money(order: Order, collected: Collected) -> Iterator[str]:
+    if collected.unanswered_cost:
+        yield f"cut      cost {collected.unanswered_cost:.4f} counted for requests without an answer (may be billed)"
+    if collected.out_of_money:
+        yield (
+            f"stopped at --max-cost {order.limits.max_cost:g}: {collected.spent:.4f} is spent, "
+            f"{collected.spent_before:.4f} of it by earlier runs ({order.ledger}). With a larger one the same command "
+            "goes on"
+        )
 
 
 def next_setting(order: Order) -> str:

@@ -21,6 +21,8 @@ _ROUTE = "/chat/completions"
 _MOST_BYTES = 8 << 20
 _PASSING = (408, 409, 425, 429)
 _NO_ROOM = (429, 503)
+# Said by gateways while the teacher behind them may go on computing.
+_UNCLEAR = (408, 499)
 # What one question has done wrong; all other refusals are of everything that could be asked.
 _OF_THE_QUESTION = (400, 413, 415, 422, 451)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -30,19 +32,28 @@ _PARTS = ("text", "python", "python_output")
 class Passing(Exception):
     """It did not work now and may in a while."""
 
-    def __init__(self, reason: str, retry_after: float | None = None, *, no_room: bool = False) -> None:
-        """Say why, in how many seconds to try again if the teacher said so, and whether it has only too much to do."""
+    def __init__(
+        self, reason: str, retry_after: float | None = None, *, no_room: bool = False, free: bool = False
+    ) -> None:
+        """Take the reason, and what is known of the failure.
+
+        Args:
+            reason: for people.
+            retry_after: seconds to wait, if the teacher said so.
+            no_room: whether it only has too much to do.
+            free: whether it certainly computed nothing that it could bill.
+        """
         super().__init__(reason)
-        self.retry_after, self.no_room = retry_after, no_room
+        self.retry_after, self.no_room, self.free = retry_after, no_room, free
 
 
 class Refused(Exception):
     """It will not work, however often it is tried."""
 
-    def __init__(self, reason: str, *, for_good: bool) -> None:
-        """Say why, and whether it is so of every request and not of this one alone."""
+    def __init__(self, reason: str, *, for_good: bool, free: bool = False) -> None:
+        """Take the reason, whether it holds for every request, and whether certainly nothing was billed."""
         super().__init__(reason)
-        self.for_good = for_good
+        self.for_good, self.free = for_good, free
 
 
 class Teacher:
@@ -117,9 +128,10 @@ class Teacher:
             raise Passing(f"no whole answer within {self._timeout:g} s") from None
         except (self._http.HTTPError, self._http.StreamError, OSError) as error:
             told = self.hide_key(str(error))
-            raise Passing(f"{type(error).__name__}: {told}" if told else type(error).__name__) from None
+            unsent = isinstance(error, self._http.ConnectError | self._http.ConnectTimeout | self._http.PoolTimeout)
+            raise Passing(f"{type(error).__name__}: {told}" if told else type(error).__name__, free=unsent) from None
         except self._http.InvalidURL as error:
-            raise Refused(f"{self.base} is no address ({one_line(str(error))})", for_good=True) from None
+            raise Refused(f"{self.base} is no address ({one_line(str(error))})", for_good=True, free=True) from None
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):
@@ -133,6 +145,8 @@ class Teacher:
         """Raise what a status means, or an error that is sent with a good one."""
         fault = value.get("error") if isinstance(value, dict) else None
         status = got.status_code
+        # A request that was refused was not computed. Behind a 5xx, or an error in a 200, it may have been.
+        free = 300 <= status < 500 and status not in _UNCLEAR
         if 200 <= status < 300 and not fault:
             return
         if isinstance(fault, dict):
@@ -144,11 +158,12 @@ class Teacher:
         told = f"{status} {self.hide_key(message)}".strip()
         if 300 <= status < 400:
             place = self.hide_key(got.headers.get("location", "elsewhere"))
-            raise Refused(f"{status}: it is at {place} now. Give that address", for_good=True)
+            raise Refused(f"{status}: it is at {place} now. Give that address", for_good=True, free=free)
         if code == "insufficient_quota" or (status not in _PASSING and status < 500):
             hint = ". The address of OpenAI's interface mostly ends in /v1" if status in (404, 405) else ""
-            raise Refused(told + hint, for_good=code == "insufficient_quota" or status not in _OF_THE_QUESTION)
-        raise Passing(told, _retry_after(got.headers.get("retry-after")), no_room=status in _NO_ROOM)
+            for_good = code == "insufficient_quota" or status not in _OF_THE_QUESTION
+            raise Refused(told + hint, for_good=for_good, free=free)
+        raise Passing(told, _retry_after(got.headers.get("retry-after")), no_room=status in _NO_ROOM, free=free)
 
 
 def place_of(base: str, route: str) -> str:
