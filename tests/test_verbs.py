@@ -109,6 +109,15 @@ def test_ls_filters_by_stage_or_step_and_speaks_json(two: Any, say: Say) -> None
     assert 'Did you mean "second"?' in say("ls", "secnd", code=2)
 
 
+def test_verify_after_a_deleted_folder_keeps_what_is_intact(two: Any, say: Say) -> None:
+    """verify advised to remove intact artifacts whose input was deleted, where running again was right."""
+    shutil.rmtree(two.store.resolve("first"))
+    text = say("verify", code=1)
+    assert "1 of 3 artifacts are intact but lack what they were made from: keep them and run again: mlxchat toy" in text
+    assert "Remove" not in text
+    assert set(json.loads(say("verify", "--json", code=1))["absent"]) == {two.store.resolve("second").name}
+
+
 def test_verify_finds_a_flipped_bit_a_missing_and_a_strange_file(two: Any, say: Say) -> None:
     assert say("verify").startswith("4 artifacts are right")
     first, second = two.store.resolve("first"), two.store.resolve("second")
@@ -170,8 +179,10 @@ def test_compare_draws_a_picture(two: Any, say: Say, tmp_path: Path) -> None:
 
 
 def test_gc_says_that_nothing_was_changed_and_removes_only_with_apply(two: Any, say: Say) -> None:
-    (two.outputs / "refs" / "run1").rename(two.outputs / "refs" / "20260101-000000-1-toy")
+    for number in (1, 2):
+        (two.outputs / "refs" / f"run{number}").rename(two.outputs / "refs" / f"2026010{number}-000000-1-toy")
     text = say("gc", "--keep-last", "1")
+    assert f"{two.store.resolve('first').name}  latest run: 20260102-000000-1-toy/first\n" in text
     assert text.count("not one of the last 1 of") == 2
     assert text.endswith("add --apply to remove it\n")
     assert len(list((two.outputs / "store").iterdir())) == 4

@@ -22,6 +22,7 @@ from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Policy, Run, execute
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.hooks import Hooks
+from mlxchat.runner.naming import LATEST, MODEL, called, links, runs
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.plan_table import format_plan
 from mlxchat.runner.records import Records, now
@@ -38,14 +39,14 @@ from mlxchat.training.text_need import TextNeed, check_text_room, find_text_need
 
 
 def run_pipeline(
-    composed: Composed, check: Callable[[list[PlannedStep]], None] = lambda plan: None, *, report: bool = True
+    composed: Composed, check: Callable[[list[PlannedStep]], None] = lambda plan: None, *, is_verb: bool = False
 ) -> Path | None:
     """Complete the targets of a configuration; return the run's folder, or None if nothing had to be done.
 
     Args:
         composed: the configuration and how it came about.
         check: looks at the plan before anything is written; it may raise.
-        report: whether to end with the run's report.
+        is_verb: whether a verb such as import runs it: it ends without a report and does not become the latest run.
 
     Raises:
         MlxchatError: what the steps and the store raise.
@@ -71,15 +72,13 @@ def run_pipeline(
     if need is not None:
         _say(str(need))
     if finished:
-        for step in plan:
-            place = store.find(step.rid)
-            if place is not None and store.refs().get(step.name) != place.resolve():
-                store.set_ref("latest", step.name, place)
+        if not is_verb:
+            _become_latest_again(composed, plan, store, name)
         which = "the step is" if len(plan) == 1 else f"all {len(plan)} steps are"
         print(f"nothing to do: {which} done. mlxchat report shows the results.")
         return None
     try:
-        folder = _start_run(composed, plan, store, name)
+        folder = _start_run(composed, plan, store, name, is_verb=is_verb)
     except OSError as error:
         raise StoreError(f"{error.filename or store.outputs} cannot be written ({error.strerror})") from None
     rids = {step.name: step.rid for step in plan}
@@ -92,6 +91,7 @@ def run_pipeline(
         overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=tracker.log,
         policy=_policy(config, need), hooks=_hooks(config.hooks),
         uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
+        becomes_latest=not is_verb,
     )  # fmt: skip
     is_done = False
     try:
@@ -99,7 +99,7 @@ def run_pipeline(
         is_done = True
     finally:
         tracker.finish(_results(config, store, folder, is_done=is_done))
-    if not report:
+    if is_verb:
         return folder
     from mlxchat.report.terminal import show_report
 
@@ -126,14 +126,31 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     return plan
 
 
-def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> Path:
+def _become_latest_again(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> None:
+    """Make the run that completed this plan the latest one; record a run if its artifacts are of several."""
+    if not any(step.stage.produces == MODEL for step in plan):
+        return
+    places = {step.name: place for step in plan if (place := store.find(step.rid)) is not None}
+    known = [run for run in runs(store) if (store.outputs / "runs" / run).is_dir()]
+    same = [run for run in known if places.items() <= links(store, run).items()]
+    same = [run for run in same if called(run) == composed.config.name] or same
+    if not same:
+        folder = _start_run(composed, plan, store, name)
+        for step, place in places.items():
+            store.set_ref(name, step, place)
+        Records(folder / "events.jsonl").append({"time": now(), "event": "run_done"})
+    store.link_group(LATEST, same[-1] if same else name)
+
+
+def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: str, *, is_verb: bool = False) -> Path:
     """Make the run's folder, whose name no two runs share, and say in it what will be done."""
     folder = store.outputs / "runs" / name
     folder.mkdir(parents=True)
     crash_point("run.folder")
     record: dict[str, Any] = {
         "run": folder.name,
-        "experiment": composed.choices.get("experiment"),
+        # A verb composes the default experiment without using it.
+        "experiment": None if is_verb else composed.choices.get("experiment"),
         "choices": composed.choices,
         "overrides": composed.overrides,
         "started": now(),

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from mlxchat.commands.report import main
-from mlxchat.errors import ConfigError
+from mlxchat.errors import StoreError
 from mlxchat.report.collect import collect
 from mlxchat.report.comparison import comparison_charts, comparison_table
 
@@ -70,7 +70,7 @@ def test_an_artifact_is_reported_with_all_it_was_made_from(whole, tmp_path, caps
 
 
 def test_a_name_of_nothing_is_told_with_what_there_is(whole):
-    with pytest.raises(ConfigError, match=r'"nothing" is no run and no sweep .*"nothing" is no artifact'):
+    with pytest.raises(StoreError, match=r'"nothing" is no artifact and no run .*Runs: speedrun'):
         tell(whole, "nothing")
 
 

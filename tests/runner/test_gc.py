@@ -170,11 +170,11 @@ def test_what_a_run_in_progress_plans_is_kept(toys: Any) -> None:
 
 
 def test_entries_of_the_action_index_and_refs_that_lead_nowhere_go(toys: Any) -> None:
-    run_with(toys, 1)
+    run = run_with(toys, 1)
     (toys.outputs / "index" / "act").mkdir(parents=True, exist_ok=True)
     for name, text in (("lost", "z" * 52), ("cut", ""), ("bytes", "\udcff")):
         (toys.outputs / "index" / "act" / name).write_text(text, errors="surrogateescape")
-    (toys.outputs / "refs" / "latest" / "gone").symlink_to("../../store/make-z")
+    (toys.outputs / "refs" / run / "gone").symlink_to("../../store/make-z")
     found = {item.path.name for item in find_garbage(toys.store, NONE).garbage}
     assert found == {"lost", "cut", "bytes", "gone"}
     collect(toys.store, NONE)

@@ -31,7 +31,8 @@ def make_naming_parser(verb: str, purpose: str, what: str = "ID") -> Parser:
     """Return a parser for a verb that takes names of artifacts, which `split_words` then tells from settings."""
     parser = Parser(
         prog=f"mlxchat {verb}", description=purpose, allow_abbrev=False,
-        epilog="ID: a step of the latest run, RUN/STEP, a pin, an artifact's name, or the start of one or of an id",
+        epilog="ID: a step of the latest run (sft), RUN/STEP, RUN (its model), a pin, import:NAME, an artifact's name, "
+        "path or id, or the start of one. RUN: latest, quickstart, or the start of a run's name",
     )  # fmt: skip
     parser.add_argument("settings", nargs="*", metavar=what, help="and outputs=PATH, the outputs folder")
     return parser

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxchat.commands.arguments import Parser, make_parser, outputs_folder
-from mlxchat.errors import ConfigError, StoreError
+from mlxchat.commands.arguments import Parser, make_naming_parser, outputs_folder, take_names
+from mlxchat.errors import ConfigError
+from mlxchat.runner.integrity import check_model
+from mlxchat.runner.naming import describe_model, find_model
 from mlxchat.runner.store import Store, read_manifest
 
 if TYPE_CHECKING:
     from mlxchat.engine.python_tool import PythonTool
 
-MODEL = (
-    "a step (sft, rl, …), import:NAME, an artifact's name, or the start of its id; hf:FOLDER or hf:ORGANISATION/NAME: "
-    "any model that mlx-lm opens"
-)
+MODEL = "the model, as ID; or hf:FOLDER, hf:ORGANISATION/NAME: any model that mlx-lm opens"
 PYTHON_TOOL = "run the Python that the model calls, confined (off: sums and .count alone are answered)"
 
 
 def main(arguments: list[str]) -> int:
     """Answer one question with -p, or converse until /quit."""
-    parser = make_parser("chat", "Talk to a model of the outputs folder; one that was only pretrained continues text.")
+    parser = make_naming_parser(
+        "chat", "Talk to a model of the outputs folder; one that was only pretrained continues text.", "[ID]"
+    )
     parser.add_argument("-p", "--prompt", help="answer or continue this one and leave; - reads it from standard input")
     parser.add_argument("--model", help=MODEL)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
@@ -34,15 +35,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--python-tool", action="store_true", help=PYTHON_TOOL)
     add_precision(parser)
     options = parser.parse_intermixed_args(arguments)
+    names, settings = take_names(options.settings, "chat", 0, 1, "[ID] [-p QUESTION]")
+    if names and options.model:
+        raise ConfigError(f"two models are named, {names[0]} and --model {options.model}; expected one")
+    options.model = options.model or (names[0] if names else None)
     if (options.model or "").startswith("hf:"):
         return _chat_with_another(options)
-    store = Store(outputs_folder(options.settings))
-    place = find_model(store, options.model)
+    store = Store(outputs_folder(settings))
+    found = find_model(store, options.model)
+    place = store.find(read_manifest(found.place)["rid"]) or found.place  # an alias has no files of its own
+    check_model(place)
+    print(f"model: {describe_model(store, found)}", file=sys.stderr)
 
     from mlxchat.terminal_chat import Chat
 
     chat = Chat.load(
-        store.find(read_manifest(place)["rid"]) or place,  # an alias has no files of its own
+        place,
         temperature=options.temperature,
         top_k=options.top_k or None,
         max_tokens=options.max_tokens,
@@ -65,7 +73,6 @@ def _chat_with_another(options: Namespace) -> int:
     refused = [f"--{name.replace('_', '-')}" for name in ("python_tool", "bits", "kv_bits") if getattr(options, name)]
     if refused:
         raise ConfigError(f"{', '.join(refused)} is only for models of ours; {options.model} is run by mlx-lm as it is")
-    outputs_folder(options.settings)  # there must be no other setting
     from mlxchat.interop.outside_folder import outside_folder
     from mlxchat.terminal_outside import OutsideChat
 
@@ -105,25 +112,3 @@ def add_precision(parser: Parser) -> None:
         choices=(8, 4),
         help="keep keys and values of the past in so many bits, for long contexts",
     )
-
-
-def find_model(store: Store, name: str | None) -> Path:
-    """Return the folder of the model that `name` means; None: the latest run's last chat model, or its base model.
-
-    Raises:
-        StoreError: there is none, or the name is no model.
-    """
-    if name is not None:
-        place = store.resolve(name)
-        if read_manifest(place)["kind"] != "checkpoint":
-            raise StoreError(f"{place.name} is no model but a {read_manifest(place)['kind']}")
-        return place
-    found = {
-        manifest["stage"]: place
-        for place in store.refs().values()
-        if (manifest := read_manifest(place))["kind"] == "checkpoint"
-    }
-    for stage in ("rl", "sft", "midtrain", "pretrain", "fused", "imported"):
-        if stage in found:
-            return found[stage]
-    raise StoreError(f"{store.outputs} holds no model yet: run mlxchat first (or choose with --model)")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mlxchat.commands.arguments import Parser
 from mlxchat.model_config import MODELS
+from mlxchat.runner.naming import IMPORTS, LATEST, PINS, called, latest, links, runs
+from mlxchat.runner.store import Store
 
 _BASH = r"""_mlxchat() {
     local IFS=$'\n' word="${COMP_WORDS[COMP_CWORD]}" line="${COMP_LINE:0:COMP_POINT}"
@@ -43,7 +45,7 @@ _PLACES = """To use it:
   fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
 
 # Verbs that take names of artifacts, and those that take settings of the configuration.
-_NAMING = ("show", "lineage", "diff", "pin", "verify", "export", "fuse", "report", "serve")
+_NAMING = ("chat", "show", "lineage", "diff", "pin", "verify", "export", "fuse", "report", "serve")
 _SETTING = ("run", "plan", "graph", "bench", "data")
 _DATA = ("fetch", "ls", "rm", "show")
 _OPTIONS = {
@@ -148,14 +150,16 @@ def complete(line: str) -> list[str]:
 
 
 def _artifacts(outputs: Path, current: str) -> list[str]:
-    latest, pins = (_names(outputs / "refs" / group) for group in ("latest", "pins"))
+    store = Store(outputs)
     if "/" in current:
         group = current.rpartition("/")[0]
-        return [f"{group}/{step}" for step in _names(outputs / "refs" / group)]
+        return [f"{group}/{step}" for step in links(store, latest(store) if group == LATEST else group)]
+    named = [*links(store, latest(store)), *links(store, PINS), *links(store, IMPORTS)]
     names = _names(outputs / "store") if current else []
-    runs = [f"{name}/" for name in _names(outputs / "refs")] if current else []
+    every = [f"{name}{end}" for name in runs(store) for end in ("", "/")] if current else []
+    every += sorted({called(name) for name in runs(store)})
     ids = [name[-16:] for name in names]
-    return [*latest, *pins, *names, *runs, *ids]
+    return [*named, *names, *every, *ids]
 
 
 def _settings(current: str) -> list[str]:

@@ -12,7 +12,7 @@ from mlxchat.commands.arguments import Parser
 from mlxchat.compose import compose_config, split_config_dirs
 from mlxchat.config import Config, TaskItem
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.runner.naming import links, resolve
+from mlxchat.runner.naming import latest, links, resolve
 from mlxchat.runner.progress import format_count
 from mlxchat.runner.seeds import stage_seed
 from mlxchat.runner.store import Store
@@ -132,10 +132,10 @@ def _find_tokenizer(store: Store, config: Config, named: str | None) -> tuple[To
             raise ConfigError(f"{place.name} has no tokenizer; give a tokenizer, a checkpoint, or a folder of one")
         return Tokenizer.load(place), f"tokens of {place.name}"
     steps = [step for step, node in config.pipeline.items() if node.get("stage") == "tokenizer"]
-    latest = links(store, "latest")
+    made = links(store, latest(store))
     for step in steps:
-        if step in latest:
-            return Tokenizer.load(latest[step]), f"tokens of {latest[step].name}"
+        if step in made:
+            return Tokenizer.load(made[step]), f"tokens of {made[step].name}"
     # One token for each byte: what is shown is the same, only the numbers are larger.
     return Tokenizer({bytes([byte]): byte for byte in range(256)}), (
         f"tokens are bytes, since {store.outputs} has no tokenizer yet (--tokenizer names one)"

@@ -78,13 +78,13 @@ def _export(
     store: Store, name: str, target: str, path: Path | None, *, bits: int | None, dtype: str | None, force: bool,
     repository: str | None, public: bool,
 ) -> int:  # fmt: skip
-    from mlxchat.commands.chat import find_model
     from mlxchat.hub.upload import check_repository, push_folder
     from mlxchat.interop import exporting
     from mlxchat.runner.integrity import find_damage
+    from mlxchat.runner.naming import find_model
     from mlxchat.runner.whole_folder import check_free, whole_folder
 
-    place = find_model(store, name)
+    place = find_model(store, name).place
     token = check_repository(repository, public=public) if repository else ""
     if path is not None:
         _check_outside(store, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, quoted, take_names
 from mlxchat.errors import ConfigError, StoreError
 from mlxchat.runner.bases import is_adapter
+from mlxchat.runner.naming import find_model
 from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.store import Store, read_manifest
 
@@ -17,11 +18,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     (name,), settings = take_names(options.settings, "fuse", 1, 1, "ID")
     store = Store(outputs_folder(settings))
-    place = store.resolve(name)
-    manifest = read_manifest(place)
-    if manifest["kind"] != "checkpoint":
-        raise StoreError(f"{place.name} is no model but a {manifest['kind']}")
-    folder = store.find(manifest["rid"])
+    place = find_model(store, name).place
+    folder = store.find(read_manifest(place)["rid"])
     if folder is None:
         raise StoreError(f"{place.name}: the artifact that it stands for is no longer in {store.outputs}")
     if not is_adapter(folder):
@@ -39,7 +37,7 @@ def _fuse(store: Store, name: str) -> int:
     ])  # fmt: skip
     (step,) = plan_of(composed.config, store)
     if not step.done or store.find(step.rid) is None:
-        run_pipeline(composed, report=False)
+        run_pipeline(composed, is_verb=True)
         store.forget()
     made = store.find(step.rid)
     assert made is not None, "a run that ends has made it"

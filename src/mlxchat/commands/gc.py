@@ -44,15 +44,20 @@ def main(arguments: list[str]) -> int:
         ]
         print_json({"applied": options.apply, "garbage": garbage, "kept": found.kept, "kept_bytes": found.kept_bytes})
     else:
-        _show(found, options.apply, store)
+        _show(found, options.apply, store, limits)
     return 0
 
 
-def _show(found: Collection, applied: bool, store: Store) -> None:
+def _show(found: Collection, applied: bool, store: Store, limits: Limits) -> None:
     listed = [item for item in found.garbage if item.kind not in ("index", "ref")]
+    if found.kept:
+        kept = sorted((reason, name) for name, reason in found.kept.items())
+        print("stays")
+        print(aligned([[f"store/{name}", reason] for reason, name in kept], indent="  "))
     if listed:
+        print("may go" if not applied else "removed")
         rows = [[str(item.path.relative_to(store.outputs)), format_bytes(item.bytes), item.reason] for item in listed]
-        print(aligned(rows, right=(1,)))
+        print(aligned(rows, right=(1,), indent="  "))
     links = len(found.garbage) - len(listed)
     if links:
         print(f"and {links} names or index entries that lead to nothing")
@@ -61,6 +66,8 @@ def _show(found: Collection, applied: bool, store: Store) -> None:
     kept = f"{stay} ({format_bytes(found.kept_bytes)})"
     if not found.garbage:
         print(f"nothing to remove: {kept}")
+        if not limits.given() and found.kept:
+            print("The names of ended runs keep their artifacts: --keep-last, --older-than or --max-bytes lets them go")
     elif applied:
         print(f"removed {size}; {kept}")
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlxchat.commands.arguments import Parser, outputs_folder, quoted, split_words
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.runner.naming import IMPORTS, links
+from mlxchat.runner.naming import IMPORTS, find_model, links
 from mlxchat.runner.store import Store, read_manifest
 
 FORMATS = ("nanochat", "hf", "adapter")
@@ -55,9 +55,7 @@ def main(format_name: str, arguments: list[str]) -> int:
     ]  # fmt: skip
     store = Store(outputs)
     if format_name == "adapter":
-        from mlxchat.commands.chat import find_model
-
-        base = f"artifact:{find_model(store, options.base).name}"
+        base = f"artifact:{find_model(store, options.base).place.name}"
         overrides.append(f"++pipeline.imported.checkpoint={quoted(base)}")
     if options.revision != "main":
         overrides.append(f"imported.revision={quoted(options.revision)}")
@@ -106,13 +104,13 @@ def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> 
         )
     made = store.find(step.rid) if step.done else None
     if made is None:
-        run_pipeline(composed, report=False)
+        run_pipeline(composed, is_verb=True)
         store.forget()
         made = store.find(step.rid)
     assert made is not None, "a run that ends has made it"
     store.prepare()
     store.set_ref(IMPORTS, name, made)
-    print(f"import:{name} is {made.name}")
+    print(f"import:{name} is {made.name}: mlxchat chat import:{name}, mlxchat report import:{name}")
     return 0
 
 

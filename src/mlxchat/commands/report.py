@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
-from mlxchat.errors import ConfigError, MlxchatError
+from mlxchat.errors import ConfigError
 from mlxchat.report.collect import RunReport, collect, collect_steps, entries_of_artifacts, latest_run
+from mlxchat.runner.naming import LATEST, Found, latest, links, meaning
 from mlxchat.runner.store import Store
 
 
@@ -17,9 +18,8 @@ def main(arguments: list[str]) -> int:
     parser = make_naming_parser(
         "report", "Write and print the report of a run (the latest), of artifacts, or of several runs.", "RUN|ID"
     )
-    parser.epilog = (
-        "RUN: a run's name, its start, or what follows its number (smoke); a sweep's folder in multirun/; latest. "
-        "Several: side by side. " + (parser.epilog or "")
+    parser.epilog = "RUN may also be a sweep's folder in multirun/. Several runs: side by side. " + (
+        parser.epilog or ""
     )
     parser.add_argument("--run", help="name of a folder under outputs/runs (the same as RUN)")
     parser.add_argument("--out", metavar="PLACE", help="a folder for report.html, report.md and pictures, or FILE.html")
@@ -70,30 +70,21 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
     """Return a title, the reports that the names mean, and what each is called beside the others.
 
     Raises:
-        ConfigError: a name is that of nothing, or runs and artifacts are mixed.
-        StoreError: there is no run at all.
+        ConfigError: runs and artifacts are mixed.
+        StoreError: a name is that of nothing, or there is no run at all.
     """
-    if not names or names == ["latest"]:
-        return "", [collect(outputs, latest_run(outputs))], []
     if len(names) == 1 and (sweep := _sweep_folder(outputs, names[0])):
         return _reports_of_sweep(outputs, sweep)
-    from mlxchat.runner.naming import resolve
-    from mlxchat.runner.table import run_folders
-
-    store = Store(outputs)
-    try:
-        folders = [
-            folder
-            for name in names
-            for folder in ([latest_run(outputs)] if name == "latest" else run_folders(store, [_folder_name(name)]))
-        ]
-    except ConfigError as no_run:
-        try:
-            places = [resolve(store, name) for name in names]
-        except MlxchatError as no_artifact:
-            raise ConfigError(f"{no_run} {no_artifact}") from None
+    meant = [_meaning(Store(outputs), name) for name in names or [LATEST]]
+    folders = [each for each in meant if isinstance(each, Path)]
+    places = [place for each in meant if not isinstance(each, Path) for place in each]
+    if folders and places:
+        raise ConfigError(
+            f"a report is of runs or of artifacts; got the run {folders[0].name} and the artifact {places[0].name}"
+        )
+    if places:
         entries = entries_of_artifacts(outputs, places)
-        title = ", ".join(place.name for place in places)
+        title = ", ".join(place.name for place in places) if names else latest(Store(outputs))
         folder = outputs / "reports" / "+".join(place.name for place in places)[:120]
         return title, [collect_steps(outputs, title, entries, folder)], []
     folders = list(dict.fromkeys(folders))
@@ -104,6 +95,21 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
         there = outputs / "reports" / "+".join(folder.name for folder in folders)[:120]
         reports = [replace(report, folder=there) for report in reports]
     return " and ".join(titles) if len(titles) < 4 else f"{len(titles)} runs", reports, titles
+
+
+def _meaning(store: Store, name: str) -> Path | list[Path]:
+    """Return the folder of the run that a name means, or the artifacts.
+
+    Raises:
+        StoreError: nothing, or more than one thing, has this name.
+    """
+    if name == LATEST and not latest(store):
+        return latest_run(store.outputs)  # it has not finished a step yet
+    found = meaning(store, _folder_name(name))
+    if isinstance(found, Found):
+        return [found.place]
+    folder = store.outputs / "runs" / found.name
+    return folder if (folder / "plan.json").exists() else list(links(store, found.name).values())
 
 
 def _folder_name(name: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 
 from mlxchat.commands.arguments import Parser, make_naming_parser, take_names
-from mlxchat.commands.chat import PYTHON_TOOL, add_precision, find_model, python_tool
+from mlxchat.commands.chat import PYTHON_TOOL, add_precision, python_tool
 from mlxchat.errors import ConfigError
+from mlxchat.runner.integrity import check_model
+from mlxchat.runner.naming import describe_model, find_model, run_of
 from mlxchat.runner.store import Store
 
 _KEY = "MLXCHAT_API_KEY"
@@ -33,7 +36,7 @@ def main(arguments: list[str]) -> int:
     if not 0 <= options.temperature <= 2 or options.top_k < 0 or options.grace_seconds < 0:
         raise ConfigError("--temperature must be from 0 to 2, --top-k and --grace-seconds at least 0")
     store = Store(outputs_folder(settings))
-    place = find_model(store, names[0] if names else None)
+    found = find_model(store, names[0] if names else None)
 
     from mlxchat.serve.guard import is_loopback  # FastAPI takes most of a second
 
@@ -58,15 +61,18 @@ def main(arguments: list[str]) -> int:
         "bits": options.bits, "kv_bits": options.kv_bits, "python_tool": options.python_tool,
         "temperature": options.temperature, "top_k": options.top_k,
     }  # fmt: skip
-    models = Models(store, place, answering)
-    read_model(models.find(None).folder)
+    models = Models(store, found.place, answering, within=run_of(store, found))
+    folder = models.find(None).folder
+    read_model(folder)
+    check_model(folder)
+    print(f"model: {describe_model(store, found)}", file=sys.stderr)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
     python = python_tool() if options.python_tool else None
     load = partial(load_scheduler, python=python, bits=options.bits, kv_bits=options.kv_bits)
     service = Service(models, Worker(limits, load), limits, defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
     return run_server(
-        app, options.host, options.port, name=place.name, key_needed=key is not None,
+        app, options.host, options.port, name=found.place.name, key_needed=key is not None,
         grace_seconds=options.grace_seconds, log_requests=options.log_requests,
     )  # fmt: skip
 

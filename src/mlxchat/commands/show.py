@@ -9,7 +9,7 @@ from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_
 from mlxchat.commands.columns import aligned, print_json, show_value, when
 from mlxchat.errors import ConfigError
 from mlxchat.runner.comparing import flatten
-from mlxchat.runner.naming import groups, links
+from mlxchat.runner.naming import LATEST, groups, latest, links
 from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
 from mlxchat.runner.store import Manifest, Store, read_manifest
 
@@ -77,7 +77,9 @@ def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]
         yield ["speed", f"{format_count(manifest['tokens_per_second'])} tok/s"]
     if manifest.get("peak_memory_bytes"):
         yield ["memory", f"{format_bytes(manifest['peak_memory_bytes'])} at most"]
-    named = [f"{group}/{name}" for group in groups(store) for name, one in links(store, group).items() if one == place]
+    newest = latest(store)
+    named = [f"{LATEST}/{name}" for name, one in links(store, newest).items() if one == place]
+    named += [f"{group}/{name}" for group in groups(store) for name, one in links(store, group).items() if one == place]
     if named:
         yield ["named", ", ".join(named)]
 

@@ -12,7 +12,7 @@ from mlxchat.commands.arguments import make_parser, outputs_folder
 from mlxchat.commands.columns import aligned, print_json, when
 from mlxchat.errors import StoreError
 from mlxchat.runner import attempts, locks
-from mlxchat.runner.naming import links
+from mlxchat.runner.naming import latest, links
 from mlxchat.runner.progress import format_bytes, format_count, format_seconds
 from mlxchat.runner.store import Store, read_manifest
 
@@ -29,12 +29,13 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     store = Store(outputs_folder(options.settings))
     work = [describe_work(store, folder) for folder in _folders(store.outputs / "work")]
-    done = [_describe_done(step, place) for step, place in links(store, "latest").items()]
+    run = latest(store)
+    done = [_describe_done(step, place) for step, place in links(store, run).items()]
     done.sort(key=lambda row: str(row.get("published", "")))
     if options.json:
-        print_json({"outputs": str(store.outputs), "work": work, "done": done})
+        print_json({"outputs": str(store.outputs), "work": work, "latest": run, "done": done})
         return 0
-    for title, chosen in (("running", "running"), ("failed", "failed"), ("left over (the same command continues)", "")):
+    for title, chosen in (("running", "running"), ("failed", "failed"), ("left over", "")):
         rows = [
             row for row in work if row["state"] == chosen or (not chosen and row["state"] not in ("running", "failed"))
         ]
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         for row in rows:
             print("\n".join(_lines_of(row)))
     if done:
-        print("done (latest of each step)")
+        print(f"done (latest run: {run})")
         print(aligned([_cells(row) for row in done], right=(2, 3), indent="  "))
     if not done and not work:
         print(f"{store.outputs} holds nothing yet: run mlxchat first")
@@ -68,6 +69,7 @@ def describe_work(store: Store, folder: Path) -> Row:
         "ranks": _ranks(store, str(run)) if held else None,
         "iteration": latest.get("iteration"), "loss": latest.get("loss"),
         "tokens_per_second": latest.get("tokens_per_second"), "error": last.get("error"),
+        "command": _command(store, str(last.get("run"))),
         "log": str(log) if log.exists() else None, "log_tail": _tail(log) if state == "failed" else [],
     }  # fmt: skip
 
@@ -88,7 +90,9 @@ def _lines_of(row: Row) -> list[str]:
     error = f": {row['error']}" if row["error"] else ""
     lines = [f"  {row['step']:<11} {row['state']}{at}{tries}{error}"]
     lines += [f"              | {line}" for line in row["log_tail"]]
-    return [*lines, f"              whole log: {row['log']}"] if row["log"] and row["state"] == "failed" else lines
+    if row["log"] and row["state"] == "failed":
+        lines.append(f"              whole log: {row['log']}")
+    return [*lines, f"              continue: {row['command']}"] if row["command"] else lines
 
 
 def _describe_done(step: str, place: Path) -> Row:
@@ -112,6 +116,13 @@ def _cells(row: Row) -> list[str]:
         row["step"], row["artifact"], format_bytes(row["bytes"]), format_seconds(row["seconds"] or 0),
         when(row["published"]) + note,
     ]  # fmt: skip
+
+
+def _command(store: Store, run: str) -> str | None:
+    """Return the command line of a run; None: its record is gone."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((store.outputs / "runs" / run / "plan.json").read_text(encoding="utf-8"))["command"])
+    return None
 
 
 def _ranks(store: Store, run: str) -> Row | None:

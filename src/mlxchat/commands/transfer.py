@@ -7,8 +7,9 @@ from pathlib import Path
 from mlxchat.commands import import_model
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.errors import ConfigError
+from mlxchat.runner.naming import MODEL, find_all
 from mlxchat.runner.progress import format_bytes, plural
-from mlxchat.runner.store import Store
+from mlxchat.runner.store import MANIFEST, Store, read_manifest
 from mlxchat.runner.transfer import closure, export, import_all, is_url
 
 _LOCAL = ("file://", "local://")
@@ -28,7 +29,7 @@ def main_export(arguments: list[str]) -> int:
     if not options.to:
         raise ConfigError("expected mlxchat export ID… --to PLACE: a folder or a tar file")
     store = Store(outputs_folder(settings))
-    folders = closure(store, [store.resolve(name) for name in names])
+    folders = closure(store, [place for name in names for place in find_all(store, name)])
     if is_url(options.to) and not options.to.startswith(_LOCAL):
         return _export_elsewhere(options.to, folders, public=options.public)
     to = Path(_without_scheme(options.to))
@@ -66,6 +67,15 @@ def _without_scheme(place: str) -> str:
     return next((place.removeprefix(scheme) for scheme in _LOCAL if place.startswith(scheme)), place)
 
 
+def _tell_next(store: Store, places: list[Path]) -> None:
+    """Say how the model that came in is used."""
+    models = [place for place in places if read_manifest(place).get("kind") == MODEL]
+    if not models:
+        return
+    name = models[-1].name
+    print(f"{name}: mlxchat chat {name}, mlxchat report {name}")
+
+
 def main_import(arguments: list[str]) -> int:
     """Take in the artifacts of a folder or tar file, or a model of another make."""
     if arguments and arguments[0] in import_model.FORMATS:
@@ -90,6 +100,9 @@ def main_import(arguments: list[str]) -> int:
     names, settings = take_names(rest, "import", 1 - len(urls[:1]), None, "PLACE [ARTIFACT…]")
     source, wanted = (urls + names)[0], (urls + names)[1:]
     store = Store(outputs_folder(settings))
+    if not is_url(source) and (Path(source) / MANIFEST).is_file():
+        path = Path(source).resolve()
+        source, wanted = str(path.parent), [path.name, *wanted]
     if is_url(source) or wanted:
         from mlxchat.hub.places import open_place
         from mlxchat.hub.remote import import_from
@@ -103,4 +116,5 @@ def main_import(arguments: list[str]) -> int:
     for place in new:
         print(f"imported {place.name}")
     print(f"{plural(len(new), 'artifact')} imported into {store.outputs}, {len(known)} already there")
+    _tell_next(store, new or known)
     return 0

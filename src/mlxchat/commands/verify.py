@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
 from mlxchat.commands.columns import print_json
-from mlxchat.errors import MlxchatError
+from mlxchat.errors import MlxchatError, StoreError
 from mlxchat.runner.bases import find_chain, is_adapter
+from mlxchat.runner.integrity import makers, remedy
+from mlxchat.runner.naming import find_all
 from mlxchat.runner.progress import format_bytes
-from mlxchat.runner.store import MANIFEST, Store
-from mlxchat.runner.verifying import find_faults
+from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
+from mlxchat.runner.verifying import check_contents, find_absent
 
 
 def main(arguments: list[str]) -> int:
@@ -24,25 +28,45 @@ def main(arguments: list[str]) -> int:
     store = Store(outputs_folder(settings))
     base = store.outputs / "store"
     every = sorted(base.iterdir()) if base.is_dir() else []
-    places = [store.resolve(name) for name in names] or [place for place in every if (place / MANIFEST).exists()]
+    places = [place for name in names for place in find_all(store, name)] or [
+        place for place in every if (place / MANIFEST).exists()
+    ]
+    places = list(dict.fromkeys(places))
     faults: dict[str, list[str]] = {}
-    for place in dict.fromkeys(places):
-        found = list(find_faults(store, place)) or _faults_below(place)
-        if found:
+    absent: dict[str, list[str]] = {}
+    for place in places:
+        if found := list(check_contents(place)):
             faults[place.name] = found
-            if not options.json:
-                print("\n".join(f"{place.name}  {fault}" for fault in found), flush=True)
+        elif found := list(find_absent(store, place)) or _faults_below(place):
+            absent[place.name] = found
+        if found and not options.json:
+            print("\n".join(f"{place.name}  {fault}" for fault in found), flush=True)
     size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
     if options.json:
-        print_json({"artifacts": len(places), "bytes": size, "faults": faults})
+        print_json({"artifacts": len(places), "bytes": size, "faults": faults, "absent": absent})
     elif not places:
         print(f"{store.outputs} holds no artifacts yet: run mlxchat first")
     else:
         count = "1 artifact is" if len(places) == 1 else f"{len(places)} artifacts are"
         told = f"{len(faults)} of {len(places)} artifacts differ" if faults else f"{count} right"
-        remedy = ". Remove their folders; the next run makes them again" if faults else ""
-        print(f"{told} ({format_bytes(size)} hashed){remedy}")
-    return int(bool(faults))
+        print(f"{told} ({format_bytes(size)} hashed)")
+        if faults:
+            print(remedy(_manifests(store, faults)))
+        if absent:
+            print(
+                f"{len(absent)} of {len(places)} artifacts are intact but lack what they were made from: keep them "
+                f"and run again: {makers(_manifests(store, absent))}"
+            )
+    return int(bool(faults or absent))
+
+
+def _manifests(store: Store, names: Iterable[str]) -> list[Manifest]:
+    """Return the manifests of artifacts that can be read."""
+    found = []
+    for name in names:
+        with suppress(StoreError):
+            found.append(read_manifest(store.outputs / "store" / name))
+    return found
 
 
 def _faults_below(place: Path) -> list[str]:

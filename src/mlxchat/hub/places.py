@@ -36,10 +36,12 @@ class Place:
     files: Any
     """The file system of fsspec's."""
     root: str
+    folder: str = "store"
+    """Of its artifacts; "": they lie in the root itself, as in a copy of a store."""
 
     def path(self, *parts: str) -> str:
         """Return the path of something in its store."""
-        return "/".join((self.root.rstrip("/"), "store", *parts))
+        return "/".join((self.root.rstrip("/"), *filter(None, (self.folder, *parts))))
 
     def manifest(self, name: str) -> Manifest | None:
         """Return the manifest of an artifact, or None if there is none or one that was cut.

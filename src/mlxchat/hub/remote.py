@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,9 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
     base = store.outputs / "work" / f".import-{hashlib.sha256(place.url.encode()).hexdigest()[:16]}"
     with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, tell_waiting):
         with told(place.url):
+            bare = replace(place, folder="")
+            if not place.names() and any(bare.files.exists(bare.path(name, MANIFEST)) for name in bare.names()):
+                place = bare
             chosen = _choose(store, place, wanted)
             known = [here for manifest in chosen.values() if (here := store.own_folder(manifest["rid"])) is not None]
             missing = {name: each for name, each in chosen.items() if store.own_folder(each["rid"]) is None}

@@ -7,6 +7,7 @@ from pathlib import Path
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.awake import keep_awake
 from mlxchat.runner.complete import complete
+from mlxchat.runner.naming import LATEST, MODEL
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.run import Policy as Policy
 from mlxchat.runner.run import Run as Run
@@ -15,7 +16,9 @@ from mlxchat.runner.store import Store
 
 
 def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
-    """Run what the plan says is not done, and point the refs of this run and `latest` at every step's artifact.
+    """Run what the plan says is not done, and point the refs of this run at every step's artifact.
+
+    A run that finishes a model becomes the latest one.
 
     A step that fails takes those with it that need it. The others go on, unless the run shall fail fast.
 
@@ -95,7 +98,9 @@ class Outcome:
         """Note a step's artifact and give it its names."""
         self.finished.add(step.name)
         self.store.set_ref(self.run.name, step.name, place)
-        self.store.set_ref("latest", step.name, place)
+        made = self.store.read(step.rid) or {}
+        if step.stage.produces == MODEL and made.get("run") == self.run.name:
+            self._become_latest()
 
     def fail(self, step: PlannedStep, error: MlxchatError) -> None:
         """Note that a step failed, and say so now if anything else goes on."""
@@ -126,6 +131,12 @@ class Outcome:
         if self.failures:
             lines = [f"{name}: {(str(error).splitlines() or ['?'])[0]}" for name, error in self.failures.items()]
             raise StepFailed(f"{len(lines)} steps failed:\n" + "\n".join(lines))
+        if any(step.stage.produces == MODEL for step in self.plan):
+            self._become_latest()
+
+    def _become_latest(self) -> None:
+        if self.run.becomes_latest:
+            self.store.link_group(LATEST, self.run.name)
 
     def last_step(self) -> str | None:
         """Return the step that a failure of the run is about."""

@@ -23,7 +23,7 @@ from mlxchat.runner import locks
 from mlxchat.runner.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.leftovers import DAY_SECONDS, Garbage, Limits, entries, left_overs, orphans, size_of
-from mlxchat.runner.naming import PINS, groups, links
+from mlxchat.runner.naming import IMPORTS, LATEST, PINS, groups, latest, links
 from mlxchat.runner.store import Store
 
 _RUN = re.compile(r"\d{8}-\d{6}-")
@@ -109,7 +109,7 @@ def collect(store: Store, limits: Limits) -> Collection:
             crash_point("gc.deleted")
         for group in groups(store):
             folder = store.outputs / "refs" / group
-            if group not in ("latest", PINS) and not any(folder.iterdir()):
+            if group not in (LATEST, PINS) and not any(folder.iterdir()):
                 folder.rmdir()
         if trash.is_dir() and not any(trash.iterdir()):
             trash.rmdir()
@@ -135,12 +135,14 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
         if rid in known:
             reasons.setdefault(rid, reason)
 
-    for name in groups(store):
-        if limits.given() and _RUN.match(name):
+    current = latest(store)
+    for name in dict.fromkeys([current, *groups(store)]):
+        if limits.given() and _RUN.match(name) and name != current:
             continue
         for step, place in links(store, name).items():
+            told = {PINS: f"pinned as {step}", IMPORTS: f"import:{step}", current: f"latest run: {current}/{step}"}
             if place.name in at:
-                keep(at[place.name], f"pinned as {step}" if name == PINS else f"{name}/{step}")
+                keep(at[place.name], told.get(name, f"{name}/{step}"))
     now = time.time()
     busy = running_runs(store)
     young = DAY_SECONDS if limits.older_than_seconds is None else limits.older_than_seconds

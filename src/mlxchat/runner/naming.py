@@ -1,63 +1,195 @@
-"""What a person may call an artifact, and which one is meant.
+"""Names of artifacts and runs: every verb resolves them here.
 
-sft                             a step of the latest run
-latest/sft, RUN/sft             a step of a run; the start of the run's name is enough
+sft                             a step of the latest run; if that run lacks it, of the last run that has it
+latest/sft, RUN/sft             a step of a run
+latest, RUN                     a run; where one artifact is expected, the run's model
 best, pins/best                 a pin
-import:d32                      a model that was imported under this name
-sft-d4-247by4vjkvu7s7hg         the folder's name, or the start of it
+d32, import:d32                 a model that was imported under this name
+sft-d4-247by4vjkvu7s7hg         an artifact's folder, or the start of its name
 247by4                          the start of an id
+outputs/store/sft-d4-247by…     the path of an artifact or of a run
+
+RUN is the name of a run's folder, the start of that name, or what the run is called (quickstart): its last run.
+The latest run is the last one that finished a model. `refs/latest` is a link to its refs.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from mlxchat.errors import StoreError, suggest
-from mlxchat.runner.store import MANIFEST, Store, clean_label, read_manifest
+from mlxchat.runner.store import MANIFEST, Manifest, Store, clean_label, read_manifest
 
-PINS, IMPORTS = "pins", "imports"
+LATEST, PINS, IMPORTS = "latest", "pins", "imports"
+MODEL = "checkpoint"
+"""The kind of artifact that a model is."""
 _ID_CHARS = 16
 _MOST_SHOWN = 8
+# Chat models first; what stands further back is used only if nothing before it is there.
+_STAGES = ("rl", "sft", "midtrain", "pretrain", "fused", "imported")
+_STAMP = re.compile(r"(\d{8}-\d{6})(?:-\d{6})?(?:-\d+-(?P<called>.+))?$")
+# Verbs that publish a checkpoint; none of them makes a run the latest one.
+_VERBS = ("import", "fuse")
+
+
+class Found(NamedTuple):
+    """An artifact, and the run that the name chose it from."""
+
+    place: Path
+    """Its folder; of an alias, its own."""
+    run: str | None = None
+    """The run's folder name; None: the name is that of an artifact, a pin or an import."""
+
+
+class Run(NamedTuple):
+    """A run that a name means."""
+
+    name: str
+    """Of its folders in refs/ and runs/."""
 
 
 def resolve(store: Store, name: str) -> Path:
-    """Return the folder of the artifact that `name` means; of an alias, its own.
+    """Return the folder of the artifact that a name means; of an alias, its own.
 
     Raises:
-        StoreError: nothing, or more than one thing, has this name; the message lists what may be meant.
+        StoreError: nothing, or more than one thing, has this name; the message lists what there is.
+    """
+    return find(store, name).place
+
+
+def find(store: Store, name: str, *, within: str | None = None, paths: bool = True) -> Found:
+    """Return the artifact that a name means. A run means its model.
+
+    Args:
+        store: where to look.
+        name: any form of the module's docstring.
+        within: the run that steps are looked up in, and in no other; None: the latest run first.
+        paths: whether the name may be a path.
+
+    Raises:
+        StoreError: nothing, or more than one thing, has this name; the message lists what there is.
+    """
+    meant = meaning(store, name, within=within, paths=paths)
+    if isinstance(meant, Found):
+        return meant
+    steps = links(store, meant.name)
+    if (place := _model_of(steps)) is None:
+        has = f"has no model, only {', '.join(steps)}: say {name}/STEP" if steps else "has no artifacts"
+        raise StoreError(f"run {meant.name} {has}")
+    return Found(place, meant.name)
+
+
+def find_all(store: Store, name: str) -> list[Path]:
+    """Return the artifacts that a name means: of a run, those of all its steps.
+
+    Raises:
+        StoreError: as `find`; a run has no artifacts.
+    """
+    meant = meaning(store, name)
+    if isinstance(meant, Found):
+        return [meant.place]
+    if not (places := list(links(store, meant.name).values())):
+        raise StoreError(f"run {meant.name} has no artifacts")
+    return places
+
+
+def find_model(store: Store, name: str | None) -> Found:
+    """Return the model that a name means; None: the chat model of the latest run, or else its base model.
+
+    Raises:
+        StoreError: there is none, or the name is that of something else.
+    """
+    if name is None:
+        group = latest(store)
+        if (place := _model_of(links(store, group))) is None:
+            raise StoreError(f"{store.outputs} holds no model yet: run mlxchat first, or name a model")
+        return Found(place, group)
+    found = find(store, name)
+    if (kind := read_manifest(found.place)["kind"]) != MODEL:
+        raise StoreError(f"{found.place.name} is no model but a {kind}")
+    return found
+
+
+def run_of(store: Store, found: Found) -> str | None:
+    """Return the run of an artifact: the one it was chosen from, else the latest one, else the one that made it."""
+    if found.run is not None or found.place in links(store, latest(store)).values():
+        return found.run or latest(store)
+    made = str(read_manifest(found.place).get("run"))
+    return made if found.place in links(store, made).values() else None
+
+
+def meaning(store: Store, name: str, *, within: str | None = None, paths: bool = True) -> Found | Run:
+    """Return the artifact or the run that a name means.
+
+    Raises:
+        StoreError: nothing, or more than one thing, has this name; the message lists what there is.
     """
     if name.startswith("import:"):
-        return resolve_import(store, name.removeprefix("import:"))
-    direct = [place for place in _exact(store, name) if place is not None]
-    if direct:
-        if len(set(direct)) == 1:
-            return direct[0]
-        raise StoreError(
-            f'"{name}" is both a step of the latest run ({direct[0].name}) and a pin ({direct[1].name}): '
-            f"say latest/{name} or {PINS}/{name}"
-        )
-    if "/" in name:
-        return _in_group(store, *name.rsplit("/", 1))
+        return Found(resolve_import(store, name.removeprefix("import:")))
+    if paths and "/" in name:
+        name = _without_path(store, name)
     base = store.outputs / "store"
-    found = sorted(folder for folder in _names(base) if folder == name or _may_mean(name, folder))
-    places = [base / folder for folder in found if (base / folder / MANIFEST).exists()]
-    if len(name) > _ID_CHARS:
-        places = [place for place in places if place.name.startswith(name) or _rid(place).startswith(name)]
-    exact = [place for place in places if place.name == name]
-    places = exact or places
-    if len(places) == 1 and name:
-        return places[0]
-    if places and name:
-        shown = ", ".join(place.name for place in places[:_MOST_SHOWN])
-        more = f" and {len(places) - _MOST_SHOWN} more" if len(places) > _MOST_SHOWN else ""
-        raise StoreError(f'"{name}" is ambiguous in {store.outputs}: {shown}{more}. Give more of the id.')
-    steps, pins = list(links(store, "latest")), list(links(store, PINS))
-    known = f"Steps of the latest run: {', '.join(steps) or 'none yet: run mlxchat first'}."
-    known += f" Pins: {', '.join(pins)}." if pins else ""
-    hint = suggest(name, [*steps, *pins]) or suggest(name, _names(base)[:2000])
-    raise StoreError(f'"{name}" is no artifact in {store.outputs}. {known}{hint}')
+    if name and "/" not in name and (base / name / MANIFEST).exists():
+        return Found(base / name)
+    if "/" in name.strip("/"):
+        return _in_group(store, *name.rsplit("/", 1))
+    if (direct := _exact(store, name, within)) is not None:
+        return direct
+    if (run := _run_called(store, name)) is not None:
+        return Run(run)
+    places = _begins(base, name)
+    if len(places) == 1:
+        return Found(places[0])
+    if places:
+        raise _ambiguous(f'"{name}" is ambiguous in {store.outputs}', [place.name for place in places], "id")
+    runs = [run for run in _all_runs(store) if name and run.startswith(name)]
+    if len(runs) > 1:
+        raise _ambiguous(f'"{name}" is ambiguous in {store.outputs}', runs, "run's name")
+    if runs:
+        return Run(runs[0])
+    raise _unknown(store, name)
+
+
+def latest(store: Store) -> str:
+    """Return the name of the latest run, whose refs are `refs/<name>`; "" if there is none.
+
+    That is the last run that finished a model. Without one: an import, else whatever there is.
+    """
+    link = store.outputs / "refs" / LATEST
+    recorded = os.path.basename(os.readlink(link)) if link.is_symlink() else ""  # noqa: PTH115, PTH119
+    if _model_of(links(store, recorded)) is not None:
+        return recorded
+    best, highest = "", 0
+    for run in reversed(runs(store)):
+        if (rank := _rank(store, run)) > highest:
+            best, highest = run, rank
+        if highest == _FINISHED:
+            return best
+    # A folder of that name was made by hand, or by a version that had no link.
+    return LATEST if not recorded and link.is_dir() else best
+
+
+def called(run: str) -> str:
+    """Return what a run is called: the last part of its folder's name."""
+    stamp = _STAMP.match(run)
+    return (stamp["called"] or run) if stamp else run
+
+
+def describe_model(store: Store, found: Found) -> str:
+    """Return which model of which run this is, for people."""
+    manifest = read_manifest(found.place)
+    when = str(manifest.get("published", ""))[:16].replace("T", " ")
+    names = [name for name, place in links(store, IMPORTS).items() if place == found.place]
+    run = run_of(store, found)
+    if names and (run is None or called(run) == "import"):
+        what = f"import:{names[0]}"
+    else:
+        what = f"{manifest.get('step')} of run {called(run or str(manifest.get('run')))}"
+    return f"{what} ({', '.join(filter(None, (found.place.name, when)))})"
 
 
 def resolve_import(store: Store, name: str) -> Path:
@@ -70,17 +202,17 @@ def resolve_import(store: Store, name: str) -> Path:
     if name in named:
         return named[name]
     base = store.outputs / "store"
-    called: dict[str, list[Path]] = {}
+    imported: dict[str, list[Path]] = {}
     for folder in _names(base):
         if folder.startswith("imported-") and (base / folder / MANIFEST).exists():
-            called.setdefault(folder.removeprefix("imported-")[: -_ID_CHARS - 1], []).append(base / folder)
-    places = called.get(clean_label(name), [])
+            imported.setdefault(folder.removeprefix("imported-")[: -_ID_CHARS - 1], []).append(base / folder)
+    places = imported.get(clean_label(name), [])
     if len(places) == 1:
         return places[0]
     if places:
         shown = ", ".join(sorted(place.name for place in places))
         raise StoreError(f'there are several imports called "{name}": {shown}. Name one: mlxchat import … --name NAME')
-    known = sorted({*named, *called})
+    known = sorted({*named, *imported})
     text = f"Imports: {', '.join(known)}." if known else "Nothing was imported yet."
     raise StoreError(
         f'there is no import "{name}" in {store.outputs}. {text}{suggest(name, known)} '
@@ -90,6 +222,8 @@ def resolve_import(store: Store, name: str) -> Path:
 
 def links(store: Store, group: str) -> dict[str, Path]:
     """Return name → artifact folder of a group of refs, those that lead to a complete artifact."""
+    if not group:
+        return {}
     folder = store.outputs / "refs" / group
     found = {}
     for name in sorted(_names(folder)):
@@ -104,35 +238,160 @@ def links(store: Store, group: str) -> dict[str, Path]:
 
 
 def groups(store: Store) -> list[str]:
-    """Return the names of all groups of refs: latest, pins, one for each run, and what people made."""
-    return sorted(name for name in _names(store.outputs / "refs") if (store.outputs / "refs" / name).is_dir())
+    """Return the names of all groups of refs: pins, imports, one for each run, and what people made."""
+    folder = store.outputs / "refs"
+    return sorted(name for name in _names(folder) if (folder / name).is_dir() and not (folder / name).is_symlink())
 
 
-def _exact(store: Store, name: str) -> Iterator[Path | None]:
-    if "/" not in name:
-        for group in ("latest", PINS):
-            yield links(store, group).get(name)
+def runs(store: Store) -> list[str]:
+    """Return the runs that have names of artifacts, in order of time."""
+    return sorted((name for name in groups(store) if name not in (LATEST, PINS, IMPORTS)), key=_moment)
 
 
-def _in_group(store: Store, group: str, step: str) -> Path:
-    known = groups(store)
-    chosen = [group] if group in known else [one for one in known if group and one.startswith(group)]
-    if len(chosen) > 1:
-        shown = ", ".join(chosen[:_MOST_SHOWN])
-        raise StoreError(f'"{group}" is ambiguous: {shown}. Give more of the run\'s name.')
+_FINISHED = 4
+
+
+def _rank(store: Store, run: str) -> int:
+    """Return how good a candidate a run is for being the latest one: 4 if it finished a model, 0 if it has nothing."""
+    steps = links(store, run)
+    if _model_of(steps) is None:
+        return int(bool(steps))
+    if run.startswith("imported-") or called(run) in _VERBS:
+        return 2
+    made = [_manifest(place) for place in steps.values()]
+    if any(manifest.get("kind") == MODEL and manifest.get("run") == run for manifest in made):
+        return _FINISHED
+    try:
+        last = (store.outputs / "runs" / run / "events.jsonl").read_bytes().rstrip().rpartition(b"\n")[2]
+    except OSError:
+        last = b""
+    return _FINISHED if b'"run_done"' in last else 3
+
+
+def _model_of(steps: dict[str, Path]) -> Path | None:
+    """Return the chat model among a run's artifacts, or the base model; of several of a stage the newest."""
+    made = []
+    for place in steps.values():
+        manifest = _manifest(place)
+        if manifest.get("kind") == MODEL:
+            stage = manifest["stage"]
+            rank = _STAGES.index(stage) if stage in _STAGES else len(_STAGES)
+            made.append((-rank, str(manifest.get("published")), place))
+    return max(made)[2] if made else None
+
+
+def _exact(store: Store, name: str, within: str | None) -> Found | None:
+    """Return the step, pin or import of exactly this name."""
+    group = within or latest(store)
+    direct: dict[str, Found] = {}
+    if name in (steps := links(store, group)):
+        direct[f"{within or LATEST}/{name}"] = Found(steps[name], group)
+    for other, form in ((PINS, f"{PINS}/{name}"), (IMPORTS, f"import:{name}")):
+        if name in (named := links(store, other)):
+            direct[form] = Found(named[name])
+    if len({found.place for found in direct.values()}) > 1:
+        told = ", ".join(f"{form} ({found.place.name})" for form, found in direct.items())
+        raise StoreError(f'"{name}" may be {told}: say which')
+    if direct or not name:
+        return next(iter(direct.values()), None)
+    refs = store.outputs / "refs"
+    elsewhere = [run for run in reversed(runs(store)) if os.path.lexists(refs / run / name)]
+    elsewhere = [run for run in elsewhere if name in links(store, run)]
+    if elsewhere and within is not None:
+        raise StoreError(f'{within} has no "{name}": {", ".join(steps)}. Other runs have: {elsewhere[0]}/{name}')
+    return Found(links(store, elsewhere[0])[name], elsewhere[0]) if elsewhere else None
+
+
+def _run_called(store: Store, name: str) -> str | None:
+    """Return the run whose name this is, or the last one that is called so, if it can be one that finished a model."""
+    if name == LATEST:
+        return latest(store) or None
+    known = _all_runs(store)
+    if name in known:
+        return name
+    same = [run for run in reversed(known) if called(run) == name]
+    return max(same, key=lambda run: _rank(store, run)) if same else None
+
+
+def _all_runs(store: Store) -> list[str]:
+    """Return all runs in order of time, also those that have no artifact yet."""
+    planned = (name for name in _names(store.outputs / "runs") if (store.outputs / "runs" / name).is_dir())
+    return sorted({*runs(store), *planned}, key=_moment)
+
+
+def _moment(run: str) -> tuple[str, str]:
+    stamp = _STAMP.search(run)
+    return (stamp[1] if stamp else "", run)
+
+
+def _in_group(store: Store, group: str, step: str) -> Found:
+    run = _run_called(store, group)
+    chosen = [run] if run is not None else [group] if group in (PINS, IMPORTS) else []
     if not chosen:
-        raise StoreError(f'there is no run "{group}" with artifacts in {store.outputs}.{suggest(group, known)}')
+        known = [*groups(store), LATEST]
+        chosen = sorted({one for one in known if group and one.startswith(group)})
+        if len(chosen) > 1:
+            raise _ambiguous(f'"{group}" is ambiguous in {store.outputs}', chosen, "run's name")
+        chosen = [latest(store) if one == LATEST else one for one in chosen]
+    if not any(chosen):
+        raise _unknown(store, f"{group}/{step}", f'there is no run "{group}" with artifacts')
     steps = links(store, chosen[0])
     if step not in steps:
         raise StoreError(
             f'{chosen[0]} has no "{step}": {", ".join(steps) or "nothing that is still there"}.{suggest(step, steps)}'
         )
-    return steps[step]
+    return Found(steps[step], None if chosen[0] in (PINS, IMPORTS) else chosen[0])
 
 
-def _may_mean(name: str, folder: str) -> bool:
-    """Tell whether a name may be the start of an artifact's folder name or of its id."""
-    return folder.startswith(name) or folder[-_ID_CHARS:].startswith(name[:_ID_CHARS])
+def _without_path(store: Store, name: str) -> str:
+    """Return the name that a path of an artifact or a run stands for; what is no such path as it is."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return name
+    real, outputs = path.resolve(), store.outputs.resolve()
+    if real.parent in (outputs / "store", outputs / "runs", outputs / "refs"):
+        return real.name
+    if (real / MANIFEST).is_file():
+        other = f": say outputs={real.parent.parent}" if real.parent.name == "store" else ""
+        raise StoreError(f"{name} is an artifact, but not of {store.outputs}{other}")
+    return name
+
+
+def _begins(base: Path, name: str) -> list[Path]:
+    """Return the artifacts whose folder's name or id begins so."""
+    if not name:
+        return []
+    found = [one for one in sorted(_names(base)) if one.startswith(name) or one[-_ID_CHARS:].startswith(name[:16])]
+    places = [base / one for one in found if (base / one / MANIFEST).exists()]
+    if len(name) > _ID_CHARS:
+        places = [
+            place
+            for place in places
+            if place.name.startswith(name) or str(_manifest(place).get("rid")).startswith(name)
+        ]
+    return places
+
+
+def _ambiguous(text: str, names: Iterable[str], more_of: str) -> StoreError:
+    names = list(names)
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return StoreError(f"{text}: {', '.join(names[:_MOST_SHOWN])}{more}. Give more of the {more_of}.")
+
+
+def _unknown(store: Store, name: str, text: str = "") -> StoreError:
+    """Return what is said of a name that means nothing: what there is, and which name is near."""
+    run = latest(store)
+    steps, pins, imports = list(links(store, run)), list(links(store, PINS)), list(links(store, IMPORTS))
+    known = list(dict.fromkeys(called(one) for one in reversed(_all_runs(store))))
+    said = [f"Steps of the latest run{f' ({called(run)})' if run else ''}: {', '.join(steps)}."] if steps else []
+    for what, names in (("Runs", known), ("Pins", pins), ("Imports", imports)):
+        if names:
+            said.append(f"{what}: {', '.join(names[:_MOST_SHOWN])}{' …' if len(names) > _MOST_SHOWN else ''}.")
+    there = " ".join(said) or "There is nothing yet: run mlxchat first."
+    last = name.rpartition("/")[2]
+    near = suggest(name, [*steps, *pins, *imports, *known]) or suggest(last, _names(store.outputs / "store")[:2000])
+    text = text or f'"{name}" is no artifact and no run'
+    return StoreError(f"{text} in {store.outputs}. {there}{near}")
 
 
 def _names(folder: Path) -> list[str]:
@@ -142,8 +401,8 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _rid(place: Path) -> str:
+def _manifest(place: Path) -> Manifest:
     try:
-        return str(read_manifest(place)["rid"])
-    except (StoreError, KeyError):
-        return ""
+        return read_manifest(place)
+    except StoreError:
+        return {}

@@ -15,6 +15,7 @@ from mlxchat.runner.code_digest import CodeDigests, changed_modules
 from mlxchat.runner.externals import FileHashes
 from mlxchat.runner.externals import pin_externals as pin_externals
 from mlxchat.runner.fingerprint import compute_rid, identity_of
+from mlxchat.runner.naming import find
 from mlxchat.runner.pipeline import GIVEN_KIND, given_of, steps_of
 from mlxchat.runner.pipeline import Pipeline as Pipeline
 from mlxchat.runner.pipeline import order_steps as order_steps
@@ -254,8 +255,8 @@ def find_artifacts(
 ) -> dict[str, Manifest]:
     """Return role → manifest of the artifacts that fields with metadata `artifact: role` name, where they are set.
 
-    What is named by a step of the latest run may be what this very step made before: a run that was stopped
-    afterwards, or is repeated, means the artifact that stood there first, which is the one it was made from.
+    A step of a run may be what this very step made before: a run that was stopped afterwards, or is repeated, means
+    the artifact that stood there first, which is the one it was made from.
 
     Args:
         sections: of the configuration.
@@ -275,9 +276,10 @@ def find_artifacts(
                 queue.append(name)
             if role is None or name is None:
                 continue
-            found[role] = read_manifest(store.resolve(name))
+            place, run = find(store, name)
+            found[role] = read_manifest(place)
             before = found[role]["inputs"].get(role)
-            first = store.read(before["rid"]) if before and name in store.refs() else None
+            first = store.read(before["rid"]) if before and run is not None else None
             if first and rid_with({role: first}) == found[role]["rid"]:
                 found[role] = first
     return found

@@ -84,6 +84,8 @@ class Run:
     hooks: Hooks = field(default_factory=Hooks)
     uses_gpu: Callable[[], bool] = _no_gpu
     """Returns whether stages that declare `gpu` compute on one; may be slow, since it may load MLX."""
+    becomes_latest: bool = True
+    """Whether it is the latest run (runner/naming.py) once it has finished a model."""
     ranks: Ranks | None = None
     """The processes that compute steps together which declare `gpu`; None: this one is alone."""
     stop_signal: int | None = field(default=None, init=False)

@@ -3,7 +3,7 @@
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json is there
     work/<rid>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
     locks/<rid>.lock                 flock files; one-host.json, hosts.json: runner/mounts.py
-    refs/<run>/<step>, refs/latest/<step>   relative symlinks: names for people
+    refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (runner/naming.py)
     runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
 
 No other file decides anything: a step is done if its manifest is there, running if its lock is held.
@@ -188,24 +188,33 @@ class Store:
 
     def set_ref(self, group: str, step: str, artifact: Path) -> None:
         """Point refs/<group>/<step> at an artifact, atomically."""
-        refs = self.outputs / "refs"
-        link, temporary = refs / group / step, refs / ".new"
+        link = self.outputs / "refs" / group / step
+        self._swap_link(link, os.path.relpath(artifact, link.parent))
+
+    def link_group(self, name: str, group: str) -> None:
+        """Let refs/<name> lead to refs/<group>, atomically."""
+        link = self.outputs / "refs" / name
+        if not link.is_symlink() or os.readlink(link) != group:  # noqa: PTH115
+            self._swap_link(link, group)
+
+    def _swap_link(self, link: Path, target: str) -> None:
+        temporary = self.outputs / "refs" / ".new"
         # One at a time, so that a temporary name can only be a dead process's.
         with locks.hold(self.outputs / "locks" / "refs.lock", {"step": "refs"}, lambda owner: None):
             link.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
-            temporary.symlink_to(os.path.relpath(artifact, link.parent))
+            temporary.symlink_to(target)
             crash_point("ref.made")
+            if link.is_dir() and not link.is_symlink():
+                link.rename(self.outputs / "work" / f".trash-{uuid.uuid4().hex}")  # removed by the next run
             temporary.replace(link)
             crash_point("ref.swapped")
 
-    def refs(self, group: str = "latest") -> dict[str, Path]:
-        """Return step → artifact folder of a group of refs, those that still lead somewhere."""
-        folder = self.outputs / "refs" / group
-        if not folder.is_dir():
-            return {}
-        links = {link.name: link.resolve() for link in sorted(folder.iterdir()) if link.is_symlink()}
-        return {step: place for step, place in links.items() if (place / MANIFEST).exists()}
+    def refs(self, group: str = "") -> dict[str, Path]:
+        """Return step → artifact folder of a group of refs, those that still lead somewhere; "": the latest run's."""
+        from mlxchat.runner.naming import latest, links
+
+        return {step: place.resolve() for step, place in links(self, group or latest(self)).items()}
 
     def resolve(self, name: str) -> Path:
         """Return the artifact that a person means: see runner/naming.py.

@@ -152,7 +152,7 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
     staged = Store(incoming.parent)
     folders = sorted(path for path in incoming.iterdir()) if incoming.is_dir() else []
     if not folders:
-        raise StoreError("it holds no artifacts: expected store/<artifact>/manifest.json")
+        raise StoreError("it holds no artifacts: expected store/<artifact>/manifest.json or <artifact>/manifest.json")
     manifests: dict[Path, Manifest] = {folder: read_manifest(folder) for folder in folders}
     faults = []
     for folder, manifest in manifests.items():
@@ -180,11 +180,15 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
                 sync(place.parent)
                 crash_point("import.renamed")
                 new.append(place)
-        used = {rid for folder in folders for rid in references(short_form(folder.name, manifests[folder]))}
-        heads = [place for place in [*new, *known] if read_manifest(place)["rid"] not in used]
         group = f"imported-{datetime.now():%Y%m%d-%H%M%S}"
-        for place in heads if new else []:
-            store.set_ref(group, place.name, place)
+        steps: dict[str, Path] = {}
+        for place in [*new, *known] if new else []:
+            manifest = read_manifest(place)
+            if manifest.get("kind") != "tokens":  # kept as long as what they were encoded from
+                step = str(manifest.get("step"))
+                steps[place.name if step in steps else step] = place
+        for step, place in steps.items():
+            store.set_ref(group, step, place)
     store.forget()
     return new, known
 
@@ -212,7 +216,7 @@ def _unpack(source: Path, base: Path) -> None:
         StoreError: a path leads elsewhere, or something is no plain file.
     """
     if source.is_dir():
-        found = source / "store"
+        found = source / "store" if (source / "store").is_dir() else source  # a store by itself
         for folder in sorted(found.iterdir()) if found.is_dir() else []:
             if folder.name.startswith(".") or not (folder / MANIFEST).exists():
                 continue

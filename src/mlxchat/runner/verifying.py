@@ -13,21 +13,34 @@ from mlxchat.runner.store import CONTINUATION, MANIFEST, OBSERVATIONS, Manifest,
 
 def find_faults(store: Store, folder: Path) -> Iterator[str]:
     """Yield a line for everything about an artifact that is not as its manifest, or the store, requires."""
+    yield from check_contents(folder)
+    yield from find_absent(store, folder)
+
+
+def check_contents(folder: Path) -> Iterator[str]:
+    """Yield a line for everything about an artifact itself that is not as its manifest requires."""
     try:
         manifest = read_manifest(folder)
     except StoreError:
         yield f"{MANIFEST} cannot be read, or is not what was written"
         return
     yield from check_manifest(folder.name, manifest)
-    original = manifest.get("alias_of")
-    if original is None:
+    if manifest.get("alias_of") is None:
         yield from find_damage(folder, manifest)
         listed = {file["path"] for file in manifest["outputs"]} | {MANIFEST}
         for path in sorted(folder.rglob("*")):
             if path.is_file() and str(path.relative_to(folder)) not in listed:
                 yield f"{path.relative_to(folder)} is no part of it"
-    elif store.find(manifest["rid"]) is None:
-        yield f"{original[:16]}, which has its files, is gone or has other contents"
+
+
+def find_absent(store: Store, folder: Path) -> Iterator[str]:
+    """Yield a line for everything that an artifact was made from, or is an alias of, and that the store lacks."""
+    try:
+        manifest = read_manifest(folder)
+    except StoreError:
+        return
+    if manifest.get("alias_of") and store.find(manifest["rid"]) is None:
+        yield f"{manifest['alias_of'][:16]}, which has its files, is gone or has other contents"
     for role, made in manifest["inputs"].items():
         if manifest["kind"] != "tokens" and store.own_folder(made["rid"]) is None:
             yield f"{made.get('artifact')}, its {role}, is no longer in the store"

@@ -18,6 +18,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, StoreError, suggest
 from mlxchat.runner.catalog import Summary, read_catalog
 from mlxchat.runner.fingerprint import canonical_json
+from mlxchat.runner.naming import find
 from mlxchat.runner.store import Store, read_manifest
 from mlxchat.serve.faults import Fault
 
@@ -44,9 +45,18 @@ class Model:
 class Models:
     """What a server offers: every checkpoint of the outputs folder, and one that is meant when none is named."""
 
-    def __init__(self, store: Store, default: Path, settings: Mapping[str, Any] | None = None) -> None:
-        """Take the store, the folder of the default model, and the server's settings that change answers."""
-        self.store, self.default, self._settings = store, default, dict(settings or {})
+    def __init__(
+        self, store: Store, default: Path, settings: Mapping[str, Any] | None = None, *, within: str | None = None
+    ) -> None:
+        """Take the store and the folder of the default model.
+
+        Args:
+            store: the outputs folder.
+            default: the model that is meant where none is named.
+            settings: the server's settings that change answers.
+            within: the run whose steps go by their bare names; None: the latest one.
+        """
+        self.store, self.default, self._settings, self.within = store, default, dict(settings or {}), within
         self._listed: tuple[float, list[Summary]] = (-_LISTED_SECONDS, [])
         self._lock = threading.Lock()  # requests come from several threads; each file is read by one of them
 
@@ -113,7 +123,7 @@ class Models:
         if len(name) > _MOST_NAME_CHARS or not _NAME.fullmatch(name) or ".." in name.split("/"):
             raise self._unknown(name)
         try:
-            place = self.store.resolve(name)
+            place = find(self.store, name, within=self.within, paths=False).place
         except StoreError:  # lists artifacts of every kind
             raise self._unknown(name) from None
         if read_manifest(place)["kind"] != "checkpoint":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.runner.integrity import check_model
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
@@ -310,6 +311,7 @@ def load_scheduler(
     from mlxchat.engine.generate import Engine
     from mlxchat.model.checkpoint import load_checkpoint
 
+    check_model(model.folder)
     weights, tokenizer, _ = load_checkpoint(model.folder)
     if bits is not None:
         from mlxchat.evals.quantised import measure_quantised

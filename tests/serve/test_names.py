@@ -1,0 +1,161 @@
+"""Every verb takes every form of a name, and says the same of a name that means nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.cli import main
+from mlxchat.errors import StoreError
+from mlxchat.runner.store import MANIFEST, Store, describe_outputs, read_manifest, write_manifest
+from mlxchat.serve.faults import Fault
+from mlxchat.serve.limits import Limits
+from mlxchat.serve.models import Models
+from mlxchat.serve.worker import load_scheduler
+
+CHAT, BASE, OTHER = "sft-d2-" + "c" * 16, "pretrain-d2-" + "b" * 16, "sft-d2-" + "d" * 16
+QUICKSTART, STORY = "20260101-000000-000001-1-quickstart", "20260102-000000-000001-1-story"
+FORMS = {
+    "a step": "sft", "a step of the latest run": "latest/sft", "a step of a run": "quickstart/sft",
+    "a folder of a run": f"{QUICKSTART}/sft", "a run": "quickstart", "the start of a run": "20260101",
+    "latest": "latest",
+    "the start of an id": "cccc", "a folder": CHAT, "the start of a folder": CHAT[:9], "a path": "STORE",
+    "a path of a name": "REFS", "a pin": "best", "a pin in full": "pins/best", "an import": "import:mine",
+    "an import's name": "mine",
+}  # fmt: skip
+VERBS = {
+    "chat": ("chat", "NAME", "-p", "hello"), "chat --model": ("chat", "--model", "NAME", "-p", "hello"),
+    "serve": ("serve", "NAME", "--port", "0"), "show": ("show", "NAME"), "report": ("report", "NAME"),
+    "lineage": ("lineage", "NAME"), "diff": ("diff", "NAME", "NAME"), "pin": ("pin", "NAME", "again"),
+    "verify": ("verify", "NAME"), "fuse": ("fuse", "NAME"), "export": ("export", "NAME", "--to", "PLACE"),
+    "export --to mlx": ("export", "NAME", "--to", "mlx", "PLACE"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def store(served: Path, tmp_path: Path) -> Store:
+    """One run with a base model and a chat model, which also has a pin and the name of an import."""
+    shutil.copytree(served, tmp_path / "outputs", symlinks=True)
+    found = Store(tmp_path / "outputs")
+    shutil.rmtree(found.outputs / "refs" / "latest")
+    found.prepare()
+    chat = read_manifest(found.outputs / "store" / CHAT)
+    write_manifest(found.outputs / "store" / CHAT, chat | {"metrics": {"val_loss": 0.5}})
+    for group, name, folder in (
+        (QUICKSTART, "pretrain", BASE),
+        (QUICKSTART, "sft", CHAT),
+        ("pins", "best", CHAT),
+        ("imports", "mine", CHAT),
+    ):
+        found.set_ref(group, name, found.outputs / "store" / folder)
+    return found
+
+
+@pytest.fixture
+def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line; return its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
+
+    def run(words: tuple[str, ...], name: str) -> tuple[int, str]:
+        paths = {"STORE": f"outputs/store/{CHAT}", "REFS": f"{store.outputs}/refs/{QUICKSTART}/sft"}
+        named = {"NAME": paths.get(name, name), "PLACE": str(tmp_path / "place")}
+        with pytest.raises(SystemExit) as caught:
+            main([*(named.get(word, word) for word in words), "outputs=outputs"])
+        output = capsys.readouterr()
+        return int(caught.value.code or 0), output.out + output.err
+
+    return run
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_every_form_of_a_name(verb: str, form: str, say: Any, tmp_path: Path) -> None:
+    code, said = say(VERBS[verb], FORMS[form])
+    if verb == "export":
+        said += " ".join(path.name for path in (tmp_path / "place" / "store").iterdir())
+    assert CHAT in said
+    assert code == {"verify": 1, "fuse": 2}.get(verb, 0), said  # its id is made up, and it has no adapters
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_the_same_of_a_name_of_nothing(verb: str, say: Any) -> None:
+    assert say(VERBS[verb], "sftt") == (2, (
+        'error: "sftt" is no artifact and no run in outputs. Steps of the latest run (quickstart): pretrain, sft. '
+        'Runs: quickstart. Pins: best. Imports: mine. Did you mean "sft"?\n'
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["chat", "serve"])
+def test_chat_and_serve_name_the_model_and_its_run(verb: str, say: Any) -> None:
+    lines = say(VERBS[verb], "sft")[1].splitlines()
+    assert f"model: sft of run quickstart ({CHAT}, 2026-01-01 00:00)" in lines
+
+
+def test_chat_refuses_two_models(say: Any) -> None:
+    assert say(("chat", "sft", "--model", "pretrain"), "")[0] == 2
+
+
+def add_story(store: Store) -> None:
+    """Add a later run with a chat model and nothing else."""
+    shutil.copytree(store.outputs / "store" / CHAT, store.outputs / "store" / OTHER)
+    manifest = read_manifest(store.outputs / "store" / CHAT)
+    manifest |= {"name": OTHER, "rid": "d" * 52, "published": "2026-01-02T00:00:00+00:00", "run": STORY}
+    write_manifest(store.outputs / "store" / OTHER, manifest)
+    store.set_ref(STORY, "sft", store.outputs / "store" / OTHER)
+
+
+def test_names_of_a_server_are_those_of_the_run_it_began_with(store: Store) -> None:
+    """serve RUN/rl answered model="rl" with the rl of another run."""
+    add_story(store)
+    place = store.resolve("quickstart/sft")
+    models = Models(store, place, within=QUICKSTART)
+    assert [models.find(name).name for name in (None, "sft", "story/sft", "pretrain")] == [CHAT, CHAT, OTHER, BASE]
+    with pytest.raises(Fault, match=f'{STORY} has no "pretrain"'):
+        Models(store, store.resolve("sft"), within=STORY).find("pretrain")
+
+
+def test_a_server_reads_no_paths(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Fault, match="no run"):
+        Models(store, store.resolve("sft")).find(f"outputs/store/{CHAT}")
+
+
+def damage(store: Store) -> Path:
+    """Alter one byte of a model whose manifest describes its files."""
+    folder = store.outputs / "store" / CHAT
+    (folder / MANIFEST).unlink()
+    files, tree = describe_outputs(folder)
+    manifest = {**MADE, "outputs": files, "tree": tree}
+    write_manifest(folder, manifest)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    return folder
+
+
+MADE = {
+    "rid": "c" * 52, "name": CHAT, "stage": "sft", "step": "sft", "kind": "checkpoint", "version": 1, "config": {},
+    "inputs": {}, "metrics": {}, "seconds": 1.0, "run": QUICKSTART, "published": "2026-01-01T00:00:00+00:00",
+    "overrides": ["experiment=smoke"], "pins": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["chat", "serve"])
+def test_a_model_with_altered_bytes_is_refused(verb: str, store: Store, say: Any) -> None:
+    damage(store)
+    code, said = say(VERBS[verb], "sft")
+    assert code == 2
+    assert f"{CHAT} is damaged: model.safetensors has other contents" in said
+    assert "Remove the folder and run again: mlxchat experiment=smoke" in said
+
+
+def test_a_server_refuses_a_damaged_model_that_a_client_names(store: Store) -> None:
+    model = Models(store, store.outputs / "store" / BASE).find("sft")
+    damage(store)
+    with pytest.raises(StoreError, match="is damaged"):
+        load_scheduler(model, Limits())
