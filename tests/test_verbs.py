@@ -204,7 +204,13 @@ def test_status_tells_who_runs_at_which_iteration_and_how_fast(two: Any, say: Sa
         assert "running in process 77 on here (run run9) at iteration 2, 4.32k tok/s" in say("status")
         (work,) = json.loads(say("status", "--json"))["work"]
     assert (work["state"], work["pid"], work["iteration"], work["tokens_per_second"]) == ("running", 77, 2, 4321.0)
-    assert re.search(r"^left over.*\n  sft +killed at iteration 2$", say("status"), re.MULTILINE)
+    folder = two.outputs / "runs" / "run9"
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps({"command": "mlxchat experiment=smoke"}))
+    text = say("status")
+    assert re.search(
+        r"^left over\n  sft +killed at iteration 2\n +continue: mlxchat experiment=smoke$", text, re.MULTILINE
+    )
 
 
 def test_status_shows_the_end_of_a_failures_log(toys: Any, say: Say) -> None:

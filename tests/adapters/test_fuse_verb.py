@@ -126,10 +126,10 @@ def test_adapters_travel_with_their_base_and_open_there(outputs: Path, command: 
 def test_chat_and_serve_and_show_and_lineage_take_adapters_as_any_model(outputs: Path, command: Command) -> None:
     code, said = command("chat", "--model", "sft", "-p", "How many windows?", "--max-tokens", "3")
     assert code == 0, said
-    from mlxchat.commands.chat import find_model
+    from mlxchat.runner.naming import find_model
     from mlxchat.serve.models import Models
 
-    models = Models(Store(outputs), find_model(Store(outputs), None))
+    models = Models(Store(outputs), find_model(Store(outputs), None).place)
     assert models.find("sft").converses
     tuned, base = (Store(outputs).resolve(name).name for name in ("sft", "base"))
     assert base in command("lineage", "sft")[1]

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
+from mlxchat.commands.report import main as main_report
+from mlxchat.commands.status import main as main_status
 from mlxchat.commands.transfer import main_export, main_import
 from mlxchat.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, StoreError
 from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
+from mlxchat.runner.naming import describe_model, find_model
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store, read_manifest
 from mlxchat.training.memory_check import describe_memory
@@ -150,7 +153,21 @@ def test_what_was_imported_by_name_is_kept_from_collection(twin: Twins) -> None:
             for link in folder.iterdir():
                 link.unlink()
     found = find_garbage(Store(Path("outputs")), Limits())
-    assert found.kept[place.name] == "imports/x"
+    assert found.kept[place.name] == "import:x"
+
+
+def test_an_import_alone_is_found_by_chat_status_and_report(twin: Twins, capfd: pytest.CaptureFixture[str]) -> None:
+    """After an import chat and status said there was nothing, and the report was titled by the default experiment."""
+    place = take(str(twin().folder), "--name", "x")
+    store = Store(Path("outputs"))
+    found = find_model(store, None)
+    assert describe_model(store, found).startswith(f"import:x ({place.name}, ")
+    assert main_status([]) == 0
+    assert f"done (latest run: {found.run})\n  imported  {place.name}" in capfd.readouterr().out
+    assert main_report([]) == 0
+    said = capfd.readouterr().out
+    assert str(found.run) in said
+    assert "quickstart" not in said
 
 
 def test_an_exported_import_comes_in_elsewhere_with_its_id_and_its_name(twin: Twins) -> None:

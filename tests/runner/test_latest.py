@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from mlxchat.compose import compose_config
 from mlxchat.errors import DataError, Interrupted, StoreError
+from mlxchat.pipeline_run import _become_latest_again
 from mlxchat.runner.naming import called, describe_model, find, find_model, latest
 from mlxchat.runner.store import Store
 
@@ -99,6 +101,30 @@ def test_a_run_of_a_verb_is_latest_only_where_nothing_else_is(models: Any, tmp_p
     (models.outputs / "refs" / "latest").unlink()
     (models.outputs / "refs" / "run2").rename(models.outputs / "refs" / name)
     assert chosen(models) == ("pretrain", name)
+
+
+def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
+    """Do what a command does whose steps are all done."""
+    name = "20990101-000000-000001-1-again"
+    _become_latest_again(compose_config(["name=again"]), models.plan(pipeline), models.store, name)
+
+
+def test_a_command_with_nothing_to_do_makes_its_run_the_latest_one(models: Any) -> None:
+    models.run(models.plan(WHOLE))
+    models.config.toy.number = 2
+    models.run(models.plan(BASE))
+    models.config.toy.number = 1
+    repeated(models, WHOLE)
+    assert chosen(models) == ("sft", "run1")
+
+
+def test_a_command_with_nothing_to_do_is_a_run_where_its_steps_are_of_several(models: Any) -> None:
+    models.run(models.plan(WHOLE))
+    models.run(models.plan({**BASE, "other": {"stage": "copy", "source": "corpus"}}))
+    repeated(models, {**WHOLE, "other": {"stage": "copy", "source": "corpus"}})
+    assert latest(models.store) == "20990101-000000-000001-1-again"
+    assert set(models.store.refs()) == {*WHOLE, "other"}
+    assert json.loads((models.outputs / "runs" / latest(models.store) / "plan.json").read_text())["steps"]
 
 
 def test_latest_moves_with_the_outputs_folder_and_outlives_its_link(models: Any, tmp_path: Path) -> None:

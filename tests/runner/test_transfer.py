@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from mlxchat.commands.transfer import main_import
 from mlxchat.errors import StoreError
 from mlxchat.runner import locks
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
+from mlxchat.runner.naming import latest
 from mlxchat.runner.store import Store
 from mlxchat.runner.transfer import closure, export, import_all
 from mlxchat.runner.verifying import find_faults
@@ -52,6 +54,29 @@ def test_what_is_imported_is_byte_for_byte_what_was_exported_inputs_first(form: 
     assert [fault for place in new for fault in find_faults(other, place)] == []
     assert import_all(other, tmp_path / form)[0] == [], "the second time everything is there"
     assert [item for item in find_garbage(other, Limits()).garbage if item.kind == "artifact"] == []
+
+
+@pytest.mark.parametrize("form", ["folder/store", "copy", "artifact"])
+def test_a_store_by_itself_or_one_artifact_of_it_can_be_imported(form: str, made: Any, tmp_path: Path) -> None:
+    """import PATH/store failed, though a copied outputs/store is documented as something to import."""
+    place = exported(made, tmp_path / "folder") / "store"
+    source = {"folder/store": place, "copy": place.rename(tmp_path / "copy") if form == "copy" else place}.get(form)
+    for verb in ("local", "file"):
+        other = Store(tmp_path / verb)
+        what = str(source or next(place.glob("copy-*")))
+        what = what if verb == "local" or form == "artifact" else f"file://{what}"
+        assert main_import([what, f"outputs={other.outputs}"]) == 0
+        assert contents(other.outputs / "store") == contents(made.store.outputs / "store")
+
+
+def test_what_was_imported_goes_by_the_names_of_its_steps(made: Any, tmp_path: Path) -> None:
+    other = Store(tmp_path / "other")
+    import_all(other, exported(made, tmp_path / "folder"))
+    assert latest(other).startswith("imported-")
+    assert {step: place.name for step, place in other.refs().items()} == {
+        step: made.store.resolve(step).name for step in PIPELINE
+    }
+    assert other.resolve("second").name == made.store.resolve("second").name
 
 
 def test_an_import_says_for_which_other_one_it_waits(

@@ -63,12 +63,12 @@ def _show(found: Collection, applied: bool, store: Store, limits: Limits) -> Non
         print(f"and {links} names or index entries that lead to nothing")
     size = format_bytes(sum(item.bytes for item in found.garbage))
     stay = "1 artifact stays" if len(found.kept) == 1 else f"{len(found.kept)} artifacts stay"
-    kept = f"{stay} ({format_bytes(found.kept_bytes)})"
+    staying = f"{stay} ({format_bytes(found.kept_bytes)})"
     if not found.garbage:
-        print(f"nothing to remove: {kept}")
+        print(f"nothing to remove: {staying}")
         if not limits.given() and found.kept:
             print("The names of ended runs keep their artifacts: --keep-last, --older-than or --max-bytes lets them go")
     elif applied:
-        print(f"removed {size}; {kept}")
+        print(f"removed {size}; {staying}")
     else:
-        print(f"{size} may go; {kept}. Nothing was changed: add --apply to remove it")
+        print(f"{size} may go; {staying}. Nothing was changed: add --apply to remove it")
