@@ -218,6 +218,18 @@ def test_new_version_of_an_early_answer_keeps_the_later_turns(show: Any) -> None
     assert is_shown(page, *SIX)
 
 
+def test_what_has_come_of_an_answer_is_kept_by_a_reload(show: Any) -> None:
+    page = show(seconds=0.05)
+    page.fill("#input", "go on")
+    page.press("#input", "Enter")
+    page.wait_for_selector("li.assistant .said p")
+    reopen(page)
+    said = page.locator("li.assistant .said").inner_text()
+    assert said
+    assert (string.ascii_lowercase * 20).startswith(said)
+    assert page.locator("li.assistant .note").inner_text() == "cut off"
+
+
 def test_messages_after_one_that_is_too_long_are_answered(show: Any) -> None:
     """It was joined to the next one, so every later message was refused."""
     page = show(says="yes")
@@ -486,6 +498,8 @@ def test_names_roles_headings_and_landmarks_are_there_for_those_who_do_not_see_t
     with known(page):
         assert page.evaluate(FAULTS) == []
     ask(page, "show me")
+    page.get_by_role("button", name="Regenerate").click()
+    page.wait_for_selector(".versions")
     assert page.evaluate(FAULTS) == []
     for button in ("Model:", "Settings"):
         page.get_by_role("button", name=button).click()

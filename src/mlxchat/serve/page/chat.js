@@ -133,8 +133,10 @@ function showVersion(index) {
   if (going) return;
   editing = null;
   choose(conversation, index);
-  keepConversation(conversation);
+  $("problem").hidden = true;
+  save(conversation);
   showAll();
+  showToEnd();
 }
 
 function edit(index) {
