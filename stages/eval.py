@@ -7,9 +7,9 @@ Every finished batch of questions is kept under ctx.work, so that a killed evalu
 import json
 from typing import Any
 
-from mlxchat.data.encoded import open_documents
+from mlxchat.data.encoded import open_documents, take_validation
 from mlxchat.data.mixture import open_item
-from mlxchat.data.packing import DocumentRows, take_rows
+from mlxchat.data.packing import DocumentRows
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
@@ -88,8 +88,11 @@ def run(ctx: Context) -> None:
 def _measure_text(ctx: Context, model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
     """Return how well the validation text is predicted, also by others than the model."""
     corpus, context_tokens = ctx.inputs["corpus"], model.sizes.context_tokens
-    stream = DocumentRows(open_documents(ctx, "validation", tokenizer), context_tokens, buffer_documents=1000)
-    rows = take_rows(stream, max(1, ctx.config.eval.bpb_tokens // context_tokens))
+    documents = open_documents(ctx, "validation", tokenizer, once=True)
+    rows = take_validation(
+        DocumentRows(documents, context_tokens, buffer_documents=1000), row_tokens=context_tokens,
+        tokens=ctx.config.eval.bpb_tokens, setting="eval.bpb_tokens",
+    )  # fmt: skip
     micro_tokens = forward_tokens(ctx.config.machine, model.sizes)
     loss = text_loss(text_model(ctx.team, model), rows, tokenizer.token_bytes, micro_tokens=micro_tokens)
     ngram = ngram_bits_per_byte(iterate_documents(corpus, "train"), iterate_documents(corpus, "validation"))

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.encoded import open_documents
+from mlxchat.data.encoded import open_documents, take_validation
 from mlxchat.data.mixture import open_item
-from mlxchat.data.packing import DocumentRows, take_rows
+from mlxchat.data.packing import DocumentRows
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.chat_scores import chatcore, mean_centered
 from mlxchat.evals.core_step import measure_core
@@ -19,7 +19,7 @@ from mlxchat.evals.outside_chat import evaluate_outside_task
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import prepare_machine
 
-VERSION = 1
+VERSION = 2
 CONFIG = ["outside", "suite", "eval"]
 INPUTS: dict[str, str] = {}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
@@ -61,8 +61,11 @@ def run(ctx: Context) -> None:
 
 def _measure_text(ctx: Context, model: OutsideModel, tokenizer: OutsideTokenizer) -> dict[str, float]:
     """Return how well the validation text is predicted, cut into rows of the model's own tokens."""
-    stream = DocumentRows(open_documents(ctx, "validation", tokenizer), model.context_tokens, buffer_documents=1000)
-    rows = take_rows(stream, max(1, ctx.config.eval.bpb_tokens // model.context_tokens))
+    documents = open_documents(ctx, "validation", tokenizer, once=True)
+    rows = take_validation(
+        DocumentRows(documents, model.context_tokens, buffer_documents=1000), row_tokens=model.context_tokens,
+        tokens=ctx.config.eval.bpb_tokens, setting="eval.bpb_tokens",
+    )  # fmt: skip
     loss = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=_BATCH_TOKENS)
     ctx.metrics |= {"val_bpb": loss.bits_per_byte, "perplexity": loss.perplexity}
     return {"val": loss.bits_per_byte, "perplexity": loss.perplexity, "tokens": loss.num_tokens}

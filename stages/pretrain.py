@@ -5,7 +5,7 @@ Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain
 
 from contextlib import nullcontext
 
-from mlxchat.data.encoded import open_documents
+from mlxchat.data.encoded import open_documents, take_validation
 from mlxchat.data.packing import RowStream, take_rows
 from mlxchat.data.stream_packing import pack_documents
 from mlxchat.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from mlxchat.training.horizon import derive_hyperparameters, derive_numbers, ref
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
 
-VERSION = 2
+VERSION = 3
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
 INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
 PRODUCES = "checkpoint"
@@ -76,17 +76,22 @@ def run(ctx: Context) -> None:
         weight_decay=derived.weight_decay,
     )
 
-    def read_rows(split: str) -> RowStream:
+    def read_rows(split: str, *, once: bool = False) -> RowStream:
         return pack_documents(
             config.packing if split == "train" or config.packing == "stream" else "best_fit",
-            open_documents(ctx, split, tokenizer),
+            open_documents(ctx, split, tokenizer, once=once),
             row_tokens=row_tokens,
             buffer_documents=config.packing_buffer_documents,
             batch_rows=rows_per_iteration,
             bos=tokenizer.bos,
         )
 
-    validation = take_rows(read_rows("validation"), max(1, config.eval_tokens // config.batch.row_tokens))
+    validation = take_validation(
+        read_rows("validation", once=True),
+        row_tokens=row_tokens,
+        tokens=config.eval_tokens,
+        setting="pretrain.eval_tokens",
+    )
 
     num_iterations, best = derived.num_iterations, None
     if keeps_best:
@@ -127,7 +132,9 @@ def run(ctx: Context) -> None:
                 Hook(run=validate, every=config.eval_every, also_every=best.every if best is not None else None),
                 *core_hooks(ctx, config, model, tokenizer),
                 Hook(run=sample, every=config.sample_every),
-                *train_text_hooks(ctx, config, model, tokenizer, lambda count: take_rows(read_rows("train"), count)),
+                *train_text_hooks(
+                    ctx, config, model, tokenizer, lambda count: take_rows(read_rows("train", once=True), count)
+                ),
             ],
             micro_tokens=micro_batch.tokens,
             extends=ctx.inputs.get("extends"),

@@ -220,6 +220,20 @@ def test_another_seed_shares_corpus_and_tokenizer_and_trains_another_model(
     assert (same, set(found) - same) == ({"corpus", "tokenizer"}, {"pretrain"})
 
 
+def test_small_validation_text_counts_once_with_a_line(
+    mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Guards against rows drawn again and again from a few documents until pretrain.eval_tokens are reached."""
+    sizes = ("pretrain.eval_tokens=3000000", "corpus.validation_documents=3")
+    done = mlxchat(*tiny, "stage=pretrain", *sizes, f"outputs={tmp_path}/outputs")
+    assert done.returncode == 0, done.stderr
+    (held,) = re.findall(
+        r"rows of validation text hold ([\d,]+) tokens, fewer than pretrain\.eval_tokens=3,000,000; each counts once",
+        done.stdout,
+    )
+    assert 0 < int(held.replace(",", "")) < 30_000
+
+
 def test_a_longer_sft_runs_exactly_what_depends_on_it_and_says_why(finished: Any, plan: Any) -> None:
     reasons = to_run(plan(finished.outputs, "sft.num_epochs=2"))
     assert reasons == {

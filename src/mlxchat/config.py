@@ -108,7 +108,7 @@ class PretrainConfig:
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
-    """Tokens of each validation."""
+    """Tokens of each validation, at most: held-out text is read once."""
     keep: str = field(default=MISSING, metadata={"since_default": "last"})
     """Which weights the checkpoint gets: the last, or the best by validation bits per byte. An extension of either
     continues from the last."""

@@ -58,7 +58,7 @@ def read_documents(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
             made[shard] = folder
         return made[shard]
 
-    def read(corpus: Path, split: str = "train") -> DocumentCursor:
-        return DocumentCursor(EncodedShards(open_shards(corpus, split), obtain))
+    def read(corpus: Path, split: str = "train", **options: bool) -> DocumentCursor:
+        return DocumentCursor(EncodedShards(open_shards(corpus, split), obtain), **options)
 
     return read

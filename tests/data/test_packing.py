@@ -20,8 +20,10 @@ from mlxchat.data import packing
 from mlxchat.data.best_fit import BestFitBuffer
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import DocumentCursor
+from mlxchat.data.encoded import take_validation
 from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, RowStream, count_rows, trim_rows
 from mlxchat.data.shards import iterate_documents
+from mlxchat.data.stream_packing import pack_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import read_tokens, write_tokens
 
@@ -142,6 +144,37 @@ def test_validation_rows_hold_validation_documents_only(
 
 
 # Conversations
+
+
+@pytest.mark.parametrize("packing_name", ["best_fit", "best_fit_whole", "stream"])
+def test_text_that_is_read_once_makes_every_token_a_target_once(
+    corpus: Path, read_documents: Read, tokenizer: Tokenizer, packing_name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against small validation sets that are counted many times, without a word, when more is asked for."""
+    texts = [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "validation")]
+    size = sum(map(len, texts))
+
+    def read(row_tokens: int, tokens: int) -> list[packing.Row]:
+        rows = pack_documents(
+            packing_name, read_documents(corpus, "validation", once=True), row_tokens=row_tokens,
+            buffer_documents=1000, batch_rows=4, bos=tokenizer.bos,
+        )  # fmt: skip
+        return take_validation(rows, row_tokens=row_tokens, tokens=tokens, setting="eval_tokens")
+
+    ((ids, targets),) = read(2 * size, 100 * size)
+    assert capsys.readouterr().out.endswith(
+        f"hold {size - 1:,} tokens, fewer than eval_tokens={100 * size:,}; each counts once\n"
+    )
+    counted = np.concatenate([ids[:1], targets[targets != IGNORED]])
+    assert Counter(counted.tolist()) == Counter(token for text in texts for token in text)
+    assert ids.shape == targets.shape == (2 * size,)
+    rows = read(40, 100 * size)
+    held = sum(int((targets != IGNORED).sum()) for _, targets in rows)
+    assert 0.5 * size < held < size
+    assert len(rows) <= held // 40 + 1, "only the last row is padded"
+    capsys.readouterr()
+    assert [len(part) for part in read(40, 80)] == [2, 2]
+    assert capsys.readouterr().out == ""
 
 
 def conversation(number: int, question: int, answer: int) -> dict[str, Any]:

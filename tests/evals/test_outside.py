@@ -284,7 +284,7 @@ def test_the_pipeline_measures_a_folder_once_wherever_it_lies(
     found = json.loads(scores.read_text())
     assert found["outside"] == {"name": "cat", "model_type": "nanochat", "context_tokens": 64}
     (tokens,) = (tmp_path / "out" / "store").glob("tokens-*")
-    cursor = DocumentCursor(EncodedShards([Path("validation")], lambda shard, is_awaited, check: tokens))
+    cursor = DocumentCursor(EncodedShards([Path("validation")], lambda shard, is_awaited, check: tokens), once=True)
     rows = take_rows(DocumentRows(cursor, 64, buffer_documents=1000), 2000 // 64)
     expected = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=4096).bits_per_byte
     assert found["bpb"]["val"] == pytest.approx(expected, abs=TOLERANCE)

@@ -115,25 +115,27 @@ class EncodedShards:
 
 
 class DocumentCursor:
-    """Documents of a split in order, forever, with a position that can be saved and returned to."""
+    """Documents of a split in order, forever or once, with a position that can be saved and returned to."""
 
-    def __init__(self, shards: EncodedShards) -> None:
-        """Start at the first document."""
-        self._shards = shards
+    def __init__(self, shards: EncodedShards, *, once: bool = False) -> None:
+        """Start at the first document; `once`: after the last one there are no more."""
+        self._shards, self._once = shards, once
         self.epoch = 0
         self._position: Address = (0, 0)
         self._empty = 0  # shards without a document, one after the other
 
     def next(self, count: int) -> list[tuple[Address, int]]:
-        """Return addresses and lengths in tokens of the next `count` documents.
+        """Return addresses and lengths in tokens of the next `count` documents; fewer at the end, if it has one.
 
         Raises:
-            DataError: there is none.
+            DataError: the corpus has none.
         """
         found: list[tuple[Address, int]] = []
         while len(found) < count:
             shard, start = self._position
             if shard == len(self._shards.shards):
+                if self._once and self._empty < len(self._shards.shards):
+                    break
                 self.epoch, self._position = self.epoch + 1, (0, 0)
                 continue
             tokens = self._shards.open(shard)

@@ -29,11 +29,19 @@ Ints = np.ndarray[Any, np.dtype[np.int32]]
 Row = tuple[Ints, Ints]
 
 
+class EndOfText(Exception):
+    """A source that is read once holds no further token."""
+
+
 class RowStream(Protocol):
-    """An endless source of rows: inputs (T,) and targets (T,), −1 where no loss is taken."""
+    """A source of rows: inputs (T,) and targets (T,), −1 where no loss is taken. Endless unless its source ends."""
 
     def next_row(self) -> Row:
-        """Return the next row."""
+        """Return the next row.
+
+        Raises:
+            EndOfText: there is none.
+        """
 
     def placed(self) -> list[Any]:
         """Return the addresses of what the last row holds."""
@@ -63,7 +71,10 @@ class EpochRows(RowStream, Protocol):
 
 
 class DocumentRows:
-    """Rows of a corpus, best fit with cropping; every token but the row's first is a target."""
+    """Rows of a corpus, best fit with cropping; every token but the row's first is a target.
+
+    Where the source ends, so do the rows; the last one is padded, and what pads it is no target.
+    """
 
     def __init__(
         self, documents: DocumentSource, row_tokens: int, buffer_documents: int, *, rest_begins: int | None = None
@@ -99,6 +110,8 @@ class DocumentRows:
             self._fill()
             space = capacity - filled
             found = self._buffer.take_largest(space)
+            if found is None and not self._buffer:
+                break
             if found is None:
                 found = self._buffer.take_shortest()
                 self._crop(*found, space)
@@ -107,8 +120,8 @@ class DocumentRows:
             row[filled : filled + used] = self._ids(address, used)
             filled += used
             self._placed.append(address[:2])
-        self.placed_tokens += capacity
-        return row[:-1], row[1:]
+        self.placed_tokens += filled
+        return split_row(row, filled)
 
     def placed(self) -> list[Any]:
         """Return the addresses of the last row's documents."""
@@ -154,6 +167,8 @@ class DocumentRows:
     def _fill(self) -> None:
         while len(self._buffer) < self._wanted:
             found = self._source.next(_REFILL_DOCUMENTS)
+            if not found:
+                break
             for address, length in found:
                 self._buffer.add(address, length)
             self.documents += len(found)
@@ -304,12 +319,33 @@ def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
     return ids[:, :width], targets[:, :width]
 
 
+def split_row(row: Ints, filled: int) -> Row:
+    """Return inputs and targets of a row (T + 1,) of which only the first `filled` tokens are text.
+
+    Raises:
+        EndOfText: these are too few to predict one.
+    """
+    if filled == len(row):
+        return row[:-1], row[1:]
+    if filled < 2:
+        raise EndOfText
+    row[filled:] = row[0]
+    targets = row[1:].copy()
+    targets[filled - 1 :] = IGNORED
+    return row[:-1], targets
+
+
 def take_rows(rows: RowStream, count: int) -> list[Row]:
-    """Return the first `count` rows of a stream that nobody else reads, and close it."""
+    """Return the first `count` rows of a stream that nobody else reads, fewer where it ends, and close it."""
+    found: list[Row] = []
     try:
-        return [rows.next_row() for _ in range(count)]
+        while len(found) < count:
+            found.append(rows.next_row())
+    except EndOfText:
+        pass
     finally:
         rows.close()
+    return found
 
 
 def count_rows(make_rows: Callable[[], EpochRows]) -> int:

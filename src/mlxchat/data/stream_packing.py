@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from mlxchat.data.documents import DocumentSource
-from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, EpochRows, Row, RowStream, order_of_epoch
+from mlxchat.data.packing import (
+    IGNORED,
+    ConversationRows,
+    DocumentRows,
+    EpochRows,
+    Row,
+    RowStream,
+    order_of_epoch,
+    split_row,
+)
 from mlxchat.data.tokens import Array, Tokens
 
 
@@ -37,8 +46,8 @@ class StreamRows:
     def next_row(self) -> Row:
         """Return the next row."""
         needed = self._row_tokens + 1
-        while self._available < needed:
-            self._fill()
+        while self._available < needed and self._fill():
+            pass
         row, filled, offset = np.empty(needed, dtype=np.int32), 0, self._offset
         self._placed = []
         for address, length, _ in self._waiting:
@@ -50,8 +59,8 @@ class StreamRows:
             if filled == needed:
                 break
         self._rows += 1
-        self._pass(needed if self._rows % self._batch_rows == 0 else self._row_tokens)
-        return row[:-1], row[1:]
+        self._pass(min(filled, needed if self._rows % self._batch_rows == 0 else self._row_tokens))
+        return split_row(row, filled)
 
     def placed(self) -> list[Any]:
         """Return the addresses of what the last row holds."""
@@ -89,11 +98,13 @@ class StreamRows:
         """End what the source does in the background."""
         self._source.close()
 
-    def _fill(self) -> None:
+    def _fill(self) -> bool:
+        """Read a document; False: there is none left."""
         found = self._source.next(1)  # so that the source's epoch is that of what it gave
         self._waiting.extend((address, length, self._source.epoch) for address, length in found)
         self._available += sum(length for _, length in found)
         self.documents += len(found)
+        return bool(found)
 
     def _pass(self, count: int) -> None:
         """Leave tokens behind."""

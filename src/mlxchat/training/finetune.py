@@ -80,6 +80,11 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     validation: list[Row] = []
     while held_out.epoch == 0 and len(validation) * row_tokens < config.eval_tokens:
         validation.append(held_out.next_row())
+    if held_out.epoch and len(validation) * row_tokens < config.eval_tokens:
+        asked = f"{ctx.stage}.eval_tokens={config.eval_tokens:,}"
+        print(
+            f"  {len(validation):,} rows of validation conversations, fewer than {asked}; each counts once", flush=True
+        )
     # Rows of about one length together, since the padding that a batch ends with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
     size = None if distillation is None else distillation.size
