@@ -42,6 +42,8 @@ class Teacher:
         self.times: list[float] = []
         self.paths: set[str] = set()
         self.models = ["only"]
+        self.fingerprint: str | None = None
+        """What `mlxchat serve` says of a model, and with each answer; None: as other endpoints."""
         self.at_once, self.most_at_once = 0, 0
         self._lock = threading.Lock()
         teacher = self
@@ -52,7 +54,11 @@ class Teacher:
             def log_message(self, *_: Any) -> None: ...
 
             def do_GET(self) -> None:
-                self.send(Reply(raw=json.dumps({"data": [{"id": name} for name in teacher.models]}).encode()))
+                value: dict[str, Any] = {"data": [{"id": name} for name in teacher.models]}
+                if not self.path.endswith("/models"):
+                    own = {"mlxchat": {"fingerprint": teacher.fingerprint}} if teacher.fingerprint else {}
+                    value = {"id": "m", "object": "model", **own}
+                self.send(Reply(raw=json.dumps(value).encode()))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -76,7 +82,8 @@ class Teacher:
             def send(self, reply: Reply) -> None:
                 value = {
                     "model": "teacher-2026", "choices": [{"message": {"role": "assistant", "content": reply.text},
-                    "finish_reason": reply.finish}], "usage": reply.usage, **reply.extra,
+                    "finish_reason": reply.finish}], "usage": reply.usage,
+                    "system_fingerprint": teacher.fingerprint, **reply.extra,
                 }  # fmt: skip
                 data = json.dumps(value).encode() if reply.raw is None else reply.raw
                 self.send_response(reply.status)

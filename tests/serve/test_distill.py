@@ -56,3 +56,20 @@ def test_what_it_asks_its_calculator_stays_a_call(start: Callable[..., Any], ask
         assert {"prompt_tokens", "completion_tokens"} <= usage.keys()
         answers = ask(running, "--max-tokens", "4", "--keep-cut", "--temperature", "0")
     assert all(isinstance(answer, str | list) for answer in answers)
+
+
+def test_server_with_other_settings_is_asked_anew(
+    start: Callable[..., Any], ask: Callable[..., list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--max-tokens", "4", "--keep-cut", "--temperature", "0"]
+    with start() as running:
+        ask(running, *options)
+        ask(running, *options)
+        assert "0 asked, 4 known before" in capsys.readouterr().out
+        running.service.models._settings["bits"] = 4
+        ask(running, *options)
+    told = capsys.readouterr()
+    assert "4 asked" in told.out
+    assert "does not say" not in told.err
+    known = json.loads((tmp_path / "out.provenance.json").read_text())["teacher"]
+    assert known["fingerprint"] == running.service.models.fingerprint("0" * 64)

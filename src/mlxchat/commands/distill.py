@@ -102,6 +102,9 @@ def _parser() -> Parser:
         "--max-cost", type=float, metavar="C", help="the most that all runs for --out may cost together"
     )
     limits.add_argument("--cache", type=Path, metavar="DIR", help="where answers are kept (default: in MLXCHAT_CACHE)")
+    limits.add_argument(
+        "--refresh", action="store_true", help="ask again what is known; without it a stopped command goes on"
+    )
     limits.add_argument("--dry-run", action="store_true", help="count and estimate, ask nothing")
     return parser
 
@@ -258,7 +261,7 @@ def _order(
             only_correct=options.only_correct, keep_cut=options.keep_cut, keep_thoughts=options.keep_thoughts,
             system=options.system if options.keep_system else None,
         ),
-        out=options.out, cache=options.cache or cache_folder() / "distill",
+        out=options.out, cache=options.cache or cache_folder() / "distill", refresh=options.refresh,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,19 @@ class Answer:
     """What the teacher calls itself."""
 
 
-def request_key(url: str, body: dict[str, Any], sample: int) -> str:
-    """Return the name of a request: a hash of where it goes, what it says, and which of several samples it is."""
-    return hashlib.sha256(canonical_json({"url": url, "body": body, "sample": sample}).encode()).hexdigest()
+def request_key(url: str, body: dict[str, Any], sample: int, fingerprint: str | None = None) -> str:
+    """Return the name of a request: a hash of its address, body, sample number, and of the model that answers there.
+
+    Args:
+        url: the endpoint.
+        body: of the request.
+        sample: which of several answers it asks for.
+        fingerprint: of the model behind the name in `body`; None: the endpoint does not say.
+    """
+    parts = {"url": url, "body": body, "sample": sample}
+    if fingerprint is not None:
+        parts["fingerprint"] = fingerprint
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
 
 class Answers:
@@ -53,14 +64,17 @@ class Answers:
         """
         self.path = folder / f"{hashlib.sha256(f'{url} {model}'.encode()).hexdigest()[:16]}.jsonl"
         self.num_damaged = 0
+        self.fingerprint: str | None = None
+        """Of the model that gave the latest answers, as far as it was known then."""
         self._places: dict[str, int] = {}
         self._synced = time.monotonic()
         # Without the query, in which keys are sent at times.
         self._about = {"teacher": urlunsplit(urlsplit(url)._replace(query="", fragment="")), "model": model}
+        self._pending: list[dict[str, Any]] = []  # written before the next answer
         try:
             self._read()
         except FileNotFoundError:
-            pass
+            self._pending.append(self._about)
         except OSError as error:
             raise StoreError(
                 f"{self.path} cannot be read ({error.strerror}). Choose another place: --cache DIR"
@@ -78,6 +92,18 @@ class Answers:
         tokens = record["tokens"]
         return Answer(**{**record, "tokens": None if tokens is None else (tokens[0], tokens[1])})
 
+    def identify(self, fingerprint: str | None) -> None:
+        """Record with the next answer that the model behind the name has this fingerprint."""
+        if fingerprint != self.fingerprint:
+            self.fingerprint = fingerprint
+            self._pending.append({**self._about, "fingerprint": fingerprint})
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forget these answers; on disk once the first new one comes, so that a teacher that is gone loses none."""
+        known = [key for key in keys if self._places.pop(key, None) is not None]
+        if known:
+            self._pending.append({"forgotten": known})
+
     def add(self, key: str, answer: Answer) -> None:
         """Write an answer down: it is in the system's hands when this returns, and on the disk a second later at most.
 
@@ -88,8 +114,9 @@ class Answers:
         line = json.dumps({"key": key, "answer": asdict(answer), "time": now()}).encode("ascii") + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():
-                Records(self.path).append(self._about)
+            for record in self._pending:
+                Records(self.path).append(record)
+            self._pending.clear()
             with self.path.open("ab+", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
                 file.seek(max(0, end - 1))
@@ -118,6 +145,12 @@ class Answers:
                     self.num_damaged += 1
                 elif record and _is_answer(record):
                     self._places[str(record["key"])] = place
+                elif record and isinstance(record.get("forgotten"), list):
+                    for key in record["forgotten"]:
+                        self._places.pop(str(key), None)
+                elif record and "teacher" in record:
+                    told = record.get("fingerprint")
+                    self.fingerprint = told if isinstance(told, str) else None
                 place += len(line)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from mlxchat.runner.signals import stop_on_signals
 from mlxchat.tasks.base import held_out
 
 _MOST_SHOWN = 5
+_IDENTITY_SECONDS = 20.0
 _HELD_OUT_FRAC = 0.1  # of the task jsonl
 
 
@@ -57,6 +59,10 @@ class Order:
     choice: Choice = field(default_factory=Choice)
     out: Path
     cache: Path
+    refresh: bool = False
+    """Whether what is known already is asked again."""
+    fingerprint: str | None = None
+    """Of the model behind the name, where the endpoint says it; found by `_open_answers`."""
 
     @property
     def ledger(self) -> Path:
@@ -78,12 +84,12 @@ class Order:
             **self.body,
         }
         body = {name: value for name, value in body.items() if value is not None}
-        return Request(key=request_key(self.teacher, body, sample), name=question.name, body=body)
+        return Request(key=request_key(self.teacher, body, sample, self.fingerprint), name=question.name, body=body)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, for the provenance, without anything secret."""
         return {
-            "teacher": {"url": public_url(self.teacher), "model": self.model},
+            "teacher": {"url": public_url(self.teacher), "model": self.model, "fingerprint": self.fingerprint},
             "questions": self.source,
             "sampling": {
                 "system": self.system, "temperature": self.temperature, "top_p": self.top_p, "samples": self.samples,
@@ -113,9 +119,40 @@ async def find_model(base: str, key: str | None, timeout_seconds: float) -> str:
     raise ConfigError(f"--model is missing; {public_url(base)} has {told}")
 
 
+def _open_answers(order: Order) -> Answers:
+    """Return the answers that are kept, once it is known which model's they must be; forget those to ask again."""
+    answers = Answers(order.cache, order.teacher, order.model)
+    place = public_url(order.teacher)
+    try:
+        order.fingerprint = asyncio.run(_find_fingerprint(order))
+    except Passing as error:
+        order.fingerprint = answers.fingerprint
+        if order.fingerprint is not None:
+            print(
+                f"note: {place} does not answer ({error}); kept answers are those of its latest model", file=sys.stderr
+            )
+    else:
+        if order.fingerprint is None:
+            print(
+                f"note: {place} does not say which weights are behind {one_line(order.model)!r}: all answers kept "
+                "under that name count as its own. --refresh asks again",
+                file=sys.stderr,
+            )
+        answers.identify(order.fingerprint)
+    if order.refresh:
+        answers.forget(request.key for samples in order.requests() for request in samples)
+    return answers
+
+
+async def _find_fingerprint(order: Order) -> str | None:
+    seconds = min(order.timeout_seconds, _IDENTITY_SECONDS)
+    async with Teacher(order.teacher, order.key, timeout_seconds=seconds, concurrency=1) as teacher:
+        return await teacher.find_fingerprint(order.model)
+
+
 def estimate(order: Order) -> str:
     """Return what an order would ask, and the most that it can cost, for people; nothing is asked."""
-    answers = Answers(order.cache, order.teacher, order.model)
+    answers = _open_answers(order)
     missing = [each for samples in order.requests() for each in samples if each.key not in answers]
     total = Usage()
     for request in missing:
@@ -139,7 +176,7 @@ def distill(order: Order) -> int:
         Interrupted: a signal asked to stop.
     """
     began = now()
-    answers = Answers(order.cache, order.teacher, order.model)
+    answers = _open_answers(order)
     requests = order.requests()
     every = {request.key: request for samples in requests for request in samples}
     missing = [request for key, request in every.items() if key not in answers]
@@ -188,6 +225,7 @@ async def _collect(order: Order, answers: Answers, missing: list[Request], known
     async with Teacher(
         order.teacher, order.key, timeout_seconds=order.timeout_seconds, concurrency=limits.concurrency
     ) as teacher:
+        teacher.fingerprint = order.fingerprint
         collector = Collector(teacher, answers, limits, order.prices, order.ledger)
 
         def request_stop(number: int) -> None:

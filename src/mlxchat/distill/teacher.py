@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from mlxchat.distill.answers import Answer
 from mlxchat.distill.words import one_line
@@ -70,6 +70,8 @@ class Teacher:
         except ImportError:
             raise ConfigError("mlxchat distill needs httpx2: pip install 'mlxchat[distill]'") from None
         self._http, self.base, self._key = httpx2, base, key
+        self.fingerprint: str | None = None
+        """Of the model that must answer, of an endpoint that says it with every answer (mlxchat serve)."""
         self._timeout = timeout_seconds
         headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "mlxchat"}
         if key is not None:
@@ -98,7 +100,31 @@ class Teacher:
             Passing: a limit, an overload, a cut or silent connection, an answer that is no answer.
             Refused: the teacher will not answer it.
         """
-        return _read_answer(await self._call("POST", _ROUTE, body))
+        value = await self._call("POST", _ROUTE, body)
+        if (
+            self.fingerprint is not None
+            and isinstance(value, dict)
+            and value.get("system_fingerprint") != self.fingerprint
+        ):
+            raise Refused(
+                f'the model behind "{one_line(str(body.get("model")))}" was replaced meanwhile. '
+                "The same command asks the new one",
+                for_good=True,
+            )
+        return _read_answer(value)
+
+    async def find_fingerprint(self, model: str) -> str | None:
+        """Return what tells a model from others that had or will have its name; None: the endpoint does not say.
+
+        mlxchat serve says it: a hash of the artifact's contents and of the server's settings. Raises Passing.
+        """
+        try:
+            value = await self._call("GET", f"/models/{quote(model)}", None)
+        except Refused:
+            return None
+        own = value.get("mlxchat") if isinstance(value, dict) else None
+        told = own.get("fingerprint") if isinstance(own, dict) else None
+        return told if isinstance(told, str) else None
 
     async def models(self) -> list[str]:
         """Return the names of its models. Raises as `ask`."""
