@@ -145,8 +145,8 @@ def test_a_part_imports_no_part_above_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", STAGES, ids=name)
-def test_a_stage_is_a_recipe_of_at_most_130_lines(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 130
+def test_a_stage_is_a_recipe_of_at_most_150_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_no_module_is_called_after_nothing_in_particular() -> None:
