@@ -24,6 +24,7 @@ from mlxchat.commands.import_model import FORMATS
 from mlxchat.compose import group_options
 from mlxchat.runner import attempts
 from mlxchat.runner.records import Records
+from mlxchat.runner.table import make_table
 from mlxchat.verbs import VERBS
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
@@ -154,13 +155,12 @@ def test_pins_are_made_listed_used_and_removed(two: Any, say: Say) -> None:
 
 
 def test_compare_shows_only_what_differs_sorted_in_four_formats(two: Any, say: Say) -> None:
-    lines = say("compare", "--sort=-score").splitlines()
-    assert lines[0].split() == ["name", "toy.number", "first.score"]
-    assert [line.split() for line in lines[1:]] == [["run2", "3", "0.75"], ["run1", "2", "0.5"]]
+    lines = [line.split() for line in say("compare", "--sort=-score").splitlines()]
+    assert lines == [["run2", "run1"], ["toy.number", "3", "2"], ["first.score", "0.75", "0.5"]]
     rows = list(csv.DictReader(io.StringIO(say("compare", "--format", "csv", "--sort", "toy.number"))))
     assert [row["first.score"] for row in rows] == ["0.5", "0.75"]
     assert json.loads(say("compare", "run1", "--format", "json"))[0]["first.score"] == 0.5
-    assert say("compare", "--format", "md").splitlines()[1] == "| --- | --- | --- |"
+    assert say("compare", "--format", "md").splitlines()[:2] == ["| name | run1 | run2 |", "| --- | --- | --- |"]
     assert 'Did you mean "first.score"' in say("compare", "--sort", "first.scor", code=2)
     assert "no run and no sweep" in say("compare", "run7", code=2)
 
@@ -169,8 +169,61 @@ def test_compare_takes_the_artifacts_of_a_step_and_the_jobs_of_a_sweep(two: Any,
     assert [row["score"] for row in json.loads(say("compare", "--step", "first", "--format", "json"))] == [0.5, 0.75]
     sweep = two.outputs / "multirun" / "sweep1"
     sweep.mkdir(parents=True)
-    (sweep / "table.json").write_text(json.dumps([{"job": 0, "run": "run2"}, {"job": 1, "run": None}]))
-    assert [row["name"] for row in json.loads(say("compare", "sweep1", "--format", "json"))] == ["run2"]
+    steps = json.loads((two.outputs / "runs" / "run2" / "plan.json").read_text())["steps"]
+    jobs = {"1": {"title": "toy.number=3", "steps": steps}, "2": {"title": "toy.number=9", "steps": []}}
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    for name in ("sweep1", "multirun/sweep1", str(sweep)):
+        assert [row["name"] for row in json.loads(say("compare", name, "--format", "json"))] == ["toy.number=3"]
+    both = json.loads(say("compare", "run1", "sweep1", "--format", "json"))
+    assert [row["name"] for row in both] == ["run1", "toy.number=3"]
+
+
+def test_a_run_comes_before_a_sweep_of_the_same_name(two: Any, say: Say) -> None:
+    """Bug: a search called like the run hid the run, and had none to compare."""
+    sweep = two.outputs / "multirun" / "run2"
+    sweep.mkdir(parents=True)
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": {"1": {"title": "job", "steps": []}}}))
+    assert [row["name"] for row in json.loads(say("compare", "run2", "--format", "json"))] == ["run2"]
+    assert "no job of it has artifacts" in say("compare", "multirun/run2", code=2)
+
+
+def test_compare_leaves_out_steps_of_a_single_run(two: Any, say: Say) -> None:
+    """Bug: runs with different steps made hundreds of columns, most of them empty."""
+    folder = two.outputs / "runs" / "run2" / "plan.json"
+    plan = json.loads(folder.read_text())
+    only = [step for step in plan["steps"] if step["step"] == "first"]
+    folder.write_text(json.dumps({**plan, "steps": [{**step, "step": "other"} for step in only]}))
+    text = say("compare")
+    assert [line.split() for line in text.splitlines()][:2] == [["run1", "run2"], ["toy.number", "2", "3"]]
+    assert "score" not in text
+    assert re.search(r"^left out: steps of a single run \(first, .*other\)", text, re.MULTILINE)
+    lines = [line.split() for line in say("compare", "--metrics", "first.score").splitlines()]
+    assert lines[-1] == ["first.score", "0.5", "-"]
+    assert "no metric's name contains it" in say("compare", "--metrics", "nothing", code=2)
+
+
+def test_compare_of_many_runs_fits_the_terminal(two: Any, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    source = (two.outputs / "runs" / "run1" / "plan.json").read_text()
+    for number in range(20):
+        folder = two.outputs / "runs" / f"2026010{number % 10}-00000{number}-1-quickstart"
+        folder.mkdir()
+        (folder / "plan.json").write_text(source)
+    lines = say("compare").splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = [
+        line.split() for line in lines if not line.startswith(("t", "f")) and "-" not in line and "run" not in line
+    ]
+    assert [number for head in heads for number in head] == [str(number) for number in range(1, 23)]
+
+
+def test_a_setting_differs_only_among_runs_that_have_its_section() -> None:
+    rows = [
+        {"name": "a", "config": {"model.depth": 2, "sft.num_epochs": 1}, "metrics": {}, "steps": ["pretrain", "sft"]},
+        {"name": "b", "config": {"model.depth": 4, "corpus.hub.column": "t"}, "metrics": {}, "steps": ["pretrain"]},
+        {"name": "c", "config": {"model.depth": 4, "corpus.hub": None}, "metrics": {}, "steps": ["pretrain"]},
+    ]
+    assert make_table(rows, None).settings == ["model.depth", "corpus.hub.column"]
 
 
 def test_compare_draws_a_picture(two: Any, say: Say, tmp_path: Path) -> None:

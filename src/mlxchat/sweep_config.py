@@ -14,7 +14,8 @@ class SweepConfig:
     kind: str = MISSING
     """none, or tpe: each trial is chosen by the results of those before."""
     name: str | None = MISSING
-    """Folder of a search under outputs/multirun; null: the run's name. The same name goes on with the same search."""
+    """Folder of a search under outputs/multirun; null: the run's name and "-search". The same name continues the same
+    search."""
     metric: str | None = MISSING
     """step.metric that is looked for or sorted by, any number that a step records; null (only for -m): the last of the
     pipeline that differs."""

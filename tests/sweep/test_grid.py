@@ -199,6 +199,8 @@ def test_an_impossible_value_refuses_a_sweep_before_its_first_job(mlxchat: Comma
         (["sweep=tpa", "seed=1,2"], "leave out -m|has no option"),
         (["model=d65", "seed=1,2"], "Did you mean"),
         (["sweep.metric=bpb", "seed=1,2"], "expected STEP.METRIC"),
+        (["seed=glob(*)"], "seed is no group. List the values: seed=A,B"),
+        (["model=glob(x*)"], "matches none of the options of model: d1, "),
         (["sweep.direction=minimise", "seed=1,2"], 'Did you mean "minimize"'),
         (["--nothing", "seed=1,2"], "unknown option --nothing"),
     ],

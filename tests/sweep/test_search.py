@@ -130,6 +130,30 @@ def test_a_finished_search_says_so_at_once_and_more_trials_continue_it(
     assert told(outputs) == before
 
 
+def test_a_search_leaves_the_runs_name_to_its_runs(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
+    """Bug: after a search `compare smoke` found no runs, and `report smoke` ended in a traceback."""
+    (run,) = (outputs / "runs").iterdir()
+    settings = ["sweep=tpe", "sweep.trials=2", "sweep.metric=tokenizer.bytes_per_token", f"outputs={outputs}"]
+    done = mlxchat(*tiny, *settings, "tokenizer.vocab_size=choice(280,330)", "sweep.seed=1")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (outputs / "multirun").iterdir()] == ["smoke-search"]
+    trials = Journal(outputs / "multirun" / "smoke-search" / "trials.jsonl").trials
+
+    def compared(name: str) -> list[str]:
+        found = mlxchat("compare", name, "--format", "json", f"outputs={outputs}")
+        assert found.returncode == 0, found.stderr
+        return [row["name"] for row in json.loads(found.stdout)]
+
+    assert run.name in compared("smoke")
+    assert compared("smoke-search") == [
+        f"tokenizer.vocab_size={trial.values['tokenizer.vocab_size']}" for trial in trials
+    ]
+    for names in (["smoke"], ["smoke-search"], [run.name, "smoke-search"]):
+        report = mlxchat("report", *names, f"outputs={outputs}")
+        assert report.returncode == 0, report.stderr
+        assert Path(report.stdout.splitlines()[-1].removeprefix("report: ")).is_file()
+
+
 def test_trials_that_fail_are_results_and_the_search_goes_on(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
 ) -> None:
@@ -164,8 +188,9 @@ def test_another_search_under_the_same_name_is_refused(
         (["sweep=tpe", "optimizer.matrix_lr=interval(1,0)"], "the interval is empty"),
         (["sweep=tpe", "model=choice(d2,d65)"], 'model has no option "d65"'),
         (["sweep=tpe", "sft.num_epochs=range(0,3)"], "sft.num_epochs is 0, expected at least 1"),
-        (["sweep=tpe", "seed=1,2", "sweep.metric=pretran.val_bpb"], 'Did you mean "pretrain"'),
+        (["sweep=tpe", "seed=1,2", "sweep.metric=pretran.val_bpb"], 'Did you mean "pretrain.val_bpb"'),
         (["sweep=tpe", "seed=1,2", "sweep.metric=null"], "sweep.metric has no value"),
+        (["sweep=tpe", "seed=glob(*)"], "seed is no group"),
         (["sweep=tpe", "seed=1,2", "sweep.trials=0"], "sweep.trials is 0"),
         (["sweep=tpe", "seed=1,2", "sweep.name=a/b"], "name of a folder"),
         (["sweep=tpe", "seed=1,2", "hydra/launcher=joblib"], "one after the other in this process"),

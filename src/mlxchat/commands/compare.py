@@ -1,7 +1,8 @@
-"""mlxchat compare: runs, a sweep, or the artifacts of a step in one table."""
+"""mlxchat compare: runs, a sweep, or the artifacts of a step side by side."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,62 +12,99 @@ from mlxchat.commands.columns import aligned, print_json, show_value
 from mlxchat.errors import ConfigError, StoreError
 from mlxchat.runner.progress import format_number
 from mlxchat.runner.store import Store
-from mlxchat.runner.table import Row, is_number, make_table, numeric, rows_of_runs, rows_of_step, run_folders
+from mlxchat.runner.table import Table, find_runs, is_number, make_table, numeric, rows_of_runs, rows_of_step
+
+_WIDEST_HEAD = 16
+_WIDEST_CELL = 24
 
 
 def main(arguments: list[str]) -> int:
     """Print the table, and draw it with --plot."""
     parser = make_naming_parser(
         "compare",
-        "Compare runs, the jobs of a sweep (a folder's name in multirun/), or all artifacts of --step.",
+        "Compare runs, the jobs of a sweep or search (its folder in multirun/), or all artifacts of --step: a row for "
+        "each setting that differs and each metric, a column for each run.",
         "RUN",
     )
     parser.epilog = "RUN: a run's name, its start, or what follows its number (smoke). Without any: all runs"
     parser.add_argument("--step", help="compare all artifacts of this step instead of runs")
     parser.add_argument("--last", type=int, metavar="N", help="only the last N")
     parser.add_argument(
-        "--sort", metavar="COLUMN", help="sort by this column; -COLUMN: downwards (write --sort=-COLUMN)"
+        "--sort", metavar="NAME", help="order by this setting or metric; -NAME: the largest first (write --sort=-NAME)"
     )
-    parser.add_argument("--metrics", metavar="A,B", help="only metrics whose names contain one of these")
-    parser.add_argument("--format", choices=("table", "csv", "json", "md"), default="table")
+    parser.add_argument(
+        "--metrics", metavar="A,B", help="only metrics whose names contain one of these, also of steps of a single run"
+    )
+    parser.add_argument(
+        "--format", choices=("table", "csv", "json", "md"), default="table", help="csv and json: a record for each run"
+    )
     parser.add_argument("--plot", metavar="FILE.png", help="draw the metrics against the first setting that differs")
     options = parser.parse_intermixed_args(arguments)
     names, settings = split_words(options.settings)
     store = Store(outputs_folder(settings))
-    rows = rows_of_step(store, options.step) if options.step else rows_of_runs(store, run_folders(store, names))
+    rows = rows_of_step(store, options.step) if options.step else rows_of_runs(store, find_runs(store, names))
     if options.last is not None:
         rows = rows[len(rows) - min(len(rows), max(0, options.last)) :]
-    if options.metrics:
-        wanted = options.metrics.split(",")
-        for row in rows:
-            row["metrics"] = {
-                key: value for key, value in row["metrics"].items() if any(part in key for part in wanted)
-            }
-    if not rows:
+    if not rows and not names:
         print(f"{store.outputs} holds no runs yet: run mlxchat first")
         return 0
-    columns, flat = make_table(rows, options.sort)
-    _print(columns, flat, options.format)
+    if not rows:
+        raise ConfigError(f"{', '.join(names)}: no job of it has artifacts in {store.outputs}")
+    wanted = options.metrics.split(",") if options.metrics else []
+    table = make_table(rows, options.sort, wanted)
+    if wanted and not table.metrics:
+        raise ConfigError(f"--metrics {options.metrics}: no metric's name contains it")
+    _print(table, options.format)
     if options.plot:
-        _plot(columns, flat, {key for row in rows for key in row["metrics"]}, Path(options.plot))
+        _plot(table, Path(options.plot))
     return 0
 
 
-def _print(columns: list[str], rows: list[Row], form: str) -> None:
+def _print(table: Table, form: str) -> None:
+    names = [*table.settings, *table.metrics]
     if form == "json":
-        print_json(rows)
+        print_json(table.rows)
     elif form == "csv":
         import csv
 
-        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+        writer = csv.DictWriter(sys.stdout, ["name", *names], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(table.rows)
+    elif form == "md":
+        cells = [[name, *(_cell(row.get(name)) for row in table.rows)] for name in ["name", *names]]
+        print("\n".join(f"| {' | '.join(line)} |" for line in [cells[0], ["---"] * len(cells[0]), *cells[1:]]))
     else:
-        cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-        if form == "md":
-            print("\n".join(f"| {' | '.join(line)} |" for line in [cells[0], ["---"] * len(columns), *cells[1:]]))
-        else:
-            print(aligned(cells, right=[place for place, column in enumerate(columns) if numeric([*rows], column)]))
+        _print_columns(table, names)
+
+
+def _print_columns(table: Table, names: list[str]) -> None:
+    """Print a line for each setting and metric; as many runs beside each other as the terminal is wide."""
+    heads = [str(row["name"]) for row in table.rows]
+    if max(map(len, heads)) > _WIDEST_HEAD:
+        for number, head in enumerate(heads, start=1):
+            print(f"{number:>{len(str(len(heads)))}}  {head}")
+        print()
+        heads = [str(number) for number in range(1, len(heads) + 1)]
+    cells = [[_shortened(_cell(row.get(name))) for name in names] for row in table.rows]
+    widths = [2 + max(map(len, [head, *column])) for head, column in zip(heads, cells, strict=True)]
+    # Piped output is one table for grep; shutil says how wide a terminal is.
+    room = shutil.get_terminal_size((sys.maxsize, 0)).columns - max(map(len, names), default=0)
+    start = 0
+    while start < len(heads):
+        end = start + 1
+        while end < len(heads) and sum(widths[start : end + 1]) <= room:
+            end += 1
+        lines = [["", *heads[start:end]]]
+        lines += [[name, *(column[place] for column in cells[start:end])] for place, name in enumerate(names)]
+        print(("\n" if start else "") + aligned(lines, right=range(1, end - start + 1)))
+        start = end
+    if table.left_out:
+        steps = ", ".join(table.left_out)
+        print(f"\nleft out: steps of a single run ({steps}); to see one: --metrics {table.left_out[0]}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _WIDEST_CELL else f"{text[: _WIDEST_CELL - 1]}…"
 
 
 def _cell(value: Any) -> str:
@@ -75,12 +113,13 @@ def _cell(value: Any) -> str:
     return format_number(value) if is_number(value) else show_value(value)
 
 
-def _plot(columns: list[str], rows: list[Row], metrics: set[str], place: Path) -> None:
-    """Draw a panel for each metric, the rows from left to right, by the first setting that differs if there is one."""
-    shown = [column for column in columns if column in metrics and numeric([*rows], column)][:12]
+def _plot(table: Table, place: Path) -> None:
+    """Draw a panel for each metric, the runs from left to right, by the first setting that differs if there is one."""
+    rows = table.rows
+    shown = [name for name in table.metrics if numeric([*rows], name)][:12]
     if not shown:
         raise ConfigError("--plot: there is no metric to draw")
-    setting = next((column for column in columns[1:] if column not in metrics), "")
+    setting = next(iter(table.settings), "")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -73,15 +73,15 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
         ConfigError: runs and artifacts are mixed.
         StoreError: a name is that of nothing, or there is no run at all.
     """
-    if len(names) == 1 and (sweep := _sweep_folder(outputs, names[0])):
-        return _reports_of_sweep(outputs, sweep)
-    meant = [_meaning(Store(outputs), name) for name in names or [LATEST]]
+    sweeps = {name: folder for name in names if (folder := _sweep_folder(outputs, name))}
+    if sweeps and len(names) == 1:
+        return _reports_of_sweep(outputs, sweeps[names[0]])
+    meant = [_meaning(Store(outputs), name) for name in names or [LATEST] if name not in sweeps]
     folders = [each for each in meant if isinstance(each, Path)]
     places = [place for each in meant if not isinstance(each, Path) for place in each]
-    if folders and places:
-        raise ConfigError(
-            f"a report is of runs or of artifacts; got the run {folders[0].name} and the artifact {places[0].name}"
-        )
+    if (folders or sweeps) and places:
+        run = [*folders, *sweeps.values()][0].name
+        raise ConfigError(f"a report is of runs or of artifacts; got the run {run} and the artifact {places[0].name}")
     if places:
         entries = entries_of_artifacts(outputs, places)
         title = ", ".join(place.name for place in places) if names else latest(Store(outputs))
@@ -91,8 +91,11 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
     reports = [collect(outputs, folder) for folder in folders]
     short = [report.experiment or report.name for report in reports]
     titles = [s if short.count(s) == 1 else report.name for s, report in zip(short, reports, strict=True)]
+    for sweep in sweeps.values():
+        _, jobs, names_of_jobs = _reports_of_sweep(outputs, sweep)
+        reports, titles = reports + jobs, titles + names_of_jobs
     if len(reports) > 1:
-        there = outputs / "reports" / "+".join(folder.name for folder in folders)[:120]
+        there = outputs / "reports" / "+".join(folder.name for folder in [*folders, *sweeps.values()])[:120]
         reports = [replace(report, folder=there) for report in reports]
     return " and ".join(titles) if len(titles) < 4 else f"{len(titles)} runs", reports, titles
 
@@ -118,15 +121,20 @@ def _folder_name(name: str) -> str:
 
 
 def _sweep_folder(outputs: Path, name: str) -> Path | None:
+    from mlxchat.runner.table import find_runs
+
     folder = outputs / "multirun" / _folder_name(name)
-    return folder if (folder / "sweep.json").is_file() else None
+    if not (folder / "sweep.json").is_file():
+        return None
+    is_run = any((outputs / "runs" / run.name).is_dir() for run in find_runs(Store(outputs), [name]))
+    return None if is_run else folder
 
 
 def _reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport], list[str]]:
     state = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    jobs = state["jobs"].values()
-    if not all("steps" in job for job in jobs):
-        raise ConfigError(f"{folder} was written by a version whose sweeps had no report; sweep again: nothing is run")
+    jobs = [job for job in state["jobs"].values() if job.get("steps")]
+    if not jobs:
+        raise ConfigError(f"{folder}: no job of it has artifacts")
     titles = [job["title"] for job in jobs]
     reports = [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
-    return f"Sweep {folder.name}", reports, titles
+    return f"{'Search' if (folder / 'trials.jsonl').exists() else 'Sweep'} {folder.name}", reports, titles

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner.catalog import read_catalog
@@ -15,46 +17,72 @@ from mlxchat.runner.store import Manifest, Store, read_manifest
 Row = dict[str, Any]
 
 
-def run_folders(store: Store, names: list[str]) -> list[Path]:
-    """Return the folders of runs, or of all jobs of a sweep, in order of time; without names, of all runs.
+class Compared(NamedTuple):
+    """A run, or a job of a sweep."""
+
+    name: str
+    steps: list[dict[str, Any]]
+    """Of its plan: step, rid and more."""
+
+
+def find_runs(store: Store, names: list[str]) -> list[Compared]:
+    """Return runs in order of time, and all jobs of sweeps that are named; without names, all runs.
+
+    A name is that of a run, its start, what follows its number (smoke: all runs of that name), or of a sweep's folder.
+    Where it is both, it means the runs, and multirun/NAME the sweep.
 
     Raises:
-        ConfigError: a name is that of no run and of no sweep, or of several.
+        ConfigError: a name is that of no run and of no sweep.
+        StoreError: the plan of a run that was named cannot be read.
     """
     base = store.outputs / "runs"
     every = sorted(path for path in base.iterdir() if (path / "plan.json").exists()) if base.is_dir() else []
-    if not names:
-        return every
-    found: dict[Path, None] = {}
+    chosen: dict[Path, None] = {} if names else dict.fromkeys(every)
+    jobs: list[Compared] = []
     for name in names:
-        sweep = store.outputs / "multirun" / name.rstrip("/").rpartition("/")[2]
-        table = sweep / "table.json"
-        if table.exists():
-            rows = json.loads(table.read_text(encoding="utf-8"))
-            jobs = {str(row["run"]) for row in rows if row.get("run")}
-            found.update(dict.fromkeys(path for path in every if path.name in jobs))
-            continue
-        matching = [path for path in every if path.name == name] or [
-            path for path in every if path.name.startswith(name) or path.name.endswith(f"-{name}")
+        last = name.rstrip("/").rpartition("/")[2]
+        of_sweep = _jobs_of_sweep(store, last)
+        matching = [path for path in every if path.name == last] or [
+            path for path in every if path.name.startswith(last) or path.name.endswith(f"-{last}")
         ]
-        if not matching:
+        if of_sweep is not None and ("multirun/" in name or not matching):
+            jobs += of_sweep
+        elif matching:
+            chosen.update(dict.fromkeys(matching))
+        else:
             known = [path.name for path in every]
             raise ConfigError(f'"{name}" is no run and no sweep in {store.outputs}.{suggest(name, known)}')
-        found.update(dict.fromkeys(matching))
-    return sorted(found)
-
-
-def rows_of_runs(store: Store, folders: list[Path]) -> list[Row]:
-    """Return a row per run: `name`, and config and metrics of all its steps that are there."""
-    rows = []
-    for folder in folders:
+    runs = []
+    for folder in sorted(chosen):
         try:
-            steps = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["steps"]
-        except (OSError, ValueError, KeyError):
-            continue
-        config: Row = {}
-        metrics: Row = {}
-        for step in steps:
+            runs.append(Compared(folder.name, json.loads((folder / "plan.json").read_text(encoding="utf-8"))["steps"]))
+        except (OSError, ValueError, KeyError) as error:
+            if names:
+                raise StoreError(f"{folder / 'plan.json'} cannot be read ({error})") from None
+    return [*runs, *jobs]
+
+
+def _jobs_of_sweep(store: Store, name: str) -> list[Compared] | None:
+    """Return the jobs of a sweep or the trials of a search that have artifacts; None: there is no such sweep."""
+    folder = store.outputs / "multirun" / name
+    if not name or not folder.is_dir():
+        return None
+    try:
+        jobs = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"].values()
+        return [Compared(job["title"], job["steps"]) for job in jobs if job["steps"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder} has no readable sweep.json ({type(error).__name__}): run the same sweep again, which computes "
+            "nothing that is done"
+        ) from None
+
+
+def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
+    """Return a row per run: its `name`, the `config` and `metrics` of its steps that are there, and these `steps`."""
+    rows = []
+    for run in runs:
+        row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": []}
+        for step in run.steps:
             place = store.own_folder(step["rid"])
             if place is None:
                 continue
@@ -62,9 +90,10 @@ def rows_of_runs(store: Store, folders: list[Path]) -> list[Row]:
                 manifest = store.manifest_of(place)
             except StoreError:
                 continue
-            config |= settings_of(manifest)
-            metrics |= {f"{step['step']}.{key}": value for key, value in manifest["metrics"].items()}
-        rows.append({"name": folder.name, "config": config, "metrics": metrics})
+            row["steps"].append(step["step"])
+            row["config"] |= settings_of(manifest)
+            row["metrics"] |= {f"{step['step']}.{key}": value for key, value in manifest["metrics"].items()}
+        rows.append(row)
     return rows
 
 
@@ -95,36 +124,69 @@ def settings_of(manifest: Manifest) -> dict[str, Any]:
     return flatten(manifest["config"])
 
 
-def make_table(rows: list[Row], sort: str | None) -> tuple[list[str], list[Row]]:
-    """Return the columns (name, differing settings, metrics) and a flat row for each, sorted.
+@dataclass(frozen=True)
+class Table:
+    """Runs side by side."""
+
+    rows: list[Row]
+    """One for each run, sorted: `name` and what is shown of it."""
+    settings: list[str]
+    """Those that differ."""
+    metrics: list[str]
+    left_out: list[str]
+    """Steps that a single one of the runs has."""
+
+
+def make_table(rows: list[Row], sort: str | None, metrics: Sequence[str] = ()) -> Table:
+    """Return the settings that differ and the metrics of runs.
+
+    A setting differs among the runs that have its section: a run without RL has no settings of RL to compare. Metrics
+    are those of steps that more than one run has.
 
     Args:
-        rows: with `name`, `config` and `metrics`.
-        sort: a column, with a leading - for descending; None: as given.
+        rows: with `name`, `config`, `metrics` and, of runs, `steps`.
+        sort: a setting or metric, with a leading - for descending; None: as given.
+        metrics: parts of names; only metrics that contain one, of whichever step, are shown. Empty: all.
 
     Raises:
-        ConfigError: there is no such column.
+        ConfigError: there is no such setting or metric.
     """
-    keys = list(dict.fromkeys(key for row in rows for key in row["config"]))
-    texts = {key: {json.dumps(row["config"].get(key), sort_keys=True) for row in rows} for key in keys}
-    differing = [key for key in keys if len(texts[key]) > 1]
-    metrics = list(dict.fromkeys(key for row in rows for key in row["metrics"]))
+    sections = [{_first(key) for key in row["config"]} for row in rows]
+
+    def differs(key: str) -> bool:
+        having = [row for row, own in zip(rows, sections, strict=True) if _first(key) in own]
+        return len({json.dumps(row["config"].get(key), sort_keys=True) for row in having}) > 1
+
+    settings = [key for key in dict.fromkeys(key for row in rows for key in row["config"]) if differs(key)]
+    counts = Counter(step for row in rows for step in row.get("steps", ()))
+    left_out = [step for step, count in counts.items() if count == 1 < len(rows)]
+    shown = list(dict.fromkeys(key for row in rows for key in row["metrics"]))
+    if metrics:
+        left_out = []
+        shown = [key for key in shown if any(part in key for part in metrics)]
+    shown = [key for key in shown if _first(key) not in left_out]
     flat = [
-        {"name": row["name"], **{key: row["config"].get(key) for key in differing}, **row["metrics"]} for row in rows
-    ]
-    columns = ["name", *differing, *metrics]
+        {
+            "name": row["name"], **{key: row["config"].get(key) for key in settings},
+            **{key: row["metrics"][key] for key in shown if key in row["metrics"]},
+        }
+        for row in rows
+    ]  # fmt: skip
     if sort:
+        known = ["name", *settings, *shown]
         descending, column = sort.startswith("-"), sort.removeprefix("-")
-        matching = [name for name in columns if name == column] or [
-            name for name in columns if name.endswith(f".{column}")
-        ]
+        matching = [name for name in known if name == column] or [name for name in known if name.endswith(f".{column}")]
         if len(matching) != 1:
-            found = f"may be {', '.join(matching)}" if matching else f"is no column: {', '.join(columns)}"
-            raise ConfigError(f'--sort: "{column}" {found}.{suggest(column, columns)}')
+            found = f"may be {', '.join(matching)}" if matching else f"is not in this table: {', '.join(known)}"
+            raise ConfigError(f'--sort: "{column}" {found}.{suggest(column, known)}')
         have = [row for row in flat if row.get(matching[0]) is not None]
         lack = [row for row in flat if row.get(matching[0]) is None]
         flat = [*sorted(have, key=lambda row: _order(row[matching[0]]), reverse=descending), *lack]
-    return columns, flat
+    return Table(flat, settings, shown, left_out)
+
+
+def _first(key: str) -> str:
+    return key.partition(".")[0]
 
 
 def _order(value: Any) -> tuple[bool, float, str]:

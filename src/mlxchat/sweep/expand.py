@@ -11,6 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from mlxchat.compose import CONF_MODULE, Composed, compose_config, register_schema
@@ -18,6 +19,8 @@ from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
 from mlxchat.training.memory_check import check_memory
+
+_MOST_OPTIONS = 20
 
 
 @dataclass(kw_only=True)
@@ -57,14 +60,7 @@ def expand_jobs(overrides: list[str], config_dirs: list[str]) -> list[list[str]]
     Raises:
         ConfigError: an override that cannot be read, or whose values cannot be listed.
     """
-    loader = None
-    if any("glob(" in item for item in overrides):
-        register_schema()  # model=glob(*) finds the depths there
-        path = search_path()
-        for folder in config_dirs:
-            path.prepend("command-line", f"file://{folder}")
-        loader = ConfigLoaderImpl(path)
-    parser = OverridesParser.create(config_loader=loader)
+    parser = parser_of(overrides, config_dirs)
     parsed = []
     for override in overrides:
         try:
@@ -74,9 +70,42 @@ def expand_jobs(overrides: list[str], config_dirs: list[str]) -> list[list[str]]
             raise ConfigError(f'"{override}" is no override: expected key=value') from None
         if item.is_sweep_override() and not item.is_discrete_sweep():
             raise ConfigError(f"{override}: -m needs values that can be listed; to search an interval use sweep=tpe")
+        check_glob(override, item)
         parsed.append(item)
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     return [list(job) for job in dict.fromkeys(tuple(job) for job in jobs)]
+
+
+def parser_of(overrides: list[str], config_dirs: list[str]) -> OverridesParser:
+    """Return a parser of overrides, which finds the options of groups if one of these has a glob."""
+    if not any("glob(" in item for item in overrides):
+        return OverridesParser.create()
+    register_schema()  # model=glob(*) finds the depths there
+    path = search_path()
+    for folder in config_dirs:
+        path.prepend("command-line", f"file://{folder}")
+    return OverridesParser.create(config_loader=ConfigLoaderImpl(path))
+
+
+def check_glob(text: str, item: Override) -> None:
+    """Refuse a glob that matches no option.
+
+    Raises:
+        ConfigError: with the options that there are.
+    """
+    if not isinstance(item.value(), Glob) or any(item.sweep_string_iterator()):
+        return
+    assert item.config_loader is not None
+    options = item.config_loader.get_group_options(item.key_or_group)
+    if not options:
+        raise ConfigError(
+            f"{text}: glob stands for the options of a group, and {item.key_or_group} is no group. "
+            f"List the values: {item.key_or_group}=A,B"
+        )
+    shown = [option for option in options if not option.startswith("_")]
+    more = ", …" if len(shown) > _MOST_OPTIONS else ""
+    known = f"{', '.join(shown[:_MOST_OPTIONS])}{more}"
+    raise ConfigError(f"{text} matches none of the options of {item.key_or_group}: {known}")
 
 
 def compose_jobs(overrides: list[list[str]], config_dirs: list[str]) -> list[Job]:

@@ -14,12 +14,12 @@ from mlxchat.compose import Composed, compose_config, split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
 from mlxchat.overrides import implied_experiment
 from mlxchat.runner import locks
-from mlxchat.runner.plan import PlannedStep, flatten_config
+from mlxchat.runner.plan import PlannedStep, entries_of, flatten_config
 from mlxchat.runner.progress import format_number
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.sweep.expand import split_hydras
-from mlxchat.sweep.folder import metrics_of, recorded_numbers
+from mlxchat.sweep.folder import SweepFolder, metrics_of, recorded_numbers
 from mlxchat.sweep.journal import Journal, Trial
 from mlxchat.sweep.metrics import find_metric
 from mlxchat.sweep.space import Space, describe, read_space
@@ -45,9 +45,12 @@ class Search:
 
     @property
     def folder(self) -> Path:
-        """outputs/multirun/<name>."""
+        """outputs/multirun/<sweep.name>, or <name of the run>-search, so that the run's name means its runs alone."""
         config = self.base.config
-        return Path(config.outputs) / "multirun" / (config.sweep.name or config.name)
+        folders = Path(config.outputs) / "multirun"
+        if config.sweep.name is None and (folders / config.name / "trials.jsonl").exists():
+            return folders / config.name  # of an earlier version, which named it so
+        return folders / (config.sweep.name or f"{config.name}-search")
 
     def overrides(self, trial: Trial) -> list[str]:
         """Return the command line of a trial."""
@@ -108,7 +111,7 @@ def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
         overrides = [*implied, *overrides]
         base = compose_config([*implied, *plain], config_dirs)
         sweep = base.config.sweep
-    fixed, space = read_space(overrides, sweep.space)
+    fixed, space = read_space(overrides, sweep.space, config_dirs)
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("sweep=tpe needs Optuna: pip install 'mlxchat[search]' (or optuna)")
     assert sweep.metric is not None
@@ -216,6 +219,7 @@ def _run_trials(search: Search, journal: Journal) -> None:
         print(f"\n── {_title(search, trial)}", flush=True)
         value, row = _run_trial(search, trial)
         journal.tell(trial, value, row)
+        _remember(search, journal)
         said = f"failed: {row['error']}" if value is None else f"{search.step}.{search.metric} {format_number(value)}"
         print(f"── {_title(search, trial)} {said}{_best_so_far(search, journal)}", flush=True)
         if value is None and config.fail_fast:
@@ -236,6 +240,7 @@ def _run_trial(search: Search, trial: Trial) -> tuple[float | None, dict[str, An
         composed = compose_config(search.overrides(trial), search.config_dirs)
         composed = replace(composed, config=replace(composed.config, targets=search.base.config.targets))
         plan = _plan(composed)
+        row["steps"] = entries_of(plan)
         if not is_finished(plan):
             place = run_pipeline(composed)
             row["run"] = place.name if place else None
@@ -257,8 +262,20 @@ def _run_trial(search: Search, trial: Trial) -> tuple[float | None, dict[str, An
     value = float(recorded[search.metric])
     row["metrics"] = metrics_of(rids, store, f"{search.step}.{search.metric}")
     if not math.isfinite(value):
-        return None, {"error": f"{search.step}.{search.metric} is {value}", "metrics": {}}
+        return None, row | {"error": f"{search.step}.{search.metric} is {value}", "metrics": {}}
     return value, row
+
+
+def _remember(search: Search, journal: Journal) -> None:
+    """Write which artifacts each trial has, for `compare` and `report`."""
+    jobs = {
+        trial.number: {
+            "overrides": search.overrides(trial), "settings": trial.values, "title": _chosen(trial),
+            "steps": (trial.row or {}).get("steps", []),
+        }
+        for trial in journal.trials
+    }  # fmt: skip
+    SweepFolder(search.folder).write_state({"jobs": jobs})
 
 
 def _conclude(search: Search, journal: Journal) -> int:
@@ -269,6 +286,8 @@ def _conclude(search: Search, journal: Journal) -> int:
     ]
     metric = f"{search.step}.{search.metric}"
     write_results(rows, search.folder, metric=metric, less_is_better=search.less_is_better, unit="trial")
+    _remember(search, journal)
+    print(f"side by side: mlxchat compare {search.folder.name}; mlxchat report {search.folder.name}")
     best = _best(search, journal)
     if best is None:
         print("no trial has succeeded")
@@ -292,7 +311,11 @@ def _best_so_far(search: Search, journal: Journal) -> str:
 
 
 def _title(search: Search, trial: Trial) -> str:
-    chosen = " ".join(
+    return redact(f"trial {trial.number}/{search.base.config.sweep.trials} {_chosen(trial)}")
+
+
+def _chosen(trial: Trial) -> str:
+    """Return the trial's settings for people."""
+    return " ".join(
         f"{key}={format_number(value) if isinstance(value, float) else value}" for key, value in trial.values.items()
     )
-    return redact(f"trial {trial.number}/{search.base.config.sweep.trials} {chosen}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from mlxchat.errors import ConfigError
+from mlxchat.sweep.expand import check_glob, parser_of
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -60,24 +60,27 @@ class Interval:
 Space = dict[str, Choice | Interval]
 
 
-def read_space(overrides: list[str], written: Mapping[str, str]) -> tuple[list[str], Space]:
+def read_space(
+    overrides: list[str], written: Mapping[str, str], config_dirs: Sequence[str] = ()
+) -> tuple[list[str], Space]:
     """Return the overrides that every trial has, and the space.
 
     Args:
         overrides: of the command line; those that vary are part of the space, and come before what is written.
         written: `sweep.space`: key → expression.
+        config_dirs: folders with further YAML files, whose options a glob finds.
 
     Raises:
         ConfigError: every expression that cannot be searched.
     """
-    parser = OverridesParser.create()
+    parser = parser_of([*overrides, *written.values()], list(config_dirs))
     fixed: list[str] = []
     space = Space()
     problems = []
     for key, expression in written.items():
         item = f"{key}={expression}"
         try:
-            parsed = parser.parse_override(item)
+            (parsed,) = parser.parse_overrides([item])
             if not parsed.is_sweep_override():
                 raise ConfigError(f"{item} does not vary. {_FORMS}")
             space[parsed.get_key_element()] = _read(item, parsed)
@@ -85,7 +88,7 @@ def read_space(overrides: list[str], written: Mapping[str, str]) -> tuple[list[s
             problems.append(f"sweep.space: {str(error).splitlines()[0]}")
     for item in overrides:
         try:
-            parsed = parser.parse_override(item)
+            (parsed,) = parser.parse_overrides([item])
             if parsed.is_sweep_override():
                 space[parsed.get_key_element()] = _read(item, parsed)
                 continue
@@ -103,7 +106,7 @@ def read_space(overrides: list[str], written: Mapping[str, str]) -> tuple[list[s
 
 
 _FORMS = (
-    "Expected choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)) or tag(log,interval(0.001,1)), "
+    "Expected choice(a,b), glob(d*), range(1,9), interval(0.1,1), int(interval(1,8)) or tag(log,interval(0.001,1)), "
     "quoted in the shell"
 )
 
@@ -128,6 +131,7 @@ def _read(item: str, parsed: Override) -> Choice | Interval:
         if step is not None and not whole:  # sums of floats miss the end by a little
             high = float(Decimal(str(low)) + Decimal(str(step)) * (len(numbers) - 1))
         return _checked(item, Interval(low=low, high=high, whole=whole, log=log, step=step), tags=value.tags)
+    check_glob(item, parsed)
     values = tuple(dict.fromkeys(parsed.sweep_string_iterator()))
     if len(values) < 2:
         raise ConfigError(f"{item}: one value is no choice")
