@@ -28,8 +28,8 @@ class Compared(NamedTuple):
 def find_runs(store: Store, names: list[str]) -> list[Compared]:
     """Return runs in order of time, and all jobs of sweeps that are named; without names, all runs.
 
-    A name is that of a run, its start, what follows its number (smoke: all runs of that name), or of a sweep's folder.
-    Where it is both, it means the runs, and multirun/NAME the sweep.
+    A name is that of a run, what follows its number (smoke: all runs of that name), that of a sweep's folder, or the
+    start of a run's name; the first of these that there is. multirun/NAME is the sweep.
 
     Raises:
         ConfigError: a name is that of no run and of no sweep.
@@ -42,12 +42,11 @@ def find_runs(store: Store, names: list[str]) -> list[Compared]:
     for name in names:
         last = name.rstrip("/").rpartition("/")[2]
         of_sweep = _jobs_of_sweep(store, last)
-        matching = [path for path in every if path.name == last] or [
-            path for path in every if path.name.startswith(last) or path.name.endswith(f"-{last}")
-        ]
+        matching = [path for path in every if path.name == last]
+        matching = matching or [path for path in every if path.name.endswith(f"-{last}")]
         if of_sweep is not None and ("multirun/" in name or not matching):
             jobs += of_sweep
-        elif matching:
+        elif matching := matching or [path for path in every if path.name.startswith(last)]:
             chosen.update(dict.fromkeys(matching))
         else:
             known = [path.name for path in every]
