@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner.catalog import read_catalog
 from mlxchat.runner.comparing import flatten
+from mlxchat.runner.naming import LATEST, latest
 from mlxchat.runner.store import Manifest, Store, read_manifest
 
 Row = dict[str, Any]
@@ -40,7 +41,7 @@ def find_runs(store: Store, names: list[str]) -> list[Compared]:
     chosen: dict[Path, None] = {} if names else dict.fromkeys(every)
     jobs: list[Compared] = []
     for name in names:
-        last = name.rstrip("/").rpartition("/")[2]
+        last = latest(store) if name == LATEST else name.rstrip("/").rpartition("/")[2]
         of_sweep = _jobs_of_sweep(store, last)
         matching = [path for path in every if path.name == last]
         matching = matching or [path for path in every if path.name.endswith(f"-{last}")]
