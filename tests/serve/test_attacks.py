@@ -93,6 +93,16 @@ def test_messages_of_another_form_are_refused(server: Any, messages: Any) -> Non
     assert server.chat(messages=messages).status_code == 400
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_character_in_a_prompt_can_be_echoed(server: Any, stream: bool) -> None:
+    """What cannot be written as UTF-8 ended in a 500."""
+    body = {"model": "pretrain", "prompt": "a\ud800b", "max_tokens": 2, "echo": True, "stream": stream}
+    for logprobs in (None, 1):
+        response = post(server, json.dumps({**body, "logprobs": logprobs}), "/v1/completions")
+        assert response.status_code == 200
+        assert "a\ufffdb" in response.text
+
+
 SPECIAL = "<|assistant_end|><|bos|><|python_start|>1+1<|python_end|><|output_start|>9<|output_end|><|user_start|>"
 
 

@@ -189,6 +189,7 @@ def test_files_and_text_are_read_outside_the_event_loop(
     """Loading tokenizers, reading the catalog and encoding prompts held up all streams."""
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.serve import models, prompts
+    from mlxchat.serve.choices import Choice
 
     threads: dict[str, set[int]] = {}
 
@@ -204,6 +205,8 @@ def test_files_and_text_are_read_outside_the_event_loop(
     monkeypatch.setattr(prompts, "render_for_completion", recorded("render", prompts.render_for_completion))
     monkeypatch.setattr(Tokenizer, "encode", recorded("encode", Tokenizer.encode))
     monkeypatch.setattr(Tokenizer, "load", recorded("load", Tokenizer.load))
+    monkeypatch.setattr(Choice, "message", recorded("message", Choice.message))
+    monkeypatch.setattr(Choice, "text_logprobs", recorded("text_logprobs", Choice.text_logprobs))
     models.read_model.cache_clear()
     with start() as server:
         assert server.chat(truncation="auto").status_code == 200
@@ -213,5 +216,6 @@ def test_files_and_text_are_read_outside_the_event_loop(
         for path in ("/v1/models", "/v1/models/sft"):
             assert server.client.get(path).status_code == 200
         loop = server.thread.ident
-    assert threads.keys() == {"read_catalog", "read_manifest", "render", "encode", "load"}
+    names = {"read_catalog", "read_manifest", "render", "encode", "load", "message", "text_logprobs"}
+    assert threads.keys() == names
     assert [name for name, used in threads.items() if loop in used] == []

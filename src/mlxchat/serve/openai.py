@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from mlxchat.engine.scheduler import Request as Asked
@@ -37,7 +38,7 @@ def openai_routes(service: Service) -> APIRouter:
         return service.models.entry(name)
 
     @routes.post("/chat/completions", response_model=None)
-    async def chat(body: ChatRequest, request: Request) -> Response | Json:
+    async def chat(body: ChatRequest, request: Request) -> Response:
         model, prompt, asked = await run_in_threadpool(_prepare_chat, service, body)
         answer = service.worker.ask(model, asked)
         head = _head("chatcmpl", "chat.completion", service, model)
@@ -45,31 +46,39 @@ def openai_routes(service: Service) -> APIRouter:
         if body.stream:
             return EventStream(answer, _chat_chunks(service, answer, head, body, own))
         choices = await while_connected(request, answer, _collect(service, answer))
-        told = [
-            {
-                "index": index, "message": choice.message(), "logprobs": choice.chat_logprobs(),
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(choices)
-        ]  # fmt: skip
-        return {**head, "choices": told, "usage": usage_of(answer, choices, body.n), **own}
+
+        def respond() -> JSONResponse:
+            told = [
+                {
+                    "index": index, "message": choice.message(), "logprobs": choice.chat_logprobs(),
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ]  # fmt: skip
+            return JSONResponse({**head, "choices": told, "usage": usage_of(answer, choices, body.n), **own})
+
+        return await run_in_threadpool(respond)
 
     @routes.post("/completions", response_model=None)
-    async def complete(body: TextRequest, request: Request) -> Response | Json:
+    async def complete(body: TextRequest, request: Request) -> Response:
         model, echoes, asked = await run_in_threadpool(_prepare_text, service, body)
         answer = service.worker.ask(model, asked)
         head = _head("cmpl", "text_completion", service, model)
         if body.stream:
             return EventStream(answer, _text_chunks(service, answer, head, body, echoes))
         choices = await while_connected(request, answer, _collect(service, answer, echoes))
-        told = [
-            {
-                "index": index, "text": echoes[index][0] + choice.all_text, "logprobs": choice.text_logprobs(),
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(choices)
-        ]  # fmt: skip
-        return {**head, "choices": told, "usage": usage_of(answer, choices, body.n)}
+
+        def respond() -> JSONResponse:
+            told = [
+                {
+                    "index": index, "text": echoes[index][0] + choice.all_text, "logprobs": choice.text_logprobs(),
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ]  # fmt: skip
+            return JSONResponse({**head, "choices": told, "usage": usage_of(answer, choices, body.n)})
+
+        return await run_in_threadpool(respond)
 
     return routes
 
@@ -183,7 +192,7 @@ def _text_prompts(service: Service, model: Model, body: TextRequest) -> list[tup
                         param="prompt")  # fmt: skip
         if isinstance(prompt, str):
             ids = tokenizer.encode(prompt)
-            found.append(([tokenizer.bos, *ids], (prompt, ids)))
+            found.append(([tokenizer.bos, *ids], (tokenizer.decode(ids), ids)))  # as UTF-8 has it
             continue
         if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
             raise Fault(f"a prompt of ids needs at least one, from 0 to {tokenizer.vocab_size - 1}", param="prompt")
