@@ -210,6 +210,25 @@ def test_our_export_for_transformers_has_the_same_logits(
     assert tokenizer.has_chat_template
 
 
+def test_the_terminal_says_what_it_leaves_out_for_a_third_party_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The context was cut without a word."""
+    from mlxchat.terminal_outside import OutsideChat
+
+    settings = {"temperature": 0.0, "top_k": None, "top_p": None, "max_tokens": 8, "seed": 0}
+    chat = OutsideChat.open(folder, "theirs", system=None, **settings)
+    chat.ask("the cat")
+    assert capsys.readouterr().err == ""
+    chat.ask("1 2 3 4 5 " * 30)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert lines[0].startswith("left out the oldest turn: the model reads 64 tokens, of which 8 are for the answer")
+    assert lines[1].endswith(
+        "tokens of the question: the model reads 64 tokens, of which 8 are for the answer (--max-tokens)"
+    )
+    assert len(chat.messages) == 4
+
+
 def test_weights_of_another_model_are_named_in_the_error(folder: Path) -> None:
     weights = dict(mx.load(str(folder / "model.safetensors")))
     mx.save_safetensors(str(folder / "model.safetensors"), {f"other.{name}": value for name, value in weights.items()})
