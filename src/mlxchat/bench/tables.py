@@ -11,6 +11,10 @@ from rich.text import Text
 
 from mlxchat.runner.progress import format_bytes, format_count
 
+_BUSY = "too much other work on this machine for shares: measure again when it is quiet"
+# Parts that are measured alone may take a little longer than within a step.
+_MOST_SHARE = 1.25
+
 
 def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     """Print what `measure_training` returned."""
@@ -32,7 +36,8 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     console.print(_speeds(record))
     if record["split"]:
         console.print(_split(record))
-        console.print(Text(f"Shares are of the median step; {record['split']['how']}.", style="dim"))
+        about = "Shares are of the fastest step" if _shares(record) else _BUSY
+        console.print(Text(f"{about}; {record['split']['how']}.", style="dim"))
 
 
 def _speeds(record: dict[str, Any]) -> Table:
@@ -47,7 +52,8 @@ def _speeds(record: dict[str, Any]) -> Table:
     else:
         what = "matrix product" if record["peak_is"] == "measured" else "published"
         table.add_row("peak of the device", f"{record['peak_gflops']:,.1f} GFLOP/s", f"{record['peak_is']}: {what}")
-        table.add_row("share of the peak", f"{record['share_of_peak']:.1%}", "")
+        share = record["share_of_peak"]
+        table.add_row("share of the peak", "unknown" if share is None else f"{share:.1%}", "" if share else _BUSY)
     held = f"MLX {format_bytes(record['mlx_peak_bytes'])}, process +{format_bytes(record['resident_growth_bytes'])}"
     table.add_row("peak memory", format_bytes(record["peak_bytes"]), held)
     table.add_row("peak of the process", format_bytes(record["peak_rss_bytes"]), "resident, all libraries included")
@@ -65,14 +71,23 @@ def _adapter(record: dict[str, Any]) -> str:
 
 def _split(record: dict[str, Any]) -> Table:
     table = _table("of a step", "seconds", "share")
-    step = record["tokens_per_step"] / record["tokens_per_second"]
-    split = record["split"]
+    split, shares = record["split"], _shares(record)
     groups = (split["phases"], {**split["parts"], "rest": split["rest"]})
     for group in groups:
         for name, seconds in group.items():
-            table.add_row(name.replace("_", " "), f"{seconds:.4f}", f"{seconds / step:.1%}")
+            table.add_row(name.replace("_", " "), f"{seconds:.4f}", f"{shares[name]:.1%}" if shares else "")
         table.add_section()
     return table
+
+
+def _shares(record: dict[str, Any]) -> dict[str, float]:
+    """Return phase or part → share of the fastest step; empty where they cannot be right, on a busy machine."""
+    split, step = record["split"], min(record["seconds"])
+    found = {name: seconds / step for name, seconds in {**split["phases"], **split["parts"]}.items()}
+    possible = all(0 <= share <= _MOST_SHARE for share in found.values()) and sum(split["parts"].values()) < (
+        _MOST_SHARE * step
+    )
+    return {**found, "rest": split["rest"] / step} if possible else {}
 
 
 def _table(*titles: str) -> Table:

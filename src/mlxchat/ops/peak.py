@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import re
 import time
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 
 import mlx.core as mx
 
@@ -51,8 +55,16 @@ def peak_flops(dtype: mx.Dtype) -> float | None:
 
 
 @cache
-def measured_peak_flops(seconds: float = 0.3) -> float:
-    """Return the highest rate in FLOP/s of float32 matrix products in about `seconds`; once per process.
+def measured_peak_flops() -> float:
+    """Return the highest rate in FLOP/s of float32 matrix products ever measured on this machine with these cores.
+
+    Measured once per process; the best is kept in the cache folder, since other work slows a single measurement.
+    """
+    return measure_peak_flops()
+
+
+def measure_peak_flops(seconds: float = 0.3) -> float:
+    """Measure again for about `seconds`; return the best of this and of all earlier measurements on this machine.
 
     The products are 2048×1024×4096, unless this machine is too slow for even one of them in that time.
     """
@@ -61,7 +73,23 @@ def measured_peak_flops(seconds: float = 0.3) -> float:
     if 2 * rows * inner * columns / rate < seconds:
         rate = max(rate, _rate(rows, inner, columns, seconds))
     mx.clear_cache()
-    return rate
+    return _best_kept(rate)
+
+
+def _best_kept(rate: float) -> float:
+    """Return the larger of a rate and the kept one of this machine, and keep it."""
+    from mlxchat.hub.cache import cache_folder, write_json
+
+    path, key = cache_folder() / "peaks.json", f"{platform.node()}, {len(Lanes())} cores, mlx {version('mlx')}"
+    try:
+        kept = json.loads(path.read_bytes())
+        best = max(rate, float(kept[key]))
+    except (OSError, ValueError, TypeError, KeyError):  # nothing kept, or not by us
+        kept, best = {}, rate
+    if best == rate:
+        with suppress(OSError):
+            write_json(path, {**(kept if isinstance(kept, dict) else {}), key: best})
+    return best
 
 
 def tabled_peak_flops(device_name: str, dtype: mx.Dtype) -> float | None:

@@ -17,7 +17,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import flops_per_token
 from mlxchat.ops import blas
 from mlxchat.ops.device import backend, select_device
-from mlxchat.ops.peak import peak_flops
+from mlxchat.ops.peak import measure_peak_flops, peak_flops
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.runner.context import Context
@@ -137,7 +137,11 @@ def fit(
         distillation=distillation,
     )
     num_ranks = ctx.team.size if ctx.team is not None else 1
-    meter = Meter(flops_per_token=flops_per_token(model.sizes), peak_flops=peak and num_ranks * peak)
+    meter = Meter(
+        flops_per_token=flops_per_token(model.sizes),
+        peak_flops=peak and num_ranks * peak,
+        measure_again=(lambda: num_ranks * measure_peak_flops()) if backend() == "cpu" else None,
+    )
     watch = Watch(ctx.config.training)
     state = load_state(ctx.work, model, optimizer, best)
     if state is not None:

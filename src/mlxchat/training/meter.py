@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,14 +15,21 @@ _EMA_DECAY = 0.9
 class Meter:
     """What is logged and shown of a training."""
 
-    def __init__(self, *, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        measure_again: Callable[[], float] | None = None,
+    ) -> None:
         """Begin at nothing.
 
         Args:
             flops_per_token: of training, as nanochat counts them.
-            peak_flops: FLOP/s that the device can do; None: unknown, then nothing is said of its utilisation.
+            peak_flops: FLOP/s that the device can do; None: unknown, and so is the utilisation (MFU).
+            measure_again: returns the peak, measured again: called once if training is faster than `peak_flops`.
         """
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._flops_per_token, self._peak_flops, self._measure_again = flops_per_token, peak_flops, measure_again
         self._ema, self._weight = 0.0, 0.0
         self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
         self._recent: list[tuple[int, float, float]] = []
@@ -57,10 +65,14 @@ class Meter:
         return sum(recent[2] for recent in self._recent) / max(1e-9, sum(recent[1] for recent in self._recent))
 
     def mfu(self) -> float | None:
-        """Return which share of the device's peak the model's FLOPs of the last ten iterations are, None: unknown."""
-        if self._peak_flops is None:
-            return None
-        return self._flops_per_token * self.tokens_per_second() / self._peak_flops
+        """Return which share of the device's peak the model's FLOPs of the last ten iterations are, in [0, 1].
+
+        None: unknown, also where training is faster than the peak, which then was measured on a busy machine.
+        """
+        rate = self._flops_per_token * self.tokens_per_second()
+        if self._peak_flops is not None and rate > self._peak_flops and self._measure_again is not None:
+            self._peak_flops, self._measure_again = self._measure_again(), None
+        return rate / self._peak_flops if self._peak_flops is not None and rate <= self._peak_flops else None
 
     def record(self, loss: float | None) -> dict[str, float]:
         """Return the numbers for metrics.jsonl."""
