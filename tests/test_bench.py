@@ -231,7 +231,7 @@ def test_help_says_what_can_be_measured(arguments: list[str], capsys: pytest.Cap
 
 
 def make_model(architecture: str) -> tuple[GPT, Config]:
-    config = compose_config([f"architecture={architecture}", f"optimizer=muon_{architecture}", "model=d2"]).config
+    config = compose_config([f"architecture={architecture}", f"optimizer=muon_{architecture}", "model.depth=2"]).config
     model = GPT(sizes_of(config.model, config.architecture, 300))
     init_weights(model, 1)
     fill_zero_weights(model, 2)

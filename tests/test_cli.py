@@ -98,7 +98,9 @@ def test_the_composed_configuration_is_printed(say: Any) -> None:
 def test_a_folder_of_ones_own_adds_options(say: Any, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("defaults: [d4, _self_]\nname: mine\ndepth: 6\n")
-    text = say("plan", "model=mine", "--config-dir", str(tmp_path), f"outputs={tmp_path}/outputs")
+    text = say(
+        "plan", "experiment=quickstart", "model=mine", "--config-dir", str(tmp_path), f"outputs={tmp_path}/outputs"
+    )
     assert "pretrain-mine-" in text
 
 

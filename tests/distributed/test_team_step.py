@@ -131,7 +131,7 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
 def peak_of_large(team: Team) -> dict[str, Any]:
     """Train a model that is large enough for its memory to be counted; return what ranks held and what is predicted."""
     blas.set_blas_threads(1)
-    config = compose_config(["model=d6", "architecture=oct2025", "optimizer=muon_oct2025"]).config
+    config = compose_config(["model.depth=6", "architecture=oct2025", "optimizer=muon_oct2025"]).config
     sizes = sizes_of(replace(config.model, context_tokens=128), config.architecture, 2048)
     before = team.call(forget_peak)
     model = GPT(sizes)

@@ -75,7 +75,7 @@ def measured_and_predicted(case: Case, variant: str, attempts: int = 2, dropout:
     where MLX did not get as far ahead: of the attempts, two steps each, the largest counts.
     """
     depth, vocab_size, row_tokens, rows, micro_rows, recompute, num_lanes = case
-    config = compose_config([f"model=d{depth}", f"architecture={variant}", f"optimizer=muon_{variant}"]).config
+    config = compose_config([f"model.depth={depth}", f"architecture={variant}", f"optimizer=muon_{variant}"]).config
     sizes = sizes_of(replace(config.model, context_tokens=row_tokens), config.architecture, vocab_size)
     threads = blas.blas_threads() or 1
     blas.set_blas_threads(num_lanes)
@@ -234,7 +234,7 @@ def test_a_plan_says_what_its_trainings_need(tmp_path: Path) -> None:
 
 def test_what_cannot_fit_is_refused_with_the_numbers_and_three_settings_that_fit(tmp_path: Path) -> None:
     limit = "machine.memory_limit_bytes=90000000"
-    config = config_of("machine=auto", "model=d6", "machine.blas_threads=2", limit)
+    config = config_of("machine=auto", "model.depth=6", "machine.blas_threads=2", limit)
     with pytest.raises(ConfigError) as caught:
         check_memory(config, planned(config, tmp_path))
     first, *settings, last = str(caught.value).splitlines()
@@ -245,7 +245,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers_and_three_settings_that_fit
     for setting in settings:
         changes = setting.split(" → ")[0].split()
         kept = [] if any("memory_limit_bytes" in change for change in changes) else [limit]
-        eased = config_of("machine=auto", "model=d6", "machine.blas_threads=2", *kept, *changes)
+        eased = config_of("machine=auto", "model.depth=6", "machine.blas_threads=2", *kept, *changes)
         assert " → " in setting
         steps = [step for step in planned(eased, tmp_path) if step.name in ("corpus", "tokenizer", "pretrain")]
         check_memory(eased, steps)
@@ -293,7 +293,7 @@ def test_what_answers_need_is_within_15_percent_of_what_mlx_held(
     """Four layers 512 wide; nothing of it is left afterwards, when the step needs the room."""
     needs_lanes()
     config = compose_config(
-        ["model=d4", f"architecture={variant}", "model.aspect_ratio=128", "model.head_width=128"]
+        ["model.depth=4", f"architecture={variant}", "model.aspect_ratio=128", "model.head_width=128"]
     ).config
     sizes = sizes_of(replace(config.model, context_tokens=512), config.architecture, 2048)
     model = GPT(sizes)

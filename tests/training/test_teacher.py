@@ -320,7 +320,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(folder: Pat
 def test_a_teacher_that_the_memory_has_no_room_for_is_refused_with_what_would_fit(folder: Path, tmp_path: Path) -> None:
     (folder / "model-2.safetensors").write_bytes(bytes(300_000_000))
     outputs = tmp_path / "outputs"
-    settings = ["model=d2", f"sft.teacher.path={folder}", "machine=cpu", "machine.memory_limit_bytes=300000000"]
+    settings = ["model.depth=2", f"sft.teacher.path={folder}", "machine=cpu", "machine.memory_limit_bytes=300000000"]
     config = compose_config([*settings, f"outputs={outputs}"]).config
     plan = make_plan(config, config.pipeline, Store(outputs), targets=["sft"], seed=0, force=[])
     with pytest.raises(ConfigError, match=r"(?s)sft needs about .*sft\.teacher\.path=null → "):

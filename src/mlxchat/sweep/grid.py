@@ -58,7 +58,7 @@ def run_sweep(arguments: list[str]) -> int:
     hydras, place = _take_folder(hydras)
     if hydras or config_dirs:
         groups = [task for task in tasks if "." not in task.partition("=")[0] and "," not in task]
-        tasks = [*check_settings(hydras, config_dirs, groups), *tasks]
+        tasks = [*check_settings(hydras, config_dirs, as_hydra(groups)), *tasks]
     jobs = compose_jobs(expand_jobs(tasks, config_dirs), config_dirs)
     sweep = jobs[0].composed.config.sweep
     if sweep.metric is not None:
