@@ -44,6 +44,8 @@ class UploadHub:
     token: str = "hf_right_token"
     fail: str = ""
     status: int = 400
+    xet: dict[str, Any] | None = None
+    """What a request for a token of Xet storage gets; None: what any unknown address of a repository gets."""
     repositories: dict[str, Repository] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
     """Large files by sha256, committed or not."""
@@ -119,7 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.say({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             return
         verb = parts[2] if len(parts) > 2 else "info"
-        if verb == "preupload":
+        if verb == "xet-write-token" and self.hub.xet is not None:
+            self.say(self.hub.xet)
+        elif verb == "preupload":
             asked = json.loads(body)["files"]
             modes = [
                 {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(_LARGE) else "regular",

@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub.places import Place
 from mlxchat.runner.integrity import find_damage
+from mlxchat.runner.progress import format_bytes, format_seconds
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import MANIFEST, read_manifest
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_PROBE_SECONDS = 20.0
+# While an upload lasts a line comes as often as this. One by Xet may take a while, and longer the larger it is.
+_LINE_SECONDS = 30.0
+_LEAST_SECONDS, _LEAST_BYTES_PER_SECOND = 600.0, 50_000
 # Former weights of these kinds go with the commit: loaders take every file of such a name for the model's.
 _FORMER = (
     "model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json", "adapters.safetensors",
@@ -78,9 +86,11 @@ def push_folder(folder: Path, name: str, token: str, *, message: str, public: bo
     with _told(name):
         api = _api(token)
         api.create_repo(name, private=not public, repo_type="model", exist_ok=True)
-        info = api.upload_folder(
-            repo_id=name, folder_path=folder, repo_type="model", commit_message=message, delete_patterns=list(_FORMER)
-        )
+        with _bounded(api, name, "model", [path for path in folder.rglob("*") if path.is_file()]):
+            info = api.upload_folder(
+                repo_id=name, folder_path=folder, repo_type="model", commit_message=message,
+                delete_patterns=list(_FORMER),
+            )  # fmt: skip
         return str(info.commit_url)
 
 
@@ -121,7 +131,8 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
     if operations:
         with _told(name):
             message = f"{missing[-1].name} from mlxchat, with {len(missing) - 1} artifacts that it was made from"
-            api.create_commit(name, operations, commit_message=message, repo_type=kind)
+            with _bounded(api, name, kind, [Path(str(each.path_or_fileobj)) for each in operations]):
+                api.create_commit(name, operations, commit_message=message, repo_type=kind)
     return len(missing)
 
 
@@ -132,6 +143,78 @@ def _api(token: str) -> Any:
     if not sys.stderr.isatty():
         disable_progress_bars()
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+
+
+@contextmanager
+def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[None]:
+    """Print a line while an upload lasts, and end one by Xet after a limit. Xet is left out where it does not work.
+
+    hf_xet tries for minutes without a word where a Hub answers its request for a token with anything but a token
+    (stand-ins, mirrors), or where the storage that the token names cannot be reached.
+    """
+    from huggingface_hub import constants
+
+    num_bytes = sum(file.stat().st_size for file in files)
+    limit = _LEAST_SECONDS + num_bytes / _LEAST_BYTES_PER_SECOND
+    uses_xet = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+    if uses_xet and (fault := _find_xet_fault(api, name, kind)):
+        print(f"note: {api.endpoint} {fault}; files go over plain HTTP", file=sys.stderr)
+        uses_xet = False
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, not uses_xet
+    began, ended, late = time.monotonic(), threading.Event(), False
+
+    def watch() -> None:
+        nonlocal late
+        while not ended.wait(_LINE_SECONDS):
+            seconds = time.monotonic() - began
+            print(f"  uploads {format_bytes(num_bytes)} to {name}, {format_seconds(seconds)} so far", file=sys.stderr)
+            if uses_xet and seconds > limit:
+                from huggingface_hub.utils._xet import abort_xet_session
+
+                late = True
+                abort_xet_session()
+                return
+
+    thread = threading.Thread(target=watch, name="upload-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    except Exception:
+        if late:
+            raise TimeoutError(
+                f"Xet storage did not take {format_bytes(num_bytes)} within {format_seconds(limit)} "
+                "(HF_HUB_DISABLE_XET=1 uploads without it)"
+            ) from None
+        raise
+    finally:
+        ended.set()
+        thread.join()
+        constants.HF_HUB_DISABLE_XET = before
+
+
+def _find_xet_fault(api: Any, name: str, kind: str) -> str:
+    """Return why files cannot go to a repository's Xet storage, or an empty string."""
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    try:
+        answer = get_session().get(
+            f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main", headers=build_hf_headers(token=api.token),
+            timeout=_PROBE_SECONDS, follow_redirects=True,
+        )  # fmt: skip
+        told = answer.json()
+        if answer.status_code in (401, 403):
+            return ""  # the upload says it better
+        if answer.status_code >= 300 or not isinstance(told, dict) or not {"accessToken", "casUrl"} <= told.keys():
+            return "has no Xet storage"
+    except (HTTPError, ValueError):
+        return "has no Xet storage"
+    try:
+        get_session().get(str(told["casUrl"]), timeout=_PROBE_SECONDS)
+    except (HTTPError, ValueError) as error:
+        return f"has Xet storage at {told['casUrl']}, which does not answer ({type(error).__name__})"
+    return ""
 
 
 @contextmanager

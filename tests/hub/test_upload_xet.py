@@ -1,0 +1,82 @@
+"""Uploads with Xet on, to Hubs without Xet storage or with one that is dead: a line, and an end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.upload_hub import UploadHub
+
+from mlxchat.errors import PassingError
+from mlxchat.hub import upload
+
+pytest.importorskip("hf_xet", reason="without hf_xet the official client uploads over plain HTTP")
+# What huggingface_hub gives its HTTP library for large files.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    with UploadHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 1000)
+    (folder / "README.md").write_text("# A model\n")
+    return folder
+
+
+def push(hub: UploadHub, folder: Path) -> None:
+    upload.push_folder(folder, "me/model", hub.token, message="a model", public=False)
+
+
+def asked_for_a_token(hub: UploadHub) -> int:
+    return sum("xet-write-token" in path for _, path in hub.log)
+
+
+def test_push_to_a_hub_without_xet_goes_over_plain_http(
+    hub: UploadHub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """hf_xet asked for a token again and again, for minutes, since the answer was none."""
+    push(hub, folder)
+    assert hub.repositories["me/model"].files["model.safetensors"] == bytes(range(256)) * 1000
+    assert asked_for_a_token(hub) == 1
+    assert f"note: {hub.url} has no Xet storage; files go over plain HTTP" in capsys.readouterr().err
+
+
+def test_push_with_dead_xet_storage_goes_over_plain_http(
+    hub: UploadHub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        place = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    hub.xet = {"accessToken": "token", "casUrl": place, "exp": 2**32}
+    push(hub, folder)
+    assert "model.safetensors" in hub.repositories["me/model"].files
+    assert f"has Xet storage at {place}, which does not answer" in capsys.readouterr().err
+
+
+def test_push_ends_when_xet_storage_falls_silent(
+    hub: UploadHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(upload, "_find_xet_fault", lambda *_: "")
+    monkeypatch.setattr(upload, "_LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(upload, "_LEAST_BYTES_PER_SECOND", 10**9)
+    monkeypatch.setattr(upload, "_LINE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub.xet = {
+            "accessToken": "token", "casUrl": f"http://127.0.0.1:{silent.getsockname()[1]}", "exp": 2**32
+        }  # fmt: skip
+        with pytest.raises(PassingError, match=r"Xet storage did not take 256\.0 kB within .*HF_HUB_DISABLE_XET=1"):
+            push(hub, folder)
+    assert "uploads 256.0 kB to me/model" in capsys.readouterr().err
+    assert not hub.repositories["me/model"].commits
