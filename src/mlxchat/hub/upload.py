@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub.places import Place
@@ -169,10 +169,10 @@ def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[
             seconds = time.monotonic() - began
             print(f"  uploads {format_bytes(num_bytes)} to {name}, {format_seconds(seconds)} so far", file=sys.stderr)
             if uses_xet and seconds > limit:
-                from huggingface_hub.utils._xet import abort_xet_session
+                from huggingface_hub.utils import _xet
 
                 late = True
-                abort_xet_session()
+                cast(Any, _xet).abort_xet_session()
                 return
 
     thread = threading.Thread(target=watch, name="upload-watch", daemon=True)
