@@ -538,6 +538,14 @@ def test_limit_holds_over_kills_and_resumes(teacher: Teacher, place: Path) -> No
     assert ledger.count(b'"most"') >= len(teacher.bodies), "each was reserved before it was sent"
 
 
+def test_fields_beside_the_messages_count_as_input(ask: Callable[..., int], teacher: Teacher) -> None:
+    """Tools and schemas become part of the prompt, and are billed."""
+    tools = json.dumps([{"description": "x" * 400}])
+    with pytest.raises(DataError, match="stopped at --max-cost"):
+        ask(*LIMITED[:-1], "0.0006", "--body", f"tools={tools}")
+    assert not teacher.bodies
+
+
 def test_two_processes_cannot_spend_by_one_limit(tmp_path: Path) -> None:
     first = Budget(1.0, Prices(1, 1), tmp_path / "out.costs.log")
     with pytest.raises(MlxchatError, match="another mlxchat distill"):
@@ -570,8 +578,10 @@ def test_reservations_survive_and_answers_beyond_their_maximum_raise_it(tmp_path
 
 def test_a_limit_of_money_needs_a_limit_of_tokens(ask: Callable[..., int], teacher: Teacher) -> None:
     options = ["--price-in", "1", "--price-out", "1", "--max-cost", "1", "--body", "max_tokens=null"]
-    with pytest.raises(ConfigError, match="needs a bound of answers"):
-        ask(*options)
+    with_two = ["--body", "max_tokens=-1", "--body", "max_completion_tokens=9"]
+    for unbounded in (["--body", "max_tokens=-1"], ["--body", "max_completion_tokens=true"], with_two, []):
+        with pytest.raises(ConfigError, match="needs a bound of answers"):
+            ask(*options, *unbounded)
     ask(*options, "--body", "max_completion_tokens=9", questions=["hi"])
     assert teacher.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
 

@@ -150,9 +150,11 @@ def _read(options: Namespace) -> tuple[dict[str, Any], dict[str, Path], TaskItem
 
 
 def _bounds(options: Namespace, body: dict[str, Any]) -> list[int]:
-    """Return what the fields of a request say of the longest answer."""
+    """Return what the fields of a request say of the longest answer; some endpoints take -1 for no bound."""
     fields = {"max_tokens": options.max_tokens, **body}
-    return [value for name in ("max_tokens", "max_completion_tokens") if isinstance(value := fields.get(name), int)]
+    given = [fields[name] for name in ("max_tokens", "max_completion_tokens") if fields.get(name) is not None]
+    bounded = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in given)
+    return given if bounded else []
 
 
 def _number_problems(options: Namespace) -> Iterator[str]:

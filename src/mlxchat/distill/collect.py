@@ -38,7 +38,7 @@ class Request:
 
     def most_tokens(self, max_tokens: int) -> tuple[int, int]:
         """Return the most tokens that it can cost, input and output."""
-        return most_tokens(self.body["messages"], max_tokens)
+        return most_tokens(self.body, max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ _MILLION = 1e6
 # Tokens around a message in any chat format that is known, and those that formats put before all of them (a system
 # prompt of their own); a text has no more tokens than bytes.
 _MESSAGE_TOKENS, _FORMAT_TOKENS = 16, 64
+_OWN_FIELDS = ("model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed")
 
 
 @dataclass
@@ -170,7 +171,14 @@ def _sum_ledger(data: bytes) -> float:
     return math.fsum(costs.values())
 
 
-def most_tokens(messages: list[dict[str, str]], max_tokens: int) -> tuple[int, int]:
-    """Return the most input and output tokens that a request can have: a text has no more tokens than bytes."""
-    size = sum(len(message["content"].encode("utf-8", "replace")) + _MESSAGE_TOKENS for message in messages)
-    return size + _FORMAT_TOKENS, max_tokens
+def most_tokens(body: dict[str, Any], max_tokens: int) -> tuple[int, int]:
+    """Return the most input and output tokens that a request can have: a text has no more tokens than bytes.
+
+    Args:
+        body: of the request. Fields that mlxchat does not set itself (tools, a schema) may become part of the prompt.
+        max_tokens: longest answer.
+    """
+    contents = [message["content"].encode("utf-8", "surrogatepass") for message in body["messages"]]
+    size = sum(len(content) + _MESSAGE_TOKENS for content in contents) + _FORMAT_TOKENS
+    further = {name: value for name, value in body.items() if name not in _OWN_FIELDS}
+    return size + (len(json.dumps(further)) if further else 0), max_tokens

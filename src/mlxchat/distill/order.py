@@ -12,7 +12,7 @@ from typing import Any
 from mlxchat import __version__
 from mlxchat.distill.answers import Answers, request_key
 from mlxchat.distill.collect import Collected, Collector, Limits, Request
-from mlxchat.distill.cost import Prices, Usage, most_tokens
+from mlxchat.distill.cost import Prices, Usage
 from mlxchat.distill.mixture_file import Choice, Tally, choose_answers, provenance_place, with_system, write_mixture
 from mlxchat.distill.questions import Question
 from mlxchat.distill.teacher import Passing, Refused, Teacher, public_url
@@ -156,7 +156,7 @@ def estimate(order: Order) -> str:
     missing = [each for samples in order.requests() for each in samples if each.key not in answers]
     total = Usage()
     for request in missing:
-        total.add(most_tokens(request.body["messages"], order.limits.max_tokens))
+        total.add(request.most_tokens(order.limits.max_tokens))
     cost = order.prices.of(total)
     count = len(order.questions) * order.samples
     known = count - len(missing)
