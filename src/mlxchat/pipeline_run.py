@@ -15,6 +15,7 @@ from typing import Any
 
 from mlxchat.compose import Composed
 from mlxchat.config import Config, HooksConfig
+from mlxchat.data.local_files import check_local_files
 from mlxchat.errors import StoreError
 from mlxchat.launch.lead import lead_ranks
 from mlxchat.runner.crash import crash_point
@@ -114,7 +115,7 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     """Return the plan of a configuration.
 
     Raises:
-        MlxchatError: it cannot be planned, or a training cannot be extended as it asks.
+        MlxchatError: it cannot be planned, a training cannot be extended as it asks, or a local file has faults.
     """
     plan = make_plan(
         config, config.pipeline, store, targets=config.targets, seed=config.seed, data_seed=config.data_seed,
@@ -123,6 +124,7 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     check_extensions(config, plan)
     check_given(config, plan)
     check_teachers(config, plan)
+    check_local_files(config, plan)
     return plan
 
 

@@ -87,7 +87,8 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         else:
             bad.append(str(number))
     if bad:
-        raise DataError(f'{path}: lines {", ".join(bad[:20])} are no JSON objects with a field "text"')
+        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise DataError(f'{path}: lines {", ".join(bad[:20])}{more} are no JSON objects with a field "text"')
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
