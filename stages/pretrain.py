@@ -98,7 +98,7 @@ def run(ctx: Context) -> None:
         best = Best(every=config.keep_every or -(-num_iterations // 20), eval_tokens=config.eval_tokens)
 
     def validate(iteration: int) -> dict[str, float]:
-        micro_tokens = forward_tokens(machine, sizes)
+        micro_tokens = forward_tokens(machine, sizes, training_peak_bytes=micro_batch.predicted_peak_bytes)
         found = text_loss(text_model(ctx.team, model), validation, tokenizer.token_bytes, micro_tokens=micro_tokens)
         numbers = {"val_bpb": found.bits_per_byte, "val_perplexity": found.perplexity}
         if best is not None and best.is_candidate(iteration, num_iterations):

@@ -55,7 +55,7 @@ FILES = {
 CONTRACT = {
     "schema", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs", "outputs",
     "tree", "externals", "metrics", "derived", "seed", "attempts", "code", "git", "versions", "device",
-    "peak_memory_bytes", "seconds", "tokens_per_second", "argv", "published",
+    "peak_memory_bytes", "peak_array_bytes", "seconds", "tokens_per_second", "argv", "published",
 }  # fmt: skip
 
 
@@ -106,6 +106,7 @@ def test_a_manifest_says_everything_of_the_contract(step: str, manifests: dict[s
     assert {"python", "mlx", "mlxchat"} <= manifest["versions"].keys()
     assert manifest["git"] is None or len(manifest["git"]["commit"]) == 40
     assert manifest["peak_memory_bytes"] > 10e6
+    assert (manifest["peak_array_bytes"] or 0) < manifest["peak_memory_bytes"]
     assert 0 < manifest["seconds"] < 120
     trained = step in ("pretrain", "midtrain", "sft", "rl")
     assert (manifest["tokens_per_second"] is not None) == trained

@@ -61,7 +61,7 @@ def count(toys: Any) -> int:
 CONTRACT = {
     "schema", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs", "outputs",
     "tree", "externals", "metrics", "derived", "seed", "attempts", "code", "git", "versions", "device",
-    "peak_memory_bytes", "seconds", "tokens_per_second", "argv", "published",
+    "peak_memory_bytes", "peak_array_bytes", "seconds", "tokens_per_second", "argv", "published",
 }  # fmt: skip
 
 

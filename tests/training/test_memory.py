@@ -37,9 +37,9 @@ from mlxchat.runner.context import Context
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.store import Store
 from mlxchat.training import memory, micro_batch
-from mlxchat.training.memory import predict_peak_bytes, predict_sampling_bytes
+from mlxchat.training.memory import predict_forward_bytes, predict_peak_bytes, predict_sampling_bytes
 from mlxchat.training.memory_check import check_memory, describe_memory
-from mlxchat.training.micro_batch import Device, Training, choose_micro_batch, choose_micro_rows
+from mlxchat.training.micro_batch import Device, Training, choose_micro_batch, choose_micro_rows, forward_tokens
 from mlxchat.training.step import TrainStep, mean_batch
 
 assert mlxchat
@@ -225,11 +225,24 @@ def planned(config: Config, tmp_path: Path) -> list[PlannedStep]:
     return make_plan(config, config.pipeline, Store(tmp_path), targets=["sft"], seed=0, force=[])
 
 
+def test_an_evaluation_during_training_stays_below_its_peak() -> None:
+    # Validation took 571 MB during a training for which 246 MB were predicted.
+    config = config_of("machine=cpu")
+    sizes = sizes_of(config.model, config.architecture, 4096)
+    peak = predict_peak_bytes(sizes, config.optimizer, rows=8, micro_rows=8, row_tokens=256, num_lanes=2).total
+    free = forward_tokens(config.machine, sizes)
+    bound = forward_tokens(config.machine, sizes, training_peak_bytes=peak)
+    weights = 4 * count_parameters(sizes)["total"]
+    assert 256 <= bound < free
+    assert 2 * weights + predict_forward_bytes(sizes, tokens=bound) <= peak
+    assert 2 * weights + predict_forward_bytes(sizes, tokens=2 * bound) > peak
+
+
 def test_a_plan_says_what_its_trainings_need(tmp_path: Path) -> None:
     config = config_of("machine=cpu")
     lines = describe_memory(config, planned(config, tmp_path))
     assert list(lines) == ["pretrain", "midtrain", "sft"]
-    assert lines["pretrain"].endswith("MB with 2,048 tokens")
+    assert lines["pretrain"].endswith("MB with 2,048 tokens at a time")
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers_and_three_settings_that_fit(tmp_path: Path) -> None:

@@ -76,12 +76,22 @@ def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]
     if manifest.get("tokens_per_second"):
         yield ["speed", f"{format_count(manifest['tokens_per_second'])} tok/s"]
     if manifest.get("peak_memory_bytes"):
-        yield ["memory", f"{format_bytes(manifest['peak_memory_bytes'])} at most"]
+        yield ["memory", _memory(manifest)]
     newest = latest(store)
     named = [f"{LATEST}/{name}" for name, one in links(store, newest).items() if one == place]
     named += [f"{group}/{name}" for group in groups(store) for name, one in links(store, group).items() if one == place]
     if named:
         yield ["named", ", ".join(named)]
+
+
+def _memory(manifest: Manifest) -> str:
+    """Return the peak of MLX's arrays, which progress shows and plans predict, and that of the whole process."""
+    process, arrays = format_bytes(manifest["peak_memory_bytes"]), manifest.get("peak_array_bytes")
+    if arrays is None:
+        return f"{process} at most, the whole process"
+    predicted = (manifest.get("derived") or {}).get("predicted_peak_bytes")
+    known = f", {format_bytes(predicted)} predicted" if predicted else ""
+    return f"{format_bytes(arrays)} of arrays at most{known}; {process} with the program and its libraries"
 
 
 def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:

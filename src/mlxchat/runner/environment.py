@@ -63,9 +63,18 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak for `peak_memory_bytes`, where the system can (Linux)."""
+    """Start a new peak for `peak_memory_bytes`, where the system can (Linux), and for `peak_array_bytes`."""
+    mlx = sys.modules.get("mlx.core")
+    if mlx is not None:
+        mlx.reset_peak_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_array_bytes() -> int | None:
+    """Return the most memory that MLX's arrays held since the reset; None where MLX computed nothing."""
+    mlx = sys.modules.get("mlx.core")
+    return (mlx.get_peak_memory() or None) if mlx is not None else None
 
 
 def peak_memory_bytes() -> int:

@@ -18,7 +18,7 @@ from mlxchat.runner.aliases import action_key, remember_action
 from mlxchat.runner.bases import bases_of
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.crash import crash_point
-from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory
+from mlxchat.runner.environment import peak_array_bytes, peak_memory_bytes, reset_peak_memory
 from mlxchat.runner.externals import check_pins
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.integrity import find_damage
@@ -280,6 +280,7 @@ def _describe(
         "attempts": attempts,
         "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_array_bytes": peak_array_bytes(),
         "code": step.code,
         **run.environment.record(),
         "run": run.name,

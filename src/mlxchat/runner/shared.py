@@ -97,7 +97,8 @@ class SharedArtifacts:
                     "inputs": self.inputs, "outputs": outputs, "tree": tree, "pins": {}, "externals": [],
                     "tokens_per_second": metrics.pop("tokens_per_second", None), "metrics": metrics, "derived": {},
                     "seed": None, "attempts": attempt_log.read(work), "seconds": round(seconds, 3),
-                    "peak_memory_bytes": None, "code": {}, **self.facts(), "run": self.run, "published": now(),
+                    "peak_memory_bytes": None, "peak_array_bytes": None,
+                    "code": {}, **self.facts(), "run": self.run, "published": now(),
                 }  # fmt: skip
                 place = store.publish(work / "out", name, manifest)
                 crash_point("shared.published")

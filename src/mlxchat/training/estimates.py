@@ -48,7 +48,7 @@ def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Toke
         result = evaluate_core(
             language_model(ctx.team, model, padding=tokenizer.bos), tokenizer, open_bundle(ctx, core),
             max_per_task=min(limits, default=None), tasks=core.tasks,
-            long_prompts=core.long_prompts, batch_tokens=forward_tokens(ctx.config.machine, model.sizes), work=work,
+            long_prompts=core.long_prompts, batch_tokens=_tokens_at_a_time(ctx, model), work=work,
             progress=_unseen, should_stop=ctx.should_stop, stop=ctx.stop,
         )  # fmt: skip
         _forget(work)
@@ -71,7 +71,7 @@ def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tok
     engine, tasks = make_engine(ctx.team, model, tokenizer), dict[str, Task]()
     answering = Answering(
         batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens,
-        batch_tokens=forward_tokens(ctx.config.machine, model.sizes),
+        batch_tokens=_tokens_at_a_time(ctx, model),
     )  # fmt: skip
 
     def look(iteration: int) -> dict[str, float]:
@@ -113,11 +113,17 @@ def train_text_hooks(
 
     def measure(iteration: int) -> dict[str, float]:
         rows = read(max(1, count // config.batch.row_tokens))
-        micro_tokens = forward_tokens(ctx.config.machine, model.sizes)
+        micro_tokens = _tokens_at_a_time(ctx, model)
         told = text_model(ctx.team, model)
         return {"train_bpb": bits_per_byte(told, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)}
 
     return [Hook(run=measure, every=None, title="training text")]
+
+
+def _tokens_at_a_time(ctx: Context, model: GPT) -> int:
+    """Return the tokens of a forward pass with which the training's own peak of memory stays the step's."""
+    peak = ctx.derived.get("predicted_peak_bytes")
+    return forward_tokens(ctx.config.machine, model.sizes, training_peak_bytes=peak)
 
 
 def _opened(ctx: Context, items: Mapping[str, TaskItem], known: Mapping[str, Task]) -> dict[str, Task]:

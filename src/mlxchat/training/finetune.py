@@ -108,7 +108,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     )
 
     def validate(iteration: int) -> dict[str, float]:
-        micro_tokens = forward_tokens(machine, model.sizes)
+        peak = micro_batch.predicted_peak_bytes
+        micro_tokens = forward_tokens(machine, model.sizes, training_peak_bytes=peak)
         return {"val_loss": mean_loss(text_model(ctx.team, model), validation, micro_tokens=micro_tokens)}
 
     alone = config.packing == "alone"  # then most of a row is padding

@@ -40,7 +40,7 @@ def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, st
         training = None if step.done else training_of(config, step.stage.name, given.get(step.name))
         if training is not None:
             rows = rows_at_a_time(training, config.machine)
-            needed = f"{format_bytes(training.peak_bytes(rows or 1))} with {(rows or 1) * training.row_tokens:,} tokens"
+            needed = _need(training, rows or 1)
             needed += f" on each of {training.num_ranks} ranks" if training.num_ranks > 1 else ""
             lines[step.name] = needed if rows else "does not fit"
     return lines
@@ -63,7 +63,7 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
         asked = config.machine.device_batch_tokens or 1
         rows = min(training.own_rows, max(1, asked // training.row_tokens))
         remedies = list(islice(_remedies(config, step.stage.name, given.get(step.name)), _NUM_REMEDIES))
-        lines = [f"  {setting} → {format_bytes(needed)}" for setting, needed in remedies]
+        lines = [f"  {setting} → {needed}" for setting, needed in remedies]
         what = "It would fit with any one of these:" if lines else "Nothing that was tried makes it fit."
         refused[step.name] = "\n".join([f"{step.name} {training.explain_excess(rows)}. {what}", *lines])
     if refused:
@@ -119,7 +119,7 @@ def _pretraining_tokens(config: Config, sizes: GPTSizes) -> int:
     return derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference).batch_tokens
 
 
-def _remedies(config: Config, stage: str, sizes: GPTSizes | None) -> Iterator[tuple[str, int]]:
+def _remedies(config: Config, stage: str, sizes: GPTSizes | None) -> Iterator[tuple[str, str]]:
     """Yield settings with which a stage's training fits, and its predicted peak: those that change no result first.
 
     What is not enough alone comes together with others.
@@ -136,18 +136,18 @@ def _remedies(config: Config, stage: str, sizes: GPTSizes | None) -> Iterator[tu
     if machine.memory_limit_bytes is not None:
         alone["machine.memory_limit_bytes=null"] = replace(free, memory_limit_bytes=None)
     for setting, changed in alone.items():
-        if peak := _least_peak(replace(config, machine=changed), stage, sizes):
-            yield setting, peak
+        if need := _need_if_it_fits(replace(config, machine=changed), stage, sizes):
+            yield setting, need
     if stage == "rl" and config.rl.kl_coefficient > 0:  # the frozen reference is as large as the model
         changed_rl = replace(config, machine=free, rl=replace(config.rl, kl_coefficient=0.0))
-        if peak := _least_peak(changed_rl, stage, sizes):
-            yield "rl.kl_coefficient=0", peak
+        if need := _need_if_it_fits(changed_rl, stage, sizes):
+            yield "rl.kl_coefficient=0", need
     if stage in (taught := teachers_of(config)):
         untaught = replace(taught[stage].teacher, path=None, artifact=None)
         without: dict[str, Any] = {stage: replace(taught[stage], teacher=untaught)}
         key = "path" if taught[stage].teacher.artifact is None else "artifact"
-        if peak := _least_peak(replace(config, machine=free, **without), stage, sizes):
-            yield f"{stage}.teacher.{key}=null", peak
+        if need := _need_if_it_fits(replace(config, machine=free, **without), stage, sizes):
+            yield f"{stage}.teacher.{key}=null", need
     least, settings = replace(free, grad_checkpointing=True, blas_threads=1), " machine.grad_checkpointing=true"
     if "machine.blas_threads=1" in alone:
         settings += " machine.blas_threads=1"
@@ -155,24 +155,28 @@ def _remedies(config: Config, stage: str, sizes: GPTSizes | None) -> Iterator[tu
     of_model = () if sizes else (_shallower_models, _narrower_models, _smaller_vocabularies)  # it has the sizes it has
     for changes in (_shorter_rows, *of_model):
         tried = (
-            (f"{setting}{more}", _least_peak(changed, stage, sizes))
+            (f"{setting}{more}", _need_if_it_fits(changed, stage, sizes))
             for together, more in ((free, ""), (least, settings))
             for setting, changed in changes(replace(config, machine=together), stage)
         )
-        if remedy := next(((setting, peak) for setting, peak in tried if peak), None):
+        if remedy := next(((setting, need) for setting, need in tried if need), None):
             named.add(remedy[0])
             yield remedy
     for setting, shallower in () if sizes else _shallower_models(replace(config, machine=free), stage):
-        if setting not in named and (peak := _least_peak(shallower, stage, sizes)):
-            yield setting, peak
+        if setting not in named and (need := _need_if_it_fits(shallower, stage, sizes)):
+            yield setting, need
 
 
-def _least_peak(config: Config, stage: str, sizes: GPTSizes | None) -> int:
-    """Return the predicted peak of a training that fits, 0 if it does not."""
+def _need_if_it_fits(config: Config, stage: str, sizes: GPTSizes | None) -> str:
+    """Return what a training that fits needs, as `plan` says it; empty if it does not fit."""
     training = training_of(config, stage, sizes)
     assert training is not None, "only trainings are refused"
     rows = choose_micro_rows(training, MOST_TOKENS[training.device.kind])
-    return training.peak_bytes(rows) if rows else 0
+    return _need(training, rows) if rows else ""
+
+
+def _need(training: Training, rows: int) -> str:
+    return f"{format_bytes(training.peak_bytes(rows))} with {rows * training.row_tokens:,} tokens at a time"
 
 
 def _shorter_rows(config: Config, stage: str) -> Iterator[tuple[str, Config]]:

@@ -239,14 +239,23 @@ def rows_at_a_time(training: Training, machine: MachineConfig) -> int:
     return rows if training.device.kind != "cpu" or training.fits(rows) else 0
 
 
-def forward_tokens(machine: MachineConfig, sizes: GPTSizes) -> int:
-    """Return how many tokens an evaluation passes through the model at a time."""
+def forward_tokens(machine: MachineConfig, sizes: GPTSizes, *, training_peak_bytes: int | None = None) -> int:
+    """Return how many tokens an evaluation passes through the model at a time.
+
+    Args:
+        machine: its limits.
+        sizes: of the model.
+        training_peak_bytes: predicted peak of the training during which it is evaluated, which must stay the peak.
+    """
     if machine.device_batch_tokens is not None:
         return machine.device_batch_tokens
     device = find_device(machine, ask_mlx=True)
+    limits = [] if device.limit_bytes is None else [device.limit_bytes]
+    if training_peak_bytes is not None:  # less what the optimizer holds, at most two moments of each weight
+        limits.append(training_peak_bytes - 2 * predict_forward_bytes(sizes, tokens=0))
     tokens = 2 * MOST_TOKENS[device.kind]
-    while tokens > sizes.context_tokens and device.limit_bytes is not None:
-        if predict_forward_bytes(sizes, tokens=tokens, compute_bytes=device.compute_bytes) <= device.limit_bytes:
+    while tokens > sizes.context_tokens and limits:
+        if predict_forward_bytes(sizes, tokens=tokens, compute_bytes=device.compute_bytes) <= min(limits):
             break
         tokens //= 2
     return tokens
