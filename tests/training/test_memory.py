@@ -227,7 +227,7 @@ def planned(config: Config, tmp_path: Path) -> list[PlannedStep]:
 
 def test_an_evaluation_during_training_stays_below_its_peak() -> None:
     # Validation took 571 MB during a training for which 246 MB were predicted.
-    config = config_of("machine=cpu")
+    config = config_of("machine=auto", "machine.device=cpu")
     sizes = sizes_of(config.model, config.architecture, 4096)
     peak = predict_peak_bytes(sizes, config.optimizer, rows=8, micro_rows=8, row_tokens=256, num_lanes=2).total
     free = forward_tokens(config.machine, sizes)
