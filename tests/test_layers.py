@@ -15,7 +15,7 @@ STAGES = sorted(path for path in (ROOT / "stages").glob("*.py") if path.stem != 
 RUNNER = [path for path in LIBRARY if path.parent.name == "runner"]
 # The library's parts from the bottom up. A part may import those of its own line and of earlier ones, never later ones.
 LAYERS = [
-    {"errors", "missing", "verbs"},
+    {"errors", "missing", "verbs", "visible"},
     {
         "config",
         "optimizer_config",

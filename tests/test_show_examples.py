@@ -88,7 +88,7 @@ def test_calculator_calls_are_shown_as_people_write_them() -> None:
 
 
 def test_what_a_model_wrote_cannot_command_the_terminal() -> None:
-    assert printable("a\x1b[2Jb\rc\td\ne") == "a·[2Jb·c    d\ne"
+    assert printable("a\x1b[2Jb\rc\td\ne") == "a\\x1b[2Jb\\x0dc    d\ne"
 
 
 def test_only_evaluations_have_examples(tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import TracebackType
 
 from mlxchat import __version__
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.verbs import VERBS
+from mlxchat.visible import visible
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit: 0 done, 1 a step failed, 2 a mistake of the user's, 128 + n for signal n."""
+    sys.excepthook = _print_fault
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _dispatch(arguments)
@@ -45,6 +48,13 @@ def _verb_first(arguments: list[str]) -> list[str]:
     if 0 < place < len(arguments) and arguments[place] in VERBS:
         return [arguments[place], *arguments[:place], *arguments[place + 1 :]]
     return arguments
+
+
+def _print_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback. Its message may quote a third-party file, so control characters are written out."""
+    from traceback import format_exception
+
+    print(visible("".join(format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -13,11 +13,9 @@ MlxchatError            one clear message, no traceback, exit code 2
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
-# But line ends and tabs. The last two groups turn the direction of writing around.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from mlxchat.visible import visible
 
 
 class MlxchatError(Exception):
@@ -27,7 +25,7 @@ class MlxchatError(Exception):
 
     def __str__(self) -> str:
         """Return the message with its control characters written out: it may quote files and servers of others."""
-        return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
+        return visible(super().__str__())
 
 
 class ConfigError(MlxchatError):

@@ -37,6 +37,7 @@ from mlxchat.training.given_sizes import check_given
 from mlxchat.training.memory_check import check_memory
 from mlxchat.training.teacher_size import check_teachers
 from mlxchat.training.text_need import TextNeed, check_text_room, find_text_need
+from mlxchat.visible import visible
 
 
 def run_pipeline(
@@ -224,4 +225,4 @@ def _describe_device() -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(redact(line), flush=True, file=sys.stdout)
+    print(visible(redact(line)), flush=True, file=sys.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.serve.parts import Kind, Parts
+from mlxchat.visible import visible
 
 # Command → (what follows it, what it does).
 COMMANDS = {
@@ -35,8 +35,6 @@ COMMANDS = {
     "/help": ("", "say all of this"),
     "/quit": ("", "leave"),
 }
-# What a terminal obeys instead of showing, and what turns a line around; a model or program may write it.
-_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
 
 
@@ -113,13 +111,13 @@ class Chat:
         """Read questions and commands until /quit or the end of the input."""
         from mlxchat.terminal_input import read_lines
 
-        print(f"{self.name}{' continues what you write' if self.continues else ''}. /help lists the commands.")
+        print(f"{visible(self.name)}{' continues what you write' if self.continues else ''}. /help lists the commands.")
         mark = "text › " if self.continues else "you › "
         for text, reader in read_lines(mark, COMMANDS):
             if not text.startswith("/"):
                 try:
                     self.ask(text)
-                except ConfigError as error:
+                except (ConfigError, DataError) as error:
                     print(error, file=sys.stderr)
             elif _SHORT.get(text, text) == "/quit":
                 return
@@ -129,7 +127,7 @@ class Chat:
                     print(self.obey(f"/edit {changed}"), end="")
             else:
                 said = self.obey(text)
-                print(said + "\n" if said else "", end="")
+                print(visible(said) + "\n" if said else "", end="")
 
     def obey(self, command: str) -> str:
         """Carry out a slash command; return what to say."""
@@ -154,7 +152,7 @@ class Chat:
         if self.continues:
             prompt = self._beginning(text)
             self.last = text
-            sys.stdout.write(text)
+            Shown().add("text", text)
             self._stream(prompt)
             return
         question = {"role": "user", "content": text}
@@ -175,7 +173,7 @@ class Chat:
         self.seed += 1
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
         id_ = scheduler.submit(Request(prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse="close"))
-        parts, shown = Parts(self.engine.tokenizer), _Shown()
+        parts, shown = Parts(self.engine.tokenizer), Shown()
         while not scheduler.idle:
             try:
                 for event in scheduler.step():
@@ -317,8 +315,11 @@ class Chat:
         return "\n".join([*lines, "  Ctrl-C ends an answer, Ctrl-D the conversation"])
 
 
-class _Shown:
-    """Prints parts as they come; calls in a colour, as <<2*3=6>>, an arrow after a program of several lines."""
+class Shown:
+    """Prints parts of an answer as they come; calls in a colour: <<2*3=6>>, an arrow after a program of several lines.
+
+    On a terminal control characters are written out; a file or a pipe gets the text as it is.
+    """
 
     _BEFORE: ClassVar[dict[tuple[Kind, Kind], str]] = {
         ("text", "python"): "<<", ("python", "python_output"): "=", ("text", "python_output"): "<<=",
@@ -335,15 +336,16 @@ class _Shown:
             self._console = Console(highlight=False, soft_wrap=True)
 
     def add(self, kind: Kind, text: str) -> None:
+        """Print a piece of one kind."""
         for piece, call in self._pieces(kind, text):
             if self._styled:
-                piece = _COMMANDING.sub("\ufffd", piece)
-                self._console.print(piece, style="cyan" if call else None, markup=False, emoji=False, end="")
+                self._console.print(visible(piece), style="cyan" if call else None, markup=False, emoji=False, end="")
             else:
                 sys.stdout.write(piece)
         sys.stdout.flush()
 
     def finish(self) -> None:
+        """Close an open call and end the line."""
         self.add("text", "\n")
 
     def _pieces(self, kind: Kind, text: str) -> Iterator[tuple[str, bool]]:

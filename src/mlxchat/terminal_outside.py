@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError
 from mlxchat.evals.outside import OutsideModel, OutsideTokenizer, load_outside
-from mlxchat.terminal_chat import Chat
+from mlxchat.terminal_chat import Chat, Shown
 
 
 @dataclass
@@ -46,7 +45,7 @@ class OutsideChat(Chat):
         if self.continues:
             prompt = self._beginning(text)
             self.last = text
-            sys.stdout.write(text)
+            Shown().add("text", text)
             self._answer(prompt)
             return
         question = {"role": "user", "content": text}
@@ -68,17 +67,16 @@ class OutsideChat(Chat):
         self.seed += 1
         mx.random.seed(self.seed)
         sampler = make_sampler(self.temperature, top_p=self.top_p or 0.0, top_k=self.top_k or 0)
-        said = ""
+        said, shown = "", Shown()
         try:
             for piece in stream_generate(
                 model.model, tokenizer.wrapper, prompt, max_tokens=self.max_tokens, sampler=sampler
             ):
                 said += piece.text
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+                shown.add("text", piece.text)
         except KeyboardInterrupt:
             pass
-        sys.stdout.write("\n")
+        shown.finish()
         return said
 
     @property

@@ -21,8 +21,8 @@ from mlxchat.report.wording import (
     format_time,
     format_value,
     headline,
-    visible,
 )
+from mlxchat.visible import visible
 
 
 def row(table, first):
@@ -202,7 +202,7 @@ def test_equal_overrides_are_told_once(whole):
 
 
 def test_control_characters_and_half_characters_are_made_visible():
-    assert visible("a\x1b[1m\ud800\u202e\tb\r\n") == "a␛[1m\ufffd\ufffd\tb\n"
+    assert visible("a\x1b[1m\ud800\u202e\tb\r\n") == "a\\x1b[1m\\ud800\\u202e\tb\n"
 
 
 @pytest.mark.parametrize(

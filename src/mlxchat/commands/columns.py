@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mlxchat.visible import visible
+
 
 def aligned(rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), indent: str = "") -> str:
     """Return rows as lines whose columns begin at the same place; columns in `right` end at the same place."""
-    table = [list(row) for row in rows]
+    table = [[visible(cell) for cell in row] for row in rows]
     count = max((len(row) for row in table), default=0)
     widths = [max((len(row[column]) for row in table if column < len(row)), default=0) for column in range(count)]
     lines = []
@@ -24,7 +26,7 @@ def aligned(rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), indent:
 
 def print_json(record: Any) -> None:
     """Print plain data for a program."""
-    print(json.dumps(record, indent=1, ensure_ascii=False))
+    print(visible(json.dumps(record, indent=1, ensure_ascii=False)))
 
 
 def show_value(value: Any) -> str:

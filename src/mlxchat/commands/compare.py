@@ -13,6 +13,7 @@ from mlxchat.errors import ConfigError, StoreError
 from mlxchat.runner.progress import format_number
 from mlxchat.runner.store import Store
 from mlxchat.runner.table import Table, find_runs, is_number, make_table, numeric, rows_of_runs, rows_of_step
+from mlxchat.visible import visible
 
 _WIDEST_HEAD = 16
 _WIDEST_CELL = 24
@@ -68,11 +69,15 @@ def _print(table: Table, form: str) -> None:
         import csv
 
         writer = csv.DictWriter(sys.stdout, ["name", *names], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table.rows)
+        writer.writerow({name: visible(name) for name in ["name", *names]})
+        writer.writerows(
+            {key: visible(value) if isinstance(value, str) else value for key, value in row.items()}
+            for row in table.rows
+        )
     elif form == "md":
         cells = [[name, *(_cell(row.get(name)) for row in table.rows)] for name in ["name", *names]]
-        print("\n".join(f"| {' | '.join(line)} |" for line in [cells[0], ["---"] * len(cells[0]), *cells[1:]]))
+        lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+        print(visible("\n".join(f"| {' | '.join(line)} |" for line in lines)))
     else:
         _print_columns(table, names)
 
@@ -82,7 +87,7 @@ def _print_columns(table: Table, names: list[str]) -> None:
     heads = [str(row["name"]) for row in table.rows]
     if max(map(len, heads)) > _WIDEST_HEAD:
         for number, head in enumerate(heads, start=1):
-            print(f"{number:>{len(str(len(heads)))}}  {head}")
+            print(f"{number:>{len(str(len(heads)))}}  {visible(head)}")
         print()
         heads = [str(number) for number in range(1, len(heads) + 1)]
     cells = [[_shortened(_cell(row.get(name))) for name in names] for row in table.rows]

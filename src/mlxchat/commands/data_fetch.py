@@ -11,6 +11,7 @@ from mlxchat.commands.needs import find_sources
 from mlxchat.compose import compose_config, split_config_dirs
 from mlxchat.errors import DataError, PassingError
 from mlxchat.runner.progress import format_bytes
+from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from mlxchat.config import Config
@@ -57,9 +58,9 @@ def main(arguments: list[str]) -> int:
         left = sum(file.bytes for file in files if not file.is_there())
         size = format_bytes(sum(file.bytes for file in files))
         count = f"{len(files):,} {'file' if len(files) == 1 else 'files'}"
-        print(f"{title} at {files[0].revision[:12]}: {count}, {size}, {format_bytes(left)} to fetch")
+        print(f"{visible(title)} at {files[0].revision[:12]}: {count}, {size}, {format_bytes(left)} to fetch")
     for url in urls:
-        print(url)
+        print(visible(url))
     if options.dry_run:
         return 0
     every = list({file: None for files in groups.values() for file in files})

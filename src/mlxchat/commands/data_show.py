@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser
 from mlxchat.compose import compose_config, split_config_dirs
@@ -16,6 +16,7 @@ from mlxchat.runner.naming import latest, links, resolve
 from mlxchat.runner.progress import format_count
 from mlxchat.runner.seeds import stage_seed
 from mlxchat.runner.store import Store
+from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -196,7 +197,7 @@ def _print_conversation(console: Console, mixture: Mixture, index: int, tokenize
         if is_plain and trained != before:
             text.append(_MARKS[0] if trained else _MARKS[1])
         style = " ".join(["green underline"] * trained + ["dim"] * is_special)
-        text.append(_printable(tokenizer.decode(run)), style=style)
+        text.append(visible(tokenizer.decode(run)), style=style)
         before = trained
     if is_plain and before:
         text.append(_MARKS[1])
@@ -217,12 +218,3 @@ def _runs(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> Iterator[tup
         run.append(token)
     if kind is not None:
         yield run, *kind
-
-
-def _printable(text: str) -> str:
-    """Return text without what would steer the terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else _escaped(char) for char in text)
-
-
-def _escaped(char: str) -> Any:
-    return char.encode("unicode_escape").decode()

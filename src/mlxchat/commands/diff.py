@@ -8,6 +8,7 @@ from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_
 from mlxchat.commands.columns import aligned, print_json, show_value
 from mlxchat.runner.comparing import differences
 from mlxchat.runner.store import Store, read_manifest
+from mlxchat.visible import visible
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print_json({"a": old["name"], "b": new["name"], **found})
         return 0
-    print(f"a  {old['name']}\nb  {new['name']}")
+    print(visible(f"a  {old['name']}\nb  {new['name']}"))
     for section, changes in found.items():
         if changes:
             rows = [[key, f"{_pair(a, b)}{_delta(a, b)}"] for key, (a, b) in changes.items()]

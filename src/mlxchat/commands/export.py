@@ -12,6 +12,7 @@ from mlxchat.errors import ConfigError, StoreError
 from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.store import Store, read_manifest
 from mlxchat.runner.transfer import is_url
+from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from mlxchat.interop.exporting import Checkpoint
@@ -107,7 +108,7 @@ def _export(
         size = format_bytes(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))
         print(f"exported {place.name}{f' to {to}' if kept else ''} for {_WORDS[target]} ({size})")
         for note in notes:
-            print(f"  {note}")
+            print(f"  {visible(note)}")
         if repository:
             rid = read_manifest(place)["rid"]
             message = f"{place.name} from mlxchat ({target}), artifact {rid}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from mlxchat.commands.arguments import Parser
 from mlxchat.compose import compose_config, split_config_dirs
 from mlxchat.runner.plan import PlannedStep
+from mlxchat.visible import visible
 
 _COLOURS = {"done": ("#cde8d5", "#2e7d4f"), "waiting": ("#fdecc8", "#9a6b00"), "maybe": ("#e3e7f7", "#4a5aa8")}
 
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     overrides, config_dirs = split_config_dirs(rest)
     config = compose_config(overrides, config_dirs).config
     plan = plan_of(config, Store(Path(config.outputs)))
-    print(_FORMATS[options.format](plan))
+    print(visible(_FORMATS[options.format](plan)))
     return 0
 
 

@@ -9,6 +9,7 @@ from mlxchat.commands.columns import print_json
 from mlxchat.runner.catalog import read_catalog
 from mlxchat.runner.lineage import Node, ancestors, descendants, index
 from mlxchat.runner.store import Store, read_manifest
+from mlxchat.visible import visible
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
     for key, tree in trees.items():
         print(titles[key] if tree[key] else f"{titles[key]} nothing: {tree['artifact']}")
         if tree[key]:
-            print("\n".join(f"  {line}" for line in draw(tree, key)))
+            print("\n".join(f"  {visible(line)}" for line in draw(tree, key)))
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser
 from mlxchat.runner.plan import PlannedStep
+from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from mlxchat.runner.estimates import Estimate
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
     memory = describe_memory(config, plan)
     estimates = estimate_steps(plan, store) | estimate_pretraining(config, plan, store)
     if options.json:
-        print(json.dumps(describe_plan(plan, estimates, memory), indent=1, ensure_ascii=False), flush=True)
+        print(visible(json.dumps(describe_plan(plan, estimates, memory), indent=1, ensure_ascii=False)), flush=True)
     else:
         remarks = dict(memory)
         further = [*describe_text(config, plan, store).items(), *describe_imports(config, plan).items()]

@@ -14,6 +14,7 @@ from typing import Any
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.evals.examples import read_examples
 from mlxchat.report.wording import with_calls
+from mlxchat.visible import visible
 
 _MOST_CHARS = 1500
 _WIDEST = 110
@@ -54,7 +55,7 @@ def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> 
         print("\n".join(_describe(example, width, colour=colour)), end="\n\n")
     for name in [task] if task is not None else totals:
         right, asked = totals[name]
-        print(f"{name}: {right} of {asked} right")
+        print(f"{visible(name)}: {right} of {asked} right")
     if not shown:
         print(f"no {'' if which == 'all' else which + ' '}examples")
     return 0
@@ -70,7 +71,7 @@ def _describe(example: dict[str, Any], width: int, *, colour: bool) -> Iterator[
     verdict = "right" if example["verdict"] else "wrong"
     seed = "" if example["seed"] is None else f"  seed {example['seed']}"
     tokens = "" if example["tokens"] is None else f"  {example['tokens']} tokens"
-    head = f"{example['task']} {example['index']}{seed}  {verdict}{tokens}"
+    head = f"{visible(example['task'])} {example['index']}{seed}  {verdict}{tokens}"
     if colour:
         head = f"\033[{32 if verdict == 'right' else 31};1m{head}\033[0m"
     yield head
@@ -101,9 +102,7 @@ def wrapped(title: str, text: str, width: int) -> Iterator[str]:
 
 def printable(text: str) -> str:
     """Return generated text as people read it; nothing in it can move the cursor or change colours."""
-    return "".join(
-        char if char.isprintable() or char in "\n " else {"\t": "    "}.get(char, "·") for char in with_calls(text)
-    )
+    return visible(with_calls(text).replace("\t", "    "))
 
 
 def _details(details: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mlxchat.commands.show_examples import printable, wrapped
+from mlxchat.commands.show_examples import wrapped
 from mlxchat.errors import ConfigError
 from mlxchat.evals.examples import read_rollouts
 
@@ -73,4 +73,4 @@ def _describe(
         line = f"  {verdict}  reward {answer['reward']:.3g}{parts}  advantage {answer['advantage']:+.3f}  "
         line += f"{answer['tokens']} tokens{cut}"
         yield f"\033[{32 if answer['right'] else 31}m{line}\033[0m" if colour else line
-        yield from wrapped("", printable(answer["output"]), width)
+        yield from wrapped("", answer["output"], width)

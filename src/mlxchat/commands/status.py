@@ -15,6 +15,7 @@ from mlxchat.runner import attempts, locks
 from mlxchat.runner.naming import latest, links
 from mlxchat.runner.progress import format_bytes, format_count, format_seconds
 from mlxchat.runner.store import Store, read_manifest
+from mlxchat.visible import visible
 
 _LOG_LINES = 3
 _TAIL_BYTES = 65536
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
         if rows:
             print(title)
         for row in rows:
-            print("\n".join(_lines_of(row)))
+            print(visible("\n".join(_lines_of(row))))
     if done:
         print(f"done (latest run: {run})")
         print(aligned([_cells(row) for row in done], right=(2, 3), indent="  "))

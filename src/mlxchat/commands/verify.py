@@ -15,6 +15,7 @@ from mlxchat.runner.naming import find_all
 from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
 from mlxchat.runner.verifying import check_contents, find_absent
+from mlxchat.visible import visible
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
         elif found := list(find_absent(store, place)) or _faults_below(place):
             absent[place.name] = found
         if found and not options.json:
-            print("\n".join(f"{place.name}  {fault}" for fault in found), flush=True)
+            print("\n".join(visible(f"{place.name}  {fault}") for fault in found), flush=True)
     size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
     if options.json:
         print_json({"artifacts": len(places), "bytes": size, "faults": faults, "absent": absent})
@@ -51,11 +52,11 @@ def main(arguments: list[str]) -> int:
         told = f"{len(faults)} of {len(places)} artifacts differ" if faults else f"{count} right"
         print(f"{told} ({format_bytes(size)} hashed)")
         if faults:
-            print(remedy(_manifests(store, faults)))
+            print(visible(remedy(_manifests(store, faults))))
         if absent:
             print(
                 f"{len(absent)} of {len(places)} artifacts are intact but lack what they were made from: keep them "
-                f"and run again: {makers(_manifests(store, absent))}"
+                f"and run again: {visible(makers(_manifests(store, absent)))}"
             )
     return int(bool(faults or absent))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from mlxchat.visible import visible
+
 # All controls but tab and newline, halves of characters, and what would turn the direction of a terminal's line.
 _UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_SHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
@@ -26,5 +27,5 @@ def without_thought(text: str) -> str:
 
 def one_line(text: str, longest: int = 200) -> str:
     """Return a text that may be shown: one line, no control characters, not longer than so many characters."""
-    line = " ".join(_SHOWN.sub(" ", text).split())
+    line = visible(" ".join(text.split()))
     return line if len(line) <= longest else line[: longest - 1] + "…"

@@ -242,8 +242,16 @@ class OutsideTokenizer:
         return str(self._inner.decode([each for each in ids if each < self.vocab_size]))
 
     def render_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the ids of a conversation up to where the assistant answers, by the folder's own template."""
-        text = self._inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        """Return the ids of a conversation up to where the assistant answers, by the folder's own template.
+
+        Raises:
+            DataError: the template refuses the conversation (many refuse a system prompt) or cannot be rendered.
+        """
+        try:
+            text = self._inner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template may raise any error, with any text
+            said = f"{type(error).__name__}: {error}"[:500]
+            raise DataError(f"the model's chat template does not render this conversation ({said})") from None
         return self.encode(str(text))
 
     @cached_property

@@ -34,6 +34,7 @@ from mlxchat.hub.listings import list_files, tell_command
 from mlxchat.hub.progress import TransferProgress
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.progress import format_bytes, plural
+from mlxchat.visible import visible
 
 __all__ = ["HubFile", "fetch_file", "fetch_files", "fetch_url", "list_files", "record"]
 
@@ -153,7 +154,8 @@ def _fetch_all(files: Sequence[HubFile], workers: int, on_bytes: Callable[[int],
                 if owner.get("pid") == os.getpid()
                 else f"{owner.get('pid', '?')} on {owner.get('host', '?')}"
             )
-            print(f"  waits for {owner.get('fetches', 'a file')}, which process {who} is fetching", file=sys.stderr)
+            said = f"  waits for {owner.get('fetches', 'a file')}, which process {who} is fetching"
+            print(visible(said), file=sys.stderr)
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="fetch") as pool:
         running: set[Future[None]] = {pool.submit(fetch_file, file, on_bytes, look, tell) for file in files}

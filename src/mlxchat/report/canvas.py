@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.report.wording import visible
+from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

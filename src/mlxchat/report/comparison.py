@@ -24,9 +24,9 @@ from mlxchat.report.wording import (
     format_value,
     num_parameters,
     trained_tokens,
-    visible,
 )
 from mlxchat.runner.progress import plural
+from mlxchat.visible import visible
 
 # More curves than colours cannot be told apart.
 MOST_CURVES = COLOURS

@@ -13,7 +13,7 @@ from html import escape
 
 from mlxchat.report.axes import Scale, span, tick_labels, ticks
 from mlxchat.report.smoothing import smooth, thin
-from mlxchat.report.wording import visible
+from mlxchat.visible import visible
 
 Points = tuple[list[float], list[float]]
 

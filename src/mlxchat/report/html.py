@@ -36,8 +36,8 @@ from mlxchat.report.wording import (
     headline,
     sample_groups,
     troubles,
-    visible,
 )
+from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from markupsafe import Markup

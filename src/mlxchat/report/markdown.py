@@ -29,8 +29,8 @@ from mlxchat.report.wording import (
     headline,
     sample_groups,
     troubles,
-    visible,
 )
+from mlxchat.visible import visible
 
 
 def render_markdown(report: RunReport, pictures: PurePosixPath) -> str:

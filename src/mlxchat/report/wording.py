@@ -19,21 +19,6 @@ _CALLS = (("<|python_end|><|output_start|>", "="), ("<|python_start|>", "<<"), (
 _SPECIAL = re.compile(r"<\|(bos|user_start|user_end|assistant_start|assistant_end|python_\w+|output_\w+)\|>")
 
 
-def visible(value: object) -> str:
-    """Return text in which control characters, bidirectional overrides and lone surrogates show.
-
-    Samples are the output of a model: an escape sequence in one must not reach a terminal, nor may a
-    half of a character keep the report from being written.
-    """
-
-    def mark(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}"
-
-    pattern = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-    return re.sub(pattern, mark, str(value).replace("\r\n", "\n"))
-
-
 def with_calls(output: str) -> str:
     """Return a model's text with calls of the calculator as GSM8K writes them, <<12+7=19>>, and no special tokens."""
     for token, shown in _CALLS:

@@ -8,6 +8,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from mlxchat.visible import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -75,7 +77,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the bar if there is one."""
-        line = f"  {self.title:<9} {text}"
+        line = visible(f"  {self.title:<9} {text}")
         if self.bar is not None:
             self.bar.console.print(line, markup=False, highlight=False)
         else:

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxchat.errors import ConfigError
+from mlxchat.visible import visible
 
 # Connections that have not said what they want by then are closed.
 HEAD_SECONDS = 15.0
@@ -61,6 +62,13 @@ def most_connections() -> int:
     return 10_000 if files == resource.RLIM_INFINITY else max(16, min(10_000, files - _OTHER_FILES))
 
 
+class _Lines(logging.Formatter):
+    """Lines of the log, tracebacks included, without control characters: they quote requests and files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, said: str) -> None:
         super().__init__(config)
@@ -99,7 +107,9 @@ def run_server(
     address = f"http://{shown}:{listening.getsockname()[1]}"
     key = "; clients send the key as Authorization: Bearer KEY" if key_needed else ""
     said = f"{name} at {address}  (page: {address}/, OpenAI: {address}/v1{key}). Ctrl-C stops."
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Lines("%(asctime)s %(message)s"))
     for quiet in ("sse_starlette", "asyncio"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     config = uvicorn.Config(

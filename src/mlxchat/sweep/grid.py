@@ -34,6 +34,7 @@ from mlxchat.sweep.metrics import find_metric, metrics_of_plan
 from mlxchat.sweep.shared import Shared, make_shared
 from mlxchat.sweep.table import differing, main_metric, write_results
 from mlxchat.sweep.worker import is_finished, rids_of, run_elsewhere, run_job
+from mlxchat.visible import visible
 
 Elsewhere = Callable[[list[Job], Shared, SweepFolder, "_Teller"], None]
 
@@ -179,7 +180,8 @@ def _run_elsewhere(
     except MlxchatError:
         raise
     except Exception as error:  # a worker was killed, or could not be started: each launcher has its own exception
-        print(redact(f"error: {launcher} gave up: {type(error).__name__}: {error}"), file=sys.stderr, flush=True)
+        said = redact(f"error: {launcher} gave up: {type(error).__name__}: {error}")
+        print(visible(said), file=sys.stderr, flush=True)
     known = folder.rows()
     for job in pending:
         if job.number not in known and folder.stop():
@@ -210,7 +212,7 @@ class _Teller:
         numbers = "  ".join(f"{key} {format_number(value)}" for key, value in row["metrics"].items())
         how = "is done already" if row.get("cached") else row["status"]
         error = f": {row['error']}" if row.get("error") else ""
-        print(f"── {self._title(row['job'])} {how}{error}  {numbers}".rstrip(), flush=True)
+        print(visible(f"── {self._title(row['job'])} {how}{error}  {numbers}".rstrip()), flush=True)
 
     def lost(self, job: Job, folder: SweepFolder, status: str, error: str) -> None:
         """Say and keep that a job has no result."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlxchat.runner.secrets import redact
 from mlxchat.sweep.folder import Row
+from mlxchat.visible import visible
 
 _LAST = ("status", "error")
 
@@ -43,7 +44,7 @@ def write_results(
         writer.writeheader()
         writer.writerows(flat)
     order = f"{unit}s by {metric}, {'smallest' if less_is_better else 'largest'} first\n\n" if metric else ""
-    print(f"\n{order}{table}\n", flush=True)
+    print(f"\n{visible(order + table)}\n", flush=True)
     made = [folder / "table.md"]
     if metric is not None:
         from mlxchat.sweep.plot import draw_sweep

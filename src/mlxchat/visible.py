@@ -1,0 +1,24 @@
+"""Text of models, files and servers, made safe to print: nothing in it commands the terminal."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# C0 but tab and newline, DEL, C1 (one byte of them begins a sequence as ESC does), what turns the direction of writing
+# around, and halves of characters, which no stream can encode.
+_COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: Any) -> str:
+    r"""Return text in which control characters, bidirectional overrides and lone surrogates are written out.
+
+    ESC becomes \x1b, a right-to-left override \u202e. In JSON the result means the same, since json.dumps has escaped
+    what has the short form.
+    """
+    return _COMMANDING.sub(_written_out, str(text).replace("\r\n", "\n"))
+
+
+def _written_out(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"

@@ -1,0 +1,216 @@
+"""Text of models, files and servers cannot command the terminal: one filter, and the places that print such text."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.cli import main
+from mlxchat.errors import DataError
+from mlxchat.runner.sealed import seal
+from mlxchat.visible import visible
+
+# OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
+HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def commands_in(text: str) -> set[str]:
+    """Return the characters of a text that steer a terminal, by Unicode's categories; not line ends and tabs."""
+    directions = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return {
+        char
+        for char in text
+        if char not in "\n\t" and (unicodedata.category(char) == "Cc" or unicodedata.bidirectional(char) in directions)
+    }
+
+
+def test_every_character_that_steers_a_terminal_is_written_out() -> None:
+    assert len(commands_in(HOSTILE)) == 9
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    shown = visible(every)
+    assert commands_in(shown) == set()
+    shown.encode()  # no half of a character is left
+    steering = commands_in(every)
+    kept = "".join(char for char in every if char not in steering and not 0xD800 <= ord(char) < 0xE000)
+    assert visible(kept) == kept
+
+
+def test_json_means_the_same_after_the_filter() -> None:
+    record = {"name": HOSTILE}
+    assert json.loads(visible(json.dumps(record, ensure_ascii=False))) == record
+
+
+def test_lines_of_windows_stay_lines() -> None:
+    assert visible("a\r\nb\rc") == "a\nb\\x0dc"
+
+
+@pytest.fixture
+def third_party(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A chat with a model of which mlx-lm says that it wrote HOSTILE, a character at a time."""
+    mlx_lm = pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
+    from mlxchat.terminal_outside import OutsideChat
+
+    class Piece:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+    def stream(*_: Any, **__: Any) -> Iterator[Piece]:
+        yield from map(Piece, HOSTILE)
+
+    class Tokenizer:
+        has_chat_template, wrapper, bos = True, None, 0
+
+        def render_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+            if "refuse" in messages[-1]["content"]:
+                raise DataError(f"the template says {HOSTILE}")
+            return [0]
+
+        def encode(self, text: str) -> list[int]:
+            return [0] * len(text)
+
+    class Model:
+        model, context_tokens = None, 64
+
+    monkeypatch.setattr(mlx_lm, "stream_generate", stream)
+    monkeypatch.setenv("NO_COLOR", "1")
+    engine: Any = None
+    opened: Any = (Model(), Tokenizer())
+    return OutsideChat(engine, HOSTILE, 0.0, None, 8, 0, opened=opened)
+
+
+def test_a_third_party_model_cannot_command_the_terminal(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers once reached the terminal as they were, OSC 52 included."""
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    third_party.ask("hello")
+    assert commands_in(screen.getvalue()) == set()
+    assert r"a\x1b]52;c;aGFsbG8=\x07" in screen.getvalue()
+    assert third_party.messages[-1]["content"] == HOSTILE
+
+
+def test_text_that_a_base_model_continues_cannot_command_the_terminal(
+    third_party: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    third_party.continues = True
+    third_party.ask(HOSTILE)
+    assert commands_in(screen.getvalue()) == set()
+    assert screen.getvalue().count("aGFsbG8") == 4
+
+
+def test_a_pipe_gets_the_text_of_an_answer_as_it_is(third_party: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    third_party.ask("hello")
+    assert capsys.readouterr().out == HOSTILE + "\n"
+
+
+def test_a_conversation_goes_on_after_its_template_refused_a_question(
+    third_party: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    monkeypatch.setattr("sys.stdin", io.StringIO("refuse\nhello\n"))
+    third_party.converse()
+    refusal = capsys.readouterr().err
+    assert commands_in(screen.getvalue() + refusal) == set()
+    assert "the template says a" in refusal
+    assert [message["role"] for message in third_party.messages] == ["user", "assistant"]
+
+
+def test_an_error_of_a_chat_template_is_one_visible_line() -> None:
+    """raise_exception of a template once ended in a traceback with the template's own characters."""
+    pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
+    from mlxchat.evals.outside import OutsideTokenizer
+
+    class Inner:
+        bos_token_id = eos_token_id = 0
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0}
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            raise RuntimeError(HOSTILE)
+
+    with pytest.raises(DataError) as caught:
+        OutsideTokenizer(Inner()).render_prompt([{"role": "user", "content": "hello"}])
+    assert commands_in(str(caught.value)) == set()
+    assert "chat template does not render this conversation (RuntimeError: a" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", "second"], ["show", "second", "--json"], ["ls"], ["ls", "--json"], ["diff", "first", "second"],
+        ["lineage", "second"], ["verify"], ["status"], ["compare"], ["compare", "--format", "md"],
+        ["compare", "--format", "csv"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_manifest_from_elsewhere_cannot_command_the_terminal(
+    words: list[str], toys: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An imported artifact brings a manifest that others wrote."""
+    toys.add("make", "(ctx.out / 'result.txt').write_text('x')\nctx.metrics['score'] = 1.0")
+    pipeline = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
+    run = toys.run(toys.plan(pipeline))
+    steps = [{"step": step.name, "rid": step.rid} for step in toys.plan(pipeline)]
+    record = {"started": "2026-01-01T00:00:00+00:00", "steps": steps, "name": HOSTILE, "overrides": [f"x={HOSTILE}"]}
+    (run.folder / "plan.json").write_text(json.dumps(record))
+    for name in ("first", "second"):
+        place = toys.store.resolve(name) / "manifest.json"
+        place.chmod(0o644)
+        manifest = json.loads(place.read_text())
+        manifest |= {
+            "step": HOSTILE, "run": HOSTILE, "overrides": [f"x={HOSTILE}"], "metrics": {f"{name}{HOSTILE}": 1.0},
+            "versions": {HOSTILE: HOSTILE}, "device": {"name": HOSTILE}, "git": {"commit": HOSTILE},
+            "attempts": [{"host": HOSTILE}], "externals": [{"name": HOSTILE, "revision": HOSTILE}],
+        }  # fmt: skip
+        manifest["config"][HOSTILE] = HOSTILE
+        manifest["outputs"].append({"path": HOSTILE, "bytes": 1, "sha256": "0" * 64})
+        place.write_bytes(seal(manifest))
+    toys.store.forget()
+    with pytest.raises(SystemExit) as caught:
+        main([*words, f"outputs={toys.outputs}"])
+    told = capsys.readouterr()
+    assert caught.value.code == (words == ["verify"]), told.err
+    assert told.out
+    assert commands_in(told.out + told.err) == set()
+
+
+def test_a_traceback_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    sys.excepthook(ValueError, ValueError(HOSTILE), None)
+    told = capsys.readouterr().err
+    assert commands_in(told) == set()
+    assert told.startswith("ValueError: a\\x1b]52")
+
+
+def test_the_log_of_serve_cannot_command_the_terminal() -> None:
+    from mlxchat.serve.run import _Lines
+
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "%s", (HOSTILE,), None)
+    assert commands_in(_Lines("%(message)s").format(record)) == set()
+
+
+def test_examples_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlxchat.commands.show_examples import show_examples
+    from mlxchat.evals.examples import write_examples
+
+    row = {
+        "task": HOSTILE, "index": 0, "seed": None, "verdict": True, "prompt": HOSTILE, "output": HOSTILE,
+        "expected": HOSTILE, "tokens": 1, "details": {HOSTILE: HOSTILE},
+    }  # fmt: skip
+    write_examples(tmp_path / "examples.parquet", [row])
+    show_examples(tmp_path, which="all", count=1, task=None)
+    assert commands_in(capsys.readouterr().out) == set()
