@@ -16,6 +16,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.runner import code_digest, externals, fingerprint
 from mlxchat.runner import store as store_module
 from mlxchat.runner.plan import flatten_config, order_steps, pin_externals
+from mlxchat.runner.stage import read_stage
 
 CHAIN = {
     "one": {"stage": "make"},
@@ -200,6 +201,16 @@ def test_an_excluded_setting_leaves_everything_done(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.toy.cadence, toys.config.machine = 99, {"threads": 1}
     assert set(reasons(toys).values()) == {("done", "")}
+
+
+def test_a_seed_of_the_data_that_stays_is_no_change(toys: Any) -> None:
+    """The reason was "data_seed absent → 42, seed 42 → 1", although the data's seed had been 42 before."""
+    file = toys.package / "make.py"
+    file.write_text(f'SEEDED = "both"\n{file.read_text()}')
+    read_stage.cache_clear()
+    toys.run(toys.plan(CHAIN))
+    assert reasons(toys, seed=2, data_seed=1)["one"] == ("run", "config changed: seed 1 → 2")
+    assert reasons(toys, seed=1, data_seed=2)["one"] == ("run", "config changed: data_seed 1 → 2")
 
 
 def test_another_seed_is_another_artifact(toys: Any) -> None:
