@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,7 @@ ARGUMENTS = {
 
 PRELUDE = """
 import sys
+import time
 for name in ("ctypes", "_ctypes"):
     sys.modules.pop(name, None)
 import ctypes, errno, os
@@ -388,3 +390,36 @@ def test_the_numbers_of_the_attacks_are_those_of_the_kernels_headers(machine: st
     ours = {name: numbers[machine == "aarch64"] for name, numbers in FORBIDDEN.items()}
     for name, number in ours.items():
         assert number is None or int(found.get(name, number)) == number, name
+
+
+@pytest.mark.parametrize("protections", [("namespaces", "landlock", "seccomp"), ("landlock", "seccomp")], ids=len)
+def test_a_program_dies_with_the_process_that_started_it(protections: tuple[str, ...], tmp_path: Path) -> None:
+    if not set(protections) <= set(protections_here()):
+        pytest.skip("this system does not offer it")
+    code = (
+        f"import tempfile\ntempfile.tempdir = {str(tmp_path)!r}\n"
+        "from mlxchat.sandbox.programs import run_program\n"
+        f"run_program('while True:\\n    pass', seconds=60, protections={protections!r})"
+    )
+
+    def running() -> list[str]:
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(place.joinpath("cwd").readlink()).startswith(str(tmp_path)):
+                    found.append(place.name)
+            except OSError:
+                continue
+        return found
+
+    expected = 3 if "namespaces" in protections else 1  # two processes wait for the program
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        until = time.monotonic() + 60
+        while len(running()) < expected and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(running()) == expected
+        parent.kill()
+    until = time.monotonic() + 60
+    while running() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert running() == []
