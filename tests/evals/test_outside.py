@@ -78,7 +78,7 @@ def test_our_checkpoint_opened_by_mlx_lm_has_the_same_results_on_core(
 
     def evaluate(model: LanguageModel, tokenizer: Any, work: str) -> dict[str, Any]:
         return evaluate_core(
-            model, tokenizer, tmp_path / "bundle", max_per_task=None, tasks=None, batch_tokens=400,
+            model, tokenizer, tmp_path / "bundle", max_per_task=None, tasks=None, long_prompts="cut", batch_tokens=400,
             work=tmp_path / work, progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()),
         ).to_dict()  # fmt: skip
 

@@ -39,6 +39,7 @@ NOT_IDENTITY = {
     "pretrain.core.sha256",
     "pretrain.core.max_per_task",
     "pretrain.core.tasks",
+    "pretrain.core.long_prompts",
     "pretrain.core_every",
     "pretrain.core_max_per_task",
     "pretrain.train_bpb_tokens",
