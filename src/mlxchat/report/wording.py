@@ -68,7 +68,7 @@ def format_bytes(size: float | None) -> str:
 
 
 def format_value(value: object) -> str:
-    """Return a setting or version as text; numbers are grouped by thousands and have at least 6 digits."""
+    """Return a setting or version as text; numbers are grouped by thousands, below a million with up to 6 digits."""
     if isinstance(value, bool) or number(value) is None:
         return text(value) or ABSENT
     assert isinstance(value, int | float)
