@@ -95,6 +95,11 @@ def test_chat_and_serve_name_the_model_and_its_run(verb: str, say: Any) -> None:
     assert f"model: sft of run quickstart ({CHAT}, 2026-01-01 00:00)" in lines
 
 
+def test_chat_says_how_a_question_is_asked(say: Any) -> None:
+    code, said = say(("chat", "Who are you?"), "")
+    assert (code, said.endswith("mlxchat chat -p 'Who are you?'\n")) == (2, True)
+
+
 def test_chat_refuses_two_models(say: Any) -> None:
     assert say(("chat", "sft", "--model", "pretrain"), "")[0] == 2
 

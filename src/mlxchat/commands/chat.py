@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
@@ -38,6 +39,10 @@ def main(arguments: list[str]) -> int:
     names, settings = take_names(options.settings, "chat", 0, 1, "[ID] [-p QUESTION]")
     if names and options.model:
         raise ConfigError(f"two models are named, {names[0]} and --model {options.model}; expected one")
+    if names and " " in names[0]:
+        raise ConfigError(
+            f'"{names[0]}" is no model. To ask it: mlxchat chat -p {shlex.quote(names[0])}'
+        )
     options.model = options.model or (names[0] if names else None)
     if (options.model or "").startswith("hf:"):
         return _chat_with_another(options)
