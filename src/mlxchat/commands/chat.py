@@ -40,9 +40,7 @@ def main(arguments: list[str]) -> int:
     if names and options.model:
         raise ConfigError(f"two models are named, {names[0]} and --model {options.model}; expected one")
     if names and " " in names[0]:
-        raise ConfigError(
-            f'"{names[0]}" is no model. To ask it: mlxchat chat -p {shlex.quote(names[0])}'
-        )
+        raise ConfigError(f'"{names[0]}" is no model. To ask it: mlxchat chat -p {shlex.quote(names[0])}')
     options.model = options.model or (names[0] if names else None)
     if (options.model or "").startswith("hf:"):
         return _chat_with_another(options)
