@@ -22,7 +22,6 @@ from mlxchat.model.parameters import trained_parameters
 from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.model.weights import init_weights
 from mlxchat.ops.device import backend, describe_device
-from mlxchat.ops.peak import measure_peak_flops, peak_flops
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates, rates_at
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
@@ -30,6 +29,7 @@ from mlxchat.runner.progress import Progress
 from mlxchat.training.adapting import rule_of
 from mlxchat.training.loop import prepare_machine
 from mlxchat.training.micro_batch import Training, find_device, forward_tokens, rows_at_a_time
+from mlxchat.training.peak import measure_peak_flops, peak_flops
 from mlxchat.training.step import TrainStep, mean_batch
 
 # A part is timed so often after it was compiled; a median of three is enough for a share.

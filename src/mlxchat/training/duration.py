@@ -57,7 +57,7 @@ def estimate_pretraining(
 
 def _share_of_peak(config: Config) -> float | None:
     from mlxchat.ops.device import select_device
-    from mlxchat.ops.peak import peak_flops  # imports MLX
+    from mlxchat.training.peak import peak_flops  # imports MLX
 
     peak = peak_flops(select_device(config.machine.device, config.machine.compute_dtype))
     return None if peak is None else _SHARE_OF_PEAK * peak

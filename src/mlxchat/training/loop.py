@@ -17,7 +17,6 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.sizing import flops_per_token
 from mlxchat.ops import blas
 from mlxchat.ops.device import backend, select_device
-from mlxchat.ops.peak import measure_peak_flops, peak_flops
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.runner.context import Context
@@ -25,6 +24,7 @@ from mlxchat.runner.crash import crash_point
 from mlxchat.training.best import Best
 from mlxchat.training.meter import Meter
 from mlxchat.training.micro_batch import MOST_TOKENS
+from mlxchat.training.peak import measure_peak_flops, peak_flops
 from mlxchat.training.resume import load_finished, load_state, save_finished, save_state
 from mlxchat.training.step import Batch
 from mlxchat.training.teacher import Distillation

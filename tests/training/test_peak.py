@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.ops import peak
-from mlxchat.ops.peak import measure_peak_flops, measured_peak_flops, peak_flops, tabled_peak_flops
+from mlxchat.training import peak
+from mlxchat.training.peak import measure_peak_flops, measured_peak_flops, peak_flops, tabled_peak_flops
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
+from mlxchat.hub.cache import cache_folder, write_json
 from mlxchat.ops.device import backend
 from mlxchat.ops.lanes import Lanes
 
@@ -78,8 +79,6 @@ def measure_peak_flops(seconds: float = 0.3) -> float:
 
 def _best_kept(rate: float) -> float:
     """Return the larger of a rate and the kept one of this machine, and keep it."""
-    from mlxchat.hub.cache import cache_folder, write_json
-
     path, key = cache_folder() / "peaks.json", f"{platform.node()}, {len(Lanes())} cores, mlx {version('mlx')}"
     try:
         kept = json.loads(path.read_bytes())
