@@ -378,6 +378,42 @@ for file in range(2000):
         assert run_program(kinds).output.split() == ["device", "pipe", "pipe", "pipe", "pipe"]
 
 
+THREADS = """
+import mmap
+# clone(flags, stack, ...) by hand: each thread takes 64 bytes and sleeps in pause().
+memory = mmap.mmap(-1, 1 << 20, prot=7)
+memory.write(bytes.fromhex("b838000000 4d31d2 4d31c0 0f05 85c0 7509 b822000000 0f05 ebf7 c3"))
+place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+clone = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)(place)
+made = 0
+while made < 2500 and clone(0x3D0F00, place + 65536 + 64 * made, place + 8192) > 0:
+    made += 1
+print(made)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="machine code of x86")
+def test_number_of_threads_is_limited_for_root() -> None:
+    """RLIMIT_NPROC exempts root: one program took every process number of the machine."""
+    outcome = run_program(PRELUDE + THREADS, seconds=20)
+    assert 0 < int(outcome.output) < 2000
+
+
+def test_bytes_written_are_limited_without_namespaces() -> None:
+    """Only the size of each file was limited, so many files filled the disk."""
+    code = """
+for index in range(60):
+    with open(str(index), "wb") as file:
+        file.write(bytes(2 << 20))
+import time
+time.sleep(15)
+"""
+    outcome = run_program(code, seconds=20, protections=["landlock", "seccomp"])
+    if not {"landlock", "seccomp"} <= set(outcome.protections):
+        pytest.skip("this system does not offer them")
+    assert outcome.status == "output"
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_the_numbers_of_the_attacks_are_those_of_the_kernels_headers(machine: str) -> None:
     import re

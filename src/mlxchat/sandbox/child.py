@@ -26,6 +26,7 @@ from typing import Any
 _NEW_NAMESPACES = 0x10000000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000  # user, PID, net, IPC, mount
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 _MNT_DETACH, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY, _MOUNT_SETATTR = 2, -100, 0x8000, 1, 442
+_UNUSED_USER = 65534  # nobody
 _PDEATHSIG, _SET_SECCOMP, _NO_NEW_PRIVILEGES, _FILTER_MODE = 1, 22, 38, 2
 _CAPSET, _PIVOT_ROOT = {"x86_64": (126, 155), "aarch64": (91, 41)}.get(os.uname().machine, (None, None))
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
@@ -127,6 +128,10 @@ def _confine(orders: dict[str, Any], *, files: int) -> list[str]:
     in_force = ["limits"]
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
+    if os.getuid() == 0:
+        # RLIMIT_NPROC exempts processes whose real user is root. Access to files depends on the effective user.
+        with contextlib.suppress(OSError):
+            os.setresuid(_UNUSED_USER, 0, 0)
     libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != orders["parent"]:
         os._exit(1)  # it died before the line above
@@ -189,7 +194,7 @@ def _enter_namespaces(libc: Any, folder: str, readable: list[str]) -> bool:
 
     The folder becomes a small file system in memory. Child processes are in a PID namespace of their own.
     """
-    user, group = os.getuid(), os.getgid()
+    user, group = os.geteuid(), os.getegid()
     if libc.unshare(_NEW_NAMESPACES) != 0:
         return False
     try:

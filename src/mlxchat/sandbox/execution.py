@@ -28,6 +28,7 @@ _MOST_OUTPUT_BYTES = 1 << 20
 _KEPT_OUTPUT_BYTES = 16 << 10
 _LONGEST_SAYING = 256
 _MOST_FILE_BYTES = 4 << 20
+_MOST_WRITTEN_BYTES = 64 << 20  # over all files, where the folder is not a small file system of its own
 _MOST_PROCESSES = 32
 _START_SECONDS = 60.0  # an interpreter starts in 0.05; a busy machine may take its time
 _LOOK_SECONDS = 0.1
@@ -42,7 +43,7 @@ class Outcome:
     passed: bool
     """Whether the whole program was executed, its last line included."""
     status: str
-    """passed, failed (an error, an early exit), timeout, memory or output (it printed too much)."""
+    """passed, failed (an error, an early exit), timeout, memory or output (it printed or wrote too much)."""
     output: str
     """What it printed, errors included; the first 16 KiB."""
     seconds: float = 0.0
@@ -161,10 +162,12 @@ class Run:
                         return self._verdict(answered, process, printed)
                 if self.printed_bytes > _MOST_OUTPUT_BYTES:
                     return "output"
-                if self.in_force is not None and not self.confined and time.monotonic() > look_at:
+                if self.in_force is not None and time.monotonic() > look_at:
                     look_at = time.monotonic() + _LOOK_SECONDS
-                    if watch.look() > self.memory_bytes:
+                    if not self.confined and watch.look() > self.memory_bytes:
                         return "memory"
+                    if "namespaces" not in self.in_force and watch.written() > _MOST_WRITTEN_BYTES:
+                        return "output"
         self._drain(printed)
         return "timeout"
 

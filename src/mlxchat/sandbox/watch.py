@@ -39,6 +39,16 @@ class Watch:
                     self._known[pid] = started
         return sum(resident for pid, (_, resident, _) in table.items() if pid in self._known)
 
+    def written(self) -> int:
+        """Return how many bytes the first process has written so far, to any file or pipe; 0 where it is unknown."""
+        try:
+            lines = (_PROC / str(self._root) / "io").read_text().splitlines()
+        except OSError:
+            return 0
+        counts = {name: int(value) for name, _, value in (line.partition(": ") for line in lines)}
+        # The second also counts pages that were changed through a mapping of a file on a disk.
+        return max(counts.get("wchar", 0), counts.get("write_bytes", 0))
+
     def kill(self) -> None:
         """Kill what is left of them, until a look finds none. The first process is its parent's business."""
         for _ in range(_KILL_ROUNDS):
