@@ -126,6 +126,24 @@ def test_lists_of_lists_of_lists_stay_small() -> None:
     refused(data + b".", "something left over")
 
 
+def nested_tuples(levels: int) -> bytes:
+    """Return the opcodes of a tuple with 10^levels items in a few bytes: ten references to the level below, each."""
+    data = b"Nq\x00"
+    for level in range(levels):
+        data += b"(" + (b"h" + bytes([level])) * 10 + b"tq" + bytes([level + 1])
+    return data
+
+
+def test_messages_write_out_no_container(tmp_path: Path, lay: Lay) -> None:
+    """A name or storage that was a tuple of tuples became text of gigabytes for the error message."""
+    refused(b"\x80\x02" + nested_tuples(6) + b"h\x06\x93.", "asks for tuple.tuple")
+    refused(b"\x80\x02)" + b"\x85" * 100_000 + b"N\x93.", "asks for tuple.None", watched=False)
+    path = tmp_path / "model_000001.pt"
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nh\x06X\x03\0\0\0cpuK\x00tQ."
+    lay.write_zip(path, {"data.pkl": b"\x80\x02" + nested_tuples(6) + storage})
+    refuse_file(path, "data/tuple are not in it")
+
+
 def test_deep_nesting_does_not_recurse() -> None:
     value = reading(b"\x80\x02N" + b"\x85" * 100_000 + b".")
     assert isinstance(value, tuple)

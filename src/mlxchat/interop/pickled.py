@@ -82,6 +82,19 @@ def read_pickle(
         raise DataError(f"{where} is not {what} that can be read ({reason}). Nothing of it was run.") from None
 
 
+def brief(value: Any) -> str:
+    """Return a value of a pickle for a message: the beginning of a text, a number, or the name of another type.
+
+    A container is never written out: a few bytes can make one whose text fills any memory.
+    """
+    if type(value) is str:
+        return value[:80]
+    if type(value) is bytes:
+        return repr(value[:80])
+    short = value is None or (type(value) is int and value.bit_length() <= 64)
+    return str(value) if short else type(value).__name__
+
+
 class _Machine:
     """The stack and the memo of one pickle."""
 
@@ -176,7 +189,7 @@ class _Machine:
     def _name(self, module: Any, name: Any) -> None:
         known = self._names.get((module, name)) if type(module) is str and type(name) is str else None
         if known is None:
-            raise _Refused(f"it asks for {str(module)[:80]}.{str(name)[:80]}, which such a file does not need")
+            raise _Refused(f"it asks for {brief(module)}.{brief(name)}, which such a file does not need")
         self._push(known)
 
     def _stack_name(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlxchat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from mlxchat.errors import DataError
-from mlxchat.interop.pickled import MOST_BYTES, Made, Maker, read_pickle
+from mlxchat.interop.pickled import MOST_BYTES, Made, Maker, brief, read_pickle
 from mlxchat.interop.torch_file import TorchFile, TorchTensor
 
 _WHAT = "a tokenizer of nanochat's"
@@ -34,7 +34,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     state = content.state if isinstance(content, Made) else None
     if isinstance(state, str):
         raise DataError(
-            f"{where} only names the encoding {state!r} and holds no vocabulary. Save the model's own tokenizer"
+            f"{where} only names the encoding {brief(state)!r} and holds no vocabulary. Save the model's own tokenizer"
         )
     if not isinstance(state, dict):
         raise DataError(f"{where} is not {_WHAT}: it holds no tiktoken encoding")
@@ -56,7 +56,7 @@ def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -
     for name in sorted(expected.keys() | special.keys(), key=str):
         if expected.get(name) != special.get(name):
             raise DataError(
-                f"{where}: the special token {str(name)[:40]} has id {special.get(name)}, expected "
+                f"{where}: the special token {brief(name)} has id {brief(special.get(name))}, expected "
                 f"{expected.get(name)}. Only nanochat's nine special tokens, after all others, are read"
             )
 

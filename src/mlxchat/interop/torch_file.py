@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlxchat.errors import DataError
-from mlxchat.interop.pickled import MOST_BYTES, Maker, OrderedNames, read_pickle
+from mlxchat.interop.pickled import MOST_BYTES, Maker, OrderedNames, brief, read_pickle
 from mlxchat.interop.torch_zip import Member, list_members
 
 _PIECE_BYTES = 4 << 20
@@ -122,7 +122,7 @@ class TorchFile:
         if not isinstance(content, dict) or not content:
             raise DataError(f"{self.where} holds no dictionary of tensors, as a model's file does")
         others = [
-            str(key)[:80] for key, value in content.items() if type(key) is not str or type(value) is not TorchTensor
+            brief(key) for key, value in content.items() if type(key) is not str or type(value) is not TorchTensor
         ]
         if others:
             raise DataError(f"{self.where} holds more than tensors by name: {', '.join(others[:3])}")
@@ -186,7 +186,7 @@ class TorchFile:
             raise DataError(f"{self.where} cannot be read: it refers to something that is no storage")
         member = self._members.get(f"data/{name}") if type(name) is str else None
         if member is None:
-            raise DataError(f"{self.where} is damaged: the numbers data/{str(name)[:40]} are not in it")
+            raise DataError(f"{self.where} is damaged: the numbers data/{brief(name)} are not in it")
         if count * dtype.bytes != member.bytes:
             raise DataError(
                 f"{self.where} is damaged: data/{name} has {member.bytes:,} bytes, not {count} {dtype.name}"
