@@ -277,4 +277,4 @@ def test_an_import_needs_little_memory_beside_the_file(tmp_path: Path, lay: Lay)
 
 def test_the_id_of_an_import_is_the_same_everywhere(twin: Twins) -> None:
     steps = plan(*RL, f"imported.folder={twin('golden', random=False).folder}")
-    assert steps["imported"].rid == "uvvatwuic763ebsrscyv7bfztztfjlqiecy5ondrfvhkcihosxqa"
+    assert steps["imported"].rid == "mdymr4hx2qihgryagyec3jce7jz3mykuepkliun45rwkzyorovha"

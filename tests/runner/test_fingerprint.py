@@ -108,8 +108,6 @@ READ_BY: dict[str, set[str]] = {
     "outside": set(),  # its pipeline has another model
     "imported": set(),  # its pipelines, too
     "seed": {
-        "corpus",
-        "tokenizer",
         "pretrain",
         "midtrain",
         "sft",
@@ -119,6 +117,7 @@ READ_BY: dict[str, set[str]] = {
         "eval_sft",
         "eval_rl",
     },
+    "data_seed": {"corpus", "tokenizer", "midtrain", "sft"},
 }
 
 plain_data = st.recursive(
@@ -196,7 +195,9 @@ def changed(path: str) -> Config:
 def ids(config: Config) -> dict[str, str]:
     """Return step → id."""
     store = Store(Path("/nonexistent"))
-    plan = make_plan(config, config.pipeline, store, targets=None, seed=config.seed, force=[])
+    plan = make_plan(
+        config, config.pipeline, store, targets=None, seed=config.seed, data_seed=config.data_seed, force=[]
+    )
     return {step.name: step.rid for step in plan}
 
 
