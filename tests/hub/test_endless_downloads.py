@@ -110,6 +110,10 @@ ENDLESS: dict[str, tuple[Answer, int]] = {
     "Range is ignored and every answer is cut": (cut, 7),
     "one byte more each time": (lambda request, number, start: rest(request, start, 1), 20),
     "a whole file, one byte longer each time": (lambda request, number, start: rest(request, 0, 1000 + number), 20),
+    "a whole file, longer each time, and cut before its end": (
+        lambda request, number, start: rest(request, 0, 1000 + number, Content_Length=str(1002 + number)),
+        20,
+    ),
     "nothing": (lambda request, number, start: rest(request, start, 0), 6),
     "another range": (continued(9, Content_Range="bytes 7-9/10"), 12),
     "no Content-Range": (continued(9, Content_Range=""), 12),
@@ -129,6 +133,7 @@ ENDLESS: dict[str, tuple[Answer, int]] = {
 SIZES: dict[str, tuple[int | None, ...]] = {
     "a length that is too short": (WHOLE,),
     "a length that is too long": (None,),
+    "a whole file, longer each time, and cut before its end": (None,),
 }
 
 

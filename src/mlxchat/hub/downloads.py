@@ -119,6 +119,8 @@ class _Transfer:
         self.on_bytes = on_bytes
         self.received = 0
         self.size = wanted.bytes
+        self.sizes: set[int] = set()
+        """Sizes that the server said; more than one: it cannot be believed."""
         self.facts: dict[str, Any] = {}
         self.mark = 0
         """Length of the part when an attempt last made enough progress."""
@@ -173,9 +175,10 @@ class _Transfer:
         """Return how long the part must be for the failures to count from zero again.
 
         Bytes below the longest part so far are no progress (a server without Range sends them again and again), and a
-        few more are not enough: a 64th of what is left, at most a block. A file of unknown length must double.
+        few more are not enough: a 64th of what is left, at most a block. A file whose length is unknown, or another one
+        in each answer, must double.
         """
-        if self.size is None:
+        if self.size is None or len(self.sizes) > 1:
             return max(2 * self.mark, BLOCK_BYTES)
         return self.mark + max(1, min(BLOCK_BYTES, (self.size - self.mark) // 64))
 
@@ -222,6 +225,7 @@ class _Transfer:
             length = answer.headers.get("Content-Length")
             if self.size is None and length is not None and length.isdigit():
                 self.size = start + int(length)
+                self.sizes.add(self.size)
             if self.wanted.bytes is None and self.size is not None:  # nobody could look for room before
                 check_space(self.target.parent, self.size - start, self.wanted.name)
             self.facts = {"bytes": self.size, "etag": answer.headers.get("ETag")}
