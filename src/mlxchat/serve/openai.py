@@ -16,7 +16,7 @@ from mlxchat.serve.choices import Choice, Echo, choices_of, usage_of
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.listening import EventStream, measured, while_connected
 from mlxchat.serve.models import Model
-from mlxchat.serve.prompts import ChatPrompt, chat_prompt, requests_for
+from mlxchat.serve.prompts import ChatPrompt, chat_prompt, check_choices, requests_for
 from mlxchat.serve.schemas import ChatRequest, Generation, TextRequest
 from mlxchat.serve.service import Service
 from mlxchat.serve.worker import Answer
@@ -185,6 +185,7 @@ def _text_prompts(service: Service, model: Model, body: TextRequest) -> list[tup
         given = [given]
     if not given:
         raise Fault("prompt is an empty list", param="prompt")
+    check_choices(len(given) * body.n, limits)  # before any of them is encoded
     found: list[tuple[list[int], Echo]] = []
     for prompt in given:
         if len(prompt) > limits.max_conversation_chars:

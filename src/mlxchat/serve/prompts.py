@@ -90,8 +90,7 @@ def requests_for(
         Fault: a prompt leaves no room in the context, or the body asks for what there is not.
     """
     _refuse_unsupported(body)
-    if len(prompts) * body.n > limits.max_choices:
-        raise Fault(f"{len(prompts) * body.n} choices are asked for, at most {limits.max_choices} may be", param="n")
+    check_choices(len(prompts) * body.n, limits)
     if max_tokens is not None and max_tokens > limits.max_tokens:
         raise Fault(f"max_tokens is {max_tokens}, at most {limits.max_tokens} may be asked for", param="max_tokens")
     stop = tuple(body.stop or ())
@@ -129,6 +128,12 @@ def requests_for(
                 )
             )  # fmt: skip
     return found
+
+
+def check_choices(count: int, limits: Limits) -> None:
+    """Raise a Fault if a request has more choices than the server computes for one."""
+    if count > limits.max_choices:
+        raise Fault(f"{count} choices are asked for, at most {limits.max_choices} may be", param="n")
 
 
 def _refuse_unsupported(body: Generation) -> None:

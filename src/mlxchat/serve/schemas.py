@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
+
+class _FirstOnly(FailFast):
+    """A list reports its first bad item only: errors of 300,000 items block the event loop."""
+
+    __hash__ = object.__hash__  # for unions
+
+
+_FIRST_ONLY = _FirstOnly()
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Tokens = Annotated[int, Field(ge=1)]
-Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Strings = Annotated[list[str], _FIRST_ONLY, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """One string or several."""
 # Numbers in quotes, and true for 1, are somebody's mistake: OpenAI's servers refuse them too.
 _STRICT = ConfigDict(strict=True)
@@ -50,7 +58,7 @@ class Generation(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
     """auto: leave out the oldest turns of a conversation that exceeds the limits or the model's context; system
     messages stay. The response counts them in `mlxchat.truncated_turns`."""
@@ -62,13 +70,13 @@ class Message(BaseModel):
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], _FIRST_ONLY] | None = None
 
 
 class ChatRequest(Generation):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], _FIRST_ONLY] = Field(min_length=1)
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -79,7 +87,12 @@ class ChatRequest(Generation):
 class TextRequest(Generation):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    prompt: (
+        str
+        | Annotated[list[str], _FIRST_ONLY]
+        | Annotated[list[int], _FIRST_ONLY]
+        | Annotated[list[Annotated[list[int], _FIRST_ONLY]], _FIRST_ONLY]
+    ) = ""
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     suffix: str | None = None
@@ -98,7 +111,7 @@ class NanochatMessage(BaseModel):
 class NanochatRequest(BaseModel):
     """Body of nanochat's /chat/completions."""
 
-    messages: list[NanochatMessage] = Field(min_length=1)
+    messages: Annotated[list[NanochatMessage], _FIRST_ONLY] = Field(min_length=1)
     temperature: Temperature | None = None
     max_tokens: Tokens | None = None
     top_k: Annotated[int, Field(ge=0, le=200)] | None = None
