@@ -112,3 +112,10 @@ def test_time_is_linear_in_the_length_of_the_text(node: Callable[..., Any], unit
 )  # fmt: skip
 def test_blocks_and_marks_become_elements(node: Callable[..., Any], text: str, html: str) -> None:
     assert node("markdown.js", RUN, [text]) == [html]
+
+
+@pytest.mark.parametrize("unit", ["a\n", "*a* ", "> *a* b\n", "a|b\n|-|-\n*a*|*b*\n", "- a\n"], ids=repr)
+def test_long_text_does_not_overflow_the_stack(node: Callable[..., Any], unit: str) -> None:
+    """A paragraph of 70,000 lines was a call with 140,000 arguments, and the page showed nothing."""
+    [html] = node("markdown.js", RUN, [unit * 70_000])
+    assert html.count("a") >= 70_000

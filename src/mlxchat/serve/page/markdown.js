@@ -15,7 +15,7 @@ export function shown(text) {
   return text.replace(TURNING, "\ufffd");
 }
 
-/** Return an element with children, which are nodes or text. */
+/** Return an element with children: nodes, text, and lists of them (a call with 100,000 arguments overflows the stack). */
 export function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -23,7 +23,7 @@ export function make(name, attributes = {}, ...children) {
     else if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
     else element.setAttribute(key, value);
   }
-  element.append(...children);
+  for (const child of children.flat()) element.append(child);
   return element;
 }
 
@@ -44,7 +44,7 @@ export function renderMarkdown(text, copy, depth = 0) {
       at += 1;
       nodes.push(codeBlock(body.join("\n"), language, copy));
     } else if ((match = HEADING.exec(line))) {
-      nodes.push(make(`h${Math.min(5, match[1].length + 1)}`, {}, ...renderInline(headingText(line.slice(match[0].length)))));
+      nodes.push(make(`h${Math.min(5, match[1].length + 1)}`, {}, renderInline(headingText(line.slice(match[0].length)))));
       at += 1;
     } else if (isRule(line)) {
       nodes.push(make("hr"));
@@ -52,7 +52,7 @@ export function renderMarkdown(text, copy, depth = 0) {
     } else if (/^ {0,3}>/.test(line) && depth < DEEPEST) {
       const body = [];
       for (; at < lines.length && /^ {0,3}>/.test(lines[at]); at += 1) body.push(lines[at].replace(/^ {0,3}> ?/, ""));
-      nodes.push(make("blockquote", {}, ...renderMarkdown(body.join("\n"), copy, depth + 1)));
+      nodes.push(make("blockquote", {}, renderMarkdown(body.join("\n"), copy, depth + 1)));
     } else if (ITEM.test(line) && depth < DEEPEST) {
       const end = endOfList(lines, at);
       nodes.push(list(lines.slice(at, end), copy, depth));
@@ -64,7 +64,7 @@ export function renderMarkdown(text, copy, depth = 0) {
     } else {
       const body = [line];
       for (at += 1; at < lines.length && lines[at].trim() && !begins(lines[at]); at += 1) body.push(lines[at]);
-      nodes.push(make("p", {}, ...withBreaks(body)));
+      nodes.push(make("p", {}, withBreaks(body)));
     }
   }
   return nodes;
@@ -174,7 +174,7 @@ function list(lines, copy, depth) {
   for (const item of items) {
     const nodes = item.length === 1 ? renderInline(item[0])
       : [...renderInline(item[0]), ...renderMarkdown(item.slice(1).join("\n"), copy, depth + 1)];
-    made.append(make("li", {}, ...nodes));
+    made.append(make("li", {}, nodes));
   }
   return made;
 }
@@ -182,11 +182,11 @@ function list(lines, copy, depth) {
 function table(rows) {
   const [head, divider, ...body] = rows.map(cells);
   const side = divider.map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "centre" : "right") : ""));
-  const line = (name, extra) => (row) => make("tr", {}, ...row.map((cell, at) => {
-    return make(name, { ...(side[at] ? { class: side[at] } : {}), ...extra }, ...renderInline(cell));
+  const line = (name, extra) => (row) => make("tr", {}, row.map((cell, at) => {
+    return make(name, { ...(side[at] ? { class: side[at] } : {}), ...extra }, renderInline(cell));
   }));
   return make("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": "Table" },
-    make("table", {}, make("thead", {}, line("th", { scope: "col" })(head)), make("tbody", {}, ...body.map(line("td", {})))));
+    make("table", {}, make("thead", {}, line("th", { scope: "col" })(head)), make("tbody", {}, body.map(line("td", {})))));
 }
 
 function code(text, at) {
@@ -214,7 +214,7 @@ function stressed(text, at, depth, unclosed) {
     return null;
   }
   const name = char === "~" ? "del" : double ? "strong" : "em";
-  return { node: make(name, {}, ...renderInline(text.slice(begin, end), depth + 1)), end: end + mark.length };
+  return { node: make(name, {}, renderInline(text.slice(begin, end), depth + 1)), end: end + mark.length };
 }
 
 function link(text, at, depth) {
