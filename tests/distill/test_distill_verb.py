@@ -586,6 +586,13 @@ def test_a_limit_of_money_needs_a_limit_of_tokens(ask: Callable[..., int], teach
     assert teacher.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
 
 
+@pytest.mark.parametrize("field", ["n", "best_of"])
+def test_a_request_cannot_ask_for_several_answers(ask: Callable[..., int], field: str) -> None:
+    """Endpoints bill all best_of answers, --max-cost counted one."""
+    with pytest.raises(ConfigError, match=f"--body {field} cannot be set"):
+        ask(*LIMITED, "--body", f"{field}=5")
+
+
 def test_so_many_requests_a_minute(ask: Callable[..., int], teacher: Teacher) -> None:
     ask("--rpm", "1200", "--concurrency", "6")
     assert teacher.times[-1] - teacher.times[0] >= 5 * 60 / 1200 * 0.95

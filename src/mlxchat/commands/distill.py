@@ -129,7 +129,7 @@ def _read(options: Namespace) -> tuple[dict[str, Any], dict[str, Path], TaskItem
             body[name] = json.loads(value)
         except ValueError:
             problems.append(f"--body {pair}: expected KEY=JSON, such as top_k=20 or 'stop=[\"###\"]'")
-        if name in ("messages", "model", "stream", "n") and equals:
+        if name in ("messages", "model", "stream", "n", "best_of") and equals:
             problems.append(f"--body {name} cannot be set: distill needs it as it is")
     if options.max_cost is not None and not _bounds(options, body):
         problems.append("--max-cost needs a bound of answers: --body leaves out max_tokens, and names none instead")
