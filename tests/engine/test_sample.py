@@ -98,3 +98,13 @@ def test_impossible_settings_are_all_told() -> None:
     bad = Sampling(temperature=-1, top_k=0, top_p=1.5, min_p=0, repetition_penalty=0)
     assert len(bad.problems()) == 5
     assert not Sampling(temperature=2, top_k=1, top_p=1, min_p=1, repetition_penalty=1).problems()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("settings", [{"temperature": 1e-300}, {"temperature": 1e-300, "repetition_penalty": 1e-300}])
+def test_smallest_temperature_takes_the_most_likely_token(settings: dict[str, Any]) -> None:
+    """Division by a float32 zero made all probabilities NaN, and the last token was taken."""
+    logits = np.array([1.0, 3.0, 2.0, -1.0], dtype=np.float32)
+    for limits in LIMITS:
+        sampling = Sampling(**settings, **limits)
+        assert sample_token(logits, sampling, np.random.default_rng(0), said=[1]) == 1

@@ -15,6 +15,8 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 # The best of each block bound the k-th best from below, in one pass.
 _BLOCK = 64
+# Divisors of logits are at least so much: quotients by smaller ones overflow float32. All of them mean greedy.
+_LEAST_DIVISOR = 1e-15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def distribution(logits: Array, sampling: Sampling, said: Iterable[int] = ()) ->
     if sampling.top_k is not None and sampling.top_k < len(logits):
         ids = _best(logits, sampling.top_k)
         logits = logits[ids]
-    scores = (logits / np.float32(sampling.temperature)).astype(np.float64)
+    scores = (logits / np.float32(max(sampling.temperature, _LEAST_DIVISOR))).astype(np.float64)
     weights = np.exp(scores - scores.max())
     if sampling.top_p is not None and sampling.top_p < 1:
         order = np.argsort(-weights, kind="stable")
@@ -123,5 +125,5 @@ def _penalised(logits: Array, penalty: float | None, said: Iterable[int]) -> Arr
     tokens = np.unique(np.fromiter(said, dtype=np.int64))
     logits = logits.copy()
     found = logits[tokens]
-    logits[tokens] = np.where(found > 0, found / penalty, found * penalty)
+    logits[tokens] = np.where(found > 0, found / max(penalty, _LEAST_DIVISOR), found * penalty)
     return logits
