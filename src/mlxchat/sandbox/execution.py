@@ -166,10 +166,21 @@ class Run:
                     look_at = time.monotonic() + _LOOK_SECONDS
                     if not self.confined and watch.look() > self.memory_bytes:
                         return "memory"
-                    if "namespaces" not in self.in_force and watch.written() > _MOST_WRITTEN_BYTES:
-                        return "output"
+                    if "namespaces" not in self.in_force:
+                        written = watch.written()
+                        if (self._folder_bytes() if written is None else written) > _MOST_WRITTEN_BYTES:
+                            return "output"
         self._drain(printed)
         return "timeout"
+
+    def _folder_bytes(self) -> int:
+        """Return the size of all files in the folder."""
+        total = 0
+        for place, _, names in os.walk(self.folder):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += Path(place, name).lstat().st_size
+        return total
 
     def _verdict(self, answered: bool, process: subprocess.Popen[bytes], printed: int) -> str:
         """Return the status of a program that will say nothing more."""

@@ -39,12 +39,15 @@ class Watch:
                     self._known[pid] = started
         return sum(resident for pid, (_, resident, _) in table.items() if pid in self._known)
 
-    def written(self) -> int:
-        """Return how many bytes the first process has written so far, to any file or pipe; 0 where it is unknown."""
+    def written(self) -> int | None:
+        """Return how many bytes the first process has written so far, to any file or pipe.
+
+        None: it is unknown, as for root without the capability CAP_SYS_PTRACE.
+        """
         try:
             lines = (_PROC / str(self._root) / "io").read_text().splitlines()
         except OSError:
-            return 0
+            return None
         counts = {name: int(value) for name, _, value in (line.partition(": ") for line in lines)}
         # The second also counts pages that were changed through a mapping of a file on a disk.
         return max(counts.get("wchar", 0), counts.get("write_bytes", 0))
