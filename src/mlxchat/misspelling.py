@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -9,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
 from mlxchat.compose import describe_options
 from mlxchat.config import Config
@@ -18,6 +20,12 @@ from mlxchat.runner.plan import flatten_config
 # Below these the names are the user's own.
 _MAPPINGS = ("pipeline", "suite", "midtrain.mixture", "midtrain.validation", "sft.mixture", "sft.validation")
 _HYDRAS_OWN = ("hydra",)
+# OmegaConf's words for a value of another type, and ours for the type.
+_WRONG_TYPE = re.compile(
+    r"Value '(?P<value>.*)' (?:of type '\w+' could not be converted to |is not a valid )(?P<type>\w+)"
+    r"|field '.*' is not Optional"
+)
+_TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "Boolean": "true or false"}
 
 
 def explain_override(
@@ -42,6 +50,9 @@ def explain_override(
         if "," in value:
             return f"{override}: several values are a sweep; add -m"
         return f'{key} has no option "{value}": {describe_options(groups[group])}.{suggest(value, groups[group])}'
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, ValidationError):
+        return first_line(cause)
     known = [*groups, *_known_keys(Config)]
     present = flatten_config(OmegaConf.to_container(default()))
     present = {**present, **{key.rpartition(".")[0]: None for key in present}}
@@ -52,7 +63,7 @@ def explain_override(
             return f'there is no "{key}" to {"remove" if override.startswith("~") else "set"}{adding}.{hint}'
         if group not in known and key not in present:
             return f'there is no "{key}" to set.{hint}'
-    return f"{override}: {first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)}"
+    return f"{override}: {first_line(cause)}"
 
 
 def unknown_keys(composed: DictConfig) -> list[str]:
@@ -64,6 +75,8 @@ def first_line(error: Exception) -> str:
     """Return what a Hydra or OmegaConf error says in its first line, with the key that it is about."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     where = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key")), "")
+    if where and (wrong := _WRONG_TYPE.match(lines[0])):
+        return f"{where} is {wrong['value'] or 'null'}, expected {_TYPES.get(wrong['type'], 'a value')}"
     return f"{where}: {lines[0]}" if where and where not in lines[0] else lines[0]
 
 
