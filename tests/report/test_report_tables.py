@@ -102,7 +102,7 @@ def test_pass_at_k_and_the_mean_have_standard_errors(whole):
     assert [cell.detail for cell in row(table, "pass@1")[3:]] == ["± 5.0", "± 5.0"]
     tasks = json.loads((whole.folder("eval_sft") / "scores.json").read_text())["tasks"].values()
     error = math.sqrt(sum((task["stderr"] / (1 - task["chance"])) ** 2 for task in tasks)) / len(tasks)
-    assert row(table, "mean centred")[3].detail == f"± {error:.4f}"
+    assert row(table, "mean centred")[3].detail == f"± {error:.3f}"
 
 
 def test_accuracies_have_chance_and_error_beside_them(whole):

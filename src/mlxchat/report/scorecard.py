@@ -129,7 +129,7 @@ def metric_table(report: RunReport) -> Table | None:
         rows.append(row)
     if any(s.mean_centered is not None and s.chatcore is None for s in scores):
         values, errors = [s.mean_centered for s in scores], [mean_centered_stderr(s) for s in scores]
-        row = _row(Cell("mean centred"), values, _four_decimals, errors=errors, show_error=_four_decimals,
+        row = _row(Cell("mean centred"), values, "{:.3f}".format, errors=errors, show_error="{:.3f}".format,
                    best=max if _same_tasks(scores) else None)  # fmt: skip
         rows.append(row)
     for k in sorted({k for column in chosen for k in column.pass_at_k}):

@@ -66,7 +66,8 @@ def _rich_table(table: Table) -> RichTable:
         for cell in row:
             words = Text(visible(cell.text), style="bold green" if cell.is_best else "")
             if cell.detail:
-                words.append(f" {visible(cell.detail)}", style="dim")
+                # Without its space "±" leaves room for four columns at 80 characters.
+                words.append(f" {visible(cell.detail).replace('± ', '±')}", style="dim")
             cells.append(words)
         drawn.add_row(*cells)
     return drawn
