@@ -250,6 +250,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def rows_sum_alike() -> bool:
+    """Whether a row of a matrix product has the same bits whatever the other rows are.
+
+    OpenBLAS's kernels for AVX-512 have this property. Those for AVX2 alone (Haswell, Zen) add up rows beyond a
+    multiple of four in another order.
+    """
+    import mlxchat  # noqa: F401  (before MLX, so that the fast BLAS is loaded first)
+    import mlx.core as mx  # isort: skip
+
+    rows, matrix = (mx.random.normal(shape, key=mx.random.key(0)) for shape in ((8, 64), (64, 256)))
+    return all(mx.array_equal(rows[:count] @ matrix, (rows @ matrix)[:count]).item() for count in (1, 2, 3))
+
+
+@pytest.fixture(scope="session")
 def ranks() -> Any:
     """Several processes in a ring: `ranks.run_ranks` and `ranks.lead_ranks` of tests/distributed/ranks.py."""
     path = Path(__file__).with_name("distributed") / "ranks.py"

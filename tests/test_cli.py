@@ -245,7 +245,8 @@ def test_report_prints_a_table_and_names_the_file_it_wrote(finished: Any, output
 
 def test_chat_answers_one_question(finished: Any, mlxchat: CommandLine) -> None:
     done = mlxchat("chat", "-p", "Who are you?", "--max-tokens", "5", f"outputs={finished.outputs}")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"model: rl of run smoke \(rl-d2-\S+, [\d: -]+\)\n", done.stderr)
     again = mlxchat("chat", f"outputs={finished.outputs}", "-p", "Who are you?", "--max-tokens=5", "--model", "rl")
     assert again.stdout == done.stdout != "", "greedy answers of the same, latest model"
 

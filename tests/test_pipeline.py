@@ -72,7 +72,7 @@ def plan(mlxchat: CommandLine, tiny: tuple[str, ...]) -> Callable[..., dict[str,
     def run(outputs: Path, *settings: str) -> dict[str, tuple[str, str]]:
         done = mlxchat("plan", *tiny, f"outputs={outputs}", *settings)
         assert done.returncode == 0, done.stderr
-        remarks = r" \(([\d.,]+ \w+ with [\d,]+ tokens; )?(~[^()]*|no estimate)\)$"
+        remarks = r" \(([\d.,]+ \w+ with [\d,]+ tokens at a time; )?(~[^()]*|no estimate)\)$"
         lines = [re.sub(remarks, "", line) for line in done.stdout.splitlines()]
         parts = [line.split(maxsplit=3) for line in lines[:-1]]
         return {step: (state, reason[0] if reason else "") for step, state, _, *reason in parts}

@@ -64,9 +64,9 @@ ENDS = [
     ("KILL", 1, 1, "rank 1 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
     ("KILL", 2, 1, "rank 2 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
     ("STOP", 2, 1, "rank 2 (process {pid} on {host}) has said nothing for 4 seconds"),
-    ("TERM", 1, 143, "together stopped: saved at iteration"),
-    ("TERM", 0, 143, "together stopped: saved at iteration"),
-    ("INT", 0, 130, "together stopped: saved at iteration"),
+    ("TERM", 1, 143, "together stopped at iteration"),
+    ("TERM", 0, 143, "together stopped at iteration"),
+    ("INT", 0, 130, "together stopped at iteration"),
     ("KILL", 0, -9, ""),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
+from mlxchat.runner.store import Store, describe_outputs
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
 from mlxchat.serve.worker import load_scheduler
@@ -107,8 +109,19 @@ def test_chat_says_what_rounded_weights_cost_beside_the_answer(
     assert (chat.engine.bits, chat.engine.kv_bits) == (4, 8)
 
 
-def test_serve_logs_it(saved: tuple[GPT, Path], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    wide, folder = saved
+def test_serve_logs_it(
+    saved: tuple[GPT, Path],
+    tokenizer: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    wide, made = saved
+    store = Store(tmp_path_factory.mktemp("quantised") / "outputs")
+    store.prepare()
+    made = shutil.copytree(made, store.outputs / "work" / "sft")
+    files, tree = describe_outputs(made)
+    manifest = {"schema": 2, "rid": "a" * 52, "kind": "checkpoint", "outputs": files, "tree": tree}
+    folder = store.publish(made, "sft-x", manifest)
     model = Model(folder.name, folder, tokenizer, wide.sizes.context_tokens, converses=True)
     with caplog.at_level(logging.INFO, logger="mlxchat.serve"):
         load_scheduler(model, Limits(), bits=8, kv_bits=4)

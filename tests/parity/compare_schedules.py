@@ -135,9 +135,9 @@ def hyperparameters(file: ParityFile) -> Iterator[Line]:
         groups: dict[str, float] = {}
         for number, (settings, row) in enumerate(cases):
             config = _config(variant, tuple(settings.items()), row["depth"])
-            if "error" in row:  # depths that have no whole heads
-                problems = [line for line in find_problems(config) if "model" in line]
-                refused.append((f"d{row['depth']}", bool(problems), True))
+            if "error" in row:  # depths whose heads do not divide the width: ours take the next number that does
+                made = sizes_of(config.model, config.architecture, settings["vocab_size"])
+                refused.append((f"d{row['depth']}", made.width % made.num_heads + len(find_problems(config)), 0))
                 continue
             sizes = sizes_of(config.model, config.architecture, settings["vocab_size"])
             reference = reference_sizes(config.model, config.architecture, config.optimizer, settings["vocab_size"])
@@ -154,7 +154,7 @@ def hyperparameters(file: ParityFile) -> Iterator[Line]:
             groups |= {f"{name} {key}": error for key, error in _group_errors(sizes, config, derived, row)}
         yield same(f"sizes, counts and horizons, {variant}", integers)
         if refused:
-            yield same(f"depths without whole heads are refused, {variant}", refused)
+            yield same(f"depths that nanochat refuses have whole heads, {variant}", refused)
         if scales:
             yield largest(f"scale of rates and weight decay, relative, {variant}", scales, MULTIPLIER)
         yield largest(f"rates and numbers of groups, relative, {variant}", groups, MULTIPLIER)

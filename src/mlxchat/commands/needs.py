@@ -34,12 +34,16 @@ _APPROXIMATE_BYTES = {
 
 def find_sources(config: Config, plan: Iterable[PlannedStep]) -> tuple[list[HubSource], list[UrlSource]]:
     """Return what the tasks and CORE of the steps that are not done read from the Hub and from plain addresses."""
+    from mlxchat.tasks import task_class
+    from mlxchat.tasks.base import Task
     from mlxchat.tasks.hub_task import HubSource
     from mlxchat.tasks.items import load_item
     from mlxchat.tasks.url_file import UrlSource
 
     sections = {name: getattr(config, name) for step in plan if not step.done for name in step.stage.config}
-    found = [source for item in _task_items(sections) for source in load_item(item).needs()]
+    # Bundled tasks need nothing, and reading their text takes seconds.
+    items = [item for item in _task_items(sections) if task_class(item.task).needs is not Task.needs]
+    found = [source for item in items for source in load_item(item).needs()]
     cores = [sections[section].core for section in ("eval", "pretrain") if section in sections]
     found += [UrlSource(core.bundle, core.sha256) for core in cores if core is not None and "://" in core.bundle]
     found = list(dict.fromkeys(found))
