@@ -6,7 +6,7 @@ mlx-lm trained on one of our models become adapters of ours; that model is their
 """
 
 from mlxchat.interop.importing import import_model
-from mlxchat.model.sizing import count_parameters
+from mlxchat.model.sizes import count_parameters
 from mlxchat.runner.context import Context
 
 VERSION = 2

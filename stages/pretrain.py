@@ -14,9 +14,8 @@ from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.rank_model import text_model
 from mlxchat.evals.samples import continue_prompts
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import sizes_of
-from mlxchat.model.weights import init_weights
+from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches

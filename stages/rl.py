@@ -12,7 +12,7 @@ from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.quantised import check_quantised
 from mlxchat.model.adapters import adapters_of
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.parameters import trained_parameters
+from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context

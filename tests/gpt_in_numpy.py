@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.sizes import GPTSizes
 
 
 def numpy_norm(x: np.ndarray) -> np.ndarray:

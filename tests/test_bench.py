@@ -23,9 +23,8 @@ from mlxchat.bench.timing import fill_zero_weights, random_rows
 from mlxchat.cli import main
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import sizes_of
-from mlxchat.model.weights import flatten_parameters, init_weights
+from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
+from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
 

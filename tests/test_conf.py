@@ -20,7 +20,7 @@ from mlxchat.commands.needs import find_downloads
 from mlxchat.compose import Composed, compose_config, group_names, group_options
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
-from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
 from mlxchat.overrides import implied_experiment
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import flatten_config, make_plan

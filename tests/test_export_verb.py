@@ -25,9 +25,8 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.tools import calculate
 from mlxchat.interop.names import architecture_values
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.store import Store, describe_outputs
 
 CommandLine = Callable[..., Any]

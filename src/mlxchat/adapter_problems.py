@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from mlxchat.adapter_config import NO_ADAPTER, AdapterConfig
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.model.adapter_targets import TARGET_GROUPS, AdapterSizes, matrices_of, resolve_targets
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import TARGET_GROUPS, AdapterSizes, GPTSizes, matrices_of, resolve_targets
 
 _KINDS = ("none", "lora", "dora")
 _BITS = (4, 8)

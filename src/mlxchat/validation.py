@@ -11,7 +11,7 @@ from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
 from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import suggest
-from mlxchat.model.sizing import count_heads, sizes_of
+from mlxchat.model.sizes import count_heads, sizes_of
 from mlxchat.number_problems import find_range_problems, find_unbounded, find_zeros
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.rl_problems import find_rl_problems

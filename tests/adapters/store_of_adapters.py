@@ -12,11 +12,9 @@ import numpy as np
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.interop.names import architecture_values
 from mlxchat.model.adapter_folder import shapes_of
-from mlxchat.model.adapter_targets import AdapterSizes, matrices_of
 from mlxchat.model.checkpoint import save_adapters, save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
 from mlxchat.runner.fingerprint import compute_rid
 from mlxchat.runner.store import Store, artifact_name, describe_outputs, read_manifest
 

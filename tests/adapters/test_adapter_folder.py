@@ -24,7 +24,7 @@ from tests.adapters.store_of_adapters import (
 from mlxchat.errors import DataError, MlxchatError, StoreError
 from mlxchat.model.adapter_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapter_config
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import flatten_parameters, set_parameters
 from mlxchat.runner.store import Store, read_manifest
 
 Weights = dict[str, np.ndarray[Any, Any]]
@@ -254,7 +254,7 @@ def test_what_is_opened_says_what_the_model_said_in_which_adapters_were_trained(
 ) -> None:
     """There the adapters compute beside the base's matrices, here they are in them."""
     from mlxchat.model.adapters import attach_adapters
-    from mlxchat.model.parameters import trained_parameters
+    from mlxchat.model.gpt import trained_parameters
 
     base = publish_base(tmp_path / "outputs", architecture=architecture)
     trained, tokenizer, facts = load_checkpoint(base)

@@ -13,8 +13,7 @@ from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
-from mlxchat.model.adapter_targets import AdapterSizes, count_adapter_parameters, matrices_of
-from mlxchat.model.sizing import sizes_of
+from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, sizes_of
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.store import Store
 from mlxchat.training.memory import predict_peak_bytes

@@ -21,9 +21,8 @@ from mlxchat.compose import compose_config
 from mlxchat.config import ScheduleConfig
 from mlxchat.distributed.team import Team
 from mlxchat.errors import Interrupted
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.best import Best

@@ -13,9 +13,8 @@ import pytest
 from mlxchat.bench.machines import sent_bytes
 from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes, count_parameters
-from mlxchat.model.weights import init_weights
+from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.model.sizes import GPTSizes, count_parameters
 from mlxchat.ops import blas
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates

@@ -12,10 +12,9 @@ import numpy as np
 
 from mlxchat.distributed import team as team_module
 from mlxchat.distributed.team import Team
-from mlxchat.model.gpt import GPT
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.replicas import mark_equal, model_on, sync_model
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 
 assert mlxchat
 

@@ -13,12 +13,10 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
-from mlxchat.model.adapter_targets import AdapterSizes, resolve_targets
 from mlxchat.model.adapters import attach_adapters
-from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.replicas import model_on
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import AdapterSizes, GPTSizes, resolve_targets
 from mlxchat.ops import blas
 from mlxchat.optim.groups import AdamWRule, Optimizer
 from mlxchat.optim.schedule import Rates

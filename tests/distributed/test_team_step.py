@@ -17,10 +17,9 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
-from mlxchat.model.gpt import GPT
+from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
 from mlxchat.model.replicas import model_on
-from mlxchat.model.sizing import GPTSizes, sizes_of
-from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
+from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.ops import blas
 from mlxchat.ops.distillation import Mix
 from mlxchat.optim.groups import Optimizer

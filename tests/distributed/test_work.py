@@ -28,11 +28,9 @@ from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts
-from mlxchat.model.adapters import AdapterSizes, attach_adapters
-from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import trained_parameters
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.adapters import attach_adapters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.sizes import AdapterSizes, GPTSizes
 from mlxchat.ops import blas
 from mlxchat.ops.device import backend
 from mlxchat.runner.progress import Progress

@@ -18,9 +18,8 @@ from mlxchat.compose import compose_config
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.kv_cache import KVCache
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 
 MakeModel = Callable[..., GPT]
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])

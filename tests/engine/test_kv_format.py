@@ -17,9 +17,8 @@ from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.engine.slots import Slots
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
 TOKENS = 170  # windows of July 2026 are 128 tokens here

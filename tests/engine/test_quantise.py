@@ -19,8 +19,7 @@ from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.evals.quantised import QuantisedLoss, check_quantised, loss_change, measure_quantised, rounded_copy
 from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
 from mlxchat.runner.store import Store, describe_outputs
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model

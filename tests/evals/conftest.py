@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first

@@ -12,9 +12,8 @@ import pytest
 
 from mlxchat.evals.branching import Continuation, make_batches, make_rows
 from mlxchat.evals.language_model import OwnModel
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 

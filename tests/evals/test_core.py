@@ -30,9 +30,8 @@ from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import OwnModel
 from mlxchat.interop.names import architecture_values
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.progress import Progress
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first

@@ -11,8 +11,7 @@ import pytest
 
 from mlxchat.engine.slots import Slots
 from mlxchat.evals.throughput import measure_throughput
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 
 
 def test_reading_and_writing_are_measured_in_tokens_per_second(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import tiktoken
 from mlxchat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.import_config import ImportConfig
 from mlxchat.interop.names import expected_shapes, sizes_from_nanochat
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 LATER = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda"]
 _STORAGES = {"f4": "FloatStorage", "u2": "BFloat16Storage", "i4": "IntStorage", "i8": "LongStorage"}

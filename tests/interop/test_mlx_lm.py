@@ -13,9 +13,8 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.interop.names import architecture_values
 from mlxchat.model.checkpoint import MODEL_FILE, save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 
 mlx_lm = pytest.importorskip("mlx_lm")
 

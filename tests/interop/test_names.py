@@ -6,9 +6,8 @@ import pytest
 
 from mlxchat.errors import DataError
 from mlxchat.interop import names
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.sizes import GPTSizes
 
 META = {"sequence_len": 256, "vocab_size": 1000, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 64}
 LATER = ["value_embeds.0.weight", "resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"]

@@ -20,8 +20,7 @@ from mlxchat.hub import listings
 from mlxchat.import_config import ImportConfig
 from mlxchat.interop.importing import import_model, pins_of, sizes_of_import
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.runner.fingerprint import hash_file
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"

@@ -19,8 +19,7 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 
 FILES = {
     "model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json",
@@ -72,8 +71,8 @@ import hashlib, pathlib, sys, mlxchat
 from mlxchat.data.tokenizer import train_tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import init_weights
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.gpt import init_weights
+from mlxchat.model.sizes import GPTSizes
 tokenizer = train_tokenizer(["the cat sat on the mat " * 5], 270)
 sizes = GPTSizes(
     vocab_size=270, num_layers=2, num_heads=2, num_kv_heads=1, width=16, context_tokens=8, rope_theta=1e4

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from gpt_in_numpy import numpy_logits, numpy_norm, weights_of
 
-from mlxchat.model.gpt import GPT, rms_norm
-from mlxchat.model.sizing import GPTSizes, sizes_from_depth
-from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
+from mlxchat.errors import ConfigError
+from mlxchat.model import gpt
+from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, rms_norm, set_parameters
+from mlxchat.model.sizes import GPTSizes, sizes_from_depth
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 
 MakeModel = Callable[..., GPT]
@@ -196,6 +198,53 @@ def test_no_two_matrices_share_their_draws(fresh: GPT) -> None:
     weights = flatten_parameters(fresh)
     q, k = weights["transformer.h.0.attn.c_q.weight"], weights["transformer.h.1.attn.c_q.weight"]
     assert abs(float(np.corrcoef(np.asarray(q).ravel(), np.asarray(k).ravel())[0, 1])) < 0.05
+
+
+def test_a_new_parameter_leaves_the_others_draws_as_they_were(fresh: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpt.INITIAL_WEIGHTS["oct2025"], "*.norm.weight", gpt.constant(1.0))
+    wider = GPT(fresh.sizes)
+    wider.transformer["h"][0].norm = nn.RMSNorm(128)
+    init_weights(wider, seed=1)
+    before, after = flatten_parameters(fresh), flatten_parameters(wider)
+    assert after.keys() - before.keys() == {"transformer.h.0.norm.weight"}
+    assert all(mx.array_equal(before[name], after[name]).item() for name in before)
+
+
+def test_parameters_without_a_rule_are_all_named(fresh: GPT) -> None:
+    wider = GPT(fresh.sizes)
+    for block in wider.transformer["h"]:
+        block.norm = nn.RMSNorm(128)
+    with pytest.raises(ConfigError) as caught:
+        init_weights(wider, seed=1)
+    message = str(caught.value)
+    for part in ("transformer.h.0.norm.weight", "transformer.h.1.norm.weight", "INITIAL_WEIGHTS", "gpt.py"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("value_embeds.1", -0.153, 0.153), ("transformer.h.0.attn.c_q", -0.153, 0.153),
+     ("transformer.h.0.mlp.c_fc", -0.0613, 0.0613), ("transformer.h.1.attn.ve_gate", 0, 0.02),
+     ("smear_gate", 0, 0.02)],
+)  # fmt: skip
+def test_initial_weights_of_july_2026_fill_nanochats_intervals(
+    make_model: MakeModel, name: str, low: float, high: float
+) -> None:
+    """The bound of the width 128 is sqrt(3 / 128) = 0.1531, and 0.4 of it in the MLP."""
+    model = make_model(architecture="jul2026", width=128, num_layers=2)
+    init_weights(model, seed=1)
+    weight = np.asarray(flatten_parameters(model)[f"{name}.weight"])
+    assert low - 1e-3 <= weight.min() <= low + 0.15 * (high - low)
+    assert high - 0.15 * (high - low) <= weight.max() <= high + 1e-3
+
+
+def test_initial_scalars_of_july_2026_are_nanochats(make_model: MakeModel) -> None:
+    model = make_model(architecture="jul2026")
+    init_weights(model, seed=1)
+    np.testing.assert_allclose(np.asarray(model.resid_lambdas), [1.15, 1.10, 1.05], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(model.x0_lambdas), [0.2, 0.125, 0.05], rtol=1e-6)
+    assert float(model.smear_lambda.item()) == 0
+    assert float(model.backout_lambda.item()) == pytest.approx(0.2)
 
 
 def test_the_first_loss_is_the_logarithm_of_the_vocabulary(fresh: GPT) -> None:

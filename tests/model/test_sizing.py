@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
 
 # depth, width, heads, all parameters, parameters of matrices; vocabulary 65,536 (nanochat, October 2025).
 PUBLISHED = [

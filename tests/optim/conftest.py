@@ -15,9 +15,8 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.config import ModelConfig, OptimizerConfig
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes, sizes_of
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first

@@ -11,8 +11,7 @@ import pytest
 
 from mlxchat.config import OptimizerConfig
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.groups import Optimizer, clip_factor, clip_gradients, sum_squares
 from mlxchat.optim.schedule import Rates
 

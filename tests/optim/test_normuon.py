@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from mlxchat.config import OptimizerConfig
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.muon import POLAR_EXPRESS, normuon_update, polar_express
 from mlxchat.optim.schedule import Rates

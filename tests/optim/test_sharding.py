@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlxchat.compose import compose_config
 from mlxchat.config import OptimizerConfig
 from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim import sharding as sharding_module
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.sharding import Piece, deal_pieces

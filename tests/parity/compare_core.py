@@ -19,7 +19,7 @@ from mlxchat.evals.core import answer_examples, evaluate_core, likeliest, mean_l
 from mlxchat.evals.core_bundle import Bundle, CoreTask
 from mlxchat.evals.core_questions import Question, common_prefix, crop, draw_shots, render_prompts, tokenize_prompts
 from mlxchat.evals.language_model import LanguageModel, OwnModel
-from mlxchat.model.sizing import GPTSizes, count_parameters
+from mlxchat.model.sizes import GPTSizes, count_parameters
 from mlxchat.runner.progress import Progress
 
 LOSS = 1e-5

@@ -27,9 +27,8 @@ from parity_file import ParityFile
 from mlxchat.compose import compose_config
 from mlxchat.config import OptimizerConfig
 from mlxchat.engine.generate import Engine
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import count_parameters, flops_per_token
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import count_parameters, flops_per_token
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 from mlxchat.optim import groups
 from mlxchat.optim.groups import Optimizer

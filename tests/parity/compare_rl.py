@@ -13,7 +13,7 @@ from parity_file import ParityFile
 
 from mlxchat.config import RLConfig
 from mlxchat.engine.generate import Completion
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import flatten_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.schedule import Rates, lr_multiplier
 from mlxchat.training.advantages import centre_rewards

@@ -13,9 +13,8 @@ from parity_file import ParityFile
 
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import lr_multiplier, muon_momentum, rates_at
 from mlxchat.training.horizon import Hyperparameters, derive_hyperparameters, reference_sizes

@@ -18,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 from mlxchat.compose import compose_config
 from mlxchat.config import ArchitectureConfig
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 
 FOLDER = Path(os.environ.get("MLXCHAT_PARITY") or Path(__file__).resolve().parents[3] / "shared" / "parity")
 """Where the values are; MLXCHAT_PARITY says otherwise."""

@@ -18,9 +18,8 @@ from comparison import Comparison, Unchecked, exact, largest
 from parity_file import FOLDER, ParityFile, architecture_features
 from safetensors.numpy import load_file, save_file
 
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes, flops_per_token
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.sizes import GPTSizes, flops_per_token
 from mlxchat.optim.schedule import Rates
 from mlxchat.training.step import TrainStep, mean_batch
 

@@ -20,9 +20,8 @@ from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.scheduler import Scheduler
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.store import Store, write_manifest
 from mlxchat.serve.app import make_app
 from mlxchat.serve.limits import Limits

@@ -18,9 +18,8 @@ import pytest
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.device import backend
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context

@@ -15,10 +15,9 @@ from safetensors.numpy import load_file
 
 from mlxchat.config import ScheduleConfig
 from mlxchat.errors import Interrupted
-from mlxchat.model.adapter_targets import count_adapter_parameters, matrices_of, resolve_targets
-from mlxchat.model.adapters import AdapterSizes, attach_adapters, fuse
-from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.adapters import attach_adapters, fuse
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, resolve_targets
 from mlxchat.ops import activation, adapted, attention, cross_entropy, normalisation
 from mlxchat.optim.groups import AdamWRule, Optimizer
 from mlxchat.optim.schedule import Rates

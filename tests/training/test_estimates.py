@@ -16,8 +16,7 @@ from mlxchat.compose import compose_config
 from mlxchat.config import CoreConfig, PretrainConfig, ScheduleConfig, TaskItem
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training.estimates import core_hooks, suite_hooks, train_text_hooks
 from mlxchat.training.loop import Hook, fit

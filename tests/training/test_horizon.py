@@ -9,7 +9,7 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.config import BatchConfig, Config, PretrainConfig
-from mlxchat.model.sizing import GPTSizes, flops_per_token, sizes_of
+from mlxchat.model.sizes import GPTSizes, flops_per_token, sizes_of
 from mlxchat.training.horizon import (
     Hyperparameters,
     count_iterations,

@@ -13,8 +13,7 @@ import pytest
 from mlxchat.config import ScheduleConfig
 from mlxchat.data.packing import RowStream
 from mlxchat.errors import Interrupted
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training import loop

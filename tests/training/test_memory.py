@@ -27,9 +27,8 @@ from mlxchat.engine import generate, slots
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.scheduler import Scheduler
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes, count_parameters, sizes_of
-from mlxchat.model.weights import init_weights
+from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
 from mlxchat.ops import attention, blas, cross_entropy, lanes
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at

@@ -15,8 +15,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import StepFailed
 from mlxchat.evals.quantised import rounded_copy
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import init_weights
+from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.training.policy_batch import of_completions, sampled_mask, scored_rows
 from mlxchat.training.policy_scores import PolicyScores
 from mlxchat.training.quantised_rollouts import conversation_rows, correct, refuse_if_apart

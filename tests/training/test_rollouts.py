@@ -13,8 +13,7 @@ import pytest
 from mlxchat.config import RLConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from mlxchat.data.packing import IGNORED
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops import activation, attention, blas, cross_entropy, normalisation
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.ops.lanes import Lanes

@@ -14,8 +14,7 @@ import pytest
 from mlxchat.compose import compose_config
 from mlxchat.config import ScheduleConfig
 from mlxchat.errors import StepFailed
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
 from mlxchat.runner.context import Context

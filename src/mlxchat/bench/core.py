@@ -27,9 +27,8 @@ from mlxchat.evals.core import answer_examples, likeliest, mean_losses
 from mlxchat.evals.core_bundle import Bundle, CoreTask
 from mlxchat.evals.core_questions import Question, TextEncoder, build_question
 from mlxchat.evals.language_model import OwnModel
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import count_parameters, sizes_of
-from mlxchat.model.weights import init_weights
+from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import backend, describe_device
 from mlxchat.runner.environment import peak_memory_bytes, versions
 from mlxchat.runner.progress import Progress

@@ -16,9 +16,8 @@ from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config import Config
 from mlxchat.engine.decode import Decoder
 from mlxchat.engine.slots import Slots
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import count_parameters, sizes_of
-from mlxchat.model.weights import init_weights
+from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import describe_device
 from mlxchat.ops.lanes import Lanes
 from mlxchat.runner.environment import versions

@@ -19,7 +19,7 @@ import yaml
 from mlxchat.config import Config
 from mlxchat.distributed.group import BUCKET_BYTES
 from mlxchat.errors import ConfigError
-from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optimizer_config import OptimizerConfig
 from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.training.memory import predict_peak_bytes

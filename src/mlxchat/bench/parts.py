@@ -16,8 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 from mlxchat.ops.normalisation import rms_norm
 from mlxchat.optim.groups import Flat, Optimizer, clip_gradients

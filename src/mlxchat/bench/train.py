@@ -16,11 +16,9 @@ from mlxchat.bench.timing import Stopwatch, fill_zero_weights, median, random_ro
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
-from mlxchat.model.adapters import AdapterSizes, attach_adapters
-from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import trained_parameters
-from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.model.weights import init_weights
+from mlxchat.model.adapters import attach_adapters
+from mlxchat.model.gpt import GPT, init_weights, trained_parameters
+from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops.device import backend, describe_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates, rates_at

@@ -18,7 +18,7 @@ from mlxchat.engine.kv_format import KVFormat
 from mlxchat.engine.lane_weights import key_value_heads, lane_weights
 from mlxchat.engine.quantise import multiply, weight_bytes
 from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
+from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
 from mlxchat.ops.compiled import compiled
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.device import backend

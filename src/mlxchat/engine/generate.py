@@ -20,8 +20,7 @@ from mlxchat.engine.decode import Decoder
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Forward, Request, Scheduler
 from mlxchat.engine.slots import Slots
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 
 _MOST_ROWS = 32
 

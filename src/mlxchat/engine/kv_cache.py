@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 _GROWTH_TOKENS = 128
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlxchat.engine.quantise import Weight, stored
 from mlxchat.model.gpt import GPT
 from mlxchat.model.linear import effective_weight
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.device import backend
 
 # Widths of parts are whole blocks of `quantise.stored`, unless there are fewer.

@@ -15,8 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import Ints, Row, trim_rows
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.ops.lanes import Lanes
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.evals.core_questions import common_prefix
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.attention import causal_attention, masked_attention
 from mlxchat.ops.normalisation import Positions
 

@@ -14,8 +14,7 @@ from mlxchat.engine.quantise import rounded
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.quantised_sample import SAMPLE
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 
 MOST_CHANGE = 0.2
 """Nats per token beyond which the rounded model is another one."""

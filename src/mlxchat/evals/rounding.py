@@ -12,8 +12,7 @@ from mlxchat.data.shards import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import text_loss
 from mlxchat.interop.exporting import Checkpoint, rounded
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import set_parameters
+from mlxchat.model.gpt import GPT, set_parameters
 from mlxchat.runner.catalog import by_rid, read_catalog
 from mlxchat.runner.store import Store
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlxchat.interop.tensor_files import StoredWeights
 from mlxchat.interop.tensors import Floats
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 
 class AdaptedWeights(StoredWeights):

@@ -13,7 +13,7 @@ from mlxchat.errors import DataError
 from mlxchat.interop.names import sizes_from_hf
 from mlxchat.interop.source import Check, ModelSource
 from mlxchat.interop.tensors import SafetensorsFile, widen
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 _CONFIG, _ADAPTERS = "adapter_config.json", "adapters.safetensors"
 _MOST_SHOWN = 8

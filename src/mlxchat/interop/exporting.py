@@ -30,7 +30,7 @@ from mlxchat.interop.names import (
 )
 from mlxchat.interop.tensor_files import Array, Entry, StoredWeights, as_stored, write_safetensors
 from mlxchat.interop.torch_writer import write_encoding, write_state, write_tensor
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.bases import find_chain
 from mlxchat.runner.store import MANIFEST, read_manifest
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 from mlxchat.errors import ConfigError
 from mlxchat.interop.names import architecture_values
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 _WORDS = {
     "value_embeddings": "value embeddings",

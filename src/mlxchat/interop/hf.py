@@ -16,7 +16,7 @@ from mlxchat.interop.names import expected_shapes, ours_from_hf, sizes_from_hf
 from mlxchat.interop.pickled_tokenizer import check_special_tokens
 from mlxchat.interop.source import ModelSource
 from mlxchat.interop.tensors import SafeTensor, SafetensorsFile
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 INDEX_FILE = "model.safetensors.index.json"
 _CONFIG, _WHOLE, _TEMPLATE = "config.json", "model.safetensors", "chat_template.jinja"

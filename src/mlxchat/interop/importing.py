@@ -19,7 +19,7 @@ from mlxchat.interop.names import sizes_from_hf, sizes_from_nanochat
 from mlxchat.interop.source import ModelSource, open_folder, open_repository
 from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
 from mlxchat.interop.torch_file import TorchFile
-from mlxchat.model.sizing import GPTSizes, count_parameters
+from mlxchat.model.sizes import GPTSizes, count_parameters
 from mlxchat.runner.progress import format_bytes, format_count
 
 FORMATS = ("nanochat", "hf", "adapter")

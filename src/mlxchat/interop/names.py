@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mlxchat.errors import DataError
-from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
+from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
 
 COMPILED_PREFIX = "_orig_mod."
 """What torch.compile puts in front of every name."""

@@ -21,7 +21,7 @@ from mlxchat.interop.names import COMPILED_PREFIX, expected_shapes, ours_from_na
 from mlxchat.interop.pickled_tokenizer import check_token_bytes, read_tokenizer
 from mlxchat.interop.source import ModelSource
 from mlxchat.interop.torch_file import TorchFile, TorchTensor
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 _MODEL = re.compile(r"model_(\d+)\.pt")
 _FLOATS = ("float32", "bfloat16", "float16")

@@ -17,11 +17,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError
-from mlxchat.model.adapter_targets import AdapterSizes
 from mlxchat.model.adapters import ADAPTER_NAMES, fuse
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import AdapterSizes, GPTSizes
 from mlxchat.runner.bases import ADAPTER_KEY
 
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"

@@ -15,11 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxchat.model.adapter_targets import AdapterSizes as AdapterSizes
-from mlxchat.model.adapter_targets import matrices_of
-from mlxchat.model.gpt import GPT
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.linear import LinearAdapter, adapted_matrix, row_lengths
-from mlxchat.model.parameters import flatten_parameters, set_parameters
+from mlxchat.model.sizes import AdapterSizes as AdapterSizes
+from mlxchat.model.sizes import matrices_of
 from mlxchat.ops.adapted import Shape
 from mlxchat.ops.dropout import Dropout
 

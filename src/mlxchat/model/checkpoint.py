@@ -22,10 +22,8 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.adapter_folder import read_adapters, rounding_of, write_adapters
-from mlxchat.model.adapter_targets import AdapterSizes
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import AdapterSizes, GPTSizes
 from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 from mlxchat.runner.bases import ADAPTER_KEY, describe_base, find_chain
 

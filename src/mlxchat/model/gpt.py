@@ -10,22 +10,26 @@ Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head wid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import hashlib
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
+from mlxchat.errors import ConfigError
 from mlxchat.model.linear import NUM_MATRICES, AdapterDropout, project
 from mlxchat.model.recompute import recomputed
-from mlxchat.model.sizing import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
+from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
 from mlxchat.ops.activation import gated_sum
 from mlxchat.ops.attention import causal_attention
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.dropout import Dropout, dropped
 from mlxchat.ops.normalisation import Positions, rms_norm, rotate_and_normalise
 
-BACKOUT_INIT = 0.2
 _EMBEDDING, _VALUE_EMBEDDING = "transformer.wte.weight", "value_embeds.{}.weight"
 
 
@@ -180,7 +184,7 @@ class GPT(nn.Module):
         if sizes.smear:
             self.smear_gate, self.smear_lambda = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False), mx.zeros(1)
         if sizes.backout:
-            self.backout_lambda = mx.full(1, BACKOUT_INIT)
+            self.backout_lambda = mx.zeros(1)
 
     @property
     def head_weight(self) -> mx.array:
@@ -271,3 +275,150 @@ class GPT(nn.Module):
         before = mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1) if cache is None else cache.shift(x)
         gate = self.smear_lambda.astype(x.dtype) * mx.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))
         return x + gate * before
+
+
+# Initial weights
+
+Draw = Callable[[tuple[int, ...], int, mx.array], mx.array]
+"""(shape, width of the model, key) → initial values."""
+
+
+def constant(value: float) -> Draw:
+    """Return the draw of equal numbers."""
+    return lambda shape, width, key: mx.full(shape, value)
+
+
+def normal(deviation: float) -> Draw:
+    """Return the draw of N(0, deviation²)."""
+    return lambda shape, width, key: deviation * mx.random.normal(shape, key=key)
+
+
+def normal_by_fan(shape: tuple[int, ...], width: int, key: mx.array) -> mx.array:
+    """Draw a matrix (out, in) from N(0, s²) with s = min(1, sqrt(out / in)) / sqrt(in), after arXiv 2310.17813."""
+    rows, columns = shape
+    return normal(min(1.0, (rows / columns) ** 0.5) / columns**0.5)(shape, width, key)
+
+
+def uniform(low: float, high: float) -> Draw:
+    """Return the draw of U(low, high)."""
+    return lambda shape, width, key: mx.random.uniform(low, high, shape, key=key)
+
+
+def uniform_by_width(factor: float = 1.0) -> Draw:
+    """Return the draw of U(±b) with b = factor × sqrt(3 / width), whose deviation is factor / sqrt(width)."""
+
+    def draw(shape: tuple[int, ...], width: int, key: mx.array) -> mx.array:
+        bound = factor * (3.0 / width) ** 0.5
+        return mx.random.uniform(-bound, bound, shape, key=key)
+
+    return draw
+
+
+def falling(first: float, last: float) -> Draw:
+    """Return the draw of one number a layer, from `first` to `last` in equal steps."""
+
+    def draw(shape: tuple[int, ...], width: int, key: mx.array) -> mx.array:
+        fractions = np.arange(shape[0], dtype=np.float32) / max(shape[0] - 1, 1)
+        return mx.array(first + (last - first) * fractions)
+
+    return draw
+
+
+_FEATURES: dict[str, Draw] = {
+    "value_embeds.*.weight": uniform_by_width(),
+    "transformer.h.*.attn.ve_gate.weight": uniform(0.0, 0.02),
+    "resid_lambdas": falling(1.15, 1.05),
+    "x0_lambdas": falling(0.20, 0.05),
+    "smear_gate.weight": uniform(0.0, 0.02),
+    "smear_lambda": constant(0.0),
+    "backout_lambda": constant(0.2),
+}
+INITIAL_WEIGHTS: dict[str, dict[str, Draw]] = {
+    "oct2025": {
+        "transformer.wte.weight": normal(1.0),
+        "transformer.h.*.attn.c_[qkv].weight": normal_by_fan,
+        "transformer.h.*.mlp.c_fc.weight": normal_by_fan,
+        "transformer.h.*.c_proj.weight": constant(0.0),
+        "lm_head.weight": constant(0.0),
+        **_FEATURES,
+    },
+    "jul2026": {
+        "transformer.wte.weight": normal(0.8),
+        "transformer.h.*.attn.c_[qkv].weight": uniform_by_width(),
+        "transformer.h.*.mlp.c_fc.weight": uniform_by_width(0.4),
+        "transformer.h.*.c_proj.weight": constant(0.0),
+        "lm_head.weight": normal(0.001),
+        **_FEATURES,
+    },
+}
+"""nanochat's initial weights: for each architecture what is drawn, by a pattern of parameters' names."""
+
+
+def init_weights(model: GPT, seed: int) -> None:
+    """Draw a model's initial weights by `INITIAL_WEIGHTS`, the same on every backend.
+
+    Each parameter's key follows from the seed and its name, so a new parameter leaves the others as they were.
+
+    Raises:
+        ConfigError: a parameter has no rule, or several.
+    """
+    rules = INITIAL_WEIGHTS[model.sizes.architecture]
+    drawn, problems = {}, []
+    for name, value in flatten_parameters(model).items():
+        fitting = [pattern for pattern in rules if fnmatchcase(name, pattern)]
+        if len(fitting) != 1:
+            problems.append(f"{name} {value.shape} matches {' and '.join(fitting) or 'no pattern'}")
+            continue
+        drawn[name] = rules[fitting[0]](value.shape, model.sizes.width, key_of(seed, name))
+    if problems:
+        raise ConfigError(
+            f"init_weights: each parameter needs one rule in INITIAL_WEIGHTS[{model.sizes.architecture!r}] "
+            f"(mlxchat/model/gpt.py): {'; '.join(problems)}. Add for example "
+            f'"{problems[0].split()[0]}": constant(1.0)'
+        )
+    set_parameters(model, drawn)
+
+
+def key_of(seed: int, name: str) -> mx.array:
+    """Return the random key of a parameter, which depends on the seed and its name alone."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return mx.random.key(int.from_bytes(digest[:8], "little"))
+
+
+# Parameters by name
+
+
+def flatten_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return a model's parameters by dotted name."""
+    parameters: Any = model.parameters()
+    return cast(dict[str, mx.array], tree_flatten(parameters, destination={}))
+
+
+def trained_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return by dotted name the parameters that training moves: all, or where a model has adapters these alone."""
+    parameters: Any = model.trainable_parameters()
+    return cast(dict[str, mx.array], tree_flatten(parameters, destination={}))
+
+
+def cast_parameters(parameters: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Return parameters in what is computed in; packed numbers and the lengths of DoRA's rows stay as they are."""
+    return {
+        name: value if value.dtype == mx.uint32 or name.endswith(".m") else value.astype(dtype)
+        for name, value in parameters.items()
+    }
+
+
+def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array]) -> None:
+    """Replace a model's parameters by dotted name; what is not named stays.
+
+    Raises:
+        KeyError: the model has no such parameter.
+    """
+    for name, value in parameters.items():
+        *path, last = name.split(".")
+        place: Any = model
+        for key in path:
+            place = place[int(key)] if isinstance(place, list) else place[key]
+        if last not in place:
+            raise KeyError(name)
+        place[last] = value

@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
+from mlx.utils import tree_flatten, tree_unflatten
 
 
 def recomputed(layer: nn.Module, inputs: Mapping[str, mx.array], **settings: Any) -> mx.array:
@@ -21,8 +20,8 @@ def recomputed(layer: nn.Module, inputs: Mapping[str, mx.array], **settings: Any
     Results and gradients, of the layer's parameters too, are those of the plain call bit for bit. Inputs of integers
     (keys) have no gradient, nor have frozen parameters.
     """
-    parameters = flatten_parameters(layer)
-    trained = trained_parameters(layer)
+    parameters = _flatten(layer.parameters())
+    trained = _flatten(layer.trainable_parameters())
     frozen = [name for name in parameters if name not in trained]
     num_parameters = len(trained)
     # Integers and what is frozen last, so that what has a gradient comes first.
@@ -32,7 +31,7 @@ def recomputed(layer: nn.Module, inputs: Mapping[str, mx.array], **settings: Any
 
     def run(*arrays: mx.array) -> mx.array:
         given = [*arrays[:num_parameters], *arrays[num_moving:]]
-        set_parameters(layer, dict(zip([*trained, *frozen], given, strict=True)))
+        layer.update(tree_unflatten(list(zip([*trained, *frozen], given, strict=True))))
         out: mx.array = layer(**dict(zip(ordered, arrays[num_parameters:num_moving], strict=True)), **settings)
         return out
 
@@ -51,3 +50,7 @@ def recomputed(layer: nn.Module, inputs: Mapping[str, mx.array], **settings: Any
 
     others = [inputs[name] for name in ordered] + [parameters[name] for name in frozen]
     return cast(mx.array, function(*trained.values(), *others))
+
+
+def _flatten(parameters: Any) -> dict[str, mx.array]:
+    return cast(dict[str, mx.array], tree_flatten(parameters, destination={}))

@@ -14,10 +14,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxchat.distributed.team import Team
-from mlxchat.model.adapters import AdapterSizes, adapter_dropout_of, adapters_of, attach_adapters
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.adapters import adapter_dropout_of, adapters_of, attach_adapters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import AdapterSizes, GPTSizes
 
 
 def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:

@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlxchat.config import OptimizerConfig
 from mlxchat.errors import ConfigError
-from mlxchat.model.parameters import trained_parameters
+from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.compiled import made_once
 from mlxchat.ops.device import backend
 from mlxchat.optim.adamw import adamw_update

@@ -10,8 +10,7 @@ from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.adapters import adapters_of, attach_adapters
 from mlxchat.model.checkpoint import save_adapters, save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import trained_parameters
+from mlxchat.model.gpt import GPT, trained_parameters
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import AdamWRule
 from mlxchat.optimizer_config import OptimizerConfig

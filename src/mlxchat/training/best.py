@@ -11,8 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 
 _PREFIX = "best."
 

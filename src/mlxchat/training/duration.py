@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from mlxchat.config import Config
-from mlxchat.model.sizing import flops_per_token, sizes_of
+from mlxchat.model.sizes import flops_per_token, sizes_of
 from mlxchat.runner.aliases import recent_artifacts
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.plan import PlannedStep

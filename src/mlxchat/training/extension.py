@@ -7,7 +7,7 @@ from typing import Any
 
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
-from mlxchat.model.sizing import sizes_of
+from mlxchat.model.sizes import sizes_of
 from mlxchat.runner.plan import PlannedStep, flatten_config
 from mlxchat.runner.store import CONTINUATION, Manifest
 from mlxchat.training.horizon import derive_hyperparameters, reference_sizes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
 

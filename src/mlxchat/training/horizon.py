@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from mlxchat.config import ArchitectureConfig, ModelConfig, OptimizerConfig, PretrainConfig
-from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_of
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optimizer_config import ScalingConfig
 
 

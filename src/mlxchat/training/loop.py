@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlxchat.config import MachineConfig, ScheduleConfig
 from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import flops_per_token
+from mlxchat.model.sizes import flops_per_token
 from mlxchat.ops import blas
 from mlxchat.ops.device import backend, select_device
 from mlxchat.optim.groups import Optimizer

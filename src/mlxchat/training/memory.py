@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mlxchat.model.adapter_targets import AdapterSizes, count_adapter_parameters, matrices_of
-from mlxchat.model.sizing import GPTSizes, count_parameters
+from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_adapter_parameters, count_parameters, matrices_of
 from mlxchat.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.config import Config, MachineConfig, ModelConfig
 from mlxchat.errors import ConfigError
-from mlxchat.model.sizing import GPTSizes, sizes_of
+from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes
 from mlxchat.training.given_sizes import find_given_sizes

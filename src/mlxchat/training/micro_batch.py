@@ -17,8 +17,7 @@ import psutil
 
 from mlxchat.errors import ConfigError
 from mlxchat.launch.ranks import current
-from mlxchat.model.adapter_targets import AdapterSizes
-from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.sizes import AdapterSizes, GPTSizes
 from mlxchat.ops import blas
 from mlxchat.runner.progress import format_bytes
 from mlxchat.training.memory import predict_forward_bytes, predict_peak_bytes

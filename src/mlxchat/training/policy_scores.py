@@ -10,10 +10,8 @@ import numpy as np
 
 from mlxchat.data.packing import Ints
 from mlxchat.distributed.team import Team
-from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import cast_parameters
+from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.replicas import model_on, sync_model
-from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_scores
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Flat

@@ -11,9 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError
-from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import trained_parameters
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.training.best import Best
 from mlxchat.training.saves import read_newest, write_save

@@ -16,9 +16,7 @@ import numpy as np
 from mlxchat.data.packing import Ints, trim_rows
 from mlxchat.distributed.group import ALONE, Group
 from mlxchat.model.adapters import adapter_dropout_of, adapters_of, count_places, unseen_by_adapters
-from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import cast_parameters, trained_parameters
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum
 from mlxchat.ops.device import backend
 from mlxchat.ops.distillation import distillation_sum

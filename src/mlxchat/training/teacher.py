@@ -14,8 +14,7 @@ from mlxchat.data.vocabulary import RANKS_FILE, byte_letters
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.evals.outside import load_outside
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.distillation import Logits, Mix
 from mlxchat.teacher_config import TeacherConfig

@@ -10,7 +10,7 @@ from mlxchat.config import Config
 from mlxchat.data.listing import Known, known_of_artifact, known_of_record
 from mlxchat.hub.cache import check_space
 from mlxchat.hub.files import hub_cache
-from mlxchat.model.sizing import sizes_of
+from mlxchat.model.sizes import sizes_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes, format_count
 from mlxchat.runner.store import Store
