@@ -17,17 +17,16 @@ from comparison import Line, Quantity, UnreadableError, exact, same
 from parity_file import ParityFile
 
 from mlxchat.data.mixture import shuffled_places
-from mlxchat.data.rows import Rows
 from mlxchat.engine.tools import calculate
 from mlxchat.errors import MlxchatError
 from mlxchat.tasks import Task, load_task, task_class
 from mlxchat.tasks.base import render_mc
+from mlxchat.tasks.downloads import HubTask, Rows
 from mlxchat.tasks.gsm8k import GSM8K, nanochat_number, nanochat_verdict
-from mlxchat.tasks.hub_task import HubTask
 from mlxchat.tasks.humaneval import extract_imports, extract_program
 from mlxchat.tasks.jsonl import read_conversations
 from mlxchat.tasks.smoltalk import find_fault
-from mlxchat.tasks.spelling_bee import SpellingBee
+from mlxchat.tasks.spelling import SpellingBee
 
 _KNOWN = (
     "gsm8k", "mmlu", "arc", "render_mc", "slicing", "mixture", "smoltalk", "humaneval", "spellingbee", "customjson",

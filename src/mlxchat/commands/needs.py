@@ -16,8 +16,7 @@ from mlxchat.runner.progress import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from mlxchat.runner.store import Store
-    from mlxchat.tasks.hub_task import HubSource
-    from mlxchat.tasks.url_file import UrlSource
+    from mlxchat.tasks.downloads import HubSource, UrlSource
 
 # By repository, or by the file's name in an address. Used until a listing gives the exact numbers.
 _APPROXIMATE_BYTES = {
@@ -36,9 +35,8 @@ def find_sources(config: Config, plan: Iterable[PlannedStep]) -> tuple[list[HubS
     """Return what the tasks and CORE of the steps that are not done read from the Hub and from plain addresses."""
     from mlxchat.tasks import task_class
     from mlxchat.tasks.base import Task
-    from mlxchat.tasks.hub_task import HubSource
+    from mlxchat.tasks.downloads import HubSource, UrlSource
     from mlxchat.tasks.items import load_item
-    from mlxchat.tasks.url_file import UrlSource
 
     sections = {name: getattr(config, name) for step in plan if not step.done for name in step.stage.config}
     # Bundled tasks need nothing, and reading their text takes seconds.

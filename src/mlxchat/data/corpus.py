@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlxchat.data import bundled
 from mlxchat.errors import DataError
 from mlxchat.runner.fingerprint import hash_file
+from mlxchat.tasks import bundled
 
 
 def gather_documents(

@@ -26,8 +26,8 @@ _TASKS = {
     "arc_easy": ("arc", "ArcEasy"),
     "arc_challenge": ("arc", "ArcChallenge"),
     "humaneval": ("humaneval", "HumanEval"),
-    "spelling_bee": ("spelling_bee", "SpellingBee"),
-    "simple_spelling": ("spelling_bee", "SimpleSpelling"),
+    "spelling_bee": ("spelling", "SpellingBee"),
+    "simple_spelling": ("spelling", "SimpleSpelling"),
 }
 
 __all__ = ["SPLITS", "Conversation", "Task", "load_task", "task_class", "task_names", "task_options"]

@@ -39,97 +39,45 @@ class _Template:
     steps: tuple[str, ...]
 
 
-def _one(operation: str, question: str, answer: str) -> _Template:
-    return _Template(question, answer, (f"{{a}}{operation}{{b}}",))
-
-
-_ONE_STEP = (
-    _one(
-        "+",
-        "{name} has {a} {things}. {He} buys {b} more. How many {things} does {name} have now?",
-        "{name} has {work} {things}.",
-    ),
-    _one(
-        "+",
-        "{name} has {a} {things}. {other} gives {him} {b} more. How many {things} does {name} have now?",
-        "{name} has {work} {things}.",
-    ),
-    _one(
-        "+",
-        "{name} finds {a} {things} and {other} finds {b} {things}. How many {things} do they find together?",
-        "They find {work} {things}.",
-    ),
-    _one(
-        "+",
-        "There are {a} {things} on the table and {b} in the box. How many {things} are there in all?",
-        "There are {work} {things}.",
-    ),
-    _one(
-        "+",
-        "A shop sold {a} {things} on Monday and {b} on Tuesday. How many {things} did it sell in all?",
-        "The shop sold {work} {things}.",
-    ),
-    _one(
-        "-",
-        "{name} has {a} {things}. {He} gives {b} to {other}. How many {things} are left?",
-        "{name} has {work} {things} left.",
-    ),
-    _one(
-        "-",
-        "{name} had {a} {things} and lost {b} of them. How many {things} are left?",
-        "{name} has {work} {things} left.",
-    ),
-    _one(
-        "-",
-        "There are {a} {things} in the box. {name} takes {b} out. How many {things} are left in the box?",
-        "There are {work} {things} left.",
-    ),
-    _one(
-        "-",
-        "{name} needs {a} {things}. {He} has {b}. How many more {things} does {name} need?",
-        "{name} needs {work} more {things}.",
-    ),
-    _one(
-        "-",
-        "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?",
-        "{name} has {work} more {things}.",
-    ),
-    _one(
-        "*",
-        "{name} has {a} boxes with {b} {things} in each box. How many {things} does {name} have?",
-        "{name} has {work} {things}.",
-    ),
-    _one(
-        "*",
-        "There are {a} tables with {b} {things} on each table. How many {things} are there in all?",
-        "There are {work} {things}.",
-    ),
-    _one(
-        "*",
-        "{name} makes {a} {things} every day. How many {things} does {he} make in {b} days?",
-        "{name} makes {work} {things}.",
-    ),
-    _one(
-        "*",
-        "{name} buys {a} {things} for {b} dollars each. How many dollars does {he} pay?",
-        "{name} pays {work} dollars.",
-    ),
-    _one(
-        "/",
-        "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
-        "Each friend gets {work} {things}.",
-    ),
-    _one(
-        "/",
-        "{name} puts {a} {things} into {b} bags, the same number in each. How many {things} are in each bag?",
-        "Each bag has {work} {things}.",
-    ),
-    _one(
-        "/",
-        "{name} paid {a} dollars for {b} {things}, all at one price. How many dollars did each cost?",
-        "Each cost {work} dollars.",
-    ),
-)
+_ONE_STEP = tuple(
+    _Template(question, answer, (f"{{a}}{operation}{{b}}",))
+    for operation, question, answer in (
+        ("+", "{name} has {a} {things}. {He} buys {b} more. How many {things} does {name} have now?",
+         "{name} has {work} {things}."),
+        ("+", "{name} has {a} {things}. {other} gives {him} {b} more. How many {things} does {name} have now?",
+         "{name} has {work} {things}."),
+        ("+", "{name} finds {a} {things} and {other} finds {b} {things}. How many {things} do they find together?",
+         "They find {work} {things}."),
+        ("+", "There are {a} {things} on the table and {b} in the box. How many {things} are there in all?",
+         "There are {work} {things}."),
+        ("+", "A shop sold {a} {things} on Monday and {b} on Tuesday. How many {things} did it sell in all?",
+         "The shop sold {work} {things}."),
+        ("-", "{name} has {a} {things}. {He} gives {b} to {other}. How many {things} are left?",
+         "{name} has {work} {things} left."),
+        ("-", "{name} had {a} {things} and lost {b} of them. How many {things} are left?",
+         "{name} has {work} {things} left."),
+        ("-", "There are {a} {things} in the box. {name} takes {b} out. How many {things} are left in the box?",
+         "There are {work} {things} left."),
+        ("-", "{name} needs {a} {things}. {He} has {b}. How many more {things} does {name} need?",
+         "{name} needs {work} more {things}."),
+        ("-", "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?",
+         "{name} has {work} more {things}."),
+        ("*", "{name} has {a} boxes with {b} {things} in each box. How many {things} does {name} have?",
+         "{name} has {work} {things}."),
+        ("*", "There are {a} tables with {b} {things} on each table. How many {things} are there in all?",
+         "There are {work} {things}."),
+        ("*", "{name} makes {a} {things} every day. How many {things} does {he} make in {b} days?",
+         "{name} makes {work} {things}."),
+        ("*", "{name} buys {a} {things} for {b} dollars each. How many dollars does {he} pay?",
+         "{name} pays {work} dollars."),
+        ("/", "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
+         "Each friend gets {work} {things}."),
+        ("/", "{name} puts {a} {things} into {b} bags, the same number in each. How many {things} are in each bag?",
+         "Each bag has {work} {things}."),
+        ("/", "{name} paid {a} dollars for {b} {things}, all at one price. How many dollars did each cost?",
+         "Each cost {work} dollars."),
+    )
+)  # fmt: skip
 
 _TWO_STEP = (
     _Template(

@@ -82,7 +82,7 @@ class Task(ABC):
         return self
 
     def needs(self) -> Sequence[Any]:
-        """Return what the task reads from outside: `HubSource`s and `UrlSource`s; nothing is fetched for it."""
+        """Return the `HubSource`s and `UrlSource`s that the task reads; fetches nothing."""
         return []
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
@@ -104,9 +104,9 @@ class Task(ABC):
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         """Make conversation `index`; all chance comes from `rng`, which belongs to this index alone."""
 
-    @abstractmethod
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Say whether a response, the text after the last user message, is right."""
+        """Say whether a response is right: by default, whether it is conversation["answer"] and nothing else."""
+        return response.strip() == str(conversation["answer"])
 
     def reward(self, conversation: Conversation, response: str) -> float:
         """Return 1.0 for a right response and 0.0 for a wrong one."""

@@ -11,10 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from mlxchat.data.factbook import Fact, facts
-from mlxchat.data.wordings import FIELDS
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.tasks.base import LETTERS, Conversation, Task, dialogue, held_out, render_mc
+from mlxchat.tasks.factbook import FIELDS, Fact, facts
 
 _TEST_FRACTION = 0.15
 # Pairs that examples and demonstrations ask for are trained on.
@@ -45,7 +44,7 @@ class _FactTask(Task):
         seed: int = 0,
         fields: Sequence[str] | None = None,
     ) -> None:
-        """Choose the facts; `fields` are names from `wordings.FIELDS`, None for the task's own."""
+        """Choose the facts; `fields` are names from `FIELDS`, None for the task's own."""
         super().__init__(split, size=size, seed=seed)
         self.fields = self.own_fields if fields is None else tuple(fields)
         for field in self.fields:
@@ -127,10 +126,6 @@ class FactsMC(_FactTask):
         letter = LETTERS[place]
         return dialogue(render_mc(question, LETTERS, choices), letter, letters=list(LETTERS), answer=letter)
 
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Say whether the response is the right letter and nothing else."""
-        return response.strip() == str(conversation["answer"])
-
 
 class ReadingMC(FactsMC):
     """The same with a passage that states the fact, so that reading is enough."""
@@ -201,7 +196,3 @@ class KindsMC(Task):
         letter = LETTERS[list(self.kinds).index(field)]
         text = render_mc(question, LETTERS, list(self.kinds.values()))
         return dialogue(text, letter, letters=list(LETTERS), answer=letter)
-
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Say whether the response is the right letter and nothing else."""
-        return response.strip() == str(conversation["answer"])

@@ -11,7 +11,7 @@ import re
 from typing import Any, ClassVar
 
 from mlxchat.tasks.base import Conversation, dialogue
-from mlxchat.tasks.hub_task import HubTask
+from mlxchat.tasks.downloads import HubTask
 
 _NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 _CALL = re.compile(r"(<<[^>]+>>)")

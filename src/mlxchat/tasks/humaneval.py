@@ -10,7 +10,7 @@ import re
 from typing import Any, ClassVar
 
 from mlxchat.tasks.base import Conversation, dialogue
-from mlxchat.tasks.hub_task import HubTask
+from mlxchat.tasks.downloads import HubTask
 
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 _KEPT_CHARS = 1000

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mlxchat.tasks.base import Conversation, Task
+from mlxchat.tasks.base import Conversation
+from mlxchat.tasks.downloads import UrlTask
 from mlxchat.tasks.jsonl import ConversationFile, Jsonl, is_answer, read_conversations
-from mlxchat.tasks.url_file import UrlSource, fetch_source, record_source, url_source
 
 IDENTITY_FILE = Path(__file__).with_name("identity.jsonl")
 NANOCHAT_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
@@ -37,13 +36,12 @@ class Identity(Jsonl):
         super().__init__(split, path=path, size=size, seed=seed, held_out_frac=held_out_frac, contains=contains)
 
 
-class IdentityConversations(Task):
+class IdentityConversations(UrlTask):
     """nanochat's conversations about itself, or another file of conversations, all of them, in the file's order."""
 
     name = "identity_conversations"
     splits = ("train",)
     source_options: ClassVar[tuple[str, ...]] = ("url", "sha256")
-    is_lazy = True
 
     def __init__(
         self,
@@ -68,20 +66,7 @@ class IdentityConversations(Task):
 
         """
         super().__init__(split, size=size)
-        self._path = None if path is None else Path(path)
-        self._source = None if path else url_source(self.name, url, sha256)
-
-    def needs(self) -> list[UrlSource]:
-        """Return the address, if the conversations are read from one."""
-        return [self._source] if self._source else []
-
-    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return the file at the address, downloaded if it is not there."""
-        return [fetch_source(source, check) for source in self.needs()]
-
-    def sources(self) -> list[dict[str, Any]]:
-        """Return a record of the file that was read."""
-        return [record_source(source) for source in self.needs()]
+        self._read_from("url", url, sha256, path)
 
     @cached_property
     def _conversations(self) -> ConversationFile:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks.base import LETTERS, Conversation
-from mlxchat.tasks.hub_task import HubTask, choice_dialogue
+from mlxchat.tasks.downloads import HubTask, choice_dialogue
 
 _AUXILIARY = "auxiliary_train"
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from mlxchat.errors import DataError
 from mlxchat.tasks.base import Conversation, answer_text
-from mlxchat.tasks.hub_task import HubTask
+from mlxchat.tasks.downloads import HubTask
 
 
 class SmolTalk(HubTask):

@@ -1,18 +1,31 @@
 """Words letter by letter: spelling one, and counting a letter in it with the calculator.
 
-Counterpart of nanochat's SimpleSpelling and SpellingBee, with the common words of the bundled texts. A word
-is of the test split by its hash, in both tasks alike.
+`spelling` and `letter_count` take common words of the bundled texts, split by the word's hash. `simple_spelling` and
+`spelling_bee` are nanochat's tasks/spellingbee.py: word, letter, quotes and the assistant's words follow the same
+draws; the questions are in spelling_questions.json, and a draw picks one by its place. nanochat's test conversations
+are its training ones shifted by one (Random(-n) draws what Random(n) draws); ours have seeds of their own.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import string
+from functools import cache, cached_property
+from pathlib import Path
+from typing import ClassVar
 
-from mlxchat.data.bundled import common_words
+from mlxchat.errors import DataError
 from mlxchat.tasks.arithmetic import parse_gsm8k
 from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_out
+from mlxchat.tasks.bundled import common_words
+from mlxchat.tasks.downloads import UrlTask
 from mlxchat.tasks.gsm8k import same_final_number
+
+WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+"""370 thousand English words."""
+BUNDLED = "bundled"
+QUESTIONS_FILE = Path(__file__).with_name("spelling_questions.json")
 
 _TEST_FRACTION = 0.15
 _COUNT_QUESTIONS = (
@@ -21,6 +34,8 @@ _COUNT_QUESTIONS = (
     "Count the letter '{letter}' in '{word}'.",
     "How many times is '{letter}' in the word '{word}'?",
 )
+_LOWER_FRACTION, _MARK_FRACTION, _LETTER_OF_WORD_FRACTION = 0.3, 0.5, 0.9
+_QUOTES = ("", "'", '"')
 
 
 class _WordTask(Task):
@@ -47,10 +62,6 @@ class Spelling(_WordTask):
         spelled = f"{word}:{','.join(word)}"
         return dialogue(f"Spell the word: {word}", spelled, answer=spelled)
 
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Compare the whole response, spaces around it aside."""
-        return response.strip() == str(conversation["answer"])
-
 
 class LetterCount(_WordTask):
     """How many of one letter are in a word; right where the number after #### is."""
@@ -70,3 +81,137 @@ class LetterCount(_WordTask):
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Compare the number after ####; a response without the marker is wrong."""
         return same_final_number(answer_text(conversation), response)
+
+
+class _WordListTask(UrlTask):
+    """A task about words of a list; `size` conversations, each from a draw of its own."""
+
+    source_options: ClassVar[tuple[str, ...]] = ("words", "sha256")
+    is_shuffled: ClassVar[bool] = False
+    """Whether words are drawn from another order than the list's."""
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        size: int | None = None,
+        seed: int = 0,
+        words: str = WORDS_URL,
+        sha256: str | None = None,
+        path: str | Path | None = None,
+        nanochat_seeds: bool = False,
+    ) -> None:
+        """Choose words; none is read yet.
+
+        Args:
+            split: "train" or "test".
+            size: number of conversations; None: 1,000.
+            seed: 0 gives nanochat's conversations of the training split, another seed others.
+            words: address of a list with one word per line, or "bundled": the common words of the bundled texts.
+            sha256: of what is at the address; None: whatever is there.
+            path: a file with one word per line, in place of `words`.
+            nanochat_seeds: whether the test split is drawn as nanochat draws it, from the training split's seeds.
+
+        Raises:
+            ConfigError: split, size or words cannot be.
+
+        """
+        super().__init__(split, size=size, seed=seed)
+        if path is not None or words != BUNDLED:
+            self._read_from("words", words, sha256, path, f" or {BUNDLED}")
+        self._nanochat_seeds = bool(nanochat_seeds)
+
+    @cached_property
+    def _words(self) -> list[str]:
+        return _words_of(self._path or next(iter(self.fetch()), None), is_shuffled=self.is_shuffled)
+
+    def _own_size(self) -> int:
+        return 1000
+
+    def _draw(self, index: int) -> random.Random:
+        """Return the source of a conversation's chances."""
+        if self.seed or (self.split == "test" and not self._nanochat_seeds):
+            return random.Random(f"{self.name}/{self.split}/{self.seed}/{index}")
+        return random.Random(index if self.split == "train" else -(index + 1))
+
+
+class SpellingBee(_WordListTask):
+    """How many of a letter are in a word; right where the number after #### is."""
+
+    name = "spelling_bee"
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        draw = self._draw(index)
+        word = draw.choice(self._words)
+        letter = draw.choice(word if draw.random() < _LETTER_OF_WORD_FRACTION else string.ascii_lowercase)
+        question = draw.choice(_questions())
+        if draw.random() < _LOWER_FRACTION:
+            question = question.lower()
+        quote, quote_of_word = draw.choice(_QUOTES), draw.choice(_QUOTES)
+        asked = question.format(letter=f"{quote}{letter}{quote}", word=f"{quote_of_word}{word}{quote_of_word}")
+        if draw.random() < _MARK_FRACTION:
+            asked += "?"
+        return dialogue(asked, _count_aloud(word, letter))
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Compare the number after ####; a response without the marker is wrong."""
+        return same_final_number(answer_text(conversation), response)
+
+
+class SimpleSpelling(_WordListTask):
+    """Spell the word: apple -> apple:a,p,p,l,e; right only letter for letter."""
+
+    name = "simple_spelling"
+    is_shuffled = True
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        word = self._draw(index).choice(self._words)
+        return dialogue(f"Spell the word: {word}", f"{word}:{','.join(word)}")
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Compare the whole response, apart from spaces around it."""
+        return response.strip() == answer_text(conversation)
+
+
+def _count_aloud(word: str, letter: str) -> list[dict[str, str]]:
+    """Return an answer that spells the word, counts along, asks the calculator and ends with the number."""
+    lines, count = [], 0
+    for place, char in enumerate(word, start=1):
+        count += char == letter
+        # No space after the colon: with one a letter would be another token than in the word spelled out.
+        lines.append(f"{place}:{char} hit! count={count}\n" if char == letter else f"{place}:{char}\n")
+    by_hand = (
+        f"We are asked to find the number '{letter}' in the word '{word}'. Let me try a manual approach first.\n\n"
+        f"First spell the word out:\n{word}:{','.join(word)}\n\nThen count the occurrences of '{letter}':\n"
+        f"{''.join(lines)}\nThis gives us {count}."
+    )
+    return [
+        {"type": "text", "text": by_hand},
+        {"type": "text", "text": "\n\nLet me double check this using Python:\n\n"},
+        {"type": "python", "text": f"'{word}'.count('{letter}')"},
+        {"type": "python_output", "text": str(count)},
+        {"type": "text", "text": f"\n\nPython gives us {count}.\n\nMy final answer is:\n\n#### {count}"},
+    ]
+
+
+@cache
+def _questions() -> list[str]:
+    return list(json.loads(QUESTIONS_FILE.read_text(encoding="utf-8")))
+
+
+@cache
+def _words_of(path: Path | None, *, is_shuffled: bool) -> list[str]:
+    """Return the words of a file (None: the bundled ones), in its order or in that of SimpleSpelling."""
+    if is_shuffled:
+        words = list(_words_of(path, is_shuffled=False))
+        random.Random(42).shuffle(words)
+        return words
+    if path is None:
+        return list(common_words())
+    try:
+        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a UTF-8 list of words ({error}).") from error
+    if not words:
+        raise DataError(f"{path} has no word; expected one on each line.")
+    return words

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.data import rows as rows_module
-from mlxchat.data.rows import Rows
 from mlxchat.errors import DataError
+from mlxchat.tasks import downloads
+from mlxchat.tasks.downloads import Rows
 
 
 def write(path: Path, values: list[str], **options: int) -> Path:
@@ -45,7 +45,7 @@ def test_a_large_table_takes_no_memory_of_its_own_and_leaves_no_file(
     path = write(tmp_path / "a", values, row_group_size=500)
     cache = tmp_path / "cache"
     monkeypatch.setenv("MLXCHAT_CACHE", str(cache))
-    monkeypatch.setattr(rows_module, "_LARGEST_IN_MEMORY", 1 << 20)
+    monkeypatch.setattr(downloads, "_LARGEST_IN_MEMORY", 1 << 20)
     before = pa.total_allocated_bytes()
     rows = Rows([path], ["text"], seed=1)
     assert pa.total_allocated_bytes() - before < 1 << 20

