@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mlxchat  # isort: split
+
 import importlib
 import importlib.util
 import os
@@ -14,16 +16,22 @@ from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from kit.models import make_tokenizer
 from mlxchat.compose import compose_config
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.ops import blas
+from mlxchat.ops.device import backend
 from mlxchat.runner import stage as stage_module
 from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Run, execute
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.store import Store
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 # Other programs may keep the machine busy: examples are the same every time and may take their time.
 settings.register_profile("mlxchat", deadline=None, derandomize=True, database=None)
@@ -57,6 +65,23 @@ def same_cores() -> Iterator[None]:
     yield
     if before is not None:
         blas.set_blas_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    """Compute on the CPU, whatever device a test or the machine chose."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    backend.cache_clear()
+    yield
+    mx.set_default_device(before)
+    backend.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The tokenizer of 280 ids."""
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")

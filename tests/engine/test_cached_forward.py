@@ -5,58 +5,25 @@ The short windows of July 2026 are 128 tokens here, so that rows of 300 tokens c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.compose import compose_config
+from kit import models
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.kv_cache import KVCache
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters, set_parameters
 
-MakeModel = Callable[..., GPT]
+make_model = partial(models.make_model, num_layers=4, scale=0.3)  # windows: short, short, short, long
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
 HEADS = pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 # Float32 logits within ±15 through four layers.
 TOLERANCE = 1e-4
-
-
-@cache
-def features_of(architecture: str) -> dict[str, Any]:
-    """Return what conf/architecture says, as fields of GPTSizes."""
-    config = vars(compose_config([f"architecture={architecture}"]).config.architecture)
-    fields = {key: value for key, value in config.items() if key not in ("name", "whole_heads", "dropout")}
-    return {"architecture": config["name"], **fields}
-
-
-@pytest.fixture
-def make_model(tokenizer: Tokenizer) -> MakeModel:
-    def make(architecture: str, num_kv_heads: int = 2, **sizes: Any) -> GPT:
-        """Return four layers (short, short, short, long) none of whose projections and scalars is zero."""
-        model = GPT(
-            GPTSizes(
-                **{
-                    "vocab_size": tokenizer.vocab_size, "num_layers": 4, "num_heads": 4, "num_kv_heads": num_kv_heads,
-                    "width": 32, "context_tokens": 64, **features_of(architecture), **sizes,
-                }
-            )
-        )  # fmt: skip
-        rng = np.random.default_rng(7)
-        weights = {
-            name: rng.normal(scale=1.0 if "wte" in name else 0.3, size=value.shape) + (name == "resid_lambdas")
-            for name, value in flatten_parameters(model).items()
-        }
-        set_parameters(model, {name: mx.array(value.astype(np.float32)) for name, value in weights.items()})
-        return model
-
-    return make
 
 
 def random_ids(*shape: int) -> np.ndarray:
@@ -84,7 +51,7 @@ def cached_logits(model: GPT, cache: KVCache, ids: np.ndarray, sizes: list[int])
     ids=["at once", "one by one", "across", "at the border", "behind the border", "mixed", "growing"],
 )
 @BOTH
-def test_pieces_give_the_logits_of_the_whole(make_model: MakeModel, architecture: str, sizes: list[int]) -> None:
+def test_pieces_give_the_logits_of_the_whole(architecture: str, sizes: list[int]) -> None:
     model, ids = make_model(architecture), random_ids(3, sum(sizes))
     got = cached_logits(model, KVCache(model.sizes, [300] * 3), ids, sizes)
     np.testing.assert_allclose(got, np.asarray(model(mx.array(ids))), atol=TOLERANCE)
@@ -92,19 +59,15 @@ def test_pieces_give_the_logits_of_the_whole(make_model: MakeModel, architecture
 
 @BOTH
 @HEADS
-def test_grouped_heads_give_the_logits_of_the_whole(
-    make_model: MakeModel, architecture: str, num_kv_heads: int
-) -> None:
-    model, ids = make_model(architecture, num_kv_heads), random_ids(2, 150)
+def test_grouped_heads_give_the_logits_of_the_whole(architecture: str, num_kv_heads: int) -> None:
+    model, ids = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(2, 150)
     got = cached_logits(model, KVCache(model.sizes, [150] * 2), ids, [70, 60, *[1] * 20])
     np.testing.assert_allclose(got, np.asarray(model(mx.array(ids))), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("lengths", [[7, 1, 30, 12], [140, 2, 127, 128], [300, 150]], ids=str)
 @BOTH
-def test_rows_of_different_lengths_give_the_logits_of_each_alone(
-    make_model: MakeModel, architecture: str, lengths: list[int]
-) -> None:
+def test_rows_of_different_lengths_give_the_logits_of_each_alone(architecture: str, lengths: list[int]) -> None:
     model, longest, more = make_model(architecture), max(lengths), 20
     rows = [random_ids(index + 1, length + more)[index] for index, length in enumerate(lengths)]
     ids = np.stack([np.pad(row, (longest + more - len(row), 0), constant_values=256) for row in rows])
@@ -114,7 +77,7 @@ def test_rows_of_different_lengths_give_the_logits_of_each_alone(
 
 
 @BOTH
-def test_rows_that_go_on_give_the_logits_of_each_alone(make_model: MakeModel, architecture: str) -> None:
+def test_rows_that_go_on_give_the_logits_of_each_alone(architecture: str) -> None:
     model, lengths, kept = make_model(architecture), [125, 3, 60], [0, 2]
     rows = [random_ids(index + 1, length + 20)[index] for index, length in enumerate(lengths)]
     ids = np.stack([np.pad(row, (145 - len(row), 0), constant_values=256) for row in rows])
@@ -127,16 +90,14 @@ def test_rows_that_go_on_give_the_logits_of_each_alone(make_model: MakeModel, ar
 
 
 @pytest.mark.parametrize(("num_layers", "pattern"), [(1, "S"), (2, "S"), (3, "LS")])
-def test_any_pattern_of_windows_gives_the_logits_of_the_whole(
-    make_model: MakeModel, num_layers: int, pattern: str
-) -> None:
+def test_any_pattern_of_windows_gives_the_logits_of_the_whole(num_layers: int, pattern: str) -> None:
     model, ids = make_model("jul2026", num_layers=num_layers, window_pattern=pattern), random_ids(2, 180)
     got = cached_logits(model, KVCache(model.sizes, [180] * 2), ids, [120, 15, *[1] * 45])
     np.testing.assert_allclose(got, np.asarray(model(mx.array(ids))), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("feature", ["smear_lambda", "backout_lambda", "x0_lambdas"])
-def test_the_comparison_depends_on_each_scalar(make_model: MakeModel, feature: str) -> None:
+def test_the_comparison_depends_on_each_scalar(feature: str) -> None:
     """Otherwise a cache that forgets the previous token would pass."""
     model, ids = make_model("jul2026"), random_ids(1, 20)
     before = np.asarray(model(mx.array(ids)))
@@ -145,9 +106,7 @@ def test_the_comparison_depends_on_each_scalar(make_model: MakeModel, feature: s
 
 
 @BOTH
-def test_greedy_decoding_across_the_border_is_that_of_the_whole_row(
-    make_model: MakeModel, tokenizer: Tokenizer, architecture: str
-) -> None:
+def test_greedy_decoding_across_the_border_is_that_of_the_whole_row(tokenizer: Tokenizer, architecture: str) -> None:
     model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (124, 5, 131, 252, 300)]
     head = np.array(model.lm_head.weight)
     head[tokenizer.bos :] = 0  # no row ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,39 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxchat.compose import compose_config
+from kit import models
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.engine.slots import Slots
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.gpt import GPT
 
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+make_model = partial(models.make_model, width=128, scale=0.1)  # heads are 32 wide
 TOKENS = 170  # windows of July 2026 are 128 tokens here
-
-
-def make_model(architecture: str, **sizes: Any) -> GPT:
-    """Return two layers with grouped heads 32 wide, none of whose projections and scalars is zero."""
-    config = vars(compose_config([f"architecture={architecture}"]).config.architecture)
-    features = {key: value for key, value in config.items() if key not in ("name", "whole_heads", "dropout")}
-    model = GPT(
-        GPTSizes(
-            **{
-                "architecture": config["name"], "vocab_size": 280, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
-                "width": 128, "context_tokens": 64, **features, **sizes,
-            }
-        )
-    )  # fmt: skip
-    rng = np.random.default_rng(7)
-    weights = {
-        name: rng.normal(scale=1.0 if "wte" in name else 0.1, size=value.shape) + (name == "resid_lambdas")
-        for name, value in flatten_parameters(model).items()
-    }
-    set_parameters(model, {name: mx.array(value.astype(np.float32)) for name, value in weights.items()})
-    return model
 
 
 class RoundedLayer:

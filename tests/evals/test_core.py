@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from gpt_in_numpy import numpy_logits
 
+from kit.numpy_gpt import numpy_logits
 from mlxchat.bench.core import answer_alone
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, Interrupted

@@ -8,7 +8,6 @@ import os
 import pickletools
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kit.models import make_model
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
@@ -28,7 +28,7 @@ FILES = {
 
 
 @pytest.fixture
-def model(make_model: Callable[..., GPT], tokenizer: Tokenizer) -> GPT:
+def model(tokenizer: Tokenizer) -> GPT:
     return make_model(vocab_size=tokenizer.vocab_size)
 
 
@@ -99,7 +99,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
 def test_config_has_the_fields_that_mlx_lm_reads(model: GPT, tokenizer: Tokenizer, saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     expected = {
-        "model_type": "nanochat", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "model_type": "nanochat", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 280, "max_position_embeddings": 64, "intermediate_size": 128,
         "rope_theta": 10_000.0,
     }  # fmt: skip

@@ -6,21 +6,21 @@ Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from gpt_in_numpy import numpy_logits, numpy_norm, weights_of
 
-from mlxchat.errors import ConfigError
-from mlxchat.model import gpt
-from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, rms_norm, set_parameters
-from mlxchat.model.sizes import GPTSizes, sizes_from_depth
+from kit import models
+from kit.numpy_gpt import numpy_logits, numpy_norm, weights_of
+from mlxchat.model.gpt import GPT, rms_norm
+from mlxchat.model.sizing import GPTSizes, sizes_from_depth
+from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 
-MakeModel = Callable[..., GPT]
+make_model = partial(models.make_model, num_layers=3, scale=0.3)
 
 
 def random_ids(*shape: int) -> np.ndarray:
@@ -28,13 +28,11 @@ def random_ids(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 150, 300])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_logits_equal_nanochat_in_numpy(
-    make_model: MakeModel, architecture: str, num_heads: int, num_kv_heads: int, tokens: int
-) -> None:
+def test_logits_equal_nanochat_in_numpy(architecture: str, num_kv_heads: int, tokens: int) -> None:
     """The short windows of July 2026 are 128 tokens here, and its tables have 320 rows for 280 tokens."""
-    model = make_model(num_heads, num_kv_heads, architecture=architecture)
+    model = make_model(architecture, num_kv_heads=num_kv_heads)
     ids = random_ids(2, tokens)
     # The agreement that nanochat's own float32 has with float64 on models of this kind.
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
@@ -43,21 +41,17 @@ def test_logits_equal_nanochat_in_numpy(
 @pytest.mark.parametrize(
     ("num_layers", "pattern", "context_tokens"), [(1, "S", 64), (2, "S", 64), (4, "LS", 64), (5, "SSL", 700)]
 )
-def test_windows_follow_the_pattern_of_any_depth(
-    make_model: MakeModel, num_layers: int, pattern: str, context_tokens: int
-) -> None:
-    model = make_model(
-        architecture="jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=context_tokens
-    )
+def test_windows_follow_the_pattern_of_any_depth(num_layers: int, pattern: str, context_tokens: int) -> None:
+    model = make_model("jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=context_tokens)
     ids = random_ids(1, 400)
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
 
 
-def test_long_windows_of_july_2026_end_at_the_context_size(make_model: MakeModel) -> None:
+def test_long_windows_of_july_2026_end_at_the_context_size() -> None:
     """Guards against long layers that see everything in inputs longer than the context (64); nanochat's see 64 back."""
     ids, logits = random_ids(1, 210), {}
     for architecture in ("oct2025", "jul2026"):
-        model = make_model(architecture=architecture, num_layers=1, window_pattern="L")
+        model = make_model(architecture, num_layers=1, window_pattern="L")
         changed = ids.copy()
         changed[0, 130] = (changed[0, 130] + 1) % 280  # the smear brings it to 131, which 195 still sees
         logits[architecture] = [np.asarray(model(mx.array(each)))[0] for each in (ids, changed)]
@@ -68,9 +62,9 @@ def test_long_windows_of_july_2026_end_at_the_context_size(make_model: MakeModel
     assert np.abs(logits["oct2025"][1][209] - logits["oct2025"][0][209]).max() > 1e-4
 
 
-def test_a_token_beyond_the_window_reaches_a_short_layer_no_more(make_model: MakeModel) -> None:
+def test_a_token_beyond_the_window_reaches_a_short_layer_no_more() -> None:
     """Two layers, the first short: its outcome at 200 sees 72 … 200, the smear one more, the second layer all."""
-    model = make_model(architecture="jul2026", num_layers=2, window_pattern="S", context_tokens=512)
+    model = make_model("jul2026", num_layers=2, window_pattern="S", context_tokens=512)
     zeros = {"transformer.h.1.attn.c_proj.weight", "transformer.h.1.mlp.c_proj.weight"}
     set_parameters(model, {name: mx.zeros_like(flatten_parameters(model)[name]) for name in zeros})
     ids = random_ids(1, 210)
@@ -83,11 +77,9 @@ def test_a_token_beyond_the_window_reaches_a_short_layer_no_more(make_model: Mak
 
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_gradients_of_the_loss_equal_central_differences(
-    make_model: MakeModel, architecture: str, num_kv_heads: int
-) -> None:
+def test_gradients_of_the_loss_equal_central_differences(architecture: str, num_kv_heads: int) -> None:
     """Of every parameter, along its gradient and across it; differences are those of the loss in float64."""
-    model, ids = make_model(4, num_kv_heads, architecture=architecture), random_ids(1, 141)
+    model, ids = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(1, 141)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     weights, rng, parameters = weights_of(model), np.random.default_rng(1), flatten_parameters(model)
 
@@ -114,12 +106,12 @@ def test_gradients_of_the_loss_equal_central_differences(
 
 
 @pytest.mark.parametrize("theta", [100.0, 100_000.0])
-def test_the_base_of_the_rotation_is_the_one_of_the_sizes(make_model: MakeModel, theta: float) -> None:
+def test_the_base_of_the_rotation_is_the_one_of_the_sizes(theta: float) -> None:
     model, ids = make_model(rope_theta=theta), random_ids(1, 60)
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
 
 
-def test_logits_are_float32_within_the_soft_cap(make_model: MakeModel) -> None:
+def test_logits_are_float32_within_the_soft_cap() -> None:
     model = make_model()
     model.lm_head.weight = model.lm_head.weight * 1000
     logits = model(mx.array(random_ids(1, 20)))
@@ -127,7 +119,7 @@ def test_logits_are_float32_within_the_soft_cap(make_model: MakeModel) -> None:
     assert float(mx.abs(logits).max().item()) <= 15 * (1 + 1e-6)
 
 
-def test_a_later_token_changes_no_earlier_logit(make_model: MakeModel) -> None:
+def test_a_later_token_changes_no_earlier_logit() -> None:
     model, ids = make_model(), random_ids(1, 150)
     before = np.asarray(model(mx.array(ids)))
     ids[0, 130] = (ids[0, 130] + 1) % 280
@@ -142,7 +134,7 @@ def test_the_norm_has_the_epsilon_of_float32() -> None:
     np.testing.assert_allclose(np.asarray(rms_norm(mx.array(x))), numpy_norm(x.astype(np.float64)), rtol=1e-5)
 
 
-def test_parameters_bear_nanochats_names(make_model: MakeModel) -> None:
+def test_parameters_bear_nanochats_names() -> None:
     expected = {"transformer.wte.weight", "lm_head.weight"}
     for layer in range(3):
         expected |= {f"transformer.h.{layer}.attn.{part}.weight" for part in ("c_q", "c_k", "c_v", "c_proj")}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
+from kit.models import make_model
+from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
+from mlxchat.model.weights import flatten_parameters
 
 # depth, width, heads, all parameters, parameters of matrices; vocabulary 65,536 (nanochat, October 2025).
 PUBLISHED = [
@@ -53,8 +52,8 @@ def test_fewer_key_heads_are_kept() -> None:
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_the_count_is_what_the_model_holds(make_model: Callable[..., GPT], num_kv_heads: int) -> None:
-    model = make_model(4, num_kv_heads)
+def test_the_count_is_what_the_model_holds(num_kv_heads: int) -> None:
+    model = make_model(num_kv_heads=num_kv_heads)
     counts = count_parameters(model.sizes)
     held = {name: value.size for name, value in flatten_parameters(model).items()}
     assert counts["total"] == sum(held.values())

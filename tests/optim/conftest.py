@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,21 +13,9 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.config import ModelConfig, OptimizerConfig
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes, sizes_of
-from mlxchat.ops.device import backend
-
-assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
-
-
-@pytest.fixture(autouse=True)
-def on_cpu() -> Iterator[None]:
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    backend.cache_clear()
-    yield
-    mx.set_default_device(before)
-    backend.cache_clear()
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes, sizes_of
+from mlxchat.model.weights import flatten_parameters, set_parameters
 
 
 @pytest.fixture(scope="session")

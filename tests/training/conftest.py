@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,30 +15,17 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
-from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
-from mlxchat.ops.device import backend
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.step import Batch, mean_batch
-
-assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 
 @cache
 def composed(*overrides: str) -> Config:
     return compose_config(list(overrides)).config
-
-
-@pytest.fixture(autouse=True)
-def on_cpu() -> Iterator[None]:
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    backend.cache_clear()
-    yield
-    mx.set_default_device(before)
-    backend.cache_clear()
 
 
 class Numbers:
@@ -70,11 +55,6 @@ class Numbers:
 def make_numbers() -> Callable[[], Numbers]:
     """Return the maker of such batches."""
     return Numbers
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["the cat sat on the mat and the dog sat on the log " * 5], 280)
 
 
 @pytest.fixture

@@ -1,0 +1,74 @@
+"""Small GPTs none of whose weights is zero, and the tokenizer of 280 ids that goes with them."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.compose import compose_config
+from mlxchat.config import Config
+from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.interop.names import architecture_values
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+VOCABULARY = 280
+features_of = cache(architecture_values)
+
+
+@cache
+def composed(*overrides: str) -> Config:
+    """Return a composed configuration, which the caller must not change."""
+    return compose_config(list(overrides)).config
+
+
+@cache
+def make_tokenizer() -> Tokenizer:
+    """Return the tokenizer of VOCABULARY ids."""
+    return train_tokenizer(["the cat sat on the mat and the dog sat on the log " * 5], VOCABULARY)
+
+
+def make_model(
+    architecture: str = "oct2025", *, seed: int = 7, scale: float = 0.2, head_scale: float | None = None, **sizes: Any
+) -> GPT:
+    """Return a model with grouped heads, the same each time.
+
+    Args:
+        architecture: a name of conf/architecture.
+        seed: of the weights.
+        scale: deviation of the weights; embeddings have 1.
+        head_scale: deviation of the head's weights where it is another one.
+        sizes: fields of GPTSizes that differ.
+    """
+    small = {"vocab_size": VOCABULARY, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "width": 32,
+             "context_tokens": 64}  # fmt: skip
+    model = GPT(GPTSizes(**{**small, **features_of(architecture), **sizes}))
+    return randomise(model, seed=seed, scale=scale, head_scale=head_scale)
+
+
+def randomise(model: GPT, *, seed: int = 7, scale: float = 0.2, head_scale: float | None = None) -> GPT:
+    """Give every parameter normal numbers, so that nothing starts at zero as nanochat's projections do.
+
+    Residual multipliers get 1 plus such numbers.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(name: str, shape: tuple[int, ...]) -> mx.array:
+        deviation = 1.0 if "wte" in name else head_scale if head_scale and "lm_head" in name else scale
+        return mx.array((rng.normal(scale=deviation, size=shape) + (name == "resid_lambdas")).astype(np.float32))
+
+    set_parameters(model, {name: drawn(name, value.shape) for name, value in flatten_parameters(model).items()})
+    return model
+
+
+def arrays_of(model: GPT) -> dict[str, np.ndarray[Any, Any]]:
+    """Return copies of all parameters."""
+    return {name: np.array(value) for name, value in flatten_parameters(model).items()}
