@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.text import DOCUMENTS
 from mlxchat.data.documents import DocumentCursor, EncodedShards
 from mlxchat.data.encoded import encode_shard
 from mlxchat.data.shards import Shard, open_shards, write_shards
@@ -38,6 +39,12 @@ def make_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hundred(make_corpus: Callable[..., Path]) -> Path:
+    """DOCUMENTS, 10 of them for validation; 90 for training in shards of 40, 40 and 10, row groups of 7."""
+    return make_corpus(DOCUMENTS, validation=10, shard=40, row_group=7)
 
 
 @pytest.fixture(scope="session")

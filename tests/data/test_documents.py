@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from kit.text import DOCUMENTS
 from mlxchat.data import documents as documents_module
 from mlxchat.data.documents import DocumentCursor, EncodedShards
 from mlxchat.data.encoded import encode_shard
@@ -17,13 +18,6 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 
 Read = Callable[..., DocumentCursor]
-DOCUMENTS = [f"document {number}" for number in range(100)]
-
-
-@pytest.fixture(scope="module")
-def hundred(make_corpus: Callable[..., Path]) -> Path:
-    """10 for validation; 90 for training in shards of 40, 40 and 10, row groups of 7."""
-    return make_corpus(DOCUMENTS, validation=10, shard=40, row_group=7)
 
 
 def texts(cursor: DocumentCursor, count: int, tokenizer: Tokenizer) -> list[str]:

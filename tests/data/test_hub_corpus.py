@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import threading
@@ -11,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kit.text import parquet
 from mlxchat.config import HubConfig
 from mlxchat.data import shards as shards_module
 from mlxchat.data.documents import DocumentCursor, EncodedShards
@@ -28,12 +27,6 @@ from mlxchat.errors import DataError
 from mlxchat.hub.listings import forget
 
 NAME = "org/texts"
-
-
-def parquet(documents: list[str | None], column: str = "text", **more: Any) -> bytes:
-    file = io.BytesIO()
-    pq.write_table(pa.table({"id": list(range(len(documents))), column: documents}), file, **more)
-    return file.getvalue()
 
 
 def texts(shard: int, count: int = 30) -> list[str]:

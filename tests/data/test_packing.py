@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
 from collections.abc import Callable
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit.text import conversation, render
+from kit.text import conversations as some_conversations
 from mlxchat.data import packing
 from mlxchat.data.best_fit import BestFitBuffer
 from mlxchat.data.conversation import render_conversation
@@ -25,7 +25,6 @@ from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, RowStr
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.stream_packing import pack_documents
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import read_tokens, write_tokens
 
 Read = Callable[..., DocumentCursor]
 
@@ -177,33 +176,14 @@ def test_text_that_is_read_once_makes_every_token_a_target_once(
     assert capsys.readouterr().out == ""
 
 
-def conversation(number: int, question: int, answer: int) -> dict[str, Any]:
-    """A conversation that no other number has."""
-    return {
-        "messages": [
-            {"role": "user", "content": f"{number}:" + " the" * question},
-            {"role": "assistant", "content": " cat" * answer},
-        ]
-    }
-
-
 def chat_rows(
     conversations: list[dict[str, Any]], tokenizer: Tokenizer, *, row_tokens: int = 60, wanted: int = 10,
     train_on: str = "assistant", seed: int = 0,
 ) -> ConversationRows:  # fmt: skip
-    file = BytesIO()
-    rendered = (render_conversation(tokenizer, each, max_tokens=None) for each in conversations)
-    sequences = ((np.array(ids), np.array(mask, dtype=bool)) for ids, mask in rendered)
-    write_tokens(file, sequences, count=len(conversations), vocab_size=tokenizer.vocab_size)
     return ConversationRows(
-        read_tokens(file.getvalue()), padding=tokenizer.bos, row_tokens=row_tokens, buffer_conversations=wanted,
+        render(conversations, tokenizer), padding=tokenizer.bos, row_tokens=row_tokens, buffer_conversations=wanted,
         train_on=train_on, seed=seed,
     )  # fmt: skip
-
-
-def some(count: int) -> list[dict[str, Any]]:
-    sizes = random.Random(count)
-    return [conversation(number, sizes.randint(0, 8), sizes.randint(0, 8)) for number in range(count)]
 
 
 def placed(row: packing.Row, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
@@ -256,7 +236,7 @@ def test_targets_are_the_next_tokens_that_are_trained_on_and_nothing_else(
 
 
 def test_training_on_all_makes_every_token_but_bos_and_padding_a_target(tokenizer: Tokenizer) -> None:
-    rows = chat_rows(some(20), tokenizer, train_on="all")
+    rows = chat_rows(some_conversations(20), tokenizer, train_on="all")
     for inputs, targets in (rows.next_row() for _ in range(10)):
         following = inputs[1:]
         np.testing.assert_array_equal(targets[:-1], np.where(following == tokenizer.bos, IGNORED, following))
@@ -274,7 +254,7 @@ def test_a_conversation_longer_than_a_row_is_cut_and_counted(tokenizer: Tokenize
 
 
 def test_a_seed_gives_the_same_rows_and_another_seed_another_order(tokenizer: Tokenizer) -> None:
-    first, same, other = (chat_rows(some(40), tokenizer, wanted=3, seed=seed) for seed in (1, 1, 2))
+    first, same, other = (chat_rows(some_conversations(40), tokenizer, wanted=3, seed=seed) for seed in (1, 1, 2))
     one, two = first.next_row(), other.next_row()
     assert_equal(one, same.next_row())
     assert placed(one, tokenizer) != placed(two, tokenizer)
@@ -313,7 +293,7 @@ def make_rows(
 ) -> Callable[[], RowStream]:
     if request.param == "documents":  # 180 documents fill some 100 rows
         return lambda: DocumentRows(read_documents(corpus), 40, 30)
-    return lambda: chat_rows(some(40), tokenizer, wanted=12)
+    return lambda: chat_rows(some_conversations(40), tokenizer, wanted=12)
 
 
 @pytest.mark.parametrize("position", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144])
@@ -333,7 +313,7 @@ def test_positions_cross_the_border_of_an_epoch(corpus: Path, read_documents: Re
     """What the positions above are chosen for."""
     documents, conversations = (
         DocumentRows(read_documents(corpus), 40, 30),
-        chat_rows(some(40), tokenizer, wanted=12),
+        chat_rows(some_conversations(40), tokenizer, wanted=12),
     )
     for rows in (documents, conversations):
         for _ in range(144):
@@ -355,7 +335,9 @@ def test_a_stream_that_is_stopped_at_any_rows_goes_on_with_the_same_rows(
 ) -> None:  # fmt: skip
     def start() -> RowStream:
         if chats:
-            return chat_rows(some(40), tokenizer, row_tokens=max(30, row_tokens), wanted=wanted, seed=seed)
+            return chat_rows(
+                some_conversations(40), tokenizer, row_tokens=max(30, row_tokens), wanted=wanted, seed=seed
+            )
         return DocumentRows(read_documents(corpus), row_tokens, wanted)
 
     straight, stopped = start(), start()

@@ -8,16 +8,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from kit.text import DOCUMENTS
 from mlxchat.data.shards import iterate_documents, open_shards, write_shards
 from mlxchat.errors import DataError
-
-DOCUMENTS = [f"document {number}" for number in range(100)]
-
-
-@pytest.fixture(scope="module")
-def hundred(make_corpus: Callable[..., Path]) -> Path:
-    """10 for validation; 90 for training in shards of 40, 40 and 10, row groups of 7."""
-    return make_corpus(DOCUMENTS, validation=10, shard=40, row_group=7)
 
 
 def test_each_document_is_in_one_split_once_in_order(hundred: Path) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit.text import conversations, render
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import DocumentCursor
 from mlxchat.data.packing import IGNORED, EpochRows, RowStream, count_rows
@@ -22,7 +21,6 @@ from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.stream_packing import pack_conversations, pack_documents
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import Tokens, read_tokens, write_tokens
 
 Read = Callable[..., DocumentCursor]
 
@@ -111,34 +109,11 @@ def test_the_share_that_best_fit_crops_is_reported(corpus: Path, read_documents:
 # Conversations
 
 
-def conversations(count: int) -> list[dict[str, Any]]:
-    sizes = random.Random(count)
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"{number}:" + " the" * sizes.randint(0, 8)},
-                {"role": "assistant", "content": " cat" * sizes.randint(0, 8)},
-            ]
-        }
-        for number in range(count)
-    ]
-
-
-def tokens_of(items: list[dict[str, Any]], tokenizer: Tokenizer) -> Tokens:
-    file = BytesIO()
-    rendered = (render_conversation(tokenizer, each, max_tokens=None) for each in items)
-    write_tokens(
-        file, ((np.array(ids), np.array(mask, dtype=bool)) for ids, mask in rendered), count=len(items),
-        vocab_size=tokenizer.vocab_size,
-    )  # fmt: skip
-    return read_tokens(file.getvalue())
-
-
 def chat_rows(
     packing: str, tokenizer: Tokenizer, *, count: int = 30, row_tokens: int = 50, train_on: str = "assistant"
 ) -> EpochRows:
     return pack_conversations(
-        packing, tokens_of(conversations(count), tokenizer), batch_rows=3, bos=tokenizer.bos,
+        packing, render(conversations(count), tokenizer), batch_rows=3, bos=tokenizer.bos,
         assistant_end=tokenizer.assistant_end, row_tokens=row_tokens, buffer_conversations=10, train_on=train_on,
         seed=1, name_of=str,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
+from kit.text import write_sequences
 from mlxchat.data.tokens import FILE, Tokens, open_tokens, read_tokens, write_tokens
 from mlxchat.errors import DataError
 
@@ -18,10 +19,8 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 299), max_size=9), max_size=9)
 
 
 def write(sequences: list[list[int]], *, vocab_size: int = 300, masks: bool = False) -> bytes:
-    file = BytesIO()
-    pairs = ((np.array(ids, dtype=np.uint32), np.array(ids) % 2 == 0 if masks else None) for ids in sequences)
-    write_tokens(file, pairs, count=len(sequences), vocab_size=vocab_size)
-    return file.getvalue()
+    pairs = ((ids, [token % 2 == 0 for token in ids] if masks else None) for ids in sequences)
+    return write_sequences(pairs, vocab_size=vocab_size)
 
 
 def as_lists(tokens: Tokens) -> list[list[int]]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxchat.config import OptimizerConfig
+from kit import models
+from kit.training import optimizer_config
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.groups import Optimizer, clip_factor, clip_gradients, sum_squares
 from mlxchat.optim.schedule import Rates
 
-MakeConfig, MakeModel = Callable[..., OptimizerConfig], Callable[[str], GPT]
+make_model = partial(models.make_model, vocab_size=50, context_tokens=8, seed=0, scale=1.0)
 OPTIONS = ["muon_oct2025", "muon_jul2026", "adamw"]
 TABLES = {"transformer.wte.weight", "lm_head.weight"}
+
+
+@pytest.fixture
+def model() -> GPT:
+    return make_model(num_heads=2, num_kv_heads=1, width=16)
 
 
 def random_gradients(model: GPT) -> dict[str, np.ndarray]:
@@ -41,22 +47,18 @@ def updated(
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_every_parameter_is_in_exactly_one_group(
-    make_model: MakeModel, make_config: MakeConfig, architecture: str, option: str
-) -> None:
+def test_every_parameter_is_in_exactly_one_group(architecture: str, option: str) -> None:
     model = make_model(architecture)
-    optimizer = Optimizer(model, make_config(option), width=32)
+    optimizer = Optimizer(model, optimizer_config(option), width=32)
     grouped = [*optimizer.adamw_rules, *(name for names in optimizer.muon_shapes.values() for name in names)]
     assert sorted(grouped) == sorted(flatten_parameters(model))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_any_optimizer_moves_every_parameter_of_any_architecture(
-    make_model: MakeModel, make_config: MakeConfig, architecture: str, option: str
-) -> None:
+def test_any_optimizer_moves_every_parameter_of_any_architecture(architecture: str, option: str) -> None:
     model = make_model(architecture)
-    new = updated(Optimizer(model, make_config(option), width=32), model, random_gradients(model))
+    new = updated(Optimizer(model, optimizer_config(option), width=32), model, random_gradients(model))
     assert new.keys() == flatten_parameters(model).keys()
     for name, value in flatten_parameters(model).items():
         assert new[name].shape == value.shape
@@ -64,9 +66,9 @@ def test_any_optimizer_moves_every_parameter_of_any_architecture(
         assert (new[name] != np.asarray(value)).mean() > 0.9, name
 
 
-def test_jul2026_has_nanochats_rates_at_d4(make_model: MakeModel, make_config: MakeConfig) -> None:
+def test_jul2026_has_nanochats_rates_at_d4() -> None:
     """As computed by nanochat for width 256 and a quarter of a million tokens per iteration."""
-    optimizer = Optimizer(make_model("jul2026"), make_config("muon_jul2026"), width=256, batch_lr_scale=0.5**0.5)
+    optimizer = Optimizer(make_model("jul2026"), optimizer_config("muon_jul2026"), width=256, batch_lr_scale=0.5**0.5)
     expected = {
         "lm_head.weight": (0.009797958971132715, (0.8, 0.96), 0.01),
         "transformer.wte.weight": (0.3674234614174767, (0.8, 0.995), 0.001),
@@ -84,35 +86,35 @@ def test_jul2026_has_nanochats_rates_at_d4(make_model: MakeModel, make_config: M
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_weight_decay_is_configured_or_given(make_model: MakeModel, make_config: MakeConfig, option: str) -> None:
-    config = make_config(option)
+def test_weight_decay_is_configured_or_given(option: str) -> None:
+    config = optimizer_config(option)
     assert Optimizer(make_model("jul2026"), config, width=32).weight_decay == config.weight_decay
     assert Optimizer(make_model("jul2026"), config, width=32, weight_decay=0.1).weight_decay == 0.1
 
 
-def test_muon_has_the_matrices_and_adamw_the_tables(model: GPT, make_config: MakeConfig) -> None:
-    assert set(Optimizer(model, make_config(), width=16).adamw_rules) == TABLES
+def test_muon_has_the_matrices_and_adamw_the_tables(model: GPT) -> None:
+    assert set(Optimizer(model, optimizer_config(), width=16).adamw_rules) == TABLES
 
 
-def test_kind_adamw_leaves_nothing_to_muon(model: GPT, make_config: MakeConfig) -> None:
-    assert not Optimizer(model, make_config(kind="adamw"), width=16).muon_shapes
+def test_kind_adamw_leaves_nothing_to_muon(model: GPT) -> None:
+    assert not Optimizer(model, optimizer_config(kind="adamw"), width=16).muon_shapes
 
 
 @pytest.mark.parametrize("name", ["lambdas", "transformer.h.0.attn.bias", "transformer.value_embeds.weight"])
-def test_a_parameter_of_no_group_is_named(model: GPT, make_config: MakeConfig, name: str) -> None:
+def test_a_parameter_of_no_group_is_named(model: GPT, name: str) -> None:
     class Foreign(nn.Module):
         def trainable_parameters(self) -> dict[str, object]:
             return {**flatten_parameters(model), name: mx.zeros(3)}
 
     with pytest.raises(ConfigError, match=name):
-        Optimizer(Foreign(), make_config(), width=16)
+        Optimizer(Foreign(), optimizer_config(), width=16)
 
 
 @pytest.mark.parametrize(("width", "scale"), [(768, 1.0), (192, 2.0), (3072, 0.5)])
 def test_table_rates_scale_with_the_root_of_the_width_and_matrix_rates_do_not(
-    model: GPT, make_config: MakeConfig, width: int, scale: float
+    model: GPT, width: int, scale: float
 ) -> None:
-    optimizer = Optimizer(model, make_config(), width=width)
+    optimizer = Optimizer(model, optimizer_config(), width=width)
     assert {name: rule.lr for name, rule in optimizer.adamw_rules.items()} == {
         "transformer.wte.weight": pytest.approx(0.2 * scale),
         "lm_head.weight": pytest.approx(0.004 * scale),
@@ -120,16 +122,16 @@ def test_table_rates_scale_with_the_root_of_the_width_and_matrix_rates_do_not(
     assert optimizer.muon_lr == 0.02
 
 
-def test_the_stages_fraction_scales_every_rate(model: GPT, make_config: MakeConfig) -> None:
-    optimizer = Optimizer(model, make_config(), width=768, lr_frac=0.02)
+def test_the_stages_fraction_scales_every_rate(model: GPT) -> None:
+    optimizer = Optimizer(model, optimizer_config(), width=768, lr_frac=0.02)
     assert optimizer.adamw_rules["transformer.wte.weight"].lr == pytest.approx(0.2 * 0.02)
     assert optimizer.adamw_rules["lm_head.weight"].lr == pytest.approx(0.004 * 0.02)
     assert optimizer.muon_lr == pytest.approx(0.02 * 0.02)
 
 
-def test_the_first_update_moves_tables_by_adam_and_matrices_by_muon(model: GPT, make_config: MakeConfig) -> None:
+def test_the_first_update_moves_tables_by_adam_and_matrices_by_muon(model: GPT) -> None:
     gradients = random_gradients(model)
-    new = updated(Optimizer(model, make_config(), width=768), model, gradients, lr_factor=0.5)
+    new = updated(Optimizer(model, optimizer_config(), width=768), model, gradients, lr_factor=0.5)
     for name, value in flatten_parameters(model).items():
         moved, gradient = new[name] - np.asarray(value), gradients[name].astype(np.float64)
         if name in TABLES:
@@ -145,34 +147,34 @@ def test_the_first_update_moves_tables_by_adam_and_matrices_by_muon(model: GPT, 
         assert np.linalg.norm(moved - expected) < 2e-4 * np.linalg.norm(expected), name
 
 
-def test_an_update_reaches_every_parameter(model: GPT, make_config: MakeConfig) -> None:
-    new = updated(Optimizer(model, make_config(), width=16), model, random_gradients(model))
+def test_an_update_reaches_every_parameter(model: GPT) -> None:
+    new = updated(Optimizer(model, optimizer_config(), width=16), model, random_gradients(model))
     assert new.keys() == flatten_parameters(model).keys()
     for name, value in flatten_parameters(model).items():
         assert (new[name] != np.asarray(value)).mean() > 0.9, name
 
 
-def test_a_rate_of_zero_changes_no_parameter_but_remembers_the_gradient(model: GPT, make_config: MakeConfig) -> None:
-    optimizer = Optimizer(model, make_config(), width=16)
+def test_a_rate_of_zero_changes_no_parameter_but_remembers_the_gradient(model: GPT) -> None:
+    optimizer = Optimizer(model, optimizer_config(), width=16)
     new = updated(optimizer, model, random_gradients(model), lr_factor=0.0)
     for name, value in flatten_parameters(model).items():
         np.testing.assert_array_equal(new[name], np.asarray(value))
     assert all(mx.any(value != 0).item() for value in optimizer.state.values())
 
 
-def test_moments_start_at_zero_and_state_is_arrays_only(model: GPT, make_config: MakeConfig) -> None:
-    state = Optimizer(model, make_config(), width=16).state
+def test_moments_start_at_zero_and_state_is_arrays_only(model: GPT) -> None:
+    state = Optimizer(model, optimizer_config(), width=16).state
     assert all(isinstance(value, mx.array) and not mx.any(value != 0).item() for value in state.values())
     moments = sum(value.size for value in state.values()) - 1  # the count
     counts = {name: value.size for name, value in flatten_parameters(model).items()}
     assert moments == sum(counts.values()) + sum(counts[name] for name in TABLES)
 
 
-def test_restored_state_continues_with_the_same_bits(model: GPT, make_config: MakeConfig) -> None:
+def test_restored_state_continues_with_the_same_bits(model: GPT) -> None:
     gradients = random_gradients(model)
-    straight = Optimizer(model, make_config(), width=16)
+    straight = Optimizer(model, optimizer_config(), width=16)
     updated(straight, model, gradients)
-    resumed = Optimizer(model, make_config(), width=16)
+    resumed = Optimizer(model, optimizer_config(), width=16)
     for name, value in straight.state.items():
         resumed.state[name] = mx.array(np.asarray(value))
     first, second = updated(straight, model, gradients), updated(resumed, model, gradients)
@@ -183,18 +185,16 @@ def test_restored_state_continues_with_the_same_bits(model: GPT, make_config: Ma
 # Parts of an update
 
 
-def test_state_is_kept_by_the_parameters_names(model: GPT, make_config: MakeConfig) -> None:
-    optimizer = Optimizer(model, make_config("muon_jul2026"), width=16)
+def test_state_is_kept_by_the_parameters_names(model: GPT) -> None:
+    optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=16)
     kinds = {name: ("first", "second") if name in TABLES else ("momentum", "variance") for name in all_names(model)}
     assert set(optimizer.state) == {"count", *(f"{kind}.{name}" for name in kinds for kind in kinds[name])}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_the_state_of_some_parameters_is_theirs_and_the_count(
-    make_model: MakeModel, make_config: MakeConfig, option: str
-) -> None:
+def test_the_state_of_some_parameters_is_theirs_and_the_count(option: str) -> None:
     model = make_model("jul2026")
-    optimizer = Optimizer(model, make_config(option), width=32)
+    optimizer = Optimizer(model, optimizer_config(option), width=32)
     names = all_names(model)
     parts = [optimizer.state_names([name]) for name in names]
     assert all(
@@ -207,21 +207,17 @@ def test_the_state_of_some_parameters_is_theirs_and_the_count(
 @pytest.mark.parametrize("parts", [1, 2, 3, 16, 50])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_sharing_gives_every_parameter_to_exactly_one_part(
-    make_model: MakeModel, make_config: MakeConfig, architecture: str, option: str, parts: int
-) -> None:
+def test_sharing_gives_every_parameter_to_exactly_one_part(architecture: str, option: str, parts: int) -> None:
     """Also where there are more parts than parameters."""
     model = make_model(architecture)
-    shares = Optimizer(model, make_config(option), width=32).share(parts)
+    shares = Optimizer(model, optimizer_config(option), width=32).share(parts)
     assert len(shares) == parts
     assert sorted(name for names in shares for name in names) == sorted(all_names(model))
 
 
-def test_batches_hold_every_name_once_and_matrices_of_one_shape_together(
-    make_model: MakeModel, make_config: MakeConfig
-) -> None:
+def test_batches_hold_every_name_once_and_matrices_of_one_shape_together() -> None:
     model = make_model("jul2026")
-    optimizer = Optimizer(model, make_config("muon_jul2026"), width=32)
+    optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32)
     wanted = all_names(model)[::2]
     batches = optimizer.batches(wanted)
     assert sorted(name for names in batches for name in names) == sorted(wanted)
@@ -233,23 +229,25 @@ def test_batches_hold_every_name_once_and_matrices_of_one_shape_together(
     assert optimizer.batches([]) == []
 
 
-def test_shares_of_equal_matrices_are_equally_large(make_model: MakeModel, make_config: MakeConfig) -> None:
+def test_shares_of_equal_matrices_are_equally_large() -> None:
     """With AdamW alone the time goes with the number of weights; no share is above the mean by more than the largest
     parameter."""
     model = make_model("jul2026")
     sizes = {name: value.size for name, value in flatten_parameters(model).items()}
     for parts in (2, 3):
-        loads = [sum(map(sizes.get, names)) for names in Optimizer(model, make_config("adamw"), width=32).share(parts)]
+        loads = [
+            sum(map(sizes.get, names)) for names in Optimizer(model, optimizer_config("adamw"), width=32).share(parts)
+        ]
         assert max(loads) - min(loads) <= max(sizes.values())
         assert max(loads) < 1.2 * sum(sizes.values()) / parts
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("parts", [2, 3])
-def test_parts_move_as_the_whole_does(make_model: MakeModel, make_config: MakeConfig, option: str, parts: int) -> None:
+def test_parts_move_as_the_whole_does(option: str, parts: int) -> None:
     """Twice, so that the moments matter; products of other stacks of matrices may round differently."""
     model = make_model("jul2026")
-    whole, divided = (Optimizer(model, make_config(option), width=32) for _ in range(2))
+    whole, divided = (Optimizer(model, optimizer_config(option), width=32) for _ in range(2))
     gradients = {name: mx.array(value) for name, value in random_gradients(model).items()}
     rates = Rates(mx.array(1.0), mx.array(0.9), mx.array(1.0))
     one = other = flatten_parameters(model)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.config import OptimizerConfig
-from mlxchat.model.gpt import GPT, flatten_parameters
+from kit import models
+from kit.training import optimizer_config
+from mlxchat.model.weights import flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.muon import POLAR_EXPRESS, normuon_update, polar_express
 from mlxchat.optim.schedule import Rates
 
 SHAPES = [(16, 16), (8, 32), (32, 8), (2, 12)]
-MakeConfig, MakeModel = Callable[..., OptimizerConfig], Callable[[str], GPT]
+make_model = partial(models.make_model, vocab_size=50, context_tokens=8, seed=0, scale=1.0)
 
 
 def random_matrices(*shape: int, seed: int = 0) -> np.ndarray:
@@ -98,9 +99,9 @@ def test_bfloat16_comes_within_a_tenth() -> None:
     assert relative_norm(got, np.asarray(polar_express(mx.array(matrices), 5, mx.float32))) < 0.1
 
 
-def test_three_updates_equal_nanochats(make_model: MakeModel, make_config: MakeConfig) -> None:
+def test_three_updates_equal_nanochats() -> None:
     """Of every matrix of the architecture jul2026, the gates among them, with momentum and weight decay that vary."""
-    model, config = make_model("jul2026"), make_config("muon_jul2026")
+    model, config = make_model("jul2026"), optimizer_config("muon_jul2026")
     optimizer = Optimizer(model, config, width=32, batch_lr_scale=0.5, weight_decay=0.4)
     parameters = flatten_parameters(model)
     references = {name: Reference(np.asarray(value), 0.01, 0.0) for name, value in parameters.items() if ".h." in name}
@@ -119,13 +120,11 @@ def test_three_updates_equal_nanochats(make_model: MakeModel, make_config: MakeC
         assert relative_norm(moved, expected) < 2e-4, name
 
 
-def test_weight_decay_touches_only_weights_that_the_step_shrinks(
-    make_model: MakeModel, make_config: MakeConfig
-) -> None:
+def test_weight_decay_touches_only_weights_that_the_step_shrinks() -> None:
     after = []
     for weight_decay in (0.0, 0.5):
         model = make_model("oct2025")
-        optimizer = Optimizer(model, make_config("muon_jul2026"), width=32, weight_decay=weight_decay)
+        optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32, weight_decay=weight_decay)
         parameters = flatten_parameters(model)
         gradients = {name: mx.array(random_matrices(*value.shape)) for name, value in parameters.items()}
         rates = Rates(mx.array(1.0), mx.array(0.9), mx.array(1.0))
@@ -136,11 +135,9 @@ def test_weight_decay_touches_only_weights_that_the_step_shrinks(
     assert 0.2 < towards_zero.mean() < 0.8
 
 
-def test_variances_are_a_number_per_row_or_per_column_of_wide_matrices(
-    make_model: MakeModel, make_config: MakeConfig
-) -> None:
+def test_variances_are_a_number_per_row_or_per_column_of_wide_matrices() -> None:
     model = make_model("jul2026")
-    optimizer = Optimizer(model, make_config("muon_jul2026"), width=32)
+    optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32)
     expected = {
         "32x32": (32, 1),
         "16x32": (1, 32),

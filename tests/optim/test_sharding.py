@@ -11,31 +11,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxchat.compose import compose_config
-from mlxchat.config import OptimizerConfig
+from kit.models import make_model
+from kit.training import make_optimizer
 from mlxchat.model.gpt import GPT
-from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim import sharding as sharding_module
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.sharding import Piece, deal_pieces
 
-FEATURES = {"value_embeddings": True, "residual_scalars": True, "smear": True, "backout": True, "vocab_multiple": 8}
-
 OPTIONS = ["muon_oct2025", "muon_jul2026", "adamw"]
 
 
-@cache
-def config_of(option: str) -> OptimizerConfig:
-    return compose_config([f"optimizer={option}"]).config.optimizer
+def model_of(num_layers: int, *, newer: bool) -> GPT:
+    return make_model(
+        "jul2026" if newer else "oct2025", vocab_size=61, num_layers=num_layers, num_heads=2, num_kv_heads=1, width=16,
+        context_tokens=32, **({"vocab_multiple": 8} if newer else {}),
+    )  # fmt: skip
 
 
 @cache
 def optimizer_of(option: str, num_layers: int, *, newer: bool) -> Optimizer:
-    sizes = GPTSizes(
-        vocab_size=61, num_layers=num_layers, num_heads=2, num_kv_heads=1, width=16, context_tokens=32,
-        rope_theta=1e4, architecture="jul2026" if newer else "oct2025", **(FEATURES if newer else {}),
-    )  # fmt: skip
-    return Optimizer(GPT(sizes), config_of(option), width=16)
+    return make_optimizer(model_of(num_layers, newer=newer), option)
 
 
 @given(
@@ -103,11 +98,7 @@ def test_what_a_rank_sends_goes_in_loads_that_are_not_too_large(sizes: list[int]
 
 def test_another_process_makes_the_same_rules_from_a_recipe() -> None:
     optimizer = optimizer_of("muon_jul2026", 3, newer=True)
-    other = Optimizer.of_recipe(
-        GPT(GPTSizes(vocab_size=61, num_layers=3, num_heads=2, num_kv_heads=1, width=16, context_tokens=32,
-                     rope_theta=1e4, architecture="jul2026", **FEATURES)),
-        optimizer.recipe(),
-    )  # fmt: skip
+    other = Optimizer.of_recipe(model_of(3, newer=True), optimizer.recipe())
     assert other.adamw_rules == optimizer.adamw_rules
     assert other.muon_shapes == optimizer.muon_shapes
     assert (other.muon_lr, other.weight_decay, other.dtype, other.config) == (

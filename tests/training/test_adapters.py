@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlxchat.config import ScheduleConfig
+from kit.models import make_model
+from kit.training import NumberedBatches, make_optimizer, make_rows, schedule
 from mlxchat.errors import Interrupted
 from mlxchat.model.adapters import attach_adapters, fuse
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
@@ -26,7 +25,6 @@ from mlxchat.training.loop import fit
 from mlxchat.training.policy_scores import PolicyScores
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
-assert mlxchat
 RULE = AdamWRule(1e-2, (0.9, 0.999), 0.0)
 KINDS = ["lora", "dora", "qlora"]
 Make = Callable[..., tuple[GPT, Optimizer]]
@@ -40,7 +38,7 @@ def sizes_of(kind: str, model: GPT, targets: tuple[str, ...] = ("all",)) -> Adap
 
 
 @pytest.fixture
-def make(make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer]) -> Make:
+def make() -> Make:
     def made(
         kind: str = "lora", *, dropout: float = 0.0, zeros: bool = False, dtype: mx.Dtype = mx.float32
     ) -> tuple[GPT, Optimizer]:
@@ -60,8 +58,7 @@ def make(make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer]
 
 
 def batch(rows: int = 5, seed: int = 0) -> Batch:
-    ids = np.random.default_rng(seed).integers(0, 280, (rows, 17)).astype(np.int32)
-    return mean_batch([(row[:-1], row[1:]) for row in ids])
+    return mean_batch(make_rows(rows, seed=seed))
 
 
 def copies(parameters: dict[str, mx.array]) -> dict[str, np.ndarray]:
@@ -109,9 +106,7 @@ def test_one_step_is_adamws_first_step_whatever_the_rates_of_the_optimizer(make:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_that_of_the_fused_matrices_by_the_chain_rule(
-    make: Make, make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer], kind: str
-) -> None:
+def test_the_gradient_is_that_of_the_fused_matrices_by_the_chain_rule(make: Make, kind: str) -> None:
     model, optimizer = make(kind)
     sizes = sizes_of(kind, model)
     _, found = TrainStep(model, optimizer, micro_tokens=1000, dtype=mx.float32).gradients(batch())
@@ -187,16 +182,14 @@ def test_dropout_changes_what_is_learnt_and_nothing_that_is_evaluated(make: Make
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_that_is_stopped_goes_on_to_the_same_bits_and_saves_adapters_alone(
-    make: Make, make_context: Callable[..., Context], make_numbers: Callable[[], Any], kind: str
+    make: Make, make_context: Callable[..., Context], kind: str
 ) -> None:
-    schedule = ScheduleConfig(
-        init_lr_frac=1.0, warmup_frac=0.0, warmdown_frac=0.5, shape="linear", final_lr_frac=0.0, weight_decay_frac=0.0
-    )
+    linear = schedule(warmdown_frac=0.5, shape="linear", weight_decay_frac=0.0)
 
     def go(name: str, **context: Any) -> GPT:
         model, optimizer = make(kind, dropout=0.1)
         ctx = make_context(name, **context)
-        fit(ctx, model, optimizer, make_numbers(), num_iterations=6, schedule=schedule, hooks=[], micro_tokens=64)
+        fit(ctx, model, optimizer, NumberedBatches(), num_iterations=6, schedule=linear, hooks=[], micro_tokens=64)
         return model
 
     asked = iter([None, None, None, 15, *[15] * 99])
@@ -226,7 +219,7 @@ def test_adapters_that_were_not_trained_are_the_base_which_rl_takes_for_its_refe
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_new_adapters_change_no_bit(make: Make, make_model: Callable[[], GPT], kind: str) -> None:
+def test_new_adapters_change_no_bit(make: Make, kind: str) -> None:
     ids = mx.array(batch().ids)
     assert mx.array_equal(make(kind, zeros=True)[0](ids), make_model()(ids)).item()
 
@@ -251,7 +244,5 @@ def test_a_is_uniform_within_the_root_of_its_rows_and_b_is_zero(make: Make) -> N
     [(("attention",), 8), (("mlp",), 4), (("all",), 12), (("c_q", "c_v"), 4), (("c_proj",), 4),
      (("mlp.c_proj",), 2), (("h.1.attn.c_k",), 1), (("transformer.h.0.mlp.c_fc", "mlp"), 4)],
 )  # fmt: skip
-def test_targets_are_groups_or_ends_of_names(
-    make_model: Callable[[], GPT], targets: tuple[str, ...], count: int
-) -> None:
+def test_targets_are_groups_or_ends_of_names(targets: tuple[str, ...], count: int) -> None:
     assert len(resolve_targets(targets, make_model().sizes)) == count

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import random
 import threading
 import time
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -15,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit.text import write_sequences
 from mlxchat.data.packing import ConversationRows, RowStream
-from mlxchat.data.tokens import Tokens, read_tokens, write_tokens
+from mlxchat.data.tokens import Tokens, read_tokens
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.step import Batch
-
-assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 
 class Numbers(RowStream):
@@ -153,13 +149,8 @@ def test_the_time_of_waiting_is_counted() -> None:
 
 def conversations(count: int) -> Tokens:
     sizes = random.Random(count)
-    file = BytesIO()
-    pairs = []
-    for number in range(count):
-        ids = np.array([0, *[number] * sizes.randint(1, 8)])
-        pairs.append((ids, np.arange(len(ids)) > 1))
-    write_tokens(file, pairs, count=count, vocab_size=300)
-    return read_tokens(file.getvalue())
+    rows = [[0, *[number] * sizes.randint(1, 8)] for number in range(count)]
+    return read_tokens(write_sequences((ids, [place > 1 for place in range(len(ids))]) for ids in rows))
 
 
 @settings(max_examples=40)

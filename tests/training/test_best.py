@@ -6,25 +6,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from mlxchat.config import ScheduleConfig
+from kit.models import make_model
+from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.optim.groups import Optimizer
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit
 
-MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
-SCHEDULE = ScheduleConfig(
-    init_lr_frac=1.0, warmup_frac=0.0, warmdown_frac=0.0, final_lr_frac=0.0, weight_decay_frac=1.0
-)
+MakeContext = Callable[..., Context]
+SCHEDULE = schedule()
 # What validation says after each iteration from the first on: the lowest of all is the fourth, which is no candidate
 # of every second iteration but the sixth's equal.
 NUMBERS = [9.0, 5.0, 7.0, 3.0, 1.0, 3.0, 4.0, 6.0, 5.0, 8.0]
@@ -48,15 +46,14 @@ def bits(model: GPT) -> Weights:
 
 @pytest.fixture
 def train(
-    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, make_numbers: Callable[[], Any],
-    tokenizer: Tokenizer,
+    make_context: MakeContext, tokenizer: Tokenizer,
 ) -> Callable[..., Trained]:  # fmt: skip
     def run(
         name: str, num_iterations: int = 10, *, every: int | None = 2, extends: Path | None = None,
         stop_after: int = 99, numbers: list[float] = NUMBERS, eval_tokens: int = 100, dropout: float = 0.0,
     ) -> Trained:  # fmt: skip
         """Train to the end, or to a signal, with weights kept as scripted numbers say, and publish the result."""
-        model, batches, seen = make_model(), make_numbers(), {}
+        model, batches, seen = make_model(), NumberedBatches(), {}
         optimizer = make_optimizer(model)
         best = Best(every=every, eval_tokens=eval_tokens) if every else None
         ctx = make_context(name, lambda: 15 if batches.number >= stop_after else None)
@@ -145,7 +142,7 @@ def test_numbers_of_another_validation_are_not_compared(train: Callable[..., Tra
     assert extended.weights == extended.seen[8]
 
 
-def test_for_a_while_the_model_has_the_best_weights(make_model: MakeModel) -> None:
+def test_for_a_while_the_model_has_the_best_weights() -> None:
     model, best = make_model(), Best(every=1, eval_tokens=1)
     before = bits(model)
     best.offer(1, {"val_bpb": 1.0}, model)
@@ -156,7 +153,7 @@ def test_for_a_while_the_model_has_the_best_weights(make_model: MakeModel) -> No
     assert bits(model) == after
 
 
-def test_saves_hold_the_best_weights_only_where_they_are_not_the_present_ones(make_model: MakeModel) -> None:
+def test_saves_hold_the_best_weights_only_where_they_are_not_the_present_ones() -> None:
     model, best = make_model(), Best(every=1, eval_tokens=1)
     assert best.arrays(0) == {}
     best.offer(3, {"val_bpb": 1.0}, model)

@@ -8,8 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
+from kit.models import make_model
+from kit.training import make_optimizer, make_rows
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizing import GPTSizes
+from mlxchat.model.weights import flatten_parameters, set_parameters
 from mlxchat.ops.dropout import Dropout, draw_keys
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Optimizer
@@ -17,15 +20,13 @@ from mlxchat.optim.schedule import Rates
 from mlxchat.training import step as step_module
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
-MakeModel, MakeOptimizer = Callable[[], GPT], Callable[..., Optimizer]
 ROW_TOKENS, RATE, SEED = 16, 0.2, 9
 RATES = Rates(1.0, 0.9, 1.0)
 
 
 @pytest.fixture
 def batch() -> Batch:
-    ids = np.random.default_rng(3).integers(0, 280, (6, ROW_TOKENS + 1)).astype(np.int32)
-    return mean_batch([(row[:-1], row[1:]) for row in ids])
+    return mean_batch(make_rows(6, seed=3))
 
 
 @pytest.fixture
@@ -69,8 +70,6 @@ def test_what_is_left_out_depends_neither_on_lanes_nor_on_micro_batches(
     micro_rows: int,
     batch: Batch,
     set_lanes: Callable[[int], None],
-    make_model: MakeModel,
-    make_optimizer: MakeOptimizer,
 ) -> None:
     set_lanes(lanes)
     model = make_model()
@@ -80,9 +79,7 @@ def test_what_is_left_out_depends_neither_on_lanes_nor_on_micro_batches(
         assert float(loss.item()) == pytest.approx(reference_loss(model, batch, iteration), rel=1e-5)
 
 
-def test_each_iteration_leaves_out_other_numbers_and_the_same_ones_when_it_is_done_again(
-    batch: Batch, make_model: MakeModel, make_optimizer: MakeOptimizer
-) -> None:
+def test_each_iteration_leaves_out_other_numbers_and_the_same_ones_when_it_is_done_again(batch: Batch) -> None:
     model = make_model()
     step = make_step(model, make_optimizer(model))
     losses = [float(step.gradients(batch, iteration)[0].item()) for iteration in (0, 1, 2, 1)]
@@ -91,9 +88,7 @@ def test_each_iteration_leaves_out_other_numbers_and_the_same_ones_when_it_is_do
     assert step.num_traces <= len(Lanes()), "keys are arrays: nothing is compiled again"
 
 
-def test_gradients_are_the_slopes_of_the_loss_with_what_is_left_out(
-    batch: Batch, make_model: MakeModel, make_optimizer: MakeOptimizer
-) -> None:
+def test_gradients_are_the_slopes_of_the_loss_with_what_is_left_out(batch: Batch) -> None:
     """Against central differences of the uncompiled model along a random direction of each parameter."""
     model = make_model()
     start = flatten_parameters(model)
@@ -111,9 +106,7 @@ def test_gradients_are_the_slopes_of_the_loss_with_what_is_left_out(
         assert slope == pytest.approx((sides[0] - sides[1]) / 0.02, rel=0.02, abs=3e-5), name
 
 
-def test_recomputing_layers_leaves_out_the_same_numbers_bit_for_bit(
-    batch: Batch, make_model: MakeModel, make_optimizer: MakeOptimizer
-) -> None:
+def test_recomputing_layers_leaves_out_the_same_numbers_bit_for_bit(batch: Batch) -> None:
     outcomes = []
     for recompute in (False, True):
         model = make_model()
@@ -125,9 +118,7 @@ def test_recomputing_layers_leaves_out_the_same_numbers_bit_for_bit(
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_rate_of_zero_gives_the_bits_of_a_step_without_dropout(
-    batch: Batch, make_model: MakeModel, make_optimizer: MakeOptimizer
-) -> None:
+def test_a_rate_of_zero_gives_the_bits_of_a_step_without_dropout(batch: Batch) -> None:
     outcomes = []
     for settings in ({}, {"dropout": 0.0, "dropout_seed": 3}):
         model = make_model()

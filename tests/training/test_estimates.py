@@ -12,8 +12,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.models import make_model
+from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.compose import compose_config
-from mlxchat.config import CoreConfig, PretrainConfig, ScheduleConfig, TaskItem
+from mlxchat.config import CoreConfig, PretrainConfig, TaskItem
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import GPT, flatten_parameters
@@ -21,9 +23,7 @@ from mlxchat.runner.context import Context
 from mlxchat.training.estimates import core_hooks, suite_hooks, train_text_hooks
 from mlxchat.training.loop import Hook, fit
 
-SCHEDULE = ScheduleConfig(
-    init_lr_frac=1.0, warmup_frac=0.0, warmdown_frac=0.5, final_lr_frac=0.0, weight_decay_frac=1.0
-)
+SCHEDULE = schedule(warmdown_frac=0.5)
 NUM_ITERATIONS = 4
 
 
@@ -50,7 +50,7 @@ def pretrain(tmp_path: Path) -> PretrainConfig:
 
 
 @pytest.fixture
-def train(make_context: Any, make_model: Any, make_optimizer: Any, make_numbers: Any) -> Callable[..., Any]:
+def train(make_context: Any) -> Callable[..., Any]:
     def run(
         name: str, make_hooks: Callable[[Context, GPT], list[Hook]], stop: Callable[[], int | None] = lambda: None
     ) -> tuple[Context, dict[str, bytes]]:
@@ -58,7 +58,7 @@ def train(make_context: Any, make_model: Any, make_optimizer: Any, make_numbers:
         model, ctx = make_model(), make_context(name, stop)
         optimizer = make_optimizer(model)
         hooks = make_hooks(ctx, model)
-        fit(ctx, model, optimizer, make_numbers(), num_iterations=NUM_ITERATIONS, schedule=SCHEDULE, hooks=hooks)
+        fit(ctx, model, optimizer, NumberedBatches(), num_iterations=NUM_ITERATIONS, schedule=SCHEDULE, hooks=hooks)
         arrays = flatten_parameters(model) | optimizer.state
         return ctx, {key: np.array(value).tobytes() for key, value in arrays.items()}
 
@@ -143,9 +143,7 @@ def test_looking_at_tasks_changes_no_byte_and_logs_each_accuracy_and_the_centred
     assert ctx.metrics["mean_centered"] == pytest.approx((centered + ctx.metrics["accuracy_sums"]) / 2, abs=1e-12)
 
 
-def test_without_bundle_suite_or_tokens_nothing_is_looked_at(
-    make_context: Any, make_model: Any, tokenizer: Tokenizer
-) -> None:
+def test_without_bundle_suite_or_tokens_nothing_is_looked_at(make_context: Any, tokenizer: Tokenizer) -> None:
     """And that is what the default pipeline has."""
     config, ctx, model = compose_config([]).config, make_context(), make_model()
     assert core_hooks(ctx, config.pretrain, model, tokenizer) == []

@@ -10,40 +10,33 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlxchat.config import ScheduleConfig
+from kit.models import make_model
+from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.optim.groups import Optimizer
+from mlxchat.model.weights import flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import fit
 
-MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
-
-
-def schedule(warmdown_frac: float) -> ScheduleConfig:
-    return ScheduleConfig(
-        init_lr_frac=1.0, warmup_frac=0.0, warmdown_frac=warmdown_frac, final_lr_frac=0.0, weight_decay_frac=1.0
-    )
+MakeContext = Callable[..., Context]
 
 
 @pytest.fixture
 def train(
-    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, make_numbers: Callable[[], Any],
-    tokenizer: Tokenizer,
+    make_context: MakeContext, tokenizer: Tokenizer,
 ) -> Callable[..., tuple[Context, dict[str, bytes]]]:  # fmt: skip
     def run(
         name: str, num_iterations: int, *, extends: Path | None = None, warmdown_frac: float = 0.0,
         stop_after: int = 99, keep_state: bool = True, **optimizer_changes: Any,
     ) -> tuple[Context, dict[str, bytes]]:  # fmt: skip
         """Train to the end, or to a signal; publish as the runner does; return the context and all arrays."""
-        model, batches = make_model(), make_numbers()
+        model, batches = make_model(), NumberedBatches()
         optimizer = make_optimizer(model, **optimizer_changes)
         ctx = make_context(name, lambda: 15 if batches.number >= stop_after else None)
         fit(
-            ctx, model, optimizer, batches, num_iterations=num_iterations, schedule=schedule(warmdown_frac), hooks=[],
-            extends=extends, keep_state=keep_state,
+            ctx, model, optimizer, batches, num_iterations=num_iterations, hooks=[],
+            schedule=schedule(warmdown_frac=warmdown_frac), extends=extends, keep_state=keep_state,
         )  # fmt: skip
         save_checkpoint(ctx.out, model, tokenizer, {})
         (ctx.out / "metrics.jsonl").write_bytes(ctx.records("metrics").path.read_bytes())

@@ -10,22 +10,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.config import ScheduleConfig
+from kit.models import make_model
+from kit.training import make_optimizer, schedule
 from mlxchat.data.packing import RowStream
 from mlxchat.errors import Interrupted
-from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.optim.groups import Optimizer
+from mlxchat.model.weights import flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training import loop
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.loop import Hook, fit, prepare_machine
 from mlxchat.training.meter import Meter
 
-MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
+MakeContext = Callable[..., Context]
 NUM_ITERATIONS = 6
-SCHEDULE = ScheduleConfig(
-    init_lr_frac=1.0, warmup_frac=0.2, warmdown_frac=0.5, final_lr_frac=0.0, weight_decay_frac=1.0
-)
+SCHEDULE = schedule(warmup_frac=0.2, warmdown_frac=0.5)
 
 
 class CountedRows(RowStream):
@@ -57,9 +55,7 @@ class Crash(Exception):
 
 
 @pytest.fixture
-def train(
-    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer
-) -> Callable[..., tuple[Context, dict[str, np.ndarray]]]:
+def train(make_context: MakeContext) -> Callable[..., tuple[Context, dict[str, np.ndarray]]]:
     def run(
         name: str, *, stop_after: int | None = None, hooks: list[Hook] | None = None, **machine: Any
     ) -> tuple[Context, dict[str, np.ndarray]]:

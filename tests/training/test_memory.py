@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import gc
 import json
 import subprocess
@@ -40,8 +38,6 @@ from mlxchat.training.memory import predict_forward_bytes, predict_peak_bytes, p
 from mlxchat.training.memory_check import check_memory, describe_memory
 from mlxchat.training.micro_batch import Device, Training, choose_micro_batch, choose_micro_rows, forward_tokens
 from mlxchat.training.step import TrainStep, mean_batch
-
-assert mlxchat
 
 # (depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at which each part counts, and
 # of a hundred megabytes or more, beside which a few buffers that are there by chance do not matter.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
 
+from kit.training import rl_config
 from mlxchat.compose import compose_config
 from mlxchat.config import RLConfig
 from mlxchat.training.advantages import advantages_of
@@ -17,13 +17,6 @@ from mlxchat.training.policy_loss import policy_loss
 # Three answers of 4, 2 and 3 sampled tokens; the second token of the last was forced.
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]], dtype=np.float64)
 ADVANTAGES = np.array([1.5, -0.5, -1.0])
-
-
-def settings(**changes: Any) -> RLConfig:
-    return RLConfig(
-        **{"max_new_tokens": 8, "ratio": "token", "clip_low": None, "clip_high": None, "loss_divisor": "tokens",
-           "kl_coefficient": 0.0} | changes
-    )  # fmt: skip
 
 
 def log_probabilities() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,7 +46,7 @@ def as_written(config: RLConfig, now: np.ndarray, sampled: np.ndarray, reference
 
 
 CASES = [
-    settings(ratio=ratio, loss_divisor=divisor, clip_low=low, clip_high=high, kl_coefficient=kl)
+    rl_config(ratio=ratio, loss_divisor=divisor, clip_low=low, clip_high=high, kl_coefficient=kl)
     for ratio, divisor, (low, high), kl in product(
         ("token", "sequence"), ("tokens", "answers", "longest"), ((None, None), (0.2, 0.28), (0.05, None)), (0.0, 0.3)
     )
@@ -83,7 +76,7 @@ def test_value_and_weights_are_those_of_the_loss_as_written(config: RLConfig) ->
 @pytest.mark.parametrize("divisor", ["tokens", "answers", "longest"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_without_log_probabilities_it_is_the_first_update_after_sampling(ratio: str, divisor: str) -> None:
-    config = settings(ratio=ratio, loss_divisor=divisor, clip_low=0.2, clip_high=0.2)
+    config = rl_config(ratio=ratio, loss_divisor=divisor, clip_low=0.2, clip_high=0.2)
     now, _, _ = log_probabilities()
     known = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=now)
     np.testing.assert_array_equal(policy_loss(MASK, ADVANTAGES, config).weights, known.weights)
@@ -94,13 +87,15 @@ def test_forced_tokens_and_padding_have_no_weight_whatever_stands_there() -> Non
     now, sampled, reference = log_probabilities()
     now, sampled = np.where(MASK, now, 50.0), np.where(MASK, sampled, -1000.0)
     with np.errstate(all="raise"):
-        got = policy_loss(MASK, ADVANTAGES, settings(kl_coefficient=0.1), now=now, sampled=sampled, reference=reference)
+        got = policy_loss(
+            MASK, ADVANTAGES, rl_config(kl_coefficient=0.1), now=now, sampled=sampled, reference=reference
+        )
     assert not got.weights[MASK == 0].any()
 
 
 def test_the_divergence_is_zero_and_flat_where_policy_and_reference_agree() -> None:
     now, _, _ = log_probabilities()
-    got = policy_loss(MASK, np.zeros(3), settings(kl_coefficient=0.1), now=now, sampled=now, reference=now)
+    got = policy_loss(MASK, np.zeros(3), rl_config(kl_coefficient=0.1), now=now, sampled=now, reference=now)
     assert (got.value, got.numbers["kl"], np.abs(got.weights).max()) == (0.0, 0.0, 0.0)
 
 
@@ -109,7 +104,7 @@ def test_only_what_would_move_further_away_is_clipped() -> None:
     one = np.ones((4, 1))
     now = np.log([[1.5], [0.5], [1.5], [0.5]])
     got = policy_loss(
-        one, np.array([1.0, 1.0, -1.0, -1.0]), settings(clip_low=0.2, clip_high=0.2), now=now, sampled=0 * now
+        one, np.array([1.0, 1.0, -1.0, -1.0]), rl_config(clip_low=0.2, clip_high=0.2), now=now, sampled=0 * now
     )
     np.testing.assert_allclose(got.weights[:, 0], np.array([0.0, 0.5, -1.5, 0.0]) / 4)
     assert got.numbers["clip_frac"] == 0.5
@@ -155,7 +150,7 @@ def test_a_correction_multiplies_each_tokens_part_of_gain_and_divergence() -> No
     """Against the loss as written, token by token; the clip and the divisor stay those of the ratio and the mask."""
     now, sampled, reference = log_probabilities()
     factors = np.random.default_rng(2).uniform(0.2, 2.0, MASK.shape)
-    config = settings(clip_low=0.2, clip_high=0.28, kl_coefficient=0.3)
+    config = rl_config(clip_low=0.2, clip_high=0.28, kl_coefficient=0.3)
     got = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=sampled, reference=reference, correction=factors)
     total = 0.0
     for place in zip(*np.nonzero(MASK), strict=True):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.config import RLConfig
+from kit.models import make_model
+from kit.training import rl_config
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import StepFailed
@@ -21,19 +22,11 @@ from mlxchat.training.policy_scores import PolicyScores
 from mlxchat.training.quantised_rollouts import conversation_rows, correct, refuse_if_apart
 from mlxchat.training.rollouts import Rollouts
 
-
-def settings(**changes: Any) -> RLConfig:
-    return RLConfig(
-        **{"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 12, "temperature": 1.0,
-           "top_k": None, "advantages": "mean", "ratio": "token", "clip_low": None, "clip_high": None,
-           "loss_divisor": "tokens", "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
-           "train_unfinished": True, "entropy_every": None, "rollouts_kept": 0, "rollout_bits": 4,
-           "rollout_correction": 2.0, "resample_rounds": 0} | changes
-    )  # fmt: skip
+settings = partial(rl_config, max_new_tokens=12, top_k=None, rollouts_kept=0, rollout_bits=4)
 
 
 @pytest.fixture
-def wide(make_model: Callable[[], GPT]) -> GPT:
+def wide() -> GPT:
     """Return a model whose rows have whole groups, so that they are rounded."""
     model = GPT(replace(make_model().sizes, width=128))
     init_weights(model, 0)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from mlxchat.stages.rl import rates_of
 
+from kit.models import make_model
 from mlxchat.compose import compose_config
-from mlxchat.model.gpt import GPT
 from mlxchat.optim.groups import Optimizer
 
 
 @pytest.mark.parametrize("kind", ["muon_oct2025", "adamw"])
-def test_embeddings_and_head_learn_at_their_share_of_the_rate_and_matrices_at_the_whole(
-    kind: str, make_model: Callable[[], GPT]
-) -> None:
+def test_embeddings_and_head_learn_at_their_share_of_the_rate_and_matrices_at_the_whole(kind: str) -> None:
     whole, low = (
         compose_config([f"optimizer={kind}", f"rl.table_lr_frac={share}", "rl.clip_gradients=false"]).config
         for share in (1.0, 0.1)

@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.config import RLConfig
+from kit.models import make_model
+from kit.training import make_optimizer, rl_config
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
 from mlxchat.training.advantages import centre_rewards
 from mlxchat.training.pass_at_k import pass_at_k, summarise
@@ -44,21 +44,10 @@ ADVANTAGES = np.array([0.5, -0.5, -0.25, 0.25])
 SAMPLED_TOKENS = 3 + 2 + 3 + 1
 
 
-def settings(**changes: Any) -> RLConfig:
-    """Return nanochat's recipe in small."""
-    return RLConfig(
-        **{"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 8, "temperature": 1.0,
-           "top_k": 50, "eval_samples": 4, "advantages": "mean", "ratio": "token", "clip_low": None, "clip_high": None,
-           "loss_divisor": "tokens", "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
-           "resample_rounds": 0, "train_unfinished": True, "entropy_every": None, "rollouts_kept": None,
-           "rollout_bits": None, "rollout_correction": 2.0} | changes
-    )  # fmt: skip
-
-
 def weighted_batch(
     prompts: list[list[int]], completions: list[Completion], advantages: np.ndarray, *, padding: int
 ) -> Batch:
-    weights = policy_loss(sampled_mask(completions), advantages, settings()).weights
+    weights = policy_loss(sampled_mask(completions), advantages, rl_config()).weights
     return weighted_rows(prompts, completions, weights, padding=padding)
 
 
@@ -138,7 +127,7 @@ def as_nanochat(model: GPT, advantages: np.ndarray) -> float:
 @pytest.mark.parametrize("advantages", [ADVANTAGES, np.array([0.5, -0.5, 0.0, 0.0])], ids=["all", "some"])
 @pytest.mark.parametrize("micro_tokens", [64, 10_000])
 def test_the_loss_is_the_advantage_times_the_cross_entropy_of_sampled_tokens(
-    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer], advantages: np.ndarray, micro_tokens: int
+    advantages: np.ndarray, micro_tokens: int
 ) -> None:
     model = make_model()
     expected = as_nanochat(model, advantages)
@@ -146,9 +135,7 @@ def test_the_loss_is_the_advantage_times_the_cross_entropy_of_sampled_tokens(
     assert step(batch(advantages), Rates(1.0, 0.9, 1.0))[0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_leaving_rows_out_changes_no_gradient(
-    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer]
-) -> None:
+def test_leaving_rows_out_changes_no_gradient() -> None:
     """Against the same rows left in with a weight of zero."""
     advantages = np.array([0.5, -0.5, 0.0, 0.0])
     lean, full = batch(advantages), batch()
@@ -162,9 +149,7 @@ def test_leaving_rows_out_changes_no_gradient(
         np.testing.assert_allclose(np.asarray(got[name]), np.asarray(expected[name]), atol=1e-6)
 
 
-def test_rewarded_answers_become_likelier_and_others_less(
-    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer]
-) -> None:
+def test_rewarded_answers_become_likelier_and_others_less() -> None:
     model = make_model()
     step = TrainStep(model, make_optimizer(model), micro_tokens=10_000, dtype=mx.float32)
     advantages = np.array([1.0, -1.0, 0.0, 0.0])
@@ -223,7 +208,7 @@ class ScriptedEngine:
 def rollouts(
     engine: Any, task: Any, log: Callable[[dict[str, Any]], None] = lambda record: None, **changes: Any
 ) -> Rollouts:
-    return Rollouts(engine, task, settings(**changes), seed=3, log=log)
+    return Rollouts(engine, task, rl_config(**changes), seed=3, log=log)
 
 
 def test_a_pass_asks_every_question_once_in_a_shuffled_order(tokenizer: Tokenizer) -> None:
@@ -261,7 +246,7 @@ def test_the_token_that_ends_an_answer_is_not_judged(tokenizer: Tokenizer) -> No
     source = rollouts(ScriptedEngine(tokenizer, lambda question, sample: sample < 1), task)
     source.next_batch(0)
     assert source.mean_reward == 0.25
-    numbers = pass_at_k(ScriptedEngine(tokenizer, lambda question, sample: sample < 1), task, settings(), seed=0)
+    numbers = pass_at_k(ScriptedEngine(tokenizer, lambda question, sample: sample < 1), task, rl_config(), seed=0)
     assert numbers["held_out_reward"] == 0.25
 
 
@@ -273,9 +258,7 @@ def test_the_batch_of_an_iteration_is_weighted_by_its_rewards(tokenizer: Tokeniz
     assert sorted(weights.tolist()) == pytest.approx([-0.25 / 16] * 12 + [0.75 / 16] * 4)
 
 
-def test_an_iterations_batch_does_not_depend_on_what_came_before(
-    make_model: Callable[[], GPT], tokenizer: Tokenizer
-) -> None:
+def test_an_iterations_batch_does_not_depend_on_what_came_before(tokenizer: Tokenizer) -> None:
     """So that a resumed training samples what it would have sampled."""
     task: Any = Numbers(6)
     task.evaluate = lambda conversation, response: len(response) % 2 == 0
@@ -363,7 +346,7 @@ def test_a_resumed_training_asks_what_it_would_have_asked(tokenizer: Tokenizer) 
 def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer: Tokenizer) -> None:
     outcomes = [[0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]]
     engine: Any = ScriptedEngine(tokenizer, lambda question, sample: bool(outcomes[question][sample]))
-    got = pass_at_k(engine, Numbers(5), settings(), seed=0)  # type: ignore[arg-type]
+    got = pass_at_k(engine, Numbers(5), rl_config(), seed=0)  # type: ignore[arg-type]
     means = {name: value for name, value in got.items() if not name.endswith("_stderr")}
     assert means == {"pass_at_1": 0.2, "pass_at_2": 0.4, "pass_at_3": 0.6, "pass_at_4": 0.8, "held_out_reward": 0.3}
 
@@ -381,7 +364,7 @@ def test_standard_errors_are_those_of_means_over_problems() -> None:
 def test_pass_at_k_asks_every_problem_also_beyond_one_pass(tokenizer: Tokenizer) -> None:
     """128 rows are answered at a time: 32 problems of four samples."""
     engine: Any = ScriptedEngine(tokenizer, lambda question, sample: question % 2 == 0)
-    assert pass_at_k(engine, Numbers(70), settings(), seed=0)["pass_at_1"] == 0.5  # type: ignore[arg-type]
+    assert pass_at_k(engine, Numbers(70), rl_config(), seed=0)["pass_at_1"] == 0.5  # type: ignore[arg-type]
     assert sorted({question for batch in engine.asked for question in batch}) == list(range(70))
     assert max(map(len, engine.asked)) <= 128
     assert len(set(engine.seeds)) == len(engine.asked)
@@ -390,9 +373,7 @@ def test_pass_at_k_asks_every_problem_also_beyond_one_pass(tokenizer: Tokenizer)
 # Several updates, divergence, entropy
 
 
-def scored(
-    make_model: Callable[[], GPT], tokenizer: Tokenizer, log: Callable[[dict[str, Any]], None], **changes: Any
-) -> Rollouts:
+def scored(tokenizer: Tokenizer, log: Callable[[dict[str, Any]], None], **changes: Any) -> Rollouts:
     """Return a source whose model, task and scores are real ones in small."""
     task: Any = Numbers(6)
     task.evaluate = lambda conversation, response: len(response) % 2 == 0
@@ -400,7 +381,7 @@ def scored(
     return Rollouts(
         Engine(model, tokenizer),
         task,
-        settings(**changes),
+        rl_config(**changes),
         seed=3,
         log=log,
         scores=PolicyScores(model, micro_tokens=4096, dtype=mx.float32),
@@ -411,18 +392,16 @@ def scored(
 SEVERAL = {"minibatches_per_rollout": 2, "passes_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2}
 
 
-def test_in_the_middle_of_a_rollout_it_goes_on_with_the_answers_and_probabilities_it_had(
-    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer], tokenizer: Tokenizer
-) -> None:
+def test_in_the_middle_of_a_rollout_it_goes_on_with_the_answers_and_probabilities_it_had(tokenizer: Tokenizer) -> None:
     """The state as JSON; the model as it was then; equal to the bit."""
-    straight = scored(make_model, tokenizer, lambda record: None, kl_coefficient=0.1, **SEVERAL)
+    straight = scored(tokenizer, lambda record: None, kl_coefficient=0.1, **SEVERAL)
     model = straight.engine.model
     began = flatten_parameters(model)
     step = TrainStep(model, make_optimizer(model), micro_tokens=4096, dtype=mx.float32)
     for iteration in range(3):
         step(straight.next_batch(iteration), Rates(0.5, 0.9, 1.0))
     state = json.loads(json.dumps(straight.state()))
-    resumed = scored(make_model, tokenizer, lambda record: None, kl_coefficient=0.1, **SEVERAL)
+    resumed = scored(tokenizer, lambda record: None, kl_coefficient=0.1, **SEVERAL)
     set_parameters(resumed.engine.model, flatten_parameters(model))
     resumed.restore(state)
     for iteration in (3, 4):
@@ -432,11 +411,9 @@ def test_in_the_middle_of_a_rollout_it_goes_on_with_the_answers_and_probabilitie
     assert not all((flatten_parameters(model)[name] == value).all() for name, value in began.items())
 
 
-def test_ratios_leave_one_when_the_model_has_moved_and_the_divergence_leaves_zero(
-    make_model: Callable[[], GPT], make_optimizer: Callable[..., Optimizer], tokenizer: Tokenizer
-) -> None:
+def test_ratios_leave_one_when_the_model_has_moved_and_the_divergence_leaves_zero(tokenizer: Tokenizer) -> None:
     log: list[dict[str, Any]] = []
-    source = scored(make_model, tokenizer, log.append, kl_coefficient=0.1, **SEVERAL)
+    source = scored(tokenizer, log.append, kl_coefficient=0.1, **SEVERAL)
     model = source.engine.model
     step = TrainStep(model, make_optimizer(model), micro_tokens=4096, dtype=mx.float32)
     for iteration in range(3):
@@ -448,9 +425,7 @@ def test_ratios_leave_one_when_the_model_has_moved_and_the_divergence_leaves_zer
     assert updates[2]["kl"] > 0
 
 
-def test_scores_are_the_log_probabilities_and_entropies_of_the_whole_distribution(
-    make_model: Callable[[], GPT],
-) -> None:
+def test_scores_are_the_log_probabilities_and_entropies_of_the_whole_distribution() -> None:
     """Against NumPy's log-softmax of the model's logits, 1e-4."""
     model, draw = make_model(), np.random.default_rng(0)
     ids = draw.integers(0, 200, (5, 32)).astype(np.int32)
@@ -465,19 +440,19 @@ def test_scores_are_the_log_probabilities_and_entropies_of_the_whole_distributio
 
 
 def test_with_one_update_and_no_divergence_nothing_is_scored_but_where_entropy_is_asked_for(
-    make_model: Callable[[], GPT], tokenizer: Tokenizer
+    tokenizer: Tokenizer,
 ) -> None:
     log: list[dict[str, Any]] = []
-    source = scored(make_model, tokenizer, log.append, entropy_every=2)
+    source = scored(tokenizer, log.append, entropy_every=2)
     for iteration in range(3):
         source.next_batch(iteration)
     assert ["entropy" in record for record in log] == [True, False, True]
     assert source.state() == {"mean_reward": source.mean_reward}
 
 
-def test_answers_that_were_cut_are_left_out_on_request(make_model: Callable[[], GPT], tokenizer: Tokenizer) -> None:
-    made = scored(make_model, tokenizer, lambda record: None, max_new_tokens=2, train_unfinished=False).next_batch(0)
-    whole = scored(make_model, tokenizer, lambda record: None, max_new_tokens=2).next_batch(0)
+def test_answers_that_were_cut_are_left_out_on_request(tokenizer: Tokenizer) -> None:
+    made = scored(tokenizer, lambda record: None, max_new_tokens=2, train_unfinished=False).next_batch(0)
+    whole = scored(tokenizer, lambda record: None, max_new_tokens=2).next_batch(0)
     assert (made.targets >= 0).sum() < (whole.targets >= 0).sum()
 
 

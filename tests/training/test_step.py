@@ -8,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.models import make_model
+from kit.training import make_optimizer
 from mlxchat.data.packing import IGNORED
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops import activation, attention, blas, cross_entropy, normalisation
@@ -18,7 +20,6 @@ from mlxchat.optim.schedule import Rates
 from mlxchat.training import step as step_module
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
-MakeModel, MakeOptimizer = Callable[[], GPT], Callable[..., Optimizer]
 ROW_TOKENS = 16
 
 
@@ -75,9 +76,7 @@ def train(
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2, 100])
-def test_the_loss_is_the_mean_over_all_targets_whatever_row_they_are_in(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int
-) -> None:
+def test_the_loss_is_the_mean_over_all_targets_whatever_row_they_are_in(micro_rows: int) -> None:
     """The mean of the micro-batches' means, which nanochat takes, would be another number."""
     model = make_model()
     batch = mean_batch(rows(4, targets_per_row=[16, 1, 3, 0]))
@@ -96,7 +95,7 @@ def test_a_batch_weighs_each_target_alike_and_ignored_ones_not() -> None:
     assert len(set(batch.weights[batch.weights > 0].tolist())) == 1
 
 
-def test_a_batch_without_targets_changes_nothing(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+def test_a_batch_without_targets_changes_nothing() -> None:
     model = make_model()
     before = arrays(model)
     assert train(model, make_optimizer(model), [mean_batch(rows(2, targets_per_row=[0, 0]))]) == [(0.0, 0.0)]
@@ -107,7 +106,7 @@ def test_a_batch_without_targets_changes_nothing(make_model: MakeModel, make_opt
 # Gradients
 
 
-def test_gradients_are_the_slopes_of_the_loss(path: str, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+def test_gradients_are_the_slopes_of_the_loss(path: str) -> None:
     """Against central differences along a random direction of each parameter."""
     model, batch = make_model(), mean_batch(rows(3))
     start = flatten_parameters(model)
@@ -129,7 +128,7 @@ def test_gradients_are_the_slopes_of_the_loss(path: str, make_model: MakeModel, 
         assert slope == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2), name
 
 
-def test_the_norm_is_reported_before_clipping(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+def test_the_norm_is_reported_before_clipping() -> None:
     model, batch = make_model(), mean_batch(rows(3))
     step = TrainStep(model, make_optimizer(model, grad_clip=0.01), micro_tokens=1000, dtype=mx.float32)
     _, gradients = step.gradients(batch)
@@ -138,7 +137,7 @@ def test_the_norm_is_reported_before_clipping(make_model: MakeModel, make_optimi
     assert expected > 0.1
 
 
-def test_weights_of_zero_take_a_row_out(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+def test_weights_of_zero_take_a_row_out() -> None:
     made = rows(3)
     few, many = mean_batch(made[:2]), mean_batch(made)
     padded = Batch(many.ids, many.targets, np.concatenate([few.weights, np.zeros((1, ROW_TOKENS), np.float32)]))
@@ -151,9 +150,7 @@ def test_weights_of_zero_take_a_row_out(make_model: MakeModel, make_optimizer: M
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2, 3, 4, 5])
-def test_accumulation_equals_the_whole_batch(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int
-) -> None:
+def test_accumulation_equals_the_whole_batch(micro_rows: int) -> None:
     """Also where the last micro-batch is smaller."""
     batches = [mean_batch(rows(6, seed=seed, targets_per_row=[16, 2, 9, 0, 16, 5])) for seed in range(3)]
     whole, parts, start = make_model(), make_model(), arrays(make_model())
@@ -166,9 +163,7 @@ def test_accumulation_equals_the_whole_batch(
         assert np.linalg.norm(arrays(parts)[name] - value) < 2e-3 * moved, name
 
 
-def test_a_row_longer_than_a_micro_batch_is_computed_all_the_same(
-    make_model: MakeModel, make_optimizer: MakeOptimizer
-) -> None:
+def test_a_row_longer_than_a_micro_batch_is_computed_all_the_same() -> None:
     model = make_model()
     step = TrainStep(model, make_optimizer(model), micro_tokens=1, dtype=mx.float32)
     assert np.isfinite(step(mean_batch(rows(2)), Rates(1.0, 0.9, 1.0))).all()
@@ -181,7 +176,7 @@ def test_a_row_longer_than_a_micro_batch_is_computed_all_the_same(
 @pytest.mark.parametrize("micro_rows", [100, 4])
 @pytest.mark.parametrize("num_lanes", [2, 3])
 def test_lanes_give_what_one_gives(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None],
+    set_lanes: Callable[[int], None],
     num_lanes: int, micro_rows: int, variant: str,
 ) -> None:  # fmt: skip
     """Seven rows, so that lanes have unlike parts, and in micro-batches of four the last one has other parts."""
@@ -197,9 +192,7 @@ def test_lanes_give_what_one_gives(
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 3])
-def test_the_same_lanes_give_the_same_bits(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None], num_lanes: int
-) -> None:
+def test_the_same_lanes_give_the_same_bits(set_lanes: Callable[[int], None], num_lanes: int) -> None:
     set_lanes(num_lanes)
     batches = [mean_batch(rows(7, seed=seed)) for seed in range(3)]
     one, other = make_model(), make_model()
@@ -210,9 +203,7 @@ def test_the_same_lanes_give_the_same_bits(
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
-def test_fewer_rows_than_lanes_are_trained_on(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None], num_rows: int
-) -> None:
+def test_fewer_rows_than_lanes_are_trained_on(set_lanes: Callable[[int], None], num_rows: int) -> None:
     batch, results = mean_batch(rows(num_rows)), []
     for num_lanes in (1, 3):
         set_lanes(num_lanes)
@@ -222,9 +213,7 @@ def test_fewer_rows_than_lanes_are_trained_on(
 
 
 @pytest.mark.skipif(blas.blas_threads() is None, reason="no OpenBLAS here")
-def test_the_threads_of_products_come_back_after_a_step_and_after_an_error(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None]
-) -> None:
+def test_the_threads_of_products_come_back_after_a_step_and_after_an_error(set_lanes: Callable[[int], None]) -> None:
     before = blas.blas_threads()
     assert before is not None
     set_lanes(2)
@@ -249,7 +238,7 @@ def test_the_threads_of_products_come_back_after_a_step_and_after_an_error(
     ("num_lanes", "micro_rows", "traces"), [(1, 100, 1), (1, 2, 1), (1, 4, 2), (2, 100, 2), (2, 4, 4), (3, 2, 2)]
 )
 def test_changing_rates_and_data_trace_nothing_again(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, set_lanes: Callable[[int], None],
+    set_lanes: Callable[[int], None],
     num_lanes: int, micro_rows: int, traces: int,
 ) -> None:  # fmt: skip
     """One trace per shape and lane: six rows by four leave a micro-batch of two; one of two rows takes two lanes."""
@@ -268,7 +257,7 @@ def test_changing_rates_and_data_trace_nothing_again(
     assert len(set(traced)) == 1, "neither gradients nor the update are traced after the first iteration"
 
 
-def test_the_rate_is_the_one_of_this_iteration(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+def test_the_rate_is_the_one_of_this_iteration() -> None:
     model = make_model()
     step = TrainStep(model, make_optimizer(model), micro_tokens=1000, dtype=mx.float32)
     batch = mean_batch(rows(2))
@@ -285,9 +274,7 @@ def test_the_rate_is_the_one_of_this_iteration(make_model: MakeModel, make_optim
 
 
 @pytest.mark.parametrize("micro_rows", [1, 100])
-def test_bfloat16_computes_beside_float32_masters(
-    path: str, make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int
-) -> None:
+def test_bfloat16_computes_beside_float32_masters(path: str, micro_rows: int) -> None:
     exact, coarse = make_model(), make_model()
     batches = [mean_batch(rows(3, seed=seed)) for seed in range(2)]
     optimizer = make_optimizer(coarse)
@@ -302,7 +289,7 @@ def test_bfloat16_computes_beside_float32_masters(
     assert got != expected
 
 
-def test_a_few_steps_learn_a_batch_by_heart(make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+def test_a_few_steps_learn_a_batch_by_heart() -> None:
     model, batch = make_model(), mean_batch(rows(2))
     results = train(model, make_optimizer(model), [batch] * 40)
     assert results[-1][0] < 0.2 * results[0][0]

@@ -13,13 +13,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.models import make_model
+from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.compose import compose_config
-from mlxchat.config import ScheduleConfig, TeacherConfig
+from mlxchat.config import TeacherConfig
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.errors import ConfigError, DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.gpt import GPT
+from mlxchat.model.weights import flatten_parameters
 from mlxchat.optim.schedule import Rates
 from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.plan import Pipeline, make_plan
@@ -32,24 +34,13 @@ from mlxchat.training.step import TrainStep, mean_batch
 from mlxchat.training.teacher import compare_vocabularies, load_teacher, spell_tokens
 from mlxchat.training.teacher_size import check_teachers, measure_teacher
 
-MakeModel = Callable[[], GPT]
 TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, top_k=None)
 
 
-def make_teacher(vocab_size: int = 280, seed: int = 11, context_tokens: int = 64) -> GPT:
-    model = GPT(
-        GPTSizes(
-            vocab_size=vocab_size, num_layers=3, num_heads=2, num_kv_heads=2, width=16, context_tokens=context_tokens,
-            rope_theta=1e4,
-        )
-    )  # fmt: skip
-    rng = np.random.default_rng(seed)
-    arrays = {
-        name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.4, size=value.shape).astype(np.float32))
-        for name, value in flatten_parameters(model).items()
-    }
-    set_parameters(model, arrays)
-    return model
+def make_teacher(vocab_size: int = 280, **sizes: Any) -> GPT:
+    """Return a model of other sizes than the student's."""
+    other = {"num_layers": 3, "num_heads": 2, "width": 16, "seed": 11, "scale": 0.4}
+    return make_model(**{**other, "vocab_size": vocab_size, **sizes})
 
 
 @pytest.fixture
@@ -97,8 +88,7 @@ def expected_parts(student: GPT, teacher: GPT, batch: Any) -> tuple[float, float
 @pytest.mark.parametrize("kind", ["ours", "of mlx-lm"])
 @pytest.mark.parametrize("micro_tokens", [16, 64])
 def test_a_step_reports_the_cross_entropy_and_the_divergence_over_what_is_trained_on(
-    kind: str, micro_tokens: int, request: pytest.FixtureRequest, tokenizer: Tokenizer, make_model: MakeModel,
-    make_optimizer: Callable[..., Any],
+    kind: str, micro_tokens: int, request: pytest.FixtureRequest, tokenizer: Tokenizer,
 ) -> None:  # fmt: skip
     place = request.getfixturevalue("folder" if kind == "ours" else "exported")
     student, batch = make_model(), batch_of(0)
@@ -116,7 +106,7 @@ def test_a_step_reports_the_cross_entropy_and_the_divergence_over_what_is_traine
 
 
 def test_gradients_do_not_depend_on_whether_mlx_lm_or_we_compute_the_teacher(
-    folder: Path, exported: Path, tokenizer: Tokenizer, make_model: MakeModel, make_optimizer: Callable[..., Any]
+    folder: Path, exported: Path, tokenizer: Tokenizer
 ) -> None:
     found = []
     for place in (folder, exported):
@@ -131,7 +121,7 @@ def test_gradients_do_not_depend_on_whether_mlx_lm_or_we_compute_the_teacher(
         np.testing.assert_allclose(outside[name], value, atol=5e-3 * np.abs(value).max() + 1e-9, err_msg=name)
 
 
-def test_without_a_teacher_nothing_is_reported(make_model: MakeModel, make_optimizer: Callable[..., Any]) -> None:
+def test_without_a_teacher_nothing_is_reported() -> None:
     student = make_model()
     step = TrainStep(student, make_optimizer(student), micro_tokens=64, dtype=mx.float32)
     step(batch_of(0), Rates(1.0, 0.0, 0.9))
@@ -139,7 +129,7 @@ def test_without_a_teacher_nothing_is_reported(make_model: MakeModel, make_optim
 
 
 def train(
-    make_context: Callable[..., Any], make_model: MakeModel, make_optimizer: Callable[..., Any], numbers: Any,
+    make_context: Callable[..., Any], numbers: Any,
     distillation: Any, name: str, stop_after: int | None = None, iterations: int = 8,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     model = make_model()
@@ -149,10 +139,8 @@ def train(
         return 15 if stop_after is not None and numbers.number >= stop_after else None
 
     ctx = make_context(name, stop, checkpoint_seconds=0)
-    schedule = ScheduleConfig(
-        init_lr_frac=1.0, warmup_frac=0.2, warmdown_frac=0.5, final_lr_frac=0.0, weight_decay_frac=1.0
-    )
-    fit(ctx, model, optimizer, numbers, num_iterations=iterations, schedule=schedule, hooks=[],
+    fit(ctx, model, optimizer, numbers, num_iterations=iterations,
+        schedule=schedule(warmup_frac=0.2, warmdown_frac=0.5), hooks=[],
         distillation=distillation)  # fmt: skip
     return ctx, {key: np.asarray(value) for key, value in flatten_parameters(model).items()}
 
@@ -160,14 +148,12 @@ def train(
 @pytest.mark.parametrize("kind", ["ours", "of mlx-lm"])
 def test_a_training_that_was_stopped_ends_with_the_same_bits(
     kind: str, request: pytest.FixtureRequest, tokenizer: Tokenizer, make_context: Callable[..., Any],
-    make_model: MakeModel, make_optimizer: Callable[..., Any], make_numbers: Callable[[], Any],
 ) -> None:  # fmt: skip
     place = request.getfixturevalue("folder" if kind == "ours" else "exported")
-    given = (make_context, make_model, make_optimizer)
-    whole, weights = train(*given, make_numbers(), load(place, tokenizer, top_k=7), "whole")
+    whole, weights = train(make_context, NumberedBatches(), load(place, tokenizer, top_k=7), "whole")
     with pytest.raises(Interrupted):
-        train(*given, make_numbers(), load(place, tokenizer, top_k=7), "cut", stop_after=3)
-    cut, again = train(*given, make_numbers(), load(place, tokenizer, top_k=7), "cut")
+        train(make_context, NumberedBatches(), load(place, tokenizer, top_k=7), "cut", stop_after=3)
+    cut, again = train(make_context, NumberedBatches(), load(place, tokenizer, top_k=7), "cut")
     assert cut.resumed_from == 3
     assert all(np.array_equal(weights[name], again[name]) for name in weights)
     assert {key: whole.metrics[key] for key in ("loss", "ce", "kl")} == {
@@ -176,10 +162,9 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(
 
 
 def test_both_parts_of_the_loss_are_curves(
-    folder: Path, tokenizer: Tokenizer, make_context: Callable[..., Any], make_model: MakeModel,
-    make_optimizer: Callable[..., Any], make_numbers: Callable[[], Any],
+    folder: Path, tokenizer: Tokenizer, make_context: Callable[..., Any],
 ) -> None:  # fmt: skip
-    ctx, _ = train(make_context, make_model, make_optimizer, make_numbers(), load(folder, tokenizer), "run")
+    ctx, _ = train(make_context, NumberedBatches(), load(folder, tokenizer), "run")
     records = Records(ctx.work / "records" / "metrics.jsonl").read()
     assert len(records) >= 1
     for record in records:
@@ -187,7 +172,7 @@ def test_both_parts_of_the_loss_are_curves(
 
 
 def test_a_teacher_is_learnt_faster_from_its_distributions_than_from_its_samples(
-    tokenizer: Tokenizer, tmp_path: Path, make_model: MakeModel, make_optimizer: Callable[..., Any]
+    tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """Few tokens of the teacher's, the same for both; held-out ones of the teacher's judge."""
     teacher = make_teacher()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,16 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from kit.models import make_model
+from kit.training import make_optimizer
 from mlxchat.errors import DataError
-from mlxchat.model.gpt import GPT
 from mlxchat.optim.groups import Optimizer
 from mlxchat.training.resume import load_moments, save_finished
 
-MakeModel, MakeOptimizer = Callable[[], GPT], Callable[..., Optimizer]
-
 
 @pytest.fixture
-def pretrained(tmp_path: Path, make_model: MakeModel, make_optimizer: MakeOptimizer) -> tuple[Path, Optimizer]:
+def pretrained(tmp_path: Path) -> tuple[Path, Optimizer]:
     """A folder with the moments of an optimizer, all of them random."""
     model = make_model()
     optimizer = make_optimizer(model)
@@ -31,7 +29,7 @@ def pretrained(tmp_path: Path, make_model: MakeModel, make_optimizer: MakeOptimi
 
 
 def test_a_warm_start_has_all_moments_of_the_pretraining_and_none_of_its_rates(
-    pretrained: tuple[Path, Optimizer], make_model: MakeModel, make_optimizer: MakeOptimizer
+    pretrained: tuple[Path, Optimizer],
 ) -> None:
     folder, before = pretrained
     after = make_optimizer(make_model(), matrix_lr=0.007)
@@ -41,16 +39,12 @@ def test_a_warm_start_has_all_moments_of_the_pretraining_and_none_of_its_rates(
     assert after.muon_lr == pytest.approx(0.007)
 
 
-def test_a_warm_start_without_moments_says_how_to_get_them(
-    tmp_path: Path, make_model: MakeModel, make_optimizer: MakeOptimizer
-) -> None:
+def test_a_warm_start_without_moments_says_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"save_training_state=true, or give warm_start=false"):
         load_moments(tmp_path, make_optimizer(make_model()))
 
 
-def test_moments_of_another_model_are_refused(
-    pretrained: tuple[Path, Optimizer], make_model: MakeModel, make_optimizer: MakeOptimizer
-) -> None:
+def test_moments_of_another_model_are_refused(pretrained: tuple[Path, Optimizer]) -> None:
     folder, before = pretrained
     changed = {name: np.zeros((*value.shape, 2), np.float32) for name, value in before.state.items()}
     save_file(changed, folder / "training_state.safetensors")

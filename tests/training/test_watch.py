@@ -11,52 +11,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.models import make_model
+from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.compose import compose_config
-from mlxchat.config import ScheduleConfig
 from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import fit
-from mlxchat.training.step import Batch, TrainStep, mean_batch
+from mlxchat.training.step import Batch, TrainStep
 from mlxchat.training.watch import Watch
 
-MakeContext, MakeModel, MakeOptimizer = Callable[..., Context], Callable[[], GPT], Callable[..., Optimizer]
+MakeContext = Callable[..., Context]
 NUM_ITERATIONS = 8
-CONSTANT = ScheduleConfig(
-    init_lr_frac=1.0, warmup_frac=0.0, warmdown_frac=0.0, final_lr_frac=0.0, weight_decay_frac=1.0
-)
-
-
-def rows(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    ids = np.random.default_rng(seed).integers(0, 280, (4, 17)).astype(np.int32)
-    return [(row[:-1], row[1:]) for row in ids]
-
-
-class Batches:
-    """Batches that follow from their number; those in `bad` have a weight that is no number."""
-
-    waited_seconds = 0.0
-
-    def __init__(self, bad: set[int], value: float = float("nan")) -> None:
-        self.bad, self.value, self.number = bad, value, 0
-
-    def next_batch(self, iteration: int) -> Batch:
-        batch = mean_batch(rows(self.number))
-        if self.number in self.bad:
-            batch.weights[0, 0] = self.value
-        self.number += 1
-        return batch
-
-    def documents(self) -> list[str]:
-        return [f"book {self.number - 1}", "page 7"]
-
-    def state(self) -> dict[str, Any]:
-        return {"number": self.number}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.number = state["number"]
+CONSTANT = schedule()
 
 
 def arrays(model: GPT, optimizer: Optimizer) -> dict[str, bytes]:
@@ -64,12 +33,20 @@ def arrays(model: GPT, optimizer: Optimizer) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def train(make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer) -> Callable[..., Any]:
+def train(make_context: MakeContext) -> Callable[..., Any]:
     def run(name: str, bad: set[int], **training: Any) -> tuple[Context, dict[str, bytes]]:
         model = make_model()
         optimizer = make_optimizer(model)
         ctx = make_context(name, training=training)
-        fit(ctx, model, optimizer, Batches(bad), num_iterations=NUM_ITERATIONS, schedule=CONSTANT, hooks=[])
+        fit(
+            ctx,
+            model,
+            optimizer,
+            NumberedBatches(rows=4, broken=bad),
+            num_iterations=NUM_ITERATIONS,
+            schedule=CONSTANT,
+            hooks=[],
+        )
         return ctx, arrays(model, optimizer)
 
     return run
@@ -84,12 +61,13 @@ def records(ctx: Context) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("micro_rows", [1, 3, 4], ids=["four parts", "two parts", "whole"])
-def test_a_step_without_numbers_changes_neither_weights_nor_moments(
-    make_model: MakeModel, make_optimizer: MakeOptimizer, micro_rows: int, value: float
-) -> None:
+def test_a_step_without_numbers_changes_neither_weights_nor_moments(micro_rows: int, value: float) -> None:
     model = make_model()
     optimizer = make_optimizer(model)
-    step, source = TrainStep(model, optimizer, micro_tokens=16 * micro_rows, dtype=mx.float32), Batches({1}, value)
+    step, source = (
+        TrainStep(model, optimizer, micro_tokens=16 * micro_rows, dtype=mx.float32),
+        NumberedBatches(rows=4, broken={1}, value=value),
+    )
     step(source.next_batch(0), Rates(1.0, 0.9, 1.0))
     before = arrays(model, optimizer)
     assert not np.isfinite(step(source.next_batch(1), Rates(1.0, 0.9, 1.0))).all()
@@ -214,16 +192,14 @@ def test_a_warning_does_not_depend_on_interruptions() -> None:
     assert [index for index, text in enumerate(said, 1) if text] == warned(norms)
 
 
-def test_an_exploding_norm_is_recorded_and_shown(
-    make_context: MakeContext, make_model: MakeModel, make_optimizer: MakeOptimizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Loud(Batches):
+def test_an_exploding_norm_is_recorded_and_shown(make_context: MakeContext, capsys: pytest.CaptureFixture[str]) -> None:
+    class Loud(NumberedBatches):
         def next_batch(self, iteration: int) -> Batch:
             batch = super().next_batch(iteration)
             return Batch(batch.ids, batch.targets, batch.weights * (1000 if iteration == 12 else 1))
 
     model, ctx = make_model(), make_context()
-    fit(ctx, model, make_optimizer(model), Loud(set()), num_iterations=14, schedule=CONSTANT, hooks=[])
+    fit(ctx, model, make_optimizer(model), Loud(rows=4), num_iterations=14, schedule=CONSTANT, hooks=[])
     (record,) = (record for record in records(ctx) if "warning" in record)
     assert record["iteration"] == 13
     assert "times its median of late" in record["warning"]

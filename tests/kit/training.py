@@ -1,0 +1,110 @@
+"""What a small training needs: an optimizer, batches that follow from their number, a schedule, a stage's context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from kit.models import VOCABULARY, composed
+from mlxchat.config import OptimizerConfig, RLConfig, ScheduleConfig
+from mlxchat.model.gpt import GPT
+from mlxchat.optim.groups import Optimizer
+from mlxchat.runner.context import Context
+from mlxchat.training.step import Batch, mean_batch
+
+Rows = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+
+
+def optimizer_config(option: str = "muon_oct2025", **changes: Any) -> OptimizerConfig:
+    """Return conf/optimizer/<option>.yaml, with changes."""
+    return replace(composed("experiment=speedrun_d12", f"optimizer={option}").optimizer, **changes)
+
+
+def make_optimizer(model: GPT, option: str = "muon_oct2025", **changes: Any) -> Optimizer:
+    """Return the optimizer of such a configuration."""
+    return Optimizer(model, optimizer_config(option, **changes), width=model.sizes.width)
+
+
+def schedule(**changes: Any) -> ScheduleConfig:
+    """Return a schedule of constant rates, with changes."""
+    constant = {"init_lr_frac": 1.0, "warmup_frac": 0.0, "warmdown_frac": 0.0, "final_lr_frac": 0.0}
+    return ScheduleConfig(**{**constant, "weight_decay_frac": 1.0, **changes})
+
+
+def make_rows(count: int = 3, *, seed: int = 0, tokens: int = 16) -> Rows:
+    """Return rows of random ids with the next ones as targets."""
+    ids = np.random.default_rng(seed).integers(0, VOCABULARY, (count, tokens + 1)).astype(np.int32)
+    return [(row[:-1], row[1:]) for row in ids]
+
+
+class NumberedBatches:
+    """Batches that follow from their number, with a weight of `value` in those of `broken`.
+
+    Rows of `uneven` batches have different numbers of targets.
+    """
+
+    waited_seconds = 0.0
+
+    def __init__(
+        self, *, rows: int = 3, uneven: bool = False, broken: set[int] = frozenset(), value: float = float("nan")
+    ) -> None:  # fmt: skip
+        self.number = 0
+        self.rows, self.uneven, self.broken, self.value = rows, uneven, broken, value
+
+    def next_batch(self, iteration: int) -> Batch:
+        rows = make_rows(self.rows, seed=self.number)
+        if self.uneven:
+            counts = np.random.default_rng(self.number).integers(0, 17, self.rows)
+            rows = [
+                (ids, np.where(np.arange(16) < count, targets, -1).astype(np.int32))
+                for (ids, targets), count in zip(rows, counts, strict=True)
+            ]
+        batch = mean_batch(rows)
+        if self.number in self.broken:
+            batch.weights[0, 0] = self.value
+        self.number += 1
+        return batch
+
+    def documents(self) -> list[str]:
+        return [f"book {self.number - 1}", "page 7"]
+
+    def state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.number = state["number"]
+
+
+def make_context(
+    folder: Path, *, stop_signal: Callable[[], int | None] = lambda: None, training: dict[str, Any] | None = None,
+    team: Any = None, **machine: Any,
+) -> Context:  # fmt: skip
+    """Return a stage's context with its work and its outputs in a folder, where a second attempt continues a first."""
+    config = composed("machine=cpu")
+    defaults = {"device_batch_tokens": 64, "checkpoint_seconds": 1e9, "blas_threads": 1}
+    settings: Any = SimpleNamespace(
+        machine=replace(config.machine, **{**defaults, **machine}), training=replace(config.training, **training or {})
+    )
+    work, out = folder / "work", folder / "out"
+    for place in (work, out):
+        place.mkdir(parents=True, exist_ok=True)
+    return Context(
+        step="toy", stage="toy", config=settings, inputs={}, input_steps={}, out=out, work=work, root_seed=0,
+        stop_signal=stop_signal, on_metrics=lambda step, record: None, team=team,
+    )  # fmt: skip
+
+
+def rl_config(**changes: Any) -> RLConfig:
+    """Return nanochat's RL in small."""
+    return RLConfig(
+        **{"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 8, "temperature": 1.0,
+           "top_k": 50, "eval_samples": 4, "advantages": "mean", "ratio": "token", "clip_low": None, "clip_high": None,
+           "loss_divisor": "tokens", "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
+           "resample_rounds": 0, "train_unfinished": True, "entropy_every": None, "rollouts_kept": None,
+           "rollout_bits": None, "rollout_correction": 2.0} | changes
+    )  # fmt: skip
