@@ -16,8 +16,7 @@ from kit import models
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.kv_cache import KVCache
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 
 make_model = partial(models.make_model, num_layers=4, scale=0.3)  # windows: short, short, short, long
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])

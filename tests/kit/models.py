@@ -14,9 +14,8 @@ from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.interop.names import architecture_values
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 

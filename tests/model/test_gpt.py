@@ -15,9 +15,10 @@ import pytest
 
 from kit import models
 from kit.numpy_gpt import numpy_logits, numpy_norm, weights_of
-from mlxchat.model.gpt import GPT, rms_norm
-from mlxchat.model.sizing import GPTSizes, sizes_from_depth
-from mlxchat.model.weights import flatten_parameters, init_weights, set_parameters
+from mlxchat.errors import ConfigError
+from mlxchat.model import gpt
+from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, rms_norm, set_parameters
+from mlxchat.model.sizes import GPTSizes, sizes_from_depth
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 
 make_model = partial(models.make_model, num_layers=3, scale=0.3)
@@ -219,9 +220,7 @@ def test_parameters_without_a_rule_are_all_named(fresh: GPT) -> None:
      ("transformer.h.0.mlp.c_fc", -0.0613, 0.0613), ("transformer.h.1.attn.ve_gate", 0, 0.02),
      ("smear_gate", 0, 0.02)],
 )  # fmt: skip
-def test_initial_weights_of_july_2026_fill_nanochats_intervals(
-    make_model: MakeModel, name: str, low: float, high: float
-) -> None:
+def test_initial_weights_of_july_2026_fill_nanochats_intervals(name: str, low: float, high: float) -> None:
     """The bound of the width 128 is sqrt(3 / 128) = 0.1531, and 0.4 of it in the MLP."""
     model = make_model(architecture="jul2026", width=128, num_layers=2)
     init_weights(model, seed=1)
@@ -230,8 +229,8 @@ def test_initial_weights_of_july_2026_fill_nanochats_intervals(
     assert high - 0.15 * (high - low) <= weight.max() <= high + 1e-3
 
 
-def test_initial_scalars_of_july_2026_are_nanochats(make_model: MakeModel) -> None:
-    model = make_model(architecture="jul2026")
+def test_initial_scalars_of_july_2026_are_nanochats() -> None:
+    model = make_model("jul2026")
     init_weights(model, seed=1)
     np.testing.assert_allclose(np.asarray(model.resid_lambdas), [1.15, 1.10, 1.05], rtol=1e-6)
     np.testing.assert_allclose(np.asarray(model.x0_lambdas), [0.2, 0.125, 0.05], rtol=1e-6)

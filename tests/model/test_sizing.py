@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kit.models import make_model
-from mlxchat.model.sizing import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import flatten_parameters
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
 
 # depth, width, heads, all parameters, parameters of matrices; vocabulary 65,536 (nanochat, October 2025).
 PUBLISHED = [

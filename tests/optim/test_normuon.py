@@ -10,7 +10,7 @@ import pytest
 
 from kit import models
 from kit.training import optimizer_config
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import flatten_parameters
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.muon import POLAR_EXPRESS, normuon_update, polar_express
 from mlxchat.optim.schedule import Rates

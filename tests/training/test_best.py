@@ -15,8 +15,7 @@ from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit

@@ -10,9 +10,8 @@ import pytest
 
 from kit.models import make_model
 from kit.training import make_optimizer, make_rows
-from mlxchat.model.gpt import GPT
-from mlxchat.model.sizing import GPTSizes
-from mlxchat.model.weights import flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.dropout import Dropout, draw_keys
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Optimizer

@@ -15,7 +15,7 @@ from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import fit
 

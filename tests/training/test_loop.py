@@ -14,7 +14,7 @@ from kit.models import make_model
 from kit.training import make_optimizer, schedule
 from mlxchat.data.packing import RowStream
 from mlxchat.errors import Interrupted
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training import loop
 from mlxchat.training.batches import RowBatches

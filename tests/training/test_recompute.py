@@ -11,7 +11,7 @@ import pytest
 
 from kit.models import make_model
 from kit.training import make_optimizer, make_rows
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import flatten_parameters
 from mlxchat.optim.schedule import Rates
 from mlxchat.training.step import TrainStep, mean_batch
 

@@ -20,8 +20,7 @@ from mlxchat.config import TeacherConfig
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.errors import ConfigError, DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.weights import flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.schedule import Rates
 from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.plan import Pipeline, make_plan
