@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.commands import CommandLine
 from mlxchat import __version__
 from mlxchat.cli import main
 from mlxchat.compose import group_names, group_options
@@ -19,28 +19,12 @@ from mlxchat.runner.records import Records
 from mlxchat.runner.store import read_manifest
 from mlxchat.verbs import VERBS
 
-CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
-
 STEPS = ["corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"]
 
 
 def states(text: str) -> dict[str, str]:
     """Return step → done or run of a printed plan."""
     return {line.split()[0]: line.split()[1] for line in text.splitlines() if line.split()[0] in STEPS}
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command line in this process; return what it printed."""
-
-    def run(*arguments: str, code: int = 0) -> str:
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        output = capsys.readouterr()
-        assert caught.value.code == code, output.err
-        return output.out + output.err
-
-    return run
 
 
 def test_version_is_one_line(say: Any) -> None:

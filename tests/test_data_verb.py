@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kit.commands import Say
 from mlxchat.cli import main
 from mlxchat.hub.listings import forget
 from mlxchat.training import text_need
@@ -40,15 +41,11 @@ def texts(hub: Any) -> Any:
 
 
 @pytest.fixture
-def say(hub: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def say(say: Say, hub: Any, tmp_path: Path) -> Say:
     def run(*words: str, code: int = 0) -> str:
         """Run `mlxchat WORDS` as a new process would; return what it prints."""
         forget()
-        with pytest.raises(SystemExit) as ended:
-            main([*words, f"outputs={tmp_path / 'outputs'}"])
-        printed = capsys.readouterr()
-        assert ended.value.code == code, printed.err
-        return printed.out + printed.err
+        return say(*words, f"outputs={tmp_path / 'outputs'}", code=code)
 
     return run
 

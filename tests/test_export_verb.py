@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -18,80 +15,51 @@ import numpy as np
 import pytest
 import yaml
 
+from kit.artifacts import make_model, make_tokenizer, publish, publish_adapters, publish_base, some_ids
+from kit.commands import Command, CommandLine
 from mlxchat.cli import main
 from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.tools import calculate
-from mlxchat.interop.names import architecture_values
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
-from mlxchat.runner.store import Store, describe_outputs
+from mlxchat.model.gpt import flatten_parameters, set_parameters
+from mlxchat.runner.store import Store
 
-CommandLine = Callable[..., Any]
 # The Hub's client says this to itself.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
 HOSTILE = "x\n---\nlicense: mit\n<script>alert(1)</script>\n# {{ 7 * 7 }} | `rm` \u202e\x1b[2J"
 
 
-def publish(outputs: Path, name: str, architecture: str, *, chats: bool = True, **more: Any) -> Path:
-    """Publish a checkpoint with random weights, as a stage would, and return its folder."""
-    tokenizer = train_tokenizer(["The house in the garden had 12 windows. It isn't so. " * 4, "Haus Garten"], 300)
-    features = {**architecture_values(architecture), **more}
-    model = GPT(GPTSizes(vocab_size=300, num_layers=2, num_heads=2, num_kv_heads=1, width=64, context_tokens=256,
-                         **features))  # fmt: skip
-    rng = np.random.default_rng(3)
-    set_parameters(
-        model,
-        {
-            key: mx.array(rng.normal(0, 1.0 if "wte" in key else 0.2, value.shape).astype(np.float32))
-            for key, value in flatten_parameters(model).items()
-        },
-    )
-    store = Store(outputs)
-    store.prepare()
-    out = outputs / "work" / name / "out"
-    out.mkdir(parents=True)
-    save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat" if chats else "base"})
-    files, tree = describe_outputs(out)
-    rid = (name * 52)[:52]
-    manifest = {
-        "schema": 2, "rid": rid, "stage": "sft", "step": name, "kind": "checkpoint", "outputs": files, "tree": tree,
-        "published": "2026-11-22T00:00:00+00:00", "inputs": {}, "derived": {"num_iterations": 7},
-        "config": {"sft": {"mixture": HOSTILE}},
-        "full_config": {"sft": {"note": HOSTILE, "path": "/home/somebody/mine.jsonl"}},
-        "externals": [{"url": "hf://models/karpathy/nanochat-d32/model_000650.pt", "licence": "MIT"},
-                      {"url": "/home/somebody/tokenizer.pkl", "sha256": "0" * 64},
-                      {"url": "hf://datasets/openai/gsm8k/main.parquet", "licence": "MIT", "name": HOSTILE},
-                      {"url": f"hf://datasets/evil/{HOSTILE}/x", "licence": HOSTILE}],
-    }  # fmt: skip
-    place = store.publish(out, f"sft-{name}-{rid[:16]}", manifest)
-    store.set_ref("latest", name, place)
-    return place
+def publish_model(outputs: Path, name: str, architecture: str, *, chats: bool = True, **sizes: Any) -> Path:
+    """Publish a checkpoint whose manifest holds hostile text, and return its folder."""
+    model, tokenizer = make_model(architecture, **sizes), make_tokenizer()
+    facts = {"stage": "sft", "format": "chat" if chats else "base"}
+    return publish(
+        outputs, name, lambda out: save_checkpoint(out, model, tokenizer, facts),
+        config={"sft": {"mixture": HOSTILE}},
+        full_config={"sft": {"note": HOSTILE, "path": "/home/somebody/mine.jsonl"}},
+        externals=[{"url": "hf://models/karpathy/nanochat-d32/model_000650.pt", "licence": "MIT"},
+                   {"url": "/home/somebody/tokenizer.pkl", "sha256": "0" * 64},
+                   {"url": "hf://datasets/openai/gsm8k/main.parquet", "licence": "MIT", "name": HOSTILE},
+                   {"url": f"hf://datasets/evil/{HOSTILE}/x", "licence": HOSTILE}],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = tmp_path_factory.mktemp("export") / "outputs"
-    publish(outputs, "oct", "oct2025")
-    publish(outputs, "jul", "jul2026")
-    publish(outputs, "base", "oct2025", chats=False)
-    publish(outputs, "odd", "oct2025", rope_theta=5000.0)
+    publish_model(outputs, "oct", "oct2025")
+    publish_model(outputs, "jul", "jul2026")
+    publish_model(outputs, "base", "oct2025", chats=False)
+    publish_model(outputs, "odd", "oct2025", rope_theta=5000.0)
     return outputs
 
 
 @pytest.fixture
-def export(made: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def export(made: Path, command: Command) -> Callable[..., tuple[int, str]]:
     """Run the verb in this process; return its exit code and all that it said."""
-
-    def run(*arguments: str | Path) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(["export", *map(str, arguments), f"outputs={made}"])
-        said = capsys.readouterr()
-        return int(exit_.value.code or 0), said.out + said.err
-
-    return run
+    return lambda *arguments: command("export", *arguments, f"outputs={made}")
 
 
 def artifact(made: Path, name: str) -> Path:
@@ -102,10 +70,6 @@ def logits_of_ours(made: Path, name: str, ids: np.ndarray[Any, Any]) -> np.ndarr
     return np.asarray(load_checkpoint(artifact(made, name))[0](mx.array(ids)))
 
 
-def some_ids(count: int = 200) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(1).integers(0, 300, (2, count))
-
-
 @pytest.mark.parametrize("name", ["oct", "jul"])
 def test_an_mlx_folder_opens_in_mlx_lm_with_our_logits(export: Any, made: Path, tmp_path: Path, name: str) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
@@ -113,7 +77,7 @@ def test_an_mlx_folder_opens_in_mlx_lm_with_our_logits(export: Any, made: Path, 
     assert code == 0
     assert ("--trust-remote-code" in said) == (name == "jul")
     model, tokenizer = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=name == "jul")
-    ids = some_ids()
+    ids = np.asarray(some_ids())
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), logits_of_ours(made, name, ids), atol=1e-3)
     assert tokenizer.has_chat_template
 
@@ -140,7 +104,7 @@ def test_a_quantised_folder_computes_with_the_rounded_weights(
             packed = mx.quantize(value, group_size=group, bits=bits)
             weights[key] = mx.dequantize(*packed, group_size=group, bits=bits)
     set_parameters(ours, weights)
-    ids = some_ids()
+    ids = np.asarray(some_ids())
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), np.asarray(ours(mx.array(ids))), atol=1e-3)
 
 
@@ -290,7 +254,7 @@ def test_transformers_computes_our_logits(export: Any, made: Path, tmp_path: Pat
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     export("oct", "--to", "hf", tmp_path / "out")
-    ids = some_ids()
+    ids = np.asarray(some_ids())
     with torch.no_grad():
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor(ids)).logits
     np.testing.assert_allclose(found.numpy(), logits_of_ours(made, "oct", ids), atol=1e-4)
@@ -407,50 +371,31 @@ def test_the_card_says_where_a_model_comes_from_and_no_text_breaks_it(export: An
     assert not {"\x1b", "\u202e"} & set(card)
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("upload_hub", Path(__file__).with_name("upload_hub.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "upload_hub", module)
-    spec.loader.exec_module(module)
-    for name in ("HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    with module.UploadHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        yield server
-
-
-def test_a_push_makes_a_private_repository_with_one_commit(export: Any, hub: Any, made: Path, tmp_path: Path) -> None:
+def test_a_push_makes_a_private_repository_with_one_commit(
+    export: Any, upload_hub: Any, made: Path, tmp_path: Path
+) -> None:
     code, said = export("oct", "--to", "mlx", tmp_path / "out", "--push", "me/model")
     assert code == 0, said
-    repository = hub.repositories["me/model"]
+    repository = upload_hub.repositories["me/model"]
     assert repository.private
     assert repository.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert "mlx_lm.generate --model me/model --prompt" in repository.files["README.md"].decode()
     (message,) = repository.commits
     assert json.loads((artifact(made, "oct") / "manifest.json").read_text())["rid"] in message
-    assert hub.token not in said
+    assert upload_hub.token not in said
 
 
-def test_a_push_needs_no_place_of_its_own_and_replaces_former_weights(export: Any, hub: Any) -> None:
+def test_a_push_needs_no_place_of_its_own_and_replaces_former_weights(export: Any, upload_hub: Any) -> None:
     assert export("oct", "--to", "nanochat", "--push", "me/model", "--public")[0] == 0
-    assert not hub.repositories["me/model"].private
-    hub.repositories["me/model"].files["LICENSE"] = b"mine"
+    assert not upload_hub.repositories["me/model"].private
+    upload_hub.repositories["me/model"].files["LICENSE"] = b"mine"
     assert export("oct", "--to", "mlx", "--push", "me/model", "--public")[0] == 0
-    files = hub.repositories["me/model"].files
+    files = upload_hub.repositories["me/model"].files
     assert "model_000007.pt" not in files
     assert {"model.safetensors", "LICENSE"} <= files.keys()
 
 
-def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(hub: Any, tmp_path: Path) -> None:
-    from tests.adapters.store_of_adapters import publish_adapters, publish_base
-
+def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(upload_hub: Any, tmp_path: Path) -> None:
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"))
     weights = {"model.safetensors", "adapters.safetensors", "adapter_config.json"}
     for target, expected in (
@@ -459,7 +404,7 @@ def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(hub: Any
         with pytest.raises(SystemExit) as exit_:
             main(["export", tuned.name, "--to", target, "--push", "me/model", f"outputs={tmp_path / 'outputs'}"])
         assert exit_.value.code == 0
-        files = hub.repositories["me/model"].files
+        files = upload_hub.repositories["me/model"].files
         assert files.keys() & weights == expected
         # mlx-lm fetches models, but no adapters.
         fetched = "hf download me/model --local-dir FOLDER" in files["README.md"].decode()
@@ -467,25 +412,25 @@ def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(hub: Any
 
 
 @pytest.mark.parametrize("part", ["/put/", "/commit/", "objects/batch", "/preupload/"])
-def test_a_push_that_fails_changes_nothing(export: Any, hub: Any, part: str) -> None:
+def test_a_push_that_fails_changes_nothing(export: Any, upload_hub: Any, part: str) -> None:
     export("oct", "--to", "mlx", "--push", "me/model")
-    before, hub.fail = dict(hub.repositories["me/model"].files), part
+    before, upload_hub.fail = dict(upload_hub.repositories["me/model"].files), part
     code, said = export("oct", "--to", "nanochat", "--push", "me/model")
-    assert (code, hub.repositories["me/model"].files) == (1, before)
+    assert (code, upload_hub.repositories["me/model"].files) == (1, before)
     assert "Nothing was committed" in said
-    assert hub.token not in said
+    assert upload_hub.token not in said
 
 
-def test_a_public_repository_is_written_only_when_that_is_meant(export: Any, hub: Any, tmp_path: Path) -> None:
+def test_a_public_repository_is_written_only_when_that_is_meant(export: Any, upload_hub: Any, tmp_path: Path) -> None:
     export("oct", "--to", "mlx", "--push", "me/model", "--public")
     code, said = export("oct", "--to", "mlx", tmp_path / "out", "--push", "me/model")
     assert (code, (tmp_path / "out").exists()) == (2, False)
     assert "Add --public" in said
 
 
-def test_a_wrong_token_or_none_is_told(export: Any, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_or_none_is_told(export: Any, upload_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another_one")
     assert "May the token of HF_TOKEN write there?" in export("oct", "--to", "mlx", "--push", "me/model")[1]
     monkeypatch.delenv("HF_TOKEN")
     code, said = export("oct", "--to", "mlx", "--push", "me/model")
-    assert (code, "set HF_TOKEN" in said, hub.repositories) == (2, True, {})
+    assert (code, "set HF_TOKEN" in said, upload_hub.repositories) == (2, True, {})

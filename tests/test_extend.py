@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.commands import CommandLine
 from mlxchat.compose import compose_config
 from mlxchat.errors import MlxchatError
 from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store, read_manifest
 
-CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 DONE = 4  # iterations of the finished run's pretraining
 
 

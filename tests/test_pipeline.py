@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from kit.commands import CommandLine
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import Store, read_manifest
-
-CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
 KINDS = {
     "corpus": "corpus", "tokenizer": "tokenizer",

@@ -10,12 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.commands import Say
 from mlxchat.cli import main
 from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import _DATA, _OPTIONS, complete
@@ -28,21 +28,12 @@ from mlxchat.runner.table import make_table
 from mlxchat.verbs import VERBS
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
-Say = Callable[..., str]
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], toys: Any) -> Say:
+def say(say: Say, toys: Any) -> Say:
     """Run a command line on the toys' outputs; return what it printed."""
-
-    def run(*arguments: str, code: int = 0) -> str:
-        with pytest.raises(SystemExit) as caught:
-            main([*arguments, f"outputs={toys.outputs}"])
-        output = capsys.readouterr()
-        assert caught.value.code == code, output.err
-        return output.out + output.err
-
-    return run
+    return lambda *arguments, **options: say(*arguments, f"outputs={toys.outputs}", **options)
 
 
 @pytest.fixture

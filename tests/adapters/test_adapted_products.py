@@ -16,18 +16,11 @@ from mlxchat.model import linear as linear_module
 from mlxchat.model.linear import AdapterDropout, LinearAdapter, effective_weight, project
 from mlxchat.ops import adapted, normalisation
 from mlxchat.ops.adapted import Shape
-from mlxchat.ops.device import backend
 from mlxchat.ops.dropout import draw_keys, dropped
 
 assert mlxchat
 IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
 Numbers = dict[str, np.ndarray]
-
-
-@pytest.fixture(autouse=True)
-def on_cpu() -> None:
-    mx.set_default_device(mx.cpu)
-    backend.cache_clear()
 
 
 @pytest.fixture(params=["cpu", "gpu"])

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.adapters.store_of_adapters import (
+
+from kit.artifacts import (
     adapter_sizes,
     make_model,
     publish,
@@ -20,7 +21,6 @@ from tests.adapters.store_of_adapters import (
     random_adapters,
     some_ids,
 )
-
 from mlxchat.errors import DataError, MlxchatError, StoreError
 from mlxchat.model.adapter_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapter_config
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint

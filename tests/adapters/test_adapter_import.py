@@ -12,15 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
 
+from kit.artifacts import publish_adapters, publish_base, some_ids
+from kit.commands import Command
 from mlxchat.errors import DataError
 from mlxchat.interop.adapter_import import find_files, import_adapter
 from mlxchat.interop.source import open_folder
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.store import Store, read_manifest
-
-Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture

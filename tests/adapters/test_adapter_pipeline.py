@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.adapters.store_of_adapters import some_ids
 
+from kit.artifacts import some_ids
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.bases import find_chain
 from mlxchat.runner.store import Store, read_manifest

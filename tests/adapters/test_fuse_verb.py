@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
 
+from kit.artifacts import publish_adapters, publish_base, some_ids
+from kit.commands import Command
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.store import Store, read_manifest
-
-Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture

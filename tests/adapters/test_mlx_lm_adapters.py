@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tests.adapters.store_of_adapters import publish_adapters, publish_base, some_ids
 
-from mlxchat.cli import main
+from kit.artifacts import publish_adapters, publish_base, some_ids
+from kit.commands import run_here
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.store import Store
 
@@ -108,7 +108,7 @@ def test_from_nanochats_files_comes_the_fused_model(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), kind="dora")
     export(tuned, "nanochat", tmp_path / "out")
-    run("import", "nanochat", "out", "--name", "back", f"outputs={tmp_path / 'outputs'}")
+    run_here("import", "nanochat", "out", "--name", "back", f"outputs={tmp_path / 'outputs'}")
     back = load_checkpoint(Store(tmp_path / "outputs").resolve("import:back"))[0]
     # nanochat keeps its tables in bfloat16 where that loses nothing, and these adapters sit on none of them
     np.testing.assert_array_equal(logits(back), logits(load_checkpoint(tuned)[0]))
@@ -116,16 +116,10 @@ def test_from_nanochats_files_comes_the_fused_model(tmp_path: Path, monkeypatch:
 
 def test_a_whole_model_has_no_adapters_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = publish_base(tmp_path / "outputs")
-    assert run("export", base.name, "--to", "mlx-adapter", tmp_path / "out", f"outputs={base.parents[1]}") == 2
+    assert run_here("export", base.name, "--to", "mlx-adapter", tmp_path / "out", f"outputs={base.parents[1]}") == 2
     assert "holds no adapters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(each) for each in arguments])
-    return int(exit_.value.code or 0)
-
-
 def export(artifact: Path, target: str, to: Path) -> None:
-    assert run("export", artifact.name, "--to", target, to, f"outputs={artifact.parents[1]}") == 0
+    assert run_here("export", artifact.name, "--to", target, to, f"outputs={artifact.parents[1]}") == 0

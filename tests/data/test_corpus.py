@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kit.commands import CommandLine
 from mlxchat.data.corpus import gather_documents, read_file
 from mlxchat.data.shards import iterate_documents, open_shards
 from mlxchat.errors import DataError
@@ -152,11 +153,9 @@ def test_files_with_blank_text_only_are_refused(tmp_path: Path) -> None:
 
 # The Hub of the folder beside, where there is one: real data and stand-ins of it
 
-MlxChat = Callable[..., "subprocess.CompletedProcess[str]"]
-
 
 @pytest.fixture
-def make_corpus_stage(mlxchat: MlxChat, tmp_path: Path) -> MlxChat:
+def make_corpus_stage(mlxchat: CommandLine, tmp_path: Path) -> CommandLine:
     def run(endpoint: str, *overrides: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run the corpus stage in a process of its own against a Hub at `endpoint`."""
         environ = {
@@ -206,7 +205,7 @@ def use_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_tinystories_come_from_the_hub(
-    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat, use_caches: None
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: CommandLine, use_caches: None
 ) -> None:
     done = make_corpus_stage(start_hub(), "corpus=tinystories")
     assert done.returncode == 0, done.stderr
@@ -217,7 +216,7 @@ def test_tinystories_come_from_the_hub(
 
 @pytest.mark.parametrize("corpus", ["fineweb_edu", "climbmix"])
 def test_nanochats_corpora_keep_their_order_and_their_validation_file(
-    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat, use_caches: None, corpus: str
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: CommandLine, use_caches: None, corpus: str
 ) -> None:
     changed = ["corpus.hub.validation_files=shard_00005.parquet"] if corpus == "fineweb_edu" else []
     done = make_corpus_stage(start_hub("--redirect"), f"corpus={corpus}", *changed)
@@ -245,7 +244,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_hub_that_misbehaves_gives_the_same_artifact(
-    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat, use_caches: None, name: str
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: CommandLine, use_caches: None, name: str
 ) -> None:
     done = make_corpus_stage(start_hub(*FAULTS[name]), "corpus=tinystories", "retry.seconds=0.1")
     assert done.returncode == 0, done.stderr
@@ -264,7 +263,7 @@ REFUSALS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_the_hub_does_not_have_is_refused_in_one_message(
-    start_hub: Callable[..., str], make_corpus_stage: MlxChat, name: str
+    start_hub: Callable[..., str], make_corpus_stage: CommandLine, name: str
 ) -> None:
     overrides, message = REFUSALS[name]
     done = make_corpus_stage(start_hub(), "corpus=tinystories", *overrides)
@@ -275,7 +274,7 @@ def test_what_the_hub_does_not_have_is_refused_in_one_message(
 
 @pytest.mark.slow
 def test_a_file_that_is_always_corrupted_is_refused_in_one_message(
-    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: MlxChat
+    tmp_path: Path, start_hub: Callable[..., str], make_corpus_stage: CommandLine
 ) -> None:
     done = make_corpus_stage(start_hub("--corrupt", "train-*", "--times", "0"), "corpus=tinystories")
     assert done.returncode == 2
@@ -283,7 +282,7 @@ def test_a_file_that_is_always_corrupted_is_refused_in_one_message(
     assert not list((tmp_path / "outputs" / "store").glob("*/corpus.json"))
 
 
-def test_a_cold_cache_without_a_network_says_what_to_type(make_corpus_stage: MlxChat) -> None:
+def test_a_cold_cache_without_a_network_says_what_to_type(make_corpus_stage: CommandLine) -> None:
     done = make_corpus_stage("http://127.0.0.1:9", "corpus=tinystories", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert "roneneldan/TinyStories" in done.stderr

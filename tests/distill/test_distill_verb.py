@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.distill.conftest import Reply, Teacher
 
+from kit.servers import Reply, Teacher
 from mlxchat.cli import main as run_cli
 from mlxchat.commands.distill import main
 from mlxchat.data.conversation import render_conversation

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from kit import ranks
 from mlxchat.compose import compose_config
 from mlxchat.config import ScheduleConfig
 from mlxchat.distributed.team import Team
@@ -165,7 +166,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, ranks: Any) -> tuple[Path, dict[str, Any]]:
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
     return folder, ranks.lead_ranks(train_two, 2, str(folder), seconds=120)
 
@@ -203,7 +204,7 @@ def test_a_stopped_training_of_as_many_ranks_ends_with_the_same_bits(two: Any) -
     assert found["continued"]["records"] == found["straight"]["records"]
 
 
-def test_three_ranks_and_one_process_continue_what_two_began(two: Any, one: Any, ranks: Any) -> None:
+def test_three_ranks_and_one_process_continue_what_two_began(two: Any, one: Any) -> None:
     folder, _ = two
     found = {
         3: ranks.lead_ranks(go_on, 3, str(folder), "left for 3", seconds=120),

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kit import ranks
 from mlxchat.distributed import group as group_module
 from mlxchat.distributed.group import ALONE, Group, buckets
 from mlxchat.distributed.team import Team
@@ -67,7 +68,7 @@ def use_group(group: Group) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(ranks: Any) -> list[dict[str, Any]]:
+def found() -> list[dict[str, Any]]:
     return list(ranks.run_ranks(use_group, 3))
 
 
@@ -180,7 +181,7 @@ def lead(team: Team) -> list[Any]:
     return [team.call(remember, {"add": 1}, given), team.call(remember, {"add": 10}), len(team.kept)]
 
 
-def test_every_rank_calls_what_rank_0_names_with_what_it_gives(ranks: Any) -> None:
+def test_every_rank_calls_what_rank_0_names_with_what_it_gives() -> None:
     first, second, _ = ranks.lead_ranks(lead, 3)
     seen = {
         "ids": ["mlx.core.int32", [[0.0, 1.0], [2.0, 3.0]]], "half": ["mlx.core.bfloat16", [1.5, -2.0]],
@@ -210,7 +211,7 @@ def leave(group: Group) -> str:
     return "nothing was noticed"
 
 
-def test_a_lost_rank_is_told_in_words(ranks: Any) -> None:
+def test_a_lost_rank_is_told_in_words() -> None:
     said = ranks.run_ranks(leave, 2, seconds=60)
     assert said[1] == "left"
     assert "another process of the group is gone" in said[0]

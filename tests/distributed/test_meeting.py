@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kit import ranks
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.launch.entry import computes
 from mlxchat.launch.facts import code_digest, find_facts
@@ -155,7 +156,7 @@ else:
 """
 
 
-def test_ranks_that_can_only_meet_in_the_group_learn_there_where_rank_0_listens(ranks: Any, tmp_path: Path) -> None:
+def test_ranks_that_can_only_meet_in_the_group_learn_there_where_rank_0_listens(tmp_path: Path) -> None:
     hosts = write(tmp_path, [[f"127.0.0.1:{port}"] for port in ranks.free_ports(2)])
     started = [
         subprocess.Popen(

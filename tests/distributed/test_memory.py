@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from kit import ranks
 from mlxchat.distributed.team import Team
 from mlxchat.engine.rank_engine import clear_caches
 from mlxchat.ops.distillation import Mix
@@ -38,7 +39,7 @@ def clear(team: Team) -> list[list[int]]:
     return [before, team.call(cached)]
 
 
-def test_all_ranks_give_memory_back_when_rank_0_does(ranks: Any) -> None:
+def test_all_ranks_give_memory_back_when_rank_0_does() -> None:
     before, after = ranks.lead_ranks(clear, 2)
     assert min(before) >= 2**24
     assert max(after) < 2**20

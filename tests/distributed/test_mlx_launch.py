@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 import mlxchat as mlxchat_module
+from kit import ranks
 
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 pytestmark = pytest.mark.skipif(not LAUNCHER.exists(), reason="mlx.launch is not installed")
 
 
 @pytest.fixture
-def launch(ranks: Any) -> Callable[..., subprocess.Popen[str]]:
+def launch() -> Callable[..., subprocess.Popen[str]]:
     """Start `mlx.launch -n 2 -- mlxchat ARGUMENTS`."""
 
     def start(*arguments: str | Path, hosts: tuple[str, ...] = ("-n", "2"), **variables: str) -> subprocess.Popen[str]:

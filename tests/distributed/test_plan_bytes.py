@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import mlxchat  # isort: split
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit import ranks
 from mlxchat.bench.machines import sent_bytes
 from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
@@ -45,7 +44,7 @@ def count_bytes(team: Team) -> float:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_step_sends_what_the_plan_says(size: int, ranks: Any) -> None:
+def test_a_step_sends_what_the_plan_says(size: int) -> None:
     """To 6 %: matrices are not cut, so that some ranks gather a little more than an n-th."""
     found = ranks.lead_ranks(count_bytes, size, seconds=60)
     expected = sum(sent_bytes(count_parameters(SIZES)["total"], ROWS * TOKENS, size).values())

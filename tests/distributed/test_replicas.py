@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from kit import ranks
 from mlxchat.distributed import team as team_module
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
@@ -72,7 +73,7 @@ def weights_everywhere(team: Team) -> dict[str, Any]:
     return {"found": found, "parameters": len(flat)}
 
 
-def test_every_rank_has_the_weights_and_only_what_changed_travels(ranks: Any) -> None:
+def test_every_rank_has_the_weights_and_only_what_changed_travels() -> None:
     result = ranks.lead_ranks(weights_everywhere, 3)
     found, everything = result["found"], result["parameters"]
     sent = {name: values[0] for name, values in found.items()}

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit import ranks
 from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
 from mlxchat.model.adapters import attach_adapters
@@ -80,7 +81,7 @@ def look(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> li
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_two_ranks_train_adapters_as_one_process_does(name: str, ranks: Any) -> None:
+def test_two_ranks_train_adapters_as_one_process_does(name: str) -> None:
     found, expected = ranks.lead_ranks(train, 2, name, seconds=90), train(Team(), name)
     np.testing.assert_allclose(found["steps"], expected["steps"], rtol=1e-5)
     for key, value in expected["adapters"].items():

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit import ranks
 from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
@@ -176,7 +177,7 @@ def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def together(request: pytest.FixtureRequest, ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
     return folder, ranks.lead_ranks(train_all, request.param, str(folder), seconds=120)
 
@@ -229,7 +230,7 @@ def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_what_each_rank_holds_is_what_is_predicted(size: int, ranks: Any) -> None:
+def test_what_each_rank_holds_is_what_is_predicted(size: int) -> None:
     """To 15 %, of a model of six layers; weights are on all ranks, moments are dealt out."""
     found = ranks.lead_ranks(peak_of_large, size, seconds=120)
     print(found)

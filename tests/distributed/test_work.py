@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit import ranks
 from mlxchat.config import RLConfig
 from mlxchat.data.packing import Row
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
@@ -276,7 +277,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def of_ranks(ranks: Any, bundle: str) -> Callable[[str, int], dict[str, Any]]:
+def of_ranks(bundle: str) -> Callable[[str, int], dict[str, Any]]:
     @cache
     def run(architecture: str, size: int) -> dict[str, Any]:
         found: dict[str, Any] = ranks.lead_ranks(work, size, architecture, bundle, seconds=180)
@@ -403,7 +404,7 @@ def answer_until(team: Team | None, folder: str, stop_after: int | None, kind: s
 
 @pytest.mark.parametrize(("kind", "first", "then"), [("generative", 2, 3), ("generative", 1, 2), ("categorical", 3, 1)])
 def test_a_stopped_evaluation_goes_on_with_another_number_of_ranks(
-    ranks: Any, tmp_path: Path, kind: str, first: int, then: int
+    tmp_path: Path, kind: str, first: int, then: int
 ) -> None:
     def answer(size: int, name: str, stop_after: int | None) -> list[Any]:
         given = (str(tmp_path / name), stop_after, kind)

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit import models
 from mlxchat.evals.branching import Continuation, make_batches, make_rows
 from mlxchat.evals.language_model import OwnModel
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
-
-assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+from mlxchat.model.gpt import GPT
 
 VOCAB = 97
-JUL2026 = {
-    "architecture": "jul2026", "window_pattern": "SSL", "query_key_scale": 1.2, "value_embeddings": True,
-    "residual_scalars": True, "smear": True, "backout": True,
-}  # fmt: skip
+make_model = partial(models.make_model, vocab_size=VOCAB, num_layers=3, width=64, context_tokens=512, seed=3)
 TOLERANCE = 2e-5  # nats, in float32
-
-
-def make_model(**features: Any) -> GPT:
-    """Return a model none of whose projections is zero; its short windows see 128 tokens."""
-    sizes = GPTSizes(
-        vocab_size=VOCAB, num_layers=3, num_heads=4, num_kv_heads=2, width=64, context_tokens=512, rope_theta=1e4,
-        **features,
-    )  # fmt: skip
-    model, rng = GPT(sizes), np.random.default_rng(3)
-    set_parameters(
-        model,
-        {
-            name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.2, size=value.shape).astype(np.float32))
-            for name, value in flatten_parameters(model).items()
-        },
-    )
-    return model
 
 
 def alone(model: GPT, continuation: Continuation) -> np.ndarray[Any, Any]:
@@ -60,16 +37,16 @@ def groups_of(rng: np.random.Generator, trunk: int, *branches: int, count: int =
     return groups
 
 
-@pytest.mark.parametrize("features", [{}, JUL2026], ids=["oct2025", "jul2026"])
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
 @pytest.mark.parametrize(
     ("trunk", "branches"),
     [(1, (3, 9)), (20, (1, 1, 1)), (40, (5, 1, 12, 3)), (150, (4, 30)), (140, (7,))],
     ids=["short trunk", "single tokens", "four options", "longer than a window", "one sequence"],
 )
 def test_losses_in_rows_are_those_of_each_sequence_alone(
-    features: dict[str, Any], trunk: int, branches: tuple[int, ...]
+    architecture: str, trunk: int, branches: tuple[int, ...]
 ) -> None:
-    model = make_model(**features)
+    model = make_model(architecture)
     groups = groups_of(np.random.default_rng(trunk), trunk, *branches)
     for batch in make_batches(make_rows(groups, 4000), 4000):
         for row, found in zip(batch, OwnModel(model).losses(batch), strict=True):
@@ -78,9 +55,9 @@ def test_losses_in_rows_are_those_of_each_sequence_alone(
                 np.testing.assert_allclose(got, wanted, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("features", [{}, JUL2026], ids=["oct2025", "jul2026"])
-def test_predictions_in_rows_are_the_likeliest_ids_of_each_sequence_alone(features: dict[str, Any]) -> None:
-    model = make_model(**features)
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_predictions_in_rows_are_the_likeliest_ids_of_each_sequence_alone(architecture: str) -> None:
+    model = make_model(architecture)
     groups = groups_of(np.random.default_rng(0), 30, 6, 2)
     (batch,) = make_batches(make_rows(groups, 4000), 4000)
     for row, found in zip(batch, OwnModel(model).predictions(batch), strict=True):
@@ -116,7 +93,7 @@ def test_batches_keep_to_their_tokens_and_hold_every_row_once() -> None:
 
 
 def test_the_next_token_after_prompts_of_different_lengths_is_that_of_each_alone() -> None:
-    model = make_model(**JUL2026)
+    model = make_model("jul2026")
     prompts = [[5], [1, 2, 3], list(range(40))]
     found = OwnModel(model).next_logits(prompts)
     for prompt, got in zip(prompts, found, strict=True):

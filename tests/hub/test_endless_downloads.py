@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.servers import Loopback, QuietHandler
 from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.hub import cache, downloads
 from mlxchat.hub.client import fetch_url
@@ -46,9 +45,7 @@ class Server:
         self.pauses: list[float] = []
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
                 server.asked.append(start)
@@ -57,12 +54,8 @@ class Server:
                 except OSError:
                     self.close_connection = True
 
-            def log_message(self, *_: object) -> None: ...
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/files/a"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        self.http = Loopback(Handler)
+        self.url = f"{self.http.url}/files/a"
 
     def fetch(self, size: int | None = WHOLE) -> Path:
         """Fetch the file; None: its size is what the server says."""
@@ -78,9 +71,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(downloads._Transfer, "_pause", lambda self, seconds: server.pauses.append(seconds))
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with server.http:
+        yield server
 
 
 def cut(request: Any, number: int, start: int) -> None:

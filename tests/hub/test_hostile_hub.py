@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from kit.servers import Loopback, QuietHandler
 from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.hub import cache, downloads, listings
 from mlxchat.hub.client import HubFile, fetch_url, list_files
@@ -23,10 +22,11 @@ COMMIT, GIT, SHA256 = "0" * 40, "a" * 40, "b" * 64
 OUT = "../../../../out"
 
 
-class Hostile(BaseHTTPRequestHandler):
+class Hostile(QuietHandler):
     """Answers with the server's `commit` and `entry`; every other address is a file without end."""
 
     server: Any
+    protocol_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
         self.server.asked.append(self.headers["Host"])
@@ -52,26 +52,18 @@ class Hostile(BaseHTTPRequestHandler):
                 return
             self.server.sent += 1 << 16
 
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    server: Any = Loopback(Hostile)
     server.commit, server.blocks, server.sent = COMMIT, 1 << 12, 0
     server.entry = {"type": "file", "path": "data/a.parquet", "oid": GIT, "size": 10}
     server.asked, server.status, server.headers = [], 200, lambda number: {}
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with server:
+        yield server
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.upload_hub import UploadHub
 
+from kit.hubs import UploadHub
 from mlxchat.errors import PassingError
 from mlxchat.hub import upload
 

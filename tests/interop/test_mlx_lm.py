@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +10,29 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit import models
+from kit.artifacts import make_tokenizer
 from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
-from mlxchat.interop.names import architecture_values
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import MODEL_FILE, save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.gpt import GPT
 
 mlx_lm = pytest.importorskip("mlx_lm")
 
 _TEXT = "The house in the garden had 12 windows, and the sun stood over it. It isn't so. "
+# Every part matters: no weight is zero, and windows are shorter than the rows.
+make_model = partial(models.make_model, vocab_size=300, num_layers=4, width=64, context_tokens=512, scale=0.3)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([_TEXT * 4, "Haus Garten Fenster Sonne Mond"], 300)
-
-
-def make_model(tokenizer: Tokenizer, architecture: str, **more: Any) -> GPT:
-    """Return a model whose every part matters: no weight is zero, and windows are shorter than the test's rows."""
-    features = {**architecture_values(architecture), **more}
-    sizes = GPTSizes(vocab_size=tokenizer.vocab_size, num_layers=4, num_heads=4, num_kv_heads=2, width=64,
-                     **{"context_tokens": 512, **features})  # fmt: skip
-    model, rng = GPT(sizes), np.random.default_rng(7)
-    set_parameters(
-        model,
-        {
-            name: mx.array(rng.normal(0.0, 1.0 if "wte" in name else 0.3, value.shape).astype(np.float32))
-            for name, value in flatten_parameters(model).items()
-        },
-    )
-    return model
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module", params=["oct2025", "jul2026"])
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Any:
     folder = tmp_path_factory.mktemp(request.param)
-    model = make_model(tokenizer, request.param)
+    model = make_model(request.param)
     save_checkpoint(folder, model, tokenizer, {"stage": "sft", "format": "chat"})
     trust = request.param == "jul2026"
     theirs, their_tokenizer = mlx_lm.load(str(folder), trust_remote_code=trust)
@@ -78,7 +65,7 @@ def test_logits_agree_beyond_the_context(tmp_path: Path, tokenizer: Tokenizer, a
     """Guards against long windows of July 2026 that see all of an input longer than the context (64) in mlx-lm."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    model = make_model(tokenizer, architecture, context_tokens=64)
+    model = make_model(architecture, context_tokens=64)
     save_checkpoint(tmp_path, model, tokenizer, {"stage": "sft", "format": "chat"})
     theirs, _ = mlx_lm.load(str(tmp_path), trust_remote_code=architecture == "jul2026")
     ids = ids_of(model, 200)
@@ -131,7 +118,7 @@ def test_a_model_that_mlx_lm_would_compute_otherwise_brings_its_own_file(
     feature: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     """Neither has parameters of its own, so mlx-lm would load it and say other things than it."""
-    model = make_model(tokenizer, "oct2025", **feature)
+    model = make_model("oct2025", **feature)
     save_checkpoint(tmp_path, model, tokenizer, {"stage": "sft", "format": "chat"})
     with pytest.raises(ValueError, match=MODEL_FILE):
         mlx_lm.load(str(tmp_path))

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from mlxchat.cli import main
+from mlxchat.compose import compose_config
 
 Command = Callable[..., tuple[int, str]]
 Say = Callable[..., str]
@@ -48,3 +51,37 @@ def run_here(*arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as ended:
         main([str(each) for each in arguments])
     return int(ended.value.code or 0)
+
+
+_SHORT = """
+    experiment=smoke machine=cpu machine.blas_threads=1
+    model.aspect_ratio=16 model.head_width=16 model.context_tokens=256 tokenizer.vocab_size=300
+    tokenizer.max_chars=20000
+    pretrain.num_iterations=4 pretrain.batch.tokens=512 pretrain.eval_tokens=256 pretrain.sample_tokens=2
+    pretrain.packing_buffer_documents=50
+    midtrain.num_iterations=2 midtrain.batch.tokens=512 midtrain.eval_tokens=1024
+    sft.num_iterations=2 sft.batch.tokens=512 sft.eval_tokens=1024
+    rl.task.size=4 rl.evaluation.size=2 rl.num_iterations=2 rl.questions_per_iteration=2 rl.samples_per_question=2
+    rl.max_new_tokens=8 rl.eval_samples=2
+    eval.bpb_tokens=256 eval.max_new_tokens=4
+"""
+
+
+@cache
+def tiny_settings() -> tuple[str, ...]:
+    """Return overrides that make the whole pipeline a matter of seconds."""
+    config = compose_config(["experiment=smoke"]).config
+    sizes = [f"suite.{name}.size=3" for name in config.suite]
+    for name, stage in (("midtrain", config.midtrain), ("sft", config.sft)):
+        sizes += [f"{name}.mixture.{task}.size=6" for task in stage.mixture]
+        sizes += [f"{name}.validation.{task}.size=2" for task in stage.validation]
+    return (*_SHORT.split(), *sizes)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its outputs folder, which tests must not change, and what it printed."""
+
+    outputs: Path
+    stdout: str
+    stderr: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlxchat  # isort: split
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,11 +18,23 @@ from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.interop.names import architecture_values
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
+from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 VOCABULARY = 280
 features_of = cache(architecture_values)
+
+
+@contextmanager
+def computing_on_cpu() -> Iterator[None]:
+    """Compute on the CPU, then on what was chosen before."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    backend.cache_clear()
+    yield
+    mx.set_default_device(before)
+    backend.cache_clear()
 
 
 @cache

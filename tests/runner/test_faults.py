@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import http.server
 import importlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from kit.servers import Loopback, QuietHandler
 from mlxchat.errors import DataError, Interrupted, PassingError, StepFailed
 from mlxchat.runner import attempts, records, time_limit
 from mlxchat.runner.awake import keep_awake
@@ -194,22 +194,16 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A web server that remembers what is posted; its address, and that."""
     posted: list[dict[str, Any]] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
+        protocol_version = "HTTP/1.0"
+
         def do_POST(self) -> None:
             posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(500 if "broken" in self.path else 200)
             self.end_headers()
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    serving = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{serving.server_port}", posted
-    serving.shutdown()
-    thread.join()
-    serving.server_close()
+    with Loopback(Handler) as serving:
+        yield serving.url, posted
 
 
 def test_commands_are_told_of_start_and_end_in_order_with_the_facts(toys: Any, tmp_path: Path) -> None:

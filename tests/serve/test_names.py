@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.cli import main
+from kit.commands import Command
 from mlxchat.errors import StoreError
 from mlxchat.runner.store import MANIFEST, Store, describe_outputs, read_manifest, write_manifest
 from mlxchat.serve.faults import Fault
@@ -55,7 +55,7 @@ def store(served: Path, tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> Any:
     """Run a command line; return its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
@@ -63,10 +63,7 @@ def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     def run(words: tuple[str, ...], name: str) -> tuple[int, str]:
         paths = {"STORE": f"outputs/store/{CHAT}", "REFS": f"{store.outputs}/refs/{QUICKSTART}/sft"}
         named = {"NAME": paths.get(name, name), "PLACE": str(tmp_path / "place")}
-        with pytest.raises(SystemExit) as caught:
-            main([*(named.get(word, word) for word in words), "outputs=outputs"])
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out + output.err
+        return command(*(named.get(word, word) for word in words), "outputs=outputs")
 
     return run
 

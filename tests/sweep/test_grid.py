@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.commands import CommandLine
 from mlxchat.runner.store import Store
 
-CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 RATES = [round(0.001 * 1.3**power, 6) for power in range(16)]
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
+from kit.commands import CommandLine
 from mlxchat.sweep import grid
 from mlxchat.sweep.shared import Shared
-
-CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
 SETTINGS = {

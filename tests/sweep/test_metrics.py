@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.commands import CommandLine
 from mlxchat.cli import main
 from mlxchat.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.store import Store
 from mlxchat.sweep.metrics import find_metric, metrics_of_plan
-
-CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
 APART = ("tokens_per_second", "data_wait_frac")
 

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,11 @@ import pytest
 
 pytest.importorskip("optuna")
 
+from kit.commands import CommandLine
 from mlxchat.cli import main
 from mlxchat.sweep.journal import Journal, Trial
 from mlxchat.sweep.search import choose
 from mlxchat.sweep.space import Choice, Interval
-
-CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SEARCH = [
     "sweep=tpe", "sweep.trials=4", "sweep.random_trials=2", "sweep.name=s",

@@ -1,7 +1,7 @@
 """Ranks of a ring on this machine, each a process of one core, for tests; killed when the test is over.
 
 `run_ranks` has every rank call a function of a test file, `lead_ranks` only rank 0, while the others follow it.
-Both are reached through the fixture `ranks`. What goes in and comes out is JSON data. Functions of the test's own file
+What goes in and comes out is JSON data. Functions of the test's own file
 may be given to `Team.call`.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _MODULE = "mlxchat.of_the_test"
+_TESTS = Path(__file__).parents[1]
 
 
 def run_ranks(function: Callable[..., Any], size: int, *given: Any, seconds: float = 60) -> list[Any]:
@@ -58,8 +59,9 @@ def _start(
                 with (folder / f"{rank}.err").open("wb") as errors:
                     ranks.append(
                         subprocess.Popen(
-                            [sys.executable, __file__, json.dumps(order), str(folder / f"{rank}.json")],
-                            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+                            [sys.executable, "-m", "kit.ranks", json.dumps(order), str(folder / f"{rank}.json")],
+                            env=os.environ
+                            | {"PYTHONPATH": str(_TESTS), "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
                             stdout=errors,
                             stderr=errors,
                             start_new_session=True,

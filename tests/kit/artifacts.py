@@ -1,46 +1,33 @@
-"""A store with a base model and adapters for it, all of whose numbers matter, published as stages would."""
+"""A store with models and adapters for them, published as stages would."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from kit import models
 from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
-from mlxchat.interop.names import architecture_values
 from mlxchat.model.adapter_folder import shapes_of
-from mlxchat.model.checkpoint import save_adapters, save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
 from mlxchat.runner.fingerprint import compute_rid
 from mlxchat.runner.store import Store, artifact_name, describe_outputs, read_manifest
 
 FACTS = {"stage": "sft", "format": "chat", "pretrain_batch_tokens": 512}
+make_model = partial(
+    models.make_model, vocab_size=300, num_heads=2, num_kv_heads=1, width=64, context_tokens=256, seed=3
+)
 
 
+@cache
 def make_tokenizer() -> Tokenizer:
-    """Return a small tokenizer."""
+    """Return a tokenizer of 300 ids."""
     return train_tokenizer(["The house in the garden had 12 windows. It isn't so. " * 4, "Haus Garten"], 300)
-
-
-def make_model(architecture: str = "oct2025", *, seed: int = 3, num_layers: int = 2) -> GPT:
-    """Return a model with random weights, none of them zero."""
-    model = GPT(
-        GPTSizes(
-            vocab_size=300, num_layers=num_layers, num_heads=2, num_kv_heads=1, width=64, context_tokens=256,
-            **architecture_values(architecture),
-        )
-    )  # fmt: skip
-    rng = np.random.default_rng(seed)
-    weights = {
-        name: mx.array(rng.normal(0, 1.0 if "wte" in name else 0.2, value.shape).astype(np.float32))
-        for name, value in flatten_parameters(model).items()
-    }
-    set_parameters(model, weights)
-    return model
 
 
 def adapter_sizes(model_sizes: GPTSizes, kind: str = "lora", **more: Any) -> AdapterSizes:
@@ -59,9 +46,10 @@ def random_adapters(sizes: AdapterSizes, model_sizes: GPTSizes, *, seed: int = 5
 
 
 def publish(
-    outputs: Path, step: str, write: Callable[[Path], None], *, stage: str = "sft", inputs: Mapping[str, Path] = {}
-) -> Path:
-    """Publish what `write` puts into a folder as an artifact, and return its place."""
+    outputs: Path, step: str, write: Callable[[Path], None], *, stage: str = "sft", inputs: Mapping[str, Path] = {},
+    **more: Any,
+) -> Path:  # fmt: skip
+    """Publish what `write` puts into a folder as an artifact, and return its place; `more` goes into the manifest."""
     store = Store(outputs)
     store.prepare()
     out = outputs / "work" / step / "out"
@@ -77,7 +65,7 @@ def publish(
         "kind": "checkpoint", "outputs": files, "tree": tree, "published": "2026-11-22T00:00:00+00:00", "pins": {},
         "inputs": {role: {key: each[source] for key, source in keys.items()} for role, each in made.items()},
         "config": config, "full_config": {"sft": config}, "derived": {"num_iterations": 7}, "externals": [],
-        "metrics": {}, "code": {}, "alias_of": None, "seconds": 1.0,
+        "metrics": {}, "code": {}, "alias_of": None, "seconds": 1.0, **more,
     }  # fmt: skip
     place = store.publish(out, manifest["name"], manifest)
     store.set_ref("latest", step, place)
@@ -94,8 +82,6 @@ def publish_adapters(
     outputs: Path, base: Path, step: str = "tuned", kind: str = "lora", *, seed: int = 5, **more: Any
 ) -> Path:
     """Publish adapters on an artifact."""
-    from mlxchat.model.checkpoint import load_checkpoint
-
     sizes = load_checkpoint(base)[0].sizes
     of = adapter_sizes(sizes, kind, **more)
     arrays = random_adapters(of, sizes, seed=seed)

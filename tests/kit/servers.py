@@ -1,0 +1,132 @@
+"""HTTP servers in a thread of this process: the plain one, and a scripted teacher."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    """HTTP/1.1 without a log."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Loopback(ThreadingHTTPServer):
+    """A server on a free port, started and stopped as a context manager; broken connections print nothing."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+@dataclass
+class Reply:
+    """What the server does to one request."""
+
+    text: str | None = "yes"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    raw: bytes | None = None
+    finish: str = "stop"
+    seconds: float = 0.0
+    drop: bool = False
+    """Cut the connection in the middle of the answer."""
+    usage: dict[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 10, "completion_tokens": 5})
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Teacher:
+    """A scripted endpoint: `script(question, tries)` says what happens; what was asked is kept."""
+
+    def __init__(self) -> None:
+        self.script: Callable[[str, int], Reply] = lambda question, tries: Reply(f"answer to {question}")
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.paths: set[str] = set()
+        self.models = ["only"]
+        self.fingerprint: str | None = None
+        """What `mlxchat serve` says of a model, and with each answer; None: as other endpoints."""
+        self.at_once, self.most_at_once = 0, 0
+        self._lock = threading.Lock()
+        teacher = self
+
+        class Endpoint(QuietHandler):
+            def do_GET(self) -> None:
+                value: dict[str, Any] = {"data": [{"id": name} for name in teacher.models]}
+                if not self.path.endswith("/models"):
+                    own = {"mlxchat": {"fingerprint": teacher.fingerprint}} if teacher.fingerprint else {}
+                    value = {"id": "m", "object": "model", **own}
+                self.send(Reply(raw=json.dumps(value).encode()))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = body["messages"][-1]["content"]
+                with teacher._lock:
+                    teacher.bodies.append(body)
+                    teacher.paths.add(self.path)
+                    teacher.headers.append(dict(self.headers))
+                    teacher.times.append(time.monotonic())
+                    tries = sum(each["messages"][-1]["content"] == question for each in teacher.bodies)
+                    teacher.at_once += 1
+                    teacher.most_at_once = max(teacher.most_at_once, teacher.at_once)
+                try:
+                    reply = teacher.script(question, tries)
+                    time.sleep(reply.seconds)
+                finally:
+                    with teacher._lock:
+                        teacher.at_once -= 1
+                self.send(reply)
+
+            def send(self, reply: Reply) -> None:
+                value = {
+                    "model": "teacher-2026", "choices": [{"message": {"role": "assistant", "content": reply.text},
+                    "finish_reason": reply.finish}], "usage": reply.usage,
+                    "system_fingerprint": teacher.fingerprint, **reply.extra,
+                }  # fmt: skip
+                data = json.dumps(value).encode() if reply.raw is None else reply.raw
+                self.send_response(reply.status)
+                for name, header in {"Content-Type": "application/json", **reply.headers}.items():
+                    self.send_header(name, header)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2] if reply.drop else data)
+                if reply.drop:
+                    self.close_connection = True
+
+        self.server = Loopback(Endpoint)
+        self.url = f"{self.server.url}/v1"
+
+    def asked(self) -> list[str]:
+        return [body["messages"][-1]["content"] for body in self.bodies]
+
+    def __enter__(self) -> Self:
+        self.server.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.__exit__(*exception)

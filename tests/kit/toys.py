@@ -1,0 +1,83 @@
+"""Toy stages, and the runner on top of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import dedent, indent
+from typing import Any
+
+from mlxchat.runner import stage as stage_module
+from mlxchat.runner.environment import Environment
+from mlxchat.runner.execute import Run, execute
+from mlxchat.runner.plan import PlannedStep, make_plan
+from mlxchat.runner.store import Store
+
+
+@dataclass
+class ToySection:
+    """Settings of a toy stage."""
+
+    number: int = 1
+    cadence: int = field(default=5, metadata={"identity": False})
+
+
+@dataclass
+class ToyConfig:
+    """What the toy stages are configured with."""
+
+    toy: ToySection = field(default_factory=ToySection)
+    other: ToySection = field(default_factory=ToySection)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Toys:
+    """A folder of throw-away stages in place of stages/, and the runner on top of it."""
+
+    package: Path
+    outputs: Path
+    config: ToyConfig = field(default_factory=ToyConfig)
+    said: list[str] = field(default_factory=list)
+    invocations: int = 0
+
+    def add(
+        self, name: str, body: str, *, inputs: dict[str, str] | None = None, config: tuple[str, ...] = ("toy",),
+        outputs: tuple[str, ...] = ("result.txt",), produces: str = "thing", version: int = 1,
+    ) -> None:  # fmt: skip
+        """Write a stage whose `run(ctx)` is `body`, or write it anew."""
+        self.package.joinpath(f"{name}.py").write_text(
+            f"import os, signal, time\nfrom mlxchat.errors import DataError\nVERSION = {version}\n"
+            f"CONFIG = {list(config)}\nINPUTS = {inputs or {}}\nPRODUCES = {produces!r}\nOUTPUTS = {list(outputs)}\n"
+            f"def run(ctx):\n{indent(dedent(body).strip(), '    ')}\n"
+        )
+        stage_module.read_stage.cache_clear()
+        sys.modules.pop(f"{self.package.name}.{name}", None)
+        importlib.invalidate_caches()
+
+    @property
+    def store(self) -> Store:
+        """The store as a new process sees it."""
+        return Store(self.outputs)
+
+    def plan(self, pipeline: dict[str, dict[str, str]], **options: Any) -> list[PlannedStep]:
+        """Return the plan as a new process makes it."""
+        options = {"targets": None, "seed": 1, "force": [], **options}
+        return make_plan(self.config, pipeline, self.store, **options)
+
+    def run(self, plan: list[PlannedStep], store: Store | None = None, **options: Any) -> Run:
+        """Execute a plan as one invocation does; options are those of Run."""
+        store = store or self.store
+        store.prepare()
+        self.invocations += 1
+        folder = self.outputs / "runs" / f"run{self.invocations}"
+        folder.mkdir()
+        options = {"say": self.said.append, **options}
+        run = Run(
+            folder=folder, config=self.config, seed=1, force=[], overrides=["toy.number=1"],
+            environment=Environment(lambda: {"name": "toy"}), **options,
+        )  # fmt: skip
+        execute(plan, store, run)
+        return run
