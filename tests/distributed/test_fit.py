@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import shutil
 from contextlib import suppress
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,97 +13,33 @@ import pytest
 from safetensors.numpy import save_file
 
 from kit import ranks
-from mlxchat.compose import compose_config
+from kit.models import make_model
+from kit.training import NumberedBatches, make_context, make_optimizer, schedule
 from mlxchat.config import ScheduleConfig
 from mlxchat.distributed.team import Team
 from mlxchat.errors import Interrupted
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
-from mlxchat.optim.groups import Optimizer
-from mlxchat.runner.context import Context
+from mlxchat.model.gpt import flatten_parameters, set_parameters
 from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.resume import load_moments
-from mlxchat.training.step import Batch, mean_batch
 
-assert mlxchat
-
-SCHEDULE = ScheduleConfig(
-    init_lr_frac=1.0, warmup_frac=0.2, warmdown_frac=0.5, final_lr_frac=0.0, weight_decay_frac=1.0
-)
-CONSTANT = replace(SCHEDULE, warmup_frac=0.0, warmdown_frac=0.0)
+SCHEDULE = schedule(warmup_frac=0.2, warmdown_frac=0.5)
+CONSTANT = schedule()
 NUM_ITERATIONS = 6
-
-
-class Batches:
-    """Batches that follow from their number, of unlike numbers of targets; one of them may be broken."""
-
-    waited_seconds = 0.0
-
-    def __init__(self, broken: int | None) -> None:
-        self.number, self.broken = 0, broken
-
-    def next_batch(self, iteration: int) -> Batch:
-        rng = np.random.default_rng(self.number)
-        ids = rng.integers(0, 280, (5, 17)).astype(np.int32)
-        counts = rng.integers(0, 17, 5)
-        rows = [
-            (row[:-1], np.where(np.arange(16) < n, row[1:], -1).astype(np.int32))
-            for row, n in zip(ids, counts, strict=True)
-        ]
-        batch = mean_batch(rows)
-        if self.number == self.broken:
-            batch.weights[0, 0] = np.nan
-        self.number += 1
-        return batch
-
-    def documents(self) -> list[str]:
-        return []
-
-    def state(self) -> dict[str, Any]:
-        return {"number": self.number}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.number = state["number"]
-
-
-@cache
-def settings() -> Any:
-    config = compose_config(["experiment=speedrun_d12", "machine=cpu"]).config
-    machine = replace(config.machine, device_batch_tokens=32, checkpoint_seconds=1e9, blas_threads=1)
-    return SimpleNamespace(
-        machine=machine, training=replace(config.training, on_nan="skip"), optimizer=config.optimizer
-    )
-
-
-def make_model() -> GPT:
-    model = GPT(
-        GPTSizes(vocab_size=280, num_layers=2, num_heads=4, num_kv_heads=2, width=32, context_tokens=64, rope_theta=1e4)
-    )
-    rng = np.random.default_rng(7)
-    weights = {
-        name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.2, size=value.shape).astype(np.float32))
-        for name, value in flatten_parameters(model).items()
-    }
-    set_parameters(model, weights)
-    return model
 
 
 def train(
     team: Team | None, folder: str, name: str, *, stop_after: int | None = None, iterations: int = NUM_ITERATIONS,
     extends: str | None = None, warm: str | None = None, broken: int | None = None, keeps: bool = False,
-    schedule: ScheduleConfig = CONSTANT,
+    rates: ScheduleConfig = CONSTANT,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, from where an earlier attempt of this name stopped; write weights and moments into its folder."""
-    model, batches = make_model(), Batches(broken)
-    optimizer = Optimizer(model, settings().optimizer, width=32)
-    work, out = Path(folder, name, "work"), Path(folder, name, "out")
-    for place in (work, out):
-        place.mkdir(parents=True, exist_ok=True)
-    ctx = Context(
-        step="toy", stage="toy", config=settings(), inputs={}, input_steps={}, out=out, work=work, root_seed=0,
-        stop_signal=lambda: 15 if stop_after is not None and batches.number >= stop_after else None,
-        on_metrics=lambda step, record: None, team=team,
+    model = make_model()
+    optimizer = make_optimizer(model)
+    batches = NumberedBatches(rows=5, uneven=True, broken=set() if broken is None else {broken})
+    ctx = make_context(
+        Path(folder, name), stop_signal=lambda: 15 if stop_after is not None and batches.number >= stop_after else None,
+        training={"on_nan": "skip"}, team=team, device_batch_tokens=32,
     )  # fmt: skip
     if warm is not None:
         load_moments(Path(folder, warm, "out"), optimizer)
@@ -124,14 +55,14 @@ def train(
 
     with suppress(Interrupted):
         fit(
-            ctx, model, optimizer, batches, num_iterations=iterations, schedule=schedule, dropout=0.1,
+            ctx, model, optimizer, batches, num_iterations=iterations, schedule=rates, dropout=0.1,
             hooks=[Hook(run=look, every=2)], keep_state=keeps,
             extends=None if extends is None else Path(folder, extends, "out"),
             best=best if keeps else None, micro_tokens=32,
         )  # fmt: skip
     if keeps:
         weights = {name: np.array(value) for name, value in flatten_parameters(model).items()}
-        save_file(weights, out / "model.safetensors")
+        save_file(weights, ctx.out / "model.safetensors")
     arrays = {**flatten_parameters(model), **optimizer.whole_state()}
     np.savez(Path(folder, name, "arrays.npz"), **{key: np.array(value) for key, value in arrays.items()})
     found = ctx.records("metrics").read()
@@ -142,12 +73,12 @@ def train(
 def train_two(team: Team | None, folder: str) -> dict[str, Any]:
     """Everything that two ranks, or one process, train from the beginning."""
     found = {
-        "straight": train(team, folder, "straight", schedule=SCHEDULE),
-        "stopped": train(team, folder, "stopped", stop_after=3, schedule=SCHEDULE),
+        "straight": train(team, folder, "straight", rates=SCHEDULE),
+        "stopped": train(team, folder, "stopped", stop_after=3, rates=SCHEDULE),
     }
     for number in (1, 3):
         shutil.copytree(Path(folder, "stopped"), Path(folder, f"left for {number}"))
-    found["continued"] = train(team, folder, "stopped", schedule=SCHEDULE)
+    found["continued"] = train(team, folder, "stopped", rates=SCHEDULE)
     found["finished"] = train(team, folder, "finished", iterations=5, keeps=True)
     found["extended"] = train(team, folder, "extended", extends="finished", iterations=8, keeps=True)
     found["warm"] = train(team, folder, "warm", warm="finished", iterations=2)
@@ -156,7 +87,7 @@ def train_two(team: Team | None, folder: str) -> dict[str, Any]:
 
 
 def go_on(team: Team | None, folder: str, name: str) -> dict[str, Any]:
-    return train(team, folder, name, schedule=SCHEDULE)
+    return train(team, folder, name, rates=SCHEDULE)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import sys
 from typing import Any
 
@@ -17,8 +15,6 @@ from kit import ranks
 from mlxchat.distributed import group as group_module
 from mlxchat.distributed.group import ALONE, Group, buckets
 from mlxchat.distributed.team import Team
-
-assert mlxchat
 
 # By name, what rank 2 has; the others have something else of the same shape.
 BITS: dict[str, list[int]] = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import os
 import signal
 import socket
@@ -22,8 +20,6 @@ from mlxchat.launch import line as line_module
 from mlxchat.launch.facts import find_facts
 from mlxchat.launch.line import Line, connect, listen_at
 from mlxchat.launch.watch import Watch
-
-assert mlxchat
 
 LONG = {"text": "x" * (15 * 2**20)}  # more than a connection holds
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import json
 import os
 import re
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import mlxchat
 from kit import ranks
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.launch.entry import computes
@@ -22,8 +21,6 @@ from mlxchat.launch.facts import code_digest, find_facts
 from mlxchat.launch.line import Line, connect, listen_at
 from mlxchat.launch.meeting import find_meeting
 from mlxchat.launch.watch import Watch
-
-assert mlxchat
 
 
 def write(folder: Path, value: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +16,6 @@ from mlxchat.ops.distillation import Mix
 from mlxchat.training.teacher import Distillation, OutsideTeacher
 from mlxchat.training.teacher_size import TeacherSize
 from mlxchat.training.team_step import TeamStep
-
-assert mlxchat
 
 SIZE = TeacherSize(weights=1, kept_per_token=1, working_per_token=1)
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from kit import ranks
+from kit.training import make_optimizer
 from mlxchat.bench.machines import sent_bytes
-from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters
 from mlxchat.ops import blas
-from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
 from mlxchat.training.step import mean_batch
 from mlxchat.training.team_step import make_step
-
-assert mlxchat
 
 SIZES = GPTSizes(
     vocab_size=1024, num_layers=6, num_heads=2, num_kv_heads=2, width=64, context_tokens=64, rope_theta=1e4
@@ -33,7 +28,7 @@ def count_bytes(team: Team) -> float:
     blas.set_blas_threads(1)
     model = GPT(SIZES)
     init_weights(model, 1)
-    optimizer = Optimizer(model, compose_config(["experiment=speedrun_d20"]).config.optimizer, width=64)
+    optimizer = make_optimizer(model)
     step = make_step(team, model, optimizer, micro_tokens=TOKENS, dtype=mx.float32)
     ids = np.arange(ROWS * (TOKENS + 1), dtype=np.int32).reshape(ROWS, TOKENS + 1) % 1000
     batch = mean_batch([(row[:-1], row[1:]) for row in ids])

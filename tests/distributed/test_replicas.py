@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import hashlib
 from typing import Any
 
@@ -16,8 +14,6 @@ from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.replicas import mark_equal, model_on, sync_model
 from mlxchat.model.sizes import GPTSizes
-
-assert mlxchat
 
 SIZES = GPTSizes(vocab_size=64, num_layers=2, num_heads=2, num_kv_heads=2, width=16, context_tokens=32, rope_theta=1e4)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import hashlib
 from typing import Any
 
@@ -12,12 +10,13 @@ import numpy as np
 import pytest
 
 from kit import ranks
-from mlxchat.compose import compose_config
+from kit.models import make_model
+from kit.training import make_rows, optimizer_config
 from mlxchat.distributed.team import Team
 from mlxchat.model.adapters import attach_adapters
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.replicas import model_on
-from mlxchat.model.sizes import AdapterSizes, GPTSizes, resolve_targets
+from mlxchat.model.sizes import AdapterSizes, resolve_targets
 from mlxchat.ops import blas
 from mlxchat.optim.groups import AdamWRule, Optimizer
 from mlxchat.optim.schedule import Rates
@@ -25,7 +24,6 @@ from mlxchat.training.policy_scores import policy_scores
 from mlxchat.training.step import mean_batch
 from mlxchat.training.team_step import make_step
 
-assert mlxchat
 KINDS = {"lora": ("lora", None), "dora": ("dora", None), "qlora": ("lora", 4)}
 
 
@@ -33,30 +31,25 @@ def train(team: Team, name: str) -> dict[str, Any]:
     """Train adapters for three steps; return losses, adapters, scores before and after, and digests of ranks."""
     blas.set_blas_threads(1)
     kind, bits = KINDS[name]
-    model = GPT(
-        GPTSizes(vocab_size=281, num_layers=2, num_heads=4, num_kv_heads=2, width=32, context_tokens=64, rope_theta=1e4)
-    )
+    model = make_model(vocab_size=281)
     rng = np.random.default_rng(7)
 
-    def around(parameters: dict[str, mx.array], scale: float) -> dict[str, mx.array]:
+    def moved(parameters: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return parameters with random numbers added, none of which is zero."""
         return {
-            name: value + mx.array(rng.normal(0, 1.0 if "wte" in name else scale, value.shape).astype(np.float32))
+            name: value + mx.array(rng.normal(0, 0.1, value.shape).astype(np.float32))
             for name, value in parameters.items()
         }
 
-    set_parameters(model, around({key: mx.zeros_like(value) for key, value in flatten_parameters(model).items()}, 0.2))
     sizes = AdapterSizes(kind, 3, 2.0, resolve_targets(["all"], model.sizes), bits, 32)
     attach_adapters(model, sizes, seed=1, dropout=0.2)
-    set_parameters(model, around(trained_parameters(model), 0.1))
+    set_parameters(model, moved(trained_parameters(model)))
     reference = trained_parameters(model)
-    config = compose_config(["experiment=speedrun_d12"]).config.optimizer
-    optimizer = Optimizer(model, config, width=32, adapter=AdamWRule(1e-2, (0.9, 0.999), 0.01))
+    optimizer = Optimizer(model, optimizer_config(), width=32, adapter=AdamWRule(1e-2, (0.9, 0.999), 0.01))
     step = make_step(team, model, optimizer, micro_tokens=48, dtype=mx.float32, dropout_seed=5)
     steps = []
     for index in range(3):
-        ids = np.random.default_rng(index).integers(0, 281, (7, 17)).astype(np.int32)
-        batch = mean_batch([(row[:-1], row[1:]) for row in ids])
+        batch = mean_batch(make_rows(7, seed=index))
         steps.append(step(batch, Rates(1.0, 0.9, 1.0), index))
     scores = policy_scores(team, model, micro_tokens=64, dtype=mx.float32)
     before, _ = scores(batch.ids, batch.targets, reference)

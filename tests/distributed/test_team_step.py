@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import gc
 import hashlib
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit import ranks
+from kit import models, ranks
+from kit.training import optimizer_config
 from mlxchat.compose import compose_config
 from mlxchat.distributed.team import Team
-from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
 from mlxchat.model.replicas import model_on
-from mlxchat.model.sizes import GPTSizes, sizes_of
+from mlxchat.model.sizes import sizes_of
 from mlxchat.ops import blas
 from mlxchat.ops.distillation import Mix
 from mlxchat.optim.groups import Optimizer
@@ -31,15 +30,10 @@ from mlxchat.training.teacher import Distillation, OwnTeacher
 from mlxchat.training.teacher_size import TeacherSize
 from mlxchat.training.team_step import make_step
 
-assert mlxchat
-
 TOKENS, VOCABULARY = 16, 281  # no multiple of any number of ranks
-OCT = {"vocab_size": VOCABULARY, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "width": 32}
+make_model = partial(models.make_model, vocab_size=VOCABULARY)
 # Three layers: of two the middle one would be the last, whose share the norm after it takes out again.
-JUL = {
-    "num_layers": 3, "architecture": "jul2026", "vocab_multiple": 8, "window_pattern": "SL", "query_key_scale": 1.2,
-    "value_embeddings": True, "residual_scalars": True, "smear": True, "backout": True,
-}  # fmt: skip
+JUL = {"architecture": "jul2026", "num_layers": 3, "vocab_multiple": 8, "window_pattern": "SL"}
 UNEVEN = [16, 2, 9, 0, 16, 5, 1]
 CASES: dict[str, dict[str, Any]] = {
     "oct2025": {},
@@ -58,20 +52,9 @@ CASES: dict[str, dict[str, Any]] = {
 SETTINGS = {"micro_rows": 3, "targets": [16, 16, 16, 16, 16, 16], "sizes": {}, "optimizer": {}}
 
 
-def make_model(seed: int, **sizes: Any) -> GPT:
-    model = GPT(GPTSizes(**{**OCT, "context_tokens": 64, "rope_theta": 1e4, **sizes}))
-    rng = np.random.default_rng(seed)
-    weights = {
-        name: mx.array(rng.normal(scale=1.0 if "wte" in name else 0.2, size=value.shape).astype(np.float32))
-        for name, value in flatten_parameters(model).items()
-    }
-    set_parameters(model, weights)
-    return model
-
-
 def make_optimizer(model: GPT, **changes: Any) -> Optimizer:
-    config = compose_config(["experiment=speedrun_d12"]).config.optimizer
-    return Optimizer(model, replace(config, **changes), width=32, lr_frac=0.7, batch_lr_scale=1.1, weight_decay=0.05)
+    config = optimizer_config(**changes)
+    return Optimizer(model, config, width=32, lr_frac=0.7, batch_lr_scale=1.1, weight_decay=0.05)
 
 
 def make_batch(seed: int, targets: list[int], *, broken: bool) -> Batch:
@@ -104,12 +87,12 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
     """Train on a few batches; leave weights and moments in the folder."""
     blas.set_blas_threads(1)
     case = {**SETTINGS, **CASES[name]}
-    model = make_model(7, **case["sizes"])
+    model = make_model(**case["sizes"])
     optimizer = make_optimizer(model, **case["optimizer"])
     distillation = None
     if case.get("teacher"):
         distillation = Distillation(
-            teacher=OwnTeacher(make_model(8), mx.float32), mix=Mix(weight=0.5, temperature=2.0),
+            teacher=OwnTeacher(make_model(seed=8), mx.float32), mix=Mix(weight=0.5, temperature=2.0),
             size=TeacherSize(weights=1, kept_per_token=1, working_per_token=1),
         )  # fmt: skip
     step = make_step(

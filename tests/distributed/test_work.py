@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import mlxchat  # isort: split
-
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit import ranks
-from mlxchat.config import RLConfig
+from kit import models, ranks
+from kit.models import make_tokenizer
+from kit.training import rl_config
 from mlxchat.data.packing import Row
-from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
 from mlxchat.distributed.team import Team
 from mlxchat.engine.rank_engine import make_engine
 from mlxchat.errors import Interrupted
@@ -31,46 +29,17 @@ from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts
 from mlxchat.model.adapters import attach_adapters
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
-from mlxchat.model.sizes import AdapterSizes, GPTSizes
+from mlxchat.model.sizes import AdapterSizes
 from mlxchat.ops import blas
-from mlxchat.ops.device import backend
 from mlxchat.runner.progress import Progress
 from mlxchat.training.pass_at_k import pass_at_k
 from mlxchat.training.policy_scores import policy_scores
 from mlxchat.training.rollouts import Rollouts
 
-assert mlxchat
-
-FEATURES: dict[str, dict[str, Any]] = {
-    "oct2025": {},
-    "jul2026": {
-        "architecture": "jul2026", "window_pattern": "SSL", "query_key_scale": 1.2, "value_embeddings": True,
-        "residual_scalars": True, "smear": True, "backout": True,
-    },
-}  # fmt: skip
+make_model = partial(models.make_model, context_tokens=96, scale=0.25)
 LENGTHS = [4, 9, 2, 17, 6, 11, 3]
 TOLERANCE = 2e-5  # nats, in float32: rows are padded to other widths
 NUMBERS = ("text", "padded", "one_row", "scores", "reference_scores")
-
-
-@cache
-def make_tokenizer() -> Tokenizer:
-    return train_tokenizer(["the cat sat on the mat and the dog sat on the log " * 5], 280)
-
-
-def make_model(architecture: str) -> GPT:
-    """Return a model none of whose projections is zero."""
-    sizes = GPTSizes(
-        vocab_size=280, num_layers=2, num_heads=4, num_kv_heads=2, width=32, context_tokens=96, rope_theta=1e4,
-        **FEATURES[architecture],
-    )  # fmt: skip
-    model, rng = GPT(sizes), np.random.default_rng(7)
-    weights = {
-        name: rng.normal(scale=1.0 if "wte" in name else 0.25, size=value.shape).astype(np.float32)
-        for name, value in flatten_parameters(model).items()
-    }
-    set_parameters(model, {name: mx.array(value) for name, value in weights.items()})
-    return model
 
 
 def calling(model: GPT) -> GPT:
@@ -155,14 +124,10 @@ def rows_of(lengths: list[int], width: int = 96) -> list[Row]:
     return rows
 
 
-def settings(**changes: Any) -> RLConfig:
-    return RLConfig(
-        **{"questions_per_iteration": 3, "samples_per_question": 3, "max_new_tokens": 8, "temperature": 1.0,
-           "top_k": 50, "eval_samples": 2, "advantages": "mean", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2,
-           "loss_divisor": "tokens", "kl_coefficient": 0.1, "minibatches_per_rollout": 1, "passes_per_rollout": 2,
-           "resample_rounds": 0, "train_unfinished": True, "entropy_every": None, "rollouts_kept": None,
-           "rollout_bits": None, "rollout_correction": 2.0} | changes
-    )  # fmt: skip
+settings = partial(
+    rl_config, questions_per_iteration=3, samples_per_question=3, eval_samples=2, clip_low=0.2, clip_high=0.2,
+    kl_coefficient=0.1, passes_per_rollout=2,
+)  # fmt: skip
 
 
 def completions(team: Team | None, model: GPT) -> dict[str, Any]:
@@ -259,14 +224,8 @@ def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def on_one_core() -> Iterator[None]:
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    backend.cache_clear()
+def on_one_core() -> None:
     blas.set_blas_threads(1)
-    yield
-    mx.set_default_device(before)
-    backend.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kit.commands import Command
+from kit.serving import BASE, CHAT
 from mlxchat.errors import StoreError
 from mlxchat.runner.store import MANIFEST, Store, describe_outputs, read_manifest, write_manifest
 from mlxchat.serve.faults import Fault
@@ -16,7 +17,7 @@ from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
 from mlxchat.serve.worker import load_scheduler
 
-CHAT, BASE, OTHER = "sft-d2-" + "c" * 16, "pretrain-d2-" + "b" * 16, "sft-d2-" + "d" * 16
+OTHER = "sft-d2-" + "d" * 16
 QUICKSTART, STORY = "20260101-000000-000001-1-quickstart", "20260102-000000-000001-1-story"
 FORMS = {
     "a step": "sft", "a step of the latest run": "latest/sft", "a step of a run": "quickstart/sft",

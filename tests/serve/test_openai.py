@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit.serving import BASE, CHAT
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.store import Store
 from mlxchat.serve.models import Models
-
-BASE, CHAT = "pretrain-d2-" + "b" * 16, "sft-d2-" + "c" * 16
 
 
 def chunks(response: Any) -> list[dict[str, Any]]:

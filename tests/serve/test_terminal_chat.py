@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
+from kit.serving import BASE, CHAT
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.terminal_chat import COMMANDS, Chat
-
-CHAT, BASE = "sft-d2-" + "c" * 16, "pretrain-d2-" + "b" * 16
 
 
 @pytest.fixture

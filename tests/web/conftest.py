@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,15 +13,10 @@ from typing import Any
 import pytest
 
 import mlxchat
+from kit.serving import model as model
+from kit.serving import served as served
+from kit.serving import start as start
 
-_spec = importlib.util.spec_from_file_location(
-    "serve_fixtures", Path(__file__).parents[1] / "serve" / "conftest.py"
-)  # fmt: skip
-assert _spec is not None
-assert _spec.loader is not None
-_serve = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_serve)
-tokenizer, model, served, start = _serve.tokenizer, _serve.model, _serve.served, _serve.start
 PAGE = Path(mlxchat.__file__).parent / "serve" / "page"
 _NODE = """
 const [source, given] = JSON.parse(require("fs").readFileSync(0, "utf8"));

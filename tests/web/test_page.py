@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from kit.serving import BASE, CHAT
+
 pytestmark = pytest.mark.slow
-BASE, CHAT = "pretrain-d2-" + "b" * 16, "sft-d2-" + "c" * 16
 MARKDOWN = (
     "# Top\n\nSome **bold** and `code`.\n\n- one\n- two\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |"
 )

@@ -1,0 +1,196 @@
+"""An outputs folder with two tiny models, and chat servers on it in this process.
+
+Fixtures of tests/serve and tests/web, which import them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from kit.models import make_model
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.python_tool import PythonTool
+from mlxchat.engine.scheduler import Scheduler
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.gpt import GPT
+from mlxchat.runner.store import Store, write_manifest
+from mlxchat.serve.app import make_app
+from mlxchat.serve.limits import Limits
+from mlxchat.serve.models import Model, Models
+from mlxchat.serve.prompts import Defaults
+from mlxchat.serve.run import PatientProtocol
+from mlxchat.serve.service import Service
+from mlxchat.serve.worker import Worker, load_scheduler
+
+CHAT, BASE = "sft-d2-" + "c" * 16, "pretrain-d2-" + "b" * 16
+
+
+@pytest.fixture(scope="session")
+def model() -> GPT:
+    return make_model(context_tokens=128, seed=3, scale=0.3, head_scale=0.15)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory, model: GPT, tokenizer: Tokenizer) -> Path:
+    """An outputs folder as a run leaves it: a base model, a chat model made from it, and scores of the latter."""
+    outputs = tmp_path_factory.mktemp("served") / "outputs"
+    made: dict[str, Any] = {}
+    for name, stage, kind, metrics in (
+        (BASE, "pretrain", "base", {"val_bpb": 1.5}),
+        (CHAT, "sft", "chat", {"val_loss": 0.5, "broken": None}),
+    ):
+        folder = outputs / "store" / name
+        folder.mkdir(parents=True)
+        save_checkpoint(folder, model, tokenizer, {"stage": stage, "format": kind})
+        _describe(folder, stage, "checkpoint", metrics, {"checkpoint": made} if made else {})
+        made = {"step": stage, "artifact": name, "rid": name[-16:] + "x" * 36, "tree": "0" * 64}
+        Store(outputs).set_ref("latest", stage, folder)
+    scores = outputs / "store" / ("eval-d2-" + "e" * 16)
+    scores.mkdir()
+    _describe(scores, "eval", "scores", {"facts": 0.25}, {"checkpoint": made})
+    return outputs
+
+
+def _describe(folder: Path, stage: str, kind: str, metrics: dict[str, Any], inputs: dict[str, Any]) -> None:
+    manifest = {
+        "rid": folder.name[-16:] + "x" * 36, "name": folder.name, "stage": stage, "step": stage, "kind": kind,
+        "version": 1, "config": {"seed": 42, stage: {"lr": 0.1}}, "full_config": {}, "excluded": {}, "inputs": inputs,
+        "tree": "0" * 64, "outputs": [], "metrics": metrics, "seconds": 1.0, "run": "run1", "attempts": [],
+        "published": f"2026-01-01T00:00:0{len(stage) % 10}+00:00", "overrides": [], "seed": 42,
+    }  # fmt: skip
+    write_manifest(folder, manifest)
+
+
+class Tokens(int):
+    """A past of which nothing is known but its length."""
+
+    def begun(self, tokens: int) -> Tokens:
+        return Tokens(tokens)
+
+
+class Alphabet:
+    """A `Forward` whose answers are the letters of the alphabet, one each `seconds`, without end."""
+
+    def __init__(self, vocab_size: int, seconds: float) -> None:
+        self.vocab_size, self.seconds, self.rows = vocab_size, seconds, 0
+
+    def read(self, ids: list[int], past: Any, last: int | None) -> Tokens:
+        return Tokens((past or 0) + len(ids))
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        self.rows = max(self.rows, rows)
+
+    def keep(self, kept: list[int], tokens: int) -> None:
+        self.rows = len(kept)
+
+    def clear(self) -> None:
+        self.rows = 0
+
+    def fill(self, row: int, past: Any) -> None: ...
+
+    def past_of(self, row: int, tokens: int) -> None:
+        return None
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        time.sleep(self.seconds)
+        logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
+        for row, id_ in enumerate(ids):
+            logits[row, id_ + 1 if ord("a") <= id_ < ord("z") else ord("a")] = 1000.0
+        return logits
+
+
+class Saying(Alphabet):
+    """Says a text, whatever is asked, and ends."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str | list[int], seconds: float) -> None:
+        super().__init__(tokenizer.vocab_size, seconds)
+        self.ids = [*(tokenizer.encode(text) if isinstance(text, str) else text), tokenizer.assistant_end]
+        self.lengths: dict[int, int] = {}
+
+    def fill(self, row: int, past: Any) -> None:
+        self.lengths[row] = past
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        logits = super().step(ids, previous, positions) * 0
+        for row, position in enumerate(positions):
+            logits[row, self.ids[min(max(position - self.lengths.get(row, 0), 0), len(self.ids) - 1)]] = 1000.0
+        return logits
+
+
+class Server:
+    """A server in a thread of this process."""
+
+    def __init__(self, service: Service, **options: Any) -> None:
+        self.service = service
+        config = uvicorn.Config(
+            make_app(service, **options), host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5,
+            http=PatientProtocol,
+        )  # fmt: skip
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self) -> Server:
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join(15)
+        assert not self.thread.is_alive()
+
+    @property
+    def worker(self) -> Worker:
+        return self.service.worker
+
+    def chat(self, text: str = "the cat", **body: Any) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 12, **body}
+        return self.client.post("/v1/chat/completions", json=body)
+
+    def until(self, reached: Callable[[], bool], seconds: float = 10) -> None:
+        ends = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < ends, "it never came to that"
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def start(served: Path) -> Callable[..., Server]:
+    """Make a server with these limits and options.
+
+    `seconds` a token makes it answer with `says`, or the alphabet; `loads` are seconds that loading takes.
+    """
+
+    def make(
+        *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | list[int] | None = None,
+        python: PythonTool | None = None, loads: float = 0.0, **options: Any,
+    ) -> Server:  # fmt: skip
+        def load(model: Model, limits: Limits) -> Scheduler:
+            time.sleep(loads)
+            if seconds is None:
+                return load_scheduler(model, limits, python=python)
+            tokenizer = model.tokenizer
+            forward = Alphabet(tokenizer.vocab_size, seconds) if says is None else Saying(tokenizer, says, seconds)
+            scheduler = Scheduler(forward, tokenizer, max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
+            scheduler.python = python
+            return scheduler
+
+        bounds = Limits(**limits or {})
+        models = Models(Store(served), served / "store" / CHAT)
+        return Server(Service(models, Worker(bounds, load), bounds, Defaults()), **options)
+
+    return make
