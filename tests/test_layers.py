@@ -1,13 +1,13 @@
-"""Who may import whom, and how long a file may be."""
+"""Which part may import which."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "src" / "mlxchat").rglob("*.py"))
@@ -66,12 +66,14 @@ LAYERS = [
     {"commands"},
     {"cli"},
 ]
+ROOTS = ("__init__.py", "__main__.py")  # the package itself
 
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:
     """Return the dotted names that a file imports: anywhere in it, or only when it is itself imported."""
     found: set[str] = set()
@@ -104,20 +106,26 @@ def test_there_is_something_to_look_at() -> None:
     assert imports(ROOT / "stages" / "sft.py") >= {"mlxchat.training.finetune", "mlxchat.training.finetune.finetune"}
 
 
-@pytest.mark.parametrize("path", STAGES, ids=name)
-def test_a_stage_imports_only_the_library_and_the_standard_library(path: Path) -> None:
-    assert packages(path) - set(sys.stdlib_module_names) - {"mlxchat"} == set()
+def offenders(paths: list[Path], wrong: Callable[[Path], set[str]]) -> dict[str, set[str]]:
+    """Return file → what is wrong with it, for files with something wrong."""
+    return {name(path): found for path in paths if (found := wrong(path))}
 
 
-@pytest.mark.parametrize("path", STAGES, ids=name)
-def test_a_stage_imports_no_other_stage_and_no_command(path: Path) -> None:
+def beginning_with(path: Path, *forbidden: str) -> set[str]:
+    return {module for module in imports(path) if module.startswith(forbidden)}
+
+
+def test_a_stage_imports_only_the_library_and_the_standard_library() -> None:
+    assert offenders(STAGES, lambda path: packages(path) - set(sys.stdlib_module_names) - {"mlxchat"}) == {}
+
+
+def test_a_stage_imports_no_other_stage_and_no_command() -> None:
     forbidden = ("mlxchat.stages", "mlxchat.commands", "mlxchat.cli", "mlxchat.compose", "stages")
-    assert [module for module in imports(path) if module.startswith(forbidden)] == []
+    assert offenders(STAGES, lambda path: beginning_with(path, *forbidden)) == {}
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name)
-def test_the_library_never_imports_a_stage(path: Path) -> None:
-    assert [module for module in imports(path) if module.startswith(("mlxchat.stages", "stages"))] == []
+def test_the_library_never_imports_a_stage() -> None:
+    assert offenders(LIBRARY, lambda path: beginning_with(path, "mlxchat.stages", "stages")) == {}
 
 
 def test_only_the_loader_names_the_package_of_the_stages() -> None:
@@ -125,28 +133,25 @@ def test_only_the_loader_names_the_package_of_the_stages() -> None:
     assert naming == {"src/mlxchat/runner/stage.py"}
 
 
-@pytest.mark.parametrize("path", RUNNER, ids=name)
-def test_the_runner_needs_nothing_beyond_the_standard_library_rich_and_psutil(path: Path) -> None:
+def test_the_runner_needs_nothing_beyond_the_standard_library_rich_and_psutil() -> None:
     # rich draws the bar on a terminal, psutil knows what is mounted on a Mac; each is imported only there.
-    assert packages(path) - set(sys.stdlib_module_names) - {"mlxchat", "rich", "psutil"} == set()
-    assert packages(path, everywhere=False) - set(sys.stdlib_module_names) - {"mlxchat"} == set()
+    own = set(sys.stdlib_module_names) | {"mlxchat"}
+    assert offenders(RUNNER, lambda path: packages(path) - own - {"rich", "psutil"}) == {}
+    assert offenders(RUNNER, lambda path: packages(path, everywhere=False) - own) == {}
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name)
-def test_a_part_imports_no_part_above_it(path: Path) -> None:
-    parts = path.relative_to(ROOT / "src" / "mlxchat").parts
-    part = parts[0].removesuffix(".py")
-    if part in ("__init__", "__main__"):
-        pytest.skip("the package itself")
+def test_a_part_imports_no_part_above_it() -> None:
     order = {member: index for index, layer in enumerate(LAYERS) for member in layer}
-    assert part in order, f"put {part} into LAYERS"
-    used = {module.split(".")[1] for module in imports(path) if module.startswith("mlxchat.")} & order.keys()
-    assert {other for other in used if order[other] > order[part]} == set()
 
+    def above(path: Path) -> set[str]:
+        part = path.relative_to(ROOT / "src" / "mlxchat").parts[0].removesuffix(".py")
+        used = {module.split(".")[1] for module in imports(path) if module.startswith("mlxchat.")} & order.keys()
+        return {other for other in used if order[other] > order[part]}
 
-@pytest.mark.parametrize("path", STAGES, ids=name)
-def test_a_stage_is_a_recipe_of_at_most_150_lines(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+    parts = [path for path in LIBRARY if path.relative_to(ROOT / "src" / "mlxchat").parts[0] not in ROOTS]
+    known = {path.relative_to(ROOT / "src" / "mlxchat").parts[0].removesuffix(".py") for path in parts}
+    assert known - order.keys() == set(), "put them into LAYERS"
+    assert offenders(parts, above) == {}
 
 
 def test_no_module_is_called_after_nothing_in_particular() -> None:
