@@ -152,6 +152,15 @@ def test_deep_nesting_does_not_recurse() -> None:
     refused(b"\x80\x02" + b"(" * 1_500_000 + b".", watched=False)
 
 
+@pytest.mark.parametrize(
+    "value", [b")" + b"\x85" * 100_000, b")" + b"q\x00h\x00\x86" * 60], ids=["deep", "shared, so 2^60 long"]
+)
+def test_items_of_an_argument_are_not_hashed(value: bytes) -> None:
+    """collections.OrderedDict([(value, 1)]) hashed its keys: it ended the process, or never ended."""
+    items = value + b"K\x01\x86\x85\x85q\x01"
+    refused(b"\x80\x02" + items + b"ccollections\nOrderedDict\nh\x01R\x86.", "TypeError", watched=False)
+
+
 def test_a_list_that_holds_itself_is_harmless() -> None:
     value = reading(b"\x80\x02]q\x00h\x00a.")
     assert value[0] is value
@@ -404,3 +413,6 @@ def test_an_archive_with_places_of_64_bits_is_read(tmp_path: Path, lay: Lay) -> 
     assert np.array_equal(opening(path)["w"], NUMBERS)
     path.write_bytes(data[:start] + listing.replace(b"\1\0\x10\0", b"\2\0\x10\0") + record + locator + tail)
     refuse_file(path, "a size is missing")
+    for far in (1 << 40, 1 << 63, (1 << 64) - 1):
+        path.write_bytes(data[:start] + listing[:-8] + struct.pack("<Q", far) + record + locator + tail)
+        refuse_file(path, "a member is not where its list says")

@@ -42,6 +42,10 @@ class Made:
 class OrderedNames(dict[Any, Any]):
     """Stands for a collections.OrderedDict; attributes that it had (torch keeps versions there) are dropped."""
 
+    def __init__(self) -> None:
+        """Begin empty. Items come one by one: those of an argument would be hashed, however deep they are."""
+        super().__init__()
+
 
 class _Mark:
     """Where a group of the stack begins."""

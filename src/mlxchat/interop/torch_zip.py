@@ -135,7 +135,7 @@ def _wide(fields: bytes, plain: int, packed: int, header: int, where: str) -> tu
 
 
 def _content_start(file: BinaryIO, header: int, raw: bytes, end: int, length: int, where: str) -> int:
-    file.seek(header)
+    file.seek(min(header, end))
     local = file.read(30)
     if len(local) < 30 or local[:4] != _LOCAL:
         raise DataError(f"{where} is damaged: a member is not where its list says. {_AGAIN}")
