@@ -7,12 +7,14 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mlxchat.sandbox import execution
 from mlxchat.sandbox.programs import protections_here, run_program
 from mlxchat.sandbox.seccomp import ALLOWED, CHANGING, CONDITIONAL
 from mlxchat.sandbox.watch import Watch
@@ -414,6 +416,59 @@ time.sleep(15)
 """
     outcome = run_program(code, seconds=20, protections=["landlock", "seccomp"])
     if not {"landlock", "seccomp"} <= set(outcome.protections):
+        pytest.skip("this system does not offer them")
+    assert outcome.status == "output"
+
+
+FILLS = {
+    "empty files": "os.close(os.open(str(n), os.O_CREAT | os.O_WRONLY))",
+    "folders": "os.mkdir(str(n))",
+    "folders in folders": "os.mkdir('d' * 200); os.chdir('d' * 200)",
+    "links": "os.symlink('x' * 4000, str(n))",
+    "a closed folder": "os.path.exists('closed') or os.mkdir('closed', 0o300); os.symlink('x' * 4000, f'closed/{n}')",
+}
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_a_folder_on_a_disk_holds_few_entries(name: str) -> None:
+    """None of them counts as written; removing 60,000 of them also kept the evaluation for 11 s."""
+    code = f"import os, time\nfor n in range(1500):\n    {FILLS[name]}\ntime.sleep(15)"
+    outcome = run_program(code, seconds=20, protections=["landlock", "seccomp"])
+    if not {"landlock", "seccomp"} <= set(outcome.protections):
+        pytest.skip("this system does not offer them")
+    assert outcome.status == "output"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory")
+def test_pages_that_are_written_by_a_mapping_in_memory_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder of temporary files is in memory, a mapping filled it: the system counts writes to disks."""
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    code = """
+import mmap, os, time
+for n in range(20):
+    file = os.open(str(n), os.O_CREAT | os.O_RDWR)
+    os.ftruncate(file, 4 << 20)
+    with mmap.mmap(file, 4 << 20) as pages:
+        pages.write(bytes(4 << 20))
+    os.close(file)
+time.sleep(15)
+"""
+    outcome = run_program(code, seconds=20, protections=["landlock", "seccomp"])
+    if not {"landlock", "seccomp"} <= set(outcome.protections):
+        pytest.skip("this system does not offer them")
+    assert outcome.status == "output"
+
+
+def test_a_namespace_without_a_file_system_of_its_own_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AppArmor lets a process enter a user namespace and then forbids it to mount: the folder stays on the disk."""
+    child = tmp_path / "child.py"
+    child.write_text(execution._CHILD.read_text().replace('("uid_map"', '("no_such_map"'))
+    monkeypatch.setattr(execution, "_CHILD", child)
+    code = "import os, time\nfor n in range(1500):\n    os.symlink('x' * 4000, str(n))\ntime.sleep(15)"
+    outcome = run_program(code, seconds=20)
+    if "namespaces" not in outcome.protections:
         pytest.skip("this system does not offer them")
     assert outcome.status == "output"
 

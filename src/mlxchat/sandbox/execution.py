@@ -29,6 +29,7 @@ _KEPT_OUTPUT_BYTES = 16 << 10
 _LONGEST_SAYING = 256
 _MOST_FILE_BYTES = 4 << 20
 _MOST_WRITTEN_BYTES = 64 << 20  # over all files, where the folder is not a small file system of its own
+_MOST_ENTRIES = 1000  # files, folders and links, as in that file system
 _MOST_PROCESSES = 32
 _START_SECONDS = 60.0  # an interpreter starts in 0.05; a busy machine may take its time
 _LOOK_SECONDS = 0.1
@@ -166,21 +167,35 @@ class Run:
                     look_at = time.monotonic() + _LOOK_SECONDS
                     if not self.confined and watch.look() > self.memory_bytes:
                         return "memory"
-                    if "namespaces" not in self.in_force:
-                        written = watch.written()
-                        if (self._folder_bytes() if written is None else written) > _MOST_WRITTEN_BYTES:
-                            return "output"
+                    # In namespaces the first process is not the one that writes.
+                    written = 0 if "namespaces" in self.in_force else watch.written() or 0
+                    if written > _MOST_WRITTEN_BYTES or self._is_folder_full():
+                        return "output"
         self._drain(printed)
         return "timeout"
 
-    def _folder_bytes(self) -> int:
-        """Return the size of all files in the folder."""
-        total = 0
-        for place, _, names in os.walk(self.folder):
-            for name in names:
-                with contextlib.suppress(OSError):
-                    total += Path(place, name).lstat().st_size
-        return total
+    def _is_folder_full(self) -> bool:
+        """Tell whether too much lies in the folder, also where the system may not count it as written.
+
+        It does not count folders, links, empty files, and mapped pages in memory (tmpfs). A small file system of the
+        program's own is not seen from here: then the folder is empty.
+        """
+        waiting, entries, used = [str(self.folder)], 0, 0
+        while waiting:
+            try:
+                with os.scandir(waiting.pop()) as found:
+                    for entry in found:
+                        entries += 1
+                        used += entry.stat(follow_symlinks=False).st_blocks * 512
+                        if entries > _MOST_ENTRIES or used > _MOST_WRITTEN_BYTES:
+                            return True
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(entry.path)
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except OSError:  # closed to us, or deeper than a path may be long
+                return True
+        return False
 
     def _verdict(self, answered: bool, process: subprocess.Popen[bytes], printed: int) -> str:
         """Return the status of a program that will say nothing more."""

@@ -32,7 +32,8 @@ What a program can do where only some of this is in force on Linux (tests/sandbo
 
 The file, the process and the server are outside the sandbox and belong to the same user. Containers often forbid user
 namespaces: then Landlock and seccomp remain, and a program can learn that a file exists, its size and its times.
-Its folder is then on a disk, and a program that has written 64 MB is ended within a tenth of a second.
+Its folder is then on a disk, and a program that has written 64 MB, or made more than 1,000 files, folders and links, is
+ended within a tenth of a second.
 """
 
 from __future__ import annotations
