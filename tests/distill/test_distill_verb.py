@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -509,6 +510,28 @@ def test_requests_without_an_answer_count_at_their_maximum(
     with pytest.raises(DataError, match=r"0\.0006 of it by earlier runs"):
         ask(*LIMITED)
     assert len(teacher.bodies) == 2
+
+
+@pytest.mark.parametrize(
+    "usage", [(0, 0), (10, 0), (0, 100), (10, 10**400), (-1, 100)],
+    ids=["no tokens", "no output", "no input", "400 digits", "negative"],
+)  # fmt: skip
+def test_answers_with_impossible_counts_of_tokens_count_at_their_maximum(
+    usage: tuple[int, int], ask: Callable[..., int], teacher: Teacher, place: Path
+) -> None:
+    """Some endpoints say 0 for everything: then --max-cost stopped nothing. A huge number was a traceback."""
+    told = dict(zip(("prompt_tokens", "completion_tokens"), usage, strict=True))
+    teacher.script = lambda question, tries: Reply("yes", usage=told)
+    assert ask(*LIMITED) == 0
+    assert len(teacher.bodies) == 2, "at most 290 of a million each"
+
+
+def test_a_compressed_answer_is_not_unpacked(ask: Callable[..., int], teacher: Teacher, place: Path) -> None:
+    """2 KB that were compressed three times kept the client for 4 s, in which no time limit was looked at."""
+    body = gzip.compress(b'{"choices": [{"message": {"content": "yes"}}]}')
+    teacher.script = lambda question, tries: Reply(raw=body, headers={"Content-Encoding": "gzip"})
+    with pytest.raises(PassingError, match="its answer is not JSON"):
+        ask("--retries", "0")
 
 
 def test_refused_and_unsent_requests_cost_nothing(ask: Callable[..., int], teacher: Teacher, place: Path) -> None:
