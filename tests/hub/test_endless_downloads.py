@@ -164,6 +164,25 @@ def test_whole_file_arrives_although_range_is_ignored(server: Server) -> None:
     assert len(server.asked) == len(sizes)
 
 
+def test_the_body_of_a_redirect_is_not_read(server: Server) -> None:
+    """The HTTP library kept all of it in memory, and it may have no end."""
+    sent = 0
+
+    def answer(request: Any, number: int, start: int) -> None:
+        nonlocal sent
+        if number > 1:
+            rest(request, start, WHOLE)
+            return
+        send(request, 302, b"", Location="/files/b", Content_Length=str(1 << 40))
+        while sent < 64 << 20:
+            request.wfile.write(bytes(1 << 20))
+            sent += 1 << 20
+
+    server.answer = answer
+    assert server.fetch().read_bytes() == CONTENT
+    assert sent < 32 << 20
+
+
 def test_many_cuts_with_progress_are_no_failure(server: Server) -> None:
     server.answer = lambda request, number, start: rest(request, start, WHOLE // 40)
     assert server.fetch().read_bytes() == CONTENT

@@ -11,8 +11,8 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ _SLOW_SECONDS, _SLOW_BYTES = 60.0, 16 << 10
 # Bytes of a transfer of unknown length after which it is asked again whether the disk has room.
 _LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
+_MOST_REDIRECTS = 20
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Check = Callable[[], None]
@@ -188,8 +189,6 @@ class _Transfer:
 
     def _receive(self) -> None:
         """Ask for what is missing and append it to the part."""
-        from huggingface_hub import get_session
-
         start = self._arrived_bytes()
         known = (read_json(self.note) or {}) if start else {}
         self.size = self.size if self.size is not None else known.get("bytes")
@@ -199,15 +198,13 @@ class _Transfer:
         if start and start == self.size:
             self.facts = known
             return
-        headers = {**self.wanted.headers(), "Accept-Encoding": "identity"}
+        headers = self.wanted.headers()
         if start:
             headers["Range"] = f"bytes={start}-"
             # Without a checksum the two halves might be of two files.
             if not (self.wanted.sha256 or self.wanted.git_sha1) and known.get("etag"):
                 headers["If-Range"] = known["etag"]
-        with get_session().stream(
-            "GET", self.wanted.url, headers=headers, follow_redirects=True, timeout=_SILENCE_SECONDS
-        ) as answer:
+        with open_url(self.wanted.url, headers, _SILENCE_SECONDS) as answer:
             self._judge(answer)
             if answer.status_code == 416:
                 self._drop()
@@ -303,6 +300,36 @@ class _Busy(Exception):
     def __init__(self, message: str, pause: float = 0.0) -> None:
         super().__init__(message)
         self.pause = pause
+
+
+@contextmanager
+def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float) -> Iterator[Any]:
+    """Yield the answer to a GET, of which only the head is read; its body comes as it is, not compressed.
+
+    The HTTP library would read the body of each redirect as a whole, and that may have no end.
+
+    Raises:
+        HTTPError: the network, or redirects that lead nowhere.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
+
+    client = get_session()
+    request = client.build_request(
+        "GET", url, headers={**headers, "Accept-Encoding": "identity"}, timeout=timeout_seconds
+    )
+    for _ in range(1 + _MOST_REDIRECTS):
+        answer = client.send(request, stream=True, follow_redirects=False)
+        try:
+            if not answer.has_redirect_location:
+                yield answer
+                return
+            if answer.next_request is None:
+                raise HTTPError(f"a redirect to no address ({answer.headers['Location'][:80]!r})")
+            request = answer.next_request
+        finally:
+            answer.close()
+    raise HTTPError(f"more than {_MOST_REDIRECTS} redirects")
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

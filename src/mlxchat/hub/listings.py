@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from mlxchat.errors import DataError, PassingError
 from mlxchat.hub.cache import cache_folder, is_offline, read_json, write_json
-from mlxchat.hub.downloads import retry_after
+from mlxchat.hub.downloads import open_url, retry_after
 from mlxchat.hub.files import HubFile, check_commit, endpoint, folder_name
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
@@ -174,16 +174,13 @@ def _get_json(url: str) -> tuple[Any, str | None]:
         OSError: the answer took too long.
         ValueError: it is too long, or no JSON.
     """
-    from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     ends = time.monotonic() + _ANSWER_SECONDS
     body = bytearray()
     headers = build_hf_headers(library_name="mlxchat")
-    with get_session().stream(
-        "GET", url, headers=headers, timeout=_SILENCE_SECONDS, follow_redirects=True
-    ) as answer:  # fmt: skip
-        for block in answer.iter_bytes():
+    with open_url(url, headers, _SILENCE_SECONDS) as answer:
+        for block in answer.iter_raw():
             body += block
             if len(body) > _MOST_BYTES:
                 raise ValueError(f"its answer has more than {_MOST_BYTES >> 20} MB")
