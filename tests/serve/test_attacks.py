@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvicorn
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.serve import run
@@ -42,6 +44,11 @@ def test_a_field_of_the_wrong_kind_or_beyond_its_range_is_named(server: Any, fie
     response = post(server, json.dumps({"messages": MESSAGES, "max_tokens": 2, field: value}))
     assert response.status_code == 400
     assert response.json()["error"]["param"].split(".")[0] == field
+
+
+def test_a_number_of_choices_that_cannot_be_printed_is_refused(server: Any) -> None:
+    response = post(server, json.dumps({"prompt": ["a", "b"], "n": 10**4300 - 1}), path="/v1/completions")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**63, 2**200, 0])
@@ -226,6 +233,43 @@ def test_who_never_ends_a_body_is_told_so(start: Callable[..., Any], monkeypatch
         )
         assert dripping.recv(20) == b"HTTP/1.1 408 Request"
         assert patient.chat().status_code == 200
+
+
+def test_who_does_not_read_an_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer waited in memory, and the connection stayed, for as long as the client liked."""
+    monkeypatch.setattr(run, "READ_SECONDS", 0.5)
+    size = 32 << 20
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    config = uvicorn.Config(large, port=0, log_config=None, lifespan="off", http=run.PatientProtocol)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        ask = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as silent:
+            silent.sendall(ask)
+            ends = time.monotonic() + 10
+            while server.server_state.connections or time.monotonic() < ends - 9.9:
+                assert time.monotonic() < ends, "the connection stays"
+                time.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as patient:
+            patient.sendall(ask)
+            left = size
+            while left > 0:  # for longer than READ_SECONDS
+                part = patient.recv(1 << 20)
+                assert part, "who reads slowly gets everything"
+                left -= len(part)
+                time.sleep(0.02)
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 def test_two_hundred_idle_connections_keep_nobody_from_an_answer(server: Any) -> None:

@@ -17,19 +17,46 @@ from mlxchat.visible import visible
 
 # Connections that have not said what they want by then are closed.
 HEAD_SECONDS = 15.0
+# A client that takes fewer bytes of its answer in this time is cut off: what waits for it fills memory.
+READ_SECONDS, _READ_BYTES = 60.0, 16 << 10
 # Files that are no connections: models, logs, the programs of answers.
 _OTHER_FILES = 64
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP whose patience with the head of a request is bounded, however often a byte of it comes."""
+    """HTTP that closes connections whose request's head (slow loris) or whose client's reading takes too long."""
 
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(
+            high=1 << 16, low=0
+        )  # writing is paused until the client has taken everything
         self._watch()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to read."""
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """Go on, since the client has read."""
+        super().resume_writing()
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def _expect_reading(self) -> None:
+        most = max(0, self.transport.get_write_buffer_size() - _READ_BYTES)
+        self._reading = self.loop.call_later(READ_SECONDS, self._check_reading, most)
+
+    def _check_reading(self, most: int) -> None:
+        if self.transport.get_write_buffer_size() > most:
+            self.transport.abort()
+        else:
+            self._expect_reading()
 
     def data_received(self, data: bytes) -> None:
         """Take more of a request; begin to wait where it is the first part of another one."""
@@ -39,8 +66,9 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
         super().connection_lost(exc)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._reading):
+            if timer is not None:
+                timer.cancel()
 
     def _watch(self) -> None:
         answering = self.cycle is not None and not self.cycle.response_complete

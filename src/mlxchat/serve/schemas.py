@@ -46,7 +46,7 @@ class Generation(BaseModel):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Annotated[int, Field(ge=1, lt=1 << 63)] = 1
     max_tokens: Tokens | None = None
     stop: Strings | None = None
     seed: int | None = None
