@@ -7,9 +7,9 @@ Every finished batch of questions is kept under ctx.work, so that a killed evalu
 import json
 from typing import Any
 
-from mlxchat.data.encoded import open_documents, take_validation
+from mlxchat.data.encoded import open_documents
 from mlxchat.data.mixture import open_item
-from mlxchat.data.packing import DocumentRows
+from mlxchat.data.packing import DocumentRows, take_validation
 from mlxchat.data.shards import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine

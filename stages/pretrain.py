@@ -5,9 +5,8 @@ Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain
 
 from contextlib import nullcontext
 
-from mlxchat.data.encoded import open_documents, take_validation
-from mlxchat.data.packing import RowStream, take_rows
-from mlxchat.data.stream_packing import pack_documents
+from mlxchat.data.encoded import open_documents
+from mlxchat.data.packing import RowStream, pack_documents, take_rows, take_validation
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.bpb import text_loss

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mlxchat.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
 from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
-from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import suggest
 from mlxchat.model.sizes import count_heads, sizes_of
@@ -126,9 +125,9 @@ def _choices(config: Config) -> Iterator[str]:
         ("optimizer.variant", config.optimizer.variant, ("oct2025", "jul2026")),
         ("pretrain.horizon_parameters", config.pretrain.horizon_parameters, ("all", "matrices_and_head")),
         ("pretrain.keep", config.pretrain.keep, ("last", "best")),
-        ("pretrain.packing", config.pretrain.packing, DOCUMENT_PACKINGS),
-        ("midtrain.packing", config.midtrain.packing, CONVERSATION_PACKINGS),
-        ("sft.packing", config.sft.packing, CONVERSATION_PACKINGS),
+        ("pretrain.packing", config.pretrain.packing, ("best_fit", "best_fit_whole", "stream")),
+        ("midtrain.packing", config.midtrain.packing, ("best_fit", "stream", "alone")),
+        ("sft.packing", config.sft.packing, ("best_fit", "stream", "alone")),
         ("midtrain.train_on", config.midtrain.train_on, ("assistant", "all")),
         ("sft.train_on", config.sft.train_on, ("assistant", "all")),
         ("training.on_nan", config.training.on_nan, ("stop", "skip")),

@@ -17,13 +17,21 @@ from hypothesis import strategies as st
 from kit.text import conversation, render
 from kit.text import conversations as some_conversations
 from mlxchat.data import packing
-from mlxchat.data.best_fit import BestFitBuffer
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import DocumentCursor
-from mlxchat.data.encoded import take_validation
-from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, RowStream, count_rows, trim_rows
+from mlxchat.data.packing import (
+    IGNORED,
+    BestFitBuffer,
+    ConversationRows,
+    DocumentRows,
+    RowStream,
+    ShuffledConversations,
+    count_rows,
+    pack_documents,
+    take_validation,
+    trim_rows,
+)
 from mlxchat.data.shards import iterate_documents
-from mlxchat.data.stream_packing import pack_documents
 from mlxchat.data.tokenizer import Tokenizer
 
 Read = Callable[..., DocumentCursor]
@@ -181,8 +189,8 @@ def chat_rows(
     train_on: str = "assistant", seed: int = 0,
 ) -> ConversationRows:  # fmt: skip
     return ConversationRows(
-        render(conversations, tokenizer), padding=tokenizer.bos, row_tokens=row_tokens, buffer_conversations=wanted,
-        train_on=train_on, seed=seed,
+        ShuffledConversations(render(conversations, tokenizer), seed), padding=tokenizer.bos, row_tokens=row_tokens,
+        buffer_conversations=wanted, train_on=train_on,
     )  # fmt: skip
 
 

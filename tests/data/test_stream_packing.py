@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,13 +17,20 @@ from hypothesis import strategies as st
 from kit.text import conversations, render
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import DocumentCursor
-from mlxchat.data.packing import IGNORED, EpochRows, RowStream, count_rows
-from mlxchat.data.packing_names import CONVERSATION_PACKINGS, DOCUMENT_PACKINGS
+from mlxchat.data.packing import (
+    IGNORED,
+    RowStream,
+    ShuffledConversations,
+    count_rows,
+    pack_conversations,
+    pack_documents,
+    take_rows,
+)
 from mlxchat.data.shards import iterate_documents
-from mlxchat.data.stream_packing import pack_conversations, pack_documents
 from mlxchat.data.tokenizer import Tokenizer
 
 Read = Callable[..., DocumentCursor]
+DOCUMENT_PACKINGS, CONVERSATION_PACKINGS = ("best_fit", "best_fit_whole", "stream"), ("best_fit", "stream", "alone")
 
 
 def document_rows(
@@ -110,12 +118,18 @@ def test_the_share_that_best_fit_crops_is_reported(corpus: Path, read_documents:
 
 
 def chat_rows(
-    packing: str, tokenizer: Tokenizer, *, count: int = 30, row_tokens: int = 50, train_on: str = "assistant"
-) -> EpochRows:
+    packing: str,
+    tokenizer: Tokenizer,
+    *,
+    count: int = 30,
+    row_tokens: int = 50,
+    train_on: str = "assistant",
+    once: bool = False,
+) -> RowStream:
     return pack_conversations(
-        packing, render(conversations(count), tokenizer), batch_rows=3, bos=tokenizer.bos,
-        assistant_end=tokenizer.assistant_end, row_tokens=row_tokens, buffer_conversations=10, train_on=train_on,
-        seed=1, name_of=str,
+        packing, ShuffledConversations(render(conversations(count), tokenizer), 1, once=once), batch_rows=3,
+        bos=tokenizer.bos, assistant_end=tokenizer.assistant_end, row_tokens=row_tokens, buffer_conversations=10,
+        train_on=train_on,
     )  # fmt: skip
 
 
@@ -132,6 +146,25 @@ def test_a_conversation_alone_has_a_row_with_padding_that_no_loss_counts(tokeniz
         assert targets.tolist() == wanted + [IGNORED] * (50 - len(wanted))
     assert sorted(seen) == list(range(12))
     assert (seen != sorted(seen), rows.epoch) == (True, 1)
+
+
+@pytest.mark.parametrize("packing", CONVERSATION_PACKINGS)
+@pytest.mark.parametrize("train_on", ["all", "assistant"])
+def test_conversations_read_once_are_targets_once(tokenizer: Tokenizer, packing: str, train_on: str) -> None:
+    """Guards against validation rows that run on into the conversations of a second epoch."""
+    rows = take_rows(chat_rows(packing, tokenizer, row_tokens=70, train_on=train_on, once=True), 1000)
+    counted = Counter(int(id_) for _, targets in rows for id_ in targets[targets != IGNORED])
+    rendered = [render_conversation(tokenizer, each) for each in conversations(30)]
+    expected = Counter(
+        id_ for ids, mask in rendered for id_, bit in zip(ids, mask, strict=True) if bit or train_on == "all"
+    )
+    if packing == "stream":  # a batch's first token is only an input
+        assert counted <= expected
+        assert counted.total() >= expected.total() - len(rows)
+        return
+    if train_on == "all":
+        del expected[tokenizer.bos]
+    assert counted == expected
 
 
 def test_an_epoch_has_as_many_rows_as_conversations_where_each_is_alone(tokenizer: Tokenizer) -> None:

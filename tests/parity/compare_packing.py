@@ -6,14 +6,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pytest
 from comparison import Line, Quantity, same
 from parity_file import ParityFile
 
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import Address
-from mlxchat.data.packing import IGNORED, ConversationRows, DocumentRows, EpochRows
-from mlxchat.data.stream_packing import pack_conversations, pack_documents
+from mlxchat.data.packing import (
+    IGNORED,
+    ConversationRows,
+    DocumentRows,
+    RowStream,
+    ShuffledConversations,
+    pack_conversations,
+    pack_documents,
+)  # fmt: skip
 from mlxchat.data.tokens import Array, Tokens
 
 
@@ -73,7 +79,7 @@ class NanochatOrder:
         """Do nothing."""
 
 
-class InOrder(ConversationRows):
+class InOrder(ShuffledConversations):
     """Conversations as they come, which nanochat's mixture has shuffled before."""
 
     def _shuffle(self) -> list[int]:
@@ -119,9 +125,9 @@ def conversations(file: ParityFile) -> Iterator[Line]:
         used = case["uses_conversations"][case["rank"] :: case["world_size"]]
         if max(lengths[index] for index in used) > case["max_seq_len"] + 1:
             continue  # below
-        rows = InOrder(
-            _tokens([rendered[index] for index in used]), padding=tokenizer.bos, row_tokens=case["max_seq_len"],
-            buffer_conversations=case["buffer_size"], train_on="assistant", seed=0,
+        rows = ConversationRows(
+            InOrder(_tokens([rendered[index] for index in used]), 0), padding=tokenizer.bos,
+            row_tokens=case["max_seq_len"], buffer_conversations=case["buffer_size"], train_on="assistant",
         )  # fmt: skip
         for inputs, targets in _expected_rows(case["batches"]):
             got = rows.next_row()
@@ -176,16 +182,14 @@ def conversations_of_2025(file: ParityFile) -> Iterator[Line]:
     yield same("rows of one conversation each, oct2025", pairs["alone"])
 
 
-def _in_order(packing: str, sequences: list[Any], row_tokens: int, case: dict[str, Any], tokenizer: Any) -> EpochRows:
+def _in_order(packing: str, sequences: list[Any], row_tokens: int, case: dict[str, Any], tokenizer: Any) -> RowStream:
     """Return rows of conversations as they come."""
     options = {
         "batch_rows": case.get("device_batch_size", 1), "bos": tokenizer.bos, "row_tokens": row_tokens,
-        "assistant_end": tokenizer.assistant_end, "buffer_conversations": 1, "seed": 0, "name_of": str,
+        "assistant_end": tokenizer.assistant_end, "buffer_conversations": 1,
         "train_on": "all" if packing == "stream" else "assistant",
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("random.Random.shuffle", lambda self, order: None)
-        return pack_conversations(packing, _tokens(sequences), **options)
+    return pack_conversations(packing, InOrder(_tokens(sequences), 0), **options)
 
 
 def long_conversations(file: ParityFile) -> Iterator[Line]:
@@ -198,9 +202,9 @@ def long_conversations(file: ParityFile) -> Iterator[Line]:
         if max(lengths[index] for index in used) <= capacity:
             continue
         rows = NeverPlaced(
-            _tokens([render_conversation(tokenizer, values["conversations"][index]) for index in used]),
+            InOrder(_tokens([render_conversation(tokenizer, values["conversations"][index]) for index in used]), 0),
             padding=tokenizer.bos, row_tokens=case["max_seq_len"], buffer_conversations=case["buffer_size"],
-            train_on="assistant", seed=0,
+            train_on="assistant",
         )  # fmt: skip
         for inputs, targets in _expected_rows(case["batches"]):
             got = rows.next_row()
@@ -209,16 +213,13 @@ def long_conversations(file: ParityFile) -> Iterator[Line]:
         yield same("rows where a conversation is longer than a row", pairs)
 
 
-class NeverPlaced(InOrder):
+class NeverPlaced(ConversationRows):
     """Conversations that are longer than a row wait for ever, and epochs share rows, as nanochat has it."""
-
-    def _add(self, index: int) -> None:
-        self._buffer.add(index, self._lengths[index])
 
     def _fill(self) -> None:
         while len(self._buffer) < self._wanted:
-            self._add(self._order[self._next])
-            self._next = (self._next + 1) % len(self._order)
+            ((index, length),) = self._source.next(1)
+            self._buffer.add(index, length)
 
 
 QUANTITIES: tuple[Quantity, ...] = (documents, conversations, streams, conversations_of_2025, long_conversations)

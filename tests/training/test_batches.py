@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.text import write_sequences
-from mlxchat.data.packing import ConversationRows, RowStream
+from mlxchat.data.packing import ConversationRows, RowStream, ShuffledConversations
 from mlxchat.data.tokens import Tokens, read_tokens
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.step import Batch
@@ -168,7 +168,7 @@ def test_an_interrupted_stream_of_batches_goes_on_with_the_same_bits(
 
     def start() -> RowBatches:
         rows = ConversationRows(
-            tokens, padding=0, row_tokens=16, buffer_conversations=7, train_on="assistant", seed=seed
+            ShuffledConversations(tokens, seed), padding=0, row_tokens=16, buffer_conversations=7, train_on="assistant"
         )
         return RowBatches(rows, num_rows, ahead=ahead)
 

@@ -15,7 +15,6 @@ import numpy as np
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.documents import DocumentCursor, EncodedShards
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.packing import Row, RowStream, take_rows
 from mlxchat.data.prefetch import fetch_ahead
 from mlxchat.data.shards import Shard, chars_per_byte, open_shards
 from mlxchat.data.tokenizer import Tokenizer
@@ -73,26 +72,6 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
         fetch_ahead(shards, index + 1, chars, density)
 
     return DocumentCursor(EncodedShards(shards, obtain, fetch), once=once)
-
-
-def take_validation(rows: RowStream, *, row_tokens: int, tokens: int, setting: str) -> list[Row]:
-    """Return the first rows of held-out text; prints a line where there are fewer than asked for.
-
-    Args:
-        rows: of validation text, read once, so that no document counts twice.
-        row_tokens: of each row.
-        tokens: asked for; at least one row is taken.
-        setting: where that number comes from.
-    """
-    count = max(1, tokens // row_tokens)
-    found = take_rows(rows, count)
-    if len(found) < count:
-        held = sum(int((targets >= 0).sum()) for _, targets in found)
-        print(
-            f"  rows of validation text hold {held:,} tokens, fewer than {setting}={tokens:,}; each counts once",
-            flush=True,
-        )
-    return found
 
 
 def encode_shard(

@@ -1,41 +1,192 @@
-"""Best-fit packing of documents and conversations into rows of one length.
+"""Packing of documents and conversations into rows of one length.
 
-Documents (pretraining): the largest waiting document that still fits is placed; if none fits, the shortest is
-cropped to fill the row, so rows are always full and begin with <|bos|>. Conversations: none is cropped to fit, the
-rest of a row is padding that no loss counts. Counterparts: nanochat's best-fit loaders of 2026.
+Of documents:
+- best_fit (nanochat's pretraining of 2026): rows begin with <|bos|> and are full. The longest waiting document that
+  fits is placed; if none fits, the shortest is cropped, and its rest dropped.
+- best_fit_whole: the rest waits for another row instead, behind a <|bos|> of its own.
+- stream (nanochat's pretraining of 2025): slices of one stream of tokens.
 
-Streams yield rows one at a time, so that what a micro-batch holds never changes the order of the data, and their
-state says exactly which documents wait in the buffer, so that a resumed training sees the same rows. Only addresses
-and lengths wait; the tokens are copied from their file when a row is made.
+Of conversations:
+- best_fit (nanochat's SFT of 2026): whole conversations, then padding that no loss counts.
+- alone (its SFT of 2025): one conversation a row.
+- stream (its midtraining of 2025).
+
+Rows come one at a time, so the micro-batch size never changes the order of the data. The state of a stream names the
+documents that wait in its buffer, so a resumed training sees the same rows. Only addresses and lengths wait; tokens are
+copied from their file when a row is made.
 """
 
 from __future__ import annotations
 
+import bisect
 import random
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
-from mlxchat.data.best_fit import BestFitBuffer
-from mlxchat.data.documents import DocumentSource
-from mlxchat.data.tokens import Tokens
+from mlxchat.data.tokens import Array, Tokens
 
 IGNORED = -1
 _REFILL_DOCUMENTS = 128
 _WIDTH_STEP = 128
+# A buffer's key is length × 2^40 + arrival: plain numbers compare fastest, and a trillion documents are enough.
+_ARRIVAL_BITS = 40
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Row = tuple[Ints, Ints]
+"""Inputs (T,) and targets (T,), IGNORED where no loss is taken."""
 
 
 class EndOfText(Exception):
     """A source that is read once holds no further token."""
 
 
-class RowStream(Protocol):
-    """A source of rows: inputs (T,) and targets (T,), −1 where no loss is taken. Endless unless its source ends."""
+class Source(Protocol):
+    """Sequences of tokens in order, by address: `DocumentCursor`, `ShuffledConversations`."""
 
+    epoch: int
+
+    def next(self, count: int) -> list[tuple[Any, int]]:
+        """Return addresses and lengths in tokens of the next `count` sequences; none: the source has ended."""
+
+    def length(self, address: Any) -> int:
+        """Return the length in tokens of a sequence."""
+
+    def ids(self, address: Any) -> Array:
+        """Return the ids of a sequence, <|bos|> first."""
+
+    def name(self, address: Any) -> str:
+        """Return the name of a sequence for messages."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the position, as JSON data."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position."""
+
+    def close(self) -> None:
+        """End background work, until the next `restore`."""
+
+
+class ShuffledConversations:
+    """Conversations in an order that follows from seed and epoch alone, as a source; endless or `once`."""
+
+    def __init__(
+        self, conversations: Tokens, seed: int, name_of: Callable[[int], str] = "conversation {}".format, *,
+        once: bool = False,
+    ) -> None:  # fmt: skip
+        """Start the first epoch."""
+        self._conversations, self._seed, self.name, self._once = conversations, seed, name_of, once
+        self._lengths = conversations.lengths(0, len(conversations))
+        self.epoch = self._next = 0
+        self._order = self._shuffle()
+
+    @property
+    def left(self) -> int:
+        """Conversations of this epoch that `next` has not returned yet."""
+        return len(self._order) - self._next
+
+    def begin_epoch(self) -> None:
+        """End this epoch; a source that is read once stays at its end."""
+        self.epoch += 1
+        if not self._once:
+            self._next, self._order = 0, self._shuffle()
+
+    def next(self, count: int) -> list[tuple[int, int]]:
+        """Return number and length of the next ones, of one epoch."""
+        if not self.left:
+            self.begin_epoch()
+        found = self._order[self._next : self._next + count]
+        self._next += len(found)
+        return [(index, self._lengths[index]) for index in found]
+
+    def length(self, address: int) -> int:
+        """Return the length of a conversation."""
+        return self._lengths[address]
+
+    def ids(self, address: int) -> Array:
+        """Return the ids of a conversation."""
+        return self._conversations.ids(address)
+
+    def trained(self, address: int) -> Array:
+        """Return which tokens of a conversation are the assistant's."""
+        return self._conversations.trained(address)
+
+    def state(self) -> dict[str, Any]:
+        """Return the epoch and the place in its order."""
+        return {"epoch": self.epoch, "next": self._next}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position."""
+        self.epoch, self._next = state["epoch"], state["next"]
+        self._order = self._shuffle()
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def _shuffle(self) -> list[int]:
+        order = list(range(len(self._conversations)))
+        random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
+        return order
+
+
+class BestFitBuffer:
+    """Waiting sequences, found by length in logarithmic time. Among equals the first to arrive comes first."""
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        self._keys: list[int] = []  # sorted
+        self._addresses: dict[int, Any] = {}  # arrival → address; a dict keeps the order of arrival
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        """Number of waiting sequences."""
+        return len(self._keys)
+
+    def add(self, address: Any, length: int) -> None:
+        """Add a sequence."""
+        bisect.insort(self._keys, (length << _ARRIVAL_BITS) + self._arrivals)
+        self._addresses[self._arrivals] = address
+        self._arrivals += 1
+
+    def take_largest(self, space: int) -> tuple[Any, int] | None:
+        """Remove the longest sequence of at most `space` tokens; return its address and length, or None."""
+        end = bisect.bisect_left(self._keys, (space + 1) << _ARRIVAL_BITS)
+        if end == 0:
+            return None
+        longest = self._keys[end - 1] >> _ARRIVAL_BITS
+        return self._remove(bisect.bisect_left(self._keys, longest << _ARRIVAL_BITS, 0, end))
+
+    def take_shortest(self) -> tuple[Any, int]:
+        """Remove the shortest sequence; return its address and length."""
+        return self._remove(0)
+
+    def addresses(self) -> list[Any]:
+        """Return the addresses of what waits, in order of arrival."""
+        return list(self._addresses.values())
+
+    def _remove(self, index: int) -> tuple[Any, int]:
+        key = self._keys.pop(index)
+        return self._addresses.pop(key & ((1 << _ARRIVAL_BITS) - 1)), key >> _ARRIVAL_BITS
+
+
+class RowStream(ABC):
+    """Rows of a source. Endless unless its source is read once."""
+
+    def __init__(self, source: Any, row_tokens: int) -> None:
+        """Start where the source (a `Source`, whatever its addresses) is, with rows of T = `row_tokens`."""
+        self._source, self._row_tokens = source, row_tokens
+        self._placed: list[Any] = []
+
+    @property
+    def epoch(self) -> int:
+        """Completed passes over the source."""
+        return int(self._source.epoch)
+
+    @abstractmethod
     def next_row(self) -> Row:
         """Return the next row.
 
@@ -45,61 +196,51 @@ class RowStream(Protocol):
 
     def placed(self) -> list[Any]:
         """Return the addresses of what the last row holds."""
+        return self._placed
 
     def name(self, address: Any) -> str:
-        """Return what people call the document at an address; any thread may ask."""
+        """Return the name of what is at an address, for messages."""
+        return str(self._source.name(address))
 
+    @abstractmethod
     def counts(self) -> dict[str, float]:
         """Return what was counted up to the last row: epochs, losses to cropping."""
 
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return the position, as JSON data."""
 
+    @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
 
     def close(self) -> None:
-        """End what goes on in the background, until the next `restore`; any thread may call."""
+        """End the source's background work, until the next `restore`."""
+        self._source.close()
 
 
-class EpochRows(RowStream, Protocol):
-    """Rows that know how often everything has been read."""
+class DocumentRows(RowStream):
+    """Rows of documents, best fit with cropping; every token but the row's first is a target.
 
-    @property
-    def epoch(self) -> int:
-        """Passes that are behind us."""
-
-
-class DocumentRows:
-    """Rows of a corpus, best fit with cropping; every token but the row's first is a target.
-
-    Where the source ends, so do the rows; the last one is padded, and what pads it is no target.
+    Where the source ends, so do the rows; the last one is padded, and its padding is no target.
     """
 
     def __init__(
-        self, documents: DocumentSource, row_tokens: int, buffer_documents: int, *, rest_begins: int | None = None
+        self, documents: Source, row_tokens: int, buffer_documents: int, *, rest_begins: int | None = None
     ) -> None:
         """Start where the source is.
 
         Args:
-            documents: the source.
+            documents: the source, whose addresses are pairs.
             row_tokens: T.
             buffer_documents: how many best fit chooses from.
             rest_begins: None: what is cropped off is dropped, as nanochat does; an id (<|bos|>): it waits for another
                 row and begins with that. Its address is the document's with the place where it goes on.
         """
-        self._source, self._row_tokens, self._wanted = documents, row_tokens, buffer_documents
-        self._rest_begins = rest_begins
+        super().__init__(documents, row_tokens)
+        self._wanted, self._rest_begins = buffer_documents, rest_begins
         self._buffer = BestFitBuffer()
-        self._placed: list[Any] = []
-        self.documents = 0
-        self.cropped_tokens = 0
-        self.placed_tokens = 0
-
-    @property
-    def epoch(self) -> int:
-        """Passes over the corpus that are behind us."""
-        return self._source.epoch
+        self.documents = self.cropped_tokens = self.placed_tokens = 0
 
     def next_row(self) -> Row:
         """Return the next row."""
@@ -122,14 +263,6 @@ class DocumentRows:
             self._placed.append(address[:2])
         self.placed_tokens += filled
         return split_row(row, filled)
-
-    def placed(self) -> list[Any]:
-        """Return the addresses of the last row's documents."""
-        return self._placed
-
-    def name(self, address: Any) -> str:
-        """Return a document's shard and number."""
-        return self._source.name(address)
 
     def counts(self) -> dict[str, float]:
         """Return the passes over the corpus, the tokens lost to cropping, and their share of all that were read."""
@@ -160,10 +293,6 @@ class DocumentRows:
         self.documents, self.cropped_tokens = state["documents"], state["cropped_tokens"]
         self.placed_tokens = state.get("placed_tokens", 0)
 
-    def close(self) -> None:
-        """End what the source does in the background."""
-        self._source.close()
-
     def _fill(self) -> None:
         while len(self._buffer) < self._wanted:
             found = self._source.next(_REFILL_DOCUMENTS)
@@ -188,46 +317,30 @@ class DocumentRows:
         return np.concatenate((np.array([self._rest_begins], dtype=rest.dtype), rest))
 
 
-class ConversationRows:
-    """Rows of conversations, best fit with padding, shuffled anew in every epoch."""
+class ConversationRows(RowStream):
+    """Rows of conversations, best fit with padding; no row holds conversations of two epochs."""
 
     def __init__(
-        self,
-        conversations: Tokens,
-        *,
-        padding: int,
-        row_tokens: int,
-        buffer_conversations: int,
-        train_on: str,
-        seed: int,
-        name_of: Callable[[int], str] = "conversation {}".format,
-        alone: bool = False,
-    ) -> None:
+        self, conversations: ShuffledConversations, *, padding: int, row_tokens: int, buffer_conversations: int,
+        train_on: str, alone: bool = False,
+    ) -> None:  # fmt: skip
         """Start the first epoch.
 
         Args:
             conversations: the mixture, encoded.
-            padding: the id that follows what does not fill a row.
+            padding: the id that fills the rest of a row.
             row_tokens: T; a longer conversation is cut at T + 1 and counted in `truncated`.
             buffer_conversations: how many best fit chooses from.
             train_on: 'assistant' or 'all'.
-            seed: of the order.
-            name_of: what people call a conversation, by its number.
             alone: whether a row holds one conversation, and is padded however short that is.
         """
-        self._alone = alone
-        self._conversations, self._padding = conversations, padding
-        self._row_tokens, self._wanted = row_tokens, buffer_conversations
-        self._train_on, self._seed, self.name = train_on, seed, name_of
-        self._lengths = conversations.lengths(0, len(conversations))
+        super().__init__(conversations, row_tokens)
+        self._padding, self._wanted, self._train_on, self._alone = padding, buffer_conversations, train_on, alone
         self._buffer = BestFitBuffer()
-        self._placed: list[int] = []
-        self.epoch, self._next = 0, 0
-        self._order = self._shuffle()
         self.truncated = 0
 
     def next_row(self) -> Row:
-        """Return the next row. Conversations keep to themselves: padding follows what does not fit."""
+        """Return the next row."""
         capacity = self._row_tokens + 1
         row = np.full(capacity, self._padding, dtype=np.int32)
         trained = np.zeros(capacity, dtype=np.bool_)
@@ -238,23 +351,20 @@ class ConversationRows:
             if found is None:
                 break
             index, length = found
-            row[filled : filled + length] = self._conversations.ids(index)[:length]
+            row[filled : filled + length] = self._source.ids(index)[:length]
             trained[filled : filled + length] = self._mask(index)[:length]
             filled += length
             self._placed.append(index)
             if self._alone:
                 break
-        if not self._buffer and self._next == len(self._order):
-            self.epoch, self._next = self.epoch + 1, 0
-            self._order = self._shuffle()
+        if not self._buffer and not self._source.left:
+            if not filled:
+                raise EndOfText
+            self._source.begin_epoch()
         targets = np.where(trained[1:], row[1:], np.int32(IGNORED))
         if self._alone and filled < capacity:
             row[filled - 1] = self._padding  # nothing follows the last id: it is a target only
         return row[:-1], targets
-
-    def placed(self) -> list[Any]:
-        """Return the numbers of the last row's conversations."""
-        return self._placed
 
     def counts(self) -> dict[str, float]:
         """Return how many conversations were cut."""
@@ -262,61 +372,182 @@ class ConversationRows:
 
     def state(self) -> dict[str, Any]:
         """Return the epoch, the place in its order and the waiting conversations."""
+        return {**self._source.state(), "waiting": self._buffer.addresses(), "truncated": self.truncated}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position."""
+        self._source.restore(state)
+        self._buffer = BestFitBuffer()
+        for index in state["waiting"]:
+            self._add(index, self._source.length(index))
+        self.truncated = state["truncated"]
+
+    def _fill(self) -> None:
+        missing = min(self._wanted - len(self._buffer), self._source.left)
+        for index, length in self._source.next(missing) if missing > 0 else ():
+            self._add(index, length)
+
+    def _add(self, index: int, length: int) -> None:
+        self.truncated += length > self._row_tokens + 1
+        self._buffer.add(index, min(length, self._row_tokens + 1))
+
+    def _mask(self, index: int) -> Array:
+        if self._train_on == "all":
+            return np.arange(self._source.length(index)) > 0
+        trained: Array = self._source.trained(index)
+        return trained
+
+
+class StreamRows(RowStream):
+    """Rows cut out of one stream of tokens; every token is a target.
+
+    A batch of B rows takes B × T + 1 tokens: each row's last target begins the next row, except for the last one's,
+    which is a target and never an input. Rows begin anywhere, and nothing is lost.
+    """
+
+    def __init__(self, source: Any, row_tokens: int, batch_rows: int) -> None:
+        """Start where the source is; `batch_rows` rows share a batch."""
+        super().__init__(source, row_tokens)
+        self._batch_rows = batch_rows
+        # Address, length and epoch of what is not used up.
+        self._waiting: deque[tuple[Any, int, int]] = deque()
+        self._offset = self._available = self._rows = 0
+        self.documents = 0
+
+    @property
+    def epoch(self) -> int:
+        """Passes whose last token has been used."""
+        return self._waiting[0][2] if self._waiting else int(self._source.epoch)
+
+    def next_row(self) -> Row:
+        """Return the next row."""
+        needed = self._row_tokens + 1
+        while self._available < needed and self._fill():
+            pass
+        row, filled, offset = np.empty(needed, dtype=np.int32), 0, self._offset
+        self._placed = []
+        for address, length, _ in self._waiting:
+            used = min(length - offset, needed - filled)
+            if used:
+                self._copy(row, filled, address, offset, used)
+                self._placed.append(address)
+            filled, offset = filled + used, 0
+            if filled == needed:
+                break
+        self._rows += 1
+        self._pass(min(filled, needed if self._rows % self._batch_rows == 0 else self._row_tokens))
+        return split_row(row, filled)
+
+    def counts(self) -> dict[str, float]:
+        """Return the passes; nothing is cropped."""
+        return {"epochs": self.epoch, "cropped_tokens": 0, "cropped_frac": 0.0}
+
+    def state(self) -> dict[str, Any]:
+        """Return the source's position and what is not used up."""
         return {
-            "epoch": self.epoch,
-            "next": self._next,
-            "waiting": self._buffer.addresses(),
-            "truncated": self.truncated,
+            "cursor": self._source.state(),
+            "stream": [[address, length, epoch] for address, length, epoch in self._waiting],
+            "offset": self._offset,
+            "rows": self._rows,
+            "documents": self.documents,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
-        self.epoch, self._next = state["epoch"], state["next"]
-        self._order = self._shuffle()
-        self._buffer = BestFitBuffer()
-        for index in state["waiting"]:
-            self._add(index)
-        self.truncated = state["truncated"]
+        self._source.restore(state["cursor"])
+        self._waiting = deque(
+            (tuple(address) if isinstance(address, list) else address, length, epoch)
+            for address, length, epoch in state["stream"]
+        )
+        self._offset, self._rows, self.documents = state["offset"], state["rows"], state["documents"]
+        self._available = sum(length for _, length, _ in self._waiting) - self._offset
 
-    def close(self) -> None:
-        """Nothing goes on in the background."""
+    def _copy(self, row: Ints, place: int, address: Any, offset: int, count: int) -> None:
+        """Copy `count` tokens of a sequence into a row."""
+        row[place : place + count] = self._source.ids(address)[offset : offset + count]
 
-    def _fill(self) -> None:
-        while len(self._buffer) < self._wanted and self._next < len(self._order):
-            self._add(self._order[self._next])
-            self._next += 1
+    def _fill(self) -> bool:
+        """Read a document; False: there is none left."""
+        found = self._source.next(1)  # so that the source's epoch is that of what it gave
+        self._waiting.extend((address, length, self._source.epoch) for address, length in found)
+        self._available += sum(length for _, length in found)
+        self.documents += len(found)
+        return bool(found)
 
-    def _add(self, index: int) -> None:
-        length = self._lengths[index]
-        if length > self._row_tokens + 1:
-            self.truncated += 1
-            length = self._row_tokens + 1
-        self._buffer.add(index, length)
-
-    def _mask(self, index: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        if self._train_on == "all":
-            return np.arange(self._lengths[index]) > 0
-        return self._conversations.trained(index)
-
-    def _shuffle(self) -> list[int]:
-        return order_of_epoch(len(self._conversations), self._seed, self.epoch)
+    def _pass(self, count: int) -> None:
+        """Leave tokens behind."""
+        self._available -= count
+        self._offset += count
+        while self._waiting and self._offset >= self._waiting[0][1]:
+            self._offset -= self._waiting.popleft()[1]
 
 
-def order_of_epoch(count: int, seed: int, epoch: int) -> list[int]:
-    """Return the numbers 0 … count − 1 in the order of an epoch, which follows from seed and epoch alone."""
-    order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+class StreamedConversations(StreamRows):
+    """Conversations as one stream. With train_on='assistant' the other tokens are no targets."""
+
+    def __init__(
+        self, conversations: ShuffledConversations, *, row_tokens: int, batch_rows: int, train_on: str
+    ) -> None:
+        """Start the first epoch; nanochat trains on all tokens here."""
+        super().__init__(conversations, row_tokens, batch_rows)
+        self._train_on, self._trained = train_on, np.zeros(row_tokens + 1, dtype=np.bool_)
+
+    def next_row(self) -> Row:
+        """Return the next row."""
+        inputs, targets = super().next_row()
+        return inputs, targets if self._train_on == "all" else np.where(self._trained[1:], targets, np.int32(IGNORED))
+
+    def counts(self) -> dict[str, float]:
+        """Return nothing: no conversation is cut."""
+        return {"truncated_conversations": 0}
+
+    def _copy(self, row: Ints, place: int, address: Any, offset: int, count: int) -> None:
+        super()._copy(row, place, address, offset, count)
+        if self._train_on != "all":
+            self._trained[place : place + count] = self._source.trained(address)[offset : offset + count]
 
 
-def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
-    """Return ids and targets (B, T) without the columns at the end in which no row has a target.
+def pack_documents(
+    packing: str, source: Source, *, row_tokens: int, buffer_documents: int, batch_rows: int, bos: int
+) -> RowStream:
+    """Return rows of documents.
 
-    What comes after its last target has no part in a row's loss. Widths are multiples of 128, so that few are compiled.
+    Args:
+        packing: best_fit, best_fit_whole or stream.
+        source: where documents come from.
+        row_tokens: T.
+        buffer_documents: how many best fit chooses from.
+        batch_rows: rows of an iteration, for the stream.
+        bos: the id of <|bos|>.
     """
-    used = np.flatnonzero((targets >= 0).any(axis=0))
-    width = min(ids.shape[1], -(-(used[-1] + 1 if len(used) else 1) // _WIDTH_STEP) * _WIDTH_STEP)
-    return ids[:, :width], targets[:, :width]
+    if packing == "stream":
+        return StreamRows(source, row_tokens, batch_rows)
+    return DocumentRows(source, row_tokens, buffer_documents, rest_begins=bos if packing == "best_fit_whole" else None)
+
+
+def pack_conversations(
+    packing: str, conversations: ShuffledConversations, *, batch_rows: int, bos: int, assistant_end: int,
+    row_tokens: int, buffer_conversations: int, train_on: str,
+) -> RowStream:  # fmt: skip
+    """Return rows of conversations.
+
+    Args:
+        packing: best_fit, stream or alone.
+        conversations: encoded, with what is trained on.
+        batch_rows: rows of an iteration, for the stream.
+        bos: what fills a row behind several conversations.
+        assistant_end: what fills a row behind one.
+        row_tokens: T.
+        buffer_conversations: how many best fit chooses from.
+        train_on: assistant or all.
+    """
+    if packing == "stream":
+        return StreamedConversations(conversations, row_tokens=row_tokens, batch_rows=batch_rows, train_on=train_on)
+    alone = packing == "alone"
+    return ConversationRows(
+        conversations, padding=assistant_end if alone else bos, row_tokens=row_tokens,
+        buffer_conversations=1 if alone else buffer_conversations, train_on=train_on, alone=alone,
+    )  # fmt: skip
 
 
 def split_row(row: Ints, filled: int) -> Row:
@@ -335,8 +566,18 @@ def split_row(row: Ints, filled: int) -> Row:
     return row[:-1], targets
 
 
+def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
+    """Return ids and targets (B, T) without the columns at the end in which no row has a target.
+
+    What comes after its last target has no part in a row's loss. Widths are multiples of 128, so that few are compiled.
+    """
+    used = np.flatnonzero((targets >= 0).any(axis=0))
+    width = min(ids.shape[1], -(-(used[-1] + 1 if len(used) else 1) // _WIDTH_STEP) * _WIDTH_STEP)
+    return ids[:, :width], targets[:, :width]
+
+
 def take_rows(rows: RowStream, count: int) -> list[Row]:
-    """Return the first `count` rows of a stream that nobody else reads, fewer where it ends, and close it."""
+    """Return the first `count` rows of a stream, fewer where it ends, and close it."""
     found: list[Row] = []
     try:
         while len(found) < count:
@@ -348,7 +589,27 @@ def take_rows(rows: RowStream, count: int) -> list[Row]:
     return found
 
 
-def count_rows(make_rows: Callable[[], EpochRows]) -> int:
+def take_validation(rows: RowStream, *, row_tokens: int, tokens: int, setting: str) -> list[Row]:
+    """Return the first rows of held-out text; prints a line where there are fewer than asked for.
+
+    Args:
+        rows: of a source that is read once, so that each token counts once.
+        row_tokens: of each row.
+        tokens: asked for; at least one row is taken.
+        setting: where that number comes from.
+    """
+    count = max(1, tokens // row_tokens)
+    found = take_rows(rows, count)
+    if len(found) < count:
+        held = sum(int((targets >= 0).sum()) for _, targets in found)
+        print(
+            f"  rows of validation text hold {held:,} tokens, fewer than {setting}={tokens:,}; each counts once",
+            flush=True,
+        )
+    return found
+
+
+def count_rows(make_rows: Callable[[], RowStream]) -> int:
     """Return how many rows the first epoch of conversations fills, by packing it."""
     rows = make_rows()
     count = 0

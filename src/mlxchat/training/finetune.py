@@ -12,8 +12,7 @@ import numpy as np
 from mlxchat.config import FinetuneConfig
 from mlxchat.data.encoded import open_mixture
 from mlxchat.data.mixture import Mixture, open_item
-from mlxchat.data.packing import EpochRows, Row, count_rows
-from mlxchat.data.stream_packing import pack_conversations
+from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, pack_conversations, take_validation
 from mlxchat.data.tokens import Tokens
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
@@ -59,32 +58,26 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     encoded = open_mixture(ctx, "mixture", mixture, tokenizer)
     held_out_mixture = Mixture(config.validation, seed=ctx.data_seed("validation"), load=partial(open_item, ctx))
 
-    def pack(conversations: Tokens) -> EpochRows:
+    def pack(conversations: Tokens, *, once: bool = False) -> RowStream:
         return pack_conversations(
             config.packing,
-            conversations,
+            ShuffledConversations(conversations, ctx.seed("order"), mixture.name, once=once),
             batch_rows=rows_per_iteration,
             bos=tokenizer.bos,
             assistant_end=tokenizer.assistant_end,
             row_tokens=row_tokens,
             buffer_conversations=config.packing_buffer_conversations,
             train_on=config.train_on,
-            seed=ctx.seed("order"),
-            name_of=mixture.name,
         )
 
     rows_per_epoch = count_rows(lambda: pack(encoded))
     num_iterations = config.num_iterations or max(1, config.num_epochs * rows_per_epoch // rows_per_iteration)
-    held_out = pack(open_mixture(ctx, "validation", held_out_mixture, tokenizer))
-    # One pass, so that no conversation counts twice.
-    validation: list[Row] = []
-    while held_out.epoch == 0 and len(validation) * row_tokens < config.eval_tokens:
-        validation.append(held_out.next_row())
-    if held_out.epoch and len(validation) * row_tokens < config.eval_tokens:
-        asked = f"{ctx.stage}.eval_tokens={config.eval_tokens:,}"
-        print(
-            f"  {len(validation):,} rows of validation conversations, fewer than {asked}; each counts once", flush=True
-        )
+    validation = take_validation(
+        pack(open_mixture(ctx, "validation", held_out_mixture, tokenizer), once=True),
+        row_tokens=row_tokens,
+        tokens=config.eval_tokens,
+        setting=f"{ctx.stage}.eval_tokens",
+    )
     # Rows of about one length together, since the padding that a batch ends with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
     size = None if distillation is None else distillation.size
