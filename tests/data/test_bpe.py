@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxchat.data import bpe
-from mlxchat.data.bpe import Trained, train_ranks
-from mlxchat.data.tokenizer import SPLIT_PATTERN, train_tokenizer
+from mlxchat.data.bpe import Trained, train_ranks, train_tokenizer
+from mlxchat.data.vocabulary import SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
 
 TEXTS = [

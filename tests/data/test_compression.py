@@ -9,9 +9,10 @@ import pytest
 import tiktoken
 
 from mlxchat.data import compression
-from mlxchat.data.byte_level import Vocabulary
+from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.compression import KINDS, compression_rows, print_compression
-from mlxchat.data.tokenizer import SPLIT_PATTERN, Tokenizer, train_tokenizer
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.vocabulary import SPLIT_PATTERN, Vocabulary
 from mlxchat.errors import DataError
 
 SPLITS = {"train": ["one cat", "two cats\n"], "validation": ["naïve 你好"]}

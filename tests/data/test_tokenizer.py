@@ -18,8 +18,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.numpy import load_file
 
+from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.data.tokenizer import FILES, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from mlxchat.data.tokenizer import FILES, Tokenizer
+from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 
 VARIED = [

@@ -15,9 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.compose import compose_config
-from mlxchat.data.byte_level import GPT2_PATTERN, GPT4_PATTERN, byte_letters, hf_pattern_of
-from mlxchat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, load_vocabulary, train_tokenizer
-from mlxchat.data.vocabulary import PACKAGED, problems_of_vocabulary, spell_ranks, vocab_size_of
+from mlxchat.data.bpe import train_tokenizer
+from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
+from mlxchat.data.vocabulary import (
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    PACKAGED,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    byte_letters,
+    hf_pattern_of,
+    problems_of_vocabulary,
+    spell_ranks,
+    vocab_size_of,
+)
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.runner.externals import pin_externals
 from mlxchat.runner.fingerprint import hash_file, identity_of

@@ -19,8 +19,8 @@ import pytest
 from kit.servers import Reply, Teacher
 from mlxchat.cli import main as run_cli
 from mlxchat.commands.distill import main
+from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation
-from mlxchat.data.tokenizer import train_tokenizer
 from mlxchat.distill.cost import Budget, Prices
 from mlxchat.errors import ConfigError, DataError, MlxchatError, PassingError
 from mlxchat.tasks.jsonl import Jsonl

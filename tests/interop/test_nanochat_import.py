@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlxchat.data.tokenizer import SPECIAL_TOKENS
+from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model, pins_of
 from mlxchat.interop.pickled_tokenizer import read_tokenizer

@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from kit import models
-from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.data.bpe import train_tokenizer
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.adapter_folder import shapes_of
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of

@@ -14,7 +14,8 @@ import numpy as np
 
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
-from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.data.bpe import train_tokenizer
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.interop.names import architecture_values
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes

@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kit.models import make_model
-from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.data.bpe import train_tokenizer
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
@@ -68,7 +69,7 @@ def test_weights_are_written_in_float32_whatever_they_were(model: GPT, tokenizer
 
 SAVE = """
 import hashlib, pathlib, sys, mlxchat
-from mlxchat.data.tokenizer import train_tokenizer
+from mlxchat.data.bpe import train_tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.gpt import init_weights

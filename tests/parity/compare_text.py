@@ -9,8 +9,9 @@ from typing import Any
 from comparison import Line, Quantity, exact, same
 from parity_file import ParityFile
 
+from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.data.tokenizer import SPLIT_PATTERN, train_tokenizer
+from mlxchat.data.vocabulary import SPLIT_PATTERN
 from mlxchat.errors import DataError
 
 # Where nanochat cuts a conversation, and with it a prompt; ours keeps a prompt's end.

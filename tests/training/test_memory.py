@@ -20,7 +20,7 @@ import pytest
 from mlxchat.cli import main
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
-from mlxchat.data.tokenizer import SPECIAL_TOKENS
+from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.engine import generate, slots
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.scheduler import Scheduler

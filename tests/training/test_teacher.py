@@ -17,7 +17,8 @@ from kit.models import make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.compose import compose_config
 from mlxchat.config import TeacherConfig
-from mlxchat.data.tokenizer import Tokenizer, train_tokenizer
+from mlxchat.data.bpe import train_tokenizer
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters

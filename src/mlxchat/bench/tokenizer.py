@@ -29,7 +29,8 @@ from rich.table import Table
 from mlxchat.config import Config
 from mlxchat.data.bpe import train_ranks
 from mlxchat.data.corpus import gather_documents
-from mlxchat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.ops.blas import available_cores
 from mlxchat.ops.device import describe_device
 from mlxchat.runner.environment import versions

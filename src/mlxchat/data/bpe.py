@@ -1,4 +1,4 @@
-"""Byte-pair encoding trained by rustbpe in a process of its own, fed through a pipe.
+"""Training of a tokenizer: byte-pair encoding by rustbpe in a process of its own (`bpe_worker.py`), fed through a pipe.
 
 It can be stopped at any moment, gives its memory back when it ends, and never holds more than a few thousand documents.
 """
@@ -15,14 +15,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
+from mlxchat.config import TokenizerConfig
+from mlxchat.data.listing import LISTING
+from mlxchat.data.shards import iterate_documents
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
-from mlxchat.runner.progress import format_bytes
+from mlxchat.hub.cache import read_json
+from mlxchat.runner.context import Context
+from mlxchat.runner.progress import format_bytes, format_count
 
 # Documents that rustbpe counts at a time, and as many that wait. Twice as many (its own default) are no faster and take
 # more memory; a quarter is slower.
@@ -31,6 +39,7 @@ _FRAME_CHARS = 1 << 18
 _PIPE_BYTES = 1 << 20
 _LOOK_SECONDS = 0.1
 _WEIGH_SECONDS = 0.5
+_MEMORY_SHARE = 0.8
 
 
 @dataclass
@@ -49,6 +58,83 @@ class Trained:
     """Peak memory of the process that trained."""
     ranks: dict[bytes, int] | None = None
     """Token → id, at the end."""
+
+
+def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Tokenizer:
+    """Return a tokenizer trained on the first `max_chars` of a corpus, and record how it went in the step's metrics.
+
+    Raises:
+        DataError: the text yields too few tokens, or takes more memory than there is.
+        Interrupted: a signal arrived; the same command begins anew.
+    """
+    began = time.monotonic()
+    used_chars = 0
+
+    def crop_documents() -> Iterator[str]:
+        nonlocal used_chars
+        for document in iterate_documents(corpus, "train", ctx.hints.get("train_chars")):
+            text = document[: config.document_chars]
+            used_chars += len(text)
+            yield text
+            if used_chars > config.max_chars:
+                return
+
+    def check() -> None:
+        if ctx.should_stop():
+            raise ctx.stop(f"its beginning: {used_chars:,} characters are read again")
+
+    limit = ctx.config.machine.memory_limit_bytes or int(psutil.virtual_memory().total * _MEMORY_SHARE)
+    known_chars = (read_json(corpus / LISTING) or {}).get("train_chars")
+    total = min(config.max_chars, int(known_chars or config.max_chars))
+    merges = max(1, config.vocab_size - 256 - len(SPECIAL_TOKENS))
+    last = Trained()
+    with ExitStack() as shown:  # one bar for the characters counted, then one for the merges made
+        bar, is_merging = shown.enter_context(ctx.progress(total, "chars")), False
+
+        def on_progress(trained: Trained) -> None:
+            nonlocal bar, is_merging, last
+            last = trained
+            if trained.pieces is None:
+                speed = trained.chars / max(1e-9, time.monotonic() - began)
+                bar.update(min(trained.chars, total), speed=f"{format_count(speed)} chars/s")
+                return
+            if not is_merging:
+                shown.close()
+                bar, is_merging = shown.enter_context(ctx.progress(merges, "merges")), True
+            memory = format_bytes(trained.peak_bytes) if trained.peak_bytes else ""
+            bar.update(trained.merges, speed=f"{format_count(trained.pieces)} distinct pieces", memory=memory)
+
+        tokenizer = train_tokenizer(
+            crop_documents(), config.vocab_size, check=check, on_progress=on_progress, memory_limit_bytes=limit
+        )
+    ctx.metrics["trained_chars"] = used_chars
+    ctx.metrics["distinct_pieces"] = last.pieces or 0
+    ctx.metrics["chars_per_second"] = used_chars / max(1e-9, time.monotonic() - began)
+    ctx.metrics["training_peak_bytes"] = last.peak_bytes
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
+    """Train on texts, most frequent pair first, until the vocabulary (special tokens included) is full.
+
+    Args:
+        texts: documents, read once.
+        vocab_size: at least 265.
+        options: check, on_progress and memory_limit_bytes of `train_ranks`.
+
+    Raises:
+        DataError: the text is too small for the vocabulary, or what `train_ranks` refuses.
+    """
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise DataError(f"tokenizer.vocab_size is {vocab_size}, expected at least {256 + len(SPECIAL_TOKENS)}")
+    ranks = train_ranks(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options).ranks
+    assert ranks is not None, "a training that ends has them"
+    if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
+        raise DataError(
+            f"tokenizer.vocab_size is {vocab_size}, but the corpus yields only {len(ranks) + len(SPECIAL_TOKENS)} "
+            "tokens. Lower it, or give more text."
+        )
+    return Tokenizer(ranks)
 
 
 def train_ranks(

@@ -1,6 +1,6 @@
 """The process in which rustbpe counts and merges, since it holds the interpreter for minutes: started by `data/bpe.py`.
 
-It is run as a file and knows nothing of mlxchat. On stdin: a line of JSON (pattern, num_tokens, buffer, parent), then
+It runs as a file and imports nothing of mlxchat. On stdin: a line of JSON (pattern, num_tokens, buffer, parent), then
 frames of a number of texts, their lengths in bytes, and their UTF-8; no texts end them. On stdout: lines of JSON, what
 was done so far, at last the ranks. It never holds more text than one buffer and what waits to become the next.
 """
@@ -60,7 +60,7 @@ class Texts:
                 say(chars=self.chars)
             yield text
         if not self._is_whole:
-            os._exit(1)  # whoever fed us is gone
+            os._exit(1)  # the parent is gone
         say(chars=self.chars)
 
     def _read(self) -> None:
@@ -95,7 +95,7 @@ class Texts:
 
 
 class Listener(logging.Handler):
-    """What rustbpe writes to its log, as far as somebody waits for it."""
+    """Reports progress that rustbpe writes to its log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Report the number of distinct pieces, and of merges."""
@@ -107,7 +107,7 @@ class Listener(logging.Handler):
 
 
 def say(**facts: Any) -> None:
-    """Write a line of JSON; nobody to read it is a reason to end."""
+    """Write a line of JSON; end the process if nobody reads."""
     try:
         os.write(_OUT, (json.dumps(facts) + "\n").encode())
     except BrokenPipeError:
@@ -115,7 +115,7 @@ def say(**facts: Any) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Have the system end this process when its parent is gone, where it can; elsewhere the pipe tells."""
+    """End with the parent: by a signal of the kernel on Linux, elsewhere when the pipe closes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:

@@ -1,4 +1,4 @@
-"""The tokenizer: byte-pair encoding, trained by rustbpe, applied by tiktoken, saved without pickle.
+"""The tokenizer: byte-pair encoding, trained by rustbpe (`bpe.py`), applied by tiktoken, saved without pickle.
 
 Counterpart of nanochat/tokenizer.py. Files of an artifact: ranks.tiktoken (base64 token and rank per line, the
 truth), tokenizer.json and tokenizer_config.json (the same for the Hugging Face ecosystem), token_bytes.safetensors.
@@ -17,11 +17,21 @@ import numpy as np
 import tiktoken
 from safetensors.numpy import save_file
 
-from mlxchat.data import vocabulary as words
-from mlxchat.data.bpe import train_ranks
-from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, PATTERN_KEY, RANKS_FILE
-from mlxchat.data.vocabulary import SPECIAL_TOKENS as SPECIAL_TOKENS
-from mlxchat.data.vocabulary import SPLIT_PATTERN as SPLIT_PATTERN
+from mlxchat.data.vocabulary import (
+    CONFIG_FILE,
+    HF_FILE,
+    PATTERN_KEY,
+    RANKS_FILE,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    byte_letters,
+    hf_pattern_of,
+    read_pattern,
+    read_ranks,
+    read_vocabulary,
+    spell_ranks,
+    split_token,
+)
 from mlxchat.errors import DataError
 
 FILES = (RANKS_FILE, HF_FILE, CONFIG_FILE, "token_bytes.safetensors")
@@ -87,8 +97,9 @@ class Tokenizer:
             return [self.encoding.encode_to_numpy(text, disallowed_special=())]
         except UnicodeEncodeError:
             raise
-        except ValueError:
-            return [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in _parts(text)]
+        except ValueError:  # a run of hundreds of thousands of blanks: too far for the pattern to step back over
+            parts = (text[start : start + _PART_CHARS] for start in range(0, len(text), _PART_CHARS))
+            return [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -118,7 +129,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write FILES."""
-        (folder / RANKS_FILE).write_text(words.spell_ranks(self.ranks), encoding="ascii")
+        (folder / RANKS_FILE).write_text(spell_ranks(self.ranks), encoding="ascii")
         (folder / HF_FILE).write_text(json.dumps(self._to_hf(), ensure_ascii=False), encoding="utf-8")
         (folder / CONFIG_FILE).write_text(
             json.dumps(
@@ -145,11 +156,11 @@ class Tokenizer:
         Raises:
             DataError: the file is missing or damaged.
         """
-        return cls(words.read_ranks(folder / RANKS_FILE), words.read_pattern(folder))
+        return cls(read_ranks(folder / RANKS_FILE), read_pattern(folder))
 
     def _to_hf(self) -> dict[str, Any]:
         """Return the same tokenizer as a Hugging Face tokenizer.json: byte-level BPE with merges."""
-        letters, pattern = words.byte_letters(), words.hf_pattern_of(self.pattern)
+        letters, pattern = byte_letters(), hf_pattern_of(self.pattern)
 
         def spell(token: bytes) -> str:
             return "".join(letters[byte] for byte in token)
@@ -193,15 +204,7 @@ class Tokenizer:
         """Yield the pair that each token above the bytes was merged from."""
         for token in sorted(self.ranks, key=self.ranks.__getitem__):
             if len(token) > 1:
-                yield words.split_token(token, self.ranks)
-
-
-def _parts(text: str) -> list[str]:
-    """Return a text that tiktoken gives up on in parts that it takes.
-
-    A run of hundreds of thousands of blanks is more than its regular expressions can step back over.
-    """
-    return [text[start : start + _PART_CHARS] for start in range(0, len(text), _PART_CHARS)]
+                yield split_token(token, self.ranks)
 
 
 def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
@@ -213,33 +216,10 @@ def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
     Raises:
         DataError: it is not there, is damaged, or encodes in a way that ours would not.
     """
-    vocabulary = words.read_vocabulary(source)
+    vocabulary = read_vocabulary(source)
     tokenizer = Tokenizer(vocabulary.ranks, vocabulary.pattern)
     if tokenizer.decode(tokenizer.encode(_EVERY_KIND)) != _EVERY_KIND:
         raise DataError(
             f"{source} cannot be taken over: tiktoken drops what its pattern leaves out ({tokenizer.pattern})"
         )
     return tokenizer, vocabulary.keeps_ids
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
-    """Train on texts, most frequent pair first, until the vocabulary (special tokens included) is full.
-
-    Args:
-        texts: documents, read once.
-        vocab_size: at least 265.
-        options: of `train_ranks`: how to stop it, what it may take, who wants to know how far it is.
-
-    Raises:
-        DataError: the text is too small for the vocabulary, or what `train_ranks` refuses.
-    """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise DataError(f"tokenizer.vocab_size is {vocab_size}, expected at least {256 + len(SPECIAL_TOKENS)}")
-    ranks = train_ranks(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options).ranks
-    assert ranks is not None, "a training that ends has them"
-    if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
-        raise DataError(
-            f"tokenizer.vocab_size is {vocab_size}, but the corpus yields only {len(ranks) + len(SPECIAL_TOKENS)} "
-            "tokens. Lower it, or give more text."
-        )
-    return Tokenizer(ranks)

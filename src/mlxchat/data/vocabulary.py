@@ -1,7 +1,8 @@
-"""A vocabulary that is there already: tokens in the order of their merges, and how text is cut before they apply.
+"""Byte-level vocabularies: tokens in the order of their merges, and how text is cut before they apply.
 
-It comes from a package that ships GPT-2's or GPT-4's, from a .tiktoken file of ranks, from a tokenizer.json of Hugging
-Face's (byte-level BPE), or from a tokenizer's folder. Planning asks how large one is, so this needs only Python itself.
+An existing one comes from a package that ships GPT-2's or GPT-4's, from a .tiktoken file of ranks, from Hugging Face's
+tokenizer.json (byte-level BPE), or from a tokenizer's folder. Planning needs sizes, so only the standard library is
+imported here.
 """
 
 from __future__ import annotations
@@ -10,32 +11,14 @@ import base64
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.byte_level import CONFIG_FILE as CONFIG_FILE
-from mlxchat.data.byte_level import GPT2_PATTERN as GPT2_PATTERN
-from mlxchat.data.byte_level import GPT4_PATTERN as GPT4_PATTERN
-from mlxchat.data.byte_level import HF_FILE as HF_FILE
-from mlxchat.data.byte_level import PATTERN_KEY as PATTERN_KEY
-from mlxchat.data.byte_level import RANKS_FILE as RANKS_FILE
-from mlxchat.data.byte_level import SPLIT_PATTERN as SPLIT_PATTERN
-from mlxchat.data.byte_level import Vocabulary as Vocabulary
-from mlxchat.data.byte_level import byte_letters as byte_letters
-from mlxchat.data.byte_level import hf_pattern_of as hf_pattern_of
-from mlxchat.data.byte_level import split_token as split_token
-from mlxchat.data.hf_vocabulary import (
-    assemble,
-    check_merges,
-    hf_file,
-    hf_merges,
-    hf_pattern,
-    hf_record,
-    hf_special_names,
-)
 from mlxchat.errors import DataError, suggest
 
 SPECIAL_TOKENS = (
@@ -49,6 +32,32 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
+# GPT-4's, but with digits in groups of at most two: a small vocabulary should not spend itself on numbers.
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+# As tiktoken writes them; they cut as the published ones do, with fewer steps back.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT4_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
+    r"""|\s+(?!\S)|\s"""
+)
+RANKS_FILE, CONFIG_FILE, HF_FILE = "ranks.tiktoken", "tokenizer_config.json", "tokenizer.json"
+PATTERN_KEY = "split_pattern"
+"""In CONFIG_FILE: how text is cut; absent where it is nanochat's."""
+POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Byte-level tokens, without special ones."""
+
+    ranks: dict[bytes, int]
+    """Token → id, 0 … n − 1 in the order of merging, the 256 bytes among them."""
+    pattern: str
+    """Regular expression, as tiktoken reads it, of the pieces within which tokens are merged."""
+    keeps_ids: bool = True
+    """Whether the ids are those of the source; False where special tokens of its own stood among them."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,8 @@ def read_vocabulary(source: str) -> Vocabulary:
         DataError: it is not there, is damaged, or encodes in a way that ours would not.
     """
     vocabulary = _read(source)
-    if source not in PACKAGED and hf_file(Path(source)) is not None:
-        check_merges(source, vocabulary.ranks, hf_merges(hf_record(Path(source))))
+    if source not in PACKAGED and _hf_file(Path(source)) is not None:
+        _check_merges(source, vocabulary.ranks, _hf_merges(_hf_record(Path(source))))
     return vocabulary
 
 
@@ -194,7 +203,7 @@ def _read(source: str) -> Vocabulary:
     if source == "gpt2":
         merges, vocab = _packaged_files(source)
         lines = merges.read_text(encoding="utf-8").split("\n")[1:-1]  # a version, then a pair of letters in each
-        vocabulary = assemble(
+        vocabulary = _assemble(
             str(vocab), json.loads(vocab.read_text(encoding="utf-8")), [tuple(line.split(" ")) for line in lines],
             {"<|endoftext|>"}, GPT2_PATTERN,
         )  # fmt: skip
@@ -202,12 +211,12 @@ def _read(source: str) -> Vocabulary:
         vocabulary = Vocabulary(read_ranks(_packaged_files(source)[0]), GPT4_PATTERN)
     else:
         path = _existing(source)
-        if hf_file(path) is not None:
-            record = hf_record(path)
+        if _hf_file(path) is not None:
+            record = _hf_record(path)
             try:
-                vocabulary = assemble(
-                    source, record["model"]["vocab"], hf_merges(record), hf_special_names(source, record),
-                    hf_pattern(source, record),
+                vocabulary = _assemble(
+                    source, record["model"]["vocab"], _hf_merges(record), _hf_special_names(source, record),
+                    _hf_pattern(source, record),
                 )  # fmt: skip
             except (AttributeError, IndexError, KeyError, TypeError) as error:
                 raise DataError(f"{source}: no readable tokenizer.json ({error!r})") from None
@@ -226,3 +235,136 @@ def _read(source: str) -> Vocabulary:
         raise DataError(f"{source}: package {PACKAGED[source].package} holds {len(vocabulary.ranks)} tokens, expected "
                         f"{PACKAGED[source].num_tokens}")  # fmt: skip
     return vocabulary
+
+
+# tokenizer.json of Hugging Face, as far as tiktoken can do what it does
+
+
+def _hf_file(path: Path) -> Path | None:
+    """Return the tokenizer.json that a source means; a folder's ranks are preferred to it."""
+    if path.is_dir():
+        return path / HF_FILE if (path / HF_FILE).exists() and not (path / RANKS_FILE).exists() else None
+    return path if path.suffix == ".json" else None
+
+
+def _hf_record(path: Path) -> dict[str, Any]:
+    """Return a tokenizer.json, if what it does to a text is what tiktoken can do."""
+    file = _hf_file(path)
+    assert file is not None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        model = record["model"]
+        kind = model.get("type", "BPE")
+        assert isinstance(model.get("vocab", {}), dict)
+        normalizer = record["normalizer"]["type"] if record.get("normalizer") else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise DataError(f"{file}: no readable tokenizer.json ({error!r})") from None
+    problems = [
+        *([f"its model is {kind}, expected BPE"] if kind != "BPE" or "merges" not in model else []),
+        *([f"it normalises text ({normalizer})"] if normalizer else []),
+        *(
+            f"it has a {key}"
+            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            if model.get(key)
+        ),
+    ]
+    if problems:
+        raise DataError(f"{file} cannot be taken over: {'; '.join(problems)}")
+    return dict(record)
+
+
+def _hf_merges(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the pairs that are merged, in order."""
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in record["model"]["merges"]]
+
+
+def _hf_special_names(source: str, record: Mapping[str, Any]) -> set[str]:
+    """Return the names of the source's own special tokens, which ours replace."""
+    added = record.get("added_tokens") or []
+    cut = [token["content"] for token in added if not token.get("special")]
+    if cut:
+        raise DataError(f"{source} cannot be taken over: it cuts {cut[0]!r} and {len(cut) - 1} others out of any text")
+    return {token["content"] for token in added}
+
+
+def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
+    """Return how a tokenizer.json cuts text, in tiktoken's words."""
+    outer = record.get("pre_tokenizer") or {}
+    steps = outer.get("pretokenizers", [outer])
+    last = steps[-1]
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        if len(steps) == 1 and last.get("use_regex", True):
+            return GPT2_PATTERN
+        cut = steps[0]
+        wanted = (cut.get("behavior"), bool(cut.get("invert"))) in (("Isolated", False), ("Removed", True))
+        pattern = cut.get("pattern", {}).get("Regex")
+        if len(steps) == 2 and cut.get("type") == "Split" and wanted and pattern and not last.get("use_regex", True):
+            if POSSESSIVE_INTERVAL.search(pattern):  # repeats the group there, and never goes back here
+                raise DataError(f"{source} cannot be taken over: tiktoken reads its pattern otherwise ({pattern})")
+            return str(pattern)
+    kinds = ", ".join(str(step.get("type")) for step in steps)
+    raise DataError(
+        f"{source} cannot be taken over: it cuts text by {kinds}, expected ByteLevel without a space in front, alone "
+        "or after one Split by a regular expression"
+    )
+
+
+def _assemble(
+    where: str, vocab: Mapping[str, int], merges: Iterable[tuple[str, ...]], special: set[str], pattern: str
+) -> Vocabulary:
+    """Return the ordinary tokens in the order of their ids, if that is the order in which they are merged."""
+    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+    ordered = sorted((rank, spelled) for spelled, rank in vocab.items() if spelled not in special)
+    try:
+        tokens = [bytes(bytes_of[letter] for letter in spelled) for _, spelled in ordered]
+        results = [bytes(bytes_of[letter] for letter in left + right) for left, right in merges]
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{where} cannot be taken over: its tokens are not those of byte-level BPE ({error})") from None
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if len(ranks) < len(tokens) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise DataError(f"{where} cannot be taken over: it must hold all 256 bytes, and no token twice")
+    order = [ranks.get(token, -1) for token in results]
+    if -1 in order or any(second < first for first, second in pairwise(order)):
+        raise DataError(
+            f"{where} cannot be taken over: its merges are not in the order of its ids, which tiktoken needs"
+        )
+    keeps_ids = all(rank == place for place, (rank, _) in enumerate(ordered))
+    return Vocabulary(ranks, pattern, keeps_ids)
+
+
+def _check_merges(source: str, ranks: Mapping[bytes, int], merges: Iterable[tuple[str, ...]]) -> None:
+    """Refuse tokens that the source would merge from other pairs than tiktoken does."""
+    letters = byte_letters()
+    given = {(left, right) for left, right in merges}
+    for token in ranks:
+        if len(token) > 1:
+            left, right = ("".join(letters[byte] for byte in part) for part in split_token(token, ranks))
+            if (left, right) not in given:
+                raise DataError(
+                    f"{source} cannot be taken over: its merges do not lead to {token!r} as tiktoken's would"
+                )
+
+
+def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the pair that a token of two bytes or more is merged from, by applying the earlier merges to it."""
+    rank = ranks[token]
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        _, best = min((ranks.get(left + right, rank), i) for i, (left, right) in enumerate(pairwise(parts)))
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts[0], parts[1]
+
+
+def byte_letters() -> dict[int, str]:
+    """Return the printable letter that byte-level BPE files write for each byte (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in letters:
+            letters[byte] = chr(256 + len(letters) - len(printable))
+    return letters
+
+
+def hf_pattern_of(pattern: str) -> str:
+    """Return a pattern as Oniguruma reads it, where {1,3}+ would repeat the group."""
+    return POSSESSIVE_INTERVAL.sub(r"\1", pattern)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import SPECIAL_TOKENS
+from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.engine.generate import Engine
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlxchat.data.byte_level import HF_FILE, RANKS_FILE
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
-from mlxchat.data.vocabulary import CONFIG_FILE
+from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, RANKS_FILE
 from mlxchat.errors import DataError
 from mlxchat.interop.names import expected_shapes, ours_from_hf, sizes_from_hf
 from mlxchat.interop.pickled_tokenizer import check_special_tokens

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlxchat.data.byte_level import HF_FILE
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
+from mlxchat.data.vocabulary import HF_FILE
 from mlxchat.errors import DataError
 from mlxchat.interop.hf import check_added_tokens
 from mlxchat.interop.names import COMPILED_PREFIX, expected_shapes, ours_from_nanochat, sizes_from_nanochat

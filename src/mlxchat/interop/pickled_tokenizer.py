@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 from mlxchat.interop.pickled import MOST_BYTES, Made, Maker, brief, read_pickle
 from mlxchat.interop.torch_file import TorchFile, TorchTensor
