@@ -25,9 +25,9 @@ from mlxchat.evals.samples import answer_prompts, continue_prompts
 from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT
+from mlxchat.planning.budget import forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import prepare_machine
-from mlxchat.training.micro_batch import forward_tokens
 
 VERSION = 5
 CONFIG = ["suite", "eval"]

@@ -16,13 +16,13 @@ from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.groups import Optimizer
+from mlxchat.planning.budget import choose_micro_batch, forward_tokens
+from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers, reference_sizes
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.best import Best
-from mlxchat.training.estimates import core_hooks, train_text_hooks
-from mlxchat.training.horizon import derive_hyperparameters, derive_numbers, reference_sizes
+from mlxchat.training.hooks import core_hooks, train_text_hooks
 from mlxchat.training.loop import Hook, fit
-from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
 
 VERSION = 3
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]

@@ -15,10 +15,10 @@ from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import Optimizer
+from mlxchat.planning.budget import choose_micro_batch
 from mlxchat.runner.context import Context
 from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.loop import Hook, fit
-from mlxchat.training.micro_batch import choose_micro_batch
 from mlxchat.training.pass_at_k import pass_at_k
 from mlxchat.training.policy_scores import policy_scores
 from mlxchat.training.quantised_rollouts import conversation_rows

@@ -22,11 +22,11 @@ from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
 from mlxchat.overrides import implied_experiment
+from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import flatten_config, make_plan
 from mlxchat.runner.stage import read_stage, stage_names
 from mlxchat.runner.store import Store
-from mlxchat.training.horizon import count_iterations, derive_hyperparameters, derive_numbers
 from mlxchat.validation import find_problems
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ import pytest
 from kit.commands import Say
 from mlxchat.cli import main
 from mlxchat.hub.listings import forget
-from mlxchat.training import text_need
+from mlxchat.planning import text as text_need
 
 NAME = "org/texts"
 SETTINGS = (

@@ -42,6 +42,7 @@ LAYERS = [
     {"model"},
     {"adapter_problems"},
     {"interop"},
+    {"planning"},
     {"optim", "engine"},
     {"evals"},
     {"training"},

@@ -25,7 +25,7 @@ from mlxchat.bench.machines import (
 )  # fmt: skip
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
-from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.planning.memory import predict_peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 D32 = ["experiment=speedrun_d20", "model=d32"]

@@ -18,6 +18,9 @@ from mlxchat.config import Config, HooksConfig
 from mlxchat.data.local_files import check_local_files
 from mlxchat.errors import StoreError
 from mlxchat.launch.lead import lead_ranks
+from mlxchat.planning.budget import check_memory
+from mlxchat.planning.models import check_given, check_teachers
+from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Policy, Run, execute
@@ -33,10 +36,6 @@ from mlxchat.runner.store import Store
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results
 from mlxchat.training.extension import check_extensions
-from mlxchat.training.given_sizes import check_given
-from mlxchat.training.memory_check import check_memory
-from mlxchat.training.teacher_size import check_teachers
-from mlxchat.training.text_need import TextNeed, check_text_room, find_text_need
 from mlxchat.visible import visible
 
 

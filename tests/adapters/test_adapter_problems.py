@@ -14,10 +14,10 @@ from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, sizes_of
+from mlxchat.planning.budget import training_of
+from mlxchat.planning.memory import predict_peak_bytes
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.store import Store
-from mlxchat.training.memory import predict_peak_bytes
-from mlxchat.training.memory_check import training_of
 
 
 @cache

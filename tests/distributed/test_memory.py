@@ -13,8 +13,8 @@ from kit import ranks
 from mlxchat.distributed.team import Team
 from mlxchat.engine.rank_engine import clear_caches
 from mlxchat.ops.distillation import Mix
+from mlxchat.planning.models import TeacherSize
 from mlxchat.training.teacher import Distillation, OutsideTeacher
-from mlxchat.training.teacher_size import TeacherSize
 from mlxchat.training.team_step import TeamStep
 
 SIZE = TeacherSize(weights=1, kept_per_token=1, working_per_token=1)

@@ -24,10 +24,10 @@ from mlxchat.ops import blas
 from mlxchat.ops.distillation import Mix
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
-from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.planning.memory import predict_peak_bytes
+from mlxchat.planning.models import TeacherSize
 from mlxchat.training.step import Batch, mean_batch
 from mlxchat.training.teacher import Distillation, OwnTeacher
-from mlxchat.training.teacher_size import TeacherSize
 from mlxchat.training.team_step import make_step
 
 TOKENS, VOCABULARY = 16, 281  # no multiple of any number of ranks

@@ -18,12 +18,12 @@ from mlxchat.commands.transfer import main_export, main_import
 from mlxchat.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, StoreError
 from mlxchat.pipeline_run import plan_of
+from mlxchat.planning.budget import describe_memory
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
 from mlxchat.runner.naming import describe_model, find_model
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store, read_manifest
-from mlxchat.training.memory_check import describe_memory
 
 Twin, Lay = Any, Any
 Twins = Callable[..., Twin]

@@ -17,7 +17,7 @@ from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import lr_multiplier, muon_momentum, rates_at
-from mlxchat.training.horizon import Hyperparameters, derive_hyperparameters, reference_sizes
+from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters, reference_sizes
 from mlxchat.validation import find_problems
 
 MULTIPLIER = 1e-9

@@ -23,16 +23,16 @@ from mlxchat.errors import ConfigError, DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.schedule import Rates
+from mlxchat.planning.budget import check_memory
+from mlxchat.planning.memory import predict_peak_bytes
+from mlxchat.planning.models import check_teachers, measure_teacher
 from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.plan import Pipeline, make_plan
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import Store, write_manifest
 from mlxchat.training.loop import fit
-from mlxchat.training.memory import predict_peak_bytes
-from mlxchat.training.memory_check import check_memory
 from mlxchat.training.step import TrainStep, mean_batch
 from mlxchat.training.teacher import compare_vocabularies, load_teacher, spell_tokens
-from mlxchat.training.teacher_size import check_teachers, measure_teacher
 
 TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, top_k=None)
 

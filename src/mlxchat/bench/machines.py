@@ -21,8 +21,8 @@ from mlxchat.distributed.group import BUCKET_BYTES
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optimizer_config import OptimizerConfig
-from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
-from mlxchat.training.memory import predict_peak_bytes
+from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
+from mlxchat.planning.memory import predict_peak_bytes
 
 _NUMBER_BYTES = 4
 _BATCH_TOKEN_BYTES = 12  # id, target, weight

@@ -22,12 +22,12 @@ from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_
 from mlxchat.ops.device import backend, describe_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates, rates_at
+from mlxchat.planning.budget import Training, find_device, forward_tokens, rows_at_a_time
+from mlxchat.planning.peak import measure_peak_flops, peak_flops
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.runner.progress import Progress
 from mlxchat.training.adapting import rule_of
 from mlxchat.training.loop import prepare_machine
-from mlxchat.training.micro_batch import Training, find_device, forward_tokens, rows_at_a_time
-from mlxchat.training.peak import measure_peak_flops, peak_flops
 from mlxchat.training.step import TrainStep, mean_batch
 
 # A part is timed so often after it was compiled; a median of three is enough for a share.

@@ -121,7 +121,7 @@ def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, meas
         return {}
     from mlxchat.data.hub_corpus import list_corpus, measure_validation
     from mlxchat.data.listing import ESTIMATED_CHARS_PER_BYTE, Known
-    from mlxchat.training.text_need import find_text_need
+    from mlxchat.planning.text import find_text_need
 
     corpus = list_corpus(config.corpus.hub, config.corpus.validation_documents)
     train = [shard.file for shard in corpus.train if shard.file is not None]

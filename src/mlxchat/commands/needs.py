@@ -77,7 +77,7 @@ def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) ->
     from mlxchat.hub.cache import missing_bytes
     from mlxchat.hub.client import url_place
     from mlxchat.hub.listings import recorded_files
-    from mlxchat.training.text_need import find_text_need
+    from mlxchat.planning.text import find_text_need
 
     plan = list(plan)
     text, tasks, unknown = 0.0, 0.0, dict[str, None]()
@@ -127,7 +127,7 @@ def describe_recipe(
             f"{config.tokenizer.vocab_size:,} stand in for nanochat's"
         )
     if any(step.stage.name == "pretrain" for step in waiting):
-        from mlxchat.training.duration import estimate_pretraining
+        from mlxchat.planning.duration import estimate_pretraining
 
         seconds = [each.seconds for each in estimate_pretraining(config, plan, store, measure=True).values()]
         yield f"pretraining on this machine: {_how_long(seconds)}"

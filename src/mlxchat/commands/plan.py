@@ -35,15 +35,15 @@ def main(arguments: list[str]) -> int:
     from mlxchat.commands.needs import describe_recipe, find_downloads
     from mlxchat.compose import compose_config, split_config_dirs
     from mlxchat.pipeline_run import plan_of
+    from mlxchat.planning.budget import check_memory, describe_memory
+    from mlxchat.planning.duration import estimate_pretraining
+    from mlxchat.planning.models import describe_imports
+    from mlxchat.planning.text import describe_text
     from mlxchat.runner.estimates import estimate_steps
     from mlxchat.runner.fingerprint import plain_of
     from mlxchat.runner.plan_table import format_plan
     from mlxchat.runner.saved_plan import save_plan
     from mlxchat.runner.store import Store
-    from mlxchat.training.duration import estimate_pretraining
-    from mlxchat.training.given_sizes import describe_imports
-    from mlxchat.training.memory_check import check_memory, describe_memory
-    from mlxchat.training.text_need import describe_text
 
     composed = compose_config(*split_config_dirs(rest))
     config, store = composed.config, Store(Path(composed.config.outputs))

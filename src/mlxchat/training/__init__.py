@@ -1,1 +1,1 @@
-"""The training loop, its step, its horizon, and the state it resumes from."""
+"""The training loop, its step, and the state it resumes from."""

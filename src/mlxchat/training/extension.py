@@ -8,9 +8,9 @@ from typing import Any
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import sizes_of
+from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.runner.plan import PlannedStep, flatten_config
 from mlxchat.runner.store import CONTINUATION, Manifest
-from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 
 # What weights and moments have the shape of, or are the meaning of, and what a position in the data is counted in.
 _SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")

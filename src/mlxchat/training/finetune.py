@@ -20,13 +20,13 @@ from mlxchat.evals.rank_model import text_model
 from mlxchat.model.adapters import adapters_of
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.optim.groups import Optimizer
+from mlxchat.planning.budget import choose_micro_batch, forward_tokens
+from mlxchat.planning.horizon import whole_rows
 from mlxchat.runner.context import Context
 from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.batches import RowBatches
-from mlxchat.training.estimates import suite_hooks
-from mlxchat.training.horizon import whole_rows
+from mlxchat.training.hooks import suite_hooks
 from mlxchat.training.loop import Hook, fit, prepare_machine
-from mlxchat.training.micro_batch import choose_micro_batch, forward_tokens
 from mlxchat.training.resume import load_moments
 from mlxchat.training.teacher import load_teacher
 

@@ -19,12 +19,12 @@ from mlxchat.ops import blas
 from mlxchat.ops.device import backend, select_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
+from mlxchat.planning.budget import MOST_TOKENS
+from mlxchat.planning.peak import measure_peak_flops, peak_flops
 from mlxchat.runner.context import Context
 from mlxchat.runner.crash import crash_point
 from mlxchat.training.best import Best
 from mlxchat.training.meter import Meter
-from mlxchat.training.micro_batch import MOST_TOKENS
-from mlxchat.training.peak import measure_peak_flops, peak_flops
 from mlxchat.training.resume import load_finished, load_state, save_finished, save_state
 from mlxchat.training.step import Batch
 from mlxchat.training.teacher import Distillation

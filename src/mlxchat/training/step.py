@@ -25,8 +25,8 @@ from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor
 from mlxchat.optim.schedule import Rates
 from mlxchat.optim.sharding import Sharding
+from mlxchat.planning.memory import predict_peak_bytes
 from mlxchat.training.gradient_sums import LossAndGradients, TableRows, add_rows, add_sums, sum_gradients
-from mlxchat.training.memory import predict_peak_bytes
 from mlxchat.training.teacher import Distillation
 
 _LOSS_PARTS = ("ce", "kl")

@@ -17,8 +17,8 @@ from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.distillation import Logits, Mix
+from mlxchat.planning.models import TeacherSize, measure_teacher, teacher_context
 from mlxchat.teacher_config import TeacherConfig
-from mlxchat.training.teacher_size import TeacherSize, measure_teacher, teacher_context
 
 _MOST_SHOWN = 3
 

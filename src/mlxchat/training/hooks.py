@@ -26,11 +26,11 @@ from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.core_step import open_bundle
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.model.gpt import GPT
+from mlxchat.planning.budget import forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
 from mlxchat.tasks.base import Task
 from mlxchat.training.loop import Hook
-from mlxchat.training.micro_batch import forward_tokens
 
 
 def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer) -> list[Hook]:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 
 from mlxchat.config import Config
 from mlxchat.model.sizes import flops_per_token, sizes_of
+from mlxchat.planning.budget import find_device
+from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
+from mlxchat.planning.memory import predict_peak_bytes
 from mlxchat.runner.aliases import recent_artifacts
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Manifest, Store
-from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
-from mlxchat.training.memory import predict_peak_bytes
-from mlxchat.training.micro_batch import find_device
 
 # What trainings of this project reached of a CPU's measured peak; of a GPU's published one it is an assumption.
 _SHARE_OF_PEAK = 0.4
@@ -57,7 +57,7 @@ def estimate_pretraining(
 
 def _share_of_peak(config: Config) -> float | None:
     from mlxchat.ops.device import select_device
-    from mlxchat.training.peak import peak_flops  # imports MLX
+    from mlxchat.planning.peak import peak_flops  # imports MLX
 
     peak = peak_flops(select_device(config.machine.device, config.machine.compute_dtype))
     return None if peak is None else _SHARE_OF_PEAK * peak

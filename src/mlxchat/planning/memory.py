@@ -5,7 +5,7 @@ ends and is added to earlier ones, when the lanes' gradients are added up, or wh
 operation's memory when it hands it to a lane, about a hundred operations ahead of what is computed, so that left alone
 it holds up to a third more than is needed. `TrainStep` has it wait at what is predicted here: the prediction is a limit
 too, between what cannot be freed and what MLX would take. The factors below follow from `mx.get_peak_memory()` on a
-CPU, with that limit and without (DECISIONS.md); tests/training/test_memory.py compares them with it.
+CPU, with that limit and without (DECISIONS.md); tests/planning/test_memory.py compares them with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_adapter_parameters
 from mlxchat.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
-    from mlxchat.training.teacher_size import TeacherSize
+    from mlxchat.planning.models import TeacherSize
 
 _MASTER_BYTES = 4
 # Numbers per token and channel when the backward pass begins: of each layer, of what is recomputed (its input and the

@@ -20,7 +20,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.runner.context import Context
-from mlxchat.training.estimates import core_hooks, suite_hooks, train_text_hooks
+from mlxchat.training.hooks import core_hooks, suite_hooks, train_text_hooks
 from mlxchat.training.loop import Hook, fit
 
 SCHEDULE = schedule(warmdown_frac=0.5)

@@ -11,10 +11,10 @@ from mlxchat.data.listing import Known, known_of_artifact, known_of_record
 from mlxchat.hub.cache import check_space
 from mlxchat.hub.files import hub_cache
 from mlxchat.model.sizes import sizes_of
+from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes, format_count
 from mlxchat.runner.store import Store
-from mlxchat.training.horizon import derive_hyperparameters, reference_sizes
 
 # Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have fewer. Measured once ours is there.
 ESTIMATED_CHARS_PER_TOKEN = 4.8

@@ -10,7 +10,7 @@ import pytest
 from mlxchat.compose import compose_config
 from mlxchat.config import BatchConfig, Config, PretrainConfig
 from mlxchat.model.sizes import GPTSizes, flops_per_token, sizes_of
-from mlxchat.training.horizon import (
+from mlxchat.planning.horizon import (
     Hyperparameters,
     count_iterations,
     derive_hyperparameters,

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.training import peak
-from mlxchat.training.peak import measure_peak_flops, measured_peak_flops, peak_flops, tabled_peak_flops
+from mlxchat.planning import peak
+from mlxchat.planning.peak import measure_peak_flops, measured_peak_flops, peak_flops, tabled_peak_flops
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""How much of an iteration is computed at a time: what was asked for, or the largest that fits and still helps.
+"""The memory that a training may use, and the rows at a time that fit into it; plans that cannot fit are refused.
 
-Nothing here imports MLX, so that a plan can say it, and refuse what cannot fit before anything runs.
+Nothing here imports MLX, so that `plan` can call it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,20 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from mlxchat.adapter_problems import adapter_sizes_of
+from mlxchat.config import Config, MachineConfig, OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.launch.ranks import current
-from mlxchat.model.sizes import AdapterSizes, GPTSizes
+from mlxchat.model.sizes import AdapterSizes, GPTSizes, sizes_of
 from mlxchat.ops import blas
+from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
+from mlxchat.planning.memory import predict_forward_bytes, predict_peak_bytes
+from mlxchat.planning.models import TeacherSize, find_given_sizes, measure_teacher, teacher_folder, teachers_of
+from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes
-from mlxchat.training.memory import predict_forward_bytes, predict_peak_bytes
 
 if TYPE_CHECKING:
-    from mlxchat.config import MachineConfig, OptimizerConfig
     from mlxchat.runner.context import Context
-    from mlxchat.training.teacher_size import TeacherSize
 
 # Of the memory that a device has. On a CPU the rest is Python's, the system's and what malloc keeps; a Mac lets its GPU
 # wire three quarters and needs the rest itself; on CUDA the driver and MLX's own kernels take some.
@@ -100,13 +104,24 @@ class Training:
         """Tell whether so many rows at a time fit, as far as is known."""
         return self.device.limit_bytes is None or self.peak_bytes(micro_rows) <= self.device.limit_bytes
 
-    def explain_excess(self, micro_rows: int) -> str:
-        """Return what so many rows at a time need, and that there is less."""
-        limit = format_bytes(self.device.limit_bytes or 0)
-        rows = "one row" if micro_rows == 1 else f"{micro_rows} rows"
+    def explain_excess(self, stage: str, machine: MachineConfig) -> str:
+        """Return what the smallest possible step needs, the limit, and the keys that lower the need."""
+        asked = machine.device_batch_tokens
+        rows = 1 if asked is None else min(self.own_rows, max(1, asked // self.row_tokens))
+        keys = [] if asked is None else ["machine.device_batch_tokens=null"]
+        keys += [] if self.recompute else ["machine.grad_checkpointing=true"]
+        if stage == "pretrain":
+            keys.append("a smaller model.depth")
+        elif self.adapters is None:
+            keys.append(f"{stage}.adapter.kind=lora")
+        elif self.adapters.bits is None:
+            keys.append(f"{stage}.adapter.bits=4")
+        keys.append("a smaller rl.max_new_tokens" if stage == "rl" else f"a smaller {stage}.batch.row_tokens")
+        shape = "one row" if rows == 1 else f"{rows} rows"
         return (
-            f"needs about {format_bytes(self.peak_bytes(micro_rows))} for {rows} of {self.row_tokens:,} tokens at a "
-            f"time, but may use {limit} ({self.device.limit_is})"
+            f"needs about {format_bytes(self.peak_bytes(rows))} for {shape} of {self.row_tokens:,} tokens at a time; "
+            f"the limit is {format_bytes(self.device.limit_bytes or 0)} ({self.device.limit_is}). "
+            f"To lower the need: {'; '.join(keys[:3])}"
         )
 
 
@@ -218,11 +233,7 @@ def choose_micro_batch(
     else:
         micro_rows = rows_at_a_time(training, machine)
     if micro_rows == 0:
-        rows = 1 if machine.device_batch_tokens is None else max(1, machine.device_batch_tokens // row_tokens)
-        raise ConfigError(
-            f"{ctx.step} {training.explain_excess(min(rows, training.own_rows))}. Give it "
-            "machine.grad_checkpointing=true, fewer tokens at a time or in a row, or a smaller model"
-        )
+        raise ConfigError(f"{ctx.step} {training.explain_excess(ctx.stage, machine)}")
     found = MicroBatch(tokens=micro_rows * row_tokens, predicted_peak_bytes=training.peak_bytes(micro_rows))
     before.parent.mkdir(parents=True, exist_ok=True)
     before.write_text(json.dumps({"tokens": found.tokens}), encoding="utf-8")
@@ -258,6 +269,88 @@ def forward_tokens(machine: MachineConfig, sizes: GPTSizes, *, training_peak_byt
             break
         tokens //= 2
     return tokens
+
+
+def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:
+    """Return step → predicted peak and micro-batch of the plan's trainings that are to run, for people."""
+    lines, plan = {}, list(plan)
+    given = find_given_sizes(config, plan)
+    for step in plan:
+        training = None if step.done else training_of(config, step.stage.name, given.get(step.name))
+        if training is not None:
+            rows = rows_at_a_time(training, config.machine)
+            needed = _need(training, rows or 1)
+            needed += f" on each of {training.num_ranks} ranks" if training.num_ranks > 1 else ""
+            lines[step.name] = needed if rows else "does not fit"
+    return lines
+
+
+def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
+    """Refuse a plan with trainings that cannot fit.
+
+    Raises:
+        ConfigError: with each one's predicted peak, the limit, and the keys that lower it.
+    """
+    plan = list(plan)
+    given = find_given_sizes(config, plan)
+    refused = []
+    for step in plan:
+        training = None if step.done else training_of(config, step.stage.name, given.get(step.name))
+        if training is not None and not rows_at_a_time(training, config.machine):
+            refused.append(f"{step.name} {training.explain_excess(step.stage.name, config.machine)}")
+    if refused:
+        raise ConfigError("\n".join(refused))
+
+
+def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training | None:
+    """Return what the memory of a stage's training depends on, as far as the configuration says; None: no training.
+
+    Args:
+        config: the whole one.
+        stage: its name.
+        sizes: of a model that was taken in; None: those of the configuration.
+
+    Raises:
+        ConfigError: its adapters do not fit the model.
+    """
+    if stage not in ("pretrain", "midtrain", "sft", "rl"):
+        return None
+    sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    teacher, adapters = None, None
+    if stage != "pretrain":
+        adapters = adapter_sizes_of(f"{stage}.adapter", getattr(config, stage).adapter, sizes)
+    if stage == "pretrain":
+        row_tokens = config.pretrain.batch.row_tokens
+        rows = _pretraining_tokens(config, sizes) // row_tokens
+    elif stage == "rl":
+        # Samples may be as long as the context, seldom are.
+        row_tokens = sizes.context_tokens
+        rows = config.rl.questions_per_iteration * config.rl.samples_per_question
+    else:
+        batch = (config.midtrain if stage == "midtrain" else config.sft).batch
+        row_tokens = batch.row_tokens
+        if stage in (taught := teachers_of(config)):
+            folder = teacher_folder(taught[stage].teacher, Path(config.outputs))
+            teacher = None if folder is None else measure_teacher(folder)
+        rows = (batch.tokens or _pretraining_tokens(config, sizes)) // row_tokens
+    return Training(
+        sizes=sizes, optimizer=config.optimizer, rows=max(1, rows), row_tokens=row_tokens,
+        recompute=config.machine.grad_checkpointing, device=find_device(config.machine),
+        # RL's frozen reference is as large.
+        keeps_best=(stage == "pretrain" and config.pretrain.keep == "best")
+        or (stage == "rl" and config.rl.kl_coefficient > 0),
+        teacher=teacher, samples=stage == "rl", adapters=adapters, num_ranks=count_ranks(config.machine)[0],
+    )  # fmt: skip
+
+
+def _pretraining_tokens(config: Config, sizes: GPTSizes) -> int:
+    """Return the tokens of one of pretraining's iterations."""
+    reference = reference_sizes(config.model, config.architecture, config.optimizer, sizes.vocab_size)
+    return derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference).batch_tokens
+
+
+def _need(training: Training, rows: int) -> str:
+    return f"{format_bytes(training.peak_bytes(rows))} with {rows * training.row_tokens:,} tokens at a time"
 
 
 def _kind(choice: str) -> str:
