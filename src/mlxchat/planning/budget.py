@@ -104,10 +104,17 @@ class Training:
         """Tell whether so many rows at a time fit, as far as is known."""
         return self.device.limit_bytes is None or self.peak_bytes(micro_rows) <= self.device.limit_bytes
 
-    def explain_excess(self, stage: str, machine: MachineConfig) -> str:
-        """Return what the smallest possible step needs, the limit, and the keys that lower the need."""
+    def explain_excess(self, machine: MachineConfig, stage: str | None = None) -> str:
+        """Return what the smallest possible step needs, the limit and, of a stage, keys that lower the need."""
         asked = machine.device_batch_tokens
         rows = 1 if asked is None else min(self.own_rows, max(1, asked // self.row_tokens))
+        shape = "one row" if rows == 1 else f"{rows} rows"
+        text = (
+            f"needs about {format_bytes(self.peak_bytes(rows))} for {shape} of {self.row_tokens:,} tokens at a time; "
+            f"the limit is {format_bytes(self.device.limit_bytes or 0)} ({self.device.limit_is})"
+        )
+        if stage is None:
+            return text
         keys = [] if asked is None else ["machine.device_batch_tokens=null"]
         keys += [] if self.recompute else ["machine.grad_checkpointing=true"]
         if stage == "pretrain":
@@ -117,12 +124,7 @@ class Training:
         elif self.adapters.bits is None:
             keys.append(f"{stage}.adapter.bits=4")
         keys.append("a smaller rl.max_new_tokens" if stage == "rl" else f"a smaller {stage}.batch.row_tokens")
-        shape = "one row" if rows == 1 else f"{rows} rows"
-        return (
-            f"needs about {format_bytes(self.peak_bytes(rows))} for {shape} of {self.row_tokens:,} tokens at a time; "
-            f"the limit is {format_bytes(self.device.limit_bytes or 0)} ({self.device.limit_is}). "
-            f"To lower the need: {'; '.join(keys[:3])}"
-        )
+        return f"{text}. To lower the need: {'; '.join(keys[:3])}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +235,7 @@ def choose_micro_batch(
     else:
         micro_rows = rows_at_a_time(training, machine)
     if micro_rows == 0:
-        raise ConfigError(f"{ctx.step} {training.explain_excess(ctx.stage, machine)}")
+        raise ConfigError(f"{ctx.step} {training.explain_excess(machine, ctx.stage)}")
     found = MicroBatch(tokens=micro_rows * row_tokens, predicted_peak_bytes=training.peak_bytes(micro_rows))
     before.parent.mkdir(parents=True, exist_ok=True)
     before.write_text(json.dumps({"tokens": found.tokens}), encoding="utf-8")
@@ -297,7 +299,7 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
     for step in plan:
         training = None if step.done else training_of(config, step.stage.name, given.get(step.name))
         if training is not None and not rows_at_a_time(training, config.machine):
-            refused.append(f"{step.name} {training.explain_excess(step.stage.name, config.machine)}")
+            refused.append(f"{step.name} {training.explain_excess(config.machine, step.stage.name)}")
     if refused:
         raise ConfigError("\n".join(refused))
 
