@@ -5,7 +5,10 @@ The module runs under Node.js with a document of a few lines, so no browser is n
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +122,33 @@ def test_long_text_does_not_overflow_the_stack(node: Callable[..., Any], unit: s
     """A paragraph of 70,000 lines was a call with 140,000 arguments, and the page showed nothing."""
     [html] = node("markdown.js", RUN, [unit * 70_000])
     assert html.count("a") >= 70_000
+
+
+MESSAGE = """
+class Element {
+  constructor(name) { this.tagName = name.toUpperCase(); this.children = []; this.classList = { add() {} }; }
+  append(...children) { this.children.push(...children); }
+  replaceChildren() { this.children = []; }
+  setAttribute() {}
+  addEventListener() {}
+}
+globalThis.Element = Element;
+globalThis.document = { createElement: (name) => new Element(name) };
+import("./view.js").then(({ messageElement }) => {
+  const text = { type: "text", text: "a\\n\\n".repeat(150000) };
+  const call = { type: "python", text: "1+1" };
+  const said = (parts) => messageElement({ role: "assistant", parts }, []).children[1].children.length;
+  console.log(JSON.stringify([said([text]), said([call, text])]));
+});
+"""
+
+
+def test_message_of_many_paragraphs_does_not_overflow_the_stack(tmp_path: Path) -> None:
+    """150,000 paragraphs were a call with as many arguments."""
+    if shutil.which("node") is None:
+        pytest.skip("no Node.js on this machine")
+    folder = shutil.copytree(PAGE, tmp_path / "page")
+    (folder / "package.json").write_text('{"type": "module"}')
+    done = subprocess.run(["node", "-e", MESSAGE], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [150_000, 150_000]

@@ -1,7 +1,7 @@
 // The page: what happens when.
 
 import { append, choose, fresh, isUnanswered, parentOf, pathOf, readable, versionsOf } from "./conversation.js";
-import { make, shown } from "./markdown.js";
+import { fill, make, shown } from "./markdown.js";
 import { listModels, setKey, showModel, stream } from "./server.js";
 import { DEFAULTS, dropAll, dropConversation, keepConversation, readConversations, readSettings, writeSettings } from "./store.js";
 import { copy, editor, messageElement, omission, pace, provenance, renderParts, textOf, versionSwitch } from "./view.js";
@@ -203,7 +203,7 @@ async function answer(parent) {
     const follow = atEnd();
     element.querySelector(".left-out")?.remove();
     element.prepend(...omission(message.left_out));
-    element.querySelector(".said").replaceChildren(...renderParts(message.parts));
+    fill(element.querySelector(".said"), renderParts(message.parts));
     if (follow) toEnd();
     else showToEnd();
   };

@@ -27,6 +27,12 @@ export function make(name, attributes = {}, ...children) {
   return element;
 }
 
+/** Replace an element's children by nodes, however many there are. */
+export function fill(element, nodes) {
+  element.replaceChildren();
+  for (const node of nodes) element.append(node);
+}
+
 /** Return the nodes of a text; `copy(text, button)` is what a code block's button does. */
 export function renderMarkdown(text, copy, depth = 0) {
   const lines = shown(text).split("\n");

@@ -1,6 +1,6 @@
 // Messages as elements.
 
-import { make, renderInline, renderMarkdown, shown } from "./markdown.js";
+import { fill, make, renderInline, renderMarkdown, shown } from "./markdown.js";
 
 const SUM = /^[\d\s.,+\-*/%()]*$/;
 const COUNT = /^\s{0,9}(['"])[^'"\n]{0,200}\1\s{0,9}\.\s{0,9}count\([^()\n]{0,200}\)\s{0,9}$/;
@@ -49,8 +49,8 @@ export function renderParts(parts) {
 function placeText(nodes, text) {
   const [first, ...rest] = shown(text).split("\n");
   const goesOn = nodes.length && nodes.at(-1).tagName === "P" && first.trim();
-  if (goesOn) lastParagraph(nodes).append(...renderInline(first));
-  nodes.push(...renderMarkdown(goesOn ? rest.join("\n") : text, copy));
+  if (goesOn) for (const node of renderInline(first)) lastParagraph(nodes).append(node);
+  for (const node of renderMarkdown(goesOn ? rest.join("\n") : text, copy)) nodes.push(node);
 }
 
 function lastParagraph(nodes) {
@@ -91,7 +91,7 @@ export function versionSwitch(place, count, show) {
 export function messageElement(message, actions, note) {
   const said = make("div", { class: "said", dir: "auto" });
   if (message.role === "user") said.textContent = shown(textOf(message));
-  else said.append(...renderParts(message.parts));
+  else fill(said, renderParts(message.parts));
   const row = make("div", { class: "actions" });
   for (const action of actions) {
     if (action instanceof Element) {
