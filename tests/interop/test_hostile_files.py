@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlxchat.data.vocabulary import Vocabulary
 from mlxchat.errors import DataError
 from mlxchat.interop.pickled import Made, Maker, OrderedNames, read_pickle
 from mlxchat.interop.pickled_tokenizer import read_tokenizer
@@ -185,6 +186,16 @@ def test_a_tokenizer_file_runs_nothing_and_is_named(tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match=r"tokenizer\.pkl is not a tokenizer of nanochat's.*posix\.system"):
         read_tokenizer(path)
     assert [each.name for each in tmp_path.iterdir()] == ["tokenizer.pkl"]
+
+
+def test_a_token_of_many_bytes_is_refused() -> None:
+    """One of 10,000 bytes kept an import for minutes, and each of them made an answer longer."""
+    single = {bytes([byte]): byte for byte in range(256)}
+    Vocabulary({**single, b" " * 1024: 256}, "")
+    with pytest.raises(DataError, match="tokens of up to 10,000 bytes"):
+        Vocabulary({**single, b"ab" * 5000: 256}, "")
+    with pytest.raises(DataError, match="tokens of up to 2,000 bytes"):
+        Vocabulary({**single, **{b"%2000d" % rank: rank for rank in range(256, 300)}}, "")
 
 
 def opening(path: Path) -> dict[str, Any]:

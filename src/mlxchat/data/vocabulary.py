@@ -46,6 +46,7 @@ RANKS_FILE, CONFIG_FILE, HF_FILE = "ranks.tiktoken", "tokenizer_config.json", "t
 PATTERN_KEY = "split_pattern"
 """In CONFIG_FILE: how text is cut; absent where it is nanochat's."""
 POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
+_LONGEST_TOKEN, _MOST_SQUARES = 2048, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ class Vocabulary:
     """Regular expression, as tiktoken reads it, of the pieces within which tokens are merged."""
     keeps_ids: bool = True
     """Whether the ids are those of the source; False where special tokens of its own stood among them."""
+
+    def __post_init__(self) -> None:
+        """Refuse tokens that are longer than any text needs: to split one takes the square of its length.
+
+        Raises:
+            DataError: naming the longest.
+        """
+        longest = max(map(len, self.ranks))
+        if longest > _LONGEST_TOKEN or sum(len(token) ** 2 for token in self.ranks) > _MOST_SQUARES:
+            raise DataError(f"this vocabulary has tokens of up to {longest:,} bytes, more than any text needs")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.vocabulary import SPECIAL_TOKENS
+from mlxchat.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from mlxchat.errors import DataError
 from mlxchat.interop.pickled import MOST_BYTES, Made, Maker, brief, read_pickle
 from mlxchat.interop.torch_file import TorchFile, TorchTensor
@@ -44,7 +44,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{where} is not {_WHAT}: it lacks tokens, special tokens or how text is cut")
     _check_ranks(ranks, where)
     check_special_tokens(special, len(ranks), where)
-    return Tokenizer(ranks, pattern)
+    try:
+        vocabulary = Vocabulary(ranks, pattern)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return Tokenizer(vocabulary.ranks, vocabulary.pattern)
 
 
 def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -> None:
