@@ -10,9 +10,9 @@ from mlxchat.config import OptimizerConfig, RLConfig
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.quantised import check_quantised
-from mlxchat.model.adapters import adapters_of
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import trained_parameters
+from mlxchat.model.lora import adapters_of
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.planning.budget import choose_micro_batch

@@ -88,7 +88,9 @@ def adapter_sizes_of(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> Ada
     if problems := list(find_adapter_problems(where, adapter, sizes)):
         raise ConfigError("\n".join(problems))
     targets = resolve_targets(adapter.targets, sizes)
-    return AdapterSizes(adapter.kind, adapter.rank, adapter.scale, targets, adapter.bits, adapter.group_size)
+    return AdapterSizes(
+        adapter.kind, adapter.rank, adapter.scale, targets, adapter.bits, adapter.group_size, adapter.dropout
+    )
 
 
 def _problems_with_model(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> Iterator[str]:

@@ -12,11 +12,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxchat.model import linear as linear_module
-from mlxchat.model.linear import AdapterDropout, LinearAdapter, effective_weight, project
-from mlxchat.ops import adapted, normalisation
-from mlxchat.ops.adapted import Shape
-from mlxchat.ops.dropout import draw_keys, dropped
+from mlxchat.model.lora import LAYERS, LoRALinear, row_lengths
+from mlxchat.model.sizes import AdapterSizes
+from mlxchat.ops import linear, normalisation
+from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping, fold
+from mlxchat.ops.linear import identity
+from mlxchat.ops.linear import squared_relu as relu_squared
 
 assert mlxchat
 IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
@@ -26,7 +27,7 @@ Numbers = dict[str, np.ndarray]
 @pytest.fixture(params=["cpu", "gpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two code paths computes; the GPU's is run on the CPU."""
-    for module in (adapted, normalisation):
+    for module in (linear, normalisation):
         monkeypatch.setattr(module, "backend", lambda: request.param)
     return str(request.param)
 
@@ -35,26 +36,22 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 class Made:
     """A layer with an adapter, and its numbers in float64; none is zero."""
 
-    layer: nn.Linear
+    layer: LoRALinear
     numbers: Numbers
 
 
-def make(kind: str, bits: int | None = None, *, seed: int = 0) -> Made:
+def make(kind: str, bits: int | None = None, *, seed: int = 0, dropout: float = 0.0) -> Made:
     rng = np.random.default_rng(seed)
     numbers = {
         "w": rng.normal(0, 0.2, (OUT, IN)), "a": rng.normal(0, 0.2, (IN, RANK)), "b": rng.normal(0, 0.3, (RANK, OUT)),
         "m": rng.uniform(1, 3, OUT),
     }  # fmt: skip
-    layer = nn.Linear(IN, OUT, bias=False)
-    layer.weight = mx.array(numbers["w"].astype(np.float32))
-    if bits is not None:
-        layer.weight, layer.scales, layer.biases = mx.quantize(layer.weight, group_size=GROUP, bits=bits)
-        whole = mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=GROUP, bits=bits)
-        numbers["w"] = np.asarray(whole).astype(np.float64)
+    sizes = AdapterSizes(kind, RANK, SCALE, (), bits, GROUP, dropout)
+    layer = LAYERS[kind](mx.array(numbers["w"].astype(np.float32)), sizes, mx.float32, key=mx.random.key(0), place=3)
+    numbers["w"] = np.asarray(linear.unpacked(layer.base)).astype(np.float64)
     layer.lora_a, layer.lora_b = (mx.array(numbers[name].astype(np.float32)) for name in ("a", "b"))
     if kind == "dora":
         layer.m = mx.array(numbers["m"].astype(np.float32))
-    layer.adapter = LinearAdapter(kind, Shape(scale=SCALE, bits=bits, group_size=GROUP))
     return Made(layer, numbers)
 
 
@@ -77,7 +74,7 @@ def expected(
 def test_the_product_is_that_of_the_paper(path: str, kind: str, bits: int | None, squared_relu: bool) -> None:
     made = make(kind, bits)
     x = np.random.default_rng(1).normal(0, 1, (2, 5, IN))
-    out = project(made.layer, mx.array(x.astype(np.float32)), squared_relu=squared_relu)
+    out = made.layer(mx.array(x.astype(np.float32)), relu_squared if squared_relu else identity)
     np.testing.assert_allclose(np.asarray(out), expected(kind, x, made.numbers, squared_relu=squared_relu), atol=2e-4)
 
 
@@ -94,7 +91,9 @@ def test_gradients_are_the_finite_differences_of_the_papers_formula(
     def loss(x: mx.array, *small: mx.array) -> mx.array:
         for name, value in zip(names.values(), small, strict=True):
             made.layer[name] = value
-        return (project(made.layer, x, squared_relu=squared_relu) * mx.array(cotangent.astype(np.float32))).sum()
+        return (
+            made.layer(x, relu_squared if squared_relu else identity) * mx.array(cotangent.astype(np.float32))
+        ).sum()
 
     given = [mx.array(x.astype(np.float32)), *(made.layer[name] for name in names.values())]
     found = mx.grad(loss, argnums=tuple(range(len(given))))(*given)
@@ -137,8 +136,8 @@ def test_forward_and_gradients_are_those_of_mlx_lms_layer(path: str, kind: str, 
 
     for name in names:
         theirs[name] = made.layer[name]
-    np.testing.assert_allclose(np.asarray(project(made.layer, x)), np.asarray(theirs(x)), atol=1e-4)
-    ours = gradients(made.layer, lambda x: project(made.layer, x))
+    np.testing.assert_allclose(np.asarray(made.layer(x)), np.asarray(theirs(x)), atol=1e-4)
+    ours = gradients(made.layer, made.layer)
     for found, right in zip(ours, gradients(theirs, theirs), strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-3)
 
@@ -148,26 +147,28 @@ def test_forward_and_gradients_are_those_of_mlx_lms_layer(path: str, kind: str, 
 def test_the_effective_matrix_gives_the_same_product(kind: str, bits: int | None) -> None:
     made = make(kind, bits)
     x = mx.random.normal((3, IN), key=mx.random.key(5))
-    whole = x @ effective_weight(made.layer).T
-    np.testing.assert_allclose(np.asarray(whole), np.asarray(project(made.layer, x)), atol=1e-4)
+    whole = x @ made.layer.matrix.T
+    np.testing.assert_allclose(np.asarray(whole), np.asarray(made.layer(x)), atol=1e-4)
 
 
 def test_dropout_hides_numbers_from_the_adapter_alone_in_both_directions(path: str) -> None:
-    made = make("lora")
+    made = make("lora", dropout=0.4)
     x, cotangent = (np.random.default_rng(6).normal(0, 1, (2, 3, width)) for width in (IN, OUT))
-    keys = mx.array(draw_keys(1, 2, rows=2, places=linear_module.NUM_MATRICES))
-    unseen = AdapterDropout(0.4, keys)
-    seen = np.asarray(dropped(mx.array(x.astype(np.float32)), keys[:, 3], 0.4)).astype(np.float64)
+    present = Dropping(0.0, mx.array(draw_keys(1, 2, rows=2)))
+    seen = np.asarray(dropped(mx.array(x.astype(np.float32)), fold(present.keys, 3), 0.4)).astype(np.float64)
     kept = seen / np.where(x == 0, 1, x)  # 0, or what the others are scaled by
     n = made.numbers
     right = x @ n["w"].T + SCALE * seen @ n["a"] @ n["b"]
 
     def loss(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
         made.layer.lora_a, made.layer.lora_b = a, b
-        return (project(made.layer, x, unseen, 3) * mx.array(cotangent.astype(np.float32))).sum()
+        with dropping(present):
+            return (made.layer(x) * mx.array(cotangent.astype(np.float32))).sum()
 
     given = [mx.array(value.astype(np.float32)) for value in (x, n["a"], n["b"])]
-    np.testing.assert_allclose(np.asarray(project(made.layer, given[0], unseen, 3)), right, atol=1e-4)
+    with dropping(present):
+        np.testing.assert_allclose(np.asarray(made.layer(given[0])), right, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(made.layer(given[0])), expected("lora", x, n, squared_relu=False), atol=1e-4)
     d_x, d_a, d_b = (np.asarray(slope) for slope in mx.grad(loss, argnums=(0, 1, 2))(*given))
     d_inner = SCALE * cotangent @ n["b"].T
     np.testing.assert_allclose(d_x, cotangent @ n["w"] + kept * (d_inner @ n["a"].T), atol=1e-4)
@@ -179,8 +180,10 @@ def test_doras_factor_is_finer_than_the_numbers_that_it_is_multiplied_with() -> 
     rng = np.random.default_rng(1)
     x = mx.array(rng.uniform(1, 2, (4096, 3)).astype(np.float32)).astype(mx.bfloat16)
     factor = mx.array([1.0, 1.011, 0.98])
-    (total, slopes) = mx.value_and_grad(lambda it: (adapted.row_scaled(x, it).astype(mx.float32)).sum(0).sum())(factor)
-    out, plain = adapted.row_scaled(x, factor), np.asarray(x.astype(mx.float32)).astype(np.float64)
+    (total, slopes) = mx.value_and_grad(lambda it: (linear.scale_columns(x, it).astype(mx.float32)).sum(0).sum())(
+        factor
+    )
+    out, plain = linear.scale_columns(x, factor), np.asarray(x.astype(mx.float32)).astype(np.float64)
     assert out.dtype == mx.bfloat16
     means = np.asarray(out.astype(mx.float32)).mean(0) / plain.mean(0)
     np.testing.assert_allclose(means, np.asarray(factor), atol=1e-3)  # in bfloat16 it would be 1.0078
@@ -190,17 +193,16 @@ def test_doras_factor_is_finer_than_the_numbers_that_it_is_multiplied_with() -> 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_rows_of_zeros_stay_zeros_with_new_adapters_of_dora(path: str, bits: int | None) -> None:
-    made = make("dora", None)
-    layer, zero = made.layer, slice(0, 8)
-    layer.weight[zero] = 0
-    layer.lora_b, layer.m = mx.zeros_like(layer.lora_b), linear_module.row_lengths(layer.weight)
-    if bits is not None:
-        layer.weight, layer.scales, layer.biases = mx.quantize(layer.weight, group_size=GROUP, bits=bits)
-        layer.adapter = LinearAdapter("dora", Shape(scale=SCALE, bits=bits, group_size=GROUP))
+    zero = slice(0, 8)
+    weight = mx.array(make("dora").numbers["w"].astype(np.float32))
+    weight[zero] = 0
+    sizes = AdapterSizes("dora", RANK, SCALE, (), bits, GROUP)
+    layer = LAYERS["dora"](weight, sizes, mx.float32, key=mx.random.key(0), place=3)
+    np.testing.assert_allclose(np.asarray(layer.m), np.asarray(row_lengths(weight)), atol=0.2 if bits else 1e-6)
     x = mx.array(np.random.default_rng(2).normal(0, 1, (2, 3, IN)).astype(np.float32))
-    total, slopes = mx.value_and_grad(lambda it: mx.square(project(layer, it)).sum())(x)
-    matrix = effective_weight(layer)
+    total, slopes = mx.value_and_grad(lambda it: mx.square(layer(it)).sum())(x)
+    matrix = layer.matrix
     assert np.isfinite(np.asarray(slopes)).all()
     assert np.isfinite(float(total))
-    assert float(mx.abs(project(layer, x)[..., zero]).max()) == float(mx.abs(matrix[zero]).max()) == 0
+    assert float(mx.abs(layer(x)[..., zero]).max()) == float(mx.abs(matrix[zero]).max()) == 0
     assert float(mx.abs(matrix[8:]).max(1).min()) > 0

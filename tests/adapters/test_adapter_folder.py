@@ -22,9 +22,9 @@ from kit.artifacts import (
     some_ids,
 )
 from mlxchat.errors import DataError, MlxchatError, StoreError
-from mlxchat.model.adapter_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapter_config
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
 from mlxchat.model.gpt import flatten_parameters, set_parameters
+from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapter_config
 from mlxchat.runner.store import Store, read_manifest
 
 Weights = dict[str, np.ndarray[Any, Any]]
@@ -253,8 +253,8 @@ def test_what_is_opened_says_what_the_model_said_in_which_adapters_were_trained(
     tmp_path: Path, architecture: str, kind: str, bits: int | None
 ) -> None:
     """There the adapters compute beside the base's matrices, here they are in them."""
-    from mlxchat.model.adapters import attach_adapters
     from mlxchat.model.gpt import trained_parameters
+    from mlxchat.model.lora import attach_adapters
 
     base = publish_base(tmp_path / "outputs", architecture=architecture)
     trained, tokenizer, facts = load_checkpoint(base)

@@ -13,8 +13,8 @@ from kit import ranks
 from kit.models import make_model
 from kit.training import make_rows, optimizer_config
 from mlxchat.distributed.team import Team
-from mlxchat.model.adapters import attach_adapters
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.lora import attach_adapters
 from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import AdapterSizes, resolve_targets
 from mlxchat.ops import blas

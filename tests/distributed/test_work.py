@@ -27,8 +27,8 @@ from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts
-from mlxchat.model.adapters import attach_adapters
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes
 from mlxchat.ops import blas
 from mlxchat.runner.progress import Progress
@@ -171,7 +171,7 @@ def adapted(team: Team | None, model: GPT) -> dict[str, Any]:
     """Return what a model with adapters on a rounded base answers, and its losses beside a reference's."""
     tokenizer, sizes = make_tokenizer(), model.sizes
     names = tuple(f"transformer.h.{layer}.{name}" for layer in range(2) for name in ("attn.c_q", "mlp.c_proj"))
-    attach_adapters(model, AdapterSizes("dora", 2, 2.0, names, bits=8, group_size=32), dropout=0.1)
+    attach_adapters(model, AdapterSizes("dora", 2, 2.0, names, bits=8, group_size=32, dropout=0.1))
     rng = np.random.default_rng(3)
     moved = {
         name: mx.array(np.array(value) + rng.normal(scale=0.1, size=value.shape).astype(np.float32))

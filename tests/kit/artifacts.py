@@ -13,8 +13,8 @@ import numpy as np
 from kit import models
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.model.adapter_folder import shapes_of
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
+from mlxchat.model.lora import shapes_of
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
 from mlxchat.runner.fingerprint import compute_rid
 from mlxchat.runner.store import Store, artifact_name, describe_outputs, read_manifest
@@ -34,7 +34,7 @@ def make_tokenizer() -> Tokenizer:
 def adapter_sizes(model_sizes: GPTSizes, kind: str = "lora", **more: Any) -> AdapterSizes:
     """Return adapters of rank 4 on all matrices but the last layer's projections."""
     targets = tuple(list(matrices_of(model_sizes))[:-2])
-    return AdapterSizes(**{"kind": kind, "rank": 4, "scale": 2.5, "targets": targets, **more})
+    return AdapterSizes(**{"kind": kind, "rank": 4, "scale": 2.5, "targets": targets, "dropout": 0.1, **more})
 
 
 def random_adapters(sizes: AdapterSizes, model_sizes: GPTSizes, *, seed: int = 5) -> dict[str, mx.array]:
@@ -88,9 +88,7 @@ def publish_adapters(
     arrays = random_adapters(of, sizes, seed=seed)
 
     def write(out: Path) -> None:
-        save_adapters(
-            out, arrays, of, base=base, sizes=sizes, tokenizer=make_tokenizer(), facts=dict(FACTS), dropout=0.1
-        )
+        save_adapters(out, arrays, of, base=base, sizes=sizes, tokenizer=make_tokenizer(), facts=dict(FACTS))
 
     return publish(outputs, step, write, inputs={"checkpoint": base})
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxchat.ops.dropout import draw_keys, dropped
+from mlxchat.ops.dropout import draw_keys, dropped, fold
 
 
 def lowbias32(word: int) -> int:
@@ -36,7 +36,7 @@ def mask_of(keys: np.ndarray, shape: tuple[int, ...], rate: float) -> np.ndarray
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_masks_equal_those_of_a_hash_in_plain_python(seed: int, tokens: int, width: int, rate: float) -> None:
-    keys = draw_keys(seed, 3, rows=2, places=1)[:, 0]
+    keys = draw_keys(seed, 3, rows=2)
     masks = mask_of(keys, (tokens, width), rate)
     for mask, (first, second) in zip(masks, keys.tolist(), strict=True):
         np.testing.assert_array_equal(mask.reshape(-1), expected_mask((first, second), tokens * width, rate))
@@ -45,7 +45,7 @@ def test_masks_equal_those_of_a_hash_in_plain_python(seed: int, tokens: int, wid
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
 def test_the_share_that_is_left_out_is_the_rate_and_the_mean_stays(rate: float) -> None:
     """Of 2.1 million numbers: within five standard deviations of a binomial draw."""
-    out = np.asarray(dropped(mx.ones((16, 256, 512)), mx.array(draw_keys(1, 2, rows=16, places=1)[:, 0]), rate))
+    out = np.asarray(dropped(mx.ones((16, 256, 512)), mx.array(draw_keys(1, 2, rows=16)), rate))
     deviation = (rate * (1 - rate) / out.size) ** 0.5
     assert abs((out == 0).mean() - rate) < 5 * deviation + 1 / 65536
     assert out.mean(dtype=np.float64) == pytest.approx(1, abs=5 * deviation / (1 - rate) + 1e-7)
@@ -54,7 +54,8 @@ def test_the_share_that_is_left_out_is_the_rate_and_the_mean_stays(rate: float) 
 
 def test_masks_of_rows_places_and_iterations_are_unrelated_and_so_are_neighbours() -> None:
     """Correlations of 2^17 bits within five standard deviations, of whole masks and of each with itself shifted."""
-    keys = [draw_keys(5, iteration, rows=3, places=2).reshape(-1, 2) for iteration in (0, 1, 2)]
+    of_rows = [mx.array(draw_keys(5, iteration, rows=3)) for iteration in (0, 1, 2)]
+    keys = [np.asarray(fold(rows, place)) for rows in of_rows for place in (0, 1)]
     masks = mask_of(np.concatenate(keys), (256, 512), 0.5).reshape(18, -1) * 2.0 - 1
     correlations = masks @ masks.T / masks.shape[1] - np.eye(18)
     bound = 5 / masks.shape[1] ** 0.5
@@ -65,25 +66,27 @@ def test_masks_of_rows_places_and_iterations_are_unrelated_and_so_are_neighbours
 
 def test_counts_by_channel_and_by_token_scatter_as_binomial_draws_do() -> None:
     """Chi-squared of 512 channels and of 256 tokens, each over many draws: within five deviations of its mean."""
-    masks = mask_of(draw_keys(9, 0, rows=24, places=1)[:, 0], (256, 512), 0.1)
+    masks = mask_of(draw_keys(9, 0, rows=24), (256, 512), 0.1)
     for counts, draws in ((masks.sum((0, 1)), 24 * 256), (masks.sum((0, 2)), 24 * 512)):
         chi_squared = ((counts - 0.9 * draws) ** 2 / (0.09 * draws)).sum()
         assert abs(chi_squared - len(counts)) < 5 * (2 * len(counts)) ** 0.5
 
 
 def test_keys_are_of_seed_iteration_row_and_place_alone() -> None:
-    keys = draw_keys(7, 11, rows=8, places=5)
+    keys = draw_keys(7, 11, rows=8)
     assert keys.dtype == np.uint32
-    np.testing.assert_array_equal(draw_keys(7, 11, rows=3, places=5), keys[:3])
-    both = np.concatenate([keys, draw_keys(7, 12, rows=8, places=5), draw_keys(8, 11, rows=8, places=5)])
-    assert len(np.unique(both)) == both.size, "240 words of 32 bits"
+    np.testing.assert_array_equal(draw_keys(7, 11, rows=3), keys[:3])
+    of_rows = np.concatenate([keys, draw_keys(7, 12, rows=8), draw_keys(8, 11, rows=8)])
+    folded = np.concatenate([np.asarray(fold(mx.array(of_rows), place)) for place in range(5)])
+    np.testing.assert_array_equal(np.asarray(fold(mx.array(of_rows[:3]), 1)), folded[24:27])
+    assert len(np.unique(folded)) == folded.size, "240 words of 32 bits"
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_the_gradient_passes_where_the_output_did(dtype: mx.Dtype) -> None:
     rng = np.random.default_rng(0)
     x, slopes = (mx.array(rng.normal(size=(4, 8, 6)).astype(np.float32)).astype(dtype) for _ in range(2))
-    keys = mx.array(draw_keys(0, 0, rows=4, places=1)[:, 0])
+    keys = mx.array(draw_keys(0, 0, rows=4))
     (out,), (gradient,) = mx.vjp(lambda x: dropped(x, keys, 0.3), [x], [slopes])
     mask = mask_of(np.asarray(keys), (8, 6), 0.3)
     scale = 65536 / (65536 - round(0.3 * 65536))

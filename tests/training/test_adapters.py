@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from kit.models import make_model
 from kit.training import NumberedBatches, make_optimizer, make_rows, schedule
 from mlxchat.errors import Interrupted
-from mlxchat.model.adapters import attach_adapters, fuse
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.lora import attach_adapters, fuse
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, resolve_targets
-from mlxchat.ops import activation, adapted, attention, cross_entropy, normalisation
+from mlxchat.ops import attention, cross_entropy, linear, normalisation
 from mlxchat.optim.groups import AdamWRule, Optimizer
 from mlxchat.optim.schedule import Rates
 from mlxchat.runner.context import Context
@@ -30,11 +30,11 @@ KINDS = ["lora", "dora", "qlora"]
 Make = Callable[..., tuple[GPT, Optimizer]]
 
 
-def sizes_of(kind: str, model: GPT, targets: tuple[str, ...] = ("all",)) -> AdapterSizes:
+def sizes_of(kind: str, model: GPT, targets: tuple[str, ...] = ("all",), dropout: float = 0.0) -> AdapterSizes:
     names = resolve_targets(targets, model.sizes)
     if kind == "qlora":
-        return AdapterSizes("lora", 3, 2.0, names, bits=4, group_size=32)
-    return AdapterSizes(kind, 3, 2.0, names)
+        return AdapterSizes("lora", 3, 2.0, names, bits=4, group_size=32, dropout=dropout)
+    return AdapterSizes(kind, 3, 2.0, names, dropout=dropout)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def make() -> Make:
     ) -> tuple[GPT, Optimizer]:
         """Return a model with adapters none of whose numbers is zero, and what moves them."""
         model = make_model()
-        attach_adapters(model, sizes_of(kind, model), seed=1, dropout=dropout, dtype=dtype)
+        attach_adapters(model, sizes_of(kind, model, dropout=dropout), seed=1, dtype=dtype)
         rng = np.random.default_rng(8)
         if not zeros:
             moved = {
@@ -133,7 +133,7 @@ def test_the_gradient_is_that_of_the_fused_matrices_by_the_chain_rule(make: Make
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_code_paths_learn_the_same(make: Make, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     on_cpu = train(*make(kind))
-    for module in (activation, adapted, attention, cross_entropy, normalisation):
+    for module in (attention, cross_entropy, linear, normalisation):
         monkeypatch.setattr(module, "backend", lambda: "gpu")
     np.testing.assert_allclose(train(*make(kind)), on_cpu, rtol=2e-4)
 
@@ -143,7 +143,7 @@ def test_a_gpus_path_in_bfloat16_has_the_gradients_of_float32_and_moves_float32(
     make: Make, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     _, exact = TrainStep(*make(kind), micro_tokens=1000, dtype=mx.float32).gradients(batch())
-    for module in (activation, adapted, attention, cross_entropy, normalisation):
+    for module in (attention, cross_entropy, linear, normalisation):
         monkeypatch.setattr(module, "backend", lambda: "gpu")
     model, optimizer = make(kind, dtype=mx.bfloat16)
     step = TrainStep(model, optimizer, micro_tokens=1000, dtype=mx.bfloat16)

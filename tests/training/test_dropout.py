@@ -12,7 +12,8 @@ from kit.models import make_model
 from kit.training import make_optimizer, make_rows
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
-from mlxchat.ops.dropout import Dropout, draw_keys
+from mlxchat.ops import dropout as dropout_module
+from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
@@ -56,8 +57,8 @@ def make_step(
 
 def reference_loss(model: GPT, batch: Batch, iteration: int) -> float:
     """The model's own forward pass over the whole batch at once, uncompiled, with masks cut from numpy's keys."""
-    keys = mx.array(draw_keys(SEED, iteration, rows=len(batch.ids), places=model.dropout_places))
-    hidden = model.hidden(mx.array(batch.ids), dropout=Dropout(RATE, keys))
+    with dropping(Dropping(RATE, mx.array(draw_keys(SEED, iteration, rows=len(batch.ids))))):
+        hidden = model.hidden(mx.array(batch.ids))
     logits = np.asarray(model.logits(hidden), dtype=np.float64)
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return -float((np.take_along_axis(logs, batch.targets[..., None], -1)[..., 0] * batch.weights).sum())
@@ -130,7 +131,9 @@ def test_a_rate_of_zero_gives_the_bits_of_a_step_without_dropout(batch: Batch) -
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_places_are_the_embedding_and_what_each_attention_and_mlp_adds(architecture: str) -> None:
+def test_places_are_the_embedding_and_what_each_attention_and_mlp_adds(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other keys at any one of them give other states."""
     features = {"value_embeddings": True, "residual_scalars": True, "smear": True, "backout": True}
     model = GPT(
@@ -143,9 +146,12 @@ def test_places_are_the_embedding_and_what_each_attention_and_mlp_adds(architect
     drawn = {name: rng.normal(size=value.shape) for name, value in flatten_parameters(model).items()}
     set_parameters(model, {name: mx.array(value.astype(np.float32)) for name, value in drawn.items()})
     ids = mx.array(rng.integers(0, 40, (2, 16)))
-    keys = draw_keys(0, 0, rows=2, places=model.dropout_places)
-    whole = np.asarray(model.hidden(ids, dropout=Dropout(0.3, mx.array(keys))))
-    for place in range(model.dropout_places):
-        other = keys.copy()
-        other[:, place] += 1
-        assert (np.asarray(model.hidden(ids, dropout=Dropout(0.3, mx.array(other)))) != whole).any(), place
+    keys, fold = mx.array(draw_keys(0, 0, rows=2)), dropout_module.fold
+
+    def hidden(changed: int | None = None) -> np.ndarray:
+        monkeypatch.setattr(dropout_module, "fold", lambda keys, place: fold(keys, place + 1000 * (place == changed)))
+        with dropping(Dropping(0.3, keys)):
+            return np.asarray(model.hidden(ids))
+
+    whole, num_places = hidden(), 1 + 2 * model.sizes.num_layers
+    assert [(hidden(place) != whole).any() for place in range(num_places + 1)] == [True] * num_places + [False]

@@ -12,7 +12,7 @@ from kit.models import make_model
 from kit.training import make_optimizer
 from mlxchat.data.packing import IGNORED
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops import activation, attention, blas, cross_entropy, normalisation
+from mlxchat.ops import attention, blas, cross_entropy, linear, normalisation
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Optimizer
@@ -38,7 +38,7 @@ def rows(count: int, *, seed: int = 0, targets_per_row: list[int] | None = None)
 @pytest.fixture(params=["cpu", "gpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of the two code paths computes; the GPU's is run on the CPU, where its products are exact."""
-    for module in (activation, attention, cross_entropy, normalisation):
+    for module in (attention, cross_entropy, linear, normalisation):
         monkeypatch.setattr(module, "backend", lambda: request.param)
     return str(request.param)
 

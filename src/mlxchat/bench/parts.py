@@ -44,7 +44,8 @@ def phases_of_step(
 
     def hidden(parameters: Flat) -> mx.array:
         set_parameters(model, {name: value.astype(dtype) for name, value in parameters.items()})
-        return model.hidden(ids, recompute=recompute).reshape(-1, model.sizes.width)
+        model.recompute = recompute
+        return model.hidden(ids).reshape(-1, model.sizes.width)
 
     def loss_alone(parameters: Flat) -> mx.array:
         return token_losses(hidden(parameters), model.head_weight, targets).mean()

@@ -16,8 +16,8 @@ from mlxchat.bench.timing import Stopwatch, fill_zero_weights, median, random_ro
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
-from mlxchat.model.adapters import attach_adapters
 from mlxchat.model.gpt import GPT, init_weights, trained_parameters
+from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops.device import backend, describe_device
 from mlxchat.optim.groups import Optimizer
@@ -149,7 +149,7 @@ def _make_model(
     fill_zero_weights(model, config.seed + 1)
     rule = None
     if adapters is not None:
-        attach_adapters(model, adapters, seed=config.seed, dtype=dtype, dropout=config.adapter.dropout)
+        attach_adapters(model, adapters, seed=config.seed, dtype=dtype)
         fill_zero_weights(model, config.seed + 2)
         rule = rule_of(config.adapter, sizes.width, config.optimizer)
     optimizer = Optimizer(model, config.optimizer, width=sizes.width, adapter=rule)

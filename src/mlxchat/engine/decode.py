@@ -22,8 +22,9 @@ from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
 from mlxchat.ops.compiled import compiled
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.device import backend
-from mlxchat.ops.formulas import EXP_UNIT, masked_exp_of_units, squared_relu
+from mlxchat.ops.formulas import EXP_UNIT, masked_exp_of_units
 from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.linear import Activation
 from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 
 Caches = list[list[tuple[mx.array, ...]]]
@@ -57,6 +58,7 @@ class Decoder:
         self.release()  # or there would be two copies for a while
         self._parts = lane_weights(model, len(self.lanes), self.bits, packed=self._packed)
         self._shared = _shared_weights(model)
+        self._activation = model.transformer["h"][0].mlp.activation
 
     def release(self) -> None:
         """Forget the weights; `arrange` takes them anew."""
@@ -130,7 +132,7 @@ class Decoder:
                 updates.append(update)
                 made[lane].append(past)
             xs = each(lambda lane: xs[lane] + _sum(updates))  # noqa: B023
-            updates = each(lambda lane: _mlp(xs[lane], parts[lane]["layers"][layer]))  # noqa: B023
+            updates = each(lambda lane: _mlp(xs[lane], parts[lane]["layers"][layer], self._activation))  # noqa: B023
             xs = each(lambda lane: xs[lane] + _sum(updates))  # noqa: B023
             if layer == sizes.num_layers // 2:
                 middles = xs
@@ -224,8 +226,8 @@ def _written(kept: mx.array, slots: mx.array, new: mx.array) -> mx.array:
     return mx.put_along_axis(kept, at, new.astype(kept.dtype), axis=2)
 
 
-def _mlp(x: mx.array, weights: dict[str, Any]) -> mx.array:
-    return multiply(_squared_relu(multiply(_norm(x), weights["up"])), weights["down"])
+def _mlp(x: mx.array, weights: dict[str, Any], activation: Activation) -> mx.array:
+    return multiply(activation(multiply(_norm(x), weights["up"])), weights["down"])
 
 
 def _sum(parts: list[mx.array]) -> mx.array:
@@ -254,7 +256,6 @@ def _rotate(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, f
     return (halves * cos + swapped * sin) * factor
 
 
-_squared_relu = compiled(squared_relu)
 _square = compiled(lambda x: x * x)
 _scaled = compiled(lambda x, factor: x * factor)
 _masked_exp = compiled(masked_exp_of_units)

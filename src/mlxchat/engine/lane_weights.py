@@ -15,7 +15,6 @@ import mlx.core as mx
 
 from mlxchat.engine.quantise import Weight, stored
 from mlxchat.model.gpt import GPT
-from mlxchat.model.linear import effective_weight
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.device import backend
 
@@ -56,8 +55,8 @@ def key_value_heads(sizes: GPTSizes, lanes: int) -> list[slice]:
 def _layer(model: GPT, index: int, kv: slice, inner: slice, store: Callable[[mx.array], Weight]) -> dict[str, Any]:
     sizes, block = model.sizes, model.transformer["h"][index]
     part = {
-        "up": store(effective_weight(block.mlp.c_fc)[inner]),
-        "down": store(effective_weight(block.mlp.c_proj)[:, inner]),
+        "up": store(block.mlp.c_fc.matrix[inner]),
+        "down": store(block.mlp.c_proj.matrix[:, inner]),
     }
     if kv.start == kv.stop:
         return part
@@ -65,9 +64,9 @@ def _layer(model: GPT, index: int, kv: slice, inner: slice, store: Callable[[mx.
     keys = slice(kv.start * sizes.head_width, kv.stop * sizes.head_width)
     queries = slice(keys.start * group, keys.stop * group)
     projections = ((attention.c_q, queries), (attention.c_k, keys), (attention.c_v, keys))
-    fused = [effective_weight(layer)[rows] for layer, rows in projections]
+    fused = [layer.matrix[rows] for layer, rows in projections]
     part["qkv"] = store(mx.concatenate(fused))
-    part["attention_out"] = store(effective_weight(attention.c_proj)[:, queries])
+    part["attention_out"] = store(attention.c_proj.matrix[:, queries])
     if sizes.has_value_embedding(index):
         part["gate"] = mx.contiguous(attention.ve_gate.weight[kv].T)
         part["values"] = mx.contiguous(model.value_embeds[str(index)].weight[:, keys])

@@ -46,9 +46,9 @@ class _Reading:
     """`model.gpt.Cache` of one row that is read in chunks."""
 
     def __init__(self, model: GPT, past: Past | None, format: KVFormat) -> None:
-        self.offset = past.tokens if past else 0
-        layers = past.layers if past else [None] * model.sizes.num_layers
-        self.layers = [_LayerReading(*each, format) for each in zip(model.sizes.windows(), layers, strict=True)]
+        layers, offset = (past.layers, past.tokens) if past else ([None] * model.sizes.num_layers, 0)
+        pairs = zip(model.sizes.windows(), layers, strict=True)
+        self.layers = [_LayerReading(window, layer, format, offset) for window, layer in pairs]
         self.last: mx.array | None = None
 
     def shift(self, x: mx.array) -> mx.array:
@@ -58,10 +58,11 @@ class _Reading:
 
 
 class _LayerReading:
-    def __init__(self, window: int | None, past: Kept | None, format: KVFormat) -> None:
-        self.window, self.past, self.format = window, past, format
+    def __init__(self, window: int | None, past: Kept | None, format: KVFormat, offset: int) -> None:
+        self.window, self.past, self.format, self.offset = window, past, format, offset
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        self.offset += k.shape[2]
         new = (*self.format.pack(k), *self.format.pack(v))
         if self.past is None:
             self.past = new
@@ -109,13 +110,12 @@ class Slots:
 
         def read_part(part: slice) -> None:
             self.model.hidden(mx.array([ids[part]]), cache)
-            cache.offset += part.stop - part.start
 
         with lanes.sharing(len(parts)):
             lanes.run([partial(read_part, part) for part in parts])
             layers = [layer.past for layer in cache.layers if layer.past is not None]
             mx.eval(layers)
-        return Past(layers, cache.offset)
+        return Past(layers, cache.layers[0].offset)
 
     def score(self, ids: list[int]) -> Iterator[np.ndarray[Any, Any]]:
         """Yield the logits (V,) after each of `ids`, which begin a row."""

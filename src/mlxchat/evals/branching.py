@@ -142,11 +142,11 @@ class Branches:
         self.ids = mx.array(ids)
         border = min(len(row.trunk) for row in rows)
         self._before, self._starts = mx.array(np.maximum(before, 0)), mx.array(before < 0)
-        self.offset: int | Positions = 0
+        offset: int | Positions = 0
         visible = None
         if border < longest:
             positions, numbers = mx.array(position), mx.array(branch)
-            self.offset = Positions(positions, int(position.max()) + 1)
+            offset = Positions(positions, int(position.max()) + 1)
             own, own_number = positions[:, border:, None], numbers[:, border:, None]
             key, key_number = positions[:, None], numbers[:, None]
             visible = ((key_number == 0) | (key_number == own_number)) & (key <= own)
@@ -154,7 +154,7 @@ class Branches:
         self._branching = border < longest
         # A window that is longer than every sequence hides nothing.
         windows = (None if window is None or window > position.max() else window for window in sizes.windows())
-        self.layers = [_BranchedLayer(border, visible, window, self) for window in windows]
+        self.layers = [_BranchedLayer(border, visible, window, offset, self) for window in windows]
 
     def shift(self, x: mx.array) -> mx.array:
         """Return for each token of x (B, T, C) the one before it in its own sequence; zeros before a row's first."""
@@ -171,8 +171,10 @@ class Branches:
 class _BranchedLayer:
     """Attention of one layer: plain in the columns in which all rows have trunk, masked in the others."""
 
-    def __init__(self, border: int, visible: mx.array | None, window: int | None, branches: Branches) -> None:
-        self._border, self._window = border, window
+    def __init__(
+        self, border: int, visible: mx.array | None, window: int | None, offset: int | Positions, branches: Branches
+    ) -> None:
+        self._border, self._window, self.offset = border, window, offset
         if visible is not None and window is not None:
             visible = visible & branches.near(window)
         self._visible = visible

@@ -26,7 +26,7 @@ class AdaptedWeights(StoredWeights):
             DataError: a file is missing or damaged, or does not fit the model.
         """
         # Only models with adapters need MLX to be written out.
-        from mlxchat.model.adapter_folder import read_adapters
+        from mlxchat.model.lora import read_adapters
 
         super().__init__(chain[-1])
         self._adapters = [read_adapters(folder, sizes) for folder in reversed(chain[:-1])]

@@ -69,8 +69,8 @@ def import_adapter(
     import mlx.core as mx
 
     from mlxchat.data.tokenizer import Tokenizer
-    from mlxchat.model.adapter_folder import check_shapes, read_adapter_config
     from mlxchat.model.checkpoint import save_adapters
+    from mlxchat.model.lora import check_shapes, read_adapter_config
     from mlxchat.runner.bases import ADAPTER_KEY
 
     if base is None:
@@ -78,7 +78,6 @@ def import_adapter(
     sizes = sizes_from_hf(_json(base / "config.json"), f"{base.name}: config.json")
     paths = source.fetch(files.all(), check)
     adapter_sizes = read_adapter_config(paths[files.config].parent, sizes)
-    given = _json(paths[files.config])["lora_parameters"].get("dropout", 0.0)
     with SafetensorsFile(paths[files.adapters]) as file:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         check_shapes(shapes, adapter_sizes, sizes, source.where)
@@ -97,7 +96,6 @@ def import_adapter(
     save_adapters(
         out, {name: mx.array(value) for name, value in arrays.items()}, adapter_sizes, base=base, sizes=sizes,
         tokenizer=Tokenizer.load(base), facts=facts,
-        dropout=float(given) if isinstance(given, int | float) and 0 <= given < 1 else 0.0,
     )  # fmt: skip
     return sizes
 

@@ -259,7 +259,7 @@ def write_mlx_adapter(checkpoint: Checkpoint, out: Path) -> None:
         checkpoint: `check_export` has let it pass.
         out: an empty folder.
     """
-    from mlxchat.model.adapter_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
+    from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 
     for name in (ADAPTERS_FILE, ADAPTER_CONFIG_FILE):
         shutil.copyfile(checkpoint.folder / name, out / name)

@@ -21,8 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
-from mlxchat.model.adapter_folder import read_adapters, rounding_of, write_adapters
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.lora import read_adapters, rounding_of, write_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
 from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 from mlxchat.runner.bases import ADAPTER_KEY, describe_base, find_chain
@@ -56,7 +56,6 @@ def save_adapters(
     sizes: GPTSizes,
     tokenizer: Tokenizer,
     facts: dict[str, Any],
-    dropout: float = 0.0,
 ) -> None:
     """Write a model folder that holds adapters alone, and names the artifact that has the weights below them.
 
@@ -68,12 +67,11 @@ def save_adapters(
         sizes: of the model.
         tokenizer: as for `save_checkpoint`.
         facts: as for `save_checkpoint`.
-        dropout: with which they were trained.
 
     Raises:
         StoreError: the base is no artifact.
     """
-    write_adapters(folder, adapters, adapter_sizes, num_layers=sizes.num_layers, dropout=dropout)
+    write_adapters(folder, adapters, adapter_sizes, num_layers=sizes.num_layers)
     about = {"base": describe_base(base), **rounding_of(adapter_sizes)}
     write_description(folder, sizes, tokenizer, {**facts, ADAPTER_KEY: about})
 

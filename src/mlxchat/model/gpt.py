@@ -21,31 +21,28 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxchat.errors import ConfigError
-from mlxchat.model.linear import NUM_MATRICES, AdapterDropout, project
 from mlxchat.model.recompute import recomputed
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
-from mlxchat.ops.activation import gated_sum
 from mlxchat.ops.attention import causal_attention
 from mlxchat.ops.cross_entropy import soft_cap
-from mlxchat.ops.dropout import Dropout, dropped
+from mlxchat.ops.dropout import dropout
+from mlxchat.ops.linear import Activation, identity, linear, squared_relu
 from mlxchat.ops.normalisation import Positions, rms_norm, rotate_and_normalise
-
-_EMBEDDING, _VALUE_EMBEDDING = "transformer.wte.weight", "value_embeds.{}.weight"
 
 
 class LayerCache(Protocol):
     """Keys and values of one layer's past."""
+
+    @property
+    def offset(self) -> int | Positions:
+        """Tokens already cached; or where each new token stands."""
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Append k and v (B, K, T, D) and return the attention of q (B, H, T, D) over everything cached."""
 
 
 class Cache(Protocol):
-    """The past of a batch of rows, as the model needs it."""
-
-    @property
-    def offset(self) -> int | Positions:
-        """Tokens already cached; or where each new token stands."""
+    """The past of a batch of rows."""
 
     @property
     def layers(self) -> list[Any]:
@@ -55,114 +52,95 @@ class Cache(Protocol):
         """Return for each token of x (B, T, C) the one before it, across calls; zeros before a row's first."""
 
 
+class Linear(nn.Linear):
+    """A matrix without bias. An activation of its input is part of the product, so that its result need not be kept."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def __call__(self, x: mx.array, activation: Activation = identity) -> mx.array:
+        """Return activation(x) Wᵀ (…, C) of x (…, F)."""
+        return linear(x, self.weight, activation)
+
+    @property
+    def matrix(self) -> mx.array:
+        """W (C, F)."""
+        weight: mx.array = self.weight
+        return weight
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and normalised queries and keys."""
 
     def __init__(self, sizes: GPTSizes, layer: int) -> None:
-        """Make the projections; their weights come from `init_weights`."""
         super().__init__()
         self.sizes, self.window = sizes, sizes.windows()[layer]
-        self.c_q = nn.Linear(sizes.width, sizes.width, bias=False)
-        self.c_k = nn.Linear(sizes.width, sizes.kv_width, bias=False)
-        self.c_v = nn.Linear(sizes.width, sizes.kv_width, bias=False)
-        self.c_proj = nn.Linear(sizes.width, sizes.width, bias=False)
+        self.c_q = Linear(sizes.width, sizes.width)
+        self.c_k = Linear(sizes.width, sizes.kv_width)
+        self.c_v = Linear(sizes.width, sizes.kv_width)
+        self.c_proj = Linear(sizes.width, sizes.width)
         if sizes.has_value_embedding(layer):
             self.ve_gate = nn.Linear(VALUE_GATE_CHANNELS, sizes.num_kv_heads, bias=False)
 
     def __call__(
-        self,
-        x: mx.array,
-        value_embedding: mx.array | None = None,
-        *,
-        offset: int | Positions = 0,
-        cache: LayerCache | None = None,
-        unseen: AdapterDropout | None = None,
+        self, x: mx.array, value_embedding: mx.array | None = None, past: LayerCache | None = None
     ) -> mx.array:
-        """Return (B, T, C).
-
-        Args:
-            x: (B, T, C), normalised.
-            value_embedding: (B, T, K D), what the layer's table says of each token.
-            offset: position of the first token, or of each one.
-            cache: the past.
-            unseen: what adapters do not see; None: they see all.
-        """
-        sizes = self.sizes
-        batch, tokens, width = x.shape
-        v = project(self.c_v, x, unseen, 2).reshape(batch, tokens, sizes.num_kv_heads, sizes.head_width)
+        """Return (B, T, C) of x (B, T, C) and what the layer's table says of each token (B, T, K D)."""
+        (B, T, C), D = x.shape, self.sizes.head_width
+        q = self.c_q(x).reshape(B, T, -1, D)  # (B, T, H, D)
+        k = self.c_k(x).reshape(B, T, -1, D)  # (B, T, K, D)
+        v = self.c_v(x).reshape(B, T, -1, D)
         if value_embedding is not None:
-            gate = self.ve_gate(x[..., :VALUE_GATE_CHANNELS])
-            v = gated_sum(v, gate[..., None], value_embedding.reshape(v.shape), scale=3.0)
-        q, k = (
-            rotate_and_normalise(
-                project(projection, x, unseen, place).reshape(batch, tokens, heads, sizes.head_width),
-                offset=offset, theta=sizes.rope_theta, scale=sizes.query_key_scale,
-            )
-            for place, (projection, heads) in enumerate(((self.c_q, sizes.num_heads), (self.c_k, sizes.num_kv_heads)))
-        )  # fmt: skip
-        v = mx.contiguous(v.swapaxes(1, 2))
-        out = causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v).swapaxes(1, 2)
-        return project(self.c_proj, out.reshape(batch, tokens, width), unseen, 3)
+            gate = 3.0 * mx.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate[..., None] * value_embedding.reshape(v.shape)
+        offset = 0 if past is None else past.offset
+        q, k = self.rotate(q, offset), self.rotate(k, offset)  # (B, H, T, D), (B, K, T, D)
+        v = mx.contiguous(v.swapaxes(1, 2))  # (B, K, T, D)
+        out = causal_attention(q, k, v, self.window) if past is None else past.attend(q, k, v).swapaxes(1, 2)
+        return self.c_proj(out.reshape(B, T, C))
+
+    def rotate(self, heads: mx.array, offset: int | Positions) -> mx.array:
+        """Return heads (B, T, H, D) rotated by their positions and normalised: (B, H, T, D)."""
+        sizes = self.sizes
+        return rotate_and_normalise(heads, offset=offset, theta=sizes.rope_theta, scale=sizes.query_key_scale)
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide inside, with a squared ReLU."""
+    """Two layers, four times as wide inside."""
+
+    activation = staticmethod(squared_relu)
 
     def __init__(self, sizes: GPTSizes) -> None:
-        """Make the two projections."""
         super().__init__()
-        self.c_fc = nn.Linear(sizes.width, 4 * sizes.width, bias=False)
-        self.c_proj = nn.Linear(4 * sizes.width, sizes.width, bias=False)
+        self.c_fc = Linear(sizes.width, 4 * sizes.width)
+        self.c_proj = Linear(4 * sizes.width, sizes.width)
 
-    def __call__(self, x: mx.array, unseen: AdapterDropout | None = None) -> mx.array:
-        """Return (B, T, C); `unseen` is `Attention`'s."""
-        return project(self.c_proj, project(self.c_fc, x, unseen, 4), unseen, 5, squared_relu=True)
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return (B, T, C)."""
+        return self.c_proj(self.c_fc(x), self.activation)
 
 
 class Block(nn.Module):
     """Attention and MLP, each on the normalised stream and added to it."""
 
     def __init__(self, sizes: GPTSizes, layer: int) -> None:
-        """Make one layer."""
         super().__init__()
-        self.attn = Attention(sizes, layer)
-        self.mlp = MLP(sizes)
+        self.attn, self.mlp = Attention(sizes, layer), MLP(sizes)
+        self.layer = layer
 
     def __call__(
-        self,
-        x: mx.array,
-        value_embedding: mx.array | None = None,
-        *,
-        offset: int | Positions = 0,
-        cache: LayerCache | None = None,
-        dropout_keys: mx.array | None = None,
-        dropout_rate: float = 0.0,
-        adapter_keys: mx.array | None = None,
-        adapter_rate: float = 0.0,
+        self, x: mx.array, value_embedding: mx.array | None = None, past: LayerCache | None = None
     ) -> mx.array:
-        """Return (B, T, C).
-
-        Args:
-            x: (B, T, C).
-            value_embedding: `Attention`'s, as the next two are.
-            offset: position of the first token, or of each one.
-            cache: the past.
-            dropout_keys: (B, 2, 2), for what attention and MLP add to the stream; None: nothing is left out.
-            dropout_rate: share of it that is left out.
-            adapter_keys: (B, 6, 2), for what the adapters of the layer's matrices see; None: all.
-            adapter_rate: share that they do not see.
-        """
-        unseen = None if adapter_keys is None else AdapterDropout(adapter_rate, adapter_keys)
-        update = self.attn(rms_norm(x), value_embedding, offset=offset, cache=cache, unseen=unseen)
-        if dropout_keys is None:
-            x = x + update
-            return x + self.mlp(rms_norm(x), unseen)
-        x = x + dropped(update, dropout_keys[:, 0], dropout_rate)
-        return x + dropped(self.mlp(rms_norm(x), unseen), dropout_keys[:, 1], dropout_rate)
+        """Return (B, T, C); arguments as those of `Attention`, x not normalised."""
+        x = x + dropout(self.attn(rms_norm(x), value_embedding, past), place=2 * self.layer + 1)
+        return x + dropout(self.mlp(rms_norm(x)), place=2 * self.layer + 2)
 
 
 class GPT(nn.Module):
     """The whole model. `hidden` gives the states that a loss needs, calling it gives logits."""
+
+    recompute = False
+    """Whether a gradient keeps each layer's input alone and computes the rest again: less memory, the same numbers."""
 
     def __init__(self, sizes: GPTSizes) -> None:
         """Make the layers; weights are MLX's defaults until `init_weights` or a checkpoint sets them."""
@@ -186,77 +164,25 @@ class GPT(nn.Module):
         if sizes.backout:
             self.backout_lambda = mx.zeros(1)
 
-    @property
-    def head_weight(self) -> mx.array:
-        """The head (V, C) without the rows that only pad it."""
-        weight = self.lm_head.weight
-        return weight if len(weight) == self.sizes.vocab_size else weight[: self.sizes.vocab_size]
-
-    def table_names(self) -> list[str]:
-        """Return the names of the parameters of which tokens read one row each: the tables of embeddings."""
-        return [_EMBEDDING, *(_VALUE_EMBEDDING.format(layer) for layer in getattr(self, "value_embeds", {}))]
-
-    @property
-    def dropout_places(self) -> int:
-        """How many places of a row dropout has keys for: the embedding, and two in each layer."""
-        return 1 + 2 * self.sizes.num_layers
-
-    @property
-    def adapter_places(self) -> int:
-        """How many places of a row adapters' dropout has keys for: each matrix of each layer."""
-        return NUM_MATRICES * self.sizes.num_layers
-
-    def hidden(
-        self,
-        ids: mx.array,
-        cache: Cache | None = None,
-        *,
-        recompute: bool = False,
-        table_rows: Mapping[str, mx.array] | None = None,
-        dropout: Dropout | None = None,
-        adapter_dropout: Dropout | None = None,
-    ) -> mx.array:
-        """Return the final normalised states (B, T, C) of token ids (B, T).
-
-        Args:
-            ids: tokens.
-            cache: the past.
-            recompute: a gradient keeps each layer's input alone and computes the rest of the layer again: less memory,
-                more time, the same numbers.
-            table_rows: by `table_names`, what the tables say of ids (B, T, …), if that has been looked up already: a
-                gradient is then taken in these rows instead of in whole tables.
-            dropout: what to leave out of the embedding and of what each attention and MLP adds to the stream, with keys
-                for `dropout_places` places; None: nothing.
-            adapter_dropout: what adapters do not see, with keys for `adapter_places` places; None: they see all.
-        """
+    def hidden(self, ids: mx.array, cache: Cache | None = None) -> mx.array:
+        """Return the final normalised states (B, T, C) of token ids (B, T), which follow those in the cache."""
         sizes, middle = self.sizes, None
-        offset = cache.offset if cache is not None else 0
-        x = rms_norm(self.transformer["wte"](ids) if table_rows is None else table_rows[_EMBEDDING])
+        x = rms_norm(self.transformer["wte"](ids))
         if sizes.smear:
-            x = self._smear(x, cache)
-        if dropout is not None:
-            x = dropped(x, dropout.keys[:, 0], dropout.rate)
-        first = x
+            before = mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1) if cache is None else cache.shift(x)
+            gate = mx.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
+            x = x + self.smear_lambda.astype(x.dtype) * gate * before
+        x = first = dropout(x, place=0)
         for layer, block in enumerate(self.transformer["h"]):
             if sizes.residual_scalars:
                 x = self.resid_lambdas[layer].astype(x.dtype) * x + self.x0_lambdas[layer].astype(x.dtype) * first
-            value_embedding = None
-            if sizes.has_value_embedding(layer):
-                table = self.value_embeds[str(layer)]
-                value_embedding = table(ids) if table_rows is None else table_rows[_VALUE_EMBEDDING.format(layer)]
-            keys = None if dropout is None else dropout.keys[:, 2 * layer + 1 : 2 * layer + 3]
-            rate = 0.0 if dropout is None else dropout.rate
-            inputs = {"value_embedding": value_embedding, "dropout_keys": keys}
-            rates = {"dropout_rate": rate}
-            if adapter_dropout is not None:
-                inputs["adapter_keys"] = adapter_dropout.keys[:, NUM_MATRICES * layer : NUM_MATRICES * (layer + 1)]
-                rates["adapter_rate"] = adapter_dropout.rate
-            if recompute:
-                given = {name: value for name, value in {"x": x, **inputs}.items() if value is not None}
-                x = recomputed(block, given, **rates)
+            value_embedding = self.value_embeds[str(layer)](ids) if sizes.has_value_embedding(layer) else None
+            if cache is not None:
+                x = block(x, value_embedding, cache.layers[layer])
+            elif self.recompute:
+                x = recomputed(block, x, value_embedding)
             else:
-                past = cache.layers[layer] if cache is not None else None
-                x = block(x, offset=offset, cache=past, **inputs, **rates)
+                x = block(x, value_embedding)
             if layer == sizes.num_layers // 2:
                 middle = x
         if sizes.backout and middle is not None:
@@ -271,10 +197,27 @@ class GPT(nn.Module):
         """Return soft-capped logits (B, T, V) in float32 of token ids (B, T)."""
         return self.logits(self.hidden(ids, cache))
 
-    def _smear(self, x: mx.array, cache: Cache | None) -> mx.array:
-        before = mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1) if cache is None else cache.shift(x)
-        gate = self.smear_lambda.astype(x.dtype) * mx.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))
-        return x + gate * before
+    @property
+    def head_weight(self) -> mx.array:
+        """The head (V, C) without the rows that only pad it."""
+        weight: mx.array = self.lm_head.weight
+        return weight if len(weight) == self.sizes.vocab_size else weight[: self.sizes.vocab_size]
+
+    def tables(self) -> list[str]:
+        """Return the names of the embeddings: modules that look up a row for each token."""
+        return ["transformer.wte", *(f"value_embeds.{layer}" for layer in getattr(self, "value_embeds", {}))]
+
+
+class LookedUp(nn.Module):
+    """Stands in an embedding's place with the rows (B, T, …) of the present tokens, so that gradients are of rows."""
+
+    def __init__(self, rows: mx.array) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Return the rows."""
+        return self.rows
 
 
 # Initial weights
@@ -408,17 +351,23 @@ def cast_parameters(parameters: Mapping[str, mx.array], dtype: mx.Dtype) -> dict
     }
 
 
-def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array]) -> None:
-    """Replace a model's parameters by dotted name; what is not named stays.
+def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array | nn.Module]) -> None:
+    """Replace a model's parameters, or whole modules, by dotted name; what is not named stays.
 
     Raises:
         KeyError: the model has no such parameter.
     """
     for name, value in parameters.items():
-        *path, last = name.split(".")
-        place: Any = model
-        for key in path:
-            place = place[int(key)] if isinstance(place, list) else place[key]
+        parent, _, last = name.rpartition(".")
+        place = module_at(model, parent)
         if last not in place:
             raise KeyError(name)
         place[last] = value
+
+
+def module_at(model: nn.Module, name: str) -> Any:
+    """Return the module with a dotted name; the empty one is the model's."""
+    place: Any = model
+    for key in name.split(".") if name else ():
+        place = place[int(key)] if isinstance(place, list) else place[key]
+    return place

@@ -6,50 +6,49 @@ and with them everything that was computed again for them: measured with 6 layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxchat.ops.dropout import Dropping, dropping, present_dropping
 
-def recomputed(layer: nn.Module, inputs: Mapping[str, mx.array], **settings: Any) -> mx.array:
-    """Return `layer(**inputs, **settings)`; a gradient keeps `inputs` alone and computes the layer once more.
 
-    Results and gradients, of the layer's parameters too, are those of the plain call bit for bit. Inputs of integers
-    (keys) have no gradient, nor have frozen parameters.
+def recomputed(layer: nn.Module, *inputs: mx.array | None) -> mx.array:
+    """Return `layer(*inputs)`; a gradient keeps `inputs` alone and computes the layer once more.
+
+    Results and gradients, of the layer's parameters too, are those of the plain call bit for bit. Inputs are floats;
+    frozen parameters have no gradient.
     """
-    parameters = _flatten(layer.parameters())
-    trained = _flatten(layer.trainable_parameters())
-    frozen = [name for name in parameters if name not in trained]
-    num_parameters = len(trained)
-    # Integers and what is frozen last, so that what has a gradient comes first.
-    ordered = sorted(inputs, key=lambda name: not mx.issubdtype(inputs[name].dtype, mx.floating))
-    num_floats = num_parameters + sum(mx.issubdtype(inputs[name].dtype, mx.floating) for name in ordered)
-    num_moving = num_parameters + len(ordered)
+    trained, everything = _flatten(layer.trainable_parameters()), _flatten(layer.parameters())
+    frozen = {name: value for name, value in everything.items() if name not in trained}
+    present = [value is not None for value in inputs]
+    floats = [*trained.values(), *(value for value in inputs if value is not None)]
+    left_out = present_dropping()
+    others = [*frozen.values(), *([] if left_out is None else [left_out.keys])]
 
     def run(*arrays: mx.array) -> mx.array:
-        given = [*arrays[:num_parameters], *arrays[num_moving:]]
-        layer.update(tree_unflatten(list(zip([*trained, *frozen], given, strict=True))))
-        out: mx.array = layer(**dict(zip(ordered, arrays[num_parameters:num_moving], strict=True)), **settings)
-        return out
+        given = iter(arrays[len(trained) : len(floats)])
+        weights = [*arrays[: len(trained)], *arrays[len(floats) : len(floats) + len(frozen)]]
+        layer.update(tree_unflatten(list(zip([*trained, *frozen], weights, strict=True))))
+        with dropping(None if left_out is None else Dropping(left_out.rate, arrays[-1])):
+            return cast(mx.array, layer(*(next(given) if there else None for there in present)))
 
     function = mx.custom_function(run)
 
     @function.vjp
     def gradient(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> Any:
-        # Only once the cotangent is there: else compilation would take it for what was computed before.
+        # Depends on the cotangent, so that mx.compile computes the layer again instead of keeping it.
         arrays = mx.depends(list(primals), [cotangent])
-        floats, integers = arrays[:num_floats], arrays[num_floats:]
-        _, gradients = mx.vjp(lambda *floats: run(*floats, *integers), floats, [cotangent])
-        gradients = [slope.astype(array.dtype) for slope, array in zip(gradients, floats, strict=True)]
+        moving, fixed = arrays[: len(floats)], arrays[len(floats) :]
+        _, gradients = mx.vjp(lambda *moving: run(*moving, *fixed), moving, [cotangent])
+        gradients = [slope.astype(array.dtype) for slope, array in zip(gradients, moving, strict=True)]
         # The weights' gradients first, so that what they need is freed before the next layer's turn.
-        gradients[num_parameters:] = mx.depends(gradients[num_parameters:], gradients[:num_parameters])
-        return [*gradients, *map(mx.zeros_like, integers)]
+        gradients[len(trained) :] = mx.depends(gradients[len(trained) :], gradients[: len(trained)])
+        return [*gradients, *map(mx.zeros_like, fixed)]
 
-    others = [inputs[name] for name in ordered] + [parameters[name] for name in frozen]
-    return cast(mx.array, function(*trained.values(), *others))
+    return cast(mx.array, function(*floats, *others))
 
 
 def _flatten(parameters: Any) -> dict[str, mx.array]:

@@ -14,8 +14,8 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxchat.distributed.team import Team
-from mlxchat.model.adapters import adapter_dropout_of, adapters_of, attach_adapters
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.lora import adapters_of, attach_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
 
 
@@ -36,7 +36,6 @@ def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
     adapters = adapters_of(model)
     shape = {
         "sizes": model.sizes.to_dict(), "names": list(parameters), "adapters": adapters and asdict(adapters),
-        "adapter_dropout": adapter_dropout_of(model),
     }  # fmt: skip
     begins = team.kept.get(_shape_of(role)) != shape
     equal = {} if begins else team.kept.get(_equal_of(role), {})
@@ -74,7 +73,7 @@ def _take(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> N
         model = team.kept[place] = GPT(GPTSizes(**request["sizes"]))
         if request["adapters"]:
             adapters = AdapterSizes(**request["adapters"] | {"targets": tuple(request["adapters"]["targets"])})
-            attach_adapters(model, adapters, dropout=request["adapter_dropout"])
+            attach_adapters(model, adapters)
     set_parameters(team.kept[place], arrays)
 
 

@@ -215,6 +215,8 @@ class AdapterSizes:
     """Bits of the base's numbers in the matrices of the layers; None: they are as they were."""
     group_size: int = 64
     """Numbers of a row that share a scale, where the base is quantised."""
+    dropout: float = 0.0
+    """Share of their input that adapters do not see while they are trained."""
 
 
 def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:

@@ -1,18 +1,20 @@
 """Dropout whose masks follow from keys, so that none is kept: the gradient makes them again, and so does a resume.
 
-Every row of an iteration has two 32-bit keys for each place at which something is left out (`draw_keys`). They and the
-number's place in its row go through a hash of integer arithmetic, which `mx.compile` turns into vectorised loops: a
-mask is the same on every backend, whichever lane or micro-batch computes its row. One 32-bit word serves two numbers,
-16 bits each, so a rate is kept to 1 / 131,072, and what stays is scaled by exactly what that leaves. On a CPU a mask
-takes 1.2 ns per number; MLX's own generator takes 20.
+Every row of an iteration has two 32-bit keys (`draw_keys`), with which a training step surrounds its forward pass
+(`dropping`). Each place at which something is left out has a number, which is folded into the keys; these and the
+position in the row go through a hash of integer arithmetic, which `mx.compile` turns into vectorised loops. So a mask
+depends on seed, iteration, row and place alone, on every backend, whichever lane or micro-batch computes the row. One
+32-bit word serves two numbers, 16 bits each, so a rate is kept to 1 / 131,072, and what stays is scaled by exactly what
+that leaves. On a CPU a mask takes 1.2 ns per number; MLX's own generator takes 20.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,20 +24,48 @@ from mlxchat.ops.compiled import compiled, differentiable
 _LEVELS = 1 << 16
 
 
-@dataclass(frozen=True)
-class Dropout:
+class Dropping(NamedTuple):
     """What a forward pass leaves out."""
 
     rate: float
-    """Share of the numbers, in [0, 1)."""
+    """Share of the numbers in the model's own places; adapters have rates of their own."""
     keys: mx.array
-    """(B, S, 2), of `draw_keys`, for B rows and S places."""
+    """(B, 2), of `draw_keys`."""
 
 
-def draw_keys(seed: int, iteration: int, *, rows: int, places: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Return the keys (rows, places, 2) of an iteration: Philox, so no iteration has to be drawn before another."""
-    generator = np.random.Philox(key=[seed, iteration])
-    return generator.random_raw(rows * places).view(np.uint32).reshape(rows, places, 2)
+_present: ContextVar[Dropping | None] = ContextVar("dropping", default=None)
+
+
+def draw_keys(seed: int, iteration: int, *, rows: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Return the keys (rows, 2) of an iteration: Philox, so no iteration has to be drawn before another."""
+    return np.random.Philox(key=[seed, iteration]).random_raw(rows).view(np.uint32).reshape(rows, 2)
+
+
+@contextmanager
+def dropping(present: Dropping | None) -> Iterator[None]:
+    """Have `dropout` leave out numbers while models run below; None: nothing."""
+    token = _present.set(present)
+    try:
+        yield
+    finally:
+        _present.reset(token)
+
+
+def present_dropping() -> Dropping | None:
+    """Return what the `dropping` around the caller leaves out; None: nothing."""
+    return _present.get()
+
+
+def dropout(x: mx.array, place: int) -> mx.array:
+    """Return x (B, …) with what `dropping` leaves out at a place; outside of it, x."""
+    present = _present.get()
+    return x if present is None or present.rate == 0 else dropped(x, fold(present.keys, place), present.rate)
+
+
+def fold(keys: mx.array, place: int) -> mx.array:
+    """Return the keys (B, 2) of rows at a place."""
+    first = _second_round(_first_round(keys[:, 0], mx.array(place, mx.uint32)), keys[:, 1])
+    return mx.stack([first, _second_round(keys[:, 1], first)], axis=1)
 
 
 def dropped(x: mx.array, keys: mx.array, rate: float) -> mx.array:

@@ -8,9 +8,9 @@ from typing import Any
 from mlxchat.adapter_config import AdapterConfig
 from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.model.adapters import adapters_of, attach_adapters
 from mlxchat.model.checkpoint import save_adapters, save_checkpoint
 from mlxchat.model.gpt import GPT, trained_parameters
+from mlxchat.model.lora import adapters_of, attach_adapters
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import AdamWRule
 from mlxchat.optimizer_config import OptimizerConfig
@@ -28,7 +28,7 @@ def begin_adapters(ctx: Context, config: AdapterConfig, model: GPT) -> AdamWRule
         return None
     machine = ctx.config.machine
     dtype = select_device(machine.device, machine.compute_dtype)
-    attach_adapters(model, sizes, seed=ctx.seed("adapters"), dtype=dtype, dropout=config.dropout)
+    attach_adapters(model, sizes, seed=ctx.seed("adapters"), dtype=dtype)
     rule = rule_of(config, model.sizes.width, ctx.config.optimizer)
     trained = sum(value.size for value in trained_parameters(model).values())
     ctx.derive({"num_trained_parameters": trained, "adapter_learning_rate": rule.lr})
@@ -56,5 +56,4 @@ def save_trained(
         sizes=model.sizes,
         tokenizer=tokenizer,
         facts=facts,
-        dropout=config.dropout,
     )

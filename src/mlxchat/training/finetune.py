@@ -17,8 +17,8 @@ from mlxchat.data.tokens import Tokens
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
-from mlxchat.model.adapters import adapters_of
 from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.model.lora import adapters_of
 from mlxchat.optim.groups import Optimizer
 from mlxchat.planning.budget import choose_micro_batch, forward_tokens
 from mlxchat.planning.horizon import whole_rows

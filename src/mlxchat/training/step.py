@@ -15,12 +15,20 @@ import numpy as np
 
 from mlxchat.data.packing import Ints, trim_rows
 from mlxchat.distributed.group import ALONE, Group
-from mlxchat.model.adapters import adapter_dropout_of, adapters_of, count_places, unseen_by_adapters
-from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.gpt import (
+    GPT,
+    LookedUp,
+    cast_parameters,
+    flatten_parameters,
+    module_at,
+    set_parameters,
+    trained_parameters,
+)
+from mlxchat.model.lora import adapters_of
 from mlxchat.ops.cross_entropy import cross_entropy_sum
 from mlxchat.ops.device import backend
 from mlxchat.ops.distillation import distillation_sum
-from mlxchat.ops.dropout import Dropout, draw_keys
+from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.lanes import Lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor
 from mlxchat.optim.schedule import Rates
@@ -158,9 +166,9 @@ class TrainStep:
     def _gradients_of(self, batch: Batch, rows: int, iteration: int) -> tuple[mx.array, list[Flat], mx.array]:
         """Return the loss, the gradients, each lane its share of them, and their common norm; all evaluated."""
         arrays: list[np.ndarray[Any, Any]] = [batch.ids, batch.targets, batch.weights]
-        if self.dropout or adapter_dropout_of(self.model):
-            num_rows, places = len(batch.ids), count_places(self.model)
-            arrays.append(draw_keys(self._dropout_seed, iteration, rows=num_rows, places=places))
+        adapters = adapters_of(self.model)
+        if self.dropout or (adapters is not None and adapters.dropout):
+            arrays.append(draw_keys(self._dropout_seed, iteration, rows=len(batch.ids)))
         totals: list[LossAndGradients] = []
         tables: list[Flat] = [{} for _ in self._shares]
         # What ranks compute at the same time are parts of one stretch of rows, as lanes' are.
@@ -234,7 +242,7 @@ class TrainStep:
 
     def _nothing(self) -> tuple[list[LossAndGradients], list[Flat]]:
         """Return the sums of a rank that has no rows."""
-        tables, shapes = set(self.model.table_names()), self.optimizer.shapes
+        tables, shapes = {f"{name}.weight" for name in self.model.tables()}, self.optimizer.shapes
         zeros = [{name: mx.zeros(shapes[name]) for name in names} for names in self._shares]
         gradients = {name: value for share in zeros for name, value in share.items() if name not in tables}
         loss = mx.zeros(() if self.distillation is None else 1 + len(_LOSS_PARTS))
@@ -297,15 +305,16 @@ class TrainStep:
         gradients of it would be filled, kept and added up by every lane.
         """
         self.num_traces += 1  # runs only while tracing
-        dropout = Dropout(self.dropout, keys) if keys is not None and self.dropout else None
-        unseen = unseen_by_adapters(self.model, keys)
+        self.model.recompute = self.recompute
+        tables = {name: module_at(self.model, name) for name in self.model.tables()}
 
         def loss_of(masters: Flat, table_rows: Flat) -> tuple[mx.array, mx.array]:
             set_parameters(self.model, cast_parameters({**frozen, **masters}, self.dtype))
-            rows = {name: value.astype(self.dtype) for name, value in {**frozen_rows, **table_rows}.items()}
-            hidden = self.model.hidden(
-                ids, recompute=self.recompute, table_rows=rows, dropout=dropout, adapter_dropout=unseen
-            )
+            rows = {**frozen_rows, **table_rows}
+            set_parameters(self.model, {name: LookedUp(rows[f"{name}.weight"].astype(self.dtype)) for name in tables})
+            with dropping(None if keys is None else Dropping(self.dropout, keys)):
+                hidden = self.model.hidden(ids)
+            set_parameters(self.model, tables)
             if self.distillation is not None:
                 teacher, mix = self.distillation.teacher, self.distillation.mix
                 total, *parts = distillation_sum(
@@ -325,7 +334,7 @@ class TrainStep:
         masters = flatten_parameters(self.model)
         moved = trained_parameters(self.model)
         frozen_head = "lm_head.weight" not in moved
-        table_rows = {name: parameters[name][ids] for name in self.model.table_names()}
+        table_rows = {name: parameters[name][ids] for name in (f"{table}.weight" for table in tables)}
         others = {name: value for name, value in parameters.items() if name not in table_rows and name in moved}
         frozen = {name: value for name, value in parameters.items() if name not in table_rows and name not in moved}
         frozen_rows = {name: table_rows.pop(name) for name in list(table_rows) if name not in moved}

@@ -1,4 +1,4 @@
-"""The activation with its second product against numpy, on the paths of both kinds of device.
+"""Products with matrices, with and without an activation, against numpy on the paths of both kinds of device.
 
 Shapes: B batch, T tokens, F inner width, C width.
 """
@@ -6,9 +6,11 @@ Shapes: B batch, T tokens, F inner width, C width.
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+import pytest
 
-from mlxchat.ops import activation
+from mlxchat.ops.linear import Activation, linear, squared_relu
 
 
 def example() -> list[np.ndarray]:
@@ -30,7 +32,7 @@ def reference(*inputs: np.ndarray) -> list[np.ndarray]:
 
 def test_the_product_and_its_gradients_are_those_of_the_squared_relu(path: str) -> None:
     x, weight, cotangent = (mx.array(value) for value in example())
-    out, gradients = mx.vjp(activation.squared_relu_product, [x, weight], [cotangent])
+    out, gradients = mx.vjp(lambda x, weight: linear(x, weight, squared_relu), [x, weight], [cotangent])
     for got, expected in zip([out[0], *gradients], reference(*example()), strict=True):
         # Sums of at most 40 products of order one.
         np.testing.assert_allclose(np.asarray(got), expected, atol=2e-5, rtol=1e-5)
@@ -39,14 +41,17 @@ def test_the_product_and_its_gradients_are_those_of_the_squared_relu(path: str) 
 def test_bfloat16_gives_bfloat16_and_gradients_of_it(path: str) -> None:
     """Within some roundings of eight bits of mantissa, in norm."""
     x, weight, cotangent = (mx.array(value).astype(mx.bfloat16) for value in example())
-    out, gradients = mx.vjp(activation.squared_relu_product, [x, weight], [cotangent])
+    out, gradients = mx.vjp(lambda x, weight: linear(x, weight, squared_relu), [x, weight], [cotangent])
     expected = reference(*(np.asarray(value.astype(mx.float32)) for value in (x, weight, cotangent)))
     for got, exact in zip([out[0], *gradients], expected, strict=True):
         assert got.dtype == mx.bfloat16
         assert np.linalg.norm(np.asarray(got.astype(mx.float32)) - exact) < 1e-2 * np.linalg.norm(exact)
 
 
-def test_a_gated_sum_adds_the_scaled_share_that_the_gate_lets_through() -> None:
-    x, gate, y = np.random.default_rng(0).normal(size=(3, 100)).astype(np.float32)
-    got = activation.gated_sum(mx.array(x), mx.array(gate), mx.array(y), scale=3.0)
-    np.testing.assert_allclose(np.asarray(got), x + 3 / (1 + np.exp(-gate)) * y, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("activation", [nn.silu, nn.gelu_approx, mx.tanh])
+def test_any_activation_has_the_product_and_gradients_of_mlxs_own(path: str, activation: Activation) -> None:
+    x, weight, cotangent = (mx.array(value) for value in example())
+    found = mx.vjp(lambda x, weight: linear(x, weight, activation), [x, weight], [cotangent])
+    right = mx.vjp(lambda x, weight: activation(x) @ weight.T, [x, weight], [cotangent])
+    for got, expected in zip([*found[0], *found[1]], [*right[0], *right[1]], strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=2e-5, rtol=1e-5)
