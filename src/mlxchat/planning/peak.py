@@ -1,4 +1,4 @@
-"""How many floating-point operations per second this device can do, to compare a training with."""
+"""The highest FLOP/s of this device: published, or the best ever measured or reached by a training on this machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from mlxchat.hub.cache import cache_folder, write_json
 from mlxchat.ops.device import backend
 from mlxchat.ops.lanes import Lanes
 
-# Rows, inner width and columns of the product: about what a block of a small model multiplies.
-_SHAPE = 2048, 1024, 4096
-_PROBE = 512
+# Rows, inner width and columns of the measured product. On a CPU it takes 10 to 20 ms, so that some of a hundred are
+# not interrupted by other programs; on a GPU it is large enough to use all of it.
+_CPU_SHAPE, _GPU_SHAPE = (1024, 512, 1024), (4096, 4096, 4096)
+_ROUNDS, _ROUND_SECONDS = 3, 0.15
 
-# Dense TFLOP/s of (bfloat16, float32) by words of the device's name, the more specific first; None: no figure that a
-# maker published. NVIDIA: data sheets and architecture white papers, which state products with structured sparsity at
-# twice these; float32 is TF32, in which MLX multiplies there. Apple: its announcements of the chips, float32.
+# Dense TFLOP/s of (bfloat16, float32) by words of the device's name, the more specific first; None: not published.
+# NVIDIA: the architecture white papers (Ampere, Ada, Hopper, Blackwell) and data sheets, which state products with
+# structured sparsity at twice these; float32 is TF32, MLX's default there.
+# Apple: M1 from its announcements. M2: cores × 128 ALUs × 2 × 1.398 GHz with the most cores of each chip (19, 38, 76);
+# the M2's 3.6 is also Apple's own. Their ALUs compute half precision at the rate of float32 (Metal Benchmarks).
+# M3, M4, M5: published clocks contradict each other and Apple states none, so these are measured.
 _TABLE: tuple[tuple[tuple[str, ...], float | None, float | None], ...] = (
     (("h200", "nvl"), 836.0, 418.0),
     (("h200",), 989.4, 494.7),
@@ -30,65 +34,68 @@ _TABLE: tuple[tuple[tuple[str, ...], float | None, float | None], ...] = (
     (("h100", "pcie"), 756.0, 378.0),
     (("h100",), 989.4, 494.7),
     (("a100",), 312.0, 156.0),
-    (("l40s",), 362.0, None),
-    (("l4",), 121.0, None),
-    (("rtx", "4090"), 165.2, None),
-    (("rtx", "5090"), 209.5, None),
-    (("apple", "m1", "ultra"), None, 21.0),
-    (("apple", "m1", "max"), None, 10.4),
-    (("apple", "m1", "pro"), None, 5.2),
-    (("apple", "m1"), None, 2.6),
-    (("apple", "m2", "ultra"), None, None),
-    (("apple", "m2", "max"), None, None),
-    (("apple", "m2", "pro"), None, None),
-    (("apple", "m2"), None, 3.6),
+    (("l40s",), 362.0, 183.0),
+    (("l4",), 121.0, 60.0),
+    (("rtx", "4090"), 165.2, 82.6),
+    (("rtx", "5090"), 209.5, 104.8),
+    (("apple", "m1", "ultra"), 21.0, 21.0),
+    (("apple", "m1", "max"), 10.4, 10.4),
+    (("apple", "m1", "pro"), 5.2, 5.2),
+    (("apple", "m1"), 2.6, 2.6),
+    (("apple", "m2", "ultra"), 27.2, 27.2),
+    (("apple", "m2", "max"), 13.6, 13.6),
+    (("apple", "m2", "pro"), 6.8, 6.8),
+    (("apple", "m2"), 3.6, 3.6),
 )
 
 
 def peak_flops(dtype: mx.Dtype) -> float | None:
-    """Return the peak FLOP/s of the default device in `dtype`: measured on a CPU, from a table on a GPU.
+    """Return the highest known FLOP/s of the default device in `dtype`.
 
-    None: unknown.
+    It is the published figure or, without one, measured once per process; a training that was faster counts, too.
+    None: half precision on a CPU, which MLX emulates.
     """
-    if backend() == "cpu":
-        return measured_peak_flops() if dtype == mx.float32 else None
-    return tabled_peak_flops(str(mx.device_info().get("device_name", "")), dtype)
+    if backend() == "cpu" and dtype != mx.float32:
+        return None
+    published = None if backend() == "cpu" else tabled_peak_flops(_device_name(), dtype)
+    return keep_peak(dtype, published or _measured(dtype))
 
 
-@cache
-def measured_peak_flops() -> float:
-    """Return the highest rate in FLOP/s of float32 matrix products ever measured on this machine with these cores.
-
-    Measured once per process; the best is kept in the cache folder, since other work slows a single measurement.
-    """
-    return measure_peak_flops()
-
-
-def measure_peak_flops(seconds: float = 0.3) -> float:
-    """Measure again for about `seconds`; return the best of this and of all earlier measurements on this machine.
-
-    The products are 2048×1024×4096, unless this machine is too slow for even one of them in that time.
-    """
-    rows, inner, columns = _SHAPE
-    rate = _rate(_PROBE, _PROBE, _PROBE, seconds / 10)
-    if 2 * rows * inner * columns / rate < seconds:
-        rate = max(rate, _rate(rows, inner, columns, seconds))
-    mx.clear_cache()
-    return _best_kept(rate)
-
-
-def _best_kept(rate: float) -> float:
-    """Return the larger of a rate and the kept one of this machine, and keep it."""
-    path, key = cache_folder() / "peaks.json", f"{platform.node()}, {len(Lanes())} cores, mlx {version('mlx')}"
+def keep_peak(dtype: mx.Dtype, rate: float) -> float:
+    """Return the highest FLOP/s ever seen on this machine, `rate` included, and keep it in the cache folder."""
+    device = f"{len(Lanes())} cores" if backend() == "cpu" else f"{_device_name()}, {dtype}"
+    path, key = cache_folder() / "peaks.json", f"{platform.node()}, {device}, mlx {version('mlx')}"
     try:
         kept = json.loads(path.read_bytes())
         best = max(rate, float(kept[key]))
-    except (OSError, ValueError, TypeError, KeyError):  # nothing kept, or not by us
+    except (OSError, ValueError, TypeError, KeyError):  # nothing kept, or damaged
         kept, best = {}, rate
     if best == rate:
         with suppress(OSError):
             write_json(path, {**(kept if isinstance(kept, dict) else {}), key: best})
     return best
+
+
+def raise_peak(dtype: mx.Dtype, rate: float) -> float:
+    """Return the peak once a training was faster than the known one: the better of its rate and a new measurement."""
+    return keep_peak(dtype, max(rate, measure_flops(dtype)))
+
+
+def measure_flops(dtype: mx.Dtype) -> float:
+    """Return the rate of the fastest of many matrix products, in a few short rounds."""
+    shape = _CPU_SHAPE if backend() == "cpu" else _GPU_SHAPE
+    rate = max(_rate(shape, dtype, _ROUND_SECONDS) for _ in range(_ROUNDS))
+    mx.clear_cache()
+    return rate
+
+
+@cache
+def _measured(dtype: mx.Dtype) -> float:
+    return measure_flops(dtype)
+
+
+def _device_name() -> str:
+    return str(mx.device_info().get("device_name", ""))
 
 
 def tabled_peak_flops(device_name: str, dtype: mx.Dtype) -> float | None:
@@ -101,14 +108,15 @@ def tabled_peak_flops(device_name: str, dtype: mx.Dtype) -> float | None:
     return None
 
 
-def _rate(rows: int, inner: int, columns: int, seconds: float) -> float:
-    """Return the highest rate of the products that fit in so many seconds; the first, which wake threads, are extra.
+def _rate(shape: tuple[int, int, int], dtype: mx.Dtype, seconds: float) -> float:
+    """Return the highest rate of the products that fit in so many seconds, one after a first that is not counted.
 
-    Each core does products of its own, as in training: threads that share one wait for each other by spinning, and
-    beside another program's work they have shown a thirtieth of the rate.
+    Each core computes products of its own, as in training: threads that share a product wait for each other by
+    spinning, which beside another program has shown a thirtieth of the rate.
     """
+    rows, inner, columns = shape
     lanes = Lanes()
-    one, other = mx.ones((rows, inner)), mx.ones((inner, columns))
+    one, other = mx.ones((rows, inner), dtype=dtype), mx.ones((inner, columns), dtype=dtype)
 
     def products() -> list[mx.array]:
         return lanes.run([lambda: one @ other] * len(lanes))

@@ -14,13 +14,14 @@ import mlx.core as mx
 from mlxchat.config import MachineConfig, ScheduleConfig
 from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.model.gpt import GPT
+from mlxchat.model.lora import adapters_of
 from mlxchat.model.sizes import flops_per_token
 from mlxchat.ops import blas
 from mlxchat.ops.device import backend, select_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.planning.budget import MOST_TOKENS
-from mlxchat.planning.peak import measure_peak_flops, peak_flops
+from mlxchat.planning.peak import peak_flops, raise_peak
 from mlxchat.runner.context import Context
 from mlxchat.runner.crash import crash_point
 from mlxchat.training.best import Best
@@ -122,7 +123,8 @@ def fit(
     """
     machine = ctx.config.machine
     dtype = prepare_machine(machine)
-    peak = peak_flops(dtype)
+    # nanochat's FLOPs per token are those of a training of all weights.
+    peak = peak_flops(dtype) if adapters_of(model) is None else None
     mx.reset_peak_memory()
     micro_tokens = micro_tokens or machine.device_batch_tokens or MOST_TOKENS[backend()]
     step = make_step(
@@ -140,7 +142,7 @@ def fit(
     meter = Meter(
         flops_per_token=flops_per_token(model.sizes),
         peak_flops=peak and num_ranks * peak,
-        measure_again=(lambda: num_ranks * measure_peak_flops()) if backend() == "cpu" else None,
+        raise_peak=lambda rate: num_ranks * raise_peak(dtype, rate / num_ranks),
     )
     watch = Watch(ctx.config.training)
     state = load_state(ctx.work, model, optimizer, best)

@@ -20,16 +20,16 @@ class Meter:
         *,
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
-        measure_again: Callable[[], float] | None = None,
+        raise_peak: Callable[[float], float] = lambda rate: rate,
     ) -> None:
         """Begin at nothing.
 
         Args:
             flops_per_token: of training, as nanochat counts them.
             peak_flops: FLOP/s that the device can do; None: unknown, and so is the utilisation (MFU).
-            measure_again: returns the peak, measured again: called once if training is faster than `peak_flops`.
+            raise_peak: called with a rate above `peak_flops`, which then was measured too low; returns the new peak.
         """
-        self._flops_per_token, self._peak_flops, self._measure_again = flops_per_token, peak_flops, measure_again
+        self._flops_per_token, self._peak_flops, self._raise_peak = flops_per_token, peak_flops, raise_peak
         self._ema, self._weight = 0.0, 0.0
         self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
         self._recent: list[tuple[int, float, float]] = []
@@ -65,14 +65,13 @@ class Meter:
         return sum(recent[2] for recent in self._recent) / max(1e-9, sum(recent[1] for recent in self._recent))
 
     def mfu(self) -> float | None:
-        """Return which share of the device's peak the model's FLOPs of the last ten iterations are, in [0, 1].
-
-        None: unknown, also where training is faster than the peak, which then was measured on a busy machine.
-        """
+        """Return the model's FLOP/s over the last ten iterations as a share of the peak, in [0, 1]; None: no peak."""
+        if self._peak_flops is None:
+            return None
         rate = self._flops_per_token * self.tokens_per_second()
-        if self._peak_flops is not None and rate > self._peak_flops and self._measure_again is not None:
-            self._peak_flops, self._measure_again = self._measure_again(), None
-        return rate / self._peak_flops if self._peak_flops is not None and rate <= self._peak_flops else None
+        if rate > self._peak_flops:
+            self._peak_flops = max(rate, self._raise_peak(rate))
+        return rate / self._peak_flops
 
     def record(self, loss: float | None) -> dict[str, float]:
         """Return the numbers for metrics.jsonl."""
