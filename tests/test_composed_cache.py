@@ -69,6 +69,20 @@ def test_what_was_kept_equals_what_is_composed_to_the_type_of_every_value(
     assert (kept, repr(kept)) == (composed, repr(composed))
 
 
+def test_folders_of_outputs_share_an_entry(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXCHAT_COMPOSED_CACHE", "off")
+    monkeypatch.setattr(compose, "_place_of_outputs", lambda overrides: None)
+    composed = compose_config(["seed=7", "outputs=/a-b/c.d"])
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home.parents[1]))
+    monkeypatch.setattr("mlxchat.composed_cache._SETTLED_SECONDS", -1e9)
+    for outputs in ("outputs=/somewhere/else", "outputs='/quoted'", "outputs=/${name}"):
+        compose_config([outputs, "seed=7"])
+    monkeypatch.setattr(compose, "_compose", refuse)
+    assert repr(compose_config(["seed=7", "outputs=/a-b/c.d"])) == repr(composed)
+    assert compose_config(["outputs=/first/one", "seed=7", "outputs=second/"]).config.outputs == "second/"
+
+
 def test_a_changed_added_or_removed_file_of_ones_own_is_composed_anew(tmp_path: Path) -> None:
     mine = tmp_path / "conf" / "model" / "mine.yaml"
     aged(mine, "defaults: [d4, _self_]\nname: mine\ndepth: 6\n", 70)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # Hydra takes longer to import than everything else together,
     from omegaconf import DictConfig
 
 CONF_MODULE = "mlxchat.conf"
+# Paths that Hydra's grammar takes as they stand, as text.
+_PLAIN_OUTPUTS = re.compile(r"outputs=[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
     return rest, folders
 
 
+@cache
 def register_schema() -> None:
     """Register with Hydra the types, which config.yaml's defaults list names `schema`, and a model of every depth."""
     from hydra.core.config_store import ConfigStore
@@ -77,6 +80,10 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None) -
     Raises:
         ConfigError: everything that is wrong, with the nearest right names.
     """
+    place = _place_of_outputs(overrides) if not config_dirs else None
+    if place is not None:
+        composed = compose_config([each for each in overrides if not each.startswith("outputs=")])
+        return Composed(replace(composed.config, outputs=place), overrides, composed.choices)
     kept = ComposedCache(overrides, config_dirs or [], conf_folder())
     known = kept.recall()
     if known is not None:
@@ -93,6 +100,14 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None) -
     config = to_typed(composed)
     kept.keep(config, choices)
     return Composed(config, overrides, choices)
+
+
+def _place_of_outputs(overrides: list[str]) -> str | None:
+    """Return the path of a plain `outputs=PATH` that nothing else refers to: all such folders share a cache entry."""
+    found = [each for each in overrides if each.lstrip("+~").startswith("outputs")]
+    if any("outputs}" in each for each in overrides) or not all(map(_PLAIN_OUTPUTS.fullmatch, found)):
+        return None
+    return found[-1].removeprefix("outputs=") if found else None
 
 
 def to_typed(composed: DictConfig) -> Config:
