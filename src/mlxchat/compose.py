@@ -82,8 +82,8 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None) -
     """
     place = _place_of_outputs(overrides) if not config_dirs else None
     if place is not None:
-        composed = compose_config([each for each in overrides if not each.startswith("outputs=")])
-        return Composed(replace(composed.config, outputs=place), overrides, composed.choices)
+        other = compose_config([each for each in overrides if not each.startswith("outputs=")])
+        return Composed(replace(other.config, outputs=place), overrides, other.choices)
     kept = ComposedCache(overrides, config_dirs or [], conf_folder())
     known = kept.recall()
     if known is not None:
