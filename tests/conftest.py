@@ -17,8 +17,8 @@ from kit.commands import Command, CommandLine, Finished, Say, run_here, run_proc
 from kit.hubs import LoopbackHub, UploadHub
 from kit.models import computing_on_cpu, make_tokenizer
 from kit.toys import Toys
+from mlxchat.cpu import runtime
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.ops import blas
 from mlxchat.runner import stage as stage_module
 
 # Other programs may keep the machine busy: examples are the same every time and may take their time.
@@ -31,10 +31,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 @pytest.fixture(autouse=True)
 def same_cores() -> Iterator[None]:
     """Give matrix products the cores back that a training in this process may have taken from them."""
-    before = blas.blas_threads()
+    before = runtime.blas_threads()
     yield
     if before is not None:
-        blas.set_blas_threads(before)
+        runtime.set_blas_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,14 @@ def on_cpu() -> Iterator[None]:
     """Compute on the CPU, whatever device a test or the machine chose."""
     with computing_on_cpu():
         yield
+
+
+@pytest.fixture(params=["cpu", "plain"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether `mlxchat.cpu` computes or the plain path, which Metal and CUDA run, on this machine's CPU."""
+    if request.param == "plain":
+        monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """mlxchat: nanochat's pipeline on Apple MLX, as a declarative, cached, versioned DAG."""
 
-from mlxchat.ops.import_hook import install_hook
+from contextlib import suppress
 
 __version__ = "0.1.0"
 
-# Without a fast BLAS, loaded before its first import, MLX's Linux CPU wheel is some fifty times slower.
-install_hook()
+# MLX's wheel for Linux CPUs is some fifty times slower without a fast BLAS, which has to be loaded before it.
+with suppress(ModuleNotFoundError):
+    from mlxchat.cpu import install_hook
+
+    install_hook()

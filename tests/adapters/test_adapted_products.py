@@ -14,7 +14,7 @@ import pytest
 
 from mlxchat.model.lora import LAYERS, LoRALinear, row_lengths
 from mlxchat.model.sizes import AdapterSizes
-from mlxchat.ops import linear, normalisation
+from mlxchat.ops import linear
 from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping, fold
 from mlxchat.ops.linear import identity
 from mlxchat.ops.linear import squared_relu as relu_squared
@@ -22,14 +22,6 @@ from mlxchat.ops.linear import squared_relu as relu_squared
 assert mlxchat
 IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
 Numbers = dict[str, np.ndarray]
-
-
-@pytest.fixture(params=["cpu", "gpu"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two code paths computes; the GPU's is run on the CPU."""
-    for module in (linear, normalisation):
-        monkeypatch.setattr(module, "backend", lambda: request.param)
-    return str(request.param)
 
 
 @dataclass

@@ -9,10 +9,10 @@ import pytest
 from kit import ranks
 from kit.training import make_optimizer
 from mlxchat.bench.machines import sent_bytes
+from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters
-from mlxchat.ops import blas
 from mlxchat.optim.schedule import Rates
 from mlxchat.training.step import mean_batch
 from mlxchat.training.team_step import make_step
@@ -25,7 +25,7 @@ ROWS, TOKENS = 6, 64
 
 def count_bytes(team: Team) -> float:
     """Return what rank 0 sends in a step, once the model is with all."""
-    blas.set_blas_threads(1)
+    runtime.set_blas_threads(1)
     model = GPT(SIZES)
     init_weights(model, 1)
     optimizer = make_optimizer(model)

@@ -12,12 +12,12 @@ import pytest
 from kit import ranks
 from kit.models import make_model
 from kit.training import make_rows, optimizer_config
+from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import AdapterSizes, resolve_targets
-from mlxchat.ops import blas
 from mlxchat.optim.groups import AdamWRule, Optimizer
 from mlxchat.optim.schedule import Rates
 from mlxchat.training.policy_scores import policy_scores
@@ -29,7 +29,7 @@ KINDS = {"lora": ("lora", None), "dora": ("dora", None), "qlora": ("lora", 4)}
 
 def train(team: Team, name: str) -> dict[str, Any]:
     """Train adapters for three steps; return losses, adapters, scores before and after, and digests of ranks."""
-    blas.set_blas_threads(1)
+    runtime.set_blas_threads(1)
     kind, bits = KINDS[name]
     model = make_model(vocab_size=281)
     rng = np.random.default_rng(7)

@@ -16,11 +16,11 @@ import pytest
 from kit import models, ranks
 from kit.training import optimizer_config
 from mlxchat.compose import compose_config
+from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
 from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import sizes_of
-from mlxchat.ops import blas
 from mlxchat.ops.distillation import Mix
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
@@ -85,7 +85,7 @@ def look(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> li
 
 def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
     """Train on a few batches; leave weights and moments in the folder."""
-    blas.set_blas_threads(1)
+    runtime.set_blas_threads(1)
     case = {**SETTINGS, **CASES[name]}
     model = make_model(**case["sizes"])
     optimizer = make_optimizer(model, **case["optimizer"])
@@ -113,7 +113,7 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
 
 def peak_of_large(team: Team) -> dict[str, Any]:
     """Train a model that is large enough for its memory to be counted; return what ranks held and what is predicted."""
-    blas.set_blas_threads(1)
+    runtime.set_blas_threads(1)
     config = compose_config(["model.depth=6", "architecture=oct2025", "optimizer=muon_oct2025"]).config
     sizes = sizes_of(replace(config.model, context_tokens=128), config.architecture, 2048)
     before = team.call(forget_peak)

@@ -18,6 +18,7 @@ import pytest
 from kit import models, ranks
 from kit.models import make_tokenizer
 from kit.training import rl_config
+from mlxchat.cpu import runtime
 from mlxchat.data.packing import Row
 from mlxchat.distributed.team import Team
 from mlxchat.engine.rank_engine import make_engine
@@ -30,7 +31,6 @@ from mlxchat.evals.samples import answer_prompts
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes
-from mlxchat.ops import blas
 from mlxchat.runner.progress import Progress
 from mlxchat.training.pass_at_k import pass_at_k
 from mlxchat.training.policy_scores import policy_scores
@@ -225,7 +225,7 @@ def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def on_one_core() -> None:
-    blas.set_blas_threads(1)
+    runtime.set_blas_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def of_one(bundle: str) -> Callable[[str], dict[str, Any]]:
     @cache
     def run(architecture: str) -> dict[str, Any]:
         mx.set_default_device(mx.cpu)
-        blas.set_blas_threads(1)
+        runtime.set_blas_threads(1)
         found: dict[str, Any] = json.loads(json.dumps(work(None, architecture, bundle)))
         return found
 

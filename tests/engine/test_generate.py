@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.cpu import runtime
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.kv_cache import KVCache
 from mlxchat.model.gpt import GPT
-from mlxchat.ops import blas
 
 # Of different lengths, one of them a single token.
 PROMPT_LENGTHS = [7, 1, 30, 12]
@@ -246,9 +246,9 @@ def test_each_row_has_its_own_calculator(tokenizer: Tokenizer, scripted: Callabl
 
 @pytest.mark.parametrize("early", [False, True], ids=["to the end", "left early"])
 def test_the_cores_of_matrix_products_are_as_before(model: GPT, tokenizer: Tokenizer, early: bool) -> None:
-    before = blas.blas_threads()
+    before = runtime.blas_threads()
     columns = Engine(model, tokenizer).stream([[tokenizer.bos]], max_new_tokens=4)
     next(columns)
     next(columns)
     columns.close() if early else list(columns)
-    assert blas.blas_threads() == before
+    assert runtime.blas_threads() == before

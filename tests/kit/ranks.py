@@ -102,13 +102,13 @@ def _be_a_rank(order: dict[str, Any], result: Path) -> None:
 
     import mlx.core as mx
 
+    from mlxchat.cpu import runtime
     from mlxchat.distributed.group import Group
     from mlxchat.distributed.team import Team
-    from mlxchat.ops import blas
 
     assert mlxchat
     mx.set_default_device(mx.cpu)
-    blas.set_blas_threads(1)
+    runtime.set_blas_threads(1)
     group = Group(mx.distributed.init(backend="ring", strict=True), "ring")
     team, found = Team(group), None
     # A team calls functions of mlxchat alone: those of the test's file belong to it here.

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.cpu import kernels
 from mlxchat.ops import cross_entropy
 from mlxchat.ops.cross_entropy import cross_entropy_sum, soft_cap, token_losses
 
@@ -21,8 +22,9 @@ NUM_ROWS = [1, 63, 64, 65, 128, 200]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 1)  # so 64 rows, the least there are in a chunk
-    monkeypatch.setattr(cross_entropy, "_LEAST_ROWS", 64)
+    monkeypatch.setattr(kernels, "_CHUNK_FLOATS", 1)  # so 64 rows, the least there are in a chunk
+    monkeypatch.setattr(kernels, "_LEAST_ROWS", 64)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 64 * VOCABULARY)
 
 
 def example(num_rows: int, *, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -122,14 +124,14 @@ def test_huge_hidden_states_give_finite_losses_and_gradients(path: str, scale: f
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200, 1000])
 @pytest.mark.parametrize("vocab_size", [1, 50, 1 << 30])
 def test_chunks_cover_the_rows_once_in_order_and_none_is_empty(rows: int, vocab_size: int) -> None:
-    chunks = cross_entropy._chunks(rows, vocab_size)
+    chunks = cross_entropy.split_rows(rows, vocab_size)
     assert [row for chunk in chunks for row in range(rows)[chunk]] == list(range(rows))
     assert all(0 < chunk.stop - chunk.start <= 64 for chunk in chunks)
 
 
 def test_a_chunks_logits_stay_within_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 100 * VOCABULARY + 7)
-    assert [chunk.stop - chunk.start for chunk in cross_entropy._chunks(250, VOCABULARY)] == [100, 100, 50]
+    monkeypatch.setattr(kernels, "_CHUNK_FLOATS", 100 * VOCABULARY + 7)
+    assert [chunk.stop - chunk.start for chunk in cross_entropy.split_rows(250, VOCABULARY)] == [100, 100, 50]
 
 
 @pytest.mark.parametrize("num_rows", [64, 65])

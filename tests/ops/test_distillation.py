@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.ops import cross_entropy, distillation
+from mlxchat.cpu import kernels
+from mlxchat.ops import cross_entropy
 from mlxchat.ops.cross_entropy import cross_entropy_sum, soft_cap
 from mlxchat.ops.distillation import Mix, distillation_sum
 
@@ -20,16 +21,12 @@ MIXES = [
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two code paths computes, in chunks of 32 rows, so that there are several."""
-    for module in (cross_entropy, distillation):
-        monkeypatch.setattr(module, "backend", lambda: request.param)
-    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 1)
-    monkeypatch.setattr(cross_entropy, "_LEAST_ROWS", 32)
-    distillation._exp_of.cache_clear()
-    yield str(request.param)
-    distillation._exp_of.cache_clear()
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute 32 rows at a time, so that there are several chunks."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 32 * VOCAB)
+    monkeypatch.setattr(kernels, "_CHUNK_FLOATS", 32 * VOCAB)
+    monkeypatch.setattr(kernels, "_LEAST_ROWS", 32)
 
 
 class Case:

@@ -19,6 +19,7 @@ import pytest
 from mlxchat.cli import main
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
+from mlxchat.cpu import kernels, lanes, runtime
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.engine import generate, slots
 from mlxchat.engine.generate import Engine
@@ -26,7 +27,6 @@ from mlxchat.engine.scheduler import Scheduler
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
-from mlxchat.ops import attention, blas, cross_entropy, lanes
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.planning import budget, memory
@@ -77,12 +77,12 @@ def measured_and_predicted(case: Case, variant: str, attempts: int = 2, dropout:
     depth, vocab_size, row_tokens, rows, micro_rows, recompute, num_lanes = case
     config = compose_config([f"model.depth={depth}", f"architecture={variant}", f"optimizer=muon_{variant}"]).config
     sizes = sizes_of(replace(config.model, context_tokens=row_tokens), config.architecture, vocab_size)
-    threads = blas.blas_threads() or 1
-    blas.set_blas_threads(num_lanes)
+    threads = runtime.blas_threads() or 1
+    runtime.set_blas_threads(num_lanes)
     try:
         measured = max(peak_of_two_steps(config, sizes, case, dropout) for _ in range(attempts))
     finally:
-        blas.set_blas_threads(threads)
+        runtime.set_blas_threads(threads)
     predicted = predict_peak_bytes(
         sizes, config.optimizer, rows=rows, micro_rows=micro_rows, row_tokens=row_tokens, num_lanes=num_lanes,
         recompute=recompute,
@@ -110,7 +110,7 @@ def peak_of_two_steps(config: Config, sizes: GPTSizes, case: Case, dropout: floa
 
 
 def needs_lanes() -> None:
-    if blas.blas_threads() is None:
+    if runtime.blas_threads() is None:
         pytest.skip("factors were measured with OpenBLAS")
 
 
@@ -148,9 +148,9 @@ def test_it_is_for_larger_models_of_both_architectures_too(case: Case, variant: 
 
 
 def test_the_prediction_knows_the_sizes_that_the_kernels_work_with() -> None:
-    assert memory._BLOCK_TOKENS == attention._BLOCK_TOKENS
-    assert (memory._CHUNK_FLOATS, memory._LEAST_CHUNK_ROWS) == (cross_entropy._CHUNK_FLOATS, cross_entropy._LEAST_ROWS)
-    assert budget._MOST_LANES == lanes._MOST_LANES
+    assert memory._BLOCK_TOKENS == kernels._BLOCK_TOKENS
+    assert (memory._CHUNK_FLOATS, memory._LEAST_CHUNK_ROWS) == (kernels._CHUNK_FLOATS, kernels._LEAST_ROWS)
+    assert budget._MOST_LANES == lanes.MOST_LANES
 
 
 SIZES = GPTSizes(

@@ -17,14 +17,14 @@ import mlxchat, asyncio, sys
 from pathlib import Path
 import mlx.core as mx
 from mlxchat.engine.scheduler import Request, Sampling
-from mlxchat.ops import blas
+from mlxchat.cpu import runtime
 from mlxchat.runner.store import Store
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
 from mlxchat.serve.worker import Worker, load_scheduler
 
 mx.set_default_device(mx.cpu)
-blas.set_blas_threads(2)
+runtime.set_blas_threads(2)
 store = Store(Path(sys.argv[1]))
 worker = Worker(Limits(), load_scheduler)
 

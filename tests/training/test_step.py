@@ -10,11 +10,11 @@ import pytest
 
 from kit.models import make_model
 from kit.training import make_optimizer
+from mlxchat.cpu import runtime
 from mlxchat.data.packing import IGNORED
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops import attention, blas, cross_entropy, linear, normalisation
 from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.lanes import Lanes, make_lanes
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
 from mlxchat.training import step as step_module
@@ -35,25 +35,17 @@ def rows(count: int, *, seed: int = 0, targets_per_row: list[int] | None = None)
     return made
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two code paths computes; the GPU's is run on the CPU, where its products are exact."""
-    for module in (attention, cross_entropy, linear, normalisation):
-        monkeypatch.setattr(module, "backend", lambda: request.param)
-    return str(request.param)
-
-
 @pytest.fixture
 def set_lanes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Make steps have so many lanes, whatever the machine has."""
 
     def make(count: int) -> Lanes:
-        lanes = Lanes()
+        lanes = make_lanes()
         missing = max(0, count - len(lanes))
         lanes.streams = [*lanes.streams[:count], *(mx.new_stream(mx.cpu) for _ in range(missing))]
         return lanes
 
-    return lambda count: monkeypatch.setattr(step_module, "Lanes", lambda: make(count))
+    return lambda count: monkeypatch.setattr(step_module, "make_lanes", lambda: make(count))
 
 
 def losses_of(model: GPT, batch: Batch) -> np.ndarray:
@@ -212,23 +204,23 @@ def test_fewer_rows_than_lanes_are_trained_on(set_lanes: Callable[[int], None], 
     np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
 
 
-@pytest.mark.skipif(blas.blas_threads() is None, reason="no OpenBLAS here")
+@pytest.mark.skipif(runtime.blas_threads() is None, reason="no OpenBLAS here")
 def test_the_threads_of_products_come_back_after_a_step_and_after_an_error(set_lanes: Callable[[int], None]) -> None:
-    before = blas.blas_threads()
+    before = runtime.blas_threads()
     assert before is not None
     set_lanes(2)
     model = make_model()
     step = TrainStep(model, make_optimizer(model), micro_tokens=1000, dtype=mx.float32)
-    blas.set_blas_threads(2)
+    runtime.set_blas_threads(2)
     try:
         step(mean_batch(rows(4)), Rates(1.0, 0.9, 1.0))
-        assert blas.blas_threads() == 2
+        assert runtime.blas_threads() == 2
         bad = mean_batch(rows(4))
         with pytest.raises(ValueError, match="shape"):
             step(Batch(bad.ids, bad.targets, bad.weights[:, :-1]), Rates(1.0, 0.9, 1.0))
-        assert blas.blas_threads() == 2
+        assert runtime.blas_threads() == 2
     finally:
-        blas.set_blas_threads(before)
+        runtime.set_blas_threads(before)
 
 
 # Compilation

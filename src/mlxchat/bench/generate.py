@@ -19,7 +19,7 @@ from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import describe_device
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.lanes import make_lanes
 from mlxchat.runner.environment import versions
 from mlxchat.runner.progress import Progress, format_bytes, format_count
 from mlxchat.training.loop import prepare_machine
@@ -98,7 +98,7 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
 
 def _bandwidth() -> float:
     """Return the bytes per second that all lanes together read from large arrays, at best."""
-    lanes = Lanes()
+    lanes = make_lanes()
     arrays = [mx.ones(_BANDWIDTH_BYTES // 4 // len(lanes) // 4096 * 4096).reshape(-1, 4096) for _ in range(len(lanes))]
     mx.eval(arrays)
     best = float("inf")

@@ -63,18 +63,17 @@ def _device() -> Iterator[Finding]:
     try:
         import mlx.core as mx
 
-        from mlxchat.ops import blas
-        from mlxchat.ops.device import describe_device
+        from mlxchat.ops.device import describe_device, remedy
     except ImportError as error:
         yield ("wrong", "mlx", f"cannot be imported ({error}): make setup")
         return
     device = describe_device()
     yield ("ok", "device", f"{device['name']} ({device['backend']}), {device['cores']} cores, {device['platform']}")
-    remedy = blas.remedy()
-    if remedy.needed:
-        mark = "ok" if remedy.library else "wrong"
-        yield (mark, "blas", f"{remedy.reason} ({remedy.library or 'the reference BLAS serves: slow'})")
-        yield ("ok", "kernels", f"compiled with g++ {remedy.compiler}")
+    done = remedy()
+    if done is not None and done.needed:
+        mark = "ok" if done.library else "wrong"
+        yield (mark, "blas", f"{done.reason} ({done.library or 'the reference BLAS serves: slow'})")
+        yield ("ok", "kernels", f"compiled with g++ {done.compiler}")
     if device["backend"] == "cpu" and sys.platform == "linux" and shutil.which("g++") is None:
         yield ("note", "compiler", "no g++: MLX cannot compile kernels and falls back to slower ones. Install g++.")
     available = [name for name in ("ring", "jaccl", "nccl", "mpi") if mx.distributed.is_available(name)]

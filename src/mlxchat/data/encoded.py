@@ -19,7 +19,7 @@ from mlxchat.data.prefetch import fetch_ahead
 from mlxchat.data.shards import Shard, chars_per_byte, open_shards
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import FILE, FORMAT, Array, Tokens, open_tokens, write_tokens
-from mlxchat.ops.blas import available_cores
+from mlxchat.ops.cores import available_cores
 from mlxchat.runner.context import Context
 from mlxchat.runner.fingerprint import canonical_json
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.cpu.kernels import EXP_UNIT, masked_exp_of_units
 from mlxchat.engine.kv_format import KVFormat
 from mlxchat.engine.lane_weights import key_value_heads, lane_weights
 from mlxchat.engine.quantise import multiply, weight_bytes
@@ -22,8 +23,7 @@ from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS
 from mlxchat.ops.compiled import compiled
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.device import backend
-from mlxchat.ops.formulas import EXP_UNIT, masked_exp_of_units
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.lanes import make_lanes
 from mlxchat.ops.linear import Activation
 from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 
@@ -43,7 +43,7 @@ class Decoder:
         """
         self.sizes, self.bits, self._packed = model.sizes, bits, packed
         self.format = KVFormat(model.sizes.head_width, kv_bits)
-        self.lanes = Lanes()
+        self.lanes = make_lanes()
         self._parts: list[dict[str, Any]] = []
         self._shared: dict[str, mx.array] = {}
         count = len(self.lanes)

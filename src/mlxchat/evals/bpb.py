@@ -17,7 +17,7 @@ import numpy as np
 from mlxchat.data.packing import Ints, Row, trim_rows
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.lanes import make_lanes
 
 if TYPE_CHECKING:
     from mlxchat.evals.language_model import LanguageModel
@@ -108,7 +108,7 @@ def _losses(
 
 def own_losses(model: GPT, ids: Ints, targets: Ints) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return the loss of every target (B T,) after ids (B, T), 0 where a target is negative, by all cores."""
-    lanes, compiled_losses, weights = Lanes(), _compiled_losses(model), flatten_parameters(model)
+    lanes, compiled_losses, weights = make_lanes(), _compiled_losses(model), flatten_parameters(model)
     deals = lanes.deal(len(ids))
     calls = [partial(compiled_losses, weights, mx.array(ids[deal]), mx.array(targets[deal])) for deal in deals]
     with lanes.sharing(len(deals)):

@@ -12,7 +12,7 @@ import numpy as np
 from mlxchat.evals.branching import Branches, Row
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.lanes import make_lanes
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -48,7 +48,7 @@ class OwnModel:
 
     def __init__(self, model: GPT, *, padding: int = 0) -> None:
         """Take a model; `padding` is the id that rows are filled up with."""
-        self.model, self._padding, self._lanes = model, padding, Lanes()
+        self.model, self._padding, self._lanes = model, padding, make_lanes()
 
     @property
     def context_tokens(self) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlxchat.distributed.team import Team
-from mlxchat.ops import blas
-from mlxchat.ops.device import backend, select_device
+from mlxchat.ops.cores import share_of_cores
+from mlxchat.ops.device import backend, select_device, set_cpu_threads
 
 
 def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
@@ -31,6 +31,6 @@ def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array])
             setter(machine[name])
     if machine["wired_limit_bytes"] is not None and backend() == "metal":
         mx.set_wired_limit(machine["wired_limit_bytes"])
-    blas.set_blas_threads(machine["blas_threads"] or blas.share_of_cores(request["neighbours"][team.group.rank]))
+    set_cpu_threads(machine["blas_threads"] or share_of_cores(request["neighbours"][team.group.rank]))
     mx.clear_cache()
     print(f"{request['step']}: rank {team.group.rank} of {team.size}", flush=True)

@@ -1,5 +1,1 @@
-"""Operations with a fast path per backend, and the remedy for MLX's Linux CPU wheel.
-
-`mx.fast` and `nn` serve Metal and CUDA; the CPU gets its own formulas behind the same names. Nothing is
-imported here, because `mlxchat.ops.blas` has to run before the first import of MLX.
-"""
+"""Operations in plain MLX. `device` decides whether `mlxchat.cpu` takes their work on a CPU."""

@@ -7,6 +7,8 @@ from typing import Generic, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 
+from mlxchat.ops.device import accelerated
+
 # About row factors. `mx.compile` fuses a broadcast with what makes its operand, so that a reciprocal or a root of one
 # number per row would be computed again for every element of the row. Where rows are scaled, the code here keeps the
 # factors in an array without the row's axis and adds that with [..., None], which nothing is fused across. Scalars that
@@ -26,12 +28,10 @@ def made_once(scalar: mx.array) -> mx.array:
     return scalar[None]
 
 
+@accelerated
 def sum_rows(x: mx.array) -> mx.array:
-    """Return the sums over the last axis (…,) as a product with ones.
-
-    On a CPU that is faster than MLX's own sum, which also loses digits: at 65,536 numbers it is 8e-5 too small.
-    """
-    return x @ mx.ones(x.shape[-1], dtype=x.dtype)
+    """Return the sums over the last axis (…,)."""
+    return x.sum(-1)
 
 
 class differentiable(Generic[P, R]):  # noqa: N801  (a decorator)

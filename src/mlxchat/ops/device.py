@@ -1,16 +1,31 @@
-"""Which backend computes, and what it is made of."""
+"""The device that computes, and the one place that decides whether `mlxchat.cpu` takes the plain path's work.
+
+`mlxchat.cpu` makes Linux CPUs fast: it has functions of the same names and meanings as those marked `accelerated`.
+Metal and CUDA never use it, `MLXCHAT_CPU=plain` switches it off, and without that package everything still works.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import psutil
 
 from mlxchat.errors import ConfigError
-from mlxchat.ops import blas
+from mlxchat.ops.cores import available_cores
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from mlxchat.cpu.runtime import Remedy
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @cache
@@ -19,6 +34,35 @@ def backend() -> str:
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def accelerated(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the function of the same name in `mlxchat.cpu.kernels` do the work where that is in use."""
+
+    @wraps(function)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        fast = kernels()
+        return function(*args, **kwargs) if fast is None else getattr(fast, function.__name__)(*args, **kwargs)
+
+    return chosen
+
+
+def kernels() -> ModuleType | None:
+    """Return the CPU's own functions; None where the plain path computes."""
+    if mx.default_device().type != mx.DeviceType.cpu or os.environ.get("MLXCHAT_CPU") == "plain":
+        return None
+    return _import_kernels()
+
+
+@cache
+def _import_kernels() -> ModuleType | None:
+    try:
+        from mlxchat.cpu import kernels
+    except ModuleNotFoundError as error:
+        if error.name not in ("mlxchat.cpu", "mlxchat.cpu.kernels"):
+            raise
+        return None
+    return kernels
 
 
 def select_device(choice: str, dtype: str) -> mx.Dtype:
@@ -43,14 +87,31 @@ def select_device(choice: str, dtype: str) -> mx.Dtype:
     return {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
 
 
+def set_cpu_threads(count: int) -> None:
+    """Set how many cores a matrix product on a CPU uses; a no-op where the platform's own BLAS decides."""
+    with suppress(ModuleNotFoundError):
+        from mlxchat.cpu import runtime
+
+        runtime.set_blas_threads(count)
+
+
+def remedy() -> Remedy | None:
+    """Return which BLAS and compiler flags `mlxchat.cpu` gave MLX; None without that package."""
+    try:
+        from mlxchat.cpu import runtime
+    except ModuleNotFoundError:
+        return None
+    return runtime.remedy()
+
+
 def describe_device() -> dict[str, Any]:
     """Return name, backend, BLAS, cores, memory (bytes) and platform of this machine, for records."""
-    info = mx.device_info()
+    info, done = mx.device_info(), remedy()
     return {
         "name": str(info.get("device_name", "unknown")),
         "backend": backend(),
-        "blas": blas.remedy().reason,
-        "cores": blas.available_cores(),
+        "blas": done.reason if done is not None else "MLX's own",
+        "cores": available_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "platform": platform.platform(),
     }

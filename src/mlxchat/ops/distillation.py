@@ -15,14 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
 
 import mlx.core as mx
 
 from mlxchat.ops.compiled import compiled, differentiable, sum_rows
-from mlxchat.ops.cross_entropy import SOFT_CAP, chunk_rows
-from mlxchat.ops.device import backend
-from mlxchat.ops.formulas import exp_of_capped, rational_tanh
+from mlxchat.ops.cross_entropy import SOFT_CAP, chunk_rows, exp_of_capped, tanh_of_head
 
 _TINY = 1e-30
 
@@ -79,7 +76,7 @@ def distillation_sum(
             # One chunk after the other: by itself MLX would begin with the logits of them all.
             (chunk,) = mx.depends([x[:, part].reshape(-1, width)], done)
             target, factor = targets[:, part].reshape(-1), row_weights[:, part].reshape(-1)
-            tanh = _tanh((chunk * (1 / SOFT_CAP)) @ weight.T)
+            tanh = tanh_of_head(chunk, weight)
             kl_rows, ce_rows, target_tanh, slope = _chunk(tanh, teacher(part, done), target, factor, mix, capped)
             ce.append((ce_rows * factor).sum())
             kl.append((kl_rows * factor).sum())
@@ -118,14 +115,14 @@ def _chunk(
     The slopes lack the target's term of the cross-entropy, which is added by index.
     """
     soft = mix.temperature
-    exp = _exp_of(1.0)(tanh)
-    exp_soft = exp if soft == 1 else _exp_of(soft)(tanh)
+    exp = exp_of_capped(tanh, SOFT_CAP)
+    exp_soft = exp if soft == 1 else exp_of_capped(tanh, SOFT_CAP / soft)
     sums = sum_rows(exp)
     sums_soft = sums if soft == 1 else sum_rows(exp_soft)
     target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
     ce = mx.log(sums) - SOFT_CAP * target_tanh
     if capped:
-        teacher_exp = _exp_of(soft)(logits * (1 / SOFT_CAP))
+        teacher_exp = exp_of_capped(logits * (1 / SOFT_CAP), SOFT_CAP / soft)
         shift = mx.zeros(len(logits))
     else:
         shift = logits.max(-1) / soft
@@ -155,22 +152,6 @@ def _chunk(
     aim = top * teacher_exp * teacher_norm[:, None] + (1 - top) * exp_soft * (student_norm * ratio)[:, None]
     slope = ce_factor[:, None] * exp + pull[:, None] * (exp_soft * student_norm[:, None] - aim)
     return kl, ce, target_tanh, slope * (1 - mx.square(tanh))
-
-
-@cache
-def _exp_of(temperature: float) -> Callable[[mx.array], mx.array]:
-    """Return the function exp(15 tanh / temperature) of tanh."""
-    cap = SOFT_CAP / temperature
-    if backend() == "cpu" and cap <= 16:
-        return compiled(partial(exp_of_capped, cap=cap))
-    return lambda tanh: mx.exp(cap * tanh)
-
-
-def _tanh(x: mx.array) -> mx.array:
-    return _rational(x) if backend() == "cpu" else mx.tanh(x)
-
-
-_rational = compiled(rational_tanh)
 
 
 @compiled

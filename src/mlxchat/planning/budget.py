@@ -21,7 +21,7 @@ from mlxchat.config import Config, MachineConfig, OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.launch.ranks import current
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, sizes_of
-from mlxchat.ops import blas
+from mlxchat.ops.cores import available_cores
 from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.planning.memory import predict_forward_bytes, predict_peak_bytes
 from mlxchat.planning.models import TeacherSize, find_given_sizes, measure_teacher, teacher_folder, teachers_of
@@ -37,7 +37,7 @@ MEMORY_SHARE = {"cpu": 0.8, "metal": 0.7, "cuda": 0.9}
 # Beyond so many tokens a step was no faster per token on a CPU (DECISIONS.md); on GPUs what nanochat and the Mac
 # configurations use.
 MOST_TOKENS = {"cpu": 8192, "metal": 32768, "cuda": 65536}
-_MOST_LANES = 16  # of ops/lanes.py
+_MOST_LANES = 16  # of cpu/lanes.py
 _CHOICE = "micro_batch.json"
 
 
@@ -148,7 +148,7 @@ def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
     """
     kind = _kind(machine.device)
     half = machine.compute_dtype == "bfloat16" or (machine.compute_dtype == "auto" and kind != "cpu")
-    lanes = min(machine.blas_threads or blas.available_cores(), _MOST_LANES) if kind == "cpu" else 1
+    lanes = min(machine.blas_threads or available_cores(), _MOST_LANES) if kind == "cpu" else 1
     total = _memory_bytes(kind, ask_mlx=ask_mlx)
     limit, neighbours = machine.memory_limit_bytes, count_ranks(machine)[1]
     if limit is not None:

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlxchat.hub.cache import cache_folder, write_json
 from mlxchat.ops.device import backend
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.lanes import make_lanes
 
 # Rows, inner width and columns of the measured product. On a CPU it takes 10 to 20 ms, so that some of a hundred are
 # not interrupted by other programs; on a GPU it is large enough to use all of it.
@@ -63,7 +63,7 @@ def peak_flops(dtype: mx.Dtype) -> float | None:
 
 def keep_peak(dtype: mx.Dtype, rate: float) -> float:
     """Return the highest FLOP/s ever seen on this machine, `rate` included, and keep it in the cache folder."""
-    device = f"{len(Lanes())} cores" if backend() == "cpu" else f"{_device_name()}, {dtype}"
+    device = f"{len(make_lanes())} cores" if backend() == "cpu" else f"{_device_name()}, {dtype}"
     path, key = cache_folder() / "peaks.json", f"{platform.node()}, {device}, mlx {version('mlx')}"
     try:
         kept = json.loads(path.read_bytes())
@@ -115,7 +115,7 @@ def _rate(shape: tuple[int, int, int], dtype: mx.Dtype, seconds: float) -> float
     spinning, which beside another program has shown a thirtieth of the rate.
     """
     rows, inner, columns = shape
-    lanes = Lanes()
+    lanes = make_lanes()
     one, other = mx.ones((rows, inner), dtype=dtype), mx.ones((inner, columns), dtype=dtype)
 
     def products() -> list[mx.array]:

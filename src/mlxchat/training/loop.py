@@ -16,8 +16,8 @@ from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of
 from mlxchat.model.sizes import flops_per_token
-from mlxchat.ops import blas
-from mlxchat.ops.device import backend, select_device
+from mlxchat.ops.cores import available_cores
+from mlxchat.ops.device import backend, select_device, set_cpu_threads
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.planning.budget import MOST_TOKENS
@@ -270,7 +270,7 @@ def prepare_machine(machine: MachineConfig) -> mx.Dtype:
         mx.set_cache_limit(machine.cache_limit_bytes)
     if machine.wired_limit_bytes is not None and backend() == "metal":  # elsewhere memory is not wired
         mx.set_wired_limit(machine.wired_limit_bytes)
-    blas.set_blas_threads(machine.blas_threads or blas.available_cores())
+    set_cpu_threads(machine.blas_threads or available_cores())
     return dtype
 
 

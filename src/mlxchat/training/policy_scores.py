@@ -13,7 +13,7 @@ from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.cross_entropy import token_scores
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.lanes import Lanes, make_lanes
 from mlxchat.optim.groups import Flat
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -52,7 +52,7 @@ class PolicyScores:
             targets: (B, T) token ids; negative ones are ignored.
             parameters: other weights than the model's, such as those of a frozen reference; all, or some of them.
         """
-        lanes = self._lanes = self._lanes or Lanes()
+        lanes = self._lanes = self._lanes or make_lanes()
         parameters = {**flatten_parameters(self.model), **(parameters or {})}
         width = ids.shape[1]
         rows = max(1, self.micro_tokens // width)

@@ -29,7 +29,7 @@ from mlxchat.ops.cross_entropy import cross_entropy_sum
 from mlxchat.ops.device import backend
 from mlxchat.ops.distillation import distillation_sum
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.lanes import make_lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor
 from mlxchat.optim.schedule import Rates
 from mlxchat.optim.sharding import Sharding
@@ -100,7 +100,7 @@ class TrainStep:
         self.micro_tokens, self.dtype, self.recompute = micro_tokens, dtype, recompute
         self.dropout, self._dropout_seed = dropout, dropout_seed
         self.num_traces = 0
-        self._lanes = Lanes()
+        self._lanes = make_lanes()
         self._group = group
         self.sharding = Sharding(group, optimizer) if group.size > 1 else None
         """Which rank moves what; None: this process moves everything."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.ops import jit
+from mlxchat.cpu import runtime as jit
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel compiles with g++"),
@@ -23,7 +23,7 @@ pytestmark = [
 
 # A chain that fuses, so that MLX compiles a kernel; its value is known.
 KERNEL = "import mlxchat, mlx.core as mx; print(mx.compile(lambda x: (x * 2 + 1) * x)(mx.array([3.0])).item()); "
-REMEDY = "from mlxchat.ops.blas import remedy; print(remedy().compiler); "
+REMEDY = "from mlxchat.cpu.runtime import remedy; print(remedy().compiler); "
 SAYS = "as MLX does"
 
 Run = Callable[..., list[str]]
@@ -129,7 +129,7 @@ def test_off_leaves_the_environment_alone(run: Run, tmp_path: Path, switch: str)
 def test_without_a_compiler_it_says_so_and_changes_nothing(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     code = (
-        "import os; before = dict(os.environ); from mlxchat.ops.jit import install_compiler_flags; "
+        "import os; before = dict(os.environ); from mlxchat.cpu.runtime import install_compiler_flags; "
         "print(install_compiler_flags()); print(os.environ['PATH'] == before['PATH'])"
     )
     assert run(code, PATH=str(tmp_path / "empty")) == ["no g++: element-wise operations are not fused", "True"]

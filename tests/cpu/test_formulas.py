@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.ops.formulas import EXP_UNIT, exp_of_capped, masked_exp_of_units, rational_tanh, squared_relu
+from mlxchat.cpu.kernels import EXP_UNIT, exp_of_units, masked_exp_of_units, rational_tanh, square_of_positive
 
 Formula = Callable[..., mx.array]
 
@@ -71,14 +71,14 @@ def test_a_mask_of_zero_gives_exactly_zero_and_one_leaves_the_others_bits(
 
 
 @pytest.mark.parametrize("cap", [1.0, 15.0, 16.0])
-def test_exp_of_capped_is_within_its_stated_error(as_run: Callable[[Formula], Formula], cap: float) -> None:
+def test_exp_of_units_is_within_its_stated_error(as_run: Callable[[Formula], Formula], cap: float) -> None:
     grid = np.linspace(-1, 1, 400_001)
-    formula = as_run(lambda tanh: exp_of_capped(tanh, cap))
+    formula = as_run(lambda tanh: exp_of_units(tanh, cap))
     assert relative_error(formula, lambda tanh: np.exp(cap * tanh), grid) < 5e-6
 
 
-def test_exp_of_capped_zero_is_one() -> None:
-    assert exp_of_capped(mx.array(0.0), 15.0).item() == 1.0
+def test_exp_of_units_zero_is_one() -> None:
+    assert exp_of_units(mx.array(0.0), 15.0).item() == 1.0
 
 
 # tanh
@@ -107,16 +107,16 @@ def test_rational_tanh_of_zero_is_zero() -> None:
 # max(x, 0)²
 
 
-def test_squared_relu_is_exactly_the_square_of_the_positive_part(as_run: Callable[[Formula], Formula]) -> None:
+def test_square_of_positive_is_exactly_the_square_of_the_positive_part(as_run: Callable[[Formula], Formula]) -> None:
     x = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * 100
-    got = np.asarray(as_run(squared_relu)(mx.array(x)))
+    got = np.asarray(as_run(square_of_positive)(mx.array(x)))
     np.testing.assert_array_equal(got, np.maximum(x, 0) ** 2)
 
 
 @pytest.mark.parametrize(
     ("formula", "num_inputs"),
-    [(masked_exp_of_units, 2), (lambda x: exp_of_capped(x, 15.0), 1), (rational_tanh, 1), (squared_relu, 1)],
-    ids=["masked_exp_of_units", "exp_of_capped", "rational_tanh", "squared_relu"],
+    [(masked_exp_of_units, 2), (lambda x: exp_of_units(x, 15.0), 1), (rational_tanh, 1), (square_of_positive, 1)],
+    ids=["masked_exp_of_units", "exp_of_units", "rational_tanh", "square_of_positive"],
 )
 def test_a_formula_is_one_fused_kernel(formula: Formula, num_inputs: int) -> None:
     """A second one would be another pass over memory; MLX ends a kernel where a chain grows too long."""

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.ops import blas
+from mlxchat.cpu import runtime
+from mlxchat.ops.cores import available_cores
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel needs a BLAS from outside")
 
@@ -41,7 +42,7 @@ def test_importing_mlxchat_imports_neither_mlx_nor_numpy() -> None:
 @linux_only
 def test_the_first_import_of_mlx_loads_the_packaged_openblas() -> None:
     pytest.importorskip("ngsolve_openblas" if os.uname().machine == "x86_64" else "cmeel")
-    code = "import mlxchat, mlx.core; from mlxchat.ops.blas import remedy; print(remedy().library)"
+    code = "import mlxchat, mlx.core; from mlxchat.cpu.runtime import remedy; print(remedy().library)"
     assert "openblas" in output_of(code)
 
 
@@ -53,7 +54,7 @@ def test_the_hook_leaves_the_way_once_mlx_is_imported() -> None:
 
 @linux_only
 def test_mlx_imported_first_is_told_how_to_mend_it() -> None:
-    code = "import mlx.core, mlxchat; from mlxchat.ops.blas import remedy; print(remedy().reason)"
+    code = "import mlx.core, mlxchat; from mlxchat.cpu.runtime import remedy; print(remedy().reason)"
     assert "import mlxchat first" in output_of(code)
 
 
@@ -62,7 +63,7 @@ PRODUCT = "import mlxchat, mlx.core as mx; print(int((mx.ones((64, 64)) @ mx.one
 
 @linux_only
 def test_off_leaves_mlx_its_own_blas_which_computes_the_same() -> None:
-    code = f"{PRODUCT}; from mlxchat.ops.blas import remedy; print(remedy().library, remedy().reason)"
+    code = f"{PRODUCT}; from mlxchat.cpu.runtime import remedy; print(remedy().library, remedy().reason)"
     assert output_of(code, MLXCHAT_BLAS="off") == f"{64**3}\nNone switched off by MLXCHAT_BLAS=off"
 
 
@@ -76,29 +77,29 @@ def test_a_named_library_that_is_missing_warns_what_to_do_and_mlx_still_computes
 
 @linux_only
 def test_threads_of_a_named_library_that_is_no_openblas_are_left_alone() -> None:
-    code = f"{PRODUCT}; from mlxchat.ops import blas; blas.set_blas_threads(1); print(blas.blas_threads())"
+    code = f"{PRODUCT}; from mlxchat.cpu import runtime; runtime.set_blas_threads(1); print(runtime.blas_threads())"
     assert output_of(code, MLXCHAT_BLAS="libm.so.6") == f"{64**3}\nNone"
 
 
 @linux_only
 def test_the_thread_count_is_what_was_set() -> None:
-    before = blas.blas_threads()
+    before = runtime.blas_threads()
     if before is None:
         pytest.skip("no OpenBLAS here")
     try:
-        blas.set_blas_threads(1)
-        assert blas.blas_threads() == 1
+        runtime.set_blas_threads(1)
+        assert runtime.blas_threads() == 1
     finally:
-        blas.set_blas_threads(before)
+        runtime.set_blas_threads(before)
 
 
 def test_at_least_one_core_is_available() -> None:
-    assert 1 <= blas.available_cores() <= (os.cpu_count() or 1)
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
 def test_the_reason_is_one_line() -> None:
-    assert blas.remedy().reason
-    assert "\n" not in blas.remedy().reason
+    assert runtime.remedy().reason
+    assert "\n" not in runtime.remedy().reason
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (130, 257, 64), (1, 300, 200)])

@@ -11,24 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxchat.ops import blas, lanes
-from mlxchat.ops.lanes import Lanes
+from mlxchat.cpu import runtime
+from mlxchat.ops.lanes import Lanes, make_lanes
 
 
 @pytest.fixture(autouse=True)
 def threads_as_before() -> Iterator[None]:
-    before = blas.blas_threads()
+    before = runtime.blas_threads()
     yield
     if before is not None:
-        blas.set_blas_threads(before)
+        runtime.set_blas_threads(before)
 
 
 def lanes_of(count: int) -> Lanes:
     """So many lanes, whatever the machine has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "backend", lambda: "cpu")
-        patch.setattr(blas, "blas_threads", lambda: count)
-        return Lanes()
+        patch.setattr(runtime, "blas_threads", lambda: count)
+        return make_lanes()
 
 
 class Dealer(Lanes):
@@ -53,12 +52,12 @@ def test_there_is_a_lane_for_each_core_up_to_sixteen(cores: int, expected: int) 
     assert len(lanes_of(cores)) == expected
 
 
-def test_a_gpu_and_a_machine_without_our_blas_have_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blas, "blas_threads", lambda: None)
-    assert len(Lanes()) == 1
-    monkeypatch.setattr(blas, "blas_threads", lambda: 8)
-    monkeypatch.setattr(lanes, "backend", lambda: "metal")
-    assert len(Lanes()) == 1
+def test_the_plain_path_and_a_machine_without_our_blas_have_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "blas_threads", lambda: None)
+    assert len(make_lanes()) == 1
+    monkeypatch.setattr(runtime, "blas_threads", lambda: 8)
+    monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    assert len(make_lanes()) == 1
 
 
 def test_the_first_lane_is_the_default_stream_and_no_two_are_the_same() -> None:
@@ -88,33 +87,33 @@ def test_lanes_compute_what_one_stream_does() -> None:
     np.testing.assert_allclose(np.asarray(parts[0] + parts[1]), (x @ x.swapaxes(1, 2)).sum(0), atol=1e-4)
 
 
-needs_openblas = pytest.mark.skipif(blas.blas_threads() is None, reason="no OpenBLAS here")
+needs_openblas = pytest.mark.skipif(runtime.blas_threads() is None, reason="no OpenBLAS here")
 
 
 @needs_openblas
 def test_products_have_one_thread_while_lanes_are_at_work_and_all_afterwards() -> None:
-    blas.set_blas_threads(2)
+    runtime.set_blas_threads(2)
     with lanes_of(2).sharing(2):
-        assert blas.blas_threads() == 1
-    assert blas.blas_threads() == 2
+        assert runtime.blas_threads() == 1
+    assert runtime.blas_threads() == 2
 
 
 @needs_openblas
 def test_one_part_alone_has_all_threads() -> None:
-    blas.set_blas_threads(2)
+    runtime.set_blas_threads(2)
     with lanes_of(2).sharing(1):
-        assert blas.blas_threads() == 2
+        assert runtime.blas_threads() == 2
 
 
 @needs_openblas
 def test_threads_come_back_after_an_error() -> None:
-    blas.set_blas_threads(2)
+    runtime.set_blas_threads(2)
     with pytest.raises(ZeroDivisionError), lanes_of(2).sharing(2):
         raise ZeroDivisionError
-    assert blas.blas_threads() == 2
+    assert runtime.blas_threads() == 2
 
 
 def test_lanes_made_again_and_again_take_no_more_threads() -> None:
     """A server that loads models in turn, and every evaluation, make lanes."""
-    first = Lanes()
-    assert [Lanes().streams for _ in range(3)] == [first.streams] * 3
+    first = make_lanes()
+    assert [make_lanes().streams for _ in range(3)] == [first.streams] * 3

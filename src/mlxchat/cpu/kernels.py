@@ -1,0 +1,564 @@
+"""The CPU's own functions: few passes over memory, cheap exponentials, gradients that keep little.
+
+Each public function does what the plain one of its name in `mlxchat.ops` does, which is documented there; that module
+also says which shapes the letters stand for. All of them compute in float32 and return the dtype that they are given.
+MLX computes exp in 5 ns a number on a CPU and tanh in 20; the polynomials here take 0.7 and 0.5, as one vectorised loop
+each. `mx.compile` fuses at most eleven operations, so polynomials are summed by Estrin's scheme (pairs, then pairs of
+pairs), whose chains are short. Errors were measured against float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.cpu.lanes import make_lanes as make_lanes
+from mlxchat.ops.attention import visible_keys
+from mlxchat.ops.compiled import compiled, differentiable
+from mlxchat.ops.cross_entropy import SOFT_CAP, split_rows
+from mlxchat.ops.dropout import dropped
+from mlxchat.ops.linear import Activation, Adapter, Packed, identity, unpacked
+from mlxchat.ops.normalisation import RMS_NORM_EPSILON, Positions, rotation
+
+# Few rows keep a chunk's logits in the cache; many spare BLAS from rearranging the head for each chunk.
+_CHUNK_FLOATS = 1 << 22
+_LEAST_ROWS = 256
+_BLOCK_TOKENS = 128
+
+# Rational minimax fit of tanh on [-7.9, 7.9]: odd numerator, even denominator, lowest power first.
+_TANH_OVER = (
+    4.89352455891786e-03, 6.37261928875436e-04, 1.48572235717979e-05, 5.12229709037114e-08,
+    -8.60467152213735e-11, 2.00018790482477e-13, -2.76076847742355e-16,
+)  # fmt: skip
+_TANH_UNDER = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
+
+# Minimax fits of exp in relative error on [-1.5, 1.5] and [-1, 1], lowest power first, the first two of them exact.
+_EXP_WIDE = (
+    4.999999210e-01, 1.666673217e-01, 4.166766205e-02, 8.331795576e-03, 1.386887426e-03, 1.994141789e-04,
+    2.612832682e-05, 2.611736130e-06,
+)  # fmt: skip
+_EXP = (
+    1.0, 1.0, 4.999999910e-01, 1.666666942e-01, 4.166679466e-02, 8.333194884e-03, 1.388421297e-03, 1.986085603e-04,
+    2.542680109e-05, 2.695181888e-06,
+)  # fmt: skip
+
+EXP_UNIT = 16
+"""`masked_exp_of_units` takes its argument in units of so much."""
+
+
+def masked_exp_of_units(x: mx.array, mask: mx.array) -> mx.array:
+    """Return mask × exp(16 x) for a mask of ones and zeros: a polynomial for exp(x), squared four times.
+
+    Relative errors: 6e-6 for |16 x| <= 16, 1e-5 up to 24; root mean square 7e-7 up to 8. Squaring amplifies what is
+    rounded before it, so the powers are summed up first and added to the one last, in one rounding.
+    """
+    c2, c3, c4, c5, c6, c7, c8, c9 = _EXP_WIDE
+    square, first = x * x, x * mask
+    fourth, third = square * square, square * first
+    low = first * (1 + x * c2) + third * (c3 + x * c4)
+    high = (fourth * first) * (c5 + x * c6) + (fourth * third) * (c7 + x * c8 + square * c9)
+    power = mask + (low + high)
+    for _ in range(4):
+        power = power * power
+    return power
+
+
+def exp_of_units(tanh: mx.array, cap: float) -> mx.array:
+    """Return exp(cap × tanh) for |tanh| <= 1 and cap <= 16, within 5e-6 relative."""
+    scale = cap / 16
+    power = _polynomial(tanh, tuple(scale**power * factor for power, factor in enumerate(_EXP)))
+    for _ in range(4):
+        power = power * power
+    return power
+
+
+def rational_tanh(x: mx.array) -> mx.array:
+    """Return tanh(x) for any x, within 4e-7 relative."""
+    x = mx.clip(x, -7.9, 7.9)
+    square = x * x
+    return x * _polynomial(square, _TANH_OVER) / _polynomial(square, _TANH_UNDER)
+
+
+def square_of_positive(x: mx.array) -> mx.array:
+    """Return max(x, 0)². The absolute value vectorises inside `mx.compile` with any compiler."""
+    positive = (x + mx.abs(x)) * 0.5
+    return positive * positive
+
+
+def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
+    """Return sum(c[i] × x**i) by Estrin's scheme."""
+    terms: list[mx.array | float] = list(coefficients)
+    while len(terms) > 1:
+        pairs: list[mx.array | float] = [low + high * x for low, high in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + ([terms[-1]] if len(terms) % 2 else [])
+        x = x * x
+    assert isinstance(terms[0], mx.array)
+    return terms[0]
+
+
+# Sums and norms
+
+
+def sum_rows(x: mx.array) -> mx.array:
+    """Return the sums as a product with ones: faster than MLX's sum here, which also loses digits (8e-5 at 65,536)."""
+    return x @ mx.ones(x.shape[-1], dtype=x.dtype)
+
+
+def rms_norm(x: mx.array) -> mx.array:
+    return _rms_norm(x.astype(mx.float32))[0].astype(x.dtype)
+
+
+def rotate_and_normalise(x: mx.array, *, offset: int | Positions, theta: float, scale: float) -> mx.array:
+    cos, sin = rotation(offset, x.shape[1], x.shape[3], theta)
+    return _rotated_norm(x.astype(mx.float32), cos, sin, mx.array(scale))[0].astype(x.dtype)
+
+
+@differentiable
+def _rms_norm(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the normalised x and the reciprocal of each row's root mean square (…,)."""
+    reciprocal = _reciprocal_root(sum_rows(_square(x)), x.shape[-1])
+    return _multiply(x, reciprocal[..., None]), reciprocal
+
+
+@_rms_norm.vjp
+def _rms_norm_vjp(x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]) -> mx.array:
+    """Return r (g − y mean(g y)): from the output, which the next product keeps anyway, so that x need not be kept."""
+    gradient, (out, reciprocal) = cotangents[0], outputs
+    along = sum_rows(_product(gradient, out)) * (1 / out.shape[-1])
+    return _norm_gradient(gradient, out, along[..., None], reciprocal[..., None]).astype(x.dtype)
+
+
+@differentiable
+def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
+    """Return scale × rotated and normalised heads (B, H, T, D), and each head's factor (B, T, H).
+
+    A rotation keeps the sum of squares, so the norm is taken before it and one loop does the rest. Halves are an axis
+    of their own: (B, H, T, 2, D / 2), whose reversal swaps them without a copy.
+    """
+    batch, tokens, heads, width = x.shape
+    factor = scale * _reciprocal_root(sum_rows(_square(x)), width)
+    halves = x.reshape(batch, tokens, heads, 2, width // 2).swapaxes(1, 2)
+    out = _rotate(halves, halves[..., ::-1, :], cos, sin, factor.swapaxes(1, 2)[..., None, None])
+    return out.reshape(batch, heads, tokens, width), factor
+
+
+@_rotated_norm.vjp
+def _rotated_norm_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+) -> tuple[mx.array, ...]:
+    """Return f Rᵀ(g − y mean(g y) / scale²) with f = scale × r, R the rotation and y the output; x need not be kept."""
+    x, cos, sin, scale = primals
+    batch, tokens, heads, width = x.shape
+    gradient, (out, factor) = cotangents[0], outputs
+    along = sum_rows(_product(gradient, out)) * (1 / (width * mx.square(scale)))
+    # Written in the order of x, so that the projections' gradients take it without a copy.
+    halves = _across(gradient, out, along[..., None]).reshape(batch, heads, tokens, 2, width // 2).swapaxes(1, 2)
+    d_x = _rotate(halves, halves[..., ::-1, :], cos[:, None], -sin[:, None], factor[..., None, None])
+    return d_x.reshape(x.shape).astype(x.dtype), mx.zeros_like(cos), mx.zeros_like(sin), mx.zeros_like(scale)
+
+
+def _reciprocal_root(sum_of_squares: mx.array, count: int) -> mx.array:
+    return mx.rsqrt(sum_of_squares * (1 / count) + RMS_NORM_EPSILON)
+
+
+@compiled
+def _square(x: mx.array) -> mx.array:
+    return x * x
+
+
+@compiled
+def _product(x: mx.array, y: mx.array) -> mx.array:
+    return x * y
+
+
+@compiled
+def _multiply(x: mx.array, factor: mx.array) -> mx.array:
+    return x * factor
+
+
+@compiled
+def _norm_gradient(gradient: mx.array, out: mx.array, along: mx.array, reciprocal: mx.array) -> mx.array:
+    return (gradient - out * along) * reciprocal
+
+
+@compiled
+def _across(gradient: mx.array, out: mx.array, along: mx.array) -> mx.array:
+    return gradient - out * along
+
+
+@compiled
+def _rotate(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array) -> mx.array:
+    return (halves * cos + swapped * sin) * factor
+
+
+# Products. The matrices' gradients are computed before that of the input is used (MLX would compute them last and keep
+# every layer's activations until then), activations are computed again instead of being kept, no gradient of a frozen
+# matrix is computed, and a packed one is unpacked for each product: MLX's product with packed numbers takes 40 times as
+# long.
+
+
+def squared_relu(x: mx.array) -> mx.array:
+    return _squared_relu(x)
+
+
+def linear(x: mx.array, weight: mx.array, activation: Activation = identity) -> mx.array:
+    return _linear(activation)(x, weight)
+
+
+def scale_columns(x: mx.array, factor: mx.array) -> mx.array:
+    return _scale_columns(x, factor)
+
+
+@cache
+def _linear(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
+    @differentiable
+    def forward(x: mx.array, weight: mx.array) -> mx.array:
+        return activation(x) @ weight.T
+
+    @forward.vjp
+    def gradient(
+        primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        x, weight = primals
+        # Depends on the cotangent, so that mx.compile computes the activation again instead of keeping it.
+        seen = x if activation is identity else activation(mx.depends([x], [cotangent])[0])
+        d_weight = cotangent.reshape(-1, cotangent.shape[-1]).T @ seen.reshape(-1, x.shape[-1])
+        (d_seen,) = mx.depends([cotangent @ weight], [d_weight])
+        return _activation_gradient(activation, x, d_seen), d_weight.astype(weight.dtype)
+
+    return forward
+
+
+def frozen_linear(
+    x: mx.array, matrix: mx.array | Packed, activation: Activation = identity, adapter: Adapter | None = None
+) -> mx.array:
+    packing = matrix[3:] if isinstance(matrix, Packed) else None
+    frozen = matrix[:3] if isinstance(matrix, Packed) else (matrix,)
+    if adapter is None:
+        return _frozen_linear(activation, packing, None, None)(x, *frozen)
+    keys = () if adapter.keys is None else (adapter.keys,)
+    function = _frozen_linear(activation, packing, adapter.scale, adapter.dropout if keys else None)
+    return function(x, *frozen, adapter.a, adapter.b, *keys)
+
+
+@cache
+def _frozen_linear(
+    activation: Activation, packing: tuple[int, int] | None, scale: float | None, dropout: float | None
+) -> Callable[..., mx.array]:
+    """Return the function of (x, W or its three packed arrays, A, B, keys), as far as there are these."""
+    num_frozen = 1 if packing is None else 3
+
+    def whole(frozen: tuple[mx.array, ...]) -> mx.array:
+        if packing is None:
+            return frozen[0]
+        numbers, scales, offsets = frozen
+        return unpacked(Packed(numbers, scales, offsets, *packing))
+
+    def shown(x: mx.array, keys: tuple[mx.array, ...]) -> mx.array:
+        return x if dropout is None else dropped(x, keys[0], dropout)
+
+    @differentiable
+    def forward(x: mx.array, *arrays: mx.array) -> mx.array:
+        frozen, small, keys = arrays[:num_frozen], arrays[num_frozen : num_frozen + 2], arrays[num_frozen + 2 :]
+        seen = activation(x)
+        out = seen @ whole(frozen).T
+        if scale is None:
+            return out
+        # One operation adds where the small product is made.
+        return mx.addmm(out, shown(seen, keys) @ small[0], small[1], alpha=scale)
+
+    @forward.vjp
+    def gradient(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> Any:
+        x, *arrays = primals
+        # Depends on the cotangent, so that mx.compile computes these again instead of keeping them.
+        again, *frozen = mx.depends([x, *arrays[:num_frozen]], [cotangent])
+        d_seen, slopes = cotangent @ whole(tuple(frozen)), list[mx.array]()
+        if scale is not None:
+            (a, b), keys = arrays[num_frozen : num_frozen + 2], tuple(arrays[num_frozen + 2 :])
+            seen = shown(activation(again), keys)
+            d_inner = scale * (cotangent @ b.T)
+            d_b = scale * ((seen @ a).reshape(-1, a.shape[1]).T @ cotangent.reshape(-1, cotangent.shape[-1]))
+            d_a = seen.reshape(-1, a.shape[0]).T @ d_inner.reshape(-1, a.shape[1])
+            d_seen = mx.addmm(d_seen, d_inner, a.T) if dropout is None else d_seen + shown(d_inner @ a.T, keys)
+            slopes = [d_a, d_b]
+            (d_seen,) = mx.depends([d_seen], slopes)
+            slopes += map(mx.zeros_like, keys)
+        return [_activation_gradient(activation, x, d_seen), *map(mx.zeros_like, frozen), *slopes]
+
+    return forward
+
+
+def _activation_gradient(activation: Activation, x: mx.array, cotangent: mx.array) -> mx.array:
+    if activation is identity:
+        return cotangent.astype(x.dtype)
+    gradient: mx.array = mx.vjp(activation, [x], [cotangent])[1][0]
+    return gradient.astype(x.dtype)
+
+
+@differentiable
+def _squared_relu(x: mx.array) -> mx.array:
+    return _fused_squared_relu(x)
+
+
+@_squared_relu.vjp
+def _squared_relu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return _squared_relu_gradient(x, cotangent)
+
+
+_fused_squared_relu = compiled(square_of_positive)
+
+
+@compiled
+def _squared_relu_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
+    return (x + mx.abs(x)) * cotangent
+
+
+@differentiable
+def _scale_columns(x: mx.array, factor: mx.array) -> mx.array:
+    return (x * factor).astype(x.dtype)
+
+
+@_scale_columns.vjp
+def _scale_columns_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Use the output, which what follows keeps anyway, so that x is not kept. A factor of 0 gets no gradient."""
+    x, factor = primals
+    sums = (cotangent.astype(factor.dtype) * output).reshape(-1, output.shape[-1]).sum(0)
+    d_factor = mx.where(factor == 0, 0.0, sums / factor).astype(factor.dtype)
+    (d_x,) = mx.depends([(cotangent * factor).astype(x.dtype)], [d_factor])
+    return d_x, d_factor
+
+
+# Attention
+
+
+def causal_attention(q: mx.array, k: mx.array, v: mx.array, window: int | None = None) -> mx.array:
+    """Take the softmax without subtracting the maximum: every |q·k| / sqrt(D) has to be below 24.
+
+    RMS-normalised heads up to width 256 are within it, also scaled by 1.2.
+    """
+    batch, heads, tokens, width = q.shape
+    window = tokens if window is None else min(window, tokens)
+    # Query heads of one group share a key head: (B, K, G, T, D) against (B, K, 1, T, D).
+    dtype, (q, k, v) = q.dtype, (x.astype(mx.float32) for x in (q, k, v))
+    q = q.reshape(batch, k.shape[1], heads // k.shape[1], tokens, width) * (width**-0.5 / EXP_UNIT)
+    out, _ = _windowed(window)(q, k[:, :, None], v[:, :, None])
+    return out.reshape(batch, tokens, heads, width).astype(dtype)
+
+
+def masked_attention(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -> mx.array:
+    batch, heads, tokens, width = q.shape
+    dtype, (q, k, v) = q.dtype, (x.astype(mx.float32) for x in (q, k, v))
+    q = q.reshape(batch, k.shape[1], heads // k.shape[1], tokens, width) * (width**-0.5 / EXP_UNIT)
+    weights = _masked_exp(q @ k[:, :, None].swapaxes(-1, -2), visible[:, None, None].astype(mx.float32))
+    out = _multiply(weights @ v[:, :, None], (1 / sum_rows(weights))[..., None])
+    return out.reshape(batch, heads, tokens, width).swapaxes(1, 2).astype(dtype)
+
+
+@cache
+def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """Return the attention for one window with its gradient.
+
+    It takes q (B, K, G, T, D), whose products with k (B, K, 1, T, D) are scores in `EXP_UNIT`s, and v like k; it
+    returns the output (B, T, K, G, D) and the reciprocals of the rows' sums (B, K, G, T).
+    """
+
+    @differentiable
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        outs, reciprocals = [], []
+        for rows, past, mask in _blocks(q.shape[-2], window):
+            weights = _masked_exp(q[rows] @ k[past].swapaxes(-1, -2), mask)
+            reciprocal = 1 / sum_rows(weights)
+            outs.append(_multiply(weights @ v[past], reciprocal[..., None]).transpose(0, 3, 1, 2, 4))
+            reciprocals.append(reciprocal)
+        return mx.concatenate(outs, axis=1), mx.concatenate(reciprocals, axis=-1)
+
+    @attend.vjp
+    def gradient(
+        primals: tuple[mx.array, mx.array, mx.array],
+        cotangents: tuple[mx.array, mx.array],
+        outputs: tuple[mx.array, mx.array],
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Recompute each block's weights, so that no (T, T) matrix outlives its block."""
+        # Only once the cotangent is there: else compilation would keep the weights of the forward pass.
+        q, k, v = mx.depends(list(primals), [cotangents[0]])
+        out, reciprocal = (outputs[0].transpose(0, 2, 3, 1, 4), outputs[1])
+        # The rows' factors are folded into the small matrices: the large ones see one product each.
+        d_out = _multiply(cotangents[0].transpose(0, 2, 3, 1, 4), reciprocal[..., None])
+        inner = sum_rows(_multiply(d_out, out))[..., None]
+        d_q: list[mx.array] = []
+        d_keys: list[tuple[int, mx.array]] = []
+        d_values: list[tuple[int, mx.array]] = []
+        for rows, past, mask in _blocks(q.shape[-2], window):
+            weights = _masked_exp(q[rows] @ k[past].swapaxes(-1, -2), mask)
+            d_scores = _softmax_gradient(weights, d_out[rows] @ v[past].swapaxes(-1, -2), inner[rows])
+            d_q.append(d_scores @ k[past])
+            first = past[1].start
+            d_keys.append((first, _sum_groups(d_scores.swapaxes(-1, -2) @ q[rows])))
+            d_values.append((first, _sum_groups(weights.swapaxes(-1, -2) @ d_out[rows])))
+        return mx.concatenate(d_q, axis=-2), _sum_spans(d_keys), _sum_spans(d_values)
+
+    return attend
+
+
+def _blocks(tokens: int, window: int) -> Iterator[tuple[Any, Any, mx.array]]:
+    """Yield (rows, keys, mask) of each block of queries; keys that none of them sees are never multiplied."""
+    for start in range(0, tokens, _BLOCK_TOKENS):
+        stop = min(start + _BLOCK_TOKENS, tokens)
+        first = max(0, start - window) // _BLOCK_TOKENS * _BLOCK_TOKENS
+        # Counted from `first`, so that blocks which see alike share one mask.
+        mask = _mask(start - first, stop - first, window)
+        yield (..., slice(start, stop), slice(None)), (..., slice(first, stop), slice(None)), mask
+
+
+@cache
+def _mask(start: int, stop: int, window: int) -> mx.array:
+    return mx.array(visible_keys(start, stop, window).astype(np.float32))
+
+
+def _sum_spans(parts: list[tuple[int, mx.array]]) -> mx.array:
+    """Add gradients of which each covers the tokens from its first one to the end of its block."""
+    sums: list[mx.array] = []
+    for end in range(len(parts)):
+        start, stop = end * _BLOCK_TOKENS, (end + 1) * _BLOCK_TOKENS
+        pieces = [part[..., start - first : stop - first, :] for first, part in parts[end:] if first <= start]
+        sums.append(sum(pieces[1:], pieces[0]))
+    return mx.concatenate(sums, axis=-2)
+
+
+def _sum_groups(gradient: mx.array) -> mx.array:
+    """Add up the query heads (axis 2) that share one key/value head."""
+    return gradient if gradient.shape[2] == 1 else gradient.sum(2, keepdims=True)
+
+
+@compiled
+def _masked_exp(scores: mx.array, mask: mx.array) -> mx.array:
+    return masked_exp_of_units(scores, mask)
+
+
+@compiled
+def _softmax_gradient(weights: mx.array, d_weights: mx.array, inner: mx.array) -> mx.array:
+    return weights * (d_weights - inner) * EXP_UNIT
+
+
+# Losses
+
+
+def soft_cap(logits: mx.array) -> mx.array:
+    return _cap(logits.astype(mx.float32))
+
+
+def chunk_rows(vocab_size: int) -> int:
+    return max(_LEAST_ROWS, _CHUNK_FLOATS // vocab_size)
+
+
+def tanh_of_head(x: mx.array, weight: mx.array) -> mx.array:
+    return _tanh((x.astype(mx.float32) * (1 / SOFT_CAP)) @ weight.astype(mx.float32).T)
+
+
+def exp_of_capped(tanh: mx.array, cap: float) -> mx.array:
+    return _exp_of(cap)(tanh) if cap <= 16 else mx.exp(cap * tanh)
+
+
+def cross_entropy_sum(
+    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool = False
+) -> mx.array:
+    arrays = x.astype(mx.float32), weight.astype(mx.float32), targets, row_weights
+    return _with_frozen_head(*arrays)[0] if frozen_head else _cross_entropy(*arrays)[0]
+
+
+@differentiable
+def _cross_entropy(
+    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the loss and, computed while each chunk's logits are at hand, its gradients in x and weight.
+
+    The gradient in a logit is factor × (p − 1 at the target) × (1 − tanh²), p = exp / sum. Everything that is one
+    number per row goes to the thin matrices (x and the product with the head) and the target's term is added by
+    index, so that the wide matrix is passed over four times in all: tanh, exp, sum, slope.
+    """
+    loss, d_x, d_weight = _losses_and_slopes(x, weight, targets, row_weights, frozen_head=False)
+    assert d_weight is not None
+    return loss, d_x, d_weight
+
+
+@differentiable
+def _with_frozen_head(
+    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return the loss and its gradient in x alone."""
+    loss, d_x, _ = _losses_and_slopes(x, weight, targets, row_weights, frozen_head=True)
+    return loss, d_x
+
+
+def _losses_and_slopes(
+    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Return what `_cross_entropy` returns; of a frozen head no gradient."""
+    losses, d_x, d_weight, at_target = [], [], None if frozen_head else mx.zeros_like(weight), []
+    done: list[mx.array] = []
+    for rows in split_rows(x.shape[0], weight.shape[0]):
+        # One chunk after the other: by itself MLX would begin with the logits of them all.
+        (chunk,) = mx.depends([x[rows]], done)
+        target, factor = targets[rows], row_weights[rows]
+        tanh = tanh_of_head(chunk, weight)
+        exponentials = exp_of_capped(tanh, SOFT_CAP)
+        sums = sum_rows(exponentials)
+        target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
+        losses.append(((mx.log(sums) - SOFT_CAP * target_tanh) * factor).sum())
+        slope = _slope(exponentials, tanh)
+        row_factor, target_slope = (factor / sums)[:, None], (factor * (1 - mx.square(target_tanh)))[:, None]
+        d_x.append((slope @ weight) * row_factor - target_slope * weight[target])
+        if d_weight is None:
+            done = [d_x[-1], losses[-1]]
+            continue
+        d_weight = mx.addmm(d_weight, slope.T, chunk * row_factor)
+        at_target.append(target_slope * chunk)
+        # A number of the sum instead of the sum, whose memory the next chunk's sum takes over.
+        done = [d_weight[:1, :1] * 1.0, d_x[-1], losses[-1], at_target[-1]]
+    if d_weight is not None:
+        d_weight = d_weight.at[targets].subtract(mx.concatenate(at_target))
+    return sum(losses[1:], losses[0]), mx.concatenate(d_x), d_weight
+
+
+@_cross_entropy.vjp
+def _cross_entropy_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    """Scale the gradients that the forward pass has already made."""
+    _, _, targets, row_weights = primals
+    d_x, d_weight = (gradient * cotangents[0] for gradient in outputs[1:])
+    return d_x, d_weight, mx.zeros_like(targets), mx.zeros_like(row_weights)
+
+
+@_with_frozen_head.vjp
+def _with_frozen_head_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    """Scale the gradient that the forward pass has already made."""
+    return outputs[1] * cotangents[0], *map(mx.zeros_like, primals[1:])
+
+
+@compiled
+def _cap(logits: mx.array) -> mx.array:
+    return SOFT_CAP * rational_tanh(logits * (1 / SOFT_CAP))
+
+
+_tanh = compiled(rational_tanh)
+
+
+# Kernels of one output each: a compiled loop with two outputs took as long again.
+@cache
+def _exp_of(cap: float) -> Callable[[mx.array], mx.array]:
+    return compiled(partial(exp_of_units, cap=cap))
+
+
+@compiled
+def _slope(exponentials: mx.array, tanh: mx.array) -> mx.array:
+    """Return exp × (1 − tanh²), the last being the soft cap's derivative."""
+    return exponentials * (1 - tanh * tanh)
