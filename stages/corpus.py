@@ -6,10 +6,7 @@ the Hugging Face Hub, which is pinned and listed, not copied. Options: conf/corp
 
 import json
 
-from mlxchat.data.corpus import gather_documents
-from mlxchat.data.hub_corpus import pin_corpus
-from mlxchat.data.listing import LISTING
-from mlxchat.data.shards import VALIDATION, open_shards, write_shards
+from mlxchat.data.sources import LISTING, VALIDATION, gather_documents, open_shards, pin_corpus, write_shards
 from mlxchat.runner.context import Context
 
 VERSION = 2

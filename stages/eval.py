@@ -7,11 +7,11 @@ Every finished batch of questions is kept under ctx.work, so that a killed evalu
 import json
 from typing import Any
 
-from mlxchat.data.encoded import open_documents
 from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import DocumentRows, take_validation
-from mlxchat.data.shards import iterate_documents
+from mlxchat.data.sources import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import open_documents
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.bpb import text_loss, uniform_bits_per_byte

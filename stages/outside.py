@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.encoded import open_documents
 from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import DocumentRows, take_validation
+from mlxchat.data.tokens import open_documents
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.chat_scores import chatcore, mean_centered
 from mlxchat.evals.core_step import measure_core

@@ -5,9 +5,9 @@ Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain
 
 from contextlib import nullcontext
 
-from mlxchat.data.encoded import open_documents
 from mlxchat.data.packing import RowStream, pack_documents, take_rows, take_validation
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import open_documents
 from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.rank_model import text_model
@@ -118,7 +118,7 @@ def run(ctx: Context) -> None:
             ctx.records("samples").append({"iteration": iteration, "prompt": prompt, "text": text})
         return {}
 
-    with RowBatches(read_rows("train"), rows_per_iteration, ahead=machine.prefetch_batches) as batches:
+    with RowBatches(read_rows("train"), rows_per_iteration) as batches:
         fit(
             ctx,
             model,

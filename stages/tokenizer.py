@@ -7,7 +7,7 @@ import json
 
 from mlxchat.data.bpe import train_on_corpus
 from mlxchat.data.compression import compression_rows, print_compression
-from mlxchat.data.shards import iterate_documents
+from mlxchat.data.sources import iterate_documents
 from mlxchat.data.tokenizer import load_vocabulary
 from mlxchat.runner.context import Context
 

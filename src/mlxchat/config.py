@@ -187,8 +187,6 @@ class MachineConfig:
     """Whether each layer's activations are computed again for the gradient instead of being kept: less memory."""
     checkpoint_seconds: float = MISSING
     """Seconds between resumable states; 0: every iteration."""
-    prefetch_batches: int = MISSING
-    """Batches that a thread prepares before training asks for them; 0: none, each is made when it is needed."""
     log_every: int = MISSING
     """Iterations between metrics records."""
     memory_limit_bytes: int | None = MISSING

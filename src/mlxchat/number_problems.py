@@ -26,8 +26,6 @@ def find_range_problems(config: Config) -> Iterator[str]:
         yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
     if config.bench.warmup_steps < 0:
         yield f"bench.warmup_steps is {config.bench.warmup_steps}, expected at least 0"
-    if machine.prefetch_batches < 0:
-        yield f"machine.prefetch_batches is {machine.prefetch_batches}, expected at least 0 (no batch made ahead)"
 
 
 def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.store import Store, read_manifest
 
 _SETTINGS = """
-    machine.checkpoint_seconds=0 machine.prefetch_batches=0
+    machine.checkpoint_seconds=0
     pretrain.num_iterations=5 midtrain.num_iterations=4 sft.num_iterations=4 rl.num_iterations=3
     rl.questions_per_iteration=2 rl.samples_per_question=2 rl.task.size=6
 """

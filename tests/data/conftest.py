@@ -10,10 +10,9 @@ import pytest
 
 from kit.text import DOCUMENTS
 from mlxchat.data.bpe import train_tokenizer
-from mlxchat.data.documents import DocumentCursor, EncodedShards
-from mlxchat.data.encoded import encode_shard
-from mlxchat.data.shards import Shard, open_shards, write_shards
+from mlxchat.data.sources import Shard, open_shards, write_shards
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import DocumentCursor, EncodedShards, encode_shard
 
 TEXT = """the a cat dog sat on mat and then we saw 12 or 345 café naïve 你好 don't I'll x = y ; ( ) whether weather
 another other brother mother rather gather number under thunder wonder \n"""

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.commands import CommandLine
-from mlxchat.data.corpus import gather_documents, read_file
-from mlxchat.data.shards import iterate_documents, open_shards
+from mlxchat.data.sources import gather_documents, iterate_documents, open_shards, read_file
 from mlxchat.errors import DataError
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"

@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.text import DOCUMENTS
-from mlxchat.data import documents as documents_module
-from mlxchat.data.documents import DocumentCursor, EncodedShards
-from mlxchat.data.encoded import encode_shard
-from mlxchat.data.shards import Shard, open_shards
+from mlxchat.data import tokens as documents_module
+from mlxchat.data.sources import Shard, open_shards
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import DocumentCursor, EncodedShards, encode_shard
 from mlxchat.errors import DataError
 
 Read = Callable[..., DocumentCursor]

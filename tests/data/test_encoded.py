@@ -13,13 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlxchat.config import TaskItem
-from mlxchat.data import encoded as encoded_module
+from mlxchat.data import tokens as encoded_module
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation
-from mlxchat.data.encoded import encode_shard, open_documents, open_mixture
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.shards import iterate_documents, open_shards
+from mlxchat.data.sources import iterate_documents, open_shards
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import encode_shard, open_documents, open_mixture
 from mlxchat.errors import Interrupted
 from mlxchat.runner.context import Context
 from mlxchat.runner.shared import SharedArtifacts

@@ -15,14 +15,22 @@ import pytest
 
 from kit.text import parquet
 from mlxchat.config import HubConfig
-from mlxchat.data import shards as shards_module
-from mlxchat.data.documents import DocumentCursor, EncodedShards
-from mlxchat.data.encoded import encode_shard
-from mlxchat.data.hub_corpus import list_corpus, pin_corpus
-from mlxchat.data.listing import count_files, known_of_artifact
-from mlxchat.data.prefetch import Fetcher, fetch_ahead, stop_fetching
-from mlxchat.data.shards import Shard, chars_per_byte, iterate_documents, open_shards
+from mlxchat.data import sources as shards_module
+from mlxchat.data.sources import (
+    Fetcher,
+    Shard,
+    chars_per_byte,
+    count_files,
+    fetch_ahead,
+    iterate_documents,
+    known_of_artifact,
+    list_corpus,
+    open_shards,
+    pin_corpus,
+    stop_fetching,
+)
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import DocumentCursor, EncodedShards, encode_shard
 from mlxchat.errors import DataError
 from mlxchat.hub.listings import forget
 

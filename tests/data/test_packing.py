@@ -18,7 +18,6 @@ from kit.text import conversation, render
 from kit.text import conversations as some_conversations
 from mlxchat.data import packing
 from mlxchat.data.conversation import render_conversation
-from mlxchat.data.documents import DocumentCursor
 from mlxchat.data.packing import (
     IGNORED,
     BestFitBuffer,
@@ -31,8 +30,9 @@ from mlxchat.data.packing import (
     take_validation,
     trim_rows,
 )
-from mlxchat.data.shards import iterate_documents
+from mlxchat.data.sources import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import DocumentCursor
 
 Read = Callable[..., DocumentCursor]
 

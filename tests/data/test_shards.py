@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.text import DOCUMENTS
-from mlxchat.data.shards import iterate_documents, open_shards, write_shards
+from mlxchat.data.sources import iterate_documents, open_shards, write_shards
 from mlxchat.errors import DataError
 
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from kit.text import conversations, render
 from mlxchat.data.conversation import render_conversation
-from mlxchat.data.documents import DocumentCursor
 from mlxchat.data.packing import (
     IGNORED,
     RowStream,
@@ -26,8 +25,9 @@ from mlxchat.data.packing import (
     pack_documents,
     take_rows,
 )
-from mlxchat.data.shards import iterate_documents
+from mlxchat.data.sources import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import DocumentCursor
 
 Read = Callable[..., DocumentCursor]
 DOCUMENT_PACKINGS, CONVERSATION_PACKINGS = ("best_fit", "best_fit_whole", "stream"), ("best_fit", "stream", "alone")

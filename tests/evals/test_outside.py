@@ -19,9 +19,9 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="outside models need mlx-lm")
 
-from mlxchat.data.documents import DocumentCursor, EncodedShards
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import DocumentCursor, EncodedShards
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.branching import Continuation, make_rows

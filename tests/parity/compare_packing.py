@@ -10,7 +10,6 @@ from comparison import Line, Quantity, same
 from parity_file import ParityFile
 
 from mlxchat.data.conversation import render_conversation
-from mlxchat.data.documents import Address
 from mlxchat.data.packing import (
     IGNORED,
     ConversationRows,
@@ -20,7 +19,7 @@ from mlxchat.data.packing import (
     pack_conversations,
     pack_documents,
 )  # fmt: skip
-from mlxchat.data.tokens import Array, Tokens
+from mlxchat.data.tokens import Address, Array, Tokens
 
 
 class NanochatOrder:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from mlxchat.config import Config
 from mlxchat.data.bpe import train_ranks
-from mlxchat.data.corpus import gather_documents
+from mlxchat.data.sources import gather_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.ops.cores import available_cores

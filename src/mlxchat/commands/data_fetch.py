@@ -119,8 +119,7 @@ def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, meas
     """Return what is read of a corpus on the Hub: the validation files, and as many others as the horizon needs."""
     if config.corpus.hub is None:
         return {}
-    from mlxchat.data.hub_corpus import list_corpus, measure_validation
-    from mlxchat.data.listing import ESTIMATED_CHARS_PER_BYTE, Known
+    from mlxchat.data.sources import ESTIMATED_CHARS_PER_BYTE, Known, list_corpus, measure_validation
     from mlxchat.planning.text import find_text_need
 
     corpus = list_corpus(config.corpus.hub, config.corpus.validation_documents)

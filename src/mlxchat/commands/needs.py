@@ -73,7 +73,7 @@ def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) ->
 
     Models to import are not counted: the plan's line of that step describes them.
     """
-    from mlxchat.data.listing import ESTIMATED_CHARS_PER_BYTE
+    from mlxchat.data.sources import ESTIMATED_CHARS_PER_BYTE
     from mlxchat.hub.cache import missing_bytes
     from mlxchat.hub.client import url_place
     from mlxchat.hub.listings import recorded_files

@@ -23,8 +23,7 @@ from typing import IO, Any
 import psutil
 
 from mlxchat.config import TokenizerConfig
-from mlxchat.data.listing import LISTING
-from mlxchat.data.shards import iterate_documents
+from mlxchat.data.sources import LISTING, iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed

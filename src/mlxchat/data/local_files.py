@@ -63,7 +63,7 @@ _KNOWN: dict[tuple[str, tuple[int, ...]], str] = {}
 
 
 def _read_text(path: str) -> None:
-    from mlxchat.data.corpus import read_file  # brings pyarrow
+    from mlxchat.data.sources import read_file  # brings pyarrow
 
     for _ in read_file(Path(path)):
         pass

@@ -1,30 +1,52 @@
-"""Token sequences on disk: one safetensors file, written as a stream and read through the page cache.
+"""Token ids: their file format, the shards of a corpus encoded when they are needed, and the cursor that reads them.
 
-offsets (n + 1,) int64: where each sequence begins, and the end of the last; ids (tokens,) uint16 or, for vocabularies
-beyond 65,536, uint32; for conversations also trained (tokens,) bool.
+Text and conversations become artifacts (`tokens-…`), once per content and tokenizer, shared by every run. Each is one
+safetensors file, written as a stream and read through the page cache:
+- offsets (n + 1,) int64: where each sequence begins, and the end of the last;
+- ids (tokens,) uint16 or, for vocabularies beyond 65,536, uint32;
+- for conversations also trained (tokens,) bool.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
-from collections.abc import Iterable
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from mlxchat.data.conversation import render_conversation
+from mlxchat.data.mixture import Mixture
+from mlxchat.data.sources import Check, Shard, chars_per_byte, fetch_ahead, open_shards
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
+from mlxchat.ops.cores import available_cores
+from mlxchat.runner.context import Context
+from mlxchat.runner.fingerprint import canonical_json
 
 FORMAT = 1
 FILE = "tokens.safetensors"
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 # The header is written last, into space that is kept for it; the format allows spaces after the JSON.
 _HEADER_BYTES = 512
 _TYPES = {"I64": np.int64, "U16": np.uint16, "U32": np.uint32, "BOOL": np.bool_}
+# Documents that one thread encodes at a time: a fraction of a second, after which a stop is noticed.
+_PART_DOCUMENTS = 128
+_MOST_OPEN_SHARDS = 16
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Address = tuple[int, int]
+"""Shard and document in it, both from 0."""
 
 
 @dataclass(frozen=True)
@@ -139,3 +161,231 @@ def _header(arrays: list[tuple[str, str, int]]) -> bytes:
         record[name] = {"dtype": dtype, "shape": [length], "data_offsets": [start, end]}
     text = json.dumps(record).encode()
     return (_HEADER_BYTES - 8).to_bytes(8, "little") + text.ljust(_HEADER_BYTES - 8)
+
+
+Obtain = Callable[[Shard, bool, Check], Path]
+"""Takes a text shard, whether its tokens are needed now, and a check; returns the folder with its tokens."""
+
+
+class EncodedShards:
+    """The shards of a split as token ids. `obtain` encodes them; while one is read, the next is encoded in a thread."""
+
+    def __init__(
+        self, shards: Sequence[Shard], obtain: Obtain, on_open: Callable[[int], object] = lambda index: None
+    ) -> None:
+        """Take the text shards in order; nothing is read yet. `on_open` is called with the number of one to be read."""
+        self.shards, self._obtain, self._on_open = list(shards), obtain, on_open
+        # Few at a time: every open file takes a handle, and documents that wait for a row come from few shards.
+        self._open: OrderedDict[int, Tokens] = OrderedDict()
+        self._closing = threading.Event()
+        self._worker: tuple[int, threading.Thread] | None = None
+
+    def open(self, index: int) -> Tokens:
+        """Return a shard's tokens, encoding it first if need be."""
+        found = self._open.get(index)
+        if found is None:
+            self._on_open(index)
+            if self._worker is not None and self._worker[0] == index:
+                self._worker[1].join()  # it checks for stops as encoding here would
+            found = open_tokens(self._obtain(self.shards[index], True, lambda: None))
+            self._open[index] = found
+            while len(self._open) > _MOST_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(index)
+        return found
+
+    def prepare(self, index: int) -> None:
+        """Begin to encode a shard in the background, unless another one still is."""
+        if index in self._open or (self._worker is not None and self._worker[1].is_alive()):
+            return
+        self._closing.clear()
+
+        def work() -> None:
+            with suppress(Exception):  # it fails again, with a message, when the shard is needed
+                self._obtain(self.shards[index], False, self._check)
+
+        worker = threading.Thread(target=work, name=f"encode {self.shards[index].name}", daemon=True)
+        worker.start()
+        self._worker = index, worker
+
+    def close(self) -> None:
+        """End the background work."""
+        self._closing.set()
+        if self._worker is not None:
+            self._worker[1].join()
+            self._worker = None
+
+    def _check(self) -> None:
+        if self._closing.is_set():
+            raise _Closed
+
+
+class _Closed(Exception):
+    """The work is not wanted any more."""
+
+
+class DocumentCursor:
+    """Documents of a split in order, forever or once, with a position that can be saved and returned to."""
+
+    def __init__(self, shards: EncodedShards, *, once: bool = False) -> None:
+        """Start at the first document; `once`: after the last one there are no more."""
+        self._shards, self._once = shards, once
+        self.epoch = 0
+        self._position: Address = (0, 0)
+        self._empty = 0  # shards without a document, one after the other
+
+    def next(self, count: int) -> list[tuple[Address, int]]:
+        """Return addresses and lengths in tokens of the next `count` documents; fewer at the end, if it has one.
+
+        Raises:
+            DataError: the corpus has none.
+        """
+        found: list[tuple[Address, int]] = []
+        while len(found) < count:
+            shard, start = self._position
+            if shard == len(self._shards.shards):
+                if self._once and self._empty < len(self._shards.shards):
+                    break
+                self.epoch, self._position = self.epoch + 1, (0, 0)
+                continue
+            tokens = self._shards.open(shard)
+            self._shards.prepare((shard + 1) % len(self._shards.shards))
+            self._empty = 0 if len(tokens) else self._empty + 1
+            if self._empty > len(self._shards.shards):
+                names = [shard.name for shard in self._shards.shards]
+                raise DataError(f"the corpus holds no document in {', '.join(names[:5])}{' …' * (len(names) > 5)}")
+            stop = min(len(tokens), start + count - len(found))
+            found += (((shard, start + i), length) for i, length in enumerate(tokens.lengths(start, stop)))
+            self._position = (shard, stop) if stop < len(tokens) else (shard + 1, 0)
+        return found
+
+    def length(self, address: Address) -> int:
+        """Return the length in tokens of a document."""
+        shard, document = address
+        return self._shards.open(shard).lengths(document, document + 1)[0]
+
+    def ids(self, address: Address) -> Array:
+        """Return the ids of a document, <|bos|> first."""
+        shard, document = address
+        return self._shards.open(shard).ids(document)
+
+    def name(self, address: Address) -> str:
+        """Return the shard's file and the document's number in it, from 0."""
+        shard, document = address
+        return f"{self._shards.shards[shard].name} document {document}"
+
+    def state(self) -> dict[str, Any]:
+        """Return the position as plain numbers."""
+        return {"epoch": self.epoch, "position": list(self._position)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position; a closed cursor works again."""
+        self.epoch = state["epoch"]
+        shard, document = state["position"]
+        self._position = (shard, document)
+
+    def close(self) -> None:
+        """End background work, until the next `restore`."""
+        self._shards.close()
+
+
+class DocumentTokenizer(Protocol):
+    """What makes documents into tokens: ours, or that of a model of another make."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that decides how a text is encoded."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    def encode_documents(self, texts: list[str]) -> list[Array]:
+        """Return each document's ids, with the token that begins it in front."""
+
+
+def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, once: bool = False) -> DocumentCursor:
+    """Return the documents of a split ('train' or 'validation') of the step's corpus, again and again or `once`.
+
+    Each shard is encoded when it is needed, on all cores; the one after it meanwhile, on a quarter of them. Files of
+    the Hub are fetched ahead of that, as many as the run is known to need.
+    """
+    corpus = ctx.inputs["corpus"]
+    shards, density = open_shards(corpus, split), chars_per_byte(corpus)
+    chars = ctx.hints.get("train_chars") if split == "train" else None
+
+    def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
+        threads = available_cores() if is_awaited else max(1, available_cores() // 4)
+
+        def look() -> None:
+            check()
+            if ctx.should_stop():
+                raise ctx.stop(f"the encoding of {shard.name}")
+
+        return ctx.encoded(
+            version=FORMAT,
+            label=shard.stem,
+            identity={**shard.identity(), "tokenizer": tokenizer.digest},
+            make=lambda folder: encode_shard(shard, tokenizer, folder, threads=threads, check=look),
+            check=look,
+        )
+
+    def fetch(index: int) -> None:
+        fetch_ahead(shards, index + 1, chars, density)
+
+    return DocumentCursor(EncodedShards(shards, obtain, fetch), once=once)
+
+
+def encode_shard(
+    shard: Shard, tokenizer: DocumentTokenizer, folder: Path, *, threads: int, check: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Encode a text shard into a folder; return the numbers for its manifest.
+
+    Args:
+        shard: it is fetched first if it is not on this machine.
+        tokenizer: puts <|bos|> before each document.
+        folder: exists.
+        threads: how many encode at once.
+        check: called every few hundred documents; it may raise, to end the work.
+    """
+    count = shard.count(check)
+    began = time.monotonic()
+
+    def encode() -> Iterator[tuple[Array, None]]:
+        texts = shard.documents(check)
+        with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
+            while part := list(islice(texts, threads * _PART_DOCUMENTS)):
+                check()
+                size = -(-len(part) // threads)
+                parts = [part[first : first + size] for first in range(0, len(part), size)]
+                for encoded in pool.map(tokenizer.encode_documents, parts):
+                    yield from ((ids, None) for ids in encoded)
+
+    with (folder / FILE).open("wb") as file:
+        tokens = write_tokens(file, encode(), count=count, vocab_size=tokenizer.vocab_size)
+    seconds = max(1e-9, time.monotonic() - began)
+    return {"documents": count, "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def open_mixture(ctx: Context, name: str, mixture: Mixture, tokenizer: Tokenizer) -> Tokens:
+    """Return the conversations of a mixture, each with what is trained on in it; `name` is for people."""
+    digest = hashlib.sha256()
+    for conversation in mixture:
+        digest.update(canonical_json(conversation.get("messages")).encode() + b"\n")
+
+    def render() -> Iterator[tuple[Array, Array]]:
+        for conversation in mixture:
+            if ctx.should_stop():
+                raise ctx.stop("the encoding of its conversations")
+            ids, mask = render_conversation(tokenizer, conversation, max_tokens=None)
+            yield np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.bool_)
+
+    def make(folder: Path) -> dict[str, float]:
+        began = time.monotonic()
+        with (folder / FILE).open("wb") as file:
+            tokens = write_tokens(file, render(), count=len(mixture), vocab_size=tokenizer.vocab_size)
+        seconds = max(1e-9, time.monotonic() - began)
+        return {"conversations": len(mixture), "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+    identity = {"conversations": digest.hexdigest(), "tokenizer": tokenizer.digest}
+    return open_tokens(ctx.encoded(version=FORMAT, label=f"{ctx.step}_{name}", identity=identity, make=make))

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import Row
-from mlxchat.data.shards import iterate_documents
+from mlxchat.data.sources import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import text_loss
 from mlxchat.interop.exporting import Checkpoint, rounded

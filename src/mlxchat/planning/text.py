@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxchat.config import Config
-from mlxchat.data.listing import Known, known_of_artifact, known_of_record
+from mlxchat.data.sources import Known, known_of_artifact, known_of_record
 from mlxchat.hub.cache import check_space
 from mlxchat.hub.files import hub_cache
 from mlxchat.model.sizes import sizes_of

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlxchat.config import FinetuneConfig
-from mlxchat.data.encoded import open_mixture
 from mlxchat.data.mixture import Mixture, open_item
 from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, pack_conversations, take_validation
-from mlxchat.data.tokens import Tokens
+from mlxchat.data.tokens import Tokens, open_mixture
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
@@ -106,7 +105,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         return {"val_loss": mean_loss(text_model(ctx.team, model), validation, micro_tokens=micro_tokens)}
 
     alone = config.packing == "alone"  # then most of a row is padding
-    with RowBatches(pack(encoded), rows_per_iteration, ahead=machine.prefetch_batches, trimmed=alone) as batches:
+    with RowBatches(pack(encoded), rows_per_iteration, trimmed=alone) as batches:
         fit(
             ctx,
             model,

@@ -1,0 +1,586 @@
+"""Text: where documents come from, and the shards of a corpus.
+
+A corpus artifact of packages and local files holds parquet files with a column `text`: shard_00000.parquet … for
+training, validation.parquet held out, as nanochat's. A corpus on the Hugging Face Hub is pinned, not copied:
+corpus.json names the commit and lists every file with its checksum. The files are in the Hub's cache, once for all
+runs; they are fetched when they are read, or ahead of it in the background (`fetch_ahead`).
+
+Planning imports this module, so pyarrow is imported where files are read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fnmatch
+import hashlib
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from mlxchat.config import HubConfig
+from mlxchat.errors import DataError, PassingError
+from mlxchat.hub.cache import check_space, is_offline, missing_bytes, read_json
+from mlxchat.hub.files import HubFile, hub_cache
+from mlxchat.hub.listings import recorded_files
+from mlxchat.runner.fingerprint import hash_file
+from mlxchat.runner.progress import plural
+from mlxchat.runner.store import MANIFEST
+
+LISTING = "corpus.json"
+VALIDATION = "validation.parquet"
+COLUMN = "text"
+# Of FineWeb-Edu and ClimbMix: files of some 95 MB with 0.25 billion characters. Measured once a file is there.
+ESTIMATED_CHARS_PER_BYTE = 2.6
+
+# Documents in memory at a time, whatever the size of a file's row groups.
+_BATCH_DOCUMENTS = 1024
+_NAMES_SHOWN = 10
+_FETCHING_THREADS = 4
+# Without a horizon: files fetched beyond the one that is read.
+_AHEAD_FILES = 1
+_RETRY_SECONDS = 20.0
+_END_SECONDS = 2.0
+
+Check = Callable[[], None]
+"""Called during long work; it may raise, to end that."""
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of documents, or a range of its rows: on this machine, or on the Hub until it is needed."""
+
+    name: str
+    sha256: str
+    """Of the file (git's id where the Hub lists no sha256); its tokens are named by it."""
+    local: Path | None = None
+    file: HubFile | None = None
+    column: str = COLUMN
+    first: int = 0
+    """The first row that counts."""
+    stop: int | None = None
+    """The row after the last one that counts; None: all to the end."""
+
+    @classmethod
+    def of(cls, path: Path, sha256: str | None = None) -> Shard:
+        """Return the shard of a local file."""
+        return cls(path.name, sha256 or hash_file(path), local=path)
+
+    @classmethod
+    def on_hub(cls, file: HubFile, column: str, *rows: int | None) -> Shard:
+        """Return the shard of a file on the Hub, or of the rows `first`, `stop` of it."""
+        content = file.sha256 or f"git:{file.git_sha1}"
+        return cls(Path(file.path).name, content, None, file, column, *rows)  # type: ignore[arg-type]
+
+    @property
+    def stem(self) -> str:
+        """The name without its ending."""
+        return Path(self.name).stem
+
+    @property
+    def hub_file(self) -> HubFile:
+        """The file of a shard that is known to be on the Hub."""
+        assert self.file is not None, "this shard is on the Hub"
+        return self.file
+
+    def identity(self) -> dict[str, Any]:
+        """Return what determines the documents, as plain data."""
+        rows = {} if (self.first, self.stop) == (0, None) else {"rows": [self.first, self.stop]}
+        return {"text": self.sha256, **({} if self.column == COLUMN else {"column": self.column}), **rows}
+
+    def path(self, check: Check = _nothing) -> Path:
+        """Return where the file is; it is fetched and verified now if need be.
+
+        Raises:
+            DataError: it cannot be had.
+            PassingError: the network or the Hub does not work now.
+        """
+        if self.local is not None:
+            return self.local
+        from mlxchat.hub.client import fetch_files
+
+        return fetch_files([self.hub_file], check=check)[0]
+
+    def count(self, check: Check = _nothing) -> int:
+        """Return the number of documents."""
+        rows = self._open(check).metadata.num_rows
+        return int(min(rows, self.stop if self.stop is not None else rows) - self.first)
+
+    def documents(self, check: Check = _nothing) -> Iterator[str]:
+        """Yield the documents in order, a few in memory at a time; an empty cell is an empty document.
+
+        Raises:
+            DataError: the file cannot be read, or has no such column of text.
+        """
+        yield from islice(self._rows(check), self.first, self.stop)
+
+    def _rows(self, check: Check) -> Iterator[str]:
+        import pyarrow as pa
+
+        try:
+            for batch in self._open(check).iter_batches(_BATCH_DOCUMENTS, columns=[self.column], use_threads=False):
+                yield from (text or "" for text in batch.column(0).to_pylist())
+        except (OSError, KeyError, pa.ArrowException, UnicodeDecodeError) as error:  # KeyError: several of that name
+            raise DataError(f"{self.name}: cannot be read ({error})") from None
+
+    def _open(self, check: Check) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.path(check)
+        try:
+            file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        names = file.schema_arrow.names
+        if self.column not in names:
+            raise DataError(f'{self.name}: no column "{self.column}"; there are {", ".join(names)}')
+        kind = file.schema_arrow.field(self.column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(f'{self.name}: column "{self.column}" holds {kind}, expected text')
+        return file
+
+
+def open_shards(corpus: Path, split: str) -> list[Shard]:
+    """Return a corpus's shards of 'train' (in order) or 'validation'; nothing is fetched or read.
+
+    Raises:
+        DataError: there are none.
+    """
+    listing = read_json(corpus / LISTING) or {}
+    if "hub" in listing:
+        rows = listing["validation" if split == "validation" else "shards"]
+        return [Shard.on_hub(_file_of(listing["hub"], row), listing["hub"]["column"], *row[4:6]) for row in rows]
+    pattern = VALIDATION if split == "validation" else "shard_*.parquet"
+    paths = sorted(corpus.glob(pattern))
+    if not paths:
+        raise DataError(f"{corpus} holds no {pattern}")
+    manifest = read_json(corpus / MANIFEST) or {}
+    hashes = {file["path"]: file["sha256"] for file in manifest.get("outputs", ())}
+    return [Shard.of(path, hashes.get(path.name)) for path in paths]
+
+
+def iterate_documents(corpus: Path, split: str, chars: float | None = None) -> Iterator[str]:
+    """Yield every document of a split once, in order. Files of the Hub that come next are fetched meanwhile.
+
+    Args:
+        corpus: folder of the artifact.
+        split: 'train' or 'validation'.
+        chars: how much of a corpus on the Hub the run will read: so much is fetched in the background.
+    """
+    shards, density = open_shards(corpus, split), chars_per_byte(corpus)
+    for index, shard in enumerate(shards):
+        fetch_ahead(shards, index + 1, chars, density)
+        yield from shard.documents()
+
+
+# Packages and local files
+
+
+def gather_documents(
+    packages: list[str], paths: list[str], *, document_chars: int | None, seed: int
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the documents of packages and local files, shuffled once, and a record of each source.
+
+    Args:
+        packages: names of packages that ship text.
+        paths: local files.
+        document_chars: packages' documents are cut at sentence ends into parts no longer than this; None: whole.
+        seed: of the order.
+
+    Raises:
+        DataError: a package or file is missing, cannot be read or holds no text.
+    """
+    from mlxchat.tasks import bundled
+
+    documents: list[str] = []
+    sources: list[dict[str, Any]] = []
+    for source in bundled.sources(packages):
+        texts = [document.text for document in bundled.documents([source.name], document_chars)]
+        documents += texts
+        facts = {"version": source.version, "licence": source.licence, "sha256": source.digest()}
+        sources.append({"name": source.name, **facts, "chars": sum(map(len, texts))})
+    for path in map(Path, paths):
+        texts = [text for text in read_file(path) if text.strip()]
+        documents += texts
+        sources.append({"name": path.name, "sha256": hash_file(path), "chars": sum(map(len, texts))})
+    if not documents:
+        raise DataError("the corpus is empty: give corpus.packages, corpus.paths or corpus.hub")
+    random.Random(seed).shuffle(documents)
+    return documents, sources
+
+
+def read_file(path: Path) -> Iterator[str]:
+    """Yield the documents of a .txt (parts between blank-line pairs), .jsonl (`text`) or .parquet (`text`) file.
+
+    Raises:
+        DataError: another ending, no such field, or lines that are not JSON, all of them by number.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from Shard(str(path), "", local=path).documents()
+        elif path.suffix == ".jsonl":
+            yield from _read_jsonl(path)
+        elif path.suffix == ".txt":
+            yield from path.read_text(encoding="utf-8").split("\n\n\n")
+        else:
+            raise DataError(f"{path}: expected a .txt, .jsonl or .parquet file")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    bad = []
+    # Not splitlines: JSON allows U+2028 and its like inside a line.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if isinstance(text, str):
+            yield text.encode(errors="replace").decode()  # half a character is in no file of ours
+        else:
+            bad.append(str(number))
+    if bad:
+        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise DataError(f'{path}: lines {", ".join(bad[:20])}{more} are no JSON objects with a field "text"')
+
+
+def write_shards(
+    folder: Path, documents: list[str], *, validation_documents: int, shard_documents: int, row_group_documents: int
+) -> None:
+    """Write documents as shards: the first `validation_documents` are held out, the rest is for training.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    if len(documents) <= validation_documents:
+        raise DataError(
+            f"the corpus has {len(documents)} documents, of which corpus.validation_documents={validation_documents} "
+            "are held out: nothing is left to train on. Lower it, or give more text."
+        )
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = {VALIDATION: documents[:validation_documents]}
+    for index, start in enumerate(range(validation_documents, len(documents), shard_documents)):
+        parts[f"shard_{index:05d}.parquet"] = documents[start : start + shard_documents]
+    for name, part in parts.items():  # in nanochat's format
+        pq.write_table(
+            pa.table({COLUMN: part}), folder / name, row_group_size=row_group_documents, compression="zstd",
+            compression_level=3, use_dictionary=False, write_statistics=False,
+        )  # fmt: skip
+
+
+# Corpora on the Hub
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """The shards of a corpus on the Hub, at one commit."""
+
+    train: list[Shard]
+    """In the order in which they are read."""
+    validation: list[Shard]
+
+
+def list_corpus(hub: HubConfig, validation_documents: int) -> HubCorpus:
+    """Return the shards of a data set of the Hub; nothing but the listing is fetched.
+
+    The validation files are those of that name, whatever else is on the machine; a data set without any gives the first
+    documents of its first file.
+
+    Args:
+        hub: which data set, which files.
+        validation_documents: what is held out of the first file if `hub.validation_files` is null.
+
+    Raises:
+        DataError: there is no such data set, or no file matches.
+    """
+    from mlxchat.hub.client import list_files
+
+    files = list_files(hub.repository, revision=hub.revision)
+    train, held_out = _choose(hub, files)
+    if not train or (hub.validation_files and not held_out):
+        counts = f"{plural(len(train), 'file')} like {hub.train_files}"
+        if hub.validation_files:
+            counts += f" and {len(held_out)} like {hub.validation_files}"
+        raise DataError(
+            f"{hub.repository} has {counts}; corpus.hub.train_files and corpus.hub.validation_files (null: the first "
+            f"documents of the first file) must name some. Files: "
+            f"{', '.join(file.path for file in files[:_NAMES_SHOWN])} …"
+        )
+    others = [file for file in train if not file.path.endswith(".parquet")]
+    if others:
+        raise DataError(
+            f"{hub.repository}: {others[0].path} is no parquet file. The Hub converts most data sets: try "
+            "corpus.hub.revision=refs/convert/parquet 'corpus.hub.train_files=default/train/*.parquet'"
+        )
+    shards = [Shard.on_hub(file, hub.column) for file in train[: hub.num_train_files]]
+    if hub.validation_files:
+        return HubCorpus(shards, [Shard.on_hub(file, hub.column) for file in held_out])
+    validation = replace(shards[0], name=f"held_out_{shards[0].name}", stop=validation_documents)
+    return HubCorpus([replace(shards[0], first=validation_documents), *shards[1:]], [validation])
+
+
+def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
+    """Return the files for training and those for validation."""
+    held_out = [file for file in files if fnmatch.fnmatchcase(file.path, hub.validation_files or "")]
+    train = [file for file in files if fnmatch.fnmatchcase(file.path, hub.train_files) and file not in held_out]
+    return train, held_out
+
+
+def pin_corpus(
+    hub: HubConfig, out: Path, *, validation_documents: int, train_chars: float | None, check: Check = _nothing
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Write the artifact of a corpus on the Hub; return its numbers, and a record of what it pins.
+
+    The validation files and the first training file are fetched and looked at; then, in the background, as many as
+    the run will read, for which there must be room on the disk.
+
+    Args:
+        hub: which data set.
+        out: folder of the artifact.
+        validation_documents: see `list_corpus`.
+        train_chars: characters that the run will read for training, if that is known.
+        check: may raise, to end the work.
+
+    Raises:
+        DataError: a file is not what it should be, or the disk has no room for what the run needs.
+        PassingError: the Hub does not answer.
+    """
+    from mlxchat.hub.client import fetch_files, record
+
+    corpus = list_corpus(hub, validation_documents)
+    files = [shard.hub_file for shard in corpus.train]
+    looked_at = [*(shard.hub_file for shard in corpus.validation), files[0]]
+    fetch_files(looked_at, check=check)
+    documents, chars, density = measure_validation(corpus, check)
+    if not chars or corpus.train[0].count(check) < 1:
+        raise DataError(f"{hub.repository}: no document in {looked_at[0].path if not chars else corpus.train[0].name}")
+    if train_chars is not None:
+        needed = Known(files, density, True)
+        what = f"The text of this run ({hub.repository}, {len(needed.first(train_chars))} files)"
+        check_space(hub_cache(), needed.missing_bytes(train_chars), what)
+    fetch_ahead(corpus.train, 1, train_chars, density)
+    facts = {"chars_per_byte": density, "validation_documents": documents, "validation_chars": chars}
+    pinned = {"repository": hub.repository, "kind": "dataset", "revision": files[0].revision, "column": hub.column}
+    rows = {"shards": list(map(_to_row, corpus.train)), "validation": list(map(_to_row, corpus.validation))}
+    text = json.dumps({"hub": pinned, **facts, **rows}, indent=None)
+    (out / LISTING).write_text(text.replace("[[", "[\n[").replace("], [", "],\n[") + "\n", encoding="utf-8")
+    numbers: dict[str, float] = {
+        "validation_documents": documents,
+        "validation_chars": chars,
+        "train_files": len(files),
+        "train_bytes": sum(file.bytes for file in files),
+    }
+    digest = hashlib.sha256("".join(f"{file.etag}  {file.path}\n" for file in files).encode()).hexdigest()
+    all_files = {
+        "url": f"hf://{files[0].kind}s/{files[0].repository}",
+        "revision": files[0].revision,
+        "sha256": digest,  # of the listing, which stands for the files
+        "bytes": numbers["train_bytes"],
+        "files": len(files),
+    }
+    return numbers, [all_files, *map(record, looked_at)]
+
+
+def measure_validation(corpus: HubCorpus, check: Check = _nothing) -> tuple[int, int, float]:
+    """Return the documents and characters of the validation files, and the characters in a byte of them.
+
+    They are fetched if they are not there; see `pin_corpus` for what is raised.
+    """
+    documents = chars = 0
+    size = 0.0
+    for shard in corpus.validation:
+        for document in shard.documents(check):
+            documents, chars = documents + 1, chars + len(document)
+        # Of a part of the rows: the bytes that they take as far as one row is like another.
+        share = 1.0 if shard.stop is None else shard.count() / max(1, replace(shard, stop=None).count())
+        size += shard.hub_file.bytes * share
+    return documents, chars, chars / max(1.0, size)
+
+
+def chars_per_byte(corpus: Path) -> float | None:
+    """Return the characters of text in a byte of a Hub corpus's files, as measured on its validation files."""
+    value = (read_json(corpus / LISTING) or {}).get("chars_per_byte")
+    return float(value) if value else None
+
+
+def _to_row(shard: Shard) -> list[Any]:
+    file = shard.hub_file
+    rows = [] if (shard.first, shard.stop) == (0, None) else [shard.first, shard.stop]
+    return [file.path, file.bytes, file.sha256, file.git_sha1, *rows]
+
+
+def _file_of(hub: dict[str, Any], row: list[Any]) -> HubFile:
+    return HubFile(hub["repository"], hub["kind"], hub["revision"], *row[:4])
+
+
+@dataclass(frozen=True)
+class Known:
+    """The training files of a Hub corpus, in order, as far as planning knows them without reading any text."""
+
+    files: list[HubFile]
+    chars_per_byte: float
+    is_measured: bool
+
+    @property
+    def chars(self) -> float:
+        """Characters of all files together."""
+        return self.chars_per_byte * sum(file.bytes for file in self.files)
+
+    def first(self, chars: float) -> list[HubFile]:
+        """Return as many files, from the first, as have so many characters together; all, if all have fewer."""
+        return self.files[: count_files([file.bytes for file in self.files], chars / self.chars_per_byte)]
+
+    def missing_bytes(self, chars: float) -> int:
+        """Return the bytes of them that are not on this machine."""
+        return missing_bytes((file.blob, file.bytes) for file in self.first(chars) if not file.is_there())
+
+
+def known_of_artifact(corpus: Path) -> Known | None:
+    """Return what an artifact pins; None: it is no corpus of the Hub."""
+    record = read_json(corpus / LISTING) or {}
+    if "hub" not in record:
+        return None
+    files = [_file_of(record["hub"], row) for row in record["shards"]]
+    return Known(files, float(record["chars_per_byte"]), True)
+
+
+def known_of_record(hub: HubConfig) -> Known | None:
+    """Return what an earlier listing of the data set recorded; None: there is none. The network is not used."""
+    train, _ = _choose(hub, recorded_files(hub.repository, hub.revision) or ())
+    return Known(train[: hub.num_train_files], ESTIMATED_CHARS_PER_BYTE, False) if train else None
+
+
+def count_files(sizes: list[int], wanted_bytes: float) -> int:
+    """Return how many files, from the first, have so many bytes together; all, if all have fewer."""
+    total = 0
+    for count, size in enumerate(sizes, 1):
+        total += size
+        if total >= wanted_bytes:
+            return count
+    return len(sizes)
+
+
+# Fetching ahead
+
+
+class Fetcher:
+    """Daemon threads that fetch files in the order in which they will be read.
+
+    A reader that needs a file which is not there fetches it itself, or waits for the thread that is at it (a lock
+    decides). So these threads may fail or be late at no cost but time.
+    """
+
+    def __init__(self, files: Sequence[HubFile], *, workers: int = _FETCHING_THREADS) -> None:
+        """Fetch nothing yet."""
+        self._files, self._workers = list(files), workers
+        self._wanted: set[int] = set()
+        self._queue: SimpleQueue[HubFile | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._ended = threading.Event()
+
+    def want(self, start: int, stop: int) -> None:
+        """Fetch files start … stop − 1 after those that were wanted before."""
+        for index in range(start, min(stop, len(self._files))):
+            if index not in self._wanted:
+                self._wanted.add(index)
+                self._queue.put(self._files[index])
+        while self._wanted and len(self._threads) < self._workers:
+            thread = threading.Thread(target=self._work, name=f"fetch {len(self._threads)}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """End the threads; what arrived is kept."""
+        self._ended.set()
+        until = time.monotonic() + _END_SECONDS
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _work(self) -> None:
+        from mlxchat.hub.client import fetch_file
+
+        while not self._ended.is_set() and (file := self._queue.get()) is not None:
+            try:
+                if not file.is_there():
+                    check_space(hub_cache(), missing_bytes([(file.blob, file.bytes)]), file.path)
+                    fetch_file(file, check=self._check)
+            except _Ended:
+                return
+            except PassingError:
+                self._ended.wait(_RETRY_SECONDS)
+                self._queue.put(file)
+            except DataError:
+                pass  # the reader of this file meets the error again
+            except Exception:  # must not disturb what else is computed
+                self._ended.wait(_RETRY_SECONDS)
+
+    def _check(self) -> None:
+        if self._ended.is_set():
+            raise _Ended
+
+
+class _Ended(Exception):
+    """The work is not wanted any more."""
+
+
+_fetchers: dict[tuple[HubFile, ...], Fetcher] = {}
+_registry = threading.Lock()
+
+
+def fetch_ahead(shards: Sequence[Shard], start: int, chars: float | None = None, density: float | None = None) -> int:
+    """Fetch shards from `start` on in the background, unless they are local or the network may not be used.
+
+    There is one fetcher for each corpus and process: what training the tokenizer began goes on while the model trains.
+
+    Args:
+        shards: of a split, in the order in which they are read.
+        start: the first one that is not read yet.
+        chars: characters that will be read from the beginning; None: only a few files ahead.
+        density: characters in a byte of a file, with `chars`.
+
+    Returns:
+        The number of shards, from the first, that will be there.
+    """
+    files = tuple(shard.file for shard in shards if shard.file is not None)
+    stop = start + _AHEAD_FILES
+    if chars is not None and density:
+        stop = count_files([file.bytes for file in files], chars / density)
+    if files and start < len(files) and not is_offline():
+        with _registry:
+            fetcher = _fetchers.get(files)
+            if fetcher is None:
+                fetcher = _fetchers[files] = Fetcher(files)
+            fetcher.want(start, stop)
+    return min(stop, len(files))
+
+
+def stop_fetching() -> None:
+    """End what is fetched in the background."""
+    with _registry:
+        fetchers = list(_fetchers.values())
+        _fetchers.clear()
+    for fetcher in fetchers:
+        with suppress(RuntimeError):  # of a thread that never started
+            fetcher.close()
+
+
+atexit.register(stop_fetching)
