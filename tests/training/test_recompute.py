@@ -56,6 +56,16 @@ def test_recomputing_gives_the_same_bits_with_half_the_memory(train: Callable[..
     assert recomputed.peak_bytes < 0.5 * kept.peak_bytes
 
 
+def test_a_forward_pass_with_recomputing_leaves_the_weights_alone() -> None:
+    model = make_model("jul2026")
+    before = flatten_parameters(model)
+    model.recompute = True
+    mx.eval(model(mx.zeros((1, 8), dtype=mx.int32)))
+    mx.eval(mx.compile(model)(mx.zeros((1, 8), dtype=mx.int32)))
+    after = flatten_parameters(model)
+    assert all(after[name] is value for name, value in before.items())
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recomputing_in_bfloat16_gives_the_same_bits(train: Callable[..., Outcome], architecture: str) -> None:
     kept = train(architecture, recompute=False, dtype=mx.bfloat16)

@@ -310,7 +310,7 @@ def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:
     rank, scale, dropout = given.get("rank"), given.get("scale"), given.get("dropout")
     dropout = float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0
     problems = []
-    if kind not in PARAMETERS:
+    if kind not in list(PARAMETERS):  # it may be of any type
         problems.append(f"fine_tune_type {kind!r} is neither lora nor dora")
     if type(rank) is not int or rank < 1:
         problems.append(f"rank {rank!r} is no whole number above 0")

@@ -33,7 +33,9 @@ def recomputed(layer: nn.Module, *inputs: mx.array | None) -> mx.array:
         weights = [*arrays[: len(trained)], *arrays[len(floats) : len(floats) + len(frozen)]]
         layer.update(tree_unflatten(list(zip([*trained, *frozen], weights, strict=True))))
         with dropping(None if left_out is None else Dropping(left_out.rate, arrays[-1])):
-            return cast(mx.array, layer(*(next(given) if there else None for there in present)))
+            out = cast(mx.array, layer(*(next(given) if there else None for there in present)))
+        layer.update(tree_unflatten(list(everything.items())))
+        return out
 
     function = mx.custom_function(run)
 
