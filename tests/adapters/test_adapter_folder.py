@@ -182,7 +182,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (lambda folder: (folder / ADAPTER_CONFIG_FILE).write_text("[]"), "no readable adapter_config"),
     "config nests": (lambda folder: (folder / ADAPTER_CONFIG_FILE).write_text("[" * 99999), "no readable adapter_conf"),
     "kind": (_edit(ADAPTER_CONFIG_FILE, lambda it: it.update(fine_tune_type="full")), "'full' is neither lora nor"),
-    "kind that is a list": (_edit(ADAPTER_CONFIG_FILE, lambda it: it.update(fine_tune_type=[])), "[] is neither lora nor"),
+    "kind is a list": (_edit(ADAPTER_CONFIG_FILE, lambda it: it.update(fine_tune_type=[])), "is neither lora nor dora"),
     "rank": (_edit(ADAPTER_CONFIG_FILE, lambda it: it["lora_parameters"].update(rank="8")), "rank '8' is no whole"),
     "scale": (
         _edit(ADAPTER_CONFIG_FILE, lambda it: it["lora_parameters"].update(scale=float("nan"))), "scale nan is no num"
