@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from mlxchat.config import TaskItem
-from mlxchat.data.mixture import Mixture, load_item, open_item, shuffled_places
+from mlxchat.data.mixture import Mixture, open_item, shuffled_places
 from mlxchat.errors import ConfigError, DataError, Interrupted
+from mlxchat.tasks.items import load_item
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_a_seed_gives_the_same_order_and_another_seed_another(items: dict[str, T
 
 def test_a_slice_is_the_conversations_of_its_indices(items: dict[str, TaskItem]) -> None:
     mixture = Mixture(items, seed=0)
-    assert mixture[2:7] == [mixture[index] for index in range(2, 7)]
+    assert list(mixture)[2:7] == [mixture[index] for index in range(2, 7)]
 
 
 def test_an_index_beyond_the_end_ends_an_iteration(items: dict[str, TaskItem]) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
-
-Conversation = dict[str, Any]
+from mlxchat.tasks import Conversation
 
 # Delimiters of each kind of part, and whether the part is trained on.
 _PARTS = {

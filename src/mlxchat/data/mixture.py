@@ -5,16 +5,14 @@ from __future__ import annotations
 import random
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import overload
 
 from mlxchat.config import TaskItem
-from mlxchat.data.conversation import Conversation
 from mlxchat.errors import ConfigError
 from mlxchat.runner.context import Context
-from mlxchat.tasks import Task
-from mlxchat.tasks.items import load_item as load_item
+from mlxchat.tasks import Conversation, Task
+from mlxchat.tasks.items import load_item
 
 
 def open_item(ctx: Context, item: TaskItem) -> Task:
@@ -43,7 +41,7 @@ def shuffled_places(count: int, seed: int) -> array[int]:
     return places
 
 
-class Mixture(Sequence[Conversation]):
+class Mixture:
     """All conversations of the tasks, each as often as its task has epochs or as weights say, shuffled."""
 
     def __init__(
@@ -59,7 +57,7 @@ class Mixture(Sequence[Conversation]):
         Raises:
             ConfigError: the mixture or a task of it is empty.
         """
-        # By name: the order in which a file lists its tasks is no part of its identity.
+        # By name: the order in which a file lists its tasks is not part of its identity.
         ordered = dict(sorted(items.items()))
         self._tasks = [load(item) for item in ordered.values()]
         self._names = list(ordered)
@@ -79,19 +77,17 @@ class Mixture(Sequence[Conversation]):
         """Number of conversations."""
         return len(self._order)
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        """Return a conversation, or several."""
-        if isinstance(index, slice):
-            return [self[place] for place in range(len(self))[index]]
+    def __getitem__(self, index: int) -> Conversation:
+        """Return a conversation."""
         task, place = self._find(index)
         return self._tasks[task][place]
 
+    def __iter__(self) -> Iterator[Conversation]:
+        """Yield all conversations in order."""
+        return (self[index] for index in range(len(self)))
+
     def name(self, index: int) -> str:
-        """Return what people call a conversation: its task's entry and its number there, from 0."""
+        """Return the name of a conversation for messages: its task's entry and its number there, from 0."""
         task, place = self._find(index)
         return f"{self._names[task]} conversation {place}"
 
@@ -100,7 +96,7 @@ class Mixture(Sequence[Conversation]):
         return self._names[self._find(index)[0]]
 
     def counts(self) -> dict[str, int]:
-        """Return how many conversations of each entry there are, those that come again counted each time."""
+        """Return the number of conversations of each entry, repetitions included."""
         return dict(zip(self._names, self._counts, strict=True))
 
     def tasks(self) -> dict[str, Task]:
@@ -117,8 +113,8 @@ class Mixture(Sequence[Conversation]):
 def _count(items: Sequence[TaskItem], sizes: Sequence[int]) -> list[int]:
     """Return how many conversations of each task there are in one pass.
 
-    With weights there are as many together as the tasks have, shared out as the weights are; a task that has too few
-    begins again, of one that has too many the first are taken.
+    With weights, the total is that of all tasks, divided in proportion to the weights; a task with too few begins
+    again, of one with too many the first are taken.
     """
     weights = [item.weight for item in items]
     if all(weight is None for weight in weights):

@@ -157,6 +157,22 @@ def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> 
     return {"messages": messages, **extra}
 
 
+def find_turn_fault(messages: Sequence[dict[str, Any]]) -> str:
+    """Return what is wrong with the order of messages, or an empty string.
+
+    A system message may be the first; then user and assistant alternate, two messages or more. The last may be the
+    user's.
+    """
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if len(turns) < 2:
+        return f"{len(turns)} messages, expected a user and an assistant message or more"
+    for position, message in enumerate(turns):
+        expected = "assistant" if position % 2 else "user"
+        if message["role"] != expected:
+            return f'message {position + 1} is from "{message["role"]}", expected "{expected}"'
+    return ""
+
+
 def content_text(content: str | list[dict[str, str]]) -> str:
     """Return a message's content as people read it: calls of the calculator as GSM8K writes them, <<12+7=19>>."""
     if isinstance(content, str):

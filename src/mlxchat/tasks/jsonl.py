@@ -9,13 +9,13 @@ import json
 import random
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks.arithmetic import parse_gsm8k
-from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_out
+from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, find_turn_fault, held_out
 from mlxchat.tasks.gsm8k import final_number, same_final_number
 
 _MAX_FAULTS_SHOWN = 20
@@ -120,8 +120,8 @@ def _first_user(conversation: Conversation) -> str:
     return next(str(message["content"]) for message in conversation["messages"] if message["role"] == "user")
 
 
-class ConversationFile(Sequence[Conversation]):
-    """The conversations of a file, of which only the places of their lines are kept: each is read when asked for."""
+class ConversationFile:
+    """The conversations of a file. Only the offsets of their lines are in memory."""
 
     def __init__(self, path: Path, places: array[int]) -> None:
         """Take the file and where in it each conversation's line begins; all of them are conversations."""
@@ -131,18 +131,16 @@ class ConversationFile(Sequence[Conversation]):
         """Number of conversations."""
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        """Return a conversation, or several.
+    def __iter__(self) -> Iterator[Conversation]:
+        """Yield all conversations in order."""
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Return a conversation.
 
         Raises:
-            DataError: the file is another one now.
+            DataError: the file has changed.
         """
-        if isinstance(index, slice):
-            return [self[place] for place in range(len(self))[index]]
         place = self._places[index]
         try:
             with self._path.open("rb") as file:
@@ -221,14 +219,9 @@ def _conversation(value: Any, ends_answered: bool) -> Conversation:
         raise ValueError("no messages")
     if not all(isinstance(message, dict) and "role" in message and "content" in message for message in messages):
         raise ValueError("a message lacks role or content")
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    if len(turns) < 2:
-        raise ValueError(f"{len(turns)} messages, expected a user and an assistant message or more")
-    for position, message in enumerate(turns):
-        expected = "assistant" if position % 2 else "user"
-        if message["role"] != expected:
-            raise ValueError(f'message {position + 1} is from "{message["role"]}", expected "{expected}"')
-    if ends_answered and turns[-1]["role"] != "assistant":
+    if fault := find_turn_fault(messages):
+        raise ValueError(fault)
+    if ends_answered and messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not from the assistant")
     for message in messages:
         _check_content(message["role"], message["content"])

@@ -6,7 +6,7 @@ import random
 from typing import Any, ClassVar
 
 from mlxchat.errors import DataError
-from mlxchat.tasks.base import Conversation, answer_text
+from mlxchat.tasks.base import Conversation, answer_text, find_turn_fault
 from mlxchat.tasks.downloads import HubTask
 
 
@@ -36,20 +36,8 @@ class SmolTalk(HubTask):
 
 
 def find_fault(messages: list[dict[str, Any]] | None) -> str:
-    """Return what keeps messages from being a conversation, or an empty string.
-
-    A system message may stand first; then user and assistant alternate, two messages or more, all of text. The last
-    may be the user's.
-    """
-    messages = messages or []
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    if len(turns) < 2:
-        return f"{len(turns)} messages besides the system's, expected 2 or more"
-    for index, message in enumerate(messages):
+    """Return what keeps messages from being a conversation of texts, or an empty string."""
+    for index, message in enumerate(messages or ()):
         if not isinstance(message["content"], str):
             return f"the content of message {index + 1} is no text"
-    for index, message in enumerate(turns):
-        expected = "assistant" if index % 2 else "user"
-        if message["role"] != expected:
-            return f'a message is from "{message["role"]}" where "{expected}" should speak'
-    return ""
+    return find_turn_fault(messages or ())
