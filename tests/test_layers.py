@@ -71,7 +71,7 @@ LAYERS = [
 ROOTS = ("__init__.py", "__main__.py")  # the package itself
 
 # Whether `cpu` computes is decided here alone; each works without it. It may import whatever it accelerates.
-MAY_IMPORT_CPU = {"src/mlxchat/ops/device.py", "src/mlxchat/engine/decode.py"}
+MAY_IMPORT_CPU = {"src/mlxchat/ops/device.py"}
 
 
 def name(path: Path) -> str:

@@ -6,7 +6,6 @@ The short windows of July 2026 are 128 tokens here, so that rows of 300 tokens c
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +13,10 @@ import pytest
 
 from kit import models
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.decode import make_decoder
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.kv_cache import KVCache
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.engine.slots import Slots
+from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
 
 make_model = partial(models.make_model, num_layers=4, scale=0.3)  # windows: short, short, short, long
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
@@ -29,70 +29,77 @@ def random_ids(*shape: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, 256, shape)
 
 
-def cached_logits(model: GPT, cache: KVCache, ids: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Feed ids (B, T) in pieces of these sizes; return the logits of all of them."""
-    borders = np.cumsum([0, *sizes])
-    pieces = [model(mx.array(ids[:, start:stop]), cache) for start, stop in pairwise(borders)]
-    return np.concatenate([np.asarray(piece) for piece in pieces], axis=1)
+def decoded_logits(model: GPT, rows: list[list[int]], read: list[int], kv_bits: int | None = None) -> list[np.ndarray]:
+    """Read so many tokens of each row in pieces of 50, decode the others side by side; return these ones' logits."""
+    slots = Slots(model, make_decoder(model, kv_bits=kv_bits))
+    slots.reserve(len(rows), max(map(len, rows)))
+    for place, (row, count) in enumerate(zip(rows, read, strict=True)):
+        past = None
+        for start in range(0, count, 50):
+            past = slots.read(row[start : min(start + 50, count)], past, row[start - 1] if start else None)
+        slots.fill(place, past)
+    found: list[list[np.ndarray]] = [[] for _ in rows]
+    for step in range(max(len(row) - count for row, count in zip(rows, read, strict=True))):
+        places = [min(count + step, len(row) - 1) for row, count in zip(rows, read, strict=True)]
+        ids = [row[place] for row, place in zip(rows, places, strict=True)]
+        before = [row[place - 1] if place else 0 for row, place in zip(rows, places, strict=True)]
+        for logits, each in zip(slots.step(ids, before, places), found, strict=False):
+            each.append(np.array(logits))
+    return [np.stack(each) for each in found]
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        [300],
-        [1] * 140,
-        [100, 60, 60, 80],  # the second piece crosses the border
-        [128, 1, 1, 1, 169],
-        [129, *[1] * 10],
-        [1, 200, 1, 98],
-        [250, *[1] * 12],  # the cache grows
-    ],
-    ids=["at once", "one by one", "across", "at the border", "behind the border", "mixed", "growing"],
-)
+@pytest.mark.parametrize("lengths", [[7, 0, 30, 12], [140, 2, 127, 128], [300, 150]], ids=str)
 @BOTH
-def test_pieces_give_the_logits_of_the_whole(architecture: str, sizes: list[int]) -> None:
-    model, ids = make_model(architecture), random_ids(3, sum(sizes))
-    got = cached_logits(model, KVCache(model.sizes, [300] * 3), ids, sizes)
-    np.testing.assert_allclose(got, np.asarray(model(mx.array(ids))), atol=TOLERANCE)
+def test_decoding_rows_of_any_lengths_gives_the_logits_of_whole_rows(
+    path: str, architecture: str, lengths: list[int]
+) -> None:
+    """Beyond the context, too: 64 tokens, which is what July 2026 sees at most."""
+    model = make_model(architecture)
+    rows = [random_ids(index + 1, length + 20)[index].tolist() for index, length in enumerate(lengths)]
+    for row, got, length in zip(rows, decoded_logits(model, rows, lengths), lengths, strict=True):
+        np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, length:], atol=TOLERANCE)
 
 
 @BOTH
 @HEADS
-def test_grouped_heads_give_the_logits_of_the_whole(architecture: str, num_kv_heads: int) -> None:
-    model, ids = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(2, 150)
-    got = cached_logits(model, KVCache(model.sizes, [150] * 2), ids, [70, 60, *[1] * 20])
-    np.testing.assert_allclose(got, np.asarray(model(mx.array(ids))), atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("lengths", [[7, 1, 30, 12], [140, 2, 127, 128], [300, 150]], ids=str)
-@BOTH
-def test_rows_of_different_lengths_give_the_logits_of_each_alone(architecture: str, lengths: list[int]) -> None:
-    model, longest, more = make_model(architecture), max(lengths), 20
-    rows = [random_ids(index + 1, length + more)[index] for index, length in enumerate(lengths)]
-    ids = np.stack([np.pad(row, (longest + more - len(row), 0), constant_values=256) for row in rows])
-    got = cached_logits(model, KVCache(model.sizes, lengths), ids, [longest, *[1] * more])
-    for row, alone in zip(got, rows, strict=True):
-        np.testing.assert_allclose(row[-len(alone) :], np.asarray(model(mx.array(alone[None])))[0], atol=TOLERANCE)
-
-
-@BOTH
-def test_rows_that_go_on_give_the_logits_of_each_alone(architecture: str) -> None:
-    model, lengths, kept = make_model(architecture), [125, 3, 60], [0, 2]
-    rows = [random_ids(index + 1, length + 20)[index] for index, length in enumerate(lengths)]
-    ids = np.stack([np.pad(row, (145 - len(row), 0), constant_values=256) for row in rows])
-    cache = KVCache(model.sizes, lengths)
-    cached_logits(model, cache, ids[:, :130], [125, *[1] * 5])
-    cache.keep_rows(mx.array(kept))
-    got = cached_logits(model, cache, ids[kept, 130:], [1] * 15)
-    for row, index in zip(got, kept, strict=True):
-        np.testing.assert_allclose(row, np.asarray(model(mx.array(rows[index][None])))[0, -15:], atol=TOLERANCE)
+def test_grouped_heads_give_the_logits_of_the_whole(path: str, architecture: str, num_kv_heads: int) -> None:
+    model, row = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(150).tolist()
+    (got,) = decoded_logits(model, [row], [130])
+    np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, 130:], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("num_layers", "pattern"), [(1, "S"), (2, "S"), (3, "LS")])
-def test_any_pattern_of_windows_gives_the_logits_of_the_whole(num_layers: int, pattern: str) -> None:
-    model, ids = make_model("jul2026", num_layers=num_layers, window_pattern=pattern), random_ids(2, 180)
-    got = cached_logits(model, KVCache(model.sizes, [180] * 2), ids, [120, 15, *[1] * 45])
-    np.testing.assert_allclose(got, np.asarray(model(mx.array(ids))), atol=TOLERANCE)
+def test_any_pattern_of_windows_gives_the_logits_of_the_whole(path: str, num_layers: int, pattern: str) -> None:
+    model = make_model("jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=300)
+    row = random_ids(180).tolist()
+    (got,) = decoded_logits(model, [row], [120])
+    np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, 120:], atol=TOLERANCE)
+
+
+@BOTH
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.1), (4, 2.0)])
+def test_packed_keys_and_values_cost_little(path: str, architecture: str, bits: int, tolerance: float) -> None:
+    """Logits are within ±15."""
+    model, row = make_model(architecture, num_heads=1, num_kv_heads=1), random_ids(60).tolist()
+    (got,) = decoded_logits(model, [row], [40], kv_bits=bits)
+    difference = np.abs(got - np.asarray(model(mx.array([row])))[0, 40:])
+    assert 0 < difference.max() < tolerance
+
+
+@BOTH
+def test_bfloat16_decodes_near_float32_through_one_copy_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    model, row = make_model(architecture), random_ids(60).tolist()
+    exact = np.asarray(model(mx.array([row])))[0, 40:]
+    half = make_model(architecture)
+    set_parameters(half, cast_parameters(flatten_parameters(half), mx.bfloat16))
+    (got,) = decoded_logits(half, [row], [40])
+    whole = np.asarray(half(mx.array([row])))[0, 40:]
+    # Eight bits of mantissa through four layers; float32 logits within ±15.
+    assert np.abs(got - exact).mean() < 1.5 * np.abs(whole - exact).mean() + 0.02
+    assert np.abs(whole - exact).mean() < 0.3
 
 
 @pytest.mark.parametrize("feature", ["smear_lambda", "backout_lambda", "x0_lambdas"])
@@ -105,7 +112,9 @@ def test_the_comparison_depends_on_each_scalar(feature: str) -> None:
 
 
 @BOTH
-def test_greedy_decoding_across_the_border_is_that_of_the_whole_row(tokenizer: Tokenizer, architecture: str) -> None:
+def test_greedy_decoding_across_the_border_is_that_of_the_whole_row(
+    path: str, tokenizer: Tokenizer, architecture: str
+) -> None:
     model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (124, 5, 131, 252, 300)]
     head = np.array(model.lm_head.weight)
     head[tokenizer.bos :] = 0  # no row ends

@@ -28,6 +28,8 @@ TOKENS = 170  # windows of July 2026 are 128 tokens here
 class RoundedLayer:
     """A layer's past that is rounded when it comes; attention over it in float64."""
 
+    offset = 0
+
     def __init__(self, window: int | None, bits: int | None) -> None:
         self.window, self.bits = window, bits
 
@@ -45,8 +47,6 @@ class RoundedLayer:
 
 
 class RoundedCache:
-    offset = 0
-
     def __init__(self, model: GPT, bits: int | None) -> None:
         self.layers = [RoundedLayer(window, bits) for window in model.sizes.windows()]
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config import Config
-from mlxchat.engine.decode import Decoder
+from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
@@ -44,7 +44,7 @@ def measure_generation(config: Config) -> dict[str, Any]:
     init_weights(model, config.seed)
     fill_zero_weights(model, config.seed + 1)
     mx.eval(model.parameters())  # type: ignore[no-untyped-call]
-    decoder = Decoder(model, bits=bench.bits, kv_bits=bench.kv_bits)
+    decoder = make_decoder(model, bits=bench.bits, kv_bits=bench.kv_bits)
     with Progress("bench", len(_BATCH_ROWS) + 2, "measurements") as progress:
         bandwidth = _bandwidth()
         progress.update(1, measuring="memory")

@@ -16,7 +16,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.cpu.lanes import make_lanes as make_lanes
 from mlxchat.ops.attention import visible_keys
 from mlxchat.ops.compiled import compiled, differentiable
 from mlxchat.ops.cross_entropy import SOFT_CAP, split_rows

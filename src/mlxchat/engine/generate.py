@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team
-from mlxchat.engine.decode import Decoder
+from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Forward, Request, Scheduler
 from mlxchat.engine.slots import Slots
@@ -78,7 +78,7 @@ class Engine:
         """Return the model as a scheduler needs it, with the weights that it has now."""
         weights = list(flatten_parameters(self.model).values())
         if self._decoder is None:
-            self._decoder = Decoder(self.model, bits=self.bits, packed=not self.trained, kv_bits=self.kv_bits)
+            self._decoder = make_decoder(self.model, bits=self.bits, packed=not self.trained, kv_bits=self.kv_bits)
         elif len(weights) != len(self._arranged) or any(
             kept() is not weight for kept, weight in zip(self._arranged, weights, strict=True)
         ):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlxchat.engine.decode import Decoder
+from mlxchat.engine.decode import make_decoder
 from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT
 
@@ -26,7 +26,7 @@ def measure_throughput(model: GPT, *, seconds: float = 0.5) -> dict[str, float]:
     mx.reset_peak_memory()  # of what this process did before
     tokens = min(_PROMPT_TOKENS, model.sizes.context_tokens)
     prompt = [place % model.sizes.vocab_size for place in range(tokens)]
-    slots = Slots(model, Decoder(model))
+    slots = Slots(model, make_decoder(model))
 
     def read() -> int:
         slots.read(prompt, None, None)

@@ -20,8 +20,6 @@ from mlxchat.errors import ConfigError
 from mlxchat.ops.cores import available_cores
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from mlxchat.cpu.runtime import Remedy
 
 P = ParamSpec("P")
@@ -37,32 +35,32 @@ def backend() -> str:
 
 
 def accelerated(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the function of the same name in `mlxchat.cpu.kernels` do the work where that is in use."""
+    """Let the function of the same name in `mlxchat.cpu` do the work where that is in use."""
 
     @wraps(function)
     def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
-        fast = kernels()
-        return function(*args, **kwargs) if fast is None else getattr(fast, function.__name__)(*args, **kwargs)
+        fastest: Callable[P, R] = _faster().get(function.__name__, function)
+        return fastest(*args, **kwargs)
 
     return chosen
 
 
-def kernels() -> ModuleType | None:
-    """Return the CPU's own functions; None where the plain path computes."""
+def _faster() -> dict[str, Callable[..., Any]]:
+    """Return the CPU's own functions by name; none where the plain path computes."""
     if mx.default_device().type != mx.DeviceType.cpu or os.environ.get("MLXCHAT_CPU") == "plain":
-        return None
-    return _import_kernels()
+        return {}
+    return _functions_of_cpu()
 
 
 @cache
-def _import_kernels() -> ModuleType | None:
+def _functions_of_cpu() -> dict[str, Callable[..., Any]]:
     try:
-        from mlxchat.cpu import kernels
+        from mlxchat.cpu import decode, kernels, lanes
     except ModuleNotFoundError as error:
-        if error.name not in ("mlxchat.cpu", "mlxchat.cpu.kernels"):
+        if error.name != "mlxchat.cpu":
             raise
-        return None
-    return kernels
+        return {}
+    return {**vars(kernels), "make_lanes": lanes.make_lanes, "make_decoder": decode.make_decoder}
 
 
 def select_device(choice: str, dtype: str) -> mx.Dtype:

@@ -1,0 +1,361 @@
+"""The CPU's own decoder: a token of each row through the model, on all cores.
+
+The same arithmetic as `GPT.hidden`, arranged for few rows: queries, keys and values are one product, and every lane
+(`lanes.py`) multiplies with its own part of each weight: some heads of every layer, a slice of each MLP and a slice of
+the vocabulary. What the lanes add to the stream crosses over twice a layer. A step multiplies few rows with every
+weight once, so it is as fast as memory is read, and each part is stored in the order of its product.
+
+OpenBLAS copies both operands of a product before it multiplies, which for few rows costs more than the product itself;
+only what has at most a million multiplications it takes as it lies. So a matrix is stored as blocks of columns so
+narrow that each product is of that kind. MLX's product with packed numbers takes as long for each row as for one,
+5 times as long as the product itself for one row and 40 times for 32. So a model that has many rows and more memory
+than time may have the rounded numbers unpacked.
+
+Shapes: B rows, C width, H query heads, K key/value heads, G = H / K, S cached tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.cpu.kernels import EXP_UNIT, masked_exp_of_units
+from mlxchat.cpu.lanes import make_lanes
+from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, room_of, visible_slots, written
+from mlxchat.engine.kv_format import KVFormat
+from mlxchat.engine.quantise import groups_of, rounded, weight_bytes
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
+from mlxchat.ops.compiled import compiled
+from mlxchat.ops.cross_entropy import soft_cap
+from mlxchat.ops.linear import Activation
+from mlxchat.ops.normalisation import RMS_NORM_EPSILON
+
+Weight = Any
+"""What `stored` returns."""
+
+# Widths of a lane's parts are whole blocks, unless there are fewer.
+_MULTIPLE = 64
+# Beyond so many multiplications OpenBLAS copies; so many rows are multiplied at a time.
+_MOST_MULTIPLICATIONS, _ROWS = 1_000_000, 16
+_WIDEST_BLOCK, _NARROWEST_BLOCK = 64, 8
+
+
+def make_decoder(model: GPT, *, bits: int | None = None, packed: bool = True, kv_bits: int | None = None) -> Decoder:
+    """Return a decoder with the weights of a model, dealt to the cores."""
+    return CPUDecoder(model, bits=bits, packed=packed, kv_bits=kv_bits)
+
+
+class CPUDecoder:
+    """A model's weights arranged for decoding, and the step."""
+
+    def __init__(self, model: GPT, *, bits: int | None = None, packed: bool = True, kv_bits: int | None = None) -> None:
+        """Arrange the weights of `model` as they are now; `bits` and `packed` as in `lane_weights`.
+
+        Raises:
+            ConfigError: keys and values cannot be kept in `kv_bits`.
+        """
+        self.sizes, self.bits, self._packed = model.sizes, bits, packed
+        self.format = KVFormat(model.sizes.head_width, kv_bits)
+        self.lanes = make_lanes()
+        self._parts: list[dict[str, Any]] = []
+        self._shared: dict[str, mx.array] = {}
+        count = len(self.lanes)
+        self.kv_heads = key_value_heads(self.sizes, count)
+        self.arrange(model)
+        self._windows = self.sizes.windows()
+        self._cos, self._sin = _angles(self.sizes.head_width, self.sizes.rope_theta)
+        self._compiled = compiled(self._build)
+
+    def arrange(self, model: GPT) -> None:
+        """Take the weights of a model of the same sizes as they are now; what was compiled stays."""
+        self.release()  # or there would be two copies for a while
+        self._parts = lane_weights(model, len(self.lanes), self.bits, packed=self._packed)
+        self._shared = _shared_weights(model)
+        self._activation = model.transformer["h"][0].mlp.activation
+
+    def release(self) -> None:
+        """Forget the weights; `arrange` takes them anew."""
+        self._parts, self._shared = [], {}
+
+    def bytes_per_step(self) -> int:
+        """Return how many bytes of weights a step reads, the few rows of embeddings left out."""
+        tables = [layer["values"] for part in self._parts for layer in part["layers"] if "values" in layer]
+        return weight_bytes(self._parts) - weight_bytes(tables)
+
+    def step(self, ids: Ints, previous: Ints, positions: Ints, caches: Caches) -> Logits:
+        """Return logits (B, V) in float32 of what follows `ids`; `caches` has them added then.
+
+        Args:
+            ids: (B,) the token of each row.
+            previous: (B,) the token before it; whatever at position 0.
+            positions: (B,) where the tokens stand in their rows, from 0.
+            caches: with room for them: a layer with a window may have less room, and then rotates.
+        """
+        while positions.max() >= len(self._cos):
+            self._cos, self._sin = _angles(self.sizes.head_width, self.sizes.rope_theta, 2 * len(self._cos))
+        rooms = [room_of(caches, layer) for layer in range(self.sizes.num_layers)]
+        kinds = set(zip(rooms, self._windows, strict=True))
+        places = {kind: (mx.array(positions % kind[0]), mx.array(visible_slots(positions, *kind))) for kind in kinds}
+        given = {
+            "ids": mx.array(ids), "previous": mx.array(previous),
+            "has_previous": mx.array((positions > 0).astype(np.float32)[:, None]),
+            "cos": mx.array(self._cos[positions][:, None]), "sin": mx.array(self._sin[positions][:, None]),
+            "places": [places[kind] for kind in zip(rooms, self._windows, strict=True)],
+        }  # fmt: skip
+        held = [list(lane) for lane in caches]
+        # Nobody else holds the old arrays while the new ones are computed, so that they are written in place.
+        caches.clear()
+        with self.lanes.sharing(len(self.lanes)):
+            logits, made = self._compiled(given, held, self._parts, self._shared)
+            del held
+            caches.extend(made)
+            mx.eval(logits, made)
+        return np.concatenate([np.asarray(part) for part in logits], axis=1)[:, : self.sizes.vocab_size]
+
+    def _build(
+        self, given: dict[str, Any], caches: Caches, parts: list[dict[str, Any]], shared: dict[str, mx.array]
+    ) -> tuple[list[mx.array], Caches]:
+        sizes, streams = self.sizes, self.lanes.streams
+        made: Caches = [[] for _ in parts]
+        lanes = range(len(parts))
+
+        def each(work: Any) -> list[Any]:
+            found = []
+            for lane in lanes:
+                with mx.stream(streams[lane]):
+                    found.append(work(lane))
+            return found
+
+        xs = each(lambda lane: self._embedded(given, shared))
+        firsts, middles = xs, xs
+        for layer in range(sizes.num_layers):
+            if sizes.residual_scalars:
+                stay, again = shared["resid_lambdas"][layer], shared["x0_lambdas"][layer]
+                xs = each(lambda lane, a=stay, b=again: a * xs[lane] + b * firsts[lane])  # noqa: B023
+            updates = []
+            for lane in lanes:
+                if "qkv" not in parts[lane]["layers"][layer]:
+                    made[lane].append(())
+                    continue
+                with mx.stream(streams[lane]):
+                    weights = parts[lane]["layers"][layer]
+                    update, past = self._attend(
+                        xs[lane], weights, caches[lane][layer], given, layer, self.kv_heads[lane]
+                    )
+                updates.append(update)
+                made[lane].append(past)
+            xs = each(lambda lane: xs[lane] + _sum(updates))  # noqa: B023
+            updates = each(lambda lane: _mlp(xs[lane], parts[lane]["layers"][layer], self._activation))  # noqa: B023
+            xs = each(lambda lane: xs[lane] + _sum(updates))  # noqa: B023
+            if layer == sizes.num_layers // 2:
+                middles = xs
+        if sizes.backout:
+            xs = each(lambda lane: xs[lane] - shared["backout_lambda"] * middles[lane])
+        return each(lambda lane: soft_cap(multiply(_norm(xs[lane]), parts[lane]["head"]))), made
+
+    def _embedded(self, given: dict[str, Any], shared: dict[str, mx.array]) -> mx.array:
+        x: mx.array = _norm(shared["wte"][given["ids"]])
+        if not self.sizes.smear:
+            return x
+        before = _norm(shared["wte"][given["previous"]]) * given["has_previous"].astype(x.dtype)
+        gate = shared["smear_lambda"] * mx.sigmoid(x[:, :SMEAR_GATE_CHANNELS] @ shared["smear_gate"])
+        smeared: mx.array = x + gate * before
+        return smeared
+
+    def _attend(
+        self,
+        x: mx.array,
+        weights: dict[str, Any],
+        past: tuple[mx.array, ...],
+        given: dict[str, Any],
+        layer: int,
+        kv: slice,
+    ) -> tuple[mx.array, tuple[mx.array, ...]]:
+        """Return what a lane's heads add to the stream (B, C), and their keys and values with the new ones."""
+        sizes, rows = self.sizes, x.shape[0]
+        kv_heads, width = kv.stop - kv.start, sizes.head_width
+        group = sizes.num_heads // sizes.num_kv_heads
+        heads = group * kv_heads
+        x = _norm(x)
+        joint = multiply(x, weights["qkv"]).reshape(rows, heads + 2 * kv_heads, width)
+        turned = _rotated_norm(joint[:, : heads + kv_heads], given["cos"], given["sin"], sizes.query_key_scale)
+        q, k, v = turned[:, :heads], turned[:, heads:], joint[:, heads + kv_heads :]
+        if "values" in weights:
+            gate = 3.0 * mx.sigmoid(x[:, :VALUE_GATE_CHANNELS] @ weights["gate"])
+            v = v + gate[..., None] * weights["values"][given["ids"]].reshape(v.shape)
+        slots, visible = given["places"][layer]
+        new = [*self.format.pack(k[:, :, None]), *self.format.pack(v[:, :, None])]
+        kept = tuple(written(old, slots, more) for old, more in zip(past, new, strict=True))
+        keys, values = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        q = q.reshape(rows, kv_heads, group, width)
+        scores = self.format.scores(q * (width**-0.5 / EXP_UNIT), keys)
+        weight = _masked_exp(scores, visible[:, None, None])
+        out = _scaled(self.format.mixed(weight, values), (1 / weight.sum(-1))[..., None])
+        return multiply(out.reshape(rows, heads * width), weights["attention_out"]), kept
+
+
+def _shared_weights(model: GPT) -> dict[str, mx.array]:
+    """Return the small weights that every lane reads, and the embedding."""
+    sizes = model.sizes
+    shared = {"wte": model.transformer["wte"].weight}
+    if sizes.residual_scalars:
+        shared |= {"resid_lambdas": model.resid_lambdas, "x0_lambdas": model.x0_lambdas}
+    if sizes.smear:
+        shared |= {"smear_lambda": model.smear_lambda, "smear_gate": mx.contiguous(model.smear_gate.weight.T)}
+    if sizes.backout:
+        shared["backout_lambda"] = model.backout_lambda
+    mx.eval(shared)
+    return shared
+
+
+def _angles(width: int, theta: float, tokens: int = 1024) -> tuple[Ints, Ints]:
+    """Return tables (T, 2, D / 2) as `ops/normalisation.py` has them."""
+    frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    angles = np.arange(tokens, dtype=np.float32)[:, None] * frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.stack([cos, cos], axis=1), np.stack([sin, -sin], axis=1)
+
+
+def _mlp(x: mx.array, weights: dict[str, Any], activation: Activation) -> mx.array:
+    return multiply(activation(multiply(_norm(x), weights["up"])), weights["down"])
+
+
+def _sum(parts: list[mx.array]) -> mx.array:
+    return sum(parts[1:], parts[0])
+
+
+def _norm(x: mx.array) -> mx.array:
+    """Return `rms_norm`, by MLX's own sum: that of a row does not depend on how many rows there are, BLAS's does."""
+    wide = x.astype(mx.float32)
+    factor = mx.rsqrt(_square(wide).sum(-1) * (1 / x.shape[-1]) + RMS_NORM_EPSILON)
+    normalised: mx.array = _scaled(wide, factor[..., None]).astype(x.dtype)
+    return normalised
+
+
+def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: float) -> mx.array:
+    """Return heads (B, H, D) rotated, normalised and scaled as `rotate_and_normalise` does it."""
+    rows, heads, width = x.shape
+    x = x.astype(mx.float32)
+    factor = scale * mx.rsqrt(_square(x).sum(-1) * (1 / width) + RMS_NORM_EPSILON)
+    halves = x.reshape(rows, heads, 2, width // 2)
+    return _rotate(halves, halves[..., ::-1, :], cos, sin, factor[..., None, None]).reshape(x.shape)
+
+
+@compiled
+def _rotate(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array) -> mx.array:
+    return (halves * cos + swapped * sin) * factor
+
+
+_square = compiled(lambda x: x * x)
+_scaled = compiled(lambda x, factor: x * factor)
+_masked_exp = compiled(masked_exp_of_units)
+
+
+# Weights
+
+
+def lane_weights(model: GPT, lanes: int, bits: int | None = None, *, packed: bool = True) -> list[dict[str, Any]]:
+    """Return what each lane reads: copies, which need the memory of all weights once more.
+
+    Keys: 'layers', a list of dicts with 'qkv' (C → (H + 2 K) D) of the lane's heads, 'attention_out' (H D → C), 'up'
+    (C → F), 'down' (F → C) and, if the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V), the
+    last lane's with zeros up to a whole block. A lane without heads lacks all that belongs to attention.
+
+    Args:
+        model: whose weights.
+        lanes: how many share the work.
+        bits: 8 or 4 quantises all matrices but embeddings and gates; None leaves them as they are.
+        packed: whether quantised numbers stay packed, for the sake of memory.
+    """
+    sizes = model.sizes
+    store = partial(stored, bits=bits, packed=packed)
+    kv_heads = key_value_heads(sizes, lanes)
+    inner, vocabulary = _deal(4 * sizes.width, lanes, _MULTIPLE), _deal(sizes.vocab_size, lanes, _MULTIPLE)
+    parts = []
+    for lane in range(lanes):
+        layers = [_layer(model, index, kv_heads[lane], inner[lane], store) for index in range(sizes.num_layers)]
+        parts.append({"layers": layers, "head": store(_whole_blocks(model.head_weight[vocabulary[lane]]))})
+    mx.eval(parts)
+    return parts
+
+
+def key_value_heads(sizes: GPTSizes, lanes: int) -> list[slice]:
+    """Return which key/value heads each lane has."""
+    return _deal(sizes.num_kv_heads, lanes)
+
+
+def _layer(model: GPT, index: int, kv: slice, inner: slice, store: Callable[[mx.array], Weight]) -> dict[str, Any]:
+    sizes, block = model.sizes, model.transformer["h"][index]
+    part = {
+        "up": store(block.mlp.c_fc.matrix[inner]),
+        "down": store(block.mlp.c_proj.matrix[:, inner]),
+    }
+    if kv.start == kv.stop:
+        return part
+    attention, group = block.attn, sizes.num_heads // sizes.num_kv_heads
+    keys = slice(kv.start * sizes.head_width, kv.stop * sizes.head_width)
+    queries = slice(keys.start * group, keys.stop * group)
+    projections = ((attention.c_q, queries), (attention.c_k, keys), (attention.c_v, keys))
+    fused = [layer.matrix[rows] for layer, rows in projections]
+    part["qkv"] = store(mx.concatenate(fused))
+    part["attention_out"] = store(attention.c_proj.matrix[:, queries])
+    if sizes.has_value_embedding(index):
+        part["gate"] = mx.contiguous(attention.ve_gate.weight[kv].T)
+        part["values"] = mx.contiguous(model.value_embeds[str(index)].weight[:, keys])
+    return part
+
+
+def _whole_blocks(matrix: mx.array) -> mx.array:
+    return mx.pad(matrix, [(0, -len(matrix) % _MULTIPLE), (0, 0)])
+
+
+def _deal(count: int, lanes: int, multiple: int = 1) -> list[slice]:
+    """Return parts of `count` things, as equal as whole multiples allow; some may be empty."""
+    while multiple > 1 and count < lanes * multiple:
+        multiple //= 2
+    units = -(-count // multiple)
+    borders = [min(count, units * lane // lanes * multiple) for lane in range(lanes + 1)]
+    return [slice(start, stop) for start, stop in pairwise(borders)]
+
+
+def stored(matrix: mx.array, bits: int | None = None, *, packed: bool = True) -> Weight:
+    """Return a matrix (out, in) as `multiply` takes it.
+
+    Blocks (N, in, out / N); if `bits` is given and rows have whole groups, the packed
+    numbers, scales and offsets of (out, in), or, not `packed`, blocks of the rounded numbers.
+    """
+    outer, inner = matrix.shape
+    if bits is not None and groups_of(inner) is not None:
+        if packed:
+            return tuple(mx.quantize(matrix, group_size=groups_of(inner), bits=bits))
+        matrix = rounded(matrix, bits)
+    width = _WIDEST_BLOCK
+    while width > _NARROWEST_BLOCK and (width * inner * _ROWS > _MOST_MULTIPLICATIONS or outer % width):
+        width //= 2
+    if outer % width:
+        return mx.contiguous(matrix.T)[None]
+    return mx.contiguous(matrix.reshape(-1, width, inner).swapaxes(1, 2))
+
+
+def multiply(x: mx.array, weight: Weight) -> mx.array:
+    """Return the product (B, out) of x (B, in) and a stored weight."""
+    if isinstance(weight, mx.array):
+        rows = next(size for size in range(_ROWS, 0, -1) if len(x) % size == 0)
+        if rows == len(x):
+            return (x @ weight).swapaxes(0, 1).reshape(rows, -1)
+        # A block meets all rows before the next one comes, so that memory is read once.
+        found = x.reshape(1, -1, rows, x.shape[1]) @ weight[:, None]
+        return found.transpose(1, 2, 0, 3).reshape(len(x), -1)
+    packed, scales, offsets = weight
+    inner = x.shape[-1]
+    product: mx.array = mx.quantized_matmul(
+        x, packed, scales, offsets, transpose=True,
+        group_size=inner // scales.shape[-1], bits=32 * packed.shape[-1] // inner,
+    )  # fmt: skip
+    return product
