@@ -15,10 +15,10 @@ from typing import Any
 
 from mlxchat.compose import Composed
 from mlxchat.config import Config, HooksConfig
-from mlxchat.data.local_files import check_local_files
 from mlxchat.errors import StoreError
 from mlxchat.launch.lead import lead_ranks
 from mlxchat.planning.budget import check_memory
+from mlxchat.planning.local_files import check_local_files
 from mlxchat.planning.models import check_given, check_teachers
 from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
 from mlxchat.runner.crash import crash_point

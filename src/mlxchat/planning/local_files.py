@@ -1,4 +1,4 @@
-"""Local files of conversations and text, read in full while planning: their faults are known before anything runs."""
+"""Checks of local files: conversations and text are read in full while planning, so faults are found before a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config import Config, CorpusConfig, TaskItem
+from mlxchat.data.sources import read_file
 from mlxchat.errors import DataError, MlxchatError
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.tasks.items import load_item
@@ -47,7 +48,7 @@ def _faults(where: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _fault(key: str, path: str, read: Callable[[], object]) -> str:
-    """Return what reading raises, remembered as long as the file stays the same."""
+    """Return what reading raises; kept until the file changes."""
     stamp = _stamp(path)
     if (key, stamp) not in _KNOWN:
         try:
@@ -63,14 +64,12 @@ _KNOWN: dict[tuple[str, tuple[int, ...]], str] = {}
 
 
 def _read_text(path: str) -> None:
-    from mlxchat.data.sources import read_file  # brings pyarrow
-
     for _ in read_file(Path(path)):
         pass
 
 
 def _stamp(path: str) -> tuple[int, ...]:
-    """Return what changes when a file does."""
+    """Return size, times and inode of a file."""
     try:
         status = Path(path).stat()
     except OSError:
