@@ -11,6 +11,7 @@ import ast
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,12 @@ Entry = dict[str, Any]
 Modules = dict[str, tuple[str, str]]
 
 
+def remembered() -> Path:
+    """Return the file of what was read, for all outputs folders; another version of Python writes code otherwise."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "mlxchat" / f"code-{sys.version_info.major}.{sys.version_info.minor}.json"
+
+
 def computes_nothing(part: str) -> bool:
     """Tell whether a module or package right under mlxchat has no part in what ends in an artifact."""
     return part in _LEFT_OUT or part.endswith("_config")
@@ -45,7 +52,7 @@ class CodeDigests:
         """Read what is remembered; a damaged cache counts for nothing.
 
         Args:
-            cache: the file, for instance outputs/index/code.json.
+            cache: the file, in general `remembered()`.
             library: folder of the package mlxchat.
         """
         self._cache, self._library, self._changed = cache, library, False
@@ -81,15 +88,18 @@ class CodeDigests:
 
     def of_file(self, path: Path) -> str:
         """Return the digest of one file by itself, as manifests have recorded it from the beginning."""
-        return str(self._entry(str(path))["alone"])
+        entry = self._entry(str(path))
+        if "alone" not in entry:
+            entry["alone"], self._changed = hash_code(path), True
+        return str(entry["alone"])
 
     def save(self) -> None:
-        """Remember what was read, unless there is no outputs folder yet; a cache that cannot be written is no fault."""
-        if not self._changed or not self._cache.parent.parent.is_dir():
+        """Remember what was read; a cache that cannot be written is no fault."""
+        if not self._changed:
             return
         temporary = self._cache.with_name(f".{self._cache.name}-{os.getpid()}")
         with suppress(OSError):
-            self._cache.parent.mkdir(exist_ok=True)
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
             files = {path: entry for path, entry in self._entries.items() if Path(path).exists()}
             temporary.write_text(json.dumps({"format": _FORMAT, "files": files}), encoding="utf-8")
             temporary.replace(self._cache)
@@ -106,7 +116,6 @@ class CodeDigests:
             tree = ast.parse(Path(path).read_text(encoding="utf-8"))
             entry = {
                 "stamp": stamp,
-                "alone": hash_code(Path(path)),
                 "imports": sorted(set(_imports(tree))),
                 "digest": hash_tree(strip_docstrings(tree)),
             }
@@ -174,14 +183,14 @@ def _imports(tree: ast.AST) -> Iterator[str]:
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        if isinstance(node, ast.If) and _last_name(node.test) == "TYPE_CHECKING":
             waiting += node.orelse
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+        elif isinstance(node, ast.Call) and _last_name(node.func) == "import_module" and node.args:
             name = node.args[0]
             if isinstance(name, ast.JoinedStr) and isinstance(start := name.values[0], ast.Constant):
                 yield f"{str(start.value).rstrip('.')}.*"
@@ -190,11 +199,17 @@ def _imports(tree: ast.AST) -> Iterator[str]:
         waiting += ast.iter_child_nodes(node)
 
 
+def _last_name(node: ast.expr) -> str | None:
+    """Return c of `a.b.c` and of `c`."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
+
+
 def _is_entry(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("stamp"), list)
-        and all(isinstance(entry.get(key), str) for key in ("alone", "digest"))
+        and isinstance(entry.get("digest"), str)
+        and isinstance(entry.get("alone", ""), str)
         and isinstance(entry.get("imports"), list)
         and all(isinstance(name, str) for name in entry["imports"])
     )

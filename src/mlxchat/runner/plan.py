@@ -11,7 +11,7 @@ from typing import Any
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner import locks
 from mlxchat.runner.aliases import action_key, find_action
-from mlxchat.runner.code_digest import CodeDigests, changed_modules
+from mlxchat.runner.code_digest import CodeDigests, changed_modules, remembered
 from mlxchat.runner.externals import FileHashes
 from mlxchat.runner.externals import pin_externals as pin_externals
 from mlxchat.runner.fingerprint import compute_rid, identity_of
@@ -129,7 +129,7 @@ def make_plan(
     unknown = [name for name in force if name not in pipeline and name != "all"]
     if unknown:
         raise ConfigError(f"force names {', '.join(unknown)}, no step of the pipeline.{suggest(unknown[0], pipeline)}")
-    digests = CodeDigests(store.outputs / "index" / "code.json", Path(__file__).parents[1])
+    digests = CodeDigests(remembered(), Path(__file__).parents[1])
     hashes = FileHashes(store.outputs / "index" / "files.json")
     # Steps share sections, and need each of them once.
     identities: dict[str, Any] = {}
