@@ -19,9 +19,8 @@ from mlxchat.config import ScheduleConfig
 from mlxchat.distributed.team import Team
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import flatten_parameters, set_parameters
-from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit
-from mlxchat.training.resume import load_moments
+from mlxchat.training.state import Best, load_moments
 
 SCHEDULE = schedule(warmup_frac=0.2, warmdown_frac=0.5)
 CONSTANT = schedule()

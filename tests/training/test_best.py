@@ -17,8 +17,8 @@ from mlxchat.errors import Interrupted
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.runner.context import Context
-from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit
+from mlxchat.training.state import Best
 
 MakeContext = Callable[..., Context]
 SCHEDULE = schedule()

@@ -19,7 +19,7 @@ from mlxchat.runner.context import Context
 from mlxchat.training import loop
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.loop import Hook, fit, prepare_machine
-from mlxchat.training.meter import Meter
+from mlxchat.training.monitor import Meter
 
 MakeContext = Callable[..., Context]
 NUM_ITERATIONS = 6

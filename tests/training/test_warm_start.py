@@ -13,7 +13,7 @@ from kit.models import make_model
 from kit.training import make_optimizer
 from mlxchat.errors import DataError
 from mlxchat.optim.groups import Optimizer
-from mlxchat.training.resume import load_moments, save_finished
+from mlxchat.training.state import load_moments, save_finished
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import fit
+from mlxchat.training.monitor import Watch
 from mlxchat.training.step import Batch, TrainStep
-from mlxchat.training.watch import Watch
 
 MakeContext = Callable[..., Context]
 NUM_ITERATIONS = 8
@@ -85,7 +85,7 @@ def test_a_nan_stops_with_iteration_numbers_documents_and_the_way_on(train: Call
     said = str(caught.value)
     assert "iteration 4 of 8 gave loss nan and gradient norm nan" in said
     assert "book 3, page 7" in said
-    assert f"after iteration 3, lies in {tmp_path / 'run' / 'work'}" in said
+    assert f"after iteration 3 of 8 is saved in {tmp_path / 'run' / 'work'}" in said
     assert "training.on_nan=skip" in said
     assert caught.value.exit_code == 1
 

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from mlxchat.data.packing import RowStream
 from mlxchat.training.step import Batch, mean_batch
+
+
+class BatchSource(Protocol):
+    """Where batches come from, one for each iteration."""
+
+    waited_seconds: float
+    """How long the loop has waited for data so far."""
+
+    def next_batch(self, iteration: int) -> Batch:
+        """Return the batch of an iteration."""
+
+    def documents(self) -> list[str]:
+        """Return the names of the documents of the last batch."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the position, as JSON data."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position."""
 
 
 class RowBatches:

@@ -26,7 +26,7 @@ from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.hooks import suite_hooks
 from mlxchat.training.loop import Hook, fit, prepare_machine
-from mlxchat.training.resume import load_moments
+from mlxchat.training.state import load_moments
 from mlxchat.training.teacher import load_teacher
 
 

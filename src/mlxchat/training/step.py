@@ -110,6 +110,9 @@ class TrainStep:
         self._sum: Callable[..., tuple[Flat, mx.array]] = mx.compile(sum_gradients)
         self._move: Callable[..., tuple[Flat, Flat]] = mx.compile(self._clip_and_move)
 
+    def end(self) -> None:
+        """Do nothing: all weights and moments are here."""
+
     def __call__(self, batch: Batch, rates: Rates[float], iteration: int = 0) -> tuple[float, float]:
         """Update the model; return the loss and the gradients' norm before clipping.
 

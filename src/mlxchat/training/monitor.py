@@ -1,0 +1,314 @@
+"""What is measured, logged and shown of a training: loss, speed, memory, and warnings about gradients."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+
+from mlxchat.config import TrainingConfig
+from mlxchat.errors import StepFailed
+from mlxchat.model.gpt import GPT
+from mlxchat.model.lora import adapters_of
+from mlxchat.model.sizes import flops_per_token
+from mlxchat.optim.schedule import Rates
+from mlxchat.planning.peak import peak_flops, raise_peak
+from mlxchat.runner.context import Context
+from mlxchat.runner.progress import Progress, format_bytes, format_count
+from mlxchat.training.batches import BatchSource
+from mlxchat.training.state import Best
+from mlxchat.training.step import Batch
+
+_EMA_DECAY = 0.9
+# Norms that the median is taken over, and how many there must be before it says anything.
+_WINDOW = 100
+_FEWEST_NORMS = 10
+# Iterations between two warnings: trouble lasts, and one line about it is enough.
+_WARNING_EVERY = 50
+_MOST_DOCUMENTS_NAMED = 8
+
+
+class Monitor:
+    """Measures, logs and shows each iteration of a step's training."""
+
+    progress: Progress
+    """Where iterations are shown."""
+
+    def __init__(
+        self, ctx: Context, model: GPT, dtype: mx.Dtype, num_iterations: int, best: Best | None = None
+    ) -> None:
+        """Begin at nothing.
+
+        Args:
+            ctx: of the step.
+            model: what is trained.
+            dtype: what it is computed in.
+            num_iterations: of the whole training.
+            best: weights kept so far, shown on the progress line.
+        """
+        self.ctx, self.num_iterations, self.best = ctx, num_iterations, best
+        self.num_ranks = 1 if ctx.team is None else ctx.team.size
+        # nanochat's FLOPs per token are those of a training of all weights.
+        peak = peak_flops(dtype) if adapters_of(model) is None else None
+        self.meter = Meter(
+            flops_per_token=flops_per_token(model.sizes),
+            peak_flops=peak and self.num_ranks * peak,
+            raise_peak=lambda rate: self.num_ranks * raise_peak(dtype, rate / self.num_ranks),
+        )
+        self.watch = Watch(ctx.config.training)
+        self._began, self._waited, self._communication = 0.0, 0.0, 0.0
+
+    def look(self, done: int, title: str, measure: Callable[[int], dict[str, float]]) -> None:
+        """Call `measure` after `done` iterations and log its numbers; the progress line shows `title` meanwhile."""
+        if title:
+            self.progress.update(done, now=title)
+        if numbers := measure(done):
+            self.ctx.log({"iteration": done, **numbers})
+            self.ctx.metrics.update(numbers)
+
+    def begin_iteration(self, batches: BatchSource) -> None:
+        """Start the clock."""
+        self._began, self._waited = time.perf_counter(), batches.waited_seconds
+        self._communication = self._communication_seconds()
+
+    def end_iteration(
+        self,
+        iteration: int,
+        batches: BatchSource,
+        batch: Batch,
+        *,
+        loss: float,
+        norm: float,
+        loss_parts: Mapping[str, float],
+        rates: Rates[float],
+    ) -> None:
+        """Count, log and show an iteration.
+
+        Args:
+            iteration: its number, from 1.
+            batches: the source of its batch.
+            batch: what it trained on.
+            loss: of the batch.
+            norm: of the gradients.
+            loss_parts: terms of the loss, by name.
+            rates: learning rates and momentum of the iteration.
+
+        Raises:
+            StepFailed: loss or norm is NaN or Inf, and `training` says that this ends the training.
+        """
+        ctx, seconds = self.ctx, time.perf_counter() - self._began
+        good, record = math.isfinite(loss) and math.isfinite(norm), dict[str, Any]()
+        if good:
+            ctx.metrics |= loss_parts
+            warning = self.watch.warn(iteration, norm)
+        else:
+            warning = f"loss {loss} and gradient norm {norm}, batch of {_join(batches.documents())}"
+            if self.watch.must_stop():
+                raise StepFailed(
+                    f"{ctx.step} stopped: iteration {iteration} of {self.num_iterations} gave {warning}. "
+                    "With training.on_nan=skip such updates are skipped and the training goes on."
+                )
+            warning += "; the update was skipped"
+            record["skipped_iterations"] = self.watch.num_skipped
+        self.meter.add(loss if good else None, batch.ids.size, seconds, batches.waited_seconds - self._waited)
+        if warning is not None:
+            self.progress.note(f"iteration {iteration}: {warning}")
+            record["warning"] = warning
+        if iteration % ctx.config.machine.log_every == 0 or iteration == self.num_iterations or record:
+            record["lr_multiplier"] = rates.lr_factor
+            if good:
+                record |= {"grad_norm": norm, **loss_parts}
+            if self.num_ranks > 1:
+                record["communication_frac"] = (self._communication_seconds() - self._communication) / seconds
+            ctx.log({"iteration": iteration, **self.meter.record(loss if good else None), **record})
+        best = self.best.show() if self.best is not None else {}
+        self.progress.update(iteration, **self.meter.show(), **best, **self.watch.show(iteration))
+
+    def note_best(self) -> None:
+        """Print which weights the model ends with, where earlier ones may be kept."""
+        if (best := self.best) is not None and best.iteration is not None:
+            self.progress.note(
+                f"kept the weights of iteration {best.iteration}: {best.METRIC} {best.numbers[best.METRIC]:.5f}"
+            )
+
+    def end(self) -> None:
+        """Write the training's totals to the step's metrics."""
+        metrics, meter = self.ctx.metrics, self.meter
+        if self.watch.num_skipped or self.ctx.config.training.on_nan == "skip":
+            metrics["skipped_iterations"] = self.watch.num_skipped
+        metrics["loss"] = meter.loss
+        metrics["tokens_per_second"] = meter.tokens / max(meter.seconds, 1e-9)
+        metrics["data_wait_frac"] = meter.waited / max(meter.seconds, 1e-9)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training continues with, as JSON data."""
+        metrics = {name: value for name, value in self.ctx.metrics.items() if math.isfinite(value)}
+        return {"meter": self.meter.state(), "watch": self.watch.state(), "metrics": metrics}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.meter.restore(state["meter"])
+        self.watch.restore(state["watch"])
+
+    def _communication_seconds(self) -> float:
+        return 0.0 if self.ctx.team is None else self.ctx.team.group.traffic.seconds
+
+
+class Meter:
+    """What is logged and shown of a training."""
+
+    def __init__(
+        self,
+        *,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        raise_peak: Callable[[float], float] = lambda rate: rate,
+    ) -> None:
+        """Begin at nothing.
+
+        Args:
+            flops_per_token: of training, as nanochat counts them.
+            peak_flops: FLOP/s that the device can do; None: unknown, and so is the utilisation (MFU).
+            raise_peak: called with a rate above `peak_flops`, which then was measured too low; returns the new peak.
+        """
+        self._flops_per_token, self._peak_flops, self._raise_peak = flops_per_token, peak_flops, raise_peak
+        self._ema, self._weight = 0.0, 0.0
+        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
+        self._recent: list[tuple[int, float, float]] = []
+
+    @property
+    def loss(self) -> float:
+        """Debiased exponential mean of the loss (decay 0.9, as nanochat prints it)."""
+        return self._ema / self._weight if self._weight else 0.0
+
+    def add(self, loss: float | None, tokens: int, seconds: float, waited: float = 0.0) -> None:
+        """Count one iteration.
+
+        Args:
+            loss: of its batch; None: its step was left out, and its loss is no number.
+            tokens: of its batch.
+            seconds: that it took.
+            waited: seconds of these that it waited for data.
+        """
+        if loss is not None:
+            self._ema = _EMA_DECAY * self._ema + (1 - _EMA_DECAY) * loss
+            self._weight = _EMA_DECAY * self._weight + (1 - _EMA_DECAY)
+        self.tokens += tokens
+        self.seconds += seconds
+        self.waited += waited
+        self._recent = [*self._recent[-9:], (tokens, seconds, waited)]
+
+    def tokens_per_second(self) -> float:
+        """Return the speed of the last ten iterations."""
+        return sum(recent[0] for recent in self._recent) / max(1e-9, sum(recent[1] for recent in self._recent))
+
+    def data_wait_frac(self) -> float:
+        """Return the share of the last ten iterations' time that was spent waiting for data."""
+        return sum(recent[2] for recent in self._recent) / max(1e-9, sum(recent[1] for recent in self._recent))
+
+    def mfu(self) -> float | None:
+        """Return the model's FLOP/s over the last ten iterations as a share of the peak, in [0, 1]; None: no peak."""
+        if self._peak_flops is None:
+            return None
+        rate = self._flops_per_token * self.tokens_per_second()
+        if rate > self._peak_flops:
+            self._peak_flops = max(rate, self._raise_peak(rate))
+        return rate / self._peak_flops
+
+    def record(self, loss: float | None) -> dict[str, float]:
+        """Return the numbers for metrics.jsonl."""
+        mfu = self.mfu()
+        return {
+            **({} if loss is None else {"loss": loss}),
+            "smooth_loss": self.loss,
+            "tokens_per_second": self.tokens_per_second(),
+            **({} if mfu is None else {"mfu": mfu}),
+            "data_wait_frac": self.data_wait_frac(),
+            "elapsed_seconds": self.seconds,
+            "peak_memory_bytes": mx.get_peak_memory(),
+        }
+
+    def show(self) -> dict[str, str]:
+        """Return the numbers for the progress line."""
+        mfu = self.mfu()
+        return {
+            "loss": f"{self.loss:.3f}",
+            "speed": f"{format_count(self.tokens_per_second())} tok/s",
+            **({} if mfu is None else {"mfu": f"{mfu:.0%}"}),
+            "memory": format_bytes(mx.get_peak_memory()),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training continues with."""
+        counted = {"tokens": self.tokens, "seconds": self.seconds, "waited": self.waited}
+        return {"ema": self._ema, "weight": self._weight, **counted}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._ema, self._weight = state["ema"], state["weight"]
+        self.tokens, self.seconds, self.waited = state["tokens"], state["seconds"], state["waited"]
+
+
+class Watch:
+    """Sees every iteration's loss and norm. All it decides follows from its state and them, so a resume repeats it."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        """Begin with nothing seen."""
+        self._config = config
+        self._norms: list[float] = []
+        self._warned_at: int | None = None
+        self._in_a_row = 0
+        self.num_skipped = 0
+        """Iterations whose update was left out."""
+
+    def must_stop(self) -> bool:
+        """Count a step that gave no finite numbers (and so did not update anything); tell whether training must end."""
+        if self._config.on_nan == "stop":
+            return True
+        self._in_a_row += 1
+        self.num_skipped += 1
+        return self._in_a_row > self._config.max_skipped_in_a_row
+
+    def warn(self, iteration: int, norm: float) -> str | None:
+        """Take the norm of a good step; return a warning if it is far above what was usual, at most now and then."""
+        self._in_a_row = 0
+        usual = median(self._norms) if len(self._norms) >= _FEWEST_NORMS else math.inf
+        self._norms = [*self._norms[1 - _WINDOW :], norm]
+        factor = self._config.norm_warning_factor
+        if factor is None or norm <= factor * usual:
+            return None
+        if self._is_recent(iteration):
+            return None
+        self._warned_at = iteration
+        return f"gradient norm {norm:.3g} is {norm / max(usual, 1e-30):.0f} times its median of late ({usual:.3g})"
+
+    def show(self, iteration: int) -> dict[str, str]:
+        """Return what the progress line says: that there was a warning a while ago."""
+        return {"warning": "gradient norm"} if self._is_recent(iteration) else {}
+
+    def _is_recent(self, iteration: int) -> bool:
+        return self._warned_at is not None and iteration - self._warned_at < _WARNING_EVERY
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training continues with."""
+        return {
+            "norms": self._norms,
+            "warned_at": self._warned_at,
+            "in_a_row": self._in_a_row,
+            "skipped": self.num_skipped,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._norms, self._warned_at = state["norms"], state["warned_at"]
+        self._in_a_row, self.num_skipped = state["in_a_row"], state["skipped"]
+
+
+def _join(names: list[str]) -> str:
+    """Return the first few names in one line."""
+    more = f" and {len(names) - _MOST_DOCUMENTS_NAMED} more" if len(names) > _MOST_DOCUMENTS_NAMED else ""
+    return ", ".join(names[:_MOST_DOCUMENTS_NAMED]) + more
