@@ -29,7 +29,7 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def run_process(
-    *arguments: str | Path, cwd: Path, environ: Mapping[str, str] | None = None, timeout: float = 120
+    *arguments: str | Path, cwd: Path, environ: Mapping[str, str] | None = None, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """Run `mlxchat` in a new process to its end."""
     return subprocess.run(

@@ -259,7 +259,7 @@ def test_values_from_a_users_file_are_swept_too(
 def test_a_sweep_over_sizes_ends_with_a_report_and_its_fitted_line(mlxchat: CommandLine, tmp_path: Path) -> None:
     settings = ["-m", "experiment=smoke", "stage=pretrain", "model=d2,d4,d6", "model.aspect_ratio=16"]
     settings += ["model.head_width=16", "pretrain.num_iterations=4", "pretrain.eval_tokens=2048"]
-    done = mlxchat(*settings, f"outputs={tmp_path / 'outputs'}", timeout=300)
+    done = mlxchat(*settings, f"outputs={tmp_path / 'outputs'}", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
     assert f"report: {folder / 'report.html'}" in done.stdout

@@ -147,7 +147,7 @@ def test_a_search_finds_the_largest_of_a_maximised_metric(
 ) -> None:
     pytest.importorskip("optuna")
     settings = ["sweep=tpe", "sweep.name=s", "sweep.trials=6", "tokenizer.vocab_size=choice(280,330,300)"]
-    done = mlxchat(*tiny, *settings, "sweep.metric=tokenizer.bytes_per_token", f"outputs={outputs}", timeout=240)
+    done = mlxchat(*tiny, *settings, "sweep.metric=tokenizer.bytes_per_token", f"outputs={outputs}", timeout=900)
     assert done.returncode == 0, done.stderr
     tried = sizes_by_place(outputs / "multirun" / "s")
     assert tried == sorted(tried, reverse=True)

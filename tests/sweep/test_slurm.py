@@ -86,7 +86,7 @@ def test_jobs_in_a_queue_give_the_table_of_jobs_in_this_process(
 ) -> None:
     settings = ["pretrain.num_iterations=1", "optimizer.matrix_lr=0.01,0.03"]
     process = sweep(*settings)
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     script = (stub / "script-1000").read_text()
     for line in ("--array=0-1%2", "--requeue", "--signal=USR2@120", "--time=5"):
@@ -106,7 +106,7 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on(
     pid = pid_of(stub, 0, process, outputs)
     for name in signals.split():
         os.kill(pid, getattr(signal, f"SIG{name}"))
-    text, _ = process.communicate(timeout=150)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     assert [row["status"] for row in type(swept)(outputs).rows()] == ["done"] * 2
     first, second = attempts(outputs)
@@ -120,7 +120,7 @@ def test_a_job_that_is_lost_is_a_failed_row_and_the_others_end(
 ) -> None:
     process = sweep("pretrain.num_iterations=100,101")
     os.kill(pid_of(stub, 0, process, outputs, 2), signal.SIGKILL)
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 1, text
     statuses = {row["job"]: row["status"] for row in type(swept)(outputs).rows()}
     assert statuses == {1: "failed", 2: "done"}, text
@@ -133,7 +133,7 @@ def test_a_sweep_that_stops_saves_what_runs_and_takes_the_rest_out_of_the_queue(
     process = sweep("pretrain.num_iterations=3000,3001", parallel=1)
     pid_of(stub, 0, process, outputs)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM, text
     statuses = {row["job"]: row["status"] for row in type(swept)(outputs).rows()}
     assert statuses[1] == "interrupted"
