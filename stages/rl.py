@@ -1,7 +1,7 @@
-"""RL: sample answers, reward the right ones, make them likelier.
+"""RL: sample completions, reward them, make the better ones likelier.
 
-Counterpart of nanochat's scripts/chat_rl.py: on-policy REINFORCE with the question's mean reward as baseline and
-token-level normalisation; no KL penalty, no ratio, no clipping. Other losses: conf/rl/. Options: conf/settings/rl.yaml.
+Counterpart of nanochat's scripts/chat_rl.py: on-policy REINFORCE with the group's mean reward as baseline and
+token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/rl/. Options: conf/settings/rl.yaml.
 """
 
 from dataclasses import replace
@@ -16,13 +16,11 @@ from mlxchat.model.lora import adapters_of
 from mlxchat.ops.device import select_device
 from mlxchat.optim.groups import Optimizer
 from mlxchat.planning.budget import choose_micro_batch
+from mlxchat.rl.rollouts import Rollouts, conversation_rows, pass_at_k, updates_per_rollout
+from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.loop import Hook, fit
-from mlxchat.training.pass_at_k import pass_at_k
-from mlxchat.training.policy_scores import policy_scores
-from mlxchat.training.quantised_rollouts import conversation_rows
-from mlxchat.training.rollouts import Rollouts, updates_per_rollout
 
 VERSION = 4
 CONFIG = ["optimizer", "rl", "training"]
@@ -66,8 +64,7 @@ def run(ctx: Context) -> None:
     updates = updates_per_rollout(config)
     # Samples are seldom as long as the context, but may be.
     longest = model.sizes.context_tokens
-    # The weights as they are now stay in memory, once more as large as the model, only where the loss asks for them.
-    # Of adapters these are as small as they, since those that do nothing yet make the base.
+    # A copy of the trained weights. Of adapters it is small: adapters that are not trained yet leave the base as it is.
     reference = trained_parameters(model) if config.kl_coefficient > 0 else None
     micro_batch = choose_micro_batch(
         ctx,
@@ -91,21 +88,18 @@ def run(ctx: Context) -> None:
     def evaluate(iteration: int) -> dict[str, float]:
         return pass_at_k(engine, held_out, config, seed=ctx.seed("evaluation"))
 
+    sampler = engine
+    if config.rollout_bits is not None:
+        sampler = make_engine(ctx.team, model, tokenizer, bits=config.rollout_bits, trained=True)
+    dtype = select_device(machine.device, machine.compute_dtype)
     rollouts = Rollouts(
-        engine
-        if config.rollout_bits is None
-        else make_engine(ctx.team, model, tokenizer, bits=config.rollout_bits, trained=True),
+        sampler,
         practice,
         config,
         seed=ctx.seed("rollouts"),
         log=ctx.log,
+        scores=PolicyScores(model, micro_tokens=micro_batch.tokens, dtype=dtype, team=ctx.team),
         keep=ctx.records("rollouts").append,
-        scores=policy_scores(
-            ctx.team,
-            model,
-            micro_tokens=micro_batch.tokens,
-            dtype=select_device(machine.device, machine.compute_dtype),
-        ),
         reference=reference,
     )
     fit(
@@ -124,7 +118,7 @@ def run(ctx: Context) -> None:
 
 
 def rates_of(optimizer: OptimizerConfig, config: RLConfig) -> OptimizerConfig:
-    """Return the optimizer's settings in this stage: all but the matrices at `table_lr_frac` of their rates."""
+    """Return the optimizer of this stage: `table_lr_frac` scales all learning rates except those of the matrices."""
     groups = {
         name: group if name == "matrices" else replace(group, lr_frac=group.lr_frac * config.table_lr_frac)
         for name, group in optimizer.adamw_groups.items()

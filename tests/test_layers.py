@@ -48,6 +48,7 @@ LAYERS = [
     {"cpu"},
     {"evals"},
     {"training"},
+    {"rl"},
     {"bench"},
     {"number_problems", "rl_problems", "teacher_problems"},
     {

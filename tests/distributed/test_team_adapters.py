@@ -20,7 +20,7 @@ from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import AdapterSizes, resolve_targets
 from mlxchat.optim.groups import AdamWRule, Optimizer
 from mlxchat.optim.schedule import Rates
-from mlxchat.training.policy_scores import policy_scores
+from mlxchat.rl.scores import PolicyScores
 from mlxchat.training.step import mean_batch
 from mlxchat.training.team_step import make_step
 
@@ -51,7 +51,7 @@ def train(team: Team, name: str) -> dict[str, Any]:
     for index in range(3):
         batch = mean_batch(make_rows(7, seed=index))
         steps.append(step(batch, Rates(1.0, 0.9, 1.0), index))
-    scores = policy_scores(team, model, micro_tokens=64, dtype=mx.float32)
+    scores = PolicyScores(model, micro_tokens=64, dtype=mx.float32, team=team)
     before, _ = scores(batch.ids, batch.targets, reference)
     after, _ = scores(batch.ids, batch.targets)
     return {

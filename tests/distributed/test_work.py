@@ -31,10 +31,9 @@ from mlxchat.evals.samples import answer_prompts
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes
+from mlxchat.rl.rollouts import Rollouts, pass_at_k
+from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.progress import Progress
-from mlxchat.training.pass_at_k import pass_at_k
-from mlxchat.training.policy_scores import policy_scores
-from mlxchat.training.rollouts import Rollouts
 
 make_model = partial(models.make_model, context_tokens=96, scale=0.25)
 LENGTHS = [4, 9, 2, 17, 6, 11, 3]
@@ -156,7 +155,7 @@ def reinforce(team: Team | None, model: GPT, bits: int | None) -> list[Any]:
     reference = flatten_parameters(model)
     source = Rollouts(
         make_engine(team, model, tokenizer, bits=bits, trained=True), task, config, seed=3, log=log.append,
-        scores=policy_scores(team, model, micro_tokens=200, dtype=mx.float32), reference=reference,
+        scores=PolicyScores(model, micro_tokens=200, dtype=mx.float32, team=team), reference=reference,
     )  # fmt: skip
     for iteration in range(3):
         batch = source.next_batch(iteration)
@@ -181,7 +180,7 @@ def adapted(team: Team | None, model: GPT) -> dict[str, Any]:
     set_parameters(model, moved)
     rows = rows_of([90, 17, 5], sizes.context_tokens)
     ids, targets = (np.stack([row[side] for row in rows]) for side in (0, 1))
-    scores = policy_scores(team, model, micro_tokens=300, dtype=mx.float32)
+    scores = PolicyScores(model, micro_tokens=300, dtype=mx.float32, team=team)
     prompts = [[tokenizer.bos, 1, 2], [tokenizer.bos, 5]]
     answers = make_engine(team, model, tokenizer).complete(prompts, max_new_tokens=6)
     return {
@@ -203,7 +202,7 @@ def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
     found["text"], found["one_row"] = loss.bits_per_byte, mean_loss(asked, whole[:1], micro_tokens=300)
     found["padded"] = mean_loss(asked, padded, micro_tokens=900)
     ids, targets = (np.stack([row[side] for row in padded]) for side in (0, 1))
-    scores = policy_scores(team, model, micro_tokens=900, dtype=mx.float32)
+    scores = PolicyScores(model, micro_tokens=900, dtype=mx.float32, team=team)
     other = {name: 0.9 * value for name, value in flatten_parameters(model).items()}
     found["scores"] = [part.tolist() for part in scores(ids, targets)]
     found["reference_scores"] = [part.tolist() for part in scores(ids, targets, other)]

@@ -16,9 +16,8 @@ from mlxchat.engine.generate import Completion
 from mlxchat.model.gpt import flatten_parameters
 from mlxchat.ops.cross_entropy import token_losses
 from mlxchat.optim.schedule import Rates, lr_multiplier
-from mlxchat.training.advantages import centre_rewards
-from mlxchat.training.policy_batch import sampled_mask, weighted_rows
-from mlxchat.training.policy_loss import policy_loss
+from mlxchat.rl.loss import advantages_of, policy_loss
+from mlxchat.rl.rollouts import Rollout
 from mlxchat.training.step import Batch, TrainStep
 
 VARIANTS = ("oct2025", "jul2026")
@@ -34,7 +33,7 @@ def advantages(file: ParityFile) -> Iterator[Line]:
     file.require("cases")
     errors = {
         f"{case['name']}, example {index}": distance(
-            centre_rewards(np.array([example["rewards"]]))[0], example["advantages"]
+            advantages_of(np.array([example["rewards"]]), "mean")[0], example["advantages"]
         )
         for case in file.json["cases"]
         for index, example in enumerate(case["examples"])
@@ -171,8 +170,8 @@ def _batch(
 ) -> Batch:
     """Return the rows of the default recipe."""
     config = RLConfig(loss_divisor="tokens", kl_coefficient=0.0)
-    weights = policy_loss(sampled_mask(completions), advantages, config).weights
-    return weighted_rows(prompts, completions, weights, padding=padding)
+    rollout = Rollout.of_completions([], prompts, completions, advantages, padding=padding)
+    return rollout.batch(policy_loss(rollout.mask, advantages, config).weights, padding=padding)
 
 
 def _nanochat_weights(case: dict[str, Any], batch: Batch, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

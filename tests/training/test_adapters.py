@@ -19,9 +19,9 @@ from mlxchat.model.lora import attach_adapters, fuse
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, resolve_targets
 from mlxchat.optim.groups import AdamWRule, Optimizer
 from mlxchat.optim.schedule import Rates
+from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import fit
-from mlxchat.training.policy_scores import PolicyScores
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
 RULE = AdamWRule(1e-2, (0.9, 0.999), 0.0)

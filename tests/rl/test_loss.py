@@ -1,4 +1,4 @@
-"""The GRPO family: the weights of tokens are the slopes of the losses as the papers write them."""
+"""Advantages, the losses of the GRPO family and importance weights, against the formulas of the papers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from kit.training import rl_config
 from mlxchat.compose import compose_config
 from mlxchat.config import RLConfig
-from mlxchat.training.advantages import advantages_of
-from mlxchat.training.policy_loss import policy_loss
+from mlxchat.errors import StepFailed
+from mlxchat.rl.loss import PolicyLoss, advantages_of, check_rollout_drift, importance_weights, policy_loss
 
 # Three answers of 4, 2 and 3 sampled tokens; the second token of the last was forced.
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]], dtype=np.float64)
@@ -24,6 +24,10 @@ def log_probabilities() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     draw = np.random.default_rng(5)
     now = -3 * draw.random(MASK.shape) - 0.1
     return now, now + draw.normal(0, 0.4, MASK.shape), now + draw.normal(0, 0.5, MASK.shape)
+
+
+def loss_of(config: RLConfig, now: np.ndarray, old: np.ndarray, ref: np.ndarray | None = None) -> PolicyLoss:
+    return policy_loss(MASK, ADVANTAGES, config, log_probs=now, old_log_probs=old, ref_log_probs=ref)
 
 
 def as_written(config: RLConfig, now: np.ndarray, sampled: np.ndarray, reference: np.ndarray) -> float:
@@ -58,11 +62,11 @@ def name(config: RLConfig) -> str:
 
 
 @pytest.mark.parametrize("config", CASES, ids=name)
-def test_value_and_weights_are_those_of_the_loss_as_written(config: RLConfig) -> None:
+def test_value_and_weights_match_the_published_loss(config: RLConfig) -> None:
     """The weights against central differences, 1e-6."""
     now, sampled, reference = log_probabilities()
     frozen = reference if config.kl_coefficient else None
-    got = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=sampled, reference=frozen)
+    got = loss_of(config, now, sampled, frozen)
     assert got.value == pytest.approx(as_written(config, now, sampled, reference), abs=1e-12)
     for place in np.ndindex(MASK.shape):
         step = np.zeros(MASK.shape)
@@ -75,37 +79,35 @@ def test_value_and_weights_are_those_of_the_loss_as_written(config: RLConfig) ->
 
 @pytest.mark.parametrize("divisor", ["tokens", "answers", "longest"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_without_log_probabilities_it_is_the_first_update_after_sampling(ratio: str, divisor: str) -> None:
+def test_without_log_probabilities_every_ratio_is_one(ratio: str, divisor: str) -> None:
     config = rl_config(ratio=ratio, loss_divisor=divisor, clip_low=0.2, clip_high=0.2)
     now, _, _ = log_probabilities()
-    known = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=now)
-    np.testing.assert_array_equal(policy_loss(MASK, ADVANTAGES, config).weights, known.weights)
-    assert known.numbers == {"ratio": 1.0, "clip_frac": 0.0}
+    known, unknown = loss_of(config, now, now), policy_loss(MASK, ADVANTAGES, config)
+    np.testing.assert_array_equal(unknown.weights, known.weights)
+    assert known.numbers == unknown.numbers == {"ratio": 1.0, "clip_frac": 0.0}
 
 
-def test_forced_tokens_and_padding_have_no_weight_whatever_stands_there() -> None:
+def test_forced_tokens_and_padding_have_no_weight() -> None:
     now, sampled, reference = log_probabilities()
     now, sampled = np.where(MASK, now, 50.0), np.where(MASK, sampled, -1000.0)
     with np.errstate(all="raise"):
-        got = policy_loss(
-            MASK, ADVANTAGES, rl_config(kl_coefficient=0.1), now=now, sampled=sampled, reference=reference
-        )
+        got = loss_of(rl_config(kl_coefficient=0.1), now, sampled, reference)
     assert not got.weights[MASK == 0].any()
 
 
-def test_the_divergence_is_zero_and_flat_where_policy_and_reference_agree() -> None:
+def test_kl_and_its_gradient_vanish_at_the_reference() -> None:
     now, _, _ = log_probabilities()
-    got = policy_loss(MASK, np.zeros(3), rl_config(kl_coefficient=0.1), now=now, sampled=now, reference=now)
+    config = rl_config(kl_coefficient=0.1)
+    got = policy_loss(MASK, np.zeros(3), config, log_probs=now, old_log_probs=now, ref_log_probs=now)
     assert (got.value, got.numbers["kl"], np.abs(got.weights).max()) == (0.0, 0.0, 0.0)
 
 
-def test_only_what_would_move_further_away_is_clipped() -> None:
+def test_only_updates_away_from_the_old_policy_are_clipped() -> None:
     """A good token that became rarer, and a bad one that became likelier, are trained whatever the bounds."""
     one = np.ones((4, 1))
     now = np.log([[1.5], [0.5], [1.5], [0.5]])
-    got = policy_loss(
-        one, np.array([1.0, 1.0, -1.0, -1.0]), rl_config(clip_low=0.2, clip_high=0.2), now=now, sampled=0 * now
-    )
+    config, advantages = rl_config(clip_low=0.2, clip_high=0.2), np.array([1.0, 1.0, -1.0, -1.0])
+    got = policy_loss(one, advantages, config, log_probs=now, old_log_probs=0 * now)
     np.testing.assert_allclose(got.weights[:, 0], np.array([0.0, 0.5, -1.5, 0.0]) / 4)
     assert got.numbers["clip_frac"] == 0.5
 
@@ -113,13 +115,18 @@ def test_only_what_would_move_further_away_is_clipped() -> None:
 # Advantages
 
 
-def test_z_scores_have_a_deviation_of_one_and_equal_rewards_none() -> None:
+def test_z_scores_have_unit_deviation_and_ignore_equal_rewards() -> None:
     got = advantages_of(np.array([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]]), "z_score")
     assert got[0].std(ddof=1) == pytest.approx(1, abs=1e-3)
     np.testing.assert_array_equal(got[1], 0.0)
 
 
-def test_leave_one_out_compares_with_the_others() -> None:
+def test_an_advantage_is_the_reward_less_the_mean_of_its_group() -> None:
+    got = advantages_of(np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), "mean")
+    np.testing.assert_array_equal(got, [[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]])
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others() -> None:
     rewards = np.array([[1.0, 0.0, 0.5], [0.2, 0.9, 0.4]])
     expected = [[own - (row.sum() - own) / 2 for own in row] for row in rewards]
     np.testing.assert_allclose(advantages_of(rewards, "leave_one_out"), expected, atol=1e-12)
@@ -128,7 +135,7 @@ def test_leave_one_out_compares_with_the_others() -> None:
 # Recipes
 
 
-def test_the_recipes_are_those_of_their_papers() -> None:
+def test_recipes_match_their_papers() -> None:
     """DeepSeekMath §4.1.3; DAPO §3; Dr. GRPO §3; GSPO §4.1 and §5.1."""
     found = {recipe: compose_config([f"rl={recipe}"]).config.rl for recipe in ("grpo", "dr_grpo", "dapo", "gspo")}
     chosen = {
@@ -143,21 +150,47 @@ def test_the_recipes_are_those_of_their_papers() -> None:
     }
 
 
-# Rollouts of another policy
+# Quantised rollouts
 
 
-def test_a_correction_multiplies_each_tokens_part_of_gain_and_divergence() -> None:
+def test_importance_multiplies_gain_and_kl_of_each_token() -> None:
     """Against the loss as written, token by token; the clip and the divisor stay those of the ratio and the mask."""
     now, sampled, reference = log_probabilities()
     factors = np.random.default_rng(2).uniform(0.2, 2.0, MASK.shape)
     config = rl_config(clip_low=0.2, clip_high=0.28, kl_coefficient=0.3)
-    got = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=sampled, reference=reference, correction=factors)
+    known = {"log_probs": now, "old_log_probs": sampled, "ref_log_probs": reference}
+    got = policy_loss(MASK, ADVANTAGES, config, **known, importance=factors)
     total = 0.0
     for place in zip(*np.nonzero(MASK), strict=True):
         ratio, gap = math.exp(now[place] - sampled[place]), reference[place] - now[place]
         advantage = ADVANTAGES[place[0]]
         gain = min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
         total += factors[place] * (-gain + 0.3 * (math.exp(gap) - gap - 1)) / MASK.sum()
-    plain = policy_loss(MASK, ADVANTAGES, config, now=now, sampled=sampled, reference=reference)
+    plain = policy_loss(MASK, ADVANTAGES, config, **known)
     assert got.value == pytest.approx(total, abs=1e-12)
     np.testing.assert_allclose(got.weights, plain.weights * factors, atol=1e-12)
+
+
+def test_importance_weights_make_the_samples_mean_the_policys() -> None:
+    """Σ over all tokens of μ × weight × gain = Σ π × gain where no weight is truncated; 1e-12."""
+    rng = np.random.default_rng(0)
+    logits, gain = rng.normal(size=50), rng.normal(size=50)
+    rounded = logits + rng.normal(scale=0.1, size=50)
+    own, drawn = (np.exp(x) / np.exp(x).sum() for x in (logits, rounded))
+    got, numbers = importance_weights(np.log(own)[:, None], np.log(drawn)[:, None], np.ones((50, 1)), rl_config())
+    assert (drawn * got[:, 0] * gain).sum() == pytest.approx((own * gain).sum(), abs=1e-12)
+    assert numbers["rollout_capped"] == 0
+
+
+def test_importance_weights_are_truncated_and_may_be_per_sequence() -> None:
+    mask, old, drawn = (np.array([row]) for row in ([1.0, 0, 1], [-1.0, 0, -1.5], [-2.0, 0, -1]))
+    token, numbers = importance_weights(old, drawn, mask, rl_config())
+    np.testing.assert_allclose(token, [[2.0, 1.0, np.exp(-0.5)]])
+    assert numbers == {"rollout_kl": -0.25, "rollout_capped": 0.5}
+    sequence, _ = importance_weights(old, drawn, mask, rl_config(ratio="sequence"))
+    np.testing.assert_allclose(sequence, np.exp([[0.25] * 3]))
+
+
+def test_drift_that_is_no_number_is_refused() -> None:
+    with pytest.raises(StepFailed, match=r"KL nan nats per token.*Restart with rl.rollout_bits=null"):
+        check_rollout_drift(math.nan, rl_config(rollout_bits=8), 3)

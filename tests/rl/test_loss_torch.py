@@ -12,8 +12,7 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.config import RLConfig
-from mlxchat.training.advantages import advantages_of
-from mlxchat.training.policy_loss import policy_loss
+from mlxchat.rl.loss import advantages_of, policy_loss
 
 torch: Any = pytest.importorskip("torch")
 
@@ -109,9 +108,9 @@ def test_the_gradient_of_the_weighted_cross_entropy_is_that_of_the_recipes_loss(
     gains = advantages_of(rollout.rewards, config.advantages).reshape(-1)
     known: dict[str, Any] = {}
     if recipe != "nanochat":
-        known = {"now": logp.detach().numpy(), "sampled": rollout.sampled}
+        known = {"log_probs": logp.detach().numpy(), "old_log_probs": rollout.sampled}
     if config.kl_coefficient:
-        known["reference"] = rollout.reference
+        known["ref_log_probs"] = rollout.reference
     weights = policy_loss(rollout.mask.astype(np.float64), gains, config, **known).weights
     (got,) = torch.autograd.grad(-(torch.tensor(weights) * logp).sum(), rollout.logits)
     assert expected.abs().max() > 1e-3

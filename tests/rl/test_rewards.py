@@ -12,8 +12,8 @@ import pytest
 from mlxchat.compose import compose_config
 from mlxchat.config import RewardConfig
 from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.rl.rewards import Reward, overlong_penalty
 from mlxchat.runner.externals import pin_externals
-from mlxchat.training.rewards import Answer, Reward, overlong_penalty
 
 RIGHT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
 
@@ -25,7 +25,7 @@ class Sums:
 
 def judge(text: str, num_tokens: int = 3, **parts: RewardConfig) -> tuple[float, dict[str, float]]:
     reward = Reward(Sums(), parts)  # type: ignore[arg-type]
-    return reward(Answer(conversation=RIGHT, text=text, num_tokens=num_tokens))
+    return reward(RIGHT, text, num_tokens)
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ FAILURES = {
     "lost": "returned nan, expected a finite number",
     "broken": r"raised KeyError: 'no such thing' \(judging_of_tests.py, line 4\)",
     "gone": "raised SystemExit: 0",
-    "worded": "returned '0.5', a str, expected a number",
-    "silent": "returned None, a NoneType, expected a number",
+    "worded": "returned '0.5', a str, expected a finite number",
+    "silent": "returned None, a NoneType, expected a finite number",
     "slow": "took longer than rl.rewards.own.timeout_seconds=0.05",
 }
 
@@ -98,9 +98,8 @@ def test_a_function_that_gives_no_number_in_time_ends_the_step_and_is_named(func
 @pytest.mark.parametrize("name", FAILURES)
 def test_with_a_value_for_failures_it_goes_on_and_they_are_counted(functions: Path, name: str) -> None:
     reward = Reward(Sums(), {"own": function(name, failure_value=-0.5, weight=2.0)})  # type: ignore[arg-type]
-    answers = [Answer(conversation=RIGHT, text=text, num_tokens=1) for text in ("abc", "4")]
-    assert [reward(answer) for answer in answers] == [(-1.0, {"own": -0.5})] * 2
-    assert [reward.failures(), reward.failures()] == [{"own": 2}, {"own": 0}]
+    assert [reward(RIGHT, text, 1) for text in ("abc", "4")] == [(-1.0, {"own": -0.5})] * 2
+    assert [reward.pop_failures(), reward.pop_failures()] == [{"own": 2}, {"own": 0}]
 
 
 def test_what_always_fails_fails_at_the_datas_own_answer(functions: Path) -> None:

@@ -1,0 +1,161 @@
+"""From rewards to the gradient: advantages, importance weights, and the losses of the GRPO family as token weights.
+
+Each loss here depends on the model only through the log-probabilities of the sampled tokens. So its gradient is
+Σ (∂ loss / ∂ log p) × ∇ log p, which is what `TrainStep` computes for rows with weights −∂ loss / ∂ log p. Pretraining,
+fine-tuning and every RL loss therefore share one compiled step. Arrays are (B, T): rows by targets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxchat.config import RLConfig
+from mlxchat.errors import StepFailed
+from mlxchat.evals.quantised import MOST_CHANGE
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+_EPSILON = 1e-4  # added to the standard deviation, as in TRL
+
+
+def advantages_of(rewards: Floats, kind: str) -> Floats:
+    """Return the advantages (groups, samples) of rewards (groups, samples): mean, z_score or leave_one_out."""
+    advantages: Floats = rewards - rewards.mean(axis=1, keepdims=True)
+    # Subtracting the mean of equal rewards may leave a rounding error, which a z-score would blow up.
+    advantages[(rewards == rewards[:, :1]).all(axis=1)] = 0.0
+    if kind == "z_score":
+        advantages = advantages / (rewards.std(axis=1, ddof=1, keepdims=True) + _EPSILON)
+    elif kind == "leave_one_out":
+        samples = rewards.shape[1]  # r − mean of the others = (r − mean of all) × n / (n − 1)
+        advantages = advantages * (samples / (samples - 1))
+    return advantages
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """A loss and its derivatives."""
+
+    weights: Floats
+    """(B, T): −∂ loss / ∂ log p, 0 where no token was sampled."""
+    value: float
+    numbers: dict[str, float]
+    """Means over the trained tokens, for the log: ratio, clip_frac and, with a reference, kl."""
+
+
+def policy_loss(
+    mask: Floats,
+    advantages: Floats,
+    config: RLConfig,
+    *,
+    log_probs: Floats | None = None,
+    old_log_probs: Floats | None = None,
+    ref_log_probs: Floats | None = None,
+    importance: Floats | None = None,
+) -> PolicyLoss:
+    """Return −Σ min(ratio × A, clip(ratio) × A) + kl_coefficient × KL to the reference, divided by `loss_divisor`.
+
+    Args:
+        mask: 1 where a token was sampled and is trained, else 0.
+        advantages: (B,).
+        config: ratio, clip_low, clip_high, loss_divisor, kl_coefficient, max_new_tokens.
+        log_probs: of the sampled tokens under the policy that is trained; None: `old_log_probs`, so every ratio is 1.
+        old_log_probs: under the policy when it sampled them; given with `log_probs`.
+        ref_log_probs: under the frozen reference; None: no KL term.
+        importance: factors of the tokens' terms, where other weights sampled them (`importance_weights`).
+    """
+    divisors, num_tokens = _divisors(mask, config), max(1.0, mask.sum())
+    scale = mask if importance is None else mask * importance
+    gain = scale * (advantages / divisors)[:, None]
+    ratio, clipped = np.ones(mask.shape), np.zeros(mask.shape, dtype=bool)
+    if log_probs is not None and old_log_probs is not None:
+        ratio, clipped = _ratios(np.where(mask > 0, log_probs - old_log_probs, 0.0), mask, advantages, config)
+    low, high = 1 - (config.clip_low or np.inf), 1 + (config.clip_high or np.inf)
+    weights = np.where(clipped, 0.0, gain * ratio)
+    value = -float((gain * np.where(clipped, np.clip(ratio, low, high), ratio)).sum())
+    numbers = {
+        "ratio": float((ratio * mask).sum() / num_tokens),
+        "clip_frac": float((clipped * mask).sum() / num_tokens),
+    }
+    if ref_log_probs is not None and log_probs is not None:
+        # k3: exp(x) − 1 − x with x = log π_ref − log π, an unbiased and non-negative estimate of KL(π, π_ref).
+        apart = np.where(mask > 0, ref_log_probs - log_probs, 0.0)
+        kl = np.expm1(apart) - apart
+        kl_scale = scale * (config.kl_coefficient / divisors)[:, None]
+        weights = weights + kl_scale * np.expm1(apart)
+        value += float((kl_scale * kl).sum())
+        numbers["kl"] = float((kl * mask).sum() / num_tokens)
+    return PolicyLoss(weights=weights, value=value, numbers=numbers)
+
+
+def _divisors(mask: Floats, config: RLConfig) -> Floats:
+    """Return the divisor of each row's sum over tokens (B,)."""
+    rows = len(mask)
+    if config.loss_divisor == "answers":
+        lengths: Floats = rows * np.maximum(1.0, mask.sum(axis=1))
+        return lengths
+    if config.loss_divisor == "longest":
+        return np.full(rows, float(rows * config.max_new_tokens))
+    return np.full(rows, max(1.0, mask.sum()))
+
+
+def _ratios(log_ratio: Floats, mask: Floats, advantages: Floats, config: RLConfig) -> tuple[Floats, Floats]:
+    """Return the ratio π / π_old of each token, and where the clipped term is the minimum and has no gradient."""
+    ratio: Floats = np.exp(_per_sequence(log_ratio, mask) if config.ratio == "sequence" else log_ratio)
+    clipped = np.zeros(ratio.shape, dtype=bool)
+    if config.clip_high is not None:
+        clipped |= (advantages[:, None] > 0) & (ratio > 1 + config.clip_high)
+    if config.clip_low is not None:
+        clipped |= (advantages[:, None] < 0) & (ratio < 1 - config.clip_low)
+    return ratio, clipped
+
+
+def _per_sequence(log_ratio: Floats, mask: Floats) -> Floats:
+    """Return each row's mean over its tokens in place of the tokens' values (GSPO)."""
+    means = log_ratio.sum(axis=1) / np.maximum(1.0, mask.sum(axis=1))
+    return np.broadcast_to(means[:, None], log_ratio.shape)
+
+
+# Quantised rollouts: the rounded model μ samples, the policy π learns. Each token's term is multiplied by π / μ at the
+# time of sampling, truncated at a cap (truncated importance sampling: Ionides 2008; `tis` in verl). Both distributions
+# are the whole ones at temperature 1, as all log-probabilities of RL are.
+
+
+def importance_weights(
+    old_log_probs: Floats, rollout_log_probs: Floats, mask: Floats, config: RLConfig
+) -> tuple[Floats, dict[str, float]]:
+    """Return min(π / μ, rollout_correction) of each token, and rollout_kl and rollout_capped for the log.
+
+    With `ratio: sequence` a row has one weight: the geometric mean of its tokens'.
+
+    Args:
+        old_log_probs: log π of the sampled tokens.
+        rollout_log_probs: log μ.
+        mask: 1 where a token was sampled.
+        config: ratio, rollout_correction.
+    """
+    log_ratio, num_tokens = np.where(mask > 0, old_log_probs - rollout_log_probs, 0.0), max(1.0, mask.sum())
+    numbers = {"rollout_kl": -float(log_ratio.sum() / num_tokens)}  # KL(μ, π) in nats per token
+    if config.ratio == "sequence":
+        log_ratio = _per_sequence(log_ratio, mask)
+    cap = math.log(config.rollout_correction)
+    numbers["rollout_capped"] = float(((log_ratio > cap) * mask).sum() / num_tokens)
+    return np.exp(np.minimum(log_ratio, cap)), numbers
+
+
+def check_rollout_drift(rollout_kl: float, config: RLConfig, iteration: int) -> None:
+    """Stop RL when the rounded model no longer resembles the policy.
+
+    Raises:
+        StepFailed: `rollout_kl` is not finite or above the bound.
+    """
+    if math.isfinite(rollout_kl) and rollout_kl <= MOST_CHANGE:
+        return
+    instead = "rl.rollout_bits=8 or rl.rollout_bits=null" if config.rollout_bits == 4 else "rl.rollout_bits=null"
+    raise StepFailed(
+        f"iteration {iteration} of RL: {config.rollout_bits}-bit rollouts drifted from the policy "
+        f"(KL {rollout_kl:.2f} nats per token, accepted: at most {MOST_CHANGE:.2f}). Restart with {instead}"
+    )

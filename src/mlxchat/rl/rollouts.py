@@ -1,0 +1,431 @@
+"""RL from the task's questions to a weighted batch, and pass@k on held-out questions.
+
+Counterpart of nanochat's chat_rl.py, whose recipe is the default: on-policy REINFORCE with the group's mean reward as
+baseline. `Rollouts.next_batch` follows an iteration: sample a group of completions per question, reward each
+(rewards.py), compare the rewards within a group (advantages, loss.py), compute log-probabilities where the loss needs
+them (scores.py), derive one weight per sampled token from the loss (loss.py). `TrainStep` then minimises
+Σ weight × cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxchat.config import RLConfig
+from mlxchat.data.conversation import render_conversation, render_for_completion
+from mlxchat.data.packing import IGNORED, Ints, Row
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Completion, Engine
+from mlxchat.optim.groups import Flat
+from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
+from mlxchat.rl.rewards import Reward
+from mlxchat.rl.scores import PolicyScores
+from mlxchat.tasks.base import Task, answer_text
+from mlxchat.training.step import Batch
+
+Log = Callable[[dict[str, Any]], None]
+
+# Batches have multiples of these rows and columns, so that few shapes are compiled.
+_ROWS_STEP, _WIDTH_STEP = 16, 32
+_EVALUATED_ROWS = 128
+_CHECKED_CONVERSATIONS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The sampled and rewarded completions of one question."""
+
+    question: int
+    """Index in the task."""
+    prompt: list[int]
+    completions: list[Completion]
+    rewards: list[float]
+    parts: list[dict[str, float]]
+    """Of each reward, by name, without weights."""
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether rewards differ; otherwise every advantage is 0."""
+        return len(set(self.rewards)) > 1
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """Completions as rows, group by group. Target t of a row is `ids[t + 1]`; arrays (B, T) belong to targets."""
+
+    questions: list[int]
+    ids: Ints
+    """(B, T + 1): prompt, completion, padding."""
+    lengths: Ints
+    """(B,): tokens of prompt and completion."""
+    mask: Floats
+    """(B, T): 1 where the target was sampled; 0 in prompts, forced output of tools and padding."""
+    finished: Ints
+    """(B,): 1 where the completion ended before max_new_tokens."""
+    advantages: Floats
+    """(B,)."""
+    rollout_log_probs: Floats | None = None
+    """(B, T): log-probabilities under the quantised weights that sampled."""
+    old_log_probs: Floats | None = None
+    """(B, T): those under the policy when the rollout was sampled."""
+    ref_log_probs: Floats | None = None
+    """(B, T): those under the frozen reference."""
+
+    @classmethod
+    def of_completions(
+        cls,
+        questions: list[int],
+        prompts: Sequence[list[int]],
+        completions: Sequence[Completion],
+        advantages: Floats,
+        *,
+        padding: int,
+    ) -> Rollout:
+        """Place each completion behind its prompt; `padding` is a token id."""
+        lengths = np.array([len(prompt) + len(row.ids) for prompt, row in zip(prompts, completions, strict=True)])
+        shape = (len(prompts), _round_up(lengths.max(), _WIDTH_STEP))
+        ids = np.full((shape[0], shape[1] + 1), padding, dtype=np.int32)
+        mask, log_probs = np.zeros(shape), np.zeros(shape)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            ids[row, : lengths[row]] = [*prompt, *completion.ids]
+            targets = slice(len(prompt) - 1, lengths[row] - 1)
+            mask[row, targets] = completion.mask
+            if completion.log_probabilities:
+                log_probs[row, targets] = completion.log_probabilities
+        return cls(
+            questions=questions,
+            ids=ids,
+            lengths=lengths.astype(np.int32),
+            mask=mask,
+            finished=np.array([completion.finished for completion in completions], dtype=np.int32),
+            advantages=advantages,
+            rollout_log_probs=log_probs if any(row.log_probabilities for row in completions) else None,
+        )
+
+    @property
+    def targets(self) -> Ints:
+        """Return (B, T): the sampled tokens, all others ignored."""
+        return np.where(self.mask > 0, self.ids[:, 1:], IGNORED).astype(np.int32)
+
+    def minibatch(self, index: int, count: int) -> Rollout:
+        """Return the `index`-th of `count` parts with equally many groups, as narrow as its own rows allow."""
+        size, height = len(self.questions) // count, len(self.ids) // count
+        rows = slice(index * height, (index + 1) * height)
+        width = _round_up(self.lengths[rows].max(), _WIDTH_STEP)
+        whole = (self.rollout_log_probs, self.old_log_probs, self.ref_log_probs)
+        rollout, old, ref = (None if array is None else array[rows, :width] for array in whole)
+        return Rollout(
+            questions=self.questions[index * size : (index + 1) * size],
+            ids=self.ids[rows, : width + 1],
+            lengths=self.lengths[rows],
+            mask=self.mask[rows, :width],
+            finished=self.finished[rows],
+            advantages=self.advantages[rows],
+            rollout_log_probs=rollout,
+            old_log_probs=old,
+            ref_log_probs=ref,
+        )
+
+    def batch(self, weights: Floats, *, padding: int) -> Batch:
+        """Return a batch whose loss is Σ weight × cross-entropy; rows without any weight are left out."""
+        useful = np.flatnonzero(weights.any(axis=1))
+        width = _round_up(self.lengths[useful].max(initial=1), _WIDTH_STEP)
+        height = _round_up(max(1, len(useful)), _ROWS_STEP)
+        ids = np.full((height, width + 1), padding, dtype=np.int32)
+        placed = np.zeros((height, width), dtype=np.float32)
+        ids[: len(useful)], placed[: len(useful)] = self.ids[useful, : width + 1], weights[useful, :width]
+        targets = np.where(placed != 0, ids[:, 1:], IGNORED).astype(np.int32)
+        return Batch(ids[:, :-1], targets, placed)
+
+    def state(self) -> dict[str, Any]:
+        """Return all fields as JSON data, from which `of_state` restores the same bits."""
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Rollout:
+        """Return the rollout whose `state` this is."""
+        integers = {name: np.array(state[name], dtype=np.int32) for name in ("ids", "lengths", "finished")}
+        floats = {
+            name: None if value is None else np.array(value, dtype=np.float64)
+            for name, value in state.items()
+            if name != "questions" and name not in integers
+        }
+        return cls(questions=state["questions"], **integers, **floats)  # type: ignore[arg-type]
+
+
+class Rollouts:
+    """A source of batches for `fit` that samples its own data. Its position is the number of updates."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        config: RLConfig,
+        *,
+        seed: int,
+        log: Log,
+        scores: PolicyScores,
+        keep: Log = lambda record: None,
+        reference: Flat | None = None,
+    ) -> None:
+        """Shuffle the questions and try the reward functions out.
+
+        Args:
+            engine: samples from the model that is trained, or from its quantised weights.
+            task: asks the questions and has their expected answers.
+            config: of RL.
+            seed: of the questions' order and of all samples.
+            log: gets the numbers of each iteration and update.
+            scores: log-probabilities under the model that is trained.
+            keep: gets the completions of `rollouts_kept` questions per iteration, one record each.
+            reference: weights of the frozen reference; None: no KL term.
+
+        Raises:
+            ConfigError: a reward function cannot be imported.
+            StepFailed: a reward function fails on the first question's expected answer.
+        """
+        self.engine, self._task, self._config, self._seed = engine, task, config, seed
+        self._log, self._keep, self._scores, self._reference = log, keep, scores, reference
+        self._reward = Reward(task, config.rewards)
+        self._reward.try_out(task[0])
+        self._order = np.random.default_rng(seed).permutation(len(task))
+        self._rollout: Rollout | None = None
+        self._questions: list[int] = []
+        self._num_asked = 0
+        self.mean_reward = 0.0
+        self.waited_seconds = 0.0  # sampling counts as work, not as waiting for data
+
+    def next_batch(self, iteration: int) -> Batch:
+        """Return the rows of an update; the first update of a rollout samples it."""
+        config = self._config
+        number, update = divmod(iteration, updates_per_rollout(config))
+        if update == 0:
+            self._rollout = self._sample(number, iteration + 1)
+        assert self._rollout is not None, "restored, or sampled by an earlier update"
+        part = self._rollout.minibatch(update % config.minibatches_per_rollout, config.minibatches_per_rollout)
+        self._questions = part.questions
+        log_probs = part.old_log_probs if update == 0 else self._score(part)[0]
+        importance = None
+        if part.rollout_log_probs is not None and part.old_log_probs is not None:
+            importance, _ = importance_weights(part.old_log_probs, part.rollout_log_probs, part.mask, config)
+        loss = policy_loss(
+            part.mask if config.train_unfinished else part.mask * part.finished[:, None],
+            part.advantages,
+            config,
+            log_probs=log_probs,
+            old_log_probs=part.old_log_probs,
+            ref_log_probs=part.ref_log_probs,
+            importance=importance,
+        )
+        if log_probs is not None:
+            self._log({"iteration": iteration + 1, "policy_loss": loss.value, **loss.numbers})
+        return part.batch(loss.weights, padding=self.engine.tokenizer.assistant_end)
+
+    def documents(self) -> list[str]:
+        """Return the names of the last batch's questions, for warnings."""
+        return [f"question {question}" for question in self._questions]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training needs, as JSON data; with several updates per rollout, the rollout too."""
+        state: dict[str, Any] = {"mean_reward": self.mean_reward}
+        if self._config.resample_rounds:  # otherwise the iteration determines the next question
+            state["num_asked"] = self._num_asked
+        if self._rollout is not None and updates_per_rollout(self._config) > 1:
+            state["rollout"] = self._rollout.state()
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.mean_reward, self._num_asked = state["mean_reward"], state.get("num_asked", 0)
+        self._rollout = Rollout.of_state(state["rollout"]) if "rollout" in state else None
+
+    def _sample(self, number: int, iteration: int) -> Rollout:
+        """Sample, reward and score the completions of the `number`-th rollout; log them under `iteration`."""
+        config = self._config
+        first = self._num_asked if config.resample_rounds else number * config.questions_per_iteration
+        groups, asked = self._sample_groups(first, draw_seed(self._seed, number))
+        advantages = advantages_of(np.array([group.rewards for group in groups]), config.advantages)
+        rollout = Rollout.of_completions(
+            [group.question for group in groups],
+            [group.prompt for group in groups for _ in group.completions],
+            [completion for group in groups for completion in group.completions],
+            advantages.reshape(-1),
+            padding=self.engine.tokenizer.assistant_end,
+        )
+        numbers = self._numbers(groups, asked)
+        measure = config.entropy_every is not None and number % config.entropy_every == 0
+        if measure or needs_log_probs(config):
+            numbers |= self._add_log_probs(rollout, iteration)
+        self._log({"iteration": iteration, **numbers})
+        for group, own in list(zip(groups, advantages, strict=True))[: config.rollouts_kept]:
+            for record in self._records(group, own):
+                self._keep({"iteration": iteration, **record})
+        # Last, because a failure above must leave the position as it was: the training is saved then.
+        self.mean_reward, self._num_asked = numbers["reward"], first + len(asked)
+        return rollout
+
+    def _sample_groups(self, first: int, seed: int) -> tuple[list[Group], list[Group]]:
+        """Return the groups to train on, and all that were sampled for them.
+
+        The questions after place `first` of the order replace those whose group has no signal, in `resample_rounds`
+        rounds at most (DAPO's dynamic sampling).
+        """
+        config = self._config
+        groups = self._ask(first, config.questions_per_iteration, seed)
+        asked = list(groups)
+        for attempt in range(1, config.resample_rounds + 1):
+            places = [place for place, group in enumerate(groups) if not group.has_signal]
+            if not places:
+                break
+            more = self._ask(first + len(asked), len(places), draw_seed(seed, attempt))
+            asked += more
+            for place, group in zip(places, (group for group in more if group.has_signal), strict=False):
+                groups[place] = group
+        return groups, asked
+
+    def _ask(self, first: int, count: int, seed: int) -> list[Group]:
+        """Sample and reward the groups of `count` questions from place `first` of the order on."""
+        config, tokenizer = self._config, self.engine.tokenizer
+        questions = [int(self._order[(first + place) % len(self._order)]) for place in range(count)]
+        conversations = [self._task[question] for question in questions]
+        prompts = [render_for_completion(tokenizer, conversation) for conversation in conversations]
+        sampled = sample(self.engine, prompts, config, samples=config.samples_per_question, seed=seed,
+                         log_probabilities=config.rollout_bits is not None)  # fmt: skip
+        groups = []
+        for question, conversation, prompt, completions in zip(questions, conversations, prompts, sampled, strict=True):
+            judged = [self._reward(conversation, row.text(tokenizer), sum(row.mask)) for row in completions]
+            rewards, parts = [reward for reward, _ in judged], [values for _, values in judged]
+            groups.append(
+                Group(question=question, prompt=prompt, completions=completions, rewards=rewards, parts=parts)
+            )
+        return groups
+
+    def _add_log_probs(self, rollout: Rollout, iteration: int) -> dict[str, float]:
+        """Set the log-probabilities that the loss needs; return entropy and drift for the log."""
+        config = self._config
+        log_probs, entropies = self._score(rollout)
+        numbers: dict[str, float] = {}
+        if rollout.rollout_log_probs is not None:
+            _, numbers = importance_weights(log_probs, rollout.rollout_log_probs, rollout.mask, config)
+            check_rollout_drift(numbers["rollout_kl"], config, iteration)
+        if needs_log_probs(config):
+            rollout.old_log_probs = log_probs
+            if self._reference is not None:
+                rollout.ref_log_probs, _ = self._score(rollout, self._reference)
+        return {"entropy": float((entropies * rollout.mask).sum() / max(1.0, rollout.mask.sum())), **numbers}
+
+    def _score(self, rollout: Rollout, weights: Flat | None = None) -> tuple[Floats, Floats]:
+        return self._scores(rollout.ids[:, :-1], rollout.targets, weights)
+
+    def _numbers(self, groups: list[Group], asked: list[Group]) -> dict[str, float]:
+        """Return means over all completions that were sampled, for the log."""
+        completions = [completion for group in asked for completion in group.completions]
+        numbers = {
+            "reward": float(np.mean([reward for group in asked for reward in group.rewards])),
+            "completion_tokens": float(np.mean([len(completion.ids) for completion in completions])),
+            "finished": float(np.mean([completion.finished for completion in completions])),
+            "teaching_frac": float(np.mean([group.has_signal for group in asked])),
+        }
+        if self._config.resample_rounds:
+            numbers["questions_asked"] = len(asked)
+            numbers["filled_frac"] = float(np.mean([group.has_signal for group in groups]))
+        for name in self._config.rewards:
+            numbers[f"reward_{name}"] = float(np.mean([parts[name] for group in asked for parts in group.parts]))
+        failures = self._reward.pop_failures()
+        return numbers | {f"reward_{name}_failures": count for name, count in failures.items() if count}
+
+    def _records(self, group: Group, advantages: Floats) -> Iterator[dict[str, Any]]:
+        """Yield a record of each completion for rollouts.jsonl."""
+        tokenizer, conversation = self.engine.tokenizer, self._task[group.question]
+        for index, completion in enumerate(group.completions):
+            text = completion.text(tokenizer)
+            yield {
+                "question": group.question,
+                "sample": index,
+                "prompt": tokenizer.decode(group.prompt),
+                "output": text,
+                "expected": answer_text(conversation),
+                "reward": group.rewards[index],
+                "parts": group.parts[index],
+                "right": self._task.evaluate(conversation, text),
+                "advantage": float(advantages[index]),
+                "tokens": len(completion.ids),
+                "finished": completion.finished,
+            }
+
+
+def updates_per_rollout(config: RLConfig) -> int:
+    """Return how many updates train on the completions of an iteration."""
+    return config.minibatches_per_rollout * config.passes_per_rollout
+
+
+def needs_log_probs(config: RLConfig) -> bool:
+    """Tell whether the loss needs log-probabilities. If every rollout has one update, all ratios are 1."""
+    return updates_per_rollout(config) > 1 or config.kl_coefficient > 0 or config.rollout_bits is not None
+
+
+def sample(
+    engine: Engine, prompts: list[list[int]], config: RLConfig, *, samples: int, seed: int, log_probabilities: bool
+) -> list[list[Completion]]:
+    """Return `samples` completions per prompt, sampled as the configuration says."""
+    found = engine.complete(
+        [prompt for prompt in prompts for _ in range(samples)],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=seed,
+        log_probabilities=log_probabilities,
+    )
+    return [found[start : start + samples] for start in range(0, len(found), samples)]
+
+
+def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dict[str, float]:
+    """Return the share of questions that one of the first k samples solves, for k = 1 … eval_samples.
+
+    Counted and sampled as in nanochat. `held_out_reward` is the mean over all samples, less noisy than pass_at_1.
+    """
+    samples, tokenizer = config.eval_samples, engine.tokenizer
+    solved = np.zeros((len(task), samples), dtype=bool)
+    per_pass = max(1, _EVALUATED_ROWS // samples)
+    for start in range(0, len(task), per_pass):
+        conversations = [task[index] for index in range(start, min(start + per_pass, len(task)))]
+        prompts = [render_for_completion(tokenizer, conversation) for conversation in conversations]
+        groups = sample(engine, prompts, config, samples=samples, seed=draw_seed(seed, start), log_probabilities=False)
+        for place, (conversation, completions) in enumerate(zip(conversations, groups, strict=True)):
+            solved[start + place] = [task.evaluate(conversation, row.text(tokenizer)) for row in completions]
+    return summarise(solved)
+
+
+def summarise(solved: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, float]:
+    """Return pass_at_k and held_out_reward of verdicts (questions, samples), with standard errors over questions."""
+    count, samples = solved.shape
+    each = {f"pass_at_{k}": solved[:, :k].any(axis=1) for k in range(1, samples + 1)}
+    each["held_out_reward"] = solved.mean(axis=1)
+    means = {name: float(values.mean()) for name, values in each.items()}
+    return means | {f"{name}_stderr": float(values.std() / np.sqrt(count)) for name, values in each.items()}
+
+
+def conversation_rows(tokenizer: Tokenizer, task: Task) -> list[Row]:
+    """Return rows of whole conversations with the assistant's tokens as targets, to check quantised weights on."""
+    said = [render_conversation(tokenizer, task[index]) for index in range(min(len(task), _CHECKED_CONVERSATIONS))]
+    width = max(len(ids) for ids, _ in said)
+    rows = []
+    for ids, mask in said:
+        padded = np.full(width, tokenizer.assistant_end, dtype=np.int32)
+        targets = np.full(width, IGNORED, dtype=np.int32)
+        padded[: len(ids)], targets[: len(ids)] = ids, np.where(mask, ids, IGNORED)
+        rows.append((padded[:-1], targets[1:]))
+    return rows
+
+
+def draw_seed(seed: int, number: int) -> int:
+    """Return the seed of the `number`-th draw for one purpose."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-int(count) // step) * step

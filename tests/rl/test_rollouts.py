@@ -1,0 +1,432 @@
+"""RL: which questions are asked, which tokens are trained and how much, and what resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kit.models import make_model
+from kit.training import make_optimizer, rl_config
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Completion, Engine
+from mlxchat.errors import StepFailed
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.optim.schedule import Rates
+from mlxchat.rl.loss import policy_loss
+from mlxchat.rl.rollouts import Rollout, Rollouts, conversation_rows, pass_at_k, summarise
+from mlxchat.rl.scores import PolicyScores
+from mlxchat.training.step import Batch, TrainStep
+
+PAD = 275
+Log = list[dict[str, Any]]
+
+
+def completion(ids: list[int], mask: list[int] | None = None) -> Completion:
+    return Completion(ids=ids, mask=mask or [1] * len(ids), finished=True)
+
+
+# Two prompts with two completions each; in the third a tool's output, 30 and 31, was forced.
+PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [4, 5]]
+COMPLETIONS = [
+    completion([10, 11, PAD]),
+    completion([12, PAD]),
+    completion([20, 30, 31, 21, PAD], [1, 0, 0, 1, 1]),
+    completion([22]),
+]
+ADVANTAGES = np.array([0.5, -0.5, -0.25, 0.25])
+HALF_ZERO = np.array([0.5, -0.5, 0.0, 0.0])
+SAMPLED_TOKENS = 3 + 2 + 3 + 1
+
+
+def batch(
+    advantages: np.ndarray = ADVANTAGES,
+    prompts: list[list[int]] = PROMPTS,
+    completions: list[Completion] = COMPLETIONS,
+) -> Batch:
+    rollout = Rollout.of_completions([], prompts, completions, advantages, padding=PAD)
+    return rollout.batch(policy_loss(rollout.mask, advantages, rl_config()).weights, padding=PAD)
+
+
+def assert_equal(got: Batch, expected: Batch) -> None:
+    for name in ("ids", "targets", "weights"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+
+
+# Rows
+
+
+def test_sampled_tokens_alone_are_targets_and_have_weights() -> None:
+    made = batch()
+    for row, (prompt, answer, advantage) in enumerate(zip(PROMPTS, COMPLETIONS, ADVANTAGES, strict=True)):
+        whole = [*prompt, *answer.ids]
+        assert made.ids[row, : len(whole)].tolist() == whole
+        sampled = np.zeros(made.weights.shape[1])
+        sampled[len(prompt) - 1 : len(whole) - 1] = answer.mask
+        np.testing.assert_array_equal(made.weights[row], np.float32(sampled * advantage / SAMPLED_TOKENS))
+    assert made.targets[0, :5].tolist() == [-1, -1, 10, 11, PAD]
+    assert made.targets[2, :6].tolist() == [-1, 20, -1, -1, 21, PAD]
+    assert ((made.targets >= 0) == (made.weights != 0)).all()
+
+
+def test_rows_without_advantage_are_left_out_but_count_in_the_divisor() -> None:
+    made = batch(HALF_ZERO)
+    assert np.abs(made.weights).sum() == pytest.approx((3 * 0.5 + 2 * 0.5) / SAMPLED_TOKENS)
+    assert not (made.ids == 20).any()
+    nothing = batch(np.zeros(4))
+    assert (nothing.targets < 0).all()
+    assert not nothing.weights.any()
+
+
+def test_batches_have_few_shapes() -> None:
+    shapes = {
+        batch(np.ones(rows), [[1]] * rows, [completion([7] * length)] * rows).ids.shape
+        for rows in (1, 7, 16)
+        for length in (1, 20, 31)
+    }
+    assert shapes == {(16, 32)}
+
+
+# The loss of a batch
+
+
+def nanochat_loss(model: GPT, advantages: np.ndarray) -> float:
+    """Return −Σ log p × advantage / sampled tokens, row by row without padding."""
+    total = 0.0
+    for prompt, answer, advantage in zip(PROMPTS, COMPLETIONS, advantages, strict=True):
+        ids = mx.array([prompt + answer.ids])
+        losses = token_losses(model.hidden(ids[:, :-1])[0], model.lm_head.weight, ids[0, 1:])
+        sampled = np.array([0] * (len(prompt) - 1) + answer.mask)
+        total += advantage * float((np.asarray(losses) * sampled).sum())
+    return total / SAMPLED_TOKENS
+
+
+@pytest.mark.parametrize(("advantages", "micro_tokens"), [(ADVANTAGES, 64), (HALF_ZERO, 10_000)])
+def test_loss_is_advantage_times_cross_entropy_as_in_nanochat(advantages: np.ndarray, micro_tokens: int) -> None:
+    model = make_model()
+    expected = nanochat_loss(model, advantages)
+    step = TrainStep(model, make_optimizer(model), micro_tokens=micro_tokens, dtype=mx.float32)
+    assert step(batch(advantages), Rates(1.0, 0.9, 1.0))[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_omitted_rows_change_no_gradient() -> None:
+    lean, full = batch(HALF_ZERO), batch()
+    kept = np.concatenate([full.weights[:2], np.zeros_like(full.weights[2:])])
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model), micro_tokens=10_000, dtype=mx.float32)
+    (one, got), (other, expected) = (step.gradients(each) for each in (lean, Batch(full.ids, full.targets, kept)))
+    assert one.item() == pytest.approx(other.item(), rel=1e-6)
+    for name in expected:
+        np.testing.assert_allclose(np.asarray(got[name]), np.asarray(expected[name]), atol=1e-6)
+
+
+def test_updates_make_rewarded_completions_likelier() -> None:
+    model = make_model()
+    step = TrainStep(model, make_optimizer(model), micro_tokens=10_000, dtype=mx.float32)
+    first, second = np.eye(4)[:2]
+    good, bad = nanochat_loss(model, first), nanochat_loss(model, second)
+    for _ in range(3):
+        step(batch(np.array([1.0, -1.0, 0.0, 0.0])), Rates(0.2, 0.9, 1.0))
+    assert nanochat_loss(model, first) < good
+    assert nanochat_loss(model, second) > bad
+
+
+# Questions
+
+
+class Numbers:
+    """A task whose questions are numbers; `judge` says which answers are right."""
+
+    def __init__(self, size: int, judge: Callable[[str], bool] = lambda answer: answer == "a") -> None:
+        self.size, self.judge = size, judge
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": str(index)}, {"role": "assistant", "content": "a" * index}]}
+
+    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+        return self.judge(response)
+
+    def reward(self, conversation: dict[str, Any], response: str) -> float:
+        return float(self.judge(response))
+
+
+class ScriptedEngine:
+    """An engine whose k-th completion of a question is right if `right(question, k)`."""
+
+    def __init__(self, tokenizer: Tokenizer, right: Callable[[int, int], bool]) -> None:
+        self.tokenizer, self.right = tokenizer, right
+        self.asked: list[list[int]] = []
+        self.seeds: list[int] = []
+
+    def complete(self, prompts: list[list[int]], *, seed: int, **settings: Any) -> list[Completion]:
+        questions = [int("".join(c for c in self.tokenizer.decode(prompt[1:]) if c.isdigit())) for prompt in prompts]
+        self.asked.append(questions)
+        self.seeds.append(seed)
+        counts: dict[int, int] = {}
+        found = []
+        for question in questions:
+            counts[question] = counts.get(question, -1) + 1
+            text = "a" if self.right(question, counts[question]) else "b"
+            found.append(completion([*self.tokenizer.encode(text), self.tokenizer.assistant_end]))
+        return found
+
+
+def zeros(ids: np.ndarray, targets: np.ndarray, weights: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Stand in for the scores of a scripted engine's model."""
+    return np.zeros(ids.shape), np.zeros(ids.shape)
+
+
+def scripted(engine: Any, size: int, log: Log | None = None, **changes: Any) -> Rollouts:
+    scores: Any = zeros
+    task: Any = Numbers(size)
+    return Rollouts(engine, task, rl_config(**changes), seed=3, log=[].append if log is None else log.append,
+                    scores=scores)  # fmt: skip
+
+
+def test_a_pass_asks_each_question_once_in_shuffled_groups(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
+    source = scripted(engine, 10)
+    for iteration in range(5):
+        source.next_batch(iteration)
+    asked = [question for rows in engine.asked for question in rows[::4]]
+    assert sorted(asked) == list(range(10))
+    assert asked != sorted(asked)
+    assert all(rows == [question for question in rows[::4] for _ in range(4)] for rows in engine.asked)
+    assert len(set(engine.seeds)) == 5
+
+
+def test_rewards_are_logged_and_weight_the_batch(tokenizer: Tokenizer) -> None:
+    """The token that ends a completion is not judged: the task compares the whole answer."""
+    log: Log = []
+    source = scripted(ScriptedEngine(tokenizer, lambda question, sample: sample < 1), 4, log)
+    made = source.next_batch(2)
+    assert log == [{"iteration": 3, "reward": 0.25, "completion_tokens": 2.0, "finished": 1.0, "teaching_frac": 1.0}]
+    assert source.mean_reward == 0.25
+    # Two questions, one right completion of four each, two tokens per completion: 16 sampled tokens.
+    assert sorted(made.weights[made.weights != 0].tolist()) == pytest.approx([-0.25 / 16] * 12 + [0.75 / 16] * 4)
+
+
+def test_batch_of_an_iteration_depends_on_no_earlier_one(tokenizer: Tokenizer) -> None:
+    straight, resumed = (real(tokenizer, []) for _ in range(2))
+    straight.next_batch(0)
+    resumed.restore(straight.state())
+    assert_equal(resumed.next_batch(1), straight.next_batch(1))
+
+
+# Dynamic sampling
+
+
+def iterate(engine: Any, source: Rollouts, iteration: int) -> tuple[list[int], list[int]]:
+    """Return the questions that an iteration trains on, and all that it asked, in order."""
+    rounds = len(engine.asked)
+    source.next_batch(iteration)
+    trained = [int(name.removeprefix("question ")) for name in source.documents()]
+    return trained, [question for rows in engine.asked[rounds:] for question in rows[::4]]
+
+
+def test_questions_without_signal_are_replaced_by_the_next_ones(tokenizer: Tokenizer) -> None:
+    """Only questions that three divides have right and wrong completions."""
+    log: Log = []
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0 if question % 3 == 0 else question % 2 == 0)
+    source = scripted(engine, 30, log, resample_rounds=50)
+    trained, asked = iterate(engine, source, 0)
+    assert sorted(trained) == sorted([question for question in asked if question % 3 == 0][:2])
+    assert asked[-1] in trained, "nothing is asked once the iteration is full"
+    assert [place for place, question in enumerate(asked[:2]) if question % 3 == 0] == [
+        place for place, question in enumerate(trained) if question == asked[place]
+    ]
+    # The logged reward is that of all completions, not of the chosen questions.
+    shares = [0.25 if question % 3 == 0 else float(question % 2 == 0) for question in asked]
+    assert log[0]["reward"] == pytest.approx(np.mean(shares))
+    assert (log[0]["teaching_frac"], log[0]["filled_frac"]) == (pytest.approx(2 / len(asked)), 1.0)
+
+
+def test_iterations_and_resumed_trainings_continue_after_all_that_was_asked(tokenizer: Tokenizer) -> None:
+    def start(**changes: Any) -> tuple[ScriptedEngine, Rollouts]:
+        engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0 and question % 3 == 0)
+        return engine, scripted(engine, 30, **changes)
+
+    plain, straight, resumed = start(), start(resample_rounds=50), start(resample_rounds=50)
+    order = [question for iteration in range(15) for question in iterate(*plain, iteration)[1]]
+    asked = []
+    for iteration in range(4):
+        resumed[1].restore(json.loads(json.dumps(straight[1].state())))
+        found = iterate(*straight, iteration)
+        assert iterate(*resumed, iteration) == found
+        asked += found[1]
+    assert asked == order[: len(asked)]
+
+
+def test_after_the_last_round_questions_without_signal_stay(tokenizer: Tokenizer) -> None:
+    log: Log = []
+    engine = ScriptedEngine(tokenizer, lambda question, sample: True)
+    source = scripted(engine, 30, log, resample_rounds=3)
+    made = source.next_batch(0)
+    assert [len(rows) for rows in engine.asked] == [8] * 4
+    assert [f"question {question}" for question in engine.asked[0][::4]] == source.documents()
+    assert not made.weights.any()
+    assert (log[0]["questions_asked"], log[0]["filled_frac"], log[0]["teaching_frac"]) == (8, 0.0, 0.0)
+    assert len(set(engine.seeds)) == 4
+
+
+# pass@k
+
+OUTCOMES = np.array([[0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]], dtype=bool)
+
+
+def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer: Tokenizer) -> None:
+    engine: Any = ScriptedEngine(tokenizer, lambda question, sample: bool(OUTCOMES[question][sample]))
+    task: Any = Numbers(5)
+    got = pass_at_k(engine, task, rl_config(), seed=0)
+    means = {name: value for name, value in got.items() if not name.endswith("_stderr")}
+    assert means == {"pass_at_1": 0.2, "pass_at_2": 0.4, "pass_at_3": 0.6, "pass_at_4": 0.8, "held_out_reward": 0.3}
+
+
+def test_standard_errors_are_over_questions() -> None:
+    got = summarise(OUTCOMES)
+    for k in (1, 2, 3, 4):
+        share = k / 5
+        assert got[f"pass_at_{k}_stderr"] == pytest.approx(np.sqrt(share * (1 - share) / 5))
+    assert got["held_out_reward_stderr"] == pytest.approx(np.std([0.5, 0.25, 0.0, 0.5, 0.25]) / np.sqrt(5))
+
+
+def test_pass_at_k_asks_every_question_in_bounded_passes(tokenizer: Tokenizer) -> None:
+    engine: Any = ScriptedEngine(tokenizer, lambda question, sample: question % 2 == 0)
+    task: Any = Numbers(70)
+    assert pass_at_k(engine, task, rl_config(), seed=0)["pass_at_1"] == 0.5
+    assert sorted({question for rows in engine.asked for question in rows}) == list(range(70))
+    assert max(map(len, engine.asked)) <= 128
+    assert len(set(engine.seeds)) == len(engine.asked)
+
+
+# Several updates, KL, entropy: real model, engine and scores
+
+SEVERAL = {"minibatches_per_rollout": 2, "passes_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2}
+
+
+def real(tokenizer: Tokenizer, log: Log, model: GPT | None = None, **changes: Any) -> Rollouts:
+    task: Any = Numbers(6, lambda answer: len(answer) % 2 == 0)
+    model, config = model or make_model(), rl_config(**changes)
+    return Rollouts(
+        Engine(model, tokenizer, bits=config.rollout_bits, trained=True),
+        task,
+        config,
+        seed=3,
+        log=log.append,
+        scores=PolicyScores(model, micro_tokens=4096, dtype=mx.float32),
+        reference=flatten_parameters(model) if config.kl_coefficient else None,
+    )
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_resume_within_a_rollout_is_bit_exact(tokenizer: Tokenizer, bits: int | None) -> None:
+    """The state is JSON. The ratio leaves 1 and KL leaves 0 once the model has moved."""
+    log: Log = []
+    straight, resumed = (
+        real(tokenizer, each, make_model(width=128, scale=0.1), kl_coefficient=0.1, rollout_bits=bits, **SEVERAL)
+        for each in (log, [])
+    )
+    model = straight.engine.model
+    step = TrainStep(model, make_optimizer(model), micro_tokens=4096, dtype=mx.float32)
+    for iteration in range(3):
+        step(straight.next_batch(iteration), Rates(0.5, 0.9, 1.0))
+    set_parameters(resumed.engine.model, flatten_parameters(model))
+    resumed.restore(json.loads(json.dumps(straight.state())))
+    for iteration in (3, 4):
+        assert_equal(resumed.next_batch(iteration), straight.next_batch(iteration))
+    updates = [record for record in log if "ratio" in record]
+    assert [record["iteration"] for record in updates] == [1, 2, 3, 4, 5]
+    assert (updates[0]["ratio"], updates[0]["kl"]) == (1.0, 0.0)
+    assert updates[2]["ratio"] != 1.0
+    assert updates[2]["kl"] > 0
+
+
+def test_nothing_is_scored_unless_the_loss_or_entropy_needs_it(tokenizer: Tokenizer) -> None:
+    log: Log = []
+    source = real(tokenizer, log, entropy_every=2)
+    for iteration in range(3):
+        source.next_batch(iteration)
+    assert ["entropy" in record for record in log] == [True, False, True]
+    assert source.state() == {"mean_reward": source.mean_reward}
+
+
+def test_unfinished_completions_are_left_out_on_request(tokenizer: Tokenizer) -> None:
+    some, all_ = (real(tokenizer, [], max_new_tokens=2, train_unfinished=each).next_batch(0) for each in (False, True))
+    assert (some.targets >= 0).sum() < (all_.targets >= 0).sum()
+
+
+def test_minibatches_hold_whole_groups_and_together_the_rollout(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
+    source = scripted(engine, 4, minibatches_per_rollout=2)
+    held = []
+    for iteration in range(4):
+        assert (source.next_batch(iteration).targets >= 0).any(axis=1).sum() == 4
+        held += source.documents()
+    assert len(engine.asked) == 2
+    assert sorted(held) == [f"question {index}" for index in range(4)]
+
+
+# Quantised rollouts
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer: Tokenizer, bits: int) -> None:
+    log: Log = []
+    model = make_model(width=128, scale=0.1)  # whole groups of weights, so that they are rounded
+    source = real(tokenizer, log, model, max_new_tokens=12, top_k=None, rollout_bits=bits)
+    made, rollout = source.next_batch(0), source._rollout
+    assert rollout is not None
+    assert rollout.rollout_log_probs is not None
+    own, _ = PolicyScores(model, micro_tokens=4096, dtype=mx.float32)(rollout.ids[:, :-1], rollout.targets)
+    sampled = rollout.mask > 0
+    log_ratio = (own - rollout.rollout_log_probs)[sampled]
+    advantages = np.broadcast_to(rollout.advantages[:, None], sampled.shape)[sampled]
+    expected = advantages * np.minimum(2.0, np.exp(log_ratio)) / sampled.sum()
+    np.testing.assert_allclose(made.weights[made.weights != 0], expected[advantages != 0], rtol=1e-4)
+    assert log[0]["rollout_kl"] == pytest.approx(-log_ratio.mean(), abs=1e-4)
+    assert abs(log[0]["rollout_kl"]) < (0.01 if bits == 8 else 0.1)
+    assert "rollout_capped" in log[0]
+
+
+def test_drifted_quantised_rollouts_stop_and_leave_the_position(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxchat.rl.loss.MOST_CHANGE", -1.0)
+    source = real(tokenizer, [], make_model(width=128, scale=0.1), rollout_bits=4, resample_rounds=1)
+    before = source.state()
+    with pytest.raises(StepFailed, match=r"iteration 1 of RL: 4-bit rollouts drifted .* rl.rollout_bits=8 or"):
+        source.next_batch(0)
+    assert source.state() == before
+
+
+def test_conversation_rows_have_the_assistants_tokens_as_targets(tokenizer: Tokenizer) -> None:
+    task: Any = Numbers(6)
+    rows = conversation_rows(tokenizer, task)
+    assert len({len(ids) for ids, _ in rows}) == 1
+    for index, (ids, targets) in enumerate(rows):
+        said = targets[targets >= 0].tolist()
+        assert said == [*tokenizer.encode("a" * index), tokenizer.assistant_end]
+        assert ids[np.flatnonzero(targets >= 0)].tolist() == [tokenizer.special_ids["<|assistant_start|>"], *said[:-1]]
+
+
+def test_the_sampling_engine_keeps_no_copy_of_the_weights(tokenizer: Tokenizer) -> None:
+    """Training needs the memory."""
+    model = make_model(width=128, scale=0.1)
+    engine = Engine(model, tokenizer, trained=True)
+    engine.complete([[tokenizer.bos]], max_new_tokens=2)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    matrix = model.transformer["h"][0].mlp.c_fc
+    for _ in range(2):
+        matrix.weight = matrix.weight * 1.01
+        mx.eval(matrix.weight)
+        engine.complete([[tokenizer.bos]], max_new_tokens=2)
+    assert mx.get_active_memory() - before < matrix.weight.nbytes
