@@ -169,7 +169,7 @@ def _batch(
     prompts: list[list[int]], completions: list[Completion], advantages: np.ndarray[Any, Any], *, padding: int
 ) -> Batch:
     """Return the rows of the default recipe."""
-    config = RLConfig(loss_divisor="tokens", kl_coefficient=0.0)
+    config = RLConfig(loss_divisor="tokens", kl_coefficient=0.0, clip_low=None, clip_high=None)
     rollout = Rollout.of_completions([], prompts, completions, advantages, padding=padding)
     return rollout.batch(policy_loss(rollout.mask, advantages, config).weights, padding=padding)
 
