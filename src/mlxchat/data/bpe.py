@@ -64,7 +64,7 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
 
     Raises:
         DataError: the text yields too few tokens, or takes more memory than there is.
-        Interrupted: a signal arrived; the same command begins anew.
+        Interrupted: a signal arrived; the same command starts over.
     """
     began = time.monotonic()
     used_chars = 0
@@ -216,7 +216,7 @@ class _Feeder:
                     self._fail()
 
     def _look(self, *, wants_to_send: bool) -> bool:
-        """Take what was reported, for an instant or until something can be done; tell whether it can be sent."""
+        """Read reports, waiting at most _LOOK_SECONDS; return whether data can be sent."""
         self._check()
         readable, writable, _ = select.select([self._out], [self._into] if wants_to_send else [], [], _LOOK_SECONDS)
         if readable:
@@ -258,7 +258,7 @@ class _Feeder:
     def _fail(self) -> None:
         code = self._process.wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        raise StepFailed(f"the process that trains the tokenizer ended {how}; what it said stands above")
+        raise StepFailed(f"the process that trains the tokenizer ended {how}; its output is above")
 
 
 def _frames(texts: Iterable[str]) -> Iterator[tuple[int, bytes]]:

@@ -28,7 +28,7 @@ def render_conversation(
 
     Args:
         tokenizer: of the model.
-        conversation: {"messages": [{"role", "content"}]}; a system message may stand first and is joined to the
+        conversation: {"messages": [{"role", "content"}]}; a system message may come first and is joined to the
             first user message by an empty line; then user and assistant alternate.
         max_tokens: the rest is cut off; None: keep all.
 

@@ -16,12 +16,12 @@ from mlxchat.tasks.items import load_item
 
 
 def open_item(ctx: Context, item: TaskItem) -> Task:
-    """Return the task of a line with what it reads from outside fetched and recorded; a stop ends the fetching.
+    """Return the task of a line, its downloads fetched and recorded in `ctx.externals`; a stop ends the fetching.
 
     Raises:
         ConfigError, DataError: as `load_item`.
         PassingError: what it reads cannot be had now.
-        Interrupted: a signal asked the run to stop.
+        Interrupted: a signal stopped the run.
     """
     task = load_item(item)
 
@@ -42,7 +42,7 @@ def shuffled_places(count: int, seed: int) -> array[int]:
 
 
 class Mixture:
-    """All conversations of the tasks, each as often as its task has epochs or as weights say, shuffled."""
+    """The conversations of all tasks, repeated by their epochs or weights, shuffled."""
 
     def __init__(
         self, items: Mapping[str, TaskItem], *, seed: int, load: Callable[[TaskItem], Task] = load_item
@@ -65,7 +65,7 @@ class Mixture:
         empty = [name for name, size in zip(ordered, self._sizes, strict=True) if not size]
         if empty:
             raise ConfigError(
-                f"no conversation of {', '.join(empty)} is left: start lies behind the last one of its split"
+                f"no conversation of {', '.join(empty)} is left: start is beyond the last one of its split"
             )
         self._counts = _count(list(ordered.values()), self._sizes)
         self._ends = list(accumulate(self._counts))

@@ -177,7 +177,7 @@ class RowStream(ABC):
     """Rows of a source. Endless unless its source is read once."""
 
     def __init__(self, source: Any, row_tokens: int) -> None:
-        """Start where the source (a `Source`, whatever its addresses) is, with rows of T = `row_tokens`."""
+        """Start at the position of the source, a `Source`, with rows of T = `row_tokens`."""
         self._source, self._row_tokens = source, row_tokens
         self._placed: list[Any] = []
 

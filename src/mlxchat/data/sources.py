@@ -300,8 +300,7 @@ class HubCorpus:
 def list_corpus(hub: HubConfig, validation_documents: int) -> HubCorpus:
     """Return the shards of a data set of the Hub; nothing but the listing is fetched.
 
-    The validation files are those of that name, whatever else is on the machine; a data set without any gives the first
-    documents of its first file.
+    Validation files are chosen by name alone; a data set without any holds out the first documents of its first file.
 
     Args:
         hub: which data set, which files.

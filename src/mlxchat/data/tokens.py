@@ -225,7 +225,7 @@ class _Closed(Exception):
 
 
 class DocumentCursor:
-    """Documents of a split in order, forever or once, with a position that can be saved and returned to."""
+    """Documents of a split in order, endless or once, with a position that can be saved and restored."""
 
     def __init__(self, shards: EncodedShards, *, once: bool = False) -> None:
         """Start at the first document; `once`: after the last one there are no more."""
@@ -290,11 +290,11 @@ class DocumentCursor:
 
 
 class DocumentTokenizer(Protocol):
-    """What makes documents into tokens: ours, or that of a model of another make."""
+    """Encodes documents: our tokenizer, or that of a third-party model."""
 
     @property
     def digest(self) -> str:
-        """A hash of everything that decides how a text is encoded."""
+        """A hash of everything that determines how a text is encoded."""
 
     @property
     def vocab_size(self) -> int:

@@ -184,7 +184,7 @@ def read_pattern(folder: Path) -> str:
     try:
         pattern = json.loads(path.read_text(encoding="utf-8")).get(PATTERN_KEY, SPLIT_PATTERN)
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read, so nobody knows how text is cut ({error})") from None
+        raise DataError(f"{path}: cannot be read, and it says how text is cut ({error})") from None
     if not isinstance(pattern, str):
         raise DataError(f"{path}: {PATTERN_KEY} must be a regular expression")
     return pattern

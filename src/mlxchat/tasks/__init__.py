@@ -1,4 +1,4 @@
-"""Tasks: conversations to train on and questions to be judged by. Loading one imports only its own module."""
+"""Tasks: conversations to train on, questions to evaluate with. Loading one imports only its own module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["SPLITS", "Conversation", "Task", "load_task", "task_class", "task_na
 
 
 def task_names() -> list[str]:
-    """Return the names that `load_task` knows."""
+    """Return the names of all tasks."""
     return list(_TASKS)
 
 

@@ -71,7 +71,7 @@ class Task(ABC):
         """Keep every `step`-th conversation from `start` up to, but not, `stop` (None: the end); return the task.
 
         Raises:
-            ConfigError: these numbers select nothing, whatever there is.
+            ConfigError: these numbers select nothing from any data.
         """
         if start < 0 or step < 1 or (stop is not None and stop <= start):
             raise ConfigError(
@@ -86,14 +86,14 @@ class Task(ABC):
         return []
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return the files that the task reads from outside, downloaded if they are not there.
+        """Return the files that the task downloads, fetched if they are not there.
 
-        `check` is called again and again and may raise, to end the downloading.
+        `check` is called often while fetching and may raise, to end that.
         """
         return []
 
     def sources(self) -> list[dict[str, Any]]:
-        """Return a record of everything that the task read from outside, for the manifest."""
+        """Return a record of every download that the task read, for the manifest."""
         return []
 
     @abstractmethod
@@ -113,7 +113,7 @@ class Task(ABC):
         return float(self.evaluate(conversation, response))
 
     def _most(self) -> int | None:
-        """Return how many conversations there can be at most; None: as many as `size` asks for."""
+        """Return the most conversations there can be; None: any `size`."""
         return None
 
     def _indices(self) -> range:
@@ -152,7 +152,7 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 
 
 def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> Conversation:
-    """Return a conversation of one question and one answer; `extra` keys stand beside its messages."""
+    """Return a conversation of one question and one answer; `extra` keys are added beside its messages."""
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return {"messages": messages, **extra}
 

@@ -1,8 +1,8 @@
 """English text that installed packages already hold, so that the first run needs no download.
 
 Each source is read as files under its package's folder, never imported. `sources` says what is there,
-`documents` yields it. The Factbook's short facts are told again in whole sentences, so that a small model
-meets them often.
+`documents` yields it. The Factbook's short facts are repeated in whole sentences, so that a small model
+sees them often.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _factbook(_: Source) -> Iterator[tuple[str, str]]:
             body = "\n".join(lines)
             if len(body) >= 60:
                 yield f"{country.name}: {title}.", body
-    yield from _told_again()
+    yield from _repeated_facts()
 
 
 def _parts(name: str, node: Any, keep_notes: bool) -> Iterator[str]:
@@ -238,7 +238,7 @@ def _parts(name: str, node: Any, keep_notes: bool) -> Iterator[str]:
                 yield text if named else f"{label}{':' * (len(text) > 60)} {text}"
 
 
-def _told_again() -> Iterator[tuple[str, str]]:
+def _repeated_facts() -> Iterator[tuple[str, str]]:
     """Yield the short facts by country, by field, and at a glance, each time in other words."""
     facts = factbook.facts()
     by_country: dict[str, list[factbook.Fact]] = {}

@@ -55,7 +55,7 @@ class UrlTask(Task):
         Args:
             option: name of the option that holds the address.
             address: of the file.
-            sha256: of what is at the address; None: whatever is there.
+            sha256: of what is at the address; None: any contents.
             path: a local file in place of the address.
             also: what else the option may be, for the message.
 
@@ -133,7 +133,7 @@ class HubTask(Task):
             subset: one of the class's `subsets`.
 
         Raises:
-            ConfigError: split, size or subset cannot be.
+            ConfigError: split, size or subset is impossible.
 
         """
         super().__init__(split, size=size, seed=seed)
@@ -349,4 +349,4 @@ def _map(first: pa.RecordBatch, rest: Any) -> pa.Table:
                 writer.write_batch(batch.cast(first.schema))
         return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
     finally:
-        path.unlink()  # the mapping keeps the content until nobody reads it any more
+        path.unlink()  # the contents stay until the mapping is closed

@@ -1,7 +1,7 @@
 """Questions about the countries of the Factbook: free answers, multiple choice, and reading a passage.
 
 What is held out is the pair of a country and a field, such as Peru and capital. A held-out pair is in no
-training conversation of any of these tasks, in no form; as any other fact, it may stand in the corpus.
+training conversation of any of these tasks, in no form; like any other fact, it may occur in the corpus.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlxchat.tasks.base import LETTERS, Conversation, Task, dialogue, held_out, 
 from mlxchat.tasks.factbook import FIELDS, Fact, facts
 
 _TEST_FRACTION = 0.15
-# Pairs that examples and demonstrations ask for are trained on.
+# Pairs used in examples and demonstrations are trained on.
 _SHOWN = (
     "Brazil|Canada|China|Egypt|France|Germany|India|Italy|Japan|Mexico|Peru|Russia|Spain|United Kingdom|United States"
 )
@@ -136,7 +136,7 @@ class ReadingMC(FactsMC):
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         fact = self._fact(index)
-        # In training a passage never tells a held-out pair; in the test any fact may stand beside.
+        # In training a passage never contains a held-out pair; in the test it may hold any fact.
         beside = [
             other
             for other in facts()
@@ -158,7 +158,7 @@ class KindsMC(Task):
     """What kind of thing a name is: a capital, a currency, a mountain or a nationality, in this order.
 
     The easiest of the choices: with one order the letter is a class, and names of a kind look alike. Held out are
-    names; no pair of a country and a field is told.
+    names; no pair of a country and a field occurs.
     """
 
     name = "kinds_mc"

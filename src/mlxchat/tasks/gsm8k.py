@@ -1,7 +1,7 @@
 """GSM8K: grade-school word problems whose answers call the calculator, and the number after ####.
 
-Counterpart of nanochat's tasks/gsm8k.py. Conversations are the same; verdicts differ where its rule is a trap: without
-a number after #### a response is wrong whatever the answer, and a full stop after the number is no part of it.
+Counterpart of nanochat's tasks/gsm8k.py. Conversations are the same; verdicts differ in two cases: a response
+without a number after #### is always wrong, and a full stop after the number is not part of it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ class GSM8K(HubTask):
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Compare the number after the first ####; a response without one is wrong."""
-        number = final_number(response)
-        return number is not None and number == final_number(_last_text(conversation))
+        return same_final_number(_last_text(conversation), response)
 
     def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
-        """Return the verdict, and nanochat's, by which published scores were made."""
+        """Return the verdict, and nanochat's, which published scores use."""
         verdict = self.evaluate(conversation, response)
         return verdict, {"nanochat_verdict": nanochat_verdict(conversation, response)}
 

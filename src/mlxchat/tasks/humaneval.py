@@ -1,6 +1,6 @@
 """HumanEval: write a Python function from its docstring; programs are run by their tests.
 
-Counterpart of nanochat's tasks/humaneval.py. Where a program runs, and what counts as passing, is the sandbox's part.
+Counterpart of nanochat's tasks/humaneval.py. The sandbox runs programs and decides what counts as passing.
 """
 
 from __future__ import annotations

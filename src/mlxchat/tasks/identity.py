@@ -58,7 +58,7 @@ class IdentityConversations(UrlTask):
             split: "train".
             size: at most so many; None: all.
             url: address of a .jsonl file in the form of task jsonl.
-            sha256: of what is at the address; None: whatever is there.
+            sha256: of what is at the address; None: any contents.
             path: a file in place of the address.
 
         Raises:

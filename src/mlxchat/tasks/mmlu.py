@@ -15,7 +15,7 @@ _AUXILIARY = "auxiliary_train"
 class MMLU(HubTask):
     """Questions with four choices; the answer is a letter.
 
-    The split auxiliary_train, questions of other data sets to train on, stands on the Hub twice: in subset `all`, and
+    The split auxiliary_train, questions of other data sets to train on, is on the Hub twice: in subset `all`, and
     in a subset of its own with each row inside a column `train`. Both are read.
     """
 

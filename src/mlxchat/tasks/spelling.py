@@ -108,7 +108,7 @@ class _WordListTask(UrlTask):
             size: number of conversations; None: 1,000.
             seed: 0 gives nanochat's conversations of the training split, another seed others.
             words: address of a list with one word per line, or "bundled": the common words of the bundled texts.
-            sha256: of what is at the address; None: whatever is there.
+            sha256: of what is at the address; None: any contents.
             path: a file with one word per line, in place of `words`.
             nanochat_seeds: whether the test split is drawn as nanochat draws it, from the training split's seeds.
 
