@@ -23,11 +23,11 @@ from mlxchat.evals.ngram import ngram_bits_per_byte
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts, continue_prompts
 from mlxchat.evals.throughput import measure_throughput
-from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
+from mlxchat.ops.device import prepare_machine
 from mlxchat.planning.budget import forward_tokens
 from mlxchat.runner.context import Context
-from mlxchat.training.loop import prepare_machine
 
 VERSION = 5
 CONFIG = ["suite", "eval"]
@@ -54,8 +54,8 @@ RESOURCES = ["gpu"]
 
 def run(ctx: Context) -> None:
     config = ctx.config.eval
-    prepare_machine(ctx.config.machine)
-    model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
+    dtype = prepare_machine(ctx.config.machine)
+    model, tokenizer, facts = load_for_inference(ctx.inputs["checkpoint"], dtype)
     chats = facts["format"] == "chat"
     throughput = measure_throughput(model)
     engine = make_engine(ctx.team, model, tokenizer)

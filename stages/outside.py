@@ -16,8 +16,8 @@ from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.outside import OutsideModel, OutsideTokenizer, load_outside
 from mlxchat.evals.outside_chat import evaluate_outside_task
+from mlxchat.ops.device import prepare_machine
 from mlxchat.runner.context import Context
-from mlxchat.training.loop import prepare_machine
 
 VERSION = 2
 CONFIG = ["outside", "suite", "eval"]

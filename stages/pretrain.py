@@ -15,6 +15,7 @@ from mlxchat.evals.samples import continue_prompts
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import sizes_of
+from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.groups import Optimizer
 from mlxchat.planning.budget import choose_micro_batch, forward_tokens
 from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers, reference_sizes
@@ -53,6 +54,7 @@ LABEL = "model.name"
 
 def run(ctx: Context) -> None:
     config, rates, machine = ctx.config.pretrain, ctx.config.optimizer, ctx.config.machine
+    dtype = prepare_machine(machine)
     tokenizer = Tokenizer.load(ctx.inputs["tokenizer"])
     sizes = sizes_of(ctx.config.model, ctx.config.architecture, tokenizer.vocab_size)
     reference = reference_sizes(ctx.config.model, ctx.config.architecture, rates, tokenizer.vocab_size)
@@ -98,16 +100,13 @@ def run(ctx: Context) -> None:
     def validate(iteration: int) -> dict[str, float]:
         micro_tokens = forward_tokens(machine, sizes, training_peak_bytes=micro_batch.predicted_peak_bytes)
         found = text_loss(text_model(ctx.team, model), validation, tokenizer.token_bytes, micro_tokens=micro_tokens)
-        numbers = {"val_bpb": found.bits_per_byte, "val_perplexity": found.perplexity}
-        if best is not None and best.is_candidate(iteration, num_iterations):
-            best.offer(iteration, numbers, model)
-        return numbers
+        return {"val_bpb": found.bits_per_byte, "val_perplexity": found.perplexity}
 
     def sample(iteration: int) -> dict[str, float]:
         # At the end, what the artifact's weights say.
         with best.in_place(model) if best is not None and iteration == num_iterations else nullcontext():
             texts = continue_prompts(
-                make_engine(ctx.team, model, tokenizer, trained=True),
+                make_engine(ctx.team, model, tokenizer, trained=True, dtype=dtype),
                 config.prompts,
                 config.sample_tokens,
                 temperature=config.sample_temperature,

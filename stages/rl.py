@@ -13,7 +13,7 @@ from mlxchat.evals.quantised import check_quantised
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import trained_parameters
 from mlxchat.model.lora import adapters_of
-from mlxchat.ops.device import select_device
+from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.groups import Optimizer
 from mlxchat.planning.budget import choose_micro_batch
 from mlxchat.rl.rollouts import Rollouts, conversation_rows, pass_at_k, updates_per_rollout
@@ -50,8 +50,9 @@ RESOURCES = ["gpu"]
 
 def run(ctx: Context) -> None:
     config, machine = ctx.config.rl, ctx.config.machine
+    dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
-    engine = make_engine(ctx.team, model, tokenizer, trained=True)
+    engine = make_engine(ctx.team, model, tokenizer, trained=True, dtype=dtype)
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
     rates = rates_of(ctx.config.optimizer, config)
     if config.rollout_bits is not None:
@@ -90,8 +91,7 @@ def run(ctx: Context) -> None:
 
     sampler = engine
     if config.rollout_bits is not None:
-        sampler = make_engine(ctx.team, model, tokenizer, bits=config.rollout_bits, trained=True)
-    dtype = select_device(machine.device, machine.compute_dtype)
+        sampler = make_engine(ctx.team, model, tokenizer, bits=config.rollout_bits, trained=True, dtype=dtype)
     rollouts = Rollouts(
         sampler,
         practice,

@@ -17,6 +17,7 @@ from mlxchat.compose import Composed
 from mlxchat.config import Config, HooksConfig
 from mlxchat.errors import StoreError
 from mlxchat.launch.lead import lead_ranks
+from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.budget import check_memory
 from mlxchat.planning.local_files import check_local_files
 from mlxchat.planning.models import check_given, check_teachers
@@ -120,6 +121,7 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     plan = make_plan(
         config, config.pipeline, store, targets=config.targets, seed=config.seed, data_seed=config.data_seed,
         force=config.force, code=config.code,
+        compute_dtype=dtype_name(config.machine.device, config.machine.compute_dtype),
     )  # fmt: skip
     check_extensions(config, plan)
     check_given(config, plan)
@@ -187,11 +189,7 @@ def _hooks(config: HooksConfig) -> Hooks:
 
 def _uses_gpu(device: str) -> bool:
     """Tell whether stages compute on a GPU under `machine.device`."""
-    if device == "auto":
-        from mlxchat.ops.device import backend
-
-        return backend() != "cpu"
-    return device == "gpu"
+    return device == "gpu" or device_kind(device) != "cpu"
 
 
 def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Results:

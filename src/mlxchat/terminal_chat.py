@@ -15,7 +15,7 @@ from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.errors import ConfigError, DataError, suggest
-from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.serve.parts import Kind, Parts
 from mlxchat.visible import visible
 
@@ -75,7 +75,7 @@ class Chat:
             raise ConfigError("--temperature must be at least 0, --max-tokens and --top-k at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise ConfigError("--top-p must be more than 0 and at most 1")
-        model, tokenizer, facts = load_checkpoint(folder)
+        model, tokenizer, facts = load_for_inference(folder)
         continues = facts.get("format") != "chat"
         if continues and system:
             raise ConfigError(f"{folder.name} was only pretrained: it continues text and knows no system prompt")

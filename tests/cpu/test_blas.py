@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxchat.cpu import runtime
-from mlxchat.ops.cores import available_cores
+from mlxchat.ops.machine import available_cores
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel needs a BLAS from outside")
 

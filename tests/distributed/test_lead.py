@@ -9,7 +9,7 @@ import pytest
 from mlxchat.compose import compose_config
 from mlxchat.config import BatchConfig
 from mlxchat.launch.lead import Lead, lead_ranks
-from mlxchat.ops import cores as cores_module
+from mlxchat.ops import machine as machine_module
 
 
 def machine(*settings: str) -> Any:
@@ -25,7 +25,7 @@ def test_one_process_has_no_ranks_and_its_settings_as_they_are() -> None:
 def test_ranks_share_the_cores_of_their_machine(
     monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int
 ) -> None:
-    monkeypatch.setattr(cores_module, "available_cores", lambda: cores)
+    monkeypatch.setattr(machine_module, "available_cores", lambda: cores)
     shared, lead = lead_ranks(machine(f"machine.num_processes={ranks}"))
     assert shared.blas_threads == threads
     assert isinstance(lead, Lead)

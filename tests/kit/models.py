@@ -19,7 +19,6 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.interop.names import architecture_values
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
-from mlxchat.ops.device import backend
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
@@ -32,10 +31,8 @@ def computing_on_cpu() -> Iterator[None]:
     """Compute on the CPU, then on what was chosen before."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
-    backend.cache_clear()
     yield
     mx.set_default_device(before)
-    backend.cache_clear()
 
 
 @cache

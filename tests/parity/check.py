@@ -26,8 +26,6 @@ import mlx.core as mx
 from comparison import Comparison, Line, Quantity, Unchecked, UnreadableError
 from parity_file import ParityFile
 
-from mlxchat.ops.device import backend
-
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 QUANTITIES: dict[str, tuple[Quantity, ...]] = {
@@ -92,7 +90,6 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     mx.set_default_device(mx.cpu)  # the tolerances are those of float32
-    backend.cache_clear()
     found: list[Comparison] = []
     unchecked = unreadable = 0
     for argument in arguments:

@@ -15,10 +15,11 @@ from kit.training import make_optimizer, schedule
 from mlxchat.data.packing import RowStream
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import flatten_parameters
+from mlxchat.ops import device
+from mlxchat.ops.device import prepare_machine
 from mlxchat.runner.context import Context
-from mlxchat.training import loop
 from mlxchat.training.batches import RowBatches
-from mlxchat.training.loop import Hook, fit, prepare_machine
+from mlxchat.training.loop import Hook, fit
 from mlxchat.training.monitor import Meter
 
 MakeContext = Callable[..., Context]
@@ -165,7 +166,7 @@ def test_limits_are_applied_where_the_device_has_them(
     calls: dict[str, list[int]] = {"memory": [], "cache": [], "wired": []}
     for name, seen in calls.items():
         monkeypatch.setattr(mx, f"set_{name}_limit", seen.append)
-    monkeypatch.setattr(loop, "backend", lambda: where)
+    monkeypatch.setattr(device, "backend", lambda: where)
     limits = {"memory_limit_bytes": 1000, "cache_limit_bytes": 2000, "wired_limit_bytes": 3000}
     prepare_machine(make_context(**limits).config.machine)
     assert calls == {"memory": [1000], "cache": [2000], "wired": wired}

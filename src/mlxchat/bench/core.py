@@ -29,11 +29,10 @@ from mlxchat.evals.core_questions import Question, TextEncoder, build_question
 from mlxchat.evals.language_model import OwnModel
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
-from mlxchat.ops.device import backend, describe_device
+from mlxchat.ops.device import backend, describe_device, prepare_machine
 from mlxchat.planning.budget import forward_tokens
 from mlxchat.runner.environment import peak_memory_bytes, versions
 from mlxchat.runner.progress import Progress
-from mlxchat.training.loop import prepare_machine
 
 Examples = list[dict[str, Any]]
 # Like ARC, HellaSwag, WinoGrande, Jeopardy and LAMBADA: type, shots, words of a question, of an answer, options.

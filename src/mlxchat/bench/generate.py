@@ -18,11 +18,10 @@ from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
-from mlxchat.ops.device import describe_device
+from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.ops.lanes import make_lanes
 from mlxchat.runner.environment import versions
 from mlxchat.runner.progress import Progress, format_bytes, format_count
-from mlxchat.training.loop import prepare_machine
 
 _BATCH_ROWS = (1, 8, 32)
 _PROMPT_TOKENS, _READ_AT_A_TIME = 1024, 512

@@ -31,8 +31,8 @@ from mlxchat.data.bpe import train_ranks
 from mlxchat.data.sources import gather_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
-from mlxchat.ops.cores import available_cores
 from mlxchat.ops.device import describe_device
+from mlxchat.ops.machine import available_cores
 from mlxchat.runner.environment import versions
 from mlxchat.runner.progress import Progress, format_bytes, format_count
 

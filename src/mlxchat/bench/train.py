@@ -19,7 +19,7 @@ from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT, init_weights, trained_parameters
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.ops.device import backend, describe_device
+from mlxchat.ops.device import backend, describe_device, prepare_machine
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates, rates_at
 from mlxchat.planning.budget import Training, find_device, forward_tokens, rows_at_a_time
@@ -27,7 +27,6 @@ from mlxchat.planning.peak import peak_flops, raise_peak
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.runner.progress import Progress
 from mlxchat.training.adapting import rule_of
-from mlxchat.training.loop import prepare_machine
 from mlxchat.training.step import TrainStep, mean_batch
 
 # A part is timed so often after it was compiled; a median of three is enough for a share.

@@ -33,6 +33,8 @@ _streams = _Streams()
 class CPULanes(Lanes):
     """One lane for each core that matrix products use (`runtime.set_blas_threads`)."""
 
+    hold_memory = True
+
     def __init__(self) -> None:
         """Make as many as there are cores now."""
         more = min(runtime.blas_threads() or 1, MOST_LANES) - 1

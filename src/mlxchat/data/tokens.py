@@ -30,7 +30,7 @@ from mlxchat.data.mixture import Mixture
 from mlxchat.data.sources import Check, Shard, chars_per_byte, fetch_ahead, open_shards
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
-from mlxchat.ops.cores import available_cores
+from mlxchat.ops.machine import available_cores
 from mlxchat.runner.context import Context
 from mlxchat.runner.fingerprint import canonical_json
 

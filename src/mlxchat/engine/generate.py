@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Forward, Request, Scheduler
 from mlxchat.engine.slots import Slots
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT, computing_in, flatten_parameters
 
 _MOST_ROWS = 32
 
@@ -57,6 +58,7 @@ class Engine:
         bits: int | None = None,
         kv_bits: int | None = None,
         trained: bool = False,
+        dtype: mx.Dtype | None = None,
     ) -> None:
         """Take a model with its tokenizer.
 
@@ -67,9 +69,10 @@ class Engine:
             kv_bits: 8 or 4 keeps keys and values of the past packed, which takes less memory and more time.
             trained: whether the model is trained between answers: then nothing of it is kept in between, and quantised
                 weights are for their speed alone, so that on a CPU, where they have none, they are not packed.
+            dtype: in which a trained model answers, that of its training; None: its parameters'.
         """
         self.model, self.tokenizer, self.trained = model, tokenizer, trained
-        self.bits, self.kv_bits = bits, kv_bits
+        self.bits, self.kv_bits, self.dtype = bits, kv_bits, dtype
         self._decoder: Decoder | None = None
         # Without keeping alive what a training has moved on from.
         self._arranged: list[weakref.ref[mx.array]] = []
@@ -172,20 +175,21 @@ class Engine:
         """Yield an event of every row that is being decoded, with the number of its prompt."""
         if max_new_tokens < 1 or not prompts:
             return
-        seeds = row_seeds(seed, len(prompts))
-        scheduler = self.scheduler()
-        places = {}
-        for index, prompt in enumerate(prompts):
-            sampling = Sampling(temperature=temperature, top_k=top_k, seed=seeds[index])
-            request = Request(
-                prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, text=False, logprobs=logprobs
-            )
-            places[scheduler.submit(request)] = index
-        while not scheduler.idle:
-            events = [event for event in scheduler.step() if event.token is not None]
-            yield sorted(((places[event.id], event) for event in events), key=lambda pair: pair[0])
-        if self.trained:
-            self.release()
+        with computing_in(self.model, self.dtype) if self.dtype is not None else nullcontext():
+            seeds = row_seeds(seed, len(prompts))
+            scheduler = self.scheduler()
+            places = {}
+            for index, prompt in enumerate(prompts):
+                sampling = Sampling(temperature=temperature, top_k=top_k, seed=seeds[index])
+                request = Request(
+                    prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, text=False, logprobs=logprobs
+                )
+                places[scheduler.submit(request)] = index
+            while not scheduler.idle:
+                events = [event for event in scheduler.step() if event.token is not None]
+                yield sorted(((places[event.id], event) for event in events), key=lambda pair: pair[0])
+            if self.trained:
+                self.release()
 
 
 def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:

@@ -72,7 +72,8 @@ class RankEngine(Engine):
             return super().complete(prompts, seed=seed, **how)
         sync_model(team, self.model)
         _share_tokenizer(team, self.tokenizer)
-        options = {"bits": self.bits, "kv_bits": self.kv_bits, "trained": self.trained}
+        dtype = None if self.dtype is None else str(self.dtype).rpartition(".")[2]
+        options = {"bits": self.bits, "kv_bits": self.kv_bits, "trained": self.trained, "dtype": dtype}
         _engines(team)[str(options)] = self
         request = {"seeds": row_seeds(seed, len(prompts)), "how": how, "options": options}
         # Thousands of prompts are more than an order may be long.
@@ -102,7 +103,9 @@ def _engine_here(team: Team, options: dict[str, Any]) -> Engine:
     kept, model, tokenizer = _engines(team), model_on(team), team.kept[_TOKENIZER]
     engine = kept.get(str(options))
     if engine is None or engine.model is not model or engine.tokenizer is not tokenizer:
-        engine = kept[str(options)] = Engine(model, tokenizer, **options)
+        engine = kept[str(options)] = Engine(
+            model, tokenizer, **{**options, "dtype": options["dtype"] and getattr(mx, options["dtype"])}
+        )
     return engine
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxchat.config import MachineConfig
 from mlxchat.distributed.team import Team
-from mlxchat.ops.cores import share_of_cores
-from mlxchat.ops.device import backend, select_device, set_cpu_threads
+from mlxchat.ops.device import prepare_machine
+from mlxchat.ops.machine import share_of_cores
 
 
 def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
@@ -24,13 +25,7 @@ def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array])
     team.kept.clear()
     if team.group.leads:
         return  # the stage does it
-    machine = request["machine"]
-    select_device(machine["device"], machine["compute_dtype"])
-    for name, setter in (("memory_limit_bytes", mx.set_memory_limit), ("cache_limit_bytes", mx.set_cache_limit)):
-        if machine[name] is not None:
-            setter(machine[name])
-    if machine["wired_limit_bytes"] is not None and backend() == "metal":
-        mx.set_wired_limit(machine["wired_limit_bytes"])
-    set_cpu_threads(machine["blas_threads"] or share_of_cores(request["neighbours"][team.group.rank]))
+    machine = MachineConfig(**request["machine"])
+    prepare_machine(machine, machine.blas_threads or share_of_cores(request["neighbours"][team.group.rank]))
     mx.clear_cache()
     print(f"{request['step']}: rank {team.group.rank} of {team.size}", flush=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.errors import ConfigError, Interrupted, StepFailed
 from mlxchat.launch.ranks import Ranks, current, start_here
-from mlxchat.ops.cores import share_of_cores
+from mlxchat.ops.machine import share_of_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,9 +21,10 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.lora import read_adapters, rounding_of, write_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
+from mlxchat.ops.device import default_dtype
 from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 from mlxchat.runner.bases import ADAPTER_KEY, describe_base, find_chain
 
@@ -135,6 +136,14 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     if above:
         _, facts = _read_description(folder)
         tokenizer = _load_tokenizer(folder, model.sizes)
+    return model, tokenizer, facts
+
+
+def load_for_inference(folder: Path, dtype: mx.Dtype | None = None) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Return what `load_checkpoint` returns, the weights once and in a dtype; None: the default device's."""
+    model, tokenizer, facts = load_checkpoint(folder)
+    set_parameters(model, cast_parameters(flatten_parameters(model), dtype or default_dtype()))
+    mx.eval(flatten_parameters(model))
     return model, tokenizer, facts
 
 

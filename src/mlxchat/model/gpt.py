@@ -11,7 +11,8 @@ Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head wid
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, cast
 
@@ -349,6 +350,22 @@ def cast_parameters(parameters: Mapping[str, mx.array], dtype: mx.Dtype) -> dict
         name: value if value.dtype == mx.uint32 or name.endswith(".m") else value.astype(dtype)
         for name, value in parameters.items()
     }
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: mx.Dtype) -> Iterator[None]:
+    """Let a model compute in a dtype for a while; its own parameters come back afterwards."""
+    own = flatten_parameters(model)
+    cast = cast_parameters(own, dtype)
+    if all(value.dtype == own[name].dtype for name, value in cast.items()):
+        yield
+        return
+    set_parameters(model, cast)
+    mx.eval(cast)
+    try:
+        yield
+    finally:
+        set_parameters(model, own)
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array | nn.Module]) -> None:

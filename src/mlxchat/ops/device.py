@@ -17,16 +17,16 @@ import mlx.core as mx
 import psutil
 
 from mlxchat.errors import ConfigError
-from mlxchat.ops.cores import available_cores
+from mlxchat.ops.machine import available_cores
 
 if TYPE_CHECKING:
+    from mlxchat.config import MachineConfig
     from mlxchat.cpu.runtime import Remedy
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@cache
 def backend() -> str:
     """Return 'metal', 'cuda' or 'cpu': where MLX computes by default."""
     if mx.default_device().type == mx.DeviceType.cpu:
@@ -79,10 +79,27 @@ def select_device(choice: str, dtype: str) -> mx.Dtype:
                 "machine.device is gpu, but MLX finds no GPU here. Choose machine=auto or machine=cpu; for NVIDIA, "
                 "install with: make setup DEVICE=cuda13"
             ) from None
-        backend.cache_clear()
     if dtype == "auto":
-        return mx.float32 if backend() == "cpu" else mx.bfloat16
+        return default_dtype()
     return {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
+
+
+def default_dtype() -> mx.Dtype:
+    """Return the dtype in which the default device computes fast: float32 on a CPU, bfloat16 on a GPU."""
+    return mx.float32 if backend() == "cpu" else mx.bfloat16
+
+
+def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dtype:
+    """Apply device, memory limits and threads (None: the machine's); return the dtype to compute in."""
+    dtype = select_device(machine.device, machine.compute_dtype)
+    if machine.memory_limit_bytes is not None:
+        mx.set_memory_limit(machine.memory_limit_bytes)
+    if machine.cache_limit_bytes is not None:
+        mx.set_cache_limit(machine.cache_limit_bytes)
+    if machine.wired_limit_bytes is not None and backend() == "metal":  # elsewhere memory is not wired
+        mx.set_wired_limit(machine.wired_limit_bytes)
+    set_cpu_threads(threads or machine.blas_threads or available_cores())
+    return dtype
 
 
 def set_cpu_threads(count: int) -> None:

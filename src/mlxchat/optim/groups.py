@@ -19,7 +19,7 @@ from mlxchat.config import OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.compiled import made_once
-from mlxchat.ops.device import backend
+from mlxchat.ops.device import default_dtype
 from mlxchat.optim.adamw import adamw_update
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
 from mlxchat.optim.schedule import Rates
@@ -91,7 +91,7 @@ class Optimizer:
         }  # fmt: skip
         self.gather_state: Callable[[], Flat] | None = None
         """Returns the state with the moments of all ranks; None: `state` has all of it."""
-        self.dtype = dtype or (mx.float32 if backend() == "cpu" else mx.bfloat16)
+        self._dtype = dtype
         self.weight_decay = config.weight_decay if weight_decay is None else weight_decay
         self.muon_lr = config.matrix_lr * lr_frac * batch_lr_scale
         self.adamw_rules: dict[str, AdamWRule] = {}
@@ -117,6 +117,13 @@ class Optimizer:
             self.adamw_rules[name] = AdamWRule(lr, (numbers.beta1, numbers.beta2), numbers.weight_decay)
         self.state: Flat = {"count": mx.array(0.0)}
         self.state |= {name: mx.zeros(shape) for name, shape in self.state_shapes(self.shapes).items()}
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """In which Muon orthogonalises: as given, or that of the device which computes when it is first used."""
+        if self._dtype is None:
+            self._dtype = default_dtype()
+        return self._dtype
 
     def recipe(self) -> dict[str, Any]:
         """Return as JSON data what another process needs to make the same rules for the same model."""

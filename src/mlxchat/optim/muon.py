@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxchat.ops.device import backend
+from mlxchat.ops.device import default_dtype
 
 Quintic = tuple[float, float, float]
 
@@ -142,7 +142,7 @@ def _norm(x: mx.array, axes: tuple[int, ...]) -> mx.array:
 def _iterate(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
     """Apply odd quintics to the singular values of matrices (S, R, C)."""
     rows, columns = x.shape[-2:]
-    if x.dtype == mx.bfloat16 and backend() == "cpu":
+    if x.dtype == mx.bfloat16 and default_dtype() != mx.bfloat16:
         return _iterate_rounded(x, quintics)
     if x.dtype == mx.float32 and max(rows, columns) >= 2 * min(rows, columns):
         return _iterate_gram(x, quintics)

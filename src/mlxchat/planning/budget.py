@@ -5,9 +5,7 @@ Nothing here imports MLX, so that `plan` can call it.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from mlxchat.config import Config, MachineConfig, OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.launch.ranks import current
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, sizes_of
-from mlxchat.ops.cores import available_cores
+from mlxchat.ops.machine import available_cores, device_kind, dtype_name
 from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.planning.memory import predict_forward_bytes, predict_peak_bytes
 from mlxchat.planning.models import TeacherSize, find_given_sizes, measure_teacher, teacher_folder, teachers_of
@@ -146,8 +144,8 @@ def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
         machine: what was asked for.
         ask_mlx: whether MLX may be imported, without which a CUDA device's memory is not known.
     """
-    kind = _kind(machine.device)
-    half = machine.compute_dtype == "bfloat16" or (machine.compute_dtype == "auto" and kind != "cpu")
+    kind = device_kind(machine.device)
+    half = dtype_name(machine.device, machine.compute_dtype) == "bfloat16"
     lanes = min(machine.blas_threads or available_cores(), _MOST_LANES) if kind == "cpu" else 1
     total = _memory_bytes(kind, ask_mlx=ask_mlx)
     limit, neighbours = machine.memory_limit_bytes, count_ranks(machine)[1]
@@ -353,18 +351,6 @@ def _pretraining_tokens(config: Config, sizes: GPTSizes) -> int:
 
 def _need(training: Training, rows: int) -> str:
     return f"{format_bytes(training.peak_bytes(rows))} with {rows * training.row_tokens:,} tokens at a time"
-
-
-def _kind(choice: str) -> str:
-    if choice == "cpu":
-        return "cpu"
-    if sys.platform == "darwin":
-        return "metal"
-    for package in ("mlx-cuda-12", "mlx-cuda-13"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version(package)
-            return "cuda"
-    return "cpu"
 
 
 def _memory_bytes(kind: str, *, ask_mlx: bool) -> int | None:

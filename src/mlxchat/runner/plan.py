@@ -109,6 +109,7 @@ def make_plan(
     data_seed: int | None = None,
     force: Iterable[str],
     code: str = "warn",
+    compute_dtype: str = "float32",
 ) -> list[PlannedStep]:
     """Return the steps in order, each with its artifact's id and whether and why it has to run.
 
@@ -121,6 +122,7 @@ def make_plan(
         data_seed: the data's; None: the same.
         force: steps to run although their artifact is there; "all" for every one.
         code: what changed code does to a step that is done: warn, strict (it runs again) or ignore.
+        compute_dtype: in which steps that need the GPU compute; part of their identity unless it is float32.
 
     Raises:
         ConfigError: the pipeline is wired wrongly, or a file that the config names cannot be read.
@@ -146,6 +148,8 @@ def make_plan(
             pins[stage.config] = pin_externals(sections, hashes.of)
         identity = {section: identities[section] for section in sections}
         identity |= stage.seeds(seed, seed if data_seed is None else data_seed)
+        if compute_dtype != "float32" and "gpu" in stage.resources:
+            identity["compute_dtype"] = compute_dtype
         externals = pins[stage.config]
         rids = {role: planned[step].rid for role, step in inputs.items()}
         rids |= {role: manifest["rid"] for role, manifest in given.items()}

@@ -309,10 +309,10 @@ def load_scheduler(
         kv_bits: of keys and values.
     """
     from mlxchat.engine.generate import Engine
-    from mlxchat.model.checkpoint import load_checkpoint
+    from mlxchat.model.checkpoint import load_for_inference
 
     check_model(model.folder)
-    weights, tokenizer, _ = load_checkpoint(model.folder)
+    weights, tokenizer, _ = load_for_inference(model.folder)
     if bits is not None:
         from mlxchat.evals.quantised import measure_quantised
 

@@ -18,6 +18,7 @@ from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.lora import adapters_of
+from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.groups import Optimizer
 from mlxchat.planning.budget import choose_micro_batch, forward_tokens
 from mlxchat.planning.horizon import whole_rows
@@ -25,7 +26,7 @@ from mlxchat.runner.context import Context
 from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.hooks import suite_hooks
-from mlxchat.training.loop import Hook, fit, prepare_machine
+from mlxchat.training.loop import Hook, fit
 from mlxchat.training.state import load_moments
 from mlxchat.training.teacher import load_teacher
 
@@ -37,8 +38,9 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         DataError: the configuration counts on something that the checkpoint does not hold.
     """
     checkpoint = ctx.inputs["checkpoint"]
-    model, tokenizer, facts = load_checkpoint(checkpoint)
     machine, rates = ctx.config.machine, ctx.config.optimizer
+    dtype = prepare_machine(machine)
+    model, tokenizer, facts = load_checkpoint(checkpoint)
     if not config.clip_gradients:
         rates = replace(rates, grad_clip=None)
     rule = begin_adapters(ctx, config.adapter, model)
@@ -49,7 +51,6 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     distillation = None
     if config.teacher.is_there:
         folder = ctx.inputs["teacher"] if config.teacher.artifact is not None else Path(config.teacher.path or "")
-        dtype = prepare_machine(machine)
         distillation = load_teacher(config.teacher, folder, tokenizer, row_tokens=row_tokens, dtype=dtype)
     rows_per_iteration = _batch_tokens(ctx.stage, config, checkpoint, facts) // row_tokens
     mixture = Mixture(config.mixture, seed=ctx.seed("mixture"), load=partial(open_item, ctx))

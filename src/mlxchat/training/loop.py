@@ -8,11 +8,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxchat.config import MachineConfig, ScheduleConfig
+from mlxchat.config import ScheduleConfig
 from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.model.gpt import GPT
-from mlxchat.ops.cores import available_cores
-from mlxchat.ops.device import backend, select_device, set_cpu_threads
+from mlxchat.ops.device import prepare_machine
+from mlxchat.ops.machine import device_kind
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
 from mlxchat.planning.budget import MOST_TOKENS
@@ -100,7 +100,7 @@ def fit(
         ctx.team,
         model,
         optimizer,
-        micro_tokens=micro_tokens or machine.device_batch_tokens or MOST_TOKENS[backend()],
+        micro_tokens=micro_tokens or machine.device_batch_tokens or MOST_TOKENS[device_kind(machine.device)],
         dtype=dtype,
         recompute=machine.grad_checkpointing,
         dropout=dropout,
@@ -155,16 +155,3 @@ def fit(
     if best is not None:
         ctx.metrics |= best.put_back(model, ctx.metrics)
     monitor.end()
-
-
-def prepare_machine(machine: MachineConfig) -> mx.Dtype:
-    """Apply device, memory limits and BLAS threads; return the dtype to compute in."""
-    dtype = select_device(machine.device, machine.compute_dtype)
-    if machine.memory_limit_bytes is not None:
-        mx.set_memory_limit(machine.memory_limit_bytes)
-    if machine.cache_limit_bytes is not None:
-        mx.set_cache_limit(machine.cache_limit_bytes)
-    if machine.wired_limit_bytes is not None and backend() == "metal":  # elsewhere memory is not wired
-        mx.set_wired_limit(machine.wired_limit_bytes)
-    set_cpu_threads(machine.blas_threads or available_cores())
-    return dtype

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlxchat.config import TrainingConfig
 from mlxchat.errors import StepFailed
-from mlxchat.model.gpt import GPT
+from mlxchat.model.gpt import GPT, computing_in
 from mlxchat.model.lora import adapters_of
 from mlxchat.model.sizes import flops_per_token
 from mlxchat.optim.schedule import Rates
@@ -51,6 +51,7 @@ class Monitor:
             best: weights kept so far, shown on the progress line.
         """
         self.ctx, self.num_iterations, self.best = ctx, num_iterations, best
+        self.model, self.dtype = model, dtype
         self.num_ranks = 1 if ctx.team is None else ctx.team.size
         # nanochat's FLOPs per token are those of a training of all weights.
         peak = peak_flops(dtype) if adapters_of(model) is None else None
@@ -63,10 +64,18 @@ class Monitor:
         self._began, self._waited, self._communication = 0.0, 0.0, 0.0
 
     def look(self, done: int, title: str, measure: Callable[[int], dict[str, float]]) -> None:
-        """Call `measure` after `done` iterations and log its numbers; the progress line shows `title` meanwhile."""
+        """Call `measure` after `done` iterations, in the dtype of training, and log its numbers.
+
+        The progress line shows `title` meanwhile. Weights that are candidates for the best ones are offered.
+        """
         if title:
             self.progress.update(done, now=title)
-        if numbers := measure(done):
+        with computing_in(self.model, self.dtype):
+            numbers = measure(done)
+        best = self.best
+        if best is not None and best.METRIC in numbers and best.is_candidate(done, self.num_iterations):
+            best.offer(done, numbers, self.model)
+        if numbers:
             self.ctx.log({"iteration": done, **numbers})
             self.ctx.metrics.update(numbers)
 

@@ -26,7 +26,6 @@ from mlxchat.model.gpt import (
 )
 from mlxchat.model.lora import adapters_of
 from mlxchat.ops.cross_entropy import cross_entropy_sum
-from mlxchat.ops.device import backend
 from mlxchat.ops.distillation import distillation_sum
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.lanes import make_lanes
@@ -142,7 +141,7 @@ class TrainStep:
         Left alone it reserves memory for a hundred operations ahead of those that are computed, a fifth of the peak.
         Waiting costs nothing, since the lanes have work, and what is used again is still in the cache.
         """
-        if backend() != "cpu":
+        if not self._lanes.hold_memory:
             yield
             return
         own_rows = max(1, self._num_own_rows(batch))

@@ -1,0 +1,72 @@
+"""The package without `mlxchat/cpu`, and the plain path in bfloat16: what Metal and CUDA run, on this machine's CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlxchat
+from kit.commands import tiny_settings
+
+PACKAGE = Path(mlxchat.__file__).parent
+PROGRAM = """
+import mlxchat, mlx.core as mx, numpy as np
+from mlxchat.ops import device
+assert device._faster() == {}, "the plain path"
+from kit.models import make_model, make_tokenizer
+from kit.training import make_optimizer, make_rows
+from mlxchat.engine.generate import Engine
+from mlxchat.optim.schedule import Rates
+from mlxchat.training.step import TrainStep, mean_batch
+for architecture in ("oct2025", "jul2026"):
+    model = make_model(architecture)
+    step = TrainStep(model, make_optimizer(model), micro_tokens=64, dtype=mx.bfloat16)
+    losses = [step(mean_batch(make_rows(4)), Rates(1.0, 0.9, 1.0), count)[0] for count in range(4)]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0], losses
+    answer = Engine(model, make_tokenizer(), trained=True, dtype=mx.bfloat16).complete([[1, 2, 3]], max_new_tokens=4)
+    assert len(answer[0].ids) >= 1
+print("done")
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package without `cpu`."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(PACKAGE, folder / "mlxchat", ignore=shutil.ignore_patterns("cpu", "__pycache__"))
+    for name in ("conf", "stages"):
+        if not (folder / "mlxchat" / name).exists():
+            shutil.copytree(PACKAGE.parents[1] / name, folder / "mlxchat" / name)
+    return folder
+
+
+# The installed package is an editable one, whose finder would come first.
+START = """
+import runpy, sys
+sys.path[:0] = sys.argv.pop(1).split(":")
+sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in str(each).lower()]
+"""
+
+
+def run(copy: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MLXCHAT")}
+    return subprocess.run(
+        [sys.executable, "-c", START + arguments[0], f"{copy}:{Path(__file__).parent}", *arguments[1:]],
+        cwd=cwd, env=environ, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+
+
+def test_without_the_cpus_code_a_model_trains_and_answers(copy: Path, tmp_path: Path) -> None:
+    done = run(copy, PROGRAM, cwd=tmp_path)
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.slow
+def test_without_the_cpus_code_the_whole_pipeline_runs(copy: Path, tmp_path: Path) -> None:
+    done = run(copy, "runpy.run_module('mlxchat')", *tiny_settings(), "machine.compute_dtype=bfloat16", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
