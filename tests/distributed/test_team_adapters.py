@@ -41,8 +41,8 @@ def train(team: Team, name: str) -> dict[str, Any]:
             for name, value in parameters.items()
         }
 
-    sizes = AdapterSizes(kind, 3, 2.0, resolve_targets(["all"], model.sizes), bits, 32)
-    attach_adapters(model, sizes, seed=1, dropout=0.2)
+    sizes = AdapterSizes(kind, 3, 2.0, resolve_targets(["all"], model.sizes), bits, 32, dropout=0.2)
+    attach_adapters(model, sizes, seed=1)
     set_parameters(model, moved(trained_parameters(model)))
     reference = trained_parameters(model)
     optimizer = Optimizer(model, optimizer_config(), width=32, adapter=AdamWRule(1e-2, (0.9, 0.999), 0.01))
