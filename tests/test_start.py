@@ -1,14 +1,12 @@
-"""How soon verbs answer, against a bare interpreter on the same machine at the same time, and what they import."""
+"""How much verbs do before they answer, in function calls, and what they import."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ import pytest
 
 HEAVY = ("hydra", "omegaconf", "yaml", "numpy", "mlx", "rich", "matplotlib", "pyarrow", "psutil")
 STAGES = ("corpus", "tokenizer", "pretrain", "midtrain", "sft", "eval")
-# A bare start takes 15 to 20 ms where this was written, so 80 ms are four to five of it.
-STATUS_STARTS, PLAN_STARTS, STORE_STARTS = 5.0, 20.0, 50.0
+# Some 30 ms of Python, and a second of it for ten thousand artifacts.
+CALLS, CALLS_OF_PLAN = 60_000, 400_000
+CALLS_AN_ARTIFACT = {"ls": 150, "gc": 400, "plan": 1000, "lineage": 50}
 
 
 def fill(outputs: Path, count: int) -> list[str]:
@@ -64,36 +63,29 @@ def commands(outputs: Path, names: list[str]) -> dict[str, list[str]]:
 VERBS = list(commands(Path(), [""] * 12))
 
 
-def seconds(*arguments: str, cwd: Path) -> float:
-    """Return how long a process takes."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, check=False, env={**os.environ})
-    return time.perf_counter() - began
-
-
-def starts(*arguments: str, cwd: Path, rounds: int = 5) -> float:
-    """Return how many bare starts of the interpreter a command takes: the best of several rounds, in alternation."""
-    times = [(seconds("-c", "pass", cwd=cwd), seconds("-m", "mlxchat", *arguments, cwd=cwd)) for _ in range(rounds)]
-    return min(took for _, took in times) / min(bare for bare, _ in times)
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_that_only_reads_takes_few_bare_starts(verb: str, small: Any, tmp_path: Path) -> None:
-    assert starts(*commands(*small)[verb], cwd=tmp_path) < STATUS_STARTS
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_that_only_reads_imports_nothing_heavy(verb: str, small: Any, tmp_path: Path) -> None:
+def watch(*arguments: str, cwd: Path) -> tuple[int, set[str]]:
+    """Run a command in a new process; return the function calls that it takes and the heavy packages it imports."""
     code = (
-        "import sys\nfrom mlxchat.cli import main\n"
-        f"try:\n    main({commands(*small)[verb]!r})\nexcept SystemExit:\n    pass\n"
-        f"print('heavy:', *sorted(set({HEAVY!r}) & set(sys.modules)))"
+        "import cProfile, pstats, sys\nfrom mlxchat.cli import main\nprofile = cProfile.Profile()\n"
+        "try:\n    profile.runcall(main, sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        f"print('watched', pstats.Stats(profile).total_calls, *sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "heavy:", done.stdout
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, check=True)
+    mark, calls, *heavy = done.stdout.splitlines()[-1].split()
+    assert mark == "watched", done.stdout
+    return int(calls), set(heavy)
 
 
-def test_a_plan_whose_configuration_was_composed_before_imports_no_hydra_and_starts_soon(
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_only_reads_takes_few_calls_and_imports_nothing_heavy(
+    verb: str, small: Any, tmp_path: Path
+) -> None:
+    calls, heavy = watch(*commands(*small)[verb], cwd=tmp_path)
+    assert heavy == set()
+    assert calls < CALLS
+
+
+def test_a_plan_whose_configuration_was_composed_before_imports_no_hydra_and_takes_few_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -101,17 +93,20 @@ def test_a_plan_whose_configuration_was_composed_before_imports_no_hydra_and_sta
     # Files of the checkout that were changed a moment ago keep a configuration from being kept.
     keep = "import mlxchat.composed_cache as cache; cache._SETTLED_SECONDS = -1e9\nfrom mlxchat.cli import main\n"
     subprocess.run([sys.executable, "-c", keep + "main(['plan'])"], cwd=tmp_path, check=True, capture_output=True)
-    code = "import sys\nfrom mlxchat.cli import main\ntry:\n    main(['plan'])\nexcept SystemExit:\n    pass\n"
-    code += f"print('heavy:', *sorted(set({HEAVY!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert set(done.stdout.splitlines()[-1].split()[1:]) <= {"psutil"}, "memory is predicted"
-    assert starts("plan", cwd=tmp_path) < PLAN_STARTS
+    calls, heavy = watch("plan", cwd=tmp_path)
+    assert heavy <= {"psutil"}, "memory is predicted"
+    assert calls < CALLS_OF_PLAN
 
 
-def test_ten_thousand_artifacts_are_listed_planned_with_and_looked_through_in_a_second(tmp_path: Path) -> None:
-    outputs = tmp_path / "outputs"
-    names = fill(outputs, 10_000)
-    subprocess.run([sys.executable, "-m", "mlxchat", "ls", f"outputs={outputs}"], check=True, capture_output=True)
-    place = f"outputs={outputs}"
-    for arguments in (["ls", place], ["gc", place], ["plan", place], ["lineage", names[5], place]):
-        assert starts(*arguments, cwd=tmp_path, rounds=3) < STORE_STARTS, arguments
+def test_another_artifact_costs_few_calls(tmp_path: Path) -> None:
+    counts: dict[str, list[int]] = {verb: [] for verb in CALLS_AN_ARTIFACT}
+    for count in (200, 600):
+        outputs = tmp_path / str(count)
+        names = fill(outputs, count)
+        for verb in counts:
+            arguments = [verb, *[names[5]] * (verb == "lineage"), f"outputs={outputs}"]
+            watch(*arguments, cwd=tmp_path)  # makes the index
+            counts[verb].append(watch(*arguments, cwd=tmp_path)[0])
+    assert {
+        verb: (few, many) for verb, (few, many) in counts.items() if many - few > 400 * CALLS_AN_ARTIFACT[verb]
+    } == {}

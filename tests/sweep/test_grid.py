@@ -13,34 +13,32 @@ import pytest
 from kit.commands import CommandLine
 from mlxchat.runner.store import Store
 
-RATES = [round(0.001 * 1.3**power, 6) for power in range(16)]
+RATES = [round(0.001 * 1.3**power, 6) for power in range(5)]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
-def sixteen(
+def five(
     tmp_path_factory: pytest.TempPathFactory, mlxchat: CommandLine, short: tuple[str, ...]
 ) -> tuple[Path, str, list[str]]:
-    """A sweep of sixteen jobs: its outputs, what it printed, its command."""
-    outputs = tmp_path_factory.mktemp("sixteen") / "outputs"
+    """A sweep of five jobs: its outputs, what it printed, its command."""
+    outputs = tmp_path_factory.mktemp("five") / "outputs"
     command = ["-m", *short, f"optimizer.matrix_lr={','.join(map(str, RATES))}", f"outputs={outputs}"]
     done = mlxchat(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     return outputs, done.stdout, command
 
 
-def test_sixteen_jobs_compute_their_tokenizer_once_and_before_the_first_of_them(sixteen: Any, swept: Any) -> None:
-    outputs, text, _ = sixteen
-    assert type(swept)(outputs).started() == {"corpus": 1, "tokenizer": 1, "pretrain": 16}
+def test_five_jobs_compute_their_tokenizer_once_and_before_the_first_of_them(five: Any, swept: Any) -> None:
+    outputs, text, _ = five
+    assert type(swept)(outputs).started() == {"corpus": 1, "tokenizer": 1, "pretrain": 5}
     assert (
-        text.index("── shared by 16 jobs: corpus, tokenizer")
-        < text.index("tokenizer  done")
-        < text.index("── job 1/16")
+        text.index("── shared by 5 jobs: corpus, tokenizer") < text.index("tokenizer  done") < text.index("── job 1/5")
     )
 
 
-def test_the_table_has_a_row_for_each_job_the_best_first_and_only_what_differs(sixteen: Any, swept: Any) -> None:
-    outputs, text, _ = sixteen
+def test_the_table_has_a_row_for_each_job_the_best_first_and_only_what_differs(five: Any, swept: Any) -> None:
+    outputs, text, _ = five
     found = type(swept)(outputs)
     made = {
         manifest["config"]["optimizer"]["matrix_lr"]: manifest["metrics"]["val_bpb"]
@@ -48,7 +46,7 @@ def test_the_table_has_a_row_for_each_job_the_best_first_and_only_what_differs(s
     }  # fmt: skip
     assert sorted(made) == RATES
     rows = found.rows()
-    assert [row.keys() for row in rows] == [{"job", "optimizer.matrix_lr", "pretrain.val_bpb", "status"}] * 16
+    assert [row.keys() for row in rows] == [{"job", "optimizer.matrix_lr", "pretrain.val_bpb", "status"}] * 5
     assert {row["optimizer.matrix_lr"]: row["pretrain.val_bpb"] for row in rows} == pytest.approx(made, abs=1e-4)
     numbers = [row["pretrain.val_bpb"] for row in rows]
     assert numbers == sorted(numbers)
@@ -58,8 +56,8 @@ def test_the_table_has_a_row_for_each_job_the_best_first_and_only_what_differs(s
     assert (found.folder / "table.md").read_text() in text
 
 
-def test_a_sweep_ends_with_a_picture_and_without_litter(sixteen: Any) -> None:
-    outputs, _, _ = sixteen
+def test_a_sweep_ends_with_a_picture_and_without_litter(five: Any) -> None:
+    outputs, _, _ = five
     (folder,) = (outputs / "multirun").iterdir()
     assert {path.name for path in folder.iterdir()} == {
         "plot.png",
@@ -76,17 +74,15 @@ def test_a_sweep_ends_with_a_picture_and_without_litter(sixteen: Any) -> None:
 
 
 def test_the_same_sweep_again_starts_nothing_and_ends_with_the_same_table(
-    sixteen: Any, mlxchat: CommandLine, swept: Any
+    five: Any, mlxchat: CommandLine, swept: Any
 ) -> None:
-    outputs, _, command = sixteen
+    outputs, _, command = five
     found = type(swept)(outputs)
     before, table = found.started(), found.rows()
     runs = len(list((outputs / "runs").iterdir()))
     again = mlxchat(*command)
     assert again.returncode == 0, again.stderr
-    assert (
-        len(re.findall(r"^── job \d+/16 optimizer\.matrix_lr=\S+ is done already  pretrain", again.stdout, re.M)) == 16
-    )
+    assert len(re.findall(r"^── job \d+/5 optimizer\.matrix_lr=\S+ is done already  pretrain", again.stdout, re.M)) == 5
     assert found.started() == before
     assert len(list((outputs / "runs").iterdir())) == runs
     assert found.rows() == table
