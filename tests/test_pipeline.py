@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kit.commands import CommandLine
+from kit.commands import CommandLine, Say
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import Store, read_manifest
@@ -64,14 +64,13 @@ def manifests(finished: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def plan(mlxchat: CommandLine, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, str]]]:
+def plan(say: Say, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, str]]]:
     """Return step → (state, reason) that `mlxchat plan` prints for further settings, without what it predicts."""
 
     def run(outputs: Path, *settings: str) -> dict[str, tuple[str, str]]:
-        done = mlxchat("plan", *tiny, f"outputs={outputs}", *settings)
-        assert done.returncode == 0, done.stderr
+        text = say("plan", *tiny, f"outputs={outputs}", *settings)
         remarks = r" \(([\d.,]+ \w+ with [\d,]+ tokens at a time; )?(~[^()]*|no estimate)\)$"
-        lines = [re.sub(remarks, "", line) for line in done.stdout.splitlines()]
+        lines = [re.sub(remarks, "", line) for line in text.splitlines()]
         parts = [line.split(maxsplit=3) for line in lines[:-1]]
         return {step: (state, reason[0] if reason else "") for step, state, _, *reason in parts}
 

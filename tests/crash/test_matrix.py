@@ -1,7 +1,7 @@
 """A process that ends anywhere leaves a store that is whole, and the next run ends as if nothing had happened.
 
 Every point that a run of the stubs passes, in every kind of step: made, made again by force, shared by alias. The short
-matrix takes one passing of each point in each scenario, the whole one takes all.
+matrix takes one passing of each point in one scenario, the whole one takes all in all.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ NOT_PASSED = {
 CASES = [
     pytest.param(scenario, point, id=f"{scenario}-{point}")
     for scenario in SCENARIOS for point in POINTS if point not in NOT_PASSED[scenario]
+]  # fmt: skip
+
+# Each point once, in one of the scenarios that come by it.
+SHORT = [
+    pytest.param(passing[len(point) % len(passing)], point, id=point)
+    for point in POINTS if (passing := [scenario for scenario in SCENARIOS if point not in NOT_PASSED[scenario]])
 ]  # fmt: skip
 
 
@@ -95,7 +101,7 @@ def disturb(
     ]
 
 
-@pytest.mark.parametrize(("scenario", "point"), CASES)
+@pytest.mark.parametrize(("scenario", "point"), SHORT)
 def test_a_run_killed_once_at_a_point_is_continued(
     scenario: str, point: str, scenarios: dict[str, Scenario], tmp_path: Path
 ) -> None:
