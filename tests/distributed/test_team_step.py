@@ -159,7 +159,7 @@ def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("one")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
     return folder, ranks.lead_ranks(train_all, request.param, str(folder), seconds=120)
@@ -212,7 +212,7 @@ def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
     assert max(sizes) < 1.25 * min(sizes)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_what_each_rank_holds_is_what_is_predicted(size: int) -> None:
     """To 15 %, of a model of six layers; weights are on all ranks, moments are dealt out."""
     found = ranks.lead_ranks(peak_of_large, size, seconds=120)
