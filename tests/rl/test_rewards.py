@@ -1,4 +1,4 @@
-"""Rewards in parts: what each is worth, their sum, and a user's function."""
+"""Rewards: their parts, and users' functions that raise, hang or return anything."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def gone(conversation, answer): raise SystemExit(0)\n"
         "def worded(conversation, answer): return '0.5'\n"
         "def silent(conversation, answer): pass\n"
+        "class Odd:\n"
+        "    def __repr__(self): raise KeyError\n"
+        "def odd(conversation, answer): return Odd()\n"
         "def slow(conversation, answer):\n"
         "    while True:\n"
         "        try:\n"
@@ -51,11 +54,11 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_without_parts_the_task_alone_judges() -> None:
+def test_without_parts_the_reward_is_the_tasks() -> None:
     assert [judge("it is 4"), judge("it is 5")] == [(1.0, {}), (0.0, {})]
 
 
-def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
+def test_reward_is_the_weighted_sum_of_its_parts() -> None:
     parts = {
         "right": RewardConfig(kind="exact", weight=2.0),
         "form": RewardConfig(kind="format", pattern="^it.is", weight=0.5),
@@ -64,12 +67,12 @@ def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
     assert judge("it\nis 4", 15, **parts) == (2.0 + 0.5 - 0.5, {"right": 1.0, "form": 1.0, "brief": -0.5})
 
 
-def test_long_answers_cost_more_the_longer_they_are() -> None:
+def test_length_penalty_is_linear_between_its_bounds() -> None:
     penalties = [overlong_penalty(length, free_tokens=10, most_tokens=20) for length in (0, 10, 12, 20, 99)]
     assert penalties == [0, 0, -0.2, -1, -1]
 
 
-def test_a_function_of_the_users_folder_judges(functions: Path) -> None:
+def test_functions_are_imported_from_the_current_folder(functions: Path) -> None:
     part = RewardConfig(kind="function", function="judging_of_tests:brief", weight=3.0)
     assert [judge("abc", own=part)[0], judge("abcd", own=part)[0]] == [3.0, 0.0]
 
@@ -80,6 +83,7 @@ FAILURES = {
     "gone": "raised SystemExit: 0",
     "worded": "returned '0.5', a str, expected a finite number",
     "silent": "returned None, a NoneType, expected a finite number",
+    "odd": "returned <Odd instance at .*>, a Odd, expected a finite number",
     "slow": "took longer than rl.rewards.own.timeout_seconds=0.05",
 }
 
@@ -89,34 +93,34 @@ def function(name: str, **settings: Any) -> RewardConfig:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_function_that_gives_no_number_in_time_ends_the_step_and_is_named(functions: Path, name: str) -> None:
+def test_a_failing_function_stops_the_step_with_one_message(functions: Path, name: str) -> None:
     with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {FAILURES[name]}") as raised:
         judge("abc", own=function(name))
     assert "The answer was 'abc'." in str(raised.value)
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_with_a_value_for_failures_it_goes_on_and_they_are_counted(functions: Path, name: str) -> None:
+def test_failure_value_replaces_failures_and_counts_them(functions: Path, name: str) -> None:
     reward = Reward(Sums(), {"own": function(name, failure_value=-0.5, weight=2.0)})  # type: ignore[arg-type]
     assert [reward(RIGHT, text, 1) for text in ("abc", "4")] == [(-1.0, {"own": -0.5})] * 2
     assert [reward.pop_failures(), reward.pop_failures()] == [{"own": 2}, {"own": 0}]
 
 
-def test_what_always_fails_fails_at_the_datas_own_answer(functions: Path) -> None:
+def test_a_broken_function_fails_before_sampling(functions: Path) -> None:
     for parts in ({"right": RewardConfig(kind="exact")}, {"own": function("brief")}):
         Reward(Sums(), parts).try_out(RIGHT)  # type: ignore[arg-type]
     with pytest.raises(StepFailed, match=r"The answer was '4'\."):
         Reward(Sums(), {"own": function("worded")}).try_out(RIGHT)  # type: ignore[arg-type]
 
 
-def test_what_a_function_does_to_the_conversation_stays_with_it(functions: Path) -> None:
+def test_a_function_cannot_change_the_conversation(functions: Path) -> None:
     functions.write_text("def eats(conversation, answer): return len(conversation.pop('messages'))\n")
     part = RewardConfig(kind="function", function="judging_of_tests:eats")
     assert [judge("4", own=part)[0], judge("4", own=part, right=RewardConfig(kind="exact"))[0]] == [2.0, 3.0]
     assert len(RIGHT["messages"]) == 2
 
 
-def test_a_bound_on_a_functions_time_leaves_anothers_alarm_alone(functions: Path) -> None:
+def test_a_time_limit_preserves_other_alarms(functions: Path) -> None:
     """Such as the one that ends a step after its time limit."""
     rung: list[int] = []
     former = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
@@ -145,12 +149,12 @@ def test_a_bound_on_a_functions_time_leaves_anothers_alarm_alone(functions: Path
         ("{kind: function, function: 'judging_of_tests:brief', failure_value: inf}", "expected a finite number"),
     ],
 )
-def test_a_part_that_cannot_be_is_told_before_anything_runs(functions: Path, part: str, said: str) -> None:
+def test_impossible_parts_are_refused_at_composition(functions: Path, part: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         compose_config([f"+rl.rewards={{own: {part}}}"])
 
 
-def test_what_stands_in_the_functions_file_is_part_of_the_identity(functions: Path) -> None:
+def test_the_functions_file_is_part_of_the_identity(functions: Path) -> None:
     rl = compose_config(["+rl.rewards={own: {kind: function, function: 'judging_of_tests:brief'}}"]).config.rl
     before = pin_externals({"rl": rl})
     assert list(before) == ["function judging_of_tests:brief"]
