@@ -167,7 +167,7 @@ def test_a_reward_function_that_fails_for_a_while_costs_no_iteration(
     said = failed.stdout + failed.stderr
     assert failed.returncode == 1, said
     assert "judging_from_afar:own raised ConnectionError: the judge is away (judging_from_afar.py, line 8)" in said
-    assert "What was trained until iteration " in said
+    assert "The state after iteration " in said
     assert "Traceback" not in said
     (tmp_path / "mended").touch()
     mended = mlxchat(*command, cwd=tmp_path, timeout=200)
