@@ -211,40 +211,42 @@ def _packaged_files(source: str) -> list[Path]:
 
 
 def _read(source: str) -> Vocabulary:
+    """Return a vocabulary; the merges of a tokenizer.json are not checked."""
+    if source in PACKAGED:
+        return _read_packaged(source)
+    path = _existing(source)
+    if _hf_file(path) is not None:
+        record = _hf_record(path)
+        try:
+            special, pattern = _hf_special_names(source, record), _hf_pattern(source, record)
+            return _assemble(source, record["model"]["vocab"], _hf_merges(record), special, pattern)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise DataError(f"{source}: no readable tokenizer.json ({error!r})") from None
+    if path.is_dir() and (path / RANKS_FILE).exists():
+        return Vocabulary(read_ranks(path / RANKS_FILE), read_pattern(path))
+    if path.suffix == ".tiktoken":
+        ranks = read_ranks(path)
+        digest = hashlib.sha256(spell_ranks(ranks).encode()).hexdigest()
+        return Vocabulary(ranks, _KNOWN_FILES.get(digest, SPLIT_PATTERN))
+    raise DataError(
+        f"{source} is no vocabulary: expected a .tiktoken file, a tokenizer.json, or a folder with {RANKS_FILE} or "
+        f"{HF_FILE}"
+    )
+
+
+def _read_packaged(source: str) -> Vocabulary:
+    files, packaged = _packaged_files(source), PACKAGED[source]
     if source == "gpt2":
-        merges, vocab = _packaged_files(source)
-        lines = merges.read_text(encoding="utf-8").split("\n")[1:-1]  # a version, then a pair of letters in each
-        vocabulary = _assemble(
-            str(vocab), json.loads(vocab.read_text(encoding="utf-8")), [tuple(line.split(" ")) for line in lines],
-            {"<|endoftext|>"}, GPT2_PATTERN,
-        )  # fmt: skip
-    elif source == "cl100k":
-        vocabulary = Vocabulary(read_ranks(_packaged_files(source)[0]), GPT4_PATTERN)
+        lines = files[0].read_text(encoding="utf-8").split("\n")[1:-1]  # a version, then a pair of letters in each
+        merges = [tuple(line.split(" ")) for line in lines]
+        vocab = json.loads(files[1].read_text(encoding="utf-8"))
+        vocabulary = _assemble(str(files[1]), vocab, merges, {"<|endoftext|>"}, packaged.pattern)
     else:
-        path = _existing(source)
-        if _hf_file(path) is not None:
-            record = _hf_record(path)
-            try:
-                vocabulary = _assemble(
-                    source, record["model"]["vocab"], _hf_merges(record), _hf_special_names(source, record),
-                    _hf_pattern(source, record),
-                )  # fmt: skip
-            except (AttributeError, IndexError, KeyError, TypeError) as error:
-                raise DataError(f"{source}: no readable tokenizer.json ({error!r})") from None
-        elif path.is_dir() and (path / RANKS_FILE).exists():
-            vocabulary = Vocabulary(read_ranks(path / RANKS_FILE), read_pattern(path))
-        elif path.suffix == ".tiktoken":
-            ranks = read_ranks(path)
-            digest = hashlib.sha256(spell_ranks(ranks).encode()).hexdigest()
-            vocabulary = Vocabulary(ranks, _KNOWN_FILES.get(digest, SPLIT_PATTERN))
-        else:
-            raise DataError(
-                f"{source} is no vocabulary: expected a .tiktoken file, a tokenizer.json, or a folder with "
-                f"{RANKS_FILE} or {HF_FILE}"
-            )
-    if source in PACKAGED and len(vocabulary.ranks) != PACKAGED[source].num_tokens:
-        raise DataError(f"{source}: package {PACKAGED[source].package} holds {len(vocabulary.ranks)} tokens, expected "
-                        f"{PACKAGED[source].num_tokens}")  # fmt: skip
+        vocabulary = Vocabulary(read_ranks(files[0]), packaged.pattern)
+    if len(vocabulary.ranks) != packaged.num_tokens:
+        raise DataError(
+            f"{source}: package {packaged.package} holds {len(vocabulary.ranks)} tokens, expected {packaged.num_tokens}"
+        )
     return vocabulary
 
 
