@@ -138,7 +138,7 @@ def test_answers_are_found_while_the_teacher_is_off(
     ask()
     before = (place / "out.jsonl").read_bytes()
     (place / "out.jsonl").unlink()
-    teacher.close()
+    teacher.stop()
     assert ask() == 0
     assert (place / "out.jsonl").read_bytes() == before
     assert "does not answer" in capsys.readouterr().err

@@ -129,4 +129,8 @@ class Teacher:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.server.__exit__(*exception)
+        self.stop()
+
+    def stop(self) -> None:
+        """Answer no more."""
+        self.server.__exit__()
