@@ -17,8 +17,17 @@ from kit import models
 from kit.numpy_gpt import numpy_logits, numpy_norm, weights_of
 from mlxchat.errors import ConfigError
 from mlxchat.model import gpt
-from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, rms_norm, set_parameters
+from mlxchat.model.gpt import (
+    GPT,
+    cast_parameters,
+    computing_in,
+    flatten_parameters,
+    init_weights,
+    rms_norm,
+    set_parameters,
+)
 from mlxchat.model.sizes import GPTSizes, sizes_from_depth
+from mlxchat.ops import cross_entropy
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 
 make_model = partial(models.make_model, num_layers=3, scale=0.3)
@@ -31,7 +40,7 @@ def random_ids(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("tokens", [1, 40, 150, 300])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_logits_equal_nanochat_in_numpy(architecture: str, num_kv_heads: int, tokens: int) -> None:
+def test_logits_equal_nanochat_in_numpy(path: str, architecture: str, num_kv_heads: int, tokens: int) -> None:
     """The short windows of July 2026 are 128 tokens here, and its tables have 320 rows for 280 tokens."""
     model = make_model(architecture, num_kv_heads=num_kv_heads)
     ids = random_ids(2, tokens)
@@ -39,10 +48,53 @@ def test_logits_equal_nanochat_in_numpy(architecture: str, num_kv_heads: int, to
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
 
 
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_logits_in_bfloat16_are_near_those_of_nanochat_in_numpy(
+    monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    """On the plain path; the oracle is float64. Eight bits of mantissa through three layers, logits within ±15."""
+    monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    model, ids = make_model(architecture), random_ids(2, 150)
+    expected = numpy_logits(model, ids)
+    with computing_in(model, mx.bfloat16):
+        logits = model(mx.array(ids))
+        assert model.lm_head.weight.dtype == mx.bfloat16
+    assert logits.dtype == model.lm_head.weight.dtype == mx.float32
+    difference = np.abs(np.asarray(logits) - expected)
+    assert difference.mean() < 0.02 * np.abs(expected).mean()
+    assert difference.max() < 0.15 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_gradients_in_bfloat16_are_near_those_of_float32(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    """On the plain path. The head's is summed in float32 over chunks of 30 rows and rounded once."""
+    monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 30 * 280)
+    model, ids = make_model(architecture), random_ids(2, 151)
+
+    def gradients(dtype: mx.Dtype) -> dict[str, np.ndarray]:
+        def loss_of(masters: dict[str, mx.array]) -> mx.array:
+            set_parameters(model, cast_parameters(masters, dtype))
+            hidden = model.hidden(mx.array(ids[:, :-1])).reshape(-1, 32)
+            targets = mx.array(ids[:, 1:].reshape(-1))
+            return cross_entropy_sum(hidden, model.head_weight, targets, mx.full(300, 1 / 300))
+
+        own = flatten_parameters(model)
+        found = mx.grad(loss_of)(own)
+        set_parameters(model, own)
+        assert all(value.dtype == mx.float32 for value in found.values())
+        return {name: np.asarray(value) for name, value in found.items()}
+
+    exact, rounded = gradients(mx.float32), gradients(mx.bfloat16)
+    for name, value in exact.items():
+        limit = 0.03 if name == "lm_head.weight" else 0.2
+        assert np.linalg.norm(rounded[name] - value) <= limit * np.linalg.norm(value), name
+
+
 @pytest.mark.parametrize(
     ("num_layers", "pattern", "context_tokens"), [(1, "S", 64), (2, "S", 64), (4, "LS", 64), (5, "SSL", 700)]
 )
-def test_windows_follow_the_pattern_of_any_depth(num_layers: int, pattern: str, context_tokens: int) -> None:
+def test_windows_follow_the_pattern_of_any_depth(path: str, num_layers: int, pattern: str, context_tokens: int) -> None:
     model = make_model("jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=context_tokens)
     ids = random_ids(1, 400)
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
@@ -78,7 +130,7 @@ def test_a_token_beyond_the_window_reaches_a_short_layer_no_more() -> None:
 
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_gradients_of_the_loss_equal_central_differences(architecture: str, num_kv_heads: int) -> None:
+def test_gradients_of_the_loss_equal_central_differences(path: str, architecture: str, num_kv_heads: int) -> None:
     """Of every parameter, along its gradient and across it; differences are those of the loss in float64."""
     model, ids = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(1, 141)
     inputs, targets = ids[:, :-1], ids[:, 1:]

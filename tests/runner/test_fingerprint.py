@@ -204,6 +204,20 @@ def ids(config: Config) -> dict[str, str]:
     return {step.name: step.rid for step in plan}
 
 
+def test_a_dtype_other_than_float32_is_part_of_what_computes_alone() -> None:
+    config, found = full_config(), {}
+    for dtype in ("float32", "bfloat16"):
+        plan = make_plan(
+            config, config.pipeline, Store(Path("/nonexistent")), targets=None, seed=1, force=[], compute_dtype=dtype
+        )
+        found[dtype] = {step.name: step for step in plan}
+    changed = {name for name, step in found["bfloat16"].items() if step.rid != found["float32"][name].rid}
+    computing = {name for name, step in found["bfloat16"].items() if "gpu" in step.stage.resources}
+    assert changed == below(computing) > {"pretrain", "sft"}
+    assert all(found["bfloat16"][name].identity["compute_dtype"] == "bfloat16" for name in computing)
+    assert not any("compute_dtype" in step.identity for step in found["float32"].values())
+
+
 @cache
 def full_ids() -> dict[str, str]:
     """Return the ids of the full configuration."""

@@ -35,7 +35,8 @@ Further options
   --shell-completion, --hydra-help, --info    Hydra's own
   --version, --help
 
-MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS names or switches off the BLAS that serves MLX on a Linux CPU.
+MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS names or switches off the BLAS that serves MLX on a Linux CPU;
+MLXCHAT_CPU=plain uses the code of GPUs there.
 """
 
 
