@@ -115,13 +115,13 @@ def test_the_comparison_depends_on_each_scalar(feature: str) -> None:
 def test_greedy_decoding_across_the_border_is_that_of_the_whole_row(
     path: str, tokenizer: Tokenizer, architecture: str
 ) -> None:
-    model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (124, 5, 131, 252, 300)]
+    model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (126, 5, 254)]
     head = np.array(model.lm_head.weight)
     head[tokenizer.bos :] = 0  # no row ends
     model.lm_head.weight = mx.array(head)
-    completions = Engine(model, tokenizer).complete(prompts, max_new_tokens=10)
+    completions = Engine(model, tokenizer).complete(prompts, max_new_tokens=5)
     for completion, prompt in zip(completions, prompts, strict=True):
         ids = list(prompt)
-        for _ in range(10):
+        for _ in range(5):
             ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1]).item()))
         assert completion.ids == ids[len(prompt) :]

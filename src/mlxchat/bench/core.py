@@ -29,7 +29,7 @@ from mlxchat.evals.core_questions import Question, TextEncoder, build_question
 from mlxchat.evals.language_model import OwnModel
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
-from mlxchat.ops.device import backend, describe_device, prepare_machine
+from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.planning.budget import forward_tokens
 from mlxchat.runner.environment import peak_memory_bytes, versions
 from mlxchat.runner.progress import Progress
@@ -108,7 +108,7 @@ def measure_core(config: Config) -> dict[str, Any]:
     return {
         "kind": "core", "model": config.model.name, "architecture": config.architecture.name, "sizes": asdict(sizes),
         "num_parameters": count_parameters(sizes)["total"], "batch_tokens": batch_tokens,
-        "device": describe_device() | {"backend": backend()}, "versions": versions(),
+        "device": describe_device(), "versions": versions(),
         "bundle": bench.bundle, "tasks": found, "ratio": both[0] / both[1], "peak_rss_bytes": peak_memory_bytes(),
     }  # fmt: skip
 
