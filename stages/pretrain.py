@@ -62,7 +62,9 @@ def run(ctx: Context) -> None:
     row_tokens = config.batch.row_tokens
     rows_per_iteration = derived.batch_tokens // row_tokens
     keeps_best = config.keep == "best"
-    micro_batch = choose_micro_batch(ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens, keeps_best=keeps_best)
+    micro_batch = choose_micro_batch(
+        ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens, second_weights=keeps_best
+    )
     numbers = {**derive_numbers(derived, sizes, micro_batch.tokens), **micro_batch.numbers()}
     ctx.derive(numbers, shown=("num_parameters", "tokens_per_iteration", "num_iterations", "total_tokens"))
     model = GPT(sizes)

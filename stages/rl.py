@@ -16,7 +16,7 @@ from mlxchat.model.lora import adapters_of
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.groups import Optimizer
 from mlxchat.planning.budget import choose_micro_batch
-from mlxchat.rl.rollouts import Rollouts, conversation_rows, pass_at_k, updates_per_rollout
+from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.training.adapting import begin_adapters, save_trained
@@ -52,7 +52,6 @@ def run(ctx: Context) -> None:
     config, machine = ctx.config.rl, ctx.config.machine
     dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
-    engine = make_engine(ctx.team, model, tokenizer, trained=True, dtype=dtype)
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
     rates = rates_of(ctx.config.optimizer, config)
     if config.rollout_bits is not None:
@@ -63,16 +62,14 @@ def run(ctx: Context) -> None:
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
     updates = updates_per_rollout(config)
-    # Samples are seldom as long as the context, but may be.
-    longest = model.sizes.context_tokens
     # A copy of the trained weights. Of adapters it is small: adapters that are not trained yet leave the base as it is.
     reference = trained_parameters(model) if config.kl_coefficient > 0 else None
     micro_batch = choose_micro_batch(
         ctx,
         model.sizes,
         rows=samples_per_iteration,
-        row_tokens=longest,
-        keeps_best=reference is not None,
+        row_tokens=longest_prompt(tokenizer, practice, held_out) + config.max_new_tokens,
+        second_weights=reference is not None,
         samples=True,
         adapters=adapters_of(model),
     )
@@ -86,12 +83,15 @@ def run(ctx: Context) -> None:
         }
     )
 
+    options = {"trained": True, "dtype": dtype, "max_rows": micro_batch.sampled_rows}
+    engine = make_engine(ctx.team, model, tokenizer, **options)
+
     def evaluate(iteration: int) -> dict[str, float]:
         return pass_at_k(engine, held_out, config, seed=ctx.seed("evaluation"))
 
     sampler = engine
     if config.rollout_bits is not None:
-        sampler = make_engine(ctx.team, model, tokenizer, bits=config.rollout_bits, trained=True, dtype=dtype)
+        sampler = make_engine(ctx.team, model, tokenizer, bits=config.rollout_bits, **options)
     rollouts = Rollouts(
         sampler,
         practice,

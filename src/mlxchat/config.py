@@ -182,7 +182,7 @@ class MachineConfig:
     compute_dtype: str = MISSING
     """auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
     device_batch_tokens: int | None = MISSING
-    """Tokens per micro-batch; the rest of an iteration is accumulated. null: as many as fit and still help."""
+    """Tokens per micro-batch, at most; the rest of an iteration is accumulated. null: as many as fit and still help."""
     grad_checkpointing: bool = MISSING
     """Whether each layer's activations are computed again for the gradient instead of being kept: less memory."""
     checkpoint_seconds: float = MISSING

@@ -189,7 +189,7 @@ def _micro_rows(load: Load, machine: Machine, ranks: int, rows: int) -> tuple[in
 def _peak(load: Load, ranks: int, rows: int, micro_rows: int) -> int:
     return predict_peak_bytes(
         load.sizes, load.optimizer, rows=rows, micro_rows=micro_rows, row_tokens=load.row_tokens, num_lanes=1,
-        compute_bytes=2, num_ranks=ranks,
+        compute_bytes=2, plain=True, num_ranks=ranks,
     ).total  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def measure_training(config: Config) -> dict[str, Any]:
     )
     micro_rows = rows_at_a_time(training, machine)
     if micro_rows == 0:
-        raise ConfigError(f"the step {training.explain_excess(machine)}")
+        raise ConfigError(f"the step {training.explain_excess()}")
 
     def rows(batch: int, count: int = bench.batch_rows) -> Any:
         return random_rows(count, bench.row_tokens, bench.vocab_size, seed=seed, batch=batch)

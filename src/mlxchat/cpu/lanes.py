@@ -14,10 +14,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from mlxchat.cpu import runtime
+from mlxchat.ops.blocks import CPU_MOST_LANES
 from mlxchat.ops.lanes import Lanes
-
-# More lanes would leave each of them too few rows.
-MOST_LANES = 16
 
 
 class _Streams(threading.local):
@@ -33,11 +31,9 @@ _streams = _Streams()
 class CPULanes(Lanes):
     """One lane for each core that matrix products use (`runtime.set_blas_threads`)."""
 
-    hold_memory = True
-
     def __init__(self) -> None:
         """Make as many as there are cores now."""
-        more = min(runtime.blas_threads() or 1, MOST_LANES) - 1
+        more = min(runtime.blas_threads() or 1, CPU_MOST_LANES) - 1
         made = _streams.made
         made += [mx.new_stream(mx.default_device()) for _ in range(more - len(made))]
         super().__init__([mx.default_stream(mx.default_device()), *made[:more]])

@@ -22,8 +22,7 @@ from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Forward, Request, Scheduler
 from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT, computing_in, flatten_parameters
-
-_MOST_ROWS = 32
+from mlxchat.ops.blocks import DECODED_ROWS, PREFILL_TOKENS
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Engine:
         kv_bits: int | None = None,
         trained: bool = False,
         dtype: mx.Dtype | None = None,
+        max_rows: int = DECODED_ROWS,
     ) -> None:
         """Take a model with its tokenizer.
 
@@ -70,9 +70,10 @@ class Engine:
             trained: whether the model is trained between answers: then nothing of it is kept in between, and quantised
                 weights are for their speed alone, so that on a CPU, where they have none, they are not packed.
             dtype: in which a trained model answers, that of its training; None: its parameters'.
+            max_rows: decoded at a time; answers do not depend on it.
         """
         self.model, self.tokenizer, self.trained = model, tokenizer, trained
-        self.bits, self.kv_bits, self.dtype = bits, kv_bits, dtype
+        self.bits, self.kv_bits, self.dtype, self.max_rows = bits, kv_bits, dtype, max_rows
         self._decoder: Decoder | None = None
         # Without keeping alive what a training has moved on from.
         self._arranged: list[weakref.ref[mx.array]] = []
@@ -101,14 +102,14 @@ class Engine:
     def scheduler(
         self,
         *,
-        max_rows: int = _MOST_ROWS,
+        max_rows: int | None = None,
         max_cached_tokens: int | None = None,
-        prefill_tokens: int = 512,
+        prefill_tokens: int = PREFILL_TOKENS,
         kept_tokens: int = 8192,
     ) -> Scheduler:
         """Return a scheduler without requests; the arguments are `Scheduler`'s."""
         return Scheduler(
-            self.forward(), self.tokenizer, max_rows=max_rows, max_cached_tokens=max_cached_tokens,
+            self.forward(), self.tokenizer, max_rows=max_rows or self.max_rows, max_cached_tokens=max_cached_tokens,
             prefill_tokens=prefill_tokens, kept_tokens=kept_tokens,
         )  # fmt: skip
 
@@ -148,7 +149,7 @@ class Engine:
     ) -> Iterator[list[tuple[int, int, int]]]:
         """Yield columns of (row, id, mask): a token of every row that is being decoded.
 
-        Up to 32 rows go on side by side; where one ends, the next prompt begins.
+        Up to `max_rows` rows go on side by side; where one ends, the next prompt begins.
 
         Args:
             prompts: token ids, of any lengths.

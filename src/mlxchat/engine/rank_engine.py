@@ -74,6 +74,7 @@ class RankEngine(Engine):
         _share_tokenizer(team, self.tokenizer)
         dtype = None if self.dtype is None else str(self.dtype).rpartition(".")[2]
         options = {"bits": self.bits, "kv_bits": self.kv_bits, "trained": self.trained, "dtype": dtype}
+        options["max_rows"] = self.max_rows
         _engines(team)[str(options)] = self
         request = {"seeds": row_seeds(seed, len(prompts)), "how": how, "options": options}
         # Thousands of prompts are more than an order may be long.

@@ -25,6 +25,7 @@ from mlxchat.engine.sample import Sampling, log_probability, sample_token
 from mlxchat.engine.stopping import ShownText
 from mlxchat.engine.tools import ToolCalls
 from mlxchat.errors import ConfigError
+from mlxchat.ops.blocks import DECODED_ROWS, PREFILL_TOKENS
 
 # A step comes back this soon even if every row waits for a program, so that requests and cancellations are seen.
 _PATIENCE_SECONDS = 0.02
@@ -109,9 +110,9 @@ class Scheduler:
         forward: Forward,
         tokenizer: Tokenizer,
         *,
-        max_rows: int = 32,
+        max_rows: int = DECODED_ROWS,
         max_cached_tokens: int | None = None,
-        prefill_tokens: int = 512,
+        prefill_tokens: int = PREFILL_TOKENS,
         kept_tokens: int = 8192,
         python: PythonTool | None = None,
     ) -> None:

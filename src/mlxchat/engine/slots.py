@@ -19,15 +19,13 @@ from mlxchat.engine.decode import Caches, Decoder
 from mlxchat.engine.kv_format import Kept, KVFormat
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.attention import causal_attention, masked_attention
+from mlxchat.ops.blocks import BATCH_ROWS, KV_TOKENS
 from mlxchat.ops.normalisation import rms_norm
 
-_BLOCK_TOKENS = 128
 # Fewer tokens of a prompt are read by one lane.
 _SHARED_TOKENS = 64
 # Tokens whose logits are held at a time.
 _SCORED_TOKENS = 128
-# Batches are made for so many rows, or a multiple of the last, so that few shapes are compiled.
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class Past:
@@ -91,7 +89,7 @@ class Slots:
         self.model, self.decoder = model, decoder
         sizes = model.sizes
         self._most = [
-            None if window is None else -(-(window + 1) // _BLOCK_TOKENS) * _BLOCK_TOKENS for window in sizes.windows()
+            None if window is None else -(-(window + 1) // KV_TOKENS) * KV_TOKENS for window in sizes.windows()
         ]
         self._caches: Caches = []
         self.rows, self.room = 0, 0
@@ -195,11 +193,11 @@ class Slots:
 
 def batch_rows(rows: int) -> int:
     """Return for how many rows a batch is made that has to hold so many."""
-    return next((size for size in _ROWS if size >= rows), -(-rows // _ROWS[-1]) * _ROWS[-1])
+    return next((size for size in BATCH_ROWS if size >= rows), -(-rows // BATCH_ROWS[-1]) * BATCH_ROWS[-1])
 
 
 def _blocks(tokens: int) -> int:
-    return -(-max(tokens, 1) // _BLOCK_TOKENS) * _BLOCK_TOKENS
+    return -(-max(tokens, 1) // KV_TOKENS) * KV_TOKENS
 
 
 def _rotated(part: mx.array, tokens: int, size: int) -> mx.array:

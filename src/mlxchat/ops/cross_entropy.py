@@ -13,12 +13,11 @@ from functools import cache
 
 import mlx.core as mx
 
+from mlxchat.ops.blocks import LOGITS as _CHUNK_FLOATS
 from mlxchat.ops.compiled import compiled, differentiable, sum_rows
 from mlxchat.ops.device import accelerated
 
 SOFT_CAP = 15.0
-# A chunk's logits take 256 MB in float32.
-_CHUNK_FLOATS = 1 << 26
 
 
 @accelerated

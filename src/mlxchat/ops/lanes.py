@@ -17,9 +17,6 @@ R = TypeVar("R")
 class Lanes:
     """Streams that run side by side. `len` is their number."""
 
-    hold_memory = False
-    """Whether a training step is to wait while more memory is in use than was planned."""
-
     def __init__(self, streams: Sequence[mx.Stream]) -> None:
         """Take the streams."""
         self.streams = list(streams)

@@ -30,7 +30,7 @@ def device_kind(choice: str) -> str:
         with suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version(package)
             return "cuda"
-    return "cpu"
+    return "metal" if choice == "gpu" else "cpu"  # a plan for a Mac; a run here is refused
 
 
 def dtype_name(device: str, compute_dtype: str) -> str:

@@ -6,9 +6,11 @@ Nothing here imports MLX, so that `plan` can call it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +21,14 @@ from mlxchat.config import Config, MachineConfig, OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.launch.ranks import current
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, sizes_of
+from mlxchat.ops.blocks import BATCH_ROWS, CPU_MOST_LANES, DECODED_ROWS
 from mlxchat.ops.machine import available_cores, device_kind, dtype_name
 from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
-from mlxchat.planning.memory import predict_forward_bytes, predict_peak_bytes
+from mlxchat.planning.memory import PeakBytes, predict_forward_bytes, predict_peak_bytes
 from mlxchat.planning.models import TeacherSize, find_given_sizes, measure_teacher, teacher_folder, teachers_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes
+from mlxchat.tasks import task_class
 
 if TYPE_CHECKING:
     from mlxchat.runner.context import Context
@@ -35,7 +39,6 @@ MEMORY_SHARE = {"cpu": 0.8, "metal": 0.7, "cuda": 0.9}
 # Beyond so many tokens a step was no faster per token on a CPU (DECISIONS.md); on GPUs what nanochat and the Mac
 # configurations use.
 MOST_TOKENS = {"cpu": 8192, "metal": 32768, "cuda": 65536}
-_MOST_LANES = 16  # of cpu/lanes.py
 _CHOICE = "micro_batch.json"
 
 
@@ -45,6 +48,8 @@ class Device:
 
     kind: str
     """cpu, metal or cuda."""
+    plain: bool
+    """Whether MLX's own operations compute, not `mlxchat.cpu`."""
     num_lanes: int
     compute_bytes: int
     limit_bytes: int | None
@@ -64,12 +69,14 @@ class Training:
     row_tokens: int
     recompute: bool
     device: Device
-    keeps_best: bool = False
-    """Whether the best weights so far are kept."""
+    second_weights: bool = False
+    """Whether the trained weights are held twice: the best so far, or RL's frozen reference."""
     teacher: TeacherSize | None = None
     """What a teacher holds, where one is learnt from."""
     samples: bool = False
-    """Whether rows are answers that the model gives between the steps."""
+    """Whether rows are answers that the model samples between the steps."""
+    decoded_rows: int = 0
+    """How many of them at a time; with `samples` it is chosen to fit."""
     adapters: AdapterSizes | None = None
     """What alone is trained; None: all weights are."""
     num_ranks: int = 1
@@ -80,8 +87,25 @@ class Training:
         """Rows of an iteration that one rank has, at most."""
         return -(-self.rows // self.num_ranks)
 
+    @cached_property
+    def sampled_rows(self) -> int:
+        """Answers that are sampled at a time: as many as fit beside weights and moments, at least 1; 0: none."""
+        if not self.samples:
+            return self.decoded_rows
+        limit, most = self.device.limit_bytes, min(self.own_rows, DECODED_ROWS)
+        if limit is None:
+            return most
+        sizes = [rows for rows in (*BATCH_ROWS, most) if rows <= most]
+        found = (replace(self, samples=False, decoded_rows=rows).parts(1) for rows in sizes)
+        fitting = [rows for rows, each in zip(sizes, found, strict=True) if each.while_sampling <= limit]
+        return max(fitting, default=1)
+
     def peak_bytes(self, micro_rows: int) -> int:
         """Return the predicted peak with so many rows at a time."""
+        return self.parts(micro_rows).total
+
+    def parts(self, micro_rows: int) -> PeakBytes:
+        """Return what makes up the predicted peak with so many rows at a time."""
         return predict_peak_bytes(
             self.sizes,
             self.optimizer,
@@ -90,31 +114,28 @@ class Training:
             row_tokens=self.row_tokens,
             num_lanes=self.device.num_lanes,
             compute_bytes=self.device.compute_bytes,
+            plain=self.device.plain,
             recompute=self.recompute,
-            keeps_best=self.keeps_best,
+            second_weights=self.second_weights,
             teacher=self.teacher,
-            samples=self.samples,
+            sampled_rows=self.sampled_rows,
             adapters=self.adapters,
             num_ranks=self.num_ranks,
-        ).total
+        )
 
     def fits(self, micro_rows: int) -> bool:
         """Tell whether so many rows at a time fit, as far as is known."""
         return self.device.limit_bytes is None or self.peak_bytes(micro_rows) <= self.device.limit_bytes
 
-    def explain_excess(self, machine: MachineConfig, stage: str | None = None) -> str:
+    def explain_excess(self, stage: str | None = None) -> str:
         """Return what the smallest possible step needs, the limit and, of a stage, keys that lower the need."""
-        asked = machine.device_batch_tokens
-        rows = 1 if asked is None else min(self.own_rows, max(1, asked // self.row_tokens))
-        shape = "one row" if rows == 1 else f"{rows} rows"
         text = (
-            f"needs about {format_bytes(self.peak_bytes(rows))} for {shape} of {self.row_tokens:,} tokens at a time; "
+            f"needs about {format_bytes(self.peak_bytes(1))} for one row of {self.row_tokens:,} tokens at a time; "
             f"the limit is {format_bytes(self.device.limit_bytes or 0)} ({self.device.limit_is})"
         )
         if stage is None:
             return text
-        keys = [] if asked is None else ["machine.device_batch_tokens=null"]
-        keys += [] if self.recompute else ["machine.grad_checkpointing=true"]
+        keys = [] if self.recompute else ["machine.grad_checkpointing=true"]
         if stage == "pretrain":
             keys.append("a smaller model.depth")
         elif self.adapters is None:
@@ -122,7 +143,7 @@ class Training:
         elif self.adapters.bits is None:
             keys.append(f"{stage}.adapter.bits=4")
         keys.append("a smaller rl.max_new_tokens" if stage == "rl" else f"a smaller {stage}.batch.row_tokens")
-        return f"{text}. To lower the need: {'; '.join(keys[:3])}"
+        return f"{text}. To lower the need: {'; '.join(keys)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +152,13 @@ class MicroBatch:
 
     tokens: int
     predicted_peak_bytes: int
+    sampled_rows: int = 0
+    """Answers that are sampled at a time."""
 
     def numbers(self) -> dict[str, int]:
         """Return what is shown and recorded of it."""
-        return {"micro_batch_tokens": self.tokens, "predicted_peak_bytes": self.predicted_peak_bytes}
+        numbers = {"micro_batch_tokens": self.tokens, "predicted_peak_bytes": self.predicted_peak_bytes}
+        return {**numbers, "sampled_rows": self.sampled_rows} if self.sampled_rows else numbers
 
 
 def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
@@ -146,7 +170,8 @@ def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
     """
     kind = device_kind(machine.device)
     half = dtype_name(machine.device, machine.compute_dtype) == "bfloat16"
-    lanes = min(machine.blas_threads or available_cores(), _MOST_LANES) if kind == "cpu" else 1
+    plain = kind != "cpu" or os.environ.get("MLXCHAT_CPU") == "plain"
+    lanes = 1 if plain else min(machine.blas_threads or available_cores(), CPU_MOST_LANES)
     total = _memory_bytes(kind, ask_mlx=ask_mlx)
     limit, neighbours = machine.memory_limit_bytes, count_ranks(machine)[1]
     if limit is not None:
@@ -159,7 +184,10 @@ def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
         if kind != "cuda" and neighbours > 1:  # there each has a GPU of its own
             limit //= neighbours
             where += f", shared by {neighbours} ranks"
-    return Device(kind=kind, num_lanes=lanes, compute_bytes=2 if half else 4, limit_bytes=limit, limit_is=where)
+    compute_bytes = 2 if half else 4
+    return Device(
+        kind=kind, plain=plain, num_lanes=lanes, compute_bytes=compute_bytes, limit_bytes=limit, limit_is=where
+    )
 
 
 def count_ranks(machine: MachineConfig) -> tuple[int, int]:
@@ -188,7 +216,7 @@ def choose_micro_batch(
     *,
     rows: int,
     row_tokens: int,
-    keeps_best: bool = False,
+    second_weights: bool = False,
     teacher: TeacherSize | None = None,
     samples: bool = False,
     adapters: AdapterSizes | None = None,
@@ -202,9 +230,9 @@ def choose_micro_batch(
         sizes: of its model.
         rows: of an iteration.
         row_tokens: of a row, at most.
-        keeps_best: whether the best weights so far are kept.
+        second_weights: whether the trained weights are held twice: the best so far, or RL's frozen reference.
         teacher: what a teacher holds, where one is learnt from.
-        samples: whether rows are answers that the model gives between the steps.
+        samples: whether rows are answers that the model samples between the steps.
         adapters: what alone is trained; None: all weights are.
 
     Raises:
@@ -218,7 +246,7 @@ def choose_micro_batch(
         row_tokens=row_tokens,
         recompute=machine.grad_checkpointing,
         device=find_device(machine, ask_mlx=True),
-        keeps_best=keeps_best,
+        second_weights=second_weights,
         teacher=teacher,
         samples=samples,
         adapters=adapters,
@@ -233,20 +261,20 @@ def choose_micro_batch(
     else:
         micro_rows = rows_at_a_time(training, machine)
     if micro_rows == 0:
-        raise ConfigError(f"{ctx.step} {training.explain_excess(machine, ctx.stage)}")
-    found = MicroBatch(tokens=micro_rows * row_tokens, predicted_peak_bytes=training.peak_bytes(micro_rows))
+        raise ConfigError(f"{ctx.step} {training.explain_excess(ctx.stage)}")
+    found = MicroBatch(
+        tokens=micro_rows * row_tokens,
+        predicted_peak_bytes=training.peak_bytes(micro_rows),
+        sampled_rows=training.sampled_rows,
+    )
     before.parent.mkdir(parents=True, exist_ok=True)
     before.write_text(json.dumps({"tokens": found.tokens}), encoding="utf-8")
     return found
 
 
 def rows_at_a_time(training: Training, machine: MachineConfig) -> int:
-    """Return the rows of a micro-batch: as `machine.device_batch_tokens` says, or chosen; 0: they do not fit."""
-    if machine.device_batch_tokens is None:
-        return choose_micro_rows(training, MOST_TOKENS[training.device.kind])
-    rows = min(training.own_rows, max(1, machine.device_batch_tokens // training.row_tokens))
-    # On a GPU, where no prediction was measured, whoever gives a number knows better.
-    return rows if training.device.kind != "cpu" or training.fits(rows) else 0
+    """Return the rows of a micro-batch: the most that fit, within `machine.device_batch_tokens`; 0: none fits."""
+    return choose_micro_rows(training, machine.device_batch_tokens or MOST_TOKENS[training.device.kind])
 
 
 def forward_tokens(machine: MachineConfig, sizes: GPTSizes, *, training_peak_bytes: int | None = None) -> int:
@@ -297,7 +325,7 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
     for step in plan:
         training = None if step.done else training_of(config, step.stage.name, given.get(step.name))
         if training is not None and not rows_at_a_time(training, config.machine):
-            refused.append(f"{step.name} {training.explain_excess(config.machine, step.stage.name)}")
+            refused.append(f"{step.name} {training.explain_excess(step.stage.name)}")
     if refused:
         raise ConfigError("\n".join(refused))
 
@@ -323,8 +351,7 @@ def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Tr
         row_tokens = config.pretrain.batch.row_tokens
         rows = _pretraining_tokens(config, sizes) // row_tokens
     elif stage == "rl":
-        # Samples may be as long as the context, seldom are.
-        row_tokens = sizes.context_tokens
+        row_tokens = bound_answers(config, sizes)
         rows = config.rl.questions_per_iteration * config.rl.samples_per_question
     else:
         batch = (config.midtrain if stage == "midtrain" else config.sft).batch
@@ -336,11 +363,21 @@ def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Tr
     return Training(
         sizes=sizes, optimizer=config.optimizer, rows=max(1, rows), row_tokens=row_tokens,
         recompute=config.machine.grad_checkpointing, device=find_device(config.machine),
-        # RL's frozen reference is as large.
-        keeps_best=(stage == "pretrain" and config.pretrain.keep == "best")
+        second_weights=(stage == "pretrain" and config.pretrain.keep == "best")
         or (stage == "rl" and config.rl.kl_coefficient > 0),
         teacher=teacher, samples=stage == "rl", adapters=adapters, num_ranks=count_ranks(config.machine)[0],
     )  # fmt: skip
+
+
+def bound_answers(config: Config, sizes: GPTSizes) -> int:
+    """Return the most tokens of a question and its answer in RL: as the task bounds its prompts, else the context.
+
+    The stage measures the longest prompt and counts again.
+    """
+    bounds = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
+    if None in bounds:
+        return sizes.context_tokens
+    return max(bound for bound in bounds if bound is not None) + config.rl.max_new_tokens
 
 
 def _pretraining_tokens(config: Config, sizes: GPTSizes) -> int:

@@ -44,7 +44,7 @@ def estimate_pretraining(
         if reached is None:
             continue
         peak = predict_peak_bytes(
-            sizes, config.optimizer, rows=1, micro_rows=1, row_tokens=config.pretrain.batch.row_tokens, num_lanes=1
+            sizes, config.optimizer, rows=1, micro_rows=1, row_tokens=config.pretrain.batch.row_tokens
         )
         moments = peak.moments if config.pretrain.save_training_state else 0
         found[step.name] = Estimate(

@@ -1,11 +1,9 @@
-"""How many bytes a training step needs at its peak, in plain arithmetic, so that planning can ask without MLX.
+"""Peak memory of training, sampling and forward passes, by arithmetic on sizes. Imports no MLX.
 
-A step peaks at one of four moments: when the backward pass begins (activations, logits, gradients of the head), when it
-ends and is added to earlier ones, when the lanes' gradients are added up, or while parameters move. MLX reserves an
-operation's memory when it hands it to a lane, about a hundred operations ahead of what is computed, so that left alone
-it holds up to a third more than is needed. `TrainStep` has it wait at what is predicted here: the prediction is a limit
-too, between what cannot be freed and what MLX would take. The factors below follow from `mx.get_peak_memory()` on a
-CPU, with that limit and without (DECISIONS.md); tests/planning/test_memory.py compares them with it.
+A training step peaks at one of four moments: when the backward pass begins (activations, logits, gradients of the
+head), when it ends and its gradients are added to earlier ones, when the lanes' gradients are added up, or while the
+optimizer moves the parameters. The factors were fitted to `mx.get_peak_memory()` (DECISIONS.md: the table);
+tests/planning/test_memory.py compares predictions with it.
 """
 
 from __future__ import annotations
@@ -14,37 +12,61 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_adapter_parameters, count_parameters, matrices_of
+from mlxchat.ops.blocks import (
+    CPU_ATTENTION_TOKENS,
+    CPU_LEAST_LOGITS_ROWS,
+    CPU_LOGITS,
+    KV_TOKENS,
+    LOGITS,
+    PREFILL_TOKENS,
+    SENT_BYTES,
+)
 from mlxchat.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
     from mlxchat.planning.models import TeacherSize
 
 _MASTER_BYTES = 4
-# Numbers per token and channel when the backward pass begins: of each layer, of what is recomputed (its input and the
-# residual's sums) and outside of the layers (embedding, final norm, its gradient, the first layers' ones on their way).
-_LAYER, _LAYER_INPUT, _ENDS = 15.0, 0.5, 8.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Factors:
+    """How much a step keeps, in multiples of what is named."""
+
+    layer: tuple[float, float]
+    """Numbers per token and channel that a layer keeps for its gradient: in the compute type, and in float32."""
+    ends: tuple[float, float]
+    """The same of everything outside of the layers: embedding, final norm, gradients on their way."""
+    attention: float
+    """Copies of one layer's attention weights."""
+    logits: float
+    """Copies of a chunk's logits, in float32."""
+    head: float
+    """Copies of the head's gradient, in float32, of each lane."""
+    muon: float
+    """Copies of all matrices in Muon's workspace."""
+
+
+# The CPU's own kernels, which compute attention by blocks and the logits of three chunks at once.
+_CPU = _Factors(layer=(15.0, 0.0), ends=(8.6, 0.0), attention=1.5, logits=3.5, head=1.1, muon=5.5)
+_CPU_CHUNKS = 3
+# Sums of the head's gradient for chunks that MLX begins ahead, of so many at most; Muon's copies if lanes share them.
+_CPU_HEAD_PER_CHUNK, _CPU_MOST_HEADS, _CPU_MUON_OF_LANES = 0.4, 8, 11.0
+# MLX's own operations, as on Metal and CUDA.
+_PLAIN = _Factors(layer=(19.5, 6.0), ends=(17.0, 2.5), attention=5.0, logits=3.0, head=2.0, muon=1.05)
+# With recomputation, what a layer keeps (its input and the residual's sum), and what lies outside of the layers while
+# a layer is computed again.
+_LAYER_INPUT, _PLAIN_RECOMPUTED_ENDS = 0.5, 9.0
 # What a layer keeps besides for learnt residual scalars (the stream they scale) and for a gated value embedding.
 _RESIDUAL, _VALUE_EMBEDDING = 1.0, 1.4
-# Copies of the attention's weights of one layer: in the gradient there are those of their gradient too, block by block.
-_ATTENTION, _BLOCK_TOKENS = 1.5, 128  # the latter of ops/attention.py
-# Copies of a chunk's logits (tanh, exponential, slope), and chunks that all lanes together have at once.
-_LOGITS, _CHUNKS = 2.7, 3
-_TEACHER_LOGITS = 3.5  # further ones with a teacher: its logits and exponentials, softened ones, a product
-_CHUNK_FLOATS, _LEAST_CHUNK_ROWS = 1 << 22, 256  # of ops/cross_entropy.py
-# Copies of the head's gradient of each lane, and sums of it for chunks handed out ahead, of so many at most.
-_HEAD, _HEAD_PER_CHUNK, _MOST_HEADS = 1.1, 0.4, 8
-# Copies of all matrices in Muon's workspace: 15 of the first stack, the square ones, which are a third of them. Handing
-# out ahead ends before all of several lanes have all of theirs.
-_MUON, _MUON_OF_ALL_LANES = 5.0, 8.5
-# Rows that the engine decodes at a time, tokens by which its caches grow, tokens of a prompt that it reads at a time;
-# copies of their logits (of the lanes, joined, drawn from), and numbers per token and channel while a prompt is read.
-_DECODED_ROWS, _GROWTH_TOKENS, _READ_TOKENS = 32, 128, 512  # of engine/
+_TEACHER_LOGITS = 3.5  # further copies with a teacher: its logits and exponentials, softened ones, a product
+# Layers' KV caches that are there twice: while they grow, or, by MLX's own operations, are written.
+_CPU_GROWING, _PLAIN_GROWING = 1.0, 1.7
+# Copies of the sampled rows' logits, and numbers per token and channel while a prompt is read.
 _DRAWN_LOGITS, _READ = 3.0, 18.0
 # Copies of the largest matrix that a lane has: unpacked; and as it is with its adapter, squared, for rows' lengths.
 _UNPACKED, _LENGTHS = 1.5, 6.0
 _ADAMW = 3  # a parameter and its two moments, old ones still there
-# Bytes that travel between ranks at a time, at least one parameter; each lies there as it is and as a message.
-_BUCKET = 64 * 2**20  # of distributed/group.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +89,14 @@ class PeakBytes:
     moving: int
     """The summed gradients and the optimizer's workspace."""
     kept: int = 0
-    """The best weights so far, where they are kept, and those of a teacher."""
+    """The trained weights once more, where they are held twice, and those of a teacher."""
     sampling: int = 0
     """In RL: what answering needs, between the steps."""
+
+    @property
+    def while_sampling(self) -> int:
+        """What is held between the steps of RL."""
+        return self.weights + self.moments + self.kept + self.sampling
 
     @property
     def total(self) -> int:
@@ -85,16 +112,17 @@ def predict_peak_bytes(
     rows: int,
     micro_rows: int,
     row_tokens: int,
-    num_lanes: int,
+    num_lanes: int = 1,
     compute_bytes: int = 4,
+    plain: bool = False,
     recompute: bool = False,
-    keeps_best: bool = False,
+    second_weights: bool = False,
     teacher: TeacherSize | None = None,
-    samples: bool = False,
+    sampled_rows: int = 0,
     num_ranks: int = 1,
     adapters: AdapterSizes | None = None,
 ) -> PeakBytes:
-    """Return what a `TrainStep` needs, on a CPU within about 15 %; on a GPU, where it is not measured, roughly.
+    """Return what a `TrainStep` needs, within about 15 %.
 
     Args:
         sizes: of the model.
@@ -104,13 +132,15 @@ def predict_peak_bytes(
         row_tokens: tokens of a row.
         num_lanes: streams that share a micro-batch's rows (`ops.lanes`).
         compute_bytes: of a number that is computed with: 4 in float32, 2 in bfloat16.
+        plain: whether MLX's own operations compute, as on GPUs, instead of the CPU's kernels.
         recompute: whether layers keep their input alone (`machine.grad_checkpointing`).
-        keeps_best: whether the best weights so far are kept beside the present ones (`pretrain.keep`).
+        second_weights: whether the trained weights are held twice: the best so far, or RL's frozen reference.
         teacher: a frozen model whose distributions are learnt (`sft.teacher`).
-        samples: whether rows are answers that the model gives between the steps.
+        sampled_rows: answers that are sampled at a time, of as many tokens as a row; 0: none.
         num_ranks: processes that share the iteration, of which this one has `rows`; each has its part of the moments.
-        adapters: which alone are trained; None: all weights are.
+        adapters: the only weights that are trained; None: all weights are.
     """
+    factors = _PLAIN if plain else _CPU
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
     # A lane has whole gradients of its own but for the tables of embeddings, of which it makes the rows that it read.
@@ -118,45 +148,69 @@ def predict_peak_bytes(
     muon = optimizer.kind == "muon"
     lanes = min(num_lanes, micro_rows)
     tokens = min(micro_rows, rows) * row_tokens
+    states = tokens * sizes.width
     value_layers = sum(map(sizes.has_value_embedding, range(sizes.num_layers)))
-    layers = sizes.num_layers * ((_LAYER_INPUT if recompute else _LAYER) + _RESIDUAL * sizes.residual_scalars)
-    kept = tokens * sizes.width * (layers + _VALUE_EMBEDDING * value_layers + _ENDS)
-    keys = [_mean_keys(row_tokens, window) for window in sizes.windows()]
-    kept += _ATTENTION * tokens * sizes.num_heads * max(keys)
+    layer, ends = (numbers * compute_bytes + floats * 4 for numbers, floats in (factors.layer, factors.ends))
+    residual = _RESIDUAL * compute_bytes * sizes.residual_scalars
+    each = (_LAYER_INPUT * compute_bytes if recompute else layer) + residual
+    kept = states * (sizes.num_layers * each + value_layers * _VALUE_EMBEDDING * compute_bytes)
+    if plain:
+        keys: float = row_tokens
+    else:
+        keys = max(_mean_keys(row_tokens, window) for window in sizes.windows())
+    attention = factors.attention * tokens * sizes.num_heads * keys * compute_bytes
     cast = parameters * compute_bytes if compute_bytes != _MASTER_BYTES else 0
-    chunk_rows = max(_LEAST_CHUNK_ROWS, _CHUNK_FLOATS // sizes.vocab_size)
-    chunks = lanes * -(-tokens // (lanes * chunk_rows))
-    logits = _LOGITS * min(tokens, _CHUNKS * chunk_rows) * sizes.vocab_size
+    at_once, chunks = tokens, 1
+    if not plain:
+        chunk_rows = max(CPU_LEAST_LOGITS_ROWS, CPU_LOGITS // sizes.vocab_size)
+        at_once, chunks = min(tokens, _CPU_CHUNKS * chunk_rows), lanes * -(-tokens // (lanes * chunk_rows))
+    else:
+        at_once = min(tokens, max(1, LOGITS // sizes.vocab_size))
+    logits = (factors.logits + _TEACHER_LOGITS * (teacher is not None)) * at_once * sizes.vocab_size
     if adapters is None:  # else the head is frozen
-        logits += (_HEAD * lanes + _HEAD_PER_CHUNK * min(chunks, _MOST_HEADS)) * counts["head"]
-    if teacher is not None:
-        logits += _TEACHER_LOGITS * min(tokens, _CHUNKS * chunk_rows) * sizes.vocab_size
+        logits += factors.head * lanes * counts["head"]
+        logits += 0 if plain else _CPU_HEAD_PER_CHUNK * min(chunks, _CPU_MOST_HEADS) * counts["head"]
+    logits *= _MASTER_BYTES
     # Shares of the matrices and tables move side by side, also where a micro-batch has fewer rows than there are lanes.
     workspace = _ADAMW * max(counts["embedding"], 4 * sizes.width**2) * min(num_lanes, 2 + value_layers)
     if muon:
-        workspace = max(workspace, round(matrices * min(_MUON, _MUON_OF_ALL_LANES / num_lanes)))
+        share = factors.muon if plain else min(factors.muon, _CPU_MUON_OF_LANES / num_lanes)
+        workspace = max(workspace, round(matrices * share))
     gradients = (lanes * (parameters - tables) + tables) * _MASTER_BYTES
+    if plain and recompute:
+        # The logits are gone when layers are computed again, one at a time.
+        again = states * (layer + _PLAIN_RECOMPUTED_ENDS * compute_bytes) + attention
+        own = parameters if adapters is None else count_adapter_parameters(adapters, sizes)
+        kept += max(states * ends, again + own * compute_bytes - logits)
+    else:
+        kept += states * ends + attention
     summing = gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES
     moving = (parameters + workspace) * _MASTER_BYTES
     if num_ranks > 1:
         whole = parameters * _MASTER_BYTES
-        bucket = min(whole, max(_BUCKET, counts["embedding"] * _MASTER_BYTES))
+        bucket = min(whole, max(SENT_BYTES, counts["embedding"] * _MASTER_BYTES))
         summing = max(summing, whole + 2 * bucket)
         # New weights come in before the old ones go; each rank's part is there once more, and as a message.
         arriving = min(whole, num_ranks * bucket) + 2 * whole // num_ranks
         moving = max(whole + workspace * _MASTER_BYTES // num_ranks, arriving)
+    sampling = 0
+    if sampled_rows:
+        sampling = predict_sampling_bytes(
+            sizes, rows=sampled_rows, row_tokens=row_tokens, compute_bytes=compute_bytes, plain=plain,
+            cast=adapters is None and cast > 0,
+        )  # fmt: skip
     found = PeakBytes(
         weights=parameters * _MASTER_BYTES,
         moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES // num_ranks,
         accumulated=gradients if rows > micro_rows else 0,
-        activations=round(kept * compute_bytes + cast) + (teacher.kept_per_token * tokens if teacher else 0),
+        activations=round(kept + cast) + (teacher.kept_per_token * tokens if teacher else 0),
         # The teacher's layers are done before there are logits.
-        logits=max(round(logits * _MASTER_BYTES), teacher.working_per_token * tokens if teacher else 0),
+        logits=max(round(logits), teacher.working_per_token * tokens if teacher else 0),
         gradients=gradients,
         summing=summing,
         moving=moving,
-        kept=(parameters * _MASTER_BYTES if keeps_best else 0) + (teacher.weights if teacher else 0),
-        sampling=predict_sampling_bytes(sizes, rows=rows, row_tokens=row_tokens) if samples else 0,
+        kept=(parameters * _MASTER_BYTES if second_weights else 0) + (teacher.weights if teacher else 0),
+        sampling=sampling,
     )
     if adapters is None:
         return found
@@ -182,39 +236,44 @@ def predict_peak_bytes(
         gradients=lanes * trained,
         summing=(lanes + (lanes > 1)) * trained,
         moving=(1 + _ADAMW) * trained,
-        kept=(trained if keeps_best else 0) + (teacher.weights if teacher else 0),
+        kept=(trained if second_weights else 0) + (teacher.weights if teacher else 0),
     )
 
 
-def predict_sampling_bytes(sizes: GPTSizes, *, rows: int, row_tokens: int) -> int:
-    """Return what the engine needs for answers, beside the weights: their arranged copy, the past of rows, a prompt.
+def predict_sampling_bytes(
+    sizes: GPTSizes, *, rows: int, row_tokens: int, compute_bytes: int = 4, plain: bool = False, cast: bool = False
+) -> int:
+    """Return what the engine needs beside the weights: the KV cache, a prompt that is read, and a copy of the weights.
 
     Args:
         sizes: of the model.
-        rows: to answer; no more than 32 at a time.
+        rows: decoded at a time.
         row_tokens: prompt and answer, at most.
+        compute_bytes: of a number that is computed with, and kept of keys and values.
+        plain: as for `predict_peak_bytes`; the CPU's decoder arranges the weights in a copy.
+        cast: whether float32 weights are cast to the compute type meanwhile.
     """
     counts = count_parameters(sizes)
-    decoded = min(rows, _DECODED_ROWS)
-    room = -(-row_tokens // _GROWTH_TOKENS) * _GROWTH_TOKENS
-    held = [room if window is None else min(room, window + _GROWTH_TOKENS) for window in sizes.windows()]
+    room = -(-row_tokens // KV_TOKENS) * KV_TOKENS
+    held = [room if window is None else min(room, window + KV_TOKENS) for window in sizes.windows()]
     of_token = 2 * sizes.kv_width
-    # Beside the rows' past: a layer's once more while its room grows, or a prompt that is read, or logits.
-    growing = of_token * decoded * max(held)
-    reading = _READ * min(row_tokens, _READ_TOKENS) * sizes.width + of_token * sizes.num_layers * row_tokens
-    besides = max(growing, reading, _DRAWN_LOGITS * decoded * sizes.vocab_size)
-    return round((counts["total"] - counts["embedding"] + of_token * decoded * sum(held) + besides) * _MASTER_BYTES)
+    # Beside the rows' past: layers' once more while they grow, or a prompt that is read, or logits in float32.
+    growing = (_PLAIN_GROWING if plain else _CPU_GROWING) * of_token * rows * max(held)
+    reading = _READ * min(row_tokens, PREFILL_TOKENS) * sizes.width + of_token * sizes.num_layers * row_tokens
+    drawing = _DRAWN_LOGITS * rows * sizes.vocab_size * 4 / compute_bytes
+    besides = max(growing, reading, drawing)
+    copied = counts["total"] if cast else 0 if plain else counts["total"] - counts["embedding"]
+    return round((copied + of_token * rows * sum(held) + besides) * compute_bytes)
 
 
 def predict_forward_bytes(sizes: GPTSizes, *, tokens: int, compute_bytes: int = 4) -> int:
     """Return about how much a forward pass with losses needs: the weights, a few layers' streams, the logits."""
     weights = count_parameters(sizes)["total"] * _MASTER_BYTES
-    return weights + round(
-        tokens * ((_LAYER + _ENDS) * sizes.width * compute_bytes + _LOGITS * sizes.vocab_size * _MASTER_BYTES)
-    )
+    streams = (_CPU.layer[0] + _CPU.ends[0]) * sizes.width * compute_bytes
+    return weights + round(tokens * (streams + _CPU.logits * sizes.vocab_size * _MASTER_BYTES))
 
 
 def _mean_keys(tokens: int, window: int | None) -> float:
     """Return how many keys a token is multiplied with on average, in whole blocks."""
-    stops = range(_BLOCK_TOKENS, tokens + _BLOCK_TOKENS, _BLOCK_TOKENS)
-    return sum(min(stop, (tokens if window is None else window) + _BLOCK_TOKENS) for stop in stops) / len(stops)
+    stops = range(CPU_ATTENTION_TOKENS, tokens + CPU_ATTENTION_TOKENS, CPU_ATTENTION_TOKENS)
+    return sum(min(stop, (tokens if window is None else window) + CPU_ATTENTION_TOKENS) for stop in stops) / len(stops)

@@ -409,6 +409,11 @@ def summarise(solved: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, float]:
     return means | {f"{name}_stderr": float(values.std() / np.sqrt(count)) for name, values in each.items()}
 
 
+def longest_prompt(tokenizer: Tokenizer, *tasks: Task) -> int:
+    """Return the tokens of the longest prompt of some tasks."""
+    return max(len(render_for_completion(tokenizer, task[index])) for task in tasks for index in range(len(task)))
+
+
 def conversation_rows(tokenizer: Tokenizer, task: Task) -> list[Row]:
     """Return rows of whole conversations with the assistant's tokens as targets, to check quantised weights on."""
     said = [render_conversation(tokenizer, task[index]) for index in range(min(len(task), _CHECKED_CONVERSATIONS))]

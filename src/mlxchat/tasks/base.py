@@ -34,6 +34,7 @@ class Task(ABC):
         training_splits: those of them that may be trained on.
         source_options: options that say where the data come from; the others are numbers.
         is_lazy: whether making the task reads nothing yet.
+        prompt_tokens: more than its longest prompt has, for predictions of memory; None: not known.
 
     """
 
@@ -44,6 +45,7 @@ class Task(ABC):
     training_splits: ClassVar[tuple[str, ...]] = ("train",)
     source_options: ClassVar[tuple[str, ...]] = ()
     is_lazy: ClassVar[bool] = False
+    prompt_tokens: ClassVar[int | None] = None
 
     def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
         """Choose a split.

@@ -25,6 +25,7 @@ class GSM8K(HubTask):
     splits = ("train", "test")
     subsets: ClassVar[tuple[str, ...]] = ("main", "socratic")
     columns = texts = ("question", "answer")
+    prompt_tokens = 320
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = self.row(index)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -32,7 +31,6 @@ from mlxchat.ops.lanes import make_lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor
 from mlxchat.optim.schedule import Rates
 from mlxchat.optim.sharding import Sharding
-from mlxchat.planning.memory import predict_peak_bytes
 from mlxchat.training.gradient_sums import LossAndGradients, TableRows, add_rows, add_sums, sum_gradients
 from mlxchat.training.teacher import Distillation
 
@@ -119,7 +117,7 @@ class TrainStep:
         """
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
         lanes = len(self._lanes.deal(max(1, min(rows, self._num_own_rows(batch)))))
-        with self._lanes.sharing(lanes), self._memory_held_to_plan(batch, rows):
+        with self._lanes.sharing(lanes):
             loss, sums, norm = self._gradients_of(batch, rows, iteration)
             values = cast(list[float], loss.reshape(-1).tolist())
             self.loss_parts = dict(zip(_LOSS_PARTS, values[1:], strict=False))
@@ -133,37 +131,6 @@ class TrainStep:
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
         loss, sums, _ = self._gradients_of(batch, rows, iteration)
         return loss, {name: gradient for lane in sums for name, gradient in lane.items()}
-
-    @contextmanager
-    def _memory_held_to_plan(self, batch: Batch, rows: int) -> Iterator[None]:
-        """Have MLX wait, on a CPU, while more memory is in use than was planned.
-
-        Left alone it reserves memory for a hundred operations ahead of those that are computed, a fifth of the peak.
-        Waiting costs nothing, since the lanes have work, and what is used again is still in the cache.
-        """
-        if not self._lanes.hold_memory:
-            yield
-            return
-        own_rows = max(1, self._num_own_rows(batch))
-        planned = predict_peak_bytes(
-            self.model.sizes,
-            self.optimizer.config,
-            rows=own_rows,
-            micro_rows=min(rows, own_rows),
-            row_tokens=batch.ids.shape[1],
-            num_lanes=len(self._lanes),
-            recompute=self.recompute,
-            teacher=None if self.distillation is None else self.distillation.size,
-            adapters=adapters_of(self.model),
-            num_ranks=self._group.size,
-        )
-        limit = mx.get_active_memory() + planned.total - planned.weights - planned.moments - planned.kept
-        before = mx.set_memory_limit(limit)
-        mx.set_memory_limit(min(limit, before))
-        try:
-            yield
-        finally:
-            mx.set_memory_limit(before)
 
     def _gradients_of(self, batch: Batch, rows: int, iteration: int) -> tuple[mx.array, list[Flat], mx.array]:
         """Return the loss, the gradients, each lane its share of them, and their common norm; all evaluated."""
