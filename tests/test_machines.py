@@ -99,7 +99,7 @@ def test_the_rows_at_a_time_are_the_most_that_fit(config: Config) -> None:
 
     def peak(rows: int) -> int:
         return predict_peak_bytes(
-            load.sizes, load.optimizer, rows=64, micro_rows=rows, row_tokens=2048, num_lanes=1, compute_bytes=2,
+            load.sizes, load.optimizer, rows=64, micro_rows=rows, row_tokens=2048, compute_bytes=2, plain=True,
             num_ranks=4,
         ).total  # fmt: skip
 
