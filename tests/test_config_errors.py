@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kit.commands import run_here
 from mlxchat import compose
 from mlxchat.cli import main
 from mlxchat.compose import compose_config
@@ -28,10 +29,9 @@ def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
         folder = tmp_path / "cwd"
         folder.mkdir()
         monkeypatch.chdir(folder)
-        with pytest.raises(SystemExit) as caught:
-            main([verb, *overrides])
+        code = run_here(verb, *overrides)
         message = capsys.readouterr().err
-        assert caught.value.code == 2, message
+        assert code == 2, message
         assert message.startswith("error: ")
         assert "Traceback" not in message
         assert list(folder.iterdir()) == [], "nothing was written"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mlxchat.cli import main
-
-CommandLine = Any
+from kit.commands import CommandLine, run_here
 
 
 @pytest.fixture
@@ -85,7 +82,5 @@ def test_a_plan_on_bundled_data_says_what_stands_in_for_nanochats(
 
 def planned(settings: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Return the lines that `mlxchat plan` prints."""
-    with pytest.raises(SystemExit) as caught:
-        main(["plan", *settings])
-    assert caught.value.code == 0
+    assert run_here("plan", *settings) == 0
     return capsys.readouterr().out.splitlines()

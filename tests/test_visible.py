@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kit.commands import run_here
 from mlxchat.cli import main
 from mlxchat.errors import DataError
 from mlxchat.runner.sealed import seal
@@ -179,10 +180,9 @@ def test_a_manifest_from_elsewhere_cannot_command_the_terminal(
         manifest["outputs"].append({"path": HOSTILE, "bytes": 1, "sha256": "0" * 64})
         place.write_bytes(seal(manifest))
     toys.store.forget()
-    with pytest.raises(SystemExit) as caught:
-        main([*words, f"outputs={toys.outputs}"])
+    code = run_here(*words, f"outputs={toys.outputs}")
     told = capsys.readouterr()
-    assert caught.value.code == (words == ["verify"]), told.err
+    assert code == (words == ["verify"]), told.err
     assert told.out
     assert commands_in(told.out + told.err) == set()
 
