@@ -301,13 +301,13 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(folder: Pat
     assert "takes 64 tokens at a time" in told
 
 
-def test_a_teacher_that_the_memory_has_no_room_for_is_refused_with_what_would_fit(folder: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model-2.safetensors").write_bytes(bytes(300_000_000))
     outputs = tmp_path / "outputs"
     settings = ["model.depth=2", f"sft.teacher.path={folder}", "machine=cpu", "machine.memory_limit_bytes=300000000"]
     config = compose_config([*settings, f"outputs={outputs}"]).config
     plan = make_plan(config, config.pipeline, Store(outputs), targets=["sft"], seed=0, force=[])
-    with pytest.raises(ConfigError, match=r"(?s)sft needs about .*sft\.teacher\.path=null → "):
+    with pytest.raises(ConfigError, match=r"sft needs about .*; no sft\.teacher; "):
         check_memory(config, plan)
 
 

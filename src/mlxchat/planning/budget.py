@@ -138,6 +138,8 @@ class Training:
         keys = [] if self.recompute else ["machine.grad_checkpointing=true"]
         if stage == "pretrain":
             keys.append("a smaller model.depth")
+        elif self.teacher is not None:
+            keys.append(f"no {stage}.teacher")
         elif self.adapters is None:
             keys.append(f"{stage}.adapter.kind=lora")
         elif self.adapters.bits is None:
