@@ -25,7 +25,7 @@ from mlxchat.training.hooks import core_hooks, train_text_hooks
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.state import Best
 
-VERSION = 3
+VERSION = 4
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
 INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
 PRODUCES = "checkpoint"

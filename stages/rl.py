@@ -22,7 +22,7 @@ from mlxchat.runner.context import Context
 from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.loop import Hook, fit
 
-VERSION = 4
+VERSION = 5
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"

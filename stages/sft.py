@@ -7,7 +7,7 @@ conf/settings/sft.yaml.
 from mlxchat.runner.context import Context
 from mlxchat.training.finetune import finetune
 
-VERSION = 2
+VERSION = 3
 CONFIG = ["optimizer", "sft", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
