@@ -16,8 +16,10 @@ Shapes: B rows, C width, H query heads, K key/value heads, G = H / K, S cached t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,10 +28,11 @@ import numpy as np
 
 from mlxchat.cpu.kernels import EXP_UNIT, masked_exp_of_units
 from mlxchat.cpu.lanes import make_lanes
-from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, room_of, visible_slots, written
+from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, ModelDecoder, room_of, visible_slots, written
 from mlxchat.engine.kv_format import KVFormat
 from mlxchat.engine.quantise import groups_of, rounded, weight_bytes
-from mlxchat.model.gpt import GPT
+from mlxchat.engine.slots import Slots
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
 from mlxchat.ops.compiled import compiled
 from mlxchat.ops.cross_entropy import soft_cap
@@ -47,8 +50,42 @@ _WIDEST_BLOCK, _NARROWEST_BLOCK = 64, 8
 
 
 def make_decoder(model: GPT, *, bits: int | None = None, packed: bool = True, kv_bits: int | None = None) -> Decoder:
-    """Return a decoder with the weights of a model, dealt to the cores."""
+    """Return a decoder with the weights of a model, dealt to the cores.
+
+    If the model's code computes something else than this file, it is decoded through the model itself.
+    """
+    if not computes_the_same(type(model), model.sizes):
+        return ModelDecoder(model, bits=bits, kv_bits=kv_bits)
     return CPUDecoder(model, bits=bits, packed=packed, kv_bits=kv_bits)
+
+
+@cache
+def computes_the_same(kind: type[GPT], sizes: GPTSizes) -> bool:
+    """Return whether this decoder agrees with the forward pass of a class of models, and warn if not.
+
+    Both compute three tokens of a tiny model with random weights and the features of `sizes`.
+    """
+    kv_heads = 1 if sizes.num_kv_heads < sizes.num_heads else 2
+    small = replace(sizes, num_layers=2, width=32, num_heads=2, num_kv_heads=kv_heads, vocab_size=16, vocab_multiple=1)
+    model = kind(small)
+    names = flatten_parameters(model)
+    keys = mx.random.split(mx.random.key(0), len(names))
+    set_parameters(
+        model,
+        {name: 0.3 * mx.random.normal(names[name].shape, key=key) for name, key in zip(names, keys, strict=True)},
+    )
+    ids = [3, 14, 7]
+    slots = Slots(model, CPUDecoder(model))
+    slots.reserve(1, len(ids))
+    steps = [slots.step([token], [ids[at - 1]], [at])[0] for at, token in enumerate(ids)]
+    agrees = bool(np.allclose(np.asarray(model(mx.array([ids]))[0]), steps, atol=1e-3))
+    if not agrees:
+        warnings.warn(
+            "mlxchat/cpu/decode.py computes something else than mlxchat/model/gpt.py: answers are decoded through the "
+            "model itself, more slowly on a CPU",
+            stacklevel=3,
+        )
+    return agrees
 
 
 class CPUDecoder:
@@ -116,7 +153,8 @@ class CPUDecoder:
             del held
             caches.extend(made)
             mx.eval(logits, made)
-        return np.concatenate([np.asarray(part) for part in logits], axis=1)[:, : self.sizes.vocab_size]
+        widths = [part.stop - part.start for part in vocabulary_parts(self.sizes, len(self.lanes))]
+        return np.concatenate([np.asarray(part)[:, :width] for part, width in zip(logits, widths, strict=True)], axis=1)
 
     def _build(
         self, given: dict[str, Any], caches: Caches, parts: list[dict[str, Any]], shared: dict[str, mx.array]
@@ -264,8 +302,8 @@ def lane_weights(model: GPT, lanes: int, bits: int | None = None, *, packed: boo
     """Return what each lane reads: copies, which need the memory of all weights once more.
 
     Keys: 'layers', a list of dicts with 'qkv' (C → (H + 2 K) D) of the lane's heads, 'attention_out' (H D → C), 'up'
-    (C → F), 'down' (F → C) and, if the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V), the
-    last lane's with zeros up to a whole block. A lane without heads lacks all that belongs to attention.
+    (C → F), 'down' (F → C) and, if the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V), each
+    with zeros up to a whole block. A lane without heads lacks all that belongs to attention.
 
     Args:
         model: whose weights.
@@ -276,7 +314,7 @@ def lane_weights(model: GPT, lanes: int, bits: int | None = None, *, packed: boo
     sizes = model.sizes
     store = partial(stored, bits=bits, packed=packed)
     kv_heads = key_value_heads(sizes, lanes)
-    inner, vocabulary = _deal(4 * sizes.width, lanes, _MULTIPLE), _deal(sizes.vocab_size, lanes, _MULTIPLE)
+    inner, vocabulary = _deal(4 * sizes.width, lanes, _MULTIPLE), vocabulary_parts(sizes, lanes)
     parts = []
     for lane in range(lanes):
         layers = [_layer(model, index, kv_heads[lane], inner[lane], store) for index in range(sizes.num_layers)]
@@ -288,6 +326,11 @@ def lane_weights(model: GPT, lanes: int, bits: int | None = None, *, packed: boo
 def key_value_heads(sizes: GPTSizes, lanes: int) -> list[slice]:
     """Return which key/value heads each lane has."""
     return _deal(sizes.num_kv_heads, lanes)
+
+
+def vocabulary_parts(sizes: GPTSizes, lanes: int) -> list[slice]:
+    """Return which tokens' logits each lane computes."""
+    return _deal(sizes.vocab_size, lanes, _MULTIPLE)
 
 
 def _layer(model: GPT, index: int, kv: slice, inner: slice, store: Callable[[mx.array], Weight]) -> dict[str, Any]:

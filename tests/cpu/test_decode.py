@@ -1,0 +1,54 @@
+"""The CPU's decoder against the model that it decodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kit.models import make_model
+from mlxchat.cpu.decode import CPUDecoder, computes_the_same, make_decoder
+from mlxchat.engine.decode import ModelDecoder
+from mlxchat.engine.slots import Slots
+from mlxchat.model import gpt
+
+
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_the_decoder_agrees_with_the_model(architecture: str) -> None:
+    assert isinstance(make_decoder(make_model(architecture)), CPUDecoder)
+
+
+@pytest.mark.parametrize("place", ["MLP", "Attention", "Block"])
+def test_a_changed_model_is_decoded_through_itself(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: after an edit of `model/gpt.py` a CPU sampled from the former formulas without a word."""
+    layer = getattr(gpt, place)
+    former = layer.__call__
+
+    def changed(self: Any, x: mx.array, *more: Any) -> mx.array:
+        return former(self, x, *more) + 0.1 * mx.tanh(x)
+
+    monkeypatch.setattr(layer, "__call__", changed)
+    computes_the_same.cache_clear()
+    model = make_model()
+    try:
+        with pytest.warns(UserWarning, match="decoded through the model itself"):
+            decoder = make_decoder(model)
+    finally:
+        computes_the_same.cache_clear()
+    assert isinstance(decoder, ModelDecoder)
+    slots = Slots(model, decoder)
+    slots.reserve(1, 1)
+    logits = slots.step([5], [0], [0])[0]
+    np.testing.assert_allclose(logits, np.asarray(model(mx.array([[5]])))[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [16, 100, 127, 280])
+def test_logits_of_vocabularies_that_are_no_whole_blocks(vocab_size: int) -> None:
+    """Bug: where a core's part of the vocabulary was no multiple of 64, zeros stood between the logits."""
+    model = make_model(vocab_size=vocab_size)
+    slots = Slots(model, make_decoder(model))
+    slots.reserve(1, 1)
+    logits = slots.step([5], [0], [0])[0]
+    np.testing.assert_allclose(logits, np.asarray(model(mx.array([[5]])))[0, 0], atol=1e-5)
