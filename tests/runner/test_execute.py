@@ -235,18 +235,16 @@ def test_a_signal_in_a_stage_that_never_looks_stops_the_run_after_that_step(toys
 
 
 TWO_SIGNALS = """
-import importlib.util, sys
+import sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from kit.toys import Toys
 from mlxchat.runner import stage
-spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
-shared = importlib.util.module_from_spec(spec)
-sys.modules["shared"] = shared
-spec.loader.exec_module(shared)
 package = Path(sys.argv[2]) / "twosignals"
 package.mkdir()
 sys.path.insert(0, sys.argv[2])
 stage._PACKAGE, stage._folder = "twosignals", lambda: package
-toys = shared.Toys(package, Path(sys.argv[2]) / "outputs")
+toys = Toys(package, Path(sys.argv[2]) / "outputs")
 toys.add("make", '''
     os.kill(os.getpid(), signal.SIGINT)
     (ctx.out / "between").touch()
@@ -258,9 +256,9 @@ toys.run(toys.plan({"one": {"stage": "make"}}))
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
-    shared = Path(__file__).parents[1] / "conftest.py"
+    tests = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", TWO_SIGNALS, str(shared), str(tmp_path)], capture_output=True, timeout=60
+        [sys.executable, "-c", TWO_SIGNALS, str(tests), str(tmp_path)], capture_output=True, timeout=600
     )
     assert done.returncode == 130, done.stderr.decode()
     (out,) = (tmp_path / "outputs" / "work").glob("*/out")

@@ -77,6 +77,7 @@ def test_a_run_that_failed_before_its_first_own_model_is_not_latest(models: Any)
 
 
 def test_a_stopped_run_is_latest_with_the_model_that_it_finished(models: Any) -> None:
+    handler = signal.getsignal(signal.SIGINT)
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.add(
@@ -85,7 +86,7 @@ def test_a_stopped_run_is_latest_with_the_model_that_it_finished(models: Any) ->
     )  # fmt: skip
     with pytest.raises(Interrupted):
         models.run(models.plan(WHOLE))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert chosen(models) == ("pretrain", "run2")
 
 

@@ -39,8 +39,11 @@ class Lanes:
                 results.append(call())
         return results
 
-    def sharing(self, parts: int) -> AbstractContextManager[None]:
-        """Return the context in which `parts` lanes are evaluated."""
+    def sharing(self, parts: int, need_bytes: Callable[[], int] | None = None) -> AbstractContextManager[None]:
+        """Return the context in which `parts` lanes are evaluated.
+
+        `need_bytes` returns the memory that they need beyond what is in use; None: not known.
+        """
         return nullcontext()
 
 

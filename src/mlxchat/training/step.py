@@ -31,6 +31,7 @@ from mlxchat.ops.lanes import make_lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor
 from mlxchat.optim.schedule import Rates
 from mlxchat.optim.sharding import Sharding
+from mlxchat.planning.memory import predict_peak_bytes
 from mlxchat.training.gradient_sums import LossAndGradients, TableRows, add_rows, add_sums, sum_gradients
 from mlxchat.training.teacher import Distillation
 
@@ -117,7 +118,7 @@ class TrainStep:
         """
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
         lanes = len(self._lanes.deal(max(1, min(rows, self._num_own_rows(batch)))))
-        with self._lanes.sharing(lanes):
+        with self._lanes.sharing(lanes, partial(self._need_bytes, batch, rows)):
             loss, sums, norm = self._gradients_of(batch, rows, iteration)
             values = cast(list[float], loss.reshape(-1).tolist())
             self.loss_parts = dict(zip(_LOSS_PARTS, values[1:], strict=False))
@@ -131,6 +132,24 @@ class TrainStep:
         rows = max(1, self.micro_tokens // batch.ids.shape[1])
         loss, sums, _ = self._gradients_of(batch, rows, iteration)
         return loss, {name: gradient for lane in sums for name, gradient in lane.items()}
+
+    def _need_bytes(self, batch: Batch, rows: int) -> int:
+        """Return the memory that a step needs beyond weights, moments and a teacher, by the estimate for a CPU."""
+        own_rows = max(1, self._num_own_rows(batch))
+        peak = predict_peak_bytes(
+            self.model.sizes,
+            self.optimizer.config,
+            rows=own_rows,
+            micro_rows=min(rows, own_rows),
+            row_tokens=batch.ids.shape[1],
+            num_lanes=len(self._lanes),
+            compute_bytes=self.dtype.size,
+            recompute=self.recompute,
+            teacher=None if self.distillation is None else self.distillation.size,
+            adapters=adapters_of(self.model),
+            num_ranks=self._group.size,
+        )
+        return peak.total - peak.weights - peak.moments - peak.kept
 
     def _gradients_of(self, batch: Batch, rows: int, iteration: int) -> tuple[mx.array, list[Flat], mx.array]:
         """Return the loss, the gradients, each lane its share of them, and their common norm; all evaluated."""
