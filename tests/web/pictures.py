@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 MLXCHAT = Path(sys.executable).with_name("mlxchat")
-QUESTIONS = ["What is the capital of France?", "Mia has 12 apples and buys 7 more. How many apples does Mia have now?"]
+QUESTIONS = [
+    "Mia has 12 candles and buys 7 more. How many candles does Mia have now?",
+    "What is the capital of France?",
+]
 TYPED = [*QUESTIONS, "/temperature 0.7", "/retry", "/save talk.json"]
 COLUMNS = 92
 

@@ -8,7 +8,7 @@ import { copy, editor, messageElement, omission, pace, provenance, renderParts, 
 
 const $ = (id) => document.getElementById(id);
 const settings = readSettings();
-const EXAMPLES = ["What is the capital of France?", "Who are you?", "Mia has 12 apples and buys 7 more. How many apples does Mia have now?"];
+const EXAMPLES = ["What is the capital of France?", "Who are you?", "Mia has 12 candles and buys 7 more. How many candles does Mia have now?"];
 const BEGINNINGS = ["The capital of France is", "Once upon a time"];
 
 let models = [];
