@@ -59,12 +59,12 @@ def train(on_one_core: None) -> Callable[..., Outcome]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_recomputing_gives_the_same_bits_with_less_memory(train: Callable[..., Outcome], architecture: str) -> None:
-    """Loss, norm and every weight after three steps; measured, memory is 31 to 52 % of what it is otherwise."""
+    """Loss, norm and every weight after three steps; measured, memory is 31 to 40 % of what it is otherwise."""
     kept = train(architecture, recompute=False)
     recomputed = train(architecture, recompute=True)
     assert recomputed.numbers == kept.numbers
     assert recomputed.weights == kept.weights
-    assert recomputed.peak_bytes < 0.6 * kept.peak_bytes
+    assert recomputed.peak_bytes < 0.5 * kept.peak_bytes
 
 
 def test_a_forward_pass_with_recomputing_leaves_the_weights_alone() -> None:

@@ -48,10 +48,10 @@ class _Factors:
 
 
 # The CPU's own kernels, which compute attention by blocks and the logits of three chunks at once.
-_CPU = _Factors(layer=(15.0, 0.0), ends=(8.6, 0.0), attention=1.5, logits=3.5, head=1.1, muon=5.5)
+_CPU = _Factors(layer=(15.0, 0.0), ends=(8.6, 0.0), attention=1.5, logits=2.7, head=1.1, muon=5.0)
 _CPU_CHUNKS = 3
 # Sums of the head's gradient for chunks that MLX begins ahead, of so many at most; Muon's copies if lanes share them.
-_CPU_HEAD_PER_CHUNK, _CPU_MOST_HEADS, _CPU_MUON_OF_LANES = 0.4, 8, 11.0
+_CPU_HEAD_PER_CHUNK, _CPU_MOST_HEADS, _CPU_MUON_OF_LANES = 0.4, 8, 8.5
 # MLX's own operations, as on Metal and CUDA.
 _PLAIN = _Factors(layer=(19.5, 6.0), ends=(17.0, 2.5), attention=5.0, logits=3.0, head=2.0, muon=1.05)
 # With recomputation, what a layer keeps (its input and the residual's sum), and what lies outside of the layers while
