@@ -35,11 +35,14 @@ WEIGHTS = {"midtrain": "adapters.safetensors", "rl": "adapters.safetensors"}  # 
 
 TRAININGS = ("pretrain", "midtrain", "sft", "rl")
 ENDS = (
+    ("pretrain", 5, signal.SIGKILL),
     ("pretrain", 30, signal.SIGTERM),
     ("midtrain", 3, signal.SIGTERM),
     ("midtrain", 27, signal.SIGKILL),
     ("sft", 10, signal.SIGKILL),
+    ("sft", 40, signal.SIGTERM),
     ("rl", 4, signal.SIGKILL),
+    ("rl", 20, signal.SIGTERM),
     ("rl", 35, signal.SIGINT),
 )
 
@@ -143,10 +146,10 @@ def test_the_next_invocation_says_that_it_resumes(disturbed: Story) -> None:
 @pytest.mark.parametrize(
     ("step", "outcomes"),
     [
-        ("pretrain", ["interrupted", "done"]),
+        ("pretrain", ["killed", "interrupted", "done"]),
         ("midtrain", ["interrupted", "killed", "done"]),
-        ("sft", ["killed", "done"]),
-        ("rl", ["killed", "interrupted", "done"]),
+        ("sft", ["killed", "interrupted", "done"]),
+        ("rl", ["killed", "interrupted", "interrupted", "done"]),
     ],
 )
 def test_the_manifest_lists_every_execution_and_where_it_continued(

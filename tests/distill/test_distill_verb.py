@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import hashlib
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from mlxchat.cli import main as run_cli
 from mlxchat.commands.distill import main
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation
+from mlxchat.distill.collect import Collector
 from mlxchat.distill.cost import Budget, Prices
+from mlxchat.distill.pace import Gate
 from mlxchat.errors import ConfigError, DataError, MlxchatError, PassingError
 from mlxchat.tasks.jsonl import Jsonl
 
@@ -622,12 +626,38 @@ def test_so_many_requests_a_minute(ask: Callable[..., int], teacher: Teacher) ->
     assert teacher.times[-1] - began >= 5 * 60 / 300 * 0.95
 
 
-def test_so_many_tokens_a_minute_by_what_answers_really_used(ask: Callable[..., int], teacher: Teacher) -> None:
+@pytest.fixture
+def asked_at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Times of the requests, in seconds, by a clock that moves while the collector waits and stands still otherwise."""
+    now, times = 0.0, []
+
+    class Watched(Gate):
+        def enter(self, tokens: float) -> None:
+            times.append(now)
+            super().enter(tokens)
+
+    async def wait(self: Collector, seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("mlxchat.distill.collect.Gate", partial(Watched, clock=lambda: now))
+    monkeypatch.setattr(Collector, "_sleep", wait)
+    return times
+
+
+def test_requests_are_spaced_evenly(ask: Callable[..., int], asked_at: list[float]) -> None:
+    ask("--rpm", "1200", "--concurrency", "1")
+    assert asked_at == pytest.approx([each * 0.05 for each in range(6)])
+
+
+def test_so_many_tokens_a_minute_by_what_answers_really_used(
+    ask: Callable[..., int], teacher: Teacher, asked_at: list[float]
+) -> None:
+    """Guessed are fewer than 60 tokens for each; 100 tokens at 60,000 a minute are a tenth of a second."""
     teacher.script = lambda question, tries: Reply(usage={"prompt_tokens": 20, "completion_tokens": 80})
-    began = time.monotonic()
-    ask("--tpm", "15000", "--concurrency", "1", "--max-tokens", "50")
-    # 100 tokens are 0.4 s. Of the first five answers, all but the last one's are counted for sure.
-    assert teacher.times[-1] - began >= 4 * 0.4 * 0.95
+    ask("--tpm", "60000", "--concurrency", "1", "--max-tokens", "50")
+    assert asked_at == pytest.approx([each * 0.1 for each in range(6)])
 
 
 def test_the_next_command_is_printed_as_a_shell_and_hydra_take_it(

@@ -360,7 +360,7 @@ def answer_until(team: Team | None, folder: str, stop_after: int | None, kind: s
     return [known, score.to_dict(), examples]
 
 
-@pytest.mark.parametrize(("kind", "first", "then"), [("generative", 2, 3), ("categorical", 3, 1)])
+@pytest.mark.parametrize(("kind", "first", "then"), [("generative", 2, 3), ("generative", 1, 2), ("categorical", 3, 1)])
 def test_a_stopped_evaluation_goes_on_with_another_number_of_ranks(
     tmp_path: Path, kind: str, first: int, then: int
 ) -> None:
