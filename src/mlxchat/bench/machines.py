@@ -17,9 +17,9 @@ from typing import Any, TextIO
 import yaml
 
 from mlxchat.config import Config
-from mlxchat.distributed.group import BUCKET_BYTES
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
+from mlxchat.ops.machine import BUCKET_BYTES
 from mlxchat.optimizer_config import OptimizerConfig
 from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.planning.memory import predict_peak_bytes

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from mlxchat.cpu import runtime
-from mlxchat.ops.blocks import CPU_MOST_LANES
 from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.machine import CPU_MOST_LANES
 
 
 class _Streams(threading.local):

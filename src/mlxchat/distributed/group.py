@@ -16,11 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.errors import StepFailed
+from mlxchat.ops.machine import BUCKET_BYTES
 
 Arrays = dict[str, mx.array]
-
-# Bytes that one collective carries: more would keep a second copy of a whole model in memory.
-BUCKET_BYTES = 64 * 2**20
 
 
 class PeerLost(StepFailed):

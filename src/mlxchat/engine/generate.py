@@ -22,7 +22,7 @@ from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Forward, Request, Scheduler
 from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT, computing_in, flatten_parameters
-from mlxchat.ops.blocks import DECODED_ROWS, PREFILL_TOKENS
+from mlxchat.ops.machine import DECODED_ROWS, PREFILL_TOKENS
 
 
 @dataclass

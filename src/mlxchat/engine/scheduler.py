@@ -25,7 +25,7 @@ from mlxchat.engine.sample import Sampling, log_probability, sample_token
 from mlxchat.engine.stopping import ShownText
 from mlxchat.engine.tools import ToolCalls
 from mlxchat.errors import ConfigError
-from mlxchat.ops.blocks import DECODED_ROWS, PREFILL_TOKENS
+from mlxchat.ops.machine import DECODED_ROWS, PREFILL_TOKENS
 
 # A step comes back this soon even if every row waits for a program, so that requests and cancellations are seen.
 _PATIENCE_SECONDS = 0.02

@@ -19,7 +19,7 @@ from mlxchat.engine.decode import Caches, Decoder
 from mlxchat.engine.kv_format import Kept, KVFormat
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.attention import causal_attention, masked_attention
-from mlxchat.ops.blocks import BATCH_ROWS, KV_TOKENS
+from mlxchat.ops.machine import BATCH_ROWS, KV_TOKENS
 from mlxchat.ops.normalisation import rms_norm
 
 # Fewer tokens of a prompt are read by one lane.

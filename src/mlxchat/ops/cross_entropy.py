@@ -13,9 +13,9 @@ from functools import cache
 
 import mlx.core as mx
 
-from mlxchat.ops.blocks import LOGITS as _CHUNK_FLOATS
 from mlxchat.ops.compiled import compiled, differentiable, sum_rows
 from mlxchat.ops.device import accelerated
+from mlxchat.ops.machine import LOGITS as _CHUNK_FLOATS
 
 SOFT_CAP = 15.0
 

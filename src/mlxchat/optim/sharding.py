@@ -15,7 +15,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.distributed.group import BUCKET_BYTES, Group, buckets
+from mlxchat.distributed.group import Group, buckets
+from mlxchat.ops.machine import BUCKET_BYTES
 from mlxchat.optim.groups import Flat, Optimizer, Shape, share_evenly, sum_squares
 
 _NUMBER_BYTES = 4

@@ -21,8 +21,7 @@ from mlxchat.config import Config, MachineConfig, OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.launch.ranks import current
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, sizes_of
-from mlxchat.ops.blocks import BATCH_ROWS, CPU_MOST_LANES, DECODED_ROWS
-from mlxchat.ops.machine import available_cores, device_kind, dtype_name
+from mlxchat.ops.machine import BATCH_ROWS, CPU_MOST_LANES, DECODED_ROWS, available_cores, device_kind, dtype_name
 from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
 from mlxchat.planning.memory import PeakBytes, predict_forward_bytes, predict_peak_bytes
 from mlxchat.planning.models import TeacherSize, find_given_sizes, measure_teacher, teacher_folder, teachers_of

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_adapter_parameters, count_parameters, matrices_of
-from mlxchat.ops.blocks import (
+from mlxchat.ops.machine import (
+    BUCKET_BYTES,
     CPU_ATTENTION_TOKENS,
     CPU_LEAST_LOGITS_ROWS,
     CPU_LOGITS,
     KV_TOKENS,
     LOGITS,
     PREFILL_TOKENS,
-    SENT_BYTES,
 )
 from mlxchat.optimizer_config import OptimizerConfig
 
@@ -188,7 +188,7 @@ def predict_peak_bytes(
     moving = (parameters + workspace) * _MASTER_BYTES
     if num_ranks > 1:
         whole = parameters * _MASTER_BYTES
-        bucket = min(whole, max(SENT_BYTES, counts["embedding"] * _MASTER_BYTES))
+        bucket = min(whole, max(BUCKET_BYTES, counts["embedding"] * _MASTER_BYTES))
         summing = max(summing, whole + 2 * bucket)
         # New weights come in before the old ones go; each rank's part is there once more, and as a message.
         arriving = min(whole, num_ranks * bucket) + 2 * whole // num_ranks
