@@ -14,10 +14,10 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from kit.servers import Loopback, QuietHandler
+from kit.servers import Loopback, QuietHandler, Served
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _BLOCK = 1 << 14
@@ -65,7 +65,7 @@ class Request:
 
 
 @dataclass
-class LoopbackHub:
+class LoopbackHub(Served):
     """The server, as a context manager. `repositories` maps ("dataset", "org/name") to files; all may be changed."""
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
@@ -74,25 +74,13 @@ class LoopbackHub:
     faults: Faults = field(default_factory=Faults)
     log: list[Request] = field(default_factory=list)
 
-    def __enter__(self) -> LoopbackHub:
+    def __enter__(self) -> Self:
         class Handler(_Downloads):
             hub = self
 
         self.server = Loopback(Handler)
         self.lock, self.done = threading.Lock(), Counter[tuple[str, str]]()
-        self.server.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Answer nobody any more."""
-        self.server.__exit__()
-
-    @property
-    def url(self) -> str:
-        return self.server.url
+        return super().__enter__()
 
     def add(self, name: str, files: dict[str, bytes], kind: str = "dataset", **more: Any) -> Repository:
         """Offer a repository."""
@@ -270,7 +258,7 @@ class Uploaded:
 
 
 @dataclass
-class UploadHub:
+class UploadHub(Served):
     """The server, as a context manager."""
 
     token: str = "hf_right_token"
@@ -283,20 +271,12 @@ class UploadHub:
     """Large files by sha256, committed or not."""
     log: list[tuple[str, str]] = field(default_factory=list)
 
-    def __enter__(self) -> UploadHub:
+    def __enter__(self) -> Self:
         class Handler(_Uploads):
             hub = self
 
         self.server = Loopback(Handler)
-        self.server.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.server.__exit__()
-
-    @property
-    def url(self) -> str:
-        return self.server.url
+        return super().__enter__()
 
 
 class _Uploads(QuietHandler):

@@ -43,6 +43,27 @@ class Loopback(ThreadingHTTPServer):
         self.thread.join()
 
 
+class Served:
+    """What answers by way of a `Loopback`, until it stops."""
+
+    server: Loopback
+
+    def __enter__(self) -> Self:
+        self.server.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Answer nobody any more."""
+        self.server.__exit__()
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+
 @dataclass
 class Reply:
     """What the server does to one request."""
@@ -59,7 +80,7 @@ class Reply:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-class Teacher:
+class Teacher(Served):
     """A scripted endpoint: `script(question, tries)` says what happens; what was asked is kept."""
 
     def __init__(self) -> None:
@@ -119,18 +140,10 @@ class Teacher:
                     self.close_connection = True
 
         self.server = Loopback(Endpoint)
-        self.url = f"{self.server.url}/v1"
+
+    @property
+    def url(self) -> str:
+        return f"{super().url}/v1"
 
     def asked(self) -> list[str]:
         return [body["messages"][-1]["content"] for body in self.bodies]
-
-    def __enter__(self) -> Self:
-        self.server.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Answer no more."""
-        self.server.__exit__()
