@@ -6,9 +6,9 @@ Counterpart of nanochat's tok_train.py and tok_eval.py. Options: conf/settings/t
 import json
 
 from mlxchat.data.bpe import train_on_corpus
-from mlxchat.data.compression import compression_rows, print_compression
 from mlxchat.data.sources import iterate_documents
 from mlxchat.data.tokenizer import load_vocabulary
+from mlxchat.evals.compression import compression_rows, print_compression
 from mlxchat.runner.context import Context
 
 VERSION = 2

@@ -86,7 +86,7 @@ def _ratio(size: int, tokens: int) -> float:
 
 
 def _texts(splits: dict[str, Iterable[str]]) -> Iterator[tuple[str, list[str]]]:
-    folder = Path(__file__).with_name("samples")
+    folder = Path(__file__).with_name("texts")
     for kind in KINDS:
         yield kind, [folder.joinpath(f"{kind}.txt").read_text(encoding="utf-8")]
     for name, documents in splits.items():

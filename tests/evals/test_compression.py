@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 import tiktoken
 
-from mlxchat.data import compression
 from mlxchat.data.bpe import train_tokenizer
-from mlxchat.data.compression import KINDS, compression_rows, print_compression
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPLIT_PATTERN, Vocabulary
 from mlxchat.errors import DataError
+from mlxchat.evals import compression
+from mlxchat.evals.compression import KINDS, compression_rows, print_compression
 
 SPLITS = {"train": ["one cat", "two cats\n"], "validation": ["naïve 你好"]}
 
