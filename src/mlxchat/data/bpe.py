@@ -5,20 +5,17 @@ It can be stopped at any moment, gives its memory back when it ends, and never h
 
 from __future__ import annotations
 
-import base64
-import fcntl
 import json
 import os
 import select
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -34,27 +31,25 @@ from mlxchat.runner.progress import format_bytes, format_count
 # Documents that rustbpe counts at a time, and as many that wait. Twice as many (its own default) are no faster and take
 # more memory; a quarter is slower.
 _BUFFER_DOCUMENTS = 4096
-_FRAME_CHARS = 1 << 18
-_PIPE_BYTES = 1 << 20
+_PART_CHARS = 1 << 18
+_READ_BYTES = 1 << 20
 _LOOK_SECONDS = 0.1
 _WEIGH_SECONDS = 0.5
 _MEMORY_SHARE = 0.8
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
-    """How far a training is; at the end, what came of it."""
+    """The progress of a training and, at the end, its result."""
 
     chars: int = 0
     """Characters counted."""
-    documents: int = 0
-    """Documents fed."""
     pieces: int | None = None
     """Distinct pieces, known once everything is counted; they decide how much memory the merging takes."""
     merges: int = 0
     """Merges made."""
     peak_bytes: int = 0
-    """Peak memory of the process that trained."""
+    """Peak memory of the process that trained, at the end."""
     ranks: dict[bytes, int] | None = None
     """Token → id, at the end."""
 
@@ -145,7 +140,7 @@ def train_ranks(
     on_progress: Callable[[Trained], None] = lambda trained: None,
     memory_limit_bytes: int | None = None,
 ) -> Trained:
-    """Train on texts, most frequent pair first; fewer than `num_tokens` come of it where the text runs out of pairs.
+    """Train on texts, most frequent pair first; returns fewer than `num_tokens` where the text runs out of pairs.
 
     Args:
         texts: read once, as they are needed.
@@ -156,88 +151,88 @@ def train_ranks(
         memory_limit_bytes: of the process that trains; None: no limit.
 
     Raises:
-        DataError: a text is no Unicode, or more memory is needed than the limit.
+        DataError: a text is not valid Unicode, or more memory is needed than the limit.
         StepFailed: the process was ended from outside.
     """
-    worker = Path(__file__).with_name("bpe_worker.py")
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    worker = _Worker(check, on_progress, memory_limit_bytes)
     try:
-        return _Feeder(process, process.stdin, process.stdout, check, on_progress, memory_limit_bytes).run(
-            texts, {"num_tokens": num_tokens, "pattern": pattern}
-        )
+        worker.send({"num_tokens": num_tokens, "pattern": pattern, "buffer": _BUFFER_DOCUMENTS, "parent": os.getpid()})
+        for part in _parts(texts):
+            worker.send(part)
+        worker.send([])
+        while worker.trained.ranks is None:
+            worker.look()
+        return worker.trained
     finally:
-        process.kill()
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
+        worker.kill()
 
 
-class _Feeder:
-    """Our end of the pipes. Neither is ever waited for longer than a moment, so that `check` is called."""
+def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts a few at a time."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= _PART_CHARS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+class _Worker:
+    """The process that trains. No wait for its pipes exceeds _LOOK_SECONDS, so that `check` is called."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], into: IO[bytes], out: IO[bytes], check: Callable[[], None],
-        on_progress: Callable[[Trained], None], memory_limit_bytes: int | None,
-    ) -> None:  # fmt: skip
-        self._process, self._into, self._out = process, into, out
+        self, check: Callable[[], None], on_progress: Callable[[Trained], None], memory_limit_bytes: int | None
+    ) -> None:
         self._check, self._on_progress, self._limit = check, on_progress, memory_limit_bytes
-        self._trained, self._received = Trained(), bytearray()
-        self._weighed = 0.0
-        for pipe in (into, out):
-            os.set_blocking(pipe.fileno(), False)
-            if hasattr(fcntl, "F_SETPIPE_SZ"):
-                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        command = [sys.executable, "-P", str(Path(__file__).with_name("bpe_worker.py"))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._in, False)
+        self.trained, self._received, self._weighed = Trained(), b"", 0.0
 
-    def run(self, texts: Iterable[str], order: dict[str, object]) -> Trained:
-        """Send all texts, and wait for the ranks."""
-        order |= {"buffer": _BUFFER_DOCUMENTS, "parent": os.getpid()}
-        self._send((json.dumps(order) + "\n").encode())
-        for documents, frame in _frames(texts):
-            self._send(frame)
-            self._trained.documents += documents
-        self._send(struct.pack("<I", 0))
-        while self._trained.ranks is None:
-            self._look(wants_to_send=False)
-        return self._trained
-
-    def _send(self, data: bytes) -> None:
-        rest = memoryview(data)
+    def send(self, value: Any) -> None:
+        """Write a line of JSON."""
+        try:
+            rest = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        except UnicodeEncodeError as error:
+            raise DataError(f"a document is not valid Unicode ({error})") from None
         while rest:
-            if self._look(wants_to_send=True):
+            if self.look(wants_to_send=True):
                 try:
-                    rest = rest[os.write(self._into.fileno(), rest) :]
+                    rest = rest[os.write(self._in, rest) :]
                 except BlockingIOError:
                     continue
                 except BrokenPipeError:
                     self._fail()
 
-    def _look(self, *, wants_to_send: bool) -> bool:
-        """Read reports, waiting at most _LOOK_SECONDS; return whether data can be sent."""
+    def look(self, *, wants_to_send: bool = False) -> bool:
+        """Read reports, for at most _LOOK_SECONDS; return whether data can be sent."""
         self._check()
-        readable, writable, _ = select.select([self._out], [self._into] if wants_to_send else [], [], _LOOK_SECONDS)
+        readable, writable, _ = select.select([self._out], [self._in] if wants_to_send else [], [], _LOOK_SECONDS)
         if readable:
-            data = os.read(self._out.fileno(), _PIPE_BYTES)
+            data = os.read(self._out, _READ_BYTES)
             if not data:
                 self._fail()
-            self._received += data
-            *lines, rest = self._received.split(b"\n")
-            self._received = bytearray(rest)
+            *lines, self._received = (self._received + data).split(b"\n")
             for line in lines:
-                self._take(json.loads(line))
-            self._on_progress(self._trained)
+                facts = json.loads(line)
+                if "ranks" in facts:
+                    facts["ranks"] = {bytes.fromhex(token): rank for rank, token in enumerate(facts["ranks"])}
+                self.trained = replace(self.trained, **facts)
+            self._on_progress(self.trained)
         self._weigh()
         return bool(writable)
 
-    def _take(self, facts: dict[str, int]) -> None:
-        if "ranks" in facts:
-            tokens: list[str] = facts.pop("ranks")  # type: ignore[assignment]
-            self._trained.ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokens)}
-        for name, value in facts.items():
-            setattr(self._trained, name, value)
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
 
     def _weigh(self) -> None:
         now = time.monotonic()
@@ -250,34 +245,12 @@ class _Feeder:
             return
         if used > self._limit:
             raise DataError(
-                f"training the tokenizer took {format_bytes(used)} after {self._trained.chars:,} characters, more than "
+                f"training the tokenizer took {format_bytes(used)} after {self.trained.chars:,} characters, more than "
                 f"the {format_bytes(self._limit)} it may have: every distinct piece of text is kept. Lower "
                 "tokenizer.max_chars, or raise machine.memory_limit_bytes."
             )
 
-    def _fail(self) -> None:
+    def _fail(self) -> NoReturn:
         code = self._process.wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         raise StepFailed(f"the process that trains the tokenizer ended {how}; its output is above")
-
-
-def _frames(texts: Iterable[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield texts as bytes to send, a few at a time, and how many."""
-    waiting: list[bytes] = []
-    size = 0
-    for text in texts:
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"a document is no Unicode text ({error})") from None
-        waiting.append(data)
-        size += len(data)
-        if size >= _FRAME_CHARS:
-            yield len(waiting), _frame(waiting)
-            waiting, size = [], 0
-    if waiting:
-        yield len(waiting), _frame(waiting)
-
-
-def _frame(texts: list[bytes]) -> bytes:
-    return b"".join([struct.pack(f"<{len(texts) + 1}I", len(texts), *map(len, texts)), *texts])
