@@ -35,7 +35,6 @@ LAYERS = [
         "sandbox",
     },
     {"distributed"},
-    {"launch"},
     {"runner"},
     {"hub"},
     {"tasks"},

@@ -66,7 +66,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         return main_complete(arguments[1:])
     if "MLX_RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
-        from mlxchat.launch.entry import enter
+        from mlxchat.distributed.ranks import enter
 
         code = enter(arguments)
         if code is not None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from mlxchat.compose import Composed
 from mlxchat.config import Config, HooksConfig
+from mlxchat.distributed.ranks import lead_ranks
 from mlxchat.errors import StoreError
-from mlxchat.launch.lead import lead_ranks
 from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.budget import check_memory
 from mlxchat.planning.local_files import check_local_files

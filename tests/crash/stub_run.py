@@ -88,7 +88,7 @@ def describe_device() -> dict[str, Any]:
 def lead(ranks: int) -> Any:
     """Return what a run with this machine.num_processes is led by."""
     from mlxchat.config import MachineConfig
-    from mlxchat.launch.lead import lead_ranks
+    from mlxchat.distributed.ranks import lead_ranks
 
     return lead_ranks(MachineConfig(
         num_processes=ranks, max_parallel_steps=1, blas_threads=1, device="cpu", compute_dtype="auto",

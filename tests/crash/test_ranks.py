@@ -102,10 +102,11 @@ def test_all_ranks_end_with_one_message_and_the_next_start_ends_with_the_same_by
 def test_what_goes_wrong_on_a_rank_is_told_and_its_traceback_kept(stubs: Any) -> None:
     code, text = stubs.run(*RANKS, "train.dtype=none")
     assert code == 1
-    assert re.search(r"error: rank [12] \(process \d+ on .*\) failed: KeyError: 'none'\. All ranks have ended", text)
+    found = re.search(r"error: rank ([12]) \(process \d+ on .*\) failed: KeyError: 'none'\. All ranks have ended", text)
+    assert found, text
     assert "Traceback" not in text
     (run,) = (stubs.outputs / "runs").iterdir()
-    assert "KeyError: 'none'" in (run / "rank-1.log").read_text()
+    assert "KeyError: 'none'" in (run / f"rank-{found[1]}.log").read_text()
 
 
 def test_a_second_signal_ends_all_ranks_at_once(stubs: Any) -> None:
@@ -175,7 +176,7 @@ def test_ranks_start_only_when_a_step_needs_them(stubs: Any) -> None:
 
 def test_what_ranks_print_goes_to_the_folder_of_the_run(undisturbed: Any) -> None:
     (run,) = (undisturbed.outputs / "runs").iterdir()
-    assert sorted(path.name for path in run.glob("rank*")) == ["rank-1.log", "rank-2.log", "ranks.json"]
+    assert sorted(path.name for path in run.glob("rank*")) == ["rank-0.log", "rank-1.log", "rank-2.log", "ranks.json"]
     assert "together: rank 2 of 3" in (run / "rank-2.log").read_text()
 
 

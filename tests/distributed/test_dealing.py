@@ -7,7 +7,7 @@ from itertools import combinations_with_replacement, pairwise
 import numpy as np
 import pytest
 
-from mlxchat.distributed.dealing import deal_padded
+from mlxchat.distributed.group import deal_padded
 
 
 def cost(lengths: list[int]) -> int:

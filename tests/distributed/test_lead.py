@@ -8,7 +8,7 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.config import BatchConfig
-from mlxchat.launch.lead import Lead, lead_ranks
+from mlxchat.distributed.ranks import Ranks, lead_ranks
 from mlxchat.ops import machine as machine_module
 
 
@@ -28,7 +28,7 @@ def test_ranks_share_the_cores_of_their_machine(
     monkeypatch.setattr(machine_module, "available_cores", lambda: cores)
     shared, lead = lead_ranks(machine(f"machine.num_processes={ranks}"))
     assert shared.blas_threads == threads
-    assert isinstance(lead, Lead)
+    assert isinstance(lead, Ranks)
 
 
 def test_threads_that_are_given_are_not_shared_out() -> None:

@@ -15,12 +15,9 @@ import pytest
 
 import mlxchat
 from kit import ranks
+from mlxchat.distributed.ranks import computes, find_meeting
+from mlxchat.distributed.watch import Line, Watch, code_digest, connect, find_facts, listen_at
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.launch.entry import computes
-from mlxchat.launch.facts import code_digest, find_facts
-from mlxchat.launch.line import Line, connect, listen_at
-from mlxchat.launch.meeting import find_meeting
-from mlxchat.launch.watch import Watch
 
 
 def write(folder: Path, value: Any) -> str:
@@ -141,14 +138,12 @@ def test_a_rank_that_does_not_come_is_named_with_its_host() -> None:
 # As with mpi, which is not in every MLX: the ranks join the group before they know where rank 0 listens.
 GROUP_FIRST = """
 import mlxchat, os, sys
-from mlxchat.launch.meeting import Meeting
+from mlxchat.distributed.ranks import Meeting, _meet, follow
 rank = int(os.environ["MLX_RANK"])
 meeting = Meeting(rank=rank, size=2, backend="ring", address=None)
 if rank == 0:
-    from mlxchat.launch.ranks import meet
-    print(meet(meeting, print).describe()["size"], "ranks")
+    print(_meet(meeting).describe()["size"], "ranks")
 else:
-    from mlxchat.launch.follow import follow
     sys.exit(follow(meeting))
 """
 

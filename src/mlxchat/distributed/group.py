@@ -1,6 +1,6 @@
-"""A group of processes that compute together: what MLX's collectives need to be used safely.
+"""MLX's collectives for the ranks of a run, and how rows are dealt to ranks.
 
-Everything is evaluated at once, so that all ranks meet in the same order, and whoever is lost is told in words.
+Everything is evaluated at once, so that all ranks meet in the same order, and a lost rank raises `PeerLost`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Arrays = dict[str, mx.array]
 
 
 class PeerLost(StepFailed):
-    """Another process of the group is gone."""
+    """Another rank is gone."""
 
 
 @dataclass
 class Traffic:
-    """What a rank's collectives have cost so far."""
+    """What the collectives of this rank have cost so far."""
 
     calls: int = 0
     sent_bytes: int = 0
-    """What this rank sent, as a ring's algorithms go."""
+    """Bytes that this rank sent, by the algorithms of a ring."""
     seconds: float = 0.0
-    """Until they were done; the waiting for ranks that came later is part of it."""
+    """Their duration, the wait for later ranks included."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Group:
     backend: str = "none"
     """ring, jaccl, nccl or mpi."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
-    """Of this rank."""
 
     @property
     def rank(self) -> int:
@@ -127,7 +126,7 @@ class Group:
         return total.view(mx.uint8)[: bits.size].view(array.dtype).reshape(array.shape)
 
     def share_json(self, value: Any = None) -> Any:
-        """Return rank 0's value, plain JSON data; what the others give is not looked at.
+        """Return rank 0's value, plain JSON data; the values of the others are ignored.
 
         Raises:
             PeerLost: another rank is gone.
@@ -142,7 +141,7 @@ class Group:
     def _meet(self, collective: Any, array: mx.array) -> mx.array:
         # Collectives of nccl run on the GPU; those of the others must not keep it waiting for the network.
         stream = None if self.backend == "nccl" else mx.cpu
-        with _telling_of_lost_peers():
+        with _peers_lost():
             mx.eval(array)
             began = time.perf_counter()
             found: mx.array = collective(array, group=self.raw, stream=stream)
@@ -160,7 +159,7 @@ ALONE = Group()
 
 
 @contextmanager
-def _telling_of_lost_peers() -> Iterator[None]:
+def _peers_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -183,3 +182,36 @@ def buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:
         size, dtype = size + array.nbytes, array.dtype
     if bucket:
         yield bucket
+
+
+def deal_padded(lengths: Sequence[int], parts: int) -> list[slice]:
+    """Return contiguous parts of rows, of which the most expensive costs as little as possible; some may be empty.
+
+    A part costs its rows times its longest row, since rows are padded to one length. So rows of similar length should
+    be neighbours.
+
+    Args:
+        lengths: of the rows, in tokens.
+        parts: how many, at least 1.
+    """
+    low, high = max(lengths, default=0), len(lengths) * max(lengths, default=0)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill(lengths, middle)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    found = _fill(lengths, high)
+    return found + [slice(len(lengths), len(lengths))] * (parts - len(found))
+
+
+def _fill(lengths: Sequence[int], most: int) -> list[slice]:
+    """Return the fewest parts of which none costs more than `most`, the length of a row at least."""
+    found: list[slice] = []
+    start = longest = 0
+    for place, length in enumerate(lengths):
+        longest = max(longest, length)
+        if longest * (place + 1 - start) > most:
+            found.append(slice(start, place))
+            start, longest = place, length
+    return [*found, slice(start, len(lengths))] if start < len(lengths) else found

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import trim_rows
-from mlxchat.distributed.dealing import deal_padded
+from mlxchat.distributed.group import deal_padded
 from mlxchat.distributed.team import Team
 from mlxchat.evals.bpb import own_losses
 from mlxchat.evals.branching import Row

@@ -18,8 +18,8 @@ import psutil
 
 from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.config import Config, MachineConfig, OptimizerConfig
+from mlxchat.distributed.ranks import current
 from mlxchat.errors import ConfigError
-from mlxchat.launch.ranks import current
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, sizes_of
 from mlxchat.ops.machine import BATCH_ROWS, CPU_MOST_LANES, DECODED_ROWS, available_cores, device_kind, dtype_name
 from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes

@@ -17,7 +17,7 @@ RESOURCES = ["gpu"]
 
 
 def run(ctx):
-    from mlxchat.launch.begin import begin_step
+    from mlxchat.distributed.ranks import begin_step
 
     count_execution(ctx)
     # A function of mlxchat that all ranks may be asked to call; what is sent along travels through MLX's ring.

@@ -1,0 +1,604 @@
+"""The ranks of a run: started on this machine for the first step that needs them, or found by mlx.launch's variables.
+
+Both ways give each process the variables that MLX reads and the same command. Rank 0 runs it; the others connect to
+rank 0 and follow it. They connect and compare versions before MLX's `init`, which waits without end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import os
+import platform
+import re
+import secrets
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxchat.errors import ConfigError, Interrupted, StepFailed
+from mlxchat.ops.machine import share_of_cores
+from mlxchat.verbs import VERBS
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlxchat.config import BatchConfig, MachineConfig
+    from mlxchat.distributed.group import Group
+    from mlxchat.distributed.team import Team
+    from mlxchat.distributed.watch import Watch
+
+# Secret of the run that ranks present to rank 0. Users may set it for mlx.launch.
+TOKEN = "MLXCHAT_RANKS_TOKEN"
+# Where rank 0 listens, in ranks that it started.
+_ADDRESS = "MLXCHAT_RANKS_ADDRESS"
+# Everything that MLX's collectives read, and ours; cleared so that processes started later are no ranks.
+_VARIABLES = (
+    "MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING",
+    "NCCL_HOST_IP", "NCCL_PORT", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _ADDRESS, TOKEN,
+)  # fmt: skip
+# Options with which `run` only prints something.
+_PRINTING = {
+    "--help", "-h", "--version", "-V", "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc",
+}  # fmt: skip
+_START_SECONDS = 90.0
+_MEET_SECONDS = 120.0
+_WELCOME_SECONDS = 180.0
+_JOIN_SECONDS = 60.0
+_LOG_LINES = 5
+_MOST_HANDLES = 1024
+_HERE = "127.0.0.1"
+
+_current: Ranks | None = None
+"""The ranks of this process, once they are there. A process has one group in its life: MLX makes no second one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """What the environment says about this rank and the others."""
+
+    rank: int
+    size: int
+    backend: str
+    """ring, jaccl, nccl or mpi."""
+    address: tuple[str, int] | None
+    """Host and port at which rank 0 listens; None (mpi): the ranks learn it in MLX's group."""
+    hosts: list[str] = field(default_factory=list)
+    """Of all ranks, as far as known."""
+
+
+def find_meeting(variables: Mapping[str, str] = os.environ) -> Meeting | None:
+    """Return the ranks that this process belongs to, or None if it was started alone.
+
+    Raises:
+        ConfigError: the variables contradict each other, or what they name cannot be read.
+    """
+    if "MLX_RANK" not in variables:
+        size = _number(variables, "OMPI_COMM_WORLD_SIZE", 1)
+        rank = _number(variables, "OMPI_COMM_WORLD_RANK", 0)
+        return Meeting(rank=rank, size=size, backend="mpi", address=None) if size > 1 else None
+    rank, hosts = _number(variables, "MLX_RANK", 0), list[str]()
+    # Rank 0 listens one port above those of MLX.
+    if "MLX_JACCL_COORDINATOR" in variables:
+        backend, size = "jaccl", len(_read_json(variables, "MLX_IBV_DEVICES"))
+        host, _, text = variables["MLX_JACCL_COORDINATOR"].rpartition(":")
+        address = (host, _port(text) + 1)
+    elif "NCCL_HOST_IP" in variables and "MLX_WORLD_SIZE" in variables:
+        backend, size = "nccl", _number(variables, "MLX_WORLD_SIZE", 1)
+        address = (variables["NCCL_HOST_IP"], _number(variables, "NCCL_PORT", 12345) + 1)
+    elif "MLX_HOSTFILE" in variables:
+        addresses = _read_json(variables, "MLX_HOSTFILE")
+        if not all(isinstance(each, list) and each and all(isinstance(one, str) for one in each) for each in addresses):
+            raise ConfigError(
+                f"MLX_HOSTFILE: {variables['MLX_HOSTFILE']} is no ring's hostfile: expected a list for each rank with "
+                'its addresses, such as [["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
+            )
+        backend, size, hosts = "ring", len(addresses), [each[0].rpartition(":")[0] for each in addresses]
+        port = max((_port(one.rpartition(":")[2]) for each in addresses for one in each), default=0) + 1
+        address = (hosts[0] if hosts else "", port)
+    else:
+        return None
+    if size < 2:  # what mlx.launch -n 1 sets
+        return None
+    if not 0 <= rank < size:
+        raise ConfigError(f"MLX_RANK is {rank}, expected 0 to {size - 1}: there are {size} ranks")
+    if _ADDRESS in variables:
+        host, _, text = variables[_ADDRESS].rpartition(":")
+        address = (host, _port(text))
+    return Meeting(rank=rank, size=size, backend=backend, address=address, hosts=hosts)
+
+
+def _number(variables: Mapping[str, str], name: str, default: int) -> int:
+    try:
+        return int(variables.get(name, default))
+    except ValueError:
+        raise ConfigError(f"{name} is {variables[name]!r}, expected a whole number") from None
+
+
+def _port(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f'"{text}" is no port: addresses of ranks are HOST:PORT') from None
+
+
+def _read_json(variables: Mapping[str, str], name: str) -> list[Any]:
+    path = Path(variables.get(name, ""))
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+        found = json.loads(text) if text else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(found, list):
+        raise ConfigError(f"{name}: {path} does not hold a list")
+    return found
+
+
+def forget_meeting() -> None:
+    """Clear the variables, so that no process that this one starts takes itself for a rank."""
+    for name in _VARIABLES:
+        os.environ.pop(name, None)
+
+
+def enter(arguments: list[str]) -> int | None:
+    """Become the rank that the environment names; return the exit code, or None if the command is to be run here.
+
+    Raises:
+        MlxchatError: the ranks cannot connect, or differ.
+    """
+    meeting = find_meeting()
+    if meeting is None:
+        return None
+    if not computes(arguments):
+        forget_meeting()
+        return None if meeting.rank == 0 else 0
+    if meeting.rank == 0:
+        _meet(meeting)
+        return None
+    code = follow(meeting)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # MLX's threads may still wait for a rank that is gone
+
+
+def computes(arguments: list[str]) -> bool:
+    """Return whether a command line is one whose steps all ranks compute: `run`, or its short form."""
+    verb = arguments[0] if arguments and arguments[0] in VERBS else "run"
+    if verb != "run" or (arguments and arguments[0] in ("help", "_complete")):
+        return False
+    return not _PRINTING & {argument.partition("=")[0] for argument in arguments}
+
+
+def follow(meeting: Meeting) -> int:
+    """Take part in what rank 0 computes until it ends; return the exit code."""
+    from mlxchat.distributed.team import Team
+    from mlxchat.distributed.watch import Follower, connect, find_facts
+
+    facts, token = find_facts(meeting.rank), os.environ.get(TOKEN, "")
+    is_child, group, address = _ADDRESS in os.environ, None, meeting.address
+    if address is None:
+        group, _ = _join(meeting.backend, meeting.rank)
+        address = tuple(group.share_json())
+    host, port = address
+    try:
+        line = connect((host, port), 0 if is_child else _MEET_SECONDS)
+    except OSError as error:
+        print(f"error: rank {meeting.rank} on {facts['host']} finds no rank 0 at {host}:{port} ({error})",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    line.send({"kind": "hello", "facts": facts, "token": token})
+    answer = line.receive(_WELCOME_SECONDS)
+    if answer is None:
+        line.close()
+        return 1  # rank 0 reports why
+    if group is None:
+        group, _ = _join(meeting.backend, meeting.rank)
+    follower = Follower(line, answer["host"], says=meeting.rank == 1 and not is_child)
+    follower.begin(same_host=answer["host"] == facts["host"], forward=not is_child)
+    try:
+        Team(group, follower).follow()
+    except BaseException as error:
+        from traceback import print_exc
+
+        print_exc()
+        sys.stderr.flush()
+        follower.fail(error)
+        return 1
+    return 0
+
+
+def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    """Prepare every rank for a step.
+
+    Args:
+        team: all ranks.
+        request: `step` (its name), `machine` (device, compute_dtype, limits in bytes, blas_threads) and `neighbours`
+            (for each rank, how many there are on its machine, itself included).
+        arrays: none.
+    """
+    import mlx.core as mx
+
+    from mlxchat.config import MachineConfig
+    from mlxchat.ops.device import prepare_machine
+
+    team.kept.clear()
+    if team.group.leads:
+        return  # the stage does it
+    machine = MachineConfig(**request["machine"])
+    prepare_machine(machine, machine.blas_threads or share_of_cores(request["neighbours"][team.group.rank]))
+    mx.clear_cache()
+    print(f"{request['step']}: rank {team.group.rank} of {team.size}", flush=True)
+
+
+class Ranks:
+    """The ranks of a run as the runner sees them, this process being the first."""
+
+    def __init__(self, machine: MachineConfig | None = None, threads: int | None = None) -> None:
+        """Start nothing yet.
+
+        Args:
+            machine: settings of the run's steps.
+            threads: `machine.blas_threads` as the user wrote it.
+        """
+        self.machine, self.threads = machine, threads
+        self.watch: Watch | None = None
+        self.team: Team | None = None
+        self.backend = "none"
+        self._folder: Path | None = None
+
+    @property
+    def size(self) -> int:
+        """Return how many ranks there are, or will be."""
+        if self.watch is not None:
+            return self.watch.size
+        return 1 if self.machine is None else self.machine.num_processes
+
+    @property
+    def is_broken(self) -> bool:
+        """Return whether nothing more can be computed together."""
+        return self.watch is not None and (self.watch.loss is not None or self.team is None or self.team.open)
+
+    def remarks(self, batches: Mapping[str, BatchConfig]) -> list[str]:
+        """Return a line for each step with fewer rows in an iteration than there are ranks.
+
+        Args:
+            batches: step → its iteration's tokens, as far as they are given.
+        """
+        rows = {step: batch.tokens // batch.row_tokens for step, batch in batches.items() if batch.tokens is not None}
+        return [
+            f"{step:<10} has {count} rows in an iteration for {self.size} ranks: some have nothing to train on"
+            for step, count in rows.items()
+            if count < self.size
+        ]
+
+    def start(self, run: Any, step: str) -> Team:
+        """Return all ranks, ready for a step; those of this machine are started for the first one.
+
+        Raises:
+            StepFailed: a rank did not start, or was lost before.
+            ConfigError: there are fewer GPUs than ranks.
+            Interrupted: the run was asked to stop meanwhile.
+        """
+        if self.watch is None:
+            self._start_here(run)
+        watch, team, machine = self.watch, self.team, self.machine
+        assert watch is not None
+        assert machine is not None
+        if team is None or self.is_broken:
+            loss = f"{watch.cause()}. " if watch.loss else ""
+            raise StepFailed(f"{loss}All ranks have ended. The same command continues.")
+        watch.on_stop = lambda number: run.stop_signal or (run.request_stop(number), run.announce_stop())
+        self._folder = run.folder
+        pids = [facts["pid"] for _, facts in sorted(watch.facts.items())]
+        with suppress(OSError):
+            (run.folder / "ranks.json").write_text(json.dumps(self._facts() | {"pids": pids}) + "\n", encoding="utf-8")
+        _divert_errors(run.folder / "rank-0.log")
+        names = ("device", "compute_dtype", "memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes")
+        settings = {name: getattr(machine, name) for name in names} | {"blas_threads": self.threads}
+        neighbours = [self.on_host_of(rank) for rank in range(self.size)]
+        team.call(begin_step, {"step": step, "machine": settings, "neighbours": neighbours})
+        return team
+
+    def explain(self, error: BaseException, work: Path) -> BaseException:
+        """Return the error to report for one that ended a step: which rank was lost, if that is its cause.
+
+        Args:
+            error: what was raised.
+            work: the step's folder of saved states.
+        """
+        if self.watch is None or not _is_loss(error):
+            return error
+        loss = self.watch.cause() or f"the connection between the ranks broke ({error})"
+        found = [int(path.name) for path in work.glob("*") if re.fullmatch(r"\d{8}", path.name)]
+        where = f"iteration {max(found)}" if found else "what was saved last"
+        told = StepFailed(f"{loss}. All ranks have ended. The same command continues from {where}.")
+        told.__cause__ = error
+        return told
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return number, backend and hosts of the ranks, for records; None: there are none yet."""
+        return None if self.watch is None else self._facts()
+
+    def kill(self) -> None:
+        """End all ranks at once."""
+        if self.watch is not None:
+            self.watch.leave()
+
+    def on_host_of(self, rank: int) -> int:
+        """Return how many ranks share the machine of this one."""
+        assert self.watch is not None
+        host = self.watch.facts[rank]["host"]
+        return sum(facts["host"] == host for facts in self.watch.facts.values())
+
+    def _facts(self) -> dict[str, Any]:
+        assert self.watch is not None
+        hosts = [facts["host"] for _, facts in sorted(self.watch.facts.items())]
+        return {"size": self.size, "backend": self.backend, "hosts": hosts}
+
+    def _start_here(self, run: Any) -> None:
+        """Start further processes on this machine, and connect all."""
+        import mlx.core as mx
+
+        from mlxchat.distributed.watch import Watch, find_facts, listen_at
+        from mlxchat.ops.device import backend
+
+        machine, size = self.machine, self.size
+        assert machine is not None
+        on_gpus = machine.device != "cpu" and backend() == "cuda"
+        kind = "nccl" if on_gpus and mx.distributed.is_available("nccl") else "ring"
+        if kind == "nccl" and (gpus := mx.device_count(mx.gpu)) < size:
+            raise ConfigError(f"machine.num_processes is {size}, but MLX finds {gpus} GPUs: expected one for each")
+        ports, token = _free_ports(size), secrets.token_hex(16)
+        watch = Watch(find_facts(0), size, token)
+        with listen_at(_HERE, 0) as listener, tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:
+            json.dump([[f"{_HERE}:{port}"] for port in ports], hosts)
+            hosts.flush()
+            variables = {"MLX_HOSTFILE": hosts.name}
+            if kind == "nccl":
+                variables = {"NCCL_HOST_IP": _HERE, "NCCL_PORT": str(ports[0]), "MLX_WORLD_SIZE": str(size)}
+            variables |= {_ADDRESS: f"{_HERE}:{listener.getsockname()[1]}", TOKEN: token}
+            try:
+                for rank in range(1, size):
+                    watch.children[rank] = _spawn(rank, variables, run.folder, machine.blas_threads or 1, kind)
+                watch.gather(listener, _START_SECONDS, lambda: _check_start(run, watch), [])
+                os.environ.update(variables | {"MLX_RANK": "0"})
+                self._connect(watch, kind)
+            except BaseException:
+                watch.leave()
+                raise
+        run.say(f"{size} ranks compute together ({kind}): {run.folder.name}/rank-1.log has what the others print")
+
+    def _connect(self, watch: Watch, backend: str, joined: tuple[Group, list[int]] | None = None) -> None:
+        """Join MLX's group, unless that is done, and watch the other ranks from now on."""
+        global _current
+        from mlxchat.distributed.team import Team
+
+        group, handles = joined or _join(backend, 0)
+        watch.on_loss = lambda: _shut(handles)
+        watch.on_output = self._keep
+        watch.begin()
+        self.watch, self.backend = watch, backend
+        self.team = team = Team(group, watch)
+        watch.is_calling = lambda: team.open
+        _current = self
+        atexit.register(self._end)
+
+    def _keep(self, rank: int, text: str) -> None:
+        if self._folder is not None:
+            with suppress(OSError), (self._folder / f"rank-{rank}.log").open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def _end(self) -> None:
+        """Let the other ranks end, and see that those of this machine are gone."""
+        global _current
+        _current = None
+        if self.team is None or self.is_broken:
+            self.kill()
+        else:
+            self.team.end()
+
+
+def current() -> Ranks | None:
+    """Return the ranks that this process leads, if they are there."""
+    return _current
+
+
+def lead_ranks(machine: MachineConfig) -> tuple[MachineConfig, Ranks | None]:
+    """Return the machine's settings with its cores shared out, and the ranks; None: this process is to be alone.
+
+    Raises:
+        ConfigError: the settings contradict the ranks that are there already.
+    """
+    ranks = current()
+    if ranks is None and machine.num_processes == 1:
+        return machine, None
+    if ranks is not None and machine.max_parallel_steps > 1:
+        raise ConfigError(
+            f"machine.max_parallel_steps is {machine.max_parallel_steps}, but the ranks of a run compute one step "
+            "after the other"
+        )
+    if ranks is not None and machine.num_processes not in (1, ranks.size):
+        raise ConfigError(
+            f"machine.num_processes is {machine.num_processes}, but there are {ranks.size} ranks already: leave it out"
+        )
+    neighbours = ranks.on_host_of(0) if ranks is not None else machine.num_processes
+    shared = replace(machine, blas_threads=machine.blas_threads or share_of_cores(neighbours))
+    if ranks is None:
+        return shared, Ranks(shared, machine.blas_threads)
+    ranks.machine, ranks.threads = shared, machine.blas_threads
+    return shared, ranks
+
+
+def _meet(meeting: Meeting) -> Ranks:
+    """Wait for ranks that were started elsewhere, this process being the first.
+
+    Raises:
+        ConfigError: they differ, or this machine does not have the address of rank 0.
+        StepFailed: one did not come.
+    """
+    from mlxchat.distributed.watch import Watch, find_facts, listen_at
+
+    ranks, watch = Ranks(), Watch(find_facts(0), meeting.size, os.environ.get(TOKEN, ""))
+    joined = None if meeting.address is not None else _join(meeting.backend, 0)
+    host, port = meeting.address or ("", 0)
+    try:
+        listener = listen_at(host, port)
+    except OSError as error:
+        raise ConfigError(
+            f"rank 0 on {platform.node()} cannot listen at {host}:{port} ({error.strerror or error}). It listens one "
+            "port above those of the hostfile: is this the host of rank 0, and is the port free?"
+        ) from None
+    with listener:
+        if joined is not None:
+            joined[0].share_json([platform.node(), listener.getsockname()[1]])
+        watch.gather(listener, _MEET_SECONDS, lambda: None, meeting.hosts)
+    try:
+        ranks._connect(watch, meeting.backend, joined)
+    except StepFailed:
+        watch.leave()
+        raise
+    places = ", ".join(dict.fromkeys(str(facts["host"]) for facts in watch.facts.values()))
+    print(f"{meeting.size} ranks compute together ({meeting.backend}): {places}", flush=True)
+    return ranks
+
+
+def _spawn(rank: int, variables: dict[str, str], folder: Path, threads: int, kind: str) -> subprocess.Popen[bytes]:
+    """Start a rank, in a session of its own: a Ctrl-C of the terminal is for rank 0 alone."""
+    own = {"MLX_RANK": str(rank), "OPENBLAS_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    if kind == "nccl":
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        own["CUDA_VISIBLE_DEVICES"] = visible[rank] if visible else str(rank)
+    with (folder / f"rank-{rank}.log").open("ab") as log:
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "mlxchat", "run"], env=os.environ | variables | own,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise StepFailed(f"rank {rank} could not be started: {error}") from error
+
+
+def _check_start(run: Any, watch: Watch) -> None:
+    """Raise if the run was asked to stop, or a rank ended while it started."""
+    from mlxchat.distributed.watch import how_ended
+
+    if run.stop_signal is not None:
+        raise Interrupted("stopped before its ranks were there. The same command continues.", run.stop_signal)
+    for rank, child in watch.children.items():
+        if child.poll() is not None:
+            log, tail = run.folder / f"rank-{rank}.log", list[str]()
+            with suppress(OSError):
+                tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+            raise StepFailed(
+                "\n".join([f"rank {rank} could not be started: it {how_ended(child.returncode)} ({log})", *tail])
+            )
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((_HERE, 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _join(backend: str, rank: int) -> tuple[Group, list[int]]:
+    """Return MLX's group, and the handles of the sockets that MLX opened.
+
+    Raises:
+        StepFailed: MLX could not reach the other ranks.
+    """
+    import mlx.core as mx
+
+    from mlxchat.distributed.group import Group
+
+    before = _sockets()
+    message = (
+        "error: the ranks of this run have found each other, but MLX did not connect them within "
+        f"{_JOIN_SECONDS:g} seconds.\n       Can all hosts reach each other at the addresses of the hostfile?\n"
+    )
+    try:
+        with _ending_after(_JOIN_SECONDS, message if rank == 0 else ""):
+            raw = mx.distributed.init(strict=True, backend=backend)
+    except RuntimeError as error:
+        raise StepFailed(f"MLX could not connect the ranks by {backend}: {error}") from error
+    finally:
+        forget_meeting()
+    return Group(raw, backend), sorted(_sockets() - before)
+
+
+def _sockets() -> set[int]:
+    found = set()
+    for handle in range(3, _MOST_HANDLES):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(handle).st_mode):
+                found.add(handle)
+    return found
+
+
+def _shut(handles: list[int]) -> None:
+    """Shut sockets down in which MLX waits; it raises then."""
+    for handle in handles:
+        with suppress(OSError), socket.socket(fileno=os.dup(handle)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def _ending_after(seconds: float, message: str) -> Iterator[None]:
+    """End this process with a message if the body takes longer, or at a signal.
+
+    MLX's `init` keeps Python's lock, so that no thread or signal handler of Python runs meanwhile: a timer of C writes
+    to a shell, which prints the message.
+    """
+    script = f"read line && printf %s {shlex.quote(message)} >&2"
+    shell = subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
+    assert shell.stdin is not None
+    former: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # not in the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former[number] = signal.signal(number, signal.SIG_DFL)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=shell.stdin)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        for known, handler in former.items():
+            signal.signal(known, handler)
+        shell.communicate()
+
+
+def _divert_errors(path: Path) -> None:
+    """Send what C++ code writes to standard error, such as MLX's lines about a lost rank, to a file.
+
+    Python's own stream stays on the terminal. With MLX_RING_VERBOSE nothing is changed.
+    """
+    if os.environ.get("MLX_RING_VERBOSE"):
+        return
+    stream, is_own = sys.stderr, sys.stderr is sys.__stderr__
+    stream.flush()
+    if is_own:  # a stream in its place may stay as it is
+        sys.stderr = os.fdopen(os.dup(2), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
+    with suppress(OSError), path.open("ab") as log:
+        os.dup2(log.fileno(), 2)
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Return whether an error comes from a rank that is gone."""
+    from mlxchat.distributed.group import PeerLost
+
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, PeerLost) or (isinstance(link, RuntimeError) and str(link).startswith("[ring]")):
+            return True
+        link = link.__cause__ or link.__context__
+    return False

@@ -1,0 +1,453 @@
+"""How the ranks of a run watch each other: beside MLX's collectives, each rank has a TCP connection to rank 0.
+
+MLX's ring waits without end for a rank that hangs, keeps a core busy while it waits, and cannot be interrupted. So the
+greeting, the wake-up before each call, a beat every second, signals and the end travel over these connections. The
+kernel closes them when a process dies; missing beats reveal one that hangs or whose network is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib.metadata
+import json
+import os
+import platform
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlxchat import __version__
+from mlxchat.distributed.group import PeerLost
+from mlxchat.errors import ConfigError, StepFailed
+
+Message = dict[str, Any]
+Facts = dict[str, Any]
+
+BEAT_SECONDS = 1.0
+# A process that computes sends a beat each second; a machine that swaps may need longer.
+SILENCE_SECONDS = float(os.environ.get("MLXCHAT_SILENCE_SECONDS", "15"))
+_HELLO_SECONDS = 10.0
+_RETRY_SECONDS = 0.2
+_CODE_SECONDS = 2.0
+_CAUSE_SECONDS = 3.0
+_END_SECONDS = 5.0
+# How long rank 0 may stay in a call after a rank was lost before it is ended.
+_NOTICE_SECONDS = 20.0
+_LOOK_SECONDS = 0.1
+_MOST_BYTES = 64 * 1024  # of a message
+_MOST_LETTERS = 8_000  # of a printed line
+
+# What must be equal on all ranks, and its name in messages.
+_EQUAL = {"mlxchat": "mlxchat", "code": "code of mlxchat (digest)", "mlx": "MLX", "backend": "backend"}
+
+
+class Line:
+    """Short messages to and from one other process: JSON, one a line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Take a connected socket."""
+        with suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(None)
+        self._socket, self._file, self._sending = connection, connection.makefile("rb"), threading.Lock()
+        self.heard = time.monotonic()
+        """When the last message arrived."""
+
+    def send(self, message: Message) -> None:
+        """Send a message; it is dropped if the connection is closed, or full because the other side does not read."""
+        with self._sending, suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n", socket.MSG_DONTWAIT)
+
+    def receive(self, seconds: float | None = None) -> Message | None:
+        """Return the next message; None after `seconds`, at the end, or if it is not a JSON object."""
+        try:
+            self._socket.settimeout(seconds)
+            text = self._file.readline(_MOST_BYTES)
+            self._socket.settimeout(None)
+            self.heard = time.monotonic()
+            message = json.loads(text) if text.endswith(b"\n") else None
+        except (OSError, ValueError):  # ValueError: closed in this process, or not JSON
+            return None
+        return message if isinstance(message, dict) else None
+
+    def listen(self, on_message: Callable[[Message], None], on_end: Callable[[], None]) -> None:
+        """Start a thread that calls a function with every message, and another one at the end."""
+
+        def work() -> None:
+            while (message := self.receive()) is not None:
+                on_message(message)
+            on_end()
+
+        threading.Thread(target=work, name="line", daemon=True).start()
+
+    def close(self) -> None:
+        """End the connection for both sides, and for a thread that reads it."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        for part in (self._file, self._socket):
+            with suppress(OSError):
+                part.close()
+
+
+def connect(address: tuple[str, int], seconds: float) -> Line:
+    """Return a line to the process that listens at an address, or will within `seconds`.
+
+    Raises:
+        OSError: none did.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return Line(socket.create_connection(address, timeout=max(1.0, min(10.0, seconds))))
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_RETRY_SECONDS)
+
+
+def listen_at(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 lets the kernel choose one.
+
+    Raises:
+        OSError: the port is in use, or the address does not belong to this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=64)
+
+
+def _beat(lines: Mapping[int, Line], is_over: Callable[[], bool], on_silence: Callable[[int], None]) -> None:
+    """Send a beat every second until it is over; call `on_silence` with a rank that sends none."""
+    last = time.monotonic()
+    while not is_over():
+        time.sleep(BEAT_SECONDS)
+        now = time.monotonic()
+        for rank, line in lines.items():
+            if now - last > 3 * BEAT_SECONDS:  # this process was stopped or had no core: beats wait to be read
+                line.heard = now
+            line.send({"kind": "beat"})
+            if now - line.heard > SILENCE_SECONDS and not is_over():
+                on_silence(rank)
+        last = now
+
+
+class Watch:
+    """Rank 0's lines to all other ranks."""
+
+    def __init__(self, facts: Facts, size: int, token: str = "") -> None:
+        """Begin without other ranks.
+
+        Args:
+            facts: of this process.
+            size: ranks, this one included.
+            token: secret that the other ranks present.
+        """
+        self.size, self._token = size, token
+        self.facts: dict[int, Facts] = {0: facts}
+        self.children: dict[int, subprocess.Popen[bytes]] = {}
+        """Ranks that this process started."""
+        self.on_stop: Callable[[int], object] = lambda number: None
+        """Called with the signal that another rank received."""
+        self.on_output: Callable[[int, str], None] = lambda rank, text: None
+        """Called with each line that a rank on another host, or started by mlx.launch, prints."""
+        self.on_loss: Callable[[], None] = lambda: None
+        """Called once when a rank is lost."""
+        self.is_calling: Callable[[], bool] = lambda: True
+        """Returns whether the main thread is in a call that all ranks take part in."""
+        self.loss: str | None = None
+        """Which rank was lost first, and how."""
+        self._lines: dict[int, Line] = {}
+        self._lost, self._noticed = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._failures: dict[int, str | None] = {}
+        """Rank → its error; None: it lost another rank."""
+        self._over = False
+
+    def gather(self, listener: socket.socket, seconds: float, check: Callable[[], None], where: list[str]) -> None:
+        """Wait for all other ranks, compare them with this one, and let them continue.
+
+        Args:
+            listener: what they connect to.
+            seconds: to wait at most.
+            check: called repeatedly; it may raise to end the wait.
+            where: the hosts of all ranks, as far as known, to name those that are missing.
+
+        Raises:
+            ConfigError: a rank has other versions, other code or another kind of backend.
+            StepFailed: one did not connect.
+        """
+        until = time.monotonic() + seconds
+        listener.settimeout(0.1)
+        while len(self._lines) < self.size - 1:
+            check()
+            if time.monotonic() > until:
+                missing = [rank for rank in range(1, self.size) if rank not in self._lines]
+                names = ", ".join(f"rank {rank}" + (f" ({where[rank]})" if where else "") for rank in missing)
+                self.leave()
+                raise StepFailed(
+                    f"{names} did not come within {seconds:g} seconds. Was the same command started there?"
+                )
+            with suppress(TimeoutError):
+                line = Line(listener.accept()[0])
+                # In a thread, so that a connection that sends nothing delays no other.
+                threading.Thread(target=self._greet, args=(line,), name="hello", daemon=True).start()
+        own, wrong = self.facts[0], []
+        for rank in sorted(self._lines):
+            other = self.facts[rank]
+            if different := [key for key in _EQUAL if other.get(key) != own[key]]:
+                wrong.append(f"{describe_rank(other)} cannot work with rank 0 on {own['host']}:")
+                wrong += [f"  {_EQUAL[key]} is {other.get(key)!s} there and {own[key]!s} here" for key in different]
+        if wrong:
+            self.leave()
+            raise ConfigError(
+                "\n".join([*wrong, "All ranks need the same mlxchat, the same MLX and the same backend."])
+            )
+        self._send({"kind": "welcome", "host": own["host"]})
+
+    def begin(self) -> None:
+        """Start to listen to the ranks and to detect lost ones."""
+        for rank, line in self._lines.items():
+            line.heard = time.monotonic()
+            line.listen(lambda message, rank=rank: self._hear(rank, message), lambda rank=rank: self._miss(rank))  # type: ignore[misc]
+        silence = f"has said nothing for {SILENCE_SECONDS:g} seconds: it hangs, was stopped, or its network is gone"
+        beats = (self._lines, lambda: self._over or self.loss is not None, lambda rank: self._lose(rank, silence))
+        threading.Thread(target=_beat, args=beats, name="beats", daemon=True).start()
+
+    def wake(self) -> None:
+        """Have all ranks take part in a call.
+
+        Raises:
+            PeerLost: a rank is lost.
+        """
+        if self.loss is not None:
+            raise PeerLost(self.loss)
+        self._send({"kind": "call"})
+
+    def wait(self) -> bool:
+        """Only the other ranks wait."""
+        raise AssertionError
+
+    def cause(self) -> str | None:
+        """Return which rank was lost and how, after a short wait for the report; the caller ends the run."""
+        self._lost.wait(_CAUSE_SECONDS)
+        self._noticed.set()
+        return self.loss
+
+    def end(self) -> None:
+        """Let all ranks end normally."""
+        self._over = True
+        self._send({"kind": "end"})
+        for child in self.children.values():
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_END_SECONDS)
+        self.leave()
+
+    def leave(self) -> None:
+        """Close all lines, at which the ranks end, and kill those that this process started."""
+        with self._lock:
+            self._over = True
+            lines = list(self._lines.values())
+        for line in lines:
+            line.close()
+        for child in self.children.values():
+            if child.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+        for child in self.children.values():
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_CODE_SECONDS)
+
+    def _send(self, message: Message) -> None:
+        for line in self._lines.values():
+            line.send(message)
+
+    def _greet(self, line: Line) -> None:
+        """Accept a connection that presents the token and a rank that is still missing."""
+        message = line.receive(_HELLO_SECONDS) or {}
+        knows = hmac.compare_digest(str(message.get("token", "")).encode(), self._token.encode())
+        facts = message.get("facts")
+        rank = facts.get("rank") if isinstance(facts, dict) else None
+        with self._lock:
+            if knows and isinstance(rank, int) and 0 < rank < self.size and rank not in self._lines and not self._over:
+                self.facts[rank] = {"host": "?", "pid": "?", **facts}  # type: ignore[dict-item]
+                self._lines[rank] = line
+                return
+        line.close()
+
+    def _hear(self, rank: int, message: Message) -> None:
+        kind = message.get("kind")
+        if kind == "output":
+            self.on_output(rank, str(message.get("text")))
+        elif kind == "stop":
+            self.on_stop(signal.SIGINT if message.get("signal") == signal.SIGINT else signal.SIGTERM)
+        elif kind == "failed":
+            self._failures[rank] = None if message.get("peer") else str(message.get("text"))
+
+    def _miss(self, rank: int) -> None:
+        """Find out how a rank ended whose line is closed."""
+        if self._over:
+            return
+        if rank in self._failures:
+            text = self._failures[rank]
+            if text is None:  # another rank is the cause, and its line closes too
+                self._lost.wait(_CAUSE_SECONDS)
+            self._lose(rank, f"failed: {text}" if text is not None else "lost its connection to another rank")
+            return
+        code = None
+        if rank in self.children:
+            with suppress(subprocess.TimeoutExpired):
+                code = self.children[rank].wait(_CODE_SECONDS)
+        self._lose(rank, how_ended(code))
+
+    def _lose(self, rank: int, how: str) -> None:
+        with self._lock:
+            if self._over or self.loss is not None:
+                return
+            self.loss = f"{describe_rank(self.facts[rank])} {how}"
+        self._lost.set()
+        self._send({"kind": "abort"})
+        self.on_loss()
+        waited = 0.0
+        # The main thread raises in its collective, or at its next call; a save in between is completed.
+        while waited < _NOTICE_SECONDS and not self._noticed.wait(_LOOK_SECONDS):
+            waited += _LOOK_SECONDS if self.is_calling() else 0.0
+        if not self._noticed.is_set():
+            text = f"error: {self.loss}.\n       The same command continues from what was saved last."
+            with suppress(OSError, ValueError):
+                print(text, file=sys.stderr, flush=True)
+            self.leave()
+            os._exit(1)
+
+
+class Follower:
+    """The line of another rank to rank 0, with which that rank ends."""
+
+    def __init__(self, line: Line, host: str, *, says: bool) -> None:
+        """Take the line and the host of rank 0; `says`: whether this rank reports a lost rank 0 on the terminal."""
+        self.line, self.host, self.says = line, host, says
+        self._calls: queue.Queue[bool] = queue.Queue()
+        self._over = False
+        self._terminal = os.dup(2)
+        self._forwarding: threading.Thread | None = None
+
+    def begin(self, *, same_host: bool, forward: bool) -> None:
+        """Start to listen to rank 0 and to pass signals on; `forward`: also what this process prints."""
+        if forward:
+            self._forward_output()
+        self.line.listen(self._hear, lambda: self._end_alone(f"rank 0 on {self.host} has gone"))
+        silence = f"rank 0 on {self.host} has said nothing for {SILENCE_SECONDS:g} seconds"
+
+        def on_silence(rank: int) -> None:
+            if not same_host:  # on one machine the kernel reports its end, and one that is stopped may continue
+                self._end_alone(silence)
+
+        beats = ({0: self.line}, lambda: self._over, on_silence)
+        threading.Thread(target=_beat, args=beats, name="beats", daemon=True).start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def wake(self) -> None:
+        """Only rank 0 calls."""
+        raise AssertionError
+
+    def wait(self) -> bool:
+        """Return True when rank 0 calls, False at the end."""
+        return self._calls.get()
+
+    def end(self) -> None:
+        """Take the closing of the line for the end from now on."""
+        self._over = True
+
+    def fail(self, error: BaseException) -> None:
+        """Report the error with which this rank ends."""
+        text = f"{type(error).__name__}: {error}"[:_MOST_LETTERS]
+        if self._forwarding is not None:  # its end lets what was printed arrive
+            os.dup2(self._terminal, 1)
+            os.dup2(self._terminal, 2)
+            self._forwarding.join(1.0)
+        self.line.send({"kind": "failed", "text": text, "peer": isinstance(error, PeerLost)})
+        self.end()
+
+    def _hear(self, message: Message) -> None:
+        kind = message.get("kind")
+        self._over = self._over or kind in ("end", "abort")
+        if kind == "abort":
+            os._exit(1)
+        if kind in ("call", "end"):
+            self._calls.put(kind == "call")
+
+    def _end_alone(self, what: str) -> None:
+        if self._over:
+            return
+        if self.says:
+            text = f"error: {what}: this run is over. The same command continues from what was saved last.\n"
+            with suppress(OSError):
+                os.write(self._terminal, text.encode())
+        os._exit(1)
+
+    def _stop(self, number: int, frame: object) -> None:
+        """Pass the first signal on to rank 0, which saves; leave at once at the second one."""
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+        self.line.send({"kind": "stop", "signal": number})
+
+    def _forward_output(self) -> None:
+        """Send what this process prints to rank 0, which keeps it, instead of to the terminal."""
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        os.close(writing)
+
+        def work() -> None:
+            with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
+                for text in lines:
+                    self.line.send({"kind": "output", "text": text.rstrip("\n")[:_MOST_LETTERS]})
+
+        self._forwarding = threading.Thread(target=work, name="output", daemon=True)
+        self._forwarding.start()
+
+
+def find_facts(rank: int) -> Facts:
+    """Return rank, host, process, versions, digest of the code and backend (cpu, metal or cuda) of this process."""
+    from mlxchat.ops.device import backend
+
+    return {
+        "rank": rank, "host": platform.node(), "pid": os.getpid(), "mlxchat": __version__, "code": code_digest(),
+        "mlx": importlib.metadata.version("mlx"), "backend": backend(),
+    }  # fmt: skip
+
+
+def describe_rank(facts: Facts) -> str:
+    """Return which rank it is, and where: 'rank 1 (process 4711 on mini2)'."""
+    return f"rank {facts['rank']} (process {facts['pid']} on {facts['host']})"
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of mlxchat's own Python files."""
+    folder = Path(sys.modules["mlxchat"].__path__[0])
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
+
+
+def how_ended(code: int | None) -> str:
+    """Return how a process ended, given its exit code (negative: a signal; None: not known)."""
+    if code is None:
+        return "ended, or the connection to it was cut"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+    memory = ", which the system also sends when memory runs out" if code == -signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({name}{memory})"
