@@ -26,7 +26,7 @@ from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
-from mlxchat.planning.budget import forward_tokens
+from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.context import Context
 
 VERSION = 5

@@ -17,8 +17,8 @@ from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.groups import Optimizer
-from mlxchat.planning.budget import choose_micro_batch, forward_tokens
-from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers, reference_sizes
+from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
+from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.hooks import core_hooks, train_text_hooks
@@ -57,14 +57,11 @@ def run(ctx: Context) -> None:
     dtype = prepare_machine(machine)
     tokenizer = Tokenizer.load(ctx.inputs["tokenizer"])
     sizes = sizes_of(ctx.config.model, ctx.config.architecture, tokenizer.vocab_size)
-    reference = reference_sizes(ctx.config.model, ctx.config.architecture, rates, tokenizer.vocab_size)
-    derived = derive_hyperparameters(config, rates, sizes, reference)
+    derived = derive_hyperparameters(ctx.config, sizes)
     row_tokens = config.batch.row_tokens
     rows_per_iteration = derived.batch_tokens // row_tokens
     keeps_best = config.keep == "best"
-    micro_batch = choose_micro_batch(
-        ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens, second_weights=keeps_best
-    )
+    micro_batch = choose_micro_batch(ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens)
     numbers = {**derive_numbers(derived, sizes, micro_batch.tokens), **micro_batch.numbers()}
     ctx.derive(numbers, shown=("num_parameters", "tokens_per_iteration", "num_iterations", "total_tokens"))
     model = GPT(sizes)

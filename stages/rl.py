@@ -12,10 +12,9 @@ from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.quantised import check_quantised
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import trained_parameters
-from mlxchat.model.lora import adapters_of
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.groups import Optimizer
-from mlxchat.planning.budget import choose_micro_batch
+from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
@@ -69,9 +68,6 @@ def run(ctx: Context) -> None:
         model.sizes,
         rows=samples_per_iteration,
         row_tokens=longest_prompt(tokenizer, practice, held_out) + config.max_new_tokens,
-        second_weights=reference is not None,
-        samples=True,
-        adapters=adapters_of(model),
     )
     ctx.derive(
         {

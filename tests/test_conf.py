@@ -133,9 +133,7 @@ D20 = {
 
 def test_speedrun_d20_derives_the_numbers_that_nanochat_published() -> None:
     config = composed("experiment=speedrun_d20").config
-    derived = derive_numbers(
-        derive_hyperparameters(config.pretrain, config.optimizer, sizes(config), None), sizes(config), 32 * 2048
-    )
+    derived = derive_numbers(derive_hyperparameters(config, sizes(config)), sizes(config), 32 * 2048)
     assert {key: derived[key] for key in D20} == D20
     assert derived["flops_per_token"] == pytest.approx(3.491758e9, rel=1e-6)
     assert derived["total_flops"] == pytest.approx(3.917670e19, rel=1e-6)
@@ -210,9 +208,7 @@ def test_a_models_name_follows_its_depth_unless_it_is_set() -> None:
 def test_choosing_a_model_gives_nanochats_recipe() -> None:
     """model=d20 kept the quickstart's width, vocabulary, context, text and batch, and was named d20."""
     config = composed("model=d20").config
-    derived = derive_numbers(
-        derive_hyperparameters(config.pretrain, config.optimizer, sizes(config), None), sizes(config), 32 * 2048
-    )
+    derived = derive_numbers(derive_hyperparameters(config, sizes(config)), sizes(config), 32 * 2048)
     assert {key: derived[key] for key in D20} == D20
     assert (config.model.context_tokens, config.corpus.name) == (2048, "fineweb_edu")
     assert config == replace(composed("experiment=speedrun_d20").config, name="nanochat_d20")

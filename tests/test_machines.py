@@ -25,7 +25,7 @@ from mlxchat.bench.machines import (
 )  # fmt: skip
 from mlxchat.compose import compose_config
 from mlxchat.config import Config
-from mlxchat.planning.memory import predict_peak_bytes
+from mlxchat.planning.memory import Device, Training
 
 ROOT = Path(__file__).resolve().parents[1]
 D32 = ["experiment=speedrun_d20", "model=d32"]
@@ -98,10 +98,11 @@ def test_the_rows_at_a_time_are_the_most_that_fit(config: Config) -> None:
     load, machine = load_of(config), machines.mac("mac_128gb", "a Mac")
 
     def peak(rows: int) -> int:
-        return predict_peak_bytes(
-            load.sizes, load.optimizer, rows=64, micro_rows=rows, row_tokens=2048, compute_bytes=2, plain=True,
-            num_ranks=4,
-        ).total  # fmt: skip
+        device = Device(plain=True, compute_bytes=2)
+        training = Training(
+            sizes=load.sizes, optimizer=load.optimizer, rows=256, row_tokens=2048, device=device, num_ranks=4
+        )
+        return training.peak_bytes(rows)
 
     case = step_on(load, machine, 4, LINKS[2])
     assert case["memory_bytes"] == peak(case["micro_rows"]) <= machine.memory_bytes < peak(2 * case["micro_rows"])

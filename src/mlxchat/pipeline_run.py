@@ -18,9 +18,8 @@ from mlxchat.config import Config, HooksConfig
 from mlxchat.distributed.ranks import lead_ranks
 from mlxchat.errors import StoreError
 from mlxchat.ops.machine import device_kind, dtype_name
-from mlxchat.planning.budget import check_memory
-from mlxchat.planning.local_files import check_local_files
-from mlxchat.planning.models import check_given, check_teachers
+from mlxchat.planning.given import check_given
+from mlxchat.planning.memory import check_memory
 from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import Environment
@@ -125,8 +124,6 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     )  # fmt: skip
     check_extensions(config, plan)
     check_given(config, plan)
-    check_teachers(config, plan)
-    check_local_files(config, plan)
     return plan
 
 

@@ -14,8 +14,7 @@ from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, sizes_of
-from mlxchat.planning.budget import training_of
-from mlxchat.planning.memory import predict_peak_bytes
+from mlxchat.planning.memory import Device, Training, predict_peak, training_of
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.store import Store
 
@@ -139,7 +138,8 @@ def test_moments_and_gradients_are_predicted_for_the_adapters_numbers_alone() ->
     adapters = AdapterSizes("dora", 3, 2.0, tuple(matrices_of(sizes)))
     numbers = sum(3 * (rows + columns) + rows for rows, columns in matrices_of(sizes).values())
     assert count_adapter_parameters(adapters, sizes) == numbers
-    found = predict_peak_bytes(
-        sizes, config.optimizer, rows=4, micro_rows=2, row_tokens=64, num_lanes=2, adapters=adapters
+    training = Training(
+        sizes=sizes, optimizer=config.optimizer, rows=4, row_tokens=64, device=Device(num_lanes=2), adapters=adapters
     )
+    found = predict_peak(training, 2)
     assert (found.moments, found.gradients) == (8 * numbers, 8 * numbers)

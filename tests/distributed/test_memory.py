@@ -13,7 +13,7 @@ from kit import ranks
 from mlxchat.distributed.team import Team
 from mlxchat.engine.rank_engine import clear_caches
 from mlxchat.ops.distillation import Mix
-from mlxchat.planning.models import TeacherSize
+from mlxchat.planning.given import TeacherSize
 from mlxchat.training.teacher import Distillation, OutsideTeacher
 from mlxchat.training.team_step import TeamStep
 

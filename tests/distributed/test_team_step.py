@@ -24,8 +24,8 @@ from mlxchat.model.sizes import sizes_of
 from mlxchat.ops.distillation import Mix
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import Rates
-from mlxchat.planning.memory import predict_peak_bytes
-from mlxchat.planning.models import TeacherSize
+from mlxchat.planning.given import TeacherSize
+from mlxchat.planning.memory import Training, predict_peak
 from mlxchat.training.step import Batch, mean_batch
 from mlxchat.training.teacher import Distillation, OwnTeacher
 from mlxchat.training.team_step import make_step
@@ -126,10 +126,8 @@ def peak_of_large(team: Team) -> dict[str, Any]:
     for _ in range(3):
         step(batch, Rates(1.0, 0.9, 1.0))
     held = [peak - first for (_, peak), (first, _) in zip(team.call(tell_memory), before, strict=True)]
-    predicted = predict_peak_bytes(
-        sizes, config.optimizer, rows=-(-8 // team.size), micro_rows=2, row_tokens=128, num_lanes=1,
-        num_ranks=team.size,
-    )  # fmt: skip
+    described = Training(sizes=sizes, optimizer=config.optimizer, rows=8, row_tokens=128, num_ranks=team.size)
+    predicted = predict_peak(described, 2)
     return {"held": held, "predicted": predicted.total, "parts": vars(predicted)}
 
 

@@ -18,7 +18,7 @@ from mlxchat.commands.transfer import main_export, main_import
 from mlxchat.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, StoreError
 from mlxchat.pipeline_run import plan_of
-from mlxchat.planning.budget import describe_memory
+from mlxchat.planning.memory import describe_memory
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
 from mlxchat.runner.naming import describe_model, find_model

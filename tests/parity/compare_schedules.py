@@ -17,7 +17,7 @@ from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import lr_multiplier, muon_momentum, rates_at
-from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters, reference_sizes
+from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters
 from mlxchat.validation import find_problems
 
 MULTIPLIER = 1e-9
@@ -139,8 +139,7 @@ def hyperparameters(file: ParityFile) -> Iterator[Line]:
                 refused.append((f"d{row['depth']}", made.width % made.num_heads + len(find_problems(config)), 0))
                 continue
             sizes = sizes_of(config.model, config.architecture, settings["vocab_size"])
-            reference = reference_sizes(config.model, config.architecture, config.optimizer, settings["vocab_size"])
-            derived = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference)
+            derived = derive_hyperparameters(config, sizes)
             got = _integers(sizes, derived, settings)
             name = f"{number}: d{row['depth']}"
             integers += [(f"{name} {key}", got[key], value) for key, value in _flat(row) if key in got]

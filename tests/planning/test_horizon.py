@@ -15,7 +15,6 @@ from mlxchat.planning.horizon import (
     count_iterations,
     derive_hyperparameters,
     derive_numbers,
-    reference_sizes,
     whole_rows,
 )
 
@@ -35,8 +34,8 @@ def config(recipe: Config = OCT2025, tokens: int | None = BATCH, **horizon: Any)
 
 def derive(depth: int, recipe: Config = OCT2025, tokens: int | None = BATCH, **horizon: Any) -> Hyperparameters:
     model = replace(recipe.model, depth=depth)
-    reference = reference_sizes(model, recipe.architecture, recipe.optimizer, recipe.tokenizer.vocab_size)
-    return derive_hyperparameters(config(recipe, tokens, **horizon), recipe.optimizer, sizes(depth, recipe), reference)
+    changed = replace(recipe, model=model, pretrain=config(recipe, tokens, **horizon))
+    return derive_hyperparameters(changed, sizes(depth, recipe))
 
 
 @pytest.mark.parametrize(

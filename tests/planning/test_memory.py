@@ -26,18 +26,19 @@ from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
-from mlxchat.planning.budget import (
+from mlxchat.planning.memory import (
     Device,
     Training,
     check_memory,
     choose_micro_batch,
-    choose_micro_rows,
     describe_memory,
     forward_tokens,
+    predict_forward_bytes,
+    predict_peak,
+    predict_sampling_bytes,
     rows_at_a_time,
     training_of,
 )  # fmt: skip
-from mlxchat.planning.memory import predict_forward_bytes, predict_peak_bytes, predict_sampling_bytes
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.store import Store
 from mlxchat.training.step import TrainStep, mean_batch
@@ -100,10 +101,11 @@ def compare(
         measured = peak_of_two_steps(config, sizes, case, dropout, dtype)
     finally:
         runtime.set_blas_threads(threads)
-    predicted = predict_peak_bytes(
-        sizes, config.optimizer, rows=rows, micro_rows=micro_rows, row_tokens=row_tokens, num_lanes=num_lanes,
-        recompute=recompute, plain=plain, compute_bytes=dtype.size,
-    )  # fmt: skip
+    device = Device(num_lanes=num_lanes, plain=plain, compute_bytes=dtype.size)
+    described = Training(
+        sizes=sizes, optimizer=config.optimizer, rows=rows, row_tokens=row_tokens, device=device, recompute=recompute
+    )
+    predicted = predict_peak(described, micro_rows)
     print(f"{variant} {dtype} {case}: predicted {predicted.total / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     return measured, predicted.total
 
@@ -162,10 +164,7 @@ def test_dropout_keeps_no_masks() -> None:
 
 
 def test_second_weights_cost_their_bytes() -> None:
-    numbers = {"rows": 4, "micro_rows": 2, "row_tokens": 128, "num_lanes": 2}
-    without, with_them = (
-        predict_peak_bytes(SIZES, config_of().optimizer, **numbers, second_weights=twice) for twice in (False, True)
-    )
+    without, with_them = (predict_peak(training(None, 4, second_weights=twice), 2) for twice in (False, True))
     assert with_them.total - without.total == 4 * count_parameters(SIZES)["total"]
 
 
@@ -201,31 +200,31 @@ def training(limit: int | None, rows: int = 12, **changes: Any) -> Training:
 
 
 def test_weights_and_moments_are_counted_exactly() -> None:
-    peak = predict_peak_bytes(SIZES, config_of().optimizer, rows=1, micro_rows=1, row_tokens=128, num_lanes=1)
+    peak = predict_peak(training(None, 1), 1)
     counts = count_parameters(SIZES)
     assert peak.weights == 4 * counts["total"]
     assert peak.moments == 4 * (counts["matrices"] + 2 * (counts["embedding"] + counts["head"]))
 
 
 def test_without_a_limit_the_whole_iteration_is_one_micro_batch_up_to_where_more_brings_nothing() -> None:
-    assert choose_micro_rows(training(None), 10**6) == 12
-    assert choose_micro_rows(training(None), 6 * 128) == 6
-    assert choose_micro_rows(training(None), 1) == 1, "a row is never cut"
+    assert training(None).micro_rows(10**6) == 12
+    assert training(None).micro_rows(6 * 128) == 6
+    assert training(None).micro_rows(1) == 1, "a row is never cut"
 
 
 @pytest.mark.parametrize(("rows", "most", "expected"), [(12, 5, 4), (12, 7, 6), (13, 8, 7), (13, 12, 7), (7, 3, 3)])
 def test_micro_batches_are_of_one_size_where_that_is_cheap_and_else_about_equal(
     rows: int, most: int, expected: int
 ) -> None:
-    assert choose_micro_rows(training(None, rows), most * 128) == expected
+    assert training(None, rows).micro_rows(most * 128) == expected
 
 
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     free = training(None)
     limit = free.peak_bytes(5)
-    chosen = choose_micro_rows(training(limit), 10**6)
+    chosen = training(limit).micro_rows(10**6)
     assert chosen == 4, "the largest divisor of 12 up to 5"
-    assert choose_micro_rows(training(free.peak_bytes(1) - 1), 10**6) == 0
+    assert training(free.peak_bytes(1) - 1).micro_rows(10**6) == 0
 
 
 def test_a_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path: Path) -> None:
@@ -236,7 +235,7 @@ def test_a_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path: Path) 
         context: Any = SimpleNamespace(step="toy", stage="sft", config=config, team=None, work=tmp_path)
         return choose_micro_batch(context, SIZES, rows=12, row_tokens=128).tokens
 
-    small = predict_peak_bytes(SIZES, config_of().optimizer, rows=12, micro_rows=3, row_tokens=128, num_lanes=1).total
+    small = replace(training(None), device=Device()).peak_bytes(3)
     first = chosen(small)
     assert first < 12 * 128
     assert chosen(None) == first
@@ -254,7 +253,8 @@ def test_an_evaluation_during_training_stays_below_its_peak() -> None:
     # Validation took 571 MB during a training for which 246 MB were predicted.
     config = config_of("machine=auto", "machine.device=cpu")
     sizes = sizes_of(config.model, config.architecture, 4096)
-    peak = predict_peak_bytes(sizes, config.optimizer, rows=8, micro_rows=8, row_tokens=256, num_lanes=2).total
+    described = Training(sizes=sizes, optimizer=config.optimizer, rows=8, row_tokens=256, device=Device(num_lanes=2))
+    peak = described.peak_bytes(8)
     free = forward_tokens(config.machine, sizes)
     bound = forward_tokens(config.machine, sizes, training_peak_bytes=peak)
     weights = 4 * count_parameters(sizes)["total"]
@@ -305,7 +305,7 @@ def test_a_refusal_comes_before_anything_is_written_with_exit_code_2(
 
 def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
     code = (
-        "import sys, json; from mlxchat.compose import compose_config; from mlxchat.planning import budget as m;"
+        "import sys, json; from mlxchat.compose import compose_config; from mlxchat.planning import memory as m;"
         "config = compose_config([]).config; m.training_of(config, 'pretrain').peak_bytes(1);"
         "print(json.dumps('mlx' in sys.modules))"
     )
@@ -348,7 +348,7 @@ def test_peak_of_sampling_is_predicted_within_15_percent(
     ids = np.random.default_rng(0).integers(0, 2048, prompt).tolist()
     engine.complete([[row, *ids[1:]] for row in range(rows)], max_new_tokens=new)
     measured = mx.get_peak_memory() - before
-    predicted = predict_sampling_bytes(sizes, rows=rows, row_tokens=prompt + new, plain=plain)
+    predicted = predict_sampling_bytes(sizes, Device(plain=plain), rows=rows, row_tokens=prompt + new)
     print(f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert predicted == pytest.approx(measured, rel=0.15)
     gc.collect()
@@ -356,19 +356,26 @@ def test_peak_of_sampling_is_predicted_within_15_percent(
 
 
 def test_rl_needs_the_larger_of_step_and_sampling() -> None:
-    numbers = {"rows": 256, "micro_rows": 1, "row_tokens": 1024}
-    step, both = (predict_peak_bytes(SIZES, config_of().optimizer, **numbers, sampled_rows=rows) for rows in (0, 256))
-    assert both.sampling == predict_sampling_bytes(SIZES, rows=256, row_tokens=1024) > step.total
+    numbers: Any = {"sizes": SIZES, "optimizer": config_of().optimizer, "rows": 256, "row_tokens": 1024}
+    step, both = (predict_peak(Training(**numbers, sampled_rows=rows), 1) for rows in (0, 256))
+    assert both.sampling == predict_sampling_bytes(SIZES, Device(), rows=256, row_tokens=1024) > step.total
     assert both.total == both.weights + both.moments + both.sampling
 
 
 def test_sampled_rows_are_the_most_that_fit() -> None:
-    free = training(None, rows=256, samples=True)
-    assert free.sampled_rows == 32
-    held = free.parts(1).weights + free.parts(1).moments
+    config = config_of("rl.questions_per_iteration=64")
+
+    def sampled(limit: int | None) -> int:
+        found = training_of(config, "rl", SIZES, row_tokens=128, device=training(limit).device)
+        assert found is not None
+        return found.sampled_rows
+
+    assert sampled(None) == 32
+    held = predict_peak(training(None), 1)
     for rows in (24, 8, 1):
-        limit = held + predict_sampling_bytes(SIZES, rows=rows, row_tokens=128)
-        assert training(limit, rows=256, samples=True).sampled_rows == rows
+        needed = predict_sampling_bytes(SIZES, training(None).device, rows=rows, row_tokens=128)
+        assert sampled(held.weights + held.moments + needed) == rows
+    assert sampled(held.weights) == 1, "the plan is refused by its peak"
 
 
 D32 = GPTSizes(

@@ -23,9 +23,8 @@ from mlxchat.errors import ConfigError, DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.schedule import Rates
-from mlxchat.planning.budget import check_memory
-from mlxchat.planning.memory import predict_peak_bytes
-from mlxchat.planning.models import check_teachers, measure_teacher
+from mlxchat.planning.given import check_given, measure_teacher
+from mlxchat.planning.memory import Training, check_memory
 from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.plan import Pipeline, make_plan
 from mlxchat.runner.records import Records
@@ -295,7 +294,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(folder: Pat
     config = compose_config([f"sft.teacher.path={folder}", f"outputs={tmp_path / 'outputs'}"]).config
     plan = make_plan(config, config.pipeline, Store(tmp_path / "outputs"), targets=["sft"], seed=0, force=[])
     with pytest.raises(ConfigError) as caught:
-        check_teachers(config, plan)
+        check_given(config, plan)
     told = str(caught.value)
     assert "has 280 tokens, the model will have 4,096" in told
     assert "takes 64 tokens at a time" in told
@@ -316,7 +315,5 @@ def test_the_predicted_peak_grows_by_the_teacher(folder: Path) -> None:
     sizes = make_teacher().sizes
     size = measure_teacher(folder)
     assert size.weights == (folder / "model.safetensors").stat().st_size
-    given = {"rows": 4, "micro_rows": 4, "row_tokens": 16, "num_lanes": 1}
-    alone = predict_peak_bytes(sizes, config.optimizer, **given)  # type: ignore[arg-type]
-    taught = predict_peak_bytes(sizes, config.optimizer, **given, teacher=size)  # type: ignore[arg-type]
-    assert taught.total >= alone.total + size.weights
+    alone = Training(sizes=sizes, optimizer=config.optimizer, rows=4, row_tokens=16)
+    assert replace(alone, teacher=size).peak_bytes(4) >= alone.peak_bytes(4) + size.weights

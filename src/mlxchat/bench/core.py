@@ -30,7 +30,7 @@ from mlxchat.evals.language_model import OwnModel
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
-from mlxchat.planning.budget import forward_tokens
+from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.environment import peak_memory_bytes, versions
 from mlxchat.runner.progress import Progress
 

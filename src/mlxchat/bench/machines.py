@@ -21,8 +21,8 @@ from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops.machine import BUCKET_BYTES
 from mlxchat.optimizer_config import OptimizerConfig
-from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
-from mlxchat.planning.memory import predict_peak_bytes
+from mlxchat.planning.horizon import derive_hyperparameters
+from mlxchat.planning.memory import Device, Training
 
 _NUMBER_BYTES = 4
 _BATCH_TOKEN_BYTES = 12  # id, target, weight
@@ -187,17 +187,17 @@ def _micro_rows(load: Load, machine: Machine, ranks: int, rows: int) -> tuple[in
 
 
 def _peak(load: Load, ranks: int, rows: int, micro_rows: int) -> int:
-    return predict_peak_bytes(
-        load.sizes, load.optimizer, rows=rows, micro_rows=micro_rows, row_tokens=load.row_tokens, num_lanes=1,
-        compute_bytes=2, plain=True, num_ranks=ranks,
-    ).total  # fmt: skip
+    training = Training(
+        sizes=load.sizes, optimizer=load.optimizer, rows=rows * ranks, row_tokens=load.row_tokens, num_ranks=ranks,
+        device=Device(kind="metal", plain=True, compute_bytes=2),
+    )  # fmt: skip
+    return training.peak_bytes(micro_rows)
 
 
 def load_of(config: Config) -> Load:
     """Return what a configuration's pretraining asks of a machine."""
     sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-    reference = reference_sizes(config.model, config.architecture, config.optimizer, config.tokenizer.vocab_size)
-    derived = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference)
+    derived = derive_hyperparameters(config, sizes)
     row_tokens = config.pretrain.batch.row_tokens or sizes.context_tokens
     return Load(
         sizes=sizes, optimizer=config.optimizer, batch_tokens=derived.batch_tokens, row_tokens=row_tokens,

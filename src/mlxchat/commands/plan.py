@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> int:
     from mlxchat.commands.needs import describe_recipe, find_downloads
     from mlxchat.compose import compose_config, split_config_dirs
     from mlxchat.pipeline_run import plan_of
-    from mlxchat.planning.budget import check_memory, describe_memory
     from mlxchat.planning.duration import estimate_pretraining
-    from mlxchat.planning.models import describe_imports
+    from mlxchat.planning.given import describe_imports
+    from mlxchat.planning.memory import check_memory, describe_memory
     from mlxchat.planning.text import describe_text
     from mlxchat.runner.estimates import estimate_steps
     from mlxchat.runner.fingerprint import plain_of

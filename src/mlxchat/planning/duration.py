@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from mlxchat.config import Config
 from mlxchat.model.sizes import flops_per_token, sizes_of
-from mlxchat.planning.budget import find_device
-from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
-from mlxchat.planning.memory import predict_peak_bytes
+from mlxchat.ops.machine import device_kind
+from mlxchat.planning.horizon import derive_hyperparameters
+from mlxchat.planning.memory import Training, predict_peak
 from mlxchat.runner.aliases import recent_artifacts
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.plan import PlannedStep
@@ -33,19 +33,15 @@ def estimate_pretraining(
         if step.done or step.stage.name != "pretrain":
             continue
         sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-        reference = reference_sizes(config.model, config.architecture, config.optimizer, sizes.vocab_size)
-        derived = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference)
-        per_token, device = flops_per_token(sizes), find_device(config.machine).kind
+        derived, per_token = derive_hyperparameters(config, sizes), flops_per_token(sizes)
         reached, source = config.machine.training_flops, "machine.training_flops"
-        if made := _most_alike(recent_artifacts(store, "pretrain"), per_token, device):
+        if made := _most_alike(recent_artifacts(store, "pretrain"), per_token, device_kind(config.machine.device)):
             reached, source = _speed(made), made["name"]
         if reached is None and measure:
             reached, source = _share_of_peak(config), "this device's peak"
         if reached is None:
             continue
-        peak = predict_peak_bytes(
-            sizes, config.optimizer, rows=1, micro_rows=1, row_tokens=config.pretrain.batch.row_tokens
-        )
+        peak = predict_peak(Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1), 1)
         moments = peak.moments if config.pretrain.save_training_state else 0
         found[step.name] = Estimate(
             seconds=per_token * derived.batch_tokens * derived.num_iterations / reached,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from mlxchat.config import ArchitectureConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from mlxchat.config import Config, PretrainConfig
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optimizer_config import ScalingConfig
 
@@ -31,22 +31,20 @@ class Hyperparameters:
     """Of Muon jul2026, at the start."""
 
 
-def derive_hyperparameters(
-    pretrain: PretrainConfig, optimizer: OptimizerConfig, sizes: GPTSizes, reference: GPTSizes | None
-) -> Hyperparameters:
-    """Return batch, iterations and scaled numbers of a pretraining.
+def derive_hyperparameters(config: Config, sizes: GPTSizes) -> Hyperparameters:
+    """Return batch, iterations and scaled numbers of a pretraining of a model.
 
-    Args:
-        pretrain: the horizon; the batch, or null for the one that scaling finds best.
-        optimizer: with `scaling`, or without: then rates and weight decay are as given.
-        sizes: of the model.
-        reference: of the model of depth `scaling.reference_depth` and otherwise equal dials; None without scaling.
+    Without `optimizer.scaling` they are as given. With it they scale from the reference, a model of
+    `scaling.reference_depth` and otherwise equal dials; a batch that is null becomes the one that scaling finds best.
     """
+    pretrain, optimizer = config.pretrain, config.optimizer
     parameters = count_horizon_parameters(sizes, pretrain.horizon_parameters)
     batch_tokens, lr_scale, weight_decay = pretrain.batch.tokens, 1.0, optimizer.weight_decay
     scaling = optimizer.scaling
     if scaling is not None:
-        assert reference is not None, "the caller knows the reference model"
+        reference = sizes_of(
+            replace(config.model, depth=scaling.reference_depth), config.architecture, sizes.vocab_size
+        )
         per_parameter = pretrain.tokens_per_parameter or 1.0
         tokens = int(per_parameter * parameters) if pretrain.tokens_per_parameter else parameters
         ratio = tokens / (per_parameter * count_horizon_parameters(reference, pretrain.horizon_parameters))
@@ -62,15 +60,6 @@ def derive_hyperparameters(
         batch_lr_scale=lr_scale,
         weight_decay=weight_decay,
     )
-
-
-def reference_sizes(
-    model: ModelConfig, architecture: ArchitectureConfig, optimizer: OptimizerConfig, vocab_size: int
-) -> GPTSizes | None:
-    """Return the sizes of the model that the rates were tuned at, with this model's dials; None without scaling."""
-    if optimizer.scaling is None:
-        return None
-    return sizes_of(replace(model, depth=optimizer.scaling.reference_depth), architecture, vocab_size)
 
 
 def count_horizon_parameters(sizes: GPTSizes, which: str) -> int:

@@ -11,7 +11,7 @@ from mlxchat.data.sources import Known, known_of_artifact, known_of_record
 from mlxchat.hub.cache import check_space
 from mlxchat.hub.files import hub_cache
 from mlxchat.model.sizes import sizes_of
-from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
+from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes, format_count
 from mlxchat.runner.store import Store
@@ -82,8 +82,7 @@ def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) ->
     tokens = 0
     if "pretrain" in waiting:
         sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-        reference = reference_sizes(config.model, config.architecture, config.optimizer, sizes.vocab_size)
-        derived = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference)
+        derived = derive_hyperparameters(config, sizes)
         tokens = derived.num_iterations * derived.batch_tokens
     measured = _chars_per_token(steps.get("tokenizer"), store)
     per_token = measured or ESTIMATED_CHARS_PER_TOKEN

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 
 from mlxchat.compose import CONF_MODULE, Composed, compose_config, register_schema
 from mlxchat.errors import ConfigError, MlxchatError
-from mlxchat.planning.budget import check_memory
+from mlxchat.planning.memory import check_memory
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
 

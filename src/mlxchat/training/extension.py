@@ -8,7 +8,7 @@ from typing import Any
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import sizes_of
-from mlxchat.planning.horizon import derive_hyperparameters, reference_sizes
+from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep, flatten_config
 from mlxchat.runner.store import CONTINUATION, Manifest
 
@@ -74,8 +74,7 @@ def _what_is_done(config: Config, extended: Manifest) -> list[str]:
     """Return a line if the horizon asks for no more than there is."""
     vocab_size, done = extended["derived"]["vocab_size"], extended["derived"]["num_iterations"]
     sizes = sizes_of(config.model, config.architecture, vocab_size)
-    reference = reference_sizes(config.model, config.architecture, config.optimizer, vocab_size)
-    wanted = derive_hyperparameters(config.pretrain, config.optimizer, sizes, reference).num_iterations
+    wanted = derive_hyperparameters(config, sizes).num_iterations
     if wanted > done:
         return []
     return [

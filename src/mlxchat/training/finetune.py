@@ -17,11 +17,10 @@ from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.lora import adapters_of
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.groups import Optimizer
-from mlxchat.planning.budget import choose_micro_batch, forward_tokens
 from mlxchat.planning.horizon import whole_rows
+from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.batches import RowBatches
@@ -81,14 +80,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     # Rows of about one length together, since the padding that a batch ends with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
     size = None if distillation is None else distillation.size
-    micro_batch = choose_micro_batch(
-        ctx,
-        model.sizes,
-        rows=rows_per_iteration,
-        row_tokens=row_tokens,
-        teacher=size,
-        adapters=adapters_of(model),
-    )
+    micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens, teacher=size)
     ctx.derive(
         {
             "num_conversations": len(mixture),

@@ -26,7 +26,7 @@ from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.core_step import open_bundle
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.model.gpt import GPT
-from mlxchat.planning.budget import forward_tokens
+from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
 from mlxchat.tasks.base import Task

@@ -15,7 +15,7 @@ from mlxchat.ops.device import prepare_machine
 from mlxchat.ops.machine import device_kind
 from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.schedule import rates_at
-from mlxchat.planning.budget import MOST_TOKENS
+from mlxchat.planning.memory import MOST_TOKENS
 from mlxchat.runner.context import Context
 from mlxchat.runner.crash import crash_point
 from mlxchat.training.batches import BatchSource

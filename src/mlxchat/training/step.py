@@ -31,7 +31,7 @@ from mlxchat.ops.lanes import make_lanes
 from mlxchat.optim.groups import Flat, Optimizer, clip_factor
 from mlxchat.optim.schedule import Rates
 from mlxchat.optim.sharding import Sharding
-from mlxchat.planning.memory import predict_peak_bytes
+from mlxchat.planning.memory import Device, Training, predict_peak
 from mlxchat.training.gradient_sums import LossAndGradients, TableRows, add_rows, add_sums, sum_gradients
 from mlxchat.training.teacher import Distillation
 
@@ -136,19 +136,18 @@ class TrainStep:
     def _need_bytes(self, batch: Batch, rows: int) -> int:
         """Return the memory that a step needs beyond weights, moments and a teacher, by the estimate for a CPU."""
         own_rows = max(1, self._num_own_rows(batch))
-        peak = predict_peak_bytes(
-            self.model.sizes,
-            self.optimizer.config,
-            rows=own_rows,
-            micro_rows=min(rows, own_rows),
+        training = Training(
+            sizes=self.model.sizes,
+            optimizer=self.optimizer.config,
+            rows=own_rows * self._group.size,
             row_tokens=batch.ids.shape[1],
-            num_lanes=len(self._lanes),
-            compute_bytes=self.dtype.size,
+            device=Device(num_lanes=len(self._lanes), compute_bytes=self.dtype.size),
             recompute=self.recompute,
             teacher=None if self.distillation is None else self.distillation.size,
             adapters=adapters_of(self.model),
             num_ranks=self._group.size,
         )
+        peak = predict_peak(training, min(rows, own_rows))
         return peak.total - peak.weights - peak.moments - peak.kept
 
     def _gradients_of(self, batch: Batch, rows: int, iteration: int) -> tuple[mx.array, list[Flat], mx.array]:

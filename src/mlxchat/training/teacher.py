@@ -17,7 +17,7 @@ from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import soft_cap
 from mlxchat.ops.distillation import Logits, Mix
-from mlxchat.planning.models import TeacherSize, measure_teacher, teacher_context
+from mlxchat.planning.given import TeacherSize, measure_teacher, teacher_context
 from mlxchat.teacher_config import TeacherConfig
 
 _MOST_SHOWN = 3

@@ -21,7 +21,7 @@ from mlxchat.model.replicas import forget_equal, mark_equal, model_on, sync_mode
 from mlxchat.ops.distillation import Mix
 from mlxchat.optim.groups import Flat, Optimizer
 from mlxchat.optim.schedule import Rates
-from mlxchat.planning.models import TeacherSize
+from mlxchat.planning.given import TeacherSize
 from mlxchat.training.step import Batch, TrainStep
 from mlxchat.training.teacher import Distillation, OutsideTeacher, OwnTeacher, TeacherModel
 
