@@ -22,6 +22,7 @@ from mlxchat.runner import locks
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
 from mlxchat.runner.naming import latest
+from mlxchat.runner.sealed import seal
 from mlxchat.runner.store import Store
 from mlxchat.runner.transfer import closure, export, import_all
 from mlxchat.runner.verifying import find_faults
@@ -179,6 +180,41 @@ def test_a_manifest_that_lists_files_outside_its_folder_is_refused(made: Any, tm
     path.write_text(json.dumps(record))
     with pytest.raises(StoreError, match="outside its folder"):
         import_all(Store(tmp_path / "other"), place)
+
+
+PATHS = ["/{home}/papers", "../../../home/papers", "../latest/second", "..", ".", "a/b", "a\x1b]0;b\x07", "x" * 300, 5]
+
+
+@pytest.mark.parametrize("step", PATHS, ids=ascii)
+def test_a_step_named_like_a_path_is_refused(step: object, made: Any, tmp_path: Path) -> None:
+    """The link refs/<group>/<step> replaced any folder of the user's: its files were deleted by the next run."""
+    papers = tmp_path / "home" / "papers"
+    papers.mkdir(parents=True)
+    (papers / "thesis.txt").write_text("years of work")
+    place = exported(made, tmp_path / "folder")
+    path = next((place / "store").glob("copy-*")) / "manifest.json"
+    step = step.replace("/{home}", str(papers.parent)) if isinstance(step, str) else step
+    path.write_bytes(seal({**json.loads(path.read_text()), "step": step}))
+    other = Store(tmp_path / "other")
+    with pytest.raises(StoreError, match="its step is called"):
+        import_all(other, place)
+    other.prepare()  # removes what was thrown away
+    assert (papers / "thesis.txt").read_text() == "years of work"
+    assert not papers.is_symlink()
+    assert not any((other.outputs / "refs").iterdir())
+
+
+def test_a_folder_named_to_steer_a_terminal_is_refused(made: Any, tmp_path: Path) -> None:
+    place = next((exported(made, tmp_path / "folder") / "store").glob("copy-*"))
+    place.rename(place.with_name(f"a\x1b]0;b\x07-{place.name[-16:]}"))
+    with pytest.raises(StoreError, match="no plain text"):
+        import_all(Store(tmp_path / "other"), tmp_path / "folder")
+
+
+@pytest.mark.parametrize("step", ["../x", "/x", "a/b", "..", ""])
+def test_no_name_of_a_step_leads_out_of_its_run(step: str, made: Any) -> None:
+    with pytest.raises(StoreError, match="cannot be called"):
+        made.store.set_ref("run", step, made.store.resolve("first"))
 
 
 @pytest.mark.parametrize("length", [0.0, 0.3, 0.6, 0.9])

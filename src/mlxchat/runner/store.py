@@ -187,7 +187,13 @@ class Store:
         return place
 
     def set_ref(self, group: str, step: str, artifact: Path) -> None:
-        """Point refs/<group>/<step> at an artifact, atomically."""
+        """Point refs/<group>/<step> at an artifact, atomically.
+
+        Raises:
+            StoreError: the step's name is a path, which could replace any folder.
+        """
+        if "/" in step or step in ("", ".", ".."):
+            raise StoreError(f"a step cannot be called {step!r}: expected a name without slashes")
         link = self.outputs / "refs" / group / step
         self._swap_link(link, os.path.relpath(artifact, link.parent))
 

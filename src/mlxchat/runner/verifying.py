@@ -64,6 +64,10 @@ def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
         strange = [str(file["path"]) for file in manifest["outputs"] if not is_plain(str(file["path"]))]
         if strange:
             yield f"it lists files outside its folder: {', '.join(strange)}"
+        if not is_name(name):
+            yield "its folder's name is no plain text"
+        if not is_name(manifest.get("step") or name):
+            yield f"its step is called {str(manifest['step'])[:80]!r}, expected the name of a file in refs/<run>/"
     except (KeyError, TypeError, AttributeError) as error:
         yield f"its manifest lacks what it must have ({error})"
 
@@ -75,6 +79,11 @@ def tree_of(manifest: Manifest) -> str:
     left_out = OBSERVATIONS + CONTINUATION
     content = [[file["path"], file["sha256"]] for file in manifest["outputs"] if file["path"] not in left_out]
     return sha256(canonical_json(content).encode()).hexdigest()
+
+
+def is_name(value: object) -> bool:
+    """Tell whether a value can be the name of a file or link in one folder: short, printable, without a slash."""
+    return isinstance(value, str) and is_plain(value) and "/" not in value and value.isprintable() and len(value) <= 200
 
 
 def is_plain(path: str) -> bool:
