@@ -12,7 +12,7 @@ from kit.text import DOCUMENTS
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.sources import Shard, open_shards, write_shards
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import DocumentCursor, EncodedShards, encode_shard
+from mlxchat.data.tokens import Documents, encode_shard
 
 TEXT = """the a cat dog sat on mat and then we saw 12 or 345 café naïve 你好 don't I'll x = y ; ( ) whether weather
 another other brother mother rather gather number under thunder wonder \n"""
@@ -54,7 +54,7 @@ def corpus(make_corpus: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def read_documents(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DocumentCursor]:
+def read_documents(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Documents]:
     """Return a new cursor over a split of a corpus; each shard is encoded once per session."""
     made: dict[Shard, Path] = {}
 
@@ -65,7 +65,7 @@ def read_documents(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
             made[shard] = folder
         return made[shard]
 
-    def read(corpus: Path, split: str = "train", **options: bool) -> DocumentCursor:
-        return DocumentCursor(EncodedShards(open_shards(corpus, split), obtain), **options)
+    def read(corpus: Path, split: str = "train", **options: bool) -> Documents:
+        return Documents(open_shards(corpus, split), obtain, **options)
 
     return read

@@ -13,13 +13,13 @@ from kit.text import DOCUMENTS
 from mlxchat.data import tokens as documents_module
 from mlxchat.data.sources import Shard, open_shards
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import DocumentCursor, EncodedShards, encode_shard
+from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
 
-Read = Callable[..., DocumentCursor]
+Read = Callable[..., Documents]
 
 
-def texts(cursor: DocumentCursor, count: int, tokenizer: Tokenizer) -> list[str]:
+def texts(cursor: Documents, count: int, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(cursor.ids(address)[1:].tolist()) for address, _ in cursor.next(count)]
 
 
@@ -112,7 +112,7 @@ def maker(hundred: Path, tokenizer: Tokenizer, tmp_path: Path) -> Maker:
 
 
 def test_only_the_shard_that_is_read_and_the_next_one_are_encoded(maker: Maker) -> None:
-    cursor = DocumentCursor(EncodedShards(maker.shards, maker))
+    cursor = Documents(maker.shards, maker)
     assert maker.asked == [], "nothing is encoded before a document is wanted"
     cursor.next(1)
     cursor.close()
@@ -123,17 +123,17 @@ def test_only_the_shard_that_is_read_and_the_next_one_are_encoded(maker: Maker) 
 
 
 def test_a_shard_that_the_background_is_at_is_waited_for(maker: Maker) -> None:
-    shards = EncodedShards(maker.shards, maker)
+    shards = Documents(maker.shards, maker)
     maker.block.clear()
     shards.prepare(1)
     threading.Timer(0.05, maker.block.set).start()
-    assert len(shards.open(1)) == 40
+    assert len(shards.tokens(1)) == 40
     assert [asked[:2] for asked in maker.asked] == [("shard_00001", False), ("shard_00001", True)]
     assert sorted(path.name for path in maker.work.iterdir()) == ["shard_00001"]
 
 
 def test_closing_ends_the_background_work(maker: Maker) -> None:
-    shards, before = EncodedShards(maker.shards, maker), threading.active_count()
+    shards, before = Documents(maker.shards, maker), threading.active_count()
     maker.block.clear()
     shards.prepare(1)
     assert threading.active_count() == before + 1
@@ -148,7 +148,7 @@ def test_what_fails_in_the_background_is_told_when_the_shard_is_needed(maker: Ma
             raise OSError("disk is full")
         return maker(shard, is_awaited, check)
 
-    cursor = DocumentCursor(EncodedShards(maker.shards, obtain))
+    cursor = Documents(maker.shards, obtain)
     cursor.next(40)
     with pytest.raises(OSError, match="disk is full"):
         cursor.next(1)
@@ -156,8 +156,8 @@ def test_what_fails_in_the_background_is_told_when_the_shard_is_needed(maker: Ma
 
 def test_few_shards_are_open_at_a_time(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents_module, "_MOST_OPEN_SHARDS", 2)
-    shards = EncodedShards(maker.shards, maker)
-    cursor = DocumentCursor(shards)
+    shards = Documents(maker.shards, maker)
+    cursor = shards
     addresses = [address for address, _ in cursor.next(90)]
     for address in (addresses[0], addresses[50], addresses[89]):
         assert cursor.length(address) == len(cursor.ids(address))

@@ -88,7 +88,7 @@ def test_shards_that_nobody_reads_are_not_encoded(
 ) -> None:
     cursor = open_documents(make_context(), "train", tokenizer)
     cursor.next(1)
-    cursor._shards._worker[1].join()  # type: ignore[index]
+    cursor._worker[1].join()  # type: ignore[index]
     assert names(tmp_path) == ["tokens-shard_00000", "tokens-shard_00001"]
 
 

@@ -30,7 +30,7 @@ from mlxchat.data.sources import (
     stop_fetching,
 )
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import DocumentCursor, EncodedShards, encode_shard
+from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
 from mlxchat.hub.listings import forget
 
@@ -285,7 +285,7 @@ def test_a_saved_position_is_good_for_the_same_listing_whatever_is_on_the_machin
 ) -> None:
     import shutil
 
-    def cursor(folder: Path, place: str) -> DocumentCursor:
+    def cursor(folder: Path, place: str) -> Documents:
         def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
             where = tmp_path / place / shard.stem
             if not where.exists():
@@ -293,7 +293,7 @@ def test_a_saved_position_is_good_for_the_same_listing_whatever_is_on_the_machin
                 encode_shard(shard, tokenizer, where, threads=1)
             return where
 
-        return DocumentCursor(EncodedShards(open_shards(folder, "train"), obtain))
+        return Documents(open_shards(folder, "train"), obtain)
 
     first = cursor(pin(), "one")
     first.next(47)
@@ -318,8 +318,8 @@ def test_a_shard_whose_tokens_are_there_is_not_fetched(
     made = tmp_path / "made"
     made.mkdir()
     encode_shard(shards[0], tokenizer, made, threads=1)
-    reader = EncodedShards(shards, lambda shard, is_awaited, check: made)
-    assert len(reader.open(3)) == 30
+    reader = Documents(shards, lambda shard, is_awaited, check: made)
+    assert len(reader.tokens(3)) == 30
     assert len(hub.requests("shard_00003.parquet")) == before
 
 

@@ -32,9 +32,9 @@ from mlxchat.data.packing import (
 )
 from mlxchat.data.sources import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import DocumentCursor
+from mlxchat.data.tokens import Documents
 
-Read = Callable[..., DocumentCursor]
+Read = Callable[..., Documents]
 
 # The buffer
 
@@ -221,7 +221,7 @@ def test_the_rows_of_an_epoch_hold_every_conversation_whole_and_once(
         return chat_rows(conversations, tokenizer, row_tokens=row_tokens, wanted=wanted, seed=seed)
 
     rows = make()
-    found = Counter(ids for _ in range(count_rows(make)) for ids in placed(rows.next_row(), tokenizer))
+    found = Counter(ids for _ in range(count_rows(make())) for ids in placed(rows.next_row(), tokenizer))
     assert found == Counter(tuple(render_conversation(tokenizer, each)[0]) for each in conversations)
     assert rows.truncated == 0
 
@@ -279,7 +279,7 @@ def test_every_epoch_has_an_order_of_its_own(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("wanted", [1, 5, 100])
 def test_one_conversation_per_row_makes_as_many_rows_as_conversations(tokenizer: Tokenizer, wanted: int) -> None:
     conversations = [conversation(number, 9, 9) for number in range(20)]
-    assert count_rows(lambda: chat_rows(conversations, tokenizer, row_tokens=36, wanted=wanted)) == 20
+    assert count_rows(chat_rows(conversations, tokenizer, row_tokens=36, wanted=wanted)) == 20
 
 
 # Positions
@@ -352,7 +352,7 @@ def test_a_stream_that_is_stopped_at_any_rows_goes_on_with_the_same_rows(
     for stop in stops:
         for _ in range(stop):
             assert_equal(straight.next_row(), stopped.next_row())
-            assert straight.placed() == stopped.placed()
+            assert straight.placed == stopped.placed
         position = json.loads(json.dumps(stopped.state()))
         stopped.close()
         stopped = start()
@@ -367,7 +367,7 @@ def test_a_row_is_made_of_the_documents_it_names(corpus: Path, read_documents: R
     for _ in range(30):
         inputs, targets = rows.next_row()
         expected: list[int] = []
-        for name in map(rows.name, rows.placed()):
+        for name in map(rows.name, rows.placed):
             shard, number = name.removeprefix("shard_").split(".parquet document ")
             expected += [tokenizer.bos, *tokenizer.encode(texts[40 * int(shard) + int(number)])]
         assert [*inputs.tolist(), int(targets[-1])] == expected[:51]

@@ -27,9 +27,9 @@ from mlxchat.data.packing import (
 )
 from mlxchat.data.sources import iterate_documents
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import DocumentCursor
+from mlxchat.data.tokens import Documents
 
-Read = Callable[..., DocumentCursor]
+Read = Callable[..., Documents]
 DOCUMENT_PACKINGS, CONVERSATION_PACKINGS = ("best_fit", "best_fit_whole", "stream"), ("best_fit", "stream", "alone")
 
 
@@ -96,7 +96,7 @@ def test_every_token_of_an_epoch_is_placed_once_behind_a_bos_of_its_row(
         assert row[0] == tokenizer.bos
         starts = [*(place for place, id_ in enumerate(row) if id_ == tokenizer.bos), len(row)]
         parts = [row[start + 1 : stop] for start, stop in pairwise(starts)]
-        for address, part in zip(rows.placed(), parts, strict=True):
+        for address, part in zip(rows.placed, parts, strict=True):
             pieces.setdefault(address, []).extend(part)
     addresses = [(shard, index) for shard in range(5) for index in range(40)]
     documents = dict(zip(addresses, encode_all(corpus, tokenizer), strict=False))
@@ -138,7 +138,7 @@ def test_a_conversation_alone_has_a_row_with_padding_that_no_loss_counts(tokeniz
     seen = []
     for _ in range(12):
         inputs, targets = rows.next_row()
-        (number,) = rows.placed()
+        (number,) = rows.placed
         seen.append(number)
         ids, mask = render_conversation(tokenizer, conversations(12)[number])
         assert inputs.tolist() == ids[:-1] + [tokenizer.assistant_end] * (50 - len(ids) + 1)
@@ -168,7 +168,7 @@ def test_conversations_read_once_are_targets_once(tokenizer: Tokenizer, packing:
 
 
 def test_an_epoch_has_as_many_rows_as_conversations_where_each_is_alone(tokenizer: Tokenizer) -> None:
-    assert count_rows(lambda: chat_rows("alone", tokenizer, count=17)) == 17
+    assert count_rows(chat_rows("alone", tokenizer, count=17)) == 17
 
 
 @pytest.mark.parametrize("train_on", ["all", "assistant"])
@@ -209,7 +209,7 @@ def test_rows_that_are_stopped_anywhere_go_on_with_the_same_rows(
         for _ in range(stop):
             for one, other in zip(straight.next_row(), stopped.next_row(), strict=True):
                 assert one.tobytes() == other.tobytes()
-            assert straight.placed() == stopped.placed()
+            assert straight.placed == stopped.placed
         position = json.loads(json.dumps(stopped.state()))
         stopped.close()
         stopped = start()

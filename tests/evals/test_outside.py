@@ -21,7 +21,7 @@ pytest.importorskip("mlx_lm", reason="outside models need mlx-lm")
 
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import DocumentCursor, EncodedShards
+from mlxchat.data.tokens import Documents
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.branching import Continuation, make_rows
@@ -303,7 +303,7 @@ def test_the_pipeline_measures_a_folder_once_wherever_it_lies(
     found = json.loads(scores.read_text())
     assert found["outside"] == {"name": "cat", "model_type": "nanochat", "context_tokens": 64}
     (tokens,) = (tmp_path / "out" / "store").glob("tokens-*")
-    cursor = DocumentCursor(EncodedShards([Path("validation")], lambda shard, is_awaited, check: tokens), once=True)
+    cursor = Documents([Path("validation")], lambda shard, is_awaited, check: tokens, once=True)
     rows = take_rows(DocumentRows(cursor, 64, buffer_documents=1000), 2000 // 64)
     expected = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=4096).bits_per_byte
     assert found["bpb"]["val"] == pytest.approx(expected, abs=TOLERANCE)

@@ -33,6 +33,7 @@ class Numbers(RowStream):
         self.number += 1
         return row[:-1], row[1:]
 
+    @property
     def placed(self) -> list[Any]:
         return [self.number - 1]
 

@@ -38,6 +38,7 @@ class CountedRows(RowStream):
         self.number += 1
         return row[:-1], row[1:]
 
+    @property
     def placed(self) -> list[Any]:
         return [self.number - 1]
 

@@ -23,17 +23,16 @@ import random
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
-from mlxchat.data.tokens import Array, Tokens
+from mlxchat.data.tokens import Array, Documents, Tokens
 
 IGNORED = -1
 _REFILL_DOCUMENTS = 128
 _WIDTH_STEP = 128
-# A buffer's key is length × 2^40 + arrival: plain numbers compare fastest, and a trillion documents are enough.
-_ARRIVAL_BITS = 40
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Row = tuple[Ints, Ints]
@@ -42,33 +41,6 @@ Row = tuple[Ints, Ints]
 
 class EndOfText(Exception):
     """A source that is read once holds no further token."""
-
-
-class Source(Protocol):
-    """Sequences of tokens in order, by address: `DocumentCursor`, `ShuffledConversations`."""
-
-    epoch: int
-
-    def next(self, count: int) -> list[tuple[Any, int]]:
-        """Return addresses and lengths in tokens of the next `count` sequences; none: the source has ended."""
-
-    def length(self, address: Any) -> int:
-        """Return the length in tokens of a sequence."""
-
-    def ids(self, address: Any) -> Array:
-        """Return the ids of a sequence, <|bos|> first."""
-
-    def name(self, address: Any) -> str:
-        """Return the name of a sequence for messages."""
-
-    def state(self) -> dict[str, Any]:
-        """Return the position, as JSON data."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Return to a position."""
-
-    def close(self) -> None:
-        """End background work, until the next `restore`."""
 
 
 class ShuffledConversations:
@@ -138,27 +110,25 @@ class BestFitBuffer:
 
     def __init__(self) -> None:
         """Begin empty."""
-        self._keys: list[int] = []  # sorted
-        self._addresses: dict[int, Any] = {}  # arrival → address; a dict keeps the order of arrival
+        self._waiting: list[tuple[int, int, Any]] = []  # sorted by length and arrival
         self._arrivals = 0
 
     def __len__(self) -> int:
         """Number of waiting sequences."""
-        return len(self._keys)
+        return len(self._waiting)
 
     def add(self, address: Any, length: int) -> None:
         """Add a sequence."""
-        bisect.insort(self._keys, (length << _ARRIVAL_BITS) + self._arrivals)
-        self._addresses[self._arrivals] = address
+        bisect.insort(self._waiting, (length, self._arrivals, address))
         self._arrivals += 1
 
     def take_largest(self, space: int) -> tuple[Any, int] | None:
         """Remove the longest sequence of at most `space` tokens; return its address and length, or None."""
-        end = bisect.bisect_left(self._keys, (space + 1) << _ARRIVAL_BITS)
+        end = bisect.bisect_left(self._waiting, (space + 1,))
         if end == 0:
             return None
-        longest = self._keys[end - 1] >> _ARRIVAL_BITS
-        return self._remove(bisect.bisect_left(self._keys, longest << _ARRIVAL_BITS, 0, end))
+        longest = self._waiting[end - 1][0]
+        return self._remove(bisect.bisect_left(self._waiting, (longest,), 0, end))
 
     def take_shortest(self) -> tuple[Any, int]:
         """Remove the shortest sequence; return its address and length."""
@@ -166,20 +136,21 @@ class BestFitBuffer:
 
     def addresses(self) -> list[Any]:
         """Return the addresses of what waits, in order of arrival."""
-        return list(self._addresses.values())
+        return [address for _, _, address in sorted(self._waiting, key=itemgetter(1))]
 
     def _remove(self, index: int) -> tuple[Any, int]:
-        key = self._keys.pop(index)
-        return self._addresses.pop(key & ((1 << _ARRIVAL_BITS) - 1)), key >> _ARRIVAL_BITS
+        length, _, address = self._waiting.pop(index)
+        return address, length
 
 
 class RowStream(ABC):
     """Rows of a source. Endless unless its source is read once."""
 
     def __init__(self, source: Any, row_tokens: int) -> None:
-        """Start at the position of the source, a `Source`, with rows of T = `row_tokens`."""
+        """Start at the position of `Documents` or `ShuffledConversations`, with rows of T = `row_tokens`."""
         self._source, self._row_tokens = source, row_tokens
-        self._placed: list[Any] = []
+        self.placed: list[Any] = []
+        """The addresses of what the last row holds."""
 
     @property
     def epoch(self) -> int:
@@ -193,10 +164,6 @@ class RowStream(ABC):
         Raises:
             EndOfText: there is none.
         """
-
-    def placed(self) -> list[Any]:
-        """Return the addresses of what the last row holds."""
-        return self._placed
 
     def name(self, address: Any) -> str:
         """Return the name of what is at an address, for messages."""
@@ -226,7 +193,7 @@ class DocumentRows(RowStream):
     """
 
     def __init__(
-        self, documents: Source, row_tokens: int, buffer_documents: int, *, rest_begins: int | None = None
+        self, documents: Documents, row_tokens: int, buffer_documents: int, *, rest_begins: int | None = None
     ) -> None:
         """Start where the source is.
 
@@ -240,13 +207,13 @@ class DocumentRows(RowStream):
         super().__init__(documents, row_tokens)
         self._wanted, self._rest_begins = buffer_documents, rest_begins
         self._buffer = BestFitBuffer()
-        self.documents = self.cropped_tokens = self.placed_tokens = 0
+        self.cropped_tokens = self.placed_tokens = 0
 
     def next_row(self) -> Row:
         """Return the next row."""
         capacity = self._row_tokens + 1
         row = np.empty(capacity, dtype=np.int32)
-        filled, self._placed = 0, []
+        filled, self.placed = 0, []
         while filled < capacity:
             self._fill()
             space = capacity - filled
@@ -260,7 +227,7 @@ class DocumentRows(RowStream):
             used = min(length, space)
             row[filled : filled + used] = self._ids(address, used)
             filled += used
-            self._placed.append(address[:2])
+            self.placed.append(address[:2])
         self.placed_tokens += filled
         return split_row(row, filled)
 
@@ -278,7 +245,6 @@ class DocumentRows(RowStream):
         return {
             "cursor": self._source.state(),
             "waiting": self._buffer.addresses(),
-            "documents": self.documents,
             "cropped_tokens": self.cropped_tokens,
             "placed_tokens": self.placed_tokens,
         }
@@ -290,7 +256,7 @@ class DocumentRows(RowStream):
         for address in map(tuple, state["waiting"]):
             length = self._source.length(address[:2])
             self._buffer.add(address, length - address[2] + 1 if len(address) > 2 else length)
-        self.documents, self.cropped_tokens = state["documents"], state["cropped_tokens"]
+        self.cropped_tokens = state["cropped_tokens"]
         self.placed_tokens = state.get("placed_tokens", 0)
 
     def _fill(self) -> None:
@@ -300,7 +266,6 @@ class DocumentRows(RowStream):
                 break
             for address, length in found:
                 self._buffer.add(address, length)
-            self.documents += len(found)
 
     def _crop(self, address: Any, length: int, space: int) -> None:
         """Drop what `space` tokens do not hold of a document, or let it wait."""
@@ -344,7 +309,7 @@ class ConversationRows(RowStream):
         capacity = self._row_tokens + 1
         row = np.full(capacity, self._padding, dtype=np.int32)
         trained = np.zeros(capacity, dtype=np.bool_)
-        filled, self._placed = 0, []
+        filled, self.placed = 0, []
         while filled < capacity:
             self._fill()
             found = self._buffer.take_largest(capacity - filled)
@@ -354,7 +319,7 @@ class ConversationRows(RowStream):
             row[filled : filled + length] = self._source.ids(index)[:length]
             trained[filled : filled + length] = self._mask(index)[:length]
             filled += length
-            self._placed.append(index)
+            self.placed.append(index)
             if self._alone:
                 break
         if not self._buffer and not self._source.left:
@@ -399,20 +364,26 @@ class ConversationRows(RowStream):
 
 
 class StreamRows(RowStream):
-    """Rows cut out of one stream of tokens; every token is a target.
+    """Rows cut out of one stream of tokens.
 
     A batch of B rows takes B × T + 1 tokens: each row's last target begins the next row, except for the last one's,
     which is a target and never an input. Rows begin anywhere, and nothing is lost.
     """
 
-    def __init__(self, source: Any, row_tokens: int, batch_rows: int) -> None:
-        """Start where the source is; `batch_rows` rows share a batch."""
+    def __init__(self, source: Any, row_tokens: int, batch_rows: int, *, train_on: str | None = None) -> None:
+        """Start where the source is.
+
+        Args:
+            source: of documents or conversations.
+            row_tokens: T.
+            batch_rows: rows that share a batch.
+            train_on: of conversations: 'assistant' or 'all', which is what nanochat does here; None: documents.
+        """
         super().__init__(source, row_tokens)
-        self._batch_rows = batch_rows
+        self._batch_rows, self._train_on = batch_rows, train_on
         # Address, length and epoch of what is not used up.
         self._waiting: deque[tuple[Any, int, int]] = deque()
         self._offset = self._available = self._rows = 0
-        self.documents = 0
 
     @property
     def epoch(self) -> int:
@@ -422,34 +393,46 @@ class StreamRows(RowStream):
     def next_row(self) -> Row:
         """Return the next row."""
         needed = self._row_tokens + 1
-        while self._available < needed and self._fill():
-            pass
-        row, filled, offset = np.empty(needed, dtype=np.int32), 0, self._offset
-        self._placed = []
+        while self._available < needed:
+            if not (found := self._source.next(1)):  # one, so that the source's epoch is that of what it gave
+                break
+            self._waiting += ((address, length, self._source.epoch) for address, length in found)
+            self._available += sum(length for _, length in found)
+        row, trained = np.empty(needed, dtype=np.int32), np.ones(needed, dtype=np.bool_)
+        filled, offset = 0, self._offset
+        self.placed = []
         for address, length, _ in self._waiting:
             used = min(length - offset, needed - filled)
             if used:
-                self._copy(row, filled, address, offset, used)
-                self._placed.append(address)
+                row[filled : filled + used] = self._source.ids(address)[offset : offset + used]
+                if self._train_on == "assistant":
+                    trained[filled : filled + used] = self._source.trained(address)[offset : offset + used]
+                self.placed.append(address)
             filled, offset = filled + used, 0
             if filled == needed:
                 break
         self._rows += 1
-        self._pass(min(filled, needed if self._rows % self._batch_rows == 0 else self._row_tokens))
-        return split_row(row, filled)
+        passed = min(filled, needed if self._rows % self._batch_rows == 0 else self._row_tokens)
+        self._available -= passed
+        self._offset += passed
+        while self._waiting and self._offset >= self._waiting[0][1]:
+            self._offset -= self._waiting.popleft()[1]
+        inputs, targets = split_row(row, filled)
+        return inputs, np.where(trained[1:], targets, np.int32(IGNORED))
 
     def counts(self) -> dict[str, float]:
-        """Return the passes; nothing is cropped."""
+        """Return the passes over documents; nothing is cropped or cut."""
+        if self._train_on is not None:
+            return {"truncated_conversations": 0}
         return {"epochs": self.epoch, "cropped_tokens": 0, "cropped_frac": 0.0}
 
     def state(self) -> dict[str, Any]:
         """Return the source's position and what is not used up."""
         return {
             "cursor": self._source.state(),
-            "stream": [[address, length, epoch] for address, length, epoch in self._waiting],
+            "stream": [list(waiting) for waiting in self._waiting],
             "offset": self._offset,
             "rows": self._rows,
-            "documents": self.documents,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -459,56 +442,12 @@ class StreamRows(RowStream):
             (tuple(address) if isinstance(address, list) else address, length, epoch)
             for address, length, epoch in state["stream"]
         )
-        self._offset, self._rows, self.documents = state["offset"], state["rows"], state["documents"]
+        self._offset, self._rows = state["offset"], state["rows"]
         self._available = sum(length for _, length, _ in self._waiting) - self._offset
-
-    def _copy(self, row: Ints, place: int, address: Any, offset: int, count: int) -> None:
-        """Copy `count` tokens of a sequence into a row."""
-        row[place : place + count] = self._source.ids(address)[offset : offset + count]
-
-    def _fill(self) -> bool:
-        """Read a document; False: there is none left."""
-        found = self._source.next(1)  # so that the source's epoch is that of what it gave
-        self._waiting.extend((address, length, self._source.epoch) for address, length in found)
-        self._available += sum(length for _, length in found)
-        self.documents += len(found)
-        return bool(found)
-
-    def _pass(self, count: int) -> None:
-        """Leave tokens behind."""
-        self._available -= count
-        self._offset += count
-        while self._waiting and self._offset >= self._waiting[0][1]:
-            self._offset -= self._waiting.popleft()[1]
-
-
-class StreamedConversations(StreamRows):
-    """Conversations as one stream. With train_on='assistant' the other tokens are no targets."""
-
-    def __init__(
-        self, conversations: ShuffledConversations, *, row_tokens: int, batch_rows: int, train_on: str
-    ) -> None:
-        """Start the first epoch; nanochat trains on all tokens here."""
-        super().__init__(conversations, row_tokens, batch_rows)
-        self._train_on, self._trained = train_on, np.zeros(row_tokens + 1, dtype=np.bool_)
-
-    def next_row(self) -> Row:
-        """Return the next row."""
-        inputs, targets = super().next_row()
-        return inputs, targets if self._train_on == "all" else np.where(self._trained[1:], targets, np.int32(IGNORED))
-
-    def counts(self) -> dict[str, float]:
-        """Return nothing: no conversation is cut."""
-        return {"truncated_conversations": 0}
-
-    def _copy(self, row: Ints, place: int, address: Any, offset: int, count: int) -> None:
-        super()._copy(row, place, address, offset, count)
-        if self._train_on != "all":
-            self._trained[place : place + count] = self._source.trained(address)[offset : offset + count]
 
 
 def pack_documents(
-    packing: str, source: Source, *, row_tokens: int, buffer_documents: int, batch_rows: int, bos: int
+    packing: str, source: Documents, *, row_tokens: int, buffer_documents: int, batch_rows: int, bos: int
 ) -> RowStream:
     """Return rows of documents.
 
@@ -526,23 +465,15 @@ def pack_documents(
 
 
 def pack_conversations(
-    packing: str, conversations: ShuffledConversations, *, batch_rows: int, bos: int, assistant_end: int,
-    row_tokens: int, buffer_conversations: int, train_on: str,
+    packing: str, conversations: ShuffledConversations, *, row_tokens: int, buffer_conversations: int, batch_rows: int,
+    train_on: str, bos: int, assistant_end: int,
 ) -> RowStream:  # fmt: skip
-    """Return rows of conversations.
+    """Return rows of conversations: best_fit behind <|bos|> padding, alone behind <|assistant_end|>, or stream.
 
-    Args:
-        packing: best_fit, stream or alone.
-        conversations: encoded, with what is trained on.
-        batch_rows: rows of an iteration, for the stream.
-        bos: what fills a row behind several conversations.
-        assistant_end: what fills a row behind one.
-        row_tokens: T.
-        buffer_conversations: how many best fit chooses from.
-        train_on: assistant or all.
+    The arguments are those of `pack_documents` and `ConversationRows`.
     """
     if packing == "stream":
-        return StreamedConversations(conversations, row_tokens=row_tokens, batch_rows=batch_rows, train_on=train_on)
+        return StreamRows(conversations, row_tokens, batch_rows, train_on=train_on)
     alone = packing == "alone"
     return ConversationRows(
         conversations, padding=assistant_end if alone else bos, row_tokens=row_tokens,
@@ -609,9 +540,8 @@ def take_validation(rows: RowStream, *, row_tokens: int, tokens: int, setting: s
     return found
 
 
-def count_rows(make_rows: Callable[[], RowStream]) -> int:
-    """Return how many rows the first epoch of conversations fills, by packing it."""
-    rows = make_rows()
+def count_rows(rows: RowStream) -> int:
+    """Return how many rows the first epoch of a new stream fills, by packing it."""
     count = 0
     while rows.epoch == 0:
         rows.next_row()

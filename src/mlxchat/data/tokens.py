@@ -1,7 +1,7 @@
-"""Token ids: their file format, the shards of a corpus encoded when they are needed, and the cursor that reads them.
+"""Token ids: their file format, and the documents of a corpus, whose shards are encoded when they are needed.
 
 Text and conversations become artifacts (`tokens-…`), once per content and tokenizer, shared by every run. Each is one
-safetensors file, written as a stream and read through the page cache:
+safetensors file, written as a stream and memory-mapped:
 - offsets (n + 1,) int64: where each sequence begins, and the end of the last;
 - ids (tokens,) uint16 or, for vocabularies beyond 65,536, uint32;
 - for conversations also trained (tokens,) bool.
@@ -111,10 +111,12 @@ def write_tokens(
     for mask in masks:
         file.write(mask.tobytes())
     arrays = [("offsets", "I64", count + 1), ("ids", "U16" if width is np.uint16 else "U32", total)]
-    if masks:
-        arrays.append(("trained", "BOOL", total))
+    header, end = {}, 0
+    for name, dtype, length in [*arrays, *([("trained", "BOOL", total)] if masks else [])]:
+        start, end = end, end + length * np.dtype(_TYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [start, end]}
     file.seek(0)
-    file.write(_header(arrays))
+    file.write((_HEADER_BYTES - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(_HEADER_BYTES - 8))
     file.write(offsets.tobytes())
     return total
 
@@ -153,42 +155,95 @@ def read_tokens(buffer: Any) -> Tokens:
     return Tokens(view("offsets"), view("ids"), view("trained") if "trained" in header else None)
 
 
-def _header(arrays: list[tuple[str, str, int]]) -> bytes:
-    """Return the safetensors header of flat arrays that follow each other: name, type, length."""
-    record, end = {}, 0
-    for name, dtype, length in arrays:
-        start, end = end, end + length * np.dtype(_TYPES[dtype]).itemsize
-        record[name] = {"dtype": dtype, "shape": [length], "data_offsets": [start, end]}
-    text = json.dumps(record).encode()
-    return (_HEADER_BYTES - 8).to_bytes(8, "little") + text.ljust(_HEADER_BYTES - 8)
-
-
 Obtain = Callable[[Shard, bool, Check], Path]
 """Takes a text shard, whether its tokens are needed now, and a check; returns the folder with its tokens."""
 
 
-class EncodedShards:
-    """The shards of a split as token ids. `obtain` encodes them; while one is read, the next is encoded in a thread."""
+class Documents:
+    """The documents of a split as token ids, in order, endless or once, with a position that can be saved and restored.
+
+    Each shard is encoded when it is needed. While it is read, the next one is encoded in a thread.
+    """
 
     def __init__(
-        self, shards: Sequence[Shard], obtain: Obtain, on_open: Callable[[int], object] = lambda index: None
-    ) -> None:
-        """Take the text shards in order; nothing is read yet. `on_open` is called with the number of one to be read."""
-        self.shards, self._obtain, self._on_open = list(shards), obtain, on_open
+        self, shards: Sequence[Shard], obtain: Obtain, *, once: bool = False,
+        on_open: Callable[[int], object] = lambda index: None,
+    ) -> None:  # fmt: skip
+        """Start at the first document; nothing is read yet.
+
+        Args:
+            shards: of text, in order.
+            obtain: encodes a shard, or finds it encoded.
+            once: after the last document there are no more.
+            on_open: called with the number of a shard that is about to be read.
+        """
+        self._shards, self._obtain, self._once, self._on_open = list(shards), obtain, once, on_open
+        self.epoch = 0
+        self._position: Address = (0, 0)
+        self._empty = 0  # consecutive shards without a document
         # Few at a time: every open file takes a handle, and documents that wait for a row come from few shards.
         self._open: OrderedDict[int, Tokens] = OrderedDict()
         self._closing = threading.Event()
         self._worker: tuple[int, threading.Thread] | None = None
 
-    def open(self, index: int) -> Tokens:
+    def next(self, count: int) -> list[tuple[Address, int]]:
+        """Return addresses and lengths in tokens of the next `count` documents; fewer at the end, if it has one.
+
+        Raises:
+            DataError: the corpus has none.
+        """
+        found: list[tuple[Address, int]] = []
+        while len(found) < count:
+            shard, start = self._position
+            if shard == len(self._shards):
+                if self._once and self._empty < len(self._shards):
+                    break
+                self.epoch, self._position = self.epoch + 1, (0, 0)
+                continue
+            tokens = self.tokens(shard)
+            self.prepare((shard + 1) % len(self._shards))
+            self._empty = 0 if len(tokens) else self._empty + 1
+            if self._empty > len(self._shards):
+                names = [shard.name for shard in self._shards]
+                raise DataError(f"the corpus holds no document in {', '.join(names[:5])}{' …' * (len(names) > 5)}")
+            stop = min(len(tokens), start + count - len(found))
+            found += (((shard, start + i), length) for i, length in enumerate(tokens.lengths(start, stop)))
+            self._position = (shard, stop) if stop < len(tokens) else (shard + 1, 0)
+        return found
+
+    def length(self, address: Address) -> int:
+        """Return the length in tokens of a document."""
+        shard, document = address
+        return self.tokens(shard).lengths(document, document + 1)[0]
+
+    def ids(self, address: Address) -> Array:
+        """Return the ids of a document, <|bos|> first."""
+        shard, document = address
+        return self.tokens(shard).ids(document)
+
+    def name(self, address: Address) -> str:
+        """Return the shard's file and the document's number in it, from 0."""
+        shard, document = address
+        return f"{self._shards[shard].name} document {document}"
+
+    def state(self) -> dict[str, Any]:
+        """Return the position as plain numbers."""
+        return {"epoch": self.epoch, "position": list(self._position)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Return to a position; closed documents work again."""
+        self.epoch = state["epoch"]
+        shard, document = state["position"]
+        self._position = (shard, document)
+
+    def tokens(self, index: int) -> Tokens:
         """Return a shard's tokens, encoding it first if need be."""
         found = self._open.get(index)
         if found is None:
             self._on_open(index)
             if self._worker is not None and self._worker[0] == index:
                 self._worker[1].join()  # it checks for stops as encoding here would
-            found = open_tokens(self._obtain(self.shards[index], True, lambda: None))
-            self._open[index] = found
+            found = self._open[index] = open_tokens(self._obtain(self._shards[index], True, lambda: None))
             while len(self._open) > _MOST_OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)
@@ -200,93 +255,28 @@ class EncodedShards:
             return
         self._closing.clear()
 
+        def check() -> None:
+            if self._closing.is_set():
+                raise _Closed
+
         def work() -> None:
             with suppress(Exception):  # it fails again, with a message, when the shard is needed
-                self._obtain(self.shards[index], False, self._check)
+                self._obtain(self._shards[index], False, check)
 
-        worker = threading.Thread(target=work, name=f"encode {self.shards[index].name}", daemon=True)
+        worker = threading.Thread(target=work, name=f"encode {self._shards[index].name}", daemon=True)
         worker.start()
         self._worker = index, worker
 
     def close(self) -> None:
-        """End the background work."""
+        """End background work, until the next `restore`."""
         self._closing.set()
         if self._worker is not None:
             self._worker[1].join()
             self._worker = None
 
-    def _check(self) -> None:
-        if self._closing.is_set():
-            raise _Closed
-
 
 class _Closed(Exception):
-    """The work is not wanted any more."""
-
-
-class DocumentCursor:
-    """Documents of a split in order, endless or once, with a position that can be saved and restored."""
-
-    def __init__(self, shards: EncodedShards, *, once: bool = False) -> None:
-        """Start at the first document; `once`: after the last one there are no more."""
-        self._shards, self._once = shards, once
-        self.epoch = 0
-        self._position: Address = (0, 0)
-        self._empty = 0  # shards without a document, one after the other
-
-    def next(self, count: int) -> list[tuple[Address, int]]:
-        """Return addresses and lengths in tokens of the next `count` documents; fewer at the end, if it has one.
-
-        Raises:
-            DataError: the corpus has none.
-        """
-        found: list[tuple[Address, int]] = []
-        while len(found) < count:
-            shard, start = self._position
-            if shard == len(self._shards.shards):
-                if self._once and self._empty < len(self._shards.shards):
-                    break
-                self.epoch, self._position = self.epoch + 1, (0, 0)
-                continue
-            tokens = self._shards.open(shard)
-            self._shards.prepare((shard + 1) % len(self._shards.shards))
-            self._empty = 0 if len(tokens) else self._empty + 1
-            if self._empty > len(self._shards.shards):
-                names = [shard.name for shard in self._shards.shards]
-                raise DataError(f"the corpus holds no document in {', '.join(names[:5])}{' …' * (len(names) > 5)}")
-            stop = min(len(tokens), start + count - len(found))
-            found += (((shard, start + i), length) for i, length in enumerate(tokens.lengths(start, stop)))
-            self._position = (shard, stop) if stop < len(tokens) else (shard + 1, 0)
-        return found
-
-    def length(self, address: Address) -> int:
-        """Return the length in tokens of a document."""
-        shard, document = address
-        return self._shards.open(shard).lengths(document, document + 1)[0]
-
-    def ids(self, address: Address) -> Array:
-        """Return the ids of a document, <|bos|> first."""
-        shard, document = address
-        return self._shards.open(shard).ids(document)
-
-    def name(self, address: Address) -> str:
-        """Return the shard's file and the document's number in it, from 0."""
-        shard, document = address
-        return f"{self._shards.shards[shard].name} document {document}"
-
-    def state(self) -> dict[str, Any]:
-        """Return the position as plain numbers."""
-        return {"epoch": self.epoch, "position": list(self._position)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Return to a position; a closed cursor works again."""
-        self.epoch = state["epoch"]
-        shard, document = state["position"]
-        self._position = (shard, document)
-
-    def close(self) -> None:
-        """End background work, until the next `restore`."""
-        self._shards.close()
+    """The background work is not needed any more."""
 
 
 class DocumentTokenizer(Protocol):
@@ -304,7 +294,7 @@ class DocumentTokenizer(Protocol):
         """Return each document's ids, with the token that begins it in front."""
 
 
-def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, once: bool = False) -> DocumentCursor:
+def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, once: bool = False) -> Documents:
     """Return the documents of a split ('train' or 'validation') of the step's corpus, again and again or `once`.
 
     Each shard is encoded when it is needed, on all cores; the one after it meanwhile, on a quarter of them. Files of
@@ -314,7 +304,7 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
     shards, density = open_shards(corpus, split), chars_per_byte(corpus)
     chars = ctx.hints.get("train_chars") if split == "train" else None
 
-    def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
+    def obtain(shard: Shard, is_awaited: bool, check: Check) -> Path:
         threads = available_cores() if is_awaited else max(1, available_cores() // 4)
 
         def look() -> None:
@@ -333,11 +323,11 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
     def fetch(index: int) -> None:
         fetch_ahead(shards, index + 1, chars, density)
 
-    return DocumentCursor(EncodedShards(shards, obtain, fetch), once=once)
+    return Documents(shards, obtain, once=once, on_open=fetch)
 
 
 def encode_shard(
-    shard: Shard, tokenizer: DocumentTokenizer, folder: Path, *, threads: int, check: Callable[[], None] = lambda: None
+    shard: Shard, tokenizer: DocumentTokenizer, folder: Path, *, threads: int, check: Check = lambda: None
 ) -> dict[str, float]:
     """Encode a text shard into a folder; return the numbers for its manifest.
 
@@ -348,8 +338,6 @@ def encode_shard(
         threads: how many encode at once.
         check: called every few hundred documents; it may raise, to end the work.
     """
-    count = shard.count(check)
-    began = time.monotonic()
 
     def encode() -> Iterator[tuple[Array, None]]:
         texts = shard.documents(check)
@@ -361,10 +349,7 @@ def encode_shard(
                 for encoded in pool.map(tokenizer.encode_documents, parts):
                     yield from ((ids, None) for ids in encoded)
 
-    with (folder / FILE).open("wb") as file:
-        tokens = write_tokens(file, encode(), count=count, vocab_size=tokenizer.vocab_size)
-    seconds = max(1e-9, time.monotonic() - began)
-    return {"documents": count, "tokens": tokens, "tokens_per_second": tokens / seconds}
+    return _write(folder, encode(), "documents", shard.count(check), tokenizer.vocab_size)
 
 
 def open_mixture(ctx: Context, name: str, mixture: Mixture, tokenizer: Tokenizer) -> Tokens:
@@ -381,11 +366,17 @@ def open_mixture(ctx: Context, name: str, mixture: Mixture, tokenizer: Tokenizer
             yield np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.bool_)
 
     def make(folder: Path) -> dict[str, float]:
-        began = time.monotonic()
-        with (folder / FILE).open("wb") as file:
-            tokens = write_tokens(file, render(), count=len(mixture), vocab_size=tokenizer.vocab_size)
-        seconds = max(1e-9, time.monotonic() - began)
-        return {"conversations": len(mixture), "tokens": tokens, "tokens_per_second": tokens / seconds}
+        return _write(folder, render(), "conversations", len(mixture), tokenizer.vocab_size)
 
     identity = {"conversations": digest.hexdigest(), "tokenizer": tokenizer.digest}
     return open_tokens(ctx.encoded(version=FORMAT, label=f"{ctx.step}_{name}", identity=identity, make=make))
+
+
+def _write(
+    folder: Path, sequences: Iterable[tuple[Array, Array | None]], kind: str, count: int, vocab_size: int
+) -> dict[str, float]:
+    """Write sequences into a folder; return the numbers for its manifest."""
+    began = time.monotonic()
+    with (folder / FILE).open("wb") as file:
+        tokens = write_tokens(file, sequences, count=count, vocab_size=vocab_size)
+    return {kind: count, "tokens": tokens, "tokens_per_second": tokens / max(1e-9, time.monotonic() - began)}

@@ -54,7 +54,7 @@ class RowBatches:
         rows, addresses = [], []
         for _ in range(self._num_rows):
             rows.append(self._rows.next_row())
-            addresses += self._rows.placed()
+            addresses += self._rows.placed
         batch = mean_batch(rows, trimmed=self._trimmed)
         self._state, self._counts, self._addresses = self._rows.state(), self._rows.counts(), addresses
         self.waited_seconds += time.perf_counter() - began

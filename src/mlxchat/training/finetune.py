@@ -69,7 +69,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
             train_on=config.train_on,
         )
 
-    rows_per_epoch = count_rows(lambda: pack(encoded))
+    rows_per_epoch = count_rows(pack(encoded))
     num_iterations = config.num_iterations or max(1, config.num_epochs * rows_per_epoch // rows_per_iteration)
     validation = take_validation(
         pack(open_mixture(ctx, "validation", held_out_mixture, tokenizer), once=True),
