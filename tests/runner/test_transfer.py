@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,39 @@ def test_a_step_named_like_a_path_is_refused(step: object, made: Any, tmp_path: 
     assert (papers / "thesis.txt").read_text() == "years of work"
     assert not papers.is_symlink()
     assert not any((other.outputs / "refs").iterdir())
+
+
+def hostile_tar(path: Path, kind: bytes, size: int, content: bytes = b"") -> Path:
+    """Write a tar whose only member has this type and claims this size."""
+    member = tarfile.TarInfo("store/a/big")
+    member.type, member.size = kind, size
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    if kind == tarfile.GNUTYPE_SPARSE:
+        header[483:495] = b"%011o\0" % (1 << 32)  # the file's length, of which nothing is stored
+        header[386:410] = b"%011o\0" % (1 << 32) + b"%011o\0" % 0
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [(tarfile.XHDTYPE, 64 << 20, "no tar file"), (tarfile.GNUTYPE_LONGNAME, 64 << 20, "no tar file"),
+     (tarfile.GNUTYPE_SPARSE, 0, "no file of an artifact"), (tarfile.REGTYPE, 1 << 50, "GB free")],
+    ids=["header", "name", "sparse", "size"],
+)  # fmt: skip
+def test_a_tar_that_would_fill_memory_or_disk_is_refused(kind: bytes, size: int, message: str, tmp_path: Path) -> None:
+    """1.5 kB of a sparse member became any number of bytes on disk, 230 kB of a compressed header 1.5 GB in memory."""
+    content = bytes(64 << 20) if size == 64 << 20 else bytes(1024)
+    source = hostile_tar(tmp_path / "x.tar", kind, size, content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(StoreError, match=message):
+            import_all(Store(tmp_path / "other"), source)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_folder_named_to_steer_a_terminal_is_refused(made: Any, tmp_path: Path) -> None:

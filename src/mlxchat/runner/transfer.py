@@ -25,6 +25,18 @@ from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
 from mlxchat.runner.verifying import find_faults, is_plain
 
 _TARS: dict[str, Any] = {".tar": "w", ".tgz": "w:gz", ".gz": "w:gz", ".xz": "w:xz"}
+_MOST_HEADER_BYTES = 1 << 20  # names, links and attributes of one member
+_ROOM_BYTES = 256 << 20  # left free on the disk
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header is read into memory only if it is small."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size > _MOST_HEADER_BYTES and self.type not in tarfile.REGULAR_TYPES:
+            raise tarfile.ReadError(f"a header has {self.size:,} bytes")
+        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return found
 
 
 def closure(store: Store, folders: list[Path]) -> list[Path]:
@@ -231,14 +243,20 @@ def _unpack(source: Path, base: Path) -> None:
             crash_point("import.unpacked")
         return
     try:
-        with tarfile.open(source) as tar:
+        with tarfile.open(source, tarinfo=_Member) as tar:
             for member in tar:
                 name = member.name.removeprefix("./").rstrip("/")
                 if member.isdir():
                     continue
-                if not member.isfile() or not is_plain(name) or not name.startswith("store/") or name.count("/") < 2:
+                plain = member.isfile() and not member.issparse()
+                if not plain or not is_plain(name) or not name.startswith("store/") or name.count("/") < 2:
                     raise StoreError(
                         f'{source} holds "{member.name}", which is no file of an artifact: nothing was imported'
+                    )
+                if member.size + _ROOM_BYTES > (free := shutil.disk_usage(base).free):
+                    raise StoreError(
+                        f"{source} holds {member.name} with {member.size / 1e9:,.1f} GB, and {base.parent.parent} has "
+                        f"{free / 1e9:,.1f} GB free"
                     )
                 content = tar.extractfile(member)
                 assert content is not None
