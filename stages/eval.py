@@ -26,7 +26,7 @@ from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
-from mlxchat.planning.memory import forward_tokens
+from mlxchat.planning.memory import answers_of_eval, find_device, forward_tokens
 from mlxchat.runner.context import Context
 
 VERSION = 5
@@ -58,7 +58,9 @@ def run(ctx: Context) -> None:
     model, tokenizer, facts = load_for_inference(ctx.inputs["checkpoint"], dtype)
     chats = facts["format"] == "chat"
     throughput = measure_throughput(model)
-    engine = make_engine(ctx.team, model, tokenizer)
+    device = find_device(ctx.config.machine, ask_mlx=True)
+    rows = answers_of_eval(ctx.step, device, model.sizes, config.max_new_tokens)
+    engine = make_engine(ctx.team, model, tokenizer, max_rows=rows)
     examples: list[dict[str, Any]] = []
     scores: dict[str, Any] = {
         "checkpoint": ctx.input_steps["checkpoint"],

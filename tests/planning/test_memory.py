@@ -29,6 +29,7 @@ from mlxchat.optim.schedule import rates_at
 from mlxchat.planning.memory import (
     Device,
     Training,
+    answers_at_a_time,
     check_memory,
     choose_micro_batch,
     describe_memory,
@@ -403,3 +404,28 @@ def test_rows_of_rl_are_the_context_where_the_task_does_not_bound_its_prompts() 
     training = training_of(config_of(), "rl")
     assert training is not None
     assert training.row_tokens == training.sizes.context_tokens
+
+
+# Answers
+
+
+def device(limit: int | None, *, plain: bool = True) -> Device:
+    return Device(kind="metal", plain=plain, compute_bytes=2, limit_bytes=limit, limit_is="a test")
+
+
+def test_answers_at_a_time_are_the_most_that_fit_beside_the_weights() -> None:
+    weights = 2 * count_parameters(SIZES)["total"]
+    assert answers_at_a_time("it", device(None), SIZES, row_tokens=256, most=64) == 64
+    for rows in (1, 6, 32):
+        limit = weights + predict_sampling_bytes(SIZES, device(None), rows=rows, row_tokens=256)
+        assert answers_at_a_time("it", device(limit), SIZES, row_tokens=256, most=64) == rows
+        assert answers_at_a_time("it", device(limit), SIZES, row_tokens=256, most=64, kv_bits=4) > rows
+    with pytest.raises(ConfigError, match=r"it needs about .* 256 tokens.*limit is 10 B .*: less"):
+        answers_at_a_time("it", device(10), SIZES, row_tokens=256, remedy="less")
+
+
+def test_an_evaluation_that_cannot_answer_is_refused_by_the_plan(tmp_path: Path) -> None:
+    config = config_of("machine=cpu", "machine.memory_limit_bytes=8000000", "machine.blas_threads=1", "model.depth=2")
+    plan = make_plan(config, config.pipeline, Store(tmp_path), targets=["eval_sft"], seed=0, force=[])
+    with pytest.raises(ConfigError, match=r"(?m)^eval_sft needs about .*a smaller eval.max_new_tokens$"):
+        check_memory(config, plan)

@@ -11,6 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
+
+from kit.serving import CHAT
+from mlxchat.cli import main
+from mlxchat.errors import ConfigError
+from mlxchat.model.sizes import count_parameters
+from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.memory import Device, predict_sampling_bytes
+from mlxchat.runner.store import Store
+from mlxchat.serve.limits import Limits
+from mlxchat.serve.models import Models
+from mlxchat.serve.worker import rows_that_fit
 
 ANSWERED = """
 import mlxchat, asyncio, sys
@@ -68,3 +80,22 @@ def test_a_process_does_not_end_by_an_abort_whose_worker_used_two_cores(served: 
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", ANSWERED, str(served)], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(limit_bytes=1000, limit_is="a test")
+    monkeypatch.setattr("mlxchat.serve.worker.find_device", lambda **options: device)
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", f"outputs={served}", "sft"])
+    assert caught.value.code == 2
+
+
+def test_a_server_holds_no_more_tokens_than_fit_into_memory(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, limits = Models(Store(served), served / "store" / CHAT).find(None), Limits(kept_tokens=0)
+    sizes = sizes_of_folder(model.folder)
+    needed = predict_sampling_bytes(sizes, Device(), rows=6, row_tokens=model.context_tokens)
+    room = needed + 4 * count_parameters(sizes)["total"]
+    monkeypatch.setattr("mlxchat.serve.worker.find_device", lambda **options: Device(limit_bytes=room))
+    assert rows_that_fit(model, limits) == 6
+    with pytest.raises(ConfigError, match="max-models 1"):
+        rows_that_fit(model, limits, held_bytes=room)

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.serve.prompts import Defaults
     from mlxchat.serve.run import run_server
     from mlxchat.serve.service import Service
-    from mlxchat.serve.worker import Worker, load_scheduler
+    from mlxchat.serve.worker import Worker, load_scheduler, rows_that_fit
 
     chosen = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _LIMITS}
     limits = Limits(**{name: value for name, value in chosen.items() if value is not None})
@@ -62,9 +62,10 @@ def main(arguments: list[str]) -> int:
         "temperature": options.temperature, "top_k": options.top_k,
     }  # fmt: skip
     models = Models(store, found.place, answering, within=run_of(store, found))
-    folder = models.find(None).folder
-    read_model(folder)
-    check_model(folder)
+    model = models.find(None)
+    read_model(model.folder)
+    check_model(model.folder)
+    rows_that_fit(model, limits, bits=options.bits, kv_bits=options.kv_bits)
     print(f"model: {describe_model(store, found)}", file=sys.stderr)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
     python = python_tool() if options.python_tool else None

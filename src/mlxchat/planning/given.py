@@ -49,18 +49,13 @@ def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
     Raises:
         DataError: a model to be imported is missing, or what describes it is damaged.
     """
-    from mlxchat.interop.names import sizes_from_hf
-
-    def of_folder(folder: Path) -> GPTSizes:
-        return sizes_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder.name)
-
     store = Store(Path(config.outputs))
     found: dict[str, GPTSizes] = {}
     for step in plan:  # inputs come first
         artifact = step.artifacts.get(_ROLE)
         if step.stage.name == "imported" and not step.stage.optional_inputs.keys() & {*step.inputs, *step.artifacts}:
             if made := store.find(step.rid) if step.done else None:
-                found[step.name] = of_folder(made)
+                found[step.name] = sizes_of_folder(made)
             else:
                 from mlxchat.interop.importing import sizes_of_import
 
@@ -68,8 +63,15 @@ def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
         elif step.inputs.get(_ROLE) in found:
             found[step.name] = found[step.inputs[_ROLE]]
         elif artifact is not None and (folder := store.find(str(artifact["rid"]))) is not None:
-            found[step.name] = of_folder(folder)
+            found[step.name] = sizes_of_folder(folder)
     return found
+
+
+def sizes_of_folder(folder: Path) -> GPTSizes:
+    """Return the sizes of the checkpoint in a folder, adapters included, without its weights."""
+    from mlxchat.interop.names import sizes_from_hf
+
+    return sizes_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder.name)
 
 
 def describe_imports(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:

@@ -47,6 +47,9 @@ MEMORY_SHARE = {"cpu": 0.8, "metal": 0.7, "cuda": 0.9}
 # Larger micro-batches were no faster per token on a CPU (DECISIONS.md); on GPUs what nanochat and the Mac
 # configurations use.
 MOST_TOKENS = {"cpu": 8192, "metal": 32768, "cuda": 65536}
+_DEFAULT = MachineConfig(
+    device="auto", compute_dtype="auto", memory_limit_bytes=None, blas_threads=None, num_processes=1
+)
 _CHOICE = "micro_batch.json"
 _MASTER_BYTES = 4
 
@@ -111,7 +114,7 @@ class Device:
 
     def most_rows(self, most: int, needed: Callable[[int], int]) -> int:
         """Return the most rows of a KV cache, up to `most`, whose needed bytes fit; 0: not even one."""
-        sizes = sorted({min(rows, most) for rows in bounds.BATCH_ROWS})
+        sizes = sorted({most, *(rows for rows in bounds.BATCH_ROWS if rows < most)})
         limit = self.limit_bytes
         return max((rows for rows in sizes if limit is None or needed(rows) <= limit), default=0)
 
@@ -398,13 +401,14 @@ class MicroBatch:
         return {**numbers, "sampled_rows": self.sampled_rows} if self.sampled_rows else numbers
 
 
-def find_device(machine: MachineConfig, *, ask_mlx: bool = False) -> Device:
+def find_device(machine: MachineConfig | None = None, *, ask_mlx: bool = False) -> Device:
     """Return what will compute and how much memory it may use.
 
     Args:
-        machine: what was asked for.
+        machine: what was asked for; None: the device that MLX chooses, without limits of its own.
         ask_mlx: whether MLX may be imported, without which a CUDA device's memory is not known.
     """
+    machine = machine or _DEFAULT
     kind = device_kind(machine.device)
     plain = kind != "cpu" or os.environ.get("MLXCHAT_CPU") == "plain"
     limit, neighbours = machine.memory_limit_bytes, count_ranks(machine)[1]
@@ -573,6 +577,7 @@ def forward_tokens(machine: MachineConfig, sizes: GPTSizes, *, training_peak_byt
 
 
 def answers_at_a_time(
+    what: str,
     device: Device,
     sizes: GPTSizes,
     *,
@@ -580,33 +585,48 @@ def answers_at_a_time(
     most: int = bounds.DECODED_ROWS,
     bits: int | None = None,
     kv_bits: int | None = None,
+    kept_tokens: int = 0,
     held_bytes: int = 0,
+    remedy: str = "",
 ) -> int:
     """Return how many answers can be decoded at a time beside the model's weights, at most `most`.
 
     Args:
+        what: needs the memory, for the message.
         device: what computes.
         sizes: of the model.
         row_tokens: prompt and answer, at most.
         most: that are wanted.
         bits: of the weights that are decoded with, as `Engine` takes them.
         kv_bits: of keys and values.
+        kept_tokens: whose keys and values are kept for later prompts.
         held_bytes: what is in memory besides.
+        remedy: what lowers the need, for the message.
 
     Raises:
         ConfigError: there is no room for a single one.
     """
-    weights = count_parameters(sizes)["total"] * device.compute_bytes + held_bytes
+    weights = count_parameters(sizes)["total"] * device.compute_bytes
+    kept = kept_tokens * sizes.num_layers * 2 * sizes.kv_width * _packed(kv_bits, device) * device.compute_bytes
 
     def needed(rows: int) -> int:
         sampling = predict_sampling_bytes(sizes, device, rows=rows, row_tokens=row_tokens, bits=bits, kv_bits=kv_bits)
-        return weights + sampling
+        return weights + round(kept) + held_bytes + sampling
 
     if rows := device.most_rows(most, needed):
         return rows
-    raise ConfigError(
-        _excess(device, needed(1), f"the weights and one answer of {row_tokens:,} tokens, prompt included")
-    )
+    text = _excess(device, needed(1), f"its weights and one row of {row_tokens:,} tokens, prompt and answer")
+    raise ConfigError(f"{what} {text}" + (f". To lower the need: {remedy}" if remedy else ""))
+
+
+def answers_of_eval(step: str, device: Device, sizes: GPTSizes, max_new_tokens: int) -> int:
+    """Return how many questions an evaluation answers at a time; prompts are cropped to the context.
+
+    Raises:
+        ConfigError: there is no room for a single one.
+    """
+    row_tokens = sizes.context_tokens + max_new_tokens
+    return answers_at_a_time(step, device, sizes, row_tokens=row_tokens, remedy="a smaller eval.max_new_tokens")
 
 
 def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:
@@ -638,10 +658,9 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
             continue
         sizes = given.get(step.name) or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
         try:
-            row_tokens = sizes.context_tokens + config.eval.max_new_tokens
-            answers_at_a_time(find_device(config.machine), sizes, row_tokens=row_tokens)
+            answers_of_eval(step.name, find_device(config.machine), sizes, config.eval.max_new_tokens)
         except ConfigError as error:
-            refused.append(f"{step.name} {error}. To lower the need: a smaller eval.max_new_tokens")
+            refused.append(str(error))
     if refused:
         raise ConfigError("\n".join(refused))
 

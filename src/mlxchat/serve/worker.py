@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 
 from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.errors import ConfigError
+from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.memory import answers_at_a_time, find_device
 from mlxchat.runner.integrity import check_model
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
@@ -291,6 +294,31 @@ class Worker:
             self._loop.call_soon_threadsafe(function)
 
 
+def rows_that_fit(
+    model: Model, limits: Limits, *, bits: int | None = None, kv_bits: int | None = None, held_bytes: int = 0
+) -> int:
+    """Return how many rows of a whole context fit into memory beside a model's weights, at most `limits.max_rows`.
+
+    Args:
+        model: where it lies.
+        limits: of the server.
+        bits: as for `load_scheduler`.
+        kv_bits: the same.
+        held_bytes: what is in memory besides.
+
+    Raises:
+        ConfigError: there is no room for a single one.
+    """
+    remedy = [f"--max-models {limits.max_models - 1}"] if held_bytes and limits.max_models > 1 else []
+    remedy += ["--kv-bits 4"] if kv_bits is None else []
+    remedy += ["a smaller --kept-tokens"] if limits.kept_tokens else []
+    return answers_at_a_time(
+        model.name, find_device(ask_mlx=True), sizes_of_folder(model.folder), row_tokens=model.context_tokens,
+        most=limits.max_rows, bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens, held_bytes=held_bytes,
+        remedy="; ".join(remedy),
+    )  # fmt: skip
+
+
 def load_scheduler(
     model: Model,
     limits: Limits,
@@ -307,11 +335,21 @@ def load_scheduler(
         python: runs calls that are no sums.
         bits: of weights, as `Engine` takes them; the log says what they cost.
         kv_bits: of keys and values.
+
+    Raises:
+        Fault: it does not fit into memory.
     """
+    import mlx.core as mx
+
     from mlxchat.engine.generate import Engine
     from mlxchat.model.checkpoint import load_for_inference
 
     check_model(model.folder)
+    held = mx.get_active_memory()  # by other models
+    try:
+        rows = rows_that_fit(model, limits, bits=bits, kv_bits=kv_bits, held_bytes=held)
+    except ConfigError as error:
+        raise Fault(str(error), status=503) from None
     weights, tokenizer, _ = load_for_inference(model.folder)
     if bits is not None:
         from mlxchat.evals.quantised import measure_quantised
@@ -319,6 +357,8 @@ def load_scheduler(
         cost = measure_quantised(weights, tokenizer, bits)
         _log.log(logging.WARNING if cost.bad else logging.INFO, "%s: %s", model.name, cost)
     engine = Engine(weights, tokenizer, bits=bits, kv_bits=kv_bits)
-    scheduler = engine.scheduler(max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
+    # Rows of whole contexts; there may be more rows of short ones.
+    room = None if rows == limits.max_rows else rows * model.context_tokens
+    scheduler = engine.scheduler(max_rows=limits.max_rows, max_cached_tokens=room, kept_tokens=limits.kept_tokens)
     scheduler.python = python
     return scheduler
