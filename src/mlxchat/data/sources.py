@@ -17,10 +17,11 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -51,10 +52,6 @@ _END_SECONDS = 2.0
 
 Check = Callable[[], None]
 """Called during long work; it may raise, to end that."""
-
-
-def _nothing() -> None:
-    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Shard:
         rows = {} if (self.first, self.stop) == (0, None) else {"rows": [self.first, self.stop]}
         return {"text": self.sha256, **({} if self.column == COLUMN else {"column": self.column}), **rows}
 
-    def path(self, check: Check = _nothing) -> Path:
+    def path(self, check: Check = lambda: None) -> Path:
         """Return where the file is; it is fetched and verified now if need be.
 
         Raises:
@@ -112,25 +109,23 @@ class Shard:
 
         return fetch_files([self.hub_file], check=check)[0]
 
-    def count(self, check: Check = _nothing) -> int:
+    def count(self, check: Check = lambda: None) -> int:
         """Return the number of documents."""
         rows = self._open(check).metadata.num_rows
         return int(min(rows, self.stop if self.stop is not None else rows) - self.first)
 
-    def documents(self, check: Check = _nothing) -> Iterator[str]:
+    def documents(self, check: Check = lambda: None) -> Iterator[str]:
         """Yield the documents in order, a few in memory at a time; an empty cell is an empty document.
 
         Raises:
             DataError: the file cannot be read, or has no such column of text.
         """
-        yield from islice(self._rows(check), self.first, self.stop)
-
-    def _rows(self, check: Check) -> Iterator[str]:
         import pyarrow as pa
 
+        batches = self._open(check).iter_batches(_BATCH_DOCUMENTS, columns=[self.column], use_threads=False)
         try:
-            for batch in self._open(check).iter_batches(_BATCH_DOCUMENTS, columns=[self.column], use_threads=False):
-                yield from (text or "" for text in batch.column(0).to_pylist())
+            rows = (text or "" for batch in batches for text in batch.column(0).to_pylist())
+            yield from islice(rows, self.first, self.stop)
         except (OSError, KeyError, pa.ArrowException, UnicodeDecodeError) as error:  # KeyError: several of that name
             raise DataError(f"{self.name}: cannot be read ({error})") from None
 
@@ -343,7 +338,7 @@ def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], li
 
 
 def pin_corpus(
-    hub: HubConfig, out: Path, *, validation_documents: int, train_chars: float | None, check: Check = _nothing
+    hub: HubConfig, out: Path, *, validation_documents: int, train_chars: float | None, check: Check = lambda: None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Write the artifact of a corpus on the Hub; return its numbers, and a record of what it pins.
 
@@ -397,7 +392,7 @@ def pin_corpus(
     return numbers, [all_files, *map(record, looked_at)]
 
 
-def measure_validation(corpus: HubCorpus, check: Check = _nothing) -> tuple[int, int, float]:
+def measure_validation(corpus: HubCorpus, check: Check = lambda: None) -> tuple[int, int, float]:
     """Return the documents and characters of the validation files, and the characters in a byte of them.
 
     They are fetched if they are not there; see `pin_corpus` for what is raised.
@@ -468,12 +463,7 @@ def known_of_record(hub: HubConfig) -> Known | None:
 
 def count_files(sizes: list[int], wanted_bytes: float) -> int:
     """Return how many files, from the first, have so many bytes together; all, if all have fewer."""
-    total = 0
-    for count, size in enumerate(sizes, 1):
-        total += size
-        if total >= wanted_bytes:
-            return count
-    return len(sizes)
+    return min(bisect_left(list(accumulate(sizes)), wanted_bytes) + 1, len(sizes))
 
 
 # Fetching ahead
@@ -482,24 +472,24 @@ def count_files(sizes: list[int], wanted_bytes: float) -> int:
 class Fetcher:
     """Daemon threads that fetch files in the order in which they will be read.
 
-    A reader that needs a file which is not there fetches it itself, or waits for the thread that is at it (a lock
+    A reader that needs a file which is not there fetches it itself, or waits for the thread that fetches it (a lock
     decides). So these threads may fail or be late at no cost but time.
     """
 
-    def __init__(self, files: Sequence[HubFile], *, workers: int = _FETCHING_THREADS) -> None:
+    def __init__(self, *, workers: int = _FETCHING_THREADS) -> None:
         """Fetch nothing yet."""
-        self._files, self._workers = list(files), workers
-        self._wanted: set[int] = set()
+        self._workers = workers
+        self._wanted: set[HubFile] = set()
         self._queue: SimpleQueue[HubFile | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
 
-    def want(self, start: int, stop: int) -> None:
-        """Fetch files start … stop − 1 after those that were wanted before."""
-        for index in range(start, min(stop, len(self._files))):
-            if index not in self._wanted:
-                self._wanted.add(index)
-                self._queue.put(self._files[index])
+    def want(self, files: Iterable[HubFile]) -> None:
+        """Fetch files after those that were wanted before."""
+        for file in files:
+            if file not in self._wanted:
+                self._wanted.add(file)
+                self._queue.put(file)
         while self._wanted and len(self._threads) < self._workers:
             thread = threading.Thread(target=self._work, name=f"fetch {len(self._threads)}", daemon=True)
             thread.start()
@@ -517,11 +507,15 @@ class Fetcher:
     def _work(self) -> None:
         from mlxchat.hub.client import fetch_file
 
+        def check() -> None:
+            if self._ended.is_set():
+                raise _Ended
+
         while not self._ended.is_set() and (file := self._queue.get()) is not None:
             try:
                 if not file.is_there():
                     check_space(hub_cache(), missing_bytes([(file.blob, file.bytes)]), file.path)
-                    fetch_file(file, check=self._check)
+                    fetch_file(file, check=check)
             except _Ended:
                 return
             except PassingError:
@@ -532,52 +526,43 @@ class Fetcher:
             except Exception:  # must not disturb what else is computed
                 self._ended.wait(_RETRY_SECONDS)
 
-    def _check(self) -> None:
-        if self._ended.is_set():
-            raise _Ended
-
 
 class _Ended(Exception):
-    """The work is not wanted any more."""
+    """The work is not needed any more."""
 
 
-_fetchers: dict[tuple[HubFile, ...], Fetcher] = {}
-_registry = threading.Lock()
+_fetcher: Fetcher | None = None
+_lock = threading.Lock()
 
 
-def fetch_ahead(shards: Sequence[Shard], start: int, chars: float | None = None, density: float | None = None) -> int:
+def fetch_ahead(shards: Sequence[Shard], start: int, chars: float | None = None, density: float | None = None) -> None:
     """Fetch shards from `start` on in the background, unless they are local or the network may not be used.
 
-    There is one fetcher for each corpus and process: what training the tokenizer began goes on while the model trains.
+    There is one fetcher for each process: what training the tokenizer began goes on while the model trains.
 
     Args:
         shards: of a split, in the order in which they are read.
         start: the first one that is not read yet.
         chars: characters that will be read from the beginning; None: only a few files ahead.
         density: characters in a byte of a file, with `chars`.
-
-    Returns:
-        The number of shards, from the first, that will be there.
     """
-    files = tuple(shard.file for shard in shards if shard.file is not None)
+    global _fetcher
+    files = [shard.file for shard in shards if shard.file is not None]
     stop = start + _AHEAD_FILES
     if chars is not None and density:
         stop = count_files([file.bytes for file in files], chars / density)
-    if files and start < len(files) and not is_offline():
-        with _registry:
-            fetcher = _fetchers.get(files)
-            if fetcher is None:
-                fetcher = _fetchers[files] = Fetcher(files)
-            fetcher.want(start, stop)
-    return min(stop, len(files))
+    if files[start:] and not is_offline():
+        with _lock:
+            _fetcher = _fetcher or Fetcher()
+            _fetcher.want(files[start:stop])
 
 
 def stop_fetching() -> None:
     """End what is fetched in the background."""
-    with _registry:
-        fetchers = list(_fetchers.values())
-        _fetchers.clear()
-    for fetcher in fetchers:
+    global _fetcher
+    with _lock:
+        fetcher, _fetcher = _fetcher, None
+    if fetcher is not None:
         with suppress(RuntimeError):  # of a thread that never started
             fetcher.close()
 
