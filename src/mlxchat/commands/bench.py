@@ -23,8 +23,6 @@ KINDS = {
     "core": ("core", "measure_core", "CORE's examples, against computing them one at a time"),
     "generate": ("generate", "measure_generation", "reading prompts, decoding 1, 8 and 32 rows, what memory allows"),
     "tokenizer": ("tokenizer", "measure_tokenizer", "training of a tokenizer and encoding, against nanochat's ways"),
-    "links": ("links", "measure_links", "sums and gatherings of 2 and 3 ranks over loopback, against the formula"),
-    "machines": ("machines", "measure_machines", "nothing: what a recipe would take on Macs and GPUs, on paper"),
 }
 
 _USAGE = """usage: mlxchat bench KIND [SETTINGS] [--json] [--config-dir DIR]
@@ -40,7 +38,6 @@ in outputs/bench, if there is an outputs folder, and shown in its reports.
                        core: bundle (made-up examples without one), core_tasks, core_examples
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
-                       links: steps. machines: any recipe; experiment=speedrun_d20 model=d32 is the default
   experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
 """
 
@@ -57,7 +54,7 @@ def main(arguments: list[str]) -> int:
         problem = f'there is no bench "{kind}"' if kind else "say what to measure"
         raise ConfigError(f"{problem}: {', '.join(KINDS)}.{suggest(kind, KINDS)} See: mlxchat bench --help")
 
-    config = compose_config(_with_defaults(overrides, kind), config_dirs).config
+    config = compose_config(_with_defaults(overrides), config_dirs).config
     module, function, _ = KINDS[kind]
     measuring = import_module(f"mlxchat.bench.{module}")
     record: dict[str, Any] = getattr(measuring, function)(config)
@@ -83,13 +80,11 @@ def _keep(kind: str, record: dict[str, Any], arguments: list[str], outputs: Path
         write_whole(outputs / "bench" / f"{name}-{kind}.json", json.dumps(redact(kept)).encode())
 
 
-def _with_defaults(overrides: list[str], kind: str) -> list[str]:
+def _with_defaults(overrides: list[str]) -> list[str]:
     """Return the overrides with experiment=bench, and with the optimizer that belongs to the architecture."""
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     if "experiment" in given:
         return overrides
-    if kind == "machines":
-        return ["experiment=speedrun_d20", *([] if "model" in given else ["model=d32"]), *overrides]
     chosen = ["experiment=bench"]
     fitting = f"muon_{given.get('architecture')}"
     if "optimizer" not in given and fitting in group_options("optimizer"):
