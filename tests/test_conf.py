@@ -20,7 +20,7 @@ from mlxchat.commands.needs import find_downloads
 from mlxchat.compose import Composed, compose_config, group_names, group_options
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
-from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.overrides import implied_experiment
 from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
 from mlxchat.runner.context import Context
@@ -112,15 +112,7 @@ def test_mixtures_are_chosen_at_the_place_they_are_for() -> None:
 
 def sizes(config: Config) -> GPTSizes:
     """Return the transformer's sizes as the pretrain stage makes them."""
-    return sizes_from_depth(
-        config.model.depth,
-        vocab_size=config.tokenizer.vocab_size,
-        aspect_ratio=config.model.aspect_ratio,
-        head_width=config.model.head_width,
-        num_kv_heads=config.model.num_kv_heads,
-        context_tokens=config.model.context_tokens,
-        rope_theta=config.architecture.rope_theta,
-    )
+    return sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
 
 
 # What nanochat (October 2025) prints for its published speedrun.

@@ -26,7 +26,7 @@ from mlxchat.model.gpt import (
     rms_norm,
     set_parameters,
 )
-from mlxchat.model.sizes import GPTSizes, sizes_from_depth
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops import cross_entropy
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 
@@ -202,8 +202,8 @@ def test_parameters_bear_nanochats_names() -> None:
 def fresh() -> GPT:
     """A model as training begins with it: d2, with a vocabulary of 1,000."""
     model = GPT(
-        sizes_from_depth(
-            2, vocab_size=1000, aspect_ratio=64, head_width=32, num_kv_heads=1, context_tokens=64, rope_theta=1e4
+        GPTSizes(
+            vocab_size=1000, num_layers=2, num_heads=4, num_kv_heads=1, width=128, context_tokens=64, rope_theta=1e4
         )
     )
     init_weights(model, seed=1)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kit.models import make_model
+from mlxchat.compose import compose_config
 from mlxchat.model.gpt import flatten_parameters
-from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_from_depth
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 
+RECIPE = compose_config(["experiment=speedrun_d20"]).config
 # depth, width, heads, all parameters, parameters of matrices; vocabulary 65,536 (nanochat, October 2025).
 PUBLISHED = [
     (4, 256, 2, 36_700_160, 3_145_728),
@@ -22,10 +26,8 @@ PUBLISHED = [
 
 
 def published_sizes(depth: int, num_kv_heads: int | None = None) -> GPTSizes:
-    return sizes_from_depth(
-        depth, vocab_size=65_536, aspect_ratio=64, head_width=128, num_kv_heads=num_kv_heads, context_tokens=2048,
-        rope_theta=10_000.0,
-    )  # fmt: skip
+    model = replace(RECIPE.model, depth=depth, num_kv_heads=num_kv_heads)
+    return sizes_of(model, RECIPE.architecture, RECIPE.tokenizer.vocab_size)
 
 
 @pytest.mark.parametrize(("depth", "width", "heads", "total", "matrices"), PUBLISHED)

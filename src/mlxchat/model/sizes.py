@@ -83,49 +83,6 @@ class GPTSizes:
         return asdict(self)
 
 
-def sizes_from_depth(
-    depth: int,
-    *,
-    vocab_size: int,
-    aspect_ratio: int,
-    head_width: int,
-    num_kv_heads: int | None,
-    context_tokens: int,
-    rope_theta: float,
-    whole_heads: bool = False,
-    **features: Any,
-) -> GPTSizes:
-    """Return the sizes at a depth: width = depth × aspect_ratio, heads as `count_heads` says.
-
-    The caller has checked divisibility (`validation.find_problems`).
-
-    Args:
-        depth: number of layers.
-        vocab_size: of the tokenizer.
-        aspect_ratio: width per layer.
-        head_width: wished width of a head.
-        num_kv_heads: None: as many as query heads.
-        context_tokens: longest context.
-        rope_theta: base of the rotary wavelengths.
-        whole_heads: round the width up to a multiple of head_width (nanochat since 2026).
-        features: the further fields of GPTSizes.
-    """
-    width = depth * aspect_ratio
-    if whole_heads:
-        width = -(-width // head_width) * head_width
-    num_heads = count_heads(width, head_width)
-    return GPTSizes(
-        vocab_size=vocab_size,
-        num_layers=depth,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads or num_heads,
-        width=width,
-        context_tokens=context_tokens,
-        rope_theta=rope_theta,
-        **features,
-    )
-
-
 def count_heads(width: int, head_width: int) -> int:
     """Return the number of heads: ceil(width / head_width), as nanochat, if that divides the width into even parts.
 
@@ -138,19 +95,21 @@ def count_heads(width: int, head_width: int) -> int:
 
 
 def sizes_of(model: ModelConfig, architecture: ArchitectureConfig, vocab_size: int) -> GPTSizes:
-    """Return the sizes that a configuration asks for."""
-    no_features = ("name", "whole_heads", "dropout")
-    features = {key: value for key, value in vars(architecture).items() if key not in no_features}
-    return sizes_from_depth(
-        model.depth,
+    """Return the sizes of a checked configuration: width = depth × aspect_ratio, heads as `count_heads` says."""
+    width = model.depth * model.aspect_ratio
+    if architecture.whole_heads:
+        width = -(-width // model.head_width) * model.head_width
+    num_heads = count_heads(width, model.head_width)
+    of_others = ("name", "whole_heads", "dropout")
+    return GPTSizes(
         vocab_size=vocab_size,
-        aspect_ratio=model.aspect_ratio,
-        head_width=model.head_width,
-        num_kv_heads=model.num_kv_heads,
+        num_layers=model.depth,
+        num_heads=num_heads,
+        num_kv_heads=model.num_kv_heads or num_heads,
+        width=width,
         context_tokens=model.context_tokens,
-        whole_heads=architecture.whole_heads,
         architecture=architecture.name,
-        **features,
+        **{key: value for key, value in vars(architecture).items() if key not in of_others},
     )
 
 
