@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import pytest
 from kit.commands import run_here
 from mlxchat.cli import main
 from mlxchat.errors import DataError
+from mlxchat.runner.naming import Found, describe_model
 from mlxchat.runner.sealed import seal
-from mlxchat.visible import visible
+from mlxchat.visible import filter_logs, visible
 
 # OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
 HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"
@@ -201,6 +203,36 @@ def test_the_log_of_serve_cannot_command_the_terminal() -> None:
 
     record = logging.LogRecord("x", logging.INFO, "x", 1, "%s", (HOSTILE,), None)
     assert commands_in(_Lines("%(message)s").format(record)) == set()
+
+
+def test_logs_and_warnings_of_libraries_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers quotes values of a model's config.json in its warnings."""
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    before = logging.getLogRecordFactory()
+    try:
+        filter_logs()
+        logger, handler = logging.Logger("a library"), logging.StreamHandler(screen)
+        logger.addHandler(handler)
+        logger.warning("rope_type is %s", HOSTILE)
+        screen.write(warnings.formatwarning(HOSTILE, UserWarning, HOSTILE, 1, HOSTILE))
+    finally:
+        logging.setLogRecordFactory(before)
+    assert screen.getvalue().count("aGFsbG8") == 8
+    assert commands_in(screen.getvalue()) == set()
+
+
+def test_the_name_of_a_model_cannot_command_the_terminal(toys: Any) -> None:
+    toys.add("make", "(ctx.out / 'result.txt').write_text('x')")
+    toys.run(toys.plan({"first": {"stage": "make"}}))
+    place = toys.store.resolve("first")
+    manifest = place / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_bytes(
+        seal({**json.loads(manifest.read_text()), "run": HOSTILE, "step": HOSTILE, "published": HOSTILE})
+    )
+    toys.store.link_group("latest", "nothing")
+    assert commands_in(describe_model(toys.store, Found(place))) == set()
 
 
 def test_examples_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,3 +22,19 @@ def visible(text: Any) -> str:
 def _written_out(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"
+
+
+def filter_logs() -> None:
+    """Make the log records and warnings of this process safe to print: libraries quote third-party files in them."""
+    import logging  # slow to import for verbs that print a line
+    import warnings
+
+    class Visible(logging.LogRecord):
+        def getMessage(self) -> str:  # noqa: N802
+            return visible(super().getMessage())
+
+    if logging.getLogRecordFactory() is not logging.LogRecord:
+        return
+    logging.setLogRecordFactory(Visible)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *details, **more: visible(plain(*details, **more))

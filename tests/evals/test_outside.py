@@ -7,6 +7,7 @@ import mlxchat  # isort: split
 import importlib
 import io
 import json
+import logging
 import random
 import re
 from collections.abc import Callable
@@ -245,6 +246,23 @@ def test_pickles_are_not_loaded(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(DataError, match="safetensors"):
         load_outside(folder)
+
+
+def test_warnings_of_transformers_cannot_command_the_terminal(folder: Path) -> None:
+    """Its warning about an unknown kind of rotary embedding brought OSC 52 to the terminal."""
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "a\x1b]52;c;aGFsbG8=\x07"}
+    (folder / "config.json").write_text(json.dumps(config))
+    handler = logging.StreamHandler(screen := io.StringIO())
+    transformers.logging.add_handler(handler)
+    try:
+        load_outside(folder)
+    finally:
+        transformers.logging.remove_handler(handler)
+    assert "aGFsbG8" in screen.getvalue()
+    assert "\x1b" not in screen.getvalue()
 
 
 def test_code_of_the_folder_s_is_not_run(folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.evals.branching import Row
+from mlxchat.visible import filter_logs
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -43,6 +44,7 @@ def load_outside(folder: Path, *, context_tokens: int | None = None) -> tuple[Ou
     """
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no model folder; expected config.json, model*.safetensors and a tokenizer's files")
+    filter_logs()
     try:
         from mlx_lm import utils
     except ImportError:

@@ -19,6 +19,7 @@ from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.progress import format_bytes, format_seconds
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import MANIFEST, read_manifest
+from mlxchat.visible import filter_logs, visible
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -140,6 +141,7 @@ def _api(token: str) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    filter_logs()
     if not sys.stderr.isatty():
         disable_progress_bars()
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
@@ -158,7 +160,7 @@ def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[
     limit = _LEAST_SECONDS + num_bytes / _LEAST_BYTES_PER_SECOND
     uses_xet = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
     if uses_xet and (fault := _find_xet_fault(api, name, kind)):
-        print(f"note: {api.endpoint} {fault}; files go over plain HTTP", file=sys.stderr)
+        print(visible(f"note: {api.endpoint} {fault}; files go over plain HTTP"), file=sys.stderr)
         uses_xet = False
     before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, not uses_xet
     began, ended, late = time.monotonic(), threading.Event(), False

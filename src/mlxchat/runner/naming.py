@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from mlxchat.errors import StoreError, suggest
 from mlxchat.runner.store import MANIFEST, Manifest, Store, clean_label, read_manifest
+from mlxchat.visible import visible
 
 LATEST, PINS, IMPORTS = "latest", "pins", "imports"
 MODEL = "checkpoint"
@@ -189,7 +190,7 @@ def describe_model(store: Store, found: Found) -> str:
         what = f"import:{names[0]}"
     else:
         what = f"{manifest.get('step')} of run {called(run or str(manifest.get('run')))}"
-    return f"{what} ({', '.join(filter(None, (found.place.name, when)))})"
+    return visible(f"{what} ({', '.join(filter(None, (found.place.name, when)))})")
 
 
 def resolve_import(store: Store, name: str) -> Path:
