@@ -16,7 +16,7 @@ from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.ops.device import prepare_machine
-from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.optimizer import Optimizer
 from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
 from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context

@@ -13,7 +13,7 @@ from mlxchat.evals.quantised import check_quantised
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.device import prepare_machine
-from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.optimizer import Optimizer
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.rl.scores import PolicyScores

@@ -25,8 +25,7 @@ from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
 from mlxchat.model.sizes import sizes_of
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Optimizer, Rates
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 

@@ -21,7 +21,7 @@ assert device._faster() == {}, "the plain path"
 from kit.models import make_model, make_tokenizer
 from kit.training import make_optimizer, make_rows
 from mlxchat.engine.generate import Engine
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Rates
 from mlxchat.training.step import TrainStep, mean_batch
 for architecture in ("oct2025", "jul2026"):
     model = make_model(architecture)

@@ -69,7 +69,8 @@ class OptimizerConfig:
     reference_width: int = MISSING
     """AdamW's rates of tables scale with (width / reference_width)^-0.5."""
     weight_decay: float = MISSING
-    """Muon jul2026: of the matrices, where it agrees with the step. Otherwise AdamW's, of matrices and tables."""
+    """Of the blocks' matrices, decoupled: in an iteration they shrink by rate × weight_decay. Muon's follows the
+    schedule (weight_decay_frac) and applies, in jul2026, only where it agrees with the step. Others: adamw_groups."""
     adam_beta1: float = MISSING
     """Decay of AdamW's mean of gradients, where a group does not differ."""
     adam_beta2: float = MISSING
@@ -121,6 +122,6 @@ class ScheduleConfig:
     final_lr_frac: float = MISSING
     """What the fall reaches at the end."""
     weight_decay_frac: float = MISSING
-    """Factor of Muon jul2026's weight decay at the start, falling to 0 at the end along a cosine; 0: none."""
+    """Factor of Muon's weight decay at the start, falling to 0 at the end along a cosine; 0: none."""
     momentum: MomentumConfig | None = None
     """Muon's momentum in this stage; null: the optimizer's."""

@@ -12,7 +12,7 @@ from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Rates
 from mlxchat.training.step import mean_batch
 from mlxchat.training.team_step import make_step
 

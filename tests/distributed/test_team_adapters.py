@@ -18,8 +18,7 @@ from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_p
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import AdapterSizes, resolve_targets
-from mlxchat.optim.groups import AdamWRule, Optimizer
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.training.step import mean_batch
 from mlxchat.training.team_step import make_step

@@ -22,8 +22,7 @@ from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
 from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import sizes_of
 from mlxchat.ops.distillation import Mix
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.planning.given import TeacherSize
 from mlxchat.planning.memory import Training, predict_peak
 from mlxchat.training.step import Batch, mean_batch

@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from kit.models import VOCABULARY, composed
 from mlxchat.config import OptimizerConfig, RLConfig, ScheduleConfig
 from mlxchat.model.gpt import GPT
-from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.runner.context import Context
 from mlxchat.training.step import Batch, mean_batch
 
@@ -28,6 +29,15 @@ def optimizer_config(option: str = "muon_oct2025", **changes: Any) -> OptimizerC
 def make_optimizer(model: GPT, option: str = "muon_oct2025", **changes: Any) -> Optimizer:
     """Return the optimizer of such a configuration."""
     return Optimizer(model, optimizer_config(option, **changes), width=model.sizes.width)
+
+
+def move(
+    optimizer: Optimizer, parameters: Flat, gradients: dict[str, Any], rates: Rates[float], norm: Any = None
+) -> Flat:
+    """Return the parameters after an update of the optimizer."""
+    arrays = {name: mx.array(value) for name, value in gradients.items()}
+    parts = optimizer.update(dict(parameters), arrays, rates, norm)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def schedule(**changes: Any) -> ScheduleConfig:

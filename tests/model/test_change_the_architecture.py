@@ -24,8 +24,8 @@ import numpy as np
 from mlxchat.compose import compose_config
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import sizes_of
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Optimizer
+from mlxchat.optim.optimizer import Rates
 from mlxchat.training.step import TrainStep, mean_batch
 
 losses = {}

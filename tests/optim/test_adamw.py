@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.optim.adamw import adamw_update
+from mlxchat.optim.optimizer import adamw_update
 
 BETAS = (0.8, 0.95)
 LRS = [0.2, 0.1, 0.05]

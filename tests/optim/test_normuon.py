@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from kit import models
-from kit.training import optimizer_config
+from kit.training import move, optimizer_config
 from mlxchat.model.gpt import flatten_parameters
-from mlxchat.optim.groups import Optimizer
 from mlxchat.optim.muon import POLAR_EXPRESS, normuon_update, polar_express
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Optimizer, Rates
 
 SHAPES = [(16, 16), (8, 32), (32, 8), (2, 12)]
 make_model = partial(models.make_model, vocab_size=50, context_tokens=8, seed=0, scale=1.0)
@@ -110,8 +109,7 @@ def test_three_updates_equal_nanochats() -> None:
     for iteration, (lr_factor, momentum, decay) in enumerate([(1.0, 0.85, 1.0), (0.5, 0.9, 0.7), (0.25, 0.95, 0.2)]):
         rng = np.random.default_rng(iteration)
         gradients = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in parameters.items()}
-        rates = Rates(mx.array(lr_factor), mx.array(momentum), mx.array(decay))
-        parameters = optimizer.update(parameters, {k: mx.array(v) for k, v in gradients.items()}, rates)
+        parameters = move(optimizer, parameters, gradients, Rates(lr_factor, momentum, decay))
         for name, reference in references.items():
             reference.lr, reference.weight_decay = 0.01 * lr_factor, 0.4 * decay
             reference.step(gradients[name], momentum)
@@ -126,9 +124,9 @@ def test_weight_decay_touches_only_weights_that_the_step_shrinks() -> None:
         model = make_model("oct2025")
         optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32, weight_decay=weight_decay)
         parameters = flatten_parameters(model)
-        gradients = {name: mx.array(random_matrices(*value.shape)) for name, value in parameters.items()}
-        rates = Rates(mx.array(1.0), mx.array(0.9), mx.array(1.0))
-        after.append(np.asarray(optimizer.update(parameters, gradients, rates)["transformer.h.0.attn.c_q.weight"]))
+        gradients = {name: random_matrices(*value.shape) for name, value in parameters.items()}
+        moved = move(optimizer, parameters, gradients, Rates(1.0, 0.9, 1.0))
+        after.append(np.asarray(moved["transformer.h.0.attn.c_q.weight"]))
     before = np.asarray(flatten_parameters(model)["transformer.h.0.attn.c_q.weight"])
     towards_zero = (before - after[0]) * before >= 0
     np.testing.assert_allclose(after[1] - after[0], -0.02 * 0.5 * before * towards_zero, atol=1e-6)
@@ -139,14 +137,14 @@ def test_variances_are_a_number_per_row_or_per_column_of_wide_matrices() -> None
     model = make_model("jul2026")
     optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32)
     expected = {
-        "32x32": (32, 1),
-        "16x32": (1, 32),
-        "128x32": (128, 1),
-        "32x128": (1, 128),
-        "2x12": (1, 12),
+        (32, 32): (32, 1),
+        (16, 32): (1, 32),
+        (128, 32): (128, 1),
+        (32, 128): (1, 128),
+        (2, 12): (1, 12),
     }
     assert {shape: len(names) for shape, names in optimizer.muon_shapes.items()} == {
-        "32x32": 4, "16x32": 4, "128x32": 2, "32x128": 2, "2x12": 1,
+        (32, 32): 4, (16, 32): 4, (128, 32): 2, (32, 128): 2, (2, 12): 1,
     }  # fmt: skip
     for shape, names in optimizer.muon_shapes.items():
         assert {optimizer.state[f"variance.{name}"].shape for name in names} == {expected[shape]}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.compose import compose_config
-from mlxchat.optim.schedule import cosine_decay, lr_multiplier, muon_momentum, rates_at
+from mlxchat.optim.optimizer import cosine_decay, lr_multiplier, muon_momentum, rates_at
 
 PRETRAIN = {"warmup_frac": 0.0, "warmdown_frac": 0.2, "final_frac": 0.0}
 OCT2025 = {"start": 0.85, "end": 0.95, "warmup_iterations": 300, "final": None, "warmdown_frac": 0.2}

@@ -15,7 +15,7 @@ from kit.models import make_model
 from kit.training import make_optimizer
 from mlxchat.model.gpt import GPT
 from mlxchat.optim import sharding as sharding_module
-from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.optimizer import Optimizer
 from mlxchat.optim.sharding import Piece, deal_pieces
 
 OPTIONS = ["muon_oct2025", "muon_jul2026", "adamw"]

@@ -30,10 +30,10 @@ from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import count_parameters, flops_per_token
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
-from mlxchat.optim import groups
-from mlxchat.optim.groups import Optimizer
+from mlxchat.ops.lanes import Lanes
+from mlxchat.optim import optimizer as optimizer_module
 from mlxchat.optim.muon import aspect_factor, normuon_update
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -269,16 +269,17 @@ def _undecided(file: ParityFile) -> Arrays:
 
     model, batch = file.model("weights."), whole_batch(file)
     optimizer = optimizer_of(model, file.variant, mx.float32)
+    one_lane = Lanes([mx.default_stream(mx.default_device())])  # so that matrices of one shape move together
     mx.disable_compile()
-    groups.normuon_update = recorded
+    optimizer_module.normuon_update = recorded
     try:
         for _ in range(3):
             _, got = loss_and_gradients(model, batch)
-            rates = Rates(mx.array(1.0), mx.array(0.95), mx.array(1.0))
             arrays = {name: mx.array(value) for name, value in got.items()}
-            set_parameters(model, optimizer.update(flatten_parameters(model), arrays, rates))
+            for moved in optimizer.update(flatten_parameters(model), arrays, Rates(1.0, 0.95, 1.0), lanes=one_lane):
+                set_parameters(model, moved)
     finally:
-        groups.normuon_update = normuon_update
+        optimizer_module.normuon_update = normuon_update
         mx.enable_compile()
     undecided: Arrays = {}
     for index, names in enumerate(optimizer.muon_shapes.values()):

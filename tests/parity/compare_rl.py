@@ -15,7 +15,7 @@ from mlxchat.config import RLConfig
 from mlxchat.engine.generate import Completion
 from mlxchat.model.gpt import flatten_parameters
 from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.optim.schedule import Rates, lr_multiplier
+from mlxchat.optim.optimizer import Rates, lr_multiplier
 from mlxchat.rl.loss import advantages_of, policy_loss
 from mlxchat.rl.rollouts import Rollout
 from mlxchat.training.step import Batch, TrainStep

@@ -15,8 +15,7 @@ from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import lr_multiplier, muon_momentum, rates_at
+from mlxchat.optim.optimizer import Optimizer, lr_multiplier, muon_momentum, rates_at
 from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters
 from mlxchat.validation import find_problems
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.model.sizes import GPTSizes, flops_per_token
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Rates
 from mlxchat.training.step import TrainStep, mean_batch
 
 Alter = Callable[[Any], Any]

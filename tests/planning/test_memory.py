@@ -24,8 +24,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import rates_at
+from mlxchat.optim.optimizer import Optimizer, rates_at
 from mlxchat.planning.memory import (
     Device,
     Training,

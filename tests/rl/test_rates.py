@@ -7,7 +7,7 @@ from mlxchat.stages.rl import rates_of
 
 from kit.models import make_model
 from mlxchat.compose import compose_config
-from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.optimizer import Optimizer
 
 
 @pytest.mark.parametrize("kind", ["muon_oct2025", "adamw"])

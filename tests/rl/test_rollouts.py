@@ -19,7 +19,7 @@ from mlxchat.engine.quantise import packed_copy
 from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Rates
 from mlxchat.rl.loss import policy_loss
 from mlxchat.rl.rollouts import Rollout, Rollouts, conversation_rows, pass_at_k, summarise
 from mlxchat.rl.scores import PolicyScores

@@ -17,8 +17,7 @@ from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.lora import attach_adapters, fuse
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, resolve_targets
-from mlxchat.optim.groups import AdamWRule, Optimizer
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import fit

@@ -15,8 +15,7 @@ from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops import dropout as dropout_module
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.lanes import Lanes, make_lanes
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.training import step as step_module
 from mlxchat.training.step import Batch, TrainStep, mean_batch
 

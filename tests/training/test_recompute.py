@@ -14,7 +14,7 @@ from kit.training import make_optimizer, make_rows
 from mlxchat.cpu.runtime import blas_threads
 from mlxchat.model.gpt import flatten_parameters
 from mlxchat.ops.device import set_cpu_threads
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Rates
 from mlxchat.training.step import TrainStep, mean_batch
 
 ARCHITECTURES = ["oct2025", "jul2026"]

@@ -22,7 +22,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.given import check_given, measure_teacher
 from mlxchat.planning.memory import Training, check_memory
 from mlxchat.runner.fingerprint import identity_of

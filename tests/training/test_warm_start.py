@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from kit.models import make_model
 from kit.training import make_optimizer
 from mlxchat.errors import DataError
-from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.optimizer import Optimizer
 from mlxchat.training.state import load_moments, save_finished
 
 

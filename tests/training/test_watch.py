@@ -16,8 +16,7 @@ from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.compose import compose_config
 from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import fit
 from mlxchat.training.monitor import Watch

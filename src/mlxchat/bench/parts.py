@@ -19,8 +19,7 @@ import mlx.nn as nn
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 from mlxchat.ops.normalisation import rms_norm
-from mlxchat.optim.groups import Flat, Optimizer, clip_gradients
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 
 Work = Callable[[], object]
 
@@ -117,15 +116,10 @@ def _optimizer(model: GPT, optimizer: Optimizer, rates: Rates[float]) -> Work:
     parameters = flatten_parameters(model)
     gradients = {name: 0.01 * _random(value.shape, mx.float32) for name, value in parameters.items()}
     mx.eval(gradients)
-    varying = Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates))
-
-    @partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)
-    def update(parameters: Flat, gradients: Flat, rates: Rates[mx.array]) -> Flat:
-        clipped, _ = clip_gradients(gradients, optimizer.config.grad_clip)
-        return optimizer.update(parameters, clipped, rates)
 
     def work() -> None:
-        mx.eval(update(parameters, gradients, varying), optimizer.state)
+        for _ in optimizer.update(dict(parameters), dict(gradients), rates):
+            pass
 
     return work
 

@@ -20,8 +20,7 @@ from mlxchat.model.gpt import GPT, init_weights, trained_parameters
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops.device import backend, describe_device, prepare_machine
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import Rates, rates_at
+from mlxchat.optim.optimizer import Optimizer, Rates, rates_at
 from mlxchat.planning.memory import Training, find_device, forward_tokens, rows_at_a_time
 from mlxchat.planning.peak import peak_flops, raise_peak
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions

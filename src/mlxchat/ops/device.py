@@ -60,7 +60,8 @@ def _functions_of_cpu() -> dict[str, Callable[..., Any]]:
         if error.name != "mlxchat.cpu":
             raise
         return {}
-    return {**vars(kernels), "make_lanes": lanes.make_lanes, "make_decoder": decode.make_decoder}
+    others = (lanes.make_lanes, lanes.step_context, decode.make_decoder)
+    return {**vars(kernels), **{function.__name__: function for function in others}}
 
 
 def select_device(choice: str, dtype: str) -> mx.Dtype:

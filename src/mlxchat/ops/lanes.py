@@ -39,11 +39,8 @@ class Lanes:
                 results.append(call())
         return results
 
-    def sharing(self, parts: int, need_bytes: Callable[[], int] | None = None) -> AbstractContextManager[None]:
-        """Return the context in which `parts` lanes are evaluated.
-
-        `need_bytes` returns the memory that they need beyond what is in use; None: not known.
-        """
+    def sharing(self, parts: int) -> AbstractContextManager[None]:
+        """Return the context in which `parts` lanes are evaluated."""
         return nullcontext()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxchat.distributed.group import Group, buckets
 from mlxchat.ops.machine import BUCKET_BYTES
-from mlxchat.optim.groups import Flat, Optimizer, Shape, share_evenly, sum_squares
+from mlxchat.optim.optimizer import Flat, Optimizer, Shape, share_evenly, sum_squares
 
 _NUMBER_BYTES = 4
 

@@ -20,7 +20,7 @@ from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.packing import IGNORED, Ints, Row
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
-from mlxchat.optim.groups import Flat
+from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
 from mlxchat.rl.rewards import Reward
 from mlxchat.rl.scores import PolicyScores

@@ -14,7 +14,7 @@ from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_para
 from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.cross_entropy import token_scores
 from mlxchat.ops.lanes import Lanes, make_lanes
-from mlxchat.optim.groups import Flat
+from mlxchat.optim.optimizer import Flat
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -12,7 +12,7 @@ from mlxchat.model.checkpoint import save_adapters, save_checkpoint
 from mlxchat.model.gpt import GPT, trained_parameters
 from mlxchat.model.lora import adapters_of, attach_adapters
 from mlxchat.ops.device import select_device
-from mlxchat.optim.groups import AdamWRule
+from mlxchat.optim.optimizer import AdamWRule
 from mlxchat.optimizer_config import OptimizerConfig
 from mlxchat.runner.context import Context
 

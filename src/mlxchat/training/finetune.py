@@ -18,7 +18,7 @@ from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.ops.device import prepare_machine
-from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.optimizer import Optimizer
 from mlxchat.planning.horizon import whole_rows
 from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context

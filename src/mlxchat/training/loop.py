@@ -13,8 +13,7 @@ from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
 from mlxchat.ops.machine import device_kind
-from mlxchat.optim.groups import Optimizer
-from mlxchat.optim.schedule import rates_at
+from mlxchat.optim.optimizer import Optimizer, rates_at
 from mlxchat.planning.memory import MOST_TOKENS
 from mlxchat.runner.context import Context
 from mlxchat.runner.crash import crash_point

@@ -15,7 +15,7 @@ from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, computing_in
 from mlxchat.model.lora import adapters_of
 from mlxchat.model.sizes import flops_per_token
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.peak import peak_flops, raise_peak
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress, format_bytes, format_count

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
-from mlxchat.optim.groups import Optimizer
+from mlxchat.optim.optimizer import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.training.saves import read_newest, write_save
 

@@ -1,12 +1,12 @@
-"""One iteration: loss and gradients of its micro-batches, clipping, the optimizer's update; compiled per shape."""
+"""One iteration: micro-batches → loss and gradients → their sums → clipping and update. Compiled once per shape."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any, cast
 
 import mlx.core as mx
@@ -24,15 +24,15 @@ from mlxchat.model.gpt import (
     trained_parameters,
 )
 from mlxchat.model.lora import adapters_of
+from mlxchat.ops.compiled import compiled
 from mlxchat.ops.cross_entropy import cross_entropy_sum
+from mlxchat.ops.device import accelerated
 from mlxchat.ops.distillation import distillation_sum
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.lanes import make_lanes
-from mlxchat.optim.groups import Flat, Optimizer, clip_factor
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.optim.sharding import Sharding
-from mlxchat.planning.memory import Device, Training, predict_peak
-from mlxchat.training.gradient_sums import LossAndGradients, TableRows, add_rows, add_sums, sum_gradients
+from mlxchat.training.gradients import Gradients, GradientSums
 from mlxchat.training.teacher import Distillation
 
 _LOSS_PARTS = ("ce", "kl")
@@ -91,22 +91,18 @@ class TrainStep:
             group: ranks that make this step together, each with equal weights and the whole batch; each computes its
                 rows, sums are made over all, and each moves its part of the parameters.
         """
-        self.distillation = distillation
-        self.loss_parts: dict[str, float] = {}
-        """With a teacher, of the last batch: ce, the mean cross-entropy, and kl, the mean divergence."""
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.distillation = model, optimizer, distillation
         self.micro_tokens, self.dtype, self.recompute = micro_tokens, dtype, recompute
         self.dropout, self._dropout_seed = dropout, dropout_seed
+        self.loss_parts: dict[str, float] = {}
+        """With a teacher, of the last batch: ce, the mean cross-entropy, and kl, the mean divergence."""
         self.num_traces = 0
-        self._lanes = make_lanes()
-        self._group = group
+        self.group = group
         self.sharding = Sharding(group, optimizer) if group.size > 1 else None
         """Which rank moves what; None: this process moves everything."""
-        self._shares = optimizer.share(len(self._lanes))
-        self._own_shares = self.sharding.share(optimizer, len(self._lanes)) if self.sharding else self._shares
-        self._gradients: Callable[..., tuple[mx.array, Flat, TableRows]] = mx.compile(self._loss_and_gradients)
-        self._sum: Callable[..., tuple[Flat, mx.array]] = mx.compile(sum_gradients)
-        self._move: Callable[..., tuple[Flat, Flat]] = mx.compile(self._clip_and_move)
+        self.lanes = make_lanes()
+        self._shares = optimizer.share(len(self.lanes))
+        self._gradients = compiled(self._loss_and_gradients)
 
     def end(self) -> None:
         """Do nothing: all weights and moments are here."""
@@ -114,225 +110,132 @@ class TrainStep:
     def __call__(self, batch: Batch, rates: Rates[float], iteration: int = 0) -> tuple[float, float]:
         """Update the model; return the loss and the gradients' norm before clipping.
 
-        The iteration matters to dropout alone. If either is NaN or infinite, weights and optimizer stay as they were.
+        Only dropout depends on the iteration. If loss or norm is NaN or infinite, weights and optimizer stay as they
+        were.
         """
-        rows = max(1, self.micro_tokens // batch.ids.shape[1])
-        lanes = len(self._lanes.deal(max(1, min(rows, self._num_own_rows(batch)))))
-        with self._lanes.sharing(lanes, partial(self._need_bytes, batch, rows)):
-            loss, sums, norm = self._gradients_of(batch, rows, iteration)
-            values = cast(list[float], loss.reshape(-1).tolist())
-            self.loss_parts = dict(zip(_LOSS_PARTS, values[1:], strict=False))
-            result = float(values[0]), float(cast(float, norm.item()))
-            if math.isfinite(result[0]) and math.isfinite(result[1]):
-                self._update(sums, norm, Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates)))
-        return result
+        with step_context(self, batch):
+            loss, gradients, norm = self._sum_gradients(batch, iteration)
+            result, *parts = cast(list[float], loss.reshape(-1).tolist())
+            self.loss_parts = dict(zip(_LOSS_PARTS, parts, strict=False))
+            length = float(cast(float, norm.item()))
+            if math.isfinite(result) and math.isfinite(length):
+                self._update(gradients, norm, rates)
+        return float(result), length
 
-    def gradients(self, batch: Batch, iteration: int = 0) -> LossAndGradients:
+    def gradients(self, batch: Batch, iteration: int = 0) -> tuple[mx.array, Flat]:
         """Return the loss and the gradient of every parameter by name, before clipping; nothing is changed."""
-        rows = max(1, self.micro_tokens // batch.ids.shape[1])
-        loss, sums, _ = self._gradients_of(batch, rows, iteration)
-        return loss, {name: gradient for lane in sums for name, gradient in lane.items()}
+        loss, gradients, _ = self._sum_gradients(batch, iteration)
+        return loss, gradients
 
-    def _need_bytes(self, batch: Batch, rows: int) -> int:
-        """Return the memory that a step needs beyond weights, moments and a teacher, by the estimate for a CPU."""
-        own_rows = max(1, self._num_own_rows(batch))
-        training = Training(
-            sizes=self.model.sizes,
-            optimizer=self.optimizer.config,
-            rows=own_rows * self._group.size,
-            row_tokens=batch.ids.shape[1],
-            device=Device(num_lanes=len(self._lanes), compute_bytes=self.dtype.size),
-            recompute=self.recompute,
-            teacher=None if self.distillation is None else self.distillation.size,
-            adapters=adapters_of(self.model),
-            num_ranks=self._group.size,
-        )
-        peak = predict_peak(training, min(rows, own_rows))
-        return peak.total - peak.weights - peak.moments - peak.kept
+    def micro_rows(self, batch: Batch) -> int:
+        """Return how many rows of a batch a rank computes at a time."""
+        return max(1, self.micro_tokens // int(batch.ids.shape[1]))
 
-    def _gradients_of(self, batch: Batch, rows: int, iteration: int) -> tuple[mx.array, list[Flat], mx.array]:
-        """Return the loss, the gradients, each lane its share of them, and their common norm; all evaluated."""
+    def _sum_gradients(self, batch: Batch, iteration: int) -> tuple[mx.array, Flat, mx.array]:
+        """Return the batch's loss, gradients and their norm; of several ranks the gradients that this one moves."""
+        parameters = flatten_parameters(self.model)
+        sums = GradientSums(self.lanes, self._shares, self.optimizer.shapes)
+        for arrays in self._micro_batches(batch, iteration):
+            calls = [
+                partial(self._gradients, parameters, *(mx.array(array[rows]) for array in arrays))
+                for rows in self.lanes.deal(len(arrays[0]))
+            ]
+            sums.add(self.lanes.run(calls))
+        loss, gradients, norm = sums.total()
+        if self.sharding is None:
+            return loss, gradients, norm
+        loss = self.group.sum({"loss": loss})["loss"]
+        own, norm = self.sharding.sum(gradients)
+        # Rank 0's numbers: not every backend sums to the same bits everywhere, and all must decide alike.
+        shared = self.group.share(mx.concatenate([loss.reshape(-1), norm.reshape(1)]))
+        return shared[:-1].reshape(loss.shape), own, shared[-1]
+
+    def _micro_batches(self, batch: Batch, iteration: int) -> Iterator[list[np.ndarray[Any, Any]]]:
+        """Yield this rank's rows of each micro-batch: ids, targets, weights and, for dropout, keys."""
         arrays: list[np.ndarray[Any, Any]] = [batch.ids, batch.targets, batch.weights]
         adapters = adapters_of(self.model)
         if self.dropout or (adapters is not None and adapters.dropout):
             arrays.append(draw_keys(self._dropout_seed, iteration, rows=len(batch.ids)))
-        totals: list[LossAndGradients] = []
-        tables: list[Flat] = [{} for _ in self._shares]
-        # What ranks compute at the same time are parts of one stretch of rows, as lanes' are.
-        together = rows * self._group.size
+        together = self.micro_rows(batch) * self.group.size  # ranks compute parts of one stretch, as lanes do
         for start in range(0, len(batch.ids), together):
-            stretch = [array[start : start + together] for array in arrays]
-            own = self._group.part(len(stretch[0]))
-            if own.start == own.stop:
-                continue
-            parts = self._micro_batch([array[own] for array in stretch])
-            # Without what follows, which needs both: MLX would hand out one lane's work after the other's.
-            mx.eval(parts)
-            totals = self._add(totals, [(loss, gradients) for loss, gradients, _ in parts])
-            tables = self._add_tables(tables, [table_rows for _, _, table_rows in parts])
-            del parts
-            # Now, so that only one micro-batch is ever in memory.
-            mx.eval(totals, tables)
-        if not totals:
-            totals, tables = self._nothing()
-        loss, sums, norm = self._sum_lanes(totals, tables)
-        del totals, tables
-        mx.eval(loss, sums, norm)
-        return (loss, sums, norm) if self.sharding is None else self._sum_ranks(self.sharding, loss, sums)
+            own = self.group.part(min(together, len(batch.ids) - start))
+            if own.start < own.stop:
+                yield [array[start + own.start : start + own.stop] for array in arrays]
+            elif start == 0:  # no rows for this rank: one that weighs nothing
+                yield [array[:1] * 0 if array is batch.weights else array[:1] for array in arrays]
 
-    def _micro_batch(self, arrays: list[np.ndarray[Any, Any]]) -> list[tuple[mx.array, Flat, TableRows]]:
-        """Return the sums over the rows of each lane, and what it adds to the tables' gradients."""
+    def _update(self, gradients: Flat, norm: mx.array, rates: Rates[float]) -> None:
+        """Clip and move the parameters, of several ranks each its part."""
         parameters = flatten_parameters(self.model)
-        return self._lanes.run(
-            [
-                partial(self._gradients, parameters, *(mx.array(array[part]) for array in arrays))
-                for part in self._lanes.deal(len(arrays[0]))
-            ]
-        )
-
-    def _add(self, totals: list[LossAndGradients], more: list[LossAndGradients]) -> list[LossAndGradients]:
-        """Return the lanes' sums of two micro-batches."""
-        if not totals:
-            return more
-        return self._lanes.run([partial(add_sums, *pair) for pair in zip_longest(totals, more)])
-
-    def _add_tables(self, totals: list[Flat], more: list[TableRows]) -> list[Flat]:
-        """Return the tables' gradients, each lane those of its share, with the rows of all lanes added."""
-        shapes = {name: value.shape for name, value in flatten_parameters(self.model).items()}
-        calls = [
-            partial(
-                add_rows,
-                {name: total.get(name, mx.zeros(shapes[name])) for name in names if name in more[0]},
-                more,
-            )
-            for names, total in zip(self._shares, totals, strict=True)
-        ]
-        return self._lanes.run(calls)
-
-    def _sum_lanes(self, totals: list[LossAndGradients], tables: list[Flat]) -> tuple[mx.array, list[Flat], mx.array]:
-        """Return the loss, the gradients' sums, each lane its share of them, and their common norm."""
-        loss = sum((part for part, _ in totals[1:]), totals[0][0])
-        calls = [
-            partial(
-                self._sum,
-                [{name: gradients[name] for name in names if name in gradients} for _, gradients in totals],
-                table,
-            )
-            for names, table in zip(self._shares, tables, strict=True)
-        ]
-        sums = self._lanes.run(calls)
-        return loss, [total for total, _ in sums], mx.sqrt(sum((squares for _, squares in sums[1:]), sums[0][1]))
-
-    def _num_own_rows(self, batch: Batch) -> int:
-        """Return about how many rows of a batch this rank computes."""
-        return len(range(len(batch.ids))[self._group.part(len(batch.ids))])
-
-    def _nothing(self) -> tuple[list[LossAndGradients], list[Flat]]:
-        """Return the sums of a rank that has no rows."""
-        tables, shapes = {f"{name}.weight" for name in self.model.tables()}, self.optimizer.shapes
-        zeros = [{name: mx.zeros(shapes[name]) for name in names} for names in self._shares]
-        gradients = {name: value for share in zeros for name, value in share.items() if name not in tables}
-        loss = mx.zeros(() if self.distillation is None else 1 + len(_LOSS_PARTS))
-        of_tables = [{name: value for name, value in share.items() if name in tables} for share in zeros]
-        return [(loss, gradients)], of_tables
-
-    def _sum_ranks(self, sharding: Sharding, loss: mx.array, sums: list[Flat]) -> tuple[mx.array, list[Flat], mx.array]:
-        """Return loss and norm of all ranks, and of the gradients' sums what this rank moves, each lane its share."""
-        loss = self._group.sum({"loss": loss})["loss"]
-        gradients = {name: lane.pop(name) for lane in sums for name in list(lane)}
-        own, norm = sharding.sum(gradients)
-        # Rank 0's numbers: not every backend sums to the same bits everywhere, and all must decide alike.
-        told = self._group.share(mx.concatenate([loss.reshape(-1), norm.reshape(1)]))
-        loss, norm = told[:-1].reshape(loss.shape), told[-1]
-        return loss, [{name: own.pop(name) for name in names} for names in self._own_shares], norm
-
-    def _update(self, sums: list[Flat], norm: mx.array, rates: Rates[mx.array]) -> None:
-        """Move the parameters, each lane its share of them, a few at a time, so that few exist both old and new."""
-        parameters, state = flatten_parameters(self.model), self.optimizer.state
-        if self.sharding is not None:
-            parameters = {name: piece.of(parameters[name]) for name, piece in self.sharding.own.items()}
-        count, own = state["count"], Flat()
-        state["count"] = count + 1
-        for names_of_lanes in zip_longest(*(self.optimizer.batches(names) for names in self._own_shares), fillvalue=()):
-            calls = [
-                partial(
-                    self._move,
-                    {name: parameters.pop(name) for name in names},
-                    {name: gradients.pop(name) for name in names},
-                    {
-                        "count": count,
-                        **{name: state.pop(name) for name in self.optimizer.state_names(names) if name != "count"},
-                    },
-                    norm,
-                    rates,
-                )
-                for names, gradients in zip(names_of_lanes, sums, strict=True)
-            ]
-            moved = self._lanes.run(calls)
-            del calls
-            for new, new_state in moved:
-                if self.sharding is None:
-                    set_parameters(self.model, new)
-                else:
-                    own |= new
-                state.update(new_state)
-            mx.eval(moved)
-        if self.sharding is not None:
-            mx.eval(state["count"])  # also where nothing of this rank was moved
-            for name, whole in self.sharding.gather(own):
-                mx.eval(whole)
-                set_parameters(self.model, {name: whole})
+        if self.sharding is None:
+            for moved in self.optimizer.update(parameters, gradients, rates, norm, self.lanes):
+                set_parameters(self.model, moved)
+            return
+        own = {name: piece.of(parameters[name]) for name, piece in self.sharding.own.items()}
+        new = Flat()
+        for moved in self.optimizer.update(own, gradients, rates, norm, self.lanes):
+            new |= moved
+        for name, whole in self.sharding.gather(new):
+            mx.eval(whole)
+            set_parameters(self.model, {name: whole})
 
     def _loss_and_gradients(
         self, parameters: Flat, ids: mx.array, targets: mx.array, weights: mx.array, keys: mx.array | None = None
-    ) -> tuple[mx.array, Flat, TableRows]:
-        """Return the loss, the gradients, and of the tables' ones the rows of the tokens that were read.
+    ) -> Gradients:
+        """Return the loss and the gradients, of embeddings those of the rows that were read.
 
-        A table of embeddings is as large as all the layers of a small model, and few of its rows are read: whole
-        gradients of it would be filled, kept and added up by every lane.
+        An embedding is as large as all layers of a small model, and few of its rows are read: its whole gradient would
+        be filled, kept and summed for each micro-batch.
         """
         self.num_traces += 1  # runs only while tracing
-        self.model.recompute = self.recompute
-        tables = {name: module_at(self.model, name) for name in self.model.tables()}
+        model, masters, trained = self.model, flatten_parameters(self.model), trained_parameters(self.model)
+        model.recompute = self.recompute
+        tables = {f"{name}.weight": name for name in model.tables()}
+        modules = {name: module_at(model, name) for name in tables.values()}
+        rows = {name: parameters[name][ids] for name in tables}
+        others = {name: value for name, value in parameters.items() if name not in tables}
 
-        def loss_of(masters: Flat, table_rows: Flat) -> tuple[mx.array, mx.array]:
-            set_parameters(self.model, cast_parameters({**frozen, **masters}, self.dtype))
-            rows = {**frozen_rows, **table_rows}
-            set_parameters(self.model, {name: LookedUp(rows[f"{name}.weight"].astype(self.dtype)) for name in tables})
+        def loss_of(moved: Flat, moved_rows: Flat) -> tuple[mx.array, mx.array]:
+            set_parameters(model, cast_parameters({**others, **moved}, self.dtype))
+            read = {**rows, **moved_rows}
+            set_parameters(model, {tables[name]: LookedUp(value.astype(self.dtype)) for name, value in read.items()})
             with dropping(None if keys is None else Dropping(self.dropout, keys)):
-                hidden = self.model.hidden(ids)
-            set_parameters(self.model, tables)
-            if self.distillation is not None:
-                teacher, mix = self.distillation.teacher, self.distillation.mix
-                total, *parts = distillation_sum(
-                    hidden, self.model.head_weight, mx.maximum(targets, 0), weights, teacher.logits(ids), mix,
-                    capped=teacher.capped, frozen_head=frozen_head,
-                )  # fmt: skip
-                return total, mx.stack([mx.stop_gradient(total), *parts])
-            total = cross_entropy_sum(
-                hidden.reshape(-1, self.model.sizes.width),
-                self.model.head_weight,
-                mx.maximum(targets, 0).reshape(-1),
-                weights.reshape(-1),
-                frozen_head=frozen_head,
+                hidden = model.hidden(ids)
+            return self._loss(hidden, ids, targets, weights, frozen_head="lm_head.weight" not in trained)
+
+        try:
+            (_, loss), (gradients, of_rows) = mx.value_and_grad(loss_of, argnums=(0, 1))(
+                {name: value for name, value in others.items() if name in trained},
+                {name: value for name, value in rows.items() if name in trained},
             )
-            return total, total
+        finally:
+            set_parameters(model, modules)
+            set_parameters(model, masters)
+        flat = {name: (ids.reshape(-1), row.reshape(-1, row.shape[-1])) for name, row in of_rows.items()}
+        return Gradients(loss, gradients, flat)
 
-        masters = flatten_parameters(self.model)
-        moved = trained_parameters(self.model)
-        frozen_head = "lm_head.weight" not in moved
-        table_rows = {name: parameters[name][ids] for name in (f"{table}.weight" for table in tables)}
-        others = {name: value for name, value in parameters.items() if name not in table_rows and name in moved}
-        frozen = {name: value for name, value in parameters.items() if name not in table_rows and name not in moved}
-        frozen_rows = {name: table_rows.pop(name) for name in list(table_rows) if name not in moved}
-        (_, loss), (gradients, rows) = mx.value_and_grad(loss_of, argnums=(0, 1))(others, table_rows)
-        set_parameters(self.model, masters)
-        return loss, gradients, {name: (ids.reshape(-1), row.reshape(-1, row.shape[-1])) for name, row in rows.items()}
+    def _loss(
+        self, hidden: mx.array, ids: mx.array, targets: mx.array, weights: mx.array, *, frozen_head: bool
+    ) -> tuple[mx.array, mx.array]:
+        """Return the loss, and what to report: it alone, or with a teacher total, ce and kl."""
+        head, targets = self.model.head_weight, mx.maximum(targets, 0)
+        if self.distillation is not None:
+            teacher, mix = self.distillation.teacher, self.distillation.mix
+            total, *parts = distillation_sum(
+                hidden, head, targets, weights, teacher.logits(ids), mix, capped=teacher.capped, frozen_head=frozen_head
+            )
+            return total, mx.stack([mx.stop_gradient(total), *parts])
+        total = cross_entropy_sum(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head,
+            targets.reshape(-1),
+            weights.reshape(-1),
+            frozen_head=frozen_head,
+        )
+        return total, total
 
-    def _clip_and_move(
-        self, parameters: Flat, gradients: Flat, state: Flat, norm: mx.array, rates: Rates[mx.array]
-    ) -> tuple[Flat, Flat]:
-        factor = clip_factor(norm, self.optimizer.config.grad_clip)
-        if factor is not None:
-            gradients = {name: gradient * factor for name, gradient in gradients.items()}
-        return self.optimizer.move(parameters, gradients, state, rates)
+
+@accelerated
+def step_context(step: TrainStep, batch: Batch) -> AbstractContextManager[None]:
+    """Return the context in which a step computes a batch."""
+    return nullcontext()

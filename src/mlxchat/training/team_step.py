@@ -19,8 +19,7 @@ from mlxchat.evals.outside import load_outside
 from mlxchat.model.gpt import GPT
 from mlxchat.model.replicas import forget_equal, mark_equal, model_on, sync_model
 from mlxchat.ops.distillation import Mix
-from mlxchat.optim.groups import Flat, Optimizer
-from mlxchat.optim.schedule import Rates
+from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.planning.given import TeacherSize
 from mlxchat.training.step import Batch, TrainStep
 from mlxchat.training.teacher import Distillation, OutsideTeacher, OwnTeacher, TeacherModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 
 from kit import models
-from kit.training import optimizer_config
+from kit.training import move, optimizer_config
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.optim.groups import Optimizer, clip_factor, clip_gradients, sum_squares
-from mlxchat.optim.schedule import Rates
+from mlxchat.ops.lanes import Lanes
+from mlxchat.optim.optimizer import Optimizer, Rates, clip_factor, sum_squares
 
 make_model = partial(models.make_model, vocab_size=50, context_tokens=8, seed=0, scale=1.0)
 OPTIONS = ["muon_oct2025", "muon_jul2026", "adamw"]
@@ -38,10 +39,7 @@ def all_names(model: GPT) -> list[str]:
 def updated(
     optimizer: Optimizer, model: GPT, gradients: dict[str, np.ndarray], lr_factor: float = 1.0
 ) -> dict[str, np.ndarray]:
-    new = optimizer.update(
-        flatten_parameters(model), {name: mx.array(value) for name, value in gradients.items()},
-        Rates(mx.array(lr_factor), mx.array(0.9), mx.array(1.0)),
-    )  # fmt: skip
+    new = move(optimizer, flatten_parameters(model), gradients, Rates(lr_factor, 0.9, 1.0))
     return {name: np.asarray(value) for name, value in new.items()}
 
 
@@ -192,16 +190,12 @@ def test_state_is_kept_by_the_parameters_names(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_the_state_of_some_parameters_is_theirs_and_the_count(option: str) -> None:
+def test_every_moment_belongs_to_one_parameter(option: str) -> None:
     model = make_model("jul2026")
     optimizer = Optimizer(model, optimizer_config(option), width=32)
-    names = all_names(model)
-    parts = [optimizer.state_names([name]) for name in names]
-    assert all(
-        part[0] == "count" and all(key.endswith(f".{name}") for key in part[1:])
-        for part, name in zip(parts, names, strict=True)
-    )
-    assert sorted(key for part in parts for key in part[1:]) == sorted(optimizer.state.keys() - {"count"})
+    parts = {name: optimizer.state_names([name]) for name in all_names(model)}
+    assert all(key.endswith(f".{name}") for name, part in parts.items() for key in part)
+    assert sorted(key for part in parts.values() for key in part) == sorted(optimizer.state.keys() - {"count"})
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 16, 50])
@@ -243,27 +237,54 @@ def test_shares_of_equal_matrices_are_equally_large() -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("parts", [2, 3])
-def test_parts_move_as_the_whole_does(option: str, parts: int) -> None:
+@pytest.mark.parametrize("num_lanes", [2, 3])
+def test_lanes_move_as_one_does(option: str, num_lanes: int) -> None:
     """Twice, so that the moments matter; products of other stacks of matrices may round differently."""
     model = make_model("jul2026")
-    whole, divided = (Optimizer(model, optimizer_config(option), width=32) for _ in range(2))
-    gradients = {name: mx.array(value) for name, value in random_gradients(model).items()}
-    rates = Rates(mx.array(1.0), mx.array(0.9), mx.array(1.0))
-    one = other = flatten_parameters(model)
-    for _ in range(2):
-        one, before, state = whole.update(one, gradients, rates), other, {}
-        other = {}
-        for names in divided.share(parts):
-            part, part_state = divided.move(before, {name: gradients[name] for name in names}, divided.state, rates)
-            assert part.keys() == set(names)
-            assert part_state.keys() == set(divided.state_names(names))
-            other, state = other | part, state | part_state
-        divided.state.update(state)
+    results = []
+    for count in (1, num_lanes):
+        optimizer = Optimizer(model, optimizer_config(option), width=32)
+        lanes, parameters = Lanes([mx.new_stream(mx.cpu) for _ in range(count)]), flatten_parameters(model)
+        for _ in range(2):
+            gradients = {name: mx.array(value) for name, value in random_gradients(model).items()}
+            parts = optimizer.update(parameters, gradients, Rates(1.0, 0.9, 1.0), lanes=lanes)
+            parameters = {name: value for part in parts for name, value in part.items()}
+        assert parameters.keys() == set(all_names(model))
+        results.append(parameters | optimizer.state)
+    one, other = results
     for name, value in one.items():
         np.testing.assert_allclose(np.asarray(other[name]), np.asarray(value), atol=1e-6, rtol=1e-6, err_msg=name)
-    for name, value in whole.state.items():
-        np.testing.assert_allclose(np.asarray(divided.state[name]), np.asarray(value), atol=1e-6, rtol=1e-6)
+
+
+# Weight decay
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_weight_decay_shrinks_matrices_and_no_other_parameter(option: str) -> None:
+    """By rate × weight_decay; Muon's follows the schedule, and jul2026's applies where it agrees with the step."""
+    model, gradients = make_model(), random_gradients(make_model())
+    groups = {
+        name: replace(group, weight_decay=0.5 if name == "matrices" else 0.0)
+        for name, group in optimizer_config(option).adamw_groups.items()
+    }
+    with_decay, without = (
+        updated(
+            Optimizer(model, optimizer_config(option, weight_decay=decay, adamw_groups=groups if decay else {
+                name: replace(group, weight_decay=0.0) for name, group in groups.items()
+            }), width=32),
+            model, gradients,
+        )
+        for decay in (0.5, 0.0)
+    )  # fmt: skip
+    lr = optimizer_config(option).matrix_lr
+    for name, value in flatten_parameters(model).items():
+        weight, step = np.asarray(value), without[name] - np.asarray(value)
+        if name in TABLES:
+            np.testing.assert_array_equal(with_decay[name], without[name])
+            continue
+        rate = lr if option == "adamw" else lr * max(1, weight.shape[0] / weight.shape[1]) ** 0.5
+        expected = rate * 0.5 * weight * ((step * weight <= 0) if option == "muon_jul2026" else 1)
+        np.testing.assert_allclose(without[name] - with_decay[name], expected, atol=1e-6, err_msg=name)
 
 
 # Clipping
@@ -273,43 +294,48 @@ def arrays(*values: list[float]) -> dict[str, mx.array]:
     return {str(index): mx.array(value) for index, value in enumerate(values)}
 
 
+def clipped(gradients: dict[str, mx.array], limit: float) -> dict[str, mx.array]:
+    factor = clip_factor(mx.sqrt(sum_squares(gradients)), limit)
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
 def test_the_norm_is_that_of_all_gradients_together() -> None:
-    _, norm = clip_gradients(arrays([3.0, 0.0], [4.0], [12.0]), None)
-    assert norm.item() == 13.0
+    assert mx.sqrt(sum_squares(arrays([3.0, 0.0], [4.0], [12.0]))).item() == 13.0
 
 
 def test_the_norm_of_millions_of_numbers_keeps_its_digits() -> None:
     """A plain float32 sum of them is off by a percent."""
     gradient = np.random.default_rng(0).normal(size=(4096, 1024)).astype(np.float32)
-    _, norm = clip_gradients({"table": mx.array(gradient)}, None)
+    norm = mx.sqrt(sum_squares({"table": mx.array(gradient)}))
     assert norm.item() == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=2e-6)
 
 
 def test_gradients_above_the_limit_are_scaled_as_torch_does() -> None:
-    clipped, norm = clip_gradients(arrays([3.0, -0.0], [4.0]), 1.0)
-    assert norm.item() == 5.0
+    found = clipped(arrays([3.0, -0.0], [4.0]), 1.0)
     factor = 1.0 / (5.0 + 1e-6)
-    np.testing.assert_allclose(np.asarray(clipped["0"]), [3 * factor, 0], rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(clipped["1"]), [4 * factor], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(found["0"]), [3 * factor, 0], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(found["1"]), [4 * factor], rtol=1e-6)
 
 
 def test_gradients_below_the_limit_are_left_alone() -> None:
-    clipped, norm = clip_gradients(arrays([0.3], [0.4]), 1.0)
-    assert norm.item() == pytest.approx(0.5)
-    assert clipped["0"].item() == np.float32(0.3)
-    assert clipped["1"].item() == np.float32(0.4)
+    found = clipped(arrays([0.3], [0.4]), 1.0)
+    assert found["0"].item() == np.float32(0.3)
+    assert found["1"].item() == np.float32(0.4)
 
 
-def test_no_limit_leaves_gradients_alone() -> None:
-    gradients = arrays([300.0], [400.0])
-    assert clip_gradients(gradients, None)[0] == gradients
-    assert clip_factor(mx.array(500.0), None) is None
+def test_without_a_limit_the_norm_does_not_matter(model: GPT) -> None:
+    gradients, rates = random_gradients(model), Rates(1.0, 0.9, 1.0)
+    first, second = (
+        move(Optimizer(model, optimizer_config(grad_clip=None), width=16), flatten_parameters(model), gradients, rates,
+             mx.array(norm))
+        for norm in (1.0, 500.0)
+    )  # fmt: skip
+    assert all(mx.array_equal(first[name], second[name]).item() for name in first)
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.5, 1.0, 2.0, 1e20])
 def test_the_factor_is_one_up_to_the_limit_and_falls_with_the_norm_above_it(norm: float) -> None:
     factor = clip_factor(mx.array(norm), 1.0)
-    assert factor is not None
     assert factor.item() == pytest.approx(min(1.0, 1.0 / (norm + 1e-6)), rel=1e-6)
 
 
@@ -332,6 +358,6 @@ def test_clipping_equals_torch() -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.grad = torch.tensor(value.copy())
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    clipped, _ = clip_gradients({str(i): mx.array(value) for i, value in enumerate(values)}, 1.0)
+    found = clipped({str(index): mx.array(value) for index, value in enumerate(values)}, 1.0)
     for index, parameter in enumerate(parameters):
-        np.testing.assert_allclose(np.asarray(clipped[str(index)]), parameter.grad.numpy(), rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(found[str(index)]), parameter.grad.numpy(), rtol=1e-6)
