@@ -16,7 +16,7 @@ from mlxchat.errors import StoreError
 from mlxchat.runner.aliases import find_action, key_of
 from mlxchat.runner.sealed import seal, unseal
 from mlxchat.runner.store import Store, parse_manifest, read_manifest
-from mlxchat.training.saves import read_newest, write_save
+from mlxchat.training.state import read_newest, write_save
 
 
 def truncations(data: bytes) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxchat.training.saves import read_newest, write_save
+from mlxchat.training.state import read_newest, write_save
 
 
 def test_arrays_come_back_in_the_shape_that_they_had(tmp_path: Path) -> None:

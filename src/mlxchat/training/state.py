@@ -1,9 +1,15 @@
-"""What a training saves: to resume bit for bit, to be extended once it has finished, and its best weights."""
+"""What a training saves: to resume bit for bit, to be extended once it has finished, and its best weights.
+
+A save is a folder ckpt/<iteration>/ with arrays.safetensors and state.json. It gets its name by one rename after all of
+it is on disk; only then are older saves removed. state.json has its own digest and that of the arrays, so a save that
+was cut or altered is never used.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +25,59 @@ from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.runner.context import Context
-from mlxchat.training.saves import read_newest, write_save
+from mlxchat.runner.crash import crash_point
+from mlxchat.runner.fingerprint import hash_file
+from mlxchat.runner.sealed import seal, sync, unseal
 
+Arrays = dict[str, NDArray[Any]]
+
+_ARRAYS, _STATE = "arrays.safetensors", "state.json"
 _BEST, _LAST = "best.", "last."
+
+
+def write_save(work: Path, iteration: int, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> None:
+    """Save arrays and `state` (JSON data) after `iteration` iterations; remove older saves."""
+    place, temporary = work / f"{iteration:08d}", work / f".{iteration:08d}.tmp"
+    for unfinished in work.glob(".*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    # ascontiguousarray gives a scalar an axis, and a count with an axis would broadcast into AdamW's update.
+    whole = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in arrays.items()}
+    save_file(whole, temporary / _ARRAYS)
+    crash_point("checkpoint.arrays")
+    digest = hash_file(temporary / _ARRAYS)
+    (temporary / _STATE).write_bytes(seal({"iteration": iteration, "arrays_sha256": digest, **state}))
+    for path in (temporary / _ARRAYS, temporary / _STATE, temporary):
+        sync(path)
+    crash_point("checkpoint.written")
+    shutil.rmtree(place, ignore_errors=True)
+    temporary.rename(place)
+    sync(work)
+    crash_point("checkpoint.renamed")
+    for older in _saves(work):
+        if older != place:
+            shutil.rmtree(older, ignore_errors=True)
+    crash_point("checkpoint.done")
+
+
+def read_newest(work: Path) -> tuple[Arrays, dict[str, Any]] | None:
+    """Return arrays and state of the newest save that is whole, or None; damaged saves are removed."""
+    for place in reversed(_saves(work)):
+        try:
+            state, sealed = unseal((place / _STATE).read_bytes())
+            digest = state.pop("arrays_sha256", None)
+            # Saves from before there were digests have neither.
+            if sealed == (digest is not None) and (not sealed or digest == hash_file(place / _ARRAYS)):
+                return load_file(place / _ARRAYS), state
+        except Exception:
+            pass
+        shutil.rmtree(place, ignore_errors=True)
+    return None
+
+
+def _saves(work: Path) -> list[Path]:
+    """Return the folders of all saves, the oldest first."""
+    return sorted(path for path in work.glob("[0-9]*") if path.is_dir()) if work.is_dir() else []
 
 
 class Resumable(Protocol):
@@ -46,9 +102,8 @@ class Checkpointer:
         monitor: Resumable,
         best: Best | None = None,
     ) -> None:
-        self.ctx, self.model, self.optimizer, self.batches, self.monitor, self.best = (
-            ctx, model, optimizer, batches, monitor, best,
-        )  # fmt: skip
+        self.ctx, self.model, self.optimizer, self.best = ctx, model, optimizer, best
+        self.batches, self.monitor = batches, monitor
         self._saved_at = time.monotonic()
         self._held: dict[str, Any] = {}
 
@@ -77,7 +132,7 @@ class Checkpointer:
         return state["iteration"], state.get("pending_hook") if state["iteration"] else None
 
     def hold(self) -> None:
-        """Remember the state before an iteration, for `save_held`. Weights and moments need not be remembered."""
+        """Remember the state before an iteration, for `save_held`. Weights and moments change only at its end."""
         self._held = self._state()
 
     def save_held(self, iteration: int) -> None:
@@ -117,43 +172,37 @@ class Checkpointer:
         arrays, state = found
         weights = {name.removeprefix("model."): mx.array(value) for name, value in arrays.items() if name[0] == "m"}
         set_parameters(self.model, weights)
-        for name in self.optimizer.state:
-            self.optimizer.state[name] = mx.array(arrays[f"optimizer.{name}"])
-        mx.eval(self.model.state, self.optimizer.state)
+        _set_moments(self.optimizer, {name: arrays[f"optimizer.{name}"] for name in self.optimizer.state})
+        mx.eval(self.model.state)
         if self.best is not None and "best" in state:
             self.best.restore(state["best"], arrays, self.model)
         return state
 
 
 class Best:
-    """The weights with the lowest bits per byte of validation among those that were candidates, the first of equals.
+    """The candidate with the lowest bits per byte of validation, the first of equals.
 
-    Only so many iterations and the last one are candidates, however often people have asked to see a validation: so
-    the result does not depend on what is shown.
+    Candidates are every so many iterations and the last one, so the result does not depend on how often validation is
+    shown.
     """
 
     METRIC = "val_bpb"
 
     def __init__(self, *, every: int, eval_tokens: int) -> None:
-        """Begin with none.
-
-        Args:
-            every: iterations between candidates.
-            eval_tokens: of a validation; numbers of another size are not compared.
-        """
+        """Keep none yet; a candidate comes every `every` iterations and is validated on `eval_tokens` tokens."""
         self.every, self._eval_tokens = every, eval_tokens
         self.iteration: int | None = None
         """Whose weights are kept; None: there was no candidate with a finite number."""
         self.numbers: dict[str, float] = {}
-        """What validation said of them."""
+        """Their numbers of validation."""
         self._weights: dict[str, mx.array] = {}
 
     def is_candidate(self, iteration: int, num_iterations: int) -> bool:
-        """Tell whether weights after so many iterations may be kept."""
+        """Return whether weights after so many iterations may be kept."""
         return iteration == num_iterations or iteration % self.every == 0
 
     def offer(self, iteration: int, numbers: Mapping[str, float], model: GPT) -> bool:
-        """Keep the model's weights if they are the best so far; tell whether they are."""
+        """Keep the model's weights if they are the best so far; return whether they are."""
         if not numbers[self.METRIC] < self.numbers.get(self.METRIC, math.inf):  # NaN never is
             return False
         self.iteration, self.numbers = iteration, dict(numbers)
@@ -184,7 +233,7 @@ class Best:
         return {**self.numbers, "best_iteration": self.iteration, **last}
 
     def arrays(self, done: int) -> dict[str, NDArray[Any]]:
-        """Return what a save after `done` iterations has to hold besides that iteration's own weights."""
+        """Return what a save after `done` iterations needs besides that iteration's weights."""
         if self.iteration == done:
             return {}
         return {f"{_BEST}{name}": np.asarray(value) for name, value in self._weights.items()}
@@ -200,14 +249,14 @@ class Best:
         self.take(state, {name: kept.get(f"{_BEST}{name}", value) for name, value in own.items()})
 
     def take(self, state: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-        """Continue from what another training has kept, unless its numbers are of another validation."""
+        """Continue from what another training kept, unless its validation had another size."""
         if state["iteration"] is None or state["eval_tokens"] != self._eval_tokens:
             return
         self.iteration, self.numbers, self._weights = state["iteration"], dict(state["numbers"]), dict(weights)
         mx.eval(self._weights)
 
     def show(self) -> dict[str, str]:
-        """Return what the progress line says of it."""
+        """Return what the progress line shows."""
         if self.iteration is None:
             return {}
         return {"best": f"{self.numbers[self.METRIC]:.4f} bpb at {self.iteration}"}
@@ -216,10 +265,7 @@ class Best:
 def save_finished(
     out: Path, iteration: int, optimizer: Optimizer, state: dict[str, Any], model: GPT, best: Best | None = None
 ) -> None:
-    """Leave beside a finished model what an extension of its training needs: moments, and `state` (JSON data).
-
-    Where the finished model will be an earlier one than the last, the last weights, `model`'s, too.
-    """
+    """Write what an extension needs: moments, `state` (JSON data) and, where the best weights were kept, the last."""
     arrays = {name: np.asarray(value) for name, value in optimizer.whole_state().items()}
     if best is not None:
         state = {**state, "best": best.state()}
@@ -230,7 +276,7 @@ def save_finished(
 
 
 def load_finished(folder: Path, model: GPT, optimizer: Optimizer, best: Best | None = None) -> dict[str, Any]:
-    """Set model and optimizer to the end of a finished training, and `best` to what it has kept; return the rest.
+    """Set model, optimizer and `best` to the end of a finished training; return the rest of its state.
 
     Raises:
         DataError: a file is missing or damaged, or holds other arrays than this model and optimizer have.
