@@ -148,6 +148,28 @@ def test_download_ends_after_a_bounded_number_of_requests(name: str, size: int |
     assert not (cache.cache_folder() / "a").exists()
 
 
+STEP = WHOLE // 128
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda request, number, start: rest(request, 0, number * STEP),
+        lambda request, number, start: send(request, 416, b"") if start else rest(request, 0, number * STEP),
+        lambda request, number, start: rest(request, start, number * STEP, Content_Range=""),
+    ],
+    ids=["Range is ignored", "416", "another range"],
+)  # fmt: skip
+def test_attempts_that_begin_again_do_not_add_up(answer: Answer, server: Server) -> None:
+    """A little further each time counted as progress: 10 GB in steps of 1 MB were 50 TB."""
+    server.answer = lambda request, number, start: (
+        answer(request, number, start) if number < 300 else rest(request, start, WHOLE)
+    )
+    with pytest.raises(PassingError):
+        server.fetch()
+    assert len(server.asked) <= 40
+
+
 def test_attempts_without_progress_back_off(server: Server) -> None:
     server.answer = cut
     with pytest.raises(PassingError, match=r"128,000 of 256,000 bytes.*Range"):

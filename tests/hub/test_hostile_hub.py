@@ -14,7 +14,7 @@ import pytest
 
 from kit.servers import Loopback, QuietHandler
 from mlxchat.errors import DataError, MlxchatError, PassingError
-from mlxchat.hub import cache, downloads, listings
+from mlxchat.hub import cache, downloads, listings, upload
 from mlxchat.hub.client import HubFile, fetch_url, list_files
 from mlxchat.hub.files import hub_cache
 
@@ -72,9 +72,10 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         {"commit": OUT}, {"commit": ".."}, {"commit": "a/b"}, {"commit": ""},
         {"path": OUT}, {"path": "/etc/passwd"}, {"path": "data/../../x"}, {"path": "..\\x"}, {"path": "a\0b"},
         {"path": ""}, {"oid": OUT}, {"oid": "A" * 40}, {"oid": ""}, {"lfs": {"oid": OUT, "size": 10, "pointerSize": 1}},
-        {"size": "ten"}, {"size": -5}, {"size": 1.5},
+        {"size": "ten"}, {"size": -5}, {"size": 1.5}, {"size": 10**400}, {"path": "a" * 250}, {"path": "b/" * 600},
+        {"path": "a\ud800"}, {"path": "a\u202eb"}, {"path": "a\x9bb"},
     ],
-    ids=str,
+    ids=lambda changed: ascii(changed)[:40],
 )  # fmt: skip
 def test_a_listing_that_leads_out_of_the_cache_is_refused_and_recorded_nowhere(
     hostile: Any, tmp_path: Path, changed: dict[str, Any]
@@ -155,9 +156,39 @@ def test_listing_of_another_form_is_one_message(hostile: Any, monkeypatch: pytes
         list_files("a/b")
 
 
+def test_listing_nested_too_deeply_is_one_message(hostile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listings, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(json, "dumps", lambda value: "[" * 100_000)
+    with pytest.raises(PassingError, match=r"a/b: .* nested too deeply"):
+        list_files("a/b")
+
+
+def test_list_of_too_many_files_is_refused(hostile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listings, "_MOST_FILES", 5)
+    hostile.headers = lambda number: {"Link": f'<{hostile.url}/tree/0?page={number}>; rel="next"'}
+    with pytest.raises(DataError, match="does not end"):
+        list_files("a/b")
+    assert len(hostile.asked) < 10
+
+
 def test_listing_of_endless_length_is_one_message(hostile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listings, "FIRST_PAUSE_SECONDS", 0.0)
-    monkeypatch.setattr(listings, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(downloads, "MOST_ANSWER_BYTES", 1 << 20)
     hostile.entry = {"path": "x" * (2 << 20)}
     with pytest.raises(PassingError, match="its answer has more than 1 MB"):
         list_files("a/b")
+
+
+@pytest.mark.parametrize("endless", ["token", "storage"])
+def test_upload_reads_no_endless_answer(hostile: Any, monkeypatch: pytest.MonkeyPatch, endless: str) -> None:
+    """All that a Hub or its Xet storage sent was kept in memory before an upload."""
+    monkeypatch.setattr(downloads, "MOST_ANSWER_BYTES", 1 << 20)
+    hostile.commit = None  # a token's fields, where `revision` is part of the address
+    name = "me/model" if endless == "token" else "me/revision/"
+    api = SimpleNamespace(endpoint=hostile.url, token="token")
+    if endless == "storage":
+        answer = {"accessToken": "token", "casUrl": f"{hostile.url}/endless"}
+        monkeypatch.setattr(json, "dumps", lambda value, encode=json.dumps: encode(answer))
+    fault = upload._find_xet_fault(api, name, "model")
+    assert fault == ("has no Xet storage" if endless == "token" else "")
+    assert hostile.sent < 32 << 20

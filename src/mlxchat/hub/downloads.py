@@ -36,6 +36,8 @@ _SLOW_SECONDS, _SLOW_BYTES = 60.0, 16 << 10
 _LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
 _MOST_REDIRECTS = 20
+# Bounds of an answer that is no file.
+ANSWER_SECONDS, MOST_ANSWER_BYTES = 120.0, 64 << 20
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Check = Callable[[], None]
@@ -126,6 +128,8 @@ class _Transfer:
         self.mark = 0
         """Length of the part when an attempt last made enough progress."""
         self.ignores_range = False
+        self.starts_over = False
+        """Whether an attempt had to begin again: then all attempts together may receive far more than the file has."""
 
     def run(self) -> Arrived:
         """Fetch, continue, verify, and rename."""
@@ -147,7 +151,7 @@ class _Transfer:
                     self.note.unlink(missing_ok=True)
                     return arrived
                 self._drop()
-                self.mark = 0
+                self.mark, self.starts_over = 0, False
                 wrong += 1
                 if wrong == _WRONG_TRIES:
                     raise DataError(
@@ -176,10 +180,10 @@ class _Transfer:
         """Return how long the part must be for the failures to count from zero again.
 
         Bytes below the longest part so far are no progress (a server without Range sends them again and again), and a
-        few more are not enough: a 64th of what is left, at most a block. A file whose length is unknown, or another one
-        in each answer, must double.
+        few more are not enough: a 64th of what is left, at most a block. What must begin again, and a file whose length
+        is unknown or another one in each answer, must double.
         """
-        if self.size is None or len(self.sizes) > 1:
+        if self.size is None or len(self.sizes) > 1 or self.starts_over:
             return max(2 * self.mark, BLOCK_BYTES)
         return self.mark + max(1, min(BLOCK_BYTES, (self.size - self.mark) // 64))
 
@@ -282,7 +286,7 @@ class _Transfer:
 
     def _drop(self) -> None:
         """Throw away what arrived, and the size that the server said."""
-        self.size = self.wanted.bytes
+        self.size, self.starts_over = self.wanted.bytes, True
         with suppress(FileNotFoundError):
             self.on_bytes(-self.part.stat().st_size)
             self.part.unlink()
@@ -330,6 +334,26 @@ def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float) -> It
         finally:
             answer.close()
     raise HTTPError(f"more than {_MOST_REDIRECTS} redirects")
+
+
+def read_answer(url: str, headers: Mapping[str, str], silence_seconds: float) -> tuple[Any, bytes]:
+    """Return the answer to a GET and its body, which is small.
+
+    Raises:
+        HTTPError: the network.
+        OSError: the answer took too long.
+        ValueError: it is too long.
+    """
+    ends = time.monotonic() + ANSWER_SECONDS
+    body = bytearray()
+    with open_url(url, headers, silence_seconds) as answer:
+        for block in answer.iter_raw():
+            body += block
+            if len(body) > MOST_ANSWER_BYTES:
+                raise ValueError(f"its answer has more than {MOST_ANSWER_BYTES >> 20} MB")
+            if time.monotonic() > ends:
+                raise TimeoutError(f"no whole answer within {ANSWER_SECONDS:g} s")
+    return answer, bytes(body)
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

@@ -18,7 +18,9 @@ from mlxchat.hub.cache import is_verified, note_verified
 from mlxchat.runner.fingerprint import hash_file
 
 HUB = "https://huggingface.co"
-_NO_NAME = re.compile(r"[\x00-\x1f\x7f\\]")
+_NO_NAME = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MOST_PATH_BYTES, _MOST_NAME_BYTES = 1000, 200
+_MOST_BYTES = 1 << 60  # of a file: larger numbers are no floats
 _COMMIT, _CHECKSUM = re.compile(r"\w[\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -47,9 +49,14 @@ class HubFile:
         """
         parts = PurePosixPath(self.path).parts
         if not parts or ".." in parts or self.path.startswith("/") or _NO_NAME.search(self.path):
-            raise DataError(f"{self.repository} lists a file {self.path!r}, which is no path inside of a repository")
+            raise DataError(
+                f"{self.repository} lists a file {self.path[:200]!r}, which is no path inside of a repository"
+            )
+        longest = max(len(part.encode()) for part in parts)
+        if longest > _MOST_NAME_BYTES or len(self.path.encode()) > _MOST_PATH_BYTES:
+            raise DataError(f"{self.repository} lists a file {self.path[:200]!r}…, whose name is too long for a disk")
         check_commit(self.repository, self.revision)
-        if not (isinstance(self.bytes, int) and self.bytes >= 0 and _CHECKSUM.fullmatch(str(self.etag))):
+        if not (isinstance(self.bytes, int) and 0 <= self.bytes < _MOST_BYTES and _CHECKSUM.fullmatch(str(self.etag))):
             raise DataError(
                 f"{self.repository} lists {self.path} with {self.bytes!r} bytes and the checksum {self.etag!r}, "
                 "expected a size and hexadecimal digits"

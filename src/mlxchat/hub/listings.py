@@ -14,15 +14,15 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from mlxchat.errors import DataError, PassingError
 from mlxchat.hub.cache import cache_folder, is_offline, read_json, write_json
-from mlxchat.hub.downloads import open_url, retry_after
+from mlxchat.hub.downloads import read_answer, retry_after
 from mlxchat.hub.files import HubFile, check_commit, endpoint, folder_name
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
 _TRIES, _TRIES_WITH_RECORD = 6, 2
 FIRST_PAUSE_SECONDS = 0.5
 _SILENCE_SECONDS = 20.0
-# Bounds of one answer, and of the pages of a list of files; the Hub's have 1,000 files each.
-_ANSWER_SECONDS, _MOST_BYTES, _MOST_PAGES = 120.0, 64 << 20, 1000
+# Bounds of a list of files; the Hub's pages have 1,000 files each.
+_MOST_PAGES, _MOST_FILES = 1000, 1_000_000
 
 # Asked once in a process: a run works with one commit, whatever is uploaded meanwhile.
 _resolved: dict[tuple[str, str, str, str], str] = {}
@@ -142,7 +142,7 @@ def _rows_of(repository: str, commit: str, kind: str) -> list[list[Any]]:
     seen: set[str] = set()
     rows: list[list[Any]] = []
     while page is not None:
-        if page in seen or len(seen) == _MOST_PAGES:
+        if page in seen or len(seen) == _MOST_PAGES or len(rows) > _MOST_FILES:
             raise DataError(
                 f"{repository}: its list of files does not end. Page {len(seen) + 1} is {page[:200]}, expected a new "
                 f"page, and {_MOST_PAGES:,} at most"
@@ -176,21 +176,16 @@ def _get_json(url: str) -> tuple[Any, str | None]:
     """
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-    ends = time.monotonic() + _ANSWER_SECONDS
-    body = bytearray()
     headers = build_hf_headers(library_name="mlxchat")
-    with open_url(url, headers, _SILENCE_SECONDS) as answer:
-        for block in answer.iter_raw():
-            body += block
-            if len(body) > _MOST_BYTES:
-                raise ValueError(f"its answer has more than {_MOST_BYTES >> 20} MB")
-            if time.monotonic() > ends:
-                raise TimeoutError(f"no whole answer within {_ANSWER_SECONDS:g} s")
+    answer, body = read_answer(url, headers, _SILENCE_SECONDS)
     hf_raise_for_status(answer)
     after = answer.links.get("next", {}).get("url")
     if after is not None and not after.startswith(f"{endpoint()}/"):  # a mirror's, or one that wants the token
         after = endpoint() + urlunsplit(urlsplit(after)._replace(scheme="", netloc=""))
-    return json.loads(body), after
+    try:
+        return json.loads(body), after
+    except RecursionError:
+        raise ValueError("its answer is nested too deeply") from None
 
 
 def _ask(repository: str, kind: str, tries: int, question: Callable[[], Any]) -> Any:

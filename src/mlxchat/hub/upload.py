@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlxchat.errors import ConfigError, PassingError, StoreError
+from mlxchat.hub.downloads import open_url, read_answer
 from mlxchat.hub.places import Place
 from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.progress import format_bytes, format_seconds
@@ -196,24 +198,23 @@ def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[
 
 def _find_xet_fault(api: Any, name: str, kind: str) -> str:
     """Return why files cannot go to a repository's Xet storage, or an empty string."""
-    from huggingface_hub import get_session
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     try:
-        answer = get_session().get(
-            f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main", headers=build_hf_headers(token=api.token),
-            timeout=_PROBE_SECONDS, follow_redirects=True,
-        )  # fmt: skip
-        told = answer.json()
+        answer, body = read_answer(
+            f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main", build_hf_headers(token=api.token), _PROBE_SECONDS
+        )
+        told = json.loads(body)
         if answer.status_code in (401, 403):
             return ""  # the upload says it better
         if answer.status_code >= 300 or not isinstance(told, dict) or not {"accessToken", "casUrl"} <= told.keys():
             return "has no Xet storage"
-    except (HTTPError, ValueError):
+    except (HTTPError, OSError, ValueError, RecursionError):
         return "has no Xet storage"
     try:
-        get_session().get(str(told["casUrl"]), timeout=_PROBE_SECONDS)
+        with open_url(str(told["casUrl"]), {}, _PROBE_SECONDS):
+            pass  # that it answers is enough
     except (HTTPError, ValueError) as error:
         return f"has Xet storage at {told['casUrl']}, which does not answer ({type(error).__name__})"
     return ""
