@@ -66,9 +66,7 @@ def run_pipeline(
     store.prepare()
     _say(format_plan(plan))
     if ranks is not None:
-        sections = {step.name: getattr(config, step.stage.name, None) for step in plan if not step.done}
-        batches = {step: getattr(section, "batch", None) for step, section in sections.items()}
-        for line in ranks.remarks({step: batch for step, batch in batches.items() if batch is not None}):
+        for line in remark_few_rows(config, plan, ranks.size):
             _say(line)
     if need is not None:
         _say(str(need))
@@ -109,6 +107,17 @@ def run_pipeline(
     except OSError as error:  # everything is done; the report can be had later
         _say(f"the report could not be written ({error.strerror}: {error.filename}). Mend that and run: mlxchat report")
     return folder
+
+
+def remark_few_rows(config: Config, plan: list[PlannedStep], ranks: int) -> list[str]:
+    """Return a line for each step with fewer rows in an iteration than there are ranks."""
+    found = []
+    for step in plan:
+        batch = None if step.done else getattr(getattr(config, step.stage.name, None), "batch", None)
+        if batch is not None and batch.tokens is not None and (rows := batch.tokens // batch.row_tokens) < ranks:
+            text = f"has {rows} rows in an iteration for {ranks} ranks: some have nothing to train on"
+            found.append(f"{step.name:<10} {text}")
+    return found
 
 
 def plan_of(config: Config, store: Store) -> list[PlannedStep]:

@@ -177,7 +177,7 @@ def test_ranks_start_only_when_a_step_needs_them(stubs: Any) -> None:
 def test_what_ranks_print_goes_to_the_folder_of_the_run(undisturbed: Any) -> None:
     (run,) = (undisturbed.outputs / "runs").iterdir()
     assert sorted(path.name for path in run.glob("rank*")) == ["rank-0.log", "rank-1.log", "rank-2.log", "ranks.json"]
-    assert "together: rank 2 of 3" in (run / "rank-2.log").read_text()
+    assert "rank 2 of 3" in (run / "rank-2.log").read_text()
 
 
 def test_the_manifest_says_who_computed_and_the_id_does_not(undisturbed: Any, make_stubs: Any) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlxchat.compose import compose_config
-from mlxchat.config import BatchConfig
 from mlxchat.distributed.ranks import Ranks, lead_ranks
 from mlxchat.ops import machine as machine_module
+from mlxchat.pipeline_run import remark_few_rows
 
 
 def machine(*settings: str) -> Any:
@@ -37,12 +38,14 @@ def test_threads_that_are_given_are_not_shared_out() -> None:
 
 
 def test_more_ranks_than_rows_are_remarked_on() -> None:
-    _, lead = lead_ranks(machine("machine.num_processes=3"))
-    assert lead is not None
-    batches = {
-        "pretrain": BatchConfig(tokens=1024, row_tokens=512),
-        "midtrain": BatchConfig(tokens=2048, row_tokens=512),
-        "sft": BatchConfig(tokens=None, row_tokens=512),
-    }
-    (line,) = lead.remarks(batches)
+    batches = {"pretrain": (1024, False), "midtrain": (2048, False), "sft": (None, False), "rl": (512, True)}
+    config: Any = SimpleNamespace(**{
+        name: SimpleNamespace(batch=SimpleNamespace(tokens=tokens, row_tokens=512))
+        for name, (tokens, _) in batches.items()
+    })  # fmt: skip
+    plan: Any = [
+        SimpleNamespace(name=name, stage=SimpleNamespace(name=name), done=done)
+        for name, (_, done) in {**batches, "eval": (None, False)}.items()
+    ]
+    (line,) = remark_few_rows(config, plan, 3)
     assert line == "pretrain   has 2 rows in an iteration for 3 ranks: some have nothing to train on"

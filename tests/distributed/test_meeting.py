@@ -138,11 +138,12 @@ def test_a_rank_that_does_not_come_is_named_with_its_host() -> None:
 # As with mpi, which is not in every MLX: the ranks join the group before they know where rank 0 listens.
 GROUP_FIRST = """
 import mlxchat, os, sys
-from mlxchat.distributed.ranks import Meeting, _meet, follow
+from mlxchat.distributed.ranks import Meeting, _meet, current, follow
 rank = int(os.environ["MLX_RANK"])
 meeting = Meeting(rank=rank, size=2, backend="ring", address=None)
 if rank == 0:
-    print(_meet(meeting).describe()["size"], "ranks")
+    _meet(meeting)
+    print(current().describe()["size"], "ranks")
 else:
     sys.exit(follow(meeting))
 """

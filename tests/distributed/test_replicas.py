@@ -12,7 +12,7 @@ from kit import ranks
 from mlxchat.distributed import team as team_module
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.replicas import mark_equal, model_on, sync_model
+from mlxchat.model.replicas import model_on, moving_on_all, sync_model
 from mlxchat.model.sizes import GPTSizes
 
 SIZES = GPTSizes(vocab_size=64, num_layers=2, num_heads=2, num_kv_heads=2, width=16, context_tokens=32, rope_theta=1e4)
@@ -63,8 +63,8 @@ def weights_everywhere(team: Team) -> dict[str, Any]:
     set_parameters(model, {name: value.astype(mx.bfloat16) for name, value in flat.items()})
     note("other type")
     note("other role", "reference")
-    set_parameters(model, flat)
-    mark_equal(team, model)
+    with moving_on_all(team, model):
+        set_parameters(model, {name: value + 0 for name, value in flat.items()})
     note("said to be equal")
     return {"found": found, "parameters": len(flat)}
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,6 @@ class PeerLost(StepFailed):
 class Traffic:
     """What the collectives of this rank have cost so far."""
 
-    calls: int = 0
     sent_bytes: int = 0
     """Bytes that this rank sent, by the algorithms of a ring."""
     seconds: float = 0.0
@@ -38,7 +37,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks 0 to size − 1, this process being one of them. Rank 0 leads: it alone reads and writes files."""
+    """Ranks 0 to size − 1, this process being one of them. Rank 0 leads: it alone reads and writes files.
+
+    Every method that sends something raises `PeerLost` if another rank is gone.
+    """
 
     raw: Any = None
     """MLX's group; None: this process is alone."""
@@ -63,18 +65,10 @@ class Group:
 
     def part(self, count: int) -> slice:
         """Return this rank's part of `count` things: contiguous, as equal as can be, empty if there are too few."""
-        return self.part_of(self.rank, count)
-
-    def part_of(self, rank: int, count: int) -> slice:
-        """Return any rank's part of `count` things."""
-        return slice(count * rank // self.size, count * (rank + 1) // self.size)
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum(self, arrays: Mapping[str, mx.array]) -> Arrays:
-        """Return arrays summed over all ranks, the same bits on each; every rank gives the same names and shapes.
-
-        Raises:
-            PeerLost: another rank is gone.
-        """
+        """Return arrays summed over all ranks, the same bits on each; every rank gives the same names and shapes."""
         if self.size == 1:
             return dict(arrays)
         found: Arrays = {}
@@ -87,19 +81,11 @@ class Group:
         return found
 
     def gather(self, array: mx.array) -> mx.array:
-        """Return the arrays of all ranks, all of one shape and dtype, concatenated along their first axis.
-
-        Raises:
-            PeerLost: another rank is gone.
-        """
+        """Return the arrays of all ranks, all of one shape and dtype, concatenated along their first axis."""
         return array if self.size == 1 else self._meet(mx.distributed.all_gather, array)
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Return what every rank gave, in their order; plain JSON data.
-
-        Raises:
-            PeerLost: another rank is gone.
-        """
+        """Return what every rank gave, in their order; plain JSON data."""
         if self.size == 1:
             return [value]
         own = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
@@ -110,11 +96,7 @@ class Group:
         return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
     def share(self, array: mx.array, source: int = 0) -> mx.array:
-        """Return the array of rank `source`, bit for bit; the other ranks give one of the same shape and dtype.
-
-        Raises:
-            PeerLost: another rank is gone.
-        """
+        """Return the array of rank `source`, bit for bit; the other ranks give one of the same shape and dtype."""
         if self.size == 1:
             return array
         # MLX has no broadcast. A sum with zeros is one; of integers, since −0.0 + 0.0 would lose its sign.
@@ -126,11 +108,7 @@ class Group:
         return total.view(mx.uint8)[: bits.size].view(array.dtype).reshape(array.shape)
 
     def share_json(self, value: Any = None) -> Any:
-        """Return rank 0's value, plain JSON data; the values of the others are ignored.
-
-        Raises:
-            PeerLost: another rank is gone.
-        """
+        """Return rank 0's value, plain JSON data; the values of the others are ignored."""
         if self.size == 1:
             return value
         own = np.frombuffer(json.dumps(value).encode() if self.leads else b"", dtype=np.uint8)
@@ -141,14 +119,17 @@ class Group:
     def _meet(self, collective: Any, array: mx.array) -> mx.array:
         # Collectives of nccl run on the GPU; those of the others must not keep it waiting for the network.
         stream = None if self.backend == "nccl" else mx.cpu
-        with _peers_lost():
-            mx.eval(array)
-            began = time.perf_counter()
+        mx.eval(array)
+        began = time.perf_counter()
+        try:
             found: mx.array = collective(array, group=self.raw, stream=stream)
             mx.eval(found)
+        except RuntimeError as error:
+            raise PeerLost(
+                f"another process of the group is gone ({error}). The same command continues from what was saved last."
+            ) from error
         # Around a ring a sum takes 2 (n − 1) messages of an n-th, a gathering n − 1 of a whole.
         share = 2 / self.size if collective is mx.distributed.all_sum else 1
-        self.traffic.calls += 1
         self.traffic.sent_bytes += round(array.nbytes * share * (self.size - 1))
         self.traffic.seconds += time.perf_counter() - began
         return found
@@ -156,18 +137,6 @@ class Group:
 
 ALONE = Group()
 """The group of a process that has no others."""
-
-
-@contextmanager
-def _peers_lost() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "peer" in str(error) or "connection" in str(error).lower():
-            raise PeerLost(
-                f"another process of the group is gone ({error}). The same command continues from what was saved last."
-            ) from error
-        raise
 
 
 def buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:
@@ -194,14 +163,10 @@ def deal_padded(lengths: Sequence[int], parts: int) -> list[slice]:
         lengths: of the rows, in tokens.
         parts: how many, at least 1.
     """
-    low, high = max(lengths, default=0), len(lengths) * max(lengths, default=0)
-    while low < high:
-        middle = (low + high) // 2
-        if len(_fill(lengths, middle)) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    found = _fill(lengths, high)
+    longest = max(lengths, default=0)
+    costs = range(longest, len(lengths) * longest)
+    place = bisect_left(costs, True, key=lambda most: len(_fill(lengths, most)) <= parts)
+    found = _fill(lengths, longest + place)
     return found + [slice(len(lengths), len(lengths))] * (parts - len(found))
 
 

@@ -20,6 +20,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from mlxchat.verbs import VERBS
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mlxchat.config import BatchConfig, MachineConfig
+    from mlxchat.config import MachineConfig
     from mlxchat.distributed.group import Group
     from mlxchat.distributed.team import Team
     from mlxchat.distributed.watch import Watch
@@ -55,8 +56,6 @@ _START_SECONDS = 90.0
 _MEET_SECONDS = 120.0
 _WELCOME_SECONDS = 180.0
 _JOIN_SECONDS = 60.0
-_LOG_LINES = 5
-_MOST_HANDLES = 1024
 _HERE = "127.0.0.1"
 
 _current: Ranks | None = None
@@ -88,33 +87,29 @@ def find_meeting(variables: Mapping[str, str] = os.environ) -> Meeting | None:
         rank = _number(variables, "OMPI_COMM_WORLD_RANK", 0)
         return Meeting(rank=rank, size=size, backend="mpi", address=None) if size > 1 else None
     rank, hosts = _number(variables, "MLX_RANK", 0), list[str]()
-    # Rank 0 listens one port above those of MLX.
     if "MLX_JACCL_COORDINATOR" in variables:
         backend, size = "jaccl", len(_read_json(variables, "MLX_IBV_DEVICES"))
-        host, _, text = variables["MLX_JACCL_COORDINATOR"].rpartition(":")
-        address = (host, _port(text) + 1)
+        host, port = _split(variables["MLX_JACCL_COORDINATOR"])
     elif "NCCL_HOST_IP" in variables and "MLX_WORLD_SIZE" in variables:
         backend, size = "nccl", _number(variables, "MLX_WORLD_SIZE", 1)
-        address = (variables["NCCL_HOST_IP"], _number(variables, "NCCL_PORT", 12345) + 1)
+        host, port = variables["NCCL_HOST_IP"], _number(variables, "NCCL_PORT", 12345)
     elif "MLX_HOSTFILE" in variables:
-        addresses = _read_json(variables, "MLX_HOSTFILE")
-        if not all(isinstance(each, list) and each and all(isinstance(one, str) for one in each) for each in addresses):
+        found = _read_json(variables, "MLX_HOSTFILE")
+        if not all(isinstance(each, list) and each and all(isinstance(one, str) for one in each) for each in found):
             raise ConfigError(
                 f"MLX_HOSTFILE: {variables['MLX_HOSTFILE']} is no ring's hostfile: expected a list for each rank with "
                 'its addresses, such as [["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
             )
-        backend, size, hosts = "ring", len(addresses), [each[0].rpartition(":")[0] for each in addresses]
-        port = max((_port(one.rpartition(":")[2]) for each in addresses for one in each), default=0) + 1
-        address = (hosts[0] if hosts else "", port)
+        backend, size, hosts = "ring", len(found), [_split(each[0])[0] for each in found]
+        host, port = hosts[0] if hosts else "", max((_split(one)[1] for each in found for one in each), default=0)
     else:
         return None
     if size < 2:  # what mlx.launch -n 1 sets
         return None
     if not 0 <= rank < size:
         raise ConfigError(f"MLX_RANK is {rank}, expected 0 to {size - 1}: there are {size} ranks")
-    if _ADDRESS in variables:
-        host, _, text = variables[_ADDRESS].rpartition(":")
-        address = (host, _port(text))
+    # Rank 0 listens one port above those of MLX, unless it says where.
+    address = _split(variables[_ADDRESS]) if _ADDRESS in variables else (host, port + 1)
     return Meeting(rank=rank, size=size, backend=backend, address=address, hosts=hosts)
 
 
@@ -125,11 +120,11 @@ def _number(variables: Mapping[str, str], name: str, default: int) -> int:
         raise ConfigError(f"{name} is {variables[name]!r}, expected a whole number") from None
 
 
-def _port(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f'"{text}" is no port: addresses of ranks are HOST:PORT') from None
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        raise ConfigError(f'"{port}" is no port: addresses of ranks are HOST:PORT')
+    return host, int(port)
 
 
 def _read_json(variables: Mapping[str, str], name: str) -> list[Any]:
@@ -167,7 +162,6 @@ def enter(arguments: list[str]) -> int | None:
         return None
     code = follow(meeting)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # MLX's threads may still wait for a rank that is gone
 
 
@@ -181,6 +175,7 @@ def computes(arguments: list[str]) -> bool:
 
 def follow(meeting: Meeting) -> int:
     """Take part in what rank 0 computes until it ends; return the exit code."""
+    from mlxchat.distributed.group import PeerLost
     from mlxchat.distributed.team import Team
     from mlxchat.distributed.watch import Follower, connect, find_facts
 
@@ -204,28 +199,22 @@ def follow(meeting: Meeting) -> int:
     if group is None:
         group, _ = _join(meeting.backend, meeting.rank)
     follower = Follower(line, answer["host"], says=meeting.rank == 1 and not is_child)
-    follower.begin(same_host=answer["host"] == facts["host"], forward=not is_child)
+    follower.begin(same_host=answer["host"] == facts["host"])
+    if not is_child:
+        _divert_errors(Path(os.devnull))
+    print(f"rank {meeting.rank} of {meeting.size} on {facts['host']}", flush=True)
     try:
-        Team(group, follower).follow()
+        Team(group).follow(follower.wait)
     except BaseException as error:
-        from traceback import print_exc
-
-        print_exc()
-        sys.stderr.flush()
+        if not isinstance(error, PeerLost):
+            traceback.print_exc()
         follower.fail(error)
         return 1
     return 0
 
 
 def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-    """Prepare every rank for a step.
-
-    Args:
-        team: all ranks.
-        request: `step` (its name), `machine` (device, compute_dtype, limits in bytes, blas_threads) and `neighbours`
-            (for each rank, how many there are on its machine, itself included).
-        arrays: none.
-    """
+    """Prepare every rank for a step: `machine`: settings, `neighbours`: of each rank, how many share its machine."""
     import mlx.core as mx
 
     from mlxchat.config import MachineConfig
@@ -237,24 +226,17 @@ def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array])
     machine = MachineConfig(**request["machine"])
     prepare_machine(machine, machine.blas_threads or share_of_cores(request["neighbours"][team.group.rank]))
     mx.clear_cache()
-    print(f"{request['step']}: rank {team.group.rank} of {team.size}", flush=True)
 
 
 class Ranks:
     """The ranks of a run as the runner sees them, this process being the first."""
 
     def __init__(self, machine: MachineConfig | None = None, threads: int | None = None) -> None:
-        """Start nothing yet.
-
-        Args:
-            machine: settings of the run's steps.
-            threads: `machine.blas_threads` as the user wrote it.
-        """
+        """Start nothing yet; `machine` has the run's settings, `threads` is `blas_threads` as the user wrote it."""
         self.machine, self.threads = machine, threads
         self.watch: Watch | None = None
         self.team: Team | None = None
         self.backend = "none"
-        self._folder: Path | None = None
 
     @property
     def size(self) -> int:
@@ -266,20 +248,7 @@ class Ranks:
     @property
     def is_broken(self) -> bool:
         """Return whether nothing more can be computed together."""
-        return self.watch is not None and (self.watch.loss is not None or self.team is None or self.team.open)
-
-    def remarks(self, batches: Mapping[str, BatchConfig]) -> list[str]:
-        """Return a line for each step with fewer rows in an iteration than there are ranks.
-
-        Args:
-            batches: step → its iteration's tokens, as far as they are given.
-        """
-        rows = {step: batch.tokens // batch.row_tokens for step, batch in batches.items() if batch.tokens is not None}
-        return [
-            f"{step:<10} has {count} rows in an iteration for {self.size} ranks: some have nothing to train on"
-            for step, count in rows.items()
-            if count < self.size
-        ]
+        return self.watch is not None and (self.watch.loss is not None or (self.team is not None and self.team.open))
 
     def start(self, run: Any, step: str) -> Team:
         """Return all ranks, ready for a step; those of this machine are started for the first one.
@@ -292,31 +261,31 @@ class Ranks:
         if self.watch is None:
             self._start_here(run)
         watch, team, machine = self.watch, self.team, self.machine
-        assert watch is not None
-        assert machine is not None
-        if team is None or self.is_broken:
+        assert watch and team and machine  # noqa: PT018
+        if self.is_broken:
             loss = f"{watch.cause()}. " if watch.loss else ""
             raise StepFailed(f"{loss}All ranks have ended. The same command continues.")
         watch.on_stop = lambda number: run.stop_signal or (run.request_stop(number), run.announce_stop())
-        self._folder = run.folder
         pids = [facts["pid"] for _, facts in sorted(watch.facts.items())]
         with suppress(OSError):
-            (run.folder / "ranks.json").write_text(json.dumps(self._facts() | {"pids": pids}) + "\n", encoding="utf-8")
+            (run.folder / "ranks.json").write_text(
+                json.dumps({**(self.describe() or {}), "pids": pids}) + "\n", encoding="utf-8"
+            )
         _divert_errors(run.folder / "rank-0.log")
         names = ("device", "compute_dtype", "memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes")
         settings = {name: getattr(machine, name) for name in names} | {"blas_threads": self.threads}
         neighbours = [self.on_host_of(rank) for rank in range(self.size)]
-        team.call(begin_step, {"step": step, "machine": settings, "neighbours": neighbours})
+        team.call(begin_step, {"machine": settings, "neighbours": neighbours})
         return team
 
     def explain(self, error: BaseException, work: Path) -> BaseException:
-        """Return the error to report for one that ended a step: which rank was lost, if that is its cause.
+        """Return what to report for an error that ended the step with saved states in `work`: which rank was lost."""
+        from mlxchat.distributed.group import PeerLost
 
-        Args:
-            error: what was raised.
-            work: the step's folder of saved states.
-        """
-        if self.watch is None or not _is_loss(error):
+        link: BaseException | None = error
+        while link is not None and not isinstance(link, PeerLost):
+            link = link.__cause__ or link.__context__
+        if self.watch is None or link is None:
             return error
         loss = self.watch.cause() or f"the connection between the ranks broke ({error})"
         found = [int(path.name) for path in work.glob("*") if re.fullmatch(r"\d{8}", path.name)]
@@ -327,7 +296,10 @@ class Ranks:
 
     def describe(self) -> dict[str, Any] | None:
         """Return number, backend and hosts of the ranks, for records; None: there are none yet."""
-        return None if self.watch is None else self._facts()
+        if self.watch is None:
+            return None
+        hosts = [facts["host"] for _, facts in sorted(self.watch.facts.items())]
+        return {"size": self.size, "backend": self.backend, "hosts": hosts}
 
     def kill(self) -> None:
         """End all ranks at once."""
@@ -339,11 +311,6 @@ class Ranks:
         assert self.watch is not None
         host = self.watch.facts[rank]["host"]
         return sum(facts["host"] == host for facts in self.watch.facts.values())
-
-    def _facts(self) -> dict[str, Any]:
-        assert self.watch is not None
-        hosts = [facts["host"] for _, facts in sorted(self.watch.facts.items())]
-        return {"size": self.size, "backend": self.backend, "hosts": hosts}
 
     def _start_here(self, run: Any) -> None:
         """Start further processes on this machine, and connect all."""
@@ -385,27 +352,18 @@ class Ranks:
 
         group, handles = joined or _join(backend, 0)
         watch.on_loss = lambda: _shut(handles)
-        watch.on_output = self._keep
         watch.begin()
         self.watch, self.backend = watch, backend
-        self.team = team = Team(group, watch)
+        self.team = team = Team(group, watch.wake)
         watch.is_calling = lambda: team.open
         _current = self
-        atexit.register(self._end)
+        atexit.register(self._end, watch)
 
-    def _keep(self, rank: int, text: str) -> None:
-        if self._folder is not None:
-            with suppress(OSError), (self._folder / f"rank-{rank}.log").open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-
-    def _end(self) -> None:
+    def _end(self, watch: Watch) -> None:
         """Let the other ranks end, and see that those of this machine are gone."""
         global _current
         _current = None
-        if self.team is None or self.is_broken:
-            self.kill()
-        else:
-            self.team.end()
+        (watch.leave if self.is_broken else watch.end)()
 
 
 def current() -> Ranks | None:
@@ -439,7 +397,7 @@ def lead_ranks(machine: MachineConfig) -> tuple[MachineConfig, Ranks | None]:
     return shared, ranks
 
 
-def _meet(meeting: Meeting) -> Ranks:
+def _meet(meeting: Meeting) -> None:
     """Wait for ranks that were started elsewhere, this process being the first.
 
     Raises:
@@ -462,14 +420,9 @@ def _meet(meeting: Meeting) -> Ranks:
         if joined is not None:
             joined[0].share_json([platform.node(), listener.getsockname()[1]])
         watch.gather(listener, _MEET_SECONDS, lambda: None, meeting.hosts)
-    try:
-        ranks._connect(watch, meeting.backend, joined)
-    except StepFailed:
-        watch.leave()
-        raise
+    ranks._connect(watch, meeting.backend, joined)
     places = ", ".join(dict.fromkeys(str(facts["host"]) for facts in watch.facts.values()))
     print(f"{meeting.size} ranks compute together ({meeting.backend}): {places}", flush=True)
-    return ranks
 
 
 def _spawn(rank: int, variables: dict[str, str], folder: Path, threads: int, kind: str) -> subprocess.Popen[bytes]:
@@ -498,7 +451,7 @@ def _check_start(run: Any, watch: Watch) -> None:
         if child.poll() is not None:
             log, tail = run.folder / f"rank-{rank}.log", list[str]()
             with suppress(OSError):
-                tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+                tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
             raise StepFailed(
                 "\n".join([f"rank {rank} could not be started: it {how_ended(child.returncode)} ({log})", *tail])
             )
@@ -539,7 +492,7 @@ def _join(backend: str, rank: int) -> tuple[Group, list[int]]:
 
 def _sockets() -> set[int]:
     found = set()
-    for handle in range(3, _MOST_HANDLES):
+    for handle in range(3, 1024):
         with suppress(OSError):
             if stat.S_ISSOCK(os.fstat(handle).st_mode):
                 found.add(handle)
@@ -590,15 +543,3 @@ def _divert_errors(path: Path) -> None:
         sys.stderr = os.fdopen(os.dup(2), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
     with suppress(OSError), path.open("ab") as log:
         os.dup2(log.fileno(), 2)
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Return whether an error comes from a rank that is gone."""
-    from mlxchat.distributed.group import PeerLost
-
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, PeerLost) or (isinstance(link, RuntimeError) and str(link).startswith("[ring]")):
-            return True
-        link = link.__cause__ or link.__context__
-    return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 from numpy.typing import NDArray
@@ -20,25 +20,12 @@ Given = Mapping[str, "mx.array | NDArray[Any]"]
 Shared = Callable[["Team", dict[str, Any], dict[str, mx.array]], Any]
 
 
-class Calls(Protocol):
-    """A way to wake the other ranks that costs nothing while they wait: waiting in MLX's ring keeps a core busy."""
-
-    def wake(self) -> None:
-        """Have all other ranks take part in a call; on rank 0."""
-
-    def wait(self) -> bool:
-        """Return True when rank 0 calls, False at the end; on the other ranks."""
-
-    def end(self) -> None:
-        """Let all other ranks end; on rank 0."""
-
-
 class Team:
     """The ranks of a group at work on one step, and what each keeps between calls."""
 
-    def __init__(self, group: Group = ALONE, calls: Calls | None = None) -> None:
-        """Begin without anything kept; `calls` None: the ranks wait in the group."""
-        self.group, self._calls = group, calls
+    def __init__(self, group: Group = ALONE, wake: Callable[[], None] = lambda: None) -> None:
+        """Begin without anything kept; rank 0 calls `wake` before each call, if ranks do not wait in the group."""
+        self.group, self._wake = group, wake
         self.open = False
         """Whether a call has begun and not succeeded here: then the ranks may be at different places."""
         self.kept: dict[str, Any] = {}
@@ -56,9 +43,6 @@ class Team:
             function: of a module of mlxchat, by name; its collectives must be the same on every rank.
             request: plain JSON data.
             arrays: sent to all ranks, bit for bit.
-
-        Raises:
-            PeerLost: another rank is gone.
         """
         given = {name: mx.array(value) for name, value in (arrays or {}).items()}
         if self.size > 1:
@@ -66,8 +50,7 @@ class Team:
             shapes = {name: [list(array.shape), name_of(array.dtype)] for name, array in given.items()}
             name = f"{function.__module__}:{function.__qualname__}"
             self.open = True
-            if self._calls is not None:
-                self._calls.wake()
+            self._wake()
             self.group.share_json({"function": name, "request": request or {}, "arrays": shapes})
             for array in given.values():
                 self.group.share(array)
@@ -75,13 +58,9 @@ class Team:
         self.open = False
         return found
 
-    def follow(self) -> None:
-        """Take part in the calls of rank 0 until it ends the team.
-
-        Raises:
-            PeerLost: rank 0 or another rank is gone.
-        """
-        while (self._calls is None or self._calls.wait()) and (order := self.group.share_json()) is not None:
+    def follow(self, wait: Callable[[], bool] = lambda: True) -> None:
+        """Take part in the calls of rank 0 until `wait`, called before each, returns False, or rank 0 shares None."""
+        while wait() and (order := self.group.share_json()) is not None:
             module, _, name = order["function"].partition(":")
             assert module.partition(".")[0] == "mlxchat", module
             function: Shared = getattr(import_module(module), name)
@@ -90,13 +69,6 @@ class Team:
                 for key, (shape, dtype) in order["arrays"].items()
             }
             function(self, order["request"], arrays)
-
-    def end(self) -> None:
-        """Let the other ranks end; on rank 0."""
-        if self._calls is not None:
-            self._calls.end()
-        else:
-            self.group.share_json(None)
 
 
 def name_of(dtype: mx.Dtype) -> str:

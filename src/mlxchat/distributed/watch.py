@@ -45,7 +45,6 @@ _END_SECONDS = 5.0
 _NOTICE_SECONDS = 20.0
 _LOOK_SECONDS = 0.1
 _MOST_BYTES = 64 * 1024  # of a message
-_MOST_LETTERS = 8_000  # of a printed line
 
 # What must be equal on all ranks, and its name in messages.
 _EQUAL = {"mlxchat": "mlxchat", "code": "code of mlxchat (digest)", "mlx": "MLX", "backend": "backend"}
@@ -132,8 +131,8 @@ def _beat(lines: Mapping[int, Line], is_over: Callable[[], bool], on_silence: Ca
         time.sleep(BEAT_SECONDS)
         now = time.monotonic()
         for rank, line in lines.items():
-            if now - last > 3 * BEAT_SECONDS:  # this process was stopped or had no core: beats wait to be read
-                line.heard = now
+            if now - last > 3 * BEAT_SECONDS:
+                line.heard = now  # this process was stopped or had no core: beats wait to be read
             line.send({"kind": "beat"})
             if now - line.heard > SILENCE_SECONDS and not is_over():
                 on_silence(rank)
@@ -144,21 +143,13 @@ class Watch:
     """Rank 0's lines to all other ranks."""
 
     def __init__(self, facts: Facts, size: int, token: str = "") -> None:
-        """Begin without other ranks.
-
-        Args:
-            facts: of this process.
-            size: ranks, this one included.
-            token: secret that the other ranks present.
-        """
+        """Take the facts of this process, the number of all ranks, and the secret that the others present."""
         self.size, self._token = size, token
         self.facts: dict[int, Facts] = {0: facts}
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         """Ranks that this process started."""
         self.on_stop: Callable[[int], object] = lambda number: None
         """Called with the signal that another rank received."""
-        self.on_output: Callable[[int, str], None] = lambda rank, text: None
-        """Called with each line that a rank on another host, or started by mlx.launch, prints."""
         self.on_loss: Callable[[], None] = lambda: None
         """Called once when a rank is lost."""
         self.is_calling: Callable[[], bool] = lambda: True
@@ -173,13 +164,9 @@ class Watch:
         self._over = False
 
     def gather(self, listener: socket.socket, seconds: float, check: Callable[[], None], where: list[str]) -> None:
-        """Wait for all other ranks, compare them with this one, and let them continue.
+        """Wait for all other ranks to connect, compare them with this one, and let them continue.
 
-        Args:
-            listener: what they connect to.
-            seconds: to wait at most.
-            check: called repeatedly; it may raise to end the wait.
-            where: the hosts of all ranks, as far as known, to name those that are missing.
+        `check` is called repeatedly and may raise; `where` has the hosts of all ranks, as far as known.
 
         Raises:
             ConfigError: a rank has other versions, other code or another kind of backend.
@@ -192,7 +179,6 @@ class Watch:
             if time.monotonic() > until:
                 missing = [rank for rank in range(1, self.size) if rank not in self._lines]
                 names = ", ".join(f"rank {rank}" + (f" ({where[rank]})" if where else "") for rank in missing)
-                self.leave()
                 raise StepFailed(
                     f"{names} did not come within {seconds:g} seconds. Was the same command started there?"
                 )
@@ -200,17 +186,13 @@ class Watch:
                 line = Line(listener.accept()[0])
                 # In a thread, so that a connection that sends nothing delays no other.
                 threading.Thread(target=self._greet, args=(line,), name="hello", daemon=True).start()
-        own, wrong = self.facts[0], []
-        for rank in sorted(self._lines):
-            other = self.facts[rank]
+        own, wrong = self.facts[0], list[str]()
+        for other in self.facts.values():
             if different := [key for key in _EQUAL if other.get(key) != own[key]]:
                 wrong.append(f"{describe_rank(other)} cannot work with rank 0 on {own['host']}:")
                 wrong += [f"  {_EQUAL[key]} is {other.get(key)!s} there and {own[key]!s} here" for key in different]
         if wrong:
-            self.leave()
-            raise ConfigError(
-                "\n".join([*wrong, "All ranks need the same mlxchat, the same MLX and the same backend."])
-            )
+            raise ConfigError("\n".join([*wrong, "All ranks need the same mlxchat, MLX and backend."]))
         self._send({"kind": "welcome", "host": own["host"]})
 
     def begin(self) -> None:
@@ -231,10 +213,6 @@ class Watch:
         if self.loss is not None:
             raise PeerLost(self.loss)
         self._send({"kind": "call"})
-
-    def wait(self) -> bool:
-        """Only the other ranks wait."""
-        raise AssertionError
 
     def cause(self) -> str | None:
         """Return which rank was lost and how, after a short wait for the report; the caller ends the run."""
@@ -259,9 +237,7 @@ class Watch:
         for line in lines:
             line.close()
         for child in self.children.values():
-            if child.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
         for child in self.children.values():
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_CODE_SECONDS)
@@ -285,9 +261,7 @@ class Watch:
 
     def _hear(self, rank: int, message: Message) -> None:
         kind = message.get("kind")
-        if kind == "output":
-            self.on_output(rank, str(message.get("text")))
-        elif kind == "stop":
+        if kind == "stop":
             self.on_stop(signal.SIGINT if message.get("signal") == signal.SIGINT else signal.SIGTERM)
         elif kind == "failed":
             self._failures[rank] = None if message.get("peer") else str(message.get("text"))
@@ -297,10 +271,9 @@ class Watch:
         if self._over:
             return
         if rank in self._failures:
-            text = self._failures[rank]
-            if text is None:  # another rank is the cause, and its line closes too
+            if self._failures[rank] is None:  # another rank is the cause, and its line closes too
                 self._lost.wait(_CAUSE_SECONDS)
-            self._lose(rank, f"failed: {text}" if text is not None else "lost its connection to another rank")
+            self._lose(rank, f"failed: {self._failures[rank] or 'it lost its connection to another rank'}")
             return
         code = None
         if rank in self.children:
@@ -337,45 +310,26 @@ class Follower:
         self._calls: queue.Queue[bool] = queue.Queue()
         self._over = False
         self._terminal = os.dup(2)
-        self._forwarding: threading.Thread | None = None
 
-    def begin(self, *, same_host: bool, forward: bool) -> None:
-        """Start to listen to rank 0 and to pass signals on; `forward`: also what this process prints."""
-        if forward:
-            self._forward_output()
+    def begin(self, *, same_host: bool) -> None:
+        """Start to listen to rank 0 and to pass signals on."""
         self.line.listen(self._hear, lambda: self._end_alone(f"rank 0 on {self.host} has gone"))
         silence = f"rank 0 on {self.host} has said nothing for {SILENCE_SECONDS:g} seconds"
-
-        def on_silence(rank: int) -> None:
-            if not same_host:  # on one machine the kernel reports its end, and one that is stopped may continue
-                self._end_alone(silence)
-
-        beats = ({0: self.line}, lambda: self._over, on_silence)
+        # On one machine the kernel reports its end, and one that is stopped may continue.
+        beats = ({0: self.line}, lambda: self._over, lambda rank: None if same_host else self._end_alone(silence))
         threading.Thread(target=_beat, args=beats, name="beats", daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
-
-    def wake(self) -> None:
-        """Only rank 0 calls."""
-        raise AssertionError
 
     def wait(self) -> bool:
         """Return True when rank 0 calls, False at the end."""
         return self._calls.get()
 
-    def end(self) -> None:
-        """Take the closing of the line for the end from now on."""
-        self._over = True
-
     def fail(self, error: BaseException) -> None:
         """Report the error with which this rank ends."""
-        text = f"{type(error).__name__}: {error}"[:_MOST_LETTERS]
-        if self._forwarding is not None:  # its end lets what was printed arrive
-            os.dup2(self._terminal, 1)
-            os.dup2(self._terminal, 2)
-            self._forwarding.join(1.0)
+        text = f"{type(error).__name__}: {error}"[:8_000]
         self.line.send({"kind": "failed", "text": text, "peer": isinstance(error, PeerLost)})
-        self.end()
+        self._over = True
 
     def _hear(self, message: Message) -> None:
         kind = message.get("kind")
@@ -398,23 +352,6 @@ class Follower:
         """Pass the first signal on to rank 0, which saves; leave at once at the second one."""
         signal.signal(number, lambda number, frame: os._exit(128 + number))
         self.line.send({"kind": "stop", "signal": number})
-
-    def _forward_output(self) -> None:
-        """Send what this process prints to rank 0, which keeps it, instead of to the terminal."""
-        reading, writing = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(writing, 1)
-        os.dup2(writing, 2)
-        os.close(writing)
-
-        def work() -> None:
-            with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
-                for text in lines:
-                    self.line.send({"kind": "output", "text": text.rstrip("\n")[:_MOST_LETTERS]})
-
-        self._forwarding = threading.Thread(target=work, name="output", daemon=True)
-        self._forwarding.start()
 
 
 def find_facts(rank: int) -> Facts:

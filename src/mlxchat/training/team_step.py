@@ -1,7 +1,7 @@
-"""The training step of a team: rank 0 says which batch, every rank computes its rows and moves its part.
+"""The training step of a team: rank 0 sends each batch with its rates, every rank computes its rows and moves its part.
 
-What goes to the other ranks: once the model, the optimizer's rules and the settings, then each batch with its rates.
-They keep a `TrainStep` of their own. Sums are the same bits on all ranks, so all decide alike whether a step counts.
+Every rank has a `TrainStep` of its own, made from the model, the optimizer's rules and the settings that rank 0 sends
+once. Sums are the same bits on all ranks, so all decide alike whether an update counts.
 """
 
 from __future__ import annotations
@@ -14,160 +14,130 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.distributed.team import Team
+from mlxchat.distributed.team import Team, name_of
 from mlxchat.evals.outside import load_outside
 from mlxchat.model.gpt import GPT
-from mlxchat.model.replicas import forget_equal, mark_equal, model_on, sync_model
+from mlxchat.model.replicas import model_on, moving_on_all, sync_model
 from mlxchat.ops.distillation import Mix
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.planning.given import TeacherSize
 from mlxchat.training.step import Batch, TrainStep
 from mlxchat.training.teacher import Distillation, OutsideTeacher, OwnTeacher, TeacherModel
 
-_KEPT, _TEACHER = "training", "teacher"
+
+def make_step(
+    team: Team | None, model: GPT, optimizer: Optimizer, *, distillation: Distillation | None = None, **settings: Any
+) -> TrainStep | TeamStep:
+    """Return the step of a team's ranks together, or of this process alone; the arguments are `TrainStep`'s."""
+    if team is None or team.size == 1:
+        return TrainStep(model, optimizer, distillation=distillation, **settings)
+    return TeamStep(team, model, optimizer, distillation, settings)
 
 
 class TeamStep:
-    """On rank 0 what `TrainStep` is to a process that is alone."""
+    """On rank 0 what `TrainStep` is to a single process; the ranks begin with the first batch."""
 
     def __init__(
-        self,
-        team: Team,
-        model: GPT,
-        optimizer: Optimizer,
-        *,
-        micro_tokens: int,
-        dtype: mx.Dtype,
-        recompute: bool = False,
-        dropout: float = 0.0,
-        dropout_seed: int = 0,
-        distillation: Distillation | None = None,
+        self, team: Team, model: GPT, optimizer: Optimizer, distillation: Distillation | None, settings: dict[str, Any]
     ) -> None:
-        """Take what `TrainStep` takes; the ranks begin with the first batch, with the weights and moments of then."""
+        """Take a team, and what `TrainStep` takes."""
         self.team, self.model, self.optimizer, self.distillation = team, model, optimizer, distillation
-        self._settings = {
-            "micro_tokens": micro_tokens, "dtype": _name_of(dtype), "recompute": recompute, "dropout": dropout,
-            "dropout_seed": dropout_seed,
-        }  # fmt: skip
+        self._settings = settings
         self._step: TrainStep | None = None
         self.loss_parts: dict[str, float] = {}
         """With a teacher, of the last batch: ce, the mean cross-entropy, and kl, the mean divergence."""
 
     def __call__(self, batch: Batch, rates: Rates[float], iteration: int = 0) -> tuple[float, float]:
-        """Update the model on all ranks; see `TrainStep`.
-
-        Raises:
-            PeerLost: another rank is gone.
-        """
+        """Update the model on all ranks; see `TrainStep`."""
         step = self._step or self._begin()
         sync_model(self.team, self.model)
-        # The ranks move them alike. Until they have, nothing may hold on to the old ones.
-        forget_equal(self.team)
         arrays = {"ids": batch.ids, "targets": batch.targets, "weights": batch.weights}
-        found = self.team.call(_train, {"rates": list(rates), "iteration": iteration}, arrays)
-        mark_equal(self.team, self.model)
+        with moving_on_all(self.team, self.model):
+            found = self.team.call(_train, {"rates": list(rates), "iteration": iteration}, arrays)
         self.loss_parts = step.loss_parts
         return cast(tuple[float, float], found)
 
     def end(self) -> None:
-        """Let the ranks forget the training; rank 0's optimizer has all moments again."""
+        """Let the ranks drop the training; rank 0's optimizer has all moments again."""
         if self._step is not None:
             self.optimizer.state, self.optimizer.gather_state = self.optimizer.whole_state(), None
             self.team.call(_end)
             self._step = None
 
     def _begin(self) -> TrainStep:
-        """Have all ranks get ready; return rank 0's own step."""
+        """Have all ranks make their steps; return rank 0's."""
         sync_model(self.team, self.model)
-        request = {**self._settings, "optimizer": self.optimizer.recipe(), "teacher": self._send_teacher()}
-        request["has_moments"] = bool(cast(float, self.optimizer.state["count"].item()))
-        self.team.kept[_KEPT] = self
+        request = {
+            "settings": {**self._settings, "dtype": name_of(self._settings["dtype"])},
+            "optimizer": self.optimizer.recipe(), "teacher": self._send_teacher(),
+            "has_moments": bool(cast(float, self.optimizer.state["count"].item())),
+        }  # fmt: skip
+        self.team.kept["training"] = self
         self._step = cast(TrainStep, self.team.call(_begin, request))
         self.optimizer.gather_state = partial(self.team.call, _gather_state)
         return self._step
 
     def _send_teacher(self) -> dict[str, Any] | None:
-        """Return what ranks need to have the teacher, too; the weights of one of ours are with them then."""
+        """Return what ranks need to make the teacher; the weights of one of ours have been sent then."""
         if self.distillation is None:
             return None
         teacher = self.distillation.teacher
-        told = {"mix": asdict(self.distillation.mix), "size": asdict(self.distillation.size)}
+        request = {"mix": asdict(self.distillation.mix), "size": asdict(self.distillation.size)}
         if isinstance(teacher, OwnTeacher):
-            sync_model(self.team, teacher.model, _TEACHER)
-            return told
+            sync_model(self.team, teacher.model, "teacher")
+            return request
         assert isinstance(teacher, OutsideTeacher), "ranks can make these two"
-        return {**told, "folder": str(teacher.folder.absolute()), "vocab_size": teacher.vocab_size}
-
-
-def make_step(
-    team: Team | None, model: GPT, optimizer: Optimizer, *, distillation: Distillation | None = None, **settings: Any
-) -> TrainStep | TeamStep:
-    """Return the step of a team's ranks together, or of this process alone."""
-    if team is None or team.size == 1:
-        return TrainStep(model, optimizer, distillation=distillation, **settings)
-    return TeamStep(team, model, optimizer, distillation=distillation, **settings)
+        return {**request, "folder": str(teacher.folder.absolute()), "vocab_size": teacher.vocab_size}
 
 
 def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> TrainStep:
     """Make this rank's step."""
-    del arrays
-    asking, state = team.kept.pop(_KEPT, None), {}
+    training = team.kept.pop("training", None)
+    settings, state = {**request["settings"], "dtype": getattr(mx, request["settings"]["dtype"])}, {}
     if team.group.leads:
-        model, optimizer, distillation = asking.model, asking.optimizer, asking.distillation
+        model, optimizer, distillation = training.model, training.optimizer, training.distillation
         state = optimizer.state
     else:
-        del asking  # of an earlier training: its moments
+        del training  # an earlier one, with its moments
         model = model_on(team)
         optimizer = Optimizer.of_recipe(model, request["optimizer"])
-        distillation = _make_distillation(team, request["teacher"], getattr(mx, request["dtype"]))
-    settings = {name: request[name] for name in ("micro_tokens", "recompute", "dropout", "dropout_seed")}
-    step = TrainStep(
-        model,
-        optimizer,
-        dtype=getattr(mx, request["dtype"]),
-        distillation=distillation,
-        group=team.group,
-        **settings,
-    )
+        distillation = _make_distillation(team, request["teacher"], settings["dtype"])
+    step = TrainStep(model, optimizer, distillation=distillation, group=team.group, **settings)
     if request["has_moments"] and step.sharding is not None:
         step.sharding.deal_state(optimizer, state)
     mx.eval(optimizer.state)
-    team.kept[_KEPT] = step
+    team.kept["training"] = step
     return step
 
 
 def _train(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> tuple[float, float]:
     """Make one step; return the loss and the gradients' norm."""
-    step: TrainStep = team.kept[_KEPT]
+    step: TrainStep = team.kept["training"]
     batch = Batch(*(np.array(arrays[name]) for name in ("ids", "targets", "weights")))
     return step(batch, Rates(*request["rates"]), request["iteration"])
 
 
 def _gather_state(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> Flat:
     """Return the optimizer's whole state, on rank 0."""
-    step: TrainStep = team.kept[_KEPT]
+    step: TrainStep = team.kept["training"]
     assert step.sharding is not None
     return step.sharding.gather_state(step.optimizer)
 
 
 def _end(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-    """Forget the training."""
-    del team.kept[_KEPT]
+    """Drop the training."""
+    del team.kept["training"]
 
 
-def _make_distillation(team: Team, told: dict[str, Any] | None, dtype: mx.Dtype) -> Distillation | None:
+def _make_distillation(team: Team, request: dict[str, Any] | None, dtype: mx.Dtype) -> Distillation | None:
     """Return the teacher that rank 0 has."""
-    if told is None:
+    if request is None:
         return None
     teacher: TeacherModel
-    if "folder" in told:
-        folder = Path(told["folder"])
+    if "folder" in request:
+        folder = Path(request["folder"])
         outside, _ = load_outside(folder)
-        teacher = OutsideTeacher(outside.model, told["vocab_size"], folder)
+        teacher = OutsideTeacher(outside.model, request["vocab_size"], folder)
     else:
-        teacher = OwnTeacher(model_on(team, _TEACHER), dtype)
-    return Distillation(teacher=teacher, mix=Mix(**told["mix"]), size=TeacherSize(**told["size"]))
-
-
-def _name_of(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]
+        teacher = OwnTeacher(model_on(team, "teacher"), dtype)
+    return Distillation(teacher=teacher, mix=Mix(**request["mix"]), size=TeacherSize(**request["size"]))

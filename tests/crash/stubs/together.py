@@ -25,7 +25,7 @@ def run(ctx):
         "device": "cpu", "compute_dtype": ctx.config.train.dtype, "memory_limit_bytes": None, "cache_limit_bytes": None,
         "wired_limit_bytes": None, "blas_threads": 1,
     }  # fmt: skip
-    order = {"step": "again", "neighbours": [1, 1, 1], "machine": machine}
+    order = {"neighbours": [1, 1, 1], "machine": machine}
     found = read_newest(ctx.work)
     total, done = (found[0]["total"], found[1]["iteration"]) if found else (np.zeros(8), 0)
     ctx.rewind_records(done)
