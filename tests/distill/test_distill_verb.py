@@ -441,7 +441,7 @@ def test_a_task_is_asked_and_judged_by_its_own_rules(
     teacher: Teacher, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mlxchat.tasks import load_task
-    from mlxchat.tasks.base import answer_text
+    from mlxchat.tasks.answers import answer_text
 
     task = load_task("arithmetic", "train")
     right = {task[index]["messages"][0]["content"]: answer_text(task[index]) for index in range(8)}

@@ -18,7 +18,7 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
 from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore, mean_centered, mean_centered_stderr
 from mlxchat.model.gpt import GPT
-from mlxchat.tasks.gsm8k import GSM8K
+from mlxchat.tasks.benchmarks import GSM8K
 
 
 class Questions:

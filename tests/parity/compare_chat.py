@@ -14,7 +14,7 @@ from mlxchat.evals.chat import Answering, evaluate_task, letter_logits
 from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore
 from mlxchat.sandbox.programs import run_programs
 from mlxchat.tasks.base import Task
-from mlxchat.tasks.humaneval import assemble_program
+from mlxchat.tasks.benchmarks import assemble_program
 
 LOGITS = 1e-4
 _BATCH_TOKENS = 1000  # several batches for each task

@@ -20,12 +20,11 @@ from mlxchat.data.mixture import shuffled_places
 from mlxchat.engine.tools import calculate
 from mlxchat.errors import MlxchatError
 from mlxchat.tasks import Task, load_task, task_class
+from mlxchat.tasks.answers import nanochat_number
 from mlxchat.tasks.base import render_mc
+from mlxchat.tasks.benchmarks import GSM8K, extract_imports, extract_program, find_fault, nanochat_verdict
 from mlxchat.tasks.downloads import HubTask, Rows
-from mlxchat.tasks.gsm8k import GSM8K, nanochat_number, nanochat_verdict
-from mlxchat.tasks.humaneval import extract_imports, extract_program
 from mlxchat.tasks.jsonl import read_conversations
-from mlxchat.tasks.smoltalk import find_fault
 from mlxchat.tasks.spelling import SpellingBee
 
 _KNOWN = (

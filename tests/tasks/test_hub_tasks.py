@@ -9,8 +9,8 @@ import pytest
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks import Task, load_task
-from mlxchat.tasks.gsm8k import calculator_parts, final_number, nanochat_number, nanochat_verdict
-from mlxchat.tasks.humaneval import assemble_program, extract_imports, extract_program
+from mlxchat.tasks.answers import calculator_parts, final_number, nanochat_number
+from mlxchat.tasks.benchmarks import assemble_program, extract_imports, extract_program, nanochat_verdict
 
 
 def text(part: str) -> dict[str, str]:
@@ -79,7 +79,7 @@ def test_the_files_that_were_read_are_named_with_their_commit(hub: Any, problems
 
 def test_calculator_calls_become_parts() -> None:
     answer = "So <<12/60=0.2>>0.2 each,\n<<0.2*50=10>><<5*3>>.\n#### 10"
-    assert calculator_parts(answer) == [
+    assert calculator_parts(answer, keep_empty=True) == [
         text("So "), {"type": "python", "text": "12/60"}, {"type": "python_output", "text": "0.2"},
         text("0.2 each,\n"), {"type": "python", "text": "0.2*50"}, {"type": "python_output", "text": "10"},
         text(""), {"type": "python", "text": "5*3"}, {"type": "python_output", "text": ""}, text(".\n#### 10"),

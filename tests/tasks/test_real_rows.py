@@ -16,7 +16,7 @@ from mlxchat.config import TaskItem
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.mixture import Mixture
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.tasks.gsm8k import final_number
+from mlxchat.tasks.answers import final_number
 from mlxchat.tasks.items import load_item
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "hub"

@@ -12,8 +12,9 @@ import pytest
 
 from mlxchat.data.conversation import render_conversation
 from mlxchat.tasks import load_task
-from mlxchat.tasks.arithmetic import Arithmetic, parse_gsm8k
-from mlxchat.tasks.base import answer_text, render_mc
+from mlxchat.tasks.answers import answer_text, calculator_parts
+from mlxchat.tasks.arithmetic import Arithmetic
+from mlxchat.tasks.base import render_mc
 
 BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
 CATEGORICAL = ["facts_mc", "reading_mc"]
@@ -52,7 +53,7 @@ def test_multiple_choice_is_rendered_in_nanochats_words() -> None:
 
 def test_gsm8k_calls_become_calculator_parts() -> None:
     raw = "Tom has 12+7=<<12+7=19>>19 apples. Then he has 19-5=<<19-5=14>>14.\n#### 14"
-    assert parse_gsm8k(raw) == [
+    assert calculator_parts(raw) == [
         {"type": "text", "text": "Tom has 12+7="},
         {"type": "python", "text": "12+7"},
         {"type": "python_output", "text": "19"},
@@ -64,8 +65,8 @@ def test_gsm8k_calls_become_calculator_parts() -> None:
 
 
 def test_a_gsm8k_call_may_hold_an_equals_sign_or_none() -> None:
-    assert parse_gsm8k("<<x==2=True>>")[0] == {"type": "python", "text": "x==2"}
-    assert parse_gsm8k("<<3+4>>") == [
+    assert calculator_parts("<<x==2=True>>")[0] == {"type": "python", "text": "x==2"}
+    assert calculator_parts("<<3+4>>") == [
         {"type": "python", "text": "3+4"},
         {"type": "python_output", "text": ""},
     ]
@@ -76,7 +77,7 @@ def test_a_problem_holds_the_question_and_the_raw_answer() -> None:
     for index in range(50):
         problem, messages = task.problem(index), task[index]["messages"]
         assert messages[0]["content"] == problem.question
-        assert messages[1]["content"] == parse_gsm8k(problem.answer)
+        assert messages[1]["content"] == calculator_parts(problem.answer)
         assert re.fullmatch(r".*<<\d+[-+*/]\d+=\d+>>\d+ .*\.\n#### \d+", problem.answer)
 
 

@@ -14,11 +14,11 @@ import pytest
 
 from mlxchat.errors import ConfigError
 from mlxchat.tasks import Task, arithmetic, load_task, task_class, task_names
-from mlxchat.tasks.arithmetic import Arithmetic, parse_gsm8k
-from mlxchat.tasks.base import answer_text, dialogue, held_out
+from mlxchat.tasks.answers import answer_text, calculator_parts, final_number
+from mlxchat.tasks.arithmetic import Arithmetic
+from mlxchat.tasks.base import dialogue, held_out
 from mlxchat.tasks.factbook import FIELDS, Fact, facts, with_article
 from mlxchat.tasks.facts import is_test_pair
-from mlxchat.tasks.gsm8k import final_number
 
 BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
 CATEGORICAL = ["facts_mc", "reading_mc", "kinds_mc", "mmlu", "arc_easy", "arc_challenge"]
@@ -205,7 +205,7 @@ def test_the_given_answer_is_right_and_an_empty_one_wrong(name: str, split: str)
     ],
 )
 def test_arithmetic_compares_the_number_after_the_marker(response: str, right: bool) -> None:
-    conversation = dialogue("?", parse_gsm8k("Tom has 12+7=<<12+7=19>>19 apples.\n#### 19"))
+    conversation = dialogue("?", calculator_parts("Tom has 12+7=<<12+7=19>>19 apples.\n#### 19"))
     assert Arithmetic("test").evaluate(conversation, response) is right
     assert Arithmetic("test").reward(conversation, response) == float(right)
 

@@ -91,7 +91,6 @@ def find_needs(
 
     With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
     """
-    from mlxchat.hub.client import list_files
     from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.store import Store
 
@@ -103,10 +102,7 @@ def find_needs(
         groups |= _corpus_files(config, plan, store, measure=measure)
     sources, addresses = find_sources(config, plan)
     for source in sources:
-        found = list_files(source.repository, revision=source.revision, pattern=source.pattern)
-        if not found:
-            raise DataError(f"{source.repository} at {source.revision} has no file {source.pattern}")
-        groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *found]))
+        groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *source.files]))
     urls = {address.url: address.sha256 for address in addresses}
     if config.imported.repository is not None and any(step.stage.name == "imported" for step in plan):
         from mlxchat.interop.importing import files_to_fetch

@@ -24,7 +24,8 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal
 from mlxchat.evals.rank_model import language_model
-from mlxchat.tasks.base import Task, content_text
+from mlxchat.tasks.answers import content_text
+from mlxchat.tasks.base import Task
 
 Example = dict[str, Any]
 """One row of examples.parquet, without its task."""

@@ -18,7 +18,8 @@ from typing import Any
 
 from mlxchat.config import RewardConfig
 from mlxchat.errors import StepFailed
-from mlxchat.tasks.base import Task, answer_text
+from mlxchat.tasks.answers import answer_text
+from mlxchat.tasks.base import Task
 from mlxchat.user_function import function_file, load_function
 
 Conversation = dict[str, Any]

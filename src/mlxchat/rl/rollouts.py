@@ -24,7 +24,8 @@ from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
 from mlxchat.rl.rewards import Reward
 from mlxchat.rl.scores import PolicyScores
-from mlxchat.tasks.base import Task, answer_text
+from mlxchat.tasks.answers import answer_text
+from mlxchat.tasks.base import Task
 from mlxchat.training.step import Batch
 
 Log = Callable[[dict[str, Any]], None]

@@ -7,7 +7,8 @@ import inspect
 from typing import Any, cast
 
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.tasks.base import SPLITS, Conversation, Task
+from mlxchat.tasks.answers import Conversation
+from mlxchat.tasks.base import SPLITS, Task
 
 _TASKS = {
     "facts": ("facts", "Facts"),
@@ -17,15 +18,15 @@ _TASKS = {
     "arithmetic": ("arithmetic", "Arithmetic"),
     "spelling": ("spelling", "Spelling"),
     "letter_count": ("spelling", "LetterCount"),
-    "identity": ("identity", "Identity"),
+    "identity": ("jsonl", "Identity"),
     "jsonl": ("jsonl", "Jsonl"),
-    "identity_conversations": ("identity", "IdentityConversations"),
-    "smoltalk": ("smoltalk", "SmolTalk"),
-    "mmlu": ("mmlu", "MMLU"),
-    "gsm8k": ("gsm8k", "GSM8K"),
-    "arc_easy": ("arc", "ArcEasy"),
-    "arc_challenge": ("arc", "ArcChallenge"),
-    "humaneval": ("humaneval", "HumanEval"),
+    "identity_conversations": ("jsonl", "IdentityConversations"),
+    "smoltalk": ("benchmarks", "SmolTalk"),
+    "mmlu": ("benchmarks", "MMLU"),
+    "gsm8k": ("benchmarks", "GSM8K"),
+    "arc_easy": ("benchmarks", "ArcEasy"),
+    "arc_challenge": ("benchmarks", "ArcChallenge"),
+    "humaneval": ("benchmarks", "HumanEval"),
     "spelling_bee": ("spelling", "SpellingBee"),
     "simple_spelling": ("spelling", "SimpleSpelling"),
 }
@@ -81,6 +82,4 @@ def load_task(name: str, split: str, **options: Any) -> Task:
             expected = ", ".join(known)
             hint = suggest(option, known)
             raise ConfigError(f'task {name} has no option "{option}", expected one of {expected}.{hint}')
-    if name == "jsonl" and "path" not in options:
-        raise ConfigError("task jsonl has no path. Give it the .jsonl file to read: path=my.jsonl.")
     return cls(split, **options)

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from mlxchat.errors import ConfigError, suggest
+from mlxchat.tasks.answers import Conversation, is_right
 
 _T = TypeVar("_T")
-Conversation = dict[str, Any]
-"""{"messages": [{"role", "content"}, ...]}, plus "letters" and "answer" in a categorical task."""
-
 SPLITS = ("train", "test")
 LETTERS = ("A", "B", "C", "D")
 
@@ -34,6 +32,7 @@ class Task(ABC):
         training_splits: those of them that may be trained on.
         source_options: options that say where the data come from; the others are numbers.
         is_lazy: whether making the task reads nothing yet.
+        repeats: whether a `size` beyond the task's own repeats conversations; otherwise it takes all there are.
         prompt_tokens: more than its longest prompt has, for predictions of memory; None: not known.
 
     """
@@ -45,6 +44,7 @@ class Task(ABC):
     training_splits: ClassVar[tuple[str, ...]] = ("train",)
     source_options: ClassVar[tuple[str, ...]] = ()
     is_lazy: ClassVar[bool] = False
+    repeats: ClassVar[bool] = True
     prompt_tokens: ClassVar[int | None] = None
 
     def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
@@ -92,11 +92,11 @@ class Task(ABC):
 
         `check` is called often while fetching and may raise, to end that.
         """
-        return []
+        return [path for source in self.needs() for path in source.fetch(check)]
 
     def sources(self) -> list[dict[str, Any]]:
         """Return a record of every download that the task read, for the manifest."""
-        return []
+        return [record for source in self.needs() for record in source.records()]
 
     @abstractmethod
     def _own_size(self) -> int:
@@ -107,22 +107,20 @@ class Task(ABC):
         """Make conversation `index`; all chance comes from `rng`, which belongs to this index alone."""
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Say whether a response is right: by default, whether it is conversation["answer"] and nothing else."""
-        return response.strip() == str(conversation["answer"])
+        """Say whether a response is right: by default, whether it gives the conversation's answer (`is_right`)."""
+        return is_right(conversation, response)
 
     def reward(self, conversation: Conversation, response: str) -> float:
         """Return 1.0 for a right response and 0.0 for a wrong one."""
         return float(self.evaluate(conversation, response))
 
-    def _most(self) -> int | None:
-        """Return the most conversations there can be; None: any `size`."""
-        return None
-
     def _indices(self) -> range:
         """Return the numbers, before slicing, of the conversations that are there."""
-        count = self._own_size() if self._size is None else self._size
-        most = self._most()
-        return range(count if most is None else min(count, most))[self._slice]
+        if self._size is None:
+            count = self._own_size()
+        else:
+            count = self._size if self.repeats else min(self._size, self._own_size())
+        return range(count)[self._slice]
 
     def __len__(self) -> int:
         return len(self._indices())
@@ -153,6 +151,13 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 
+def choice_dialogue(
+    question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any
+) -> Conversation:
+    """Return a multiple-choice conversation with its letters and its answer."""
+    return dialogue(render_mc(question, letters, choices), answer, **extra, letters=list(letters), answer=answer)
+
+
 def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> Conversation:
     """Return a conversation of one question and one answer; `extra` keys are added beside its messages."""
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
@@ -173,19 +178,3 @@ def find_turn_fault(messages: Sequence[dict[str, Any]]) -> str:
         if message["role"] != expected:
             return f'message {position + 1} is from "{message["role"]}", expected "{expected}"'
     return ""
-
-
-def content_text(content: str | list[dict[str, str]]) -> str:
-    """Return a message's content as people read it: calls of the calculator as GSM8K writes them, <<12+7=19>>."""
-    if isinstance(content, str):
-        return content
-    marks = {"text": "{}", "python": "<<{}", "python_output": "={}>>"}
-    return "".join(marks[part["type"]].format(part["text"]) for part in content)
-
-
-def answer_text(conversation: Conversation) -> str:
-    """Return the text of the last message: a string, or its parts of type text joined."""
-    content = conversation["messages"][-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")

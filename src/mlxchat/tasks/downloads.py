@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxchat.errors import ConfigError, DataError, suggest
-from mlxchat.tasks.base import Conversation, Task, dialogue, render_mc
+from mlxchat.tasks.answers import Conversation
+from mlxchat.tasks.base import Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,11 +34,52 @@ class UrlSource:
     url: str
     sha256: str | None = None
 
-    def fetch(self, check: Callable[[], None] = lambda: None) -> Path:
+    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the file at the address, downloaded if it is not there."""
         from mlxchat.hub.client import fetch_url
 
-        return fetch_url(self.url, sha256=self.sha256, check=check)
+        return [fetch_url(self.url, sha256=self.sha256, check=check)]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a record of the file: url, sha256, bytes."""
+        from mlxchat.hub.client import record
+
+        return [{"name": self.url.rpartition("/")[2], **record(path)} for path in self.fetch()]
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Files of a repository that a task reads."""
+
+    repository: str
+    revision: str
+    pattern: str
+
+    @cached_property
+    def files(self) -> list[HubFile]:
+        """The files that match.
+
+        Raises:
+            DataError: there are none.
+        """
+        from mlxchat.hub.client import list_files
+
+        files = list_files(self.repository, revision=self.revision, pattern=self.pattern)
+        if not files:
+            raise DataError(f"{self.repository} at {self.revision} has no file {self.pattern}")
+        return files
+
+    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
+        """Return the files, downloaded if they are not there."""
+        from mlxchat.hub.client import fetch_files
+
+        return fetch_files(self.files, check=check)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return a record of each file: url, revision, sha256, bytes."""
+        from mlxchat.hub.client import record
+
+        return [{"name": f"{file.repository}/{file.path}", **record(file)} for file in self.files]
 
 
 class UrlTask(Task):
@@ -76,24 +118,9 @@ class UrlTask(Task):
         """Return the address, if the task reads from one."""
         return [self._source] if self._source else []
 
-    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return the file at the address, downloaded if it is not there."""
-        return [source.fetch(check) for source in self.needs()]
-
-    def sources(self) -> list[dict[str, Any]]:
-        """Return a record of the file that was read: url, sha256, bytes."""
-        from mlxchat.hub.client import record
-
-        return [{"name": source.url.rpartition("/")[2], **record(source.fetch())} for source in self.needs()]
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """Files of a repository that a task reads."""
-
-    repository: str
-    revision: str
-    pattern: str
+    def _file(self) -> Path | None:
+        """Return the file, downloaded if need be; None: the task reads none."""
+        return self._path or next(iter(self.fetch()), None)
 
 
 class HubTask(Task):
@@ -111,6 +138,7 @@ class HubTask(Task):
     """A column that may hold all the others."""
     source_options: ClassVar[tuple[str, ...]] = ("repository", "revision", "subset")
     is_lazy = True
+    repeats = False
 
     def __init__(
         self,
@@ -143,44 +171,15 @@ class HubTask(Task):
             raise ConfigError(
                 f'subset of task {self.name} is "{self.subset}", expected {" or ".join(self.subsets)}.{hint}'
             )
-        self._repository = repository or self.repository
-        self._revision = revision
-        self.check()
-
-    def check(self) -> None:
-        """Raise ConfigError where split and subset do not go together."""
+        self._source = HubSource(repository or self.repository, revision, self.pattern())
 
     def pattern(self) -> str:
-        """Return the shell pattern of the files of the split."""
+        """Return the shell pattern of the files of the split; raises ConfigError if the subset has no such split."""
         return f"{self.subset}/{self.split}-*.parquet"
 
     def needs(self) -> list[HubSource]:
         """Return what is read from the Hub."""
-        return [HubSource(self._repository, self._revision, self.pattern())]
-
-    def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return the files, downloaded if they are not there."""
-        from mlxchat.hub.client import fetch_files
-
-        return fetch_files(self._files, check=check)
-
-    def sources(self) -> list[dict[str, Any]]:
-        """Return a record of each file that is read: url, revision, sha256, bytes."""
-        from mlxchat.hub.client import record
-
-        return [{"name": f"{file.repository}/{file.path}", **record(file)} for file in self._files]
-
-    @cached_property
-    def _files(self) -> list[HubFile]:
-        from mlxchat.hub.client import list_files
-
-        files = list_files(self._repository, revision=self._revision, pattern=self.pattern())
-        if not files:
-            raise DataError(
-                f"task {self.name}: {self._repository} at {self._revision} has no file {self.pattern()} for the split "
-                f"{self.split}"
-            )
-        return files
+        return [self._source]
 
     @cached_property
     def rows(self) -> Rows:
@@ -218,12 +217,9 @@ class HubTask(Task):
 
     def place(self, index: int) -> str:
         """Return the name of a row for messages."""
-        return f"task {self.name}: row {self.rows.number(index)} of {self._repository}/{self.pattern()}"
+        return f"task {self.name}: row {self.rows.number(index)} of {self._source.repository}/{self._source.pattern}"
 
     def _own_size(self) -> int:
-        return len(self.rows)
-
-    def _most(self) -> int | None:
         return len(self.rows)
 
 
@@ -231,14 +227,6 @@ def _holds_null(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_holds_null, value.values()))
     return any(map(_holds_null, value)) if isinstance(value, list) else value is None
-
-
-def choice_dialogue(
-    question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any
-) -> Conversation:
-    """Return a multiple-choice conversation with its letters and its answer."""
-    user = render_mc(question, letters, choices)
-    return dialogue(user, answer, **extra, letters=list(letters), answer=answer)
 
 
 # Uncompressed bytes above which rows are memory-mapped from a file.

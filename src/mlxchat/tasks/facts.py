@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.tasks.base import LETTERS, Conversation, Task, dialogue, held_out, render_mc
+from mlxchat.tasks.answers import Conversation
+from mlxchat.tasks.base import LETTERS, Task, choice_dialogue, dialogue, held_out
 from mlxchat.tasks.factbook import FIELDS, Fact, facts
 
 _TEST_FRACTION = 0.15
@@ -124,7 +125,7 @@ class FactsMC(_FactTask):
         place = (index + index // len(self._facts)) % len(LETTERS)
         choices = [*wrong[:place], self._fact(index).value, *wrong[place:]]
         letter = LETTERS[place]
-        return dialogue(render_mc(question, LETTERS, choices), letter, letters=list(LETTERS), answer=letter)
+        return choice_dialogue(question, LETTERS, choices, letter)
 
 
 class ReadingMC(FactsMC):
@@ -194,5 +195,4 @@ class KindsMC(Task):
         name, field = self._names[index % len(self._names)]
         question = self.questions[(index // len(self._names)) % len(self.questions)].format(name=name)
         letter = LETTERS[list(self.kinds).index(field)]
-        text = render_mc(question, LETTERS, list(self.kinds.values()))
-        return dialogue(text, letter, letters=list(LETTERS), answer=letter)
+        return choice_dialogue(question, LETTERS, list(self.kinds.values()), letter)

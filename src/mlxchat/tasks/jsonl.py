@@ -1,5 +1,6 @@
-"""Conversations from the user's own file, one JSON value per line; nanochat's CustomJSON and more.
+"""Conversations of a file, one JSON value per line: the user's own, those about the model itself, nanochat's.
 
+Counterpart of nanochat's tasks/customjson.py.
 A line is {"messages": [...]}, a bare list of messages, {"question", "answer"} or {"prompt", "completion"}.
 """
 
@@ -7,17 +8,20 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from array import array
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.tasks.arithmetic import parse_gsm8k
-from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, find_turn_fault, held_out
-from mlxchat.tasks.gsm8k import final_number, same_final_number
+from mlxchat.tasks.answers import Conversation, calculator_parts, is_answer
+from mlxchat.tasks.base import Task, dialogue, find_turn_fault, held_out
+from mlxchat.tasks.downloads import UrlTask
 
+IDENTITY_FILE = Path(__file__).with_name("identity.jsonl")
+NANOCHAT_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
+"""nanochat's thousand conversations about itself."""
 _MAX_FAULTS_SHOWN = 20
 # A conversation is made into tokens as a whole, and what is longer than a row is cut off then.
 _MOST_LINE_BYTES = 16 << 20
@@ -32,12 +36,13 @@ class Jsonl(Task):
     """
 
     name: ClassVar[str] = "jsonl"
+    own_path: ClassVar[Path | None] = None
 
     def __init__(
         self,
         split: str,
         *,
-        path: str | Path,
+        path: str | Path | None = None,
         size: int | None = None,
         seed: int = 0,
         held_out_frac: float = 0.1,
@@ -47,7 +52,7 @@ class Jsonl(Task):
 
         Args:
             split: "train" or "test".
-            path: the .jsonl file, in UTF-8; empty lines are skipped.
+            path: the .jsonl file, in UTF-8; empty lines are skipped. None: the task's own.
             size: number of conversations, repeated where the file has fewer; None: each once.
             seed: order of the conversations.
             held_out_frac: about this part of the conversations makes the test split, 0 to below 1.
@@ -59,6 +64,9 @@ class Jsonl(Task):
 
         """
         super().__init__(split, size=size, seed=seed)
+        path = self.own_path if path is None else path
+        if path is None:
+            raise ConfigError(f"task {self.name} has no path. Give it the .jsonl file to read: path=my.jsonl.")
         if not 0 <= held_out_frac < 1:
             raise ConfigError(f"held_out_frac of task {self.name} is {held_out_frac}, expected 0 to below 1.")
         if contains not in (0, 1):
@@ -90,30 +98,61 @@ class Jsonl(Task):
         return is_answer(conversation, response, contains=self._contains)
 
 
-def is_answer(conversation: Conversation, response: str, *, contains: bool = False) -> bool:
-    """Say whether a response is the answer at the end of a conversation.
+class Identity(Jsonl):
+    """Conversations about the model itself: the bundled ones, about mlxchat, or those of `path`."""
 
-    Compares the numbers after ####. Without such a number in the answer, the texts: letter case, white space and a
-    closing full stop or exclamation mark do not count.
-
-    Args:
-        conversation: with the answer as its last message.
-        response: to judge.
-        contains: the answer may also be a part of the response, between word borders. A number is no part of another.
-    """
-    answer = answer_text(conversation)
-    if final_number(answer) is not None:
-        return same_final_number(answer, response)
-    right, given = _plain(answer), _plain(response)
-    if not contains or not right:
-        return given == right
-    sign = r"(?<![-−])" if right[0].isdigit() else ""
-    return re.search(rf"(?<!\w)(?<!\d[.,]){sign}{re.escape(right)}(?!\w)(?![.,]\d)", given) is not None
+    name = "identity"
+    own_path = IDENTITY_FILE
 
 
-def _plain(text: str) -> str:
-    plain = " ".join(text.casefold().split())
-    return plain.rstrip(".! ") or plain
+class IdentityConversations(UrlTask):
+    """nanochat's conversations about itself, or another file of conversations, all of them, in the file's order."""
+
+    name = "identity_conversations"
+    splits = ("train",)
+    repeats = False
+    source_options: ClassVar[tuple[str, ...]] = ("url", "sha256")
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        size: int | None = None,
+        url: str = NANOCHAT_URL,
+        sha256: str | None = None,
+        path: str | Path | None = None,
+    ) -> None:
+        """Choose the conversations; none is read yet.
+
+        Args:
+            split: "train".
+            size: at most so many; None: all.
+            url: address of a .jsonl file in the form of task jsonl.
+            sha256: of what is at the address; None: any contents.
+            path: a file in place of the address.
+
+        Raises:
+            ConfigError: split, size or url cannot be.
+
+        """
+        super().__init__(split, size=size)
+        self._read_from("url", url, sha256, path)
+
+    @cached_property
+    def _conversations(self) -> ConversationFile:
+        path = self._file()
+        assert path is not None, "_read_from took a file or an address"
+        return read_conversations(path, ends_answered=False)
+
+    def _own_size(self) -> int:
+        return len(self._conversations)
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        return self._conversations[index]
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Judge as task jsonl does."""
+        return is_answer(conversation, response)
 
 
 def _first_user(conversation: Conversation) -> str:
@@ -213,7 +252,7 @@ def _conversation(value: Any, ends_answered: bool) -> Conversation:
                 if not (isinstance(value[asked], str) and isinstance(value[answered], str)):
                     raise ValueError(f"{asked} and {answered} must be text")
                 answer = value[answered]
-                return dialogue(value[asked], parse_gsm8k(answer) if "<<" in answer else answer)
+                return dialogue(value[asked], calculator_parts(answer) if "<<" in answer else answer)
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list):
         raise ValueError("no messages")

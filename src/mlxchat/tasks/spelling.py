@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from mlxchat.errors import DataError
-from mlxchat.tasks.arithmetic import parse_gsm8k
-from mlxchat.tasks.base import Conversation, Task, answer_text, dialogue, held_out
+from mlxchat.tasks.answers import Conversation, calculator_parts
+from mlxchat.tasks.base import Task, dialogue, held_out
 from mlxchat.tasks.bundled import common_words
 from mlxchat.tasks.downloads import UrlTask
-from mlxchat.tasks.gsm8k import same_final_number
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 """370 thousand English words."""
@@ -76,11 +75,7 @@ class LetterCount(_WordTask):
         question = rng.choice(_COUNT_QUESTIONS).format(letter=letter, word=word)
         count = word.count(letter)
         raw = f"The count is <<'{word}'.count('{letter}')={count}>>{count}.\n#### {count}"
-        return dialogue(question, parse_gsm8k(raw), raw=raw, answer=str(count))
-
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Compare the number after ####; a response without the marker is wrong."""
-        return same_final_number(answer_text(conversation), response)
+        return dialogue(question, calculator_parts(raw), raw=raw, answer=str(count))
 
 
 class _WordListTask(UrlTask):
@@ -123,7 +118,7 @@ class _WordListTask(UrlTask):
 
     @cached_property
     def _words(self) -> list[str]:
-        return _words_of(self._path or next(iter(self.fetch()), None), is_shuffled=self.is_shuffled)
+        return _words_of(self._file(), is_shuffled=self.is_shuffled)
 
     def _own_size(self) -> int:
         return 1000
@@ -153,10 +148,6 @@ class SpellingBee(_WordListTask):
             asked += "?"
         return dialogue(asked, _count_aloud(word, letter))
 
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Compare the number after ####; a response without the marker is wrong."""
-        return same_final_number(answer_text(conversation), response)
-
 
 class SimpleSpelling(_WordListTask):
     """Spell the word: apple -> apple:a,p,p,l,e; right only letter for letter."""
@@ -167,10 +158,6 @@ class SimpleSpelling(_WordListTask):
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         word = self._draw(index).choice(self._words)
         return dialogue(f"Spell the word: {word}", f"{word}:{','.join(word)}")
-
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Compare the whole response, apart from spaces around it."""
-        return response.strip() == answer_text(conversation)
 
 
 def _count_aloud(word: str, letter: str) -> list[dict[str, str]]:
