@@ -72,7 +72,7 @@ def run_pipeline(
         _say(str(need))
     if finished:
         if not is_verb:
-            _become_latest_again(composed, plan, store, name)
+            _name_again(composed, plan, store, name)
         which = "the step is" if len(plan) == 1 else f"all {len(plan)} steps are"
         print(f"nothing to do: {which} done. mlxchat report shows the results.")
         return None
@@ -136,10 +136,8 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     return plan
 
 
-def _become_latest_again(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> None:
-    """Make the run that completed this plan the latest one; record a run if its artifacts are of several."""
-    if not any(step.stage.produces == MODEL for step in plan):
-        return
+def _name_again(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> None:
+    """Record a run unless one has all these artifacts; with a model among them that run becomes the latest one."""
     places = {step.name: place for step in plan if (place := store.find(step.rid)) is not None}
     known = [run for run in runs(store) if (store.outputs / "runs" / run).is_dir()]
     same = [run for run in known if places.items() <= links(store, run).items()]
@@ -149,7 +147,8 @@ def _become_latest_again(composed: Composed, plan: list[PlannedStep], store: Sto
         for step, place in places.items():
             store.set_ref(name, step, place)
         Records(folder / "events.jsonl").append({"time": now(), "event": "run_done"})
-    store.link_group(LATEST, same[-1] if same else name)
+    if any(step.stage.produces == MODEL for step in plan):
+        store.link_group(LATEST, same[-1] if same else name)
 
 
 def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: str, *, is_verb: bool = False) -> Path:

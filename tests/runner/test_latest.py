@@ -12,7 +12,7 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.errors import DataError, Interrupted, StoreError
-from mlxchat.pipeline_run import _become_latest_again
+from mlxchat.pipeline_run import _name_again
 from mlxchat.runner.naming import called, describe_model, find, find_model, latest
 from mlxchat.runner.store import Store
 
@@ -107,7 +107,7 @@ def test_a_run_of_a_verb_is_latest_only_where_nothing_else_is(models: Any, tmp_p
 def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
     """Do what a command does whose steps are all done."""
     name = "20990101-000000-000001-1-again"
-    _become_latest_again(compose_config(["name=again"]), models.plan(pipeline), models.store, name)
+    _name_again(compose_config(["name=again"]), models.plan(pipeline), models.store, name)
 
 
 def test_a_command_with_nothing_to_do_makes_its_run_the_latest_one(models: Any) -> None:
@@ -117,6 +117,16 @@ def test_a_command_with_nothing_to_do_makes_its_run_the_latest_one(models: Any) 
     models.config.toy.number = 1
     repeated(models, WHOLE)
     assert chosen(models) == ("sft", "run1")
+
+
+def test_an_artifact_whose_run_was_killed_before_it_was_named_gets_a_name(models: Any) -> None:
+    """It was there, and no run: not shown as a step, and cleaned away."""
+    models.run(models.plan({"corpus": BASE["corpus"]}))
+    shutil.rmtree(models.outputs / "refs")
+    (models.outputs / "refs").mkdir()
+    repeated(models, {"corpus": BASE["corpus"]})
+    assert called(str(find(models.store, "corpus").run)) == "again"
+    assert not (models.outputs / "refs" / "latest").is_symlink()
 
 
 def test_a_command_with_nothing_to_do_is_a_run_where_its_steps_are_of_several(models: Any) -> None:
