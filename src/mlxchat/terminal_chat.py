@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request, Scheduler
+from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.serve.parts import Kind, Parts
@@ -167,8 +167,7 @@ class Chat:
     def _stream(self, prompt: list[int]) -> Parts:
         """Print what comes after a prompt, as it comes; Ctrl-C ends it there."""
         if self._scheduler is None:
-            self._scheduler = self.engine.scheduler(max_rows=1)
-            self._scheduler.python = self.python
+            self._scheduler = self.engine.scheduler(max_rows=1, python=self.python)
         scheduler = self._scheduler
         self.seed += 1
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)

@@ -10,8 +10,8 @@ import pytest
 
 from kit.models import make_model
 from mlxchat.cpu.decode import CPUDecoder, computes_the_same, make_decoder
-from mlxchat.engine.decode import ModelDecoder
-from mlxchat.engine.slots import Slots
+from mlxchat.engine.cache import Slots
+from mlxchat.engine.decode import Decoder
 from mlxchat.model import gpt
 
 
@@ -37,7 +37,7 @@ def test_a_changed_model_is_decoded_through_itself(place: str, monkeypatch: pyte
             decoder = make_decoder(model)
     finally:
         computes_the_same.cache_clear()
-    assert isinstance(decoder, ModelDecoder)
+    assert isinstance(decoder, Decoder)
     slots = Slots(model, decoder)
     slots.reserve(1, 1)
     logits = slots.step([5], [0], [0])[0]

@@ -13,9 +13,9 @@ import pytest
 
 from kit import models
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import make_decoder
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
 
 make_model = partial(models.make_model, num_layers=4, scale=0.3)  # windows: short, short, short, long

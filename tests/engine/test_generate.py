@@ -11,6 +11,7 @@ import pytest
 from mlxchat.cpu import runtime
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
+from mlxchat.engine.scheduler import Request
 from mlxchat.model.gpt import GPT
 
 # Of different lengths, one of them a single token.
@@ -122,16 +123,12 @@ def test_no_new_tokens_are_none(tokenizer: Tokenizer, scripted: Callable[..., tu
     assert [each.ids for each in engine.complete(prompts, max_new_tokens=0)] == [[], []]
 
 
-def test_columns_have_one_entry_per_row_that_goes_on(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
+def test_rows_end_on_their_own(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
     end = tokenizer.assistant_end
     engine, prompts = scripted([97, 98, 99], [100, end], [end])
-    columns = list(engine.stream(prompts, max_new_tokens=3))
-    assert columns == [[(0, 97, 1), (1, 100, 1), (2, end, 1)], [(0, 98, 1), (1, end, 1)], [(0, 99, 1)]]
-
-
-def test_generation_stops_when_all_rows_have_ended(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
-    engine, prompts = scripted([97, tokenizer.assistant_end], [tokenizer.assistant_end])
-    assert len(list(engine.stream(prompts, max_new_tokens=100))) == 2
+    completions = engine.complete(prompts, max_new_tokens=3)
+    assert [each.ids for each in completions] == [[97, 98, 99], [100, end], [end]]
+    assert [each.mask for each in completions] == [[1, 1, 1], [1, 1], [1]]
 
 
 # The calculator
@@ -232,8 +229,8 @@ def test_each_row_has_its_own_calculator(tokenizer: Tokenizer, scripted: Callabl
 @pytest.mark.parametrize("early", [False, True], ids=["to the end", "left early"])
 def test_the_cores_of_matrix_products_are_as_before(model: GPT, tokenizer: Tokenizer, early: bool) -> None:
     before = runtime.blas_threads()
-    columns = Engine(model, tokenizer).stream([[tokenizer.bos]], max_new_tokens=4)
-    next(columns)
-    next(columns)
-    columns.close() if early else list(columns)
+    scheduler = Engine(model, tokenizer).scheduler()
+    scheduler.submit(Request(prompt=[tokenizer.bos], max_new_tokens=4))
+    for _ in range(2 if early else 4):
+        scheduler.step()
     assert runtime.blas_threads() == before

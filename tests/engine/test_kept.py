@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.cache import KeptPasts
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.kept import KeptPasts
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.model.gpt import GPT

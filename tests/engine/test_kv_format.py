@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from kit import models
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.cache import Slots
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Request, Scheduler
-from mlxchat.engine.slots import Slots
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine import python_tool
+from mlxchat.engine import tools as python_tool
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 

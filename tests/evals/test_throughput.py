@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxchat.engine.slots import Slots
+from mlxchat.engine.cache import Slots
 from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.gpt import GPT, flatten_parameters
 

@@ -18,8 +18,8 @@ import uvicorn
 
 from kit.models import make_model
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.scheduler import Scheduler
+from mlxchat.engine.tools import PythonTool
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.store import Store, write_manifest

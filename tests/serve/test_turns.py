@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.python_tool import PythonTool
+from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 
 

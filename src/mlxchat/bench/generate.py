@@ -14,8 +14,8 @@ from rich.table import Table
 
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config import Config
+from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
-from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine

@@ -14,7 +14,7 @@ from mlxchat.runner.naming import describe_model, find_model
 from mlxchat.runner.store import Store, read_manifest
 
 if TYPE_CHECKING:
-    from mlxchat.engine.python_tool import PythonTool
+    from mlxchat.engine.tools import PythonTool
 
 MODEL = "the model, as ID; or hf:FOLDER, hf:ORGANISATION/NAME: any model that mlx-lm opens"
 PYTHON_TOOL = "run the Python that the model calls, confined (off: sums and .count alone are answered)"
@@ -97,7 +97,7 @@ def python_tool() -> PythonTool:
     Raises:
         ConfigError: this machine cannot confine them.
     """
-    from mlxchat.engine.python_tool import PythonTool
+    from mlxchat.engine.tools import PythonTool
 
     tool = PythonTool()
     tool.check()

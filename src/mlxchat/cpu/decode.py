@@ -28,10 +28,9 @@ import numpy as np
 
 from mlxchat.cpu.kernels import EXP_UNIT, masked_exp_of_units
 from mlxchat.cpu.lanes import make_lanes
-from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, ModelDecoder, room_of, visible_slots, written
-from mlxchat.engine.kv_format import KVFormat
-from mlxchat.engine.quantise import groups_of, rounded, weight_bytes
-from mlxchat.engine.slots import Slots
+from mlxchat.engine.cache import Slots
+from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, room_of, visible_slots, written
+from mlxchat.engine.quantise import KVFormat, groups_of, rounded, weight_bytes
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
 from mlxchat.ops.compiled import compiled
@@ -55,7 +54,7 @@ def make_decoder(model: GPT, *, bits: int | None = None, packed: bool = True, kv
     If the model's code computes something else than this file, it is decoded through the model itself.
     """
     if not computes_the_same(type(model), model.sizes):
-        return ModelDecoder(model, bits=bits, kv_bits=kv_bits)
+        return Decoder(model, bits=bits, kv_bits=kv_bits)
     return CPUDecoder(model, bits=bits, packed=packed, kv_bits=kv_bits)
 
 
@@ -88,7 +87,7 @@ def computes_the_same(kind: type[GPT], sizes: GPTSizes) -> bool:
     return agrees
 
 
-class CPUDecoder:
+class CPUDecoder(Decoder):
     """A model's weights arranged for decoding, and the step."""
 
     def __init__(self, model: GPT, *, bits: int | None = None, packed: bool = True, kv_bits: int | None = None) -> None:
@@ -110,30 +109,23 @@ class CPUDecoder:
         self._compiled = compiled(self._build)
 
     def arrange(self, model: GPT) -> None:
-        """Take the weights of a model of the same sizes as they are now; what was compiled stays."""
+        """See `Decoder.arrange`; compiled functions stay."""
         self.release()  # or there would be two copies for a while
         self._parts = lane_weights(model, len(self.lanes), self.bits, packed=self._packed)
         self._shared = _shared_weights(model)
         self._activation = model.transformer["h"][0].mlp.activation
 
     def release(self) -> None:
-        """Forget the weights; `arrange` takes them anew."""
+        """See `Decoder.release`."""
         self._parts, self._shared = [], {}
 
     def bytes_per_step(self) -> int:
-        """Return how many bytes of weights a step reads, the few rows of embeddings left out."""
+        """See `Decoder.bytes_per_step`."""
         tables = [layer["values"] for part in self._parts for layer in part["layers"] if "values" in layer]
         return weight_bytes(self._parts) - weight_bytes(tables)
 
     def step(self, ids: Ints, previous: Ints, positions: Ints, caches: Caches) -> Logits:
-        """Return logits (B, V) in float32 of what follows `ids`; `caches` has them added then.
-
-        Args:
-            ids: (B,) the token of each row.
-            previous: (B,) the token before it; whatever at position 0.
-            positions: (B,) where the tokens stand in their rows, from 0.
-            caches: with room for them: a layer with a window may have less room, and then rotates.
-        """
+        """See `Decoder.step`."""
         while positions.max() >= len(self._cos):
             self._cos, self._sin = _angles(self.sizes.head_width, self.sizes.rope_theta, 2 * len(self._cos))
         rooms = [room_of(caches, layer) for layer in range(self.sizes.num_layers)]

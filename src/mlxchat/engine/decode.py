@@ -8,54 +8,25 @@ Shapes: B rows, C width, H query heads, K key/value heads, G = H / K, S cached t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.engine.kv_format import Kept, KVFormat
-from mlxchat.engine.quantise import packed_copy, weight_bytes
+from mlxchat.engine.quantise import Kept, KVFormat, packed_copy, weight_bytes
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.attention import masked_attention
 from mlxchat.ops.compiled import compiled
 from mlxchat.ops.device import accelerated
-from mlxchat.ops.lanes import Lanes, make_lanes
+from mlxchat.ops.lanes import make_lanes
 from mlxchat.ops.normalisation import Positions, rms_norm
 
 Caches = list[list[Kept]]
-"""For each lane and layer what is kept of its keys, then of its values (`kv_format.py`); () where it has no heads."""
+"""For each lane and layer what is kept of its keys, then of its values (`quantise.py`); () where it has no heads."""
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 # Tables of rotations have a multiple of so many tokens.
 _TABLE_TOKENS = 1024
-
-
-class Decoder(Protocol):
-    """A model's weights, arranged for decoding, and the step."""
-
-    format: KVFormat
-    lanes: Lanes
-    kv_heads: list[slice]
-    """The key/value heads of each lane."""
-
-    def arrange(self, model: GPT) -> None:
-        """Take the present weights of a model of the same sizes."""
-
-    def release(self) -> None:
-        """Forget the weights; `arrange` takes them again."""
-
-    def bytes_per_step(self) -> int:
-        """Return how many bytes of weights a step reads, the few rows of embeddings left out."""
-
-    def step(self, ids: Ints, previous: Ints, positions: Ints, caches: Caches) -> Logits:
-        """Return logits (B, V) in float32 of the tokens that follow `ids`, which are added to `caches`.
-
-        Args:
-            ids: (B,) the token of each row.
-            previous: (B,) the token before it; anything at position 0.
-            positions: (B,) of the tokens in their rows, from 0.
-            caches: with room for them: a layer with a window may have less room, and then rotates.
-        """
 
 
 @accelerated
@@ -71,17 +42,18 @@ def make_decoder(model: GPT, *, bits: int | None = None, packed: bool = True, kv
     Raises:
         ConfigError: keys and values cannot be kept in `kv_bits`.
     """
-    return ModelDecoder(model, bits=bits, kv_bits=kv_bits)
+    return Decoder(model, bits=bits, kv_bits=kv_bits)
 
 
-class ModelDecoder:
-    """Decodes through `GPT` itself."""
+class Decoder:
+    """The step, with a model's weights: here computed by `GPT` itself."""
 
     def __init__(self, model: GPT, *, bits: int | None, kv_bits: int | None) -> None:
         """Take a model; see `make_decoder`."""
         self.sizes, self.bits = model.sizes, bits
         self.format = KVFormat(model.sizes.head_width, kv_bits)
         self.lanes = make_lanes()
+        # Of each lane.
         self.kv_heads = [slice(0, model.sizes.num_kv_heads)]
         self._windows = model.sizes.windows()
         self._steps: dict[int, Callable[..., tuple[mx.array, list[Kept]]]] = {}
@@ -89,23 +61,30 @@ class ModelDecoder:
         self.arrange(model)
 
     def arrange(self, model: GPT) -> None:
-        """See `Decoder`."""
+        """Take the present weights of a model of the same sizes."""
         self.release()  # or there would be two packed copies for a while
         self.model = model if self.bits is None else packed_copy(model, self.bits)
 
     def release(self) -> None:
-        """See `Decoder`."""
+        """Drop the weights; `arrange` takes them again."""
         self.model = None
 
     def bytes_per_step(self) -> int:
-        """See `Decoder`."""
+        """Return how many bytes of weights a step reads, apart from a few rows of embeddings."""
         assert self.model is not None
         tables = tuple(f"{name}." for name in self.model.tables())
         weights = flatten_parameters(self.model)
         return weight_bytes([value for name, value in weights.items() if not name.startswith(tables)])
 
     def step(self, ids: Ints, previous: Ints, positions: Ints, caches: Caches) -> Logits:
-        """See `Decoder`."""
+        """Return logits (B, V) in float32 of the tokens that follow `ids`, which are added to `caches`.
+
+        Args:
+            ids: (B,) the token of each row.
+            previous: (B,) the token before it; anything at position 0.
+            positions: (B,) of the tokens in their rows, from 0.
+            caches: with room for them: a layer with a window may have less room, and then rotates.
+        """
         assert self.model is not None
         kinds = [(room_of(caches, layer), window) for layer, window in enumerate(self._windows)]
         places = {
@@ -119,16 +98,16 @@ class ModelDecoder:
         }  # fmt: skip
         end = -(-(int(positions.max()) + 1) // _TABLE_TOKENS) * _TABLE_TOKENS
         if end not in self._steps:
-            self._steps[end] = compiled(lambda *args: self._build(end, *args))
+            self._steps[end] = compiled(lambda *args: self._decoded(end, *args))
         held = caches.pop()
-        # Nobody else holds the old arrays while the new ones are computed, so that they are written in place.
+        # Without other references to the old arrays MLX writes in place.
         logits, made = self._steps[end](flatten_parameters(self.model), given, held)
         del held
         caches.append(made)
         mx.eval(logits, made)
         return np.asarray(logits)
 
-    def _build(
+    def _decoded(
         self, end: int, parameters: Mapping[str, mx.array], given: dict[str, Any], held: list[Kept]
     ) -> tuple[mx.array, list[Kept]]:
         model = self.model

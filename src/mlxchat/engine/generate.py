@@ -2,27 +2,28 @@
 
 Counterpart of nanochat/engine.py. A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with
 <|python_end|>, the calculator's answer is forced into the row; forced tokens have mask 0 and are never trained on.
-What decodes is `scheduler.py`.
+From prompt to token: `scheduler.py`, `cache.py`, `decode.py`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team
+from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Event, Forward, Request, Scheduler
-from mlxchat.engine.slots import Slots
+from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.model.gpt import GPT, computing_in, flatten_parameters
-from mlxchat.ops.machine import DECODED_ROWS, PREFILL_TOKENS
+from mlxchat.ops.machine import DECODED_ROWS
 
 
 @dataclass
@@ -34,12 +35,12 @@ class Completion:
     mask: list[int] = field(default_factory=list)
     """1 where the id was sampled, 0 where it was forced."""
     log_probabilities: list[float] = field(default_factory=list)
-    """Where they were asked for: of each id when it was sampled, in nats; 0 where it was forced."""
+    """If requested: of each id when it was sampled, in nats; 0 where it was forced."""
     finished: bool = False
     """Whether the row ended by itself."""
 
     def text(self, tokenizer: Tokenizer) -> str:
-        """Return what was said: the token that ended it is no part of the answer that tasks judge."""
+        """Return the answer's text, without the token that ended it."""
         return tokenizer.decode(self.ids[:-1] if self.finished else self.ids)
 
 
@@ -67,19 +68,18 @@ class Engine:
             tokenizer: the model's.
             bits: 8 or 4 decodes with quantised weights.
             kv_bits: 8 or 4 keeps keys and values of the past packed, which takes less memory and more time.
-            trained: whether the model is trained between answers: then nothing of it is kept in between, and quantised
-                weights are for their speed alone, so that on a CPU, where they have none, they are not packed.
+            trained: whether the model is trained between answers: then nothing of it is kept in between. Quantised
+                weights are packed only where that is faster, which it is not on a CPU.
             dtype: in which a trained model answers, that of its training; None: its parameters'.
             max_rows: decoded at a time; answers do not depend on it.
         """
         self.model, self.tokenizer, self.trained = model, tokenizer, trained
         self.bits, self.kv_bits, self.dtype, self.max_rows = bits, kv_bits, dtype, max_rows
         self._decoder: Decoder | None = None
-        # Without keeping alive what a training has moved on from.
-        self._arranged: list[weakref.ref[mx.array]] = []
+        self._arranged: list[weakref.ref[mx.array]] = []  # weak: training frees weights that it replaces
 
-    def forward(self) -> Forward:
-        """Return the model as a scheduler needs it, with the weights that it has now."""
+    def forward(self) -> Slots:
+        """Return the rows of a batch, computed with the weights that the model has now."""
         weights = list(flatten_parameters(self.model).values())
         if self._decoder is None:
             self._decoder = make_decoder(self.model, bits=self.bits, packed=not self.trained, kv_bits=self.kv_bits)
@@ -91,27 +91,14 @@ class Engine:
         return Slots(self.model, self._decoder)
 
     def release(self) -> None:
-        """Give back the memory of the arranged weights, as large as the model; `forward` arranges them anew.
-
-        No scheduler made before may go on.
-        """
+        """Free the arranged weights, up to a copy of the model. Schedulers made before cannot continue."""
         if self._decoder is not None:
             self._decoder.release()
             self._arranged = []
 
-    def scheduler(
-        self,
-        *,
-        max_rows: int | None = None,
-        max_cached_tokens: int | None = None,
-        prefill_tokens: int = PREFILL_TOKENS,
-        kept_tokens: int = 8192,
-    ) -> Scheduler:
-        """Return a scheduler without requests; the arguments are `Scheduler`'s."""
-        return Scheduler(
-            self.forward(), self.tokenizer, max_rows=max_rows or self.max_rows, max_cached_tokens=max_cached_tokens,
-            prefill_tokens=prefill_tokens, kept_tokens=kept_tokens,
-        )  # fmt: skip
+    def scheduler(self, **options: Any) -> Scheduler:
+        """Return a scheduler without requests; `options` are `Scheduler`'s."""
+        return Scheduler(self.forward(), self.tokenizer, **{"max_rows": self.max_rows, **options})
 
     def complete(
         self,
@@ -123,33 +110,7 @@ class Engine:
         seed: int | Sequence[int] = 0,
         log_probabilities: bool = False,
     ) -> list[Completion]:
-        """Return one completion per prompt, on request with log-probabilities; the other arguments are `stream`'s."""
-        rows: list[Completion] = [Completion() for _ in prompts]
-        for column in self._columns(
-            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed,
-            logprobs=0 if log_probabilities else None,
-        ):  # fmt: skip
-            for index, event in column:
-                rows[index].ids.append(event.token or 0)
-                rows[index].mask.append(int(event.sampled))
-                if log_probabilities:
-                    rows[index].log_probabilities.append(event.logprob or 0.0)
-        for row in rows:
-            row.finished = bool(row.ids) and row.ids[-1] in (self.tokenizer.assistant_end, self.tokenizer.bos)
-        return rows
-
-    def stream(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> Iterator[list[tuple[int, int, int]]]:
-        """Yield columns of (row, id, mask): a token of every row that is being decoded.
-
-        Up to `max_rows` rows go on side by side; where one ends, the next prompt begins.
+        """Return one completion per prompt. Up to `max_rows` rows are decoded together; a row that ends makes room.
 
         Args:
             prompts: token ids, of any lengths.
@@ -157,40 +118,32 @@ class Engine:
             temperature: 0 is greedy.
             top_k: draw among the k most likely; None: all.
             seed: of the draws; or one for each prompt, whose draws then depend on no other prompt.
+            log_probabilities: whether completions have them.
         """
-        for column in self._columns(
-            prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-        ):
-            yield [(index, event.token or 0, int(event.sampled)) for index, event in column]
-
-    def _columns(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        seed: int | Sequence[int],
-        logprobs: int | None = None,
-    ) -> Iterator[list[tuple[int, Event]]]:
-        """Yield an event of every row that is being decoded, with the number of its prompt."""
+        rows = [Completion() for _ in prompts]
         if max_new_tokens < 1 or not prompts:
-            return
+            return rows
         with computing_in(self.model, self.dtype) if self.dtype is not None else nullcontext():
-            seeds = row_seeds(seed, len(prompts))
-            scheduler = self.scheduler()
-            places = {}
-            for index, prompt in enumerate(prompts):
-                sampling = Sampling(temperature=temperature, top_k=top_k, seed=seeds[index])
+            scheduler, by_id = self.scheduler(), {}
+            for prompt, row, of_row in zip(prompts, rows, row_seeds(seed, len(prompts)), strict=True):
+                sampling = Sampling(temperature=temperature, top_k=top_k, seed=of_row)
                 request = Request(
-                    prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, text=False, logprobs=logprobs
-                )
-                places[scheduler.submit(request)] = index
+                    prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, text=False,
+                    logprobs=0 if log_probabilities else None,
+                )  # fmt: skip
+                by_id[scheduler.submit(request)] = row
             while not scheduler.idle:
-                events = [event for event in scheduler.step() if event.token is not None]
-                yield sorted(((places[event.id], event) for event in events), key=lambda pair: pair[0])
+                for event in scheduler.step():
+                    row = by_id[event.id]
+                    assert event.token is not None, "nothing is cancelled"
+                    row.ids.append(event.token)
+                    row.mask.append(int(event.sampled))
+                    if log_probabilities:
+                        row.log_probabilities.append(event.logprob or 0.0)
+                    row.finished = event.finish_reason == "stop"
             if self.trained:
                 self.release()
+        return rows
 
 
 def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:

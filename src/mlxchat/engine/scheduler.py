@@ -1,14 +1,15 @@
 """Continuous batching: requests come at any time, each finished row makes room for the next one at once.
 
 A request's tokens depend on its prompt, settings and seed, never on what else is computed: prompts are read one by
-one in pieces that begin at their first token, and rows are decoded with sums of their own (`decode.py`). The one
-exception is asked for: a request with `reuse="close"` goes on from what earlier ones left (`kept.py`), part of which
-was decoded instead of read, and agrees within float32's rounding. A program of the Python tool keeps its row waiting,
-and no other one.
+one in pieces that begin at their first token, and rows are decoded with sums of their own (`decode.py`). A request with
+`reuse="close"` is the one exception: it continues from what earlier ones left (`cache.KeptPasts`), part of which was
+decoded instead of read, and agrees within float32's rounding. A program of the Python tool keeps its row waiting, and
+no other one.
 """
 
 from __future__ import annotations
 
+import codecs
 import threading
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -18,12 +19,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.forward import Forward as Forward  # what a scheduler takes is its own to tell
-from mlxchat.engine.kept import KeptPasts
-from mlxchat.engine.python_tool import PythonTool
+from mlxchat.engine.cache import KeptPasts, Past, Slots
 from mlxchat.engine.sample import Sampling, log_probability, sample_token
-from mlxchat.engine.stopping import ShownText
-from mlxchat.engine.tools import ToolCalls
+from mlxchat.engine.tools import PythonTool, ToolCalls
 from mlxchat.errors import ConfigError
 from mlxchat.ops.machine import DECODED_ROWS, PREFILL_TOKENS
 
@@ -90,7 +88,7 @@ class _Row:
     calls: ToolCalls | None
     ids: list[int] = field(default_factory=list)
     """Prompt and answer."""
-    past: Any = None
+    past: Past | None = None
     cached: int = 0
     """Tokens whose keys and values are there."""
     exact: int = 0
@@ -107,7 +105,7 @@ class Scheduler:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Slots,
         tokenizer: Tokenizer,
         *,
         max_rows: int = DECODED_ROWS,
@@ -137,7 +135,7 @@ class Scheduler:
         self._rows: list[_Row | None] = []
         self._by_id: dict[int, _Row] = {}
         self._same: Counter[tuple[int, ...]] = Counter()
-        self._read: dict[tuple[int, ...], Any] = {}
+        self._read: dict[tuple[int, ...], Past | None] = {}
         self._next_id = 0
 
     @property
@@ -295,8 +293,9 @@ class Scheduler:
     def _advance(self, row: _Row, logits: np.ndarray[Any, Any]) -> Event:
         """Choose a row's next token and tell of it."""
         request, calls = row.request, row.calls
-        sampled = not (calls and calls.forced)
-        token = sample_token(logits, request.sampling, row.draws, row.ids) if sampled else calls.forced.popleft()  # type: ignore[union-attr]
+        forced = calls.forced if calls else None
+        sampled = not forced
+        token = forced.popleft() if forced else sample_token(logits, request.sampling, row.draws, row.ids)
         logprob, alternatives = None, None
         if request.logprobs is not None and sampled:
             logprob, alternatives = log_probability(logits, token, request.logprobs)
@@ -347,3 +346,46 @@ class Scheduler:
         else:
             self.forward.clear()
             self._rows = []
+
+
+class ShownText:
+    """Turns a row's tokens into text to show. Special tokens are none."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        """Begin a row; `stop` are the strings before which the text ends."""
+        self.stopped = False
+        """Whether a stop string was found; it and what follows is never shown."""
+        self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
+        self._special = set(tokenizer.special_ids.values())
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """Return what may be shown now that `token` has come."""
+        if token in self._special:
+            return self._show(self._decoder.decode(b"", final=True))
+        return self._show(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+
+    def finish(self) -> str:
+        """Return what was held back, now that nothing follows; half a character is shown as U+FFFD."""
+        shown = self._show(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return shown if self.stopped else shown + held
+
+    def _show(self, more: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + more
+        found = [place for place in map(text.find, self._stop) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many last characters of the text are the first of a stop string that has not come whole."""
+    most = min(len(text), len(stop) - 1)
+    return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,7 +1,10 @@
-"""What a model calls between <|python_start|> and <|python_end|>: the calculator, which evaluates nothing by Python.
+"""Tools that a model calls between <|python_start|> and <|python_end|>: a calculator, and Python in the sandbox.
 
-Arithmetic of + − * / // % with parentheses, and 'text'.count('letter'). Whole results are written without a point,
-as GSM8K writes them. Where the operator allows Python, it gets the calls that are none of this.
+The calculator evaluates arithmetic of + − * / // % with parentheses, and 'text'.count('letter'), without Python. Whole
+results are written without a point, as GSM8K writes them. Other calls go to `PythonTool` if the operator allows it. Its
+output is an interpreter's: what the program prints, then the value of its last expression, or the last line of a
+traceback. Equal programs give equal outputs (no hash randomisation, `random` seeded by the row), except for clocks and
+programs that run close to the time limit.
 """
 
 from __future__ import annotations
@@ -12,10 +15,39 @@ import operator
 import warnings
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.python_tool import PythonTool
+from mlxchat.errors import ConfigError
+from mlxchat.sandbox.programs import protections_here, run_program
+
+_MOST_CODE_CHARS = 10_000
+# Parsed in the sandbox too: text of a model can exhaust a parser.
+_PROGRAM = """
+def _show(source, seed):
+    import ast, sys, traceback
+    try:
+        if "random" in source:
+            import random
+            random.seed(seed)
+        tree = ast.parse(source, "<call>")
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        names = globals()
+        del names["_show"]
+        exec(compile(tree, "<call>", "exec"), names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), "<call>", "eval"), names)
+            if value is not None:
+                print(repr(value))
+    except SystemExit:
+        pass
+    except MemoryError:
+        raise
+    except BaseException as error:
+        print("".join(traceback.format_exception_only(error)).strip().splitlines()[-1])
+    sys.stdout.flush()
+"""
 
 _MOST_CHARS = 200
 _LARGEST = 1e15
@@ -136,3 +168,58 @@ def _count(node: ast.expr) -> int:
     ):
         return text.value.count(part.value)
     raise ValueError("no arithmetic")
+
+
+class PythonTool:
+    """Runs calls in threads, each in a process of its own that may do nothing but compute."""
+
+    def __init__(
+        self, *, seconds: float = 5.0, memory_bytes: int = 256 << 20, max_chars: int = 1000, workers: int = 2
+    ) -> None:
+        """Take the limits of a call.
+
+        Args:
+            seconds: of wall clock.
+            memory_bytes: the interpreter's own included.
+            max_chars: of the output; what is longer is cut.
+            workers: programs at a time; others wait.
+        """
+        self.seconds, self.memory_bytes, self.max_chars, self.workers = seconds, memory_bytes, max_chars, workers
+
+    def check(self) -> None:
+        """Find out whether this machine can confine programs.
+
+        Raises:
+            ConfigError: it can set limits only, so a program could use files and the network.
+        """
+        found = protections_here()
+        if not {"landlock", "seccomp"} <= set(found) and "sandbox-exec" not in found:
+            raise ConfigError(
+                f"the Python tool needs a machine that confines programs (Landlock with seccomp, or sandbox-exec); "
+                f"in force here: {', '.join(found)}. Leave it off"
+            )
+
+    def start(self, code: str, seed: int) -> Future[str]:
+        """Begin a program and return what will be its output."""
+        return self._threads.submit(self.run, code, seed)
+
+    def run(self, code: str, seed: int) -> str:
+        """Return the output of a program; it may be empty.
+
+        Raises:
+            StepFailed: no interpreter can be started here.
+        """
+        if len(code) > _MOST_CODE_CHARS:
+            return f"ValueError: the program has {len(code)} characters, at most {_MOST_CODE_CHARS} may be"
+        program = f"{_PROGRAM}\n_show({code!r}, {seed})"
+        outcome = run_program(program, seconds=self.seconds, memory_bytes=self.memory_bytes)
+        text = outcome.output.strip()
+        if outcome.status in ("timeout", "memory"):
+            text = f"TimeoutError: after {self.seconds:g} s" if outcome.status == "timeout" else "MemoryError"
+        if len(text) > self.max_chars:
+            text = text[: self.max_chars] + "…"
+        return text
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.workers, thread_name_prefix="python-tool")

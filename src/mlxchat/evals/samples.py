@@ -16,7 +16,7 @@ def continue_prompts(
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[tuple[str, str]]:
-    """Return each prompt with the model's continuation, greedy or drawn as `Engine.stream` says."""
+    """Return each prompt with the model's continuation, greedy or drawn as `Engine.complete` says."""
     tokenizer = engine.tokenizer
     ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     if not ids:

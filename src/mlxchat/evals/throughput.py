@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import make_decoder
-from mlxchat.engine.slots import Slots
 from mlxchat.model.gpt import GPT
 
 _PROMPT_TOKENS = 512

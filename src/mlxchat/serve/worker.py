@@ -15,8 +15,8 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from mlxchat.engine.python_tool import PythonTool
 from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import answers_at_a_time, find_device
@@ -359,6 +359,6 @@ def load_scheduler(
     engine = Engine(weights, tokenizer, bits=bits, kv_bits=kv_bits)
     # Rows of whole contexts; there may be more rows of short ones.
     room = None if rows == limits.max_rows else rows * model.context_tokens
-    scheduler = engine.scheduler(max_rows=limits.max_rows, max_cached_tokens=room, kept_tokens=limits.kept_tokens)
-    scheduler.python = python
-    return scheduler
+    return engine.scheduler(
+        max_rows=limits.max_rows, max_cached_tokens=room, kept_tokens=limits.kept_tokens, python=python
+    )

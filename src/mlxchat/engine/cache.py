@@ -1,4 +1,4 @@
-"""Where rows in the making keep their past: a batch of slots, filled from prompts read on their own, freed one by one.
+"""The KV cache: the rows of a batch (`Slots`), and what earlier requests left for later ones (`KeptPasts`).
 
 A layer with a sliding window keeps no more than it sees and rotates; the others grow by blocks. Slots begin with a
 row's first token, whatever the other rows are, so that a row's sums do not depend on its neighbours.
@@ -9,6 +9,7 @@ Shapes: B rows, K key/value heads, S cached tokens, D head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.engine.decode import Caches, Decoder
-from mlxchat.engine.kv_format import Kept, KVFormat
+from mlxchat.engine.quantise import Kept, KVFormat
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.attention import causal_attention, masked_attention
 from mlxchat.ops.machine import BATCH_ROWS, KV_TOKENS
 from mlxchat.ops.normalisation import rms_norm
 
+# What is shorter costs more to look after than to read.
+_LEAST_TOKENS = 16
 # Fewer tokens of a prompt are read by one lane.
 _SHARED_TOKENS = 64
 # Tokens whose logits are held at a time.
@@ -216,3 +219,75 @@ def _moved(
         tokens = min(shape[2], before[part].shape[2])
         made[: len(kept), :, :tokens] = before[part][mx.array(kept), :, :tokens]
     return made
+
+
+@dataclass
+class _Kept:
+    """The beginning of a row."""
+
+    ids: list[int]
+    past: Past
+    """Of all of `ids`."""
+    exact: int
+    """How many first tokens have the keys and values that reading would give; those after them were decoded."""
+
+
+class KeptPasts:
+    """Beginnings of rows, of so many tokens together."""
+
+    def __init__(self, max_tokens: int) -> None:
+        """Begin with nothing."""
+        self.max_tokens = max_tokens
+        self.num_found = 0
+        """Tokens that need not be read again, of all that was found."""
+        self._kept: list[_Kept] = []  # the one used last stands last
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are kept."""
+        return sum(len(each.ids) for each in self._kept)
+
+    def find(self, prompt: list[int], piece_tokens: int, *, exactly: bool) -> tuple[Past | None, int, int]:
+        """Return (past, its tokens, how many of them are exact) to go on from; (None, 0, 0): there is nothing.
+
+        Args:
+            prompt: the last token of it is never part of what is found.
+            piece_tokens: in which prompts are read. Of what was read only whole pieces have the same bits in any
+                prompt that begins with them.
+            exactly: whether nothing else counts; or whatever is the same text.
+        """
+        best, most, exact = None, _LEAST_TOKENS - 1, 0
+        for each in self._kept:
+            same = common_length(prompt[:-1], each.ids)
+            whole = min(same, each.exact) // piece_tokens * piece_tokens
+            tokens = whole if exactly else same
+            if tokens > most:
+                best, most, exact = each, tokens, whole
+        if best is None:
+            return None, 0, 0
+        self._kept.remove(best)
+        self._kept.append(best)
+        self.num_found += most
+        return best.past.begun(most), most, exact
+
+    def keep(self, ids: list[int], past: Past, exact: int) -> None:
+        """Keep a beginning in place of those that it goes on from."""
+        if not _LEAST_TOKENS <= len(ids) <= self.max_tokens:
+            return
+        for each in list(self._kept):
+            same = common_length(ids, each.ids)
+            if same == len(ids) and each.exact >= exact:  # there is as much already
+                return
+            if same == len(each.ids) and each.exact <= exact:
+                self._kept.remove(each)
+        self._kept.append(_Kept(ids, past, exact))
+        while self.num_tokens > self.max_tokens:
+            del self._kept[0]
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """Return how many first elements two lists share."""
+    most = min(len(a), len(b))
+    if a[:most] == b[:most]:
+        return most
+    return next(place for place in range(most) if a[place] != b[place])
