@@ -18,7 +18,7 @@ from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
-from mlxchat.training.adapting import begin_adapters, save_trained
+from mlxchat.training.finetune import begin_adapters, save_trained
 from mlxchat.training.loop import Hook, fit
 
 VERSION = 5
@@ -56,7 +56,7 @@ def run(ctx: Context) -> None:
     if config.rollout_bits is not None:
         rows = conversation_rows(tokenizer, held_out)
         ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
-    rule = begin_adapters(ctx, config.adapter, model)
+    rule = begin_adapters(ctx, config.adapter, model, dtype)
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
     num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
@@ -110,7 +110,7 @@ def run(ctx: Context) -> None:
     )
     ctx.metrics["reward"] = rollouts.mean_reward
     facts = {**facts, "stage": "rl", "format": "chat"}
-    save_trained(ctx, config.adapter, model, tokenizer, facts, ctx.inputs["checkpoint"])
+    save_trained(ctx, model, tokenizer, facts)
 
 
 def rates_of(optimizer: OptimizerConfig, config: RLConfig) -> OptimizerConfig:

@@ -35,7 +35,6 @@ from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results
-from mlxchat.training.extension import check_extensions
 from mlxchat.visible import visible
 
 
@@ -131,7 +130,6 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
         force=config.force, code=config.code,
         compute_dtype=dtype_name(config.machine.device, config.machine.compute_dtype),
     )  # fmt: skip
-    check_extensions(config, plan)
     check_given(config, plan)
     return plan
 

@@ -20,12 +20,11 @@ from mlxchat.model.gpt import GPT, init_weights, trained_parameters
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops.device import backend, describe_device, prepare_machine
-from mlxchat.optim.optimizer import Optimizer, Rates, rates_at
+from mlxchat.optim.optimizer import Optimizer, Rates, adapter_rule, rates_at
 from mlxchat.planning.memory import Training, find_device, forward_tokens, rows_at_a_time
 from mlxchat.planning.peak import peak_flops, raise_peak
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.runner.progress import Progress
-from mlxchat.training.adapting import rule_of
 from mlxchat.training.step import TrainStep, mean_batch
 
 # A part is timed so often after it was compiled; a median of three is enough for a share.
@@ -149,7 +148,7 @@ def _make_model(
     if adapters is not None:
         attach_adapters(model, adapters, seed=config.seed, dtype=dtype)
         fill_zero_weights(model, config.seed + 2)
-        rule = rule_of(config.adapter, sizes.width, config.optimizer)
+        rule = adapter_rule(config.adapter, sizes.width, config.optimizer)
     optimizer = Optimizer(model, config.optimizer, width=sizes.width, adapter=rule)
     mx.eval(model.state, optimizer.state)
     return model, optimizer

@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxchat.adapter_config import AdapterConfig
 from mlxchat.config import OptimizerConfig, ScheduleConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import trained_parameters
@@ -60,6 +61,12 @@ class AdamWRule(NamedTuple):
     lr: float
     betas: tuple[float, float]
     weight_decay: float
+
+
+def adapter_rule(config: AdapterConfig, width: int, optimizer: OptimizerConfig) -> AdamWRule:
+    """Return the rule of adapters on a model of this width."""
+    lr = config.learning_rate * (optimizer.reference_width / width) ** config.width_exponent
+    return AdamWRule(lr, (config.beta1, config.beta2), config.weight_decay)
 
 
 class Optimizer:

@@ -1,4 +1,4 @@
-"""What a plan is given and does not make: imported models, teachers, local files. Checked before anything runs."""
+"""What a plan is given and does not make: trainings to extend, imported models, teachers, local files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from mlxchat.config import Config, CorpusConfig, FinetuneConfig, TaskItem
 from mlxchat.data.sources import read_file
 from mlxchat.data.vocabulary import HF_FILE, RANKS_FILE
 from mlxchat.errors import ConfigError, DataError, MlxchatError
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.sizes import GPTSizes, sizes_of
+from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.bases import find_chain, folder_of_weights, is_adapter
-from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.runner.plan import PlannedStep, flatten_config
+from mlxchat.runner.store import CONTINUATION, Manifest, Store, read_manifest
 from mlxchat.tasks.items import load_item
 from mlxchat.teacher_config import TeacherConfig
 
@@ -29,15 +30,77 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequenc
 
 
 def check_given(config: Config, plan: list[PlannedStep]) -> None:
-    """Check the models, teachers and local files that the steps to run are given.
+    """Check the trainings, models, teachers and local files that the steps to run are given.
 
     Raises:
-        ConfigError: a model's context is shorter than the rows, or a teacher cannot teach; all of them.
+        ConfigError: a training cannot be extended, a model's context is shorter than the rows, or a teacher cannot
+            teach; all of them.
         DataError: with every line of every file that cannot be used.
     """
-    if problems := [*_context_problems(config, plan), *_teacher_problems(config, plan)]:
+    problems = [*_extension_problems(config, plan), *_context_problems(config, plan), *_teacher_problems(config, plan)]
+    if problems:
         raise ConfigError("\n".join(problems))
     check_local_files(config, plan)
+
+
+# Trainings to extend
+
+# What shapes or gives meaning to weights and moments, and what a position in the data is counted in.
+_SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
+_MAY_DIFFER = ("architecture.dropout",)
+
+
+def _extension_problems(config: Config, plan: list[PlannedStep]) -> Iterator[str]:
+    """Yield why steps that are to run cannot extend the finished training that they name."""
+    planned = {step.name: step for step in plan}
+    for step in plan:
+        extended = step.artifacts.get("extends")
+        if extended is None or step.done:
+            continue
+        problems = [*_what_lacks(extended), *_what_differs(step, extended, planned)] or _what_is_done(config, extended)
+        yield from (f"pretrain.extend={config.pretrain.extend}: {line}" for line in problems)
+
+
+def _what_lacks(extended: Manifest) -> Iterator[str]:
+    if extended["stage"] != "pretrain":
+        yield f"{extended['name']} is made by stage {extended['stage']}; only a pretraining can be extended"
+    elif not {file["path"] for file in extended["outputs"]}.issuperset(CONTINUATION):
+        yield (
+            f"{extended['name']} has no training state. Train it again with its settings and "
+            f"pretrain.save_training_state=true 'force=[{extended['step']}]'"
+        )
+
+
+def _what_differs(step: PlannedStep, extended: Manifest, planned: Mapping[str, PlannedStep]) -> Iterator[str]:
+    if extended["stage"] != step.stage.name:
+        return
+    now, before = _comparable(step.identity), _comparable(extended["config"])
+    for key in sorted(now.keys() | before.keys()):
+        if now.get(key) != before.get(key):
+            yield f"{key} is {now.get(key)}, but {extended['name']} was made with {before.get(key)}"
+    for role, source in step.inputs.items():
+        made = extended["inputs"].get(role, {})
+        if made.get("rid") != planned[source].rid:
+            artifact = made.get("artifact")
+            yield f"its {role} is {planned[source].artifact}, but {extended['name']} was made with {artifact}"
+
+
+def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in flatten_config(identity).items() if key not in _MAY_DIFFER}
+    flat.setdefault("pretrain.packing", "best_fit")  # an identity leaves it out
+    return {key: value for key, value in flat.items() if key in _SAME or key.partition(".")[0] in _SAME}
+
+
+def _what_is_done(config: Config, extended: Manifest) -> list[str]:
+    """Return a line if the horizon needs no more iterations than there are."""
+    vocab_size, done = extended["derived"]["vocab_size"], extended["derived"]["num_iterations"]
+    wanted = derive_hyperparameters(config, sizes_of(config.model, config.architecture, vocab_size)).num_iterations
+    if wanted > done:
+        return []
+    return [
+        f"{extended['name']} already has {done} iterations, and the horizon counts {wanted} from the start: give "
+        f"pretrain.num_iterations more than {done}"
+    ]
 
 
 # Models

@@ -10,10 +10,10 @@ from mlxchat.training.step import Batch, mean_batch
 
 
 class BatchSource(Protocol):
-    """Where batches come from, one for each iteration."""
+    """A source of one batch for each iteration."""
 
     waited_seconds: float
-    """How long the loop has waited for data so far."""
+    """Seconds spent in `next_batch` so far."""
 
     def next_batch(self, iteration: int) -> Batch:
         """Return the batch of an iteration."""
@@ -29,24 +29,23 @@ class BatchSource(Protocol):
 
 
 class RowBatches:
-    """As many rows per iteration as the batch has tokens for. Leave it as a context manager, or `close` it."""
+    """`num_rows` rows of a stream for each iteration; a context manager that closes the stream."""
 
     def __init__(self, rows: RowStream, num_rows: int, *, trimmed: bool = False) -> None:
-        """Take `num_rows` rows of the stream per iteration; trimmed batches lack the padding that all rows end with."""
+        """Take the stream; trimmed batches lack the padding that all their rows end with."""
         self._rows, self._num_rows, self._trimmed = rows, num_rows, trimmed
-        # Of the last whole batch: encoding may be stopped in the middle of the next one.
+        # Those of the last whole batch: the next one may be interrupted halfway.
         self._state, self._counts = rows.state(), rows.counts()
         self._addresses: list[Any] = []
         self.waited_seconds = 0.0
-        """How long `next_batch` took so far, all calls together."""
 
     def __enter__(self) -> Self:
         """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """End the stream's background work."""
-        self.close()
+        """Close the stream."""
+        self._rows.close()
 
     def next_batch(self, iteration: int) -> Batch:
         """Return the next rows; their loss is the mean over all targets of the iteration."""
@@ -76,7 +75,3 @@ class RowBatches:
         """Return to a position of the stream."""
         self._rows.restore(state)
         self._state, self._counts, self._addresses = state, self._rows.counts(), []
-
-    def close(self) -> None:
-        """End the stream's background work, until the next `restore`."""
-        self._rows.close()

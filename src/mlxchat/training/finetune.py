@@ -1,4 +1,4 @@
-"""Training on conversations: what midtrain and sft share."""
+"""Training that continues from a checkpoint: adapters for all stages, conversations for midtrain and sft."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
+from mlxchat.adapter_config import AdapterConfig
+from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.config import FinetuneConfig
 from mlxchat.data.mixture import Mixture, open_item
 from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, pack_conversations, take_validation
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Tokens, open_mixture
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
-from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
+from mlxchat.model.gpt import GPT, trained_parameters
+from mlxchat.model.lora import adapters_of, attach_adapters
 from mlxchat.ops.device import prepare_machine
-from mlxchat.optim.optimizer import Optimizer
+from mlxchat.optim.optimizer import AdamWRule, Optimizer, adapter_rule
 from mlxchat.planning.horizon import whole_rows
 from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context
-from mlxchat.training.adapting import begin_adapters, save_trained
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.hooks import suite_hooks
 from mlxchat.training.loop import Hook, fit
@@ -31,10 +36,10 @@ from mlxchat.training.teacher import load_teacher
 
 
 def finetune(ctx: Context, config: FinetuneConfig) -> None:
-    """Continue from the input checkpoint with the mixture's conversations.
+    """Train the input checkpoint on the mixture's conversations.
 
     Raises:
-        DataError: the configuration counts on something that the checkpoint does not hold.
+        DataError: the checkpoint lacks what the configuration needs.
     """
     checkpoint = ctx.inputs["checkpoint"]
     machine, rates = ctx.config.machine, ctx.config.optimizer
@@ -42,7 +47,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     model, tokenizer, facts = load_checkpoint(checkpoint)
     if not config.clip_gradients:
         rates = replace(rates, grad_clip=None)
-    rule = begin_adapters(ctx, config.adapter, model)
+    rule = begin_adapters(ctx, config.adapter, model, dtype)
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
     if config.warm_start:
         load_moments(checkpoint, optimizer)
@@ -77,7 +82,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         tokens=config.eval_tokens,
         setting=f"{ctx.stage}.eval_tokens",
     )
-    # Rows of about one length together, since the padding that a batch ends with is not computed.
+    # By length, since the padding that all rows of a batch end with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
     size = None if distillation is None else distillation.size
     micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens, teacher=size)
@@ -115,12 +120,37 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         )
     ctx.metrics |= batches.counts()
     facts = {**facts, "stage": ctx.stage, "format": "chat"}
-    save_trained(ctx, config.adapter, model, tokenizer, facts, checkpoint)
+    save_trained(ctx, model, tokenizer, facts)
 
 
 def _batch_tokens(stage: str, config: FinetuneConfig, checkpoint: Path, facts: dict[str, Any]) -> int:
-    """Return the tokens of an iteration, at least one row: given, or as many as pretraining had."""
+    """Return the tokens of an iteration, at least one row: as configured, or as many as in pretraining."""
     tokens = config.batch.tokens or facts.get("pretrain_batch_tokens")
     if tokens is None:
         raise DataError(f"{checkpoint} does not tell how large pretraining's batch was: give {stage}.batch.tokens")
     return whole_rows(int(tokens), config.batch.row_tokens)
+
+
+def begin_adapters(ctx: Context, config: AdapterConfig, model: GPT, dtype: mx.Dtype) -> AdamWRule | None:
+    """Attach the adapters of a stage to its model and return their rule; None: all weights are trained.
+
+    Raises:
+        ConfigError: they do not fit the model.
+    """
+    sizes = adapter_sizes_of(f"{ctx.stage}.adapter", config, model.sizes)
+    if sizes is None:
+        return None
+    attach_adapters(model, sizes, seed=ctx.seed("adapters"), dtype=dtype)
+    rule = adapter_rule(config, model.sizes.width, ctx.config.optimizer)
+    trained = sum(value.size for value in trained_parameters(model).values())
+    ctx.derive({"num_trained_parameters": trained, "adapter_learning_rate": rule.lr})
+    return rule
+
+
+def save_trained(ctx: Context, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+    """Write what a stage has trained: the model, or its adapters, which name the base."""
+    if (adapters := adapters_of(model)) is None:
+        save_checkpoint(ctx.out, model, tokenizer, facts)
+        return
+    base, trained = ctx.inputs["checkpoint"], trained_parameters(model)
+    save_adapters(ctx.out, trained, adapters, base=base, sizes=model.sizes, tokenizer=tokenizer, facts=facts)

@@ -1,8 +1,7 @@
-"""What is looked at while a training goes on, besides its own losses: CORE, tasks, bits per byte of training text.
+"""Evaluations during training: CORE, tasks, bits per byte of training text.
 
-Counterpart of the CORE estimate of nanochat's base_train, of the accuracies and the ChatCORE of its chat_sft, and of
-the training text's bits per byte of its base_loss. These are observations: weights and random numbers do not depend on
-them, and what was answered before a stop or a kill is not asked again.
+Counterparts in nanochat: CORE in base_train, accuracies and ChatCORE in chat_sft, training text in base_loss. They do
+not affect weights or random numbers; after an interruption only unanswered questions are evaluated.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from mlxchat.training.loop import Hook
 
 
 def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer) -> list[Hook]:
-    """Return what estimates CORE by the first examples of each task; nothing if pretrain.core is null.
+    """Return the hook that estimates CORE by the first examples of each task; none if pretrain.core is null.
 
-    It logs core_estimate and its standard error; of some tasks only, core_tasks_estimate.
+    It logs core_estimate and its standard error, or for selected tasks core_tasks_estimate.
     """
     core = config.core
     if core is None:
@@ -49,7 +48,7 @@ def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Toke
             language_model(ctx.team, model, padding=tokenizer.bos), tokenizer, open_bundle(ctx, core),
             max_per_task=min(limits, default=None), tasks=core.tasks,
             long_prompts=core.long_prompts, batch_tokens=_tokens_at_a_time(ctx, model), work=work,
-            progress=_unseen, should_stop=ctx.should_stop, stop=ctx.stop,
+            progress=_hidden, should_stop=ctx.should_stop, stop=ctx.stop,
         )  # fmt: skip
         _forget(work)
         if result.core is None or result.stderr is None:
@@ -61,10 +60,10 @@ def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Toke
 
 
 def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tokenizer) -> list[Hook]:
-    """Return what looks at the accuracy on `suite`; nothing if it is empty.
+    """Return the hook that measures the accuracy on `suite`; none if it is empty.
 
-    It logs accuracy_<entry>, mean_centered over all entries, and mean_centered_choice over those with letters, where
-    there are others too. Generated answers are greedy.
+    It logs accuracy_<entry>, mean_centered over all entries and, where only some are multiple choice,
+    mean_centered_choice over these. Generated answers are greedy.
     """
     if not config.suite:
         return []
@@ -96,16 +95,9 @@ def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tok
 def train_text_hooks(
     ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer, read: Callable[[int], list[Row]]
 ) -> list[Hook]:
-    """Return what measures bits per byte on the first rows of the training text; nothing if that is off.
+    """Return the hook that measures, at the end, bits per byte on the start of the training text; none if that is off.
 
-    At the end only, of the last weights: beside val_bpb it tells how much was learnt by heart.
-
-    Args:
-        ctx: of the step.
-        config: says how many tokens.
-        model: to measure.
-        tokenizer: its.
-        read: takes a number of rows, and returns so many from the beginning.
+    Beside val_bpb it shows how much was learnt by heart. `read` returns so many rows from the beginning.
     """
     count = config.train_bpb_tokens
     if count is None:
@@ -121,7 +113,7 @@ def train_text_hooks(
 
 
 def _tokens_at_a_time(ctx: Context, model: GPT) -> int:
-    """Return the tokens of a forward pass with which the training's own peak of memory stays the step's."""
+    """Return the tokens of a forward pass that needs no more memory than the training."""
     peak = ctx.derived.get("predicted_peak_bytes")
     return forward_tokens(ctx.config.machine, model.sizes, training_peak_bytes=peak)
 
@@ -131,11 +123,11 @@ def _opened(ctx: Context, items: Mapping[str, TaskItem], known: Mapping[str, Tas
 
 
 def _forget(work: Path) -> None:
-    """Remove answers that are counted, and what MLX keeps of their shapes, which training does not have."""
+    """Remove counted answers and the memory that MLX caches for their shapes."""
     shutil.rmtree(work, ignore_errors=True)
     mx.clear_cache()
 
 
-def _unseen(total: int, unit: str) -> Progress:
-    """Return a display that nobody sees: the training's own is on the terminal."""
+def _hidden(total: int, unit: str) -> Progress:
+    """Return a progress display without output: the training's own is on the terminal."""
     return Progress("", total, unit, stream=StringIO())

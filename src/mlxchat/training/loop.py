@@ -26,7 +26,7 @@ from mlxchat.training.team_step import make_step
 
 @dataclass(frozen=True, kw_only=True)
 class Hook:
-    """Something to do between iterations, such as validation or sampling."""
+    """An observation between iterations, such as validation or sampling."""
 
     run: Callable[[int], dict[str, float]]
     """Takes the number of iterations done; returns numbers to log."""
@@ -62,35 +62,33 @@ def fit(
     dropout: float = 0.0,
     distillation: Distillation | None = None,
 ) -> None:
-    """Train for `num_iterations`, continuing where an earlier attempt of this step stopped.
+    """Train for `num_iterations`, resuming where an earlier attempt of this step stopped.
 
-    On a CPU the result is the same bit for bit however often it was interrupted: weights, optimizer, position in
-    the data and the iteration are restored, and nothing else enters the computation.
+    On a CPU the result is the same bit for bit however often it was interrupted.
 
-    With `extends` it begins where that finished training ended, say at iteration 6 of 10: with its weights, moments
-    and position in the data. Rates are those of a training of 10 iterations from its seventh on; what the first six
-    were trained with, the end of the shorter schedule included, stays as it was. So it equals a straight training of
-    10 where both schedules agree on the first six (a constant rate), and not where the shorter one had begun to fall.
+    With `extends` it starts with the weights, moments and data position of a finished training, say of 6 iterations,
+    and continues with the rates of the whole training from the seventh on. So it equals a straight training where both
+    schedules agree on the first six (a constant rate).
 
     Args:
-        ctx: of the step; its metrics get final loss and tokens per second.
+        ctx: of the step; its metrics get the final loss and tokens per second.
         model: float32 weights, trained in place.
         optimizer: of the model's parameters.
         batches: one batch per iteration.
-        num_iterations: of the whole training, what it extends included.
+        num_iterations: of the whole training, including what it extends.
         schedule: learning rates over the iterations.
         hooks: called at their cadence and after the last iteration, in this order.
         micro_tokens: tokens per micro-batch; None: `machine.device_batch_tokens`, or as many as help.
         extends: folder of a finished training with its state.
-        keep_state: leave in the artifact what an extension needs.
-        best: weights that hooks may offer; the model ends with those that were kept. An extension begins with the last.
-        dropout: share of the stream's numbers that are left out.
+        keep_state: whether to save in the artifact what an extension needs.
+        best: keeps the best weights, with which the model ends; an extension starts with the last ones.
+        dropout: share of the residual stream that is zeroed.
         distillation: a teacher whose distributions are learnt besides the targets.
 
     Raises:
         Interrupted: a signal arrived; the state was saved.
-        StepFailed: loss or gradients became NaN or Inf, and on_nan says to stop; the state before that was saved.
-        DataError: what is to be extended does not fit.
+        StepFailed: loss or gradients became NaN or Inf and on_nan is stop; the state before that was saved.
+        DataError: the training in `extends` does not fit.
     """
     machine = ctx.config.machine
     dtype = prepare_machine(machine)

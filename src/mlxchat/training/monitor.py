@@ -24,11 +24,8 @@ from mlxchat.training.state import Best
 from mlxchat.training.step import Batch
 
 _EMA_DECAY = 0.9
-# Norms that the median is taken over, and how many there must be before it says anything.
-_WINDOW = 100
-_FEWEST_NORMS = 10
-# Iterations between two warnings: trouble lasts, and one line about it is enough.
-_WARNING_EVERY = 50
+_WINDOW, _FEWEST_NORMS = 100, 10  # norms in the median, and the fewest for it
+_WARNING_EVERY = 50  # iterations from one warning to the next
 _MOST_DOCUMENTS_NAMED = 8
 
 
@@ -36,20 +33,12 @@ class Monitor:
     """Measures, logs and shows each iteration of a step's training."""
 
     progress: Progress
-    """Where iterations are shown."""
+    """The display of iterations."""
 
     def __init__(
         self, ctx: Context, model: GPT, dtype: mx.Dtype, num_iterations: int, best: Best | None = None
     ) -> None:
-        """Begin at nothing.
-
-        Args:
-            ctx: of the step.
-            model: what is trained.
-            dtype: what it is computed in.
-            num_iterations: of the whole training.
-            best: weights kept so far, shown on the progress line.
-        """
+        """Start at zero; `dtype` is what the model computes in, `best` the weights kept so far."""
         self.ctx, self.num_iterations, self.best = ctx, num_iterations, best
         self.model, self.dtype = model, dtype
         self.num_ranks = 1 if ctx.team is None else ctx.team.size
@@ -64,9 +53,9 @@ class Monitor:
         self._began, self._waited, self._communication = 0.0, 0.0, 0.0
 
     def look(self, done: int, title: str, measure: Callable[[int], dict[str, float]]) -> None:
-        """Call `measure` after `done` iterations, in the dtype of training, and log its numbers.
+        """Call `measure` after `done` iterations, in the dtype of training, log its numbers and offer the weights.
 
-        The progress line shows `title` meanwhile. Weights that are candidates for the best ones are offered.
+        The progress line shows `title` meanwhile.
         """
         if title:
             self.progress.update(done, now=title)
@@ -95,19 +84,10 @@ class Monitor:
         loss_parts: Mapping[str, float],
         rates: Rates[float],
     ) -> None:
-        """Count, log and show an iteration.
-
-        Args:
-            iteration: its number, from 1.
-            batches: the source of its batch.
-            batch: what it trained on.
-            loss: of the batch.
-            norm: of the gradients.
-            loss_parts: terms of the loss, by name.
-            rates: learning rates and momentum of the iteration.
+        """Count, log and show an iteration (from 1) with its loss, the terms of it and the norm of the gradients.
 
         Raises:
-            StepFailed: loss or norm is NaN or Inf, and `training` says that this ends the training.
+            StepFailed: loss or norm is NaN or Inf, and `training.on_nan` ends the training.
         """
         ctx, seconds = self.ctx, time.perf_counter() - self._began
         good, record = math.isfinite(loss) and math.isfinite(norm), dict[str, Any]()
@@ -138,7 +118,7 @@ class Monitor:
         self.progress.update(iteration, **self.meter.show(), **best, **self.watch.show(iteration))
 
     def note_best(self) -> None:
-        """Print which weights the model ends with, where earlier ones may be kept."""
+        """Print which weights are kept, where these may be earlier ones."""
         if (best := self.best) is not None and best.iteration is not None:
             self.progress.note(
                 f"kept the weights of iteration {best.iteration}: {best.METRIC} {best.numbers[best.METRIC]:.5f}"
@@ -168,7 +148,7 @@ class Monitor:
 
 
 class Meter:
-    """What is logged and shown of a training."""
+    """The smoothed loss, the speed and the utilisation of a training."""
 
     def __init__(
         self,
@@ -177,12 +157,12 @@ class Meter:
         peak_flops: float | None = None,
         raise_peak: Callable[[float], float] = lambda rate: rate,
     ) -> None:
-        """Begin at nothing.
+        """Start at zero.
 
         Args:
             flops_per_token: of training, as nanochat counts them.
-            peak_flops: FLOP/s that the device can do; None: unknown, and so is the utilisation (MFU).
-            raise_peak: called with a rate above `peak_flops`, which then was measured too low; returns the new peak.
+            peak_flops: the device's FLOP/s; None: unknown, and so is the utilisation (MFU).
+            raise_peak: called with a rate above `peak_flops`, which was measured too low; returns the new peak.
         """
         self._flops_per_token, self._peak_flops, self._raise_peak = flops_per_token, peak_flops, raise_peak
         self._ema, self._weight = 0.0, 0.0
@@ -195,14 +175,7 @@ class Meter:
         return self._ema / self._weight if self._weight else 0.0
 
     def add(self, loss: float | None, tokens: int, seconds: float, waited: float = 0.0) -> None:
-        """Count one iteration.
-
-        Args:
-            loss: of its batch; None: its step was left out, and its loss is no number.
-            tokens: of its batch.
-            seconds: that it took.
-            waited: seconds of these that it waited for data.
-        """
+        """Count an iteration; loss is None where its update was skipped, `waited` are its seconds of reading data."""
         if loss is not None:
             self._ema = _EMA_DECAY * self._ema + (1 - _EMA_DECAY) * loss
             self._weight = _EMA_DECAY * self._weight + (1 - _EMA_DECAY)
@@ -211,45 +184,41 @@ class Meter:
         self.waited += waited
         self._recent = [*self._recent[-9:], (tokens, seconds, waited)]
 
-    def tokens_per_second(self) -> float:
-        """Return the speed of the last ten iterations."""
-        return sum(recent[0] for recent in self._recent) / max(1e-9, sum(recent[1] for recent in self._recent))
-
-    def data_wait_frac(self) -> float:
-        """Return the share of the last ten iterations' time that was spent waiting for data."""
-        return sum(recent[2] for recent in self._recent) / max(1e-9, sum(recent[1] for recent in self._recent))
-
-    def mfu(self) -> float | None:
-        """Return the model's FLOP/s over the last ten iterations as a share of the peak, in [0, 1]; None: no peak."""
-        if self._peak_flops is None:
-            return None
-        rate = self._flops_per_token * self.tokens_per_second()
-        if rate > self._peak_flops:
-            self._peak_flops = max(rate, self._raise_peak(rate))
-        return rate / self._peak_flops
-
     def record(self, loss: float | None) -> dict[str, float]:
-        """Return the numbers for metrics.jsonl."""
-        mfu = self.mfu()
+        """Return the numbers for metrics.jsonl; speeds are those of the last ten iterations."""
+        mfu = self._mfu()
         return {
             **({} if loss is None else {"loss": loss}),
             "smooth_loss": self.loss,
-            "tokens_per_second": self.tokens_per_second(),
+            "tokens_per_second": self._per_second(0),
             **({} if mfu is None else {"mfu": mfu}),
-            "data_wait_frac": self.data_wait_frac(),
+            "data_wait_frac": self._per_second(2),
             "elapsed_seconds": self.seconds,
             "peak_memory_bytes": mx.get_peak_memory(),
         }
 
     def show(self) -> dict[str, str]:
         """Return the numbers for the progress line."""
-        mfu = self.mfu()
+        mfu = self._mfu()
         return {
             "loss": f"{self.loss:.3f}",
-            "speed": f"{format_count(self.tokens_per_second())} tok/s",
+            "speed": f"{format_count(self._per_second(0))} tok/s",
             **({} if mfu is None else {"mfu": f"{mfu:.0%}"}),
             "memory": format_bytes(mx.get_peak_memory()),
         }
+
+    def _per_second(self, place: int) -> float:
+        """Return tokens (0) or seconds of waiting (2) per second of the last ten iterations."""
+        return sum(recent[place] for recent in self._recent) / max(1e-9, sum(recent[1] for recent in self._recent))
+
+    def _mfu(self) -> float | None:
+        """Return the model's FLOP/s as a share of the peak, in [0, 1]; None: no peak."""
+        if self._peak_flops is None:
+            return None
+        rate = self._flops_per_token * self._per_second(0)
+        if rate > self._peak_flops:
+            self._peak_flops = max(rate, self._raise_peak(rate))
+        return rate / self._peak_flops
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training continues with."""
@@ -263,19 +232,18 @@ class Meter:
 
 
 class Watch:
-    """Sees every iteration's loss and norm. All it decides follows from its state and them, so a resume repeats it."""
+    """Decides on NaNs and on warnings about norms, from its state alone, so that a resume decides the same."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        """Begin with nothing seen."""
         self._config = config
         self._norms: list[float] = []
         self._warned_at: int | None = None
         self._in_a_row = 0
         self.num_skipped = 0
-        """Iterations whose update was left out."""
+        """Iterations whose update was skipped."""
 
     def must_stop(self) -> bool:
-        """Count a step that gave no finite numbers (and so did not update anything); tell whether training must end."""
+        """Count a step without finite numbers, which updated nothing; return whether training must end."""
         if self._config.on_nan == "stop":
             return True
         self._in_a_row += 1
@@ -283,20 +251,18 @@ class Watch:
         return self._in_a_row > self._config.max_skipped_in_a_row
 
     def warn(self, iteration: int, norm: float) -> str | None:
-        """Take the norm of a good step; return a warning if it is far above what was usual, at most now and then."""
+        """Add the norm of a good step; return a warning if it is far above the median and none was given lately."""
         self._in_a_row = 0
         usual = median(self._norms) if len(self._norms) >= _FEWEST_NORMS else math.inf
         self._norms = [*self._norms[1 - _WINDOW :], norm]
         factor = self._config.norm_warning_factor
-        if factor is None or norm <= factor * usual:
-            return None
-        if self._is_recent(iteration):
+        if factor is None or norm <= factor * usual or self._is_recent(iteration):
             return None
         self._warned_at = iteration
         return f"gradient norm {norm:.3g} is {norm / max(usual, 1e-30):.0f} times its median of late ({usual:.3g})"
 
     def show(self, iteration: int) -> dict[str, str]:
-        """Return what the progress line says: that there was a warning a while ago."""
+        """Return what the progress line shows: that there was a warning lately."""
         return {"warning": "gradient norm"} if self._is_recent(iteration) else {}
 
     def _is_recent(self, iteration: int) -> bool:
@@ -304,12 +270,8 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training continues with."""
-        return {
-            "norms": self._norms,
-            "warned_at": self._warned_at,
-            "in_a_row": self._in_a_row,
-            "skipped": self.num_skipped,
-        }
+        counts = {"in_a_row": self._in_a_row, "skipped": self.num_skipped}
+        return {"norms": self._norms, "warned_at": self._warned_at, **counts}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""

@@ -1,4 +1,4 @@
-"""A frozen model that is learnt from: its logits, a few positions of a batch at a time."""
+"""A frozen teacher: its logits, a few positions of a batch at a time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MOST_SHOWN = 3
 
 
 class TeacherModel(Protocol):
-    """What gives logits."""
+    """A model that gives logits."""
 
     capped: bool
-    """Whether they lie within ±15."""
+    """Whether its logits lie within ±15."""
 
     def logits(self, ids: mx.array) -> Logits:
         """Return the function that gives the logits of a batch (B, T)."""
@@ -35,7 +35,7 @@ class TeacherModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """A teacher and how it is learnt from."""
+    """A teacher and the weight of its distributions in the loss."""
 
     teacher: TeacherModel
     mix: Mix
@@ -43,12 +43,12 @@ class Distillation:
 
 
 class OwnTeacher:
-    """A checkpoint of ours: the states of all positions, once, and the head where it is asked for."""
+    """A checkpoint of ours: computes the states of all positions once, the head part by part."""
 
     capped = True
 
     def __init__(self, model: GPT, dtype: mx.Dtype) -> None:
-        """Take the model; its weights are kept in the type that is computed in."""
+        """Take the model and cast its weights to the dtype of the computation."""
         self.model = model
         set_parameters(model, {name: value.astype(dtype) for name, value in flatten_parameters(model).items()})
         mx.eval(flatten_parameters(model))
@@ -65,12 +65,12 @@ class OwnTeacher:
 
 
 class OutsideTeacher:
-    """A model that mlx-lm opened: its own cache carries a batch from one part of its positions to the next."""
+    """A model of mlx-lm, whose KV cache carries a batch from one part of its positions to the next."""
 
     capped = False
 
     def __init__(self, model: Any, vocab_size: int, folder: Path) -> None:
-        """Take the model, how many of its logits stand for tokens (the rest only pads them), and where it lies."""
+        """Take the model, the number of its logits without padding, and its folder."""
         self._model, self.vocab_size, self.folder = model, vocab_size, folder
 
     def logits(self, ids: mx.array) -> Logits:
@@ -90,17 +90,10 @@ class OutsideTeacher:
 def load_teacher(
     config: TeacherConfig, folder: Path, tokenizer: Tokenizer, *, row_tokens: int, dtype: mx.Dtype
 ) -> Distillation:
-    """Return a teacher that is ready to be learnt from.
-
-    Args:
-        config: how it is learnt from.
-        folder: where it lies: a checkpoint of ours, or what mlx-lm opens.
-        tokenizer: of the model that learns.
-        row_tokens: of its rows.
-        dtype: what is computed in.
+    """Return the teacher in a folder, a checkpoint of ours or a model for mlx-lm, for a student with this tokenizer.
 
     Raises:
-        DataError: it cannot be opened, has another vocabulary, or takes no rows as long.
+        DataError: it cannot be opened, has another vocabulary, or its context is shorter than a row.
         ConfigError: it needs mlx-lm, which is not installed.
     """
     model: TeacherModel
@@ -120,8 +113,8 @@ def load_teacher(
     difference = compare_vocabularies(spell_tokens(tokenizer), theirs)
     if difference:
         raise DataError(
-            f"the teacher {folder} has another vocabulary: {difference}. Its distributions are over other tokens. Of "
-            "such a teacher the answers can be learnt: mlxchat distill"
+            f"the teacher {folder} has another vocabulary: {difference}. Its distributions are over other tokens. "
+            "Learn from its answers instead: mlxchat distill"
         )
     if context is not None and context < row_tokens:
         raise DataError(f"the teacher {folder} takes {context:,} tokens at a time, rows have {row_tokens:,}")
@@ -137,7 +130,7 @@ def spell_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def compare_vocabularies(ours: Mapping[int, str], theirs: Mapping[int, str]) -> str:
-    """Return how two vocabularies (id → token) differ, for people; empty: not at all."""
+    """Return a sentence on how two vocabularies (id → token) differ; empty: not at all."""
     different = [index for index in sorted(ours.keys() | theirs.keys()) if ours.get(index) != theirs.get(index)]
     if not different:
         return ""
