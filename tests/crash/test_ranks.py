@@ -15,8 +15,8 @@ import pytest
 from mlxchat.commands.status import main as status
 from mlxchat.runner.records import Records
 
-RANKS = ("ranks=3", "train.iterations=12")
-SLOWLY = (*RANKS, "train.pause=0.1")
+RANKS = ("ranks=2", "train.iterations=12")
+THREE = ("ranks=3", "train.iterations=12")
 SECONDS = 12.0
 
 
@@ -54,16 +54,15 @@ def check_gone(pids: list[int]) -> None:
 def undisturbed(make_stubs: Any) -> Any:
     """A run of three ranks that nothing happened to."""
     stubs = make_stubs()
-    code, text = stubs.run(*RANKS)
+    code, text = stubs.run(*THREE)
     assert code == 0, text
     assert "[ring]" not in text
     return stubs
 
 
 ENDS = [
-    ("KILL", 1, 1, "rank 1 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
     ("KILL", 2, 1, "rank 2 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
-    ("STOP", 2, 1, "rank 2 (process {pid} on {host}) has said nothing for 4 seconds"),
+    ("STOP", 1, 1, "rank 1 (process {pid} on {host}) has said nothing for 4 seconds"),
     ("TERM", 1, 143, "together stopped at iteration"),
     ("TERM", 0, 143, "together stopped at iteration"),
     ("INT", 0, 130, "together stopped at iteration"),
@@ -76,7 +75,7 @@ def test_all_ranks_end_with_one_message_and_the_next_start_ends_with_the_same_by
     stubs: Any, undisturbed: Any, name: str, rank: int, code: int, message: str
 ) -> None:
     silence = {"mlxchat_silence_seconds": "4"} if name == "STOP" else {}  # a busy machine may be silent for a while
-    process = stubs.start(*SLOWLY, **silence)
+    process = stubs.start(*(THREE if name == "KILL" else RANKS), "train.pause=0.1", **silence)
     pids = wait_for(stubs, 3)
     assert pids[0] == process.pid
     began = time.monotonic()
@@ -100,7 +99,7 @@ def test_all_ranks_end_with_one_message_and_the_next_start_ends_with_the_same_by
 
 
 def test_what_goes_wrong_on_a_rank_is_told_and_its_traceback_kept(stubs: Any) -> None:
-    code, text = stubs.run(*RANKS, "train.dtype=none")
+    code, text = stubs.run(*THREE, "train.dtype=none")
     assert code == 1
     found = re.search(r"error: rank ([12]) \(process \d+ on .*\) failed: KeyError: 'none'\. All ranks have ended", text)
     assert found, text
@@ -129,7 +128,7 @@ def test_status_says_who_computes(stubs: Any, capsys: pytest.CaptureFixture[str]
     process.kill()
     process.wait()
     host = os.uname().nodename
-    assert f"running in process {process.pid} on {host} with 3 ranks (ring) (run " in capsys.readouterr().out
+    assert f"running in process {process.pid} on {host} with 2 ranks (ring) (run " in capsys.readouterr().out
     assert status([f"outputs={stubs.outputs}"]) == 0
     assert "ranks" not in capsys.readouterr().out
 
@@ -138,7 +137,7 @@ def test_a_rank_that_is_asked_twice_leaves_at_once_and_is_told_of(stubs: Any) ->
     process = stubs.start(*RANKS, "train.pause=3")
     pids = wait_for(stubs, 1)
     for _ in range(2):
-        os.kill(pids[2], signal.SIGTERM)
+        os.kill(pids[1], signal.SIGTERM)
         time.sleep(0.6)
     text, _ = process.communicate(timeout=30)
     assert process.returncode in (1, 143), text

@@ -72,9 +72,18 @@ def look(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> li
     return team.group.gather_json(digest(model_on(team)))
 
 
+def train_all(team: Team) -> dict[str, Any]:
+    return {name: train(team, name) for name in KINDS}
+
+
+@pytest.fixture(scope="module")
+def together() -> dict[str, Any]:
+    return dict(ranks.lead_ranks(train_all, 2, seconds=120))
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_two_ranks_train_adapters_as_one_process_does(name: str) -> None:
-    found, expected = ranks.lead_ranks(train, 2, name, seconds=90), train(Team(), name)
+def test_two_ranks_train_adapters_as_one_process_does(name: str, together: dict[str, Any]) -> None:
+    found, expected = together[name], train(Team(), name)
     np.testing.assert_allclose(found["steps"], expected["steps"], rtol=1e-5)
     for key, value in expected["adapters"].items():
         apart = np.linalg.norm(np.array(found["adapters"][key]) - np.array(value))

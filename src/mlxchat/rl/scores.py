@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import IGNORED, Ints
-from mlxchat.distributed.team import Team
+from mlxchat.distributed.team import Team, name_of
 from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.cross_entropy import token_scores
@@ -57,10 +57,7 @@ class PolicyScores:
         if weights is not None:
             _share_reference(team, weights)
         team.kept[_SCORES] = self
-        request = {
-            "reference": weights is not None, "micro_tokens": self.micro_tokens,
-            "dtype": str(self.dtype).rpartition(".")[2],
-        }  # fmt: skip
+        request = {"reference": weights is not None, "micro_tokens": self.micro_tokens, "dtype": name_of(self.dtype)}
         found: tuple[Floats, Floats] = team.call(_score, request, {"ids": ids, "targets": targets})
         return found
 
