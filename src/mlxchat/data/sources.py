@@ -201,8 +201,8 @@ def gather_documents(
 
     documents: list[str] = []
     sources: list[dict[str, Any]] = []
-    for source in bundled.sources(packages):
-        texts = [document.text for document in bundled.documents([source.name], document_chars)]
+    for source in [bundled.source(name) for name in packages]:
+        texts = list(bundled.documents(source, document_chars))
         documents += texts
         facts = {"version": source.version, "licence": source.licence, "sha256": source.digest()}
         sources.append({"name": source.name, **facts, "chars": sum(map(len, texts))})

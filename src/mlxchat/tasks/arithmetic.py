@@ -104,14 +104,6 @@ _TWO_STEP = (
 )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A word problem; the answer is in GSM8K's raw form: <<12+7=19>> after each calculation, #### last."""
-
-    question: str
-    answer: str
-
-
 class Arithmetic(Task):
     """Sums about people and things; right where the response holds #### and the right number.
 
@@ -152,11 +144,6 @@ class Arithmetic(Task):
     def _own_size(self) -> int:
         return 8000 if self.split == "train" else 400
 
-    def problem(self, index: int) -> Problem:
-        """Return problem `index` as GSM8K would store it."""
-        conversation = self[index]
-        return Problem(conversation["messages"][0]["content"], conversation["raw"])
-
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         number, template = rng.choice(list(enumerate(_TWO_STEP if rng.random() < self.two_step_frac else _ONE_STEP)))
         while True:
@@ -166,13 +153,11 @@ class Arithmetic(Task):
                 break
         words = _words(rng)
         a, b, c = (*numbers, 0)[:3]
-        question = template.question.format(a=a, b=b, c=c, **words)
         answer, result = template.answer, 0
-        for step in template.steps:
-            work = step.format(a=a, b=b, c=c, r=result)
-            result = _calculate(work)
+        for work, result in _solve(template, numbers):
             answer = answer.replace("{work}", f"{work}=<<{work}={result}>>{result}", 1)
         raw = f"{answer.format(**words)}\n#### {result}"
+        question = template.question.format(a=a, b=b, c=c, **words)
         return dialogue(question, calculator_parts(raw), raw=raw, answer=str(result))
 
 
@@ -197,20 +182,28 @@ def _numbers(template: _Template, rng: random.Random) -> tuple[int, ...]:
         first = template.steps[0][3]
         if first == "/":
             b = rng.randint(2, 10)
-            numbers = (b * rng.randint(2, 20), b)
+            numbers: tuple[int, ...] = (b * rng.randint(2, 20), b)
         elif first == "*":
             numbers = (rng.randint(2, 20), rng.randint(2, 12))
         else:
             numbers = (rng.randint(2, 99), rng.randint(2, 99))
-        third = (rng.randint(2, 10 if "/" in template.steps[-1] else 50),) if len(template.steps) > 1 else ()
-        result = 0
-        for step in template.steps:
-            work = step.format(a=numbers[0], b=numbers[1], c=third[0] if third else 0, r=result)
-            result = _calculate(work)
-            if result < 2:
-                break
-        else:
-            return numbers + third
+        if len(template.steps) > 1:
+            numbers = (*numbers, rng.randint(2, 10 if "/" in template.steps[-1] else 50))
+        if len(_solve(template, numbers)) == len(template.steps):
+            return numbers
+
+
+def _solve(template: _Template, numbers: tuple[int, ...]) -> list[tuple[str, int]]:
+    """Return each step's calculation and result, up to the first result that is below 2 or not whole."""
+    a, b, c = (*numbers, 0)[:3]
+    solved, result = [], 0
+    for step in template.steps:
+        work = step.format(a=a, b=b, c=c, r=result)
+        result = _calculate(work)
+        if result < 2:
+            break
+        solved.append((work, result))
+    return solved
 
 
 def _calculate(work: str) -> int:

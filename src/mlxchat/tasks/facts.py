@@ -110,22 +110,18 @@ class FactsMC(_FactTask):
         return self._choice(index, _question(fact, rng), rng, ())
 
     def _choice(self, index: int, question: str, rng: random.Random, passage: Sequence[str]) -> Conversation:
-        """Ask with three wrong values of the field, none of them in the passage."""
+        """Ask with three wrong values of the field, none of them in the passage.
+
+        Every letter is right equally often, and another one each time that a fact comes round.
+        """
         fact = self._fact(index)
         right = {fact.value, *fact.others}
         others = sorted({other.value for other in facts() if other.field == fact.field} - right)
         others = [value for value in others if not any(value in line for line in passage)]
-        return self._offer(index, question, rng.sample(others, len(LETTERS) - 1))
-
-    def _offer(self, index: int, question: str, wrong: list[str]) -> Conversation:
-        """Return the question with the fact's value among the wrong ones.
-
-        Every letter is right equally often, and another one each time that a fact comes round.
-        """
+        wrong = rng.sample(others, len(LETTERS) - 1)
         place = (index + index // len(self._facts)) % len(LETTERS)
-        choices = [*wrong[:place], self._fact(index).value, *wrong[place:]]
-        letter = LETTERS[place]
-        return choice_dialogue(question, LETTERS, choices, letter)
+        choices = [*wrong[:place], fact.value, *wrong[place:]]
+        return choice_dialogue(question, LETTERS, choices, LETTERS[place])
 
 
 class ReadingMC(FactsMC):

@@ -118,7 +118,10 @@ class _WordListTask(UrlTask):
 
     @cached_property
     def _words(self) -> list[str]:
-        return _words_of(self._file(), is_shuffled=self.is_shuffled)
+        words = list(_words_of(self._file()))
+        if self.is_shuffled:
+            random.Random(42).shuffle(words)
+        return words
 
     def _own_size(self) -> int:
         return 1000
@@ -187,14 +190,10 @@ def _questions() -> list[str]:
 
 
 @cache
-def _words_of(path: Path | None, *, is_shuffled: bool) -> list[str]:
-    """Return the words of a file (None: the bundled ones), in its order or in that of SimpleSpelling."""
-    if is_shuffled:
-        words = list(_words_of(path, is_shuffled=False))
-        random.Random(42).shuffle(words)
-        return words
+def _words_of(path: Path | None) -> list[str]:
+    """Return the words of a file (None: the bundled ones), in its order."""
     if path is None:
-        return list(common_words())
+        return common_words()
     try:
         words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
