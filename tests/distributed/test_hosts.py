@@ -84,7 +84,8 @@ def test_two_hosts_train_end_when_their_link_is_cut_and_go_on(
     assert done.returncode == 0, (done.stderr, said)
     assert said["cut-0.code"].strip() == "1", said
     assert said["cut-1.code"].strip() == "1", said
-    assert int((tmp_path / "cut-seconds").read_text()) <= 20
+    # Six seconds of silence, and what a busy machine needs for the rest.
+    assert 5 <= int((tmp_path / "cut-seconds").read_text()) <= 60
     errors = [line for line in said["cut-0.txt"].splitlines() if line.startswith("error:")]
     assert len(errors) == 1, said
     assert "on mini2) has said nothing for 6 seconds: it hangs, was stopped, or its network is gone" in errors[0]

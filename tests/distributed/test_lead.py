@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlxchat.compose import compose_config
+from mlxchat.distributed.group import PeerLost
 from mlxchat.distributed.ranks import Ranks, lead_ranks
+from mlxchat.errors import StepFailed
 from mlxchat.ops import machine as machine_module
 from mlxchat.pipeline_run import remark_few_rows
+from mlxchat.runner.signals import stop_on_signals
 
 
 def machine(*settings: str) -> Any:
@@ -49,3 +55,21 @@ def test_more_ranks_than_rows_are_remarked_on() -> None:
     ]
     (line,) = remark_few_rows(config, plan, 3)
     assert line == "pretrain   has 2 rows in an iteration for 3 ranks: some have nothing to train on"
+
+
+@pytest.fixture
+def terminated() -> Iterator[None]:
+    """Put the handler of SIGTERM back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("terminated")
+def test_a_launcher_that_stops_all_ranks_does_not_silence_why(tmp_path: Path) -> None:
+    """mlx.launch sends SIGTERM once a rank has ended, which ended rank 0 before it had told of the loss."""
+    ranks: Any = Ranks()
+    ranks.watch = SimpleNamespace(cause=lambda: "rank 1 was killed")
+    with pytest.raises(StepFailed, match="rank 1 was killed"), stop_on_signals(lambda number: None, lambda: None):
+        raise ranks.explain(PeerLost("ring"), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN

@@ -20,6 +20,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -287,6 +288,9 @@ class Ranks:
             link = link.__cause__ or link.__context__
         if self.watch is None or link is None:
             return error
+        if threading.current_thread() is threading.main_thread():
+            # A launcher stops all ranks once one has ended. This one first says why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         loss = self.watch.cause() or f"the connection between the ranks broke ({error})"
         found = [int(path.name) for path in work.glob("*") if re.fullmatch(r"\d{8}", path.name)]
         where = f"iteration {max(found)}" if found else "what was saved last"

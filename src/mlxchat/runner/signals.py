@@ -68,7 +68,8 @@ def stop_on_signals(
     finally:
         _heard.pop()
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)
         signal.set_wakeup_fd(former)
         os.close(writing)
         thread.join()
