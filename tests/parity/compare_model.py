@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +32,7 @@ from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import count_parameters, flops_per_token
 from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
 from mlxchat.ops.lanes import Lanes
+from mlxchat.optim import muon
 from mlxchat.optim import optimizer as optimizer_module
 from mlxchat.optim.muon import aspect_factor, normuon_update
 from mlxchat.optim.optimizer import Optimizer, Rates
@@ -176,7 +178,31 @@ def optimizer_of(
     model: GPT, variant: str, dtype: mx.Dtype | None = None, lr_frac: float = 1.0, **numbers: float
 ) -> Optimizer:
     """Return a snapshot's optimizer of a model; dtype is what it orthogonalises in, numbers are fields to change."""
-    return Optimizer(model, optimizer_config(variant, **numbers), width=model.sizes.width, lr_frac=lr_frac, dtype=dtype)
+    kind = RoundingOptimizer if dtype == mx.bfloat16 else Optimizer
+    return kind(model, optimizer_config(variant, **numbers), width=model.sizes.width, lr_frac=lr_frac, dtype=dtype)
+
+
+class RoundingOptimizer(Optimizer):
+    """Orthogonalises as torch does in bfloat16 on a CPU; MLX's own bfloat16 would round the coefficients too."""
+
+    def move(self, *arguments: Any) -> Any:
+        with mock.patch.object(muon, "iterate", iterate_rounded):
+            return super().move(*arguments)
+
+
+def iterate_rounded(x: mx.array, quintics: Sequence[muon.Quintic]) -> mx.array:
+    """Apply odd quintics to singular values, computed in float32 with every result rounded to bfloat16."""
+
+    def rounded(x: mx.array) -> mx.array:
+        return x.astype(mx.bfloat16).astype(mx.float32)
+
+    tall = x.shape[-2] > x.shape[-1]
+    x = (x.swapaxes(-1, -2) if tall else x).astype(mx.float32)
+    for a, b, c in quintics:
+        gram = rounded(x @ x.swapaxes(-1, -2))
+        inner = rounded(rounded(b * gram) + rounded(rounded(c * gram) @ gram))
+        x = rounded(rounded(a * x) + rounded(inner @ x))
+    return x.swapaxes(-1, -2) if tall else x
 
 
 def whole_batch(file: ParityFile) -> Batch:

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised, for the transformer's matrices; as nanochat had it in 2025 and in 2026.
+"""Muon: orthogonalised momentum for the transformer's matrices, as in nanochat of 2025 and of 2026.
 
 Counterpart of nanochat/muon.py of October 2025 and of `muon_step_fused` in nanochat/optim.py of July 2026 (Keller
 Jordan's Muon, https://kellerjordan.github.io/posts/muon/).
@@ -9,8 +9,6 @@ Shapes: S matrices of one shape, R rows, C columns.
 from __future__ import annotations
 
 import mlx.core as mx
-
-from mlxchat.ops.device import default_dtype
 
 Quintic = tuple[float, float, float]
 
@@ -25,7 +23,7 @@ POLAR_EXPRESS: tuple[Quintic, ...] = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 _EPSILON = 1e-6
-# Quintics after which the Gram matrix is made anew.
+# Quintics after which the Gram matrix is recomputed.
 _FRESH_GRAM = 2
 
 
@@ -39,7 +37,7 @@ def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
     """
     x = matrices.astype(dtype)
     x = x / (_norm(x, (-2, -1)).astype(dtype) + 1e-7)
-    return _iterate(x, [_NEWTON_SCHULZ] * num_iterations).astype(matrices.dtype)
+    return iterate(x, [_NEWTON_SCHULZ] * num_iterations).astype(matrices.dtype)
 
 
 def polar_express(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
@@ -59,7 +57,7 @@ def polar_express(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
     # The norm of the balanced matrix, known without another pass over it.
     norm = mx.sqrt(mx.square(row_norms * balance).sum(-2, keepdims=True))
     x = x * (balance / (norm * 1.01 + _EPSILON)).astype(dtype)
-    return _iterate(x, POLAR_EXPRESS[:num_iterations]).astype(matrices.dtype)
+    return iterate(x, POLAR_EXPRESS[:num_iterations]).astype(matrices.dtype)
 
 
 def nesterov(gradients: mx.array, momenta: mx.array, momentum: mx.array) -> tuple[mx.array, mx.array]:
@@ -139,11 +137,9 @@ def _norm(x: mx.array, axes: tuple[int, ...]) -> mx.array:
     return mx.sqrt(squares)
 
 
-def _iterate(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
+def iterate(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
     """Apply odd quintics to the singular values of matrices (S, R, C)."""
     rows, columns = x.shape[-2:]
-    if x.dtype == mx.bfloat16 and default_dtype() != mx.bfloat16:
-        return _iterate_rounded(x, quintics)
     if x.dtype == mx.float32 and max(rows, columns) >= 2 * min(rows, columns):
         return _iterate_gram(x, quintics)
     tall = rows > columns
@@ -157,9 +153,9 @@ def _iterate(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.a
 def _iterate_gram(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
     """Do the same with fewer products of the long side.
 
-    Every quintic multiplies x with a polynomial of its Gram matrix; the polynomials commute, so that the product of
-    several is made of small matrices alone. Squaring loses half of the digits of small singular values, which every
-    further quintic would amplify, so the Gram matrix is made anew in between.
+    Each quintic multiplies x by a polynomial of its Gram matrix. The polynomials commute, so the product of several
+    needs small matrices only. Squaring loses half of the digits of small singular values, which each further quintic
+    amplifies, so the Gram matrix is recomputed in between.
     """
     for part in (quintics[:_FRESH_GRAM], quintics[_FRESH_GRAM:]):
         gram, product = _gram(x), None
@@ -178,21 +174,3 @@ def _gram(x: mx.array) -> mx.array:
     """Return the products of the rows of matrices (S, R, C), or of their columns where these are fewer."""
     transposed = x.swapaxes(-1, -2)
     return transposed @ x if x.shape[-2] > x.shape[-1] else x @ transposed
-
-
-def _iterate_rounded(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
-    """Do the same as torch does it in bfloat16 on a CPU: computed in float32, every result rounded.
-
-    Only for comparison: MLX's own bfloat16 would round the coefficients too.
-    """
-    tall = x.shape[-2] > x.shape[-1]
-    x = (x.swapaxes(-1, -2) if tall else x).astype(mx.float32)
-    for a, b, c in quintics:
-        gram = _rounded(x @ x.swapaxes(-1, -2))
-        inner = _rounded(_rounded(b * gram) + _rounded(_rounded(c * gram) @ gram))
-        x = _rounded(_rounded(a * x) + _rounded(inner @ x))
-    return x.swapaxes(-1, -2) if tall else x
-
-
-def _rounded(x: mx.array) -> mx.array:
-    return x.astype(mx.bfloat16).astype(mx.float32)

@@ -1,7 +1,7 @@
-"""An optimizer on several ranks: each moves its part of the parameters and alone has its moments.
+"""An optimizer on several ranks: each moves its part of the parameters and holds only the moments of that part.
 
-Muon's matrices are whole, since orthogonalising needs all of one; everything of AdamW is cut along its first axis, as
-it moves every number by itself. So the work and the moments are about equal on all ranks, whatever their number.
+Muon's matrices stay whole, because orthogonalising needs the whole matrix; AdamW's parameters are cut along their first
+axis. So work and moments are about equal on all ranks.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class Piece(NamedTuple):
         return whole if whole.shape == self.shape else whole[self.start : self.stop]
 
     def cut_out(self, whole: mx.array) -> mx.array:
-        """Return this piece with memory of its own: what is only a part keeps the whole array in memory."""
+        """Return this piece with memory of its own: a slice would keep the whole array in memory."""
         return whole if whole.shape == self.shape else mx.array(np.array(self.of(whole)))
 
 
 def deal_pieces(optimizer: Optimizer, size: int) -> list[list[Piece]]:
-    """Return for each of `size` ranks what it moves: every row of every parameter once; some may have nothing."""
+    """Return the pieces that each of `size` ranks moves: every row of every parameter once; a rank may have none."""
     shapes = optimizer.shapes
     matrices = {name: shapes[name] for names in optimizer.muon_shapes.values() for name in names}
     shares = share_evenly(optimizer.costs(matrices), size)
     pieces = [[Piece(name, 0, shapes[name][0], shapes[name]) for name in names] for names in shares]
     for name in optimizer.adamw_rules:
         rows = shapes[name][0] if shapes[name] else 1
-        # The last ranks get what cannot be cut, the first ones the dearest matrix.
+        # Scalars go to the last rank, the most expensive matrix to rank 0.
         for rank, own in enumerate(pieces):
             start, stop = rows * rank // size, rows * (rank + 1) // size
             if start < stop:
@@ -62,10 +62,10 @@ def deal_pieces(optimizer: Optimizer, size: int) -> list[list[Piece]]:
 
 
 class Sharding:
-    """Which rank moves what, and how results come together. All ranks call the same methods in the same order."""
+    """The pieces of each rank and their exchange. All ranks call the same methods in the same order."""
 
     def __init__(self, group: Group, optimizer: Optimizer) -> None:
-        """Deal; `optimizer` keeps of its moments those of this rank alone from now on."""
+        """Deal the parameters; `optimizer` keeps only this rank's moments."""
         self.group = group
         self.pieces = deal_pieces(optimizer, group.size)
         self.own = {piece.name: piece for piece in self.pieces[group.rank]}
@@ -73,16 +73,8 @@ class Sharding:
         own = {piece.name: piece.cut_out(optimizer.state[piece.name]) for piece in self._of_state[group.rank]}
         optimizer.state = {"count": optimizer.state["count"], **own}
 
-    def share(self, optimizer: Optimizer, parts: int) -> list[list[str]]:
-        """Return the names of what this rank moves, in so many parts that take about equally long."""
-        return share_evenly(optimizer.costs({name: piece.shape for name, piece in self.own.items()}), parts)
-
     def sum(self, gradients: Flat) -> tuple[Flat, mx.array]:
-        """Return of gradients, summed over the ranks, what this rank moves, and the common 2-norm of all of them.
-
-        Args:
-            gradients: of all parameters, this rank's part of the sums; emptied.
-        """
+        """Return this rank's pieces of the summed gradients and the 2-norm of all of them; empties `gradients`."""
         own: Flat = {}
         for names in list(buckets(gradients)):
             for name, total in self.group.sum({name: gradients.pop(name) for name in names}).items():
@@ -92,11 +84,11 @@ class Sharding:
         return own, mx.sqrt(squares)
 
     def gather(self, moved: Flat) -> Iterator[tuple[str, mx.array]]:
-        """Yield every parameter whole, from what each rank has moved; this rank's part is emptied."""
+        """Yield every parameter whole, from the pieces that the ranks moved; empties `moved`."""
         return exchange(self.group, self.pieces, moved)
 
     def gather_state(self, optimizer: Optimizer) -> Flat:
-        """Return on rank 0 the optimizer's state with the moments of all ranks, on the others nothing."""
+        """Return the optimizer's state with the moments of all ranks on rank 0, nothing on the others."""
         whole = {"count": optimizer.state["count"]}
         for name, array in exchange(self.group, self._of_state, dict(optimizer.state)):
             if self.group.leads:
@@ -105,7 +97,7 @@ class Sharding:
         return whole if self.group.leads else {}
 
     def deal_state(self, optimizer: Optimizer, state: Mapping[str, mx.array]) -> None:
-        """Give every rank its part of a state that rank 0 has; what the others give is not looked at."""
+        """Give every rank its part of rank 0's state; the others' argument is ignored."""
         group, shapes = self.group, {"count": (), **optimizer.state_shapes(optimizer.shapes)}
         own = {piece.name: piece for piece in self._of_state[group.rank]}
         for name, shape in shapes.items():
@@ -117,13 +109,7 @@ class Sharding:
 
 
 def exchange(group: Group, pieces: Sequence[Sequence[Piece]], own: Flat) -> Iterator[tuple[str, mx.array]]:
-    """Yield by name the arrays (float32) that consist of all ranks' pieces, as they become complete.
-
-    Args:
-        group: of the ranks.
-        pieces: of each rank; the same on all of them.
-        own: this rank's; they are taken out.
-    """
+    """Yield by name the float32 arrays that consist of all ranks' pieces, as they become complete; empties `own`."""
     missing: dict[str, int] = defaultdict(int)
     for piece in (piece for of_rank in pieces for piece in of_rank):
         missing[piece.name] += 1
@@ -147,7 +133,7 @@ def exchange(group: Group, pieces: Sequence[Sequence[Piece]], own: Flat) -> Iter
 
 
 def _loads(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
-    """Yield a rank's pieces by those that travel together."""
+    """Yield a rank's pieces in loads of at most BUCKET_BYTES."""
     load: list[Piece] = []
     for piece in pieces:
         if load and _NUMBER_BYTES * sum(each.size for each in [*load, piece]) > BUCKET_BYTES:
