@@ -180,7 +180,7 @@ class MachineConfig:
     device: str = MISSING
     """auto, cpu or gpu."""
     compute_dtype: str = MISSING
-    """auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
+    """auto (bfloat16 on a GPU that has it, else float32), float32 or bfloat16."""
     device_batch_tokens: int | None = MISSING
     """Tokens per micro-batch, at most; the rest of an iteration is accumulated. null: as many as fit and still help."""
     grad_checkpointing: bool = MISSING

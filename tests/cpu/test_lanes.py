@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.cpu import runtime
-from mlxchat.ops.lanes import Lanes, make_lanes
+from mlxchat.ops.device import Lanes, make_lanes
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 from kit import ranks
 from mlxchat.distributed.team import Team
 from mlxchat.engine.rank_engine import clear_caches
-from mlxchat.ops.distillation import Mix
+from mlxchat.ops.loss import Mix
 from mlxchat.planning.given import TeacherSize
 from mlxchat.training.teacher import Distillation, OutsideTeacher
 from mlxchat.training.team_step import TeamStep

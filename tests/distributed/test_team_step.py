@@ -21,7 +21,7 @@ from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
 from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import sizes_of
-from mlxchat.ops.distillation import Mix
+from mlxchat.ops.loss import Mix
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.planning.given import TeacherSize
 from mlxchat.planning.memory import Training, predict_peak

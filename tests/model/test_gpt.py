@@ -27,8 +27,8 @@ from mlxchat.model.gpt import (
     set_parameters,
 )
 from mlxchat.model.sizes import GPTSizes
-from mlxchat.ops import cross_entropy
-from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
+from mlxchat.ops import loss as cross_entropy
+from mlxchat.ops.loss import cross_entropy_sum, token_losses
 
 make_model = partial(models.make_model, num_layers=3, scale=0.3)
 
@@ -69,7 +69,7 @@ def test_logits_in_bfloat16_are_near_those_of_nanochat_in_numpy(
 def test_gradients_in_bfloat16_are_near_those_of_float32(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     """On the plain path. The head's is summed in float32 over chunks of 30 rows and rounded once."""
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
-    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 30 * 280)
+    monkeypatch.setattr(cross_entropy, "LOGITS", 30 * 280)
     model, ids = make_model(architecture), random_ids(2, 151)
 
     def gradients(dtype: mx.Dtype) -> dict[str, np.ndarray]:

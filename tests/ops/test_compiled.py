@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.ops.compiled import compiled, differentiable, made_once, sum_rows
+from mlxchat.ops.device import compiled, differentiable, made_once
+from mlxchat.ops.loss import sum_rows
 
 
 @pytest.mark.parametrize("count", [1, 7, 4096, 65_536])

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mlxchat.cpu import kernels
-from mlxchat.ops import cross_entropy
-from mlxchat.ops.cross_entropy import cross_entropy_sum, soft_cap, token_losses
+from mlxchat.ops import loss as cross_entropy
+from mlxchat.ops.loss import cross_entropy_sum, soft_cap, token_losses
 
 WIDTH, VOCABULARY = 16, 50
 # Rows on both sides of the chunks of 64 that `small_chunks` makes.
@@ -24,7 +24,7 @@ NUM_ROWS = [1, 63, 64, 65, 128, 200]
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_CHUNK_FLOATS", 1)  # so 64 rows, the least there are in a chunk
     monkeypatch.setattr(kernels, "_LEAST_ROWS", 64)
-    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 64 * VOCABULARY)
+    monkeypatch.setattr(cross_entropy, "LOGITS", 64 * VOCABULARY)
 
 
 def example(num_rows: int, *, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from mlxchat.cpu import kernels
-from mlxchat.ops import cross_entropy
-from mlxchat.ops.cross_entropy import cross_entropy_sum, soft_cap
-from mlxchat.ops.distillation import Mix, distillation_sum
+from mlxchat.ops import loss as cross_entropy
+from mlxchat.ops.loss import Mix, cross_entropy_sum, distillation_sum, soft_cap
 
 ROWS, LENGTH, WIDTH, VOCAB = 2, 150, 12, 61
 MIXES = [
@@ -24,7 +23,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute 32 rows at a time, so that there are several chunks."""
-    monkeypatch.setattr(cross_entropy, "_CHUNK_FLOATS", 32 * VOCAB)
+    monkeypatch.setattr(cross_entropy, "LOGITS", 32 * VOCAB)
     monkeypatch.setattr(kernels, "_CHUNK_FLOATS", 32 * VOCAB)
     monkeypatch.setattr(kernels, "_LEAST_ROWS", 32)
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.ops.normalisation import rms_norm, rotate_and_normalise
+from mlxchat.ops.attention import rms_norm, rotate_and_normalise
 
 
 def numpy_norm(x: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from kit import models
 from kit.training import move, optimizer_config
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.device import Lanes
 from mlxchat.optim.optimizer import Optimizer, Rates, clip_factor, sum_squares
 
 make_model = partial(models.make_model, vocab_size=50, context_tokens=8, seed=0, scale=1.0)

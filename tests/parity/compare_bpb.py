@@ -14,7 +14,7 @@ from parity_file import ParityFile
 from mlxchat.data.packing import Row
 from mlxchat.evals.bpb import bits_per_byte, mean_loss
 from mlxchat.model.gpt import GPT
-from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.ops.loss import token_losses
 
 BITS = 1e-6
 LOSS = 1e-5

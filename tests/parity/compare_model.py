@@ -30,8 +30,8 @@ from mlxchat.config import OptimizerConfig
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import count_parameters, flops_per_token
-from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.device import Lanes
+from mlxchat.ops.loss import cross_entropy_sum, token_losses
 from mlxchat.optim import muon
 from mlxchat.optim import optimizer as optimizer_module
 from mlxchat.optim.muon import aspect_factor, normuon_update

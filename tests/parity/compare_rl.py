@@ -14,7 +14,7 @@ from parity_file import ParityFile
 from mlxchat.config import RLConfig
 from mlxchat.engine.generate import Completion
 from mlxchat.model.gpt import flatten_parameters
-from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Rates, lr_multiplier
 from mlxchat.rl.loss import advantages_of, policy_loss
 from mlxchat.rl.rollouts import Rollout

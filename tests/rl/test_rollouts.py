@@ -18,7 +18,7 @@ from mlxchat.engine.generate import Completion, Engine
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.cross_entropy import token_losses
+from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Rates
 from mlxchat.rl.loss import policy_loss
 from mlxchat.rl.rollouts import Rollout, Rollouts, conversation_rows, pass_at_k, summarise

@@ -13,8 +13,8 @@ from kit.training import make_optimizer, make_rows
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops import dropout as dropout_module
+from mlxchat.ops.device import Lanes, make_lanes
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
-from mlxchat.ops.lanes import Lanes, make_lanes
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.training import step as step_module
 from mlxchat.training.step import Batch, TrainStep, mean_batch

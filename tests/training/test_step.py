@@ -13,8 +13,8 @@ from kit.training import make_optimizer
 from mlxchat.cpu import runtime
 from mlxchat.data.packing import IGNORED
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.ops.lanes import Lanes, make_lanes
+from mlxchat.ops.device import Lanes, make_lanes
+from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.training import step as step_module
 from mlxchat.training.step import Batch, TrainStep, mean_batch

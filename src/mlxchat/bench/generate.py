@@ -18,8 +18,7 @@ from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
-from mlxchat.ops.device import describe_device, prepare_machine
-from mlxchat.ops.lanes import make_lanes
+from mlxchat.ops.device import describe_device, make_lanes, prepare_machine
 from mlxchat.runner.environment import versions
 from mlxchat.runner.progress import Progress, format_bytes, format_count
 

@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.cross_entropy import cross_entropy_sum, token_losses
-from mlxchat.ops.normalisation import rms_norm
+from mlxchat.ops.attention import rms_norm
+from mlxchat.ops.loss import cross_entropy_sum, token_losses
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 
 Work = Callable[[], object]

@@ -19,10 +19,10 @@ from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT, init_weights, trained_parameters
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.ops.device import backend, describe_device, prepare_machine
+from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, Rates, adapter_rule, rates_at
 from mlxchat.planning.memory import Training, find_device, forward_tokens, rows_at_a_time
-from mlxchat.planning.peak import peak_flops, raise_peak
+from mlxchat.planning.peak import peak_flops, raise_peak, tabled_peak_flops
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.runner.progress import Progress
 from mlxchat.training.step import TrainStep, mean_batch
@@ -106,7 +106,7 @@ def measure_training(config: Config) -> dict[str, Any]:
     return {
         "tokens_per_second": tokens / median(seconds),
         "forward_tokens_per_second": tokens / median(forward),
-        "peak_bytes": max(mlx_peak, growth) if backend() == "cpu" else mlx_peak,
+        "peak_bytes": max(mlx_peak, growth) if device["backend"] == "cpu" else mlx_peak,
         "gflops": flops / 1e9,
         "peak_gflops": peak / 1e9 if peak else None,
         "share_of_peak": flops / peak if peak else None,
@@ -131,7 +131,7 @@ def measure_training(config: Config) -> dict[str, Any]:
         "bench": asdict(bench),
         "seed": seed,
         "dtype": str(dtype).removeprefix("mlx.core."),
-        "peak_is": "measured" if backend() == "cpu" else "tabled",
+        "peak_is": "tabled" if tabled_peak_flops(device["name"], dtype) else "measured",
         "device": device,
         "blas": device["blas"],
         "versions": versions(),

@@ -33,10 +33,10 @@ from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, room_of, visibl
 from mlxchat.engine.quantise import KVFormat, groups_of, rounded, weight_bytes
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
-from mlxchat.ops.compiled import compiled
-from mlxchat.ops.cross_entropy import soft_cap
+from mlxchat.ops.attention import RMS_NORM_EPSILON
+from mlxchat.ops.device import compiled
 from mlxchat.ops.linear import Activation
-from mlxchat.ops.normalisation import RMS_NORM_EPSILON
+from mlxchat.ops.loss import soft_cap
 
 Weight = Any
 """What `stored` returns."""
@@ -245,7 +245,7 @@ def _shared_weights(model: GPT) -> dict[str, mx.array]:
 
 
 def _angles(width: int, theta: float, tokens: int = 1024) -> tuple[Ints, Ints]:
-    """Return tables (T, 2, D / 2) as `ops/normalisation.py` has them."""
+    """Return tables (T, 2, D / 2) as `ops/attention.py` has them."""
     frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     angles = np.arange(tokens, dtype=np.float32)[:, None] * frequencies
     cos, sin = np.cos(angles), np.sin(angles)

@@ -16,15 +16,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.ops.attention import visible_keys
-from mlxchat.ops.compiled import compiled, differentiable
-from mlxchat.ops.cross_entropy import SOFT_CAP, split_rows
+from mlxchat.ops.attention import RMS_NORM_EPSILON, Positions, rotation, visible_keys
+from mlxchat.ops.device import compiled, differentiable
 from mlxchat.ops.dropout import dropped
 from mlxchat.ops.linear import Activation, Adapter, Packed, identity, unpacked
+from mlxchat.ops.loss import SOFT_CAP, split_rows
 from mlxchat.ops.machine import CPU_ATTENTION_TOKENS as _BLOCK_TOKENS
 from mlxchat.ops.machine import CPU_LEAST_LOGITS_ROWS as _LEAST_ROWS
 from mlxchat.ops.machine import CPU_LOGITS as _CHUNK_FLOATS
-from mlxchat.ops.normalisation import RMS_NORM_EPSILON, Positions, rotation
 
 # Rational minimax fit of tanh on [-7.9, 7.9]: odd numerator, even denominator, lowest power first.
 _TANH_OVER = (

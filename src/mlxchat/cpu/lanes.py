@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlxchat.cpu import runtime
 from mlxchat.model.lora import adapters_of
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.device import Lanes
 from mlxchat.ops.machine import CPU_MOST_LANES
 from mlxchat.planning.memory import Device, Training, predict_peak
 

@@ -19,9 +19,8 @@ import numpy as np
 from mlxchat.engine.decode import Caches, Decoder
 from mlxchat.engine.quantise import Kept, KVFormat
 from mlxchat.model.gpt import GPT
-from mlxchat.ops.attention import causal_attention, masked_attention
+from mlxchat.ops.attention import causal_attention, masked_attention, rms_norm
 from mlxchat.ops.machine import BATCH_ROWS, KV_TOKENS
-from mlxchat.ops.normalisation import rms_norm
 
 # What is shorter costs more to look after than to read.
 _LEAST_TOKENS = 16

@@ -15,11 +15,8 @@ import numpy as np
 
 from mlxchat.engine.quantise import Kept, KVFormat, packed_copy, weight_bytes
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.attention import masked_attention
-from mlxchat.ops.compiled import compiled
-from mlxchat.ops.device import accelerated
-from mlxchat.ops.lanes import make_lanes
-from mlxchat.ops.normalisation import Positions, rms_norm
+from mlxchat.ops.attention import Positions, masked_attention, rms_norm
+from mlxchat.ops.device import accelerated, compiled, make_lanes
 
 Caches = list[list[Kept]]
 """For each lane and layer what is kept of its keys, then of its values (`quantise.py`); () where it has no heads."""

@@ -17,7 +17,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.lora import FrozenLinear
 from mlxchat.model.sizes import AdapterSizes
-from mlxchat.ops.cross_entropy import soft_cap
+from mlxchat.ops.loss import soft_cap
 
 Kept = tuple[mx.array, ...]
 """Numbers (B, K, S, D); or packed ones, scales and offsets (B, K, S, …)."""

@@ -16,8 +16,8 @@ import numpy as np
 
 from mlxchat.data.packing import Ints, Row, trim_rows
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.ops.lanes import make_lanes
+from mlxchat.ops.device import make_lanes
+from mlxchat.ops.loss import token_losses
 
 if TYPE_CHECKING:
     from mlxchat.evals.language_model import LanguageModel

@@ -18,8 +18,7 @@ import numpy as np
 
 from mlxchat.evals.core_questions import common_prefix
 from mlxchat.model.sizes import GPTSizes
-from mlxchat.ops.attention import causal_attention, masked_attention
-from mlxchat.ops.normalisation import Positions
+from mlxchat.ops.attention import Positions, causal_attention, masked_attention
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 

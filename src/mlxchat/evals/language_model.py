@@ -11,8 +11,8 @@ import numpy as np
 
 from mlxchat.evals.branching import Branches, Row
 from mlxchat.model.gpt import GPT
-from mlxchat.ops.cross_entropy import token_losses
-from mlxchat.ops.lanes import make_lanes
+from mlxchat.ops.device import make_lanes
+from mlxchat.ops.loss import token_losses
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]

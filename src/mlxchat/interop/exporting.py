@@ -130,7 +130,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         out: an empty folder.
         dtype: float32 or bfloat16; None: as it came in, or float32.
     """
-    from mlxchat.ops.normalisation import RMS_NORM_EPSILON
+    from mlxchat.ops.attention import RMS_NORM_EPSILON
 
     sizes, weights = checkpoint.sizes, checkpoint.weights
     kinds = {name: DTYPES[dtype] if dtype else _kept_dtype(checkpoint, name, "hf") for name in weights.shapes}

@@ -24,8 +24,8 @@ from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.lora import read_adapters, rounding_of, write_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
+from mlxchat.ops.attention import RMS_NORM_EPSILON
 from mlxchat.ops.device import default_dtype
-from mlxchat.ops.normalisation import RMS_NORM_EPSILON
 from mlxchat.runner.bases import ADAPTER_KEY, describe_base, find_chain
 
 # What an architecture may have beyond the published one of October 2025, under these names in config.json.

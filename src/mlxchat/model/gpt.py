@@ -24,11 +24,10 @@ from mlx.utils import tree_flatten
 from mlxchat.errors import ConfigError
 from mlxchat.model.recompute import recomputed
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
-from mlxchat.ops.attention import causal_attention
-from mlxchat.ops.cross_entropy import soft_cap
+from mlxchat.ops.attention import Positions, causal_attention, rms_norm, rotate_and_normalise
 from mlxchat.ops.dropout import dropout
 from mlxchat.ops.linear import Activation, identity, linear, squared_relu
-from mlxchat.ops.normalisation import Positions, rms_norm, rotate_and_normalise
+from mlxchat.ops.loss import soft_cap
 
 
 class LayerCache(Protocol):

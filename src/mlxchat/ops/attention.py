@@ -1,16 +1,83 @@
-"""Attention over the past and present of each token.
+"""RMS norm, rotation and attention over the past and present of each token.
 
-Shapes: B batch, H query heads, K key/value heads, G = H / K, T tokens, S cached tokens, D head width.
+All compute in float32 and return the dtype that they are given.
+
+Shapes: B batch, H query heads, K key/value heads, T tokens, S cached tokens, D head width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxchat.ops.device import accelerated
+
+# float32's machine epsilon: what torch's F.rms_norm(eps=None) uses, so what nanochat's weights were trained with.
+RMS_NORM_EPSILON = 1.1920929e-07
+_TABLE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where each token stands, for rows in which several continuations follow one beginning."""
+
+    of: mx.array
+    """(B, T), from 0."""
+    end: int
+    """Above all of them."""
+
+
+@accelerated
+def rms_norm(x: mx.array) -> mx.array:
+    """Return x divided by the root of its mean square over the last axis."""
+    return mx.fast.rms_norm(x, None, RMS_NORM_EPSILON)
+
+
+@accelerated
+def rotate_and_normalise(x: mx.array, *, offset: int | Positions, theta: float, scale: float) -> mx.array:
+    """Return heads (B, H, T, D) rotated by minus their position's angles, RMS-normalised and scaled.
+
+    nanochat rotates by −θ: halves x1, x2 → x1 cos + x2 sin, x2 cos − x1 sin.
+
+    Args:
+        x: (B, T, H, D) queries or keys as they come from their projection.
+        offset: position of the first token, or of each one.
+        theta: base of the wavelengths.
+        scale: factor after the norm.
+    """
+    x = x.swapaxes(1, 2)
+    if isinstance(offset, Positions):
+        cos, sin = rotation(offset, x.shape[2], x.shape[3], theta)
+        halves = x.astype(mx.float32).reshape(*x.shape[:3], 2, -1)
+        rotated = (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
+    else:
+        # A scale of −1 on the positions turns MLX's rotation by θ into nanochat's.
+        rotated = mx.fast.rope(x, x.shape[-1], traditional=False, base=theta, scale=-1.0, offset=offset)
+    normalised = rms_norm(rotated)
+    return normalised if scale == 1.0 else normalised * scale
+
+
+def rotation(offset: int | Positions, tokens: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
+    """Return what halves, and halves swapped, are multiplied with: (T, 2, D / 2), or (B, 1, T, 2, D / 2)."""
+    if isinstance(offset, Positions):
+        cos, sin = (table[offset.of][:, None] for table in _tables(-(-offset.end // _TABLE_TOKENS), width, theta))
+    else:
+        end = offset + tokens
+        cos, sin = (table[offset:end] for table in _tables(-(-end // _TABLE_TOKENS), width, theta))
+    return cos, sin
+
+
+@cache
+def _tables(blocks: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
+    """Return both tables (T, 2, D / 2) for so many blocks of tokens."""
+    frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    angles = np.arange(blocks * _TABLE_TOKENS, dtype=np.float32)[:, None] * frequencies
+    cos, sin = np.cos(angles), np.sin(angles)
+    return mx.array(np.stack([cos, cos], axis=1)), mx.array(np.stack([sin, -sin], axis=1))
 
 
 @accelerated

@@ -1,4 +1,4 @@
-"""The device that computes, and the one place that decides whether `mlxchat.cpu` takes the plain path's work.
+"""The device that computes, its streams and transforms; alone decides whether `mlxchat.cpu` replaces the plain path.
 
 `mlxchat.cpu` makes Linux CPUs fast: it has functions of the same names and meanings as those marked `accelerated`.
 Metal and CUDA never use it, `MLXCHAT_CPU=plain` switches it off, and without that package everything still works.
@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 import psutil
 
 from mlxchat.errors import ConfigError
-from mlxchat.ops.machine import available_cores
+from mlxchat.ops.machine import available_cores, fast_dtype
 
 if TYPE_CHECKING:
     from mlxchat.config import MachineConfig
     from mlxchat.cpu.runtime import Remedy
 
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,7 +69,7 @@ def _functions_of_cpu() -> dict[str, Callable[..., Any]]:
 def select_device(choice: str, dtype: str) -> mx.Dtype:
     """Make `choice` ('auto', 'cpu' or 'gpu') MLX's default device; return the dtype to compute in.
 
-    `dtype` 'auto' is float32 on a CPU, where half precision is forty times slower, and bfloat16 on a GPU.
+    `dtype` 'auto' is `default_dtype`.
 
     Raises:
         ConfigError: there is no GPU.
@@ -80,14 +82,12 @@ def select_device(choice: str, dtype: str) -> mx.Dtype:
                 "machine.device is gpu, but MLX finds no GPU here. Choose machine=auto or machine=cpu; for NVIDIA, "
                 "install with: make setup DEVICE=cuda13"
             ) from None
-    if dtype == "auto":
-        return default_dtype()
-    return {"float32": mx.float32, "bfloat16": mx.bfloat16}[dtype]
+    return default_dtype() if dtype == "auto" else _DTYPES[dtype]
 
 
 def default_dtype() -> mx.Dtype:
-    """Return the dtype in which the default device computes fast: float32 on a CPU, bfloat16 on a GPU."""
-    return mx.float32 if backend() == "cpu" else mx.bfloat16
+    """Return the dtype in which the default device computes fast: `fast_dtype`."""
+    return _DTYPES[fast_dtype(backend())]
 
 
 def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dtype:
@@ -131,3 +131,77 @@ def describe_device() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "platform": platform.platform(),
     }
+
+
+# Streams
+
+
+class Lanes:
+    """Streams that share the rows of a batch: MLX's default one, or one for each core of a CPU (`mlxchat.cpu`)."""
+
+    def __init__(self, streams: Sequence[mx.Stream]) -> None:
+        """Take the streams."""
+        self.streams = list(streams)
+
+    def __len__(self) -> int:
+        """Return their number."""
+        return len(self.streams)
+
+    def deal(self, count: int) -> list[slice]:
+        """Return parts of `count` rows, as equal as can be and none empty, at most one for each lane."""
+        parts = min(len(self), count)
+        borders = [count * part // parts for part in range(parts + 1)]
+        return [slice(start, stop) for start, stop in pairwise(borders)]
+
+    def run(self, calls: Sequence[Callable[[], R]]) -> list[R]:
+        """Return the results of calls, the i-th built on lane i. `mx.eval` of the results runs them side by side."""
+        results = []
+        for stream, call in zip(self.streams, calls, strict=False):
+            with mx.stream(stream):
+                results.append(call())
+        return results
+
+    def sharing(self, parts: int) -> AbstractContextManager[None]:
+        """Return the context in which `parts` lanes are evaluated."""
+        return nullcontext()
+
+
+@accelerated
+def make_lanes() -> Lanes:
+    """Return the lanes of the default device."""
+    return Lanes([mx.default_stream(mx.default_device())])
+
+
+# MLX's function transforms, with the types of what they transform
+
+# About row factors. `mx.compile` fuses a broadcast with what makes its operand, so that a reciprocal or a root of one
+# number per row would be computed again for every element of the row. Where rows are scaled, the code here keeps the
+# factors in an array without the row's axis and adds that with [..., None], which nothing is fused across. Scalars that
+# are computed inside a compiled function go through `made_once` for the same reason.
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Return `mx.compile(function)`."""
+    return cast(Callable[P, R], mx.compile(function))
+
+
+def made_once(scalar: mx.array) -> mx.array:
+    """Return a scalar as (1,), which kernels read instead of computing it again for every element."""
+    return scalar[None]
+
+
+class differentiable(Generic[P, R]):  # noqa: N801  (a decorator)
+    """`mx.custom_function`: a function whose gradient is given by its `vjp`."""
+
+    def __init__(self, function: Callable[P, R]) -> None:
+        """Wrap the function."""
+        self._function = mx.custom_function(function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call it."""
+        return cast(R, self._function(*args, **kwargs))
+
+    def vjp(self, gradient: Callable[..., object]) -> Callable[..., object]:
+        """Take (primals, cotangents, outputs) → gradients of the primals."""
+        self._function.vjp(gradient)
+        return gradient

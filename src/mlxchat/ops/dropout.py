@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.ops.compiled import compiled, differentiable
+from mlxchat.ops.device import compiled, differentiable
 
 _LEVELS = 1 << 16
 

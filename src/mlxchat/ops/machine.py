@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import sys
 from contextlib import suppress
+from functools import cache
 
 LOGITS = 1 << 26
 """Logits that are computed at a time, 256 MB in float32."""
@@ -55,10 +57,29 @@ def device_kind(choice: str) -> str:
 
 
 def dtype_name(device: str, compute_dtype: str) -> str:
-    """Return 'float32' or 'bfloat16': what `machine.compute_dtype` means on `machine.device`.
+    """Return 'float32' or 'bfloat16': what `machine.compute_dtype` means on `machine.device`."""
+    return fast_dtype(device_kind(device)) if compute_dtype == "auto" else compute_dtype
 
-    auto is bfloat16 on a GPU, and float32 on a CPU, where half precision is forty times slower.
+
+def fast_dtype(kind: str) -> str:
+    """Return 'bfloat16' for a GPU that has it, else 'float32': a CPU is forty times slower in half precision."""
+    return "float32" if kind == "cpu" or (kind == "cuda" and not nvidia_has_bfloat16()) else "bfloat16"
+
+
+@cache
+def nvidia_has_bfloat16() -> bool:
+    """Tell whether the first NVIDIA GPU has bfloat16: compute capability 8.0 (Ampere) and later. True without a GPU.
+
+    The driver answers, not MLX, since keys of plans depend on the dtype.
     """
-    if compute_dtype != "auto":
-        return compute_dtype
-    return "float32" if device != "gpu" and device_kind(device) == "cpu" else "bfloat16"
+    device, major, compute_capability_major = ctypes.c_int(), ctypes.c_int(), 75
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), compute_capability_major, device)
+    )
+    return bool(failed) or major.value >= 8

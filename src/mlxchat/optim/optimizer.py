@@ -21,9 +21,7 @@ from mlxchat.adapter_config import AdapterConfig
 from mlxchat.config import OptimizerConfig, ScheduleConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import trained_parameters
-from mlxchat.ops.compiled import compiled, made_once
-from mlxchat.ops.device import default_dtype
-from mlxchat.ops.lanes import Lanes, make_lanes
+from mlxchat.ops.device import Lanes, compiled, default_dtype, made_once, make_lanes
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
 from mlxchat.optimizer_config import AdamWGroupConfig, ScalingConfig
 

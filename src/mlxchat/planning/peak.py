@@ -13,8 +13,7 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from mlxchat.hub.cache import cache_folder, write_json
-from mlxchat.ops.device import backend
-from mlxchat.ops.lanes import make_lanes
+from mlxchat.ops.device import backend, default_dtype, make_lanes
 
 # Rows, inner width and columns of the measured product. On a CPU it takes 10 to 20 ms, so that some of a hundred are
 # not interrupted by other programs; on a GPU it is large enough to use all of it.
@@ -53,27 +52,26 @@ def peak_flops(dtype: mx.Dtype) -> float | None:
     """Return the highest known FLOP/s of the default device in `dtype`.
 
     It is the published figure or, without one, measured once per process; a training that was faster counts, too.
-    None: half precision on a CPU, which MLX emulates.
+    None: half precision where MLX emulates it, as on a CPU.
     """
-    if backend() == "cpu" and dtype != mx.float32:
+    if dtype != mx.float32 and dtype != default_dtype():
         return None
-    published = None if backend() == "cpu" else tabled_peak_flops(_device_name(), dtype)
-    return keep_peak(dtype, published or _measured(dtype))
+    return keep_peak(dtype, tabled_peak_flops(_device_name(), dtype) or _measured(dtype))
 
 
 def keep_peak(dtype: mx.Dtype, rate: float) -> float:
     """Return the highest FLOP/s ever seen on this machine, `rate` included, and keep it in the cache folder."""
-    device = f"{len(make_lanes())} cores" if backend() == "cpu" else f"{_device_name()}, {dtype}"
+    device = f"{_device_name()}, {len(make_lanes())} lanes, {dtype}"
     path, key = cache_folder() / "peaks.json", f"{platform.node()}, {device}, mlx {version('mlx')}"
-    try:
-        kept = json.loads(path.read_bytes())
-        best = max(rate, float(kept[key]))
-    except (OSError, ValueError, TypeError, KeyError):  # nothing kept, or damaged
-        kept, best = {}, rate
+    kept = {}
+    with suppress(OSError, ValueError):  # nothing kept, or damaged
+        found = json.loads(path.read_bytes())
+        kept = found if isinstance(found, dict) else {}
+    best = max(rate, kept.get(key, 0.0))
     if best == rate:
         with suppress(OSError):
-            write_json(path, {**(kept if isinstance(kept, dict) else {}), key: best})
-    return best
+            write_json(path, kept | {key: best})
+    return float(best)
 
 
 def raise_peak(dtype: mx.Dtype, rate: float) -> float:

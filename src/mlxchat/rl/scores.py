@@ -12,8 +12,8 @@ from mlxchat.data.packing import IGNORED, Ints
 from mlxchat.distributed.team import Team, name_of
 from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.replicas import model_on, sync_model
-from mlxchat.ops.cross_entropy import token_scores
-from mlxchat.ops.lanes import Lanes, make_lanes
+from mlxchat.ops.device import Lanes, make_lanes
+from mlxchat.ops.loss import token_scores
 from mlxchat.optim.optimizer import Flat
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]

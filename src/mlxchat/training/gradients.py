@@ -1,4 +1,4 @@
-"""Sums of losses and gradients over micro-batches and over the lanes that share them (`ops/lanes.py`)."""
+"""Sums of losses and gradients over micro-batches and over the lanes that share them (`ops.device.Lanes`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxchat.ops.compiled import compiled
-from mlxchat.ops.lanes import Lanes
+from mlxchat.ops.device import Lanes, compiled
 from mlxchat.optim.optimizer import Flat, sum_squares
 
 

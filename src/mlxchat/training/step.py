@@ -24,12 +24,9 @@ from mlxchat.model.gpt import (
     trained_parameters,
 )
 from mlxchat.model.lora import adapters_of
-from mlxchat.ops.compiled import compiled
-from mlxchat.ops.cross_entropy import cross_entropy_sum
-from mlxchat.ops.device import accelerated
-from mlxchat.ops.distillation import distillation_sum
+from mlxchat.ops.device import accelerated, compiled, make_lanes
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
-from mlxchat.ops.lanes import make_lanes
+from mlxchat.ops.loss import cross_entropy_sum, distillation_sum
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.optim.sharding import Sharding
 from mlxchat.training.gradients import Gradients, GradientSums

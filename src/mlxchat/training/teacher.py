@@ -15,8 +15,7 @@ from mlxchat.errors import ConfigError, DataError
 from mlxchat.evals.outside import load_outside
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.cross_entropy import soft_cap
-from mlxchat.ops.distillation import Logits, Mix
+from mlxchat.ops.loss import Logits, Mix, soft_cap
 from mlxchat.planning.given import TeacherSize, measure_teacher, teacher_context
 from mlxchat.teacher_config import TeacherConfig
 

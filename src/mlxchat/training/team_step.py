@@ -18,7 +18,7 @@ from mlxchat.distributed.team import Team, name_of
 from mlxchat.evals.outside import load_outside
 from mlxchat.model.gpt import GPT
 from mlxchat.model.replicas import model_on, moving_on_all, sync_model
-from mlxchat.ops.distillation import Mix
+from mlxchat.ops.loss import Mix
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.planning.given import TeacherSize
 from mlxchat.training.step import Batch, TrainStep
