@@ -127,14 +127,14 @@ def test_two_ranks_train_as_one_process(name: str, one: Any, two: Any) -> None:
     assert_close(arrays_of(two[0], place), arrays_of(one[0], place))
 
 
-def test_a_stopped_training_of_as_many_ranks_ends_with_the_same_bits(two: Any) -> None:
+def test_resume_with_two_ranks_is_bit_exact(two: Any) -> None:
     folder, found = two
     straight, continued = arrays_of(folder, "straight"), arrays_of(folder, "stopped")
     assert all(straight[key].tobytes() == continued[key].tobytes() for key in straight)
     assert found["continued"]["records"] == found["straight"]["records"]
 
 
-def test_three_ranks_and_one_process_continue_what_two_began(two: Any, one: Any) -> None:
+def test_resume_with_another_number_of_ranks(two: Any, one: Any) -> None:
     folder, _ = two
     found = {
         3: ranks.lead_ranks(go_on, 3, str(folder), "left for 3", seconds=120),
@@ -145,7 +145,7 @@ def test_three_ranks_and_one_process_continue_what_two_began(two: Any, one: Any)
         assert_close(arrays_of(folder, f"left for {number}"), arrays_of(one[0], "straight"))
 
 
-def test_an_update_that_is_left_out_is_left_out_by_all(two: Any) -> None:
+def test_a_skipped_update_is_skipped_by_all_ranks(two: Any) -> None:
     """The fourth iteration and the ones after it are those of one process, so all ranks kept what they had."""
     records = two[1]["broken"]["records"]
     assert records[2][1] == -1
@@ -153,6 +153,6 @@ def test_an_update_that_is_left_out_is_left_out_by_all(two: Any) -> None:
     assert all(np.isfinite(record[1]) for record in records[3:])
 
 
-def test_the_best_weights_are_put_in_place(two: Any) -> None:
+def test_the_best_weights_are_restored(two: Any) -> None:
     assert two[1]["finished"]["metrics"]["best_iteration"] == 4
     assert two[1]["extended"]["metrics"]["best_iteration"] == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations_with_replacement, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from kit import ranks
 from mlxchat.distributed import group as group_module
-from mlxchat.distributed.group import ALONE, Group, buckets
+from mlxchat.distributed.group import ALONE, Group, buckets, deal_padded
 from mlxchat.distributed.team import Team
 
 # By name, what rank 2 has; the others have something else of the same shape.
@@ -68,7 +69,7 @@ def found() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", BITS)
-def test_what_is_shared_arrives_bit_for_bit_from_any_rank(name: str, found: Any) -> None:
+def test_a_broadcast_is_bit_exact_from_any_rank(name: str, found: Any) -> None:
     for each in found:
         assert each["shared"][name] == BITS[name]
 
@@ -77,30 +78,30 @@ def test_scalars_and_empty_arrays_keep_their_shapes(found: Any) -> None:
     assert [(each["scalar"], each["shape"]) for each in found] == [(3.5, [2, 0, 3])] * 3
 
 
-def test_json_of_unequal_lengths_is_gathered_in_the_order_of_the_ranks(found: Any) -> None:
+def test_json_is_gathered_in_the_order_of_ranks(found: Any) -> None:
     for each in found:
         assert each["said"] == [{"rank": rank, "text": "ü" * 40 * rank} for rank in range(3)]
 
 
-def test_rank_0_is_heard_and_nobody_else(found: Any) -> None:
+def test_only_the_value_of_rank_0_is_shared(found: Any) -> None:
     for each in found:
         assert each["told"] == {"from": 0, "text": "x" * 10_000}
         assert each["nothing"] is None
 
 
 @pytest.mark.parametrize("bucket", [64 * 2**20, 1])
-def test_sums_are_those_of_all_ranks_whatever_travels_together(bucket: int, found: Any) -> None:
+def test_sums_do_not_depend_on_the_bucket_size(bucket: int, found: Any) -> None:
     for each in found:
         assert each[f"sums {bucket}"] == {"a": [[6.0, 6.0]] * 3, "b": [3], "c": 0.75, "none": [], "d": [30.0] * 5}
 
 
-def test_sums_are_the_same_bits_on_every_rank(found: Any) -> None:
+def test_sums_have_equal_bits_on_all_ranks(found: Any) -> None:
     assert found[0]["noise"] == found[1]["noise"] == found[2]["noise"]
     expected = sum(np.random.default_rng(rank).normal(size=1001).astype(np.float32) for rank in range(3))
     np.testing.assert_allclose(np.array(found[0]["noise"], np.uint32).view(np.float32), expected, atol=1e-6)
 
 
-def test_gathered_arrays_stand_in_the_order_of_the_ranks(found: Any) -> None:
+def test_arrays_are_gathered_in_the_order_of_ranks(found: Any) -> None:
     for each in found:
         assert each["gathered"] == [[0, 10], [1, 11], [2, 12]]
         assert each["traffic"] == [True, True]
@@ -132,7 +133,7 @@ def test_parts_are_contiguous_and_as_equal_as_can_be(size: int, count: int) -> N
 
 
 @given(sizes=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([mx.float32, mx.int32])), max_size=8))
-def test_what_travels_together_is_of_one_type_and_not_too_large(sizes: list[tuple[int, mx.Dtype]]) -> None:
+def test_buckets_have_one_dtype_and_a_bounded_size(sizes: list[tuple[int, mx.Dtype]]) -> None:
     arrays = {str(index): mx.zeros(size, dtype=dtype) for index, (size, dtype) in enumerate(sizes)}
     before, group_module.BUCKET_BYTES = group_module.BUCKET_BYTES, 100
     try:
@@ -145,7 +146,7 @@ def test_what_travels_together_is_of_one_type_and_not_too_large(sizes: list[tupl
         assert len(names) == 1 or sum(arrays[name].nbytes for name in names) <= 100
 
 
-def test_a_process_alone_needs_nobody() -> None:
+def test_a_single_process_needs_no_collectives() -> None:
     array = mx.array([1.0, -0.0])
     assert ALONE.share(array) is array
     assert ALONE.sum({"a": array})["a"] is array
@@ -174,7 +175,7 @@ def lead(team: Team) -> list[Any]:
     return [team.call(remember, {"add": 1}, given), team.call(remember, {"add": 10}), len(team.kept)]
 
 
-def test_every_rank_calls_what_rank_0_names_with_what_it_gives() -> None:
+def test_all_ranks_call_the_function_with_equal_arguments() -> None:
     first, second, _ = ranks.lead_ranks(lead, 3)
     seen = {
         "ids": ["mlx.core.int32", [[0.0, 1.0], [2.0, 3.0]]], "half": ["mlx.core.bfloat16", [1.5, -2.0]],
@@ -185,7 +186,7 @@ def test_every_rank_calls_what_rank_0_names_with_what_it_gives() -> None:
     assert second == [[rank, 11 * (1 + rank), {"add": 10}, {}] for rank in range(3)]
 
 
-def test_a_team_of_one_calls_the_function_itself() -> None:
+def test_a_team_of_one_calls_the_function_directly() -> None:
     team = Team()
     assert team.call(remember, {"add": 2}) == [[0, 2, {"add": 2}, {}]]
 
@@ -202,8 +203,38 @@ def leave(group: Group) -> str:
     return "nothing was noticed"
 
 
-def test_a_lost_rank_is_told_in_words() -> None:
+def test_a_lost_rank_raises_peer_lost() -> None:
     said = ranks.run_ranks(leave, 2, seconds=60)
     assert said[1] == "left"
     assert "another process of the group is gone" in said[0]
     assert "continues from what was saved last" in said[0]
+
+
+# Dealing
+
+
+def cost(lengths: list[int]) -> int:
+    return len(lengths) * max(lengths, default=0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_the_most_expensive_part_has_the_least_possible_cost(parts: int) -> None:
+    rng = np.random.default_rng(parts)
+    for count in range(9):
+        lengths = rng.integers(1, 40, count).tolist()
+        dealt = deal_padded(lengths, parts)
+        assert len(dealt) == parts
+        assert [length for part in dealt for length in lengths[part]] == lengths
+        borders = [(0, *cuts, count) for cuts in combinations_with_replacement(range(count + 1), parts - 1)]
+        best = min(max(cost(lengths[start:stop]) for start, stop in pairwise(cuts)) for cuts in borders)
+        assert max(cost(lengths[part]) for part in dealt) == best
+
+
+def test_equal_rows_are_dealt_evenly() -> None:
+    assert [len(range(9)[part]) for part in deal_padded([5] * 9, 2)] == [5, 4]
+    assert [len(range(2)[part]) for part in deal_padded([5] * 2, 3)] == [1, 1, 0]
+
+
+def test_rows_without_length_are_dealt() -> None:
+    """Padding alone, as the last rows of a validation may be."""
+    assert [len(range(3)[part]) for part in deal_padded([0, 0, 0], 2)] == [3, 0]

@@ -69,9 +69,7 @@ def has_namespaces() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_namespaces(), reason="network namespaces are not allowed here")
-def test_two_hosts_train_end_when_their_link_is_cut_and_go_on(
-    tiny: tuple[str, ...], mlxchat: Any, tmp_path: Path
-) -> None:
+def test_two_hosts_end_with_their_link_and_resume(tiny: tuple[str, ...], mlxchat: Any, tmp_path: Path) -> None:
     settings = [*tiny, "stage=pretrain", "pretrain.num_iterations=300", "machine.checkpoint_seconds=0"]
     outputs = f"outputs={tmp_path}/outputs"
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "MLX_", "PYTHON"))}

@@ -35,21 +35,19 @@ def clear(team: Team) -> list[list[int]]:
     return [before, team.call(cached)]
 
 
-def test_all_ranks_give_memory_back_when_rank_0_does() -> None:
+def test_all_ranks_clear_their_caches() -> None:
     before, after = ranks.lead_ranks(clear, 2)
     assert min(before) >= 2**24
     assert max(after) < 2**20
 
 
-def test_a_process_alone_gives_memory_back() -> None:
+def test_a_single_process_clears_its_cache() -> None:
     mx.eval(mx.zeros(2**22) + 1)
     clear_caches(None)
     assert mx.get_cache_memory() < 2**20
 
 
-def test_ranks_are_told_where_a_teacher_lies_whatever_folder_they_work_in(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_teachers_folder_is_sent_as_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     teacher = OutsideTeacher(None, 10, Path("teacher"))
     asking = SimpleNamespace(distillation=Distillation(teacher=teacher, mix=Mix(weight=0.5), size=SIZE), team=Team())

@@ -38,12 +38,12 @@ def launch() -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
-def test_what_does_not_compute_is_said_once(launch: Any, tmp_path: Path) -> None:
+def test_other_verbs_print_once(launch: Any, tmp_path: Path) -> None:
     text, _ = launch("ls", f"outputs={tmp_path}/nothing").communicate(timeout=60)
     assert text.count("nothing") == 1, text
 
 
-def test_a_mistake_is_told_once_and_all_ranks_end(launch: Any, tmp_path: Path) -> None:
+def test_a_config_error_is_printed_once(launch: Any, tmp_path: Path) -> None:
     text, _ = launch("machine.num_processes=3", "experiment=smoke", f"outputs={tmp_path}").communicate(timeout=60)
     assert text.count("error:") == 1, text
     assert "machine.num_processes is 3, but there are 2 ranks already: leave it out" in text
@@ -68,14 +68,14 @@ def two_hosts(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     return make
 
 
-def test_ranks_of_a_hostfile_meet(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
+def test_ranks_of_a_hostfile_connect(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
     process = launch("machine.num_processes=3", "experiment=smoke", f"outputs={tmp_path}", **two_hosts("A=B"))
     text, _ = process.communicate(timeout=60)
     assert "2 ranks compute together (ring)" in text
     assert text.count("error:") == 1, text
 
 
-def test_a_host_with_another_mlxchat_is_refused_by_name(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
+def test_a_host_with_another_version_is_refused(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
     library = Path(mlxchat_module.__path__[0])
     shutil.copytree(library, tmp_path / "old" / "mlxchat", ignore=shutil.ignore_patterns("__pycache__"))
     init = tmp_path / "old" / "mlxchat" / "__init__.py"
@@ -90,7 +90,7 @@ def test_a_host_with_another_mlxchat_is_refused_by_name(launch: Any, two_hosts: 
 
 
 @pytest.mark.slow
-def test_a_training_of_two_ranks_ends_when_one_is_killed_and_goes_on(
+def test_a_training_ends_with_a_killed_rank_and_resumes(
     launch: Any, tiny: tuple[str, ...], mlxchat: Any, tmp_path: Path
 ) -> None:
     settings = [*tiny, "stage=pretrain", "pretrain.num_iterations=80", "machine.checkpoint_seconds=0"]

@@ -69,7 +69,7 @@ def weights_everywhere(team: Team) -> dict[str, Any]:
     return {"found": found, "parameters": len(flat)}
 
 
-def test_every_rank_has_the_weights_and_only_what_changed_travels() -> None:
+def test_only_changed_weights_are_sent() -> None:
     result = ranks.lead_ranks(weights_everywhere, 3)
     found, everything = result["found"], result["parameters"]
     sent = {name: values[0] for name, values in found.items()}
@@ -83,7 +83,7 @@ def test_every_rank_has_the_weights_and_only_what_changed_travels() -> None:
             assert len(set(digests_of_ranks)) == 1, name
 
 
-def test_a_process_alone_sends_nothing() -> None:
+def test_a_single_process_sends_nothing() -> None:
     model, team = GPT(SIZES), Team()
     sync_model(None, model)
     sync_model(team, model)

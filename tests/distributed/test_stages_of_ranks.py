@@ -24,7 +24,7 @@ def called(path: Path) -> list[tuple[str, ast.Call]]:
 
 
 @pytest.mark.parametrize("path", ASKING, ids=lambda path: path.stem)
-def test_whoever_evaluates_a_model_of_ours_has_all_ranks_do_it(path: Path) -> None:
+def test_stages_use_all_ranks_for_evaluations(path: Path) -> None:
     """These would compute on rank 0 alone: right, and unnoticed."""
     names = dict(called(path))
     assert not names.keys() & {"Engine", "OwnModel"}
@@ -48,7 +48,7 @@ def results(outputs: Path) -> dict[str, Any]:
     return found | {"rl": [[each["question"], each["output"], each["reward"]] for each in records]}
 
 
-def test_rl_and_evaluations_of_two_ranks_have_the_results_of_one_process(
+def test_rl_and_evaluations_equal_one_process(
     mlxchat: Any, tiny: tuple[str, ...], outputs: Path, rows_sum_alike: bool
 ) -> None:
     before = results(outputs)

@@ -82,7 +82,7 @@ def together() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_two_ranks_train_adapters_as_one_process_does(name: str, together: dict[str, Any]) -> None:
+def test_two_ranks_train_adapters_as_one_process(name: str, together: dict[str, Any]) -> None:
     found, expected = together[name], train(Team(), name)
     np.testing.assert_allclose(found["steps"], expected["steps"], rtol=1e-5)
     for key, value in expected["adapters"].items():

@@ -168,7 +168,7 @@ def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_and_norms_are_those_of_one_process(name: str, together: Any, one_folder: Path) -> None:
+def test_losses_and_norms_equal_one_process(name: str, together: Any, one_folder: Path) -> None:
     """To 1e-5, sums being made in another order; NaN where one process has NaN."""
     _, found = together
     expected = alone(name, str(one_folder))
@@ -178,7 +178,7 @@ def test_losses_and_norms_are_those_of_one_process(name: str, together: Any, one
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_moments_are_those_of_one_process(name: str, together: Any, one_folder: Path) -> None:
+def test_weights_and_moments_equal_one_process(name: str, together: Any, one_folder: Path) -> None:
     """To 5e-4 of each array's norm, after three steps: AdamW divides by the root of what may be nearly nothing."""
     folder, _ = together
     alone(name, str(one_folder))
@@ -190,7 +190,7 @@ def test_weights_and_moments_are_those_of_one_process(name: str, together: Any, 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_ranks_have_the_same_bits(name: str, together: Any) -> None:
+def test_all_ranks_have_equal_bits(name: str, together: Any) -> None:
     _, found = together
     assert {each[0] for each in found[name]["ranks"]} == {found[name]["digest"]}
 
@@ -210,7 +210,7 @@ def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_what_each_rank_holds_is_what_is_predicted(size: int) -> None:
+def test_peak_memory_is_within_15_percent_of_the_prediction(size: int) -> None:
     """To 15 %, of a model of six layers; weights are on all ranks, moments are dealt out."""
     found = ranks.lead_ranks(peak_of_large, size, seconds=120)
     print(found)

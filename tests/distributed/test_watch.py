@@ -42,7 +42,7 @@ def test_a_rank_that_does_not_read_delays_no_sender(two_ends: Any) -> None:
     assert not sender.is_alive()
 
 
-def test_a_message_arrives_where_somebody_reads(two_ends: Any) -> None:
+def test_a_message_is_one_line_of_json(two_ends: Any) -> None:
     line, other = two_ends
     line.send({"kind": "beat"})
     assert other.makefile("rb").readline() == b'{"kind": "beat"}\n'
@@ -68,7 +68,7 @@ def gather(seen: Watch, facts: dict[str, Any], token: str, seconds: float = 5) -
     return other
 
 
-def test_a_rank_that_hangs_is_reported_and_calls_raise_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_rank_is_reported_and_calls_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "SILENCE_SECONDS", 1.0)
     monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
     seen = Watch(find_facts(0), 2)
@@ -84,7 +84,7 @@ def test_a_rank_that_hangs_is_reported_and_calls_raise_then(monkeypatch: pytest.
         other.close()
 
 
-def test_a_stranger_who_says_nothing_keeps_nobody_waiting() -> None:
+def test_a_silent_connection_delays_no_rank() -> None:
     seen = Watch(find_facts(0), 2)
     with listen_at("127.0.0.1", 0) as listener:
         silent = socket.create_connection(listener.getsockname()[:2])
@@ -98,14 +98,14 @@ def test_a_stranger_who_says_nothing_keeps_nobody_waiting() -> None:
     silent.close()
 
 
-def test_a_rank_does_not_wait_for_ever_for_a_rank_0_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_gives_up_on_a_silent_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "_WELCOME_SECONDS", 0.3)
     with listen_at("127.0.0.1", 0) as listener:
         address = listener.getsockname()[:2]
         assert ranks.follow(ranks.Meeting(rank=1, size=2, backend="ring", address=address)) == 1
 
 
-def test_a_stranger_without_the_word_of_the_run_is_no_rank() -> None:
+def test_a_connection_without_the_token_is_refused() -> None:
     seen = Watch(find_facts(0), 2, "right")
     with pytest.raises(StepFailed, match="rank 1 did not come"):
         gather(seen, find_facts(1), "wrong", seconds=0.5)
@@ -114,7 +114,7 @@ def test_a_stranger_without_the_word_of_the_run_is_no_rank() -> None:
     seen.leave()
 
 
-def test_a_process_that_a_rank_starts_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_started_by_a_rank_are_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv(ranks.TOKEN, "word")
@@ -129,7 +129,7 @@ def test_a_process_that_a_rank_starts_is_no_rank(monkeypatch: pytest.MonkeyPatch
     ("device", "backend", "gpus", "expected"),
     [("cpu", "cuda", 1, "ring"), ("auto", "cuda", 2, "nccl"), ("auto", "metal", 1, "ring"), ("auto", "cpu", 0, "ring")],
 )
-def test_ranks_of_this_machine_meet_by_what_they_compute_on(
+def test_the_backend_of_local_ranks_follows_the_device(
     device: str, backend: str, gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import mlx.core as mx
@@ -157,7 +157,7 @@ with _ending_after(2, "MLX did not connect them"):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_who_watches_a_joining_ends_with_it_and_else_ends_it(ends: bool) -> None:
+def test_joining_ends_with_a_message_after_the_limit(ends: bool) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", JOINS], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -187,13 +187,13 @@ time.sleep(30)
 """
 
 
-def test_work_of_its_own_is_brought_to_its_end_although_a_rank_is_lost() -> None:
+def test_work_between_calls_is_completed_after_a_loss() -> None:
     own = HANGS.replace("seen.begin()", "seen.is_calling = lambda: False; seen.begin()").replace("(30)", "(2)")
     done = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_process_that_does_not_notice_that_a_rank_is_lost_says_so_and_ends() -> None:
+def test_a_blocked_process_is_ended_after_a_loss() -> None:
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert "error: rank 1 (process 4711 on mini2) ended, or the connection to it was cut." in done.stderr
@@ -210,7 +210,7 @@ print("a warning", file=sys.stderr)
 """
 
 
-def test_lines_of_the_ring_go_to_a_file_and_those_of_python_to_the_terminal(tmp_path: Path) -> None:
+def test_only_pythons_errors_reach_the_terminal(tmp_path: Path) -> None:
     log = tmp_path / "rank-0.log"
     done = subprocess.run([sys.executable, "-c", ERRORS, log], capture_output=True, text=True, timeout=20, check=True)
     assert done.stderr == "a warning\n"

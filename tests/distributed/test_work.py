@@ -260,7 +260,7 @@ EACH = pytest.mark.parametrize(("architecture", "size"), [("oct2025", 2), ("jul2
 
 
 @EACH
-def test_every_answer_is_the_one_of_a_single_process(
+def test_answers_equal_one_process(
     of_ranks: Any, of_one: Any, architecture: str, size: int, rows_sum_alike: bool
 ) -> None:
     """What the calculator said included, with too few rows and with none; bit for bit where rows sum alike."""
@@ -288,7 +288,7 @@ def test_losses_and_log_probabilities_agree(
 
 
 @EACH
-def test_core_is_the_same(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
+def test_core_equals_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
     expected, got = of_one(architecture), of_ranks(architecture, size)
     assert got["core"] == expected["core"]
     for mine, theirs in zip(got["core_examples"], expected["core_examples"], strict=True):
@@ -298,9 +298,7 @@ def test_core_is_the_same(of_ranks: Any, of_one: Any, architecture: str, size: i
 
 
 @EACH
-def test_scores_of_tasks_and_each_verdict_are_the_same(
-    of_ranks: Any, of_one: Any, architecture: str, size: int
-) -> None:
+def test_task_scores_equal_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
     expected, got = of_one(architecture), of_ranks(architecture, size)
     assert got["generative"] == expected["generative"]
     assert 0 < got["generative"][0]["accuracy"] < 1
@@ -313,9 +311,7 @@ def test_scores_of_tasks_and_each_verdict_are_the_same(
 
 @EACH
 @pytest.mark.parametrize("bits", ["None", "8"])
-def test_rewards_questions_and_weights_of_rl_are_the_same(
-    of_ranks: Any, of_one: Any, architecture: str, size: int, bits: str
-) -> None:
+def test_rl_batches_equal_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int, bits: str) -> None:
     """Also after the weights have changed, with a reference that has not; and with rounded rollouts."""
     (expected_log, expected), (log, got) = (
         each["rl"][bits] for each in (of_one(architecture), of_ranks(architecture, size))
@@ -332,9 +328,7 @@ def test_rewards_questions_and_weights_of_rl_are_the_same(
 
 
 @EACH
-def test_a_model_with_adapters_is_the_same_on_every_rank(
-    of_ranks: Any, of_one: Any, architecture: str, size: int
-) -> None:
+def test_adapters_equal_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
     expected, got = of_one(architecture)["adapted"], of_ranks(architecture, size)["adapted"]
     assert got["answers"] == expected["answers"]
     np.testing.assert_allclose(got["losses"], expected["losses"], rtol=0, atol=TOLERANCE)
@@ -361,9 +355,7 @@ def answer_until(team: Team | None, folder: str, stop_after: int | None, kind: s
 
 
 @pytest.mark.parametrize(("kind", "first", "then"), [("generative", 2, 3), ("generative", 1, 2), ("categorical", 3, 1)])
-def test_a_stopped_evaluation_goes_on_with_another_number_of_ranks(
-    tmp_path: Path, kind: str, first: int, then: int
-) -> None:
+def test_an_evaluation_resumes_with_another_number_of_ranks(tmp_path: Path, kind: str, first: int, then: int) -> None:
     def answer(size: int, name: str, stop_after: int | None) -> list[Any]:
         given = (str(tmp_path / name), stop_after, kind)
         found = answer_until(None, *given) if size == 1 else ranks.lead_ranks(answer_until, size, *given)

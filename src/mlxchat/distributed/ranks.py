@@ -294,9 +294,9 @@ class Ranks:
         loss = self.watch.cause() or f"the connection between the ranks broke ({error})"
         found = [int(path.name) for path in work.glob("*") if re.fullmatch(r"\d{8}", path.name)]
         where = f"iteration {max(found)}" if found else "what was saved last"
-        told = StepFailed(f"{loss}. All ranks have ended. The same command continues from {where}.")
-        told.__cause__ = error
-        return told
+        failure = StepFailed(f"{loss}. All ranks have ended. The same command continues from {where}.")
+        failure.__cause__ = error
+        return failure
 
     def describe(self) -> dict[str, Any] | None:
         """Return number, backend and hosts of the ranks, for records; None: there are none yet."""
@@ -329,6 +329,7 @@ class Ranks:
         kind = "nccl" if on_gpus and mx.distributed.is_available("nccl") else "ring"
         if kind == "nccl" and (gpus := mx.device_count(mx.gpu)) < size:
             raise ConfigError(f"machine.num_processes is {size}, but MLX finds {gpus} GPUs: expected one for each")
+        forget_meeting()  # variables of another launcher, without a rank
         ports, token = _free_ports(size), secrets.token_hex(16)
         watch = Watch(find_facts(0), size, token)
         with listen_at(_HERE, 0) as listener, tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:

@@ -1,23 +1,31 @@
-"""How ranks that somebody else started meet, and in what they must agree."""
+"""How a run gets its ranks: variables of launchers, comparison of versions, settings."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import mlxchat
 from kit import ranks
-from mlxchat.distributed.ranks import computes, find_meeting
+from mlxchat.compose import compose_config
+from mlxchat.distributed.group import PeerLost
+from mlxchat.distributed.ranks import Ranks, computes, find_meeting, lead_ranks
 from mlxchat.distributed.watch import Line, Watch, code_digest, connect, find_facts, listen_at
 from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.ops import machine as machine_module
+from mlxchat.pipeline_run import remark_few_rows
+from mlxchat.runner.signals import stop_on_signals
 
 
 def write(folder: Path, value: Any) -> str:
@@ -26,16 +34,16 @@ def write(folder: Path, value: Any) -> str:
     return str(path)
 
 
-def test_a_process_without_variables_is_alone() -> None:
+def test_without_variables_there_are_no_ranks() -> None:
     assert find_meeting({}) is None
     assert find_meeting({"MLX_RANK": "0"}) is None
 
 
-def test_one_rank_of_mlx_launch_is_alone(tmp_path: Path) -> None:
+def test_one_process_of_mlx_launch_has_no_ranks(tmp_path: Path) -> None:
     assert find_meeting({"MLX_RANK": "0", "MLX_HOSTFILE": write(tmp_path, "\n")}) is None
 
 
-def test_ranks_of_a_ring_meet_one_port_above_all_of_theirs(tmp_path: Path) -> None:
+def test_a_ring_meets_one_port_above_its_own(tmp_path: Path) -> None:
     hosts = [["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5002", "10.0.1.2:5003"]]
     found = find_meeting({"MLX_RANK": "1", "MLX_HOSTFILE": write(tmp_path, hosts)})
     assert found is not None
@@ -44,7 +52,7 @@ def test_ranks_of_a_ring_meet_one_port_above_all_of_theirs(tmp_path: Path) -> No
     assert found.hosts == ["10.0.0.1", "10.0.0.2"]
 
 
-def test_ranks_of_jaccl_and_nccl_meet_one_port_above_their_coordinator(tmp_path: Path) -> None:
+def test_jaccl_and_nccl_meet_one_port_above_their_coordinator(tmp_path: Path) -> None:
     devices = write(tmp_path, [[None, "rdma_en2"], ["rdma_en3", None]])
     jaccl = {"MLX_RANK": "0", "MLX_IBV_DEVICES": devices, "MLX_JACCL_COORDINATOR": "192.168.1.10:32323"}
     found = find_meeting(jaccl)
@@ -67,7 +75,7 @@ def test_ranks_of_jaccl_and_nccl_meet_one_port_above_their_coordinator(tmp_path:
         ("0", [["a"], ["b"]], '"a" is no port: addresses of ranks are HOST:PORT'),
     ],
 )
-def test_a_hostfile_that_cannot_be_used_is_explained(tmp_path: Path, rank: str, hosts: Any, message: str) -> None:
+def test_an_unusable_hostfile_is_a_config_error(tmp_path: Path, rank: str, hosts: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         find_meeting({"MLX_RANK": rank, "MLX_HOSTFILE": write(tmp_path, hosts)})
 
@@ -80,7 +88,7 @@ def test_a_hostfile_that_cannot_be_used_is_explained(tmp_path: Path, rank: str, 
         ("--version", False), ("--cfg job", False),
     ],
 )  # fmt: skip
-def test_all_ranks_compute_what_run_does_and_nothing_else(line: str, expected: bool) -> None:
+def test_only_run_uses_all_ranks(line: str, expected: bool) -> None:
     assert computes(line.split()) is expected
 
 
@@ -106,7 +114,7 @@ def meet(others: list[dict[str, Any]], size: int, seconds: float = 5) -> Watch:
     return watch
 
 
-def test_ranks_that_are_equal_meet_in_any_order() -> None:
+def test_equal_ranks_connect_in_any_order() -> None:
     watch = meet([find_facts(2), find_facts(1)], 3)
     assert sorted(watch.facts) == [0, 1, 2]
 
@@ -120,7 +128,7 @@ def test_ranks_that_are_equal_meet_in_any_order() -> None:
         ("backend", "metal", "backend is metal there and cpu here"),
     ],
 )
-def test_a_rank_that_would_compute_something_else_is_named_with_its_host(key: str, value: str, message: str) -> None:
+def test_a_rank_with_another_version_is_named_with_its_host(key: str, value: str, message: str) -> None:
     other = find_facts(2) | {"host": "mini2", key: value}
     with pytest.raises(ConfigError) as refused:
         meet([find_facts(1), other], 3)
@@ -130,7 +138,7 @@ def test_a_rank_that_would_compute_something_else_is_named_with_its_host(key: st
     assert "rank 1" not in str(refused.value)
 
 
-def test_a_rank_that_does_not_come_is_named_with_its_host() -> None:
+def test_a_missing_rank_is_named_with_its_host() -> None:
     with pytest.raises(StepFailed, match=re.escape("rank 2 (10.0.0.3) did not come within 1 seconds")):
         meet([find_facts(1)], 3, seconds=1)
 
@@ -149,7 +157,7 @@ else:
 """
 
 
-def test_ranks_that_can_only_meet_in_the_group_learn_there_where_rank_0_listens(tmp_path: Path) -> None:
+def test_without_an_address_ranks_learn_it_in_the_group(tmp_path: Path) -> None:
     hosts = write(tmp_path, [[f"127.0.0.1:{port}"] for port in ranks.free_ports(2)])
     started = [
         subprocess.Popen(
@@ -167,13 +175,13 @@ def test_ranks_that_can_only_meet_in_the_group_learn_there_where_rank_0_listens(
     assert "2 ranks" in said[0].splitlines()
 
 
-def test_strangers_who_say_nothing_that_is_known_are_not_believed() -> None:
+def test_connections_with_an_invalid_rank_are_refused() -> None:
     strangers = [{"rank": 0}, {"rank": 3}, {"rank": "1"}, {}]
     watch = meet([*strangers, find_facts(1)], 2)
     assert watch.facts[1] == find_facts(1)
 
 
-def test_a_code_digest_changes_with_the_code_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_code_digest_covers_python_files_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{12}", code_digest())
     monkeypatch.setattr(mlxchat, "__path__", [str(tmp_path)])
     found = []
@@ -182,3 +190,59 @@ def test_a_code_digest_changes_with_the_code_and_nothing_else(monkeypatch: pytes
         found.append(code_digest.__wrapped__())
     assert found[0] == found[1]
     assert len(set(found)) == 3
+
+
+def machine(*settings: str) -> Any:
+    return compose_config(["experiment=smoke", *settings]).config.machine
+
+
+def test_one_process_has_no_ranks_and_unchanged_settings() -> None:
+    given = machine()
+    assert lead_ranks(given) == (given, None)
+
+
+@pytest.mark.parametrize(("cores", "size", "threads"), [(8, 2, 4), (8, 3, 2), (2, 4, 1)])
+def test_ranks_share_the_cores_of_their_machine(
+    monkeypatch: pytest.MonkeyPatch, cores: int, size: int, threads: int
+) -> None:
+    monkeypatch.setattr(machine_module, "available_cores", lambda: cores)
+    shared, lead = lead_ranks(machine(f"machine.num_processes={size}"))
+    assert shared.blas_threads == threads
+    assert isinstance(lead, Ranks)
+
+
+def test_given_threads_are_not_divided() -> None:
+    shared, _ = lead_ranks(machine("machine.num_processes=2", "machine.blas_threads=3"))
+    assert shared.blas_threads == 3
+
+
+def test_more_ranks_than_rows_gives_a_remark() -> None:
+    batches = {"pretrain": (1024, False), "midtrain": (2048, False), "sft": (None, False), "rl": (512, True)}
+    config: Any = SimpleNamespace(**{
+        name: SimpleNamespace(batch=SimpleNamespace(tokens=tokens, row_tokens=512))
+        for name, (tokens, _) in batches.items()
+    })  # fmt: skip
+    plan: Any = [
+        SimpleNamespace(name=name, stage=SimpleNamespace(name=name), done=done)
+        for name, (_, done) in {**batches, "eval": (None, False)}.items()
+    ]
+    (line,) = remark_few_rows(config, plan, 3)
+    assert line == "pretrain   has 2 rows in an iteration for 3 ranks: some have nothing to train on"
+
+
+@pytest.fixture
+def terminated() -> Iterator[None]:
+    """Put the handler of SIGTERM back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("terminated")
+def test_a_launchers_sigterm_does_not_hide_the_lost_rank(tmp_path: Path) -> None:
+    """mlx.launch sends SIGTERM to all ranks when one has ended."""
+    ranks: Any = Ranks()
+    ranks.watch = SimpleNamespace(cause=lambda: "rank 1 was killed")
+    with pytest.raises(StepFailed, match="rank 1 was killed"), stop_on_signals(lambda number: None, lambda: None):
+        raise ranks.explain(PeerLost("ring"), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
