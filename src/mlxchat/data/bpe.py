@@ -111,10 +111,7 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
 def train_tokenizer(texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
     """Train on texts, most frequent pair first, until the vocabulary (special tokens included) is full.
 
-    Args:
-        texts: documents, read once.
-        vocab_size: at least 265.
-        options: check, on_progress and memory_limit_bytes of `train_ranks`.
+    `options` are check, on_progress and memory_limit_bytes of `train_ranks`.
 
     Raises:
         DataError: the text is too small for the vocabulary, or what `train_ranks` refuses.

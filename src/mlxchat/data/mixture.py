@@ -47,12 +47,7 @@ class Mixture:
     def __init__(
         self, items: Mapping[str, TaskItem], *, seed: int, load: Callable[[TaskItem], Task] = load_item
     ) -> None:
-        """Load the tasks.
-
-        Args:
-            items: the lines by entry.
-            seed: of the order.
-            load: makes a line's task; `open_item` of a stage.
+        """Load the tasks of the lines, in a stage by `open_item`; `seed` decides their order.
 
         Raises:
             ConfigError: the mixture or a task of it is empty.
@@ -74,16 +69,13 @@ class Mixture:
         self._order = shuffled_places(self._ends[-1], seed)
 
     def __len__(self) -> int:
-        """Number of conversations."""
         return len(self._order)
 
     def __getitem__(self, index: int) -> Conversation:
-        """Return a conversation."""
         task, place = self._find(index)
         return self._tasks[task][place]
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Yield all conversations in order."""
         return (self[index] for index in range(len(self)))
 
     def name(self, index: int) -> str:

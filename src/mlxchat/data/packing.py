@@ -50,7 +50,6 @@ class ShuffledConversations:
         self, conversations: Tokens, seed: int, name_of: Callable[[int], str] = "conversation {}".format, *,
         once: bool = False,
     ) -> None:  # fmt: skip
-        """Start the first epoch."""
         self._conversations, self._seed, self.name, self._once = conversations, seed, name_of, once
         self._lengths = conversations.lengths(0, len(conversations))
         self.epoch = self._next = 0
@@ -109,12 +108,10 @@ class BestFitBuffer:
     """Waiting sequences, found by length in logarithmic time. Among equals the first to arrive comes first."""
 
     def __init__(self) -> None:
-        """Begin empty."""
         self._waiting: list[tuple[int, int, Any]] = []  # sorted by length and arrival
         self._arrivals = 0
 
     def __len__(self) -> int:
-        """Number of waiting sequences."""
         return len(self._waiting)
 
     def add(self, address: Any, length: int) -> None:
@@ -449,15 +446,9 @@ class StreamRows(RowStream):
 def pack_documents(
     packing: str, source: Documents, *, row_tokens: int, buffer_documents: int, batch_rows: int, bos: int
 ) -> RowStream:
-    """Return rows of documents.
+    """Return rows of T = `row_tokens`: best_fit, best_fit_whole or stream.
 
-    Args:
-        packing: best_fit, best_fit_whole or stream.
-        source: where documents come from.
-        row_tokens: T.
-        buffer_documents: how many best fit chooses from.
-        batch_rows: rows of an iteration, for the stream.
-        bos: the id of <|bos|>.
+    Best fit chooses from `buffer_documents`; `batch_rows` of the stream share a batch.
     """
     if packing == "stream":
         return StreamRows(source, row_tokens, batch_rows)
@@ -521,13 +512,9 @@ def take_rows(rows: RowStream, count: int) -> list[Row]:
 
 
 def take_validation(rows: RowStream, *, row_tokens: int, tokens: int, setting: str) -> list[Row]:
-    """Return the first rows of held-out text; prints a line where there are fewer than asked for.
+    """Return rows of held-out text with `tokens` tokens, one row at least; prints a line where there are fewer.
 
-    Args:
-        rows: of a source that is read once, so that each token counts once.
-        row_tokens: of each row.
-        tokens: asked for; at least one row is taken.
-        setting: where that number comes from.
+    The source is read once, so that each token counts once. `setting` is where the number of tokens comes from.
     """
     count = max(1, tokens // row_tokens)
     found = take_rows(rows, count)

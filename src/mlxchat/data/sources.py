@@ -169,10 +169,7 @@ def open_shards(corpus: Path, split: str) -> list[Shard]:
 def iterate_documents(corpus: Path, split: str, chars: float | None = None) -> Iterator[str]:
     """Yield every document of a split once, in order. Files of the Hub that come next are fetched meanwhile.
 
-    Args:
-        corpus: folder of the artifact.
-        split: 'train' or 'validation'.
-        chars: how much of a corpus on the Hub the run will read: so much is fetched in the background.
+    `chars` is how much the run will read: so much is fetched in the background.
     """
     shards, density = open_shards(corpus, split), chars_per_byte(corpus)
     for index, shard in enumerate(shards):
@@ -188,11 +185,7 @@ def gather_documents(
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the documents of packages and local files, shuffled once, and a record of each source.
 
-    Args:
-        packages: names of packages that ship text.
-        paths: local files.
-        document_chars: packages' documents are cut at sentence ends into parts no longer than this; None: whole.
-        seed: of the order.
+    Documents of packages are cut at sentence ends into parts of at most `document_chars`; None: they stay whole.
 
     Raises:
         DataError: a package or file is missing, cannot be read or holds no text.
@@ -295,11 +288,8 @@ class HubCorpus:
 def list_corpus(hub: HubConfig, validation_documents: int) -> HubCorpus:
     """Return the shards of a data set of the Hub; nothing but the listing is fetched.
 
-    Validation files are chosen by name alone; a data set without any holds out the first documents of its first file.
-
-    Args:
-        hub: which data set, which files.
-        validation_documents: what is held out of the first file if `hub.validation_files` is null.
+    Validation files are chosen by name alone. Without such names the first `validation_documents` of the first file are
+    held out.
 
     Raises:
         DataError: there is no such data set, or no file matches.
@@ -343,14 +333,7 @@ def pin_corpus(
     """Write the artifact of a corpus on the Hub; return its numbers, and a record of what it pins.
 
     The validation files and the first training file are fetched and looked at; then, in the background, as many as
-    the run will read, for which there must be room on the disk.
-
-    Args:
-        hub: which data set.
-        out: folder of the artifact.
-        validation_documents: see `list_corpus`.
-        train_chars: characters that the run will read for training, if that is known.
-        check: may raise, to end the work.
+    the run will read for training (`train_chars`, if known), for which there must be room on the disk.
 
     Raises:
         DataError: a file is not what it should be, or the disk has no room for what the run needs.
@@ -477,7 +460,6 @@ class Fetcher:
     """
 
     def __init__(self, *, workers: int = _FETCHING_THREADS) -> None:
-        """Fetch nothing yet."""
         self._workers = workers
         self._wanted: set[HubFile] = set()
         self._queue: SimpleQueue[HubFile | None] = SimpleQueue()

@@ -210,9 +210,6 @@ class Tokenizer:
 def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
     """Return a tokenizer with an existing vocabulary and our special tokens, and whether the source's ids are kept.
 
-    Args:
-        source: gpt2, cl100k, a file or a folder (`mlxchat.data.vocabulary`).
-
     Raises:
         DataError: it is not there, is damaged, or encodes in a way that ours would not.
     """

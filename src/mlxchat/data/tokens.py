@@ -61,7 +61,6 @@ class Tokens:
     """(tokens,): whether a token is trained on; None: where the question does not arise."""
 
     def __len__(self) -> int:
-        """Number of sequences."""
         return len(self.offsets) - 1
 
     def lengths(self, start: int, stop: int) -> list[int]:
@@ -82,10 +81,10 @@ class Tokens:
 def write_tokens(
     file: BinaryIO, sequences: Iterable[tuple[Array, Array | None]], *, count: int, vocab_size: int
 ) -> int:
-    """Write sequences as they come; return how many tokens they have together.
+    """Write sequences as they come into an empty file; return how many tokens they have together.
 
     Args:
-        file: empty, seekable.
+        file: seekable.
         sequences: ids, and which of them are trained on: for all sequences, or None for all.
         count: number of sequences.
         vocab_size: decides the width of an id on disk.
@@ -329,14 +328,9 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
 def encode_shard(
     shard: Shard, tokenizer: DocumentTokenizer, folder: Path, *, threads: int, check: Check = lambda: None
 ) -> dict[str, float]:
-    """Encode a text shard into a folder; return the numbers for its manifest.
+    """Encode a text shard into a folder, fetched first if need be; return the numbers for its manifest.
 
-    Args:
-        shard: it is fetched first if it is not on this machine.
-        tokenizer: puts <|bos|> before each document.
-        folder: exists.
-        threads: how many encode at once.
-        check: called every few hundred documents; it may raise, to end the work.
+    `check` is called every few hundred documents and may raise, to end the work.
     """
 
     def encode() -> Iterator[tuple[Array, None]]:

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from mlxchat.config import RewardConfig
 from mlxchat.errors import StepFailed
-from mlxchat.tasks.answers import answer_text
+from mlxchat.tasks.answers import Conversation, answer_text
 from mlxchat.tasks.base import Task
 from mlxchat.user_function import function_file, load_function
 
-Conversation = dict[str, Any]
 Part = Callable[[Conversation, str, int], float]
 
 _SHOWN_CHARS = 300

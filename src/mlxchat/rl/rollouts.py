@@ -23,15 +23,14 @@ from mlxchat.engine.generate import Completion, Engine
 from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
 from mlxchat.rl.rewards import Reward
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.scores import ROWS_STEP, PolicyScores, round_up
 from mlxchat.tasks.answers import answer_text
 from mlxchat.tasks.base import Task
 from mlxchat.training.step import Batch
 
 Log = Callable[[dict[str, Any]], None]
 
-# Batches have multiples of these rows and columns, so that few shapes are compiled.
-_ROWS_STEP, _WIDTH_STEP = 16, 32
+_WIDTH_STEP = 32  # of batches, as ROWS_STEP is of rows
 _EVALUATED_ROWS = 128
 _CHECKED_CONVERSATIONS = 64
 
@@ -88,7 +87,7 @@ class Rollout:
     ) -> Rollout:
         """Place each completion behind its prompt; `padding` is a token id."""
         lengths = np.array([len(prompt) + len(row.ids) for prompt, row in zip(prompts, completions, strict=True)])
-        shape = (len(prompts), _round_up(lengths.max(), _WIDTH_STEP))
+        shape = (len(prompts), round_up(lengths.max(), _WIDTH_STEP))
         ids = np.full((shape[0], shape[1] + 1), padding, dtype=np.int32)
         mask, log_probs = np.zeros(shape), np.zeros(shape)
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -116,7 +115,7 @@ class Rollout:
         """Return the `index`-th of `count` parts with equally many groups, as narrow as its own rows allow."""
         size, height = len(self.questions) // count, len(self.ids) // count
         rows = slice(index * height, (index + 1) * height)
-        width = _round_up(self.lengths[rows].max(), _WIDTH_STEP)
+        width = round_up(self.lengths[rows].max(), _WIDTH_STEP)
         whole = (self.rollout_log_probs, self.old_log_probs, self.ref_log_probs)
         rollout, old, ref = (None if array is None else array[rows, :width] for array in whole)
         return Rollout(
@@ -134,8 +133,8 @@ class Rollout:
     def batch(self, weights: Floats, *, padding: int) -> Batch:
         """Return a batch whose loss is Σ weight × cross-entropy; rows without any weight are left out."""
         useful = np.flatnonzero(weights.any(axis=1))
-        width = _round_up(self.lengths[useful].max(initial=1), _WIDTH_STEP)
-        height = _round_up(max(1, len(useful)), _ROWS_STEP)
+        width = round_up(self.lengths[useful].max(initial=1), _WIDTH_STEP)
+        height = round_up(max(1, len(useful)), ROWS_STEP)
         ids = np.full((height, width + 1), padding, dtype=np.int32)
         placed = np.zeros((height, width), dtype=np.float32)
         ids[: len(useful)], placed[: len(useful)] = self.ids[useful, : width + 1], weights[useful, :width]
@@ -431,7 +430,3 @@ def conversation_rows(tokenizer: Tokenizer, task: Task) -> list[Row]:
 def draw_seed(seed: int, number: int) -> int:
     """Return the seed of the `number`-th draw for one purpose."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-
-
-def _round_up(count: int, step: int) -> int:
-    return -(-int(count) // step) * step

@@ -15,10 +15,10 @@ from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.device import Lanes, make_lanes
 from mlxchat.ops.loss import token_scores
 from mlxchat.optim.optimizer import Flat
+from mlxchat.rl.loss import Floats
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-_ROWS_STEP = 16  # heights of passes are multiples of it, so that few shapes are compiled
+ROWS_STEP = 16
+"""Heights of batches and passes are multiples of it, so that few shapes are compiled."""
 _SCORES, _REFERENCE = "scores", "reference"
 
 
@@ -71,7 +71,7 @@ class PolicyScores:
         for start in range(0, len(ids), rows):
             part = slice(start, min(start + rows, len(ids)))
             count = part.stop - start
-            height = min(rows, -(-count // _ROWS_STEP) * _ROWS_STEP)
+            height = min(rows, round_up(count, ROWS_STEP))
             padding = ((0, height - count), (0, 0))
             padded = [
                 np.pad(array[part], padding, constant_values=value) for array, value in ((ids, 0), (targets, IGNORED))
@@ -94,6 +94,11 @@ class PolicyScores:
         scores = token_scores(hidden.reshape(-1, self.model.sizes.width), self.model.head_weight, targets.reshape(-1))
         set_parameters(self.model, masters)
         return scores
+
+
+def round_up(count: int, step: int) -> int:
+    """Return the next multiple of `step`."""
+    return -(-int(count) // step) * step
 
 
 # What every rank of a team does

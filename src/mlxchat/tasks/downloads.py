@@ -239,13 +239,9 @@ class Rows:
     def __init__(
         self, files: Sequence[Path], columns: Sequence[str], *, seed: int | None = None, nested: str | None = None
     ) -> None:
-        """Read some columns of the files.
+        """Read some columns of parquet files, or those inside the column `nested` where they are not there themselves.
 
-        Args:
-            files: parquet, in their order.
-            columns: what a row holds.
-            seed: of the permutation; None: the files' own order.
-            nested: a column that holds the others, where they are not there themselves.
+        Without a seed the rows keep the order of the files.
 
         Raises:
             DataError: a file cannot be read or lacks a column.
@@ -259,7 +255,6 @@ class Rows:
         self._columns = [(name, self._table.column(name)) for name in columns]
 
     def __len__(self) -> int:
-        """Number of rows."""
         return int(self._table.num_rows)
 
     def number(self, index: int) -> int:

@@ -170,7 +170,6 @@ class KindsMC(Task):
     questions = ("What is {name}?", "What kind of thing is {name}?", "Which of these is {name}?")
 
     def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
-        """Choose the names of a split."""
         super().__init__(split, size=size, seed=seed)
         kinds_of: dict[str, set[str]] = {}
         for fact in facts():

@@ -167,11 +167,9 @@ class ConversationFile:
         self._path, self._places = path, places
 
     def __len__(self) -> int:
-        """Number of conversations."""
         return len(self._places)
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Yield all conversations in order."""
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Conversation:
