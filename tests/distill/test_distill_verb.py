@@ -530,6 +530,25 @@ def test_answers_with_impossible_counts_of_tokens_count_at_their_maximum(
     assert len(teacher.bodies) == 2, "at most 290 of a million each"
 
 
+def test_tokens_beyond_those_of_prompt_and_answer_count_as_output(ask: Callable[..., int], teacher: Teacher) -> None:
+    """Gateways to models that think leave the thoughts out of completion_tokens, and bill them."""
+    told = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 310}
+    teacher.script = lambda question, tries: Reply("yes", usage=told)
+    assert ask(*LIMITED) == 0
+    assert len(teacher.bodies) == 2, "310 of a million each"
+
+
+@pytest.mark.parametrize("year", ["99999999999999999999", "2001 00:00:00 +99999999999999"])
+def test_a_date_of_no_calendar_says_nothing_of_when_to_come_again(
+    year: str, ask: Callable[..., int], teacher: Teacher, place: Path
+) -> None:
+    """It ended the command with a traceback, and with the requests under way."""
+    fault = Reply(status=429, headers={"Retry-After": f"Mon, 01 Jan {year}"})
+    teacher.script = lambda question, tries: fault if tries == 1 and question == "question 2" else Reply("fine")
+    assert ask() == 0
+    assert answers(place) == ["fine"] * 6
+
+
 def test_a_compressed_answer_is_not_unpacked(ask: Callable[..., int], teacher: Teacher, place: Path) -> None:
     """2 KB that were compressed three times kept the client for 4 s, in which no time limit was looked at."""
     body = gzip.compress(b'{"choices": [{"message": {"content": "yes"}}]}')

@@ -223,3 +223,33 @@ def test_what_does_not_fit_is_told(hf: Twin, tmp_path: Path, spoil: Callable[[Pa
     spoil(hf.folder)
     with pytest.raises(DataError, match=message):
         take(hf.folder, tmp_path)
+
+
+HOSTILE_SIZES = [
+    ("num_hidden_layers", 10**9), ("vocab_size", 10**400), ("max_position_embeddings", 10**12), ("hidden_size", 2**40),
+    ("rope_theta", None), ("rope_theta", "x"), ("rope_theta", 10**400), ("rope_theta", float("nan")),
+    ("rope_theta", -1.0), ("rope_parameters", [1]), ("rope_parameters", "x"), ("vocab_multiple", 0),
+    ("vocab_multiple", 10**400), ("vocab_multiple", None), ("value_embeddings", None), ("smear", "x"),
+    ("residual_scalars", []), ("window_pattern", ""), ("window_pattern", [1]), ("query_key_scale", float("inf")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), HOSTILE_SIZES, ids=lambda value: ascii(value)[:30])
+def test_sizes_of_no_model_are_refused_at_once(hf: Twin, key: str, value: Any) -> None:
+    """A config.json of a billion layers filled memory with the names of its parameters."""
+    change(hf.folder, **{key: value})
+    with pytest.raises(DataError, match=f"{hf.folder}: "):
+        sizes_of_import(config_of(hf.folder))
+
+
+def test_a_checkpoint_of_a_billion_layers_is_refused(twin: Twins, tmp_path: Path) -> None:
+    made, out = twin(), tmp_path / "out"
+    out.mkdir()
+    import_model(made.config(), out, lambda: None)
+    change(out, num_hidden_layers=10**9)
+    with pytest.raises(DataError, match="num_layers is 1000000000"):
+        load_checkpoint(out)
+    meta = made.folder / "meta_000007.json"
+    meta.write_text(meta.read_text().replace('"n_layer": 2', '"n_layer": 1000000000'))
+    with pytest.raises(DataError, match="num_layers is 1000000000"):
+        sizes_of_import(made.config())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -233,6 +234,19 @@ def test_who_never_ends_a_body_is_told_so(start: Callable[..., Any], monkeypatch
         )
         assert dripping.recv(20) == b"HTTP/1.1 408 Request"
         assert patient.chat().status_code == 200
+        with connect(patient) as dripping:  # each byte once began the time anew
+            dripping.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 1000\r\n\r\n{"
+            )
+            dripping.settimeout(0.1)
+            for _ in range(50):
+                dripping.sendall(b" ")
+                with contextlib.suppress(TimeoutError):
+                    assert dripping.recv(20) == b"HTTP/1.1 408 Request"
+                    break
+            else:
+                pytest.fail("the body is still waited for")
 
 
 def test_who_does_not_read_an_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

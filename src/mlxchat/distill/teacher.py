@@ -229,7 +229,7 @@ def _retry_after(value: str | None) -> float | None:
     with suppress(ValueError):
         seconds = float(value)
         return seconds if 0 <= seconds < float("inf") else None
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, OverflowError):
         date = parsedate_to_datetime(value)
         return max(0.0, ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds())
     return None
@@ -254,6 +254,9 @@ def _read_answer(value: Any) -> Answer:
     # Some endpoints report 0 tokens of everything, and then no limit of money would hold.
     least = (1, 1 if content else 0)
     known = [count for count, low in zip(counts, least, strict=True) if type(count) is int and low <= count < 1 << 63]
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    if len(known) == 2 and type(total) is int and sum(known) < total < 1 << 63:
+        known[1] = total - known[0]  # Gemini's endpoint leaves thoughts out of completion_tokens, and bills them
     return Answer(
         text=content or "",
         parts=parts if _are_parts(parts) else None,

@@ -117,7 +117,7 @@ def sizes_from_nanochat(model_config: Mapping[str, Any], names: Iterable[str], w
     pattern = model_config.get("window_pattern", features["window_pattern"] if not found else "L")
     if not isinstance(pattern, str) or not pattern or set(pattern.upper()) - {"S", "L"}:
         raise DataError(f"{where}: window_pattern is {pattern!r}, expected letters S and L")
-    return _checked(GPTSizes(**numbers, **{**features, "window_pattern": pattern.upper()}), where)
+    return _checked({**numbers, **features, "window_pattern": pattern.upper()}, where)
 
 
 def nanochat_from_sizes(sizes: GPTSizes) -> dict[str, Any]:
@@ -134,6 +134,8 @@ def sizes_from_hf(config: Mapping[str, Any], where: str) -> GPTSizes:
     """
     numbers = _numbers({"num_key_value_heads": config.get("num_attention_heads"), **config}, _HF_SIZES, where)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise DataError(f"{where}: rope_parameters is no JSON object")
     theta = config.get("rope_theta", rope.get("rope_theta", architecture_values("oct2025")["rope_theta"]))
     expected = {
         "hidden_act": ("relu2", config.get("hidden_act")),
@@ -150,7 +152,8 @@ def sizes_from_hf(config: Mapping[str, Any], where: str) -> GPTSizes:
     # Ours write what they have beyond October 2025 under the names of the fields.
     optional = {field.name for field in fields(GPTSizes)} - set(_HF_SIZES.values()) - {"rope_theta"}
     features = {key: config[key] for key in optional if key in config}
-    return _checked(GPTSizes(**numbers, rope_theta=float(theta), **features), where)
+    theta = float(theta) if isinstance(theta, int) and theta < 1 << 53 else theta
+    return _checked({**numbers, "rope_theta": theta, **features}, where)
 
 
 def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
@@ -198,7 +201,11 @@ def _numbers(config: Mapping[str, Any], names: Mapping[str, str], where: str) ->
     return {ours: config[theirs] for theirs, ours in names.items()}
 
 
-def _checked(sizes: GPTSizes, where: str) -> GPTSizes:
+def _checked(values: Mapping[str, Any], where: str) -> GPTSizes:
+    try:
+        sizes = GPTSizes(**values)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     if sizes.width % sizes.num_heads or sizes.num_heads % sizes.num_kv_heads or sizes.head_width % 2:
         raise DataError(
             f"{where}: a width of {sizes.width} with {sizes.num_heads} heads and {sizes.num_kv_heads} key/value heads "

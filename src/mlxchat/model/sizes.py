@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mlxchat.config import ArchitectureConfig, ModelConfig
+from mlxchat.errors import DataError
 
 # Channels of the input that the gates of value embeddings and of the smear look at.
 VALUE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
 # Short windows are whole tiles of the attention kernel that nanochat uses.
 _WINDOW_TILE = 128
+_MOST_LAYERS, _MOST_CONTEXT_TOKENS, _MOST_SIZE, _MOST_FACTOR = 10_000, 1 << 24, 1 << 31, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,31 @@ class GPTSizes:
     """Whether a gated share of the previous token's embedding is added to each token's."""
     backout: bool = False
     """Whether a learnt share of the middle layer's stream is subtracted before the head."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of no model: files of others say them, and memory and time follow from them.
+
+        Raises:
+            DataError: naming those that are impossible.
+        """
+        most = {"num_layers": _MOST_LAYERS, "context_tokens": _MOST_CONTEXT_TOKENS}
+        wrong = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool":
+                fits = isinstance(value, bool)
+            elif field.type == "int":
+                fits = isinstance(value, int) and not isinstance(value, bool)
+                fits = fits and 1 <= value <= most.get(field.name, _MOST_SIZE)
+            elif field.type == "float":
+                fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST_FACTOR
+            else:
+                fits = isinstance(value, str) and bool(value)
+            if field.name == "window_pattern":
+                fits = fits and not set(value) - {"S", "L"}
+            wrong += [] if fits else [f"{field.name} is {str(value)[:40]}"]
+        if wrong:
+            raise DataError(f"no model has such sizes: {', '.join(wrong)}")
 
     @property
     def head_width(self) -> int:

@@ -52,7 +52,7 @@ class Guard:
     cors: Sequence[str] = ()
     """Sites whose pages may ask."""
     body_seconds: float = 30.0
-    """How long a body may take to arrive."""
+    """How long a body may take to arrive, all of it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, pass on, count."""
@@ -106,12 +106,13 @@ class Guard:
 
     def _bounded(self, receive: Receive) -> Receive:
         left, whole = self.max_body_bytes, False
+        ends = asyncio.get_running_loop().time() + self.body_seconds
 
         async def receiving() -> Message:
             nonlocal left, whole
             try:
                 # What comes after the body is that the client leaves, for which there is all the time.
-                async with asyncio.timeout(None if whole else self.body_seconds):
+                async with asyncio.timeout_at(None if whole else ends):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"the body did not arrive within {self.body_seconds:g} s") from None
