@@ -20,7 +20,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -268,10 +267,9 @@ class Ranks:
             raise StepFailed(f"{loss}All ranks have ended. The same command continues.")
         watch.on_stop = lambda number: run.stop_signal or (run.request_stop(number), run.announce_stop())
         pids = [facts["pid"] for _, facts in sorted(watch.facts.items())]
+        text = json.dumps({**(self.describe() or {}), "pids": pids})
         with suppress(OSError):
-            (run.folder / "ranks.json").write_text(
-                json.dumps({**(self.describe() or {}), "pids": pids}) + "\n", encoding="utf-8"
-            )
+            (run.folder / "ranks.json").write_text(text + "\n", encoding="utf-8")
         _divert_errors(run.folder / "rank-0.log")
         names = ("device", "compute_dtype", "memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes")
         settings = {name: getattr(machine, name) for name in names} | {"blas_threads": self.threads}
@@ -288,8 +286,7 @@ class Ranks:
             link = link.__cause__ or link.__context__
         if self.watch is None or link is None:
             return error
-        if threading.current_thread() is threading.main_thread():
-            # A launcher stops all ranks once one has ended. This one first says why.
+        with suppress(ValueError):  # mlx.launch stops all ranks when one has ended: rank 0 first reports why
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         loss = self.watch.cause() or f"the connection between the ranks broke ({error})"
         found = [int(path.name) for path in work.glob("*") if re.fullmatch(r"\d{8}", path.name)]

@@ -36,15 +36,12 @@ Facts = dict[str, Any]
 BEAT_SECONDS = 1.0
 # A process that computes sends a beat each second; a machine that swaps may need longer.
 SILENCE_SECONDS = float(os.environ.get("MLXCHAT_SILENCE_SECONDS", "15"))
-_HELLO_SECONDS = 10.0
-_RETRY_SECONDS = 0.2
 _CODE_SECONDS = 2.0
 _CAUSE_SECONDS = 3.0
 _END_SECONDS = 5.0
 # How long rank 0 may stay in a call after a rank was lost before it is ended.
 _NOTICE_SECONDS = 20.0
 _LOOK_SECONDS = 0.1
-_MOST_BYTES = 64 * 1024  # of a message
 
 # What must be equal on all ranks, and its name in messages.
 _EQUAL = {"mlxchat": "mlxchat", "code": "code of mlxchat (digest)", "mlx": "MLX", "backend": "backend"}
@@ -71,7 +68,7 @@ class Line:
         """Return the next message; None after `seconds`, at the end, or if it is not a JSON object."""
         try:
             self._socket.settimeout(seconds)
-            text = self._file.readline(_MOST_BYTES)
+            text = self._file.readline(65_536)
             self._socket.settimeout(None)
             self.heard = time.monotonic()
             message = json.loads(text) if text.endswith(b"\n") else None
@@ -111,7 +108,7 @@ def connect(address: tuple[str, int], seconds: float) -> Line:
         except OSError:
             if time.monotonic() > until:
                 raise
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(0.2)
 
 
 def listen_at(host: str, port: int) -> socket.socket:
@@ -248,7 +245,7 @@ class Watch:
 
     def _greet(self, line: Line) -> None:
         """Accept a connection that presents the token and a rank that is still missing."""
-        message = line.receive(_HELLO_SECONDS) or {}
+        message = line.receive(10.0) or {}
         knows = hmac.compare_digest(str(message.get("token", "")).encode(), self._token.encode())
         facts = message.get("facts")
         rank = facts.get("rank") if isinstance(facts, dict) else None
