@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from mlxchat.config import RewardConfig, RLConfig
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.tasks.items import find_item_problems
+from mlxchat.tasks import find_item_problems
 from mlxchat.user_function import load_function
 
 _CHOICES = {

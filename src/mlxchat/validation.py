@@ -14,7 +14,7 @@ from mlxchat.model.sizes import count_heads, sizes_of
 from mlxchat.number_problems import find_range_problems, find_unbounded, find_zeros
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.rl_problems import find_rl_problems
-from mlxchat.tasks.items import find_item_problems
+from mlxchat.tasks import find_item_problems
 from mlxchat.teacher_problems import find_teacher_problems
 
 _POLAR_EXPRESS_ITERATIONS = 5

@@ -15,7 +15,7 @@ import pytest
 from mlxchat.config import TaskItem
 from mlxchat.data.mixture import Mixture, open_item, shuffled_places
 from mlxchat.errors import ConfigError, DataError, Interrupted
-from mlxchat.tasks.items import load_item
+from mlxchat.tasks import load_item
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.config import TaskItem
-from mlxchat.tasks.items import find_item_problems, load_item
+from mlxchat.tasks import find_item_problems, load_item
 
 SMOLTALK, GSM8K = {"task": "smoltalk"}, {"task": "gsm8k"}
 MMLU = {"task": "mmlu", "split": "auxiliary_train"}

@@ -16,8 +16,8 @@ from mlxchat.config import TaskItem
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.mixture import Mixture
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.tasks import load_item
 from mlxchat.tasks.answers import final_number
-from mlxchat.tasks.items import load_item
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "hub"
 # What the hub's page says of its data sets; SmolTalk and MMLU's training rows are small stand-ins there.

@@ -201,8 +201,7 @@ def _file_problems(options: Namespace) -> Iterator[str]:
 def _task_item(options: Namespace) -> tuple[TaskItem, list[str]]:
     """Return the task as a line of a mixture, and what is wrong with it."""
     from mlxchat.config import TaskItem
-    from mlxchat.tasks import task_class
-    from mlxchat.tasks.items import find_item_problems
+    from mlxchat.tasks import find_item_problems, task_class
 
     # Tasks that make their conversations up have as many as `size` says, the others as many as there are.
     stop = None if options.size is None else options.start + options.size

@@ -33,10 +33,9 @@ _APPROXIMATE_BYTES = {
 
 def find_sources(config: Config, plan: Iterable[PlannedStep]) -> tuple[list[HubSource], list[UrlSource]]:
     """Return what the tasks and CORE of the steps that are not done read from the Hub and from plain addresses."""
-    from mlxchat.tasks import task_class
+    from mlxchat.tasks import load_item, task_class
     from mlxchat.tasks.base import Task
     from mlxchat.tasks.downloads import HubSource, UrlSource
-    from mlxchat.tasks.items import load_item
 
     sections = {name: getattr(config, name) for step in plan if not step.done for name in step.stage.config}
     # Bundled tasks need nothing, and reading their text takes seconds.

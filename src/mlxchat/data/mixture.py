@@ -11,8 +11,7 @@ from itertools import accumulate
 from mlxchat.config import TaskItem
 from mlxchat.errors import ConfigError
 from mlxchat.runner.context import Context
-from mlxchat.tasks import Conversation, Task
-from mlxchat.tasks.items import load_item
+from mlxchat.tasks import Conversation, Task, load_item
 
 
 def open_item(ctx: Context, item: TaskItem) -> Task:

@@ -15,8 +15,8 @@ from typing import Any
 from mlxchat.config import TaskItem
 from mlxchat.distill.words import clean
 from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.tasks import load_item
 from mlxchat.tasks.answers import is_answer
-from mlxchat.tasks.items import load_item
 
 _MOST_FAULTS_SHOWN = 20
 _FORMS = 'a text, {"question": …}, {"prompt": …} or {"messages": [{"role": "user", "content": …}]} on each line'

@@ -19,7 +19,7 @@ from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.bases import find_chain, folder_of_weights, is_adapter
 from mlxchat.runner.plan import PlannedStep, flatten_config
 from mlxchat.runner.store import CONTINUATION, Manifest, Store, read_manifest
-from mlxchat.tasks.items import load_item
+from mlxchat.tasks import load_item
 from mlxchat.teacher_config import TeacherConfig
 
 _ROLE = "checkpoint"

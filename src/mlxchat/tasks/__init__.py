@@ -1,11 +1,18 @@
-"""Tasks: conversations to train on, questions to evaluate with. Loading one imports only its own module."""
+"""Tasks: conversations to train on, questions to evaluate with. Loading one imports only its own module.
+
+A line of a mixture or suite (`TaskItem`) names a task with its options; `find_item_problems` checks it without data.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
+from mlxchat.config import TaskItem
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import SPLITS, Task
@@ -31,7 +38,17 @@ _TASKS = {
     "simple_spelling": ("spelling", "SimpleSpelling"),
 }
 
-__all__ = ["SPLITS", "Conversation", "Task", "load_task", "task_class", "task_names", "task_options"]
+__all__ = [
+    "SPLITS",
+    "Conversation",
+    "Task",
+    "find_item_problems",
+    "load_item",
+    "load_task",
+    "task_class",
+    "task_names",
+    "task_options",
+]
 
 
 def task_names() -> list[str]:
@@ -83,3 +100,79 @@ def load_task(name: str, split: str, **options: Any) -> Task:
             hint = suggest(option, known)
             raise ConfigError(f'task {name} has no option "{option}", expected one of {expected}.{hint}')
     return cls(split, **options)
+
+
+def load_item(item: TaskItem) -> Task:
+    """Return the task that a line of a mixture or suite names.
+
+    Raises:
+        ConfigError: its name, split or options are wrong.
+        DataError: its data cannot be read.
+    """
+    options = {"size": item.size, "path": item.path, "fields": item.fields, **item.options, **item.source}
+    task = load_task(item.task, item.split, **{key: value for key, value in options.items() if value is not None})
+    return task.select(item.start, item.stop, item.step)
+
+
+def find_item_problems(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iterator[str]:
+    """Yield a line for everything that is wrong with the lines of a mixture or suite; no data is read for it.
+
+    Args:
+        where: what the configuration calls them.
+        items: the lines.
+        training: whether they are trained on, which held-out conversations never are.
+    """
+    if not items:
+        yield f"{where} is empty: give it at least one task"
+    for name, item in items.items():
+        yield from _item_problems(f"{where}.{name}", item, training=training)
+    weighted = [name for name, item in items.items() if item.weight is not None]
+    if weighted and len(weighted) < len(items):
+        missing = ", ".join(name for name in items if name not in weighted)
+        yield f"{where}: {', '.join(weighted)} has a weight, {missing} none: give every task one, or none"
+    elif weighted and not any(items[name].weight for name in weighted):
+        yield f"{where}: all weights are 0"
+
+
+def _item_problems(where: str, item: TaskItem, *, training: bool) -> Iterator[str]:
+    try:
+        cls = task_class(item.task)
+    except ConfigError as error:
+        yield f"{where}: {error}"
+        return
+    known, sources = task_options(item.task), cls.source_options
+    numbers = [option for option in known if option not in (*cls.source_options, "path", "size", "fields")]
+    strangers = [
+        *(
+            (f"{where}.options", option, numbers)
+            for option, value in item.options.items()
+            if option not in numbers and value is not None
+        ),
+        *((f"{where}.source", option, sources) for option in item.source if option not in sources),
+        *((where, option, known) for option in ("path", "fields") if getattr(item, option) and option not in known),
+    ]
+    for place, option, expected in strangers:
+        has = f", it has {', '.join(expected)}" if expected else ""
+        yield f'{place}: task {item.task} has no "{option}"{has}.{suggest(option, expected)}'
+    if item.split not in cls.splits:
+        expected_splits = " or ".join(cls.splits)
+        yield f'{where}.split is "{item.split}", expected {expected_splits}.{suggest(item.split, cls.splits)}'
+    elif training and item.split not in cls.training_splits:
+        instead = f" Train on {' or '.join(cls.training_splits)}" if cls.training_splits else ""
+        yield f"{where}.split is {item.split}: held-out conversations are never trained on.{instead}"
+    elif (cls.is_lazy and not strangers) or (item.task == "jsonl" and item.path is None):
+        try:  # reads nothing yet
+            fields, options = (None, {}) if strangers else (item.fields, item.options)
+            load_item(replace(item, start=0, stop=None, step=1, size=None, fields=fields, options=options))
+        except ConfigError as error:
+            yield f"{where}: {error}"
+    for key, least in (("size", 1), ("epochs", 1), ("start", 0), ("step", 1), ("weight", 0)):
+        value = getattr(item, key)
+        if value is not None and not value >= least:
+            yield f"{where}.{key} is {value}, expected at least {least}{', or null for all' if key == 'size' else ''}"
+    if item.stop is not None and item.stop <= item.start:
+        yield f"{where}.stop is {item.stop}, expected more than start ({item.start}): no conversation is left"
+    if item.size is not None and 1 <= item.size <= item.start:
+        yield f"{where}.start is {item.start}, expected less than size ({item.size}): no conversation is left"
+    if item.path is not None and not Path(item.path).is_file():
+        yield f"{where}.path: there is no file {item.path}"
