@@ -167,7 +167,7 @@ class CPUDecoder(Decoder):
         for layer in range(sizes.num_layers):
             if sizes.residual_scalars:
                 stay, again = shared["resid_lambdas"][layer], shared["x0_lambdas"][layer]
-                xs = each(lambda lane, a=stay, b=again: a * xs[lane] + b * firsts[lane])  # noqa: B023
+                xs = each(lambda lane, a=stay, b=again: a * xs[lane] + b * firsts[lane])  # noqa: B023  (called at once)
             updates = []
             for lane in lanes:
                 if "qkv" not in parts[lane]["layers"][layer]:
@@ -180,9 +180,9 @@ class CPUDecoder(Decoder):
                     )
                 updates.append(update)
                 made[lane].append(past)
-            xs = each(lambda lane: xs[lane] + _sum(updates))  # noqa: B023
-            updates = each(lambda lane: _mlp(xs[lane], parts[lane]["layers"][layer], self._activation))  # noqa: B023
-            xs = each(lambda lane: xs[lane] + _sum(updates))  # noqa: B023
+            xs = each(lambda lane: xs[lane] + _sum(updates))  # noqa: B023  (called at once)
+            updates = each(lambda lane: _mlp(xs[lane], parts[lane]["layers"][layer], self._activation))  # noqa: B023  (called at once)
+            xs = each(lambda lane: xs[lane] + _sum(updates))  # noqa: B023  (called at once)
             if layer == sizes.num_layers // 2:
                 middles = xs
         if sizes.backout:

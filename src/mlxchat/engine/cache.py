@@ -22,7 +22,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.ops.attention import causal_attention, masked_attention, rms_norm
 from mlxchat.ops.machine import BATCH_ROWS, KV_TOKENS
 
-# What is shorter costs more to look after than to read.
+# Shorter beginnings cost more to look up than to read.
 _LEAST_TOKENS = 16
 # Fewer tokens of a prompt are read by one lane.
 _SHARED_TOKENS = 64
@@ -130,7 +130,7 @@ class Slots:
             self._remake(list(range(self.rows)), rows, room)
 
     def keep(self, kept: list[int], tokens: int) -> None:
-        """Go on with these rows only, which are then numbered from 0, with room for so many tokens."""
+        """Keep these rows only, renumbered from 0, with room for so many tokens."""
         self._remake(kept, batch_rows(len(kept)), _blocks(tokens))
 
     def clear(self) -> None:
@@ -138,7 +138,7 @@ class Slots:
         self._caches, self.rows, self.room = [], 0, 0
 
     def fill(self, row: int, past: Past | None) -> None:
-        """Give a row its past; None: it has none."""
+        """Set the past of a row; None: it has none."""
         if past is None:
             return
         for kv, lane in zip(self.decoder.kv_heads, self._caches, strict=True):
@@ -228,7 +228,7 @@ class _Kept:
     past: Past
     """Of all of `ids`."""
     exact: int
-    """How many first tokens have the keys and values that reading would give; those after them were decoded."""
+    """First tokens that were read; those after them were decoded, whose keys and values differ by rounding."""
 
 
 class KeptPasts:
@@ -238,7 +238,7 @@ class KeptPasts:
         """Begin with nothing."""
         self.max_tokens = max_tokens
         self.num_found = 0
-        """Tokens that need not be read again, of all that was found."""
+        """Tokens found so far, which need not be read again."""
         self._kept: list[_Kept] = []  # the one used last stands last
 
     @property
@@ -247,13 +247,12 @@ class KeptPasts:
         return sum(len(each.ids) for each in self._kept)
 
     def find(self, prompt: list[int], piece_tokens: int, *, exactly: bool) -> tuple[Past | None, int, int]:
-        """Return (past, its tokens, how many of them are exact) to go on from; (None, 0, 0): there is nothing.
+        """Return (past, its tokens, how many of them are exact) of the longest common beginning; (None, 0, 0): none.
 
         Args:
-            prompt: the last token of it is never part of what is found.
-            piece_tokens: in which prompts are read. Of what was read only whole pieces have the same bits in any
-                prompt that begins with them.
-            exactly: whether nothing else counts; or whatever is the same text.
+            prompt: its last token is always read.
+            piece_tokens: in which prompts are read. Only whole pieces have the same bits in every prompt.
+            exactly: whether only exact tokens count.
         """
         best, most, exact = None, _LEAST_TOKENS - 1, 0
         for each in self._kept:
@@ -270,7 +269,7 @@ class KeptPasts:
         return best.past.begun(most), most, exact
 
     def keep(self, ids: list[int], past: Past, exact: int) -> None:
-        """Keep a beginning in place of those that it goes on from."""
+        """Keep the beginning of a row; it replaces its own beginnings. The one used longest ago goes."""
         if not _LEAST_TOKENS <= len(ids) <= self.max_tokens:
             return
         for each in list(self._kept):

@@ -45,14 +45,14 @@ class Request:
     stop: tuple[str, ...] = ()
     """Strings before which the text ends."""
     tools: bool = True
-    """Whether the calculator answers, and Python where the scheduler has it."""
+    """Whether calls are answered: by the calculator, and by Python where the scheduler has it."""
     logprobs: int | None = None
-    """How many likely alternatives are told with each token's log-probability; None: neither."""
+    """Alternatives to report with each token's log-probability; None: neither."""
     prompt_logprobs: bool = False
-    """Whether the first event has log-probabilities of the prompt's tokens, too; `logprobs` is set then."""
+    """Whether the first event has log-probabilities of the prompt's tokens; requires `logprobs`."""
     reuse: Literal["off", "exact", "close"] = "off"
-    """Whether the beginning of the prompt need not be read again if an earlier request, not off either, had it too.
-    exact: only where the same bits come of it; close: also what was decoded then, which differs by rounding."""
+    """Whether keys and values of an earlier request with the same beginning are reused, if it allowed reuse too.
+    exact: only where results are bit-identical; close: also of decoded tokens, which differ by rounding."""
     text: bool = True
     """Whether events have text; False: tokens only, and no stop strings."""
 
@@ -69,7 +69,7 @@ class Event:
     text: str = ""
     """What may be shown now."""
     logprob: float | None = None
-    """Of the model's own distribution, where the request asks for it and the token was sampled."""
+    """Of the model's own distribution, if requested and the token was sampled."""
     top_logprobs: list[tuple[int, float]] | None = None
     prompt_logprobs: list[Scored] | None = None
     """(log-probability, alternatives) of each prompt token but the first one."""
@@ -92,7 +92,7 @@ class _Row:
     cached: int = 0
     """Tokens whose keys and values are there."""
     exact: int = 0
-    """First tokens whose keys and values are the bits that reading the prompt alone gives."""
+    """First tokens whose keys and values are bit-identical to reading the prompt alone."""
     cancelled: bool = False
 
     @property
@@ -123,8 +123,8 @@ class Scheduler:
             max_cached_tokens: rows × tokens of the longest that the batch may hold; a request waits until it fits,
                 unless it is alone; None: no bound.
             prefill_tokens: read at a time; while rows are being decoded no step reads much more.
-            kept_tokens: of requests with `reuse`, kept for those that begin as they do; the latest stay.
-            python: runs calls that are no sums; None: nothing does.
+            kept_tokens: whose keys and values are kept for requests with `reuse`; the latest stay.
+            python: runs calls that the calculator does not answer; None: they get no answer.
         """
         self.forward, self.tokenizer = forward, tokenizer
         self.max_rows, self.max_cached_tokens = max_rows, max_cached_tokens
@@ -205,7 +205,7 @@ class Scheduler:
             [row.cached if row else 0 for row in inputs],
         )
         for place, row in enumerate(inputs):
-            if row is None or (row.calls and row.calls.running):  # what waits is decoded in the same place again
+            if row is None or (row.calls and row.calls.running):  # a waiting row is decoded in the same place again
                 continue
             row.cached += 1
             event = self._advance(row, logits[place])
@@ -291,7 +291,7 @@ class Scheduler:
             self._read.pop(row.key, None)
 
     def _advance(self, row: _Row, logits: np.ndarray[Any, Any]) -> Event:
-        """Choose a row's next token and tell of it."""
+        """Choose a row's next token and return its event."""
         request, calls = row.request, row.calls
         forced = calls.forced if calls else None
         sampled = not forced
@@ -324,7 +324,7 @@ class Scheduler:
         return [log_probability(each, token, most) for each, token in zip(logits, prompt[1:], strict=True)]
 
     def _finish(self, place: int, row: _Row) -> None:
-        if row.request.reuse == "close":  # what others may use is kept since it was read
+        if row.request.reuse == "close":  # otherwise what was read is kept already
             past = self.forward.past_of(place, row.cached)
             if past is not None:
                 self.kept.keep(row.ids[: row.cached], past, row.exact)
@@ -349,7 +349,7 @@ class Scheduler:
 
 
 class ShownText:
-    """Turns a row's tokens into text to show. Special tokens are none."""
+    """Turns a row's tokens into text to show: no special tokens, no half characters, no beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
         """Begin a row; `stop` are the strings before which the text ends."""
@@ -367,7 +367,7 @@ class ShownText:
         return self._show(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def finish(self) -> str:
-        """Return what was held back, now that nothing follows; half a character is shown as U+FFFD."""
+        """Return the text held back, at the end of the row; half a character becomes U+FFFD."""
         shown = self._show(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
         return shown if self.stopped else shown + held

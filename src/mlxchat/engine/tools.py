@@ -68,9 +68,9 @@ class ToolCalls:
     """nanochat's protocol for one row: collects what stands in a call, and forces the answer when it closes."""
 
     def __init__(self, tokenizer: Tokenizer, python: PythonTool | None = None, seed: int = 0) -> None:
-        """Begin a row; `python` takes what the calculator does not, with this seed; None: nothing does."""
+        """Begin a row; `python` runs the calls that the calculator does not answer, with this seed."""
         self.forced: deque[int] = deque()
-        """Tokens that come next, whatever the model wants."""
+        """Tokens that come next instead of sampled ones."""
         self.running: Future[str] | None = None
         """A program whose output comes next; until then the row waits."""
         self._python, self._seed = python, seed
@@ -78,7 +78,7 @@ class ToolCalls:
         self._call: list[int] | None = None
 
     def follow(self, token: int) -> None:
-        """Take note of the row's next token, forced ones included."""
+        """Take the row's next token, sampled or forced."""
         special = self._special
         if token == special["<|python_start|>"]:
             self._call = []
@@ -93,7 +93,7 @@ class ToolCalls:
             self._call.append(token)
 
     def waits(self) -> bool:
-        """Tell whether the row must wait for a program; of one that has ended the output is forced now.
+        """Return whether the row waits for a program; forces the output of one that has ended.
 
         Raises:
             StepFailed: no interpreter can be started here.
@@ -104,7 +104,7 @@ class ToolCalls:
         return self.running is not None
 
     def drop(self) -> None:
-        """Have no program begun for a row that has ended; one that runs ends by its limits."""
+        """Cancel a queued program of a row that has ended; a running one ends by its limits."""
         if self.running is not None:
             self.running.cancel()
 
@@ -114,7 +114,7 @@ class ToolCalls:
 
 
 def calculate(expression: str) -> str | None:
-    """Return the result of an expression as text, or None if it is not one that the calculator takes.
+    """Return the result of an expression as text; None: the calculator does not take it.
 
     Refused: names, calls other than str.count, powers, anything over 200 characters or beyond 1e15.
     """
@@ -125,7 +125,7 @@ def calculate(expression: str) -> str | None:
         expression = expression.replace(",", "")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of doubtful syntax, such as 1or 2: nobody's concern but the model's
+            warnings.simplefilter("ignore")  # of doubtful syntax, such as 1or 2
             tree = ast.parse(expression, mode="eval")
         value = _evaluate(tree.body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
@@ -171,7 +171,7 @@ def _count(node: ast.expr) -> int:
 
 
 class PythonTool:
-    """Runs calls in threads, each in a process of its own that may do nothing but compute."""
+    """Runs calls in threads, each in a sandboxed process."""
 
     def __init__(
         self, *, seconds: float = 5.0, memory_bytes: int = 256 << 20, max_chars: int = 1000, workers: int = 2
@@ -187,10 +187,10 @@ class PythonTool:
         self.seconds, self.memory_bytes, self.max_chars, self.workers = seconds, memory_bytes, max_chars, workers
 
     def check(self) -> None:
-        """Find out whether this machine can confine programs.
+        """Check that this machine can confine programs.
 
         Raises:
-            ConfigError: it can set limits only, so a program could use files and the network.
+            ConfigError: it only sets limits, so a program could use files and the network.
         """
         found = protections_here()
         if not {"landlock", "seccomp"} <= set(found) and "sandbox-exec" not in found:

@@ -1,4 +1,4 @@
-"""How much text a run will read, and which of a corpus's files that takes: derived from the horizon, never typed."""
+"""How much text a run will read, and which files of a corpus that takes: derived from the horizon."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TextNeed:
     """Tokens that the model trains on."""
     chars_per_token: float
     is_measured: bool
-    """Whether the tokenizer is there and has told its characters per token."""
+    """Whether `chars_per_token` is that of the finished tokenizer, not an estimate."""
     chars: float
     """Characters that are read: what is cropped away and the margin included; at least what the tokenizer reads."""
     cropped_share: float
@@ -41,15 +41,15 @@ class TextNeed:
     token_bytes: int
     """Of a token on disk."""
     known: Known | None
-    """The corpus's files; None: nobody has listed them yet."""
+    """The corpus's files; None: they are not listed yet."""
 
     @property
     def epochs(self) -> float:
-        """Passes over the corpus that the training takes; below 1 if it does not see all of it; 0: not known."""
+        """Passes of the training over the corpus; 0: unknown."""
         return self.chars / MARGIN / self.known.chars if self.known is not None else 0.0
 
     def hints(self) -> dict[str, float]:
-        """Return what the steps are told."""
+        """Return the hints of steps: `Context.hints`."""
         return {"train_chars": self.chars}
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ def check_text_room(need: TextNeed | None, store: Store) -> None:
 
     Args:
         need: of the run.
-        store: where the encoded text goes; what is there of any text is taken for this one's.
+        store: where the encoded text goes; encoded text that it already has counts as this run's.
 
     Raises:
         DataError: with the bytes that are missing and those that are free.

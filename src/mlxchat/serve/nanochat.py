@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mlxchat.engine.scheduler import Event
 from mlxchat.engine.scheduler import Request as Asked
+from mlxchat.ops.machine import device_kind
 from mlxchat.serve.listening import EventStream, measured, while_connected
 from mlxchat.serve.models import Model
 from mlxchat.serve.prompts import chat_prompt, requests_for
@@ -47,12 +48,10 @@ def nanochat_routes(service: Service) -> APIRouter:
 
     @routes.get("/stats")
     async def stats() -> Json:
-        from mlxchat.ops.device import backend
-
         busy = int(worker.num_choices > 0)
         return {
             "total_workers": 1, "available_workers": 1 - busy, "busy_workers": busy,
-            "workers": [{"gpu_id": 0, "device": backend()}],
+            "workers": [{"gpu_id": 0, "device": device_kind("auto")}],
             "rows_running": worker.num_running, "rows_waiting": worker.num_waiting,
             "models": worker.loaded, "generated_tokens": worker.tokens_generated,
         }  # fmt: skip
