@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxchat.data.vocabulary import Vocabulary
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.vocabulary import Vocabulary, spell_ranks
 from mlxchat.errors import DataError
 from mlxchat.interop.pickled import Made, Maker, OrderedNames, read_pickle
 from mlxchat.interop.pickled_tokenizer import read_tokenizer
@@ -196,6 +197,15 @@ def test_a_token_of_many_bytes_is_refused() -> None:
         Vocabulary({**single, b"ab" * 5000: 256}, "")
     with pytest.raises(DataError, match="tokens of up to 2,000 bytes"):
         Vocabulary({**single, **{b"%2000d" % rank: rank for rank in range(256, 300)}}, "")
+
+
+def test_an_artifact_with_a_token_of_many_bytes_is_refused(tmp_path: Path) -> None:
+    """Only imports were bounded: of an artifact that others made, each such token made an answer longer by 8 MB."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"a" * (8 << 20): 256}
+    (tmp_path / "ranks.tiktoken").write_text(spell_ranks(ranks))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(DataError, match="tokens of up to 8,388,608 bytes"):
+        Tokenizer.load(tmp_path)
 
 
 def opening(path: Path) -> dict[str, Any]:

@@ -61,14 +61,25 @@ class Vocabulary:
     """Whether the ids are those of the source; False where special tokens of its own stood among them."""
 
     def __post_init__(self) -> None:
-        """Refuse tokens that are longer than any text needs: to split one takes the square of its length.
+        """Refuse tokens that are longer than any text needs.
 
         Raises:
             DataError: naming the longest.
         """
-        longest = max(map(len, self.ranks))
-        if longest > _LONGEST_TOKEN or sum(len(token) ** 2 for token in self.ranks) > _MOST_SQUARES:
-            raise DataError(f"this vocabulary has tokens of up to {longest:,} bytes, more than any text needs")
+        check_lengths(self.ranks, "this vocabulary")
+
+
+def check_lengths(ranks: Iterable[bytes], where: str) -> None:
+    """Refuse tokens that are longer than any text needs.
+
+    Splitting one takes the square of its length, and each time that a model says it the answer grows by all of it.
+
+    Raises:
+        DataError: naming the longest.
+    """
+    lengths = [len(token) for token in ranks]
+    if max(lengths) > _LONGEST_TOKEN or sum(length**2 for length in lengths) > _MOST_SQUARES:
+        raise DataError(f"{where} has tokens of up to {max(lengths):,} bytes, more than any text needs")
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     whole = len(ranks) == len(pairs) and sorted(ranks.values()) == list(range(len(ranks)))
     if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
         raise DataError(f"{path}: ranks must be 0 … n − 1 and hold all 256 bytes; the file is damaged")
+    check_lengths(ranks, str(path))
     return ranks
 
 
