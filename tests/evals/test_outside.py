@@ -265,6 +265,13 @@ def test_warnings_of_transformers_cannot_command_the_terminal(folder: Path) -> N
     assert "\x1b" not in screen.getvalue()
 
 
+def test_a_tokenizer_that_cannot_encode_is_refused_in_one_message(folder: Path) -> None:
+    place = folder / "tokenizer_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "model_max_length": "x"}))
+    with pytest.raises(DataError, match="mlx-lm cannot open it"):
+        load_outside(folder)
+
+
 def test_code_of_the_folder_s_is_not_run(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_file": "model.py"}))

@@ -155,6 +155,10 @@ def other_architecture(folder: Path) -> None:
     change(folder, model_type="llama", architectures=["LlamaForCausalLM"])
 
 
+def architecture_of_no_name(folder: Path) -> None:
+    change(folder, model_type="llama", architectures=5)
+
+
 def other_soft_cap(folder: Path) -> None:
     change(folder, final_logit_softcapping=30.0, hidden_act="gelu")
 
@@ -207,6 +211,7 @@ def lying_index(folder: Path) -> None:
     ("spoil", "message"),
     [
         (other_architecture, r"LlamaForCausalLM.*\n.*pipeline=outside outside.path.*\n.*--model hf:FOLDER"),
+        (architecture_of_no_name, r"is a llama \(model_type llama\)"),
         (other_soft_cap, r"hidden_act gelu \(expected relu2\), final_logit_softcapping 30.0 \(expected 15.0\)"),
         (pickled_weights, r"has no model.safetensors. pytorch_model.bin is a pickle, which is not read"),
         (cut_weights, r"model.safetensors is cut off or damaged"),

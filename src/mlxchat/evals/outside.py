@@ -55,7 +55,9 @@ def load_outside(folder: Path, *, context_tokens: int | None = None) -> tuple[Ou
         loading: Any = utils  # partly typed
         model = loading.load_model(folder, **renamed)[0]
         wrapper = loading.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
-        return OutsideModel(model, config, context_tokens), OutsideTokenizer(wrapper)
+        tokenizer = OutsideTokenizer(wrapper)
+        tokenizer.encode("a")  # some values of its config are used only here
+        return OutsideModel(model, config, context_tokens), tokenizer
     except MemoryError:
         raise
     except Exception as error:  # whatever a folder of unknown make leads to

@@ -92,7 +92,8 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
     """
     kind = config.get("model_type")
     if kind != "nanochat":
-        name = (config.get("architectures") or [kind])[0]
+        names = config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else kind
         raise DataError(
             f"{where} is a {name} (model_type {kind}), no model of nanochat's, so it cannot become a checkpoint "
             "that is trained here. mlx-lm runs it as it is:\n"
