@@ -215,3 +215,30 @@ def test_only_pythons_errors_reach_the_terminal(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ERRORS, log], capture_output=True, text=True, timeout=20, check=True)
     assert done.stderr == "a warning\n"
     assert log.read_text() == "[ring] Socket 4 was closed by the peer\n"
+
+
+BLOCKED = """
+import mlxchat, ctypes, os, signal, threading
+from mlxchat.distributed.watch import Follower, connect, listen_at
+with listen_at("127.0.0.1", 0) as listener:
+    follower = Follower(connect(listener.getsockname()[:2], 5), "mini1", says=True)
+    rank_0 = listener.accept()[0].makefile("rb")
+follower.begin(same_host=True)
+def send():
+    os.kill(os.getpid(), signal.SIGTERM)
+    while b"stop" not in (line := rank_0.readline()):
+        pass
+    print(line.decode(), end="", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=send, daemon=True).start()
+mutex, lib = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+lib.pthread_mutex_init(mutex, None)
+for _ in range(2):  # C code that no signal interrupts
+    lib.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_blocked_rank_passes_its_signal_on_and_ends_at_the_second() -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=20)
+    assert done.stdout == '{"kind": "stop", "signal": 15}\n', done.stderr
+    assert done.returncode == 128 + signal.SIGTERM

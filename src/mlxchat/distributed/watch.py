@@ -305,6 +305,8 @@ class Follower:
         """Take the line and the host of rank 0; `says`: whether this rank reports a lost rank 0 on the terminal."""
         self.line, self.host, self.says = line, host, says
         self._calls: queue.Queue[bool] = queue.Queue()
+        self.wait: Callable[[], bool] = self._calls.get
+        """Returns True when rank 0 calls, False at the end."""
         self._over = False
         self._terminal = os.dup(2)
 
@@ -315,12 +317,12 @@ class Follower:
         # On one machine the kernel reports its end, and one that is stopped may continue.
         beats = ({0: self.line}, lambda: self._over, lambda rank: None if same_host else self._end_alone(silence))
         threading.Thread(target=_beat, args=beats, name="beats", daemon=True).start()
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-
-    def wait(self) -> bool:
-        """Return True when rank 0 calls, False at the end."""
-        return self._calls.get()
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._pass_signals, args=(reading,), name="signals", daemon=True).start()
 
     def fail(self, error: BaseException) -> None:
         """Report the error with which this rank ends."""
@@ -345,10 +347,10 @@ class Follower:
                 os.write(self._terminal, text.encode())
         os._exit(1)
 
-    def _stop(self, number: int, frame: object) -> None:
-        """Pass the first signal on to rank 0, which saves; leave at once at the second one."""
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
-        self.line.send({"kind": "stop", "signal": number})
+    def _pass_signals(self, reading: int) -> None:
+        """Pass the first signal on to rank 0, which saves; leave at once at the second one, also inside MLX."""
+        self.line.send({"kind": "stop", "signal": os.read(reading, 1)[0]})
+        os._exit(128 + os.read(reading, 1)[0])
 
 
 def find_facts(rank: int) -> Facts:
