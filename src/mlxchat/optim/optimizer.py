@@ -183,6 +183,7 @@ class Optimizer:
         lanes, norm = lanes or make_lanes(), mx.sqrt(sum_squares(gradients)) if norm is None else norm
         varying = Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates))
         count = self.state["count"] = self.state["count"] + 1
+        mx.eval(count, norm)  # else one lane would wait for the stream of another
         shares = share_evenly(self.costs({name: value.shape for name, value in gradients.items()}), len(lanes))
         for names_of_lanes in zip_longest(*map(self.batches, shares), fillvalue=()):
             calls = [
@@ -203,7 +204,6 @@ class Optimizer:
                 self.state.update(new_state)
                 yield new
             mx.eval(moved)
-        mx.eval(count)  # also where nothing was moved
 
     def move(
         self, parameters: Flat, gradients: Flat, state: Flat, count: mx.array, norm: mx.array, rates: Rates[mx.array]
