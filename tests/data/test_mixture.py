@@ -25,7 +25,7 @@ def items(tmp_path: Path) -> dict[str, TaskItem]:
     path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(3)))
     return {
         "mine": TaskItem(task="jsonl", path=str(path), epochs=2, options={"held_out_frac": 0.0}),
-        "spelling": TaskItem(task="spelling", size=5),
+        "sums": TaskItem(task="arithmetic", size=5),
     }
 
 
@@ -68,7 +68,7 @@ def test_an_empty_mixture_is_refused() -> None:
 
 def test_no_epochs_leave_nothing(items: dict[str, TaskItem]) -> None:
     with pytest.raises(ConfigError, match="no conversation"):
-        Mixture({"spelling": TaskItem(task="spelling", size=5, epochs=0)}, seed=0)
+        Mixture({"sums": TaskItem(task="arithmetic", size=5, epochs=0)}, seed=0)
 
 
 def test_size_and_options_reach_the_task() -> None:
@@ -76,7 +76,7 @@ def test_size_and_options_reach_the_task() -> None:
 
 
 def test_the_test_split_is_another_than_the_training_split() -> None:
-    train, test = (load_item(TaskItem(task="spelling", split=split, size=20)) for split in ("train", "test"))
+    train, test = (load_item(TaskItem(task="arithmetic", split=split, size=20)) for split in ("train", "test"))
     asked = {conversation["messages"][0]["content"] for conversation in (train[index] for index in range(20))}
     assert not asked & {test[index]["messages"][0]["content"] for index in range(20)}
 
@@ -104,11 +104,11 @@ def test_weights_share_out_as_many_conversations_as_there_are(tmp_path: Path) ->
     mixture = Mixture(
         {
             "mine": TaskItem(task="identity_conversations", path=str(path), weight=3.0),
-            "spelling": TaskItem(task="spelling", size=12, weight=1.0),
+            "sums": TaskItem(task="arithmetic", size=12, weight=1.0),
         },
         seed=0,
     )
-    assert mixture.counts() == {"mine": 12, "spelling": 4}
+    assert mixture.counts() == {"mine": 12, "sums": 4}
     asked = Counter(questions(mixture))
     assert [asked[f"q{i}"] for i in range(4)] == [3, 3, 3, 3]
 
@@ -131,7 +131,7 @@ def test_a_task_whose_slice_lies_behind_its_end_is_named(tmp_path: Path) -> None
     path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
     item = TaskItem(task="identity_conversations", path=str(path), start=5)
     with pytest.raises(ConfigError, match="no conversation of mine is left"):
-        Mixture({"mine": item, "spelling": TaskItem(task="spelling", size=5)}, seed=0)
+        Mixture({"mine": item, "sums": TaskItem(task="arithmetic", size=5)}, seed=0)
 
 
 def test_a_conversation_is_called_by_its_entry_and_its_number_there(items: dict[str, TaskItem]) -> None:
@@ -163,7 +163,7 @@ def fetching(monkeypatch: pytest.MonkeyPatch) -> TaskItem:
         check()
         return []
 
-    item = TaskItem(task="spelling", size=5)
+    item = TaskItem(task="arithmetic", size=5)
     monkeypatch.setattr(type(load_item(item)), "fetch", fetch)
     monkeypatch.setattr(type(load_item(item)), "sources", lambda self: [{"url": "u"}])
     return item
@@ -178,5 +178,5 @@ def test_what_tasks_read_from_outside_is_recorded_once(monkeypatch: pytest.Monke
 
 def test_a_stop_ends_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
     ctx: Any = StageContext(stops=True)
-    with pytest.raises(Interrupted, match="the download for task spelling"):
+    with pytest.raises(Interrupted, match="the download for task arithmetic"):
         open_item(ctx, fetching(monkeypatch))

@@ -38,6 +38,7 @@ def conversations(name: str, split: str) -> list[dict[str, Any]]:
     return [task[i] for i in range(len(task))] + extra
 
 
+@cache
 def user_messages(name: str, split: str) -> set[str]:
     return {
         message["content"]

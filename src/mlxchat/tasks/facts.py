@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 from mlxchat.errors import ConfigError, suggest
@@ -66,6 +67,16 @@ class _FactTask(Task):
         return self._facts[index % len(self._facts)]
 
 
+@cache
+def _values(field: str) -> list[str]:
+    return sorted({fact.value for fact in facts() if fact.field == field})
+
+
+@cache
+def _facts_of(country: str) -> list[Fact]:
+    return [fact for fact in facts() if fact.country == country]
+
+
 def _question(fact: Fact, rng: random.Random) -> str:
     return FIELDS[fact.field].ask(fact.country, rng.randrange(len(FIELDS[fact.field].questions)))
 
@@ -116,7 +127,7 @@ class FactsMC(_FactTask):
         """
         fact = self._fact(index)
         right = {fact.value, *fact.others}
-        others = sorted({other.value for other in facts() if other.field == fact.field} - right)
+        others = [value for value in _values(fact.field) if value not in right]
         others = [value for value in others if not any(value in line for line in passage)]
         wrong = rng.sample(others, len(LETTERS) - 1)
         place = (index + index // len(self._facts)) % len(LETTERS)
@@ -136,10 +147,8 @@ class ReadingMC(FactsMC):
         # In training a passage never contains a held-out pair; in the test it may hold any fact.
         beside = [
             other
-            for other in facts()
-            if other.country == fact.country
-            and other.field != fact.field
-            and not (self.split == "train" and is_test_pair(other))
+            for other in _facts_of(fact.country)
+            if other.field != fact.field and not (self.split == "train" and is_test_pair(other))
         ]
         told = [fact, *rng.sample(beside, min(len(beside), rng.randrange(3)))]
         rng.shuffle(told)
