@@ -67,10 +67,11 @@ _CALCULATOR = r"""
     def calculate(call):  # 12*(3+4), 'strawberry'.count('r')
         if text := re.fullmatch(r"(['\"])(.*)\1\.count\((['\"])(.*)\3\)", call.strip()):
             return str(text[2].count(text[4]))
-        if "**" in call or not re.fullmatch(r"[\d.+*/%() ,-]{1,200}", call):
+        call = call.replace(",", "")  # first: "9*,*9" is a power without it
+        if "**" in call or not re.fullmatch(r"[\d.+*/%() -]{1,200}", call):
             return None
         try:
-            value = round(eval(call.replace(",", "")), 10)
+            value = round(eval(call), 10)
         except (ArithmeticError, SyntaxError, TypeError):
             return None
         return str(int(value) if value == int(value) else value)

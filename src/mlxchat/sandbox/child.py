@@ -92,8 +92,8 @@ def _vouch(
 ) -> None:
     """Tell, from a thread of its own, whether the main thread has come back from the program.
 
-    What only the one who asks may know is read here, so that it is in no place that the program can look at; and the
-    program may say that it is done, but it cannot be done while it says so.
+    The question is read here and kept in this thread's frame alone; and the program may say that it is done, but it
+    cannot be done while it says so.
     """
     write, read, leave = os.write, os.read, os._exit
     question = read(answers, 64)

@@ -15,9 +15,9 @@ that is used where it is permitted, and named in the outcome:
   memory, so what the program has in memory is looked at ten times a second.
 
 A program has passed if all of it was executed, to the end. Its exit status says nothing about that: it passes by
-sending back a secret, which is only sent for a question that no code of the program can find, asked by a second thread
-that has seen the main thread come back. What reads the interpreter's memory by hand could claim that; it would gain a
-point and harm nothing.
+sending back a secret, which a second thread asks for once it has seen the main thread come back. An early exit cannot
+do that by accident. A program that searches the interpreter for that thread (`gc`, frames, memory) can: it gains a
+point and harms nothing, as one does that replaces what it is tested with.
 
 What a program can do where only some of this is in force on Linux (tests/sandbox/test_escapes.py shows each cell):
 
