@@ -70,7 +70,7 @@ def read_newest(work: Path) -> tuple[Arrays, dict[str, Any]] | None:
             if sealed == (digest is not None) and (not sealed or digest == hash_file(place / _ARRAYS)):
                 return load_file(place / _ARRAYS), state
         except Exception:
-            pass
+            pass  # damaged; the safetensors reader has several error types of its own
         shutil.rmtree(place, ignore_errors=True)
     return None
 
