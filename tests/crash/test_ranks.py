@@ -61,6 +61,7 @@ def undisturbed(make_stubs: Any) -> Any:
 
 
 ENDS = [
+    ("KILL", 1, 1, "rank 1 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
     ("KILL", 2, 1, "rank 2 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
     ("STOP", 1, 1, "rank 1 (process {pid} on {host}) has said nothing for 4 seconds"),
     ("TERM", 1, 143, "together stopped at iteration"),
