@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,6 +226,27 @@ def test_trickle_within_one_answer_ends(server: Server, monkeypatch: pytest.Monk
     with pytest.raises(PassingError, match="fewer than"):
         server.fetch()
     assert len(server.asked) <= 20
+
+
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 102 Processing\r\n\r\n", b"X"])
+def test_head_without_end_is_cut(sent: bytes, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interim answers and bytes of a header never let the read time out."""
+    monkeypatch.setattr(downloads, "_HEAD_SECONDS", 0.05)
+    over = threading.Event()
+
+    def answer(request: Any, number: int, start: int) -> None:
+        request.wfile.write(b"" if b" " in sent else b"HTTP/1.1 200 OK\r\nX: ")
+        while not over.wait(0.01):
+            request.wfile.write(sent)
+
+    server.answer = answer
+    threading.Timer(20, over.set).start()
+    try:
+        with pytest.raises(PassingError, match="no whole head of an answer within"):
+            server.fetch()
+    finally:
+        over.set()
+    assert len(server.asked) == downloads.TRIES
 
 
 def test_address_whose_length_changed_is_fetched_anew(server: Server) -> None:

@@ -12,9 +12,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError
@@ -32,6 +34,8 @@ _WRONG_TRIES = 3
 _SILENCE_SECONDS = 30.0
 # A connection that delivers fewer bytes in this time is cut: single bytes keep the read timeout from ever expiring.
 _SLOW_SECONDS, _SLOW_BYTES = 60.0, 16 << 10
+# Until an answer's head is there: interim answers (HTTP 102) and single bytes of it keep the read timeout away, too.
+_HEAD_SECONDS = 120.0
 # Bytes of a transfer of unknown length after which it is asked again whether the disk has room.
 _LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
@@ -323,7 +327,7 @@ def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float) -> It
         "GET", url, headers={**headers, "Accept-Encoding": "identity"}, timeout=timeout_seconds
     )
     for _ in range(1 + _MOST_REDIRECTS):
-        answer = client.send(request, stream=True, follow_redirects=False)
+        answer = _send(client, request)
         try:
             if not answer.has_redirect_location:
                 yield answer
@@ -334,6 +338,29 @@ def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float) -> It
         finally:
             answer.close()
     raise HTTPError(f"more than {_MOST_REDIRECTS} redirects")
+
+
+def _send(client: Any, request: Any) -> Any:
+    """Return the answer to a request when its head is there; the HTTP library has no limit of the time until then."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
+
+    sent: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            answer = client.send(request, stream=True, follow_redirects=False)
+            sent.set_result(answer)
+        except InvalidStateError:  # nobody waits any more
+            answer.close()
+        except BaseException as error:
+            with suppress(InvalidStateError):
+                sent.set_exception(error)
+
+    Thread(target=work, name="head of an answer", daemon=True).start()
+    wait([sent], _HEAD_SECONDS)
+    if sent.cancel():
+        raise HTTPError(f"no whole head of an answer within {_HEAD_SECONDS:g} s")
+    return sent.result()
 
 
 def read_answer(url: str, headers: Mapping[str, str], silence_seconds: float) -> tuple[Any, bytes]:
