@@ -64,6 +64,26 @@ def test_text_offset_counts_an_echoed_prompt(tokenizer: Tokenizer) -> None:
     assert told["text_offset"][0] == len("the cat")
 
 
+@pytest.mark.parametrize(
+    "data", [b"\xe2\x82a", b"\xe2\x82\xc3\xa9", b"\xf0\x9f\xf0\x9f\x98\x80b", b"\xe2\x82\xff", b"\xc3\xa9a", b"a\xe2"]
+)
+@pytest.mark.parametrize("echoed", [False, True])
+def test_text_offset_counts_characters_cut_short(data: bytes, echoed: bool, tokenizer: Tokenizer) -> None:
+    """The token after half a character stood one character early."""
+    ids = [next(id_ for id_ in range(256) if tokenizer.decode_bytes([id_]) == bytes([byte])) for byte in data]
+    choice = Choice(tokenizer, Parts(tokenizer), ids if echoed else [])
+    if echoed:
+        last = Event(id=0, token=ids[0], sampled=True, logprob=-1.0, prompt_logprobs=[(-1.0, [])] * (len(ids) - 1))
+        told = choice.text_logprobs(last)
+    else:
+        for id_ in ids:
+            list(choice.add(Event(id=0, token=id_, sampled=True, logprob=-1.0)))
+        told = choice.text_logprobs()
+    assert told is not None
+    ends = [len(data[:end].decode(errors="replace")) for end in range(1, len(data) + 1)]
+    assert told["text_offset"][: len(ids)] == [end - 1 for end in ends], "each byte is in the character it ends in"
+
+
 def test_text_offset_counts_what_a_tool_says(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
     special = tokenizer.special_ids
     call = [

@@ -85,8 +85,11 @@ class Choice:
     def _with_logprobs(self, event: Event | None) -> list[tuple[Event, Kind, int]]:
         if event is None:
             return self.events
-        told = event.logprob is not None and event.token not in self.tokenizer.special_ids.values()
-        return [*self._of_prompt(event), *([(event, self.parts.kind, self.position)] if told else [])]
+        found = list(self._of_prompt(event))
+        if event.logprob is not None and event.token not in self.tokenizer.special_ids.values():
+            data = b"" if event.token is None else self.tokenizer.decode_bytes([event.token])
+            found.append((event, self.parts.kind, self.position + _num_cut_short(self._decoder, data)))
+        return found
 
     def _of_prompt(self, event: Event) -> Iterator[tuple[Event, Kind, int]]:
         """Yield what an event says of the echoed prompt; of a prompt's first token there is no log-probability."""
@@ -96,8 +99,10 @@ class Choice:
         scored = known[len(known) - len(self.echoed) :]
         decoder, position = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
         for token, (logprob, alternatives) in zip(self.echoed, scored, strict=True):
-            yield Event(id=event.id, token=token, logprob=logprob, top_logprobs=alternatives), "text", position
-            position += len(decoder.decode(self.tokenizer.decode_bytes([token])))
+            data = self.tokenizer.decode_bytes([token])
+            scored_event = Event(id=event.id, token=token, logprob=logprob, top_logprobs=alternatives)
+            yield scored_event, "text", position + _num_cut_short(decoder, data)
+            position += len(decoder.decode(data))
 
     def _chat_entry(self, event: Event) -> Json:
         top = [self._valued(id_, value) for id_, value in event.top_logprobs or ()]
@@ -114,6 +119,12 @@ class Choice:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _num_cut_short(decoder: codecs.IncrementalDecoder, data: bytes) -> int:
+    """Return 1 if the decoder holds a beginning of a character that `data` does not continue: it becomes U+FFFD."""
+    waiting = decoder.getstate()[0]
+    return len((waiting + data[:1]).decode(errors="replace")) - 1 if waiting else 0
 
 
 def choices_of(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
