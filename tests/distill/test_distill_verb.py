@@ -679,6 +679,16 @@ def test_so_many_tokens_a_minute_by_what_answers_really_used(
     assert asked_at == pytest.approx([each * 0.1 for each in range(6)])
 
 
+def test_absurd_counts_of_tokens_do_not_stop_the_pace(
+    ask: Callable[..., int], teacher: Teacher, asked_at: list[float]
+) -> None:
+    """One answer with 2^62 tokens made the run wait for millions of years."""
+    teacher.script = lambda question, tries: Reply(usage={"prompt_tokens": 1 << 62, "completion_tokens": 1 << 61})
+    ask("--tpm", "60000", "--concurrency", "1", "--max-tokens", "50")
+    assert len(asked_at) == len(QUESTIONS)
+    assert asked_at[-1] < len(QUESTIONS) * 0.2, "at most 140 tokens each at 60,000 a minute"
+
+
 def test_the_next_command_is_printed_as_a_shell_and_hydra_take_it(
     ask: Callable[..., int], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,7 +168,7 @@ class Collector:
                 pause = min(2 * pause, _MOST_PAUSE_SECONDS)
                 continue
             self._budget.settle(reserved, most, answer.tokens)
-            self._count(answer, guess)
+            self._count(answer, guess, most)
             return answer
 
     async def _may_go(self, most: tuple[int, int]) -> bool:
@@ -194,14 +194,16 @@ class Collector:
         except TimeoutError:
             pass
 
-    def _count(self, answer: Answer, guess: float) -> None:
+    def _count(self, answer: Answer, guess: float, most: tuple[int, int]) -> None:
         self._answered_at = time.monotonic()
         self.collected.asked += 1
         self.collected.usage.add(answer.tokens)
         if answer.tokens is not None:
-            self._gate.tokens.give_back(guess - sum(answer.tokens))
+            # A false count, however large, must not hold up the next requests.
+            self._gate.tokens.give_back(guess - min(sum(answer.tokens), sum(most)))
             # The first says more than no answer at all, the later ones less and less.
-            self._output_tokens += (answer.tokens[1] - self._output_tokens) / min(self.collected.asked, 20)
+            output = min(answer.tokens[1], most[1])
+            self._output_tokens += (output - self._output_tokens) / min(self.collected.asked, 20)
 
     def _keep(self, request: Request, answer: Answer) -> None:
         try:
