@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kit.text import DOCUMENTS
-from mlxchat.data.sources import iterate_documents, open_shards, write_shards
+from mlxchat.data.sources import Shard, iterate_documents, open_shards, write_shards
 from mlxchat.errors import DataError
 
 
@@ -47,3 +48,14 @@ def test_a_corpus_without_training_documents_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_shards_is_refused(tmp_path: Path, split: str) -> None:
     with pytest.raises(DataError, match="holds no"):
         open_shards(tmp_path, split)
+
+
+def test_few_long_documents_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    """A kilobyte of parquet can hold 1,024 equal documents of many megabytes."""
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.table({"text": ["x" * (2 << 20)] * 64}), path, compression="zstd")
+    assert path.stat().st_size < 2000
+    before = pa.total_allocated_bytes()
+    documents = Shard.of(path).documents()
+    assert len(next(documents)) == 2 << 20
+    assert pa.total_allocated_bytes() - before < 40 << 20, "all 64 take 128 MB"

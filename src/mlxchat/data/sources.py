@@ -42,7 +42,8 @@ COLUMN = "text"
 ESTIMATED_CHARS_PER_BYTE = 2.6
 
 # Documents in memory at a time, whatever the size of a file's row groups.
-_BATCH_DOCUMENTS = 1024
+# Few, since a file of a kilobyte can hold many of megabytes; 8 are as fast as 1,024.
+_BATCH_DOCUMENTS = 8
 _NAMES_SHOWN = 10
 _FETCHING_THREADS = 4
 # Without a horizon: files fetched beyond the one that is read.
