@@ -57,6 +57,23 @@ def test_model_reads_no_message_that_was_never_answered(node: Callable[..., Any]
     assert told == ["u1 a1 u2 a2 u3 u4", ["u1 a1 u2 a2 u4", 0]]
 
 
+def test_what_the_model_reads_fits_into_a_body(node: Callable[..., Any]) -> None:
+    """Parts of one character have forty bytes around it: calculations made a conversation too large for ever."""
+    size = """
+    (page) => {
+      const parts = Array(200).fill({ type: "python_output", text: "4" });
+      const turns = Array.from({ length: 400 }, (_, at) => at % 2 ? { role: "assistant", parts }
+        : { role: "user", parts: [{ type: "text", text: "again" }] });
+      const { messages, omitted } = page.readable({ messages: turns }, [...turns.keys()]);
+      const content = messages.map(({ role, parts }) => ({ role, content: parts }));
+      return [new TextEncoder().encode(JSON.stringify(content)).length, messages.length / 2 + omitted];
+    }
+    """
+    size_bytes, turns = node("conversation.js", size, [])
+    assert size_bytes < 1_000_000
+    assert turns == 200
+
+
 def test_very_long_conversation_is_cut_at_a_turn_and_counted(node: Callable[..., Any]) -> None:
     """The server refuses bodies above 1 MB, so without this every further message would fail."""
     long = "a" * 100_000

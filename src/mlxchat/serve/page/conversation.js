@@ -2,7 +2,7 @@
 // one before it (-1: none; absent: the previous index), and messages with one parent are versions of each other.
 // `last` is the index at which the shown path ends, so a new version replaces another only when `last` moves to it.
 
-// More is no use to any model, and the server refuses bodies above 1 MB.
+// As JSON. More is no use to any model, and the server refuses bodies above 1 MB.
 const MOST_CHARACTERS = 150_000;
 
 export function fresh() {
@@ -58,7 +58,7 @@ export function readable(conversation, path) {
   let begin = said.length - 1;
   let characters = 0;
   for (let at = begin; at >= 0; at -= 1) {
-    characters += said[at].parts.reduce((sum, part) => sum + part.text.length, 0);
+    characters += JSON.stringify(said[at].parts).length;
     if (characters > MOST_CHARACTERS) break;
     if (said[at].role === "user") begin = at;
   }
