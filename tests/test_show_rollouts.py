@@ -71,9 +71,10 @@ def test_an_iteration_of_which_nothing_is_kept_is_told_with_those_that_there_are
 
 def test_control_characters_of_an_answer_do_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (folder / "rollouts.jsonl").open("a") as file:
-        file.write(json.dumps(answer(10, 1, 0, 0.0, output="\x1b[2Jgone", finished=False)) + "\n")
+        hostile = {"output": "\x1b[2Jgone", "parts": {"\x1b]52;c;bHM=\x07": 1.0}}
+        file.write(json.dumps(answer(10, 1, 0, 0.0, finished=False, **hostile)) + "\n")
     text = shown(folder, capsys, iteration=10)
-    assert "\x1b" not in text
+    assert not {"\x1b", "\x07"} & set(text)
     assert "3 tokens  cut" in text
 
 

@@ -113,7 +113,7 @@ def _export(
             rid = read_manifest(place)["rid"]
             message = f"{place.name} from mlxchat ({target}), artifact {rid}"
             address = push_folder(to, repository, token, message=message, public=public)
-            print(f"pushed to {repository}, {'public' if public else 'private'}: {address}")
+            print(f"pushed to {repository}, {'public' if public else 'private'}: {visible(address)}")
     return 0
 
 

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         return 0
     titles = {"inputs": "made from", "uses": "used by"}
     for key, tree in trees.items():
-        print(titles[key] if tree[key] else f"{titles[key]} nothing: {tree['artifact']}")
+        print(titles[key] if tree[key] else f"{titles[key]} nothing: {visible(tree['artifact'])}")
         if tree[key]:
             print("\n".join(f"  {visible(line)}" for line in draw(tree, key)))
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 from mlxchat.commands.show_examples import wrapped
 from mlxchat.errors import ConfigError
 from mlxchat.evals.examples import read_rollouts
+from mlxchat.visible import visible
 
 _WIDEST = 110
 
@@ -62,7 +63,7 @@ def _describe(
     right = sum(answer["right"] for answer in question)
     mean = sum(answer["reward"] for answer in question) / len(question)
     head = f"iteration {first['iteration']}, question {first['question']}: {right} of {len(question)} right, "
-    head += f"mean reward {mean:.3g}"
+    head = visible(f"{head}mean reward {mean:.3g}")
     yield f"\033[1m{head}\033[0m" if colour else head
     yield from wrapped("asked", first["prompt"], width)
     yield from wrapped("expected", first["expected"], width)
@@ -71,6 +72,6 @@ def _describe(
         parts = "".join(f"  {name} {value:.3g}" for name, value in answer["parts"].items())
         cut = "" if answer["finished"] else "  cut"
         line = f"  {verdict}  reward {answer['reward']:.3g}{parts}  advantage {answer['advantage']:+.3f}  "
-        line += f"{answer['tokens']} tokens{cut}"
+        line = visible(f"{line}{answer['tokens']} tokens{cut}")
         yield f"\033[{32 if answer['right'] else 31}m{line}\033[0m" if colour else line
         yield from wrapped("", answer["output"], width)
