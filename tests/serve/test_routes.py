@@ -219,3 +219,25 @@ def test_files_and_text_are_read_outside_the_event_loop(
     names = {"read_catalog", "read_manifest", "render", "encode", "load", "message", "text_logprobs"}
     assert threads.keys() == names
     assert [name for name, used in threads.items() if loop in used] == []
+
+
+def test_an_echoed_prompt_is_scored_outside_the_event_loop(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a stream, 2,000 tokens with 20 alternatives each held up all others for a tenth of a second."""
+    from mlxchat.serve.choices import Choice
+
+    threads: set[int] = set()
+    told = Choice.text_logprobs
+
+    def recorded(choice: Any, event: Any = None) -> Any:
+        if event is not None and event.prompt_logprobs:
+            threads.add(threading.get_ident())
+        return told(choice, event)
+
+    monkeypatch.setattr(Choice, "text_logprobs", recorded)
+    body = {"model": "pretrain", "prompt": "the cat", "max_tokens": 2, "echo": True, "logprobs": 2, "stream": True}
+    with start() as server:
+        assert server.client.post("/v1/completions", json=body).status_code == 200
+        assert threads
+        assert server.thread.ident not in threads

@@ -167,7 +167,10 @@ async def _text_chunks(
         waiting = [""] * len(echoes)
     async for index, event in measured(answer, service.metrics):
         choice = choices[index]
-        logprobs = choice.text_logprobs(event)
+        if event.prompt_logprobs:  # of thousands of tokens
+            logprobs = await run_in_threadpool(choice.text_logprobs, event)
+        else:
+            logprobs = choice.text_logprobs(event)
         text = waiting[index] + "".join(text for _, text in choice.add(event))
         waiting[index] = ""
         if text or logprobs or choice.finish_reason:
