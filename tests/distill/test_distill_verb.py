@@ -592,6 +592,17 @@ def test_fields_beside_the_messages_count_as_input(ask: Callable[..., int], teac
     assert not teacher.bodies
 
 
+def test_characters_that_a_tokenizer_spells_out_count_at_their_length(
+    ask: Callable[..., int], teacher: Teacher
+) -> None:
+    """Tokenizers that normalize by NFKC make 18 characters of this one, which has 3 bytes."""
+    questions = [f"\ufdfa{number}" * 50 for number in range(6)]
+    usage = {"prompt_tokens": 50 * 19, "completion_tokens": 100}
+    teacher.script = lambda question, tries: Reply(usage=usage, seconds=0.05)
+    assert ask(*LIMITED, "--max-cost", "0.006", "--concurrency", "6", questions=questions) == 0
+    assert 0 < len(teacher.bodies) * 1150e-6 <= 0.006
+
+
 def test_two_processes_cannot_spend_by_one_limit(tmp_path: Path) -> None:
     first = Budget(1.0, Prices(1, 1), tmp_path / "out.costs.log")
     with pytest.raises(MlxchatError, match="another mlxchat distill"):

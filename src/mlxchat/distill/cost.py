@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from unicodedata import normalize
 
 from mlxchat.errors import StoreError
 from mlxchat.runner.records import Records
@@ -174,11 +175,18 @@ def _sum_ledger(data: bytes) -> float:
 def most_tokens(body: dict[str, Any], max_tokens: int) -> tuple[int, int]:
     """Return the most input and output tokens that a request can have: a text has no more tokens than bytes.
 
+    Some tokenizers normalize text by NFKC first, which can make 18 letters of one character.
+
     Args:
         body: of the request. Fields that mlxchat does not set itself (tools, a schema) may become part of the prompt.
         max_tokens: longest answer.
     """
-    contents = [message["content"].encode("utf-8", "surrogatepass") for message in body["messages"]]
-    size = sum(len(content) + _MESSAGE_TOKENS for content in contents) + _FORMAT_TOKENS
+    texts = [message["content"] for message in body["messages"]]
+    size = sum(max(_num_bytes(text), _num_bytes(normalize("NFKC", text))) + _MESSAGE_TOKENS for text in texts)
+    size += _FORMAT_TOKENS
     further = {name: value for name, value in body.items() if name not in _OWN_FIELDS}
     return size + (len(json.dumps(further)) if further else 0), max_tokens
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
