@@ -34,6 +34,9 @@ The file, the process and the server are outside the sandbox and belong to the s
 namespaces: then Landlock and seccomp remain, and a program can learn that a file exists, its size and its times.
 Its folder is then on a disk, and a program that has written 64 MB, or made more than 1,000 files, folders and links, is
 ended within a tenth of a second.
+
+Where that disk is memory (tmpfs), pages that are written through a mapping of a file without a name do not count, until
+the program ends: at most 256 MB in open files, and what `memory_bytes` allows in mappings.
 """
 
 from __future__ import annotations
