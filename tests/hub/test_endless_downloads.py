@@ -116,6 +116,7 @@ ENDLESS: dict[str, tuple[Answer, int]] = {
     "416 at once": (status(416), 6),
     "redirects in a circle": (redirect, 6 * 21),
     "a redirect to no address": (status(302, Location="ftp://[x"), 6),
+    "a redirect to a host that no name server takes": (status(302, Location=f"http://{'a' * 300}/"), 6),
     "a length that is too short": (status(200, CONTENT[:HALF]), 3),
     "a length that is too long": (lambda request, number, start: rest(request, 0, WHOLE, Content_Length="999999"), 7),
     "busy for a year": (status(503, Retry_After="31536000"), 6),

@@ -353,6 +353,8 @@ def _send(client: Any, request: Any) -> Any:
         except InvalidStateError:  # nobody waits any more
             answer.close()
         except BaseException as error:
+            if isinstance(error, UnicodeError):  # a host's name that cannot be encoded
+                error = HTTPError(f"{request.url.host[:80]} is no host's name")
             with suppress(InvalidStateError):
                 sent.set_exception(error)
 
