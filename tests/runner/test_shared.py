@@ -17,8 +17,8 @@ import pytest
 from mlxchat.errors import StoreError
 from mlxchat.runner import locks
 from mlxchat.runner.fingerprint import compute_rid
-from mlxchat.runner.shared import SHARED_KIND, SharedArtifacts
-from mlxchat.runner.store import Store, describe_outputs
+from mlxchat.runner.shared import SharedArtifacts
+from mlxchat.runner.store import SHARED_KIND, Store, describe_outputs
 
 LINEAGE = {"corpus": {"step": "corpus", "artifact": "corpus-a", "rid": "r", "tree": "t"}}
 
@@ -177,3 +177,18 @@ def test_a_killed_maker_leaves_no_artifact_and_the_next_run_makes_it(shared: Sha
     assert log.read_text() == "made\nmade\n"
     (manifest,) = Store(shared.outputs).manifests()
     assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]
+
+
+def test_what_a_killed_maker_left_is_removed_by_the_next_run_even_if_nobody_needs_it(
+    shared: SharedArtifacts, tmp_path: Path
+) -> None:
+    """Text was encoded ahead when a training was killed; the next run ended before it needed that, and left it."""
+    process = start(shared.outputs, tmp_path / "log", 60)
+    while not any((shared.outputs / "work").glob("*/out/tokens")):
+        time.sleep(0.005)
+    Store(shared.outputs).prepare()
+    assert len(list((shared.outputs / "work").iterdir())) == 1, "it is being made"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    Store(shared.outputs).prepare()
+    assert list((shared.outputs / "work").iterdir()) == []

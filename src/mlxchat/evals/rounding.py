@@ -16,7 +16,7 @@ from mlxchat.model.gpt import GPT, set_parameters
 from mlxchat.runner.catalog import by_rid, read_catalog
 from mlxchat.runner.store import Store
 
-_SAMPLES = Path(__file__).parents[1] / "data" / "samples"
+_SAMPLES = Path(__file__).with_name("texts")
 _MICRO_TOKENS = 2048
 
 

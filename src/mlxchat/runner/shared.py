@@ -19,9 +19,7 @@ from mlxchat.runner import locks
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.fingerprint import compute_rid
 from mlxchat.runner.records import now
-from mlxchat.runner.store import SCHEMA, Manifest, Store, artifact_name, describe_outputs
-
-SHARED_KIND = "tokens"
+from mlxchat.runner.store import SCHEMA, SHARED_KIND, Manifest, Store, artifact_name, describe_outputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ Manifest = dict[str, Any]
 MANIFEST = "manifest.json"
 # Of manifests: from 2 on they have a digest.
 SCHEMA = 2
+# The kind of artifacts that steps make together: text as token ids.
+SHARED_KIND = "tokens"
 # Records of the execution, not of the result: they hold times, so two equal artifacts differ in them.
 OBSERVATIONS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 # What only a continuation of a training reads. A person may do without it, and has the same artifact then.
@@ -281,8 +283,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def sweep(outputs: Path) -> None:
     """Remove what killed processes left for nobody.
 
-    These are artifacts that were replaced, names that were not given yet, and work whose artifact is in the store. Work
-    of a step that was not finished stays: it is what the step continues from.
+    These are artifacts that were replaced, names that were not given yet, work whose artifact is in the store, and
+    tokens that were not all there. Work of a step that was not finished stays: it is what the step continues from.
     """
     store = Store(outputs)
     for folder in (outputs / "work").iterdir():
@@ -294,6 +296,9 @@ def sweep(outputs: Path) -> None:
                 told = {attempt.get("started") for attempt in read_manifest(made).get("attempts", [])}
                 if all(attempt.get("started") in told for attempt in attempts.read(folder)[-1:]):
                     shutil.rmtree(folder, ignore_errors=True)
+        elif any(attempt.get("step") == SHARED_KIND for attempt in attempts.read(folder)[-1:]):
+            with suppress(BlockingIOError, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
+                shutil.rmtree(folder, ignore_errors=True)
     for path in (outputs / "index").glob(".*"):
         path.unlink(missing_ok=True)
 
