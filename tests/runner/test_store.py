@@ -282,3 +282,11 @@ def test_the_digest_of_the_whole_leaves_out_observations(name: str, counts: bool
     files, after = describe_outputs(tmp_path)
     assert (after != before) == counts
     assert name in {file["path"] for file in files}, "it is listed in any case"
+
+
+def test_a_manifest_of_gigabytes_is_refused_without_reading_it(tmp_path: Path) -> None:
+    """2 MB of a compressed archive unpacked to 2 GB of blanks, of which importing took 4 GB of memory."""
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(StoreError, match="it is larger than 64 MB"):
+        read_manifest(tmp_path)

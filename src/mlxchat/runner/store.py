@@ -33,6 +33,7 @@ Manifest = dict[str, Any]
 MANIFEST = "manifest.json"
 # Of manifests: from 2 on they have a digest.
 SCHEMA = 2
+_MOST_MANIFEST_BYTES = 64 << 20  # of ten thousand files it is a few MB
 # The kind of artifacts that steps make together: text as token ids.
 SHARED_KIND = "tokens"
 # Records of the execution, not of the result: they hold times, so two equal artifacts differ in them.
@@ -258,7 +259,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        return parse_manifest(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(_MOST_MANIFEST_BYTES + 1)
+        if len(data) > _MOST_MANIFEST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_MANIFEST_BYTES >> 20} MB")
+        return parse_manifest(data)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} is damaged ({error}). Remove the folder; the next run makes it again.") from None
 
