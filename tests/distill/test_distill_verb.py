@@ -535,7 +535,7 @@ def test_tokens_beyond_those_of_prompt_and_answer_count_as_output(ask: Callable[
     told = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 310}
     teacher.script = lambda question, tries: Reply("yes", usage=told)
     assert ask(*LIMITED) == 0
-    assert len(teacher.bodies) == 2, "310 of a million each"
+    assert len(teacher.bodies) == 1, "it cost 610 of 800 millionths"
 
 
 @pytest.mark.parametrize("year", ["99999999999999999999", "2001 00:00:00 +99999999999999"])
@@ -601,6 +601,16 @@ def test_characters_that_a_tokenizer_spells_out_count_at_their_length(
     teacher.script = lambda question, tries: Reply(usage=usage, seconds=0.05)
     assert ask(*LIMITED, "--max-cost", "0.006", "--concurrency", "6", questions=questions) == 0
     assert 0 < len(teacher.bodies) * 1150e-6 <= 0.006
+
+
+def test_what_a_teachers_format_adds_is_known_before_the_second_request(
+    ask: Callable[..., int], teacher: Teacher
+) -> None:
+    """Eight requests were sent at once, each of which cost more than could be known: three times the limit."""
+    usage = {"prompt_tokens": 400, "completion_tokens": 100}
+    teacher.script = lambda question, tries: Reply(usage=usage, seconds=0.1)
+    assert ask(*LIMITED, "--max-cost", "0.0016", "--concurrency", "6") == 0
+    assert 0 < len(teacher.bodies) * 600e-6 <= 0.0016
 
 
 def test_two_processes_cannot_spend_by_one_limit(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ class Budget:
         self.unanswered = 0.0
         """Part of it: reserved by this run for requests without an answer."""
         self._reserved: dict[str, float] = {}
+        self._answered = False
         self._more = (0, 0)  # tokens that answers had beyond what was thought to be the most
         self._file: BinaryIO | None = None
         if most is None or ledger is None:
@@ -93,10 +94,15 @@ class Budget:
             self._write_bytes(b"\n")
 
     def fits(self, most_tokens: tuple[int, int]) -> bool:
-        """Tell whether a request of at most so many input and output tokens may be sent now."""
-        return (
-            self.most is None or math.fsum((self.spent, *self._reserved.values(), self._most(most_tokens))) <= self.most
-        )
+        """Tell whether a request of at most so many input and output tokens may be sent now.
+
+        Until the first answer one is sent at a time: that answer tells what the teacher's own format adds.
+        """
+        if self.most is None:
+            return True
+        if self._reserved and not self._answered:
+            return False
+        return math.fsum((self.spent, *self._reserved.values(), self._most(most_tokens))) <= self.most
 
     def has_waiting(self) -> bool:
         """Tell whether something is reserved, part of which will be free again."""
@@ -115,6 +121,7 @@ class Budget:
 
     def settle(self, name: str, most_tokens: tuple[int, int], tokens: tuple[int, int] | None) -> None:
         """Count an answer: by its tokens, or at the maximum if the teacher did not say them."""
+        self._answered = True
         if tokens is None:
             self._settle(name, self._reserved[name])
             return
