@@ -30,7 +30,7 @@ def filter_logs() -> None:
     import warnings
 
     class Visible(logging.LogRecord):
-        def getMessage(self) -> str:  # noqa: N802
+        def getMessage(self) -> str:  # noqa: N802  (a method of LogRecord)
             return visible(super().getMessage())
 
     if logging.getLogRecordFactory() is not logging.LogRecord:

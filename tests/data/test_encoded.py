@@ -88,7 +88,8 @@ def test_shards_that_nobody_reads_are_not_encoded(
 ) -> None:
     cursor = open_documents(make_context(), "train", tokenizer)
     cursor.next(1)
-    cursor._worker[1].join()  # type: ignore[index]
+    assert cursor._worker is not None
+    cursor._worker[1].join()
     assert names(tmp_path) == ["tokens-shard_00000", "tokens-shard_00001"]
 
 

@@ -44,4 +44,4 @@ def test_bfloat16_needs_compute_capability_8(
 def test_without_an_nvidia_driver_other_devices_decide() -> None:
     assert [machine.fast_dtype(kind) for kind in ("cpu", "metal")] == ["float32", "bfloat16"]
     assert machine.dtype_name("cpu", "auto") == "float32"
-    assert machine.dtype_name("cpu", "bfloat16") == "bfloat16", "what is asked for"
+    assert machine.dtype_name("cpu", "bfloat16") == "bfloat16", "the explicit setting wins"

@@ -96,7 +96,8 @@ class Budget:
     def fits(self, most_tokens: tuple[int, int]) -> bool:
         """Tell whether a request of at most so many input and output tokens may be sent now.
 
-        Until the first answer one is sent at a time: that answer tells what the teacher's own format adds.
+        Before the first answer, only one request is sent at a time, since only an answer shows how many tokens the
+        teacher's own format adds.
         """
         if self.most is None:
             return True

@@ -261,7 +261,9 @@ class Ranks:
         if self.watch is None:
             self._start_here(run)
         watch, team, machine = self.watch, self.team, self.machine
-        assert watch and team and machine  # noqa: PT018
+        assert watch is not None
+        assert team is not None
+        assert machine is not None
         if self.is_broken:
             loss = f"{watch.cause()}. " if watch.loss else ""
             raise StepFailed(f"{loss}All ranks have ended. The same command continues.")

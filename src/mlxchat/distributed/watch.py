@@ -22,9 +22,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlxchat import __version__
 from mlxchat.distributed.group import PeerLost
@@ -196,7 +196,7 @@ class Watch:
         """Start to listen to the ranks and to detect lost ones."""
         for rank, line in self._lines.items():
             line.heard = time.monotonic()
-            line.listen(lambda message, rank=rank: self._hear(rank, message), lambda rank=rank: self._miss(rank))  # type: ignore[misc]
+            line.listen(partial(self._hear, rank), partial(self._miss, rank))
         silence = f"has said nothing for {SILENCE_SECONDS:g} seconds: it hangs, was stopped, or its network is gone"
         beats = (self._lines, lambda: self._over or self.loss is not None, lambda rank: self._lose(rank, silence))
         threading.Thread(target=_beat, args=beats, name="beats", daemon=True).start()
@@ -251,7 +251,7 @@ class Watch:
         rank = facts.get("rank") if isinstance(facts, dict) else None
         with self._lock:
             if knows and isinstance(rank, int) and 0 < rank < self.size and rank not in self._lines and not self._over:
-                self.facts[rank] = {"host": "?", "pid": "?", **facts}  # type: ignore[dict-item]
+                self.facts[rank] = {"host": "?", "pid": "?", **cast(dict[str, Any], facts)}
                 self._lines[rank] = line
                 return
         line.close()

@@ -189,7 +189,7 @@ def fetch_file(
         return
 
     def headers() -> dict[str, str]:
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
         return dict(build_hf_headers(library_name="mlxchat"))
 

@@ -160,7 +160,7 @@ def _rows_of(repository: str, commit: str, kind: str) -> list[list[Any]]:
 
 
 def _api(repository: str, kind: str) -> str:
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
     validate_repo_id(repository)
     return f"{endpoint()}/api/{kind}s/{repository}"
@@ -174,7 +174,7 @@ def _get_json(url: str) -> tuple[Any, str | None]:
         OSError: the answer took too long.
         ValueError: it is too long, or no JSON.
     """
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # exported lazily
 
     headers = build_hf_headers(library_name="mlxchat")
     answer, body = read_answer(url, headers, _SILENCE_SECONDS)

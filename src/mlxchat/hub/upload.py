@@ -199,7 +199,7 @@ def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[
 def _find_xet_fault(api: Any, name: str, kind: str) -> str:
     """Return why files cannot go to a repository's Xet storage, or an empty string."""
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
     try:
         answer, body = read_answer(

@@ -35,7 +35,7 @@ class _Member(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size > _MOST_HEADER_BYTES and self.type not in tarfile.REGULAR_TYPES:
             raise tarfile.ReadError(f"a header has {self.size:,} bytes")
-        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # a hook of tarfile that its types lack
         return found
 
 
