@@ -22,7 +22,8 @@ from kit.models import make_model, make_tokenizer
 from kit.training import make_optimizer, make_rows
 from mlxchat.engine.generate import Engine
 from mlxchat.optim.optimizer import Rates
-from mlxchat.training.step import TrainStep, mean_batch
+from mlxchat.training.batches import mean_batch
+from mlxchat.training.step import TrainStep
 for architecture in ("oct2025", "jul2026"):
     model = make_model(architecture)
     step = TrainStep(model, make_optimizer(model), micro_tokens=64, dtype=mx.bfloat16)

@@ -13,7 +13,7 @@ from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters
 from mlxchat.optim.optimizer import Rates
-from mlxchat.training.step import mean_batch
+from mlxchat.training.batches import mean_batch
 from mlxchat.training.team_step import make_step
 
 SIZES = GPTSizes(

@@ -20,7 +20,7 @@ from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import AdapterSizes, resolve_targets
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.rl.scores import PolicyScores
-from mlxchat.training.step import mean_batch
+from mlxchat.training.batches import mean_batch
 from mlxchat.training.team_step import make_step
 
 KINDS = {"lora": ("lora", None), "dora": ("dora", None), "qlora": ("lora", 4)}

@@ -25,7 +25,7 @@ from mlxchat.ops.loss import Mix
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.planning.given import TeacherSize
 from mlxchat.planning.memory import Training, predict_peak
-from mlxchat.training.step import Batch, mean_batch
+from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.teacher import Distillation, OwnTeacher
 from mlxchat.training.team_step import make_step
 

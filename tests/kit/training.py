@@ -16,7 +16,7 @@ from mlxchat.config import OptimizerConfig, RLConfig, ScheduleConfig
 from mlxchat.model.gpt import GPT
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.runner.context import Context
-from mlxchat.training.step import Batch, mean_batch
+from mlxchat.training.batches import Batch, mean_batch
 
 Rows = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 

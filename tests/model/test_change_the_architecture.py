@@ -26,7 +26,8 @@ from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.optim.optimizer import Rates
-from mlxchat.training.step import TrainStep, mean_batch
+from mlxchat.training.batches import mean_batch
+from mlxchat.training.step import TrainStep
 
 losses = {}
 for overrides in json.loads(sys.argv[1]):

@@ -36,7 +36,8 @@ from mlxchat.optim import muon
 from mlxchat.optim import optimizer as optimizer_module
 from mlxchat.optim.muon import aspect_factor, normuon_update
 from mlxchat.optim.optimizer import Optimizer, Rates
-from mlxchat.training.step import Batch, TrainStep, mean_batch
+from mlxchat.training.batches import Batch, mean_batch
+from mlxchat.training.step import TrainStep
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -18,7 +18,8 @@ from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Rates, lr_multiplier
 from mlxchat.rl.loss import advantages_of, policy_loss
 from mlxchat.rl.rollouts import Rollout
-from mlxchat.training.step import Batch, TrainStep
+from mlxchat.training.batches import Batch
+from mlxchat.training.step import TrainStep
 
 VARIANTS = ("oct2025", "jul2026")
 RELATIVE = 1e-5

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.model.sizes import GPTSizes, flops_per_token
 from mlxchat.optim.optimizer import Rates
-from mlxchat.training.step import TrainStep, mean_batch
+from mlxchat.training.batches import mean_batch
+from mlxchat.training.step import TrainStep
 
 Alter = Callable[[Any], Any]
 

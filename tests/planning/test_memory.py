@@ -41,7 +41,8 @@ from mlxchat.planning.memory import (
 )  # fmt: skip
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.store import Store
-from mlxchat.training.step import TrainStep, mean_batch
+from mlxchat.training.batches import mean_batch
+from mlxchat.training.step import TrainStep
 
 # (depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at which each part counts, and
 # of a hundred megabytes or more, beside which a few buffers that are there by chance do not matter.

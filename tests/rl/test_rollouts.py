@@ -23,7 +23,8 @@ from mlxchat.optim.optimizer import Rates
 from mlxchat.rl.loss import policy_loss
 from mlxchat.rl.rollouts import Rollout, Rollouts, conversation_rows, pass_at_k, summarise
 from mlxchat.rl.scores import PolicyScores
-from mlxchat.training.step import Batch, TrainStep
+from mlxchat.training.batches import Batch
+from mlxchat.training.step import TrainStep
 
 PAD = 275
 Log = list[dict[str, Any]]

@@ -20,8 +20,9 @@ from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
+from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.loop import fit
-from mlxchat.training.step import Batch, TrainStep, mean_batch
+from mlxchat.training.step import TrainStep
 
 RULE = AdamWRule(1e-2, (0.9, 0.999), 0.0)
 KINDS = ["lora", "dora", "qlora"]

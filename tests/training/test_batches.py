@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from kit.text import write_sequences
 from mlxchat.data.packing import ConversationRows, RowStream, ShuffledConversations
 from mlxchat.data.tokens import Tokens, read_tokens
-from mlxchat.training.batches import RowBatches
-from mlxchat.training.step import Batch
+from mlxchat.training.batches import Batch, RowBatches
 
 
 class Numbers(RowStream):

@@ -17,7 +17,8 @@ from mlxchat.ops.device import Lanes, make_lanes
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.training import step as step_module
-from mlxchat.training.step import Batch, TrainStep, mean_batch
+from mlxchat.training.batches import Batch, mean_batch
+from mlxchat.training.step import TrainStep
 
 ROW_TOKENS, RATE, SEED = 16, 0.2, 9
 RATES = Rates(1.0, 0.9, 1.0)

@@ -15,7 +15,8 @@ from mlxchat.cpu.runtime import blas_threads
 from mlxchat.model.gpt import flatten_parameters
 from mlxchat.ops.device import set_cpu_threads
 from mlxchat.optim.optimizer import Rates
-from mlxchat.training.step import TrainStep, mean_batch
+from mlxchat.training.batches import mean_batch
+from mlxchat.training.step import TrainStep
 
 ARCHITECTURES = ["oct2025", "jul2026"]
 

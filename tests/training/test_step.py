@@ -17,7 +17,8 @@ from mlxchat.ops.device import Lanes, make_lanes
 from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.training import step as step_module
-from mlxchat.training.step import Batch, TrainStep, mean_batch
+from mlxchat.training.batches import Batch, mean_batch
+from mlxchat.training.step import TrainStep
 
 ROW_TOKENS = 16
 

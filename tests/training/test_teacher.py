@@ -29,8 +29,9 @@ from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.plan import Pipeline, make_plan
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import Store, write_manifest
+from mlxchat.training.batches import mean_batch
 from mlxchat.training.loop import fit
-from mlxchat.training.step import TrainStep, mean_batch
+from mlxchat.training.step import TrainStep
 from mlxchat.training.teacher import compare_vocabularies, load_teacher, spell_tokens
 
 TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, top_k=None)

@@ -18,9 +18,10 @@ from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.runner.context import Context
+from mlxchat.training.batches import Batch
 from mlxchat.training.loop import fit
 from mlxchat.training.monitor import Watch
-from mlxchat.training.step import Batch, TrainStep
+from mlxchat.training.step import TrainStep
 
 MakeContext = Callable[..., Context]
 NUM_ITERATIONS = 8

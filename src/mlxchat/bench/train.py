@@ -25,7 +25,8 @@ from mlxchat.planning.memory import Training, find_device, forward_tokens, rows_
 from mlxchat.planning.peak import peak_flops, raise_peak, tabled_peak_flops
 from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.runner.progress import Progress
-from mlxchat.training.step import TrainStep, mean_batch
+from mlxchat.training.batches import mean_batch
+from mlxchat.training.step import TrainStep
 
 # A part is timed so often after it was compiled; a median of three is enough for a share.
 _PART_STEPS, _PART_WARMUP_STEPS = 3, 1

@@ -21,7 +21,8 @@ from mlxchat.ops.machine import CPU_MOST_LANES
 from mlxchat.planning.memory import Device, Training, predict_peak
 
 if TYPE_CHECKING:
-    from mlxchat.training.step import Batch, TrainStep
+    from mlxchat.training.batches import Batch
+    from mlxchat.training.step import TrainStep
 
 
 class _Streams(threading.local):

@@ -26,7 +26,7 @@ from mlxchat.rl.rewards import Reward
 from mlxchat.rl.scores import ROWS_STEP, PolicyScores, round_up
 from mlxchat.tasks.answers import answer_text
 from mlxchat.tasks.base import Task
-from mlxchat.training.step import Batch
+from mlxchat.training.batches import Batch
 
 Log = Callable[[dict[str, Any]], None]
 

@@ -1,12 +1,38 @@
-"""Batches from a stream of rows."""
+"""A batch of rows, and where batches come from."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from mlxchat.data.packing import RowStream
-from mlxchat.training.step import Batch, mean_batch
+import numpy as np
+
+from mlxchat.data.packing import Ints, RowStream, trim_rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one iteration: ids (B, T), targets (B, T) with −1 where no loss is taken, weights (B, T).
+
+    The loss is Σ weight × cross-entropy. With weights 1 / number of targets it is the mean over the iteration's
+    tokens, whatever the micro-batches; in RL the weights are advantages.
+    """
+
+    ids: Ints
+    targets: Ints
+    weights: np.ndarray[Any, np.dtype[np.float32]]
+
+
+def mean_batch(rows: Sequence[tuple[Ints, Ints]], *, trimmed: bool = False) -> Batch:
+    """Return rows as a batch whose loss is the mean over all their targets, on request without their common padding."""
+    ids = np.stack([row[0] for row in rows])
+    targets = np.stack([row[1] for row in rows])
+    if trimmed:
+        ids, targets = trim_rows(ids, targets)
+    counted = targets >= 0
+    return Batch(ids, targets, (counted / max(1, int(counted.sum()))).astype(np.float32))
 
 
 class BatchSource(Protocol):

@@ -19,9 +19,8 @@ from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.peak import peak_flops, raise_peak
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress, format_bytes, format_count
-from mlxchat.training.batches import BatchSource
+from mlxchat.training.batches import Batch, BatchSource
 from mlxchat.training.state import Best
-from mlxchat.training.step import Batch
 
 _EMA_DECAY = 0.9
 _WINDOW, _FEWEST_NORMS = 100, 10  # norms in the median, and the fewest for it

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.data.packing import Ints, trim_rows
 from mlxchat.distributed.group import ALONE, Group
 from mlxchat.model.gpt import (
     GPT,
@@ -29,33 +27,11 @@ from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.loss import cross_entropy_sum, distillation_sum
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.optim.sharding import Sharding
+from mlxchat.training.batches import Batch
 from mlxchat.training.gradients import Gradients, GradientSums
 from mlxchat.training.teacher import Distillation
 
 _LOSS_PARTS = ("ce", "kl")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one iteration: ids (B, T), targets (B, T) with −1 where no loss is taken, weights (B, T).
-
-    The loss is Σ weight × cross-entropy. With weights 1 / number of targets it is the mean over the iteration's
-    tokens, whatever the micro-batches; in RL the weights are advantages.
-    """
-
-    ids: Ints
-    targets: Ints
-    weights: np.ndarray[Any, np.dtype[np.float32]]
-
-
-def mean_batch(rows: Sequence[tuple[Ints, Ints]], *, trimmed: bool = False) -> Batch:
-    """Return rows as a batch whose loss is the mean over all their targets, on request without their common padding."""
-    ids = np.stack([row[0] for row in rows])
-    targets = np.stack([row[1] for row in rows])
-    if trimmed:
-        ids, targets = trim_rows(ids, targets)
-    counted = targets >= 0
-    return Batch(ids, targets, (counted / max(1, int(counted.sum()))).astype(np.float32))
 
 
 class TrainStep:

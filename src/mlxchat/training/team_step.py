@@ -21,7 +21,8 @@ from mlxchat.model.replicas import model_on, moving_on_all, sync_model
 from mlxchat.ops.loss import Mix
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.planning.given import TeacherSize
-from mlxchat.training.step import Batch, TrainStep
+from mlxchat.training.batches import Batch
+from mlxchat.training.step import TrainStep
 from mlxchat.training.teacher import Distillation, OutsideTeacher, OwnTeacher, TeacherModel
 
 
