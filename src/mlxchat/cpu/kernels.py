@@ -9,7 +9,7 @@ pairs), whose chains are short. Errors were measured against float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from mlxchat.ops.loss import SOFT_CAP, split_rows
 from mlxchat.ops.machine import CPU_ATTENTION_TOKENS as _BLOCK_TOKENS
 from mlxchat.ops.machine import CPU_LEAST_LOGITS_ROWS as _LEAST_ROWS
 from mlxchat.ops.machine import CPU_LOGITS as _CHUNK_FLOATS
+from mlxchat.optim.muon import Quintic, gram_matrix, multiply_quintics
 
 # Rational minimax fit of tanh on [-7.9, 7.9]: odd numerator, even denominator, lowest power first.
 _TANH_OVER = (
@@ -558,3 +559,31 @@ def _exp_of(cap: float) -> Callable[[mx.array], mx.array]:
 def _slope(exponentials: mx.array, tanh: mx.array) -> mx.array:
     """Return exp × (1 − tanh²), the last being the soft cap's derivative."""
     return exponentials * (1 - tanh * tanh)
+
+
+# The optimizer
+
+_FRESH_GRAM = 2  # quintics after which the Gram matrix is recomputed
+
+
+def apply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
+    """Multiply long matrices (S, R, C) by polynomials of their Gram matrices: fewer products of the long side.
+
+    Each quintic multiplies x by a polynomial of its Gram matrix. The polynomials commute, so the product of several
+    needs small matrices only. Squaring loses half of the digits of small singular values, which each further quintic
+    amplifies, so the Gram matrix is recomputed in between, and half precision is computed as written down.
+    """
+    rows, columns = x.shape[-2:]
+    if x.dtype != mx.float32 or max(rows, columns) < 2 * min(rows, columns):
+        return multiply_quintics(x, quintics)
+    for part in (quintics[:_FRESH_GRAM], quintics[_FRESH_GRAM:]):
+        gram, product = gram_matrix(x), None
+        identity = mx.eye(gram.shape[-1])
+        for index, (a, b, c) in enumerate(part):
+            inner = mx.addmm(b * gram + a * identity, gram, gram, alpha=c)
+            product = inner if product is None else product @ inner
+            if index < len(part) - 1:
+                gram = gram @ inner @ inner
+        if product is not None:
+            x = x @ product if rows > columns else product @ x
+    return x

@@ -8,7 +8,11 @@ Shapes: S matrices of one shape, R rows, C columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+
+from mlxchat.ops.device import accelerated
 
 Quintic = tuple[float, float, float]
 
@@ -23,8 +27,6 @@ POLAR_EXPRESS: tuple[Quintic, ...] = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 _EPSILON = 1e-6
-# Quintics after which the Gram matrix is recomputed.
-_FRESH_GRAM = 2
 
 
 def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
@@ -37,7 +39,7 @@ def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
     """
     x = matrices.astype(dtype)
     x = x / (_norm(x, (-2, -1)).astype(dtype) + 1e-7)
-    return iterate(x, [_NEWTON_SCHULZ] * num_iterations).astype(matrices.dtype)
+    return apply_quintics(x, [_NEWTON_SCHULZ] * num_iterations).astype(matrices.dtype)
 
 
 def polar_express(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
@@ -57,7 +59,7 @@ def polar_express(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
     # The norm of the balanced matrix, known without another pass over it.
     norm = mx.sqrt(mx.square(row_norms * balance).sum(-2, keepdims=True))
     x = x * (balance / (norm * 1.01 + _EPSILON)).astype(dtype)
-    return iterate(x, POLAR_EXPRESS[:num_iterations]).astype(matrices.dtype)
+    return apply_quintics(x, POLAR_EXPRESS[:num_iterations]).astype(matrices.dtype)
 
 
 def nesterov(gradients: mx.array, momenta: mx.array, momentum: mx.array) -> tuple[mx.array, mx.array]:
@@ -137,40 +139,23 @@ def _norm(x: mx.array, axes: tuple[int, ...]) -> mx.array:
     return mx.sqrt(squares)
 
 
-def iterate(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
-    """Apply odd quintics to the singular values of matrices (S, R, C)."""
-    rows, columns = x.shape[-2:]
-    if x.dtype == mx.float32 and max(rows, columns) >= 2 * min(rows, columns):
-        return _iterate_gram(x, quintics)
-    tall = rows > columns
+@accelerated
+def apply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
+    """Apply odd quintics, one after the other, to the singular values of matrices (S, R, C)."""
+    return multiply_quintics(x, quintics)
+
+
+def multiply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
+    """Compute `apply_quintics` as written down: two products of the short side and one of the long side for each."""
+    tall = x.shape[-2] > x.shape[-1]
     for a, b, c in quintics:
-        gram = _gram(x)
+        gram = gram_matrix(x)
         inner = mx.addmm(gram, gram, gram, alpha=c, beta=b)
         x = mx.addmm(x, x, inner, beta=a) if tall else mx.addmm(x, inner, x, beta=a)
     return x
 
 
-def _iterate_gram(x: mx.array, quintics: list[Quintic] | tuple[Quintic, ...]) -> mx.array:
-    """Do the same with fewer products of the long side.
-
-    Each quintic multiplies x by a polynomial of its Gram matrix. The polynomials commute, so the product of several
-    needs small matrices only. Squaring loses half of the digits of small singular values, which each further quintic
-    amplifies, so the Gram matrix is recomputed in between.
-    """
-    for part in (quintics[:_FRESH_GRAM], quintics[_FRESH_GRAM:]):
-        gram, product = _gram(x), None
-        identity = mx.eye(gram.shape[-1])
-        for index, (a, b, c) in enumerate(part):
-            inner = mx.addmm(b * gram + a * identity, gram, gram, alpha=c)
-            product = inner if product is None else product @ inner
-            if index < len(part) - 1:
-                gram = gram @ inner @ inner
-        if product is not None:
-            x = x @ product if x.shape[-2] > x.shape[-1] else product @ x
-    return x
-
-
-def _gram(x: mx.array) -> mx.array:
+def gram_matrix(x: mx.array) -> mx.array:
     """Return the products of the rows of matrices (S, R, C), or of their columns where these are fewer."""
     transposed = x.swapaxes(-1, -2)
     return transposed @ x if x.shape[-2] > x.shape[-1] else x @ transposed
