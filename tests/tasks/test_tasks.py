@@ -17,8 +17,7 @@ from mlxchat.tasks import Task, arithmetic, load_task, task_class, task_names
 from mlxchat.tasks.answers import answer_text, calculator_parts, final_number
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import dialogue, held_out
-from mlxchat.tasks.factbook import FIELDS, Fact, facts, with_article
-from mlxchat.tasks.facts import is_test_pair
+from mlxchat.tasks.facts import FIELDS, Fact, facts, is_test_pair, with_article
 
 BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
 CATEGORICAL = ["facts_mc", "reading_mc", "kinds_mc", "mmlu", "arc_easy", "arc_challenge"]
@@ -116,7 +115,8 @@ def test_the_capitals_of_examples_are_trained_on() -> None:
 def test_arithmetic_tests_numbers_that_no_training_problem_of_the_template_has() -> None:
     def frame(conversation: dict[str, Any]) -> str:
         question = re.sub(r"\b(he|she|him|her)\b", "they", conversation["messages"][0]["content"], flags=re.IGNORECASE)
-        names, things = "|".join(arithmetic._HE + arithmetic._SHE), "|".join(arithmetic._THINGS)
+        words = arithmetic.texts()
+        names, things = "|".join(words["he"] + words["she"]), "|".join(words["things"])
         return re.sub(rf"\b({things})\b", "things", re.sub(rf"\b({names})\b", "name", question))
 
     train = {frame(conversation) for conversation in conversations("arithmetic", "train")}

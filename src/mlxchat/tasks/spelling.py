@@ -18,13 +18,14 @@ from typing import ClassVar
 from mlxchat.errors import DataError
 from mlxchat.tasks.answers import Conversation, calculator_parts
 from mlxchat.tasks.base import Task, dialogue, held_out
-from mlxchat.tasks.bundled import common_words
 from mlxchat.tasks.downloads import UrlTask
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 """370 thousand English words."""
 BUNDLED = "bundled"
 QUESTIONS_FILE = Path(__file__).with_name("spelling_questions.json")
+WORDS_FILE = Path(__file__).with_name("common_words.txt")
+"""Words of 3 to 8 letters that occur 30 times or more in the Bible in Basic English and the Factbook; no names."""
 
 _TEST_FRACTION = 0.15
 _COUNT_QUESTIONS = (
@@ -35,6 +36,12 @@ _COUNT_QUESTIONS = (
 )
 _LOWER_FRACTION, _MARK_FRACTION, _LETTER_OF_WORD_FRACTION = 0.3, 0.5, 0.9
 _QUOTES = ("", "'", '"')
+
+
+@cache
+def common_words() -> list[str]:
+    """Return the everyday words that come with mlxchat, in alphabetical order."""
+    return WORDS_FILE.read_text(encoding="ascii").split()
 
 
 class _WordTask(Task):
