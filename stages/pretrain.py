@@ -21,9 +21,9 @@ from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
 from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
+from mlxchat.training.best import Best
 from mlxchat.training.hooks import core_hooks, train_text_hooks
 from mlxchat.training.loop import Hook, fit
-from mlxchat.training.state import Best
 
 VERSION = 4
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]

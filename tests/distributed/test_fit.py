@@ -19,8 +19,9 @@ from mlxchat.config import ScheduleConfig
 from mlxchat.distributed.team import Team
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import flatten_parameters, set_parameters
+from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit
-from mlxchat.training.state import Best, load_moments
+from mlxchat.training.state import load_moments
 
 SCHEDULE = schedule(warmup_frac=0.2, warmdown_frac=0.5)
 CONSTANT = schedule()
@@ -42,22 +43,20 @@ def train(
     )  # fmt: skip
     if warm is not None:
         load_moments(Path(folder, warm, "out"), optimizer)
-    best = Best(every=2, eval_tokens=8)
 
     def look(iteration: int) -> dict[str, float]:
         # Weights that are not those of training, for a while, as evaluations have them.
         own = flatten_parameters(model)
         set_parameters(model, {"lm_head.weight": mx.zeros(own["lm_head.weight"].shape)})
         set_parameters(model, own)
-        best.offer(iteration, {"val_bpb": abs(iteration - 4) + 1.0}, model)
-        return {}
+        return {"val_bpb": abs(iteration - 4) + 1.0} if keeps else {}
 
     with suppress(Interrupted):
         fit(
-            ctx, model, optimizer, batches, num_iterations=iterations, schedule=rates, dropout=0.1,
+            ctx, model, optimizer, batches, num_iterations=iterations, schedule=rates, dropout=0.1, micro_tokens=32,
             hooks=[Hook(run=look, every=2)], keep_state=keeps,
             extends=None if extends is None else Path(folder, extends, "out"),
-            best=best if keeps else None, micro_tokens=32,
+            best=Best(every=2, eval_tokens=8) if keeps else None,
         )  # fmt: skip
     if keeps:
         weights = {name: np.array(value) for name, value in flatten_parameters(model).items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +14,7 @@ from mlxchat.engine.rank_engine import clear_caches
 from mlxchat.ops.loss import Mix
 from mlxchat.planning.given import TeacherSize
 from mlxchat.training.teacher import Distillation, OutsideTeacher
-from mlxchat.training.team_step import TeamStep
+from mlxchat.training.team_step import send_teacher
 
 SIZE = TeacherSize(weights=1, kept_per_token=1, working_per_token=1)
 
@@ -50,7 +49,6 @@ def test_a_single_process_clears_its_cache() -> None:
 def test_a_teachers_folder_is_sent_as_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     teacher = OutsideTeacher(None, 10, Path("teacher"))
-    asking = SimpleNamespace(distillation=Distillation(teacher=teacher, mix=Mix(weight=0.5), size=SIZE), team=Team())
-    told = TeamStep._send_teacher(asking)  # type: ignore[arg-type]
+    told = send_teacher(Team(), Distillation(teacher=teacher, mix=Mix(weight=0.5), size=SIZE))
     assert told is not None
     assert told["folder"] == str(tmp_path / "teacher")

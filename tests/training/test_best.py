@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from kit.models import make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
@@ -17,8 +18,8 @@ from mlxchat.errors import Interrupted
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.runner.context import Context
+from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit
-from mlxchat.training.state import Best
 
 MakeContext = Callable[..., Context]
 SCHEDULE = schedule()
@@ -59,14 +60,12 @@ def train(
 
         def validate(iteration: int) -> dict[str, float]:
             seen[iteration] = bits(model)
-            found = {"val_bpb": numbers[iteration - 1], "val_perplexity": 10 * numbers[iteration - 1]}
-            if best is not None and best.is_candidate(iteration, num_iterations):
-                best.offer(iteration, found, model)
-            return found
+            return {"val_bpb": numbers[iteration - 1], "val_perplexity": 10 * numbers[iteration - 1]}
 
         fit(
             ctx, model, optimizer, batches, num_iterations=num_iterations, schedule=SCHEDULE,
             hooks=[Hook(run=validate, every=1)], extends=extends, keep_state=True, best=best, dropout=dropout,
+            micro_tokens=64,
         )  # fmt: skip
         save_checkpoint(ctx.out, model, tokenizer, {})
         (ctx.out / "metrics.jsonl").write_bytes(ctx.records("metrics").path.read_bytes())
@@ -152,9 +151,11 @@ def test_for_a_while_the_model_has_the_best_weights() -> None:
     assert bits(model) == after
 
 
-def test_saves_hold_the_best_weights_only_where_they_are_not_the_present_ones() -> None:
-    model, best = make_model(), Best(every=1, eval_tokens=1)
-    assert best.arrays(0) == {}
-    best.offer(3, {"val_bpb": 1.0}, model)
-    assert best.arrays(3) == {}
-    assert {name.removeprefix("best.") for name in best.arrays(4)} == flatten_parameters(model).keys()
+def test_saves_hold_the_best_weights_only_where_they_are_not_the_present_ones(
+    train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    for stop_after, is_present in ((4, True), (5, False)):
+        with pytest.raises(Interrupted):
+            train("halting", stop_after=stop_after)
+        (saved,) = (tmp_path / "halting").rglob("arrays.safetensors")
+        assert any(name.startswith("best.") for name in load_file(saved)) is not is_present

@@ -35,7 +35,7 @@ def train(
         optimizer = make_optimizer(model, **optimizer_changes)
         ctx = make_context(name, lambda: 15 if batches.number >= stop_after else None)
         fit(
-            ctx, model, optimizer, batches, num_iterations=num_iterations, hooks=[],
+            ctx, model, optimizer, batches, num_iterations=num_iterations, hooks=[], micro_tokens=64,
             schedule=schedule(warmdown_frac=warmdown_frac), extends=extends, keep_state=keep_state,
         )  # fmt: skip
         save_checkpoint(ctx.out, model, tokenizer, {})

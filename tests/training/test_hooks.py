@@ -58,7 +58,16 @@ def train(make_context: Any) -> Callable[..., Any]:
         model, ctx = make_model(), make_context(name, stop)
         optimizer = make_optimizer(model)
         hooks = make_hooks(ctx, model)
-        fit(ctx, model, optimizer, NumberedBatches(), num_iterations=NUM_ITERATIONS, schedule=SCHEDULE, hooks=hooks)
+        fit(
+            ctx,
+            model,
+            optimizer,
+            NumberedBatches(),
+            num_iterations=NUM_ITERATIONS,
+            schedule=SCHEDULE,
+            hooks=hooks,
+            micro_tokens=64,
+        )
         arrays = flatten_parameters(model) | optimizer.state
         return ctx, {key: np.array(value).tobytes() for key, value in arrays.items()}
 

@@ -68,7 +68,7 @@ def train(make_context: MakeContext) -> Callable[..., tuple[Context, dict[str, n
         ctx = make_context(name, stop, **machine)
         fit(
             ctx, model, optimizer, RowBatches(rows, 3), num_iterations=NUM_ITERATIONS, schedule=SCHEDULE,
-            hooks=hooks or [],
+            hooks=hooks or [], micro_tokens=64,
         )  # fmt: skip
         arrays = flatten_parameters(model) | optimizer.state
         return ctx, {key: np.array(value) for key, value in arrays.items()}

@@ -140,7 +140,7 @@ def train(
 
     ctx = make_context(name, stop, checkpoint_seconds=0)
     fit(ctx, model, optimizer, numbers, num_iterations=iterations,
-        schedule=schedule(warmup_frac=0.2, warmdown_frac=0.5), hooks=[],
+        schedule=schedule(warmup_frac=0.2, warmdown_frac=0.5), hooks=[], micro_tokens=64,
         distillation=distillation)  # fmt: skip
     return ctx, {key: np.asarray(value) for key, value in flatten_parameters(model).items()}
 

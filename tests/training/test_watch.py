@@ -46,6 +46,7 @@ def train(make_context: MakeContext) -> Callable[..., Any]:
             num_iterations=NUM_ITERATIONS,
             schedule=CONSTANT,
             hooks=[],
+            micro_tokens=64,
         )
         return ctx, arrays(model, optimizer)
 
@@ -199,7 +200,9 @@ def test_an_exploding_norm_is_recorded_and_shown(make_context: MakeContext, caps
             return Batch(batch.ids, batch.targets, batch.weights * (1000 if iteration == 12 else 1))
 
     model, ctx = make_model(), make_context()
-    fit(ctx, model, make_optimizer(model), Loud(rows=4), num_iterations=14, schedule=CONSTANT, hooks=[])
+    fit(
+        ctx, model, make_optimizer(model), Loud(rows=4), num_iterations=14, schedule=CONSTANT, hooks=[], micro_tokens=64
+    )
     (record,) = (record for record in records(ctx) if "warning" in record)
     assert record["iteration"] == 13
     assert "times its median of late" in record["warning"]

@@ -1,4 +1,4 @@
-"""The training loop: an iteration after the other, with validation, logging, saving and signals in between."""
+"""The training loop: one iteration after the other, with validation, logging, saving and signals in between."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxchat.config import ScheduleConfig
-from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
-from mlxchat.ops.machine import device_kind
 from mlxchat.optim.optimizer import Optimizer, rates_at
-from mlxchat.planning.memory import MOST_TOKENS
 from mlxchat.runner.context import Context
 from mlxchat.runner.crash import crash_point
 from mlxchat.training.batches import BatchSource
+from mlxchat.training.best import Best
 from mlxchat.training.monitor import Monitor
-from mlxchat.training.state import Best, Checkpointer
+from mlxchat.training.state import Checkpointer
 from mlxchat.training.teacher import Distillation
 from mlxchat.training.team_step import make_step
 
@@ -55,7 +53,7 @@ def fit(
     num_iterations: int,
     schedule: ScheduleConfig,
     hooks: list[Hook],
-    micro_tokens: int | None = None,
+    micro_tokens: int,
     extends: Path | None = None,
     keep_state: bool = False,
     best: Best | None = None,
@@ -66,10 +64,6 @@ def fit(
 
     On a CPU the result is the same bit for bit however often it was interrupted.
 
-    With `extends` it starts with the weights, moments and data position of a finished training, say of 6 iterations,
-    and continues with the rates of the whole training from the seventh on. So it equals a straight training where both
-    schedules agree on the first six (a constant rate).
-
     Args:
         ctx: of the step; its metrics get the final loss and tokens per second.
         model: float32 weights, trained in place.
@@ -78,8 +72,9 @@ def fit(
         num_iterations: of the whole training, including what it extends.
         schedule: learning rates over the iterations.
         hooks: called at their cadence and after the last iteration, in this order.
-        micro_tokens: tokens per micro-batch; None: `machine.device_batch_tokens`, or as many as help.
-        extends: folder of a finished training with its state.
+        micro_tokens: tokens per micro-batch.
+        extends: folder of a finished training, from whose weights, moments and data position this one starts. It equals
+            a straight training where both schedules agree on the first iterations (a constant rate).
         keep_state: whether to save in the artifact what an extension needs.
         best: keeps the best weights, with which the model ends; an extension starts with the last ones.
         dropout: share of the residual stream that is zeroed.
@@ -90,53 +85,32 @@ def fit(
         StepFailed: loss or gradients became NaN or Inf and on_nan is stop; the state before that was saved.
         DataError: the training in `extends` does not fit.
     """
-    machine = ctx.config.machine
-    dtype = prepare_machine(machine)
+    dtype = prepare_machine(ctx.config.machine)
     mx.reset_peak_memory()
-    step = make_step(
-        ctx.team,
-        model,
-        optimizer,
-        micro_tokens=micro_tokens or machine.device_batch_tokens or MOST_TOKENS[device_kind(machine.device)],
-        dtype=dtype,
-        recompute=machine.grad_checkpointing,
-        dropout=dropout,
-        dropout_seed=ctx.seed("dropout"),
-        distillation=distillation,
-    )
-    monitor = Monitor(ctx, model, dtype, num_iterations, best)
+    monitor = Monitor(ctx, model, batches, dtype, num_iterations, best)
     checkpointer = Checkpointer(ctx, model, optimizer, batches, monitor, best)
-    done, pending_hook = checkpointer.restore(extends)
+    done, first_hook = checkpointer.restore(extends)
+    step = make_step(
+        ctx.team, model, optimizer, micro_tokens=micro_tokens, dtype=dtype, dropout=dropout,
+        dropout_seed=ctx.seed("dropout"), recompute=ctx.config.machine.grad_checkpointing, distillation=distillation,
+    )  # fmt: skip
 
     def run_hooks(first: int = 0) -> None:
         for number, hook in enumerate(hooks[first:], first):
             if hook.is_due(done, num_iterations):
-                try:
+                with checkpointer.saving_on_stop(done, pending_hook=number):
                     monitor.look(done, hook.title, hook.run)
-                except Interrupted:
-                    checkpointer.save(done, pending_hook=number)
-                    raise
 
     with ctx.progress(num_iterations, "iterations", start=done) as monitor.progress:
-        if done == 0 or pending_hook is not None:
-            run_hooks(pending_hook or 0)
+        if first_hook is not None:
+            run_hooks(first_hook)
         while done < num_iterations:
-            checkpointer.hold()
-            monitor.begin_iteration(batches)
-            try:
+            with checkpointer.saving_on_stop(done):
+                monitor.begin_iteration()
                 batch = batches.next_batch(done)
                 rates = rates_at(done, num_iterations, schedule, optimizer.config)
                 loss, norm = step(batch, rates, done)
-                monitor.end_iteration(
-                    done + 1, batches, batch, loss=loss, norm=norm, loss_parts=step.loss_parts, rates=rates
-                )
-            except Interrupted:
-                checkpointer.save_held(done)
-                raise
-            except StepFailed as error:
-                checkpointer.save_held(done)
-                saved = f"The state after iteration {done} of {num_iterations} is saved in {ctx.work}"
-                raise StepFailed(f"{error}\n{saved}; the same command continues there.") from error
+                monitor.end_iteration(done + 1, batch, loss, norm, step.loss_parts, rates)
             done += 1
             crash_point("train.iteration")
             run_hooks()
@@ -144,11 +118,7 @@ def fit(
                 checkpointer.save(done)
                 raise ctx.stop(f"iteration {done:,} of {num_iterations:,}", saved=True)
             checkpointer.save_if_due(done)
-        monitor.note_best()
-    crash_point("train.finished")
-    step.end()
-    if keep_state:
-        checkpointer.save_finished(done)
-    if best is not None:
-        ctx.metrics |= best.put_back(model, ctx.metrics)
-    monitor.end()
+        crash_point("train.finished")
+        if keep_state:
+            checkpointer.save_finished(done)
+        monitor.finish()

@@ -20,7 +20,7 @@ from mlxchat.planning.peak import peak_flops, raise_peak
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress, format_bytes, format_count
 from mlxchat.training.batches import Batch, BatchSource
-from mlxchat.training.state import Best
+from mlxchat.training.best import Best
 
 _EMA_DECAY = 0.9
 _WINDOW, _FEWEST_NORMS = 100, 10  # norms in the median, and the fewest for it
@@ -35,11 +35,11 @@ class Monitor:
     """The display of iterations."""
 
     def __init__(
-        self, ctx: Context, model: GPT, dtype: mx.Dtype, num_iterations: int, best: Best | None = None
+        self, ctx: Context, model: GPT, batches: BatchSource, dtype: mx.Dtype, num_iterations: int, best: Best | None
     ) -> None:
         """Start at zero; `dtype` is what the model computes in, `best` the weights kept so far."""
-        self.ctx, self.num_iterations, self.best = ctx, num_iterations, best
-        self.model, self.dtype = model, dtype
+        self.ctx, self.model, self.batches, self.best = ctx, model, batches, best
+        self.dtype, self.num_iterations = dtype, num_iterations
         self.num_ranks = 1 if ctx.team is None else ctx.team.size
         # nanochat's FLOPs per token are those of a training of all weights.
         peak = peak_flops(dtype) if adapters_of(model) is None else None
@@ -60,30 +60,21 @@ class Monitor:
             self.progress.update(done, now=title)
         with computing_in(self.model, self.dtype):
             numbers = measure(done)
-        best = self.best
-        if best is not None and best.METRIC in numbers and best.is_candidate(done, self.num_iterations):
-            best.offer(done, numbers, self.model)
+        if self.best is not None:
+            self.best.offer(done, numbers, self.model, is_last=done == self.num_iterations)
         if numbers:
             self.ctx.log({"iteration": done, **numbers})
             self.ctx.metrics.update(numbers)
 
-    def begin_iteration(self, batches: BatchSource) -> None:
+    def begin_iteration(self) -> None:
         """Start the clock."""
-        self._began, self._waited = time.perf_counter(), batches.waited_seconds
+        self._began, self._waited = time.perf_counter(), self.batches.waited_seconds
         self._communication = self._communication_seconds()
 
     def end_iteration(
-        self,
-        iteration: int,
-        batches: BatchSource,
-        batch: Batch,
-        *,
-        loss: float,
-        norm: float,
-        loss_parts: Mapping[str, float],
-        rates: Rates[float],
+        self, iteration: int, batch: Batch, loss: float, norm: float, parts: Mapping[str, float], rates: Rates[float]
     ) -> None:
-        """Count, log and show an iteration (from 1) with its loss, the terms of it and the norm of the gradients.
+        """Count, log and show an iteration (from 1) with its loss, the norm of its gradients and the loss's terms.
 
         Raises:
             StepFailed: loss or norm is NaN or Inf, and `training.on_nan` ends the training.
@@ -91,10 +82,10 @@ class Monitor:
         ctx, seconds = self.ctx, time.perf_counter() - self._began
         good, record = math.isfinite(loss) and math.isfinite(norm), dict[str, Any]()
         if good:
-            ctx.metrics |= loss_parts
+            ctx.metrics |= parts
             warning = self.watch.warn(iteration, norm)
         else:
-            warning = f"loss {loss} and gradient norm {norm}, batch of {_join(batches.documents())}"
+            warning = f"loss {loss} and gradient norm {norm}, batch of {_join(self.batches.documents())}"
             if self.watch.must_stop():
                 raise StepFailed(
                     f"{ctx.step} stopped: iteration {iteration} of {self.num_iterations} gave {warning}. "
@@ -102,30 +93,28 @@ class Monitor:
                 )
             warning += "; the update was skipped"
             record["skipped_iterations"] = self.watch.num_skipped
-        self.meter.add(loss if good else None, batch.ids.size, seconds, batches.waited_seconds - self._waited)
+        self.meter.add(loss if good else None, batch.ids.size, seconds, self.batches.waited_seconds - self._waited)
         if warning is not None:
             self.progress.note(f"iteration {iteration}: {warning}")
             record["warning"] = warning
         if iteration % ctx.config.machine.log_every == 0 or iteration == self.num_iterations or record:
             record["lr_multiplier"] = rates.lr_factor
             if good:
-                record |= {"grad_norm": norm, **loss_parts}
+                record |= {"grad_norm": norm, **parts}
             if self.num_ranks > 1:
                 record["communication_frac"] = (self._communication_seconds() - self._communication) / seconds
             ctx.log({"iteration": iteration, **self.meter.record(loss if good else None), **record})
         best = self.best.show() if self.best is not None else {}
         self.progress.update(iteration, **self.meter.show(), **best, **self.watch.show(iteration))
 
-    def note_best(self) -> None:
-        """Print which weights are kept, where these may be earlier ones."""
-        if (best := self.best) is not None and best.iteration is not None:
+    def finish(self) -> None:
+        """Give the model its best weights, if they are kept, and write the training's totals to the step's metrics."""
+        metrics, meter, best = self.ctx.metrics, self.meter, self.best
+        if best is not None and best.iteration is not None:
             self.progress.note(
                 f"kept the weights of iteration {best.iteration}: {best.METRIC} {best.numbers[best.METRIC]:.5f}"
             )
-
-    def end(self) -> None:
-        """Write the training's totals to the step's metrics."""
-        metrics, meter = self.ctx.metrics, self.meter
+            metrics |= best.put_back(self.model, metrics)
         if self.watch.num_skipped or self.ctx.config.training.on_nan == "skip":
             metrics["skipped_iterations"] = self.watch.num_skipped
         metrics["loss"] = meter.loss

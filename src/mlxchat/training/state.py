@@ -1,4 +1,4 @@
-"""What a training saves: to resume bit for bit, to be extended once it has finished, and its best weights.
+"""What a training saves: to resume bit for bit, and to be extended once it has finished.
 
 A save is a folder ckpt/<iteration>/ with arrays.safetensors and state.json. It gets its name by one rename after all of
 it is on disk; only then are older saves removed. state.json has its own digest and that of the arrays, so a save that
@@ -8,31 +8,35 @@ was cut or altered is never used.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from mlxchat.errors import DataError
+from mlxchat.distributed.group import PeerLost
+from mlxchat.errors import DataError, Interrupted, StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.sealed import seal, sync, unseal
+from mlxchat.training.batches import BatchSource
+from mlxchat.training.best import Best
+from mlxchat.training.monitor import Monitor
 
 Arrays = dict[str, NDArray[Any]]
 
 _ARRAYS, _STATE = "arrays.safetensors", "state.json"
-_BEST, _LAST = "best.", "last."
+_FINISHED_ARRAYS, _FINISHED_STATE = "training_state.safetensors", "training_state.json"
+_MODEL, _OPTIMIZER, _BEST, _LAST = "model.", "optimizer.", "best.", "last."
 
 
 def write_save(work: Path, iteration: int, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> None:
@@ -80,32 +84,15 @@ def _saves(work: Path) -> list[Path]:
     return sorted(path for path in work.glob("[0-9]*") if path.is_dir()) if work.is_dir() else []
 
 
-class Resumable(Protocol):
-    """Something with a state as JSON data."""
-
-    def state(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Return to a state."""
-
-
 class Checkpointer:
     """Saves and restores a training: weights, moments, position in the data, numbers seen so far."""
 
     def __init__(
-        self,
-        ctx: Context,
-        model: GPT,
-        optimizer: Optimizer,
-        batches: Resumable,
-        monitor: Resumable,
-        best: Best | None = None,
+        self, ctx: Context, model: GPT, optimizer: Optimizer, batches: BatchSource, monitor: Monitor, best: Best | None
     ) -> None:
         self.ctx, self.model, self.optimizer, self.best = ctx, model, optimizer, best
         self.batches, self.monitor = batches, monitor
         self._saved_at = time.monotonic()
-        self._held: dict[str, Any] = {}
 
     def restore(self, extends: Path | None = None) -> tuple[int, int | None]:
         """Continue from the newest save of this step, else from the finished training in folder `extends`, if any.
@@ -116,32 +103,25 @@ class Checkpointer:
         Raises:
             DataError: the training in `extends` does not fit this model and optimizer.
         """
-        ctx, state = self.ctx, self._load()
-        if state is not None:
-            ctx.rewind_records(state["iteration"])
-            ctx.metrics |= state.get("metrics", {})
+        if (found := read_newest(self.ctx.work)) is not None:
+            state = self._restore_save(*found)
+            self.ctx.rewind_records(state["iteration"])
+            self.ctx.metrics |= state.get("metrics", {})
         elif extends is not None:
-            state = load_finished(extends, self.model, self.optimizer, self.best)
-            ctx.take_records(extends)
+            state = self._restore_finished(extends)
+            self.ctx.take_records(extends)
         else:
-            ctx.rewind_records(0)
-            return 0, None
+            self.ctx.rewind_records(0)
+            return 0, 0
+        mx.eval(self.model.state)
         self.batches.restore(state["batches"])
         self.monitor.restore(state)
         # Records of iteration 0 were dropped, so its hooks all run again.
-        return state["iteration"], state.get("pending_hook") if state["iteration"] else None
+        return state["iteration"], state.get("pending_hook") if state["iteration"] else 0
 
-    def hold(self) -> None:
-        """Remember the state before an iteration, for `save_held`. Weights and moments change only at its end."""
-        self._held = self._state()
-
-    def save_held(self, iteration: int) -> None:
-        """Save the state before an iteration that failed or was interrupted before its update."""
-        self._save(iteration, self._held)
-
-    def save(self, iteration: int, **more: int) -> None:
+    def save(self, iteration: int) -> None:
         """Save the state after `iteration` iterations; older saves are removed."""
-        self._save(iteration, {**self._state(), **more})
+        self._save(iteration, self._state())
 
     def save_if_due(self, iteration: int) -> None:
         """Save if `machine.checkpoint_seconds` have passed since the last time."""
@@ -149,155 +129,72 @@ class Checkpointer:
             self.save(iteration)
             self._saved_at = time.monotonic()
 
+    @contextmanager
+    def saving_on_stop(self, iteration: int, **more: int) -> Iterator[None]:
+        """Save the state before the body, with `more` in it, if the body is interrupted or fails.
+
+        The body changes weights and moments last, or not at all.
+        """
+        before = {**self._state(), **more}
+        try:
+            yield
+        except PeerLost:
+            raise  # the moments of a lost rank cannot be saved
+        except (Interrupted, StepFailed) as error:
+            self._save(iteration, before)
+            if isinstance(error, Interrupted):
+                raise
+            saved = (
+                f"The state after iteration {iteration} of {self.monitor.num_iterations} is saved in {self.ctx.work}"
+            )
+            raise StepFailed(f"{error}\n{saved}; the same command continues there.") from error
+
     def save_finished(self, iteration: int) -> None:
-        """Leave in the artifact what an extension of this training needs."""
-        save_finished(self.ctx.out, iteration, self.optimizer, self._state(), self.model, self.best)
+        """Write what an extension needs: moments, state and, where the best weights are earlier ones, the last."""
+        state, arrays = self._state(), _numpy(self.optimizer.whole_state())
+        if self.best is not None:
+            state["best"] = self.best.state()
+            if self.best.iteration not in (None, iteration):
+                arrays |= _numpy(flatten_parameters(self.model), _LAST)
+        save_file(arrays, self.ctx.out / _FINISHED_ARRAYS)
+        text = json.dumps({"iteration": iteration, **state})
+        (self.ctx.out / _FINISHED_STATE).write_text(text, encoding="utf-8")
 
     def _state(self) -> dict[str, Any]:
         return {"batches": self.batches.state(), **self.monitor.state()}
 
     def _save(self, iteration: int, state: dict[str, Any]) -> None:
-        arrays = {f"model.{name}": np.asarray(value) for name, value in trained_parameters(self.model).items()}
-        arrays |= {f"optimizer.{name}": np.asarray(value) for name, value in self.optimizer.whole_state().items()}
+        arrays = _numpy(trained_parameters(self.model), _MODEL) | _numpy(self.optimizer.whole_state(), _OPTIMIZER)
         if self.best is not None:
-            arrays |= self.best.arrays(iteration)
             state = {**state, "best": self.best.state()}
+            if self.best.iteration != iteration:
+                arrays |= _numpy(self.best.weights, _BEST)
         write_save(self.ctx.work, iteration, arrays, state)
 
-    def _load(self) -> dict[str, Any] | None:
-        """Restore weights and moments from the newest whole save; return its state, or None if there is none."""
-        found = read_newest(self.ctx.work)
-        if found is None:
-            return None
-        arrays, state = found
-        weights = {name.removeprefix("model."): mx.array(value) for name, value in arrays.items() if name[0] == "m"}
-        set_parameters(self.model, weights)
-        _set_moments(self.optimizer, {name: arrays[f"optimizer.{name}"] for name in self.optimizer.state})
-        mx.eval(self.model.state)
+    def _restore_save(self, arrays: Arrays, state: dict[str, Any]) -> dict[str, Any]:
+        """Set model, optimizer and best weights to those of a save; return its state."""
+        set_parameters(self.model, _arrays(arrays, _MODEL))
+        _set_moments(self.optimizer, {name: arrays[f"{_OPTIMIZER}{name}"] for name in self.optimizer.state})
         if self.best is not None and "best" in state:
-            self.best.restore(state["best"], arrays, self.model)
+            self.best.restore(state["best"], flatten_parameters(self.model) | _arrays(arrays, _BEST))
         return state
 
-
-class Best:
-    """The candidate with the lowest bits per byte of validation, the first of equals.
-
-    Candidates are every so many iterations and the last one, so the result does not depend on how often validation is
-    shown.
-    """
-
-    METRIC = "val_bpb"
-
-    def __init__(self, *, every: int, eval_tokens: int) -> None:
-        """Keep none yet; a candidate comes every `every` iterations and is validated on `eval_tokens` tokens."""
-        self.every, self._eval_tokens = every, eval_tokens
-        self.iteration: int | None = None
-        """Whose weights are kept; None: there was no candidate with a finite number."""
-        self.numbers: dict[str, float] = {}
-        """Their numbers of validation."""
-        self._weights: dict[str, mx.array] = {}
-
-    def is_candidate(self, iteration: int, num_iterations: int) -> bool:
-        """Return whether weights after so many iterations may be kept."""
-        return iteration == num_iterations or iteration % self.every == 0
-
-    def offer(self, iteration: int, numbers: Mapping[str, float], model: GPT) -> bool:
-        """Keep the model's weights if they are the best so far; return whether they are."""
-        if not numbers[self.METRIC] < self.numbers.get(self.METRIC, math.inf):  # NaN never is
-            return False
-        self.iteration, self.numbers = iteration, dict(numbers)
-        # The arrays themselves: training replaces them, it does not write into them.
-        self._weights = flatten_parameters(model)
-        return True
-
-    @contextmanager
-    def in_place(self, model: GPT) -> Iterator[None]:
-        """Give the model these weights for a while, if there are any."""
-        own = flatten_parameters(model)
-        set_parameters(model, self._weights)
-        try:
-            yield
-        finally:
-            set_parameters(model, own)
-
-    def put_back(self, model: GPT, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Give the model these weights for good, if there are any.
-
-        Returns:
-            Their numbers in place of those in `metrics`, which become last_<name>; nothing if there are no weights.
-        """
-        if self.iteration is None:
-            return {}
-        set_parameters(model, self._weights)
-        last = {f"last_{name}": value for name, value in metrics.items() if name in self.numbers}
-        return {**self.numbers, "best_iteration": self.iteration, **last}
-
-    def arrays(self, done: int) -> dict[str, NDArray[Any]]:
-        """Return what a save after `done` iterations needs besides that iteration's weights."""
-        if self.iteration == done:
-            return {}
-        return {f"{_BEST}{name}": np.asarray(value) for name, value in self._weights.items()}
-
-    def state(self) -> dict[str, Any]:
-        """Return the rest of it, as JSON data."""
-        return {"iteration": self.iteration, "numbers": self.numbers, "eval_tokens": self._eval_tokens}
-
-    def restore(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], model: GPT) -> None:
-        """Continue from a save, whose own weights the model has."""
-        own = flatten_parameters(model)
-        kept = {name: mx.array(value) for name, value in arrays.items()}
-        self.take(state, {name: kept.get(f"{_BEST}{name}", value) for name, value in own.items()})
-
-    def take(self, state: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-        """Continue from what another training kept, unless its validation had another size."""
-        if state["iteration"] is None or state["eval_tokens"] != self._eval_tokens:
-            return
-        self.iteration, self.numbers, self._weights = state["iteration"], dict(state["numbers"]), dict(weights)
-        mx.eval(self._weights)
-
-    def show(self) -> dict[str, str]:
-        """Return what the progress line shows."""
-        if self.iteration is None:
-            return {}
-        return {"best": f"{self.numbers[self.METRIC]:.4f} bpb at {self.iteration}"}
-
-
-def save_finished(
-    out: Path, iteration: int, optimizer: Optimizer, state: dict[str, Any], model: GPT, best: Best | None = None
-) -> None:
-    """Write what an extension needs: moments, `state` (JSON data) and, where the best weights were kept, the last."""
-    arrays = {name: np.asarray(value) for name, value in optimizer.whole_state().items()}
-    if best is not None:
-        state = {**state, "best": best.state()}
-        if best.iteration not in (None, iteration):
-            arrays |= {f"{_LAST}{name}": np.asarray(value) for name, value in flatten_parameters(model).items()}
-    save_file(arrays, out / "training_state.safetensors")
-    (out / "training_state.json").write_text(json.dumps({"iteration": iteration, **state}), encoding="utf-8")
-
-
-def load_finished(folder: Path, model: GPT, optimizer: Optimizer, best: Best | None = None) -> dict[str, Any]:
-    """Set model, optimizer and `best` to the end of a finished training; return the rest of its state.
-
-    Raises:
-        DataError: a file is missing or damaged, or holds other arrays than this model and optimizer have.
-    """
-    try:
-        weights = load_file(folder / "model.safetensors")
-        moments, last = _load_training_state(folder)
-        state: dict[str, Any] = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
-    except Exception as error:  # the safetensors reader has several error types of its own
-        raise DataError(f"{folder}: no readable training state ({type(error).__name__}: {error})") from None
-    _check_arrays(folder, flatten_parameters(model), weights)
-    _check_arrays(folder, optimizer.state, moments)
-    kept = {name: mx.array(value) for name, value in weights.items()}
-    if last:
-        _check_arrays(folder, kept, last)
-    set_parameters(model, {name: mx.array(value) for name, value in last.items()} or kept)
-    _set_moments(optimizer, moments)
-    mx.eval(model.state)
-    if best is not None and "best" in state:
-        best.take(state["best"], kept)
-    return state
+    def _restore_finished(self, folder: Path) -> dict[str, Any]:
+        """Set model, optimizer and best weights to the end of a finished training; return its state."""
+        moments, last = _read_moments(folder)
+        with _reading(folder):
+            kept = load_file(folder / "model.safetensors")
+            state: dict[str, Any] = json.loads((folder / _FINISHED_STATE).read_text(encoding="utf-8"))
+        _check_arrays(folder, flatten_parameters(self.model), kept)
+        _check_arrays(folder, self.optimizer.state, moments)
+        if last:
+            _check_arrays(folder, kept, last)
+        weights = _arrays(kept)
+        set_parameters(self.model, _arrays(last) or weights)
+        _set_moments(self.optimizer, moments)
+        if self.best is not None and "best" in state:
+            self.best.restore(state["best"], weights)
+        return state
 
 
 def load_moments(folder: Path, optimizer: Optimizer) -> None:
@@ -308,31 +205,47 @@ def load_moments(folder: Path, optimizer: Optimizer) -> None:
     Raises:
         DataError: the folder has none, or they are of other parameters or another optimizer.
     """
-    try:
-        moments, _ = _load_training_state(folder)
-    except Exception as error:  # the safetensors reader has several error types of its own
-        raise DataError(
-            f"{folder} has no readable training state to start warm from ({error}). Pretrain it with "
-            "pretrain.save_training_state=true, or give warm_start=false"
-        ) from None
+    moments, _ = _read_moments(folder, advice=", or give warm_start=false")
     _check_arrays(folder, optimizer.state, moments)
     _set_moments(optimizer, moments)
 
 
-def _load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return moments, and the last weights where the model beside them is an earlier one."""
-    arrays = load_file(folder / "training_state.safetensors")
+def _read_moments(folder: Path, advice: str = "") -> tuple[Arrays, Arrays]:
+    """Return moments, and the last weights where the model beside them has earlier ones."""
+    with _reading(folder, advice):
+        arrays = load_file(folder / _FINISHED_ARRAYS)
     last = {name.removeprefix(_LAST): arrays.pop(name) for name in sorted(arrays) if name.startswith(_LAST)}
     return arrays, last
 
 
-def _set_moments(optimizer: Optimizer, moments: dict[str, Any]) -> None:
-    for name, value in moments.items():
-        optimizer.state[name] = mx.array(value)
+@contextmanager
+def _reading(folder: Path, advice: str = "") -> Iterator[None]:
+    """Raise DataError if the body cannot read what a finished training left."""
+    try:
+        yield
+    except Exception as error:  # the safetensors reader has several error types of its own
+        raise DataError(
+            f"{folder} has no readable training state ({type(error).__name__}: {error}). Train it with "
+            f"pretrain.save_training_state=true{advice}"
+        ) from None
+
+
+def _numpy(arrays: Mapping[str, mx.array], prefix: str = "") -> Arrays:
+    """Return arrays for a file, their names behind a prefix."""
+    return {f"{prefix}{name}": np.asarray(value) for name, value in arrays.items()}
+
+
+def _arrays(found: Arrays, prefix: str = "") -> dict[str, mx.array]:
+    """Return the arrays of a file whose names have a prefix, without it."""
+    return {name.removeprefix(prefix): mx.array(value) for name, value in found.items() if name.startswith(prefix)}
+
+
+def _set_moments(optimizer: Optimizer, moments: Arrays) -> None:
+    optimizer.state.update(_arrays(moments))
     mx.eval(optimizer.state)
 
 
-def _check_arrays(folder: Path, expected: dict[str, mx.array], found: dict[str, Any]) -> None:
+def _check_arrays(folder: Path, expected: Mapping[str, Any], found: Arrays) -> None:
     wrong = sorted(
         name
         for name in expected.keys() | found.keys()

@@ -77,9 +77,6 @@ class TrainStep:
         self._shares = optimizer.share(len(self.lanes))
         self._gradients = compiled(self._loss_and_gradients)
 
-    def end(self) -> None:
-        """Do nothing: all weights and moments are here."""
-
     def __call__(self, batch: Batch, rates: Rates[float], iteration: int = 0) -> tuple[float, float]:
         """Update the model; return the loss and the gradients' norm before clipping.
 

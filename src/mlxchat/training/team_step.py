@@ -36,74 +36,52 @@ def make_step(
 
 
 class TeamStep:
-    """On rank 0 what `TrainStep` is to a single process; the ranks begin with the first batch."""
+    """On rank 0 what `TrainStep` is to a single process.
+
+    From its creation on each rank has the moments of its part only; `Optimizer.whole_state` gathers all.
+    """
 
     def __init__(
         self, team: Team, model: GPT, optimizer: Optimizer, distillation: Distillation | None, settings: dict[str, Any]
     ) -> None:
-        """Take a team, and what `TrainStep` takes."""
-        self.team, self.model, self.optimizer, self.distillation = team, model, optimizer, distillation
-        self._settings = settings
-        self._step: TrainStep | None = None
-        self.loss_parts: dict[str, float] = {}
-        """With a teacher, of the last batch: ce, the mean cross-entropy, and kl, the mean divergence."""
+        """Have all ranks make their steps from rank 0's weights, moments and settings, `TrainStep`'s."""
+        self.team, self.model, optimizer.gather_state = team, model, partial(team.call, _gather_state)
+        sync_model(team, model)
+        request = {
+            "settings": {**settings, "dtype": name_of(settings["dtype"])},
+            "optimizer": optimizer.recipe(), "teacher": send_teacher(team, distillation),
+            "has_moments": bool(cast(float, optimizer.state["count"].item())),
+        }  # fmt: skip
+        team.kept["training"] = (model, optimizer, distillation)
+        self._step = cast(TrainStep, team.call(_begin, request))
+
+    @property
+    def loss_parts(self) -> dict[str, float]:
+        """See `TrainStep.loss_parts`."""
+        return self._step.loss_parts
 
     def __call__(self, batch: Batch, rates: Rates[float], iteration: int = 0) -> tuple[float, float]:
         """Update the model on all ranks; see `TrainStep`."""
-        step = self._step or self._begin()
         sync_model(self.team, self.model)
-        arrays = {"ids": batch.ids, "targets": batch.targets, "weights": batch.weights}
         with moving_on_all(self.team, self.model):
-            found = self.team.call(_train, {"rates": list(rates), "iteration": iteration}, arrays)
-        self.loss_parts = step.loss_parts
-        return cast(tuple[float, float], found)
-
-    def end(self) -> None:
-        """Let the ranks drop the training; rank 0's optimizer has all moments again."""
-        if self._step is not None:
-            self.optimizer.state, self.optimizer.gather_state = self.optimizer.whole_state(), None
-            self.team.call(_end)
-            self._step = None
-
-    def _begin(self) -> TrainStep:
-        """Have all ranks make their steps; return rank 0's."""
-        sync_model(self.team, self.model)
-        request = {
-            "settings": {**self._settings, "dtype": name_of(self._settings["dtype"])},
-            "optimizer": self.optimizer.recipe(), "teacher": self._send_teacher(),
-            "has_moments": bool(cast(float, self.optimizer.state["count"].item())),
-        }  # fmt: skip
-        self.team.kept["training"] = self
-        self._step = cast(TrainStep, self.team.call(_begin, request))
-        self.optimizer.gather_state = partial(self.team.call, _gather_state)
-        return self._step
-
-    def _send_teacher(self) -> dict[str, Any] | None:
-        """Return what ranks need to make the teacher; the weights of one of ours have been sent then."""
-        if self.distillation is None:
-            return None
-        teacher = self.distillation.teacher
-        request = {"mix": asdict(self.distillation.mix), "size": asdict(self.distillation.size)}
-        if isinstance(teacher, OwnTeacher):
-            sync_model(self.team, teacher.model, "teacher")
-            return request
-        assert isinstance(teacher, OutsideTeacher), "ranks can make these two"
-        return {**request, "folder": str(teacher.folder.absolute()), "vocab_size": teacher.vocab_size}
+            request = {"rates": list(rates), "iteration": iteration}
+            return cast(tuple[float, float], self.team.call(_train, request, asdict(batch)))
 
 
 def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> TrainStep:
     """Make this rank's step."""
-    training = team.kept.pop("training", None)
-    settings, state = {**request["settings"], "dtype": getattr(mx, request["settings"]["dtype"])}, {}
+    given, settings = team.kept.pop("training", None), request["settings"]
+    dtype, state = getattr(mx, settings["dtype"]), {}
     if team.group.leads:
-        model, optimizer, distillation = training.model, training.optimizer, training.distillation
+        model, optimizer, distillation = given
         state = optimizer.state
     else:
-        del training  # an earlier one, with its moments
+        del given  # an earlier training, with its moments
         model = model_on(team)
         optimizer = Optimizer.of_recipe(model, request["optimizer"])
-        distillation = _make_distillation(team, request["teacher"], settings["dtype"])
-    step = TrainStep(model, optimizer, distillation=distillation, group=team.group, **settings)
+        distillation = _make_distillation(team, request["teacher"], dtype)
+    settings = {**settings, "dtype": dtype, "distillation": distillation}
+    step = TrainStep(model, optimizer, group=team.group, **settings)
     if request["has_moments"] and step.sharding is not None:
         step.sharding.deal_state(optimizer, state)
     mx.eval(optimizer.state)
@@ -114,7 +92,7 @@ def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> 
 def _train(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> tuple[float, float]:
     """Make one step; return the loss and the gradients' norm."""
     step: TrainStep = team.kept["training"]
-    batch = Batch(*(np.array(arrays[name]) for name in ("ids", "targets", "weights")))
+    batch = Batch(**{name: np.array(value) for name, value in arrays.items()})
     return step(batch, Rates(*request["rates"]), request["iteration"])
 
 
@@ -125,9 +103,17 @@ def _gather_state(team: Team, request: dict[str, Any], arrays: dict[str, mx.arra
     return step.sharding.gather_state(step.optimizer)
 
 
-def _end(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-    """Drop the training."""
-    del team.kept["training"]
+def send_teacher(team: Team, distillation: Distillation | None) -> dict[str, Any] | None:
+    """Return what ranks need to make the teacher; the weights of one of ours have been sent then."""
+    if distillation is None:
+        return None
+    teacher = distillation.teacher
+    request = {"mix": asdict(distillation.mix), "size": asdict(distillation.size)}
+    if isinstance(teacher, OwnTeacher):
+        sync_model(team, teacher.model, "teacher")
+        return request
+    assert isinstance(teacher, OutsideTeacher), "ranks can make these two"
+    return {**request, "folder": str(teacher.folder.absolute()), "vocab_size": teacher.vocab_size}
 
 
 def _make_distillation(team: Team, request: dict[str, Any] | None, dtype: mx.Dtype) -> Distillation | None:
