@@ -20,13 +20,14 @@ import pytest
 from mlxchat.commands.transfer import main_import
 from mlxchat.errors import StoreError
 from mlxchat.runner import locks
+from mlxchat.runner.fingerprint import compute_rid
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
 from mlxchat.runner.naming import latest
 from mlxchat.runner.sealed import seal
 from mlxchat.runner.store import Store
 from mlxchat.runner.transfer import closure, export, import_all
-from mlxchat.runner.verifying import find_faults
+from mlxchat.runner.verifying import find_faults, tree_of
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 
@@ -183,18 +184,18 @@ def test_a_manifest_that_lists_files_outside_its_folder_is_refused(made: Any, tm
         import_all(Store(tmp_path / "other"), place)
 
 
-PATHS = ["/{home}/papers", "../../../home/papers", "../latest/second", "..", ".", "a/b", "a\x1b]0;b\x07", "x" * 300, 5]
+PATHS = ["/{home}/papers", "../../../home/papers", "../latest/second", "..", ".", "a/b", "a\x1b]0;b\x07", "x" * 300]
 
 
 @pytest.mark.parametrize("step", PATHS, ids=ascii)
-def test_a_step_named_like_a_path_is_refused(step: object, made: Any, tmp_path: Path) -> None:
+def test_a_step_named_like_a_path_is_refused(step: str, made: Any, tmp_path: Path) -> None:
     """The link refs/<group>/<step> replaced any folder of the user's: its files were deleted by the next run."""
     papers = tmp_path / "home" / "papers"
     papers.mkdir(parents=True)
     (papers / "thesis.txt").write_text("years of work")
     place = exported(made, tmp_path / "folder")
     path = next((place / "store").glob("copy-*")) / "manifest.json"
-    step = step.replace("/{home}", str(papers.parent)) if isinstance(step, str) else step
+    step = step.replace("/{home}", str(papers.parent))
     path.write_bytes(seal({**json.loads(path.read_text()), "step": step}))
     other = Store(tmp_path / "other")
     with pytest.raises(StoreError, match="its step is called"):
@@ -203,6 +204,81 @@ def test_a_step_named_like_a_path_is_refused(step: object, made: Any, tmp_path: 
     assert (papers / "thesis.txt").read_text() == "years of work"
     assert not papers.is_symlink()
     assert not any((other.outputs / "refs").iterdir())
+
+
+def nested(depth: int) -> Any:
+    return json.loads("[" * depth + "]" * depth)
+
+
+MISSHAPEN = {
+    "alias_of a number": {"alias_of": 5},
+    "alias_of a path": {"alias_of": "../../../../etc"},
+    "attempts of numbers": {"attempts": [5]},
+    "config deeply nested": {"config": {"a": nested(900)}},
+    "externals of text": {"externals": ["x"]},
+    "git a list": {"git": [1]},
+    "git commit a number": {"git": {"commit": 5}},
+    "inputs a list": {"inputs": [1]},
+    "inputs a text": {"inputs": "abc"},
+    "inputs of numbers": {"inputs": {"a": 5}},
+    "inputs without rid": {"inputs": {"a": {}}},
+    "inputs with a rid that is a number": {"inputs": {"a": {"rid": 5}}},
+    "metrics a list": {"metrics": [1, 2]},
+    "metrics of text": {"metrics": {"loss": "x"}},
+    "metrics beyond all numbers": {"metrics": {"loss": 10**4000}},
+    "outputs a number": {"outputs": 5},
+    "outputs of numbers": {"outputs": [5]},
+    "outputs without sha256": {"outputs": [{"path": "x", "bytes": 1}]},
+    "outputs with bytes as text": {"outputs": [{"path": "x", "bytes": "a", "sha256": "y"}]},
+    "outputs with negative bytes": {"outputs": [{"path": "x", "bytes": -1, "sha256": "y"}]},
+    "overrides of numbers": {"overrides": [5]},
+    "published a number": {"published": 5},
+    "rid a list": {"rid": ["x"]},
+    "run a list": {"run": ["x"]},
+    "seconds a text": {"seconds": "long"},
+    "seconds NaN": {"seconds": float("nan")},
+    "step a number": {"step": 5},
+    "step half a character": {"step": "a\ud800"},
+    "version a text": {"version": "1"},
+    "not an object": "[]",
+    "deeply nested": json.dumps(nested(900)),
+    "too deep to be parsed": "[" * 200_000 + "]" * 200_000,
+    "only a rid": '{"rid": "' + "a" * 64 + '"}',
+    "a number of 5,000 digits": '{"rid": ' + "9" * 5_000 + "}",
+}
+
+
+@pytest.mark.parametrize("change", MISSHAPEN.values(), ids=MISSHAPEN)
+def test_a_manifest_of_the_wrong_shape_is_refused(change: Any, tmp_path: Path) -> None:
+    """These gave tracebacks, on import or, once imported, in ls and show."""
+    record: dict[str, Any] = {
+        "rid": compute_rid("make", 1, {}, {}, {}), "name": "x", "stage": "make", "step": "first", "kind": "number",
+        "version": 1, "config": {}, "inputs": {}, "pins": {}, "outputs": [], "tree": tree_of({"outputs": []}),
+        "metrics": {}, "seconds": 1.0, "published": "2026-01-01T00:00:00",
+    }  # fmt: skip
+    folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
+    folder.mkdir(parents=True)
+    path, other = folder / "manifest.json", Store(tmp_path / "other")
+    path.write_text(change if isinstance(change, str) else json.dumps(record | change))
+    with pytest.raises(StoreError, match=rf"(?s)^nothing was imported:\n{folder.name}\b.{{,1000}}$"):
+        import_all(other, tmp_path / "store")
+    assert list((other.outputs / "store").iterdir()) == []
+    path.write_text(json.dumps(record))
+    assert [place.name for place in import_all(other, tmp_path / "store")[0]] == [folder.name], "nothing else was wrong"
+
+
+def test_artifacts_made_from_each_other_are_refused(made: Any, tmp_path: Path) -> None:
+    """The id of encoded text covers no inputs, so such manifests can form a cycle: it was followed without end."""
+    place = exported(made, tmp_path / "folder")
+    folder = next((place / "store").glob("copy-*"))
+    record = json.loads((folder / "manifest.json").read_text())
+    record["kind"] = "tokens"
+    record["rid"] = compute_rid(record["stage"], record["version"], record["config"], {}, {})
+    record["inputs"] = {"self": {"rid": record["rid"]}}
+    (folder / "manifest.json").write_bytes(seal(record))
+    folder.rename(folder.with_name(f"copy-{record['rid'][:16]}"))
+    with pytest.raises(StoreError, match="made from each other"):
+        import_all(Store(tmp_path / "other"), place)
 
 
 def hostile_tar(path: Path, kind: bytes, size: int, content: bytes = b"") -> Path:

@@ -58,11 +58,7 @@ class Place:
         try:
             manifest = parse_manifest(data)
             faults = [*check_manifest(name, manifest)]
-            if not all(type(file["bytes"]) is int and file["bytes"] >= 0 for file in manifest["outputs"]):
-                faults.append("it does not say how large its files are")
-            if not all(isinstance(made, dict) for made in manifest["inputs"].values()):
-                faults.append("it does not say what it was made from")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except ValueError as error:
             faults = [str(error)]
         if faults:
             raise StoreError(f"{self.url}: the manifest of {name} is damaged ({'; '.join(faults)})")

@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from mlxchat.runner.fingerprint import canonical_json, hash_file
 from mlxchat.runner.mounts import check_links, claim
 from mlxchat.runner.sealed import seal, settle, sync, unseal
 from mlxchat.runner.secrets import redact
+from mlxchat.runner.shape import find_misshapen
+from mlxchat.visible import visible
 
 Manifest = dict[str, Any]
 
@@ -43,6 +46,7 @@ CONTINUATION = ("training_state.safetensors", "training_state.json")
 # Numbers that stages record of the execution, not of the result: manifests keep them apart from the metrics.
 MEASURED = ("tokens_per_second", "data_wait_frac")
 _SHORT = 16
+_MOST_TOLD = 5  # values that a message names
 
 
 class Store:
@@ -257,26 +261,42 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         StoreError: it is damaged.
     """
-    path = folder / MANIFEST
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_MANIFEST_BYTES + 1)
-        if len(data) > _MOST_MANIFEST_BYTES:
-            raise ValueError(f"it is larger than {_MOST_MANIFEST_BYTES >> 20} MB")
-        return parse_manifest(data)
+        return load_manifest(folder)
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} is damaged ({error}). Remove the folder; the next run makes it again.") from None
+        raise StoreError(
+            f"{folder / MANIFEST} is damaged ({error}). Remove the folder; the next run makes it again."
+        ) from None
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Return an artifact's manifest.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: it is damaged.
+    """
+    with (folder / MANIFEST).open("rb") as file:
+        data = file.read(_MOST_MANIFEST_BYTES + 1)
+    if len(data) > _MOST_MANIFEST_BYTES:
+        raise ValueError(f"it is larger than {_MOST_MANIFEST_BYTES >> 20} MB")
+    return parse_manifest(data)
 
 
 def parse_manifest(data: bytes) -> Manifest:
     """Return a manifest from the bytes of its file.
 
     Raises:
-        ValueError: they were cut or altered.
+        ValueError: they were cut or altered, or hold values of other types than manifests have.
     """
-    manifest, sealed = unseal(data)
+    try:
+        manifest, sealed = unseal(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not sealed and manifest.get("schema", 1) != 1:
         raise ValueError("it lacks its digest")
+    if wrong := list(islice(find_misshapen(manifest), _MOST_TOLD)):
+        raise ValueError(visible("; ".join(wrong)))
     return manifest
 
 

@@ -13,6 +13,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from datetime import datetime
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from mlxchat.runner import locks
 from mlxchat.runner.catalog import references, short_form
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.sealed import sync
-from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
-from mlxchat.runner.verifying import find_faults, is_plain
+from mlxchat.runner.store import MANIFEST, Manifest, Store, load_manifest, read_manifest
+from mlxchat.runner.verifying import check_manifest, find_faults, is_plain
 
 _TARS: dict[str, Any] = {".tar": "w", ".tgz": "w:gz", ".gz": "w:gz", ".xz": "w:xz"}
 _MOST_HEADER_BYTES = 1 << 20  # names, links and attributes of one member
@@ -165,9 +166,16 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
     folders = sorted(path for path in incoming.iterdir()) if incoming.is_dir() else []
     if not folders:
         raise StoreError("it holds no artifacts: expected store/<artifact>/manifest.json or <artifact>/manifest.json")
-    manifests: dict[Path, Manifest] = {folder: read_manifest(folder) for folder in folders}
+    manifests: dict[Path, Manifest] = {}
     faults = []
-    for folder, manifest in manifests.items():
+    for folder in folders:
+        try:
+            manifests[folder] = load_manifest(folder)
+        except (OSError, ValueError) as error:
+            faults.append(f"{folder.name}: its manifest is damaged ({error})")
+        else:
+            faults += [f"{folder.name}: {fault}" for fault in check_manifest(folder.name, manifests[folder])]
+    for folder, manifest in {} if faults else manifests.items():
         for rid in references(short_form(folder.name, manifest)):
             if staged.own_folder(rid) is None and store.own_folder(rid) is None:
                 faults.append(f"{folder.name} was made from {rid[:16]}, which is neither there nor in {store.outputs}")
@@ -176,10 +184,11 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
         faults += [f"{folder.name}: {fault}" for fault in found]
     if faults:
         raise StoreError("nothing was imported:\n" + "\n".join(faults))
+    ordered = _inputs_first(folders, manifests)
     crash_point("import.checked")
     new, known = [], []
     with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "import"}, lambda owner: None, shared=True):
-        for folder in _inputs_first(folders, manifests):
+        for folder in ordered:
             rid = manifests[folder]["rid"]
             with locks.hold(store.lock(rid), {"step": "import"}, lambda owner: None):
                 store.forget()
@@ -206,19 +215,21 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _inputs_first(folders: list[Path], manifests: dict[Path, Manifest]) -> list[Path]:
+    """Return folders so that each comes after what it was made from.
+
+    Raises:
+        StoreError: some are made from each other, as manifests of encoded text, whose id covers no inputs, can say.
+    """
     by_rid = {manifests[folder]["rid"]: folder for folder in folders}
-    order: dict[Path, None] = {}
-
-    def visit(folder: Path) -> None:
-        if folder not in order:
-            for rid in references(short_form(folder.name, manifests[folder])):
-                if rid in by_rid:
-                    visit(by_rid[rid])
-            order[folder] = None
-
+    order: TopologicalSorter[Path] = TopologicalSorter()
     for folder in folders:
-        visit(folder)
-    return list(order)
+        rids = references(short_form(folder.name, manifests[folder]))
+        order.add(folder, *(by_rid[rid] for rid in rids if rid in by_rid))
+    try:
+        return list(order.static_order())
+    except CycleError as error:
+        names = ", ".join(folder.name for folder in error.args[1])
+        raise StoreError(f"nothing was imported: these say that they are made from each other: {names}") from None
 
 
 def _unpack(source: Path, base: Path) -> None:

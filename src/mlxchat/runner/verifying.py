@@ -8,7 +8,13 @@ from pathlib import Path
 from mlxchat.errors import StoreError
 from mlxchat.runner.fingerprint import canonical_json, compute_rid
 from mlxchat.runner.integrity import find_damage
-from mlxchat.runner.store import CONTINUATION, MANIFEST, OBSERVATIONS, Manifest, Store, read_manifest
+from mlxchat.runner.store import CONTINUATION, MANIFEST, OBSERVATIONS, SHARED_KIND, Manifest, Store, read_manifest
+
+_REQUIRED = (
+    "rid", "name", "stage", "step", "kind", "version", "config", "inputs", "pins", "outputs", "tree", "metrics",
+    "seconds", "published",
+)  # fmt: skip
+_OF_FILES = {"path", "bytes", "sha256"}
 
 
 def find_faults(store: Store, folder: Path) -> Iterator[str]:
@@ -48,28 +54,37 @@ def find_absent(store: Store, folder: Path) -> Iterator[str]:
 
 def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
     """Yield what is inconsistent within a manifest; `name` is that of its folder."""
-    try:
-        # Encoded text follows from contents alone; its inputs are told for people.
-        shared = manifest["kind"] == "tokens"
-        inputs = {} if shared else {role: made["rid"] for role, made in manifest["inputs"].items()}
-        rid = compute_rid(
-            manifest["stage"], manifest["version"], manifest["config"], inputs, {} if shared else manifest["pins"]
-        )
-        if rid != manifest["rid"]:
-            yield "its id does not follow from its config, inputs and pins"
-        if manifest["rid"][:16] != name[-16:]:
-            yield f"its folder's name does not end in its id, {manifest['rid'][:16]}"
-        if tree_of(manifest) != manifest["tree"]:
-            yield "its digest does not follow from its files"
-        strange = [str(file["path"]) for file in manifest["outputs"] if not is_plain(str(file["path"]))]
-        if strange:
-            yield f"it lists files outside its folder: {', '.join(strange)}"
-        if not is_name(name):
-            yield "its folder's name is no plain text"
-        if not is_name(manifest.get("step") or name):
-            yield f"its step is called {str(manifest['step'])[:80]!r}, expected the name of a file in refs/<run>/"
-    except (KeyError, TypeError, AttributeError) as error:
-        yield f"its manifest lacks what it must have ({error})"
+    if missing := [key for key in _REQUIRED if key not in manifest]:
+        yield f"its manifest lacks {', '.join(missing)}"
+        return
+    vague = [role for role, made in manifest["inputs"].items() if "rid" not in made]
+    vague += [
+        f"file {number}"
+        for number, file in enumerate(manifest["outputs"])
+        if not file.keys() >= _OF_FILES or file["bytes"] < 0
+    ]
+    if vague:
+        yield f"its manifest lacks the rid, path, bytes or sha256 of {', '.join(vague[:5])}"
+        return
+    # The id of encoded text follows from its contents alone.
+    shared = manifest["kind"] == SHARED_KIND
+    inputs = {} if shared else {role: made["rid"] for role, made in manifest["inputs"].items()}
+    rid = compute_rid(
+        manifest["stage"], manifest["version"], manifest["config"], inputs, {} if shared else manifest["pins"]
+    )
+    if rid != manifest["rid"]:
+        yield "its id does not follow from its config, inputs and pins"
+    if manifest["rid"][:16] != name[-16:]:
+        yield f"its folder's name does not end in its id, {manifest['rid'][:16]}"
+    if tree_of(manifest) != manifest["tree"]:
+        yield "its digest does not follow from its files"
+    strange = [file["path"] for file in manifest["outputs"] if not is_plain(file["path"])]
+    if strange:
+        yield f"it lists files outside its folder: {', '.join(strange)}"
+    if not is_name(name):
+        yield "its folder's name is no plain text"
+    if not is_name(manifest["step"] or name):
+        yield f"its step is called {manifest['step'][:80]!r}, expected the name of a file in refs/<run>/"
 
 
 def tree_of(manifest: Manifest) -> str:

@@ -1,0 +1,66 @@
+"""The types of what manifests hold: one that came from elsewhere may be any JSON.
+
+Everything that reads a manifest relies on these types, so they are checked where the file is parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_EACH = "*"  # of a mapping with any keys
+_TEXT, _NUMBER = str | None, int | float | None
+_INPUT = {"rid": str, "tree": str, "artifact": _TEXT, "step": _TEXT, "stage": _TEXT}
+_FILE = {"path": str, "bytes": int, "sha256": str}
+_RANKS = {"size": int, "backend": str, "hosts": [str]}
+# What a key holds: a type, [of each item], or {key: of its value}. Keys that are not listed hold any JSON.
+_MANIFEST: Mapping[str, Any] = {
+    "schema": int, "rid": str, "akey": _TEXT, "alias_of": _TEXT, "name": str, "stage": str, "step": _TEXT,
+    "kind": str, "version": int, "config": dict, "full_config": {_EACH: dict}, "overrides": [str],
+    "excluded": {"ranks": _RANKS}, "inputs": {_EACH: _INPUT}, "outputs": [_FILE], "tree": str, "pins": {_EACH: str},
+    "externals": [dict], "metrics": {_EACH: int | float}, "derived": {"predicted_peak_bytes": _NUMBER},
+    "tokens_per_second": _NUMBER, "data_wait_frac": _NUMBER, "attempts": [dict], "seconds": _NUMBER,
+    "peak_memory_bytes": _NUMBER, "peak_array_bytes": _NUMBER, "code": {"modules": {_EACH: str}},
+    "git": {"commit": str}, "versions": dict, "device": dict, "run": _TEXT, "published": str,
+}  # fmt: skip
+_WORDS = {
+    dict: "an object", list: "a list", str: "text", int: "a whole number", int | float: "a number",
+    _TEXT: "text or null", _NUMBER: "a number or null",
+}  # fmt: skip
+_MOST_NUMBER = 1e300  # larger integers cannot become floats
+_MOST_DEPTH = 64
+
+
+def find_misshapen(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for every value in a manifest whose type is not the one that its readers rely on."""
+    yield from _compare(manifest, _MANIFEST, "")
+    yield from _find_odd(manifest, "", _MOST_DEPTH)
+
+
+def _compare(value: Any, expected: Any, where: str) -> Iterator[str]:
+    kind: Any = type(expected) if isinstance(expected, list | dict) else expected
+    if not isinstance(value, kind):
+        yield f"{where} is {str(value)[:40]!r}, expected {_WORDS[kind]}"
+    elif isinstance(expected, list):
+        for position, item in enumerate(value):
+            yield from _compare(item, expected[0], f"{where}[{position}]")
+    elif isinstance(expected, dict):
+        for key, item in dict(value).items():
+            if (wanted := expected.get(_EACH, expected.get(key))) is not None:
+                yield from _compare(item, wanted, f"{where}.{key}".lstrip("."))
+
+
+def _find_odd(value: Any, where: str, depth: int) -> Iterator[str]:
+    """Yield what no own manifest holds: numbers beyond all bounds, halves of characters, hundreds of levels."""
+    if isinstance(value, dict | list):
+        if not depth:
+            yield f"{where[:80]}… is nested more than {_MOST_DEPTH} levels deep"
+            return
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str):
+                yield from _find_odd(key, where, depth)
+            yield from _find_odd(item, f"{where}.{key}".lstrip("."), depth - 1)
+    elif isinstance(value, int | float) and not abs(value) < _MOST_NUMBER:
+        yield f"{where} is {str(value)[:40]}, expected a number below {_MOST_NUMBER:g}"
+    elif isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+        yield f"{where} holds half a character"
