@@ -82,9 +82,10 @@ class Chat:
         if bits is not None:
             from mlxchat.evals.quantised import measure_quantised
 
-            print(measure_quantised(model, tokenizer, bits), file=sys.stderr)
+            model, cost = measure_quantised(model, tokenizer, bits)
+            print(cost, file=sys.stderr)
         return cls(
-            Engine(model, tokenizer, bits=bits, kv_bits=kv_bits),
+            Engine(model, tokenizer, kv_bits=kv_bits),
             folder.name,
             temperature,
             top_k,

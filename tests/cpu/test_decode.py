@@ -38,7 +38,7 @@ def test_a_changed_model_is_decoded_through_itself(place: str, monkeypatch: pyte
     finally:
         computes_the_same.cache_clear()
     assert isinstance(decoder, Decoder)
-    slots = Slots(model, decoder)
+    slots = Slots(decoder)
     slots.reserve(1, 1)
     logits = slots.step([5], [0], [0])[0]
     np.testing.assert_allclose(logits, np.asarray(model(mx.array([[5]])))[0, 0], atol=1e-5)
@@ -48,7 +48,7 @@ def test_a_changed_model_is_decoded_through_itself(place: str, monkeypatch: pyte
 def test_logits_of_vocabularies_that_are_no_whole_blocks(vocab_size: int) -> None:
     """Bug: where a core's part of the vocabulary was no multiple of 64, zeros stood between the logits."""
     model = make_model(vocab_size=vocab_size)
-    slots = Slots(model, make_decoder(model))
+    slots = Slots(make_decoder(model))
     slots.reserve(1, 1)
     logits = slots.step([5], [0], [0])[0]
     np.testing.assert_allclose(logits, np.asarray(model(mx.array([[5]])))[0, 0], atol=1e-5)

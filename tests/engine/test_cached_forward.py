@@ -31,7 +31,7 @@ def random_ids(*shape: int) -> np.ndarray:
 
 def decoded_logits(model: GPT, rows: list[list[int]], read: list[int], kv_bits: int | None = None) -> list[np.ndarray]:
     """Read so many tokens of each row in pieces of 50, decode the others side by side; return these ones' logits."""
-    slots = Slots(model, make_decoder(model, kv_bits=kv_bits))
+    slots = Slots(make_decoder(model, kv_bits=kv_bits))
     slots.reserve(len(rows), max(map(len, rows)))
     for place, (row, count) in enumerate(zip(rows, read, strict=True)):
         past = None

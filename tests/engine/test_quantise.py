@@ -14,9 +14,10 @@ import pytest
 from mlxchat.bench.timing import fill_zero_weights, random_rows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
+from mlxchat.engine.quantise import PackedGPT, packed_copy
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import bits_per_byte
-from mlxchat.evals.quantised import QuantisedLoss, check_quantised, loss_change, measure_quantised, rounded_copy
+from mlxchat.evals.quantised import QuantisedLoss, check_quantised, loss_change, measure_quantised
 from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
@@ -42,17 +43,14 @@ def test_decoding_multiplies_with_the_rounded_weights(wide: GPT, tokenizer: Toke
     forward = Engine(wide, tokenizer, bits=bits).forward()
     forward.reserve(1, len(prompt))
     steps = [forward.step([token], [prompt[place - 1]], [place]) for place, token in enumerate(prompt)]
-    wanted = np.asarray(rounded_copy(wide, bits)(mx.array([prompt])))[0]
+    wanted = np.asarray(packed_copy(wide, bits)(mx.array([prompt])))[0]
     # Float32 through three layers, other orders of summation.
     np.testing.assert_allclose(np.concatenate(steps), wanted, atol=2e-4)
 
 
 def test_fewer_bits_cost_more(wide: GPT) -> None:
     rows = random_rows(2, 32, 320, seed=0, batch=0)
-    exact = flatten_parameters(wide)["lm_head.weight"]
-    errors = [
-        float(mx.abs(flatten_parameters(rounded_copy(wide, bits))["lm_head.weight"] - exact).max()) for bits in (8, 4)
-    ]
+    errors = [float(mx.abs(packed_copy(wide, bits).head_weight - wide.head_weight).max()) for bits in (8, 4)]
     assert 0 < errors[0] < errors[1]
     assert abs(loss_change(wide, 8, rows)) < 0.01
 
@@ -72,9 +70,9 @@ def test_a_model_that_does_not_bear_it_is_refused(wide: GPT) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_measured_cost_is_that_of_the_sample_text(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
     """Against evals/bpb.py and NumPy's divergence, 1e-4."""
-    cost = measure_quantised(wide, tokenizer, bits)
+    packed, cost = measure_quantised(wide, tokenizer, bits)
     ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: wide.sizes.context_tokens + 1], dtype=np.int32)
-    models = (wide, rounded_copy(wide, bits))
+    models = (wide, packed)
     told = [bits_per_byte(each, [(ids[:-1], ids[1:])], tokenizer.token_bytes, micro_tokens=10_000) for each in models]
     logits = [np.asarray(each(mx.array(ids[None, :-1])))[0].astype(np.float64) for each in models]
     exact, rounded = (each - np.log(np.exp(each).sum(-1, keepdims=True)) for each in logits)
@@ -104,8 +102,9 @@ def test_chat_says_what_rounded_weights_cost_beside_the_answer(
 ) -> None:
     chat = Chat.load(saved[1], temperature=0.0, top_k=None, max_tokens=4, seed=0, bits=4, kv_bits=8)
     chat.answer_once("the cat")
-    assert capsys.readouterr().err == f"{measure_quantised(saved[0], tokenizer, 4)}\n"
-    assert (chat.engine.bits, chat.engine.kv_bits) == (4, 8)
+    assert capsys.readouterr().err == f"{measure_quantised(saved[0], tokenizer, 4)[1]}\n"
+    assert isinstance(chat.engine.model, PackedGPT)
+    assert chat.engine.kv_bits == 8
 
 
 def test_serve_logs_it(
@@ -124,4 +123,4 @@ def test_serve_logs_it(
     model = Model(folder.name, folder, tokenizer, wide.sizes.context_tokens, converses=True)
     with caplog.at_level(logging.INFO, logger="mlxchat.serve"):
         load_scheduler(model, Limits(), bits=8, kv_bits=4)
-    assert caplog.messages == [f"{model.name}: {measure_quantised(wide, tokenizer, 8)}"]
+    assert caplog.messages == [f"{model.name}: {measure_quantised(wide, tokenizer, 8)[1]}"]

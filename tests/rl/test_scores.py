@@ -9,7 +9,7 @@ import pytest
 from kit.models import make_model
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.evals.quantised import rounded_copy
+from mlxchat.engine.quantise import packed_copy
 from mlxchat.rl.rollouts import Rollout
 from mlxchat.rl.scores import PolicyScores
 
@@ -45,16 +45,16 @@ def test_sampling_in_bfloat16_is_scored_in_bfloat16(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_engine_reports_the_rounded_models_log_probabilities(path: str, tokenizer: Tokenizer) -> None:
-    """Float32, 2e-4. Prompts have one token each, since prompts are read with the unrounded weights."""
+    """Float32, 2e-4."""
     model = make_model(width=128, scale=0.1)
-    prompts = [[row] for row in range(6)]
+    prompts = [[row, row + 1] for row in range(6)]
     completions = Engine(model, tokenizer, bits=4).complete(
         prompts, max_new_tokens=20, temperature=1.0, seed=1, log_probabilities=True
     )
     rollout = Rollout.of_completions([], prompts, completions, np.zeros(6), padding=tokenizer.assistant_end)
     rounded, own = (
         PolicyScores(each, micro_tokens=4096, dtype=mx.float32)(rollout.ids[:, :-1], rollout.targets)[0]
-        for each in (rounded_copy(model, 4), model)
+        for each in (packed_copy(model, 4), model)
     )
     assert np.abs(rollout.rollout_log_probs - rounded).max() < 2e-4
     assert np.abs(rollout.rollout_log_probs - own).max() > 0.05

@@ -16,6 +16,7 @@ from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config import Config
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
+from mlxchat.engine.quantise import packed_copy
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, make_lanes, prepare_machine
@@ -42,15 +43,17 @@ def measure_generation(config: Config) -> dict[str, Any]:
     init_weights(model, config.seed)
     fill_zero_weights(model, config.seed + 1)
     mx.eval(model.parameters())  # type: ignore[no-untyped-call]
-    decoder = make_decoder(model, bits=bench.bits, kv_bits=bench.kv_bits)
+    if bench.bits is not None:
+        model = packed_copy(model, bench.bits)
+    decoder = make_decoder(model, kv_bits=bench.kv_bits)
     with Progress("bench", len(_BATCH_ROWS) + 2, "measurements") as progress:
         bandwidth = _bandwidth()
         progress.update(1, measuring="memory")
-        prefill = _prefill(model, decoder, config.seed)
+        prefill = _prefill(decoder, config.seed)
         progress.update(2, measuring="prefill")
         decode = []
         for place, rows in enumerate(_BATCH_ROWS):
-            decode.append(_decode(model, decoder, rows, bench.past_tokens, bandwidth))
+            decode.append(_decode(decoder, rows, bench.past_tokens, bandwidth))
             progress.update(3 + place, measuring=f"{rows} rows")
     return {
         "decode": decode,
@@ -107,9 +110,9 @@ def _bandwidth() -> float:
     return float(sum(array.nbytes for array in arrays) / best)
 
 
-def _prefill(model: GPT, decoder: Decoder, seed: int) -> dict[str, Any]:
-    ids = np.random.default_rng(seed).integers(0, model.sizes.vocab_size, _PROMPT_TOKENS).tolist()
-    slots = Slots(model, decoder)
+def _prefill(decoder: Decoder, seed: int) -> dict[str, Any]:
+    ids = np.random.default_rng(seed).integers(0, decoder.sizes.vocab_size, _PROMPT_TOKENS).tolist()
+    slots = Slots(decoder)
     reading, first = [], []
     for _ in range(3):
         began, past = time.perf_counter(), None
@@ -128,15 +131,15 @@ def _prefill(model: GPT, decoder: Decoder, seed: int) -> dict[str, Any]:
     }
 
 
-def _decode(model: GPT, decoder: Decoder, rows: int, past_tokens: int, bandwidth: float) -> dict[str, Any]:
-    slots, ids = Slots(model, decoder), list(range(rows))
+def _decode(decoder: Decoder, rows: int, past_tokens: int, bandwidth: float) -> dict[str, Any]:
+    slots, ids = Slots(decoder), list(range(rows))
     slots.reserve(rows, past_tokens + _WARMUP_STEPS + _STEPS)
     seconds = []
     for step in range(_WARMUP_STEPS + _STEPS):
         began = time.perf_counter()
         slots.step(ids, ids, [past_tokens + step] * rows)
         seconds.append(time.perf_counter() - began)
-    median, sizes = float(np.median(seconds[_WARMUP_STEPS:])), model.sizes
+    median, sizes = float(np.median(seconds[_WARMUP_STEPS:])), decoder.sizes
     seen = sum(past_tokens if window is None else min(past_tokens, window + 1) for window in sizes.windows())
     past_bytes = rows * seen * sizes.num_kv_heads * decoder.format.bytes_per_token()
     step_bytes = decoder.bytes_per_step() + past_bytes

@@ -30,16 +30,20 @@ from mlxchat.cpu.kernels import EXP_UNIT, masked_exp_of_units
 from mlxchat.cpu.lanes import make_lanes
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, room_of, visible_slots, written
-from mlxchat.engine.quantise import KVFormat, groups_of, rounded, weight_bytes
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.engine.quantise import KVFormat, PackedGPT, weight_bytes
+from mlxchat.model.gpt import GPT, Linear, flatten_parameters, set_parameters
+from mlxchat.model.lora import FrozenLinear
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
 from mlxchat.ops.attention import RMS_NORM_EPSILON
 from mlxchat.ops.device import compiled
-from mlxchat.ops.linear import Activation
+from mlxchat.ops.linear import Activation, Packed
 from mlxchat.ops.loss import soft_cap
 
 Weight = Any
 """What `stored` returns."""
+Part = tuple[mx.array, ...]
+"""Numbers (out, in); or packed ones, scales and offsets."""
+_ALL = slice(None)
 
 # Widths of a lane's parts are whole blocks, unless there are fewer.
 _MULTIPLE = 64
@@ -48,14 +52,14 @@ _MOST_MULTIPLICATIONS, _ROWS = 1_000_000, 16
 _WIDEST_BLOCK, _NARROWEST_BLOCK = 64, 8
 
 
-def make_decoder(model: GPT, *, bits: int | None = None, packed: bool = True, kv_bits: int | None = None) -> Decoder:
+def make_decoder(model: GPT, *, packed: bool = True, kv_bits: int | None = None) -> Decoder:
     """Return a decoder with the weights of a model, dealt to the cores.
 
     If the model's code computes something else than this file, it is decoded through the model itself.
     """
     if not computes_the_same(type(model), model.sizes):
-        return Decoder(model, bits=bits, kv_bits=kv_bits)
-    return CPUDecoder(model, bits=bits, packed=packed, kv_bits=kv_bits)
+        return Decoder(model, kv_bits=kv_bits)
+    return CPUDecoder(model, packed=packed, kv_bits=kv_bits)
 
 
 @cache
@@ -74,7 +78,7 @@ def computes_the_same(kind: type[GPT], sizes: GPTSizes) -> bool:
         {name: 0.3 * mx.random.normal(names[name].shape, key=key) for name, key in zip(names, keys, strict=True)},
     )
     ids = [3, 14, 7]
-    slots = Slots(model, CPUDecoder(model))
+    slots = Slots(CPUDecoder(model))
     slots.reserve(1, len(ids))
     steps = [slots.step([token], [ids[at - 1]], [at])[0] for at, token in enumerate(ids)]
     agrees = bool(np.allclose(np.asarray(model(mx.array([ids]))[0]), steps, atol=1e-3))
@@ -90,19 +94,19 @@ def computes_the_same(kind: type[GPT], sizes: GPTSizes) -> bool:
 class CPUDecoder(Decoder):
     """A model's weights arranged for decoding, and the step."""
 
-    def __init__(self, model: GPT, *, bits: int | None = None, packed: bool = True, kv_bits: int | None = None) -> None:
-        """Arrange the weights of `model` as they are now; `bits` and `packed` as in `lane_weights`.
+    _parts: list[dict[str, Any]]
+    _shared: dict[str, mx.array]
+
+    def __init__(self, model: GPT, *, packed: bool = True, kv_bits: int | None = None) -> None:
+        """Arrange the weights of `model` as they are now; see `make_decoder`.
 
         Raises:
             ConfigError: keys and values cannot be kept in `kv_bits`.
         """
-        self.sizes, self.bits, self._packed = model.sizes, bits, packed
+        self.sizes, self._packed = model.sizes, packed
         self.format = KVFormat(model.sizes.head_width, kv_bits)
         self.lanes = make_lanes()
-        self._parts: list[dict[str, Any]] = []
-        self._shared: dict[str, mx.array] = {}
-        count = len(self.lanes)
-        self.kv_heads = key_value_heads(self.sizes, count)
+        self.kv_heads = key_value_heads(self.sizes, len(self.lanes))
         self.arrange(model)
         self._windows = self.sizes.windows()
         self._cos, self._sin = _angles(self.sizes.head_width, self.sizes.rope_theta)
@@ -111,12 +115,14 @@ class CPUDecoder(Decoder):
     def arrange(self, model: GPT) -> None:
         """See `Decoder.arrange`; compiled functions stay."""
         self.release()  # or there would be two copies for a while
-        self._parts = lane_weights(model, len(self.lanes), self.bits, packed=self._packed)
+        self.model = model
+        self._parts = lane_weights(model, len(self.lanes), packed=self._packed)
         self._shared = _shared_weights(model)
         self._activation = model.transformer["h"][0].mlp.activation
 
     def release(self) -> None:
         """See `Decoder.release`."""
+        self.model = None
         self._parts, self._shared = [], {}
 
     def bytes_per_step(self) -> int:
@@ -290,7 +296,7 @@ _masked_exp = compiled(masked_exp_of_units)
 # Weights
 
 
-def lane_weights(model: GPT, lanes: int, bits: int | None = None, *, packed: bool = True) -> list[dict[str, Any]]:
+def lane_weights(model: GPT, lanes: int, *, packed: bool = True) -> list[dict[str, Any]]:
     """Return what each lane reads: copies, which need the memory of all weights once more.
 
     Keys: 'layers', a list of dicts with 'qkv' (C → (H + 2 K) D) of the lane's heads, 'attention_out' (H D → C), 'up'
@@ -300,17 +306,16 @@ def lane_weights(model: GPT, lanes: int, bits: int | None = None, *, packed: boo
     Args:
         model: whose weights.
         lanes: how many share the work.
-        bits: 8 or 4 quantises all matrices but embeddings and gates; None leaves them as they are.
-        packed: whether quantised numbers stay packed, for the sake of memory.
+        packed: whether the matrices of a `PackedGPT` stay packed, for the sake of memory.
     """
-    sizes = model.sizes
-    store = partial(stored, bits=bits, packed=packed)
+    sizes, cut = model.sizes, partial(part_of, packed=packed and isinstance(model, PackedGPT))
     kv_heads = key_value_heads(sizes, lanes)
     inner, vocabulary = _deal(4 * sizes.width, lanes, _MULTIPLE), vocabulary_parts(sizes, lanes)
     parts = []
     for lane in range(lanes):
-        layers = [_layer(model, index, kv_heads[lane], inner[lane], store) for index in range(sizes.num_layers)]
-        parts.append({"layers": layers, "head": store(_whole_blocks(model.head_weight[vocabulary[lane]]))})
+        layers = [_layer(model, index, kv_heads[lane], inner[lane], cut) for index in range(sizes.num_layers)]
+        head = (_whole_blocks(each) for each in cut(model.lm_head, vocabulary[lane]))
+        parts.append({"layers": layers, "head": stored(tuple(head))})
     mx.eval(parts)
     return parts
 
@@ -325,11 +330,11 @@ def vocabulary_parts(sizes: GPTSizes, lanes: int) -> list[slice]:
     return _deal(sizes.vocab_size, lanes, _MULTIPLE)
 
 
-def _layer(model: GPT, index: int, kv: slice, inner: slice, store: Callable[[mx.array], Weight]) -> dict[str, Any]:
+def _layer(model: GPT, index: int, kv: slice, inner: slice, cut: Callable[..., Part]) -> dict[str, Any]:
     sizes, block = model.sizes, model.transformer["h"][index]
     part = {
-        "up": store(block.mlp.c_fc.matrix[inner]),
-        "down": store(block.mlp.c_proj.matrix[:, inner]),
+        "up": stored(cut(block.mlp.c_fc, inner)),
+        "down": stored(cut(block.mlp.c_proj, _ALL, inner)),
     }
     if kv.start == kv.stop:
         return part
@@ -337,9 +342,9 @@ def _layer(model: GPT, index: int, kv: slice, inner: slice, store: Callable[[mx.
     keys = slice(kv.start * sizes.head_width, kv.stop * sizes.head_width)
     queries = slice(keys.start * group, keys.stop * group)
     projections = ((attention.c_q, queries), (attention.c_k, keys), (attention.c_v, keys))
-    fused = [layer.matrix[rows] for layer, rows in projections]
-    part["qkv"] = store(mx.concatenate(fused))
-    part["attention_out"] = store(attention.c_proj.matrix[:, queries])
+    arrays = zip(*(cut(layer, rows) for layer, rows in projections), strict=True)
+    part["qkv"] = stored(tuple(mx.concatenate(list(each)) for each in arrays))
+    part["attention_out"] = stored(cut(attention.c_proj, _ALL, queries))
     if sizes.has_value_embedding(index):
         part["gate"] = mx.contiguous(attention.ve_gate.weight[kv].T)
         part["values"] = mx.contiguous(model.value_embeds[str(index)].weight[:, keys])
@@ -359,17 +364,26 @@ def _deal(count: int, lanes: int, multiple: int = 1) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(borders)]
 
 
-def stored(matrix: mx.array, bits: int | None = None, *, packed: bool = True) -> Weight:
-    """Return a matrix (out, in) as `multiply` takes it.
+def part_of(layer: Linear | FrozenLinear, rows: slice, columns: slice = _ALL, *, packed: bool) -> Part:
+    """Return some rows and columns of a layer's matrix (out, in).
 
-    Blocks (N, in, out / N); if `bits` is given and rows have whole groups, the packed
-    numbers, scales and offsets of (out, in), or, not `packed`, blocks of the rounded numbers.
+    If it is `packed` and the columns are whole groups of numbers, the part stays so.
     """
-    outer, inner = matrix.shape
-    if bits is not None and groups_of(inner) is not None:
-        if packed:
-            return tuple(mx.quantize(matrix, group_size=groups_of(inner), bits=bits))
-        matrix = rounded(matrix, bits)
+    base = layer.base if packed and isinstance(layer, FrozenLinear) else None
+    if isinstance(base, Packed):
+        numbers, scales, offsets, group, bits = base
+        first, last, _ = columns.indices(scales.shape[1] * group)
+        if first % group == 0 and last % group == 0:
+            groups, words = slice(first // group, last // group), slice(first * bits // 32, last * bits // 32)
+            return numbers[rows, words], scales[rows, groups], offsets[rows, groups]
+    return (layer.matrix[rows, columns],)
+
+
+def stored(part: Part) -> Weight:
+    """Return a part of a matrix as `multiply` takes it: packed as it is, or numbers in blocks (N, in, out / N)."""
+    if len(part) > 1:
+        return tuple(mx.contiguous(each) for each in part)
+    (matrix,), (outer, inner) = part, part[0].shape
     width = _WIDEST_BLOCK
     while width > _NARROWEST_BLOCK and (width * inner * _ROWS > _MOST_MULTIPLICATIONS or outer % width):
         width //= 2

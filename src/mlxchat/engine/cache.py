@@ -86,15 +86,18 @@ class _LayerReading:
 class Slots:
     """The rows of a batch: each free, or with a past and the token that comes next."""
 
-    def __init__(self, model: GPT, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         """Begin without rows."""
-        self.model, self.decoder = model, decoder
-        sizes = model.sizes
-        self._most = [
-            None if window is None else -(-(window + 1) // KV_TOKENS) * KV_TOKENS for window in sizes.windows()
-        ]
+        self.decoder = decoder
+        self._most = [None if window is None else _blocks(window + 1) for window in decoder.sizes.windows()]
         self._caches: Caches = []
         self.rows, self.room = 0, 0
+
+    @property
+    def model(self) -> GPT:
+        """The decoder's model, which reads prompts."""
+        assert self.decoder.model is not None, "not released"
+        return self.decoder.model
 
     def read(self, ids: list[int], past: Past | None, last: int | None) -> Past:
         """Return the past of a row that begins with `past`, whose last token is `last`, and goes on with `ids`.

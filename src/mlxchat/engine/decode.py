@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.engine.quantise import Kept, KVFormat, packed_copy, weight_bytes
+from mlxchat.engine.quantise import Kept, KVFormat, weight_bytes
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.attention import Positions, masked_attention, rms_norm
 from mlxchat.ops.device import accelerated, compiled, make_lanes
@@ -27,40 +27,38 @@ _TABLE_TOKENS = 1024
 
 
 @accelerated
-def make_decoder(model: GPT, *, bits: int | None = None, packed: bool = True, kv_bits: int | None = None) -> Decoder:
+def make_decoder(model: GPT, *, packed: bool = True, kv_bits: int | None = None) -> Decoder:
     """Return a decoder of a model.
 
     Args:
-        model: whose weights are read, not copied, unless `bits` is given.
-        bits: 8 or 4 quantises all matrices but embeddings and gates.
-        packed: False lets a decoder that is slower with packed numbers unpack the rounded ones.
+        model: whose weights are read, not copied.
+        packed: False lets a decoder that is slower with packed matrices (`PackedGPT`) unpack them.
         kv_bits: 8 or 4 keeps keys and values packed.
 
     Raises:
         ConfigError: keys and values cannot be kept in `kv_bits`.
     """
-    return Decoder(model, bits=bits, kv_bits=kv_bits)
+    return Decoder(model, kv_bits=kv_bits)
 
 
 class Decoder:
     """The step, with a model's weights: here computed by `GPT` itself."""
 
-    def __init__(self, model: GPT, *, bits: int | None, kv_bits: int | None) -> None:
+    def __init__(self, model: GPT, *, kv_bits: int | None) -> None:
         """Take a model; see `make_decoder`."""
-        self.sizes, self.bits = model.sizes, bits
+        self.sizes = model.sizes
         self.format = KVFormat(model.sizes.head_width, kv_bits)
         self.lanes = make_lanes()
         # Of each lane.
         self.kv_heads = [slice(0, model.sizes.num_kv_heads)]
         self._windows = model.sizes.windows()
         self._steps: dict[int, Callable[..., tuple[mx.array, list[Kept]]]] = {}
-        self.model: GPT | None = None
-        self.arrange(model)
+        self.model: GPT | None = model
+        """Reads prompts; None after `release`."""
 
     def arrange(self, model: GPT) -> None:
         """Take the present weights of a model of the same sizes."""
-        self.release()  # or there would be two packed copies for a while
-        self.model = model if self.bits is None else packed_copy(model, self.bits)
+        self.model = model
 
     def release(self) -> None:
         """Drop the weights; `arrange` takes them again."""

@@ -20,6 +20,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
+from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.model.gpt import GPT, computing_in, flatten_parameters
@@ -66,7 +67,7 @@ class Engine:
         Args:
             model: is read whenever answers begin, so they follow its training.
             tokenizer: the model's.
-            bits: 8 or 4 decodes with quantised weights.
+            bits: 8 or 4 answers with quantised weights (`packed_copy`), prompts included.
             kv_bits: 8 or 4 keeps keys and values of the past packed, which takes less memory and more time.
             trained: whether the model is trained between answers: then nothing of it is kept in between. Quantised
                 weights are packed only where that is faster, which it is not on a CPU.
@@ -82,13 +83,17 @@ class Engine:
         """Return the rows of a batch, computed with the weights that the model has now."""
         weights = list(flatten_parameters(self.model).values())
         if self._decoder is None:
-            self._decoder = make_decoder(self.model, bits=self.bits, packed=not self.trained, kv_bits=self.kv_bits)
+            self._decoder = make_decoder(self._answering(), packed=not self.trained, kv_bits=self.kv_bits)
         elif len(weights) != len(self._arranged) or any(
             kept() is not weight for kept, weight in zip(self._arranged, weights, strict=True)
         ):
-            self._decoder.arrange(self.model)
+            self._decoder.release()  # or there would be two copies for a while
+            self._decoder.arrange(self._answering())
         self._arranged = [weakref.ref(weight) for weight in weights]
-        return Slots(self.model, self._decoder)
+        return Slots(self._decoder)
+
+    def _answering(self) -> GPT:
+        return self.model if self.bits is None else packed_copy(self.model, self.bits)
 
     def release(self) -> None:
         """Free the arranged weights, up to a copy of the model. Schedulers made before cannot continue."""

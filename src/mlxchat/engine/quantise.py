@@ -26,14 +26,6 @@ _GROUP_NUMBERS = (64, 32)
 _MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
-def rounded(matrix: mx.array, bits: int) -> mx.array:
-    """Return a matrix (out, in) with the numbers that its quantised form stands for."""
-    group = groups_of(matrix.shape[1])
-    if group is None:
-        return matrix
-    return mx.dequantize(*mx.quantize(matrix, group_size=group, bits=bits), group_size=group, bits=bits)
-
-
 def groups_of(inner: int) -> int | None:
     """Return how many numbers of a row share a scale; None: rows of this length are not quantised."""
     return next((group for group in _GROUP_NUMBERS if inner % group == 0), None)
@@ -48,15 +40,21 @@ def weight_bytes(weights: Any) -> int:
 
 
 class PackedGPT(GPT):
-    """A model whose head is packed, too."""
+    """A model whose matrices are packed, its head too."""
 
     def logits(self, hidden: mx.array) -> mx.array:
         """See `GPT.logits`."""
         return soft_cap(self.lm_head(hidden))
 
+    @property
+    def head_weight(self) -> mx.array:
+        """The rounded head (V, C), unpacked."""
+        matrix: mx.array = self.lm_head.matrix
+        return matrix
+
 
 def packed_copy(model: GPT, bits: int) -> PackedGPT:
-    """Return a model with all matrices but embeddings and gates in few bits; everything else is shared."""
+    """Return a model with all matrices but embeddings and gates in 8 or 4 bits; everything else is shared."""
     copy = PackedGPT(model.sizes)
     own = flatten_parameters(copy)
     set_parameters(copy, {name: value for name, value in flatten_parameters(model).items() if name in own})

@@ -10,30 +10,20 @@ import numpy as np
 
 from mlxchat.data.packing import Row
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.quantise import rounded
+from mlxchat.engine.quantise import PackedGPT, packed_copy
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.quantised_sample import SAMPLE
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
 
 MOST_CHANGE = 0.2
 """Nats per token beyond which the rounded model is another one."""
 _MICRO_TOKENS = 2048
 
 
-def rounded_copy(model: GPT, bits: int) -> GPT:
-    """Return a copy whose weights are the numbers that decoding with `bits` multiplies with."""
-    copy, weights = GPT(model.sizes), flatten_parameters(model)
-    for name, weight in weights.items():
-        if _is_quantised(name):
-            weights[name] = rounded(weight, bits)
-    set_parameters(copy, weights)
-    return copy
-
-
 def loss_change(model: GPT, bits: int, rows: list[Row]) -> float:
     """Return by how many nats per token the loss on rows is higher with weights of `bits`."""
-    exact, rounded = (mean_loss(each, rows, micro_tokens=_MICRO_TOKENS) for each in (model, rounded_copy(model, bits)))
+    exact, rounded = (mean_loss(each, rows, micro_tokens=_MICRO_TOKENS) for each in (model, packed_copy(model, bits)))
     return rounded - exact
 
 
@@ -84,25 +74,22 @@ class QuantisedLoss:
         return f"warning: {said}. This is another model than the one that was trained: choose {instead}"
 
 
-def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> QuantisedLoss:
-    """Return what weights of `bits` cost a model: two forward passes of about five hundred tokens."""
+def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[PackedGPT, QuantisedLoss]:
+    """Return the quantised model, and what it costs: two forward passes of about five hundred tokens."""
+    packed = packed_copy(model, bits)
     ids = mx.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: model.sizes.context_tokens + 1])
     weights = np.asarray(tokenizer.token_bytes)[np.asarray(ids[1:])]
-    exact, rounded_ = (_log_probabilities(each, ids[:-1]) for each in (model, rounded_copy(model, bits)))
+    exact, rounded_ = (_log_probabilities(each, ids[:-1]) for each in (model, packed))
     bits_per_byte = [
         -float((np.asarray(mx.take_along_axis(each, ids[1:, None], axis=-1))[:, 0] * (weights > 0)).sum())
         / (math.log(2) * max(1, int(weights.sum())))
         for each in (exact, rounded_)
     ]
     divergence = float(np.asarray((mx.exp(exact) * (exact - rounded_)).sum(-1)).mean())
-    return QuantisedLoss(bits=bits, exact=bits_per_byte[0], rounded=bits_per_byte[1], divergence=divergence)
+    return packed, QuantisedLoss(bits=bits, exact=bits_per_byte[0], rounded=bits_per_byte[1], divergence=divergence)
 
 
 def _log_probabilities(model: GPT, ids: mx.array) -> mx.array:
     """Return (T, V)."""
     logits = model(ids[None])[0]
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def _is_quantised(name: str) -> bool:
-    return name.endswith(("c_q.weight", "c_k.weight", "c_v.weight", "c_proj.weight", "c_fc.weight", "lm_head.weight"))

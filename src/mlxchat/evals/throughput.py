@@ -26,7 +26,7 @@ def measure_throughput(model: GPT, *, seconds: float = 0.5) -> dict[str, float]:
     mx.reset_peak_memory()  # of what this process did before
     tokens = min(_PROMPT_TOKENS, model.sizes.context_tokens)
     prompt = [place % model.sizes.vocab_size for place in range(tokens)]
-    slots = Slots(model, make_decoder(model))
+    slots = Slots(make_decoder(model))
 
     def read() -> int:
         slots.read(prompt, None, None)

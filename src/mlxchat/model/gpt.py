@@ -150,7 +150,7 @@ class GPT(nn.Module):
             "wte": nn.Embedding(sizes.padded_vocab_size, sizes.width),
             "h": [Block(sizes, layer) for layer in range(sizes.num_layers)],
         }
-        self.lm_head = nn.Linear(sizes.width, sizes.padded_vocab_size, bias=False)
+        self.lm_head = Linear(sizes.width, sizes.padded_vocab_size)
         if sizes.value_embeddings:
             self.value_embeds = {
                 str(layer): nn.Embedding(sizes.padded_vocab_size, sizes.kv_width)

@@ -344,7 +344,7 @@ def predict_sampling_bytes(
         rows: decoded at a time.
         row_tokens: prompt and answer, at most.
         cast: whether float32 weights are cast to the compute type meanwhile.
-        bits: of the weights that are decoded with; None: those of the compute type.
+        bits: of the model's matrices; None: those of the compute type.
         kv_bits: of keys and values; None: those of the compute type.
     """
     counts = count_parameters(sizes)
@@ -356,11 +356,14 @@ def predict_sampling_bytes(
     reading = _READ * min(row_tokens, bounds.PREFILL_TOKENS) * sizes.width + of_token * sizes.num_layers * row_tokens
     drawing = _DRAWN_LOGITS * rows * sizes.vocab_size * 4 / device.compute_bytes
     besides = max(growing, reading, drawing)
-    copied: float = counts["total"] if cast else 0 if device.plain else counts["total"] - counts["embedding"]
-    if bits is not None:
-        products = counts["matrices"] + counts["head"]
-        copied = max(0, copied - products) + products * _packed(bits, device)
+    copied = counts["total"] if cast else 0 if device.plain else _held(counts, bits, device) - counts["embedding"]
     return round((copied + of_token * rows * sum(held) + besides) * device.compute_bytes)
+
+
+def _held(counts: dict[str, int], bits: int | None, device: Device) -> float:
+    """Return the size of a model's weights in numbers of the compute type, with its matrices in so many bits."""
+    products = counts["matrices"] + counts["head"]
+    return counts["total"] - products + products * _packed(bits, device)
 
 
 def _packed(bits: int | None, device: Device) -> float:
@@ -597,7 +600,7 @@ def answers_at_a_time(
         sizes: of the model.
         row_tokens: prompt and answer, at most.
         most: that are wanted.
-        bits: of the weights that are decoded with, as `Engine` takes them.
+        bits: of the model's matrices; its own weights are freed once they are packed.
         kv_bits: of keys and values.
         kept_tokens: whose keys and values are kept for later prompts.
         held_bytes: what is in memory besides.
@@ -606,12 +609,14 @@ def answers_at_a_time(
     Raises:
         ConfigError: there is no room for a single one.
     """
-    weights = count_parameters(sizes)["total"] * device.compute_bytes
+    counts = count_parameters(sizes)
+    weights = round(_held(counts, bits, device) * device.compute_bytes)
+    loading = 0 if bits is None else weights + counts["total"] * device.compute_bytes
     kept = kept_tokens * sizes.num_layers * 2 * sizes.kv_width * _packed(kv_bits, device) * device.compute_bytes
 
     def needed(rows: int) -> int:
         sampling = predict_sampling_bytes(sizes, device, rows=rows, row_tokens=row_tokens, bits=bits, kv_bits=kv_bits)
-        return weights + round(kept) + held_bytes + sampling
+        return max(loading, weights + round(kept) + sampling) + held_bytes
 
     if rows := device.most_rows(most, needed):
         return rows

@@ -354,9 +354,9 @@ def load_scheduler(
     if bits is not None:
         from mlxchat.evals.quantised import measure_quantised
 
-        cost = measure_quantised(weights, tokenizer, bits)
+        weights, cost = measure_quantised(weights, tokenizer, bits)
         _log.log(logging.WARNING if cost.bad else logging.INFO, "%s: %s", model.name, cost)
-    engine = Engine(weights, tokenizer, bits=bits, kv_bits=kv_bits)
+    engine = Engine(weights, tokenizer, kv_bits=kv_bits)
     # Rows of whole contexts; there may be more rows of short ones.
     room = None if rows == limits.max_rows else rows * model.context_tokens
     return engine.scheduler(
