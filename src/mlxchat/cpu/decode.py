@@ -26,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.cpu.kernels import EXP_UNIT, masked_exp_of_units
+from mlxchat.cpu.kernels import EXP_UNIT, masked_exp, multiply_rows, reciprocal_root, rotate_halves, square
 from mlxchat.cpu.lanes import make_lanes
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, room_of, visible_slots, written
@@ -34,7 +34,6 @@ from mlxchat.engine.quantise import KVFormat, PackedGPT, weight_bytes
 from mlxchat.model.gpt import GPT, Linear, flatten_parameters, set_parameters
 from mlxchat.model.lora import FrozenLinear
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
-from mlxchat.ops.attention import RMS_NORM_EPSILON
 from mlxchat.ops.device import compiled
 from mlxchat.ops.linear import Activation, Packed
 from mlxchat.ops.loss import soft_cap
@@ -231,8 +230,8 @@ class CPUDecoder(Decoder):
         keys, values = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         q = q.reshape(rows, kv_heads, group, width)
         scores = self.format.scores(q * (width**-0.5 / EXP_UNIT), keys)
-        weight = _masked_exp(scores, visible[:, None, None])
-        out = _scaled(self.format.mixed(weight, values), (1 / weight.sum(-1))[..., None])
+        weight = masked_exp(scores, visible[:, None, None])
+        out = multiply_rows(self.format.mixed(weight, values), (1 / weight.sum(-1))[..., None])
         return multiply(out.reshape(rows, heads * width), weights["attention_out"]), kept
 
 
@@ -269,8 +268,8 @@ def _sum(parts: list[mx.array]) -> mx.array:
 def _norm(x: mx.array) -> mx.array:
     """Return `rms_norm`, by MLX's own sum: that of a row does not depend on how many rows there are, BLAS's does."""
     wide = x.astype(mx.float32)
-    factor = mx.rsqrt(_square(wide).sum(-1) * (1 / x.shape[-1]) + RMS_NORM_EPSILON)
-    normalised: mx.array = _scaled(wide, factor[..., None]).astype(x.dtype)
+    factor = reciprocal_root(square(wide).sum(-1), x.shape[-1])
+    normalised: mx.array = multiply_rows(wide, factor[..., None]).astype(x.dtype)
     return normalised
 
 
@@ -278,19 +277,9 @@ def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: float) -> mx
     """Return heads (B, H, D) rotated, normalised and scaled as `rotate_and_normalise` does it."""
     rows, heads, width = x.shape
     x = x.astype(mx.float32)
-    factor = scale * mx.rsqrt(_square(x).sum(-1) * (1 / width) + RMS_NORM_EPSILON)
+    factor = scale * reciprocal_root(square(x).sum(-1), width)
     halves = x.reshape(rows, heads, 2, width // 2)
-    return _rotate(halves, halves[..., ::-1, :], cos, sin, factor[..., None, None]).reshape(x.shape)
-
-
-@compiled
-def _rotate(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array) -> mx.array:
-    return (halves * cos + swapped * sin) * factor
-
-
-_square = compiled(lambda x: x * x)
-_scaled = compiled(lambda x, factor: x * factor)
-_masked_exp = compiled(masked_exp_of_units)
+    return rotate_halves(halves, halves[..., ::-1, :], cos, sin, factor[..., None, None]).reshape(x.shape)
 
 
 # Weights

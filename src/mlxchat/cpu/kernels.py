@@ -1,6 +1,6 @@
 """The CPU's own functions: few passes over memory, cheap exponentials, gradients that keep little.
 
-Each public function does what the plain one of its name in `mlxchat.ops` does, which is documented there; that module
+A function that has the name of a plain one in `mlxchat.ops` does what that does, which is documented there; that module
 also says which shapes the letters stand for. All of them compute in float32 and return the dtype that they are given.
 MLX computes exp in 5 ns a number on a CPU and tanh in 20; the polynomials here take 0.7 and 0.5, as one vectorised loop
 each. `mx.compile` fuses at most eleven operations, so polynomials are summed by Estrin's scheme (pairs, then pairs of
@@ -117,8 +117,8 @@ def rotate_and_normalise(x: mx.array, *, offset: int | Positions, theta: float, 
 @differentiable
 def _rms_norm(x: mx.array) -> tuple[mx.array, mx.array]:
     """Return the normalised x and the reciprocal of each row's root mean square (…,)."""
-    reciprocal = _reciprocal_root(sum_rows(_square(x)), x.shape[-1])
-    return _multiply(x, reciprocal[..., None]), reciprocal
+    reciprocal = reciprocal_root(sum_rows(square(x)), x.shape[-1])
+    return multiply_rows(x, reciprocal[..., None]), reciprocal
 
 
 @_rms_norm.vjp
@@ -137,9 +137,9 @@ def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: mx.array) ->
     of their own: (B, H, T, 2, D / 2), whose reversal swaps them without a copy.
     """
     batch, tokens, heads, width = x.shape
-    factor = scale * _reciprocal_root(sum_rows(_square(x)), width)
+    factor = scale * reciprocal_root(sum_rows(square(x)), width)
     halves = x.reshape(batch, tokens, heads, 2, width // 2).swapaxes(1, 2)
-    out = _rotate(halves, halves[..., ::-1, :], cos, sin, factor.swapaxes(1, 2)[..., None, None])
+    out = rotate_halves(halves, halves[..., ::-1, :], cos, sin, factor.swapaxes(1, 2)[..., None, None])
     return out.reshape(batch, heads, tokens, width), factor
 
 
@@ -154,16 +154,16 @@ def _rotated_norm_vjp(
     along = sum_rows(_product(gradient, out)) * (1 / (width * mx.square(scale)))
     # Written in the order of x, so that the projections' gradients take it without a copy.
     halves = _across(gradient, out, along[..., None]).reshape(batch, heads, tokens, 2, width // 2).swapaxes(1, 2)
-    d_x = _rotate(halves, halves[..., ::-1, :], cos[:, None], -sin[:, None], factor[..., None, None])
+    d_x = rotate_halves(halves, halves[..., ::-1, :], cos[:, None], -sin[:, None], factor[..., None, None])
     return d_x.reshape(x.shape).astype(x.dtype), mx.zeros_like(cos), mx.zeros_like(sin), mx.zeros_like(scale)
 
 
-def _reciprocal_root(sum_of_squares: mx.array, count: int) -> mx.array:
+def reciprocal_root(sum_of_squares: mx.array, count: int) -> mx.array:
     return mx.rsqrt(sum_of_squares * (1 / count) + RMS_NORM_EPSILON)
 
 
 @compiled
-def _square(x: mx.array) -> mx.array:
+def square(x: mx.array) -> mx.array:
     return x * x
 
 
@@ -173,7 +173,7 @@ def _product(x: mx.array, y: mx.array) -> mx.array:
 
 
 @compiled
-def _multiply(x: mx.array, factor: mx.array) -> mx.array:
+def multiply_rows(x: mx.array, factor: mx.array) -> mx.array:
     return x * factor
 
 
@@ -188,7 +188,7 @@ def _across(gradient: mx.array, out: mx.array, along: mx.array) -> mx.array:
 
 
 @compiled
-def _rotate(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array) -> mx.array:
+def rotate_halves(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array) -> mx.array:
     return (halves * cos + swapped * sin) * factor
 
 
@@ -352,8 +352,8 @@ def masked_attention(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -
     batch, heads, tokens, width = q.shape
     dtype, (q, k, v) = q.dtype, (x.astype(mx.float32) for x in (q, k, v))
     q = q.reshape(batch, k.shape[1], heads // k.shape[1], tokens, width) * (width**-0.5 / EXP_UNIT)
-    weights = _masked_exp(q @ k[:, :, None].swapaxes(-1, -2), visible[:, None, None].astype(mx.float32))
-    out = _multiply(weights @ v[:, :, None], (1 / sum_rows(weights))[..., None])
+    weights = masked_exp(q @ k[:, :, None].swapaxes(-1, -2), visible[:, None, None].astype(mx.float32))
+    out = multiply_rows(weights @ v[:, :, None], (1 / sum_rows(weights))[..., None])
     return out.reshape(batch, heads, tokens, width).swapaxes(1, 2).astype(dtype)
 
 
@@ -369,9 +369,9 @@ def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tup
     def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         outs, reciprocals = [], []
         for rows, past, mask in _blocks(q.shape[-2], window):
-            weights = _masked_exp(q[rows] @ k[past].swapaxes(-1, -2), mask)
+            weights = masked_exp(q[rows] @ k[past].swapaxes(-1, -2), mask)
             reciprocal = 1 / sum_rows(weights)
-            outs.append(_multiply(weights @ v[past], reciprocal[..., None]).transpose(0, 3, 1, 2, 4))
+            outs.append(multiply_rows(weights @ v[past], reciprocal[..., None]).transpose(0, 3, 1, 2, 4))
             reciprocals.append(reciprocal)
         return mx.concatenate(outs, axis=1), mx.concatenate(reciprocals, axis=-1)
 
@@ -386,13 +386,13 @@ def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tup
         q, k, v = mx.depends(list(primals), [cotangents[0]])
         out, reciprocal = (outputs[0].transpose(0, 2, 3, 1, 4), outputs[1])
         # The rows' factors are folded into the small matrices: the large ones see one product each.
-        d_out = _multiply(cotangents[0].transpose(0, 2, 3, 1, 4), reciprocal[..., None])
-        inner = sum_rows(_multiply(d_out, out))[..., None]
+        d_out = multiply_rows(cotangents[0].transpose(0, 2, 3, 1, 4), reciprocal[..., None])
+        inner = sum_rows(multiply_rows(d_out, out))[..., None]
         d_q: list[mx.array] = []
         d_keys: list[tuple[int, mx.array]] = []
         d_values: list[tuple[int, mx.array]] = []
         for rows, past, mask in _blocks(q.shape[-2], window):
-            weights = _masked_exp(q[rows] @ k[past].swapaxes(-1, -2), mask)
+            weights = masked_exp(q[rows] @ k[past].swapaxes(-1, -2), mask)
             d_scores = _softmax_gradient(weights, d_out[rows] @ v[past].swapaxes(-1, -2), inner[rows])
             d_q.append(d_scores @ k[past])
             first = past[1].start
@@ -434,7 +434,7 @@ def _sum_groups(gradient: mx.array) -> mx.array:
 
 
 @compiled
-def _masked_exp(scores: mx.array, mask: mx.array) -> mx.array:
+def masked_exp(scores: mx.array, mask: mx.array) -> mx.array:
     return masked_exp_of_units(scores, mask)
 
 
@@ -466,79 +466,57 @@ def cross_entropy_sum(
     x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool = False
 ) -> mx.array:
     arrays = x.astype(mx.float32), weight.astype(mx.float32), targets, row_weights
-    return _with_frozen_head(*arrays)[0] if frozen_head else _cross_entropy(*arrays)[0]
+    return _cross_entropy(frozen_head)(*arrays)[0]
 
 
-@differentiable
-def _cross_entropy(
-    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the loss and, computed while each chunk's logits are at hand, its gradients in x and weight.
+@cache
+def _cross_entropy(frozen_head: bool) -> Callable[..., tuple[mx.array, ...]]:
+    """Return the function of (x, weight, targets, row_weights) for the loss and its gradients in x and weight.
 
-    The gradient in a logit is factor × (p − 1 at the target) × (1 − tanh²), p = exp / sum. Everything that is one
-    number per row goes to the thin matrices (x and the product with the head) and the target's term is added by
-    index, so that the wide matrix is passed over four times in all: tanh, exp, sum, slope.
+    They are computed while each chunk's logits are at hand; of a frozen head there is none. The gradient in a logit is
+    factor × (p − 1 at the target) × (1 − tanh²), p = exp / sum. Everything that is one number per row goes to the thin
+    matrices (x and the product with the head) and the target's term is added by index, so that the wide matrix is
+    passed over four times in all: tanh, exp, sum, slope.
     """
-    loss, d_x, d_weight = _losses_and_slopes(x, weight, targets, row_weights, frozen_head=False)
-    assert d_weight is not None
-    return loss, d_x, d_weight
 
-
-@differentiable
-def _with_frozen_head(
-    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Return the loss and its gradient in x alone."""
-    loss, d_x, _ = _losses_and_slopes(x, weight, targets, row_weights, frozen_head=True)
-    return loss, d_x
-
-
-def _losses_and_slopes(
-    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Return what `_cross_entropy` returns; of a frozen head no gradient."""
-    losses, d_x, d_weight, at_target = [], [], None if frozen_head else mx.zeros_like(weight), []
-    done: list[mx.array] = []
-    for rows in split_rows(x.shape[0], weight.shape[0]):
-        # One chunk after the other: by itself MLX would begin with the logits of them all.
-        (chunk,) = mx.depends([x[rows]], done)
-        target, factor = targets[rows], row_weights[rows]
-        tanh = tanh_of_head(chunk, weight)
-        exponentials = exp_of_capped(tanh, SOFT_CAP)
-        sums = sum_rows(exponentials)
-        target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
-        losses.append(((mx.log(sums) - SOFT_CAP * target_tanh) * factor).sum())
-        slope = _slope(exponentials, tanh)
-        row_factor, target_slope = (factor / sums)[:, None], (factor * (1 - mx.square(target_tanh)))[:, None]
-        d_x.append((slope @ weight) * row_factor - target_slope * weight[target])
-        if d_weight is None:
+    @differentiable
+    def loss_and_gradients(
+        x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
+    ) -> tuple[mx.array, ...]:
+        losses, d_x, at_target = [], [], []
+        d_weight = None if frozen_head else mx.zeros_like(weight)
+        done: list[mx.array] = []
+        for rows in split_rows(x.shape[0], weight.shape[0]):
+            # One chunk after the other: by itself MLX would begin with the logits of them all.
+            (chunk,) = mx.depends([x[rows]], done)
+            target, factor = targets[rows], row_weights[rows]
+            tanh = tanh_of_head(chunk, weight)
+            exponentials = exp_of_capped(tanh, SOFT_CAP)
+            sums = sum_rows(exponentials)
+            target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
+            losses.append(((mx.log(sums) - SOFT_CAP * target_tanh) * factor).sum())
+            slope = _slope(exponentials, tanh)
+            row_factor, target_slope = (factor / sums)[:, None], (factor * (1 - mx.square(target_tanh)))[:, None]
+            d_x.append((slope @ weight) * row_factor - target_slope * weight[target])
             done = [d_x[-1], losses[-1]]
-            continue
-        d_weight = mx.addmm(d_weight, slope.T, chunk * row_factor)
-        at_target.append(target_slope * chunk)
-        # A number of the sum instead of the sum, whose memory the next chunk's sum takes over.
-        done = [d_weight[:1, :1] * 1.0, d_x[-1], losses[-1], at_target[-1]]
-    if d_weight is not None:
-        d_weight = d_weight.at[targets].subtract(mx.concatenate(at_target))
-    return sum(losses[1:], losses[0]), mx.concatenate(d_x), d_weight
+            if d_weight is not None:
+                d_weight = mx.addmm(d_weight, slope.T, chunk * row_factor)
+                at_target.append(target_slope * chunk)
+                # A number of the sum instead of the sum, whose memory the next chunk's sum takes over.
+                done = [d_weight[:1, :1] * 1.0, *done, at_target[-1]]
+        loss = sum(losses[1:], losses[0])
+        if d_weight is None:
+            return loss, mx.concatenate(d_x)
+        return loss, mx.concatenate(d_x), d_weight.at[targets].subtract(mx.concatenate(at_target))
 
+    @loss_and_gradients.vjp
+    def gradients(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
+        made = [gradient * cotangents[0] for gradient in outputs[1:]]
+        return *made, *map(mx.zeros_like, primals[len(made) :])
 
-@_cross_entropy.vjp
-def _cross_entropy_vjp(
-    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-) -> tuple[mx.array, ...]:
-    """Scale the gradients that the forward pass has already made."""
-    _, _, targets, row_weights = primals
-    d_x, d_weight = (gradient * cotangents[0] for gradient in outputs[1:])
-    return d_x, d_weight, mx.zeros_like(targets), mx.zeros_like(row_weights)
-
-
-@_with_frozen_head.vjp
-def _with_frozen_head_vjp(
-    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-) -> tuple[mx.array, ...]:
-    """Scale the gradient that the forward pass has already made."""
-    return outputs[1] * cotangents[0], *map(mx.zeros_like, primals[1:])
+    return loss_and_gradients
 
 
 @compiled

@@ -7,9 +7,8 @@ From prompt to token: `scheduler.py`, `cache.py`, `decode.py`.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request, Scheduler
-from mlxchat.model.gpt import GPT, computing_in, flatten_parameters
+from mlxchat.model.gpt import GPT, computing_in
 from mlxchat.ops.machine import DECODED_ROWS
 
 
@@ -65,41 +64,35 @@ class Engine:
         """Take a model with its tokenizer.
 
         Args:
-            model: is read whenever answers begin, so they follow its training.
+            model: its weights stay as they are, unless it is `trained`.
             tokenizer: the model's.
             bits: 8 or 4 answers with quantised weights (`packed_copy`), prompts included.
             kv_bits: 8 or 4 keeps keys and values of the past packed, which takes less memory and more time.
-            trained: whether the model is trained between answers: then nothing of it is kept in between. Quantised
-                weights are packed only where that is faster, which it is not on a CPU.
+            trained: whether the model is trained between answers: then its weights are read anew whenever answers
+                begin, and no copy is kept in between. Quantised weights are packed only where that is faster, which it
+                is not on a CPU.
             dtype: in which a trained model answers, that of its training; None: its parameters'.
             max_rows: decoded at a time; answers do not depend on it.
         """
         self.model, self.tokenizer, self.trained = model, tokenizer, trained
         self.bits, self.kv_bits, self.dtype, self.max_rows = bits, kv_bits, dtype, max_rows
         self._decoder: Decoder | None = None
-        self._arranged: list[weakref.ref[mx.array]] = []  # weak: training frees weights that it replaces
 
     def forward(self) -> Slots:
-        """Return the rows of a batch, computed with the weights that the model has now."""
-        weights = list(flatten_parameters(self.model).values())
+        """Return the rows of a batch."""
         if self._decoder is None:
             self._decoder = make_decoder(self._answering(), packed=not self.trained, kv_bits=self.kv_bits)
-        elif len(weights) != len(self._arranged) or any(
-            kept() is not weight for kept, weight in zip(self._arranged, weights, strict=True)
-        ):
-            self._decoder.release()  # or there would be two copies for a while
+        elif self._decoder.model is None:
             self._decoder.arrange(self._answering())
-        self._arranged = [weakref.ref(weight) for weight in weights]
         return Slots(self._decoder)
 
     def _answering(self) -> GPT:
         return self.model if self.bits is None else packed_copy(self.model, self.bits)
 
     def release(self) -> None:
-        """Free the arranged weights, up to a copy of the model. Schedulers made before cannot continue."""
+        """Free the decoder's weights; those that the model has when answers begin next take their place."""
         if self._decoder is not None:
             self._decoder.release()
-            self._arranged = []
 
     def scheduler(self, **options: Any) -> Scheduler:
         """Return a scheduler without requests; `options` are `Scheduler`'s."""
@@ -128,7 +121,7 @@ class Engine:
         rows = [Completion() for _ in prompts]
         if max_new_tokens < 1 or not prompts:
             return rows
-        with computing_in(self.model, self.dtype) if self.dtype is not None else nullcontext():
+        with self._computing():
             scheduler, by_id = self.scheduler(), {}
             for prompt, row, of_row in zip(prompts, rows, row_seeds(seed, len(prompts)), strict=True):
                 sampling = Sampling(temperature=temperature, top_k=top_k, seed=of_row)
@@ -146,9 +139,17 @@ class Engine:
                     if log_probabilities:
                         row.log_probabilities.append(event.logprob or 0.0)
                     row.finished = event.finish_reason == "stop"
-            if self.trained:
-                self.release()
         return rows
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute in the engine's dtype; release the weights of a trained model afterwards."""
+        with nullcontext() if self.dtype is None else computing_in(self.model, self.dtype):
+            try:
+                yield
+            finally:
+                if self.trained:
+                    self.release()
 
 
 def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:

@@ -65,7 +65,10 @@ def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) 
     # Every rank gets some samples of each question, and some of the long prompts, so that all take about as long.
     own = slice(team.group.rank, None, team.size)
     prompts, seeds = request["prompts"][own], request["seeds"][own]
-    rows = Engine.complete(_engine_here(team, request["options"]), prompts, seed=seeds, **request["how"])
+    engine = _engine_here(team, request["options"])
+    rows = Engine.complete(engine, prompts, seed=seeds, **request["how"])
+    if not team.group.leads:
+        engine.release()  # the model may have got other weights by the next call
     completions = [Completion() for _ in request["prompts"]]
     for rank, found in enumerate(team.group.gather_json([asdict(row) for row in rows])):
         completions[rank :: team.size] = [Completion(**row) for row in found]

@@ -182,11 +182,18 @@ class Adapters:
         return self.sizes.bits is not None or name.removesuffix(".weight") in self.sizes.targets
 
     def on(self, name: str, weight: mx.array) -> mx.array:
-        """Return a weight of the base, by its name, as it is with these adapters, in float32."""
-        module = name.removesuffix(".weight")
-        targets = (module,) if module in self.sizes.targets else ()
-        own = {each: mx.array(self.arrays[each]) for each in _names(self.sizes.kind, module)} if targets else {}
-        return fuse({name: weight}, own, replace(self.sizes, targets=targets))[name]
+        """Return a weight of the base, by its name, as it is with these adapters, in float32.
+
+        With a packed base it is the rounded one with the adapter on it: the model that was trained.
+        """
+        sizes, module, value = self.sizes, name.removesuffix(".weight"), weight.astype(mx.float32)
+        if sizes.bits is not None and _is_packed(name):
+            packed = mx.quantize(value, group_size=sizes.group_size, bits=sizes.bits)
+            value = mx.dequantize(*packed, group_size=sizes.group_size, bits=sizes.bits)
+        if module not in sizes.targets:
+            return value
+        a, b, *m = (mx.array(self.arrays[each]) for each in _names(sizes.kind, module))
+        return adapted_matrix(value, a, b, sizes.scale, *m)
 
     def apply(self, model: GPT) -> None:
         """Put these adapters into a model's weights, one at a time, so that no second copy of all is ever needed."""
@@ -195,30 +202,6 @@ class Adapters:
             value = self.on(name, weights.pop(name))
             mx.eval(value)
             set_parameters(model, {name: value})
-
-
-def fuse(weights: Mapping[str, mx.array], adapters: Mapping[str, mx.array], sizes: AdapterSizes) -> Flat:
-    """Return the weights of the one model that base and adapters are together, all in float32.
-
-    With a packed base these are its rounded numbers with the adapters on them: the model that was trained.
-
-    Args:
-        weights: of the base, by name, as a checkpoint has them.
-        adapters: `<module>.lora_a`, `.lora_b` and, with DoRA, `.m`.
-        sizes: of the adapters.
-
-    Raises:
-        KeyError: a weight or adapter of a target is missing.
-    """
-    fused = {name: value.astype(mx.float32) for name, value in weights.items()}
-    if sizes.bits is not None:
-        for name in filter(_is_packed, fused):
-            packed = mx.quantize(fused[name], group_size=sizes.group_size, bits=sizes.bits)
-            fused[name] = mx.dequantize(*packed, group_size=sizes.group_size, bits=sizes.bits)
-    for module in sizes.targets:
-        a, b, *m = (adapters[name].astype(mx.float32) for name in _names(sizes.kind, module))
-        fused[f"{module}.weight"] = adapted_matrix(fused[f"{module}.weight"], a, b, sizes.scale, *m)
-    return fused
 
 
 def _is_packed(name: str) -> bool:

@@ -67,7 +67,7 @@ def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tok
     """
     if not config.suite:
         return []
-    engine, tasks = make_engine(ctx.team, model, tokenizer), dict[str, Task]()
+    engine, tasks = make_engine(ctx.team, model, tokenizer, trained=True), dict[str, Task]()
     answering = Answering(
         batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens,
         batch_tokens=_tokens_at_a_time(ctx, model),
