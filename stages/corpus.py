@@ -6,7 +6,7 @@ the Hugging Face Hub, which is pinned and listed, not copied. Options: conf/corp
 
 import json
 
-from mlxchat.data.sources import LISTING, VALIDATION, gather_documents, open_shards, pin_corpus, write_shards
+from mlxchat.data.sources import LISTING, VALIDATION, Corpus, gather_documents, pin_corpus, write_shards
 from mlxchat.runner.context import Context
 
 VERSION = 2
@@ -55,13 +55,14 @@ def run(ctx: Context) -> None:
         shard_documents=config.shard_documents,
         row_group_documents=config.row_group_documents,
     )
+    corpus = Corpus.open(ctx.out)
     for split in ("train", "validation"):
-        lengths = [len(document) for shard in open_shards(ctx.out, split) for document in shard.documents()]
+        lengths = list(map(len, corpus.documents(split)))
         ctx.metrics[f"{split}_documents"] = len(lengths)
         ctx.metrics[f"{split}_chars"] = sum(lengths)
     facts = {
         "validation": VALIDATION,
-        "shards": [shard.name for shard in open_shards(ctx.out, "train")],
+        "shards": [shard.name for shard in corpus.train],
         "sources": ctx.externals,
         **ctx.metrics,
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import DocumentRows, take_validation
-from mlxchat.data.sources import iterate_documents
+from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import open_documents
 from mlxchat.engine.generate import Engine
@@ -97,7 +97,7 @@ def _measure_text(ctx: Context, model: GPT, tokenizer: Tokenizer) -> dict[str, f
     )  # fmt: skip
     micro_tokens = forward_tokens(ctx.config.machine, model.sizes)
     loss = text_loss(text_model(ctx.team, model), rows, tokenizer.token_bytes, micro_tokens=micro_tokens)
-    ngram = ngram_bits_per_byte(iterate_documents(corpus, "train"), iterate_documents(corpus, "validation"))
+    ngram = ngram_bits_per_byte(*(Corpus.open(corpus).documents(split) for split in ("train", "validation")))
     bpb = {
         "val": loss.bits_per_byte, "perplexity": loss.perplexity, "tokens": loss.num_tokens, "ngram_order2": ngram,
         "untrained": uniform_bits_per_byte(rows, tokenizer.token_bytes),

@@ -6,7 +6,7 @@ Counterpart of nanochat's tok_train.py and tok_eval.py. Options: conf/settings/t
 import json
 
 from mlxchat.data.bpe import train_on_corpus
-from mlxchat.data.sources import iterate_documents
+from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import load_vocabulary
 from mlxchat.evals.compression import compression_rows, print_compression
 from mlxchat.runner.context import Context
@@ -37,7 +37,9 @@ def run(ctx: Context) -> None:
         ctx.derive({"vocab_size": tokenizer.vocab_size})
         if not keeps_ids:
             print("  ids are counted anew: special tokens of the source stood among them", flush=True)
-    rows = compression_rows(tokenizer, {split: iterate_documents(corpus, split) for split in ("train", "validation")})
+    rows = compression_rows(
+        tokenizer, {split: Corpus.open(corpus).documents(split) for split in ("train", "validation")}
+    )
     print_compression(rows)
     (ctx.out / "compression.json").write_text(json.dumps({"vocab_size": tokenizer.vocab_size, "rows": rows}, indent=1))
     tokenizer.save(ctx.out)

@@ -10,7 +10,7 @@ import pytest
 
 from kit.text import DOCUMENTS
 from mlxchat.data.bpe import train_tokenizer
-from mlxchat.data.sources import Shard, open_shards, write_shards
+from mlxchat.data.sources import Corpus, Shard, write_shards
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
 
@@ -66,6 +66,6 @@ def read_documents(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
         return made[shard]
 
     def read(corpus: Path, split: str = "train", **options: bool) -> Documents:
-        return Documents(open_shards(corpus, split), obtain, **options)
+        return Documents(Corpus.open(corpus).shards(split), obtain, **options)
 
     return read

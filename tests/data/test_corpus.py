@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.commands import CommandLine
-from mlxchat.data.sources import gather_documents, iterate_documents, open_shards, read_file
+from mlxchat.data.sources import Corpus, gather_documents, read_file
 from mlxchat.errors import DataError
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
@@ -209,8 +209,8 @@ def test_tinystories_come_from_the_hub(
     done = make_corpus_stage(start_hub(), "corpus=tinystories")
     assert done.returncode == 0, done.stderr
     folder, source = artifact(tmp_path), HUB / "root/datasets/roneneldan/TinyStories/data"
-    assert list(iterate_documents(folder, "train")) == texts(source / "train-00000-of-00001.parquet")
-    assert list(iterate_documents(folder, "validation")) == texts(source / "validation-00000-of-00001.parquet")
+    assert list(Corpus.open(folder).documents("train")) == texts(source / "train-00000-of-00001.parquet")
+    assert list(Corpus.open(folder).documents("validation")) == texts(source / "validation-00000-of-00001.parquet")
 
 
 @pytest.mark.parametrize("corpus", ["fineweb_edu", "climbmix"])
@@ -224,9 +224,9 @@ def test_nanochats_corpora_keep_their_order_and_their_validation_file(
     (source,) = (HUB / "root/datasets/karpathy").glob(f"{corpus.replace('_', '-')}*")
     folder = artifact(tmp_path)
     names = sorted(path.name for path in source.glob("*.parquet") if path.name != held_out)
-    assert [shard.name for shard in open_shards(folder, "train")] == names
-    assert next(iterate_documents(folder, "train")) == texts(source / names[0])[0]
-    assert list(iterate_documents(folder, "validation")) == texts(source / held_out)
+    assert [shard.name for shard in Corpus.open(folder).train] == names
+    assert next(Corpus.open(folder).documents("train")) == texts(source / names[0])[0]
+    assert list(Corpus.open(folder).documents("validation")) == texts(source / held_out)
     externals = json.loads((folder / "manifest.json").read_text())["externals"]
     assert {each["revision"] for each in externals} == {"5ca1ab1e0ddba11c0ffee5eed5ca1ab1e0ddba11"}
 
@@ -248,7 +248,7 @@ def test_a_hub_that_misbehaves_gives_the_same_artifact(
     done = make_corpus_stage(start_hub(*FAULTS[name]), "corpus=tinystories", "retry.seconds=0.1")
     assert done.returncode == 0, done.stderr
     source = HUB / "root/datasets/roneneldan/TinyStories/data"
-    assert list(iterate_documents(artifact(tmp_path), "train")) == texts(source / "train-00000-of-00001.parquet")
+    assert list(Corpus.open(artifact(tmp_path)).documents("train")) == texts(source / "train-00000-of-00001.parquet")
 
 
 REFUSALS = {

@@ -11,7 +11,7 @@ import pytest
 
 from kit.text import DOCUMENTS
 from mlxchat.data import tokens as documents_module
-from mlxchat.data.sources import Shard, open_shards
+from mlxchat.data.sources import Corpus, Shard
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
@@ -90,7 +90,7 @@ class Maker:
     """Encodes shards, and remembers which, whether somebody waited, and in which thread."""
 
     def __init__(self, corpus: Path, tokenizer: Tokenizer, work: Path) -> None:
-        self.tokenizer, self.work, self.shards = tokenizer, work, open_shards(corpus, "train")
+        self.tokenizer, self.work, self.shards = tokenizer, work, Corpus.open(corpus).train
         self.asked: list[tuple[str, bool, str]] = []
         self.block = threading.Event()
         self.block.set()

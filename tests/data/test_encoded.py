@@ -17,7 +17,7 @@ from mlxchat.data import tokens as encoded_module
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.sources import iterate_documents, open_shards
+from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import encode_shard, open_documents, open_mixture
 from mlxchat.errors import Interrupted
@@ -64,9 +64,9 @@ def test_a_shard_holds_the_ids_of_its_texts_whatever_the_threads(
     corpus: Path, tokenizer: Tokenizer, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoded_module, "_PART_DOCUMENTS", 2)  # so that row groups of 7 make several parts
-    (shard,) = open_shards(corpus, "validation")
+    (shard,) = Corpus.open(corpus).validation
     numbers = encode_shard(shard, tokenizer, tmp_path, threads=threads)
-    expected = [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "validation")]
+    expected = [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("validation")]
     arrays = load_file(tmp_path / "tokens.safetensors")
     assert arrays["ids"].tolist() == [token for ids in expected for token in ids]
     assert [b - a for a, b in zip(arrays["offsets"], arrays["offsets"][1:], strict=False)] == list(map(len, expected))
@@ -79,7 +79,7 @@ def test_documents_of_a_step_are_those_of_its_corpus(
     cursor = open_documents(make_context(), "train", tokenizer)
     got = [cursor.ids(address).tolist() for address, _ in cursor.next(180)]
     cursor.close()
-    assert got == [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "train")]
+    assert got == [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("train")]
     assert names(tmp_path) == [f"tokens-shard_0000{index}" for index in range(5)]
 
 

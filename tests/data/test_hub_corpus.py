@@ -16,19 +16,7 @@ import pytest
 from kit.text import parquet
 from mlxchat.config import HubConfig
 from mlxchat.data import sources as shards_module
-from mlxchat.data.sources import (
-    Fetcher,
-    Shard,
-    chars_per_byte,
-    count_files,
-    fetch_ahead,
-    iterate_documents,
-    known_of_artifact,
-    list_corpus,
-    open_shards,
-    pin_corpus,
-    stop_fetching,
-)
+from mlxchat.data.sources import Corpus, Fetcher, Shard, pin_corpus, stop_fetching
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
@@ -85,31 +73,31 @@ def test_the_artifact_pins_the_commit_and_every_file_and_holds_no_text(
 
 def test_documents_are_those_of_the_files_in_order(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     folder = pin()
-    assert list(iterate_documents(folder, "train")) == [text for index in range(4) for text in texts(index)]
-    assert list(iterate_documents(folder, "validation")) == texts(4)
+    assert list(Corpus.open(folder).documents("train")) == [text for index in range(4) for text in texts(index)]
+    assert list(Corpus.open(folder).documents("validation")) == texts(4)
 
 
 def test_the_validation_file_is_the_same_however_many_files_train(
     hub: Any, five: Any, pin: Callable[..., Path]
 ) -> None:
-    assert list(iterate_documents(pin(num_train_files=1), "validation")) == texts(4)
-    assert len(open_shards(pin(num_train_files=2), "train")) == 2
+    assert list(Corpus.open(pin(num_train_files=1)).documents("validation")) == texts(4)
+    assert len(Corpus.open(pin(num_train_files=2)).train) == 2
 
 
 def test_a_corpus_without_validation_files_holds_out_the_first_documents(
     hub: Any, five: Any, pin: Callable[..., Path]
 ) -> None:
     folder = pin(validation_files=None, validation_documents=12)
-    assert list(iterate_documents(folder, "validation")) == texts(0)[:12]
-    assert list(iterate_documents(folder, "train"))[:19] == [*texts(0)[12:], texts(1)[0]]
-    assert open_shards(folder, "train")[0].count() == 18
+    assert list(Corpus.open(folder).documents("validation")) == texts(0)[:12]
+    assert list(Corpus.open(folder).documents("train"))[:19] == [*texts(0)[12:], texts(1)[0]]
+    assert Corpus.open(folder).train[0].count() == 18
 
 
 def test_a_file_and_a_part_of_it_are_encoded_under_different_names(
     hub: Any, five: Any, pin: Callable[..., Path]
 ) -> None:
     whole, part = (
-        open_shards(pin(validation_files=held_out), "train")[0].identity() for held_out in ("shard_00004.parquet", None)
+        Corpus.open(pin(validation_files=held_out)).train[0].identity() for held_out in ("shard_00004.parquet", None)
     )
     assert whole != part
 
@@ -117,15 +105,15 @@ def test_a_file_and_a_part_of_it_are_encoded_under_different_names(
 def test_a_column_of_another_name_is_read(hub: Any, pin: Callable[..., Path]) -> None:
     hub.add(NAME, {f"shard_{index:05d}.parquet": parquet(texts(index), column="story") for index in range(5)})
     folder = pin(column="story")
-    assert next(iterate_documents(folder, "train")) == texts(0)[0]
-    assert open_shards(folder, "train")[0].identity()["column"] == "story"
+    assert next(Corpus.open(folder).documents("train")) == texts(0)[0]
+    assert Corpus.open(folder).train[0].identity()["column"] == "story"
 
 
 def test_an_empty_cell_is_an_empty_document_so_that_numbers_of_documents_stay(
     hub: Any, five: Any, pin: Callable[..., Path]
 ) -> None:
     five.files["shard_00000.parquet"] = parquet(["one", None, "three"])
-    assert list(open_shards(pin(), "train")[0].documents()) == ["one", "", "three"]
+    assert list(Corpus.open(pin()).train[0].documents()) == ["one", "", "three"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -165,7 +153,7 @@ def test_a_file_of_one_row_group_is_never_in_memory_as_a_whole(
             yield batch
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watch)
-    assert list(open_shards(pin(), "train")[0].documents()) == texts(0)
+    assert list(Corpus.open(pin()).train[0].documents()) == texts(0)
     assert max(sizes) <= 8
 
 
@@ -176,20 +164,18 @@ def test_characters_of_a_byte_are_measured_on_the_validation_file(
     hub: Any, five: Any, pin: Callable[..., Path]
 ) -> None:
     expected = sum(map(len, texts(4))) / len(five.files["shard_00004.parquet"])
-    assert chars_per_byte(pin()) == pytest.approx(expected)
+    assert Corpus.open(pin()).chars_per_byte == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("wanted", "count"), [(0, 1), (10, 1), (11, 2), (30, 3), (31, 3)])
-def test_as_many_files_are_needed_as_have_the_bytes(wanted: float, count: int) -> None:
-    assert count_files([10, 10, 10], wanted) == count
-
-
-def test_an_artifact_tells_the_files_for_so_many_characters(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
-    known = known_of_artifact(pin())
-    assert known is not None
-    one = len(five.files["shard_00000.parquet"]) * known.chars_per_byte
-    assert [file.path for file in known.first(1.5 * one)] == ["shard_00000.parquet", "shard_00001.parquet"]
-    assert known.chars == pytest.approx(4 * one, rel=0.01)
+@pytest.mark.parametrize(("wanted", "count"), [(0, 1), (1, 1), (1.01, 2), (4, 4), (9, 4)])
+def test_as_many_files_are_needed_as_have_the_characters(
+    hub: Any, five: Any, pin: Callable[..., Path], wanted: float, count: int
+) -> None:
+    five.files.update({f"shard_{index:05d}.parquet": parquet(texts(0)) for index in range(5)})
+    corpus = Corpus.open(pin())
+    assert [file.path for file in corpus.first(wanted * corpus.chars / 4)] == [
+        f"shard_{index:05d}.parquet" for index in range(count)
+    ]
 
 
 def test_a_run_whose_text_has_no_room_is_refused_before_it_is_fetched(
@@ -220,17 +206,17 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_what_the_run_needs_is_fetched_while_something_else_goes_on(
     hub: Any, five: Any, pin: Callable[..., Path]
 ) -> None:
-    density = chars_per_byte(pin()) or 0
+    density = Corpus.open(pin()).chars_per_byte
     stop_fetching()
     pin(train_chars=2.5 * density * len(five.files["shard_00000.parquet"]))
-    shards = open_shards(pin(), "train")
+    shards = Corpus.open(pin()).train
     wait_for(lambda: all(shard.file is not None and shard.file.is_there() for shard in shards[:3]))
     time.sleep(0.1)
     assert not hub.requests("shard_00003.parquet")
 
 
 def test_files_are_fetched_in_the_order_in_which_they_are_read(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
-    files = [shard.file for shard in open_shards(pin(), "train") if shard.file is not None]
+    files = Corpus.open(pin()).files()
     stop_fetching()
     before = len(hub.log)
     fetcher = Fetcher(workers=1)
@@ -243,38 +229,38 @@ def test_files_are_fetched_in_the_order_in_which_they_are_read(hub: Any, five: A
 def test_a_file_that_the_background_is_at_is_waited_for_and_sent_once(
     hub: Any, five: Any, pin: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards = open_shards(pin(), "train")
+    corpus = Corpus.open(pin())
     stop_fetching()
     hub.faults.latency_seconds = 0.2
-    fetch_ahead(shards, 2)
+    corpus.fetch_ahead("train", 2)
     time.sleep(0.05)
-    assert list(shards[2].documents()) == texts(2)
+    assert list(corpus.train[2].documents()) == texts(2)
     assert len(hub.requests("shard_00002.parquet")) == 1
     assert "waits for org/texts/shard_00002.parquet, which process this one is fetching" in capsys.readouterr().err
 
 
 def test_what_fails_in_the_background_is_told_to_who_reads_it(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
-    shards = open_shards(pin(), "train")
+    corpus = Corpus.open(pin())
     stop_fetching()
     hub.faults.corrupt, hub.faults.times = "shard_00002.parquet", 0
-    fetch_ahead(shards, 2)
+    corpus.fetch_ahead("train", 2)
     wait_for(lambda: len(hub.requests("shard_00002.parquet")) >= 3)
     with pytest.raises(DataError, match="is not what it should be"):
-        list(shards[2].documents())
+        list(corpus.train[2].documents())
 
 
 def test_closing_ends_the_threads_in_the_middle_of_a_file(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     five.files["shard_00001.parquet"] = random.Random(0).randbytes(1_000_000)
     hub.faults.block_seconds = 0.05
-    shards = open_shards(pin(), "train")
-    fetch_ahead(shards, 1)
+    corpus = Corpus.open(pin())
+    corpus.fetch_ahead("train", 1)
     wait_for(lambda: hub.sent("shard_00001.parquet") > 0)
     stop_fetching()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
 
 
 def test_nothing_is_fetched_ahead_of_a_local_corpus(corpus: Path) -> None:
-    fetch_ahead(open_shards(corpus, "train"), 0)
+    Corpus.open(corpus).fetch_ahead("train", 0)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
 
 
@@ -294,7 +280,7 @@ def test_a_saved_position_is_good_for_the_same_listing_whatever_is_on_the_machin
                 encode_shard(shard, tokenizer, where, threads=1)
             return where
 
-        return Documents(open_shards(folder, "train"), obtain)
+        return Documents(Corpus.open(folder).train, obtain)
 
     first = cursor(pin(), "one")
     first.next(47)
@@ -313,7 +299,7 @@ def test_a_saved_position_is_good_for_the_same_listing_whatever_is_on_the_machin
 def test_a_shard_whose_tokens_are_there_is_not_fetched(
     hub: Any, five: Any, pin: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    shards = open_shards(pin(), "train")
+    shards = Corpus.open(pin()).train
     stop_fetching()
     before = len(hub.requests("shard_00003.parquet"))
     made = tmp_path / "made"
@@ -325,5 +311,5 @@ def test_a_shard_whose_tokens_are_there_is_not_fetched(
 
 
 def test_listing_fetches_nothing(hub: Any, five: Any) -> None:
-    list_corpus(hub_config(), 5)
+    Corpus.listed(hub_config(), 5)
     assert hub.requests("parquet") == []

@@ -30,7 +30,7 @@ from mlxchat.data.packing import (
     take_validation,
     trim_rows,
 )
-from mlxchat.data.sources import iterate_documents
+from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents
 
@@ -67,7 +67,7 @@ def naive_document_rows(
     corpus: Path, tokenizer: Tokenizer, row_tokens: int, wanted: int, count: int
 ) -> tuple[Any, int]:
     """Return rows of nanochat's best-fit loader, by searching a list, and the tokens that were cropped."""
-    documents = [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "train")]
+    documents = [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("train")]
     waiting: list[list[int]] = []
     rows, read, cropped = [], 0, 0
     for _ in range(count):
@@ -123,7 +123,9 @@ def pieces(row: list[int], bos: int) -> list[tuple[int, ...]]:
 
 
 def test_only_the_last_document_of_a_row_is_cropped(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
-    documents = {tuple(ids.tolist()) for ids in tokenizer.encode_documents(list(iterate_documents(corpus, "train")))}
+    documents = {
+        tuple(ids.tolist()) for ids in tokenizer.encode_documents(list(Corpus.open(corpus).documents("train")))
+    }
     rows = DocumentRows(read_documents(corpus), 50, 100)
     cropped = 0
     for inputs, targets in (rows.next_row() for _ in range(60)):
@@ -142,7 +144,7 @@ def test_the_same_corpus_gives_the_same_rows(corpus: Path, read_documents: Read)
 def test_validation_rows_hold_validation_documents_only(
     corpus: Path, read_documents: Read, tokenizer: Tokenizer
 ) -> None:
-    texts = list(iterate_documents(corpus, "validation"))
+    texts = list(Corpus.open(corpus).documents("validation"))
     held_out = {tuple(ids.tolist()) for ids in tokenizer.encode_documents(texts)}
     rows = DocumentRows(read_documents(corpus, "validation"), 80, 10)
     for inputs, targets in (rows.next_row() for _ in range(20)):
@@ -158,7 +160,7 @@ def test_text_that_is_read_once_makes_every_token_a_target_once(
     corpus: Path, read_documents: Read, tokenizer: Tokenizer, packing_name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against small validation sets that are counted many times, without a word, when more is asked for."""
-    texts = [[tokenizer.bos, *tokenizer.encode(text)] for text in iterate_documents(corpus, "validation")]
+    texts = [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("validation")]
     size = sum(map(len, texts))
 
     def read(row_tokens: int, tokens: int) -> list[packing.Row]:
@@ -362,7 +364,7 @@ def test_a_stream_that_is_stopped_at_any_rows_goes_on_with_the_same_rows(
 
 
 def test_a_row_is_made_of_the_documents_it_names(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
-    texts = list(iterate_documents(corpus, "train"))
+    texts = list(Corpus.open(corpus).documents("train"))
     rows = DocumentRows(read_documents(corpus), 50, 100)
     for _ in range(30):
         inputs, targets = rows.next_row()

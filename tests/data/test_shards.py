@@ -10,19 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.text import DOCUMENTS
-from mlxchat.data.sources import Shard, iterate_documents, open_shards, write_shards
+from mlxchat.data.sources import Corpus, Shard, write_shards
 from mlxchat.errors import DataError
 
 
 def test_each_document_is_in_one_split_once_in_order(hundred: Path) -> None:
-    assert list(iterate_documents(hundred, "validation")) == DOCUMENTS[:10]
-    assert list(iterate_documents(hundred, "train")) == DOCUMENTS[10:]
+    assert list(Corpus.open(hundred).documents("validation")) == DOCUMENTS[:10]
+    assert list(Corpus.open(hundred).documents("train")) == DOCUMENTS[10:]
 
 
 def test_shards_have_nanochats_names_and_sizes(hundred: Path) -> None:
-    names = [shard.name for shard in open_shards(hundred, "train")]
+    names = [shard.name for shard in Corpus.open(hundred).train]
     assert names == [f"shard_0000{index}.parquet" for index in range(3)]
-    assert [shard.count() for shard in open_shards(hundred, "train")] == [40, 40, 10]
+    assert [shard.count() for shard in Corpus.open(hundred).train] == [40, 40, 10]
 
 
 def test_a_shard_is_one_text_column_in_zstd_and_small_row_groups(hundred: Path) -> None:
@@ -44,10 +44,9 @@ def test_a_corpus_without_training_documents_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_folder_without_shards_is_refused(tmp_path: Path, split: str) -> None:
-    with pytest.raises(DataError, match="holds no"):
-        open_shards(tmp_path, split)
+def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no shard_\*\.parquet and no validation\.parquet"):
+        Corpus.open(tmp_path)
 
 
 def test_few_long_documents_are_in_memory_at_a_time(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mlxchat.data.packing import (
     pack_documents,
     take_rows,
 )
-from mlxchat.data.sources import iterate_documents
+from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents
 
@@ -42,7 +42,7 @@ def document_rows(
 
 
 def encode_all(corpus: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    return [ids.tolist() for ids in tokenizer.encode_documents(list(iterate_documents(corpus, "train")))]
+    return [ids.tolist() for ids in tokenizer.encode_documents(list(Corpus.open(corpus).documents("train")))]
 
 
 # Documents as one stream

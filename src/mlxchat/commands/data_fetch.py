@@ -115,19 +115,17 @@ def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, meas
     """Return what is read of a corpus on the Hub: the validation files, and as many others as the horizon needs."""
     if config.corpus.hub is None:
         return {}
-    from mlxchat.data.sources import ESTIMATED_CHARS_PER_BYTE, Known, list_corpus, measure_validation
+    from mlxchat.data.sources import Corpus
     from mlxchat.planning.text import find_text_need
 
-    corpus = list_corpus(config.corpus.hub, config.corpus.validation_documents)
-    train = [shard.file for shard in corpus.train if shard.file is not None]
-    validation = [shard.file for shard in corpus.validation if shard.file is not None]
+    corpus = Corpus.listed(config.corpus.hub, config.corpus.validation_documents)
     need = find_text_need(config, plan, store)
-    files = train[:1]
+    files = corpus.files()[:1]
     if need is not None:
-        known = need.known or Known(train, ESTIMATED_CHARS_PER_BYTE, False)
+        known = need.known or corpus
         if measure and not known.is_measured:
-            known = Known(train, measure_validation(corpus)[2] or ESTIMATED_CHARS_PER_BYTE, True)
+            known, _, _ = corpus.measure()
         need = replace(need, known=known)
         files = known.first(need.chars)
         print(need)
-    return {config.corpus.hub.repository: list(dict.fromkeys([*validation, *files]))}
+    return {config.corpus.hub.repository: list(dict.fromkeys([*corpus.files("validation"), *files]))}

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import psutil
 
 from mlxchat.config import TokenizerConfig
-from mlxchat.data.sources import LISTING, iterate_documents
+from mlxchat.data.sources import LISTING, Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
@@ -66,7 +66,7 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
 
     def crop_documents() -> Iterator[str]:
         nonlocal used_chars
-        for document in iterate_documents(corpus, "train", ctx.hints.get("train_chars")):
+        for document in Corpus.open(corpus).documents("train", ctx.hints.get("train_chars")):
             text = document[: config.document_chars]
             used_chars += len(text)
             yield text

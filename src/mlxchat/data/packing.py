@@ -22,7 +22,7 @@ import bisect
 import random
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -143,9 +143,15 @@ class BestFitBuffer:
 class RowStream(ABC):
     """Rows of a source. Endless unless its source is read once."""
 
-    def __init__(self, source: Any, row_tokens: int) -> None:
-        """Start at the position of `Documents` or `ShuffledConversations`, with rows of T = `row_tokens`."""
-        self._source, self._row_tokens = source, row_tokens
+    def __init__(self, source: Any, row_tokens: int, padding: int | None = None) -> None:
+        """Start at the position of the source.
+
+        Args:
+            source: `Documents` or `ShuffledConversations`.
+            row_tokens: T.
+            padding: the id that fills the rest of a row; None: the row's first.
+        """
+        self._source, self._row_tokens, self._padding = source, row_tokens, padding
         self.placed: list[Any] = []
         """The addresses of what the last row holds."""
 
@@ -154,13 +160,27 @@ class RowStream(ABC):
         """Completed passes over the source."""
         return int(self._source.epoch)
 
-    @abstractmethod
     def next_row(self) -> Row:
         """Return the next row.
 
         Raises:
             EndOfText: there is none.
         """
+        row, trained = np.empty(self._row_tokens + 1, dtype=np.int32), np.zeros(self._row_tokens + 1, dtype=np.bool_)
+        filled, self.placed = 0, []
+        for address, ids, is_trained in self._pieces(len(row)):
+            end = filled + len(ids)
+            row[filled:end], trained[filled:end] = ids, is_trained
+            filled = end
+            self.placed.append(address)
+        if filled < 2:  # too few to predict one
+            raise EndOfText
+        row[filled:] = row[0] if self._padding is None else self._padding
+        return row[:-1], np.where(trained[1:], row[1:], np.int32(IGNORED))
+
+    @abstractmethod
+    def _pieces(self, space: int) -> Iterator[tuple[Any, Array, Array | bool]]:
+        """Yield what the next row holds: address, ids, and which of them are trained on; at most `space` ids."""
 
     def name(self, address: Any) -> str:
         """Return the name of what is at an address, for messages."""
@@ -206,27 +226,20 @@ class DocumentRows(RowStream):
         self._buffer = BestFitBuffer()
         self.cropped_tokens = self.placed_tokens = 0
 
-    def next_row(self) -> Row:
-        """Return the next row."""
-        capacity = self._row_tokens + 1
-        row = np.empty(capacity, dtype=np.int32)
-        filled, self.placed = 0, []
-        while filled < capacity:
+    def _pieces(self, space: int) -> Iterator[tuple[Any, Array, bool]]:
+        while space:
             self._fill()
-            space = capacity - filled
-            found = self._buffer.take_largest(space)
-            if found is None and not self._buffer:
+            if not self._buffer:
                 break
+            found = self._buffer.take_largest(space)
             if found is None:
                 found = self._buffer.take_shortest()
                 self._crop(*found, space)
             address, length = found
             used = min(length, space)
-            row[filled : filled + used] = self._ids(address, used)
-            filled += used
-            self.placed.append(address[:2])
-        self.placed_tokens += filled
-        return split_row(row, filled)
+            yield address[:2], self._ids(address, used), True
+            space -= used
+            self.placed_tokens += used
 
     def counts(self) -> dict[str, float]:
         """Return the passes over the corpus, the tokens lost to cropping, and their share of all that were read."""
@@ -296,37 +309,32 @@ class ConversationRows(RowStream):
             train_on: 'assistant' or 'all'.
             alone: whether a row holds one conversation, and is padded however short that is.
         """
-        super().__init__(conversations, row_tokens)
-        self._padding, self._wanted, self._train_on, self._alone = padding, buffer_conversations, train_on, alone
+        super().__init__(conversations, row_tokens, padding)
+        self._wanted, self._train_on, self._alone = buffer_conversations, train_on, alone
         self._buffer = BestFitBuffer()
         self.truncated = 0
 
     def next_row(self) -> Row:
         """Return the next row."""
-        capacity = self._row_tokens + 1
-        row = np.full(capacity, self._padding, dtype=np.int32)
-        trained = np.zeros(capacity, dtype=np.bool_)
-        filled, self.placed = 0, []
-        while filled < capacity:
+        inputs, targets = super().next_row()
+        if self._alone:  # nothing follows the last id: it is a target only
+            inputs[self._source.length(self.placed[0]) - 1 :] = self._padding
+        return inputs, targets
+
+    def _pieces(self, space: int) -> Iterator[tuple[int, Array, Array]]:
+        row_space = space
+        while space:
             self._fill()
-            found = self._buffer.take_largest(capacity - filled)
+            found = self._buffer.take_largest(space)
             if found is None:
                 break
             index, length = found
-            row[filled : filled + length] = self._source.ids(index)[:length]
-            trained[filled : filled + length] = self._mask(index)[:length]
-            filled += length
-            self.placed.append(index)
+            yield index, self._source.ids(index)[:length], self._mask(index)[:length]
+            space -= length
             if self._alone:
                 break
-        if not self._buffer and not self._source.left:
-            if not filled:
-                raise EndOfText
+        if not self._buffer and not self._source.left and space < row_space:
             self._source.begin_epoch()
-        targets = np.where(trained[1:], row[1:], np.int32(IGNORED))
-        if self._alone and filled < capacity:
-            row[filled - 1] = self._padding  # nothing follows the last id: it is a target only
-        return row[:-1], targets
 
     def counts(self) -> dict[str, float]:
         """Return how many conversations were cut."""
@@ -387,35 +395,28 @@ class StreamRows(RowStream):
         """Passes whose last token has been used."""
         return self._waiting[0][2] if self._waiting else int(self._source.epoch)
 
-    def next_row(self) -> Row:
-        """Return the next row."""
-        needed = self._row_tokens + 1
+    def _pieces(self, space: int) -> Iterator[tuple[Any, Array, Array | bool]]:
+        needed = space
         while self._available < needed:
             if not (found := self._source.next(1)):  # one, so that the source's epoch is that of what it gave
                 break
             self._waiting += ((address, length, self._source.epoch) for address, length in found)
             self._available += sum(length for _, length in found)
-        row, trained = np.empty(needed, dtype=np.int32), np.ones(needed, dtype=np.bool_)
-        filled, offset = 0, self._offset
-        self.placed = []
+        offset = self._offset
         for address, length, _ in self._waiting:
-            used = min(length - offset, needed - filled)
-            if used:
-                row[filled : filled + used] = self._source.ids(address)[offset : offset + used]
-                if self._train_on == "assistant":
-                    trained[filled : filled + used] = self._source.trained(address)[offset : offset + used]
-                self.placed.append(address)
-            filled, offset = filled + used, 0
-            if filled == needed:
+            part = slice(offset, offset + min(length - offset, space))
+            if part.stop > offset:
+                trained = self._source.trained(address)[part] if self._train_on == "assistant" else True
+                yield address, self._source.ids(address)[part], trained
+            space, offset = space - (part.stop - offset), 0
+            if not space:
                 break
         self._rows += 1
-        passed = min(filled, needed if self._rows % self._batch_rows == 0 else self._row_tokens)
+        passed = min(needed - space, needed if self._rows % self._batch_rows == 0 else self._row_tokens)
         self._available -= passed
         self._offset += passed
         while self._waiting and self._offset >= self._waiting[0][1]:
             self._offset -= self._waiting.popleft()[1]
-        inputs, targets = split_row(row, filled)
-        return inputs, np.where(trained[1:], targets, np.int32(IGNORED))
 
     def counts(self) -> dict[str, float]:
         """Return the passes over documents; nothing is cropped or cut."""
@@ -470,22 +471,6 @@ def pack_conversations(
         conversations, padding=assistant_end if alone else bos, row_tokens=row_tokens,
         buffer_conversations=1 if alone else buffer_conversations, train_on=train_on, alone=alone,
     )  # fmt: skip
-
-
-def split_row(row: Ints, filled: int) -> Row:
-    """Return inputs and targets of a row (T + 1,) of which only the first `filled` tokens are text.
-
-    Raises:
-        EndOfText: these are too few to predict one.
-    """
-    if filled == len(row):
-        return row[:-1], row[1:]
-    if filled < 2:
-        raise EndOfText
-    row[filled:] = row[0]
-    targets = row[1:].copy()
-    targets[filled - 1 :] = IGNORED
-    return row[:-1], targets
 
 
 def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:

@@ -86,16 +86,16 @@ class Shard:
         """The name without its ending."""
         return Path(self.name).stem
 
-    @property
-    def hub_file(self) -> HubFile:
-        """The file of a shard that is known to be on the Hub."""
-        assert self.file is not None, "this shard is on the Hub"
-        return self.file
-
     def identity(self) -> dict[str, Any]:
         """Return what determines the documents, as plain data."""
         rows = {} if (self.first, self.stop) == (0, None) else {"rows": [self.first, self.stop]}
         return {"text": self.sha256, **({} if self.column == COLUMN else {"column": self.column}), **rows}
+
+    def row(self) -> list[Any]:
+        """Return a shard of the Hub as plain data, for LISTING."""
+        assert self.file is not None, "only files of the Hub are listed"
+        rows = [] if (self.first, self.stop) == (0, None) else [self.first, self.stop]
+        return [self.file.path, self.file.bytes, self.file.sha256, self.file.git_sha1, *rows]
 
     def path(self, check: Check = lambda: None) -> Path:
         """Return where the file is; it is fetched and verified now if need be.
@@ -108,7 +108,8 @@ class Shard:
             return self.local
         from mlxchat.hub.client import fetch_files
 
-        return fetch_files([self.hub_file], check=check)[0]
+        assert self.file is not None, "a shard is on this machine or on the Hub"
+        return fetch_files([self.file], check=check)[0]
 
     def count(self, check: Check = lambda: None) -> int:
         """Return the number of documents."""
@@ -148,34 +149,150 @@ class Shard:
         return file
 
 
-def open_shards(corpus: Path, split: str) -> list[Shard]:
-    """Return a corpus's shards of 'train' (in order) or 'validation'; nothing is fetched or read.
+@dataclass(frozen=True)
+class Corpus:
+    """The shards of a corpus: those of an artifact, or what the Hub lists."""
 
-    Raises:
-        DataError: there are none.
-    """
-    listing = read_json(corpus / LISTING) or {}
-    if "hub" in listing:
-        rows = listing["validation" if split == "validation" else "shards"]
-        return [Shard.on_hub(_file_of(listing["hub"], row), listing["hub"]["column"], *row[4:6]) for row in rows]
-    pattern = VALIDATION if split == "validation" else "shard_*.parquet"
-    paths = sorted(corpus.glob(pattern))
-    if not paths:
-        raise DataError(f"{corpus} holds no {pattern}")
-    manifest = read_json(corpus / MANIFEST) or {}
-    hashes = {file["path"]: file["sha256"] for file in manifest.get("outputs", ())}
-    return [Shard.of(path, hashes.get(path.name)) for path in paths]
+    train: list[Shard]
+    """In the order in which they are read."""
+    validation: list[Shard]
+    chars_per_byte: float = ESTIMATED_CHARS_PER_BYTE
+    """Characters of text in a byte of a file on the Hub."""
+    is_measured: bool = False
+    """Whether `chars_per_byte` was measured on the validation files."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Corpus:
+        """Return the corpus of an artifact; nothing is fetched or read.
+
+        Raises:
+            DataError: it has no shards.
+        """
+        listing = read_json(folder / LISTING) or {}
+        if "hub" in listing:
+            hub = listing["hub"]
+            train, validation = (
+                [
+                    Shard.on_hub(
+                        HubFile(hub["repository"], hub["kind"], hub["revision"], *row[:4]), hub["column"], *row[4:6]
+                    )
+                    for row in listing[split]
+                ]
+                for split in ("shards", "validation")
+            )
+            return cls(train, validation, float(listing["chars_per_byte"]), True)
+        paths = {pattern: sorted(folder.glob(pattern)) for pattern in ("shard_*.parquet", VALIDATION)}
+        if missing := [pattern for pattern, found in paths.items() if not found]:
+            raise DataError(f"{folder} holds no {' and no '.join(missing)}")
+        manifest = read_json(folder / MANIFEST) or {}
+        hashes = {file["path"]: file["sha256"] for file in manifest.get("outputs", ())}
+        train, validation = ([Shard.of(path, hashes.get(path.name)) for path in found] for found in paths.values())
+        return cls(train, validation)
+
+    @classmethod
+    def listed(cls, hub: HubConfig, validation_documents: int) -> Corpus:
+        """Return what a data set of the Hub has; nothing but the listing is fetched.
+
+        Validation files are chosen by name alone. Without such names the first `validation_documents` of the first
+        file are held out.
+
+        Raises:
+            DataError: there is no such data set, or no file matches.
+        """
+        from mlxchat.hub.client import list_files
+
+        files = list_files(hub.repository, revision=hub.revision)
+        train, held_out = _choose(hub, files)
+        if not train or (hub.validation_files and not held_out):
+            counts = f"{plural(len(train), 'file')} like {hub.train_files}"
+            if hub.validation_files:
+                counts += f" and {len(held_out)} like {hub.validation_files}"
+            raise DataError(
+                f"{hub.repository} has {counts}; corpus.hub.train_files and corpus.hub.validation_files (null: the "
+                f"first documents of the first file) must name some. Files: "
+                f"{', '.join(file.path for file in files[:_NAMES_SHOWN])} …"
+            )
+        if others := [file for file in train if not file.path.endswith(".parquet")]:
+            raise DataError(
+                f"{hub.repository}: {others[0].path} is no parquet file. The Hub converts most data sets: try "
+                "corpus.hub.revision=refs/convert/parquet 'corpus.hub.train_files=default/train/*.parquet'"
+            )
+        shards = [Shard.on_hub(file, hub.column) for file in train[: hub.num_train_files]]
+        if hub.validation_files:
+            return cls(shards, [Shard.on_hub(file, hub.column) for file in held_out])
+        validation = replace(shards[0], name=f"held_out_{shards[0].name}", stop=validation_documents)
+        return cls([replace(shards[0], first=validation_documents), *shards[1:]], [validation])
+
+    @classmethod
+    def recorded(cls, hub: HubConfig) -> Corpus | None:
+        """Return the training files that an earlier listing recorded; None: there is none. Uses no network."""
+        train, _ = _choose(hub, recorded_files(hub.repository, hub.revision) or ())
+        return cls([Shard.on_hub(file, hub.column) for file in train[: hub.num_train_files]], []) if train else None
+
+    def shards(self, split: str) -> list[Shard]:
+        """Return the shards of 'train' or 'validation'."""
+        return self.validation if split == "validation" else self.train
+
+    def documents(self, split: str, chars: float | None = None) -> Iterator[str]:
+        """Yield every document of a split once, in order. Files of the Hub that come next are fetched meanwhile.
+
+        `chars` is how much the run will read: so much is fetched in the background.
+        """
+        for index, shard in enumerate(self.shards(split)):
+            self.fetch_ahead(split, index + 1, chars)
+            yield from shard.documents()
+
+    def files(self, split: str = "train") -> list[HubFile]:
+        """Return the files of a split that are on the Hub."""
+        return [shard.file for shard in self.shards(split) if shard.file is not None]
+
+    @property
+    def chars(self) -> float:
+        """Characters of all training files on the Hub together."""
+        return self.chars_per_byte * sum(file.bytes for file in self.files())
+
+    def first(self, chars: float, split: str = "train") -> list[HubFile]:
+        """Return as many files, from the first, as have so many characters together; all, if all have fewer."""
+        files = self.files(split)
+        sizes = list(accumulate(file.bytes for file in files))
+        return files[: bisect_left(sizes, chars / self.chars_per_byte) + 1]
+
+    def missing_bytes(self, chars: float) -> int:
+        """Return the bytes of these files that are not on this machine."""
+        return missing_bytes((file.blob, file.bytes) for file in self.first(chars) if not file.is_there())
+
+    def fetch_ahead(self, split: str, start: int, chars: float | None = None) -> None:
+        """Fetch a split's files from number `start` on in the background, unless the network may not be used.
+
+        As many are fetched as have `chars` characters from the beginning; None: only a few.
+        """
+        files = self.files(split)
+        stop = start + _AHEAD_FILES if chars is None else len(self.first(chars, split))
+        if files[start:] and not is_offline():
+            _fetch_in_background(files[start:stop])
+
+    def measure(self, check: Check = lambda: None) -> tuple[Corpus, int, int]:
+        """Return the corpus with the measured characters in a byte, and the validation's documents and characters.
+
+        The validation files are fetched if they are not there; see `pin_corpus` for what is raised.
+        """
+        documents = chars = 0
+        size = 0.0
+        for shard, file in zip(self.validation, self.files("validation"), strict=True):
+            for document in shard.documents(check):
+                documents, chars = documents + 1, chars + len(document)
+            # Of a part of the rows: the bytes that they take as far as one row is like another.
+            share = 1.0 if shard.stop is None else shard.count() / max(1, replace(shard, stop=None).count())
+            size += file.bytes * share
+        density = chars / max(1.0, size) or ESTIMATED_CHARS_PER_BYTE
+        return replace(self, chars_per_byte=density, is_measured=True), documents, chars
 
 
-def iterate_documents(corpus: Path, split: str, chars: float | None = None) -> Iterator[str]:
-    """Yield every document of a split once, in order. Files of the Hub that come next are fetched meanwhile.
-
-    `chars` is how much the run will read: so much is fetched in the background.
-    """
-    shards, density = open_shards(corpus, split), chars_per_byte(corpus)
-    for index, shard in enumerate(shards):
-        fetch_ahead(shards, index + 1, chars, density)
-        yield from shard.documents()
+def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
+    """Return the files for training and those for validation."""
+    held_out = [file for file in files if fnmatch.fnmatchcase(file.path, hub.validation_files or "")]
+    train = [file for file in files if fnmatch.fnmatchcase(file.path, hub.train_files) and file not in held_out]
+    return train, held_out
 
 
 # Packages and local files
@@ -274,63 +391,9 @@ def write_shards(
         )  # fmt: skip
 
 
-# Corpora on the Hub
-
-
-@dataclass(frozen=True)
-class HubCorpus:
-    """The shards of a corpus on the Hub, at one commit."""
-
-    train: list[Shard]
-    """In the order in which they are read."""
-    validation: list[Shard]
-
-
-def list_corpus(hub: HubConfig, validation_documents: int) -> HubCorpus:
-    """Return the shards of a data set of the Hub; nothing but the listing is fetched.
-
-    Validation files are chosen by name alone. Without such names the first `validation_documents` of the first file are
-    held out.
-
-    Raises:
-        DataError: there is no such data set, or no file matches.
-    """
-    from mlxchat.hub.client import list_files
-
-    files = list_files(hub.repository, revision=hub.revision)
-    train, held_out = _choose(hub, files)
-    if not train or (hub.validation_files and not held_out):
-        counts = f"{plural(len(train), 'file')} like {hub.train_files}"
-        if hub.validation_files:
-            counts += f" and {len(held_out)} like {hub.validation_files}"
-        raise DataError(
-            f"{hub.repository} has {counts}; corpus.hub.train_files and corpus.hub.validation_files (null: the first "
-            f"documents of the first file) must name some. Files: "
-            f"{', '.join(file.path for file in files[:_NAMES_SHOWN])} …"
-        )
-    others = [file for file in train if not file.path.endswith(".parquet")]
-    if others:
-        raise DataError(
-            f"{hub.repository}: {others[0].path} is no parquet file. The Hub converts most data sets: try "
-            "corpus.hub.revision=refs/convert/parquet 'corpus.hub.train_files=default/train/*.parquet'"
-        )
-    shards = [Shard.on_hub(file, hub.column) for file in train[: hub.num_train_files]]
-    if hub.validation_files:
-        return HubCorpus(shards, [Shard.on_hub(file, hub.column) for file in held_out])
-    validation = replace(shards[0], name=f"held_out_{shards[0].name}", stop=validation_documents)
-    return HubCorpus([replace(shards[0], first=validation_documents), *shards[1:]], [validation])
-
-
-def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
-    """Return the files for training and those for validation."""
-    held_out = [file for file in files if fnmatch.fnmatchcase(file.path, hub.validation_files or "")]
-    train = [file for file in files if fnmatch.fnmatchcase(file.path, hub.train_files) and file not in held_out]
-    return train, held_out
-
-
 def pin_corpus(
     hub: HubConfig, out: Path, *, validation_documents: int, train_chars: float | None, check: Check = lambda: None
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Write the artifact of a corpus on the Hub; return its numbers, and a record of what it pins.
 
     The validation files and the first training file are fetched and looked at; then, in the background, as many as
@@ -342,29 +405,26 @@ def pin_corpus(
     """
     from mlxchat.hub.client import fetch_files, record
 
-    corpus = list_corpus(hub, validation_documents)
-    files = [shard.hub_file for shard in corpus.train]
-    looked_at = [*(shard.hub_file for shard in corpus.validation), files[0]]
+    corpus = Corpus.listed(hub, validation_documents)
+    files = corpus.files()
+    looked_at = [*corpus.files("validation"), files[0]]
     fetch_files(looked_at, check=check)
-    documents, chars, density = measure_validation(corpus, check)
+    corpus, documents, chars = corpus.measure(check)
     if not chars or corpus.train[0].count(check) < 1:
         raise DataError(f"{hub.repository}: no document in {looked_at[0].path if not chars else corpus.train[0].name}")
     if train_chars is not None:
-        needed = Known(files, density, True)
-        what = f"The text of this run ({hub.repository}, {len(needed.first(train_chars))} files)"
-        check_space(hub_cache(), needed.missing_bytes(train_chars), what)
-    fetch_ahead(corpus.train, 1, train_chars, density)
-    facts = {"chars_per_byte": density, "validation_documents": documents, "validation_chars": chars}
+        what = f"The text of this run ({hub.repository}, {len(corpus.first(train_chars))} files)"
+        check_space(hub_cache(), corpus.missing_bytes(train_chars), what)
+    corpus.fetch_ahead("train", 1, train_chars)
     pinned = {"repository": hub.repository, "kind": "dataset", "revision": files[0].revision, "column": hub.column}
-    rows = {"shards": list(map(_to_row, corpus.train)), "validation": list(map(_to_row, corpus.validation))}
-    text = json.dumps({"hub": pinned, **facts, **rows}, indent=None)
-    (out / LISTING).write_text(text.replace("[[", "[\n[").replace("], [", "],\n[") + "\n", encoding="utf-8")
-    numbers: dict[str, float] = {
-        "validation_documents": documents,
-        "validation_chars": chars,
-        "train_files": len(files),
-        "train_bytes": sum(file.bytes for file in files),
+    facts = {"validation_documents": documents, "validation_chars": chars}
+    rows = {
+        name: [shard.row() for shard in shards]
+        for name, shards in (("shards", corpus.train), ("validation", corpus.validation))
     }
+    text = json.dumps({"hub": pinned, "chars_per_byte": corpus.chars_per_byte, **facts, **rows})
+    (out / LISTING).write_text(text.replace("[[", "[\n[").replace("], [", "],\n[") + "\n", encoding="utf-8")
+    numbers = {**facts, "train_files": len(files), "train_bytes": sum(file.bytes for file in files)}
     digest = hashlib.sha256("".join(f"{file.etag}  {file.path}\n" for file in files).encode()).hexdigest()
     all_files = {
         "url": f"hf://{files[0].kind}s/{files[0].repository}",
@@ -374,80 +434,6 @@ def pin_corpus(
         "files": len(files),
     }
     return numbers, [all_files, *map(record, looked_at)]
-
-
-def measure_validation(corpus: HubCorpus, check: Check = lambda: None) -> tuple[int, int, float]:
-    """Return the documents and characters of the validation files, and the characters in a byte of them.
-
-    They are fetched if they are not there; see `pin_corpus` for what is raised.
-    """
-    documents = chars = 0
-    size = 0.0
-    for shard in corpus.validation:
-        for document in shard.documents(check):
-            documents, chars = documents + 1, chars + len(document)
-        # Of a part of the rows: the bytes that they take as far as one row is like another.
-        share = 1.0 if shard.stop is None else shard.count() / max(1, replace(shard, stop=None).count())
-        size += shard.hub_file.bytes * share
-    return documents, chars, chars / max(1.0, size)
-
-
-def chars_per_byte(corpus: Path) -> float | None:
-    """Return the characters of text in a byte of a Hub corpus's files, as measured on its validation files."""
-    value = (read_json(corpus / LISTING) or {}).get("chars_per_byte")
-    return float(value) if value else None
-
-
-def _to_row(shard: Shard) -> list[Any]:
-    file = shard.hub_file
-    rows = [] if (shard.first, shard.stop) == (0, None) else [shard.first, shard.stop]
-    return [file.path, file.bytes, file.sha256, file.git_sha1, *rows]
-
-
-def _file_of(hub: dict[str, Any], row: list[Any]) -> HubFile:
-    return HubFile(hub["repository"], hub["kind"], hub["revision"], *row[:4])
-
-
-@dataclass(frozen=True)
-class Known:
-    """The training files of a Hub corpus, in order, as far as planning knows them without reading any text."""
-
-    files: list[HubFile]
-    chars_per_byte: float
-    is_measured: bool
-
-    @property
-    def chars(self) -> float:
-        """Characters of all files together."""
-        return self.chars_per_byte * sum(file.bytes for file in self.files)
-
-    def first(self, chars: float) -> list[HubFile]:
-        """Return as many files, from the first, as have so many characters together; all, if all have fewer."""
-        return self.files[: count_files([file.bytes for file in self.files], chars / self.chars_per_byte)]
-
-    def missing_bytes(self, chars: float) -> int:
-        """Return the bytes of them that are not on this machine."""
-        return missing_bytes((file.blob, file.bytes) for file in self.first(chars) if not file.is_there())
-
-
-def known_of_artifact(corpus: Path) -> Known | None:
-    """Return what an artifact pins; None: it is no corpus of the Hub."""
-    record = read_json(corpus / LISTING) or {}
-    if "hub" not in record:
-        return None
-    files = [_file_of(record["hub"], row) for row in record["shards"]]
-    return Known(files, float(record["chars_per_byte"]), True)
-
-
-def known_of_record(hub: HubConfig) -> Known | None:
-    """Return what an earlier listing of the data set recorded; None: there is none. The network is not used."""
-    train, _ = _choose(hub, recorded_files(hub.repository, hub.revision) or ())
-    return Known(train[: hub.num_train_files], ESTIMATED_CHARS_PER_BYTE, False) if train else None
-
-
-def count_files(sizes: list[int], wanted_bytes: float) -> int:
-    """Return how many files, from the first, have so many bytes together; all, if all have fewer."""
-    return min(bisect_left(list(accumulate(sizes)), wanted_bytes) + 1, len(sizes))
 
 
 # Fetching ahead
@@ -518,26 +504,12 @@ _fetcher: Fetcher | None = None
 _lock = threading.Lock()
 
 
-def fetch_ahead(shards: Sequence[Shard], start: int, chars: float | None = None, density: float | None = None) -> None:
-    """Fetch shards from `start` on in the background, unless they are local or the network may not be used.
-
-    There is one fetcher for each process: what training the tokenizer began goes on while the model trains.
-
-    Args:
-        shards: of a split, in the order in which they are read.
-        start: the first one that is not read yet.
-        chars: characters that will be read from the beginning; None: only a few files ahead.
-        density: characters in a byte of a file, with `chars`.
-    """
+def _fetch_in_background(files: Sequence[HubFile]) -> None:
+    """Fetch files. A process has one fetcher: what training the tokenizer began goes on while the model trains."""
     global _fetcher
-    files = [shard.file for shard in shards if shard.file is not None]
-    stop = start + _AHEAD_FILES
-    if chars is not None and density:
-        stop = count_files([file.bytes for file in files], chars / density)
-    if files[start:] and not is_offline():
-        with _lock:
-            _fetcher = _fetcher or Fetcher()
-            _fetcher.want(files[start:stop])
+    with _lock:
+        _fetcher = _fetcher or Fetcher()
+        _fetcher.want(files)
 
 
 def stop_fetching() -> None:

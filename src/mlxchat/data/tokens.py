@@ -27,7 +27,7 @@ import numpy as np
 
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.sources import Check, Shard, chars_per_byte, fetch_ahead, open_shards
+from mlxchat.data.sources import Check, Corpus, Shard
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.ops.machine import available_cores
@@ -299,8 +299,7 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
     Each shard is encoded when it is needed, on all cores; the one after it meanwhile, on a quarter of them. Files of
     the Hub are fetched ahead of that, as many as the run is known to need.
     """
-    corpus = ctx.inputs["corpus"]
-    shards, density = open_shards(corpus, split), chars_per_byte(corpus)
+    corpus = Corpus.open(ctx.inputs["corpus"])
     chars = ctx.hints.get("train_chars") if split == "train" else None
 
     def obtain(shard: Shard, is_awaited: bool, check: Check) -> Path:
@@ -320,9 +319,9 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
         )
 
     def fetch(index: int) -> None:
-        fetch_ahead(shards, index + 1, chars, density)
+        corpus.fetch_ahead(split, index + 1, chars)
 
-    return Documents(shards, obtain, once=once, on_open=fetch)
+    return Documents(corpus.shards(split), obtain, once=once, on_open=fetch)
 
 
 def encode_shard(

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import Row
-from mlxchat.data.sources import iterate_documents
+from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import text_loss
 from mlxchat.interop.exporting import Checkpoint, rounded
@@ -36,7 +36,7 @@ def held_out_rows(
     if corpus is None:
         documents = [path.read_text(encoding="utf-8") for path in sorted(_SAMPLES.glob("*.txt"))]
     else:
-        documents = list(iterate_documents(corpus, "validation"))
+        documents = list(Corpus.open(corpus).documents("validation"))
     ids: list[int] = []
     for document in documents:
         ids += [tokenizer.bos, *tokenizer.encode(document)]

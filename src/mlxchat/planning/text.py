@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxchat.config import Config
-from mlxchat.data.sources import Known, known_of_artifact, known_of_record
+from mlxchat.data.sources import Corpus
 from mlxchat.hub.cache import check_space
 from mlxchat.hub.files import hub_cache
 from mlxchat.model.sizes import sizes_of
@@ -40,7 +40,7 @@ class TextNeed:
     """Share of the tokens that packing drops."""
     token_bytes: int
     """Of a token on disk."""
-    known: Known | None
+    known: Corpus | None
     """The corpus's files; None: they are not listed yet."""
 
     @property
@@ -66,7 +66,7 @@ class TextNeed:
         files = self.known.first(self.chars)
         missing = format_bytes(self.known.missing_bytes(self.chars))
         about = "" if self.known.is_measured else "about "
-        text += f" = {about}{len(files):,} of {len(self.known.files):,} files, {missing} to fetch"
+        text += f" = {about}{len(files):,} of {len(self.known.train):,} files, {missing} to fetch"
         if self.epochs > 1:
             text += f"; that is all there is, and the training passes over it {self.epochs:.1f} times"
         return text
@@ -91,7 +91,7 @@ def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) ->
     if "tokenizer" in waiting and config.tokenizer.source == "train":
         chars = max(chars, config.tokenizer.max_chars * MARGIN)  # it reads no more than the beginning of long documents
     place = _artifact(steps.get("corpus"), store)
-    known = known_of_artifact(place) if place is not None else known_of_record(config.corpus.hub)
+    known = Corpus.open(place) if place is not None else Corpus.recorded(config.corpus.hub)
     token_bytes = 2 if config.tokenizer.vocab_size <= 1 << 16 else 4
     return TextNeed(tokens, per_token, measured is not None, chars, cropped, token_bytes, known)
 
@@ -118,7 +118,8 @@ def check_text_room(need: TextNeed | None, store: Store) -> None:
         return
     made = sum(path.stat().st_size for path in (store.outputs / "store").glob("tokens-*/*.safetensors"))
     encoded = max(0, round(need.chars / need.chars_per_token) * need.token_bytes - made)
-    repository = need.known.files[0].repository if need.known is not None and need.known.files else "of the Hub"
+    files = need.known.files() if need.known is not None else []
+    repository = files[0].repository if files else "of the Hub"
     text = need.known.missing_bytes(need.chars) if need.known is not None else 0
     check_space(store.outputs, encoded, f"The encoded text of this run ({repository})", (hub_cache(), text))
     check_space(hub_cache(), text, f"The text of this run ({repository})", (store.outputs, encoded))
