@@ -207,5 +207,5 @@ def test_a_conversation_without_a_question_prompts_nothing(tokenizer: Tokenizer,
 
 
 def test_a_refusal_names_the_message_and_what_was_expected(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match=r"message 1 of a conversation is from 'user', expected 'assistant'"):
+    with pytest.raises(DataError, match='message 2 is from "user", expected "assistant"'):
         render_conversation(tokenizer, talk(user("a"), user("b")))

@@ -21,8 +21,8 @@ from mlxchat.engine.tools import calculate
 from mlxchat.errors import MlxchatError
 from mlxchat.tasks import Task, load_task, task_class
 from mlxchat.tasks.answers import nanochat_number
-from mlxchat.tasks.base import render_mc
-from mlxchat.tasks.benchmarks import GSM8K, extract_imports, extract_program, find_fault, nanochat_verdict
+from mlxchat.tasks.base import find_fault, render_mc
+from mlxchat.tasks.benchmarks import GSM8K, extract_imports, extract_program, nanochat_verdict
 from mlxchat.tasks.downloads import HubTask, Rows
 from mlxchat.tasks.jsonl import read_conversations
 from mlxchat.tasks.spelling import SpellingBee

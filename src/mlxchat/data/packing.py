@@ -151,7 +151,8 @@ class RowStream(ABC):
             row_tokens: T.
             padding: the id that fills the rest of a row; None: the row's first.
         """
-        self._source, self._row_tokens, self._padding = source, row_tokens, padding
+        self._source, self._row_tokens = source, row_tokens
+        self._padding: Any = padding
         self.placed: list[Any] = []
         """The addresses of what the last row holds."""
 

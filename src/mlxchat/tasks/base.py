@@ -19,6 +19,8 @@ from mlxchat.tasks.answers import Conversation, is_right
 _T = TypeVar("_T")
 SPLITS = ("train", "test")
 LETTERS = ("A", "B", "C", "D")
+PARTS = ("text", "python", "python_output")
+"""Types of the parts of an answer: {"type", "text"}."""
 
 
 class Task(ABC):
@@ -164,17 +166,33 @@ def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> 
     return {"messages": messages, **extra}
 
 
-def find_turn_fault(messages: Sequence[dict[str, Any]]) -> str:
-    """Return what is wrong with the order of messages, or an empty string.
+def find_fault(messages: Any, *, least: int = 2) -> str:
+    """Return what keeps messages from being a conversation, or an empty string.
 
-    A system message may be the first; then user and assistant alternate, two messages or more. The last may be the
-    user's.
+    A system message may be the first; then user and assistant alternate, `least` messages or more, and the last may be
+    the user's. Contents are text; the assistant's may also be a list of parts.
     """
+    if not isinstance(messages, list):
+        return "no messages"
+    if not all(isinstance(message, dict) and "role" in message and "content" in message for message in messages):
+        return "a message lacks role or content"
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    if len(turns) < 2:
+    if len(turns) < least:
         return f"{len(turns)} messages, expected a user and an assistant message or more"
     for position, message in enumerate(turns):
         expected = "assistant" if position % 2 else "user"
         if message["role"] != expected:
             return f'message {position + 1} is from "{message["role"]}", expected "{expected}"'
+    return next(filter(None, map(_find_content_fault, messages)), "")
+
+
+def _find_content_fault(message: dict[str, Any]) -> str:
+    role, content = message["role"], message["content"]
+    if isinstance(content, str):
+        return ""
+    if role != "assistant" or not isinstance(content, list):
+        return f"content of the {role} message is not text"
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)):
+            return f'a part of the content is not {{"type": one of {", ".join(PARTS)}, "text": ...}}'
     return ""

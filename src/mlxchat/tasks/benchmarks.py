@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks.answers import Conversation, calculator_parts, final_number, nanochat_number
-from mlxchat.tasks.base import LETTERS, choice_dialogue, dialogue, find_turn_fault
+from mlxchat.tasks.base import LETTERS, choice_dialogue, dialogue, find_fault
 from mlxchat.tasks.downloads import HubTask
 
 
@@ -28,14 +28,6 @@ class SmolTalk(HubTask):
         if fault := find_fault(messages):
             raise DataError(f"{self.place(index)} is no conversation: {fault}")
         return {"messages": messages}
-
-
-def find_fault(messages: list[dict[str, Any]] | None) -> str:
-    """Return what keeps messages from being a conversation of texts, or an empty string."""
-    for index, message in enumerate(messages or ()):
-        if not isinstance(message["content"], str):
-            return f"the content of message {index + 1} is no text"
-    return find_turn_fault(messages or ())
 
 
 class MMLU(HubTask):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks.answers import Conversation, calculator_parts, is_answer
-from mlxchat.tasks.base import Task, dialogue, find_turn_fault, held_out
+from mlxchat.tasks.base import Task, dialogue, find_fault, held_out
 from mlxchat.tasks.downloads import UrlTask
 
 IDENTITY_FILE = Path(__file__).with_name("identity.jsonl")
@@ -25,7 +25,6 @@ NANOCHAT_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conv
 _MAX_FAULTS_SHOWN = 20
 # A conversation is made into tokens as a whole, and what is longer than a row is cut off then.
 _MOST_LINE_BYTES = 16 << 20
-_PART_TYPES = ("text", "python", "python_output")
 
 
 class Jsonl(Task):
@@ -251,26 +250,13 @@ def _conversation(value: Any, ends_answered: bool) -> Conversation:
                     raise ValueError(f"{asked} and {answered} must be text")
                 answer = value[answered]
                 return dialogue(value[asked], calculator_parts(answer) if "<<" in answer else answer)
-    messages = value.get("messages") if isinstance(value, dict) else value
-    if not isinstance(messages, list):
-        raise ValueError("no messages")
-    if not all(isinstance(message, dict) and "role" in message and "content" in message for message in messages):
-        raise ValueError("a message lacks role or content")
-    if fault := find_turn_fault(messages):
+    messages: Any = value.get("messages") if isinstance(value, dict) else value
+    if fault := find_fault(messages):
         raise ValueError(fault)
     if ends_answered and messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not from the assistant")
     for message in messages:
-        _check_content(message["role"], message["content"])
+        content = message["content"]
+        if not (content.strip() if isinstance(content, str) else content):
+            raise ValueError(f"content of the {message['role']} message is empty")
     return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
-
-
-def _check_content(role: str, content: Any) -> None:
-    if isinstance(content, str) and content.strip():
-        return
-    if role != "assistant" or not isinstance(content, list) or not content:
-        raise ValueError(f"content of the {role} message is empty or not text")
-    for part in content:
-        known = isinstance(part, dict) and part.get("type") in _PART_TYPES and isinstance(part.get("text"), str)
-        if not known:
-            raise ValueError(f'a part of the content is not {{"type": one of {", ".join(_PART_TYPES)}, "text": ...}}')
