@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ from mlxchat.ops.attention import RMS_NORM_EPSILON, Positions, rotation, visible
 from mlxchat.ops.device import compiled, differentiable
 from mlxchat.ops.dropout import dropped
 from mlxchat.ops.linear import Activation, Adapter, Packed, identity, unpacked
-from mlxchat.ops.loss import SOFT_CAP, split_rows
+from mlxchat.ops.loss import SOFT_CAP, TINY, Logits, Mix, split_positions, with_gradients
 from mlxchat.ops.machine import CPU_ATTENTION_TOKENS as _BLOCK_TOKENS
 from mlxchat.ops.machine import CPU_LEAST_LOGITS_ROWS as _LEAST_ROWS
 from mlxchat.ops.machine import CPU_LOGITS as _CHUNK_FLOATS
@@ -462,61 +462,138 @@ def exp_of_capped(tanh: mx.array, cap: float) -> mx.array:
     return _exp_of(cap)(tanh) if cap <= 16 else mx.exp(cap * tanh)
 
 
+class _Chunk(NamedTuple):
+    """What a chunk adds to a loss.
+
+    The gradient in x Wᵀ is slope × row_factor, but for the target's term, which is added by index: so all that is one
+    number per row goes to the thin matrices, and the wide one is passed over few times.
+    """
+
+    sums: list[mx.array]
+    slope: mx.array
+    """(N, V)."""
+    row_factor: mx.array | None
+    """(N, 1); None: 1."""
+    target: mx.array
+    target_slope: mx.array
+    """(N, 1), to be subtracted."""
+
+
 def cross_entropy_sum(
     x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool = False
 ) -> mx.array:
-    arrays = x.astype(mx.float32), weight.astype(mx.float32), targets, row_weights
-    return _cross_entropy(frozen_head)(*arrays)[0]
+    """Take the gradient in a logit as factor × (p − 1 at the target) × (1 − tanh²), p = exp / sum."""
+
+    def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> _Chunk:
+        target, factor = targets[part], row_weights[part]
+        exponentials = exp_of_capped(tanh, SOFT_CAP)
+        sums = sum_rows(exponentials)
+        target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
+        losses = (mx.log(sums) - SOFT_CAP * target_tanh) * factor
+        target_slope = (factor * (1 - mx.square(target_tanh)))[:, None]
+        return _Chunk([losses.sum()], _slope(exponentials, tanh), (factor / sums)[:, None], target, target_slope)
+
+    return _sum_over_chunks(x[None], weight, of_chunk, [1.0], frozen_head=frozen_head)[0]
 
 
-@cache
-def _cross_entropy(frozen_head: bool) -> Callable[..., tuple[mx.array, ...]]:
-    """Return the function of (x, weight, targets, row_weights) for the loss and its gradients in x and weight.
+def distillation_sum(
+    x: mx.array,
+    weight: mx.array,
+    targets: mx.array,
+    row_weights: mx.array,
+    teacher: Logits,
+    mix: Mix,
+    *,
+    capped: bool,
+    frozen_head: bool = False,
+) -> tuple[mx.array, mx.array, mx.array]:
+    def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> _Chunk:
+        target, factor = targets[:, part].reshape(-1), row_weights[:, part].reshape(-1)
+        return _distilled(tanh, teacher(part, after), target, factor, mix, capped=capped)
 
-    They are computed while each chunk's logits are at hand; of a frozen head there is none. The gradient in a logit is
-    factor × (p − 1 at the target) × (1 − tanh²), p = exp / sum. Everything that is one number per row goes to the thin
-    matrices (x and the product with the head) and the target's term is added by index, so that the wide matrix is
-    passed over four times in all: tanh, exp, sum, slope.
-    """
+    total, ce, kl = _sum_over_chunks(x, weight, of_chunk, mix.coefficients, frozen_head=frozen_head)
+    return total, mx.stop_gradient(ce), mx.stop_gradient(kl)
 
-    @differentiable
-    def loss_and_gradients(
-        x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
-    ) -> tuple[mx.array, ...]:
-        losses, d_x, at_target = [], [], []
-        d_weight = None if frozen_head else mx.zeros_like(weight)
-        done: list[mx.array] = []
-        for rows in split_rows(x.shape[0], weight.shape[0]):
+
+def _distilled(
+    tanh: mx.array, logits: mx.array, target: mx.array, factor: mx.array, mix: Mix, *, capped: bool
+) -> _Chunk:
+    """Return the weighted sums of cross-entropies and divergences, with their gradient."""
+    soft = mix.temperature
+    exp = exp_of_capped(tanh, SOFT_CAP)
+    exp_soft = exp if soft == 1 else exp_of_capped(tanh, SOFT_CAP / soft)
+    sums = sum_rows(exp)
+    sums_soft = sums if soft == 1 else sum_rows(exp_soft)
+    target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
+    ce = mx.log(sums) - SOFT_CAP * target_tanh
+    if capped:
+        teacher_exp = exp_of_capped(logits * (1 / SOFT_CAP), SOFT_CAP / soft)
+        shift = mx.zeros(len(logits))
+    else:
+        shift = logits.max(-1) / soft
+        teacher_exp = mx.exp(logits / soft - shift[:, None])
+    teacher_sums = sum_rows(teacher_exp)
+    # Of each row: what exponentials are multiplied with to be probabilities.
+    student_norm, teacher_norm = 1 / sums_soft, 1 / teacher_sums
+    # log p − log q is (teacher's logit − student's) / T, and what follows of each row.
+    constant = mx.log(sums_soft) - mx.log(teacher_sums) - shift
+    difference = _difference(teacher_exp, logits, tanh)
+    mean_norm = teacher_norm / soft
+    pull = factor * (mix.weight * soft)
+    ce_factor = factor * ((1 - mix.weight) / sums)
+    if mix.top_k is None or mix.top_k >= logits.shape[-1]:
+        kl = sum_rows(difference) * mean_norm + constant
+        pulls = ce_factor[:, None], (pull * student_norm)[:, None], (pull * teacher_norm)[:, None]
+        slope = _distilled_slope(exp, exp_soft, teacher_exp, tanh, *pulls)
+    else:
+        border = mx.partition(logits, logits.shape[-1] - mix.top_k, axis=-1)[:, -mix.top_k, None]
+        top = (logits >= border).astype(mx.float32)
+        teacher_rest = sum_rows(teacher_exp * (1 - top)) * teacher_norm
+        student_rest = sum_rows(exp_soft * (1 - top)) * student_norm
+        rest = mx.log(mx.maximum(teacher_rest, TINY)) - mx.log(mx.maximum(student_rest, TINY))
+        kl = sum_rows(difference * top) * mean_norm + constant * (1 - teacher_rest) + teacher_rest * rest
+        ratio = teacher_rest / mx.maximum(student_rest, TINY)
+        aim = top * teacher_exp * teacher_norm[:, None] + (1 - top) * exp_soft * (student_norm * ratio)[:, None]
+        slope = ce_factor[:, None] * exp + pull[:, None] * (exp_soft * student_norm[:, None] - aim)
+        slope = slope * (1 - mx.square(tanh))
+    target_slope = ((1 - mix.weight) * factor * (1 - mx.square(target_tanh)))[:, None]
+    return _Chunk([(ce * factor).sum(), (kl * factor).sum()], slope, None, target, target_slope)
+
+
+def _sum_over_chunks(
+    x: mx.array,
+    weight: mx.array,
+    of_chunk: Callable[[slice, mx.array, list[mx.array]], _Chunk],
+    coefficients: Sequence[float],
+    *,
+    frozen_head: bool,
+) -> list[mx.array]:
+    """Do what `ops.loss.sum_over_chunks` does, in float32."""
+
+    def sums_and_gradients(x: mx.array, weight: mx.array) -> tuple[list[mx.array], list[mx.array], mx.array]:
+        sums, d_x, targets, at_target, done = [], list[mx.array](), [], [], list[mx.array]()
+        d_weight = mx.zeros((1, 1) if frozen_head else weight.shape)
+        for part in split_positions(x, weight.shape[0]):
             # One chunk after the other: by itself MLX would begin with the logits of them all.
-            (chunk,) = mx.depends([x[rows]], done)
-            target, factor = targets[rows], row_weights[rows]
-            tanh = tanh_of_head(chunk, weight)
-            exponentials = exp_of_capped(tanh, SOFT_CAP)
-            sums = sum_rows(exponentials)
-            target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
-            losses.append(((mx.log(sums) - SOFT_CAP * target_tanh) * factor).sum())
-            slope = _slope(exponentials, tanh)
-            row_factor, target_slope = (factor / sums)[:, None], (factor * (1 - mx.square(target_tanh)))[:, None]
-            d_x.append((slope @ weight) * row_factor - target_slope * weight[target])
-            done = [d_x[-1], losses[-1]]
-            if d_weight is not None:
-                d_weight = mx.addmm(d_weight, slope.T, chunk * row_factor)
-                at_target.append(target_slope * chunk)
+            (chunk,) = mx.depends([x[:, part].reshape(-1, x.shape[2])], done)
+            found = of_chunk(part, tanh_of_head(chunk, weight), done)
+            sums.append(found.sums)
+            product, rows = found.slope @ weight, chunk
+            if found.row_factor is not None:
+                product, rows = product * found.row_factor, chunk * found.row_factor
+            d_x.append(product - found.target_slope * weight[found.target])
+            done = [d_x[-1], *found.sums]
+            if not frozen_head:
+                d_weight = mx.addmm(d_weight, found.slope.T, rows)
+                targets.append(found.target)
+                at_target.append(found.target_slope * chunk)
                 # A number of the sum instead of the sum, whose memory the next chunk's sum takes over.
-                done = [d_weight[:1, :1] * 1.0, *done, at_target[-1]]
-        loss = sum(losses[1:], losses[0])
-        if d_weight is None:
-            return loss, mx.concatenate(d_x)
-        return loss, mx.concatenate(d_x), d_weight.at[targets].subtract(mx.concatenate(at_target))
+                done += [d_weight[:1, :1] * 1.0, at_target[-1]]
+        if not frozen_head:
+            d_weight = d_weight.at[mx.concatenate(targets)].subtract(mx.concatenate(at_target))
+        return [sum(each[1:], each[0]) for each in zip(*sums, strict=True)], d_x, d_weight
 
-    @loss_and_gradients.vjp
-    def gradients(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> tuple[mx.array, ...]:
-        made = [gradient * cotangents[0] for gradient in outputs[1:]]
-        return *made, *map(mx.zeros_like, primals[len(made) :])
-
-    return loss_and_gradients
+    return with_gradients(sums_and_gradients, x.astype(mx.float32), weight.astype(mx.float32), coefficients)
 
 
 @compiled
@@ -537,6 +614,25 @@ def _exp_of(cap: float) -> Callable[[mx.array], mx.array]:
 def _slope(exponentials: mx.array, tanh: mx.array) -> mx.array:
     """Return exp × (1 − tanh²), the last being the soft cap's derivative."""
     return exponentials * (1 - tanh * tanh)
+
+
+@compiled
+def _distilled_slope(
+    exp: mx.array,
+    exp_soft: mx.array,
+    teacher_exp: mx.array,
+    tanh: mx.array,
+    ce: mx.array,
+    pull: mx.array,
+    push: mx.array,
+) -> mx.array:
+    return (exp * ce + exp_soft * pull - teacher_exp * push) * (1 - tanh * tanh)
+
+
+@compiled
+def _difference(teacher_exp: mx.array, logits: mx.array, tanh: mx.array) -> mx.array:
+    """Return the teacher's exponential × (its logit − the student's)."""
+    return teacher_exp * (logits - SOFT_CAP * tanh)
 
 
 # The optimizer

@@ -1,17 +1,16 @@
-"""Losses over the vocabulary in chunks of rows: soft-capped cross-entropy, and divergence from a teacher.
+"""Losses over the vocabulary in chunks of positions: soft-capped cross-entropy, and divergence from a teacher.
 
-Soft cap: logits = 15 tanh(x Wᵀ / 15), in float32 (nanochat's `GPT.forward`). Within ±15 exponentials need no maximum
-subtracted. Losses, softmax and the sums of the head's gradient are float32, also where x and W are bfloat16. Gradients
-are computed in the forward pass, while a chunk's logits exist: the logits of all rows never do.
+Soft cap: logits = 15 tanh(x Wᵀ / 15), in float32 (nanochat's `GPT.forward`). Products with the head are computed in the
+dtype of x; losses, softmax and the sums of the head's gradient in float32. Gradients are computed in the forward pass,
+while a chunk's logits exist: the logits of all positions never do.
 
-Shapes: B rows, T positions, N rows of a chunk (tokens), C width, V vocabulary.
+Shapes: B rows, T positions, N tokens (of a chunk, or of all rows), C width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import mlx.core as mx
 
@@ -19,6 +18,15 @@ from mlxchat.ops.device import accelerated, compiled, differentiable
 from mlxchat.ops.machine import LOGITS
 
 SOFT_CAP = 15.0
+TINY = 1e-30
+"""The least probability whose logarithm is taken."""
+
+Sums = list[mx.array]
+OfChunk = Callable[[slice, mx.array, list[mx.array]], tuple[Sums, mx.array]]
+"""Takes a chunk's positions, tanh (N, V) of its logits, and arrays to wait for; returns its sums (scalars), and the
+gradient of their weighted sum in x Wᵀ (N, V)."""
+Logits = Callable[[slice, list[mx.array]], mx.array]
+"""Takes positions, from left to right, and arrays to wait for; returns the teacher's logits there (N, V), float32."""
 
 
 @accelerated
@@ -51,10 +59,10 @@ def chunk_rows(vocab_size: int) -> int:
     return max(1, LOGITS // vocab_size)
 
 
-def split_rows(rows: int, vocab_size: int) -> list[slice]:
-    """Return slices of rows whose logits are computed at a time."""
-    size = chunk_rows(vocab_size)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def split_positions(x: mx.array, vocab_size: int) -> list[slice]:
+    """Return slices of the positions of x (B, T, C) whose logits are computed at a time."""
+    size = max(1, chunk_rows(vocab_size) // x.shape[0])
+    return [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
 
 
 def token_losses(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
@@ -65,12 +73,11 @@ def token_losses(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
         weight: (V, C) the output head.
         targets: (N,) token ids; negative ones are ignored.
     """
-    parts = []
-    for rows in split_rows(x.shape[0], weight.shape[0]):
-        tanh = tanh_of_head(x[rows], weight)
-        losses = _losses(sum_rows(exp_of_capped(tanh, SOFT_CAP)), tanh, mx.maximum(targets[rows], 0))
-        parts.append(mx.where(targets[rows] >= 0, losses, 0.0))
-    return mx.concatenate(parts)
+    losses = []
+    for tanh, target, counted in _logits_of_targets(x, weight, targets):
+        found = _losses(sum_rows(exp_of_capped(tanh, SOFT_CAP)), tanh, target)
+        losses.append(mx.where(counted, found, 0.0))
+    return mx.concatenate(losses)
 
 
 def token_scores(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
@@ -79,14 +86,28 @@ def token_scores(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.a
     Both are 0 where the target is negative. Arguments as those of `token_losses`.
     """
     losses, entropies = [], []
-    for rows in split_rows(x.shape[0], weight.shape[0]):
-        target, counted = mx.maximum(targets[rows], 0), targets[rows] >= 0
-        tanh = tanh_of_head(x[rows], weight)
+    for tanh, target, counted in _logits_of_targets(x, weight, targets):
         exponentials = exp_of_capped(tanh, SOFT_CAP)
         sums = exponentials.sum(-1)
         losses.append(mx.where(counted, _losses(sums, tanh, target), 0.0))
         entropies.append(mx.where(counted, mx.log(sums) - SOFT_CAP * (exponentials * tanh).sum(-1) / sums, 0.0))
     return mx.concatenate(losses), mx.concatenate(entropies)
+
+
+def _logits_of_targets(
+    x: mx.array, weight: mx.array, targets: mx.array
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    """Yield tanh (N, V), the targets (N,), and which of them count, of each chunk."""
+    for rows in split_positions(x[None], weight.shape[0]):
+        yield tanh_of_head(x[rows], weight), mx.maximum(targets[rows], 0), targets[rows] >= 0
+
+
+def _losses(sums: mx.array, tanh: mx.array, targets: mx.array) -> mx.array:
+    """Return log(sums) − the capped logit of each target."""
+    return mx.log(sums) - SOFT_CAP * mx.take_along_axis(tanh, targets[:, None], axis=-1)[:, 0]
+
+
+# Losses with gradients
 
 
 @accelerated
@@ -102,63 +123,20 @@ def cross_entropy_sum(
         row_weights: (N,) factor of each token's loss; 0 leaves it out. Rewards' advantages may be negative.
         frozen_head: whether no gradient of weight is computed, which takes a quarter of the time.
     """
-    return _loss_and_gradients(frozen_head)(x, weight, targets, row_weights)[0]
 
+    def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> tuple[Sums, mx.array]:
+        target, factor = targets[part, None], row_weights[part, None]
+        log_sums = mx.logsumexp(SOFT_CAP * tanh, axis=-1, keepdims=True)
+        losses = log_sums - SOFT_CAP * mx.take_along_axis(tanh, target, axis=-1)
+        return [(factor * losses).sum()], _slope(tanh, log_sums, mx.arange(tanh.shape[1]) == target, factor)
 
-@cache
-def _loss_and_gradients(frozen_head: bool) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
-    """Return the loss as a function that computes its gradients at once, while the logits of a chunk exist."""
-
-    @differentiable
-    def loss_and_gradients(
-        x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        loss, d_x, done = mx.array(0.0), [], [x[:0]]
-        d_weight = mx.zeros((1, 1) if frozen_head else weight.shape)
-        for rows in split_rows(x.shape[0], weight.shape[0]):
-            # One chunk after the other: by itself MLX would begin with the logits of all.
-            (chunk,) = mx.depends([x[rows]], done)
-            target, factor = targets[rows, None], row_weights[rows, None]
-            tanh = tanh_of_head(chunk, weight)
-            log_sums = mx.logsumexp(SOFT_CAP * tanh, axis=-1, keepdims=True)
-            loss = loss + (factor * (log_sums - SOFT_CAP * mx.take_along_axis(tanh, target, axis=-1))).sum()
-            d_logits = _gradient_of_logits(tanh, log_sums, mx.arange(tanh.shape[1]) == target, factor).astype(x.dtype)
-            d_x.append(d_logits @ weight)
-            done = [d_x[-1]]
-            if not frozen_head:
-                d_weight = d_weight + (d_logits.T @ chunk).astype(mx.float32)
-                done = [d_weight]
-        return loss, mx.concatenate(d_x), d_weight
-
-    @loss_and_gradients.vjp
-    def gradients(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> tuple[mx.array, ...]:
-        x, weight, targets, row_weights = primals
-        d_weight = mx.zeros_like(weight) if frozen_head else (outputs[2] * cotangents[0]).astype(weight.dtype)
-        d_x = (outputs[1] * cotangents[0]).astype(x.dtype)
-        return d_x, d_weight, mx.zeros_like(targets), mx.zeros_like(row_weights)
-
-    return loss_and_gradients
+    return sum_over_chunks(x[None], weight, of_chunk, [1.0], frozen_head=frozen_head)[0]
 
 
 @compiled
-def _gradient_of_logits(tanh: mx.array, log_sums: mx.array, is_target: mx.array, factor: mx.array) -> mx.array:
+def _slope(tanh: mx.array, log_sums: mx.array, is_target: mx.array, factor: mx.array) -> mx.array:
     """Return factor × (p − 1 at the target) × (1 − tanh²), the last being the soft cap's derivative."""
     return factor * (mx.exp(SOFT_CAP * tanh - log_sums) - is_target) * (1 - tanh * tanh)
-
-
-def _losses(sums: mx.array, tanh: mx.array, targets: mx.array) -> mx.array:
-    """Return log(sums) − the capped logit of each target."""
-    return mx.log(sums) - SOFT_CAP * mx.take_along_axis(tanh, targets[:, None], axis=-1)[:, 0]
-
-
-# Learning from a teacher
-
-_TINY = 1e-30  # probabilities are at least this much where their logarithm is taken
-
-Logits = Callable[[slice, list[mx.array]], mx.array]
-"""Takes positions, from left to right, and arrays to wait for; returns the teacher's logits there (N, V), float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +149,13 @@ class Mix:
     top_k: int | None = None
     """Tokens of which the teacher's probabilities are matched one by one; None: all."""
 
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """Return the factors of cross-entropy and divergence in the loss."""
+        return 1 - self.weight, self.weight * self.temperature**2
 
+
+@accelerated
 def distillation_sum(
     x: mx.array,
     weight: mx.array,
@@ -196,112 +180,87 @@ def distillation_sum(
         frozen_head: whether the gradient of weight is not made.
     """
 
-    @differentiable
-    def losses(
-        x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-        num_rows, length, width = x.shape
-        size = max(1, chunk_rows(weight.shape[0]) // num_rows)
-        ce, kl, d_x, at_target = [], [], [], []
-        d_weight = mx.zeros((1, 1) if frozen_head else weight.shape)
-        done: list[mx.array] = []
-        for start in range(0, length, size):
-            part = slice(start, min(start + size, length))
-            # One chunk after the other: by itself MLX would begin with the logits of them all.
-            (chunk,) = mx.depends([x[:, part].reshape(-1, width)], done)
-            target, factor = targets[:, part].reshape(-1), row_weights[:, part].reshape(-1)
-            tanh = tanh_of_head(chunk, weight)
-            kl_rows, ce_rows, target_tanh, slope = _chunk(tanh, teacher(part, done), target, factor, mix, capped)
-            ce.append((ce_rows * factor).sum())
-            kl.append((kl_rows * factor).sum())
-            target_slope = ((1 - mix.weight) * factor * (1 - mx.square(target_tanh)))[:, None]
-            d_x.append((slope @ weight - target_slope * weight[target]).reshape(num_rows, -1, width))
-            if frozen_head:
-                done = [d_x[-1], ce[-1], kl[-1]]
-                continue
-            d_weight = mx.addmm(d_weight, slope.T, chunk)
-            at_target.append((target, target_slope * chunk))
-            done = [d_weight[:1, :1] * 1.0, d_x[-1], ce[-1], kl[-1], at_target[-1][1]]
-        if not frozen_head:
-            ids, rows = (mx.concatenate(list(each)) for each in zip(*at_target, strict=True))
-            d_weight = d_weight.at[ids].subtract(rows)
-        ce_sum, kl_sum = sum(ce[1:], ce[0]), sum(kl[1:], kl[0])
-        total = (1 - mix.weight) * ce_sum + mix.weight * mix.temperature**2 * kl_sum
-        return total, mx.concatenate(d_x, axis=1), d_weight, ce_sum, kl_sum
+    def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> tuple[Sums, mx.array]:
+        target, factor = targets[:, part].reshape(-1, 1), row_weights[:, part].reshape(-1, 1)
+        logits, soft = teacher(part, after), mix.temperature
+        log_p, log_q = _log_softmax(logits / soft), _log_softmax(SOFT_CAP / soft * tanh)
+        p, q = mx.exp(log_p), mx.exp(log_q)
+        divergences = p * (log_p - log_q)
+        if mix.top_k is None or mix.top_k >= logits.shape[-1]:
+            kl, aim = divergences.sum(-1, keepdims=True), p
+        else:  # the other tokens are one, whose probability pulls all of them by the same ratio
+            is_top = logits >= mx.partition(logits, logits.shape[-1] - mix.top_k, axis=-1)[:, -mix.top_k, None]
+            rest_p, rest_q = (mx.where(is_top, 0.0, each).sum(-1, keepdims=True) for each in (p, q))
+            kl = mx.where(is_top, divergences, 0.0).sum(-1, keepdims=True)
+            kl = kl + rest_p * (mx.log(mx.maximum(rest_p, TINY)) - mx.log(mx.maximum(rest_q, TINY)))
+            aim = mx.where(is_top, p, q * (rest_p / mx.maximum(rest_q, TINY)))
+        log_sums = mx.logsumexp(SOFT_CAP * tanh, axis=-1, keepdims=True)
+        ce = log_sums - SOFT_CAP * mx.take_along_axis(tanh, target, axis=-1)
+        slope = _slope(tanh, log_sums, mx.arange(tanh.shape[1]) == target, (1 - mix.weight) * factor)
+        slope = slope + (mix.weight * soft) * factor * (q - aim) * (1 - tanh * tanh)
+        return [(ce * factor).sum(), (kl * factor).sum()], slope
 
-    @losses.vjp
-    def gradient(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> tuple[mx.array, ...]:
-        d_x, d_weight = (each * cotangents[0] for each in outputs[1:3])
-        d_weight = mx.zeros_like(primals[1]) if frozen_head else d_weight
-        return d_x, d_weight, mx.zeros_like(primals[2]), mx.zeros_like(primals[3])
-
-    total, _, _, ce, kl = losses(x.astype(mx.float32), weight.astype(mx.float32), targets, row_weights)
+    total, ce, kl = sum_over_chunks(x, weight, of_chunk, mix.coefficients, frozen_head=frozen_head)
     return total, mx.stop_gradient(ce), mx.stop_gradient(kl)
 
 
-def _chunk(
-    tanh: mx.array, logits: mx.array, target: mx.array, factor: mx.array, mix: Mix, capped: bool
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Return divergences and cross-entropies (N,), tanh at the targets, and the slopes in x Wᵀ (N, V) of a chunk.
+def _log_softmax(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
-    The slopes lack the target's term of the cross-entropy, which is added by index.
+
+def sum_over_chunks(
+    x: mx.array, weight: mx.array, of_chunk: OfChunk, coefficients: Sequence[float], *, frozen_head: bool
+) -> Sums:
+    """Return the weighted sum of what `of_chunk` sums, differentiable in x (B, T, C) and weight, then these sums."""
+
+    def sums_and_gradients(x: mx.array, weight: mx.array) -> tuple[Sums, list[mx.array], mx.array]:
+        sums, d_x, done = [mx.array(0.0)] * len(coefficients), list[mx.array](), list[mx.array]()
+        d_weight = mx.zeros((1, 1) if frozen_head else weight.shape)
+        for part in split_positions(x, weight.shape[0]):
+            # One chunk after the other: by itself MLX would begin with the logits of all.
+            (chunk,) = mx.depends([x[:, part].reshape(-1, x.shape[2])], done)
+            found, slope = of_chunk(part, tanh_of_head(chunk, weight), done)
+            sums = [total + more for total, more in zip(sums, found, strict=True)]
+            slope = slope.astype(x.dtype)
+            d_x.append(slope @ weight)
+            if not frozen_head:
+                d_weight = d_weight + (slope.T @ chunk).astype(mx.float32)
+            done = [d_x[-1] if frozen_head else d_weight, *sums]
+        return sums, d_x, d_weight
+
+    return with_gradients(sums_and_gradients, x, weight, coefficients)
+
+
+def with_gradients(
+    function: Callable[[mx.array, mx.array], tuple[Sums, list[mx.array], mx.array]],
+    x: mx.array,
+    weight: mx.array,
+    coefficients: Sequence[float],
+) -> Sums:
+    """Return the weighted sum of a function's sums with the gradients that it computes beside them, then these sums.
+
+    Args:
+        function: of x and weight; returns sums, the weighted sum's gradients in x (N, C) of each chunk, and that in
+            weight; of a frozen head (1, 1).
+        x: (B, T, C).
+        weight: (V, C).
+        coefficients: of the sums.
     """
-    soft = mix.temperature
-    exp = exp_of_capped(tanh, SOFT_CAP)
-    exp_soft = exp if soft == 1 else exp_of_capped(tanh, SOFT_CAP / soft)
-    sums = sum_rows(exp)
-    sums_soft = sums if soft == 1 else sum_rows(exp_soft)
-    target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
-    ce = mx.log(sums) - SOFT_CAP * target_tanh
-    if capped:
-        teacher_exp = exp_of_capped(logits * (1 / SOFT_CAP), SOFT_CAP / soft)
-        shift = mx.zeros(len(logits))
-    else:
-        shift = logits.max(-1) / soft
-        teacher_exp = mx.exp(logits / soft - shift[:, None])
-    teacher_sums = sum_rows(teacher_exp)
-    # Of each row: what exponentials are multiplied with to be probabilities.
-    student_norm, teacher_norm = 1 / sums_soft, 1 / teacher_sums
-    # log p − log q is (teacher's logit − student's) / T, and what follows of each row.
-    constant = mx.log(sums_soft) - mx.log(teacher_sums) - shift
-    difference = _difference(teacher_exp, logits, tanh)
-    mean_norm = teacher_norm / soft
-    pull = factor * (mix.weight * soft)
-    ce_factor = factor * ((1 - mix.weight) / sums)
-    if mix.top_k is None or mix.top_k >= logits.shape[-1]:
-        kl = sum_rows(difference) * mean_norm + constant
-        slope = _slope(exp, exp_soft, teacher_exp, tanh, ce_factor[:, None], (pull * student_norm)[:, None],
-                       (pull * teacher_norm)[:, None])  # fmt: skip
-        return kl, ce, target_tanh, slope
-    border = mx.partition(logits, logits.shape[-1] - mix.top_k, axis=-1)[:, -mix.top_k, None]
-    top = (logits >= border).astype(mx.float32)
-    teacher_rest = sum_rows(teacher_exp * (1 - top)) * teacher_norm
-    student_rest = sum_rows(exp_soft * (1 - top)) * student_norm
-    rest = mx.log(mx.maximum(teacher_rest, _TINY)) - mx.log(mx.maximum(student_rest, _TINY))
-    kl = sum_rows(difference * top) * mean_norm + constant * (1 - teacher_rest) + teacher_rest * rest
-    # The bucket pulls all of its tokens by the same ratio.
-    ratio = teacher_rest / mx.maximum(student_rest, _TINY)
-    aim = top * teacher_exp * teacher_norm[:, None] + (1 - top) * exp_soft * (student_norm * ratio)[:, None]
-    slope = ce_factor[:, None] * exp + pull[:, None] * (exp_soft * student_norm[:, None] - aim)
-    return kl, ce, target_tanh, slope * (1 - mx.square(tanh))
 
+    @differentiable
+    def both(x: mx.array, weight: mx.array) -> list[mx.array]:
+        sums, d_x, d_weight = function(x, weight)
+        first, *others = (factor * each for factor, each in zip(coefficients, sums, strict=True))
+        whole = mx.concatenate([chunk.reshape(x.shape[0], -1, x.shape[2]) for chunk in d_x], axis=1)
+        return [sum(others, first), *sums, whole, d_weight]
 
-@compiled
-def _slope(
-    exp: mx.array,
-    exp_soft: mx.array,
-    teacher_exp: mx.array,
-    tanh: mx.array,
-    ce: mx.array,
-    pull: mx.array,
-    push: mx.array,
-) -> mx.array:
-    return (exp * ce + exp_soft * pull - teacher_exp * push) * (1 - tanh * tanh)
+    @both.vjp
+    def gradients(
+        primals: tuple[mx.array, mx.array], cotangents: list[mx.array], outputs: list[mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        x, weight = primals
+        d_x, d_weight = (each * cotangents[0] for each in outputs[-2:])
+        is_frozen = d_weight.shape != weight.shape
+        return d_x.astype(x.dtype), mx.zeros_like(weight) if is_frozen else d_weight.astype(weight.dtype)
 
-
-@compiled
-def _difference(teacher_exp: mx.array, logits: mx.array, tanh: mx.array) -> mx.array:
-    """Return the teacher's exponential × (its logit − the student's)."""
-    return teacher_exp * (logits - SOFT_CAP * tanh)
+    return both(x, weight)[: 1 + len(coefficients)]
