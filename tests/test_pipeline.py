@@ -77,6 +77,15 @@ def plan(say: Say, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, 
     return run
 
 
+def test_a_plan_names_another_mlx_than_computed_what_is_done(
+    finished: Any, tiny: tuple[str, ...], say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxchat.runner.comparing.versions", lambda: {"mlx": "99.0"})
+    lines = say("plan", *tiny, f"outputs={finished.outputs}").splitlines()
+    drifted = [line.split()[0] for line in lines if re.search(r"\(computed with mlx [\d.]+, now 99\.0", line)]
+    assert drifted == ["pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"]
+
+
 def to_run(plan: dict[str, tuple[str, str]]) -> dict[str, str]:
     """Return step → reason of the steps that run, or may have to."""
     return {step: reason for step, (state, reason) in plan.items() if state in ("run", "maybe")}

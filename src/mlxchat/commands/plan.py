@@ -34,11 +34,13 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     from mlxchat.commands.needs import describe_recipe, find_downloads
     from mlxchat.compose import compose_config, split_config_dirs
+    from mlxchat.ops.machine import device_kind
     from mlxchat.pipeline_run import plan_of
     from mlxchat.planning.duration import estimate_pretraining
     from mlxchat.planning.given import describe_imports
     from mlxchat.planning.memory import check_memory, describe_memory
     from mlxchat.planning.text import describe_text
+    from mlxchat.runner.comparing import environment_drift
     from mlxchat.runner.estimates import estimate_steps
     from mlxchat.runner.fingerprint import plain_of
     from mlxchat.runner.plan_table import format_plan
@@ -50,13 +52,25 @@ def main(arguments: list[str]) -> int:
     plan = plan_of(config, store)
     memory = describe_memory(config, plan)
     estimates = estimate_steps(plan, store) | estimate_pretraining(config, plan, store)
+    backend = device_kind(config.machine.device)
+    drift = {
+        step.name: environment_drift(manifest, backend)
+        for step in plan
+        if step.done and "gpu" in step.stage.resources and (manifest := store.read(step.rid)) is not None
+    }
     if options.json:
-        print(visible(json.dumps(describe_plan(plan, estimates, memory), indent=1, ensure_ascii=False)), flush=True)
+        described = describe_plan(plan, estimates, memory, drift)
+        print(visible(json.dumps(described, indent=1, ensure_ascii=False)), flush=True)
     else:
         remarks = dict(memory)
-        further = [*describe_text(config, plan, store).items(), *describe_imports(config, plan).items()]
-        for name, text in further:
-            remarks[name] = "; ".join(filter(None, (memory.get(name), text)))
+        drifted = {
+            name: f"computed with {', '.join(f'{key} {old}, now {new}' for key, (old, new) in changes.items())}"
+            for name, changes in drift.items()
+            if changes
+        }
+        for further in (describe_text(config, plan, store), describe_imports(config, plan), drifted):
+            for name, text in further.items():
+                remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
         for line in describe_recipe(composed, plan, store, find_downloads(config, plan, store)):
             print(line)
         print(format_plan(plan, remarks, estimates), flush=True)
@@ -71,7 +85,10 @@ def main(arguments: list[str]) -> int:
 
 
 def describe_plan(
-    plan: list[PlannedStep], estimates: Mapping[str, Estimate | None], memory: Mapping[str, str]
+    plan: list[PlannedStep],
+    estimates: Mapping[str, Estimate | None],
+    memory: Mapping[str, str],
+    drift: Mapping[str, Mapping[str, tuple[Any, Any]]],
 ) -> dict[str, Any]:
     """Return the plan as plain data: everything that differs from the nearest artifact, key by key."""
     planned = {step.name: step for step in plan}
@@ -94,6 +111,9 @@ def describe_plan(
                 "shares": verdict.original["name"] if verdict.original else None,
                 "difference": _describe_difference(step),
                 "changed_code": verdict.drift,
+                "changed_environment": {
+                    key: {"old": old, "new": new} for key, (old, new) in drift.get(step.name, {}).items()
+                },
                 "estimate": asdict(estimate) if estimate else None,
                 "memory": memory.get(step.name),
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlxchat.runner.environment import versions
 from mlxchat.runner.store import Manifest
 
 Change = tuple[Any, Any]
@@ -28,6 +29,16 @@ def differences(old: Manifest, new: Manifest) -> dict[str, dict[str, Change]]:
         "environment": _changes(_environment(old), _environment(new)),
         "contents": _changes(_contents(old), _contents(new)),
     }
+
+
+def environment_drift(made: Manifest, backend: str) -> dict[str, Change]:
+    """Return what computed an artifact and would not now, the kind of device and MLX's version, as old and new.
+
+    Keys do not cover them: results differ in their last bits alone.
+    """
+    before = {"device": (made.get("device") or {}).get("backend"), "mlx": (made.get("versions") or {}).get("mlx")}
+    now = {"device": backend, "mlx": versions().get("mlx")}
+    return {key: (old, now[key]) for key, old in before.items() if old is not None and old != now[key]}
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

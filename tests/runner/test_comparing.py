@@ -1,0 +1,26 @@
+"""Devices and versions of MLX that differ are named, by `diff` between artifacts and by `plan` against this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxchat.runner.comparing import differences, environment_drift
+from mlxchat.runner.environment import versions
+
+
+def made_with(backend: str, mlx: str | None) -> dict[str, Any]:
+    return {"device": {"backend": backend}, "versions": {"mlx": mlx, "python": "3.12"}}
+
+
+def test_diff_shows_device_and_mlx() -> None:
+    changes = differences(made_with("metal", "0.31.0"), made_with("cuda", "0.32.0"))
+    assert {section: found for section, found in changes.items() if found} == {
+        "environment": {"mlx": ("0.31.0", "0.32.0"), "device.backend": ("metal", "cuda")}
+    }
+
+
+def test_drift_is_another_device_or_mlx_than_here() -> None:
+    here = versions()["mlx"]
+    assert environment_drift(made_with("cpu", here), "cpu") == {}
+    assert environment_drift(made_with("metal", "0.1"), "cpu") == {"device": ("metal", "cpu"), "mlx": ("0.1", here)}
+    assert environment_drift({}, "cpu") == {}, "an older artifact does not say"
