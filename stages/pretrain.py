@@ -105,7 +105,7 @@ def run(ctx: Context) -> None:
         # At the end, what the artifact's weights say.
         with best.in_place(model) if best is not None and iteration == num_iterations else nullcontext():
             texts = continue_prompts(
-                make_engine(ctx.team, model, tokenizer, trained=True, dtype=dtype),
+                make_engine(ctx.team, model, tokenizer, trained=True, dtype=dtype, max_rows=micro_batch.sampled_rows),
                 config.prompts,
                 config.sample_tokens,
                 temperature=config.sample_temperature,

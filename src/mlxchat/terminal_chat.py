@@ -16,6 +16,9 @@ from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.model.checkpoint import load_for_inference
+from mlxchat.ops.machine import KEPT_TOKENS
+from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.serve.parts import Kind, Parts
 from mlxchat.visible import visible
 
@@ -68,13 +71,19 @@ class Chat:
         """Load a checkpoint artifact.
 
         Raises:
-            ConfigError: a setting is impossible.
+            ConfigError: a setting is impossible, or the model does not fit into memory.
             DataError: the checkpoint cannot be read.
         """
         if temperature < 0 or max_tokens < 1 or (top_k is not None and top_k < 1):
             raise ConfigError("--temperature must be at least 0, --max-tokens and --top-k at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise ConfigError("--top-p must be more than 0 and at most 1")
+        sizes = sizes_of_folder(folder)
+        decoding = Decoding(
+            sizes=sizes, device=find_device(ask_mlx=True), row_tokens=sizes.context_tokens, bits=bits, kv_bits=kv_bits,
+            kept_tokens=KEPT_TOKENS,
+        )  # fmt: skip
+        decoding.rows(folder.name, most=1, remedies=["--kv-bits 4"] if kv_bits is None else [])
         model, tokenizer, facts = load_for_inference(folder)
         continues = facts.get("format") != "chat"
         if continues and system:

@@ -17,7 +17,7 @@ import pytest
 
 from mlxchat.cli import main
 from mlxchat.compose import compose_config
-from mlxchat.config import Config
+from mlxchat.config import Config, TaskItem
 from mlxchat.cpu import runtime
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.engine.generate import Engine
@@ -26,16 +26,15 @@ from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
 from mlxchat.optim.optimizer import Optimizer, rates_at
 from mlxchat.planning.memory import (
+    Decoding,
     Device,
     Training,
-    answers_at_a_time,
     check_memory,
     choose_micro_batch,
     describe_memory,
     forward_tokens,
     predict_forward_bytes,
     predict_peak,
-    predict_sampling_bytes,
     rows_at_a_time,
     training_of,
 )  # fmt: skip
@@ -314,7 +313,7 @@ def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
     assert json.loads(done.stdout) is False
 
 
-# Sampling
+# Decoding
 
 
 @pytest.mark.parametrize(
@@ -349,7 +348,8 @@ def test_peak_of_sampling_is_predicted_within_15_percent(
     ids = np.random.default_rng(0).integers(0, 2048, prompt).tolist()
     engine.complete([[row, *ids[1:]] for row in range(rows)], max_new_tokens=new)
     measured = mx.get_peak_memory() - before
-    predicted = predict_sampling_bytes(sizes, Device(plain=plain), rows=rows, row_tokens=prompt + new)
+    described = Decoding(sizes=sizes, device=Device(plain=plain), row_tokens=prompt + new)
+    predicted = described.bytes_beside_weights(rows)
     print(f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert predicted == pytest.approx(measured, rel=0.15)
     gc.collect()
@@ -358,8 +358,8 @@ def test_peak_of_sampling_is_predicted_within_15_percent(
 
 def test_rl_needs_the_larger_of_step_and_sampling() -> None:
     numbers: Any = {"sizes": SIZES, "optimizer": config_of().optimizer, "rows": 256, "row_tokens": 1024}
-    step, both = (predict_peak(Training(**numbers, sampled_rows=rows), 1) for rows in (0, 256))
-    assert both.sampling == predict_sampling_bytes(SIZES, Device(), rows=256, row_tokens=1024) > step.total
+    step, both = (predict_peak(Training(**numbers, sampled_rows=rows, sampled_tokens=1024), 1) for rows in (0, 256))
+    assert both.sampling == decoding(1024).bytes_beside_weights(256) > step.total
     assert both.total == both.weights + both.moments + both.sampling
 
 
@@ -367,16 +367,33 @@ def test_sampled_rows_are_the_most_that_fit() -> None:
     config = config_of("rl.questions_per_iteration=64")
 
     def sampled(limit: int | None) -> int:
-        found = training_of(config, "rl", SIZES, row_tokens=128, device=training(limit).device)
+        found = training_of(config, "rl", SIZES)
         assert found is not None
-        return found.sampled_rows
+        found = replace(found, row_tokens=128, sampled_tokens=128, device=training(limit).device)
+        return predict_peak(found, 1).sampled_rows
 
     assert sampled(None) == 32
     held = predict_peak(training(None), 1)
     for rows in (24, 8, 1):
-        needed = predict_sampling_bytes(SIZES, training(None).device, rows=rows, row_tokens=128)
+        needed = decoding(128, training(None).device).bytes_beside_weights(rows)
         assert sampled(held.weights + held.moments + needed) == rows
     assert sampled(held.weights) == 1, "the plan is refused by its peak"
+
+
+def test_samples_and_generated_answers_count_in_the_peak_of_a_training() -> None:
+    config = config_of("machine=cpu", "pretrain.prompts=[abc]", "pretrain.sample_tokens=7")
+    config.midtrain = replace(config.midtrain, suite={"choice": TaskItem(task="kinds_mc")})
+    config.sft = replace(config.sft, suite={"sums": TaskItem(task="gsm8k")}, suite_max_new_tokens=1000)
+    pretrain, midtrain, sft = (training_of(config, stage, SIZES) for stage in ("pretrain", "midtrain", "sft"))
+    assert pretrain is not None
+    assert midtrain is not None
+    assert sft is not None
+    assert (pretrain.sampled_rows, pretrain.sampled_tokens) == (1, 4 + 7), "a token has a byte at least"
+    assert midtrain.sampled_rows == 0, "choices are no generated answers"
+    assert (sft.sampled_rows, sft.sampled_tokens) == (32, 128 + 1000)
+    assert predict_peak(sft, 1).sampling == decoding(1128).bytes_beside_weights(32)
+    fewer = replace(sft, device=Device(limit_bytes=sft.peak_bytes(1) - 1))
+    assert predict_peak(fewer, 1).sampled_rows < 32
 
 
 D32 = GPTSizes(
@@ -413,15 +430,20 @@ def device(limit: int | None, *, plain: bool = True) -> Device:
     return Device(kind="metal", plain=plain, compute_bytes=2, limit_bytes=limit, limit_is="a test")
 
 
+def decoding(row_tokens: int, where: Device | None = None, **how: Any) -> Decoding:
+    return Decoding(sizes=SIZES, device=where or Device(), row_tokens=row_tokens, **how)
+
+
 def test_answers_at_a_time_are_the_most_that_fit_beside_the_weights() -> None:
     weights = 2 * count_parameters(SIZES)["total"]
-    assert answers_at_a_time("it", device(None), SIZES, row_tokens=256, most=64) == 64
+    assert decoding(256, device(None)).rows("it", most=64) == 64
     for rows in (1, 6, 32):
-        limit = weights + predict_sampling_bytes(SIZES, device(None), rows=rows, row_tokens=256)
-        assert answers_at_a_time("it", device(limit), SIZES, row_tokens=256, most=64) == rows
-        assert answers_at_a_time("it", device(limit), SIZES, row_tokens=256, most=64, kv_bits=4) > rows
+        limit = weights + decoding(256, device(None)).bytes_beside_weights(rows)
+        assert decoding(256, device(limit)).rows("it", most=64) == rows
+        assert decoding(256, device(limit), kv_bits=4).rows("it", most=64) > rows
+        assert decoding(256, device(limit + 100)).rows("it", most=64, held_bytes=100) == rows
     with pytest.raises(ConfigError, match=r"it needs about .* 256 tokens.*limit is 10 B .*: less"):
-        answers_at_a_time("it", device(10), SIZES, row_tokens=256, remedy="less")
+        decoding(256, device(10)).rows("it", remedies=["less"])
 
 
 def test_an_evaluation_that_cannot_answer_is_refused_by_the_plan(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mlxchat.cli import main
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import count_parameters
 from mlxchat.planning.given import sizes_of_folder
-from mlxchat.planning.memory import Device, predict_sampling_bytes
+from mlxchat.planning.memory import Decoding, Device
 from mlxchat.runner.store import Store
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
@@ -28,7 +28,7 @@ ANSWERED = """
 import mlxchat, asyncio, sys
 from pathlib import Path
 import mlx.core as mx
-from mlxchat.engine.scheduler import Request, Sampling
+from mlxchat.engine.scheduler import Request, Decoding
 from mlxchat.cpu import runtime
 from mlxchat.runner.store import Store
 from mlxchat.serve.limits import Limits
@@ -43,7 +43,7 @@ worker = Worker(Limits(), load_scheduler)
 async def answer():
     worker.start()
     model = Models(store, store.resolve("sft")).find(None)
-    request = Request(prompt=[1, 2, 3], max_new_tokens=4, sampling=Sampling(temperature=0.0))
+    request = Request(prompt=[1, 2, 3], max_new_tokens=4, sampling=Decoding(temperature=0.0))
     assert [event async for event in worker.ask(model, [request])]
 
 asyncio.run(answer())
@@ -93,7 +93,7 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(served: Path, monkeypa
 def test_a_server_holds_no_more_tokens_than_fit_into_memory(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, limits = Models(Store(served), served / "store" / CHAT).find(None), Limits(kept_tokens=0)
     sizes = sizes_of_folder(model.folder)
-    needed = predict_sampling_bytes(sizes, Device(), rows=6, row_tokens=model.context_tokens)
+    needed = Decoding(sizes=sizes, device=Device(), row_tokens=model.context_tokens).bytes_beside_weights(6)
     room = needed + 4 * count_parameters(sizes)["total"]
     monkeypatch.setattr("mlxchat.serve.worker.find_device", lambda **options: Device(limit_bytes=room))
     assert rows_that_fit(model, limits) == 6

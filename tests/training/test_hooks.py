@@ -152,6 +152,17 @@ def test_looking_at_tasks_changes_no_byte_and_logs_each_accuracy_and_the_centred
     assert ctx.metrics["mean_centered"] == pytest.approx((centered + ctx.metrics["accuracy_sums"]) / 2, abs=1e-12)
 
 
+def test_the_suites_answers_take_the_rows_that_fit_beside_the_training(
+    make_context: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx, made = make_context("suite"), []
+    ctx.derived["sampled_rows"] = 3
+    monkeypatch.setattr("mlxchat.training.hooks.make_engine", lambda *given, **options: made.append(options))
+    sft = replace(compose_config([]).config.sft, suite={"sums": TaskItem(task="gsm8k")})
+    suite_hooks(ctx, sft, make_model(), tokenizer)
+    assert [options["max_rows"] for options in made] == [3]
+
+
 def test_without_bundle_suite_or_tokens_nothing_is_looked_at(make_context: Any, tokenizer: Tokenizer) -> None:
     """And that is what the default pipeline has."""
     config, ctx, model = compose_config([]).config, make_context(), make_model()

@@ -23,7 +23,7 @@ from mlxchat.engine.cache import KeptPasts, Past, Slots
 from mlxchat.engine.sample import Sampling, log_probability, sample_token
 from mlxchat.engine.tools import PythonTool, ToolCalls
 from mlxchat.errors import ConfigError
-from mlxchat.ops.machine import DECODED_ROWS, PREFILL_TOKENS
+from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 
 # A step comes back this soon even if every row waits for a program, so that requests and cancellations are seen.
 _PATIENCE_SECONDS = 0.02
@@ -111,7 +111,7 @@ class Scheduler:
         max_rows: int = DECODED_ROWS,
         max_cached_tokens: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
-        kept_tokens: int = 8192,
+        kept_tokens: int = KEPT_TOKENS,
         python: PythonTool | None = None,
     ) -> None:
         """Begin without requests.

@@ -23,6 +23,8 @@ BATCH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Rows of a KV cache: one of these, or a multiple of the last, so that few shapes are compiled."""
 DECODED_ROWS = 32
 """Answers that are decoded at a time, at most."""
+KEPT_TOKENS = 8192
+"""Tokens of earlier prompts whose keys and values are kept for later ones."""
 KV_TOKENS = 128
 """Tokens by which KV caches grow."""
 PREFILL_TOKENS = 512

@@ -51,6 +51,7 @@ _DEFAULT = MachineConfig(
     device="auto", compute_dtype="auto", memory_limit_bytes=None, blas_threads=None, num_processes=1
 )
 _CHOICE = "micro_batch.json"
+_TRAINS = ("pretrain", "midtrain", "sft", "rl")
 _MASTER_BYTES = 4
 
 
@@ -112,47 +113,110 @@ class Device:
     limit_is: str = ""
     """Where the limit comes from, for people."""
 
+    def fits(self, needed_bytes: int) -> bool:
+        """Tell whether so much fits, as far as is known."""
+        return self.limit_bytes is None or needed_bytes <= self.limit_bytes
+
     def most_rows(self, most: int, needed: Callable[[int], int]) -> int:
         """Return the most rows of a KV cache, up to `most`, whose needed bytes fit; 0: not even one."""
         sizes = sorted({most, *(rows for rows in bounds.BATCH_ROWS if rows < most)})
-        limit = self.limit_bytes
-        return max((rows for rows in sizes if limit is None or needed(rows) <= limit), default=0)
+        return max((rows for rows in sizes if self.fits(needed(rows))), default=0)
+
+    def excess(self, needed_bytes: int, what: str, remedies: Iterable[str] = ()) -> str:
+        """Return the end of a message: what is needed, the limit, and the settings that lower the need."""
+        limit = f"the limit is {format_bytes(self.limit_bytes or 0)} ({self.limit_is})"
+        lower = "; ".join(remedies)
+        text = f"needs about {format_bytes(needed_bytes)} for {what}; {limit}"
+        return f"{text}. To lower the need: {lower}" if lower else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """What the memory of decoding depends on."""
+
+    sizes: GPTSizes
+    device: Device
+    row_tokens: int
+    """Prompt and answer, at most."""
+    bits: int | None = None
+    """Of the model's matrices, whose own weights are freed once they are packed; None: those of the compute type."""
+    kv_bits: int | None = None
+    """Of keys and values; None: those of the compute type."""
+    kept_tokens: int = 0
+    """Whose keys and values are kept for later prompts."""
+    casts: bool = False
+    """Whether float32 weights are cast to the compute type meanwhile."""
+
+    def bytes_beside_weights(self, rows: int) -> int:
+        """Return what the engine needs for so many rows at a time: the KV cache, a prompt, a copy of the weights."""
+        sizes, device, counts = self.sizes, self.device, count_parameters(self.sizes)
+        room = -(-self.row_tokens // bounds.KV_TOKENS) * bounds.KV_TOKENS
+        held = [room if window is None else min(room, window + bounds.KV_TOKENS) for window in sizes.windows()]
+        of_token = 2 * sizes.kv_width * self._packed(self.kv_bits)
+        # Beside the rows' past: layers' once more while they grow, or a prompt that is read, or logits in float32.
+        growing = (_PLAIN_GROWING if device.plain else _CPU_GROWING) * of_token * rows * max(held)
+        reading = _READ * min(self.row_tokens, bounds.PREFILL_TOKENS) * sizes.width
+        reading += of_token * sizes.num_layers * self.row_tokens
+        drawing = _DRAWN_LOGITS * rows * sizes.vocab_size * 4 / device.compute_bytes
+        # A CPU's decoder has a copy of the weights in another order.
+        copied: float = 0 if device.plain else self._weights() - counts["embedding"]
+        copied = counts["total"] if self.casts else copied
+        numbers = copied + of_token * rows * sum(held) + max(growing, reading, drawing)
+        return round((numbers + of_token * sizes.num_layers * self.kept_tokens) * device.compute_bytes)
+
+    def rows(
+        self, what: str, *, most: int = bounds.DECODED_ROWS, held_bytes: int = 0, remedies: Iterable[str] = ()
+    ) -> int:
+        """Return how many answers fit at a time beside the weights and `held_bytes`, at most `most`.
+
+        Raises:
+            ConfigError: not a single one; `what` needs the memory, `remedies` lower the need.
+        """
+        weights = round(self._weights() * self.device.compute_bytes)
+        whole = count_parameters(self.sizes)["total"] * self.device.compute_bytes
+        loading = 0 if self.bits is None else weights + whole
+
+        def needed(rows: int) -> int:
+            return held_bytes + max(loading, weights + self.bytes_beside_weights(rows))
+
+        if found := self.device.most_rows(most, needed):
+            return found
+        row = f"its weights and one row of {self.row_tokens:,} tokens, prompt and answer"
+        raise ConfigError(f"{what} {self.device.excess(needed(1), row, remedies)}")
+
+    def _weights(self) -> float:
+        """Return the size of the weights in numbers of the compute type."""
+        counts = count_parameters(self.sizes)
+        products = counts["matrices"] + counts["head"]
+        return counts["total"] - products + products * self._packed(self.bits)
+
+    def _packed(self, bits: int | None) -> float:
+        """Return the size of a number, its share of scale and offset included, in numbers of the compute type."""
+        return 1 if bits is None else bits / (8 * self.device.compute_bytes) + 2 / _GROUP
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeakBytes:
-    """What a training step holds, in bytes."""
+    """What a training holds, in bytes."""
 
     weights: int
     moments: int
     """The optimizer's state."""
-    accumulated: int
-    """Gradients of earlier micro-batches, one set for each lane."""
-    activations: int
-    """What the backward pass needs of the layers, attention's weights included."""
-    logits: int
-    """Of some chunks, and the gradients of the head."""
+    kept: int
+    """The trained weights once more, where they are held twice, and those of a teacher."""
     gradients: int
     """Of all lanes, once the backward pass is done."""
-    summing: int
-    """They and their sum."""
-    moving: int
-    """The summed gradients and the optimizer's workspace."""
-    kept: int = 0
-    """The trained weights once more, where they are held twice, and those of a teacher."""
+    working: int
+    """The most that a step holds besides."""
+    sampled_rows: int = 0
+    """Answers that are sampled at a time between steps: the most that fit, at least 1."""
     sampling: int = 0
-    """In RL: what answering needs, between the steps."""
-
-    @property
-    def while_sampling(self) -> int:
-        """What is held between the steps of RL."""
-        return self.weights + self.moments + self.kept + self.sampling
+    """What these need besides."""
 
     @property
     def total(self) -> int:
-        """The peak: weights, moments and what is kept, with what there is besides at the worst of these moments."""
-        backward = self.accumulated + max(self.activations + self.logits, self.gradients)
-        return self.weights + self.moments + self.kept + max(backward, self.summing, self.moving, self.sampling)
+        """The peak."""
+        return self.weights + self.moments + self.kept + max(self.working, self.sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +238,9 @@ class Training:
     adapters: AdapterSizes | None = None
     """The only weights that are trained; None: all weights are."""
     sampled_rows: int = 0
-    """In RL: answers that are sampled at a time, of as many tokens as a row."""
+    """Answers that RL, samples or tasks generate at a time between steps, at most."""
+    sampled_tokens: int = 0
+    """Of such a row, prompt and answer."""
     num_ranks: int = 1
     """Processes that share an iteration's rows and the moments."""
 
@@ -189,7 +255,7 @@ class Training:
 
     def fits(self, micro_rows: int) -> bool:
         """Tell whether so many rows at a time fit, as far as is known."""
-        return self.device.limit_bytes is None or self.peak_bytes(micro_rows) <= self.device.limit_bytes
+        return self.device.fits(self.peak_bytes(micro_rows))
 
     def micro_rows(self, most_tokens: int) -> int:
         """Return the rows of the largest micro-batch that fits and has at most `most_tokens`; 0: not even one row fits.
@@ -204,171 +270,141 @@ class Training:
         return divisor if 2 * divisor > fitting else -(-self.own_rows // -(-self.own_rows // fitting))
 
     def explain_excess(self, stage: str | None = None) -> str:
-        """Return what the smallest possible step needs, the limit and, of a stage, keys that lower the need."""
-        text = _excess(self.device, self.peak_bytes(1), f"one row of {self.row_tokens:,} tokens at a time")
-        if stage is None:
-            return text
-        keys = [] if self.recompute else ["machine.grad_checkpointing=true"]
+        """Return what the smallest possible step needs, the limit and, of a stage, settings that lower the need."""
+        remedies = [] if self.recompute else ["machine.grad_checkpointing=true"]
         if stage == "pretrain":
-            keys.append("a smaller model.depth")
+            remedies.append("a smaller model.depth")
         elif self.teacher is not None:
-            keys.append(f"no {stage}.teacher")
+            remedies.append(f"no {stage}.teacher")
         elif self.adapters is None:
-            keys.append(f"{stage}.adapter.kind=lora")
+            remedies.append(f"{stage}.adapter.kind=lora")
         elif self.adapters.bits is None:
-            keys.append(f"{stage}.adapter.bits=4")
-        keys.append("a smaller rl.max_new_tokens" if stage == "rl" else f"a smaller {stage}.batch.row_tokens")
-        return f"{text}. To lower the need: {'; '.join(keys)}"
+            remedies.append(f"{stage}.adapter.bits=4")
+        remedies.append("a smaller rl.max_new_tokens" if stage == "rl" else f"a smaller {stage}.batch.row_tokens")
+        what = f"one row of {self.row_tokens:,} tokens at a time"
+        return self.device.excess(self.peak_bytes(1), what, remedies if stage is not None else ())
 
 
 # Predictions
 
 
 def predict_peak(training: Training, micro_rows: int) -> PeakBytes:
-    """Return what a training step with `micro_rows` rows at a time holds, within about 15 %."""
+    """Return what a training with `micro_rows` rows at a time holds, within about 15 %."""
     sizes, device, adapters, teacher = training.sizes, training.device, training.adapters, training.teacher
-    plain, compute_bytes, recompute = device.plain, device.compute_bytes, training.recompute
-    rows, row_tokens, num_ranks = training.own_rows, training.row_tokens, training.num_ranks
+    plain, compute_bytes, rows, num_ranks = device.plain, device.compute_bytes, training.own_rows, training.num_ranks
     factors = _PLAIN if plain else _CPU
     counts = count_parameters(sizes)
     parameters, matrices = counts["total"], counts["matrices"]
-    # A lane has whole gradients of its own but for the tables of embeddings, of which it makes the rows that it read.
-    tables = counts["embedding"] + counts["value_embeddings"]
-    muon = training.optimizer.kind == "muon"
+    muon = training.optimizer.kind == "muon" and adapters is None
     lanes = min(device.num_lanes, micro_rows)
-    tokens = min(micro_rows, rows) * row_tokens
-    states = tokens * sizes.width
+    tokens = min(micro_rows, rows) * training.row_tokens
     value_layers = sum(map(sizes.has_value_embedding, range(sizes.num_layers)))
-    layer, ends = (numbers * compute_bytes + floats * 4 for numbers, floats in (factors.layer, factors.ends))
-    residual = _RESIDUAL * compute_bytes * sizes.residual_scalars
-    each = (_LAYER_INPUT * compute_bytes if recompute else layer) + residual
-    kept = states * (sizes.num_layers * each + value_layers * _VALUE_EMBEDDING * compute_bytes)
-    keys: float = row_tokens if plain else max(_mean_keys(row_tokens, window) for window in sizes.windows())
-    attention = factors.attention * tokens * sizes.num_heads * keys * compute_bytes
-    cast = parameters * compute_bytes if compute_bytes != _MASTER_BYTES else 0
-    chunk_rows = (
-        max(1, bounds.LOGITS // sizes.vocab_size)
-        if plain
-        else max(bounds.CPU_LEAST_LOGITS_ROWS, bounds.CPU_LOGITS // sizes.vocab_size)
-    )
-    at_once = min(tokens, chunk_rows if plain else _CPU_CHUNKS * chunk_rows)
-    logits = (factors.logits + _TEACHER_LOGITS * (teacher is not None)) * at_once * sizes.vocab_size
-    if adapters is None:  # else the head is frozen
-        chunks = 0 if plain else lanes * -(-tokens // (lanes * chunk_rows))
-        heads = factors.head * lanes + _CPU_HEAD_PER_CHUNK * min(chunks, _CPU_MOST_HEADS)
-        logits += heads * counts["head"]
-    logits *= _MASTER_BYTES
-    # Shares of the matrices and tables move side by side, also where a micro-batch has fewer rows than there are lanes.
-    workspace = _ADAMW * max(counts["embedding"], 4 * sizes.width**2) * min(device.num_lanes, 2 + value_layers)
-    if muon:
-        share = factors.muon if plain else min(factors.muon, _CPU_MUON_OF_LANES / device.num_lanes)
-        workspace = max(workspace, round(matrices * share))
-    gradients = (lanes * (parameters - tables) + tables) * _MASTER_BYTES
-    if plain and recompute:
-        # The logits are gone when layers are computed again, one at a time.
-        again = states * (layer + _PLAIN_RECOMPUTED_ENDS * compute_bytes) + attention
-        own = parameters if adapters is None else count_adapter_parameters(adapters, sizes)
-        kept += max(states * ends, again + own * compute_bytes - logits)
+    casts = adapters is None and compute_bytes != _MASTER_BYTES
+    if adapters is None:
+        # A lane has whole gradients of its own but for the tables of embeddings, of which it makes the rows it read.
+        trained, frozen, tables = parameters, 0, counts["embedding"] + counts["value_embeddings"]
+        # Shares of the matrices and tables move side by side, also where a micro-batch has fewer rows than lanes.
+        workspace = _ADAMW * max(counts["embedding"], 4 * sizes.width**2) * min(device.num_lanes, 2 + value_layers)
+        if muon:
+            share = factors.muon if plain else min(factors.muon, _CPU_MUON_OF_LANES / device.num_lanes)
+            workspace = max(workspace, round(matrices * share))
     else:
-        kept += states * ends + attention
-    summing = gradients + (parameters if lanes > 1 else 0) * _MASTER_BYTES
-    moving = (parameters + workspace) * _MASTER_BYTES
+        trained, tables = count_adapter_parameters(adapters, sizes), 0
+        frozen, workspace = _frozen_bytes(sizes, adapters, compute_bytes), _ADAMW * trained
+    gradients = (lanes * (trained - tables) + tables) * _MASTER_BYTES
+    accumulated = gradients if rows > micro_rows else 0
+    logits = _logits_bytes(training, tokens, lanes)
+    activations = _activation_bytes(training, tokens, again_bytes=trained * compute_bytes - logits)
+    activations += parameters * compute_bytes if casts else 0
+    if adapters is not None:
+        activations += _adapter_bytes(training, adapters, tokens, lanes)
+    if teacher is not None:  # its layers are done before there are logits
+        activations += teacher.kept_per_token * tokens
+        logits = max(logits, teacher.working_per_token * tokens)
+    whole = trained * _MASTER_BYTES
+    summing = gradients + (whole if lanes > 1 else 0)
+    moving = whole + workspace * _MASTER_BYTES
     if num_ranks > 1:
-        whole = parameters * _MASTER_BYTES
         bucket = min(whole, max(bounds.BUCKET_BYTES, counts["embedding"] * _MASTER_BYTES))
         summing = max(summing, whole + 2 * bucket)
         # New weights come in before the old ones go; each rank's part is there once more, and as a message.
         arriving = min(whole, num_ranks * bucket) + 2 * whole // num_ranks
         moving = max(whole + workspace * _MASTER_BYTES // num_ranks, arriving)
-    sampling = 0
-    if training.sampled_rows:
-        sampling = predict_sampling_bytes(
-            sizes, device, rows=training.sampled_rows, row_tokens=row_tokens, cast=adapters is None and cast > 0
-        )
+    backward = accumulated + max(round(activations + logits), gradients)
     found = PeakBytes(
-        weights=parameters * _MASTER_BYTES,
-        moments=(matrices * (1 if muon else 2) + 2 * (parameters - matrices)) * _MASTER_BYTES // num_ranks,
-        accumulated=gradients if rows > micro_rows else 0,
-        activations=round(kept + cast) + (teacher.kept_per_token * tokens if teacher else 0),
-        # The teacher's layers are done before there are logits.
-        logits=max(round(logits), teacher.working_per_token * tokens if teacher else 0),
+        weights=frozen + whole,
+        moments=(2 * trained - (matrices if muon else 0)) * _MASTER_BYTES // num_ranks,
+        kept=(whole if training.second_weights else 0) + (teacher.weights if teacher else 0),
         gradients=gradients,
-        summing=summing,
-        moving=moving,
-        kept=(parameters * _MASTER_BYTES if training.second_weights else 0) + (teacher.weights if teacher else 0),
-        sampling=sampling,
+        working=max(backward, summing, moving),
     )
-    if adapters is None:
+    if not training.sampled_rows:
         return found
-    trained = count_adapter_parameters(adapters, sizes) * _MASTER_BYTES
-    shapes = matrices_of(sizes)
-    frozen, largest = parameters * compute_bytes, 4 * sizes.width**2 * compute_bytes
-    besides = 0.0
-    if adapters.bits is not None:
-        numbers = sum(rows * columns for rows, columns in shapes.values())
-        frozen += round(numbers * (adapters.bits / 8 + (2 / adapters.group_size - 1) * compute_bytes))
-        besides += _UNPACKED * lanes * largest
-    if adapters.kind == "dora":
-        besides += _LENGTHS * lanes * largest
-        # What is multiplied with rows' lengths, for their gradient; of c_fc it is kept anyway.
-        columns = [shapes[name][0] for name in adapters.targets if not name.endswith("c_fc")]
-        besides += tokens * compute_bytes * (max if recompute else sum)([0, *columns])
-    return replace(
-        found,
-        weights=frozen + trained,
-        moments=2 * trained // num_ranks,
-        accumulated=lanes * trained if rows > micro_rows else 0,
-        activations=found.activations - cast + round(besides),
-        gradients=lanes * trained,
-        summing=(lanes + (lanes > 1)) * trained,
-        moving=(1 + _ADAMW) * trained,
-        kept=(trained if training.second_weights else 0) + (teacher.weights if teacher else 0),
-    )
+    decoding = Decoding(sizes=sizes, device=device, row_tokens=training.sampled_tokens, casts=casts)
+    held = found.weights + found.moments + found.kept
+    most = device.most_rows(training.sampled_rows, lambda rows: held + decoding.bytes_beside_weights(rows))
+    return replace(found, sampled_rows=max(1, most), sampling=decoding.bytes_beside_weights(max(1, most)))
 
 
-def predict_sampling_bytes(
-    sizes: GPTSizes,
-    device: Device,
-    *,
-    rows: int,
-    row_tokens: int,
-    cast: bool = False,
-    bits: int | None = None,
-    kv_bits: int | None = None,
-) -> int:
-    """Return what the engine needs beside the weights: the KV cache, a prompt that is read, and a copy of the weights.
+def _activation_bytes(training: Training, tokens: int, *, again_bytes: float) -> float:
+    """Return what the backward pass needs of the layers, attention's weights included.
 
-    Args:
-        sizes: of the model.
-        device: whose decoder copies the weights if it is `mlxchat.cpu`'s.
-        rows: decoded at a time.
-        row_tokens: prompt and answer, at most.
-        cast: whether float32 weights are cast to the compute type meanwhile.
-        bits: of the model's matrices; None: those of the compute type.
-        kv_bits: of keys and values; None: those of the compute type.
+    `again_bytes` is held besides while a layer is recomputed: gradients so far, less the logits, which are gone then.
     """
-    counts = count_parameters(sizes)
-    room = -(-row_tokens // bounds.KV_TOKENS) * bounds.KV_TOKENS
-    held = [room if window is None else min(room, window + bounds.KV_TOKENS) for window in sizes.windows()]
-    of_token = 2 * sizes.kv_width * _packed(kv_bits, device)
-    # Beside the rows' past: layers' once more while they grow, or a prompt that is read, or logits in float32.
-    growing = (_PLAIN_GROWING if device.plain else _CPU_GROWING) * of_token * rows * max(held)
-    reading = _READ * min(row_tokens, bounds.PREFILL_TOKENS) * sizes.width + of_token * sizes.num_layers * row_tokens
-    drawing = _DRAWN_LOGITS * rows * sizes.vocab_size * 4 / device.compute_bytes
-    besides = max(growing, reading, drawing)
-    copied = counts["total"] if cast else 0 if device.plain else _held(counts, bits, device) - counts["embedding"]
-    return round((copied + of_token * rows * sum(held) + besides) * device.compute_bytes)
+    sizes, plain, compute_bytes = training.sizes, training.device.plain, training.device.compute_bytes
+    factors, row_tokens = _PLAIN if plain else _CPU, training.row_tokens
+    states = tokens * sizes.width
+    layer, ends = (numbers * compute_bytes + floats * 4 for numbers, floats in (factors.layer, factors.ends))
+    residual = _RESIDUAL * compute_bytes * sizes.residual_scalars
+    each = (_LAYER_INPUT * compute_bytes if training.recompute else layer) + residual
+    value_layers = sum(map(sizes.has_value_embedding, range(sizes.num_layers)))
+    kept = states * (sizes.num_layers * each + value_layers * _VALUE_EMBEDDING * compute_bytes)
+    keys: float = row_tokens if plain else max(_mean_keys(row_tokens, window) for window in sizes.windows())
+    attention = factors.attention * tokens * sizes.num_heads * keys * compute_bytes
+    if plain and training.recompute:
+        again = states * (layer + _PLAIN_RECOMPUTED_ENDS * compute_bytes) + attention
+        return kept + max(states * ends, again + again_bytes)
+    return kept + states * ends + attention
 
 
-def _held(counts: dict[str, int], bits: int | None, device: Device) -> float:
-    """Return the size of a model's weights in numbers of the compute type, with its matrices in so many bits."""
-    products = counts["matrices"] + counts["head"]
-    return counts["total"] - products + products * _packed(bits, device)
+def _logits_bytes(training: Training, tokens: int, lanes: int) -> float:
+    """Return what logits need: those of some chunks and, unless the head is frozen, the head's gradients."""
+    vocab_size, plain = training.sizes.vocab_size, training.device.plain
+    factors = _PLAIN if plain else _CPU
+    if plain:
+        chunk_rows = at_once = max(1, bounds.LOGITS // vocab_size)
+    else:
+        chunk_rows = max(bounds.CPU_LEAST_LOGITS_ROWS, bounds.CPU_LOGITS // vocab_size)
+        at_once = _CPU_CHUNKS * chunk_rows
+    copies = factors.logits + (_TEACHER_LOGITS if training.teacher is not None else 0)
+    numbers = copies * min(tokens, at_once) * vocab_size
+    if training.adapters is None:
+        chunks = 0 if plain else lanes * -(-tokens // (lanes * chunk_rows))
+        heads = factors.head * lanes + _CPU_HEAD_PER_CHUNK * min(chunks, _CPU_MOST_HEADS)
+        numbers += heads * count_parameters(training.sizes)["head"]
+    return numbers * _MASTER_BYTES
 
 
-def _packed(bits: int | None, device: Device) -> float:
-    """Return the size of a packed number, its share of scale and offset included, in numbers of the compute type."""
-    return 1 if bits is None else bits / (8 * device.compute_bytes) + 2 / _GROUP
+def _frozen_bytes(sizes: GPTSizes, adapters: AdapterSizes, compute_bytes: int) -> int:
+    """Return the weights below adapters."""
+    frozen = count_parameters(sizes)["total"] * compute_bytes
+    if adapters.bits is None:
+        return frozen
+    numbers = sum(rows * columns for rows, columns in matrices_of(sizes).values())
+    return frozen + round(numbers * (adapters.bits / 8 + (2 / adapters.group_size - 1) * compute_bytes))
+
+
+def _adapter_bytes(training: Training, adapters: AdapterSizes, tokens: int, lanes: int) -> float:
+    """Return what is computed of frozen matrices: unpacked ones, and DoRA's lengths of rows with what they scale."""
+    largest = 4 * training.sizes.width**2 * training.device.compute_bytes
+    found = 0.0 if adapters.bits is None else _UNPACKED * lanes * largest
+    if adapters.kind == "dora":
+        # What is multiplied with rows' lengths, for their gradient; of c_fc it is kept anyway.
+        shapes = matrices_of(training.sizes)
+        columns = [shapes[name][0] for name in adapters.targets if not name.endswith("c_fc")]
+        found += _LENGTHS * lanes * largest
+        found += tokens * training.device.compute_bytes * (max if training.recompute else sum)([0, *columns])
+    return found
 
 
 def predict_forward_bytes(sizes: GPTSizes, *, tokens: int, compute_bytes: int = 4) -> int:
@@ -438,64 +474,59 @@ def count_ranks(machine: MachineConfig) -> tuple[int, int]:
     return (machine.num_processes,) * 2 if ranks is None else (ranks.size, ranks.on_host_of(0))
 
 
-def training_of(
-    config: Config,
-    stage: str,
-    sizes: GPTSizes | None = None,
-    *,
-    device: Device | None = None,
-    num_ranks: int | None = None,
-    rows: int | None = None,
-    row_tokens: int | None = None,
-    teacher: TeacherSize | None = None,
-) -> Training | None:
-    """Return what the memory of a stage's training depends on; None: the stage does not train.
+def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training | None:
+    """Return what the memory of a stage's training depends on, as far as a plan can say; None: it does not train.
 
     Args:
-        config: of the whole run, or the sections that the stage declares.
+        config: of the whole run.
         stage: its name.
         sizes: of the model; None: those of the configuration.
-        device: None: as `find_device` finds it without MLX.
-        num_ranks: None: as the configuration says.
-        rows: of an iteration, of a stage that is running; None: as far as the configuration says.
-        row_tokens: the same.
-        teacher: the same.
 
     Raises:
         ConfigError: its adapters do not fit the model.
     """
-    if stage not in ("pretrain", "midtrain", "sft", "rl"):
+    if stage not in _TRAINS:
         return None
     sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-    device = device or find_device(config.machine)
-    if row_tokens is None:
-        row_tokens = bound_answers(config, sizes) if stage == "rl" else getattr(config, stage).batch.row_tokens
-    if rows is None and stage == "rl":
-        rows = config.rl.questions_per_iteration * config.rl.samples_per_question
-    elif rows is None:
-        tokens = None if stage == "pretrain" else getattr(config, stage).batch.tokens
+    section, teacher = getattr(config, stage), None
+    if stage == "rl":
+        row_tokens = bound_answers(config, sizes)
+        rows = section.questions_per_iteration * section.samples_per_question
+    else:
+        row_tokens = section.batch.row_tokens
+        tokens = None if stage == "pretrain" else section.batch.tokens
         rows = (tokens or derive_hyperparameters(config, sizes).batch_tokens) // row_tokens
-        if stage != "pretrain" and getattr(config, stage).teacher.is_there:
-            folder = teacher_folder(getattr(config, stage).teacher, Path(config.outputs))
-            teacher = None if folder is None else measure_teacher(folder)
-    adapters = None
-    if stage != "pretrain":
-        adapters = adapter_sizes_of(f"{stage}.adapter", getattr(config, stage).adapter, sizes)
-    training = Training(
-        sizes=sizes, optimizer=config.optimizer, rows=max(1, rows), row_tokens=row_tokens, device=device,
-        recompute=config.machine.grad_checkpointing, teacher=teacher, adapters=adapters,
-        num_ranks=num_ranks or count_ranks(config.machine)[0],
-        second_weights=(stage == "pretrain" and config.pretrain.keep == "best")
-        or (stage == "rl" and config.rl.kl_coefficient > 0),
+    if stage in ("midtrain", "sft") and section.teacher.is_there:
+        folder = teacher_folder(section.teacher, Path(config.outputs))
+        teacher = None if folder is None else measure_teacher(folder)
+    training = _describe(config, stage, sizes, max(1, rows), row_tokens)
+    num_ranks = count_ranks(config.machine)[0]
+    return replace(training, device=find_device(config.machine), teacher=teacher, num_ranks=num_ranks)
+
+
+def _describe(config: Config, stage: str, sizes: GPTSizes, rows: int, row_tokens: int) -> Training:
+    """Return a stage's training, as far as the sections say that it declares."""
+    section, context = getattr(config, stage), sizes.context_tokens
+    adapters = None if stage == "pretrain" else adapter_sizes_of(f"{stage}.adapter", section.adapter, sizes)
+    sampled_rows = sampled_tokens = 0
+    if stage == "rl":
+        second_weights = section.kl_coefficient > 0
+        sampled_rows, sampled_tokens = min(rows, bounds.DECODED_ROWS), row_tokens
+    elif stage == "pretrain":
+        second_weights = section.keep == "best"
+        # A token has at least a byte; one more begins the text.
+        prompts = [min(context, 1 + len(prompt.encode())) for prompt in section.prompts]
+        if prompts:
+            sampled_rows, sampled_tokens = min(len(prompts), bounds.DECODED_ROWS), max(prompts) + section.sample_tokens
+    else:
+        second_weights = False
+        if any(task_class(item.task).kind == "generative" for item in section.suite.values()):
+            sampled_rows, sampled_tokens = bounds.DECODED_ROWS, context + section.suite_max_new_tokens
+    return Training(
+        sizes=sizes, optimizer=config.optimizer, rows=rows, row_tokens=row_tokens, adapters=adapters,
+        recompute=config.machine.grad_checkpointing, second_weights=second_weights,
+        sampled_rows=sampled_rows, sampled_tokens=sampled_tokens,
     )  # fmt: skip
-    if stage != "rl":
-        return training
-
-    def while_sampling(rows: int) -> int:
-        return predict_peak(replace(training, sampled_rows=rows), 1).while_sampling
-
-    most = min(training.own_rows, bounds.DECODED_ROWS)
-    return replace(training, sampled_rows=max(1, device.most_rows(most, while_sampling)))
 
 
 def bound_answers(config: Config, sizes: GPTSizes) -> int:
@@ -512,26 +543,18 @@ def bound_answers(config: Config, sizes: GPTSizes) -> int:
 def choose_micro_batch(
     ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: int, teacher: TeacherSize | None = None
 ) -> MicroBatch:
-    """Return what a stage computes at a time.
+    """Return what a stage computes at a time, of iterations of so many rows of so many tokens, at most.
 
     A training that continues takes what it began with, as long as that fits: sums are rounded by micro-batch.
-
-    Args:
-        ctx: of the step.
-        sizes: of its model.
-        rows: of an iteration.
-        row_tokens: of a row, at most.
-        teacher: what a teacher holds, where one is learnt from.
 
     Raises:
         ConfigError: it does not fit; with the predicted bytes and settings that would.
     """
     machine = ctx.config.machine
-    training = training_of(
-        ctx.config, ctx.stage, sizes, rows=rows, row_tokens=row_tokens, teacher=teacher,
+    training = replace(
+        _describe(ctx.config, ctx.stage, sizes, rows, row_tokens), teacher=teacher,
         device=find_device(machine, ask_mlx=True), num_ranks=ctx.team.size if ctx.team is not None else 1,
     )  # fmt: skip
-    assert training is not None, "only stages that train choose a micro-batch"
     before = ctx.work / _CHOICE
     begun = None
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -542,11 +565,8 @@ def choose_micro_batch(
         micro_rows = rows_at_a_time(training, machine)
     if micro_rows == 0:
         raise ConfigError(f"{ctx.step} {training.explain_excess(ctx.stage)}")
-    found = MicroBatch(
-        tokens=micro_rows * row_tokens,
-        predicted_peak_bytes=training.peak_bytes(micro_rows),
-        sampled_rows=training.sampled_rows,
-    )
+    peak = predict_peak(training, micro_rows)
+    found = MicroBatch(tokens=micro_rows * row_tokens, predicted_peak_bytes=peak.total, sampled_rows=peak.sampled_rows)
     before.parent.mkdir(parents=True, exist_ok=True)
     before.write_text(json.dumps({"tokens": found.tokens}), encoding="utf-8")
     return found
@@ -558,12 +578,9 @@ def rows_at_a_time(training: Training, machine: MachineConfig) -> int:
 
 
 def forward_tokens(machine: MachineConfig, sizes: GPTSizes, *, training_peak_bytes: int | None = None) -> int:
-    """Return how many tokens an evaluation passes through the model at a time.
+    """Return how many tokens an evaluation passes through the model at a time, within the limits of the machine.
 
-    Args:
-        machine: its limits.
-        sizes: of the model.
-        training_peak_bytes: predicted peak of the training during which it is evaluated, which must stay the peak.
+    `training_peak_bytes` is the predicted peak of the training during which it is evaluated, which must stay the peak.
     """
     if machine.device_batch_tokens is not None:
         return machine.device_batch_tokens
@@ -579,59 +596,14 @@ def forward_tokens(machine: MachineConfig, sizes: GPTSizes, *, training_peak_byt
     return tokens
 
 
-def answers_at_a_time(
-    what: str,
-    device: Device,
-    sizes: GPTSizes,
-    *,
-    row_tokens: int,
-    most: int = bounds.DECODED_ROWS,
-    bits: int | None = None,
-    kv_bits: int | None = None,
-    kept_tokens: int = 0,
-    held_bytes: int = 0,
-    remedy: str = "",
-) -> int:
-    """Return how many answers can be decoded at a time beside the model's weights, at most `most`.
-
-    Args:
-        what: needs the memory, for the message.
-        device: what computes.
-        sizes: of the model.
-        row_tokens: prompt and answer, at most.
-        most: that are wanted.
-        bits: of the model's matrices; its own weights are freed once they are packed.
-        kv_bits: of keys and values.
-        kept_tokens: whose keys and values are kept for later prompts.
-        held_bytes: what is in memory besides.
-        remedy: what lowers the need, for the message.
-
-    Raises:
-        ConfigError: there is no room for a single one.
-    """
-    counts = count_parameters(sizes)
-    weights = round(_held(counts, bits, device) * device.compute_bytes)
-    loading = 0 if bits is None else weights + counts["total"] * device.compute_bytes
-    kept = kept_tokens * sizes.num_layers * 2 * sizes.kv_width * _packed(kv_bits, device) * device.compute_bytes
-
-    def needed(rows: int) -> int:
-        sampling = predict_sampling_bytes(sizes, device, rows=rows, row_tokens=row_tokens, bits=bits, kv_bits=kv_bits)
-        return max(loading, weights + round(kept) + sampling) + held_bytes
-
-    if rows := device.most_rows(most, needed):
-        return rows
-    text = _excess(device, needed(1), f"its weights and one row of {row_tokens:,} tokens, prompt and answer")
-    raise ConfigError(f"{what} {text}" + (f". To lower the need: {remedy}" if remedy else ""))
-
-
 def answers_of_eval(step: str, device: Device, sizes: GPTSizes, max_new_tokens: int) -> int:
     """Return how many questions an evaluation answers at a time; prompts are cropped to the context.
 
     Raises:
         ConfigError: there is no room for a single one.
     """
-    row_tokens = sizes.context_tokens + max_new_tokens
-    return answers_at_a_time(step, device, sizes, row_tokens=row_tokens, remedy="a smaller eval.max_new_tokens")
+    decoding = Decoding(sizes=sizes, device=device, row_tokens=sizes.context_tokens + max_new_tokens)
+    return decoding.rows(step, remedies=["a smaller eval.max_new_tokens"])
 
 
 def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:
@@ -675,11 +647,6 @@ def _trainings(config: Config, plan: list[PlannedStep]) -> list[tuple[PlannedSte
     given = find_given_sizes(config, plan)
     found = ((step, training_of(config, step.stage.name, given.get(step.name))) for step in plan if not step.done)
     return [(step, training) for step, training in found if training is not None]
-
-
-def _excess(device: Device, needed_bytes: int, what: str) -> str:
-    limit = format_bytes(device.limit_bytes or 0)
-    return f"needs about {format_bytes(needed_bytes)} for {what}; the limit is {limit} ({device.limit_is})"
 
 
 def _memory_bytes(kind: str, *, ask_mlx: bool) -> int | None:

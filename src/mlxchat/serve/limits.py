@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from mlxchat.errors import ConfigError
+from mlxchat.ops.machine import KEPT_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Limits:
     """Answers that wait for a row; further requests are refused with 429."""
     max_models: int = 2
     """Models in memory. A request for another one waits until one of them is idle; the least recently used one goes."""
-    kept_tokens: int = 8192
+    kept_tokens: int = KEPT_TOKENS
     """Tokens of earlier conversations whose keys and values are kept for their next turns, for each model; 0: none."""
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 from mlxchat.planning.given import sizes_of_folder
-from mlxchat.planning.memory import answers_at_a_time, find_device
+from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.runner.integrity import check_model
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
@@ -309,14 +309,14 @@ def rows_that_fit(
     Raises:
         ConfigError: there is no room for a single one.
     """
-    remedy = [f"--max-models {limits.max_models - 1}"] if held_bytes and limits.max_models > 1 else []
-    remedy += ["--kv-bits 4"] if kv_bits is None else []
-    remedy += ["a smaller --kept-tokens"] if limits.kept_tokens else []
-    return answers_at_a_time(
-        model.name, find_device(ask_mlx=True), sizes_of_folder(model.folder), row_tokens=model.context_tokens,
-        most=limits.max_rows, bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens, held_bytes=held_bytes,
-        remedy="; ".join(remedy),
+    remedies = [f"--max-models {limits.max_models - 1}"] if held_bytes and limits.max_models > 1 else []
+    remedies += ["--kv-bits 4"] if kv_bits is None else []
+    remedies += ["a smaller --kept-tokens"] if limits.kept_tokens else []
+    decoding = Decoding(
+        sizes=sizes_of_folder(model.folder), device=find_device(ask_mlx=True), row_tokens=model.context_tokens,
+        bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens,
     )  # fmt: skip
+    return decoding.rows(model.name, most=limits.max_rows, held_bytes=held_bytes, remedies=remedies)
 
 
 def load_scheduler(

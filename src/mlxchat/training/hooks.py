@@ -25,6 +25,7 @@ from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.core_step import open_bundle
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.model.gpt import GPT
+from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
@@ -67,7 +68,8 @@ def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tok
     """
     if not config.suite:
         return []
-    engine, tasks = make_engine(ctx.team, model, tokenizer, trained=True), dict[str, Task]()
+    rows = ctx.derived.get("sampled_rows", DECODED_ROWS)
+    engine, tasks = make_engine(ctx.team, model, tokenizer, trained=True, max_rows=rows), dict[str, Task]()
     answering = Answering(
         batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens,
         batch_tokens=_tokens_at_a_time(ctx, model),
