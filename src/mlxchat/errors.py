@@ -6,6 +6,7 @@ MlxchatError            one clear message, no traceback, exit code 2
 ├── StoreError          the outputs folder: not writable, damaged, no such artifact
 ├── PassingError        something outside that another try may find mended: retried, see conf/config.yaml
 ├── StepFailed          a step raised or did not make what it promised (exit code 1)
+│   └── PeerLost        another rank of the run is gone
 └── Interrupted         a signal stopped the run at a safe point (exit code 128 + signal)
 
 `MLXCHAT_DEBUG=1` shows the traceback in every case. Programming faults are plain assertions.
@@ -50,6 +51,10 @@ class StepFailed(MlxchatError):
     """A step raised, or left a promised file unwritten."""
 
     exit_code = 1
+
+
+class PeerLost(StepFailed):
+    """Another rank of the run is gone."""
 
 
 class Interrupted(MlxchatError):

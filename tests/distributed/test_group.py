@@ -52,7 +52,7 @@ def use_group(group: Group) -> dict[str, Any]:
         "a": mx.full((3, 2), rank + 1.0), "b": mx.array([rank], dtype=mx.int32), "c": mx.array(0.25 * rank),
         "none": mx.zeros((0, 4)), "d": mx.full((5,), 10.0 * rank),
     }  # fmt: skip
-    for size in (64 * 2**20, 1):
+    for size in (1, 64 * 2**20):
         group_module.BUCKET_BYTES = size
         found[f"sums {size}"] = {name: np.array(value).tolist() for name, value in group.sum(ours).items()}
     noise = mx.array(np.random.default_rng(rank).normal(size=1001).astype(np.float32))
@@ -204,10 +204,9 @@ def leave(group: Group) -> str:
 
 
 def test_a_lost_rank_raises_peer_lost() -> None:
-    said = ranks.run_ranks(leave, 2, seconds=60)
+    said = ranks.run_ranks(leave, 2, fresh=True)
     assert said[1] == "left"
     assert "another process of the group is gone" in said[0]
-    assert "continues from what was saved last" in said[0]
 
 
 # Dealing

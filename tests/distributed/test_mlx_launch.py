@@ -43,12 +43,6 @@ def test_other_verbs_print_once(launch: Any, tmp_path: Path) -> None:
     assert text.count("nothing") == 1, text
 
 
-def test_a_config_error_is_printed_once(launch: Any, tmp_path: Path) -> None:
-    text, _ = launch("machine.num_processes=3", "experiment=smoke", f"outputs={tmp_path}").communicate(timeout=60)
-    assert text.count("error:") == 1, text
-    assert "machine.num_processes is 3, but there are 2 ranks already: leave it out" in text
-
-
 @pytest.fixture
 def two_hosts(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     """Return how to launch on this host and on one that ssh leads to, which is this one with other variables."""
@@ -68,11 +62,12 @@ def two_hosts(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     return make
 
 
-def test_ranks_of_a_hostfile_connect(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
+def test_ranks_of_a_hostfile_connect_and_print_an_error_once(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
     process = launch("machine.num_processes=3", "experiment=smoke", f"outputs={tmp_path}", **two_hosts("A=B"))
     text, _ = process.communicate(timeout=60)
     assert "2 ranks compute together (ring)" in text
     assert text.count("error:") == 1, text
+    assert "machine.num_processes is 3, but there are 2 ranks already: leave it out" in text
 
 
 def test_a_host_with_another_version_is_refused(launch: Any, two_hosts: Any, tmp_path: Path) -> None:

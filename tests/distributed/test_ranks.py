@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +17,11 @@ import pytest
 import mlxchat
 from kit import ranks
 from mlxchat.compose import compose_config
-from mlxchat.distributed.group import PeerLost
 from mlxchat.distributed.ranks import Ranks, computes, find_meeting, lead_ranks
 from mlxchat.distributed.watch import Line, Watch, code_digest, connect, find_facts, listen_at
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.ops import machine as machine_module
 from mlxchat.pipeline_run import remark_few_rows
-from mlxchat.runner.signals import stop_on_signals
 
 
 def write(folder: Path, value: Any) -> str:
@@ -228,21 +224,3 @@ def test_more_ranks_than_rows_gives_a_remark() -> None:
     ]
     (line,) = remark_few_rows(config, plan, 3)
     assert line == "pretrain   has 2 rows in an iteration for 3 ranks: some have nothing to train on"
-
-
-@pytest.fixture
-def terminated() -> Iterator[None]:
-    """Put the handler of SIGTERM back."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("terminated")
-def test_a_launchers_sigterm_does_not_hide_the_lost_rank(tmp_path: Path) -> None:
-    """mlx.launch sends SIGTERM to all ranks when one has ended."""
-    ranks: Any = Ranks()
-    ranks.watch = SimpleNamespace(cause=lambda: "rank 1 was killed")
-    with pytest.raises(StepFailed, match="rank 1 was killed"), stop_on_signals(lambda number: None, lambda: None):
-        raise ranks.explain(PeerLost("ring"), tmp_path)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN

@@ -212,6 +212,5 @@ def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_peak_memory_is_within_15_percent_of_the_prediction(size: int) -> None:
     """To 15 %, of a model of six layers; weights are on all ranks, moments are dealt out."""
-    found = ranks.lead_ranks(peak_of_large, size, seconds=120)
-    print(found)
+    found = ranks.lead_ranks(peak_of_large, size, seconds=120, fresh=True)
     assert found["held"] == pytest.approx([found["predicted"]] * size, rel=0.15)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,17 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.distributed import ranks, watch
-from mlxchat.distributed.group import PeerLost
 from mlxchat.distributed.watch import Line, Watch, connect, find_facts, listen_at
-from mlxchat.errors import StepFailed
+from mlxchat.errors import PeerLost, StepFailed
+from mlxchat.runner.signals import stop_on_signals
+
+
+@pytest.fixture
+def terminated() -> Iterator[None]:
+    """Put the handler of SIGTERM back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -68,6 +77,7 @@ def gather(seen: Watch, facts: dict[str, Any], token: str, seconds: float = 5) -
     return other
 
 
+@pytest.mark.usefixtures("terminated")
 def test_a_hanging_rank_is_reported_and_calls_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "SILENCE_SECONDS", 1.0)
     monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
@@ -76,12 +86,25 @@ def test_a_hanging_rank_is_reported_and_calls_raise(monkeypatch: pytest.MonkeyPa
     try:
         seen.begin()
         seen.wake()
-        assert "has said nothing for 1 seconds" in str(seen.cause())
+        assert "has said nothing for 1 seconds" in seen.explain()
         with pytest.raises(PeerLost, match="has said nothing"):
             seen.wake()
     finally:
         seen.leave()
         other.close()
+
+
+@pytest.mark.usefixtures("terminated")
+def test_a_launchers_sigterm_does_not_hide_the_lost_rank(tmp_path: Path) -> None:
+    """mlx.launch sends SIGTERM to all ranks when one has ended."""
+    seen = Watch(find_facts(0), 2)
+    seen.work, seen.loss = tmp_path, "rank 1 was killed"
+    seen._lost.set()
+    (tmp_path / "00000012").mkdir()
+    with stop_on_signals(lambda number: None, lambda: None):
+        text = seen.explain()
+    assert text == "rank 1 was killed. All ranks have ended. The same command continues from iteration 12."
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
 def test_a_silent_connection_delays_no_rank() -> None:
@@ -221,9 +244,8 @@ BLOCKED = """
 import mlxchat, ctypes, os, signal, threading
 from mlxchat.distributed.watch import Follower, connect, listen_at
 with listen_at("127.0.0.1", 0) as listener:
-    follower = Follower(connect(listener.getsockname()[:2], 5), "mini1", says=True)
+    follower = Follower(connect(listener.getsockname()[:2], 5), "mini1", is_here=True, says=True)
     rank_0 = listener.accept()[0].makefile("rb")
-follower.begin(same_host=True)
 def send():
     os.kill(os.getpid(), signal.SIGTERM)
     while b"stop" not in (line := rank_0.readline()):

@@ -1,16 +1,20 @@
-"""Ranks of a ring on this machine, each a process of one core, for tests; killed when the test is over.
+"""Ranks of a ring on this machine, each a process of one core, for tests.
 
 `run_ranks` has every rank call a function of a test file, `lead_ranks` only rank 0, while the others follow it.
-What goes in and comes out is JSON data. Functions of the test's own file
-may be given to `Team.call`.
+What goes in and comes out is JSON data. Functions of the test's own file may be given to `Team.call`.
+
+Ranks take 2.6 seconds to start, so those of a number stay for later tests, and end with this process. What a test
+leaves in a module or in MLX's caches is there in the next one; `fresh` ranks are for one call alone.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,11 +26,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-_MODULE = "mlxchat.of_the_test"
 _TESTS = Path(__file__).parents[1]
 
 
-def run_ranks(function: Callable[..., Any], size: int, *given: Any, seconds: float = 60) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], size: int, *given: Any, seconds: float = 60, fresh: bool = False
+) -> list[Any]:
     """Return what `function(group, *given)` returns on each of `size` ranks.
 
     Args:
@@ -34,46 +39,89 @@ def run_ranks(function: Callable[..., Any], size: int, *given: Any, seconds: flo
         size: ranks.
         given: JSON data.
         seconds: after which all are killed and the test fails.
+        fresh: whether the ranks are new ones, and end afterwards.
     """
-    return _start(function, size, given, seconds, follow=False)
+    return _call(function, size, given, seconds, follow=False, fresh=fresh)
 
 
-def lead_ranks(function: Callable[..., Any], size: int, *given: Any, seconds: float = 60) -> Any:
+def lead_ranks(function: Callable[..., Any], size: int, *given: Any, seconds: float = 60, fresh: bool = False) -> Any:
     """Return what `function(team, *given)` returns on rank 0, whose team has `size` ranks; the others follow."""
-    return _start(function, size, given, seconds, follow=True)[0]
+    return _call(function, size, given, seconds, follow=True, fresh=fresh)[0]
 
 
-def _start(
-    function: Callable[..., Any], size: int, given: tuple[Any, ...], seconds: float, *, follow: bool
+class _Ring:
+    """Ranks that wait for calls."""
+
+    def __init__(self, size: int) -> None:
+        self.folder, self.calls = Path(tempfile.mkdtemp()), 0
+        hosts = self.folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        for rank in range(size):
+            with (self.folder / f"{rank}.err").open("wb") as errors:
+                variables = {"PYTHONPATH": str(_TESTS), "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+                self.ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "kit.ranks"], env=os.environ | variables,
+                        stdin=subprocess.PIPE, stdout=errors, stderr=errors, start_new_session=True,
+                    )
+                )  # fmt: skip
+
+    def call(self, order: dict[str, Any], seconds: float, *, is_last: bool) -> list[Any]:
+        """Return the ranks' results; fail with what they said when one has ended without, or it takes too long."""
+        self.calls += 1
+        results = [self.folder / f"{self.calls}-{rank}.json" for rank in range(len(self.ranks))]
+        for rank, result in zip(self.ranks, results, strict=True):
+            assert rank.stdin is not None
+            with suppress(BrokenPipeError):
+                rank.stdin.write(json.dumps({**order, "result": str(result)}).encode() + b"\n")
+                rank.stdin.flush()
+                if is_last:
+                    rank.stdin.close()  # at which a rank ends once it has returned
+        until = time.monotonic() + seconds
+        while not all(result.exists() for result in results):
+            lost = [rank.poll() for rank, result in zip(self.ranks, results, strict=True) if not result.exists()]
+            if any(lost) or time.monotonic() > until:
+                codes = [rank.poll() for rank in self.ranks]
+                said = "\n".join(f"--- {path.stem}\n{path.read_text()}" for path in sorted(self.folder.glob("*.err")))
+                raise AssertionError(f"ranks ended with {codes} (None: it was still at work)\n{said}")
+            time.sleep(0.02)
+        return [json.loads(result.read_text()) for result in results]
+
+    def end(self) -> None:
+        for rank in self.ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_rings: dict[int, _Ring] = {}
+
+
+@atexit.register
+def _end_all() -> None:
+    while _rings:
+        _rings.popitem()[1].end()
+
+
+def _call(
+    function: Callable[..., Any], size: int, given: tuple[Any, ...], seconds: float, *, follow: bool, fresh: bool
 ) -> list[Any]:
     source = inspect.getsourcefile(function)
     assert source is not None
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
-        order = {"file": source, "function": function.__qualname__, "given": given, "follow": follow}
-        ranks: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(size):
-                with (folder / f"{rank}.err").open("wb") as errors:
-                    ranks.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", "kit.ranks", json.dumps(order), str(folder / f"{rank}.json")],
-                            env=os.environ
-                            | {"PYTHONPATH": str(_TESTS), "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-                            stdout=errors,
-                            stderr=errors,
-                            start_new_session=True,
-                        )
-                    )
-            _wait(ranks, folder, time.monotonic() + seconds)
-            return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
-        finally:
-            for process in ranks:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    ring = _Ring(size) if fresh else _rings.pop(size, None) or _Ring(size)
+    order = {"file": source, "function": function.__qualname__, "given": given, "follow": follow}
+    try:
+        found = ring.call(order, seconds, is_last=fresh)
+    except BaseException:
+        ring.end()
+        raise
+    if fresh:
+        ring.end()
+    else:
+        _rings[size] = ring
+    return found
 
 
 def free_ports(count: int) -> list[int]:
@@ -85,19 +133,7 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, until: float) -> None:
-    """Return when all have ended well; fail with what they said when one has not, or it takes too long."""
-    while any(process.poll() is None for process in ranks):
-        if any(process.poll() for process in ranks) or time.monotonic() > until:
-            break
-        time.sleep(0.02)
-    codes = [process.poll() for process in ranks]
-    if any(code != 0 for code in codes):
-        said = "\n".join(f"--- rank {rank}\n{(folder / f'{rank}.err').read_text()}" for rank in range(len(ranks)))
-        raise AssertionError(f"ranks ended with {codes} (None: it was still at work)\n{said}")
-
-
-def _be_a_rank(order: dict[str, Any], result: Path) -> None:
+def _be_a_rank() -> None:
     import mlxchat  # isort: split
 
     import mlx.core as mx
@@ -108,24 +144,34 @@ def _be_a_rank(order: dict[str, Any], result: Path) -> None:
 
     assert mlxchat
     mx.set_default_device(mx.cpu)
-    runtime.set_blas_threads(1)
     group = Group(mx.distributed.init(backend="ring", strict=True), "ring")
-    team, found = Team(group), None
-    # A team calls functions of mlxchat alone: those of the test's file belong to it here.
-    spec = importlib.util.spec_from_file_location(_MODULE, order["file"])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[_MODULE] = module
-    spec.loader.exec_module(module)
-    if order["follow"] and not group.leads:
-        team.follow()
-    else:
-        found = getattr(module, order["function"])(team if order["follow"] else group, *order["given"])
-        if order["follow"]:
-            group.share_json(None)
-    result.write_text(json.dumps(found))
+    while text := sys.stdin.readline():
+        order = json.loads(text)
+        runtime.set_blas_threads(1)
+        team, found = Team(group), None
+        function = getattr(_module_of(Path(order["file"])), order["function"])
+        if order["follow"] and not group.leads:
+            team.follow()
+        else:
+            found = function(team if order["follow"] else group, *order["given"])
+            if order["follow"]:
+                group.share_json(None)
+        result = Path(order["result"])
+        result.with_suffix(".new").write_text(json.dumps(found))
+        result.with_suffix(".new").rename(result)
+
+
+def _module_of(file: Path) -> Any:
+    """Return a test's file as a module of mlxchat: a team calls no others."""
+    name = f"mlxchat.of_{file.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 if __name__ == "__main__":
-    _be_a_rank(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    _be_a_rank()

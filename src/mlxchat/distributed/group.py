@@ -8,21 +8,17 @@ from __future__ import annotations
 import json
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.errors import StepFailed
+from mlxchat.errors import PeerLost
 from mlxchat.ops.machine import BUCKET_BYTES
 
 Arrays = dict[str, mx.array]
-
-
-class PeerLost(StepFailed):
-    """Another rank is gone."""
 
 
 @dataclass
@@ -47,6 +43,8 @@ class Group:
     backend: str = "none"
     """ring, jaccl, nccl or mpi."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
+    explain: Callable[[object], str] = field(default="another process of the group is gone ({})".format, compare=False)
+    """Takes the error of a collective; returns what `PeerLost` says."""
 
     @property
     def rank(self) -> int:
@@ -125,9 +123,7 @@ class Group:
             found: mx.array = collective(array, group=self.raw, stream=stream)
             mx.eval(found)
         except RuntimeError as error:
-            raise PeerLost(
-                f"another process of the group is gone ({error}). The same command continues from what was saved last."
-            ) from error
+            raise PeerLost(self.explain(error)) from error
         # Around a ring a sum takes 2 (n − 1) messages of an n-th, a gathering n − 1 of a whole.
         share = 2 / self.size if collective is mx.distributed.all_sum else 1
         self.traffic.sent_bytes += round(array.nbytes * share * (self.size - 1))

@@ -11,7 +11,6 @@ import faulthandler
 import json
 import os
 import platform
-import re
 import secrets
 import shlex
 import signal
@@ -27,7 +26,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.errors import ConfigError, Interrupted, StepFailed
+from mlxchat.distributed.watch import Follower, Watch, connect, find_facts, how_ended, listen_at
+from mlxchat.errors import ConfigError, Interrupted, PeerLost, StepFailed
 from mlxchat.ops.machine import share_of_cores
 from mlxchat.verbs import VERBS
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from mlxchat.config import MachineConfig
     from mlxchat.distributed.group import Group
     from mlxchat.distributed.team import Team
-    from mlxchat.distributed.watch import Watch
 
 # Secret of the run that ranks present to rank 0. Users may set it for mlx.launch.
 TOKEN = "MLXCHAT_RANKS_TOKEN"
@@ -175,9 +174,7 @@ def computes(arguments: list[str]) -> bool:
 
 def follow(meeting: Meeting) -> int:
     """Take part in what rank 0 computes until it ends; return the exit code."""
-    from mlxchat.distributed.group import PeerLost
     from mlxchat.distributed.team import Team
-    from mlxchat.distributed.watch import Follower, connect, find_facts
 
     facts, token = find_facts(meeting.rank), os.environ.get(TOKEN, "")
     is_child, group, address = _ADDRESS in os.environ, None, meeting.address
@@ -192,14 +189,16 @@ def follow(meeting: Meeting) -> int:
               file=sys.stderr)  # fmt: skip
         return 1
     line.send({"kind": "hello", "facts": facts, "token": token})
-    answer = line.receive(_WELCOME_SECONDS)
+    answer = None
+    with suppress(OSError, ValueError):
+        answer = line.receive(_WELCOME_SECONDS)
     if answer is None:
         line.close()
         return 1  # rank 0 reports why
     if group is None:
         group, _ = _join(meeting.backend, meeting.rank)
-    follower = Follower(line, answer["host"], says=meeting.rank == 1 and not is_child)
-    follower.begin(same_host=answer["host"] == facts["host"])
+    is_here = answer["host"] == facts["host"]
+    follower = Follower(line, answer["host"], is_here=is_here, says=meeting.rank == 1 and not is_child)
     if not is_child:
         _divert_errors(Path(os.devnull))
     print(f"rank {meeting.rank} of {meeting.size} on {facts['host']}", flush=True)
@@ -236,7 +235,6 @@ class Ranks:
         self.machine, self.threads = machine, threads
         self.watch: Watch | None = None
         self.team: Team | None = None
-        self.backend = "none"
 
     @property
     def size(self) -> int:
@@ -250,23 +248,24 @@ class Ranks:
         """Return whether nothing more can be computed together."""
         return self.watch is not None and (self.watch.loss is not None or (self.team is not None and self.team.open))
 
-    def start(self, run: Any, step: str) -> Team:
-        """Return all ranks, ready for a step; those of this machine are started for the first one.
+    def start(self, run: Any, work: Path) -> Team:
+        """Return all ranks, ready for a step that saves in `work`; those of this machine are started for the first one.
 
         Raises:
             StepFailed: a rank did not start, or was lost before.
             ConfigError: there are fewer GPUs than ranks.
             Interrupted: the run was asked to stop meanwhile.
         """
+        machine = self.machine
+        assert machine is not None
         if self.watch is None:
-            self._start_here(run)
-        watch, team, machine = self.watch, self.team, self.machine
+            self._start_here(run, machine)
+        watch, team = self.watch, self.team
         assert watch is not None
         assert team is not None
-        assert machine is not None
+        watch.work = work
         if self.is_broken:
-            loss = f"{watch.cause()}. " if watch.loss else ""
-            raise StepFailed(f"{loss}All ranks have ended. The same command continues.")
+            raise PeerLost(watch.explain())
         watch.on_stop = lambda number: run.stop_signal or (run.request_stop(number), run.announce_stop())
         pids = [facts["pid"] for _, facts in sorted(watch.facts.items())]
         text = json.dumps({**(self.describe() or {}), "pids": pids})
@@ -279,30 +278,12 @@ class Ranks:
         team.call(begin_step, {"machine": settings, "neighbours": neighbours})
         return team
 
-    def explain(self, error: BaseException, work: Path) -> BaseException:
-        """Return what to report for an error that ended the step with saved states in `work`: which rank was lost."""
-        from mlxchat.distributed.group import PeerLost
-
-        link: BaseException | None = error
-        while link is not None and not isinstance(link, PeerLost):
-            link = link.__cause__ or link.__context__
-        if self.watch is None or link is None:
-            return error
-        with suppress(ValueError):  # mlx.launch stops all ranks when one has ended: rank 0 first reports why
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        loss = self.watch.cause() or f"the connection between the ranks broke ({error})"
-        found = [int(path.name) for path in work.glob("*") if re.fullmatch(r"\d{8}", path.name)]
-        where = f"iteration {max(found)}" if found else "what was saved last"
-        failure = StepFailed(f"{loss}. All ranks have ended. The same command continues from {where}.")
-        failure.__cause__ = error
-        return failure
-
     def describe(self) -> dict[str, Any] | None:
         """Return number, backend and hosts of the ranks, for records; None: there are none yet."""
-        if self.watch is None:
+        if self.watch is None or self.team is None:
             return None
         hosts = [facts["host"] for _, facts in sorted(self.watch.facts.items())]
-        return {"size": self.size, "backend": self.backend, "hosts": hosts}
+        return {"size": self.size, "backend": self.team.group.backend, "hosts": hosts}
 
     def kill(self) -> None:
         """End all ranks at once."""
@@ -315,15 +296,13 @@ class Ranks:
         host = self.watch.facts[rank]["host"]
         return sum(facts["host"] == host for facts in self.watch.facts.values())
 
-    def _start_here(self, run: Any) -> None:
+    def _start_here(self, run: Any, machine: MachineConfig) -> None:
         """Start further processes on this machine, and connect all."""
         import mlx.core as mx
 
-        from mlxchat.distributed.watch import Watch, find_facts, listen_at
         from mlxchat.ops.device import backend
 
-        machine, size = self.machine, self.size
-        assert machine is not None
+        size = self.size
         on_gpus = machine.device != "cpu" and backend() == "cuda"
         kind = "nccl" if on_gpus and mx.distributed.is_available("nccl") else "ring"
         if kind == "nccl" and (gpus := mx.device_count(mx.gpu)) < size:
@@ -343,22 +322,21 @@ class Ranks:
                     watch.children[rank] = _spawn(rank, variables, run.folder, machine.blas_threads or 1, kind)
                 watch.gather(listener, _START_SECONDS, lambda: _check_start(run, watch), [])
                 os.environ.update(variables | {"MLX_RANK": "0"})
-                self._connect(watch, kind)
+                self._lead(watch, *_join(kind, 0))
             except BaseException:
                 watch.leave()
                 raise
         run.say(f"{size} ranks compute together ({kind}): {run.folder.name}/rank-1.log has what the others print")
 
-    def _connect(self, watch: Watch, backend: str, joined: tuple[Group, list[int]] | None = None) -> None:
-        """Join MLX's group, unless that is done, and watch the other ranks from now on."""
+    def _lead(self, watch: Watch, group: Group, handles: list[int]) -> None:
+        """Watch the other ranks of MLX's group from now on."""
         global _current
         from mlxchat.distributed.team import Team
 
-        group, handles = joined or _join(backend, 0)
         watch.on_loss = lambda: _shut(handles)
         watch.begin()
-        self.watch, self.backend = watch, backend
-        self.team = team = Team(group, watch.wake)
+        self.watch = watch
+        self.team = team = Team(replace(group, explain=watch.explain), watch.wake)
         watch.is_calling = lambda: team.open
         _current = self
         atexit.register(self._end, watch)
@@ -408,9 +386,7 @@ def _meet(meeting: Meeting) -> None:
         ConfigError: they differ, or this machine does not have the address of rank 0.
         StepFailed: one did not come.
     """
-    from mlxchat.distributed.watch import Watch, find_facts, listen_at
-
-    ranks, watch = Ranks(), Watch(find_facts(0), meeting.size, os.environ.get(TOKEN, ""))
+    watch = Watch(find_facts(0), meeting.size, os.environ.get(TOKEN, ""))
     joined = None if meeting.address is not None else _join(meeting.backend, 0)
     host, port = meeting.address or ("", 0)
     try:
@@ -424,7 +400,7 @@ def _meet(meeting: Meeting) -> None:
         if joined is not None:
             joined[0].share_json([platform.node(), listener.getsockname()[1]])
         watch.gather(listener, _MEET_SECONDS, lambda: None, meeting.hosts)
-    ranks._connect(watch, meeting.backend, joined)
+    Ranks()._lead(watch, *(joined or _join(meeting.backend, 0)))
     places = ", ".join(dict.fromkeys(str(facts["host"]) for facts in watch.facts.values()))
     print(f"{meeting.size} ranks compute together ({meeting.backend}): {places}", flush=True)
 
@@ -447,8 +423,6 @@ def _spawn(rank: int, variables: dict[str, str], folder: Path, threads: int, kin
 
 def _check_start(run: Any, watch: Watch) -> None:
     """Raise if the run was asked to stop, or a rank ended while it started."""
-    from mlxchat.distributed.watch import how_ended
-
     if run.stop_signal is not None:
         raise Interrupted("stopped before its ranks were there. The same command continues.", run.stop_signal)
     for rank, child in watch.children.items():

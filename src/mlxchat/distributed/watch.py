@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import importlib.metadata
 import json
+import math
 import os
 import platform
 import queue
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 from mlxchat import __version__
-from mlxchat.distributed.group import PeerLost
-from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.errors import ConfigError, PeerLost, StepFailed
 
 Message = dict[str, Any]
 Facts = dict[str, Any]
@@ -42,6 +42,7 @@ _END_SECONDS = 5.0
 # How long rank 0 may stay in a call after a rank was lost before it is ended.
 _NOTICE_SECONDS = 20.0
 _LOOK_SECONDS = 0.1
+_LONGEST_MESSAGE = 65_536
 
 # What must be equal on all ranks, and its name in messages.
 _EQUAL = {"mlxchat": "mlxchat", "code": "code of mlxchat (digest)", "mlx": "MLX", "backend": "backend"}
@@ -55,34 +56,60 @@ class Line:
         with suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
-        self._socket, self._file, self._sending = connection, connection.makefile("rb"), threading.Lock()
-        self.heard = time.monotonic()
-        """When the last message arrived."""
+        self._socket, self._sending, self._received = connection, threading.Lock(), b""
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
 
     def send(self, message: Message) -> None:
         """Send a message; it is dropped if the connection is closed, or full because the other side does not read."""
         with self._sending, suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n", socket.MSG_DONTWAIT)
 
-    def receive(self, seconds: float | None = None) -> Message | None:
-        """Return the next message; None after `seconds`, at the end, or if it is not a JSON object."""
-        try:
-            self._socket.settimeout(seconds)
-            text = self._file.readline(65_536)
-            self._socket.settimeout(None)
-            self.heard = time.monotonic()
-            message = json.loads(text) if text.endswith(b"\n") else None
-        except (OSError, ValueError):  # ValueError: closed in this process, or not JSON
-            return None
-        return message if isinstance(message, dict) else None
+    def receive(self, seconds: float) -> Message | None:
+        """Return the next message, or None after `seconds`.
 
-    def listen(self, on_message: Callable[[Message], None], on_end: Callable[[], None]) -> None:
-        """Start a thread that calls a function with every message, and another one at the end."""
+        Raises:
+            OSError: the connection ended.
+            ValueError: something else than a JSON object came.
+        """
+        until = time.monotonic() + seconds
+        while b"\n" not in self._received:
+            # At least once: what came while this process was stopped is read first.
+            if not self._readable.poll(max(0.0, until - time.monotonic()) * 1000):
+                return None
+            data = self._socket.recv(_LONGEST_MESSAGE)
+            if not data or len(self._received) > _LONGEST_MESSAGE:
+                raise ConnectionError("the other side has ended")
+            self._received += data
+        text, _, self._received = self._received.partition(b"\n")
+        message = json.loads(text)
+        if not isinstance(message, dict):
+            raise ValueError("a message is a JSON object")
+        return message
+
+    def listen(
+        self, on_message: Callable[[Message], None], on_end: Callable[[str], None], patience: float = math.inf
+    ) -> None:
+        """Start a thread that sends a beat every second and calls a function with every message.
+
+        It calls `on_end` once the connection has ended, or with a text when nothing came for `patience` seconds.
+        """
 
         def work() -> None:
-            while (message := self.receive()) is not None:
-                on_message(message)
-            on_end()
+            heard, next_beat = time.monotonic(), 0.0
+            while True:
+                if (now := time.monotonic()) >= next_beat:
+                    self.send({"kind": "beat"})
+                    next_beat = now + BEAT_SECONDS
+                try:
+                    message = self.receive(next_beat - now)
+                except (OSError, ValueError):
+                    return on_end("")
+                if message is not None:
+                    heard = time.monotonic()
+                    on_message(message)
+                elif time.monotonic() - heard > patience:
+                    return on_end(f"has said nothing for {patience:g} seconds")
 
         threading.Thread(target=work, name="line", daemon=True).start()
 
@@ -90,9 +117,7 @@ class Line:
         """End the connection for both sides, and for a thread that reads it."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        for part in (self._file, self._socket):
-            with suppress(OSError):
-                part.close()
+        self._socket.close()
 
 
 def connect(address: tuple[str, int], seconds: float) -> Line:
@@ -121,21 +146,6 @@ def listen_at(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=64)
 
 
-def _beat(lines: Mapping[int, Line], is_over: Callable[[], bool], on_silence: Callable[[int], None]) -> None:
-    """Send a beat every second until it is over; call `on_silence` with a rank that sends none."""
-    last = time.monotonic()
-    while not is_over():
-        time.sleep(BEAT_SECONDS)
-        now = time.monotonic()
-        for rank, line in lines.items():
-            if now - last > 3 * BEAT_SECONDS:
-                line.heard = now  # this process was stopped or had no core: beats wait to be read
-            line.send({"kind": "beat"})
-            if now - line.heard > SILENCE_SECONDS and not is_over():
-                on_silence(rank)
-        last = now
-
-
 class Watch:
     """Rank 0's lines to all other ranks."""
 
@@ -145,6 +155,8 @@ class Watch:
         self.facts: dict[int, Facts] = {0: facts}
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         """Ranks that this process started."""
+        self.work: Path | None = None
+        """Where the step saves."""
         self.on_stop: Callable[[int], object] = lambda number: None
         """Called with the signal that another rank received."""
         self.on_loss: Callable[[], None] = lambda: None
@@ -156,8 +168,8 @@ class Watch:
         self._lines: dict[int, Line] = {}
         self._lost, self._noticed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._failures: dict[int, str | None] = {}
-        """Rank → its error; None: it lost another rank."""
+        self._failures: dict[int, str] = {}
+        """Rank → its error."""
         self._over = False
 
     def gather(self, listener: socket.socket, seconds: float, check: Callable[[], None], where: list[str]) -> None:
@@ -195,11 +207,7 @@ class Watch:
     def begin(self) -> None:
         """Start to listen to the ranks and to detect lost ones."""
         for rank, line in self._lines.items():
-            line.heard = time.monotonic()
-            line.listen(partial(self._hear, rank), partial(self._miss, rank))
-        silence = f"has said nothing for {SILENCE_SECONDS:g} seconds: it hangs, was stopped, or its network is gone"
-        beats = (self._lines, lambda: self._over or self.loss is not None, lambda rank: self._lose(rank, silence))
-        threading.Thread(target=_beat, args=beats, name="beats", daemon=True).start()
+            line.listen(partial(self._hear, rank), partial(self._miss, rank), SILENCE_SECONDS)
 
     def wake(self) -> None:
         """Have all ranks take part in a call.
@@ -208,14 +216,22 @@ class Watch:
             PeerLost: a rank is lost.
         """
         if self.loss is not None:
-            raise PeerLost(self.loss)
+            raise PeerLost(self.explain())
         self._send({"kind": "call"})
 
-    def cause(self) -> str | None:
-        """Return which rank was lost and how, after a short wait for the report; the caller ends the run."""
+    def explain(self, error: object = None) -> str:
+        """Return which rank was lost and where the same command continues, after a short wait for reports.
+
+        The caller ends the run; until it has, SIGTERM is ignored: mlx.launch sends it to all ranks once one has ended.
+        """
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._lost.wait(_CAUSE_SECONDS)
         self._noticed.set()
-        return self.loss
+        loss = self.loss or f"the connection between the ranks broke ({error})"
+        saved = sorted(self.work.glob("[0-9]" * 8)) if self.work is not None else []
+        where = f"iteration {int(saved[-1].name)}" if saved else "what was saved last"
+        return f"{loss}. All ranks have ended. The same command continues from {where}."
 
     def end(self) -> None:
         """Let all ranks end normally."""
@@ -245,7 +261,9 @@ class Watch:
 
     def _greet(self, line: Line) -> None:
         """Accept a connection that presents the token and a rank that is still missing."""
-        message = line.receive(10.0) or {}
+        message: Message = {}
+        with suppress(OSError, ValueError):
+            message = line.receive(10.0) or {}
         knows = hmac.compare_digest(str(message.get("token", "")).encode(), self._token.encode())
         facts = message.get("facts")
         rank = facts.get("rank") if isinstance(facts, dict) else None
@@ -261,24 +279,22 @@ class Watch:
         if kind == "stop":
             self.on_stop(signal.SIGINT if message.get("signal") == signal.SIGINT else signal.SIGTERM)
         elif kind == "failed":
-            self._failures[rank] = None if message.get("peer") else str(message.get("text"))
+            self._failures[rank] = str(message.get("text"))
 
-    def _miss(self, rank: int) -> None:
-        """Find out how a rank ended whose line is closed."""
+    def _miss(self, rank: int, silence: str) -> None:
+        """Find out how a rank was lost whose line is closed or silent, and end the run."""
         if self._over:
             return
-        if rank in self._failures:
-            if self._failures[rank] is None:  # another rank is the cause, and its line closes too
-                self._lost.wait(_CAUSE_SECONDS)
-            self._lose(rank, f"failed: {self._failures[rank] or 'it lost its connection to another rank'}")
-            return
-        code = None
-        if rank in self.children:
-            with suppress(subprocess.TimeoutExpired):
-                code = self.children[rank].wait(_CODE_SECONDS)
-        self._lose(rank, how_ended(code))
-
-    def _lose(self, rank: int, how: str) -> None:
+        if silence:
+            how = f"{silence}: it hangs, was stopped, or its network is gone"
+        elif rank in self._failures:
+            how = f"failed: {self._failures[rank]}"
+        else:
+            code = None
+            if rank in self.children:
+                with suppress(subprocess.TimeoutExpired):
+                    code = self.children[rank].wait(_CODE_SECONDS)
+            how = how_ended(code)
         with self._lock:
             if self._over or self.loss is not None:
                 return
@@ -299,24 +315,24 @@ class Watch:
 
 
 class Follower:
-    """The line of another rank to rank 0, with which that rank ends."""
+    """The line of another rank to rank 0, with which that rank ends. It passes signals on to rank 0, which saves."""
 
-    def __init__(self, line: Line, host: str, *, says: bool) -> None:
-        """Take the line and the host of rank 0; `says`: whether this rank reports a lost rank 0 on the terminal."""
-        self.line, self.host, self.says = line, host, says
+    def __init__(self, line: Line, host: str, *, is_here: bool, says: bool) -> None:
+        """Take the line to rank 0 on `host`.
+
+        Args:
+            line: begins to be read.
+            host: of rank 0.
+            is_here: whether that is this host: then the kernel reports rank 0's end, and a stopped one may continue.
+            says: whether this rank reports a lost rank 0 on the terminal.
+        """
+        self._line, self._host, self._says = line, host, says
         self._calls: queue.Queue[bool] = queue.Queue()
         self.wait: Callable[[], bool] = self._calls.get
         """Returns True when rank 0 calls, False at the end."""
         self._over = False
         self._terminal = os.dup(2)
-
-    def begin(self, *, same_host: bool) -> None:
-        """Start to listen to rank 0 and to pass signals on."""
-        self.line.listen(self._hear, lambda: self._end_alone(f"rank 0 on {self.host} has gone"))
-        silence = f"rank 0 on {self.host} has said nothing for {SILENCE_SECONDS:g} seconds"
-        # On one machine the kernel reports its end, and one that is stopped may continue.
-        beats = ({0: self.line}, lambda: self._over, lambda rank: None if same_host else self._end_alone(silence))
-        threading.Thread(target=_beat, args=beats, name="beats", daemon=True).start()
+        line.listen(self._hear, self._end_alone, math.inf if is_here else SILENCE_SECONDS)
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)
@@ -326,8 +342,9 @@ class Follower:
 
     def fail(self, error: BaseException) -> None:
         """Report the error with which this rank ends."""
-        text = f"{type(error).__name__}: {error}"[:8_000]
-        self.line.send({"kind": "failed", "text": text, "peer": isinstance(error, PeerLost)})
+        if isinstance(error, PeerLost):  # rank 0 finds out which rank was lost, and then ends this one
+            time.sleep(_CAUSE_SECONDS)
+        self._line.send({"kind": "failed", "text": f"{type(error).__name__}: {error}"[:8_000]})
         self._over = True
 
     def _hear(self, message: Message) -> None:
@@ -338,28 +355,30 @@ class Follower:
         if kind in ("call", "end"):
             self._calls.put(kind == "call")
 
-    def _end_alone(self, what: str) -> None:
+    def _end_alone(self, silence: str) -> None:
         if self._over:
             return
-        if self.says:
-            text = f"error: {what}: this run is over. The same command continues from what was saved last.\n"
+        if self._says:
+            text = f"error: rank 0 on {self._host} {silence or 'has gone'}: this run is over. "
             with suppress(OSError):
-                os.write(self._terminal, text.encode())
+                os.write(self._terminal, f"{text}The same command continues from what was saved last.\n".encode())
         os._exit(1)
 
     def _pass_signals(self, reading: int) -> None:
         """Pass the first signal on to rank 0, which saves; leave at once at the second one, also inside MLX."""
-        self.line.send({"kind": "stop", "signal": os.read(reading, 1)[0]})
+        self._line.send({"kind": "stop", "signal": os.read(reading, 1)[0]})
         os._exit(128 + os.read(reading, 1)[0])
 
 
 def find_facts(rank: int) -> Facts:
     """Return rank, host, process, versions, digest of the code and backend (cpu, metal or cuda) of this process."""
+    from importlib.metadata import version
+
     from mlxchat.ops.device import backend
 
     return {
         "rank": rank, "host": platform.node(), "pid": os.getpid(), "mlxchat": __version__, "code": code_digest(),
-        "mlx": importlib.metadata.version("mlx"), "backend": backend(),
+        "mlx": version("mlx"), "backend": backend(),
     }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def _prepare(
         config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
         work=work / "ckpt", root_seed=run.seed, root_data_seed=run.data_seed,
         hints=run.policy.hints, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
-        team=run.ranks.start(run, step.name) if run.ranks is not None and "gpu" in step.stage.resources else None,
+        team=run.ranks.start(run, work / "ckpt") if run.ranks is not None and "gpu" in step.stage.resources else None,
         shared=SharedArtifacts(
             outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
         ),
@@ -185,7 +185,7 @@ def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
             "to, and was ended."
         )
     except BaseException as raised:
-        error = run.ranks.explain(raised, ctx.work) if run.ranks is not None else raised
+        error = raised
     with suppress(OSError):
         attempt_log.finish(work, attempt, "failed", _tell(error), ctx.resumed_from)
     run.try_event("step_failed", step=step.name, error=_tell(error))

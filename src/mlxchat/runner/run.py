@@ -27,11 +27,12 @@ def _no_gpu() -> bool:
 class Ranks(Protocol):
     """The processes that compute a run's steps together, this one being the first."""
 
-    def start(self, run: Run, step: str) -> Team:
-        """Return them ready for a step, started now if need be; StepFailed: that is not possible."""
+    def start(self, run: Run, work: Path) -> Team:
+        """Return them ready for a step that saves in `work`, started now if need be.
 
-    def explain(self, error: BaseException, work: Path) -> BaseException:
-        """Return what is told of an error that ended the step whose saved states lie in `work`."""
+        Raises:
+            StepFailed: that is not possible.
+        """
 
     def describe(self) -> dict[str, Any] | None:
         """Return their number, backend and hosts, or None if there are none yet."""

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from mlxchat.distributed.group import PeerLost
-from mlxchat.errors import DataError, Interrupted, StepFailed
+from mlxchat.errors import DataError, Interrupted, PeerLost, StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.runner.context import Context
