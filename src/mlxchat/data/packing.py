@@ -174,7 +174,7 @@ class RowStream(ABC):
             row[filled:end], trained[filled:end] = ids, is_trained
             filled = end
             self.placed.append(address)
-        if filled < 2:  # too few to predict one
+        if filled < 2 and self._padding is None:  # too few to predict one
             raise EndOfText
         row[filled:] = row[0] if self._padding is None else self._padding
         return row[:-1], np.where(trained[1:], row[1:], np.int32(IGNORED))
@@ -334,7 +334,9 @@ class ConversationRows(RowStream):
             space -= length
             if self._alone:
                 break
-        if not self._buffer and not self._source.left and space < row_space:
+        if not self._buffer and not self._source.left:
+            if space == row_space:
+                raise EndOfText
             self._source.begin_epoch()
 
     def counts(self) -> dict[str, float]:
