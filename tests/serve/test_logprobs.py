@@ -55,8 +55,8 @@ def test_text_offset_counts_an_echoed_prompt(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the dog")
     choice = Choice(tokenizer, Parts(tokenizer), position=len("the cat"))
     for id_ in ids:
-        list(choice.add(Event(id=0, token=id_, sampled=True, text=tokenizer.decode([id_]), logprob=-1.0)))
-    told = choice.text_logprobs()
+        choice.add(Event(id=0, token=id_, sampled=True, text=tokenizer.decode([id_]), logprob=-1.0))
+    told = choice.text_logprobs(choice.events)
     assert told is not None
     text = "the cat" + "the dog"
     ends = [*told["text_offset"][1:], len(text)]
@@ -74,11 +74,11 @@ def test_text_offset_counts_characters_cut_short(data: bytes, echoed: bool, toke
     choice = Choice(tokenizer, Parts(tokenizer), ids if echoed else [])
     if echoed:
         last = Event(id=0, token=ids[0], sampled=True, logprob=-1.0, prompt_logprobs=[(-1.0, [])] * (len(ids) - 1))
-        told = choice.text_logprobs(last)
+        choice.add(last)
     else:
         for id_ in ids:
-            list(choice.add(Event(id=0, token=id_, sampled=True, logprob=-1.0)))
-        told = choice.text_logprobs()
+            choice.add(Event(id=0, token=id_, sampled=True, logprob=-1.0))
+    told = choice.text_logprobs(choice.events)
     assert told is not None
     ends = [len(data[:end].decode(errors="replace")) for end in range(1, len(data) + 1)]
     assert told["text_offset"][: len(ids)] == [end - 1 for end in ends], "each byte is in the character it ends in"
@@ -116,14 +116,15 @@ def test_alternatives_that_are_no_text_by_themselves_are_not_merged(tokenizer: T
     ]
     event = Event(id=0, token=ids[-1], sampled=True, logprob=-3.0, top_logprobs=[(id_, -float(id_)) for id_ in ids])
     choice = Choice(tokenizer, Parts(tokenizer))
-    told = choice.text_logprobs(event)
+    choice.add(event)
+    told = choice.text_logprobs(choice.newest)
     assert told is not None
     (top,) = told["top_logprobs"]
     assert top == {"a": -float(a)} | {
         f"bytes:\\x{byte:02x}": -float(id_) for byte, id_ in zip(range(128, 160), ids[1:], strict=True)
     }
     assert told["tokens"] == ["bytes:\\x9f"]
-    chat = choice.chat_logprobs(event)
+    chat = choice.chat_logprobs(choice.newest)
     assert chat is not None
     assert [chat["content"][0]["token"], chat["content"][0]["bytes"]] == ["bytes:\\x9f", [0x9F]]
     assert [each["bytes"] for each in chat["content"][0]["top_logprobs"][1:]] == [[byte] for byte in range(128, 160)]

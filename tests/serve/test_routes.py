@@ -221,23 +221,51 @@ def test_files_and_text_are_read_outside_the_event_loop(
     assert [name for name, used in threads.items() if loop in used] == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_an_echoed_prompt_is_scored_outside_the_event_loop(
-    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    stream: bool, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a stream, 2,000 tokens with 20 alternatives each held up all others for a tenth of a second."""
+    """2,000 tokens with 20 alternatives each held up all other clients for a tenth of a second."""
+    from mlxchat.serve import listening
     from mlxchat.serve.choices import Choice
 
-    threads: set[int] = set()
-    told = Choice.text_logprobs
+    scored: list[int] = []
+    encoded: list[int] = []
+    of_prompt, write = Choice._of_prompt, listening.large_json
 
-    def recorded(choice: Any, event: Any = None) -> Any:
-        if event is not None and event.prompt_logprobs:
-            threads.add(threading.get_ident())
-        return told(choice, event)
+    def recorded_scores(choice: Any, event: Any) -> Any:
+        if event.prompt_logprobs:
+            scored.append(threading.get_ident())
+        return of_prompt(choice, event)
 
-    monkeypatch.setattr(Choice, "text_logprobs", recorded)
-    body = {"model": "pretrain", "prompt": "the cat", "max_tokens": 2, "echo": True, "logprobs": 2, "stream": True}
+    def recorded_json(value: Any) -> str:
+        encoded.append(threading.get_ident())
+        return write(value)
+
+    monkeypatch.setattr(Choice, "_of_prompt", recorded_scores)
+    monkeypatch.setattr(listening, "large_json", recorded_json)
+    body = {"model": "pretrain", "prompt": "the cat", "max_tokens": 2, "echo": True, "logprobs": 2, "stream": stream}
     with start() as server:
         assert server.client.post("/v1/completions", json=body).status_code == 200
-        assert threads
-        assert server.thread.ident not in threads
+        assert len(scored) == 1, "once for each choice"
+        assert encoded
+        assert server.thread.ident not in {*scored, *encoded}
+
+
+def test_large_json_is_json_that_no_single_call_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of the encoder holds the interpreter's lock until it ends, so a thread alone helped nobody."""
+    from mlxchat.serve import listening
+
+    value = {"a": [{"tokens": [f"é{n}" for n in range(5_000)], "top": [{"b": -1.5, "c": None}] * 130}], "n": 3, "e": []}
+    write, longest = listening._write_json, 0
+
+    def measured(piece: Any) -> str:
+        nonlocal longest
+        text = write(piece)
+        longest = max(longest, len(text))
+        return text
+
+    monkeypatch.setattr(listening, "_write_json", measured)
+    assert json.loads(listening.large_json(value)) == value
+    assert longest < 2_000
+    assert listening.large_event({"text": "a\nb"}) == b'data: {"text":"a\\nb"}\n\n'

@@ -165,8 +165,10 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def format_number(number: float) -> str:
-    """Return a number of any kind: four digits, or a count with a thousands' letter."""
+def format_number(number: float | None) -> str:
+    """Return a number of any kind: four digits, or a count with a thousands' letter; None, which was no number: "-"."""
+    if number is None:
+        return "-"
     return format_count(number) if abs(number) >= 1000 else f"{number:.4g}"
 
 

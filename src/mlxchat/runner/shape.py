@@ -18,14 +18,14 @@ _MANIFEST: Mapping[str, Any] = {
     "schema": int, "rid": str, "akey": _TEXT, "alias_of": _TEXT, "name": str, "stage": str, "step": _TEXT,
     "kind": str, "version": int, "config": dict, "full_config": {_EACH: dict}, "overrides": [str],
     "excluded": {"ranks": _RANKS}, "inputs": {_EACH: _INPUT}, "outputs": [_FILE], "tree": str, "pins": {_EACH: str},
-    "externals": [dict], "metrics": {_EACH: int | float}, "derived": {"predicted_peak_bytes": _NUMBER},
+    "externals": [dict], "metrics": {_EACH: _NUMBER}, "derived": {"predicted_peak_bytes": _NUMBER},
     "tokens_per_second": _NUMBER, "data_wait_frac": _NUMBER, "attempts": [dict], "seconds": _NUMBER,
     "peak_memory_bytes": _NUMBER, "peak_array_bytes": _NUMBER, "code": {"modules": {_EACH: str}},
     "git": {"commit": str}, "versions": dict, "device": dict, "run": _TEXT, "published": str,
 }  # fmt: skip
 _WORDS = {
-    dict: "an object", list: "a list", str: "text", int: "a whole number", int | float: "a number",
-    _TEXT: "text or null", _NUMBER: "a number or null",
+    dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false",
+    int | float: "a number", _TEXT: "text or null", _NUMBER: "a number or null",
 }  # fmt: skip
 _MOST_NUMBER = 1e300  # larger integers cannot become floats
 _MOST_DEPTH = 64
@@ -33,21 +33,22 @@ _MOST_DEPTH = 64
 
 def find_misshapen(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for every value in a manifest whose type is not the one that its readers rely on."""
-    yield from _compare(manifest, _MANIFEST, "")
+    yield from find_wrong_types(manifest, _MANIFEST, "")
     yield from _find_odd(manifest, "", _MOST_DEPTH)
 
 
-def _compare(value: Any, expected: Any, where: str) -> Iterator[str]:
+def find_wrong_types(value: Any, expected: Any, where: str) -> Iterator[str]:
+    """Yield a line for each part of a value that has another type than `expected`, which is written as `_MANIFEST`."""
     kind: Any = type(expected) if isinstance(expected, list | dict) else expected
     if not isinstance(value, kind):
         yield f"{where} is {str(value)[:40]!r}, expected {_WORDS[kind]}"
     elif isinstance(expected, list):
         for position, item in enumerate(value):
-            yield from _compare(item, expected[0], f"{where}[{position}]")
+            yield from find_wrong_types(item, expected[0], f"{where}[{position}]")
     elif isinstance(expected, dict):
         for key, item in dict(value).items():
             if (wanted := expected.get(_EACH, expected.get(key))) is not None:
-                yield from _compare(item, wanted, f"{where}.{key}".lstrip("."))
+                yield from find_wrong_types(item, wanted, f"{where}.{key}".lstrip("."))
 
 
 def _find_odd(value: Any, where: str, depth: int) -> Iterator[str]:

@@ -13,6 +13,8 @@ from mlxchat.serve.parts import Kind, Parts
 from mlxchat.serve.worker import Answer
 
 Json = dict[str, Any]
+Scored = tuple[Event, Kind, int]
+"""A token with its log-probability, its kind, and where it begins in the text of its choice."""
 Echo = tuple[str, list[int]]
 """A prompt that the text of a choice begins with, and its tokens; both are empty without `echo`."""
 
@@ -27,8 +29,9 @@ class Choice:
     """Tokens of the prompt that the text begins with."""
     position: int = 0
     """Where the next token begins in the choice's text, in characters; an echoed prompt counts."""
-    events: list[tuple[Event, Kind, int]] = field(default_factory=list)
-    """Text events with log-probabilities, their kind and their position."""
+    events: list[Scored] = field(default_factory=list)
+    newest: list[Scored] = field(default_factory=list)
+    """What the last event added to `events`: with an echoed prompt, as many as it has tokens."""
     num_sampled: int = 0
     finish_reason: str | None = None
 
@@ -36,17 +39,18 @@ class Choice:
         """Begin to decode."""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def add(self, event: Event) -> Iterator[tuple[Kind, str]]:
-        """Take an event; yield (kind, text) of what may be shown."""
+    def add(self, event: Event) -> list[tuple[Kind, str]]:
+        """Take an event; return (kind, text) of what may be shown."""
         self.num_sampled += event.sampled
-        self.events += self._with_logprobs(event)
+        self.newest = list(self._with_logprobs(event))
+        self.events += self.newest
         if event.token is not None:
             special = event.token in self.tokenizer.special_ids.values()
             data = b"" if special else self.tokenizer.decode_bytes([event.token])
             self.position += len(self._decoder.decode(data, final=special))
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason if event.finish_reason == "length" else "stop"
-        yield from self.parts.add(event)
+        return list(self.parts.add(event))
 
     @property
     def all_text(self) -> str:
@@ -58,18 +62,17 @@ class Choice:
         own = {"parts": self.parts.as_content()} if self.parts.tools_used else {}
         return {"role": "assistant", "content": self.parts.text, "refusal": None, **own}
 
-    def chat_logprobs(self, event: Event | None = None) -> Json | None:
-        """Return the log-probabilities of what is said, of one event before it is added, or of all."""
-        entries = [self._chat_entry(each) for each, kind, _ in self._with_logprobs(event) if kind == "text"]
+    def chat_logprobs(self, found: list[Scored]) -> Json | None:
+        """Return the log-probabilities of what is said among `events` or `newest`."""
+        entries = [self._chat_entry(each) for each, kind, _ in found if kind == "text"]
         return {"content": entries, "refusal": None} if entries else None
 
-    def text_logprobs(self, event: Event | None = None) -> Json | None:
+    def text_logprobs(self, found: list[Scored]) -> Json | None:
         """Return the same as text completions have it, of calls too.
 
         `text_offset` counts the characters before each token in the whole text of the choice, also in a stream's
         chunks; tokens of one character have the same.
         """
-        found = self._with_logprobs(event)
         if not found:
             return None
         return {
@@ -82,16 +85,13 @@ class Choice:
             "text_offset": [position for _, _, position in found],
         }
 
-    def _with_logprobs(self, event: Event | None) -> list[tuple[Event, Kind, int]]:
-        if event is None:
-            return self.events
-        found = list(self._of_prompt(event))
+    def _with_logprobs(self, event: Event) -> Iterator[Scored]:
+        yield from self._of_prompt(event)
         if event.logprob is not None and event.token not in self.tokenizer.special_ids.values():
             data = b"" if event.token is None else self.tokenizer.decode_bytes([event.token])
-            found.append((event, self.parts.kind, self.position + _num_cut_short(self._decoder, data)))
-        return found
+            yield event, self.parts.kind, self.position + _num_cut_short(self._decoder, data)
 
-    def _of_prompt(self, event: Event) -> Iterator[tuple[Event, Kind, int]]:
+    def _of_prompt(self, event: Event) -> Iterator[Scored]:
         """Yield what an event says of the echoed prompt; of a prompt's first token there is no log-probability."""
         if event.prompt_logprobs is None:
             return

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.responses import JSONResponse
 from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
@@ -18,6 +19,8 @@ from mlxchat.serve.metrics import Metrics
 from mlxchat.serve.worker import Answer, Told
 
 Result = TypeVar("Result")
+_PIECE_ITEMS = 64
+_write_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 # Streams end by themselves when the server is asked to stop, and are cut off when its patience ends.
 AppStatus.enable_automatic_graceful_drain = False
@@ -27,7 +30,7 @@ class EventStream(EventSourceResponse):
     """Server-sent events of an answer, which is cancelled when the stream ends however it ends."""
 
     def __init__(self, answer: Answer, data: AsyncIterator[Any]) -> None:
-        """Take the answer and what is sent of it: objects, written as JSON."""
+        """Take the answer and what is sent of it: objects, written as JSON, or whole events as bytes."""
         super().__init__(_encoded(data), sep="\n", ping=15, headers={"X-Accel-Buffering": "no"})
         self._answer = answer
 
@@ -82,9 +85,37 @@ async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-async def _encoded(data: AsyncIterator[Any]) -> AsyncIterator[dict[str, str]]:
+async def _encoded(data: AsyncIterator[Any]) -> AsyncIterator[bytes | dict[str, str]]:
     try:
         async for item in data:
-            yield {"data": item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)}
+            if isinstance(item, bytes):
+                yield item
+            else:
+                yield {"data": item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)}
     except Fault as fault:  # the status has been sent long ago
         yield {"data": json.dumps(fault.body())}
+
+
+def large_event(item: Any) -> bytes:
+    """Return a server-sent event, encoded in pieces (`large_json`); it takes long, so call it in a thread."""
+    return f"data: {large_json(item)}\n\n".encode()
+
+
+class LargeAnswer(JSONResponse):
+    """A JSON answer, encoded in pieces (`large_json`); it takes long, so make it in a thread."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return large_json(content).encode()
+
+
+def large_json(value: Any) -> str:
+    """Return JSON. Long lists are written in pieces: during one call of the encoder no other thread can run."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_write_json(key)}:{large_json(item)}" for key, item in value.items()) + "}"
+    if not isinstance(value, list):
+        return _write_json(value)
+    if len(value) <= _PIECE_ITEMS:
+        return "[" + ",".join(large_json(item) for item in value) + "]"
+    starts = range(0, len(value), _PIECE_ITEMS)
+    return "[" + ",".join(_write_json(value[at : at + _PIECE_ITEMS])[1:-1] for at in starts) + "]"

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from mlxchat.engine.scheduler import Event
 from mlxchat.engine.scheduler import Request as Asked
 from mlxchat.serve.choices import Choice, Echo, choices_of, usage_of
 from mlxchat.serve.faults import Fault
-from mlxchat.serve.listening import EventStream, measured, while_connected
+from mlxchat.serve.listening import EventStream, LargeAnswer, large_event, measured, while_connected
 from mlxchat.serve.models import Model
 from mlxchat.serve.prompts import ChatPrompt, chat_prompt, check_choices, requests_for
 from mlxchat.serve.schemas import ChatRequest, Generation, TextRequest
@@ -47,15 +47,15 @@ def openai_routes(service: Service) -> APIRouter:
             return EventStream(answer, _chat_chunks(service, answer, head, body, own))
         choices = await while_connected(request, answer, _collect(service, answer))
 
-        def respond() -> JSONResponse:
+        def respond() -> LargeAnswer:
             told = [
                 {
-                    "index": index, "message": choice.message(), "logprobs": choice.chat_logprobs(),
+                    "index": index, "message": choice.message(), "logprobs": choice.chat_logprobs(choice.events),
                     "finish_reason": choice.finish_reason,
                 }
                 for index, choice in enumerate(choices)
             ]  # fmt: skip
-            return JSONResponse({**head, "choices": told, "usage": usage_of(answer, choices, body.n), **own})
+            return LargeAnswer({**head, "choices": told, "usage": usage_of(answer, choices, body.n), **own})
 
         return await run_in_threadpool(respond)
 
@@ -68,15 +68,16 @@ def openai_routes(service: Service) -> APIRouter:
             return EventStream(answer, _text_chunks(service, answer, head, body, echoes))
         choices = await while_connected(request, answer, _collect(service, answer, echoes))
 
-        def respond() -> JSONResponse:
+        def respond() -> LargeAnswer:
             told = [
                 {
-                    "index": index, "text": echoes[index][0] + choice.all_text, "logprobs": choice.text_logprobs(),
+                    "index": index, "text": echoes[index][0] + choice.all_text,
+                    "logprobs": choice.text_logprobs(choice.events),
                     "finish_reason": choice.finish_reason,
                 }
                 for index, choice in enumerate(choices)
             ]  # fmt: skip
-            return JSONResponse({**head, "choices": told, "usage": usage_of(answer, choices, body.n)})
+            return LargeAnswer({**head, "choices": told, "usage": usage_of(answer, choices, body.n)})
 
         return await run_in_threadpool(respond)
 
@@ -114,8 +115,10 @@ def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Echo
 async def _collect(service: Service, answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
     choices = choices_of(answer, echoes)
     async for index, event in measured(answer, service.metrics):
-        for _ in choices[index].add(event):
-            pass
+        if event.prompt_logprobs:
+            await run_in_threadpool(choices[index].add, event)
+        else:
+            choices[index].add(event)
     return choices
 
 
@@ -135,8 +138,9 @@ async def _chat_chunks(
         yield {**chunk(index, {"role": "assistant", "content": ""}), **(own if index == 0 else {})}
     async for index, event in measured(answer, service.metrics):
         choice = choices[index]
-        logprobs = choice.chat_logprobs(event)
-        for kind, text in choice.add(event):
+        shown = choice.add(event)
+        logprobs = choice.chat_logprobs(choice.newest)
+        for kind, text in shown:
             delta = {"content": text} if kind == "text" else {"part": {"type": kind, "text": text}}
             yield chunk(index, delta, None, logprobs)
             logprobs = None
@@ -151,7 +155,7 @@ async def _chat_chunks(
 
 async def _text_chunks(
     service: Service, answer: Answer, head: Json, body: TextRequest, echoes: list[Echo]
-) -> AsyncIterator[Json | str]:
+) -> AsyncIterator[Json | str | bytes]:
     choices = choices_of(answer, echoes)
     usage = _usage_field(body)
 
@@ -165,16 +169,19 @@ async def _text_chunks(
             if text:
                 yield chunk(index, text)
         waiting = [""] * len(echoes)
-    async for index, event in measured(answer, service.metrics):
+
+    def take(index: int, event: Event) -> Json | None:
         choice = choices[index]
-        if event.prompt_logprobs:  # of thousands of tokens
-            logprobs = await run_in_threadpool(choice.text_logprobs, event)
-        else:
-            logprobs = choice.text_logprobs(event)
         text = waiting[index] + "".join(text for _, text in choice.add(event))
         waiting[index] = ""
-        if text or logprobs or choice.finish_reason:
-            yield chunk(index, text, choice.finish_reason, logprobs)
+        logprobs = choice.text_logprobs(choice.newest)
+        return chunk(index, text, choice.finish_reason, logprobs) if text or logprobs or choice.finish_reason else None
+
+    async for index, event in measured(answer, service.metrics):
+        if event.prompt_logprobs:  # of thousands of tokens
+            yield await run_in_threadpool(lambda index, event: large_event(take(index, event)), index, event)
+        elif (item := take(index, event)) is not None:
+            yield item
     if usage:
         yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
     yield "[DONE]"
