@@ -250,6 +250,51 @@ def test_head_without_end_is_cut(sent: bytes, server: Server, monkeypatch: pytes
     assert len(server.asked) == downloads.TRIES
 
 
+def heads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "head of an answer"]
+
+
+def test_the_time_for_a_head_is_one_for_all_redirects(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It held for each of 20 redirects: 40 minutes an attempt."""
+    clock = [0.0]
+    monkeypatch.setattr(downloads.time, "monotonic", lambda: clock[0])
+
+    def answer(request: Any, number: int, start: int) -> None:
+        clock[0] += 0.4 * downloads._HEAD_SECONDS
+        redirect(request, number, start)
+
+    server.answer = answer
+    with pytest.raises(PassingError, match="no whole head of an answer within"):
+        server.fetch()
+    assert len(server.asked) <= 4 * downloads.TRIES, "instead of 21"
+
+
+def test_waiting_for_a_head_can_be_ended_and_leaves_no_thread(server: Server) -> None:
+    over, calls = threading.Event(), 0
+
+    def answer(request: Any, number: int, start: int) -> None:
+        while not over.wait(0.01):
+            request.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise DataError("stopped")
+
+    server.answer = answer
+    target = cache.cache_folder() / "a"
+    wanted = downloads.Wanted(url=server.url, name="a", bytes=WHOLE)
+    try:
+        with pytest.raises(DataError, match="stopped"):
+            downloads.fetch_into(target, wanted, target.with_name("lock"), check=check)
+        for thread in heads():
+            thread.join(20)
+        assert heads() == []
+    finally:
+        over.set()
+
+
 def test_address_whose_length_changed_is_fetched_anew(server: Server) -> None:
     """The length that a server promised before a cut was believed for ever, also by later commands."""
     lengths = iter([2 * WHOLE, WHOLE])

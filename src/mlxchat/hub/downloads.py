@@ -34,8 +34,10 @@ _WRONG_TRIES = 3
 _SILENCE_SECONDS = 30.0
 # A connection that delivers fewer bytes in this time is cut: single bytes keep the read timeout from ever expiring.
 _SLOW_SECONDS, _SLOW_BYTES = 60.0, 16 << 10
-# Until an answer's head is there: interim answers (HTTP 102) and single bytes of it keep the read timeout away, too.
+# Until the head of the answer is there, after all redirects: interim answers (HTTP 102) and single bytes of a head keep
+# the read timeout away, too.
 _HEAD_SECONDS = 120.0
+_CHECK_SECONDS = 0.1
 # Bytes of a transfer of unknown length after which it is asked again whether the disk has room.
 _LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
@@ -212,7 +214,7 @@ class _Transfer:
             # Without a checksum the two halves might be of two files.
             if not (self.wanted.sha256 or self.wanted.git_sha1) and known.get("etag"):
                 headers["If-Range"] = known["etag"]
-        with open_url(self.wanted.url, headers, _SILENCE_SECONDS) as answer:
+        with open_url(self.wanted.url, headers, _SILENCE_SECONDS, self.check) as answer:
             self._judge(answer)
             if answer.status_code == 416:
                 self._drop()
@@ -311,7 +313,7 @@ class _Busy(Exception):
 
 
 @contextmanager
-def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float) -> Iterator[Any]:
+def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float, check: Check = nothing) -> Iterator[Any]:
     """Yield the answer to a GET, of which only the head is read; its body comes as it is, not compressed.
 
     The HTTP library would read the body of each redirect as a whole, and that may have no end.
@@ -326,8 +328,9 @@ def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float) -> It
     request = client.build_request(
         "GET", url, headers={**headers, "Accept-Encoding": "identity"}, timeout=timeout_seconds
     )
+    ends = time.monotonic() + _HEAD_SECONDS
     for _ in range(1 + _MOST_REDIRECTS):
-        answer = _send(client, request)
+        answer = _send(client, request, ends, check)
         try:
             if not answer.has_redirect_location:
                 yield answer
@@ -340,8 +343,9 @@ def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float) -> It
     raise HTTPError(f"more than {_MOST_REDIRECTS} redirects")
 
 
-def _send(client: Any, request: Any) -> Any:
+def _send(client: Any, request: Any, ends: float, check: Check) -> Any:
     """Return the answer to a request when its head is there; the HTTP library has no limit of the time until then."""
+    from huggingface_hub import close_session
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
 
     sent: Future[Any] = Future()
@@ -359,8 +363,14 @@ def _send(client: Any, request: Any) -> Any:
                 sent.set_exception(error)
 
     Thread(target=work, name="head of an answer", daemon=True).start()
-    wait([sent], _HEAD_SECONDS)
-    if sent.cancel():
+    try:
+        while not sent.done() and (left := ends - time.monotonic()) > 0:
+            wait([sent], min(_CHECK_SECONDS, left))
+            check()
+    finally:
+        if cut := sent.cancel():
+            close_session()  # else the thread would go on reading; the next request opens a new session
+    if cut:
         raise HTTPError(f"no whole head of an answer within {_HEAD_SECONDS:g} s")
     return sent.result()
 
