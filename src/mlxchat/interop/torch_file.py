@@ -220,6 +220,9 @@ class TorchFile:
                 f"{self.where} is damaged: a tensor of shape {list(shape)} needs {first + step:,} numbers, its storage "
                 f"has {storage.count:,}"
             )
+        # The sizes of an empty tensor, which needs no storage, still have to fit NumPy's 64 bits without the zeros.
+        if prod(length or 1 for length in shape) >= _MOST_NUMBERS // storage.dtype.bytes:
+            raise DataError(f"{self.where} cannot be read: a tensor has the impossible shape {list(shape)}")
         return TorchTensor(storage, first, shape)
 
     def _check_sharing(self, tensors: dict[str, TorchTensor]) -> None:
