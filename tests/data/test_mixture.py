@@ -14,7 +14,7 @@ import pytest
 
 from mlxchat.config import TaskItem
 from mlxchat.data.mixture import Mixture, open_item, shuffled_places
-from mlxchat.errors import ConfigError, DataError, Interrupted
+from mlxchat.errors import ConfigError, Interrupted
 from mlxchat.tasks import load_item
 
 
@@ -57,10 +57,6 @@ def test_a_slice_is_the_conversations_of_its_indices(items: dict[str, TaskItem])
     assert list(mixture)[2:7] == [mixture[index] for index in range(2, 7)]
 
 
-def test_an_index_beyond_the_end_ends_an_iteration(items: dict[str, TaskItem]) -> None:
-    assert len(list(Mixture(items, seed=0))) == 11
-
-
 def test_an_empty_mixture_is_refused() -> None:
     with pytest.raises(ConfigError, match="no conversation"):
         Mixture({}, seed=0)
@@ -69,26 +65,6 @@ def test_an_empty_mixture_is_refused() -> None:
 def test_no_epochs_leave_nothing(items: dict[str, TaskItem]) -> None:
     with pytest.raises(ConfigError, match="no conversation"):
         Mixture({"sums": TaskItem(task="arithmetic", size=5, epochs=0)}, seed=0)
-
-
-def test_size_and_options_reach_the_task() -> None:
-    assert len(load_item(TaskItem(task="arithmetic", size=7))) == 7
-
-
-def test_the_test_split_is_another_than_the_training_split() -> None:
-    train, test = (load_item(TaskItem(task="arithmetic", split=split, size=20)) for split in ("train", "test"))
-    asked = {conversation["messages"][0]["content"] for conversation in (train[index] for index in range(20))}
-    assert not asked & {test[index]["messages"][0]["content"] for index in range(20)}
-
-
-def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(ConfigError, match="speling"):
-        load_item(TaskItem(task="speling"))
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing\.jsonl"):
-        load_item(TaskItem(task="jsonl", path=str(tmp_path / "nothing.jsonl")))
 
 
 def test_start_stop_and_step_choose_from_the_task(tmp_path: Path) -> None:
@@ -118,12 +94,6 @@ def test_the_order_is_that_of_nanochats_list_of_pairs() -> None:
     expected = list(pairs)
     random.Random(42).shuffle(expected)
     assert [pairs[place] for place in shuffled_places(len(pairs), 42)] == expected
-
-
-def test_the_order_of_a_million_conversations_takes_eight_bytes_each() -> None:
-    places = shuffled_places(1_000_000, 0)
-    assert places.itemsize * len(places) == 8_000_000
-    assert sorted(places[:3] + places[-3:]) != sorted([0, 1, 2, 999_997, 999_998, 999_999])
 
 
 def test_a_task_whose_slice_lies_behind_its_end_is_named(tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ def test_rows_that_are_stopped_anywhere_go_on_with_the_same_rows(
         position = json.loads(json.dumps(stopped.state()))
         stopped.close()
         stopped = start()
+        stopped.next_row()  # a stream that has moved on is brought back as well
         stopped.restore(position)
     for _ in range(10):
         for one, other in zip(straight.next_row(), stopped.next_row(), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Tokens, read_tokens, write_tokens
+from mlxchat.tasks import load_task
 
 Conversation = dict[str, Any]
 DOCUMENTS = [f"document {number}" for number in range(100)]
@@ -33,6 +35,13 @@ def conversations(count: int) -> list[Conversation]:
     """Return conversations of 0 to 8 words a message."""
     sizes = random.Random(count)
     return [conversation(number, sizes.randint(0, 8), sizes.randint(0, 8)) for number in range(count)]
+
+
+@cache
+def conversations_of(task: str, split: str) -> list[Conversation]:
+    """Return all conversations of a task."""
+    loaded = load_task(task, split)
+    return [loaded[index] for index in range(len(loaded))]
 
 
 def write_sequences(sequences: Iterable[tuple[Sequence[int], Sequence[int] | None]], *, vocab_size: int = 300) -> bytes:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from functools import cache
 from typing import Any
 
 import pytest
 
+from kit.text import conversations_of
 from mlxchat.data.conversation import render_conversation
-from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import answer_text, calculator_parts
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import render_mc
 
 BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
 CATEGORICAL = ["facts_mc", "reading_mc"]
-
-
-@cache
-def conversations(name: str, split: str) -> list[dict[str, Any]]:
-    task = load_task(name, split)
-    return [task[i] for i in range(len(task))]
 
 
 class Bytes:
@@ -83,7 +76,7 @@ def test_a_problem_holds_the_question_and_the_raw_answer() -> None:
 @pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_conversations_alternate_and_survive_json(name: str, split: str) -> None:
-    for conversation in conversations(name, split):
+    for conversation in conversations_of(name, split):
         roles = [message["role"] for message in conversation["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert json.loads(json.dumps(conversation)) == conversation
@@ -91,7 +84,7 @@ def test_conversations_alternate_and_survive_json(name: str, split: str) -> None
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_conversations_render_to_tokens_that_are_partly_trained(name: str) -> None:
-    for conversation in conversations(name, "test")[:20]:
+    for conversation in conversations_of(name, "test")[:20]:
         ids, mask = render_conversation(Bytes(), conversation)  # type: ignore[arg-type]
         assert len(ids) == len(mask)
         assert 0 < sum(mask) < len(mask)
@@ -100,7 +93,7 @@ def test_conversations_render_to_tokens_that_are_partly_trained(name: str) -> No
 @pytest.mark.parametrize("name", CATEGORICAL)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_choices_are_distinct_and_the_right_one_has_the_letter(name: str, split: str) -> None:
-    for conversation in conversations(name, split):
+    for conversation in conversations_of(name, split):
         question = conversation["messages"][0]["content"]
         choices = dict(re.findall(r"^- (.*)=([A-D])$", question, re.MULTILINE))
         assert len(choices) == 4
@@ -111,12 +104,12 @@ def test_choices_are_distinct_and_the_right_one_has_the_letter(name: str, split:
 @pytest.mark.parametrize("name", CATEGORICAL)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_letter_is_right_equally_often(name: str, split: str) -> None:
-    counts = Counter(conversation["answer"] for conversation in conversations(name, split))
+    counts = Counter(conversation["answer"] for conversation in conversations_of(name, split))
     assert max(counts.values()) - min(counts.values()) <= 4
 
 
 def test_only_the_right_choice_of_a_reading_question_is_in_its_passage() -> None:
-    for conversation in conversations("reading_mc", "test"):
+    for conversation in conversations_of("reading_mc", "test"):
         passage, _, rest = conversation["messages"][0]["content"].partition("\n")
         told = [choice in passage for choice, _ in re.findall(r"^- (.*)=([A-D])$", rest, re.MULTILINE)]
         assert told["ABCD".index(conversation["answer"])]
@@ -124,7 +117,7 @@ def test_only_the_right_choice_of_a_reading_question_is_in_its_passage() -> None
 
 
 def test_arithmetic_results_are_right_whole_and_at_least_two() -> None:
-    for conversation in conversations("arithmetic", "train")[::5] + conversations("arithmetic", "test"):
+    for conversation in conversations_of("arithmetic", "train")[::5] + conversations_of("arithmetic", "test"):
         calls = re.findall(r"<<(.*?)=(\d+)>>", conversation["raw"])
         for call, result in calls:
             assert eval(call) == int(result) >= 2
@@ -133,7 +126,7 @@ def test_arithmetic_results_are_right_whole_and_at_least_two() -> None:
 
 
 def test_arithmetic_answers_are_short() -> None:
-    assert max(len(answer_text(conversation)) for conversation in conversations("arithmetic", "test")[:400]) < 50
+    assert max(len(answer_text(conversation)) for conversation in conversations_of("arithmetic", "test")[:400]) < 50
 
 
 @pytest.mark.parametrize(("options", "calls"), [({}, {1}), ({"steps": 2}, {2}), ({"two_step_frac": 0.5}, {1, 2})])
@@ -143,14 +136,14 @@ def test_the_number_of_steps_can_be_chosen(options: dict[str, Any], calls: set[i
 
 
 def test_spelling_is_the_word_a_colon_and_its_letters() -> None:
-    for conversation in conversations("spelling", "test"):
+    for conversation in conversations_of("spelling", "test"):
         word = conversation["messages"][0]["content"].removeprefix("Spell the word: ")
         assert conversation["messages"][1]["content"] == word + ":" + ",".join(word)
 
 
 def test_letters_are_counted_by_a_call_that_the_question_spells_out() -> None:
     counts = Counter()
-    for conversation in conversations("letter_count", "train"):
+    for conversation in conversations_of("letter_count", "train"):
         question, answer = (message["content"] for message in conversation["messages"])
         word, letter = re.fullmatch(r"'(\w+)'\.count\('(\w)'\)", answer[1]["text"]).groups()  # type: ignore[union-attr]
         assert f"'{word}'" in question

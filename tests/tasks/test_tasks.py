@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kit.text import conversations_of
 from mlxchat.errors import ConfigError
 from mlxchat.tasks import Task, arithmetic, load_task, task_class, task_names
 from mlxchat.tasks.answers import answer_text, calculator_parts, final_number
@@ -28,20 +29,11 @@ def load(name: str, split: str, **options: Any) -> Task:
 
 
 @cache
-def conversations(name: str, split: str) -> list[dict[str, Any]]:
-    task = load(name, split)
-    extra = []
-    if name == "arithmetic":
-        two_step = load(name, split, steps=2, size=2000)
-        extra = [two_step[i] for i in range(len(two_step))]
-    return [task[i] for i in range(len(task))] + extra
-
-
-@cache
 def user_messages(name: str, split: str) -> set[str]:
+    more = load(name, split, steps=2, size=2000) if name == "arithmetic" else []
     return {
         message["content"]
-        for conversation in conversations(name, split)
+        for conversation in [*conversations_of(name, split), *(more[i] for i in range(len(more)))]
         for message in conversation["messages"]
         if message["role"] == "user"
     }
@@ -73,7 +65,7 @@ def _markers() -> list[tuple[str, tuple[str, str]]]:
 def test_no_held_out_fact_is_asked_or_told_in_training(name: str) -> None:
     training = {
         sentence.strip()
-        for conversation in conversations(name, "train")
+        for conversation in conversations_of(name, "train")
         for message in conversation["messages"]
         for sentence in re.split(r"(?<=[.?:])\s", message["content"])
     }
@@ -82,7 +74,7 @@ def test_no_held_out_fact_is_asked_or_told_in_training(name: str) -> None:
 
 
 def test_no_held_out_fact_is_in_a_training_list() -> None:
-    for conversation in conversations("reading_mc", "train"):
+    for conversation in conversations_of("reading_mc", "train"):
         question = conversation["messages"][0]["content"]
         listed = re.match(r"Multiple Choice question: ([A-Z][A-Za-z' -]+): (.*?)\. [A-Z]", question)
         if listed:
@@ -113,14 +105,13 @@ def test_the_capitals_of_examples_are_trained_on() -> None:
 
 
 def test_arithmetic_tests_numbers_that_no_training_problem_of_the_template_has() -> None:
-    def frame(conversation: dict[str, Any]) -> str:
-        question = re.sub(r"\b(he|she|him|her)\b", "they", conversation["messages"][0]["content"], flags=re.IGNORECASE)
+    def frame(question: str) -> str:
+        question = re.sub(r"\b(he|she|him|her)\b", "they", question, flags=re.IGNORECASE)
         words = arithmetic.texts()
         names, things = "|".join(words["he"] + words["she"]), "|".join(words["things"])
         return re.sub(rf"\b({things})\b", "things", re.sub(rf"\b({names})\b", "name", question))
 
-    train = {frame(conversation) for conversation in conversations("arithmetic", "train")}
-    test = {frame(conversation) for conversation in conversations("arithmetic", "test")}
+    train, test = ({frame(question) for question in user_messages("arithmetic", split)} for split in ("train", "test"))
     assert len({re.sub(r"\d+", "#", text) for text in test}) == 21
     assert len(test) > 1000
     assert not train & test
@@ -158,15 +149,15 @@ def test_conversations_do_not_depend_on_the_hash_seed(hash_seed: str) -> None:
     )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    ours = [json.dumps(conversations(name, "test")[:5]) for name in BUNDLED]
+    ours = [json.dumps(conversations_of(name, "test")[:5]) for name in BUNDLED]
     assert done.stdout.splitlines() == ours
 
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_smaller_size_is_a_prefix_and_another_seed_differs(name: str) -> None:
     small, other = load(name, "train", size=20), load(name, "train", size=20, seed=5)
-    assert [small[i] for i in range(20)] == conversations(name, "train")[:20]
-    assert [other[i] for i in range(20)] != conversations(name, "train")[:20]
+    assert [small[i] for i in range(20)] == conversations_of(name, "train")[:20]
+    assert [other[i] for i in range(20)] != conversations_of(name, "train")[:20]
     with pytest.raises(IndexError):
         small[20]
 
@@ -183,7 +174,7 @@ def test_a_size_beyond_the_facts_asks_them_again() -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_given_answer_is_right_and_an_empty_one_wrong(name: str, split: str) -> None:
     task = load(name, split)
-    for conversation in conversations(name, split)[:200]:
+    for conversation in conversations_of(name, split)[:200]:
         assert task.evaluate(conversation, answer_text(conversation))
         assert task.reward(conversation, "") == 0.0
 
@@ -289,7 +280,7 @@ def test_a_wrong_name_or_option_is_refused(name: str, split: str, options: dict[
 
 
 def test_the_bundled_identity_speaks_of_mlxchat() -> None:
-    both = conversations("identity", "train") + conversations("identity", "test")
+    both = conversations_of("identity", "train") + conversations_of("identity", "test")
     assert len(both) > 50
     assert "mlxchat" in next(answer_text(c) for c in both if c["messages"][0]["content"] == "Who are you?")
 
