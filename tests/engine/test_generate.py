@@ -23,14 +23,6 @@ def prompts_of(lengths: list[int], tokenizer: Tokenizer) -> list[list[int]]:
     return [[tokenizer.bos, *rng.integers(0, 256, length - 1).tolist()] for length in lengths]
 
 
-def decode_greedily(model: GPT, prompt: list[int], num_tokens: int) -> list[int]:
-    """Generate without any cache: the whole row through the model for every token."""
-    ids = list(prompt)
-    for _ in range(num_tokens):
-        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1]).item()))
-    return ids[len(prompt) :]
-
-
 def never_ending(model: GPT, tokenizer: Tokenizer) -> GPT:
     """Return the model without any wish to end a row."""
     head = np.array(model.lm_head.weight)
@@ -39,23 +31,7 @@ def never_ending(model: GPT, tokenizer: Tokenizer) -> GPT:
     return model
 
 
-# Against the model without a cache
-
-
-@pytest.mark.parametrize("lengths", [[9], PROMPT_LENGTHS, [5, 5], [126, 3]], ids=str)
-def test_greedy_decoding_equals_the_whole_row_through_the_model(
-    model: GPT, tokenizer: Tokenizer, lengths: list[int]
-) -> None:
-    model, prompts = never_ending(model, tokenizer), prompts_of(lengths, tokenizer)
-    completions = Engine(model, tokenizer).complete(prompts, max_new_tokens=12)
-    assert [completion.ids for completion in completions] == [decode_greedily(model, each, 12) for each in prompts]
-
-
-def test_greedy_decoding_goes_on_across_the_borders_of_the_cache(model: GPT, tokenizer: Tokenizer) -> None:
-    """From 250 to 260 tokens: the cache grows in steps of 128."""
-    model, prompts = never_ending(model, tokenizer), prompts_of([250, 245], tokenizer)
-    completions = Engine(model, tokenizer).complete(prompts, max_new_tokens=10)
-    assert [completion.ids for completion in completions] == [decode_greedily(model, each, 10) for each in prompts]
+# Rows
 
 
 def test_rows_that_end_leave_the_others_as_they_are(model: GPT, tokenizer: Tokenizer) -> None:

@@ -8,15 +8,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kit import models
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 
@@ -74,7 +70,7 @@ def random_ids() -> list[int]:
 
 
 @BOTH
-@pytest.mark.parametrize("read", [[], [20], [64, 64, 12], [150]], ids=str)
+@pytest.mark.parametrize("read", [[], [64, 64, 12]], ids=str)
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.005), (4, 0.05)])
 def test_every_token_sees_the_rounded_keys_and_values(
     tokenizer: Tokenizer, architecture: str, read: list[int], bits: int, tolerance: float
@@ -96,66 +92,9 @@ def test_answers_stay_close_to_those_of_the_exact_cache(
     model, ids = make_model(architecture), random_ids()
     exact, rounded = (
         (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float64)
-        for logits in (decoded(model, tokenizer, each, ids, [40]) for each in (None, bits))
+        for logits in (decoded(model, tokenizer, each, ids, [130]) for each in (None, bits))
     )
     assert 1e-9 < (np.exp(exact) * (exact - rounded)).sum(-1).mean() < most
-
-
-LENGTHS = (1, 5, 140, 33, 5, 129)
-
-
-@pytest.mark.parametrize(("architecture", "kv_bits"), [("jul2026", None), ("jul2026", 8), ("oct2025", 4)])
-def test_a_row_gets_the_same_alone_and_among_others_across_windows(
-    tokenizer: Tokenizer, architecture: str, kv_bits: int | None
-) -> None:
-    """Tokens and log-probabilities, bit by bit, in any order, with cancellations, kept beginnings and little room."""
-    engine, ids = Engine(make_model(architecture), tokenizer, kv_bits=kv_bits), [tokenizer.bos, *random_ids()]
-    requests = [
-        Request(
-            prompt=ids[:length], max_new_tokens=3 + 4 * index, logprobs=1,
-            sampling=Sampling(temperature=1.0, seed=index), reuse="exact" if index % 2 else "off",
-        )
-        for index, length in enumerate(LENGTHS)
-    ]  # fmt: skip
-
-    def told(events: list[Event]) -> list[Any]:
-        return [(event.token, event.logprob) for event in events if event.token is not None]
-
-    def run(scheduler: Scheduler, events: dict[int, list[Event]]) -> None:
-        while not scheduler.idle:
-            for event in scheduler.step():
-                events.setdefault(event.id, []).append(event)
-
-    alone = []
-    for request in requests:
-        scheduler, events = engine.scheduler(prefill_tokens=32), {}
-        scheduler.submit(request)
-        run(scheduler, events)
-        alone.append(told(events[0]))
-    what = st.one_of(st.integers(0, len(requests) - 1), st.just("step"), st.integers(-3, -1))
-
-    @settings(max_examples=8, deadline=None)
-    @given(st.lists(what, max_size=15), st.integers(1, 4), st.sampled_from([None, 1, 200]))
-    def check(order: list[int | str], max_rows: int, room: int | None) -> None:
-        scheduler = engine.scheduler(max_rows=max_rows, max_cached_tokens=room, prefill_tokens=32)
-        asked: dict[int, int] = {}
-        events: dict[int, list[Event]] = {}
-        for each in order:
-            if each == "step":
-                for event in scheduler.step():
-                    events.setdefault(event.id, []).append(event)
-            elif isinstance(each, int) and each >= 0:
-                asked[scheduler.submit(requests[each])] = each
-            elif asked:
-                scheduler.cancel(list(asked)[int(each) % len(asked)])
-        run(scheduler, events)
-        assert events.keys() == asked.keys()
-        for id_, index in asked.items():
-            got = told(events[id_])
-            assert got == alone[index][: len(got)]
-            assert len(got) == len(alone[index]) or events[id_][-1].finish_reason == "cancelled"
-
-    check()
 
 
 @pytest.mark.parametrize(("width", "bits", "share"), [(64, 8, 9 / 32), (64, 4, 5 / 32), (32, 8, 10 / 32)])
