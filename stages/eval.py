@@ -16,7 +16,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.bpb import text_loss, uniform_bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
-from mlxchat.evals.chat_scores import Score, chatcore, mean_centered
+from mlxchat.evals.chat_scores import Score, record_suite
 from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.ngram import ngram_bits_per_byte
@@ -136,10 +136,4 @@ def _measure_tasks(ctx: Context, engine: Engine, examples: list[dict[str, Any]] 
             )  # fmt: skip
         examples += [{"task": name, **row} for row in rows]
         ctx.metrics[name] = results[name].accuracy
-    mean = mean_centered(list(results.values()))
-    held_out = {name: item.task for name, item in ctx.config.suite.items() if item.split == "test"}
-    whole = chatcore(results, held_out)
-    ctx.metrics |= {} if mean is None else {"mean_centered": mean}
-    ctx.metrics |= {} if whole is None else {"chatcore": whole["value"]}
-    tasks = {name: score.to_dict() for name, score in results.items()}
-    return {"tasks": tasks, "mean_centered": mean, "chatcore": whole}
+    return record_suite(ctx, results)

@@ -11,7 +11,7 @@ from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import DocumentRows, take_validation
 from mlxchat.data.tokens import open_documents
 from mlxchat.evals.bpb import text_loss
-from mlxchat.evals.chat_scores import chatcore, mean_centered
+from mlxchat.evals.chat_scores import record_suite
 from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.outside import OutsideModel, OutsideTokenizer, load_outside
@@ -91,9 +91,4 @@ def _measure_tasks(
         assert examples is not None
         examples += found
         ctx.metrics[name] = results[name].accuracy
-    mean = mean_centered(list(results.values())) if results else None
-    whole = chatcore(results, {name: item.task for name, item in ctx.config.suite.items() if item.split == "test"})
-    measured = {"mean_centered": mean, "chatcore": None if whole is None else whole["value"]}
-    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
-    tasks = {name: score.to_dict() for name, score in results.items()}
-    return {"tasks": tasks, "mean_centered": mean, "chatcore": whole}
+    return record_suite(ctx, results)

@@ -140,34 +140,24 @@ def calculate(expression: str) -> str | None:
 
 def _evaluate(node: ast.expr) -> Number:
     value: Number
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = node.value  # type: ignore[assignment]  # the line above checks it
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _evaluate(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-    elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        value = _BINARY[type(node.op)](_evaluate(node.left), _evaluate(node.right))
-    else:
-        value = _count(node)
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            value = number
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+            value = _evaluate(operand) * (-1 if isinstance(sign, ast.USub) else 1)
+        case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _BINARY:
+            value = _BINARY[type(operation)](_evaluate(left), _evaluate(right))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
+            args=[ast.Constant(value=str(part))],
+            keywords=[],
+        ):
+            value = text.count(part)
+        case _:
+            raise ValueError("no arithmetic")
     if abs(value) > _LARGEST:
         raise ValueError("beyond the calculator's range")
     return value
-
-
-def _count(node: ast.expr) -> int:
-    """Return the value of 'text'.count('part')."""
-    if (
-        isinstance(node, ast.Call)
-        and not node.keywords
-        and len(node.args) == 1
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "count"
-        and isinstance(text := node.func.value, ast.Constant)
-        and isinstance(part := node.args[0], ast.Constant)
-        and isinstance(text.value, str)
-        and isinstance(part.value, str)
-    ):
-        return text.value.count(part.value)
-    raise ValueError("no arithmetic")
 
 
 class PythonTool:

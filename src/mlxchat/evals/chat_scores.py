@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mlxchat.runner.context import Context
 
 CHATCORE_SETS: dict[str, tuple[str, ...]] = {
     "oct2025": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee"),
@@ -134,3 +137,13 @@ def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str,
 def chatcore_set(tasks: Container[str]) -> str | None:
     """Return the first set whose tasks are all among these registered ones, evaluated on their test split."""
     return next((which for which, members in CHATCORE_SETS.items() if all(task in tasks for task in members)), None)
+
+
+def record_suite(ctx: Context, results: Mapping[str, Score]) -> dict[str, Any]:
+    """Return results on the configured suite as data of scores.json; their means become metrics of the step."""
+    mean = mean_centered(list(results.values()))
+    whole = chatcore(results, {name: item.task for name, item in ctx.config.suite.items() if item.split == "test"})
+    measured = {"mean_centered": mean, "chatcore": None if whole is None else whole["value"]}
+    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
+    tasks = {name: score.to_dict() for name, score in results.items()}
+    return {"tasks": tasks, "mean_centered": mean, "chatcore": whole}

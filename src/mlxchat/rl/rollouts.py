@@ -116,19 +116,10 @@ class Rollout:
         size, height = len(self.questions) // count, len(self.ids) // count
         rows = slice(index * height, (index + 1) * height)
         width = round_up(self.lengths[rows].max(), _WIDTH_STEP)
-        whole = (self.rollout_log_probs, self.old_log_probs, self.ref_log_probs)
-        rollout, old, ref = (None if array is None else array[rows, :width] for array in whole)
-        return Rollout(
-            questions=self.questions[index * size : (index + 1) * size],
-            ids=self.ids[rows, : width + 1],
-            lengths=self.lengths[rows],
-            mask=self.mask[rows, :width],
-            finished=self.finished[rows],
-            advantages=self.advantages[rows],
-            rollout_log_probs=rollout,
-            old_log_probs=old,
-            ref_log_probs=ref,
-        )
+        arrays = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        narrow = {name: value[:, :width] for name, value in arrays.items() if value.ndim == 2}
+        questions = self.questions[index * size : (index + 1) * size]
+        return Rollout(questions=questions, **arrays | narrow | {"ids": arrays["ids"][:, : width + 1]})
 
     def batch(self, weights: Floats, *, padding: int) -> Batch:
         """Return a batch whose loss is Σ weight × cross-entropy; rows without any weight are left out."""
