@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mlxchat.cpu import runtime
-from mlxchat.ops.machine import available_cores
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel needs a BLAS from outside")
 
@@ -42,14 +41,13 @@ def test_importing_mlxchat_imports_neither_mlx_nor_numpy() -> None:
 @linux_only
 def test_the_first_import_of_mlx_loads_the_packaged_openblas() -> None:
     pytest.importorskip("ngsolve_openblas" if os.uname().machine == "x86_64" else "cmeel")
-    code = "import mlxchat, mlx.core; from mlxchat.cpu.runtime import remedy; print(remedy().library)"
-    assert "openblas" in output_of(code)
-
-
-@linux_only
-def test_the_hook_leaves_the_way_once_mlx_is_imported() -> None:
-    code = "import sys, mlxchat, mlx.core; print(any('BeforeMLX' in type(f).__name__ for f in sys.meta_path))"
-    assert output_of(code) == "False"
+    code = (
+        "import sys, mlxchat, mlx.core; from mlxchat.cpu.runtime import remedy; print(remedy().library); "
+        "print(any('BeforeMLX' in type(f).__name__ for f in sys.meta_path))"
+    )
+    library, hooked = output_of(code).splitlines()
+    assert "openblas" in library
+    assert hooked == "False", "the hook goes once MLX is imported"
 
 
 @linux_only
@@ -91,15 +89,6 @@ def test_the_thread_count_is_what_was_set() -> None:
         assert runtime.blas_threads() == 1
     finally:
         runtime.set_blas_threads(before)
-
-
-def test_at_least_one_core_is_available() -> None:
-    assert 1 <= available_cores() <= (os.cpu_count() or 1)
-
-
-def test_the_reason_is_one_line() -> None:
-    assert runtime.remedy().reason
-    assert "\n" not in runtime.remedy().reason
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (130, 257, 64), (1, 300, 200)])

@@ -23,6 +23,7 @@ pytestmark = [
 
 # A chain that fuses, so that MLX compiles a kernel; its value is known.
 KERNEL = "import mlxchat, mlx.core as mx; print(mx.compile(lambda x: (x * 2 + 1) * x)(mx.array([3.0])).item()); "
+START = "import mlxchat, mlx.core; "
 REMEDY = "from mlxchat.cpu.runtime import remedy; print(remedy().compiler); "
 SAYS = "as MLX does"
 
@@ -76,29 +77,23 @@ def test_kernels_land_in_the_users_cache_and_compute(run: Run, tmp_path: Path) -
 
 
 def test_the_cache_is_where_xdg_says(run: Run, tmp_path: Path) -> None:
-    run(KERNEL, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert kernels_below(tmp_path / "cache" / "mlxchat" / "kernels")
+    run(START, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache" / "mlxchat" / "kernels").iterdir())) == 1
     assert not (tmp_path / "home" / ".cache").exists()
 
 
-def test_the_compiler_is_called_with_the_flags(run: Run, tmp_path: Path) -> None:
-    """By a compiler that writes down what it was called with."""
-    log, real = tmp_path / "calls", shutil.which("g++", path=plain_path())
-    write_script(tmp_path / "bin" / "g++", f'echo "$@" >> "{log}"; exec "{real}" "$@"')
-    assert run(KERNEL, PATH=f"{tmp_path / 'bin'}{os.pathsep}{plain_path()}") == ["21.0"]
-    calls = [line for line in log.read_text().splitlines() if "probe" not in line]
-    assert calls
-    assert all(line.split()[: len(jit._FLAGS)] == jit._FLAGS for line in calls)
-
-
-def test_a_second_process_finds_everything_made(run: Run, tmp_path: Path) -> None:
+def test_the_compiler_is_called_once_with_the_flags(run: Run, tmp_path: Path) -> None:
+    """By a compiler that writes down what it was called with. A second process finds everything made."""
     log, real = tmp_path / "calls", shutil.which("g++", path=plain_path())
     write_script(tmp_path / "bin" / "g++", f'echo "$@" >> "{log}"; exec "{real}" "$@"')
     path = f"{tmp_path / 'bin'}{os.pathsep}{plain_path()}"
-    run(KERNEL, PATH=path)
-    calls = log.read_text()
     assert run(KERNEL, PATH=path) == ["21.0"]
-    assert [call for call in log.read_text()[len(calls) :].splitlines() if "--version" not in call] == []
+    calls = log.read_text().splitlines()
+    compiled = [line for line in calls if "probe" not in line]
+    assert compiled
+    assert all(line.split()[: len(jit._FLAGS)] == jit._FLAGS for line in compiled)
+    assert run(KERNEL, PATH=path) == ["21.0"]
+    assert [call for call in log.read_text().splitlines()[len(calls) :] if "--version" not in call] == []
 
 
 def test_a_child_process_does_not_stack_a_second_wrapper(run: Run) -> None:
@@ -120,7 +115,9 @@ def test_off_leaves_the_environment_alone(run: Run, tmp_path: Path, switch: str)
     )
     assert run(code + KERNEL, **{switch: "off"}) == ["[True, True]", "21.0"]
     assert not (tmp_path / "home" / ".cache").exists()
-    assert run(REMEDY, MLXCHAT_JIT_FLAGS="off") == ["as MLX does"], "nothing is said before MLX is imported"
+
+
+def test_off_is_said(run: Run) -> None:
     assert run("import mlxchat, mlx.core; " + REMEDY, MLXCHAT_JIT_FLAGS="off") == [
         "as MLX does: switched off by MLXCHAT_JIT_FLAGS=off"
     ]
@@ -145,11 +142,9 @@ def test_a_compiler_that_refuses_the_flags_is_used_as_mlx_does(run: Run, tmp_pat
     assert run("import mlxchat, mlx.core, os; print(os.environ['PATH'])", PATH=path) == [path]
 
 
-@pytest.mark.parametrize("cache", ["/proc/nowhere", "/dev/null"])
-def test_a_cache_that_cannot_be_written_gives_a_temporary_folder(run: Run, tmp_path: Path, cache: str) -> None:
-    assert run(KERNEL + REMEDY, XDG_CACHE_HOME=cache) == ["21.0", " ".join(jit._FLAGS)]
+def test_a_cache_that_cannot_be_written_gives_a_temporary_folder(run: Run, tmp_path: Path) -> None:
+    assert run(START + REMEDY, XDG_CACHE_HOME="/dev/null") == [" ".join(jit._FLAGS)]
     (folder,) = (tmp_path / "tmp").glob("mlxchat-kernels-*")
-    assert kernels_below(folder)
     assert folder.stat().st_mode & 0o077 == 0
 
 
@@ -165,5 +160,5 @@ def test_another_compiler_gets_another_folder(run: Run, tmp_path: Path) -> None:
     real = shutil.which("g++", path=plain_path())
     for name in ("one", "other"):
         write_script(tmp_path / name / "g++", f'exec "{real}" "$@"')
-        run(KERNEL, PATH=f"{tmp_path / name}{os.pathsep}{plain_path()}")
+        run(START, PATH=f"{tmp_path / name}{os.pathsep}{plain_path()}")
     assert len(list((tmp_path / "home" / ".cache" / "mlxchat" / "kernels").iterdir())) == 2
