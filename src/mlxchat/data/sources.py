@@ -5,6 +5,9 @@ training, validation.parquet held out, as nanochat's. A corpus on the Hugging Fa
 corpus.json names the commit and lists every file with its checksum. The files are in the Hub's cache, once for all
 runs; they are fetched when they are read, or ahead of it in the background (`fetch_ahead`).
 
+To add a corpus: a YAML in `conf/corpus` that names a data set of the Hub, local files (.txt, .jsonl, .parquet), or
+packages with text (`tasks/bundled.py`).
+
 Planning imports this module, so pyarrow is imported where files are read.
 """
 
@@ -234,9 +237,9 @@ class Corpus:
         return self.validation if split == "validation" else self.train
 
     def documents(self, split: str, chars: float | None = None) -> Iterator[str]:
-        """Yield every document of a split once, in order. Files of the Hub that come next are fetched meanwhile.
+        """Yield every document of a split once, in order. The next files of the Hub are fetched in the background.
 
-        `chars` is how much the run will read: so much is fetched in the background.
+        `chars` is how much the run will read; no more is fetched. None: one file ahead.
         """
         for index, shard in enumerate(self.shards(split)):
             self.fetch_ahead(split, index + 1, chars)
@@ -264,7 +267,7 @@ class Corpus:
     def fetch_ahead(self, split: str, start: int, chars: float | None = None) -> None:
         """Fetch a split's files from number `start` on in the background, unless the network may not be used.
 
-        As many are fetched as have `chars` characters from the beginning; None: only a few.
+        As many are fetched as have `chars` characters from the beginning; None: one file.
         """
         files = self.files(split)
         stop = start + _AHEAD_FILES if chars is None else len(self.first(chars, split))

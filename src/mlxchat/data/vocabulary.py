@@ -154,7 +154,7 @@ def problems_of_vocabulary(source: str, vocab_size: int) -> list[str]:
 
 
 def is_packaged(source: str) -> bool:
-    """Tell whether a packaged vocabulary is installed."""
+    """Return whether a packaged vocabulary is installed."""
     try:
         return _locate(source) is not None
     except DataError:

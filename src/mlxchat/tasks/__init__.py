@@ -1,5 +1,8 @@
 """Tasks: conversations to train on, questions to evaluate with. Loading one imports only its own module.
 
+To add a task: a class derived from `Task` in a module of this folder, a line in _TASKS, and an entry in a mixture
+(`conf/mixture`) or a suite (`conf/suite`). Conversations of your own need no code: task `jsonl` reads a file.
+
 A line of a mixture or suite (`TaskItem`) names a task with its options; `find_item_problems` checks it without data.
 """
 

@@ -58,7 +58,7 @@ def final_number(text: str) -> str | None:
 
 
 def is_right(conversation: Conversation, response: str) -> bool:
-    """Say whether a response gives the answer of a conversation: the number after ####, or else the whole text.
+    """Return whether a response gives the answer of a conversation: the number after ####, or else the whole text.
 
     A response without #### is wrong where the answer has it. White space around texts does not count.
     """
@@ -68,7 +68,7 @@ def is_right(conversation: Conversation, response: str) -> bool:
 
 
 def is_answer(conversation: Conversation, response: str, *, contains: bool = False) -> bool:
-    """Say the same as `is_right` by a looser comparison of texts.
+    """Return the same as `is_right` by a looser comparison of texts.
 
     Letter case, white space and a closing full stop or exclamation mark do not count.
 

@@ -109,7 +109,7 @@ class Task(ABC):
         """Make conversation `index`; all chance comes from `rng`, which belongs to this index alone."""
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Say whether a response is right: by default, whether it gives the conversation's answer (`is_right`)."""
+        """Return whether a response is right: by default, whether it gives the conversation's answer (`is_right`)."""
         return is_right(conversation, response)
 
     def reward(self, conversation: Conversation, response: str) -> float:
@@ -140,7 +140,7 @@ class Task(ABC):
 
 
 def held_out(key: str, fraction: float) -> bool:
-    """Say whether what `key` names belongs to the test split: a stable hash is below `fraction` (0 to 1)."""
+    """Return whether `key` belongs to the test split: a stable hash of it is below `fraction` (0 to 1)."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2.0**64
 
 

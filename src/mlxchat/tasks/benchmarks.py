@@ -1,4 +1,7 @@
-"""The data sets of the Hub that nanochat trains on and evaluates with. Counterparts of its tasks/*.py."""
+"""The data sets of the Hub that nanochat trains on and evaluates with. Counterparts of its tasks/*.py.
+
+To add one: a class here with its repository, subsets, splits and columns, and a line in `tasks/__init__.py`.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +153,7 @@ class HumanEval(HubTask):
         return dialogue(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Run the program that the response makes, isolated, and say whether its tests passed."""
+        """Run the program that the response makes, isolated, and return whether its tests passed."""
         return self.explain(conversation, response)[0]
 
     def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:

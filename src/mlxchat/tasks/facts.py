@@ -98,7 +98,7 @@ def facts() -> list[Fact]:
 
 
 def is_test_pair(fact: Fact) -> bool:
-    """Say whether the fact's country and field are held out: about 15 in 100 are."""
+    """Return whether the fact's country and field are held out: about 15 in 100 are."""
     if (fact.field, fact.country) in _ALWAYS_TRAINED:
         return False
     return held_out(f"{fact.field}/{fact.country}", _TEST_FRACTION)
@@ -174,7 +174,7 @@ class Facts(_FactTask):
         return dialogue(_question(fact, rng), fact.state(), answer=fact.value)
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Say whether the value stands in the response as words of its own, in capitals or not."""
+        """Return whether the response contains the value as whole words, in any letter case."""
         value = re.escape(conversation["answer"])
         return re.search(rf"(?<!\w){value}(?!\w)", response, re.IGNORECASE) is not None
 
@@ -195,7 +195,7 @@ class FactsMC(_FactTask):
     def _choice(self, index: int, question: str, rng: random.Random, passage: Sequence[str]) -> Conversation:
         """Ask with three wrong values of the field, none of them in the passage.
 
-        Every letter is right equally often, and another one each time that a fact comes round.
+        Every letter is right equally often; a fact that repeats has another letter each time.
         """
         fact = self._fact(index)
         right = {fact.value, *fact.others}
@@ -222,13 +222,13 @@ class ReadingMC(FactsMC):
             for other in _facts_of(fact.country)
             if other.field != fact.field and not (self.split == "train" and is_test_pair(other))
         ]
-        told = [fact, *rng.sample(beside, min(len(beside), rng.randrange(3)))]
-        rng.shuffle(told)
+        stated = [fact, *rng.sample(beside, min(len(beside), rng.randrange(3)))]
+        rng.shuffle(stated)
         if rng.random() < 0.5:
-            tags = ", ".join(FIELDS[other.field].tag(other.value) for other in told)
+            tags = ", ".join(FIELDS[other.field].tag(other.value) for other in stated)
             lines = [f"{fact.country}: {tags}."]
         else:
-            lines = [other.state(rng.randrange(2)) for other in told]
+            lines = [other.state(rng.randrange(2)) for other in stated]
         return self._choice(index, f"{' '.join(lines)} {_question(fact, rng)}", rng, lines)
 
 
