@@ -101,8 +101,8 @@ def test_another_process_makes_the_same_rules_from_a_recipe() -> None:
     other = Optimizer.of_recipe(model_of(3, newer=True), optimizer.recipe())
     assert other.adamw_rules == optimizer.adamw_rules
     assert other.muon_shapes == optimizer.muon_shapes
-    assert (other.muon_lr, other.weight_decay, other.dtype, other.config) == (
-        optimizer.muon_lr, optimizer.weight_decay, optimizer.dtype, optimizer.config,
+    assert (other.muon_lr, other.weight_decay, other.config) == (
+        optimizer.muon_lr, optimizer.weight_decay, optimizer.config,
     )  # fmt: skip
     assert {name: value.shape for name, value in other.state.items()} == {
         name: value.shape for name, value in optimizer.state.items()

@@ -83,7 +83,6 @@ class Optimizer:
         batch_lr_scale: float = 1.0,
         weight_decay: float | None = None,
         adapter: AdamWRule | None = None,
-        dtype: mx.Dtype | None = None,
     ) -> None:
         """Assign a rule to each parameter; all moments are zero.
 
@@ -95,8 +94,6 @@ class Optimizer:
             batch_lr_scale: factor, by the batch's size, of Muon's rate and of the groups that scale with it.
             weight_decay: Muon's; None: the configuration's.
             adapter: the rule of all trained parameters where these are adapters.
-            dtype: in which Muon orthogonalises; None: float32 on a CPU, where products in bfloat16 are slow, and
-                bfloat16 on a GPU.
 
         Raises:
             ConfigError: a parameter belongs to no group.
@@ -108,7 +105,6 @@ class Optimizer:
         }  # fmt: skip
         self.gather_state: Callable[[], Flat] | None = None
         """Returns the state with the moments of all ranks; None: `state` has all of it."""
-        self._dtype = dtype
         self.weight_decay = config.weight_decay if weight_decay is None else weight_decay
         self.muon_lr = config.matrix_lr * lr_frac * batch_lr_scale
         self.adamw_rules: dict[str, AdamWRule] = {}
@@ -136,14 +132,9 @@ class Optimizer:
         self.state |= {name: mx.zeros(shape) for name, shape in self.state_shapes(self.shapes).items()}
         self._move = mx.compile(self.move)
 
-    @property
-    def dtype(self) -> mx.Dtype:
-        """The dtype in which Muon orthogonalises, read when the update is traced: the device may be chosen late."""
-        return default_dtype() if self._dtype is None else self._dtype
-
     def recipe(self) -> dict[str, Any]:
         """Return as JSON data what another process needs to make the same rules for the same model."""
-        return {"config": asdict(self.config), **self._given, "dtype": str(self.dtype).rpartition(".")[2]}
+        return {"config": asdict(self.config), **self._given}
 
     @classmethod
     def of_recipe(cls, model: nn.Module, recipe: dict[str, Any]) -> Optimizer:
@@ -152,8 +143,7 @@ class Optimizer:
         groups = {name: AdamWGroupConfig(**group) for name, group in given["adamw_groups"].items()}
         scaling = ScalingConfig(**given["scaling"]) if given["scaling"] else None
         config = OptimizerConfig(**{**given, "adamw_groups": groups, "scaling": scaling})
-        others = {name: value for name, value in recipe.items() if name not in ("config", "dtype")}
-        return cls(model, config, **others, dtype=getattr(mx, recipe["dtype"]))
+        return cls(model, **{**recipe, "config": config})
 
     def whole_state(self) -> Flat:
         """Return `state` with the moments of all ranks."""
@@ -249,7 +239,7 @@ class Optimizer:
         if config.variant == "jul2026":
             step, scale, momenta, variances = normuon_update(
                 stacked, momenta, stack(state, "variance."), rates.momentum, config.muon_beta2,
-                config.newton_schulz_iterations, self.dtype,
+                config.newton_schulz_iterations, default_dtype(),
             )  # fmt: skip
             lr = made_once(lr)
             for index, name in enumerate(names):
@@ -257,7 +247,7 @@ class Optimizer:
                 # Cautious weight decay: only where it agrees with the step.
                 new[name] = weight - lr * scale[index] * step[index] - shrink * weight * (step[index] * weight >= 0)
             return new, unstack("momentum", momenta) | unstack("variance", variances)
-        step, momenta = muon_update(stacked, momenta, rates.momentum, config.newton_schulz_iterations, self.dtype)
+        step, momenta = muon_update(stacked, momenta, rates.momentum, config.newton_schulz_iterations, default_dtype())
         lr = made_once(self.muon_lr * rates.lr_factor)  # the step has the aspect factor
         for index, name in enumerate(names):
             weight = parameters[name] * (1 - shrink) if self.weight_decay else parameters[name]
