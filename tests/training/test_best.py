@@ -100,8 +100,7 @@ def test_without_a_number_the_last_weights_stay(train: Callable[..., Trained]) -
     assert "best_iteration" not in done.ctx.metrics
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 9])
+@pytest.mark.parametrize(("stop_after", "dropout"), [(1, 0.2), (4, 0.0), (5, 0.2), (9, 0.0)])
 def test_an_interrupted_training_keeps_the_same_weights_bit_for_bit(
     train: Callable[..., Trained], stop_after: int, dropout: float
 ) -> None:

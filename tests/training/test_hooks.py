@@ -12,9 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.models import make_model
+from kit.models import composed, make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
-from mlxchat.compose import compose_config
 from mlxchat.config import CoreConfig, PretrainConfig, TaskItem
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
@@ -45,7 +44,7 @@ def pretrain(tmp_path: Path) -> PretrainConfig:
     ]
     (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
     (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\none,50\ntwo,50")
-    config = compose_config([]).config.pretrain
+    config = composed().pretrain
     return replace(config, core=CoreConfig(bundle=str(folder)), core_every=2, core_max_per_task=10)
 
 
@@ -138,7 +137,7 @@ def test_of_some_tasks_there_is_no_core_but_their_mean(
 def test_looking_at_tasks_changes_no_byte_and_logs_each_accuracy_and_the_centred_means(
     train: Callable[..., Any], tokenizer: Tokenizer
 ) -> None:
-    config = compose_config([]).config
+    config = composed()
     letters = TaskItem(task="kinds_mc", split="test", stop=8)
     sums = TaskItem(task="arithmetic", split="test", size=3)
     sft = replace(config.sft, suite={"letters": letters, "sums": sums}, suite_every=2, suite_max_new_tokens=4)
@@ -158,14 +157,14 @@ def test_the_suites_answers_take_the_rows_that_fit_beside_the_training(
     ctx, made = make_context("suite"), []
     ctx.derived["sampled_rows"] = 3
     monkeypatch.setattr("mlxchat.training.hooks.make_engine", lambda *given, **options: made.append(options))
-    sft = replace(compose_config([]).config.sft, suite={"sums": TaskItem(task="gsm8k")})
+    sft = replace(composed().sft, suite={"sums": TaskItem(task="gsm8k")})
     suite_hooks(ctx, sft, make_model(), tokenizer)
     assert [options["max_rows"] for options in made] == [3]
 
 
 def test_without_bundle_suite_or_tokens_nothing_is_looked_at(make_context: Any, tokenizer: Tokenizer) -> None:
     """And that is what the default pipeline has."""
-    config, ctx, model = compose_config([]).config, make_context(), make_model()
+    config, ctx, model = composed(), make_context(), make_model()
     assert core_hooks(ctx, config.pretrain, model, tokenizer) == []
     assert suite_hooks(ctx, config.sft, model, tokenizer) == suite_hooks(ctx, config.midtrain, model, tokenizer) == []
     assert train_text_hooks(ctx, config.pretrain, model, tokenizer, lambda count: []) == []

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.models import make_model
+from kit.models import composed, make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.compose import compose_config
 from mlxchat.config import TeacherConfig
@@ -189,7 +189,7 @@ def test_a_teacher_is_learnt_faster_from_its_distributions_than_from_its_samples
             ids = np.concatenate([ids, chosen[:, None].astype(np.int32)], axis=1)
         return [(row[:-1], row[1:]) for row in ids]
 
-    train_rows, held_out = sample(32), mean_batch(sample(64))
+    train_rows, held_out = sample(32), mean_batch(sample(32))
     losses = {}
     for weight in (0.0, 0.9):
         student = make_model()
@@ -197,7 +197,7 @@ def test_a_teacher_is_learnt_faster_from_its_distributions_than_from_its_samples
         step = TrainStep(
             student, make_optimizer(student), micro_tokens=512, dtype=mx.float32, distillation=distillation
         )
-        for iteration in range(40):
+        for iteration in range(16):
             step(mean_batch(train_rows[8 * (iteration % 4) :][:8]), Rates(0.3, 0.0, 0.9))
         losses[weight] = expected_parts(student, teacher, held_out)[0]
     assert losses[0.9] < losses[0.0] - 0.1
@@ -247,15 +247,16 @@ def test_impossible_settings_are_told_together() -> None:
         assert key in told
 
 
-def sft_step(store: Store, *settings: str) -> Any:
-    config = compose_config(["pipeline=nanochat", *settings]).config
+def sft_step(store: Store, **teacher: Any) -> Any:
+    config = composed("pipeline=nanochat")
+    config = replace(config, sft=replace(config.sft, teacher=replace(config.sft.teacher, **teacher)))
     pipeline: Pipeline = config.pipeline
     plan = make_plan(config, pipeline, store, targets=["sft"], seed=0, force=[])
     return {step.name: step for step in plan}["sft"]
 
 
 def test_without_a_teacher_the_identity_says_nothing_of_one() -> None:
-    assert "teacher" not in identity_of(compose_config([]).config.sft)
+    assert "teacher" not in identity_of(composed().sft)
 
 
 def test_what_is_in_the_teachers_folder_is_part_of_the_identity_and_where_it_lies_is_not(
@@ -263,12 +264,12 @@ def test_what_is_in_the_teachers_folder_is_part_of_the_identity_and_where_it_lie
 ) -> None:
     store = Store(tmp_path / "outputs")
     without = sft_step(store).rid
-    first = sft_step(store, f"sft.teacher.path={folder}").rid
+    first = sft_step(store, path=str(folder)).rid
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert sft_step(store, f"sft.teacher.path={moved}").rid == first != without
-    assert sft_step(store, f"sft.teacher.path={moved}", "sft.teacher.temperature=2").rid != first
+    assert sft_step(store, path=str(moved)).rid == first != without
+    assert sft_step(store, path=str(moved), temperature=2.0).rid != first
     save_checkpoint(moved, make_teacher(seed=12), Tokenizer.load(moved), {"format": "chat"})
-    assert sft_step(store, f"sft.teacher.path={moved}").rid != first
+    assert sft_step(store, path=str(moved)).rid != first
 
 
 def test_an_artifact_that_teaches_is_an_input_of_the_step(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -285,10 +286,10 @@ def test_an_artifact_that_teaches_is_an_input_of_the_step(tokenizer: Tokenizer, 
             "published": "2026-01-01T00:00:00+00:00",
         }  # fmt: skip
         write_manifest(place, manifest)
-    steps = [sft_step(store, f"sft.teacher.artifact={name}") for name in names]
+    steps = [sft_step(store, artifact=name) for name in names]
     assert [step.artifacts["teacher"]["name"] for step in steps] == names
     assert len({sft_step(store).rid, *(step.rid for step in steps)}) == 3
-    assert sft_step(store, f"sft.teacher.artifact={'a' * 16}").rid == steps[0].rid, "by any of its names"
+    assert sft_step(store, artifact="a" * 16).rid == steps[0].rid, "by any of its names"
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
@@ -312,7 +313,7 @@ def test_a_teacher_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_the_predicted_peak_grows_by_the_teacher(folder: Path) -> None:
-    config = compose_config([]).config
+    config = composed()
     sizes = make_teacher().sizes
     size = measure_teacher(folder)
     assert size.weights == (folder / "model.safetensors").stat().st_size

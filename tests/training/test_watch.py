@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.models import make_model
+from kit.models import composed, make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
-from mlxchat.compose import compose_config
 from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.optimizer import Optimizer, Rates
@@ -154,8 +154,7 @@ def test_too_many_skipped_in_a_row_stop_all_the_same(train: Callable[..., Any]) 
 
 def warned(norms: list[float], **settings: Any) -> list[int]:
     """Return the iterations at which these norms are warned of."""
-    config = compose_config([f"training.{key}={value}" for key, value in settings.items()]).config.training
-    watch = Watch(config)
+    watch = Watch(replace(composed().training, **settings))
     return [iteration for iteration, norm in enumerate(norms, 1) if watch.warn(iteration, norm) is not None]
 
 
@@ -179,11 +178,11 @@ def test_the_first_norms_and_a_rise_over_many_iterations_are_not_warned_of() -> 
 
 
 def test_warnings_can_be_switched_off() -> None:
-    assert warned([*USUAL, 1e9], norm_warning_factor="null") == []
+    assert warned([*USUAL, 1e9], norm_warning_factor=None) == []
 
 
 def test_a_warning_does_not_depend_on_interruptions() -> None:
-    config = compose_config([]).config.training
+    config = composed().training
     norms = [*USUAL, 11.0, 11.0, *USUAL * 3, 12.0]
     watch, said = Watch(config), []
     for iteration, norm in enumerate(norms, 1):
