@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 from dataclasses import replace
@@ -105,6 +106,19 @@ def test_chat_says_what_rounded_weights_cost_beside_the_answer(
     assert capsys.readouterr().err == f"{measure_quantised(saved[0], tokenizer, 4)[1]}\n"
     assert isinstance(chat.engine.model, PackedGPT)
     assert chat.engine.kv_bits == 8
+
+
+def test_the_models_own_weights_are_freed(
+    path: str, saved: tuple[GPT, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Matrices of 4 bits take 5/32 of float32's bytes. Embeddings and a KV cache are there, and on a CPU the decoder's
+    copy of the packed matrices."""
+    own = sum(value.nbytes for value in flatten_parameters(saved[0]).values())
+    before = mx.get_active_memory()
+    chat = Chat.load(saved[1], temperature=0.0, top_k=None, max_tokens=4, seed=0, bits=4)
+    chat.answer_once("the cat")
+    gc.collect()
+    assert mx.get_active_memory() - before < (0.3 if path == "plain" else 0.7) * own
 
 
 def test_serve_logs_it(
