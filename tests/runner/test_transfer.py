@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from mlxchat.commands import lineage, ls, show, status
 from mlxchat.commands.transfer import main_import
 from mlxchat.errors import StoreError
 from mlxchat.runner import locks
@@ -248,14 +249,19 @@ MISSHAPEN = {
 }
 
 
-@pytest.mark.parametrize("change", MISSHAPEN.values(), ids=MISSHAPEN)
-def test_a_manifest_of_the_wrong_shape_is_refused(change: Any, tmp_path: Path) -> None:
-    """These gave tracebacks, on import or, once imported, in ls and show."""
-    record: dict[str, Any] = {
+def small_record() -> dict[str, Any]:
+    """Return a manifest with what each must have."""
+    return {
         "rid": compute_rid("make", 1, {}, {}, {}), "name": "x", "stage": "make", "step": "first", "kind": "number",
         "version": 1, "config": {}, "inputs": {}, "pins": {}, "outputs": [], "tree": tree_of({"outputs": []}),
         "metrics": {}, "seconds": 1.0, "published": "2026-01-01T00:00:00",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MISSHAPEN.values(), ids=MISSHAPEN)
+def test_a_manifest_of_the_wrong_shape_is_refused(change: Any, tmp_path: Path) -> None:
+    """These gave tracebacks, on import or, once imported, in ls and show."""
+    record = small_record()
     folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
     folder.mkdir(parents=True)
     path, other = folder / "manifest.json", Store(tmp_path / "other")
@@ -265,6 +271,28 @@ def test_a_manifest_of_the_wrong_shape_is_refused(change: Any, tmp_path: Path) -
     assert list((other.outputs / "store").iterdir()) == []
     path.write_text(json.dumps(record))
     assert [place.name for place in import_all(other, tmp_path / "store")[0]] == [folder.name], "nothing else was wrong"
+
+
+HARMLESS = {
+    "null metrics": {"metrics": {"loss": None}},
+    "ranks without hosts": {"excluded": {"ranks": {"size": 2}}},
+    "control characters": {"config": {"a": "\x1b]52;c;AAAA\x07"}, "run": "\x1b[31m", "published": "9999-\x1b[31m"},
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_an_odd_manifest_that_is_imported_can_be_shown(
+    change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = small_record() | change
+    record["rid"] = compute_rid("make", 1, record["config"], {}, {})
+    folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps(record))
+    import_all(Store(tmp_path / "other"), tmp_path / "store")
+    for verb, names in ((ls, []), (show, [folder.name]), (lineage, [folder.name]), (status, [])):
+        assert verb.main([*names, f"outputs={tmp_path}/other"]) == 0
+    assert not {"\x1b", "\x07"} & set(capsys.readouterr().out)
 
 
 def test_artifacts_made_from_each_other_are_refused(made: Any, tmp_path: Path) -> None:

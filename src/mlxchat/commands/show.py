@@ -111,8 +111,8 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
     git, device = manifest.get("git") or {}, manifest.get("device") or {}
     commit = [["git", f"{git.get('commit', '')[:12]}{' (changed since)' if git.get('dirty') else ''}"]] if git else []
     if ranks := (manifest.get("excluded") or {}).get("ranks"):
-        hosts = ", ".join(dict.fromkeys(ranks["hosts"]))
-        commit.append(["ranks", f"{ranks['size']} ({ranks['backend']}) on {hosts}"])
+        hosts = ", ".join(dict.fromkeys(ranks.get("hosts", ())))
+        commit.append(["ranks", f"{ranks.get('size')} ({ranks.get('backend')}) on {hosts}"])
     versions = [[key, str(value)] for key, value in (manifest.get("versions") or {}).items()]
     yield "made with", [*commit, *([["device", str(device.get("name"))]] if device else []), *versions]
     yield "files", [[file["path"], format_bytes(file["bytes"]), file["sha256"][:12]] for file in manifest["outputs"]]
