@@ -5,6 +5,7 @@ Everything that reads a manifest relies on these types, so they are checked wher
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ _WORDS = {
 }  # fmt: skip
 _MOST_NUMBER = 1e300  # larger integers cannot become floats
 _MOST_DEPTH = 64
+_HALF = re.compile("[\ud800-\udfff]")  # of a pair of UTF-16
 
 
 def find_misshapen(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -63,5 +65,5 @@ def _find_odd(value: Any, where: str, depth: int) -> Iterator[str]:
             yield from _find_odd(item, f"{where}.{key}".lstrip("."), depth - 1)
     elif isinstance(value, int | float) and not abs(value) < _MOST_NUMBER:
         yield f"{where} is {str(value)[:40]}, expected a number below {_MOST_NUMBER:g}"
-    elif isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+    elif isinstance(value, str) and _HALF.search(value):
         yield f"{where} holds half a character"
