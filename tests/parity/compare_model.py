@@ -178,20 +178,20 @@ def optimizer_config(variant: str, **numbers: float) -> OptimizerConfig:
 def optimizer_of(
     model: GPT, variant: str, dtype: mx.Dtype | None = None, lr_frac: float = 1.0, **numbers: float
 ) -> Optimizer:
-    """Return a snapshot's optimizer of a model; dtype is what it orthogonalises in, numbers are fields to change."""
+    """Return a snapshot's optimizer of a model; numbers are fields to change. With bfloat16 it rounds as torch does."""
     kind = RoundingOptimizer if dtype == mx.bfloat16 else Optimizer
-    return kind(model, optimizer_config(variant, **numbers), width=model.sizes.width, lr_frac=lr_frac, dtype=dtype)
+    return kind(model, optimizer_config(variant, **numbers), width=model.sizes.width, lr_frac=lr_frac)
 
 
 class RoundingOptimizer(Optimizer):
     """Orthogonalises as torch does in bfloat16 on a CPU; MLX's own bfloat16 would round the coefficients too."""
 
     def move(self, *arguments: Any) -> Any:
-        with mock.patch.object(muon, "iterate", iterate_rounded):
+        with mock.patch.object(muon, "apply_quintics", apply_rounded):
             return super().move(*arguments)
 
 
-def iterate_rounded(x: mx.array, quintics: Sequence[muon.Quintic]) -> mx.array:
+def apply_rounded(x: mx.array, quintics: Sequence[muon.Quintic]) -> mx.array:
     """Apply odd quintics to singular values, computed in float32 with every result rounded to bfloat16."""
 
     def rounded(x: mx.array) -> mx.array:
