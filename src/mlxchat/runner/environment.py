@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 import resource
 import subprocess
@@ -39,6 +38,8 @@ class Environment:
 
 def versions() -> dict[str, str]:
     """Return Python's version and those of the packages that results depend on."""
+    import importlib.metadata  # takes longer than a verb that only reads may
+
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
