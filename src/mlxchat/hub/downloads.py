@@ -350,6 +350,12 @@ def _send(client: Any, request: Any, ends: float, check: Check) -> Any:
 
     sent: Future[Any] = Future()
 
+    def trace(event: str, details: Any) -> None:
+        if sent.cancelled() and event.endswith("send_request_headers.started"):  # it was connecting: nothing to close
+            raise HTTPError(f"{event} after nobody waited any more")
+
+    request.extensions["trace"] = trace
+
     def work() -> None:
         try:
             answer = client.send(request, stream=True, follow_redirects=False)
