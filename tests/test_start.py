@@ -30,7 +30,7 @@ def fill(outputs: Path, count: int) -> list[str]:
         name = f"{stage}-d4-{rid[:16]}"
         manifest = {
             "schema": 1, "rid": rid, "name": name, "stage": stage, "step": stage, "kind": "checkpoint", "version": 1,
-            "config": {"seed": number, stage: settings}, "full_config": settings, "excluded": {},
+            "config": {"seed": number, stage: settings}, "full_config": {stage: settings}, "excluded": {},
             "inputs": {"source": made} if number % len(STAGES) else {}, "tree": "0" * 64, "pins": {}, "externals": [],
             "outputs": [{"path": f"file_{index}", "bytes": 1000, "sha256": "0" * 64} for index in range(5)],
             "metrics": {"val_loss": 1.5}, "derived": {}, "seconds": 1.0, "published": f"2026-01-01T00:00:{number:06d}",

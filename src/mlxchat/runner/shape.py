@@ -5,6 +5,7 @@ Everything that reads a manifest relies on these types, so they are checked wher
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,27 +31,44 @@ _WORDS = {
 }  # fmt: skip
 _MOST_NUMBER = 1e300  # larger integers cannot become floats
 _MOST_DEPTH = 64
+_LARGE = re.compile(r"[0-9]{300}|e\+[0-9]{3}")  # every number from 1e300, and some others
 _HALF = re.compile("[\ud800-\udfff]")  # of a pair of UTF-16
 
 
 def find_misshapen(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for every value in a manifest whose type is not the one that its readers rely on."""
     yield from find_wrong_types(manifest, _MANIFEST, "")
-    yield from _find_odd(manifest, "", _MOST_DEPTH)
+    if not _is_plain(manifest):
+        yield from _find_odd(manifest, "", _MOST_DEPTH)
+
+
+def _is_plain(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether `_find_odd` would find nothing, at a small part of its cost: every start of a command asks."""
+    try:
+        text = json.dumps(manifest, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        return not _LARGE.search(text) and _count_levels(manifest) <= _MOST_DEPTH
+    except (ValueError, RecursionError):
+        return False
+
+
+def _count_levels(value: Any) -> int:
+    items = value.values() if isinstance(value, dict) else value
+    return 1 + max([_count_levels(item) for item in items if item.__class__ in (dict, list)], default=0)
 
 
 def find_wrong_types(value: Any, expected: Any, where: str) -> Iterator[str]:
     """Yield a line for each part of a value that has another type than `expected`, which is written as `_MANIFEST`."""
-    kind: Any = type(expected) if isinstance(expected, list | dict) else expected
+    kind: Any = expected.__class__ if expected.__class__ in (list, dict) else expected
     if not isinstance(value, kind):
         yield f"{where} is {str(value)[:40]!r}, expected {_WORDS[kind]}"
-    elif isinstance(expected, list):
+    elif expected.__class__ is list:
         for position, item in enumerate(value):
             yield from find_wrong_types(item, expected[0], f"{where}[{position}]")
-    elif isinstance(expected, dict):
-        for key, item in dict(value).items():
-            if (wanted := expected.get(_EACH, expected.get(key))) is not None:
-                yield from find_wrong_types(item, wanted, f"{where}.{key}".lstrip("."))
+    elif expected.__class__ is dict:
+        for key, item in value.items():
+            if (wanted := expected.get(_EACH) or expected.get(key)) is not None:
+                yield from find_wrong_types(item, wanted, f"{where}.{key}" if where else key)
 
 
 def _find_odd(value: Any, where: str, depth: int) -> Iterator[str]:
