@@ -209,16 +209,21 @@ def test_logs_and_warnings_of_libraries_cannot_command_the_terminal(monkeypatch:
     """transformers quotes values of a model's config.json in its warnings."""
     monkeypatch.setattr("sys.stderr", screen := Terminal())
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    before = logging.getLogRecordFactory()
+    before, told = logging.getLogRecordFactory(), logging.Formatter.formatException
     try:
         filter_logs()
         logger, handler = logging.Logger("a library"), logging.StreamHandler(screen)
         logger.addHandler(handler)
         logger.warning("rope_type is %s", HOSTILE)
+        try:
+            raise ValueError(HOSTILE)
+        except ValueError:
+            logger.exception("told")
         screen.write(warnings.formatwarning(HOSTILE, UserWarning, HOSTILE, 1, HOSTILE))
     finally:
         logging.setLogRecordFactory(before)
-    assert screen.getvalue().count("aGFsbG8") == 8
+        logging.Formatter.formatException = told  # type: ignore[method-assign]
+    assert screen.getvalue().count("aGFsbG8") == 10
     assert commands_in(screen.getvalue()) == set()
 
 

@@ -36,5 +36,7 @@ def filter_logs() -> None:
     if logging.getLogRecordFactory() is not logging.LogRecord:
         return
     logging.setLogRecordFactory(Visible)
+    told = logging.Formatter.formatException
+    logging.Formatter.formatException = lambda *details: visible(told(*details))  # type: ignore[method-assign]
     plain = warnings.formatwarning
     warnings.formatwarning = lambda *details, **more: visible(plain(*details, **more))

@@ -117,6 +117,13 @@ def test_blocks_and_marks_become_elements(node: Callable[..., Any], text: str, h
     assert node("markdown.js", RUN, [text]) == [html]
 
 
+def test_marks_upon_marks_are_cut(node: Callable[..., Any]) -> None:
+    """A browser took 9 s to lay out a character with 32,000 accents; no script needs more than a few."""
+    assert node("markdown.js", RUN, ["e\u0301 a" + "\u0300" * 9_000 + " b"]) == [
+        f"<p>e\u0301 a{chr(0x300) * 16}… b</p>"
+    ]
+
+
 @pytest.mark.parametrize("unit", ["a\n", "*a* ", "> *a* b\n", "a|b\n|-|-\n*a*|*b*\n", "- a\n"], ids=repr)
 def test_long_text_does_not_overflow_the_stack(node: Callable[..., Any], unit: str) -> None:
     """A paragraph of 70,000 lines was a call with 140,000 arguments, and the page showed nothing."""

@@ -21,8 +21,9 @@ _ROUTE = "/chat/completions"
 _MOST_BYTES = 8 << 20
 _PASSING = (408, 409, 425, 429)
 _NO_ROOM = (429, 503)
-# Said by gateways while the teacher behind them may go on computing.
-_UNCLEAR = (408, 499)
+# Said before anything is computed. Behind other statuses something may have been, and is billed: a content filter that
+# looks at the answer says 400, a gateway that waited for it 408 or 499.
+_FREE = (401, 402, 403, 404, 405, 413, 415, 429)
 # What one question has done wrong; all other refusals are of everything that could be asked.
 _OF_THE_QUESTION = (400, 413, 415, 422, 451)
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -171,8 +172,7 @@ class Teacher:
         """Raise what a status means, or an error that is sent with a good one."""
         fault = value.get("error") if isinstance(value, dict) else None
         status = got.status_code
-        # A request that was refused was not computed. Behind a 5xx, or an error in a 200, it may have been.
-        free = 300 <= status < 500 and status not in _UNCLEAR
+        free = 300 <= status < 400 or status in _FREE
         if 200 <= status < 300 and not fault:
             return
         if isinstance(fault, dict):

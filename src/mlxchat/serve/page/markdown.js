@@ -10,9 +10,12 @@ const DEEPEST = 8;
 // What turns the direction of a text around, so that it is read otherwise than it is: of links, names, code.
 const TURNING = /[\u202a-\u202e\u2066-\u2069]/g;
 
-/** Return a text as it is shown: nothing in it makes what stands around it read otherwise. */
+// Marks on one character, beyond those of any script: a browser takes time in the square of their number to lay them out.
+const MARKS = /(\p{M}{16})\p{M}{1,9999}/gu;
+
+/** Return a text as it is shown: nothing in it makes what stands around it read otherwise, or stops the page. */
 export function shown(text) {
-  return text.replace(TURNING, "\ufffd");
+  return text.replace(TURNING, "\ufffd").replace(MARKS, "$1…");
 }
 
 /** Return an element with children: nodes, text, and lists of them (a call with 100,000 arguments overflows the stack). */
