@@ -31,6 +31,22 @@ def make_artifact(store: Store, rid: str = RID, name: str = "", text: str = "con
     return store.publish(out, name or f"sft-d4-{rid[:16]}", manifest(rid=rid))
 
 
+def test_what_is_made_outside_a_checkout_can_be_read(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed from a wheel there is no git: for a day such manifests were called damaged by the next step."""
+    monkeypatch.setattr("mlxchat.runner.environment.git_state", lambda folder: None)
+    toys.run(toys.plan({"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}))
+    assert read_manifest(toys.store.resolve("second"))["git"] is None
+
+
+def test_a_manifest_that_readers_would_refuse_is_not_published(store: Store) -> None:
+    out = store.work(RID) / "out"
+    out.mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"cannot be published: .*metrics\.loss is 'low', expected a number"):
+        store.publish(out, f"sft-d4-{RID[:16]}", manifest(metrics={"loss": "low"}))
+    assert list((store.outputs / "store").iterdir()) == []
+    assert out.is_dir(), "what was made is kept"
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     found = Store(tmp_path / "outputs")

@@ -218,7 +218,6 @@ MISSHAPEN = {
     "config deeply nested": {"config": {"a": nested(900)}},
     "externals of text": {"externals": ["x"]},
     "git a list": {"git": [1]},
-    "git commit a number": {"git": {"commit": 5}},
     "inputs a list": {"inputs": [1]},
     "inputs a text": {"inputs": "abc"},
     "inputs of numbers": {"inputs": {"a": 5}},
@@ -274,6 +273,7 @@ def test_a_manifest_of_the_wrong_shape_is_refused(change: Any, tmp_path: Path) -
 
 
 HARMLESS = {
+    "git commit a number": {"git": {"commit": 5}},
     "null metrics": {"metrics": {"loss": None}},
     "ranks without hosts": {"excluded": {"ranks": {"size": 2}}},
     "control characters": {"config": {"a": "\x1b]52;c;AAAA\x07"}, "run": "\x1b[31m", "published": "9999-\x1b[31m"},

@@ -109,7 +109,7 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
     ]
     yield "from outside", outside
     git, device = manifest.get("git") or {}, manifest.get("device") or {}
-    commit = [["git", f"{git.get('commit', '')[:12]}{' (changed since)' if git.get('dirty') else ''}"]] if git else []
+    commit = [["git", f"{str(git.get('commit'))[:12]}{' (changed since)' if git.get('dirty') else ''}"]] if git else []
     if ranks := (manifest.get("excluded") or {}).get("ranks"):
         hosts = ", ".join(dict.fromkeys(ranks.get("hosts", ())))
         commit.append(["ranks", f"{ranks.get('size')} ({ranks.get('backend')}) on {hosts}"])

@@ -11,23 +11,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _EACH = "*"  # of a mapping with any keys
-_TEXT, _NUMBER = str | None, int | float | None
+_TEXT, _NUMBER, _OBJECT = str | None, int | float | None, dict | None
 _INPUT = {"rid": str, "tree": str, "artifact": _TEXT, "step": _TEXT, "stage": _TEXT}
 _FILE = {"path": str, "bytes": int, "sha256": str}
 _RANKS = {"size": int, "backend": str, "hosts": [str]}
 # What a key holds: a type, [of each item], or {key: of its value}. Keys that are not listed hold any JSON.
 _MANIFEST: Mapping[str, Any] = {
     "schema": int, "rid": str, "akey": _TEXT, "alias_of": _TEXT, "name": str, "stage": str, "step": _TEXT,
-    "kind": str, "version": int, "config": dict, "full_config": {_EACH: dict}, "overrides": [str],
+    "kind": str, "version": int, "config": dict, "full_config": dict, "overrides": [str],
     "excluded": {"ranks": _RANKS}, "inputs": {_EACH: _INPUT}, "outputs": [_FILE], "tree": str, "pins": {_EACH: str},
     "externals": [dict], "metrics": {_EACH: _NUMBER}, "derived": {"predicted_peak_bytes": _NUMBER},
     "tokens_per_second": _NUMBER, "data_wait_frac": _NUMBER, "attempts": [dict], "seconds": _NUMBER,
     "peak_memory_bytes": _NUMBER, "peak_array_bytes": _NUMBER, "code": {"modules": {_EACH: str}},
-    "git": {"commit": str}, "versions": dict, "device": dict, "run": _TEXT, "published": str,
+    "git": _OBJECT, "versions": dict, "device": dict, "run": _TEXT, "published": str,
 }  # fmt: skip
 _WORDS = {
     dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false",
     int | float: "a number", _TEXT: "text or null", _NUMBER: "a number or null",
+    _OBJECT: "an object or null",
 }  # fmt: skip
 _MOST_NUMBER = 1e300  # larger integers cannot become floats
 _MOST_DEPTH = 64

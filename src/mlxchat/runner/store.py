@@ -172,7 +172,12 @@ class Store:
 
         Everything is on disk before the rename. An artifact of the same name (a forced rebuild) is moved aside
         first and removed afterwards.
+
+        Raises:
+            StoreError: the manifest holds what its readers would refuse, such as a metric that is text.
         """
+        if wrong := list(islice(find_misshapen(manifest), _MOST_TOLD)):
+            raise StoreError(f"{name} cannot be published: in its manifest {visible('; '.join(wrong))}")
         crash_point("publish.described")
         write_manifest(out, manifest)
         crash_point("publish.written")
