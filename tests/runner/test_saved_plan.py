@@ -132,11 +132,13 @@ def test_the_plan_for_programs_names_every_changed_key_old_and_new(toys: Any) ->
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 2
     plan = toys.plan(CHAIN, seed=3)
-    record = describe_plan(plan, estimate_steps(plan, toys.store), {"one": "9 MB"})
+    drift = {"one": {"mlx": ("0.31.0", "0.32.0")}}
+    record = describe_plan(plan, estimate_steps(plan, toys.store), {"one": "9 MB"}, drift)
     one, two = record["steps"]
     assert one["difference"]["config"] == {"seed": {"old": 1, "new": 3}, "toy.number": {"old": 1, "new": 2}}
     assert (one["state"], one["memory"], two["inputs"]["source"]) == ("run", "9 MB", {"step": "one", "rid": one["rid"]})
-    assert two["difference"]["inputs"] == {"source": "one"}
+    assert one["changed_environment"] == {"mlx": {"old": "0.31.0", "new": "0.32.0"}}
+    assert (two["difference"]["inputs"], two["changed_environment"]) == ({"source": "one"}, {})
     assert record["pending"] == ["one", "two"]
     json.dumps(record)
 

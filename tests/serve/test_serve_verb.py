@@ -28,7 +28,7 @@ ANSWERED = """
 import mlxchat, asyncio, sys
 from pathlib import Path
 import mlx.core as mx
-from mlxchat.engine.scheduler import Request, Decoding
+from mlxchat.engine.scheduler import Request, Sampling
 from mlxchat.cpu import runtime
 from mlxchat.runner.store import Store
 from mlxchat.serve.limits import Limits
@@ -43,7 +43,7 @@ worker = Worker(Limits(), load_scheduler)
 async def answer():
     worker.start()
     model = Models(store, store.resolve("sft")).find(None)
-    request = Request(prompt=[1, 2, 3], max_new_tokens=4, sampling=Decoding(temperature=0.0))
+    request = Request(prompt=[1, 2, 3], max_new_tokens=4, sampling=Sampling(temperature=0.0))
     assert [event async for event in worker.ask(model, [request])]
 
 asyncio.run(answer())
