@@ -27,7 +27,10 @@ def _written_out(found: re.Match[str]) -> str:
 def filter_logs() -> None:
     """Make the log records and warnings of this process safe to print: libraries quote third-party files in them."""
     import logging  # slow to import for verbs that print a line
+    import os
     import warnings
+
+    os.environ["TOKENIZERS_LOG"] = "off"  # its Rust code writes to the terminal past Python, if told to
 
     class Visible(logging.LogRecord):
         def getMessage(self) -> str:  # noqa: N802  (a method of LogRecord)

@@ -499,8 +499,8 @@ def billed(teacher: Teacher) -> float:
     "fault",
     [Reply(drop=True), Reply(seconds=1.0), Reply(status=500), Reply(status=504), Reply(status=408), Reply(raw=b"{}"),
      Reply(raw=b'{"choices": [{"mess'), Reply(raw=b'{"error": {"message": "overloaded", "code": 429}}'),
-     Reply(status=400), Reply(status=422)],
-    ids=["cut", "silence", "500", "504", "408", "no choices", "half JSON", "error in a 200", "400", "422"],
+     Reply(status=400), Reply(status=422), Reply("", usage={"prompt_tokens": 10, "completion_tokens": 0})],
+    ids=["cut", "silence", "500", "504", "408", "no choices", "half JSON", "error in a 200", "400", "422", "no text"],
 )  # fmt: skip
 def test_requests_without_an_answer_count_at_their_maximum(
     fault: Reply, ask: Callable[..., int], teacher: Teacher, place: Path

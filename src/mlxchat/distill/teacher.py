@@ -22,7 +22,7 @@ _MOST_BYTES = 8 << 20
 _PASSING = (408, 409, 425, 429)
 _NO_ROOM = (429, 503)
 # Said before anything is computed. Behind other statuses something may have been, and is billed: a content filter that
-# looks at the answer says 400, a gateway that waited for it 408 or 499.
+# looks at the answer says 400, a gateway that waited for it 408 or 499, one that keeps the answer elsewhere 302 or 303.
 _FREE = (401, 402, 403, 404, 405, 413, 415, 429)
 # What one question has done wrong; all other refusals are of everything that could be asked.
 _OF_THE_QUESTION = (400, 413, 415, 422, 451)
@@ -172,7 +172,7 @@ class Teacher:
         """Raise what a status means, or an error that is sent with a good one."""
         fault = value.get("error") if isinstance(value, dict) else None
         status = got.status_code
-        free = 300 <= status < 400 or status in _FREE
+        free = status in _FREE
         if 200 <= status < 300 and not fault:
             return
         if isinstance(fault, dict):
@@ -252,8 +252,7 @@ def _read_answer(value: Any) -> Answer:
     finish, usage, model = choice.get("finish_reason"), value.get("usage"), value.get("model")
     counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     # Some endpoints report 0 tokens of everything, and then no limit of money would hold.
-    least = (1, 1 if content else 0)
-    known = [count for count, low in zip(counts, least, strict=True) if type(count) is int and low <= count < 1 << 63]
+    known = [count for count in counts if type(count) is int and 1 <= count < 1 << 63]
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     if len(known) == 2 and type(total) is int and sum(known) < total < 1 << 63:
         known[1] = total - known[0]  # Gemini's endpoint leaves thoughts out of completion_tokens, and bills them

@@ -11,7 +11,7 @@ const DEEPEST = 8;
 const TURNING = /[\u202a-\u202e\u2066-\u2069]/g;
 
 // Marks on one character, beyond those of any script: a browser takes time in the square of their number to lay them out.
-const MARKS = /(\p{M}{16})\p{M}{1,9999}/gu;
+const MARKS = /([\p{M}\p{Cf}\p{Emoji_Modifier}\uff9e\uff9f]{16})[\p{M}\p{Cf}\p{Emoji_Modifier}\uff9e\uff9f]{1,9999}/gu;
 
 /** Return a text as it is shown: nothing in it makes what stands around it read otherwise, or stops the page. */
 export function shown(text) {
