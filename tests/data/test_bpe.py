@@ -35,8 +35,18 @@ def nanochats_ranks(texts: list[str], num_tokens: int) -> dict[bytes, int]:
     return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
 
 
+KEPT: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def others_children() -> None:
+    """Ranks that other tests keep for later ones are none of this file's processes."""
+    KEPT.clear()
+    KEPT.update(psutil.Process().children(recursive=True))
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return [child for child in psutil.Process().children(recursive=True) if child not in KEPT]
 
 
 @settings(max_examples=12)
