@@ -209,7 +209,8 @@ def test_logs_and_warnings_of_libraries_cannot_command_the_terminal(monkeypatch:
     """transformers quotes values of a model's config.json in its warnings."""
     monkeypatch.setattr("sys.stderr", screen := Terminal())
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    before, told = logging.getLogRecordFactory(), logging.Formatter.formatException
+    monkeypatch.setattr(logging.Formatter, "formatException", logging.Formatter.formatException)
+    before = logging.getLogRecordFactory()
     try:
         filter_logs()
         logger, handler = logging.Logger("a library"), logging.StreamHandler(screen)
@@ -222,7 +223,6 @@ def test_logs_and_warnings_of_libraries_cannot_command_the_terminal(monkeypatch:
         screen.write(warnings.formatwarning(HOSTILE, UserWarning, HOSTILE, 1, HOSTILE))
     finally:
         logging.setLogRecordFactory(before)
-        logging.Formatter.formatException = told  # type: ignore[method-assign]
     assert screen.getvalue().count("aGFsbG8") == 10
     assert commands_in(screen.getvalue()) == set()
 

@@ -39,6 +39,7 @@ def filter_logs() -> None:
     if logging.getLogRecordFactory() is not logging.LogRecord:
         return
     logging.setLogRecordFactory(Visible)
+    # Python has no hook for how the traceback of a log record is written: the method itself is replaced.
     told = logging.Formatter.formatException
     logging.Formatter.formatException = lambda *details: visible(told(*details))  # type: ignore[method-assign]
     plain = warnings.formatwarning

@@ -93,6 +93,9 @@ class _Ring:
             with suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
+            assert rank.stdin is not None
+            with suppress(BrokenPipeError):  # an order that it did not read
+                rank.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

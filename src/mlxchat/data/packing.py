@@ -179,9 +179,9 @@ class RowStream(ABC):
         row[filled:] = row[0] if self._padding is None else self._padding
         return row[:-1], np.where(trained[1:], row[1:], np.int32(IGNORED))
 
+    @abstractmethod
     def _pieces(self, space: int) -> Iterator[tuple[Any, Array, Array | bool]]:
         """Yield what the next row holds: address, ids, and which of them are trained on; at most `space` ids."""
-        raise NotImplementedError
 
     def name(self, address: Any) -> str:
         """Return the name of what is at an address, for messages."""
