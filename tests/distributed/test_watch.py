@@ -149,16 +149,15 @@ def test_processes_started_by_a_rank_are_no_ranks(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("device", "backend", "gpus", "expected"),
-    [("cpu", "cuda", 1, "ring"), ("auto", "cuda", 2, "nccl"), ("auto", "metal", 1, "ring"), ("auto", "cpu", 0, "ring")],
+    ("device", "nccl", "gpus", "expected"),
+    [("cpu", True, 2, "ring"), ("auto", True, 2, "nccl"), ("auto", True, 0, "ring"), ("auto", False, 1, "ring")],
 )
 def test_the_backend_of_local_ranks_follows_the_device(
-    device: str, backend: str, gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    device: str, nccl: bool, gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import mlx.core as mx
 
-    monkeypatch.setattr("mlxchat.ops.device.backend", lambda: backend)
-    monkeypatch.setattr(mx.distributed, "is_available", lambda name: True)
+    monkeypatch.setattr(mx.distributed, "is_available", lambda name: name != "nccl" or nccl)
     monkeypatch.setattr(mx, "device_count", lambda device: gpus)
 
     def spawn(rank: int, variables: dict[str, str], folder: Path, threads: int, kind: str) -> Any:

@@ -151,6 +151,35 @@ def test_looking_at_tasks_changes_no_byte_and_logs_each_accuracy_and_the_centred
     assert ctx.metrics["mean_centered"] == pytest.approx((centered + ctx.metrics["accuracy_sums"]) / 2, abs=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["core", "suite"])
+def test_hooks_compute_in_the_dtype_of_the_training(
+    kind: str, make_context: Any, pretrain: PretrainConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    model, ctx, dtypes = make_model(), make_context(compute_dtype="bfloat16"), set[mx.Dtype]()
+    suite = {"letters": TaskItem(task="kinds_mc", split="test", stop=8), "sums": TaskItem(task="arithmetic", size=3)}
+    sft = replace(composed().sft, suite=suite, suite_max_new_tokens=4)
+    (hook,) = core_hooks(ctx, pretrain, model, tokenizer) if kind == "core" else suite_hooks(ctx, sft, model, tokenizer)
+    hidden = GPT.hidden
+
+    def noted(*given: Any) -> mx.array:
+        found = hidden(*given)
+        dtypes.add(found.dtype)
+        return found
+
+    def look(done: int) -> dict[str, float]:
+        with monkeypatch.context() as patched:
+            patched.setattr(GPT, "hidden", noted)
+            return hook.run(done)
+
+    fit(
+        ctx, model, make_optimizer(model), NumberedBatches(), num_iterations=1, schedule=SCHEDULE,
+        hooks=[Hook(run=look, every=1)], micro_tokens=64,
+    )  # fmt: skip
+    assert dtypes == {mx.bfloat16}
+    assert {value.dtype for value in flatten_parameters(model).values()} == {mx.float32}
+
+
 def test_the_suites_answers_take_the_rows_that_fit_beside_the_training(
     make_context: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -300,12 +300,11 @@ class Ranks:
         """Start further processes on this machine, and connect all."""
         import mlx.core as mx
 
-        from mlxchat.ops.device import backend
-
         size = self.size
-        on_gpus = machine.device != "cpu" and backend() == "cuda"
-        kind = "nccl" if on_gpus and mx.distributed.is_available("nccl") else "ring"
-        if kind == "nccl" and (gpus := mx.device_count(mx.gpu)) < size:
+        on_gpus = machine.device != "cpu" and mx.distributed.is_available("nccl")  # which MLX has with CUDA alone
+        gpus = mx.device_count(mx.gpu) if on_gpus else 0
+        kind = "nccl" if gpus else "ring"
+        if 0 < gpus < size:
             raise ConfigError(f"machine.num_processes is {size}, but MLX finds {gpus} GPUs: expected one for each")
         forget_meeting()  # variables of another launcher, without a rank
         ports, token = _free_ports(size), secrets.token_hex(16)

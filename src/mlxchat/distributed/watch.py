@@ -374,11 +374,11 @@ def find_facts(rank: int) -> Facts:
     """Return rank, host, process, versions, digest of the code and backend (cpu, metal or cuda) of this process."""
     from importlib.metadata import version
 
-    from mlxchat.ops.device import backend
+    from mlxchat.ops.device import describe_device
 
     return {
         "rank": rank, "host": platform.node(), "pid": os.getpid(), "mlxchat": __version__, "code": code_digest(),
-        "mlx": version("mlx"), "backend": backend(),
+        "mlx": version("mlx"), "backend": describe_device()["backend"],
     }  # fmt: skip
 
 

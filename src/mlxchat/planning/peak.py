@@ -13,11 +13,8 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from mlxchat.hub.cache import cache_folder, write_json
-from mlxchat.ops.device import backend, default_dtype, make_lanes
+from mlxchat.ops.device import default_dtype, make_lanes, product_shape
 
-# Rows, inner width and columns of the measured product. On a CPU it takes 10 to 20 ms, so that some of a hundred are
-# not interrupted by other programs; on a GPU it is large enough to use all of it.
-_CPU_SHAPE, _GPU_SHAPE = (1024, 512, 1024), (4096, 4096, 4096)
 _ROUNDS, _ROUND_SECONDS = 3, 0.15
 
 # Dense TFLOP/s of (bfloat16, float32) by words of the device's name, the more specific first; None: not published.
@@ -81,8 +78,7 @@ def raise_peak(dtype: mx.Dtype, rate: float) -> float:
 
 def measure_flops(dtype: mx.Dtype) -> float:
     """Return the rate of the fastest of many matrix products, in a few short rounds."""
-    shape = _CPU_SHAPE if backend() == "cpu" else _GPU_SHAPE
-    rate = max(_rate(shape, dtype, _ROUND_SECONDS) for _ in range(_ROUNDS))
+    rate = max(_rate(product_shape(), dtype, _ROUND_SECONDS) for _ in range(_ROUNDS))
     mx.clear_cache()
     return rate
 
