@@ -1,4 +1,4 @@
-"""mlxchat plan and mlxchat run --plan, as users meet them."""
+"""mlxchat plan, as users meet it."""
 
 from __future__ import annotations
 
@@ -15,40 +15,17 @@ def short(tiny: tuple[str, ...], tmp_path: Path) -> list[str]:
     return [*tiny, "stage=corpus", "corpus.validation_documents=5", f"outputs={tmp_path}/outputs"]
 
 
-def test_a_saved_plan_runs_exactly_what_was_shown_and_only_once(
+def test_a_plan_writes_nothing_and_says_by_its_exit_code_whether_all_is_done(
     short: list[str], mlxchat: CommandLine, tmp_path: Path
 ) -> None:
-    file = tmp_path / "plan.json"
-    pending = mlxchat("plan", *short, "--exit-code", "--save", file)
+    pending = mlxchat("plan", *short, "--json", "--exit-code")
     assert pending.returncode == 3, pending.stderr
-    assert pending.stdout.endswith(f"saved: mlxchat run --plan {file}\n")
     assert not (tmp_path / "outputs").exists(), "planning writes nothing there"
-    done = mlxchat("run", "--plan", file)
-    assert done.returncode == 0, done.stderr
-    again = mlxchat("run", "--plan", file)
-    assert again.stdout.startswith("corpus has been done since")
-    assert "nothing to do" in again.stdout
+    assert mlxchat(*short).returncode == 0
     shown = mlxchat("plan", *short, "--json", "--exit-code")
     assert shown.returncode == 0
-    (step,) = json.loads(shown.stdout)["steps"]
-    (planned,) = json.loads(file.read_text())["steps"]
+    (planned,), (step,) = json.loads(pending.stdout)["steps"], json.loads(shown.stdout)["steps"]
     assert (step["state"], step["rid"]) == ("done", planned["rid"])
-
-
-def test_a_saved_plan_takes_no_further_settings_and_no_damage(
-    short: list[str], mlxchat: CommandLine, tmp_path: Path
-) -> None:
-    file = tmp_path / "plan.json"
-    assert mlxchat("plan", *short, "--save", file).returncode == 0
-    extra = mlxchat("run", "--plan", file, "seed=2")
-    assert (extra.returncode, extra.stderr) == (
-        2, "error: --plan runs what was saved and takes no further settings, got seed=2\n",
-    )  # fmt: skip
-    file.write_text(file.read_text().replace('"seed": 42', '"seed": 43'))
-    altered = mlxchat("--plan", file)
-    assert altered.returncode == 2
-    assert altered.stderr.startswith(f"error: --plan: {file} is damaged or was altered")
-    assert "Traceback" not in altered.stderr
 
 
 def test_a_plan_of_nanochats_recipe_begins_with_its_downloads_and_time(

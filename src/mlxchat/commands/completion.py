@@ -50,7 +50,7 @@ _SETTING = ("run", "plan", "graph", "bench", "data")
 _DATA = ("fetch", "ls", "rm", "show")
 _OPTIONS = {
     "run": ["--multirun", "--cfg", "--config-dir", "--plan", "--fail-fast", "--help"],
-    "plan": ["--json", "--exit-code", "--save", "--config-dir"],
+    "plan": ["--json", "--exit-code", "--config-dir"],
     "status": ["--json"], "ls": ["--stage", "--json"], "show": ["--json", "--examples", "--task", "--iteration"],
     "lineage": ["--up", "--down", "--json"],
     "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"],

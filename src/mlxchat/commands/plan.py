@@ -30,7 +30,6 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print it for programs, every changed key included")
     parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
-    parser.add_argument("--save", metavar="FILE", help="keep it: `mlxchat run --plan FILE` runs exactly that")
     options, rest = parser.parse_known_args(arguments)
     from mlxchat.commands.needs import describe_recipe, find_downloads
     from mlxchat.compose import compose_config, split_config_dirs
@@ -42,9 +41,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.planning.text import describe_text
     from mlxchat.runner.comparing import environment_drift
     from mlxchat.runner.estimates import estimate_steps
-    from mlxchat.runner.fingerprint import plain_of
     from mlxchat.runner.plan_table import format_plan
-    from mlxchat.runner.saved_plan import save_plan
     from mlxchat.runner.store import Store
 
     composed = compose_config(*split_config_dirs(rest))
@@ -75,12 +72,6 @@ def main(arguments: list[str]) -> int:
             print(line)
         print(format_plan(plan, remarks, estimates), flush=True)
     check_memory(config, plan)
-    if options.save:
-        save_plan(
-            Path(options.save), plan, config=plain_of(config), overrides=composed.overrides, choices=composed.choices
-        )
-        if not options.json:
-            print(f"saved: mlxchat run --plan {options.save}")
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
 
 

@@ -30,11 +30,6 @@ def main(arguments: list[str]) -> int:
 
         print(describe_usage())
         return 0
-    if "--plan" in names:
-        from mlxchat.commands.run_saved import run_saved
-
-        run_saved(arguments)
-        return 0
     if "sweep" in names:
         from mlxchat.sweep.search import run_search
 
