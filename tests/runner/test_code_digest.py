@@ -30,7 +30,13 @@ FILES = {
     "mlxchat/ops/late.py": "RATE = 1\n",
     "mlxchat/ops/unused.py": "import mlxchat.ops.norm\n",
     "mlxchat/tasks/__init__.py": "import importlib\ndef load(n):\n    importlib.import_module(f'mlxchat.tasks.{n}')\n",
-    "mlxchat/tasks/sums.py": "ONE = 1\n",
+    "mlxchat/tasks/sums.py": (
+        "from pathlib import Path\nONE = Path(__file__).with_name('facts.csv')\n"
+        "TEXTS, LATER = ONE.with_name('texts'), ONE.with_name('made.csv')\n"
+    ),
+    "mlxchat/tasks/facts.csv": "1,2\n",
+    "mlxchat/tasks/unread.csv": "3,4\n",
+    "mlxchat/tasks/texts/one.txt": "one\n",
     "mlxchat/typed.py": "x = 1\n",
     "mlxchat/errors.py": "class Wrong(Exception): ...\n",
     "mlxchat/runner/context.py": "import mlxchat.ops.unused\n",
@@ -66,7 +72,7 @@ def modules(tree: Path, cache: str = "none/index/code.json") -> dict[str, str]:
 def test_the_closure_is_what_is_imported_also_in_functions_in_circles_and_by_computed_names(tree: Path) -> None:
     assert list(modules(tree)) == [
         "model/__init__.py", "model/gpt.py", "ops/__init__.py", "ops/late.py", "ops/norm.py", "stages/train.py",
-        "tasks/__init__.py", "tasks/sums.py",
+        "tasks/__init__.py", "tasks/facts.csv", "tasks/sums.py", "tasks/texts/one.txt",
     ]  # fmt: skip
 
 
@@ -96,6 +102,8 @@ def test_the_closure_holds_every_module_of_the_library_that_python_itself_import
         ("mlxchat/ops/norm.py", "return x", "return -x"),
         ("mlxchat/ops/late.py", "RATE = 1", "RATE = 1.0"),
         ("mlxchat/tasks/sums.py", "ONE", "TWO"),
+        ("mlxchat/tasks/facts.csv", "1,2", "1,3"),
+        ("mlxchat/tasks/texts/one.txt", "one", "two"),
     ],
 )
 def test_a_change_is_named_by_its_module_alone(name: str, old: str, new: str, tree: Path) -> None:
@@ -106,7 +114,14 @@ def test_a_change_is_named_by_its_module_alone(name: str, old: str, new: str, tr
 
 
 @pytest.mark.parametrize(
-    "name", ["mlxchat/ops/unused.py", "mlxchat/typed.py", "mlxchat/errors.py", "mlxchat/runner/context.py"]
+    "name",
+    [
+        "mlxchat/ops/unused.py",
+        "mlxchat/typed.py",
+        "mlxchat/errors.py",
+        "mlxchat/runner/context.py",
+        "mlxchat/tasks/unread.csv",
+    ],
 )
 def test_what_does_not_compute_for_the_stage_changes_nothing(name: str, tree: Path) -> None:
     before = modules(tree)
@@ -198,9 +213,9 @@ def test_what_was_read_is_remembered_and_read_again_when_it_changes(
         lambda text: text[: len(text) // 2],
         lambda text: "",
         lambda text: "[]",
-        lambda text: '{"format": 1, "files": 3}',
+        lambda text: '{"format": 2, "files": 3}',
         lambda text: text.replace('"imports"', '"exports"'),
-        lambda text: text.replace('"format": 1', '"format": 0'),
+        lambda text: text.replace('"format": 2', '"format": 0'),
         lambda text: text.replace("[", '["x", '),
     ],
 )

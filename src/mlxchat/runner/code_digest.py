@@ -1,8 +1,11 @@
-"""Which code a stage runs: its own file and everything of mlxchat that it imports, as digests of what they compute.
+"""Which code a stage runs: its own file, all of mlxchat that it imports, and the data files beside these, as digests.
 
-Found by reading, never by importing: import statements anywhere in a file are followed, in functions too. What does not
-compute is left out: the runner, the verbs, the report, and the schema, whose values are part of the identity anyway.
-A digest does not change with comments, docstrings, layout, the place of the file or the version of Python.
+Found by reading, never by importing: import statements anywhere in a file are followed, in functions too, and so is
+`with_name("NAME")`, by which a module names a data file, a folder of them or a script that stands beside it. What does
+not compute is left out: the runner, the verbs, the report, and the schema, whose values are part of the identity
+anyway.
+The digest of a Python file does not change with comments, docstrings, layout, its place or the version of Python; that
+of a data file is of its bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _LEFT_OUT = frozenset({
 })  # fmt: skip
 # Written by the parser of some versions only, or without meaning for what is computed.
 _IGNORED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores", "type_params"})
-_FORMAT = 1
+_FORMAT = 2
 
 Entry = dict[str, Any]
 Modules = dict[str, tuple[str, str]]
@@ -66,7 +69,7 @@ class CodeDigests:
                 self._entries = {path: entry for path, entry in record["files"].items() if _is_entry(entry)}
 
     def of_stage(self, path: Path) -> dict[str, str]:
-        """Return name → digest of a stage's file and of every module of mlxchat that it uses, sorted by name.
+        """Return name → digest of a stage's file and of every module and data file that it uses, sorted by name.
 
         Names are paths relative to the package, such as model/gpt.py; the stage's own is stages/<name>.py.
         """
@@ -79,8 +82,10 @@ class CodeDigests:
             file, name = waiting.popitem()
             found[name] = self._entry(file)["digest"]
             if file not in self._used:
-                imports = self._entry(file)["imports"]
-                self._used[file] = list({used for module in imports for used in _files_of(module, modules)})
+                entry = self._entry(file)
+                imported = (used for module in entry["imports"] for used in _files_of(module, modules))
+                beside = (used for other in entry["beside"] for used in _files_beside(file, name, other))
+                self._used[file] = list({*imported, *beside})
             for used, called in self._used[file]:
                 if called not in found:
                     waiting[used] = called
@@ -113,12 +118,12 @@ class CodeDigests:
         stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
         entry = self._entries.get(path)
         if entry is None or entry["stamp"] != stamp:
-            tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-            entry = {
-                "stamp": stamp,
-                "imports": sorted(set(_imports(tree))),
-                "digest": hash_tree(strip_docstrings(tree)),
-            }
+            content = Path(path).read_bytes()
+            entry = {"stamp": stamp, "imports": [], "beside": [], "digest": hashlib.sha256(content).hexdigest()[:16]}
+            if path.endswith(".py"):
+                tree = ast.parse(content)
+                entry |= {"imports": sorted(set(_imports(tree))), "beside": sorted(set(_named_beside(tree)))}
+                entry["digest"] = hash_tree(strip_docstrings(tree))
             self._entries[path], self._changed = entry, True
         self._seen[path] = entry
         return entry
@@ -151,6 +156,14 @@ def _files_of(module: str, modules: Modules) -> Iterator[tuple[str, str]]:
         if module in modules:
             yield modules[module]
         module = module.rpartition(".")[0]
+
+
+def _files_beside(file: str, name: str, other: str) -> Iterator[tuple[str, str]]:
+    """Yield the file `other` in the folder of a module, or all files of a folder so named; none if it is missing."""
+    place, called = Path(file).with_name(other), name.rpartition("/")[0]
+    for path in [place, *(sorted(place.iterdir()) if place.is_dir() else [])]:
+        if path.is_file():
+            yield str(path), f"{called}/{path.relative_to(place.parent).as_posix()}"
 
 
 def _python_files(folder: str) -> list[os.DirEntry[str]]:
@@ -199,6 +212,13 @@ def _imports(tree: ast.AST) -> Iterator[str]:
         waiting += ast.iter_child_nodes(node)
 
 
+def _named_beside(tree: ast.AST) -> Iterator[str]:
+    """Yield the literal names in `with_name("NAME")`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _last_name(node.func) == "with_name":
+            yield from (str(name.value) for name in node.args if isinstance(name, ast.Constant))
+
+
 def _last_name(node: ast.expr) -> str | None:
     """Return c of `a.b.c` and of `c`."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
@@ -210,6 +230,6 @@ def _is_entry(entry: Any) -> bool:
         and isinstance(entry.get("stamp"), list)
         and isinstance(entry.get("digest"), str)
         and isinstance(entry.get("alone", ""), str)
-        and isinstance(entry.get("imports"), list)
-        and all(isinstance(name, str) for name in entry["imports"])
+        and all(isinstance(entry.get(key), list) for key in ("imports", "beside"))
+        and all(isinstance(name, str) for name in [*entry["imports"], *entry["beside"]])
     )
