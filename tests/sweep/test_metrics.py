@@ -14,6 +14,8 @@ from mlxchat.cli import main
 from mlxchat.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.pipeline_run import plan_of
+from mlxchat.runner.plan import entries_of
+from mlxchat.runner.stage import read_stage
 from mlxchat.runner.store import Store
 from mlxchat.sweep.metrics import find_metric, metrics_of_plan
 
@@ -62,6 +64,51 @@ def test_stages_declare_exactly_what_they_record(finished: Any, tiny: tuple[str,
 def test_each_metric_has_its_better_direction(metric: str, direction: str) -> None:
     """Bug: all metrics but four were minimised, CORE and task scores among them."""
     assert find_metric(metric, None, plans("core=nanochat")) == direction
+
+
+@pytest.mark.parametrize(
+    ("stage", "metric", "direction"),
+    [
+        ("sft", "accuracy_facts", "maximize"),
+        ("rl", "pass_at_8", "maximize"),
+        ("rl", "pass_at_8_stderr", "neither"),
+        ("eval", "val_bpb", "minimize"),
+        ("eval", "facts", "maximize"),
+        ("tokenizer", "facts", None),
+    ],
+)
+def test_names_that_arise_from_data_have_a_direction(stage: str, metric: str, direction: str | None) -> None:
+    assert read_stage(stage).direction_of(metric) == direction
+
+
+def test_compare_and_ls_sort_a_metric_best_first(toys: Any, say: Any) -> None:
+    """Bug: --sort put the smallest value first, also of scores."""
+    metrics = {"score": "maximize", "val_loss": "minimize", "num_tokens": "neither"}
+    body = """
+        (ctx.out / "result.txt").write_text("x")
+        ctx.metrics |= {"score": ctx.config.toy.number, "val_loss": ctx.config.toy.number, "num_tokens": 1}
+    """
+    toys.add("make", body, metrics=metrics)
+    for number in (2, 3, 1):
+        toys.config.toy.number = number
+        plan = toys.plan({"first": {"stage": "make"}})
+        run = toys.run(plan)
+        (run.folder / "plan.json").write_text(json.dumps({"steps": entries_of(plan)}))
+    outputs = f"outputs={toys.outputs}"
+
+    def numbers(*arguments: str, key: str) -> list[int]:
+        return [row[key] for row in json.loads(say("compare", *arguments, "--format", "json", outputs))]
+
+    for arguments, best_first in (
+        (["--sort", "score"], [3, 2, 1]), (["--sort=-score"], [1, 2, 3]), (["--sort", "first.val_loss"], [1, 2, 3]),
+        (["--sort", "toy.number"], [1, 2, 3]),
+    ):  # fmt: skip
+        assert numbers(*arguments, key="first.score") == best_first
+    assert numbers("--step", "first", "--sort", "score", key="score") == [3, 2, 1]
+    listed = json.loads(say("ls", "--sort", "first.score", "--json", outputs))
+    assert [one["metrics"]["score"] for one in listed] == [3, 2, 1]
+    assert re.findall(r"val_loss (\d)", say("ls", "--sort", "val_loss", outputs)) == ["1", "2", "3"]
+    assert 'Did you mean "score"' in say("ls", "--sort", "scor", outputs, code=2)
 
 
 def test_sweep_direction_replaces_the_declared_one() -> None:

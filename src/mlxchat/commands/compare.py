@@ -31,7 +31,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--step", help="compare all artifacts of this step instead of runs")
     parser.add_argument("--last", type=int, metavar="N", help="only the last N")
     parser.add_argument(
-        "--sort", metavar="NAME", help="order by this setting or metric; -NAME: the largest first (write --sort=-NAME)"
+        "--sort",
+        metavar="NAME",
+        help="order by a setting (smallest first) or metric (best first); --sort=-NAME reverses",
     )
     parser.add_argument(
         "--metrics", metavar="A,B", help="only metrics whose names contain one of these, also of steps of a single run"

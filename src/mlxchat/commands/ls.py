@@ -7,6 +7,7 @@ from mlxchat.commands.columns import aligned, print_json, when
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.catalog import Summary, read_catalog
 from mlxchat.runner.progress import format_bytes, format_number, format_seconds
+from mlxchat.runner.stage import best_of
 from mlxchat.runner.store import Store
 
 _ENCODED = "tokens"
@@ -16,6 +17,7 @@ def main(arguments: list[str]) -> int:
     """Print a line per artifact, the newest last."""
     parser = make_parser("ls", "List the artifacts, the newest last.")
     parser.add_argument("--stage", action="append", default=[], help="only of this stage or step (repeatable)")
+    parser.add_argument("--sort", metavar="METRIC", help="only artifacts that have this metric, the best first")
     parser.add_argument("--json", action="store_true", help="one JSON array for programs")
     options = parser.parse_intermixed_args(arguments)
     names, settings = split_words(options.settings)
@@ -29,13 +31,15 @@ def main(arguments: list[str]) -> int:
                 f'no artifact is of stage or step "{name}": {", ".join(sorted(known))}.{suggest(name, known)}'
             )
     shown = [summary for summary in found if not wanted or {summary.get("stage"), summary.get("step")} & set(wanted)]
+    if options.sort:
+        shown = _sorted(shown, options.sort)
     if options.json:
         print_json(shown)
         return 0
     encoded = [summary for summary in shown if summary.get("kind") == _ENCODED]
     listed = shown if _ENCODED in wanted else [summary for summary in shown if summary.get("kind") != _ENCODED]
     if listed:
-        print(aligned([_row(summary) for summary in listed], right=(3, 4)))
+        print(aligned([_row(summary, options.sort) for summary in listed], right=(3, 4)))
     if encoded and listed is not shown:
         size = format_bytes(sum(summary["bytes"] for summary in encoded))
         print(
@@ -47,10 +51,29 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _row(summary: Summary) -> list[str]:
+def _sorted(summaries: list[Summary], metric: str) -> list[Summary]:
+    """Return the artifacts that have a metric, the best first as their stage declares; names may be STEP.METRIC.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    step, _, name = metric.rpartition(".")
+    having = [one for one in summaries if name in (one.get("metrics") or {}) and step in ("", one["step"])]
+    if not having:
+        known = sorted({key for one in summaries for key in one.get("metrics") or {}})
+        raise ConfigError(f'--sort: no artifact has "{metric}": {", ".join(known)}.{suggest(name, known)}')
+    is_maximised = best_of(having[0]["stage"], name) is max
+    return sorted(having, key=lambda one: float(one["metrics"][name]), reverse=is_maximised)
+
+
+def _row(summary: Summary, metric: str | None = None) -> list[str]:
     if "damaged" in summary:
         return ["damaged         ", summary["folder"], "-", "-", "-", "its manifest cannot be read: see mlxchat verify"]
-    numbers = [f"{key} {format_number(value)}" for key, value in list(summary["metrics"].items())[:3]]
+    shown = list(summary["metrics"].items())[:3]
+    if metric:
+        name = metric.rpartition(".")[2]
+        shown = [(name, summary["metrics"][name])]
+    numbers = [f"{key} {format_number(value)}" for key, value in shown]
     extended = summary["inputs"].get("extends")
     if extended:
         numbers.append(f"extends {extended['artifact']}")

@@ -26,6 +26,7 @@ from mlxchat.report.wording import (
     join,
 )
 from mlxchat.runner.progress import plural
+from mlxchat.runner.stage import best_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +99,18 @@ def metric_table(report: RunReport) -> Table | None:
     scores = [column.scores or Scores(checkpoint="") for column in chosen]
     rows = []
     if any(s.bpb is not None for s in scores):
-        rows.append(_row(Cell("val bpb"), [s.bpb for s in scores], _four_decimals, best=min))
+        rows.append(_row(Cell("val bpb"), [s.bpb for s in scores], _four_decimals, best=best_of("eval", "val_bpb")))
     if any(s.train_bpb is not None for s in scores):
-        rows.append(_row(Cell("train bpb"), [s.train_bpb for s in scores], _four_decimals, best=min))
+        rows.append(
+            _row(
+                Cell("train bpb"), [s.train_bpb for s in scores], _four_decimals, best=best_of("pretrain", "train_bpb")
+            )
+        )
     if any(s.perplexity is not None for s in scores):
         rows.append(_row(Cell("perplexity", "per token"), [s.perplexity for s in scores], "{:.2f}".format, best=None))
     if any(s.core for s in scores):
         cores = [s.core for s in scores]
-        best = max if len({(c.max_per_task, c.cropped > 0) for c in cores if c}) == 1 else None
+        best = best_of("eval", "core") if len({(c.max_per_task, c.cropped > 0) for c in cores if c}) == 1 else None
         values, errors = [c.value if c else None for c in cores], [c.stderr if c else None for c in cores]
         rows.append(_row(Cell("CORE"), values, _four_decimals, errors=errors, show_error=_four_decimals, best=best))
     for task in task_names(chosen):
@@ -125,12 +130,12 @@ def metric_table(report: RunReport) -> Table | None:
         same = len({tuple(s.chatcore_tasks) for s in scores if s.chatcore is not None}) == 1
         values, errors = [s.chatcore for s in scores], [s.chatcore_stderr for s in scores]
         row = _row(Cell("ChatCORE"), values, _four_decimals, errors=errors, show_error=_four_decimals,
-                   best=max if same else None)  # fmt: skip
+                   best=best_of("eval", "chatcore") if same else None)  # fmt: skip
         rows.append(row)
     if any(s.mean_centered is not None and s.chatcore is None for s in scores):
         values, errors = [s.mean_centered for s in scores], [mean_centered_stderr(s) for s in scores]
         row = _row(Cell("mean centred"), values, "{:.3f}".format, errors=errors, show_error="{:.3f}".format,
-                   best=max if _same_tasks(scores) else None)  # fmt: skip
+                   best=best_of("eval", "mean_centered") if _same_tasks(scores) else None)  # fmt: skip
         rows.append(row)
     for k in sorted({k for column in chosen for k in column.pass_at_k}):
         found = [column.pass_at_k.get(k, (None, None)) for column in chosen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -49,6 +50,17 @@ class Stage:
     def roles(self) -> dict[str, str]:
         """All roles, filled or not."""
         return self.inputs | self.optional_inputs
+
+    def direction_of(self, metric: str) -> str | None:
+        """Return the better direction that METRICS declares for a number; None: the stage declares no such number.
+
+        Names that arise from data are declared as patterns, "accuracy_{sft.suite}"; the longest pattern decides.
+        """
+        patterns = sorted(self.metrics, key=len, reverse=True)
+        for pattern in [metric, *patterns] if metric in self.metrics else patterns:
+            if re.fullmatch(re.sub(r"\\\{.+?\\\}", ".+", re.escape(pattern)), metric):
+                return self.metrics[pattern].partition(" if ")[0]
+        return None
 
     def seeds(self, seed: int, data_seed: int) -> dict[str, int]:
         """Return the seeds that are part of an artifact's identity."""
@@ -115,6 +127,14 @@ def read_stage(name: str) -> Stage:
         metrics=dict(values.get("METRICS", {})),
         seeded=values.get("SEEDED", True),
     )
+
+
+def best_of(stage: str, metric: str) -> Callable[..., float] | None:
+    """Return min or max, whichever finds the best value of a stage's metric; None: neither is better, or unknown."""
+    if stage not in stage_names():
+        return None  # of an artifact that other code made
+    choices: dict[str | None, Callable[..., float]] = {"minimize": min, "maximize": max}
+    return choices.get(read_stage(stage).direction_of(metric))
 
 
 @cache

@@ -13,6 +13,7 @@ from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner.catalog import read_catalog
 from mlxchat.runner.comparing import flatten
 from mlxchat.runner.naming import LATEST, latest
+from mlxchat.runner.stage import best_of
 from mlxchat.runner.store import Manifest, Store, read_manifest
 
 Row = dict[str, Any]
@@ -78,10 +79,10 @@ def _jobs_of_sweep(store: Store, name: str) -> list[Compared] | None:
 
 
 def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
-    """Return a row per run: its `name`, the `config` and `metrics` of its steps that are there, and these `steps`."""
+    """Return a row per run: its `name`, the `config` and `metrics` of its steps that are there, and step → stage."""
     rows = []
     for run in runs:
-        row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": []}
+        row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": {}}
         for step in run.steps:
             place = store.own_folder(step["rid"])
             if place is None:
@@ -90,7 +91,7 @@ def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
                 manifest = store.manifest_of(place)
             except StoreError:
                 continue
-            row["steps"].append(step["step"])
+            row["steps"][step["step"]] = manifest["stage"]
             row["config"] |= settings_of(manifest)
             row["metrics"] |= {f"{step['step']}.{key}": value for key, value in manifest["metrics"].items()}
         rows.append(row)
@@ -115,7 +116,8 @@ def rows_of_step(store: Store, step: str) -> list[Row]:
         manifest = read_manifest(store.outputs / "store" / summary["folder"])
         made = {f"input {role}": one.get("artifact") for role, one in manifest["inputs"].items()}
         config = {**settings_of(manifest), **made}
-        rows.append({"name": summary["folder"], "config": config, "metrics": dict(manifest["metrics"])})
+        row = {"name": summary["folder"], "config": config, "metrics": dict(manifest["metrics"])}
+        rows.append(row | {"stage": manifest["stage"]})
     return rows
 
 
@@ -144,8 +146,9 @@ def make_table(rows: list[Row], sort: str | None, metrics: Sequence[str] = ()) -
     are those of steps that more than one run has.
 
     Args:
-        rows: with `name`, `config`, `metrics` and, of runs, `steps`.
-        sort: a setting or metric, with a leading - for descending; None: as given.
+        rows: with `name`, `config`, `metrics` and, of runs, `steps`, of artifacts `stage`.
+        sort: a setting, smallest first, or a metric, best first as its stage declares; a leading - reverses. None: as
+            given.
         metrics: parts of names; only metrics that contain one, of whichever step, are shown. Empty: all.
 
     Raises:
@@ -181,8 +184,15 @@ def make_table(rows: list[Row], sort: str | None, metrics: Sequence[str] = ()) -
             raise ConfigError(f'--sort: "{column}" {found}.{suggest(column, known)}')
         have = [row for row in flat if row.get(matching[0]) is not None]
         lack = [row for row in flat if row.get(matching[0]) is None]
+        if matching[0] in shown:
+            descending ^= any(_is_maximised(row, matching[0]) for row in rows)
         flat = [*sorted(have, key=lambda row: _order(row[matching[0]]), reverse=descending), *lack]
     return Table(flat, settings, shown, left_out)
+
+
+def _is_maximised(row: Row, column: str) -> bool:
+    step, _, metric = column.partition(".") if "stage" not in row else ("", "", column)
+    return best_of(row.get("stage") or row.get("steps", {}).get(step, ""), metric) is max
 
 
 def _first(key: str) -> str:
