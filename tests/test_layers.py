@@ -30,7 +30,7 @@ LAYERS = [
         "teacher_config",
         "adapter_config",
         "rl_config",
-        "user_function",
+        "parts",
         "ops",
         "sandbox",
     },

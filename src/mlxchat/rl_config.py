@@ -23,9 +23,9 @@ class RewardConfig:
     """length: answers of up to this many tokens have the value 0; beyond, the value falls linearly …"""
     most_tokens: int | None = None
     """length: … to −1 at this many tokens."""
-    function: str | None = field(default=None, metadata={"external": "function"})
+    function: str | None = field(default=None, metadata={"external": "code"})
     """function: your module:function, called with the conversation and the answer's text; returns a number. The
-    contents of the module's file are part of the identity."""
+    module and every module of your own that it imports are part of the identity."""
     timeout_seconds: float | None = field(default=60.0, metadata={"identity": False})
     """function: time limit of one call in seconds; null: no limit."""
     failure_value: float | None = field(default=None, metadata={"since_default": None})

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from mlxchat.config import RewardConfig, RLConfig
 from mlxchat.errors import ConfigError, suggest
+from mlxchat.parts import load_part
 from mlxchat.tasks import find_item_problems
-from mlxchat.user_function import load_function
 
 _CHOICES = {
     "advantages": ("mean", "z_score", "leave_one_out"),
@@ -72,7 +72,7 @@ def _reward(where: str, reward: RewardConfig) -> Iterator[str]:
         yield f"{where}.failure_value is {reward.failure_value}, expected a finite number, or null to end there"
     if reward.kind == "function":
         try:
-            load_function(reward.function or "")
+            load_part(reward.function or "")
         except ConfigError as error:
             yield f"{where}.function: {error}"
 

@@ -140,8 +140,8 @@ def test_a_time_limit_preserves_other_alarms(functions: Path) -> None:
     ("part", "said"),
     [
         ("{kind: function, function: 'nowhere_at_all:f'}", "there is no module nowhere_at_all"),
-        ("{kind: function, function: 'judging_of_tests:absent'}", "has no function absent"),
-        ("{kind: function, function: rewards}", "expected module:function"),
+        ("{kind: function, function: 'judging_of_tests:absent'}", "judging_of_tests has no absent"),
+        ("{kind: function, function: rewards}", "expected module:name"),
         ("{kind: format, pattern: '('}", "is no regular expression"),
         ("{kind: length, free_tokens: 9, most_tokens: 9}", "expected 0 <= free < most"),
         ("{kind: exat}", 'Did you mean "exact"'),
@@ -154,9 +154,15 @@ def test_impossible_parts_are_refused_at_composition(functions: Path, part: str,
         compose_config([f"+rl.rewards={{own: {part}}}"])
 
 
-def test_the_functions_file_is_part_of_the_identity(functions: Path) -> None:
+def test_all_own_code_of_a_function_is_part_of_the_identity(functions: Path) -> None:
+    helper = functions.with_name("judging_helper.py")
+    helper.write_text("LIMIT = 3\n")
+    functions.write_text(f"import numpy\nfrom judging_helper import LIMIT\n{functions.read_text()}")
     rl = compose_config(["+rl.rewards={own: {kind: function, function: 'judging_of_tests:brief'}}"]).config.rl
     before = pin_externals({"rl": rl})
-    assert list(before) == ["function judging_of_tests:brief"]
-    functions.write_text(functions.read_text().replace("LIMIT = 3", "LIMIT = 4"))
-    assert pin_externals({"rl": rl}) != before
+    assert list(before) == ["code judging_of_tests.py", "code judging_helper.py", "package numpy"]
+    helper.write_text("# The longest answer.\nLIMIT = 3\n")
+    assert pin_externals({"rl": rl}) == before
+    helper.write_text("LIMIT = 4\n")
+    after = pin_externals({"rl": rl})
+    assert {name for name in after if after[name] != before[name]} == {"code judging_helper.py"}

@@ -90,9 +90,8 @@ def test_the_closure_holds_every_module_of_the_library_that_python_itself_import
     names = {str(path.relative_to(library)) for path in loaded if path.is_relative_to(library)}
     computing = {name for name in names if not code_digest.computes_nothing(name.removesuffix(".py").split("/")[0])}
     found = CodeDigests(Path("/none/index/x"), library).of_stage(read_stage("sft").path)
-    # cpu/__init__.py is imported by the package itself, before any stage; user_function.py by the runner, which
-    # looks for files of rewards.
-    assert computing - set(found) <= {"cpu/__init__.py", "user_function.py"}
+    # cpu/__init__.py is imported by the package itself, before any stage.
+    assert computing - set(found) <= {"cpu/__init__.py"}
 
 
 @pytest.mark.parametrize(

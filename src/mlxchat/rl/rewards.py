@@ -17,9 +17,9 @@ from types import FrameType
 
 from mlxchat.config import RewardConfig
 from mlxchat.errors import StepFailed
+from mlxchat.parts import load_part, part_file
 from mlxchat.tasks.answers import Conversation, answer_text
 from mlxchat.tasks.base import Task
-from mlxchat.user_function import function_file, load_function
 
 Part = Callable[[Conversation, str, int], float]
 
@@ -101,7 +101,7 @@ class UserReward:
         """
         assert part.function is not None, "checked with the configuration"
         self._name, self._part = f"rl.rewards.{name}", part
-        self._function, self._file = load_function(part.function), function_file(part.function)
+        self._function, self._file = load_part(part.function), part_file(part.function)
         self.failures = 0
         """Calls that were worth `failure_value`."""
 

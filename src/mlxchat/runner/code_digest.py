@@ -1,4 +1,4 @@
-"""Which code a stage runs: its own file, all of mlxchat that it imports, and the data files beside these, as digests.
+"""Which code a stage or a user's part runs: the files that it imports, directly or not, and the data files beside them.
 
 Found by reading, never by importing: import statements anywhere in a file are followed, in functions too, and so is
 `with_name("NAME")`, by which a module names a data file, a folder of them or a script that stands beside it. What does
@@ -20,21 +20,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlxchat.parts import installed_version, own_files
 from mlxchat.runner.fingerprint import hash_code, strip_docstrings
 
 _LIBRARY = "mlxchat"
 # Parts of mlxchat that do not compute what ends in an artifact; schemas, whose names end in _config, do not either.
 _LEFT_OUT = frozenset({
     "runner", "launch", "commands", "report", "bench", "sweep", "serve", "cli", "compose", "composed_cache", "missing",
-    "validation", "misspelling", "trackers", "terminal_chat", "errors", "config", "conf", "stages", "__init__",
-    "__main__",
+    "validation", "misspelling", "trackers", "terminal_chat", "errors", "config", "conf", "parts", "stages",
+    "__init__", "__main__",
 })  # fmt: skip
 # Written by the parser of some versions only, or without meaning for what is computed.
 _IGNORED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores", "type_params"})
-_FORMAT = 2
+_FORMAT = 3
 
 Entry = dict[str, Any]
-Modules = dict[str, tuple[str, str]]
+_Module = tuple[str, str, str]  # dotted name, file, name for people
+Modules = dict[str, _Module]
 
 
 def remembered() -> Path:
@@ -61,35 +63,73 @@ class CodeDigests:
         self._cache, self._library, self._changed = cache, library, False
         self._entries: dict[str, Entry] = {}
         self._seen: dict[str, Entry] = {}
-        self._used: dict[str, list[tuple[str, str]]] = {}
+        self._used: dict[str, list[_Module]] = {}
         self._found: Modules | None = None
         with suppress(OSError, ValueError, AttributeError, TypeError):
             record = json.loads(cache.read_text(encoding="utf-8"))
             if record["format"] == _FORMAT:
                 self._entries = {path: entry for path, entry in record["files"].items() if _is_entry(entry)}
 
-    def of_stage(self, path: Path) -> dict[str, str]:
+    def of_stage(self, path: Path, module: str = "", root: Path | None = None) -> dict[str, str]:
         """Return name → digest of a stage's file and of every module and data file that it uses, sorted by name.
 
         Names are paths relative to the package, such as model/gpt.py; the stage's own is stages/<name>.py.
+
+        Args:
+            path: the stage's file.
+            module: its dotted name, if it is a user's: then modules of the user's own are followed too.
+            root: folder in which these are found; None: the current one.
         """
-        modules = self._modules() | {
-            f"{path.parent.name}.{entry.name[:-3]}": (entry.path, f"stages/{entry.name}")
-            for entry in _python_files(str(path.parent))
-        }
-        waiting, found = {str(path): f"stages/{path.name}"}, dict[str, str]()
+        used = self._closure([(module, str(path), f"stages/{path.name}")], root, self._modules())
+        return dict(sorted((called, self._entry(file)["digest"]) for _, file, called in used))
+
+    def of_part(self, name: str) -> dict[str, str]:
+        """Return what the code of a user's `module:name` is, for a key.
+
+        That is `code FILE` → digest of every file of the user's own that it uses, and `package NAME` → version of the
+        installed packages that these import.
+        """
+        module = name.partition(":")[0]
+        used = self._closure([_named(*each) for each in own_files(module).items()], None, {})
+        found = {f"code {called}": self._entry(file)["digest"] for _, file, called in used}
+        imported = [each for dotted, file, _ in used for each in self._imported(dotted, file)] or [module]
+        for top in sorted({each.partition(".")[0] for each in imported}):
+            if (package := installed_version(top)) is not None:
+                found[f"package {package[0]}"] = package[1]
+        return found
+
+    def _closure(self, start: list[_Module], root: Path | None, ours: Modules) -> list[_Module]:
+        """Return the modules of a start and all that they use, of `ours` and of the user's own."""
+        waiting, found = {file: (dotted, file, called) for dotted, file, called in start}, dict[str, _Module]()
         while waiting:
-            file, name = waiting.popitem()
-            found[name] = self._entry(file)["digest"]
-            if file not in self._used:
-                entry = self._entry(file)
-                imported = (used for module in entry["imports"] for used in _files_of(module, modules))
-                beside = (used for other in entry["beside"] for used in _files_beside(file, name, other))
-                self._used[file] = list({*imported, *beside})
-            for used, called in self._used[file]:
-                if called not in found:
-                    waiting[used] = called
-        return dict(sorted(found.items()))
+            file, module = waiting.popitem()
+            found[file] = module
+            for used in self._uses(module, root, ours):
+                if used[1] not in found:
+                    waiting[used[1]] = used
+        return list(found.values())
+
+    def _uses(self, module: _Module, root: Path | None, ours: Modules) -> list[_Module]:
+        """Return the modules that one imports; what ours import of others is installed."""
+        dotted, file, _ = module
+        if file not in self._used:
+            imports = self._imported(dotted, file)
+            found = {used for each in imports for used in _files_of(each, ours)}
+            if dotted and dotted.partition(".")[0] != _LIBRARY:
+                found |= {_named(*own) for each in imports for own in _own_files_of(each, root)}
+            beside = self._entry(file)["beside"]
+            self._used[file] = [*found, *(used for other in beside for used in _files_beside(module, other))]
+        return self._used[file]
+
+    def _imported(self, dotted: str, file: str) -> list[str]:
+        """Return the dotted names that a module imports, relative ones made absolute."""
+        package = dotted if file.endswith("/__init__.py") else dotted.rpartition(".")[0]
+        imports = []
+        for name in self._entry(file)["imports"]:
+            level = len(name) - len(name.lstrip("."))
+            above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+            imports.append(".".join([*above, name[level:]]))
+        return imports
 
     def of_file(self, path: Path) -> str:
         """Return the digest of one file by itself, as manifests have recorded it from the beginning."""
@@ -141,34 +181,45 @@ class CodeDigests:
                             continue
                         if entry.name.endswith(".py"):
                             module = dotted if entry.name == "__init__.py" else f"{dotted}.{entry.name[:-3]}"
-                            self._found[module] = (entry.path, prefix + entry.name)
+                            self._found[module] = (module, entry.path, prefix + entry.name)
                         elif entry.is_dir() and entry.name != "__pycache__":
                             waiting.append((entry.path, f"{dotted}.{entry.name}", f"{prefix}{entry.name}/"))
         return self._found
 
 
-def _files_of(module: str, modules: Modules) -> Iterator[tuple[str, str]]:
+def _files_of(module: str, ours: Modules) -> Iterator[_Module]:
     """Yield the files behind a dotted name, the packages around it too; all of a package's where it ends in `.*`."""
     if module.endswith(".*"):
-        yield from (found for name, found in modules.items() if name.rpartition(".")[0] == module[:-2])
+        yield from (found for name, found in ours.items() if name.rpartition(".")[0] == module[:-2])
         module = module[:-2]
     while module:
-        if module in modules:
-            yield modules[module]
+        if module in ours:
+            yield ours[module]
         module = module.rpartition(".")[0]
 
 
-def _files_beside(file: str, name: str, other: str) -> Iterator[tuple[str, str]]:
+def _files_beside(module: _Module, other: str) -> Iterator[_Module]:
     """Yield the file `other` in the folder of a module, or all files of a folder so named; none if it is missing."""
+    _, file, name = module
     place, called = Path(file).with_name(other), name.rpartition("/")[0]
     for path in [place, *(sorted(place.iterdir()) if place.is_dir() else [])]:
         if path.is_file():
-            yield str(path), f"{called}/{path.relative_to(place.parent).as_posix()}"
+            yield "", str(path), f"{called}/{path.relative_to(place.parent).as_posix()}".lstrip("/")
 
 
-def _python_files(folder: str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if entry.name.endswith(".py") and entry.name != "__init__.py"]
+def _own_files_of(module: str, root: Path | None) -> Iterator[tuple[str, Path]]:
+    """Yield dotted name and file of the user's own modules behind a dotted name, as `_files_of` those of ours."""
+    package = module.removesuffix(".*")
+    found = own_files(package, root)
+    yield from found.items()
+    if package != module and package in found:
+        yield from ((f"{package}.{path.stem}", path) for path in found[package].parent.glob("[!_]*.py"))
+
+
+def _named(dotted: str, file: Path) -> _Module:
+    """Return a module of the user's own with its name for people: helper.py, words/count.py."""
+    path = dotted.replace(".", "/")
+    return dotted, str(file), f"{path}/__init__.py" if file.name == "__init__.py" else f"{path}.py"
 
 
 def changed_modules(before: dict[str, str], now: dict[str, str]) -> list[str]:
@@ -201,8 +252,9 @@ def _imports(tree: ast.AST) -> Iterator[str]:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = "." * node.level + (f"{node.module}." if node.module else "")
+            yield from (f"{package}{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and _last_name(node.func) == "import_module" and node.args:
             name = node.args[0]
             if isinstance(name, ast.JoinedStr) and isinstance(start := name.values[0], ast.Constant):

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.parts import is_own, part_file
+from mlxchat.runner.code_digest import CodeDigests, remembered
 from mlxchat.runner.fingerprint import hash_file
-from mlxchat.user_function import function_file
 
 # A file that was changed a moment ago may change again without its time moving on: its hash is not remembered yet.
 _SETTLED_NANOSECONDS = 2_000_000_000
@@ -89,8 +90,8 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
     """Return name → content hash or version of everything outside the store that the config refers to.
 
     Fields whose metadata says `external: file` hold paths, those with `external: folder` a folder of which all files
-    count, also in what it contains, those with `external: package` names of packages, and those with `external:
-    function` a module:function, whose module's file counts. One with `external: section` has the whole section it
+    count, also in what it contains, those with `external: package` names of packages, and those with `external: code`
+    a user's module:name, of which all code counts that it uses. One with `external: section` has the whole section it
     stands in pinned by the function (module:function of mlxchat's) that its metadata names under `by`. One with
     `external: source` holds its `since_default` (nothing outside), a word that `packages` translates, a file, or a
     folder of which the files named in `folder` count.
@@ -126,8 +127,8 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
                             pins.update(_folder_pins(Path(name), hash_of))
                         elif kind == "file":
                             pins[f"file {len(pins)} {Path(name).name}"] = hash_of(Path(name))
-                        elif kind == "function":
-                            pins[f"function {name}"] = hash_of(function_file(name))
+                        elif kind == "code":
+                            pins.update(_code_pins(name))
                         else:
                             pins[f"package {name}"] = importlib.metadata.version(name)
                     except ConfigError as error:
@@ -151,6 +152,17 @@ def _section_pins(section: Any, function: str, hash_of: Callable[[Path], str]) -
     """Return what a part above the runner, which is named in the schema, finds that a section refers to."""
     module, _, name = function.partition(":")
     found: dict[str, str] = getattr(importlib.import_module(module), name)(section, hash_of)
+    return found
+
+
+def _code_pins(name: str) -> dict[str, str]:
+    """Return what the code of a part is; nothing for ours, which VERSION of the stage covers."""
+    if not is_own(name):
+        return {}
+    part_file(name)
+    digests = CodeDigests(remembered(), Path(__file__).parents[1])
+    found = digests.of_part(name)
+    digests.save()
     return found
 
 

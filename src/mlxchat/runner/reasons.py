@@ -50,6 +50,8 @@ class Difference:
             return f"config changed: {', '.join(shown[:_MOST_CHANGES_SHOWN])}{more}"
         if self.inputs:
             return f"input changed: {', '.join(f'{role} ({source})' for role, source in self.inputs.items())}"
+        if code := [name.removeprefix("code ") for name in self.externals if name.startswith("code ")]:
+            return f"code changed: {', '.join(code)}"
         return "external data changed" if self.externals else "missing"
 
 

@@ -1,0 +1,136 @@
+"""Parts of a user's own by name: `module:Class` or `module:function`, found in the current folder or installed.
+
+The same search serves rewards, tasks, evaluations, trackers and stages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from mlxchat.errors import ConfigError
+
+_INSTALLED = {"site-packages", "dist-packages"}
+_FORM = "expected module:name, such as rewards:brevity for brevity in rewards.py"
+
+
+def is_own(name: str) -> bool:
+    """Return whether a configuration's name of a part is `module:name` and not one of ours."""
+    return ":" in name
+
+
+def load_part(name: str) -> Callable[..., Any]:
+    """Import and return the class or function that `module:name` names.
+
+    Raises:
+        ConfigError: it cannot be imported, does not exist, or cannot be called.
+    """
+    module, attribute = _split(name)
+    part_file(name)
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(f"{name}: importing {module} failed ({type(error).__name__}: {error})") from None
+    if not callable(found):
+        what = "has no" if found is None else "has something that cannot be called, named"
+        raise ConfigError(f"{name}: {module} {what} {attribute}")
+    part: Callable[..., Any] = found
+    return part
+
+
+def part_file(name: str) -> Path:
+    """Return the file of the module in `module:name` without importing it.
+
+    Raises:
+        ConfigError: there is no such module, or the name has another form.
+    """
+    module = _split(name)[0]
+    file = module_files(module).get(module)
+    if file is None:
+        raise ConfigError(f"{name}: there is no module {module}, neither in {Path.cwd()} nor installed; {_FORM}")
+    return file
+
+
+def import_module(module: str, root: Path | None = None) -> Any:
+    """Import a module of the folder `root` (None: the current one) or an installed one."""
+    with _on_path(root):
+        return importlib.import_module(module)
+
+
+def module_files(module: str, root: Path | None = None) -> dict[str, Path]:
+    """Return dotted name → file of a module and the packages around it, without importing any of them.
+
+    Names after the last module are ignored, so `rewards.brevity` leads to rewards.py.
+    """
+    found: dict[str, Path] = {}
+    place, name = None, ""
+    with _on_path(root):
+        for part in module.split("."):
+            name = f"{name}.{part}" if name else part
+            spec = PathFinder.find_spec(name, place)
+            if spec is None and place is None:
+                try:
+                    spec = importlib.util.find_spec(name)  # editable installs have finders of their own
+                except ValueError:
+                    spec = None
+            if spec is None:
+                break
+            if spec.origin is not None and spec.origin.endswith(".py"):
+                found[name] = Path(spec.origin)
+            place = spec.submodule_search_locations
+            if place is None:
+                break
+    return found
+
+
+def own_files(module: str, root: Path | None = None) -> dict[str, Path]:
+    """Return `module_files` of a module of the user's own; nothing for Python's, ours and installed ones."""
+    top = module.partition(".")[0]
+    if top in sys.stdlib_module_names or top == "mlxchat":
+        return {}
+    found = module_files(module, root)
+    return {} if any(map(_is_installed, found.values())) else found
+
+
+def installed_version(module: str) -> tuple[str, str] | None:
+    """Return name and version of the installed package of a module; None for Python's, ours and the user's own."""
+    top = module.partition(".")[0]
+    if top in sys.stdlib_module_names or top == "mlxchat" or own_files(top):
+        return None
+    try:
+        return top, importlib.metadata.version(top)
+    except importlib.metadata.PackageNotFoundError:  # a package may be called otherwise than its module
+        names = importlib.metadata.packages_distributions().get(top, [])
+        return (names[0], importlib.metadata.version(names[0])) if names else None
+
+
+def _is_installed(path: Path) -> bool:
+    return bool(_INSTALLED & set(path.parts))
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, colon, attribute = name.partition(":")
+    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise ConfigError(f'"{name}" names nothing to import; {_FORM}')
+    return module, attribute
+
+
+@contextmanager
+def _on_path(root: Path | None) -> Iterator[None]:
+    """Search a folder before all others; later imports inside functions search it after all others."""
+    folder = str(Path.cwd() if root is None else root)
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
