@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from kit.models import composed
 from kit.text import parquet
 from mlxchat.config import HubConfig
 from mlxchat.data import sources as shards_module
@@ -23,6 +26,7 @@ from mlxchat.errors import DataError
 from mlxchat.hub.listings import forget
 
 NAME = "org/texts"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "hub" / "root"
 
 
 def texts(shard: int, count: int = 30) -> list[str]:
@@ -114,6 +118,50 @@ def test_an_empty_cell_is_an_empty_document_so_that_numbers_of_documents_stay(
 ) -> None:
     five.files["shard_00000.parquet"] = parquet(["one", None, "three"])
     assert list(Corpus.open(pin()).train[0].documents()) == ["one", "", "three"]
+
+
+# nanochat's corpora: `conf/corpus`
+
+
+@pytest.mark.parametrize(("name", "shards"), [("fineweb_edu", 1823), ("climbmix", 6543)])
+def test_nanochats_corpora_train_on_all_shards_but_the_last(hub: Any, name: str, shards: int) -> None:
+    """`shard_00000.parquet` to `MAX_SHARD`, as in nanochat's dataset.py, which validates on the last one."""
+    config = composed(f"corpus={name}").corpus
+    assert config.hub is not None
+    names = [f"shard_{number:05d}.parquet" for number in range(shards)]
+    hub.add(config.hub.repository, dict.fromkeys([".gitattributes", "README.md", *names], b"x"))
+    corpus = Corpus.listed(config.hub, config.validation_documents)
+    assert [shard.name for shard in corpus.train] == names[:-1]
+    assert [shard.name for shard in corpus.validation] == names[-1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "held_out"),
+    [("fineweb_edu", "shard_00005.parquet"), ("climbmix", None), ("tinystories", None)],
+)
+def test_files_of_nanochats_corpora_are_pinned_as_they_are(
+    hub: Any, name: str, held_out: str | None, tmp_path: Path
+) -> None:
+    config = composed(f"corpus={name}").corpus
+    assert config.hub is not None
+    source = SHARED / "datasets" / config.hub.repository
+    if not source.exists():
+        pytest.skip("no copies of these data sets here")
+    chosen = replace(config.hub, validation_files=held_out or config.hub.validation_files)
+    files = {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    hub.add(chosen.repository, files)
+    pin_corpus(chosen, tmp_path, validation_documents=config.validation_documents, train_chars=None)
+    listing, corpus = json.loads((tmp_path / "corpus.json").read_text()), Corpus.open(tmp_path)
+    pinned = {row[0]: row[1:3] for row in [*listing["shards"], *listing["validation"]]}
+    texts = {path: data for path, data in files.items() if path.endswith(".parquet")}
+    assert pinned == {path: [len(data), hashlib.sha256(data).hexdigest()] for path, data in texts.items()}
+    assert len(corpus.validation) == 1
+    assert corpus.validation[0].name == Path(chosen.validation_files or "").name.replace("-*", "-00000-of-00001")
+    for split in ("train", "validation"):
+        shard = getattr(corpus, split)[0]
+        table = pq.ParquetFile(source / shard.file.path)
+        assert pq.ParquetFile(shard.path()).num_row_groups == table.num_row_groups
+        assert list(shard.documents()) == table.read()[chosen.column].to_pylist()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
