@@ -19,10 +19,11 @@ from kit.models import composed
 from kit.text import parquet
 from mlxchat.config import HubConfig
 from mlxchat.data import sources as shards_module
-from mlxchat.data.sources import Corpus, Fetcher, Shard, pin_corpus, stop_fetching
+from mlxchat.data.sources import Corpus, Shard, pin_corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
+from mlxchat.hub.client import Fetching, stop_fetching
 from mlxchat.hub.listings import forget
 
 NAME = "org/texts"
@@ -267,7 +268,7 @@ def test_files_are_fetched_in_the_order_in_which_they_are_read(hub: Any, five: A
     files = Corpus.open(pin()).files()
     stop_fetching()
     before = len(hub.log)
-    fetcher = Fetcher(workers=1)
+    fetcher = Fetching(workers=1)
     fetcher.want(files[2:4])
     wait_for(lambda: all(file.is_there() for file in files[2:]))
     fetcher.close()

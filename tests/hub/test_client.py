@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import DataError, MlxchatError, PassingError
-from mlxchat.hub import downloads, listings
+from mlxchat.hub import downloads, listings, progress
 from mlxchat.hub.client import HubFile, fetch_files, fetch_url, list_files, record
 from mlxchat.hub.files import hub_cache
 from mlxchat.runner.passing import is_passing
@@ -112,11 +112,15 @@ def test_a_record_names_address_commit_checksum_and_size(hub: Any, texts: Any) -
     }  # fmt: skip
 
 
-def test_progress_ends_at_all_bytes(hub: Any, texts: Any) -> None:
-    seen: list[tuple[int, int]] = []
-    fetch("data/*", on_progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (800_000, 800_000)
-    assert all(total == 800_000 for _, total in seen)
+def test_progress_ends_at_all_bytes(
+    hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_INTERVAL_SECONDS", 0.0)
+    fetch("data/*")
+    shown = capsys.readouterr().err
+    assert "100%  800.0 kB of 800.0 kB" in shown
+    assert f"{NAME}: 4 files: 800.0 kB in" in shown
 
 
 # Faults

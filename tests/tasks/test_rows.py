@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlxchat.errors import DataError
-from mlxchat.tasks import downloads
 from mlxchat.tasks.downloads import Rows
 
 
@@ -38,14 +37,11 @@ def test_only_the_columns_that_were_asked_for_are_there(tmp_path: Path) -> None:
     assert Rows([write(tmp_path / "a", ["x"])], ["text"])[0] == {"text": "x"}
 
 
-def test_a_large_table_takes_no_memory_of_its_own_and_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_takes_no_memory_of_its_own_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [f"{n:07d}" * 100 for n in range(20_000)]  # 14 MB
     path = write(tmp_path / "a", values, row_group_size=500)
     cache = tmp_path / "cache"
     monkeypatch.setenv("MLXCHAT_CACHE", str(cache))
-    monkeypatch.setattr(downloads, "_LARGEST_IN_MEMORY", 1 << 20)
     before = pa.total_allocated_bytes()
     rows = Rows([path], ["text"], seed=1)
     assert pa.total_allocated_bytes() - before < 1 << 20

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         return 0
     rows = [["NAME", "REVISION", "FILES", "SIZE", "NEEDED BY"]]
     for holding in holdings:
-        files = f"{len(holding.files)} of {holding.num_listed}" if holding.kind != "url" else "1"
+        files = f"{len(holding.files)} of {len(holding.listed)}" if holding.kind != "url" else "1"
         size = format_bytes(holding.bytes)
         if holding.part_bytes:
             size += f" + {format_bytes(holding.part_bytes)} of files that are not whole"
@@ -44,6 +44,6 @@ def main(arguments: list[str]) -> int:
 def _describe(holding: Holding) -> dict[str, object]:
     return {
         "name": holding.name, "kind": holding.kind, "revision": holding.revision, "files": len(holding.files) or 1,
-        "files_listed": holding.num_listed, "bytes": holding.bytes, "part_bytes": holding.part_bytes,
-        "verified": holding.verified, "needed_by": holding.needed_by,
+        "files_listed": len(holding.listed) or 1, "bytes": holding.bytes, "part_bytes": holding.part_bytes,
+        "verified": all(file.is_there() for file in holding.files), "needed_by": holding.needed_by,
     }  # fmt: skip

@@ -13,25 +13,20 @@ Planning imports this module, so pyarrow is imported where files are read.
 
 from __future__ import annotations
 
-import atexit
 import fnmatch
 import hashlib
 import json
 import random
-import threading
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from mlxchat.config import HubConfig
-from mlxchat.errors import DataError, PassingError
-from mlxchat.hub.cache import check_space, is_offline, missing_bytes, read_json
+from mlxchat.errors import DataError
+from mlxchat.hub.cache import check_space, missing_bytes, read_json
 from mlxchat.hub.files import HubFile, hub_cache
 from mlxchat.hub.listings import recorded_files
 from mlxchat.runner.fingerprint import hash_file
@@ -48,11 +43,8 @@ ESTIMATED_CHARS_PER_BYTE = 2.6
 # Few, since a file of a kilobyte can hold many of megabytes; 8 are as fast as 1,024.
 _BATCH_DOCUMENTS = 8
 _NAMES_SHOWN = 10
-_FETCHING_THREADS = 4
 # Without a horizon: files fetched beyond the one that is read.
 _AHEAD_FILES = 1
-_RETRY_SECONDS = 20.0
-_END_SECONDS = 2.0
 
 Check = Callable[[], None]
 """Called during long work; it may raise, to end that."""
@@ -265,14 +257,15 @@ class Corpus:
         return missing_bytes((file.blob, file.bytes) for file in self.first(chars) if not file.is_there())
 
     def fetch_ahead(self, split: str, start: int, chars: float | None = None) -> None:
-        """Fetch a split's files from number `start` on in the background, unless the network may not be used.
+        """Fetch a split's files from number `start` on in the background.
 
         As many are fetched as have `chars` characters from the beginning; None: one file.
         """
-        files = self.files(split)
-        stop = start + _AHEAD_FILES if chars is None else len(self.first(chars, split))
-        if files[start:] and not is_offline():
-            _fetch_in_background(files[start:stop])
+        if files := self.files(split):
+            from mlxchat.hub import client
+
+            stop = start + _AHEAD_FILES if chars is None else len(self.first(chars, split))
+            client.fetch_ahead(files[start:stop])
 
     def measure(self, check: Check = lambda: None) -> tuple[Corpus, int, int]:
         """Return the corpus with the measured characters in a byte, and the validation's documents and characters.
@@ -437,92 +430,3 @@ def pin_corpus(
         "files": len(files),
     }
     return numbers, [all_files, *map(record, looked_at)]
-
-
-# Fetching ahead
-
-
-class Fetcher:
-    """Daemon threads that fetch files in the order in which they will be read.
-
-    A reader that needs a file which is not there fetches it itself, or waits for the thread that fetches it (a lock
-    decides). So these threads may fail or be late at no cost but time.
-    """
-
-    def __init__(self, *, workers: int = _FETCHING_THREADS) -> None:
-        self._workers = workers
-        self._wanted: set[HubFile] = set()
-        self._queue: SimpleQueue[HubFile | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._ended = threading.Event()
-
-    def want(self, files: Iterable[HubFile]) -> None:
-        """Fetch files after those that were wanted before."""
-        for file in files:
-            if file not in self._wanted:
-                self._wanted.add(file)
-                self._queue.put(file)
-        while self._wanted and len(self._threads) < self._workers:
-            thread = threading.Thread(target=self._work, name=f"fetch {len(self._threads)}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def close(self) -> None:
-        """End the threads; what arrived is kept."""
-        self._ended.set()
-        until = time.monotonic() + _END_SECONDS
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
-    def _work(self) -> None:
-        from mlxchat.hub.client import fetch_file
-
-        def check() -> None:
-            if self._ended.is_set():
-                raise _Ended
-
-        while not self._ended.is_set() and (file := self._queue.get()) is not None:
-            try:
-                if not file.is_there():
-                    check_space(hub_cache(), missing_bytes([(file.blob, file.bytes)]), file.path)
-                    fetch_file(file, check=check)
-            except _Ended:
-                return
-            except PassingError:
-                self._ended.wait(_RETRY_SECONDS)
-                self._queue.put(file)
-            except DataError:
-                pass  # the reader of this file meets the error again
-            except Exception:  # must not disturb what else is computed
-                self._ended.wait(_RETRY_SECONDS)
-
-
-class _Ended(Exception):
-    """The work is not needed any more."""
-
-
-_fetcher: Fetcher | None = None
-_lock = threading.Lock()
-
-
-def _fetch_in_background(files: Sequence[HubFile]) -> None:
-    """Fetch files. A process has one fetcher: what training the tokenizer began goes on while the model trains."""
-    global _fetcher
-    with _lock:
-        _fetcher = _fetcher or Fetcher()
-        _fetcher.want(files)
-
-
-def stop_fetching() -> None:
-    """End what is fetched in the background."""
-    global _fetcher
-    with _lock:
-        fetcher, _fetcher = _fetcher, None
-    if fetcher is not None:
-        with suppress(RuntimeError):  # of a thread that never started
-            fetcher.close()
-
-
-atexit.register(stop_fetching)

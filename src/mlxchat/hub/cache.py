@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mlxchat.runner.progress import format_bytes
 
 # Left free on a disk that is fetched to.
 SPARE_BYTES = 256 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
@@ -47,24 +49,48 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def stamp_of(path: Path) -> list[Any]:
-    """Return what tells a file that was verified from one that was changed since: size, time, inode."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+def checksum_of(path: Path, like: str | None = None, check: Callable[[], None] = lambda: None) -> str:
+    """Return a file's sha256, in hex; if `like` has 40 digits, git's id of the content instead.
+
+    `check` is called for each block; it may raise, to end the work.
+    """
+    is_git = like is not None and len(like) == 40
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if is_git else hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            check()
+    return digest.hexdigest()
 
 
-def is_verified(name: str, path: Path) -> bool:
-    """Tell whether this very file was found to have the content that `name` (a checksum) stands for."""
+def is_verified(checksum: str, path: Path) -> bool:
+    """Return whether this file was hashed to this checksum before and has not changed since; nothing is hashed."""
     try:
-        return bool(read_json(cache_folder() / "verified" / name) == stamp_of(path))
+        return bool(read_json(cache_folder() / "verified" / checksum) == _stamp_of(path))
     except OSError:
         return False
 
 
-def note_verified(name: str, path: Path) -> None:
-    """Remember that a file has the content that `name` stands for; that it cannot be written is no fault."""
+def note_verified(checksum: str, path: Path) -> None:
+    """Remember that a file was hashed to a checksum, unless the note cannot be written."""
     with suppress(OSError):
-        write_json(cache_folder() / "verified" / name, stamp_of(path))
+        write_json(cache_folder() / "verified" / checksum, _stamp_of(path))
+
+
+def has_content(path: Path, checksum: str) -> bool:
+    """Return whether a file is there with the content that the checksum names; each file is hashed once."""
+    if is_verified(checksum, path):
+        return True
+    if not path.exists() or checksum_of(path, like=checksum) != checksum:
+        return False
+    note_verified(checksum, path)
+    return True
+
+
+def _stamp_of(path: Path) -> list[int]:
+    """Return what changes whenever a file is written: its size, time and inode."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def check_space(folder: Path, needed: int, what: str, beside: tuple[Path, int] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub and plain downloads, each fetched once, verified, and shared by everybody.
+"""Files of the Hugging Face Hub and plain downloads: each is fetched once, verified, and shared by all runs.
 
 The Hub's files lie in its own cache (HF_HOME), laid out as the official client does, so that other programs find them
 and we find theirs. Listings are remembered in `cache_folder()`: with HF_HUB_OFFLINE, or when there is no network, what
@@ -7,13 +7,15 @@ an earlier call recorded is used. huggingface_hub and its HTTP library are impor
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -21,38 +23,33 @@ from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.hub.cache import (
     cache_folder,
     check_space,
+    checksum_of,
+    has_content,
     is_offline,
-    is_verified,
     missing_bytes,
-    note_verified,
     read_json,
     write_json,
 )
 from mlxchat.hub.downloads import Check, Wanted, fetch_into, nothing
-from mlxchat.hub.files import HUB, HubFile, endpoint, hub_cache, is_right, link, settle
+from mlxchat.hub.files import HUB, HubFile, endpoint, hub_cache, link, settle
 from mlxchat.hub.listings import list_files, tell_command
 from mlxchat.hub.progress import TransferProgress
-from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.progress import format_bytes, plural
 from mlxchat.visible import visible
 
-__all__ = ["HubFile", "fetch_file", "fetch_files", "fetch_url", "list_files", "record"]
+__all__ = ["HubFile", "fetch_ahead", "fetch_files", "fetch_url", "list_files", "record", "stop_fetching"]
 
+_WORKERS = 4
 _POLL_SECONDS = 0.1
-
-OnProgress = Callable[[int, int], None]
-"""Called with the bytes that are there and the bytes that are wanted."""
+_END_SECONDS = 2.0
 
 
-def fetch_files(
-    files: Iterable[HubFile], *, workers: int = 4, on_progress: OnProgress | None = None, check: Check = nothing
-) -> list[Path]:
+def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Check = nothing) -> list[Path]:
     """Return where the files lie, each whole and verified; what is not there is fetched. Nothing is hashed twice.
 
     Args:
         files: of `list_files`.
         workers: how many to fetch at a time.
-        on_progress: takes bytes done and wanted; None: a display on the terminal.
         check: called again and again; it may raise, to end the work. What arrived is kept.
 
     Raises:
@@ -68,11 +65,30 @@ def fetch_files(
         check_space(hub_cache(), left, _name_of(missing))
         total = sum(file.bytes for file in missing)
         title = f"{missing[0].repository}: {plural(len(missing), 'file')}"
-        with TransferProgress(title, total, on_progress, start=total - left) as progress:
-            _fetch_all(missing, workers, progress.add, check)
+        with TransferProgress(title, total, start=total - left) as progress:
+            fetching = Fetching(workers, progress.add, _print_once())
+            fetching.want(missing)
+            fetching.finish(check)
         for file in files:
             settle(file)
     return [file.place for file in files]
+
+
+def fetch_ahead(files: Sequence[HubFile]) -> None:
+    """Fetch files in the background, in the order in which they will be read, unless the network may not be used.
+
+    Later calls add to this list: what training the tokenizer began continues while the model trains. A reader whose
+    file is not there fetches it itself or waits for its lock, so a failure here costs nothing but time.
+    """
+    if files and not is_offline():
+        _ahead.want(files)
+
+
+def stop_fetching() -> None:
+    """End what is fetched in the background; what arrived is kept."""
+    global _ahead
+    ended, _ahead = _ahead, Fetching()
+    ended.close()
 
 
 def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) -> Path:
@@ -88,28 +104,23 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
         PassingError: the server does not answer.
     """
     place = url_place(url)
-    name, folder = place.name, place.parent
-    note = folder / "source.json"
+    note = place.with_name("source.json")
 
     def is_there() -> bool:
-        known = read_json(note) or {}
-        if not place.exists() or not known or sha256 not in (None, known.get("sha256")):
-            return False
-        return place.stat().st_size == known.get("bytes") and _is_unchanged(known["sha256"], place)
+        known = (read_json(note) or {}).get("sha256")
+        return known is not None and sha256 in (None, known) and has_content(place, known)
 
     if is_there():
         return place
     if is_offline():
         raise DataError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set. {tell_command()}")
     trusted = urlsplit(url).netloc in (urlsplit(endpoint()).netloc, urlsplit(HUB).netloc)
-    wanted = Wanted(url=url, name=url, sha256=sha256, trusts_etag=trusted)
-    with TransferProgress(name, 0, None) as progress:
-        arrived = fetch_into(
-            place, wanted, folder / "fetch.lock", on_bytes=progress.add, check=check, is_there=is_there
-        )
-        if arrived is not None:
-            note_verified(arrived.sha256, place)
-            write_json(note, {"url": url, "revision": None, "sha256": arrived.sha256, "bytes": arrived.bytes})
+    wanted = Wanted(url=url, name=url, checksum=sha256, trusts_etag=trusted)
+    with TransferProgress(place.name, 0) as progress:
+        lock = place.with_name("fetch.lock")
+        arrived = fetch_into(place, wanted, lock, on_bytes=progress.add, check=check, is_there=is_there)
+    if arrived is not None:
+        write_json(note, {"url": url, "revision": None, "sha256": arrived, "bytes": place.stat().st_size})
     return place
 
 
@@ -126,65 +137,101 @@ def record(source: HubFile | Path) -> dict[str, Any]:
         source: a file of the Hub, or what `fetch_url` returned.
     """
     if isinstance(source, HubFile):
-        sha256 = source.sha256 or (hash_file(source.place) if source.place.exists() else None)
+        sha256 = source.sha256 or (checksum_of(source.place) if source.place.exists() else None)
         url = f"hf://{source.kind}s/{source.repository}/{source.path}"
         return {"url": url, "revision": source.revision, "sha256": sha256, "bytes": source.bytes}
-    known = read_json(source.parent / "source.json")
+    known = read_json(source.with_name("source.json"))
     if isinstance(known, dict):
         return known
-    return {
-        "url": str(source), "revision": None, "sha256": hash_file(source), "bytes": source.stat().st_size
-    }  # fmt: skip
+    return {"url": str(source), "revision": None, "sha256": checksum_of(source), "bytes": source.stat().st_size}
 
 
-def _fetch_all(files: Sequence[HubFile], workers: int, on_bytes: Callable[[int], None], check: Check) -> None:
-    """Fetch files side by side; one that fails leaves the others to be finished."""
-    ended = threading.Event()
+class Fetching:
+    """Daemon threads that fetch files of the Hub side by side, in the order in which they were wanted."""
 
-    def look() -> None:
-        if ended.is_set():
+    def __init__(
+        self, workers: int = _WORKERS, on_bytes: Callable[[int], None] = lambda count: None,
+        on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
+    ) -> None:  # fmt: skip
+        """Start no thread yet; `on_bytes` and `on_wait` are those of `fetch_into`."""
+        self._workers, self._on_bytes, self._on_wait = max(1, workers), on_bytes, on_wait
+        self._wanted: set[HubFile] = set()
+        self._queue: SimpleQueue[HubFile | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._ended = threading.Event()
+        self._faults: list[Exception] = []
+
+    def want(self, files: Iterable[HubFile]) -> None:
+        """Fetch files after those that were wanted before; files that failed since are tried again."""
+        for file in files:
+            if file not in self._wanted:
+                self._wanted.add(file)
+                self._queue.put(file)
+        while len(self._threads) < min(self._workers, len(self._wanted)):
+            thread = threading.Thread(target=self._work, name=f"fetch {len(self._threads)}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def finish(self, check: Check) -> None:
+        """Wait until every file has arrived or failed; a failure leaves the others to be finished.
+
+        Raises:
+            DataError, PassingError: files failed; one that will not pass with time comes first.
+        """
+        try:
+            self._end_queue()
+            for thread in self._threads:
+                while thread.is_alive():
+                    thread.join(_POLL_SECONDS)
+                    check()
+        finally:
+            self.close()
+        wrong = [fault for fault in self._faults if not isinstance(fault, PassingError)]
+        for fault in wrong or self._faults:
+            if not isinstance(fault, MlxchatError):
+                raise fault
+            more = f"\nAnd {len(self._faults) - 1} more files." if len(self._faults) > 1 else ""
+            raise type(fault)(f"{fault}{more}")
+
+    def close(self) -> None:
+        """End the threads within seconds; what arrived is kept."""
+        self._ended.set()
+        self._end_queue()
+        until = time.monotonic() + _END_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _end_queue(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def _work(self) -> None:
+        while (file := self._queue.get()) is not None and not self._ended.is_set():
+            try:
+                _fetch_file(file, self._on_bytes, self._look, self._on_wait)
+            except _Ended:
+                return
+            except Exception as fault:
+                self._faults.append(fault)
+                self._wanted.discard(file)
+
+    def _look(self) -> None:
+        if self._ended.is_set():
             raise _Ended
 
-    told = threading.Lock()
 
-    def tell(owner: dict[str, Any]) -> None:
-        if told.acquire(blocking=False):  # the first one will do
-            who = (
-                "this one"
-                if owner.get("pid") == os.getpid()
-                else f"{owner.get('pid', '?')} on {owner.get('host', '?')}"
-            )
-            said = f"  waits for {owner.get('fetches', 'a file')}, which process {who} is fetching"
-            print(visible(said), file=sys.stderr)
-
-    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="fetch") as pool:
-        running: set[Future[None]] = {pool.submit(fetch_file, file, on_bytes, look, tell) for file in files}
-        faults: list[BaseException] = []
-        try:
-            while running:
-                done, running = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
-                faults += [fault for future in done if (fault := future.exception()) is not None]
-                check()
-        except BaseException:
-            ended.set()
-            for future in running:
-                future.cancel()
-            raise
-    wrong = [fault for fault in faults if not isinstance(fault, PassingError)]
-    for fault in wrong or faults:
-        if not isinstance(fault, MlxchatError):
-            raise fault
-        more = f"\nAnd {len(faults) - 1} more files." if len(faults) > 1 else ""
-        raise type(fault)(f"{fault}{more}")
+class _Ended(Exception):
+    """The work is not needed any more."""
 
 
-def fetch_file(
-    file: HubFile,
-    on_bytes: Callable[[int], None] = lambda count: None,
-    check: Check = nothing,
-    on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
+_ahead = Fetching()
+atexit.register(stop_fetching)
+
+
+def _fetch_file(
+    file: HubFile, on_bytes: Callable[[int], None], check: Check, on_wait: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Fetch one file of the Hub into its cache, unless it is there; see `fetch_files` for what is raised."""
+    """Fetch one file of the Hub into its cache, unless it is there; see `fetch_into` for what is raised."""
     if settle(file):
         return
 
@@ -197,27 +244,29 @@ def fetch_file(
     prefix = "datasets/" if file.kind == "dataset" else ""
     wanted = Wanted(
         url=f"{endpoint()}/{prefix}{file.repository}/resolve/{file.revision}/{path}",
-        name=f"{file.repository}/{file.path}", bytes=file.bytes, sha256=file.sha256, git_sha1=file.git_sha1,
-        headers=headers,
+        name=f"{file.repository}/{file.path}", bytes=file.bytes, checksum=file.etag, headers=headers,
     )  # fmt: skip
     # The official client's own lock: the two never fetch the same content at the same time.
     lock = hub_cache() / ".locks" / file.folder.name / f"{file.etag}.lock"
-    arrived = fetch_into(
+    fetch_into(
         file.blob, wanted, lock, on_bytes=on_bytes, check=check, on_wait=on_wait,
-        is_there=lambda: is_right(file, file.blob),
+        is_there=lambda: has_content(file.blob, file.etag),
     )  # fmt: skip
-    if arrived is not None:
-        note_verified(file.etag, file.blob)
     link(file)
 
 
-def _is_unchanged(sha256: str, path: Path) -> bool:
-    if is_verified(sha256, path):
-        return True
-    if hash_file(path) != sha256:
-        return False
-    note_verified(sha256, path)
-    return True
+def _print_once() -> Callable[[dict[str, Any]], None]:
+    """Return a function that prints, when it is first called, which process fetches a file that we wait for."""
+    told = threading.Lock()
+
+    def tell(owner: dict[str, Any]) -> None:
+        if told.acquire(blocking=False):
+            pid = owner.get("pid", "?")
+            process = "this one" if pid == os.getpid() else f"{pid} on {owner.get('host', '?')}"
+            said = f"  waits for {owner.get('fetches', 'a file')}, which process {process} is fetching"
+            print(visible(said), file=sys.stderr)
+
+    return tell
 
 
 def _name_of(files: Sequence[HubFile]) -> str:
@@ -229,7 +278,3 @@ def _tell_missing(files: Sequence[HubFile]) -> str:
     size = format_bytes(sum(file.bytes for file in files))
     names = ", ".join(file.path for file in files[:3]) + (" …" if len(files) > 3 else "")
     return f"{_name_of(files)}: {size} are not on this machine ({names}), and HF_HUB_OFFLINE is set. {tell_command()}"
-
-
-class _Ended(Exception):
-    """The work is not wanted any more."""

@@ -1,29 +1,28 @@
-"""Getting a file over HTTP so that it is there whole and right, or not at all, however often the way is cut.
+"""Downloads over HTTP: a file arrives whole and with the right checksum, or not at all.
 
-What arrived stays in a `.part` file under a lock, is continued by whoever comes next (also after a kill), hashed, and
-renamed into place only when it is what was promised. One engine for the Hub's files and for plain addresses: the
-official client (2.x) throws the part of a killed process away and compares sizes only.
+Received bytes stay in a `.part` file under a lock. The next attempt continues it, also after a kill; it is hashed and
+renamed into place only if it is what was promised. This serves files of the Hub and plain addresses: the official
+client (2.x) throws the part of a killed process away and compares sizes only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError
-from mlxchat.hub.cache import check_space, read_json, write_json
+from mlxchat.hub.cache import check_space, checksum_of, note_verified, read_json, write_json
 from mlxchat.runner import locks
 
-BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
 # Attempts in a row without enough progress (`_Transfer._milestone`), with pauses of 0.5, 1, 2, 4, 8 s between them. The
 # runner's own `retry` comes after these.
 TRIES = 6
@@ -63,32 +62,20 @@ class Wanted:
     """For people."""
     bytes: int | None = None
     """Size; None: what the server says."""
-    sha256: str | None = None
-    git_sha1: str | None = None
-    """Git's id of the content, where no sha256 is known."""
+    checksum: str | None = None
+    """The sha256 of the content (64 digits) or git's id of it (40)."""
     headers: Callable[[], dict[str, str]] = dict
     """Makes the headers to send; a token goes no further than to the host of `url`."""
     trusts_etag: bool = False
     """Whether an ETag of 64 hexadecimal digits is the sha256 of the content, as the Hub's are."""
 
 
-@dataclass
-class Arrived:
-    """What a transfer brought."""
-
-    bytes: int
-    sha256: str
-    received: int
-    """Bytes that came over the network now."""
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 def fetch_into(
     target: Path, wanted: Wanted, lock: Path, *, on_bytes: Callable[[int], None] = lambda count: None,
     check: Check = nothing, on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
     is_there: Callable[[], bool] | None = None,
-) -> Arrived | None:  # fmt: skip
-    """Fetch a file to `target`; return None if it is there, perhaps since another process that we waited for made it.
+) -> str | None:  # fmt: skip
+    """Fetch a file to `target` and return its checksum; None: it is there, perhaps since another process fetched it.
 
     Args:
         target: where it goes, by one rename; `<target>.part` holds what arrived so far.
@@ -109,7 +96,9 @@ def fetch_into(
             if exists():
                 return None
             target.parent.mkdir(parents=True, exist_ok=True)
-            return _Transfer(target, wanted, on_bytes, check).run()
+            checksum = _Transfer(target, wanted, on_bytes, check).run()
+            note_verified(checksum, target)
+            return checksum
     except StoreError as error:  # locks speak of the outputs folder, which this is not
         raise DataError(f"{wanted.name}: {error}".replace("outputs=PATH", "HF_HOME or MLXCHAT_CACHE")) from None
     except OSError as error:
@@ -126,7 +115,6 @@ class _Transfer:
         self.part = target.with_name(f"{target.name}.part")
         self.note = target.with_name(f"{target.name}.part.json")
         self.on_bytes = on_bytes
-        self.received = 0
         self.size = wanted.bytes
         self.sizes: set[int] = set()
         """Sizes that the server said; more than one: it cannot be believed."""
@@ -137,7 +125,7 @@ class _Transfer:
         self.starts_over = False
         """Whether an attempt had to begin again: then all attempts together may receive far more than the file has."""
 
-    def run(self) -> Arrived:
+    def run(self) -> str:
         """Fetch, continue, verify, and rename."""
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
 
@@ -151,11 +139,11 @@ class _Transfer:
             except _Busy as busy:
                 trouble, pause = str(busy), busy.pause
             if not trouble:
-                mistake, arrived = self._verify()
+                mistake, checksum = self._verify()
                 if not mistake:
                     self.part.replace(self.target)
                     self.note.unlink(missing_ok=True)
-                    return arrived
+                    return checksum
                 self._drop()
                 self.mark, self.starts_over = 0, False
                 wrong += 1
@@ -190,8 +178,8 @@ class _Transfer:
         is unknown or another one in each answer, must double.
         """
         if self.size is None or len(self.sizes) > 1 or self.starts_over:
-            return max(2 * self.mark, BLOCK_BYTES)
-        return self.mark + max(1, min(BLOCK_BYTES, (self.size - self.mark) // 64))
+            return max(2 * self.mark, _BLOCK_BYTES)
+        return self.mark + max(1, min(_BLOCK_BYTES, (self.size - self.mark) // 64))
 
     def _arrived_bytes(self) -> int:
         """Return the length of the part."""
@@ -212,7 +200,7 @@ class _Transfer:
         if start:
             headers["Range"] = f"bytes={start}-"
             # Without a checksum the two halves might be of two files.
-            if not (self.wanted.sha256 or self.wanted.git_sha1) and known.get("etag"):
+            if self.wanted.checksum is None and known.get("etag"):
                 headers["If-Range"] = known["etag"]
         with open_url(self.wanted.url, headers, _SILENCE_SECONDS, self.check) as answer:
             self._judge(answer)
@@ -233,24 +221,24 @@ class _Transfer:
             if self.size is None and length is not None and length.isdigit():
                 self.size = start + int(length)
                 self.sizes.add(self.size)
-            if self.wanted.bytes is None and self.size is not None:  # nobody could look for room before
+            if self.size is not None:
                 check_space(self.target.parent, self.size - start, self.wanted.name)
             self.facts = {"bytes": self.size, "etag": answer.headers.get("ETag")}
             if not start:
                 write_json(self.note, self.facts)
-            looked, counted = time.monotonic(), self.received
+            looked, received = time.monotonic(), 0
             with self.part.open("ab") as file:
                 for block in answer.iter_raw():  # as it comes: what a cut leaves in a buffer of theirs would be lost
                     file.write(block)
-                    self.received += len(block)
+                    received += len(block)
                     self.on_bytes(len(block))
                     self.check()
                     if self.size is not None and file.tell() > self.size:
                         break  # more than was promised: it is wrong already, and may never end
                     if (now := time.monotonic()) - looked >= _SLOW_SECONDS:
-                        if self.received - counted < _SLOW_BYTES:
+                        if received < _SLOW_BYTES:
                             raise _Busy(f"fewer than {_SLOW_BYTES} bytes in {_SLOW_SECONDS:g} s")
-                        looked, counted = now, self.received
+                        looked, received = now, 0
                     if self.size is None and file.tell() // _LOOK_BYTES > (file.tell() - len(block)) // _LOOK_BYTES:
                         check_space(self.target.parent, _LOOK_BYTES, self.wanted.name)
                 file.flush()
@@ -267,28 +255,20 @@ class _Transfer:
         hint = " Is the token right (HF_TOKEN), and may it read this repository?" if status in (401, 403) else ""
         raise DataError(f"{self.wanted.name} cannot be had: HTTP {status} {reason} ({self.wanted.url}).{hint}")
 
-    def _verify(self) -> tuple[str, Arrived]:
-        """Return what is wrong with the part, or an empty string, and what it is."""
-        sha256, git = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
-        count = self.part.stat().st_size if self.part.exists() else 0
-        git.update(b"blob %d\0" % count)
-        with (self.part if count else Path(os.devnull)).open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                sha256.update(block)
-                if self.wanted.git_sha1:
-                    git.update(block)
-                self.check()
-        arrived = Arrived(count, sha256.hexdigest(), self.received, self.facts)
-        expected = self.wanted.sha256 or (_sha256_of_etag(self.facts.get("etag")) if self.wanted.trusts_etag else None)
+    def _verify(self) -> tuple[str, str]:
+        """Return what is wrong with the part, or an empty string, and its checksum."""
+        self.part.touch()
+        count = self._arrived_bytes()
+        expected = self.wanted.checksum
+        if expected is None and self.wanted.trusts_etag:
+            expected = _sha256_of_etag(self.facts.get("etag"))
         if self.size is not None and count != self.size:
-            return f"{'more than ' * (count > self.size)}{count} bytes instead of {self.size}", arrived
-        if expected and arrived.sha256 != expected:
-            return f"its sha256 is {arrived.sha256[:12]}… instead of {expected[:12]}…", arrived
-        if self.wanted.git_sha1 and git.hexdigest() != self.wanted.git_sha1:
-            return f"its git id is {git.hexdigest()[:12]}… instead of {self.wanted.git_sha1[:12]}…", arrived
-        if not count:
-            self.part.touch()
-        return "", arrived
+            return f"{'more than ' * (count > self.size)}{count} bytes instead of {self.size}", ""
+        checksum = checksum_of(self.part, like=expected, check=self.check)
+        if expected is not None and checksum != expected:
+            kind = "sha256" if len(checksum) == 64 else "git id"
+            return f"its {kind} is {checksum[:12]}… instead of {expected[:12]}…", checksum
+        return "", checksum
 
     def _drop(self) -> None:
         """Throw away what arrived, and the size that the server said."""

@@ -1,11 +1,10 @@
-"""A file of the Hugging Face Hub in the Hub's own cache (HF_HOME): where it lies, and whether it is whole and right.
+"""A file of the Hugging Face Hub in the Hub's own cache (HF_HOME): where it lies, and whether its content is right.
 
 The layout is the official client's, so other programs find what we fetched, and we find what they did.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import threading
@@ -14,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mlxchat.errors import DataError
-from mlxchat.hub.cache import is_verified, note_verified
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.hub.cache import has_content, is_verified
 
 HUB = "https://huggingface.co"
 _NO_NAME = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -117,34 +115,14 @@ def check_commit(repository: str, commit: object) -> None:
 
 
 def settle(file: HubFile) -> bool:
-    """Tell whether a file is in the cache, whole and right. One that others put there is hashed, once."""
+    """Return whether a file is in the cache with the right content, and link to it if only its blob is there."""
     if file.is_there():
         return True
-    if is_right(file, file.blob):
+    if has_content(file.blob, file.etag):
         link(file)
         return True
     # Where there are no links, the official client puts the content itself there.
-    return file.place.exists() and not file.place.is_symlink() and is_right(file, file.place)
-
-
-def is_right(file: HubFile, path: Path) -> bool:
-    """Tell whether what lies at `path` is the content; it is hashed unless that was done before."""
-    if not path.exists():
-        return False
-    if path.stat().st_size != file.bytes:
-        return False
-    if is_verified(file.etag, path):
-        return True
-    digest = hash_file(path) if file.sha256 else _git_sha1(path)
-    if digest != file.etag:
-        return False
-    note_verified(file.etag, path)
-    return True
-
-
-def _git_sha1(path: Path) -> str:
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return not file.place.is_symlink() and has_content(file.place, file.etag)
 
 
 def link(file: HubFile) -> None:

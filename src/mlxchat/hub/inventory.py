@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import DataError
+from mlxchat.errors import DataError, suggest
 from mlxchat.hub.cache import cache_folder, read_json
 from mlxchat.hub.files import HubFile, hub_cache
+from mlxchat.hub.listings import read_listing
 from mlxchat.runner import locks
 from mlxchat.runner.store import MANIFEST
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Holding:
     """A repository at one commit, or a plain download, as far as it is on this machine."""
 
@@ -24,21 +25,22 @@ class Holding:
     """<organisation>/<name>, or the address."""
     kind: str
     """dataset, model or url."""
-    revision: str | None
-    """The commit."""
-    files: list[HubFile] = field(default_factory=list)
-    """Those that are there."""
-    num_listed: int = 1
-    """Files in the repository."""
-    bytes: int = 0
-    part_bytes: int = 0
+    place: Path
+    """The listing of a repository, or the folder of a plain download."""
+    bytes: int
+    part_bytes: int
     """Of files that have not arrived whole."""
-    place: Path | None = None
-    """Folder of a plain download."""
-    verified: bool = True
-    """Whether every file was hashed since it was written."""
-    needed_by: list[str] = field(default_factory=list)
+    needed_by: list[str]
     """Artifacts that were made from it."""
+    revision: str | None = None
+    """The commit."""
+    listed: list[HubFile] = field(default_factory=list)
+    """All files of the repository."""
+
+    @property
+    def files(self) -> list[HubFile]:
+        """The files of the repository that are there."""
+        return [file for file in self.listed if file.place.exists()]
 
     @property
     def title(self) -> str:
@@ -68,10 +70,8 @@ def choose(holdings: Iterable[Holding], name: str) -> list[Holding]:
         or (holding.kind == "url" and name in (holding.name, holding.name.rpartition("/")[2]))
     ]
     if not found:
-        from mlxchat.errors import suggest
-
-        known = [holding.name for holding in holdings]
-        raise DataError(f"nothing here is called {name}. mlxchat data ls shows what there is.{suggest(name, known)}")
+        hint = suggest(name, [holding.name for holding in holdings])
+        raise DataError(f"nothing here is called {name}. mlxchat data ls shows what there is.{hint}")
     return found
 
 
@@ -80,67 +80,65 @@ def remove(holding: Holding) -> tuple[int, list[str]]:
 
     Content that another commit shares stays. A kill leaves files that are whole, or missing.
     """
-    if holding.place is not None:
+    if holding.kind == "url":
         if locks.is_held(holding.place / "fetch.lock"):
             return 0, [holding.name]
         shutil.rmtree(holding.place, ignore_errors=True)
         return holding.bytes + holding.part_bytes, []
-    listing = _listing(holding)
-    files = _files(listing, read_json(listing) or {})
-    shared = _shared_blobs(files, holding.revision or "")
+    folder = holding.listed[0].folder
+    others = [snapshot for snapshot in (folder / "snapshots").glob("*") if snapshot.name != holding.revision]
+    shared = {path.resolve().name for other in others for path in other.rglob("*") if path.is_symlink()}
     freed, kept = 0, []
-    for file in files:
-        lock = hub_cache() / ".locks" / file.folder.name / f"{file.etag}.lock"
-        if locks.is_held(lock):
+    for file in holding.listed:
+        if locks.is_held(hub_cache() / ".locks" / folder.name / f"{file.etag}.lock"):
             kept.append(file.path)
             continue
         _unlink(file.place)
         if file.etag not in shared:
-            for path in (file.blob, *_parts(file.blob)):
-                freed += path.stat().st_size if path.exists() else 0
-                _unlink(path)
+            freed += sum(map(_unlink, (file.blob, *_parts(file.blob))))
             _unlink(cache_folder() / "verified" / file.etag)
     if not kept:
-        for name in (listing.parent / "refs").glob("*"):
+        for name in (holding.place.parent / "refs").glob("*"):
             if (read_json(name) or {}).get("commit") == holding.revision:
                 _unlink(name)
-        _unlink(listing)
-    _prune(holding.files[0].folder if holding.files else None)
+        _unlink(holding.place)
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:  # folders that hold nothing any more
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()
     return freed, kept
 
 
-def _repositories(users: list[tuple[str, dict[str, Any]]]) -> Iterable[Holding]:
+def _repositories(users: list[tuple[str, dict[str, Any]]]) -> Iterator[Holding]:
     for listing in sorted((cache_folder() / "listings").glob("*/*.json")):
-        record = read_json(listing) or {}
-        if "files" not in record:
-            continue
-        files = _files(listing, record)
-        there = [file for file in files if file.place.exists()]
+        files = read_listing(listing) or []
+        size = sum(file.bytes for file in files if file.place.exists())
         parts = sum(path.stat().st_size for file in files for path in _parts(file.blob)[:1] if path.exists())
-        if there or parts:
-            prefix = f"hf://{record['kind']}s/{record['repository']}"
-            names = [
-                name
-                for name, external in users
-                if external.get("revision") == record["commit"]
-                and (external.get("url") == prefix or str(external.get("url")).startswith(f"{prefix}/"))
-            ]
+        if parts or any(file.place.exists() for file in files):
+            name, kind, commit = files[0].repository, files[0].kind, files[0].revision
+            url = f"hf://{kind}s/{name}"
+            needed_by = {
+                user: None
+                for user, external in users
+                if external.get("revision") == commit and f"{external.get('url')}/".startswith(f"{url}/")
+            }
             yield Holding(
-                record["repository"], record["kind"], record["commit"], there, len(files),
-                sum(file.bytes for file in there), parts, None, all(file.is_there() for file in there),
-                list(dict.fromkeys(names)),
+                name=name, kind=kind, revision=commit, place=listing, listed=files, bytes=size, part_bytes=parts,
+                needed_by=list(needed_by),
             )  # fmt: skip
 
 
-def _downloads(users: list[tuple[str, dict[str, Any]]]) -> Iterable[Holding]:
+def _downloads(users: list[tuple[str, dict[str, Any]]]) -> Iterator[Holding]:
     for folder in sorted((cache_folder() / "downloads").glob("*")):
         record = read_json(folder / "source.json") or {}
         parts = sum(path.stat().st_size for path in folder.glob("*.part"))
         if record or parts:
             url = str(record.get("url") or folder.name)
-            names = [name for name, external in users if external.get("url") == url]
-            size = int(record.get("bytes") or 0)
-            yield Holding(url, "url", None, [], 1, size, parts, folder, True, list(dict.fromkeys(names)))
+            needed_by = {user: None for user, external in users if external.get("url") == url}
+            yield Holding(
+                name=url, kind="url", place=folder, bytes=int(record.get("bytes") or 0), part_bytes=parts,
+                needed_by=list(needed_by),
+            )  # fmt: skip
 
 
 def _users(outputs: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -153,39 +151,14 @@ def _users(outputs: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _listing(holding: Holding) -> Path:
-    name = f"{holding.kind}s--{holding.name.replace('/', '--')}"
-    return cache_folder() / "listings" / name / f"{holding.revision}.json"
-
-
-def _files(listing: Path, record: dict[str, Any]) -> list[HubFile]:
-    return [HubFile(record["repository"], record["kind"], record["commit"], *row) for row in record.get("files", ())]
-
-
 def _parts(blob: Path) -> list[Path]:
     return [blob.with_name(f"{blob.name}.part"), blob.with_name(f"{blob.name}.part.json")]
 
 
-def _shared_blobs(files: list[HubFile], commit: str) -> set[str]:
-    """Return the names of contents that other commits of the repository link to."""
-    if not files:
-        return set()
-    others = [folder for folder in (files[0].folder / "snapshots").glob("*") if folder.name != commit]
-    return {path.resolve().name for folder in others for path in folder.rglob("*") if path.is_symlink()}
-
-
-def _unlink(path: Path) -> None:
+def _unlink(path: Path) -> int:
+    """Remove a file if it is there; return the bytes that it had."""
     with suppress(OSError):
+        size = path.lstat().st_size
         path.unlink()
-
-
-def _prune(folder: Path | None) -> None:
-    """Remove folders that hold nothing any more."""
-    if folder is None:
-        return
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not path.is_symlink():
-            with suppress(OSError):
-                path.rmdir()
-    with suppress(OSError):
-        folder.rmdir()
+        return size
+    return 0

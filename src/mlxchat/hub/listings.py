@@ -1,4 +1,4 @@
-"""What is in a repository of the Hub: asked once in a process, recorded on disk for when nobody can be asked."""
+"""The files of a repository of the Hub: requested once in a process, and recorded for use without a network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -48,13 +48,19 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
 
 
 def recorded_files(repository: str, revision: str, kind: str = "dataset") -> list[HubFile] | None:
-    """Return the files that an earlier listing found; None: there was none. Nobody is asked."""
+    """Return the files that an earlier listing found; None: there was none. The network is not used."""
     folder = listing_folder(repository, kind)
     known = read_json(folder / "refs" / quote(revision, safe="")) or {}
-    recorded = read_json(folder / f"{known.get('commit')}.json") or {}
+    return read_listing(folder / f"{known.get('commit')}.json")
+
+
+def read_listing(path: Path) -> list[HubFile] | None:
+    """Return the files of one commit that a record of `list_files` names, sorted by path; None: there is no record."""
+    recorded = read_json(path) or {}
     if "files" not in recorded:
         return None
-    return _files(repository, kind, known["commit"], recorded["files"])
+    where = (recorded["repository"], recorded["kind"], recorded["commit"])
+    return sorted((HubFile(*where, *row) for row in recorded["files"]), key=lambda file: file.path)
 
 
 def forget() -> None:
@@ -100,29 +106,23 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
     path = listing_folder(repository, kind) / f"{commit}.json"
     if path in _listed:
         return _listed[path]
-    recorded = read_json(path) or {}
-    usable = "files" in recorded and (is_offline() or recorded.get("endpoint") == endpoint())
-    if not usable:
-        if is_offline():
+    files = read_listing(path)
+    if is_offline():
+        if files is None:
             raise DataError(_tell_unknown(repository, commit, kind))
-
+    elif files is None or read_json(path).get("endpoint") != endpoint():
         try:
-            tries = _TRIES if "files" not in recorded else _TRIES_WITH_RECORD
-            rows = _ask(repository, kind, tries, lambda: _rows_of(repository, commit, kind))
+            tries = _TRIES if files is None else _TRIES_WITH_RECORD
+            files = _ask(repository, kind, tries, lambda: _files_of(repository, commit, kind))
         except PassingError:
-            if "files" not in recorded:
+            if files is None:
                 raise
         else:
-            _files(repository, kind, commit, rows)  # refuses what must not be recorded
-            recorded = {"repository": repository, "kind": kind, "commit": commit, "endpoint": endpoint(), "files": rows}
-            write_json(path, recorded)
-    files = _files(repository, kind, commit, recorded["files"])
+            rows = [[file.path, file.bytes, file.sha256, file.git_sha1] for file in files]
+            facts = {"repository": repository, "kind": kind, "commit": commit, "endpoint": endpoint()}
+            write_json(path, {**facts, "files": rows})
     _listed[path] = files
     return files
-
-
-def _files(repository: str, kind: str, commit: str, rows: Iterable[Sequence[Any]]) -> list[HubFile]:
-    return sorted((HubFile(repository, kind, commit, *row) for row in rows), key=lambda file: file.path)
 
 
 def _commit_of(repository: str, revision: str, kind: str) -> str:
@@ -132,17 +132,17 @@ def _commit_of(repository: str, revision: str, kind: str) -> str:
     return str(answer.get("sha"))
 
 
-def _rows_of(repository: str, commit: str, kind: str) -> list[list[Any]]:
-    """Return path, size, sha256 and git id of every file of a commit.
+def _files_of(repository: str, commit: str, kind: str) -> list[HubFile]:
+    """Return every file of a commit, sorted by path.
 
     Not by the official client: it follows pages in a circle, sends the token to any address that a page links to, and
     waits for as long as Retry-After says.
     """
     page: str | None = f"{_api(repository, kind)}/tree/{quote(commit, safe='')}?recursive=true"
     seen: set[str] = set()
-    rows: list[list[Any]] = []
+    files: list[HubFile] = []
     while page is not None:
-        if page in seen or len(seen) == _MOST_PAGES or len(rows) > _MOST_FILES:
+        if page in seen or len(seen) == _MOST_PAGES or len(files) > _MOST_FILES:
             raise DataError(
                 f"{repository}: its list of files does not end. Page {len(seen) + 1} is {page[:200]}, expected a new "
                 f"page, and {_MOST_PAGES:,} at most"
@@ -155,8 +155,10 @@ def _rows_of(repository: str, commit: str, kind: str) -> list[list[Any]]:
             if entry.get("type") == "file":
                 lfs = entry.get("lfs")
                 sha256 = lfs.get("oid") if isinstance(lfs, dict) else None
-                rows.append([str(entry.get("path", "")), entry.get("size"), sha256, None if lfs else entry.get("oid")])
-    return rows
+                git_id = None if lfs else entry.get("oid")
+                where = (repository, kind, commit, str(entry.get("path", "")))
+                files.append(HubFile(*where, entry.get("size"), sha256, git_id))
+    return sorted(files, key=lambda file: file.path)
 
 
 def _api(repository: str, kind: str) -> str:

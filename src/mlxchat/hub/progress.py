@@ -1,10 +1,9 @@
-"""What a person sees of a transfer: bytes, bytes per second, how long it will take."""
+"""Progress of a transfer: bytes, bytes per second, time left."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
 
 from mlxchat.runner.progress import Progress, format_bytes, format_seconds
@@ -16,16 +15,12 @@ _INTERVAL_SECONDS = 0.2
 class TransferProgress:
     """Counts the bytes of a transfer, from any thread, and shows them once it takes longer than a moment."""
 
-    def __init__(
-        self, title: str, total: int, on_progress: Callable[[int, int], None] | None, *, start: int = 0,
-        verb: str = "fetch",
-    ) -> None:  # fmt: skip
-        """Begin with `start` of `total` bytes (0: not known); `on_progress` replaces the display, `verb` heads it."""
-        self.verb = verb
-        self.title, self.total, self.done, self.start = title, total, start, start
-        self._on_progress, self._lock = on_progress, threading.Lock()
-        self._began = self._shown = time.monotonic()
-        self._bar: Progress | None = None
+    def __init__(self, title: str, total: int, *, start: int = 0, verb: str = "fetch") -> None:
+        """Begin with `start` of `total` bytes (0: not known); `verb` heads the display."""
+        self.title, self.done, self.start = title, start, start
+        self._bar = _ByteProgress(verb, max(1, total), "", start=start)
+        self._is_shown, self._shown = False, self._bar.began
+        self._lock = threading.Lock()
 
     def __enter__(self) -> TransferProgress:
         """Begin to measure."""
@@ -34,10 +29,10 @@ class TransferProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the display away; say in one line what a long transfer brought."""
-        if self._bar is not None:
+        """Take the display away; print one line about what a long transfer brought."""
+        if self._is_shown:
             self._bar.__exit__(kind, error, trace)
-            brought, seconds = self.done - self.start, max(1e-9, time.monotonic() - self._began)
+            brought, seconds = self.done - self.start, max(1e-9, time.monotonic() - self._bar.began)
             speed = f"{format_bytes(brought / seconds)}/s"
             self._bar.note(f"{self.title}: {format_bytes(brought)} in {format_seconds(seconds)}, {speed}")
 
@@ -45,19 +40,16 @@ class TransferProgress:
         """Count bytes that arrived, or, below 0, that were thrown away."""
         with self._lock:
             self.done += count
-            if self._on_progress is not None:
-                self._on_progress(self.done, self.total)
-                return
             now = time.monotonic()
-            if now - self._began < _FIRST_SECONDS or now - self._shown < _INTERVAL_SECONDS:
+            seconds = now - self._bar.began
+            if seconds < _FIRST_SECONDS or now - self._shown < _INTERVAL_SECONDS:
                 return
             self._shown = now
-            if self._bar is None:
-                self._bar = _ByteProgress(self.verb, max(1, self.total), "", start=self.start)
+            if not self._is_shown:
+                self._is_shown = True
                 self._bar.__enter__()
-                self._bar.began = self._began
-            speed = (self.done - self.start) / max(1e-9, now - self._began)
-            self._bar.update(self.done, speed=f"{format_bytes(max(0.0, speed))}/s")
+            speed = max(0.0, (self.done - self.start) / max(1e-9, seconds))
+            self._bar.update(self.done, speed=f"{format_bytes(speed)}/s")
 
 
 class _ByteProgress(Progress):

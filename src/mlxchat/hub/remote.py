@@ -48,7 +48,7 @@ def export_to(place: Place, folders: Sequence[Path]) -> int:
             if damage := list(find_damage(folder, read_manifest(folder))):
                 raise StoreError(f"{folder.name} is not what was published: {damage[0]}. Nothing of it was sent")
         total = sum(path.stat().st_size for folder in missing for path in _files(folder))
-        with TransferProgress(place.url, total, None, verb="send") as progress:
+        with TransferProgress(place.url, total, verb="send") as progress:
             for folder in missing:
                 _send(place, folder, progress)
     return len(missing)
@@ -193,7 +193,7 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
         raise StoreError(
             f"{place.url} brings {total / 1e9:.1f} GB, and {base.parent.parent} has {free / 1e9:.1f} GB free"
         )
-    with TransferProgress(place.url, total, None) as progress:
+    with TransferProgress(place.url, total) as progress:
         for name, manifest in manifests.items():
             for file in _listed(manifest):
                 _fetch_file(place, name, file, base / "store" / name / file["path"], progress)

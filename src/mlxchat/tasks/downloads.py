@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.hub import client
+from mlxchat.hub.cache import cache_folder
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from mlxchat.hub.client import HubFile
 
 NANOCHAT_SEED = 42
 """nanochat shuffles every data set with this seed."""
@@ -36,15 +36,11 @@ class UrlSource:
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the file at the address, downloaded if it is not there."""
-        from mlxchat.hub.client import fetch_url
-
-        return [fetch_url(self.url, sha256=self.sha256, check=check)]
+        return [client.fetch_url(self.url, sha256=self.sha256, check=check)]
 
     def records(self) -> list[dict[str, Any]]:
         """Return a record of the file: url, sha256, bytes."""
-        from mlxchat.hub.client import record
-
-        return [{"name": self.url.rpartition("/")[2], **record(path)} for path in self.fetch()]
+        return [{"name": self.url.rpartition("/")[2], **client.record(path)} for path in self.fetch()]
 
 
 @dataclass(frozen=True)
@@ -56,30 +52,24 @@ class HubSource:
     pattern: str
 
     @cached_property
-    def files(self) -> list[HubFile]:
+    def files(self) -> list[client.HubFile]:
         """The files that match.
 
         Raises:
             DataError: there are none.
         """
-        from mlxchat.hub.client import list_files
-
-        files = list_files(self.repository, revision=self.revision, pattern=self.pattern)
+        files = client.list_files(self.repository, revision=self.revision, pattern=self.pattern)
         if not files:
             raise DataError(f"{self.repository} at {self.revision} has no file {self.pattern}")
         return files
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the files, downloaded if they are not there."""
-        from mlxchat.hub.client import fetch_files
-
-        return fetch_files(self.files, check=check)
+        return client.fetch_files(self.files, check=check)
 
     def records(self) -> list[dict[str, Any]]:
         """Return a record of each file: url, revision, sha256, bytes."""
-        from mlxchat.hub.client import record
-
-        return [{"name": f"{file.repository}/{file.path}", **record(file)} for file in self.files]
+        return [{"name": f"{file.repository}/{file.path}", **client.record(file)} for file in self.files]
 
 
 class UrlTask(Task):
@@ -229,12 +219,11 @@ def _holds_null(value: Any) -> bool:
     return any(map(_holds_null, value)) if isinstance(value, list) else value is None
 
 
-# Uncompressed bytes above which rows are memory-mapped from a file.
-_LARGEST_IN_MEMORY = 256 << 20
-
-
 class Rows:
-    """Rows of files one after the other, permuted as `datasets.Dataset.shuffle(seed)` permutes them."""
+    """Rows of files one after the other, permuted as `datasets.Dataset.shuffle(seed)` permutes them.
+
+    They are memory-mapped: a data set of gigabytes takes no memory of its own.
+    """
 
     def __init__(
         self, files: Sequence[Path], columns: Sequence[str], *, seed: int | None = None, nested: str | None = None
@@ -274,62 +263,44 @@ class Rows:
 
 
 def _read_parquet(files: Sequence[Path], columns: Sequence[str], nested: str | None) -> pa.Table:
+    """Return some columns of files as one memory-mapped table, whose own file is unlinked."""
     import pyarrow as pa  # planning imports tasks, and reads no rows
-    import pyarrow.parquet as pq
-
-    try:
-        parquets = [pq.ParquetFile(path) for path in files]
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{', '.join(map(str, files))}: cannot be read as parquet ({error})") from None
-    groups, size = [], 0
-    for path, parquet in zip(files, parquets, strict=True):
-        names = parquet.schema_arrow.names
-        inside = nested if nested in names and not set(columns) <= set(names) else None
-        missing = [] if inside else [column for column in columns if column not in names]
-        if missing:
-            raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(names)}")
-        for group in range(parquet.metadata.num_row_groups):
-            groups.append((parquet, group, inside))
-            size += parquet.metadata.row_group(group).total_byte_size
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        # By groups: iter_batches reads ahead, and keeps hundreds of megabytes of a large file.
-        for parquet, group, inside in groups:
-            table = parquet.read_row_group(group, columns=[inside] if inside else list(columns))
-            if inside:
-                table = table.flatten()
-                table = table.rename_columns([name.removeprefix(f"{inside}.") for name in table.column_names])
-            yield from table.select(list(columns)).to_batches()
-
-    stream = batches()
-    try:
-        first = next(stream, None)
-        if first is None:
-            return pa.table({column: [] for column in columns})
-        if size <= _LARGEST_IN_MEMORY:
-            return pa.Table.from_batches([first, *(batch.cast(first.schema) for batch in stream)])
-        return _map(first, stream)
-    except (KeyError, pa.ArrowException) as error:
-        raise DataError(f"{', '.join(map(str, files))}: cannot be read ({error})") from None
-
-
-def _map(first: pa.RecordBatch, rest: Any) -> pa.Table:
-    """Return a memory-mapped table. Its file is already unlinked, so nothing is left behind."""
-    import pyarrow as pa
-
-    from mlxchat.hub.cache import cache_folder
 
     folder = cache_folder()
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".arrow", dir=folder if os.access(folder, os.W_OK) else None)
-    os.close(handle)
-    path = Path(name)
-    try:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
-            writer.write_batch(first)
-            for batch in rest:
-                writer.write_batch(batch.cast(first.schema))
-        return pa.ipc.open_file(pa.memory_map(str(path), "r")).read_all()
-    finally:
-        path.unlink()  # the contents stay until the mapping is closed
+    if not os.access(folder, os.W_OK):
+        folder = Path(tempfile.gettempdir())
+    with tempfile.NamedTemporaryFile(suffix=".arrow", dir=folder) as file:
+        writer, schema = None, None
+        for path in files:
+            try:
+                for batch in _batches(path, columns, nested):
+                    if writer is None:
+                        schema = batch.schema
+                        writer = pa.ipc.new_file(file.name, schema)
+                    writer.write_batch(batch.cast(schema))
+            except (OSError, KeyError, pa.ArrowException) as error:
+                raise DataError(f"{path}: cannot be read as parquet ({error})") from None
+        if writer is None:
+            return pa.table({column: [] for column in columns})
+        writer.close()
+        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+
+
+def _batches(path: Path, columns: Sequence[str], nested: str | None) -> Iterator[pa.RecordBatch]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    names = file.schema_arrow.names
+    inside = nested if nested in names and not set(columns) <= set(names) else None
+    missing = [] if inside else [column for column in columns if column not in names]
+    if missing:
+        raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(names)}")
+    # By groups: iter_batches reads ahead, and keeps hundreds of megabytes of a large file.
+    for group in range(file.metadata.num_row_groups):
+        table = file.read_row_group(group, columns=[inside] if inside else list(columns))
+        if inside:
+            table = table.flatten()
+            table = table.rename_columns([name.removeprefix(f"{inside}.") for name in table.column_names])
+        yield from table.select(list(columns)).to_batches()
