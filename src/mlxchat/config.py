@@ -247,7 +247,7 @@ class Config:
     outputs: str = MISSING
     """Folder of the store."""
     targets: list[str] | None = MISSING
-    """Steps or stages to complete, with what they need; null: the whole pipeline. Set by the stage group."""
+    """Steps or stages to complete, with what they need; null: the whole pipeline. `stage=NAME` sets it."""
     force: list[str] = MISSING
     """Steps to run although their artifact is there; "all" for every one."""
     code: str = MISSING

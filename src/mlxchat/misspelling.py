@@ -40,20 +40,22 @@ def explain_override(
         default: composes the configuration without overrides.
     """
     try:
-        key = OverridesParser.create().parse_override(override).key_or_group
+        parsed = OverridesParser.create().parse_override(override)
+        key = parsed.key_or_group
     except HydraException:
         key = ""
     if not key:
         return f'"{override}" is no override: expected key=value (quote special characters in the shell)'
     group, value = key.split("@")[0], override.partition("=")[2]
+    several = f"{override}: several values are a sweep; add -m"
     if group in groups and value not in groups[group] and "@" not in key:
-        if "," in value:
-            return f"{override}: several values are a sweep; add -m"
+        if parsed.is_sweep_override():
+            return several
         return f'{key} has no option "{value}": {describe_options(groups[group])}.{suggest(value, groups[group])}'
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(cause, ValidationError):
         return first_line(cause)
-    known = [*groups, *_known_keys(Config)]
+    known = ["stage", *groups, *_known_keys(Config)]
     present = flatten_config(OmegaConf.to_container(default()))
     present = {**present, **{key.rpartition(".")[0]: None for key in present}}
     if not key.startswith(_HYDRAS_OWN) and not override.startswith("+"):
@@ -63,7 +65,7 @@ def explain_override(
             return f'there is no "{key}" to {"remove" if override.startswith("~") else "set"}{adding}.{hint}'
         if group not in known and key not in present:
             return f'there is no "{key}" to set.{hint}'
-    return f"{override}: {first_line(cause)}"
+    return several if parsed.is_sweep_override() else f"{override}: {first_line(cause)}"
 
 
 def unknown_keys(composed: DictConfig) -> list[str]:

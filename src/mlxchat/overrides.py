@@ -11,7 +11,7 @@ from mlxchat.config import Config
 # Groups of the defaults list, where `+` would add a second entry.
 _LISTED_GROUPS = (
     "pipeline", "model", "architecture", "optimizer", "corpus", "adapter", "rl", "suite", "core", "machine", "tracker",
-    "sweep", "stage", "experiment",
+    "sweep", "experiment",
 )  # fmt: skip
 # Several values, which -m makes jobs of; a comma in quotation marks is none of theirs.
 _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
@@ -20,6 +20,7 @@ _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
 def as_hydra(overrides: list[str]) -> list[str]:
     """Return overrides for Hydra, the implied experiment included.
 
+    - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline.
     - `+experiment=smoke` becomes `experiment=smoke`.
     - One value for a list (`force=sft`) becomes a list of one.
     - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`) needs no `+`.
@@ -47,10 +48,12 @@ def _as_hydra(override: str) -> str:
     name = key.lstrip("+")
     if not sign or name.startswith("~"):
         return override
+    if name == "stage":
+        key, name, value = "targets", "targets", "null" if value == "all" else value
     if name in _LISTED_GROUPS and not value.startswith("{"):
         return f"{name}={value}"
     if _is_list(name) and value and value not in ("null", "[]") and not re.match(r"[\[{$]", value):
-        return override if _SWEEPS.match(value) else f"{key}=[{value}]"
+        return f"{key}={value}" if _SWEEPS.match(value) else f"{key}=[{value}]"
     if key == name and _starts_empty(name.rpartition(".")[0]):
         key = f"++{name}"
     elif key == name and (name == "rl.rewards" or name.startswith("rl.rewards.")) and value.startswith("{"):

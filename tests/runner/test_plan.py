@@ -102,7 +102,10 @@ def test_wrong_wiring_is_refused_with_the_nearest_right_name(pipeline: dict[str,
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("sftt", r'target "sftt" is no step.*Did you mean "sft"\?'), ("midtrain", r'"midtrain".*no step of this stage')],
+    [
+        ("sftt", r'"sftt" is no stage and no step.*Did you mean "sft"\?'),
+        ("midtrain", r'"midtrain".*no step of this stage'),
+    ],
 )
 def test_an_unknown_target_is_refused(target: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -168,10 +168,16 @@ def _settings(current: str) -> list[str]:
     group, equals, _ = current.lstrip("+").partition("=")
     if equals:
         group = group.partition("@")[0]
-        names = MODELS if group == "model" else [name[:-5] for name in _names(conf / group) if name.endswith(".yaml")]
+        names = [name[:-5] for name in _names(conf / group) if name.endswith(".yaml")]
+        if group == "model":
+            names = MODELS
+        elif group == "stage":
+            from mlxchat.runner.stage import stage_names
+
+            names = stage_names()
         return [f"{current.partition('=')[0]}={name}" for name in names]
     others = ("settings", "hydra", "__pycache__")
-    groups = [f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in others]
+    groups = ["stage=", *(f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in others)]
     groups += [f"hydra/{name}=" for name in _names(conf / "hydra")]
     return [*groups, *(key if key.endswith(".") else f"{key}=" for key in _keys(conf, current))]
 

@@ -6,12 +6,13 @@ from textwrap import fill
 
 from mlxchat import __version__
 from mlxchat.compose import describe_options, group_names, group_options
+from mlxchat.runner.stage import stage_names
 from mlxchat.verbs import VERBS
 
 _USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG.
 
   mlxchat [run] [SETTINGS]           corpus → tokenizer → pretrain → midtrain → sft → rl → eval; what is done is kept
-  mlxchat stage=pretrain             up to and including a stage
+  mlxchat stage=pretrain             one stage, or step, and what it needs
   mlxchat model=d20                  nanochat's recipe at this depth; `mlxchat plan model=d20` says what it takes
   mlxchat experiment=quickstart model=d6    the default recipe, deeper
   mlxchat -m seed=1,2                a sweep: one run per value, shared steps computed once
@@ -43,14 +44,19 @@ MLXCHAT_CPU=plain uses the code of GPUs there.
 def describe_usage() -> str:
     """Return what `mlxchat --help` prints."""
     verbs = "\n".join(f"  {verb:<10} {purpose}" for verb, (_, purpose) in VERBS.items())
-    names = {group: f"{group}=" for group in group_names() if group not in ("settings", "mixture")}
+    options = {
+        f"{group}=": describe_options(group_options(group))
+        for group in group_names()
+        if group not in ("settings", "mixture")
+    }
     # The one group that is used at several places.
-    names |= {"mixture": "mixture@sft.mixture= (or @midtrain.mixture=)"}
+    options |= {"mixture@sft.mixture= (or @midtrain.mixture=)": describe_options(group_options("mixture"))}
+    options |= {"stage=": describe_options(stage_names())}
     groups = "\n".join(
         fill(
-            f"{name:<14} {describe_options(group_options(group)).replace(', ', ' ')}", width=118, initial_indent="  ",
+            f"{name:<14} {names.replace(', ', ' ')}", width=118, initial_indent="  ",
             subsequent_indent=" " * 17, break_on_hyphens=False,
         )
-        for group, name in names.items()
+        for name, names in options.items()
     )  # fmt: skip
     return _USAGE.format(version=__version__, verbs=verbs, groups=groups)

@@ -44,9 +44,9 @@ def order_steps(pipeline: Pipeline, targets: Iterable[str] | None) -> list[str]:
             of_stage = [step for step, entry in pipeline.items() if entry.get("stage") == target]
             wanted += of_stage
             if not of_stage:
-                problems.append(f'target "{target}": the pipeline has no step of this stage')
+                problems.append(f'stage "{target}": the pipeline has no step of this stage')
         else:
-            problems.append(f'target "{target}" is no step: {", ".join(pipeline)}.{suggest(target, pipeline)}')
+            problems.append(f'"{target}" is no stage and no step: {", ".join(pipeline)}.{suggest(target, pipeline)}')
     if problems:
         raise ConfigError("\n".join(problems))
     order: list[str] = []
