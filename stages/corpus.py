@@ -63,7 +63,6 @@ def run(ctx: Context) -> None:
     facts = {
         "validation": VALIDATION,
         "shards": [shard.name for shard in corpus.train],
-        "sources": ctx.externals,
         **ctx.metrics,
     }
     (ctx.out / LISTING).write_text(json.dumps(facts, indent=1) + "\n")

@@ -28,9 +28,19 @@ from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
 from mlxchat.planning.memory import answers_of_eval, find_device, forward_tokens
 from mlxchat.runner.context import Context
+from mlxchat.runner.records import Records
 
 VERSION = 5
 CONFIG = ["suite", "eval"]
+READS_IF = {
+    "suite": "chat",
+    "eval.max_new_tokens": "chat",
+    "eval.seeds": "chat",
+    "eval.temperature": "chat",
+    "eval.top_k": "chat",
+    "eval.core": "base",
+    "eval.bpb_tokens": "corpus",
+}
 INPUTS = {"checkpoint": "checkpoint"}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
 PRODUCES = "scores"
@@ -63,7 +73,6 @@ def run(ctx: Context) -> None:
     engine = make_engine(ctx.team, model, tokenizer, max_rows=rows)
     examples: list[dict[str, Any]] = []
     scores: dict[str, Any] = {
-        "checkpoint": ctx.input_steps["checkpoint"],
         "bpb": _measure_text(ctx, model, tokenizer) if "corpus" in ctx.inputs else None,
         "core": None if chats else _measure_core(ctx, model, tokenizer, examples),
         **_measure_tasks(ctx, engine, examples if chats else None),
@@ -80,7 +89,9 @@ def run(ctx: Context) -> None:
             top_k=config.top_k,
             seed=ctx.seed("samples"),
         )
-    scores["samples"] = [{"prompt": prompt, "text": text} for prompt, text in samples]
+    observed = Records(ctx.out / "samples.jsonl")  # for the report: the prompts are no part of the key
+    for prompt, text in samples:
+        observed.append({"prompt": prompt, "text": text})
     # In the manifest, as all that differs from time to time; scores.json is the same whenever it is made.
     ctx.metrics |= throughput
     write_examples(ctx.out / "examples.parquet", examples)
@@ -120,7 +131,7 @@ def _measure_tasks(ctx: Context, engine: Engine, examples: list[dict[str, Any]] 
     """Return the scores of the suite's tasks, and add their examples; None: the model cannot chat."""
     config, results = ctx.config.eval, dict[str, Score]()
     temperature = float(config.seeds > 1) if config.temperature is None else config.temperature
-    for name, item in ctx.config.suite.items() if examples is not None else ():
+    for name, item in sorted(ctx.config.suite.items()) if examples is not None else ():
         assert examples is not None
         task = open_item(ctx, item)
         answering = Answering(

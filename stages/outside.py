@@ -21,6 +21,7 @@ from mlxchat.runner.context import Context
 
 VERSION = 2
 CONFIG = ["outside", "suite", "eval"]
+READS_IF = {"eval.bpb_tokens": "corpus", "eval.seeds": "never", "eval.temperature": "never", "eval.top_k": "never"}
 INPUTS: dict[str, str] = {}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
 PRODUCES = "scores"
@@ -54,7 +55,7 @@ def run(ctx: Context) -> None:
         "core": measure_core(ctx, model, tokenizer, batch_tokens=_BATCH_TOKENS, examples=examples),
     }
     chats = tokenizer.has_chat_template if config.chat is None else config.chat
-    scores |= _measure_tasks(ctx, model, tokenizer, examples if chats else None) | {"pass_at_k": None, "samples": []}
+    scores |= _measure_tasks(ctx, model, tokenizer, examples if chats else None) | {"pass_at_k": None}
     write_examples(ctx.out / "examples.parquet", examples)
     (ctx.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
@@ -81,7 +82,7 @@ def _measure_tasks(
         if ctx.should_stop():
             raise ctx.stop("its questions")
 
-    for name, item in ctx.config.suite.items() if examples is not None else ():
+    for name, item in sorted(ctx.config.suite.items()) if examples is not None else ():
         task = open_item(ctx, item)
         with ctx.progress(len(task), f"questions of {name}") as progress:
             results[name], found = evaluate_outside_task(

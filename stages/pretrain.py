@@ -29,6 +29,7 @@ VERSION = 4
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
 INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
 PRODUCES = "checkpoint"
+FORMAT = "base"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
 METRICS = {
     "val_bpb": "minimize",

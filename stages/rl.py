@@ -25,6 +25,7 @@ VERSION = 5
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
+FORMAT = "chat"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",
     "config.json",

@@ -11,6 +11,7 @@ VERSION = 3
 CONFIG = ["optimizer", "sft", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
+FORMAT = "chat"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",
     "config.json",

@@ -58,8 +58,9 @@ class CorpusConfig:
     """What the artifact is called."""
     packages: list[str] = field(default_factory=list, metadata={"external": "package"})
     """Bundled text: names of installed packages that ship it."""
-    paths: list[str] = field(default_factory=list, metadata={"external": "file"})
-    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files."""
+    paths: list[str] = field(default_factory=list, metadata={"external": "file", "identity": False})
+    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files. What is in them counts, not where they
+    are."""
     hub: HubConfig | None = None
     """A dataset on the Hub; its files are used as they are, one shard each, and never copied."""
     document_chars: int | None = MISSING
@@ -128,8 +129,9 @@ class PretrainConfig:
     """0 takes the likeliest token; above, logits are divided by it and one is drawn."""
     sample_top_k: int | None = field(default=MISSING, metadata={"identity": False})
     """Samples are drawn among so many likeliest tokens; null: among all."""
-    sample_tokens: int = MISSING
-    prompts: list[str] = MISSING
+    sample_tokens: int = field(default=MISSING, metadata={"identity": False})
+    """Longest sample, in tokens."""
+    prompts: list[str] = field(default=MISSING, metadata={"identity": False})
     """Prompts that samples continue."""
 
 

@@ -42,8 +42,9 @@ class EvalConfig:
     """Sampled answers draw among the k most likely tokens; null: all."""
     batch_rows: int = field(default=MISSING, metadata={"identity": False})
     """Questions answered at a time."""
-    prompts: list[str] = MISSING
-    """Questions, or beginnings for a base model, whose answers are shown in the report."""
+    prompts: list[str] = field(default=MISSING, metadata={"identity": False})
+    """Questions, or beginnings for a base model, whose answers the report shows. A change reruns nothing: it applies
+    from the next evaluation on."""
 
 
 @dataclass(kw_only=True)

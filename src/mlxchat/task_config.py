@@ -27,7 +27,7 @@ class TaskItem:
     """How often each conversation occurs in one pass over the mixture."""
     weight: float | None = field(default=None, metadata={"since_default": None})
     """Share of the mixture's conversations, relative to the weights of all its tasks; null: as epochs say."""
-    path: str | None = field(default=None, metadata={"external": "file"})
+    path: str | None = field(default=None, metadata={"external": "file", "identity": False})
     """File of a task that reads one (jsonl, identity, a list of words)."""
     source: dict[str, str] = field(default_factory=dict, metadata={"since_default": {}})
     """Where a task gets its data: repository, revision, subset of the Hub; url, words, sha256."""

@@ -41,7 +41,9 @@ def test_a_file_that_changes_while_its_step_runs_fails_the_step_and_publishes_no
 ) -> None:
     path = reading(toys, tmp_path, f"{COPY}\n{meddle}")
     plan = toys.plan(ONE)
-    with pytest.raises(StepFailed, match=r"step one: .*text\.txt (changed while it ran|cannot be read)"):
+    with pytest.raises(
+        StepFailed, match=r"step one: .*(toy\.path \(\.txt\) changed while it ran|text\.txt cannot be read)"
+    ):
         toys.run(plan)
     assert list(toys.store.manifests()) == []
     assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(plan[0].rid))] == ["failed"]
@@ -56,7 +58,9 @@ def test_a_file_that_changed_since_the_plan_is_not_read_under_the_old_id(toys: A
     path = reading(toys, tmp_path, COPY)
     plan = toys.plan(ONE)
     path.write_text("new")
-    with pytest.raises(StepFailed, match=r"text\.txt changed since it was planned.*Run the same command again"):
+    with pytest.raises(
+        StepFailed, match=r"toy\.path \(\.txt\) changed since it was planned.*Run the same command again"
+    ):
         toys.run(plan)
     assert list(toys.store.manifests()) == []
 

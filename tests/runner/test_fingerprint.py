@@ -45,6 +45,8 @@ NOT_IDENTITY = {
     "pretrain.core_max_per_task",
     "pretrain.train_bpb_tokens",
     "pretrain.sample_every",
+    "pretrain.sample_tokens",
+    "pretrain.prompts",
     "pretrain.sample_temperature",
     "pretrain.sample_top_k",
     "midtrain.eval_every",
@@ -65,6 +67,7 @@ NOT_IDENTITY = {
     "rl.eval_every",
     "rl.rollouts_kept",
     "eval.batch_rows",
+    "eval.prompts",
     "outside.path",  # what is in the folder counts instead
     "imported.name",
     "imported.repository",  # so do the files of an imported model
@@ -74,6 +77,18 @@ NOT_IDENTITY = {
     "training.on_nan",
     "training.max_skipped_in_a_row",
     "training.norm_warning_factor",
+}
+# What is in the files counts instead, wherever they are.
+PINNED = (".paths", ".path")
+# Settings that only some evaluations read: those of base models, of chat models, or with a corpus.
+READ_BY_SOME = {
+    "suite": {"eval_mid", "eval_sft", "eval_rl"},
+    "eval.max_new_tokens": {"eval_mid", "eval_sft", "eval_rl"},
+    "eval.seeds": {"eval_mid", "eval_sft", "eval_rl"},
+    "eval.temperature": {"eval_mid", "eval_sft", "eval_rl"},
+    "eval.top_k": {"eval_mid", "eval_sft", "eval_rl"},
+    "eval.core": {"eval_base"},
+    "eval.bpb_tokens": {"eval_base"},
 }
 # Sections that no stage may declare, and those that are declared, with the steps that read them.
 NEVER = (
@@ -276,7 +291,9 @@ def test_an_identity_field_changes_the_ids_of_the_steps_that_read_it_and_of_no_o
     for path in LEAVES:
         if path.split(".")[0] != section or path in NOT_IDENTITY:
             continue
-        if path.endswith((".packages", ".paths", ".path", "tokenizer.source")):
+        if path.endswith(PINNED):  # they must exist for a plan: tests/runner/test_keys.py
+            continue
+        if path.endswith((".packages", "tokenizer.source")):
             # These must exist for a plan, and are hashed besides.
             identity = identity_of(getattr(full_config(), section))
             with changed(path) as config:
@@ -284,7 +301,8 @@ def test_an_identity_field_changes_the_ids_of_the_steps_that_read_it_and_of_no_o
             continue
         with changed(path) as config:
             after = ids(config)
-        if {step for step in before if before[step] != after[step]} != below(set(READ_BY[section])):
+        readers = next((READ_BY_SOME[some] for some in READ_BY_SOME if f"{path}.".startswith(f"{some}.")), None)
+        if {step for step in before if before[step] != after[step]} != below(set(readers or READ_BY[section])):
             wrong[path] = after
     assert wrong == {}
 
@@ -315,7 +333,8 @@ def test_the_excluded_fields_are_those_listed_here() -> None:
             section = section[name] if isinstance(section, dict) else getattr(section, name)
         return False
 
-    assert {path for path, _, _ in leaves(full_config(), "") if is_marked(path)} == NOT_IDENTITY
+    marked = {path for path, _, _ in leaves(full_config(), "") if is_marked(path)}
+    assert {path for path in marked if not path.endswith(PINNED) or path in NOT_IDENTITY} == NOT_IDENTITY
 
 
 def test_a_file_that_is_only_looked_at_is_pinned_by_no_id(tmp_path: Path) -> None:
@@ -325,9 +344,7 @@ def test_a_file_that_is_only_looked_at_is_pinned_by_no_id(tmp_path: Path) -> Non
     config = copy.deepcopy(full_config())
     config.pretrain.core.bundle = config.eval.core.bundle = str(bundle)
     after = ids(config)
-    assert {step for step in before if before[step] != after[step]} == below(
-        {"eval_base", "eval_mid", "eval_sft", "eval_rl"}
-    )
+    assert {step for step in before if before[step] != after[step]} == {"eval_base"}
 
 
 def test_every_section_is_either_read_by_a_stage_or_named_as_never_read() -> None:

@@ -142,8 +142,9 @@ def chatcore_set(tasks: Container[str]) -> str | None:
 def record_suite(ctx: Context, results: Mapping[str, Score]) -> dict[str, Any]:
     """Return results on the configured suite as data of scores.json; their means become metrics of the step."""
     mean = mean_centered(list(results.values()))
-    whole = chatcore(results, {name: item.task for name, item in ctx.config.suite.items() if item.split == "test"})
+    tasks = {name: item.task for name, item in sorted(ctx.config.suite.items()) if item.split == "test"}
+    whole = chatcore(results, tasks)
     measured = {"mean_centered": mean, "chatcore": None if whole is None else whole["value"]}
     ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
-    tasks = {name: score.to_dict() for name, score in results.items()}
-    return {"tasks": tasks, "mean_centered": mean, "chatcore": whole}
+    scores = {name: score.to_dict() for name, score in results.items()}
+    return {"tasks": scores, "mean_centered": mean, "chatcore": whole}

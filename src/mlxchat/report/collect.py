@@ -240,6 +240,8 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
     if outcome == "failed":
         error = next((message for event in reversed(own) if (message := text(event.get("error")))), "")
     scores = read_json(folder / "scores.json")
+    if scores:
+        scores.setdefault("checkpoint", mapping(entry.get("inputs")).get("checkpoint"))
     return StepReport(
         name=name,
         stage=text(entry.get("stage")),

@@ -191,7 +191,9 @@ def sample_groups(report: RunReport) -> list[tuple[str, str, list[Sample]]]:
     for step in report.steps:
         if step.samples:
             iteration = step.samples[0].iteration
-            title = "Samples" if iteration is None else f"Samples at iteration {iteration:,}"
+            title = (
+                f"Samples of {checkpoint_name(step)}" if iteration is None else f"Samples at iteration {iteration:,}"
+            )
             groups.append((step.name, title, step.samples))
         if step.scores and step.scores.samples:
             groups.append((step.name, f"Samples of {checkpoint_name(step)}", step.scores.samples))

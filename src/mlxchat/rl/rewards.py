@@ -36,6 +36,7 @@ class Reward:
             ConfigError: a function cannot be imported.
         """
         self._task = task
+        parts = dict(sorted(parts.items()))  # the order of the configuration must not change a sum's last bits
         self._weights = {name: part.weight for name, part in parts.items()}
         self._functions = {name: UserReward(name, part) for name, part in parts.items() if part.kind == "function"}
         self._parts = {name: self._functions.get(name) or _make_part(part, task) for name, part in parts.items()}

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -61,7 +61,9 @@ class FileHashes:
                 temporary.replace(self._cache)
 
 
-def check_pins(step: str, pins: Mapping[str, str], sections: Mapping[str, Any], when: str) -> None:
+def check_pins(
+    step: str, pins: Mapping[str, str], sections: Mapping[str, Any], when: str, unread: Container[str] = ()
+) -> None:
     """Hash everything outside anew, and compare it with what the step's id says.
 
     Args:
@@ -69,24 +71,27 @@ def check_pins(step: str, pins: Mapping[str, str], sections: Mapping[str, Any], 
         pins: `pin_externals` of the plan.
         sections: of the configuration, as for `pin_externals`.
         when: what happened since the plan, for the message: "since it was planned", "while it was read".
+        unread: as for `pin_externals`.
 
     Raises:
         StepFailed: naming what changed; what was made of it must not be published under that id.
     """
     try:
-        now = pin_externals(sections)
+        now = pin_externals(sections, unread=unread)
     except ConfigError as error:
         raise StepFailed(f"step {step}: {error}") from None
     changed = [name for name in pins.keys() | now.keys() if pins.get(name) != now.get(name)]
     if changed:
-        names = ", ".join(sorted(f"{name.split(maxsplit=2)[-1]}" for name in changed))
+        names = ", ".join(sorted(name.partition(" ")[2] for name in changed))
         raise StepFailed(
             f"step {step}: {names} changed {when}. Nothing was published, since it would not be what its id says. "
             "Run the same command again when it no longer changes."
         )
 
 
-def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = hash_file) -> dict[str, str]:
+def pin_externals(
+    sections: Mapping[str, Any], hash_of: Callable[[Path], str] = hash_file, unread: Container[str] = ()
+) -> dict[str, str]:
     """Return name → content hash or version of everything outside the store that the config refers to.
 
     Fields whose metadata says `external: file` hold paths, those with `external: folder` a folder of which all files
@@ -99,6 +104,7 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
     Args:
         sections: of the configuration.
         hash_of: how files are hashed.
+        unread: sections and settings that are left out.
 
     Raises:
         ConfigError: listing every file that cannot be read and every package that is not installed.
@@ -109,6 +115,9 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
     def visit(where: str, value: Any) -> None:
         if is_dataclass(value):
             for field in fields(value):
+                place = f"{where}.{field.name}"
+                if place in unread:
+                    continue
                 item, kind = getattr(value, field.name), field.metadata.get("external")
                 if kind == "source":
                     kind, item = _resolve_source(item, field.metadata)
@@ -117,32 +126,35 @@ def pin_externals(sections: Mapping[str, Any], hash_of: Callable[[Path], str] = 
                     continue
                 if kind is None:
                     if field.metadata.get("identity") is not False:  # what is only looked at changes no result
-                        visit(f"{where}.{field.name}", item)
+                        visit(place, item)
                     continue
-                for name in [item] if isinstance(item, str) else item or []:
+                for number, name in enumerate([item] if isinstance(item, str) else item or []):
                     if kind == "file" and "://" in name:
                         continue  # a URL is its own name; what was there is recorded once it was read
                     try:
                         if kind == "folder":
                             pins.update(_folder_pins(Path(name), hash_of))
                         elif kind == "file":
-                            pins[f"file {len(pins)} {Path(name).name}"] = hash_of(Path(name))
+                            # By its place in the configuration: it may be moved. How it is read depends on its ending.
+                            index = "" if isinstance(item, str) else f".{number}"
+                            pins[f"file {place}{index} ({Path(name).suffix})"] = hash_of(Path(name))
                         elif kind == "code":
                             pins.update(_code_pins(name))
                         else:
                             pins[f"package {name}"] = importlib.metadata.version(name)
                     except ConfigError as error:
-                        problems.append(f"{where}.{field.name}: {error}")
+                        problems.append(f"{place}: {error}")
                     except OSError as error:
-                        problems.append(f"{where}.{field.name}: {name} cannot be read ({error.strerror})")
+                        problems.append(f"{place}: {name} cannot be read ({error.strerror})")
                     except importlib.metadata.PackageNotFoundError:
-                        problems.append(f"{where}.{field.name}: package {name} is missing: pip install {name}")
+                        problems.append(f"{place}: package {name} is missing: pip install {name}")
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 visit(f"{where}.{key}", item)
 
     for section, value in sections.items():
-        visit(section, value)
+        if section not in unread:
+            visit(section, value)
     if problems:
         raise ConfigError("\n".join(problems))
     return pins

@@ -160,12 +160,12 @@ def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
     sections = {section: getattr(run.config, section) for section in step.stage.config}
     error: BaseException
     try:
-        check_pins(step.name, step.externals, sections, "since it was planned")
+        check_pins(step.name, step.externals, sections, "since it was planned", step.unread)
         with limit:
             step.stage.load()(ctx)
         crash_point("step.ran")
         try:
-            check_pins(step.name, step.externals, sections, "while it ran")
+            check_pins(step.name, step.externals, sections, "while it ran", step.unread)
         except StepFailed:
             shutil.rmtree(ctx.work, ignore_errors=True)  # made from both the old and the new
             raise

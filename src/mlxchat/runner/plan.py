@@ -21,7 +21,7 @@ from mlxchat.runner.pipeline import Pipeline as Pipeline
 from mlxchat.runner.pipeline import order_steps as order_steps
 from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.reasons import flatten_config as flatten_config
-from mlxchat.runner.stage import Stage, read_stage
+from mlxchat.runner.stage import Stage, read_stage, stage_names
 from mlxchat.runner.store import Manifest, Store, artifact_name, read_manifest
 
 _MOST_MODULES_SHOWN = 3
@@ -67,6 +67,10 @@ class PlannedStep:
     """Where digests of source files come from."""
     sections: dict[str, Any] = field(default_factory=dict, repr=False)
     """The sections of the configuration that the stage reads."""
+    format: str | None = None
+    """Of the checkpoint that the step starts from: base or chat; None: unknown, or it has none."""
+    unread: frozenset[str] = frozenset()
+    """Sections and settings among these that this step does not read."""
     verdict: Verdict = field(default_factory=lambda: Verdict(state="run"))
 
     @property
@@ -135,7 +139,7 @@ def make_plan(
     hashes = FileHashes(store.outputs / "index" / "files.json")
     # Steps share sections, and need each of them once.
     identities: dict[str, Any] = {}
-    pins: dict[tuple[str, ...], dict[str, str]] = {}
+    pins: dict[tuple[tuple[str, ...], frozenset[str]], dict[str, str]] = {}
     planned: dict[str, PlannedStep] = {}
     for name in order_steps(pipeline, targets):
         stage = read_stage(pipeline[name]["stage"])
@@ -144,13 +148,15 @@ def make_plan(
         sections = {section: getattr(config, section) for section in stage.config}
         for section in sections.keys() - identities.keys():
             identities[section] = identity_of(sections[section])
-        if stage.config not in pins:
-            pins[stage.config] = pin_externals(sections, hashes.of)
-        identity = {section: identities[section] for section in sections}
+        format = _format_of_input(stage, inputs, given, planned)
+        unread = stage.unread({*inputs, *given}, format)
+        if (stage.config, unread) not in pins:
+            pins[stage.config, unread] = pin_externals(sections, hashes.of, unread)
+        identity = _without(unread, {section: identities[section] for section in sections})
         identity |= stage.seeds(seed, seed if data_seed is None else data_seed)
         if compute_dtype != "float32" and "gpu" in stage.resources:
             identity["compute_dtype"] = compute_dtype
-        externals = pins[stage.config]
+        externals = pins[stage.config, unread]
         rids = {role: planned[step].rid for role, step in inputs.items()}
         rids |= {role: manifest["rid"] for role, manifest in given.items()}
         rid_with = partial(_rid_with, stage, identity, externals, rids)
@@ -163,7 +169,7 @@ def make_plan(
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=externals, rid=rid,
             artifact=artifact_name(stage.name, label, rid), label=label, forced=name in force or "all" in force,
-            code_policy=code, digests=digests, sections=sections,
+            code_policy=code, digests=digests, sections=sections, format=format, unread=unread,
         )  # fmt: skip
         step.verdict = judge(step, store, forced=step.forced, planned=planned)
         place = store.own_folder(rid) if step.done else None
@@ -317,6 +323,26 @@ def given_label(source: str, manifest: Manifest) -> str:
     if kind == "import":
         return name
     return str(manifest["name"]).removeprefix(f"{manifest['stage']}-")[: -len(manifest["rid"][:16]) - 1]
+
+
+def _format_of_input(
+    stage: Stage, inputs: Mapping[str, str], given: Mapping[str, Manifest], planned: Mapping[str, PlannedStep]
+) -> str | None:
+    """Return base or chat for the checkpoint that a step of this stage starts from; None: unknown, or it has none."""
+    role = next((role for role, kind in stage.roles.items() if kind == GIVEN_KIND), "")
+    if role in inputs:
+        return planned[inputs[role]].stage.format
+    made = given[role]["stage"] if role in given else None
+    return read_stage(made).format if made in stage_names() else None
+
+
+def _without(unread: frozenset[str], identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity without some sections and settings."""
+    kept = {section: dict(value) for section, value in identity.items() if section not in unread}
+    for path in unread:
+        section, _, setting = path.partition(".")
+        kept.get(section, {}).pop(setting, None)
+    return kept
 
 
 def _rid_with(

@@ -6,7 +6,7 @@ import ast
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,8 @@ from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.fingerprint import hash_code
 
 _PACKAGE = "mlxchat.stages"
+FORMATS = ("base", "chat")
+"""Of checkpoints: what continues text, and what answers."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Stage:
     """Dotted path of the config value that goes into the artifact's name; None: the label of the first input."""
     metrics: dict[str, str] = field(default_factory=dict)
     """Name of a number that it records → minimize, maximize or neither, and under which conditions it is recorded."""
+    reads_if: dict[str, str] = field(default_factory=dict)
+    """Section or setting → the condition without which the stage does not read it, so that it is not in the key: a role
+    that must be filled, the format of the model to evaluate (base or chat), or never."""
+    format: str | None = None
+    """Of the checkpoint that it makes: base or chat; None: not known before it is made."""
     seeded: bool | str = True
     """Which seeds it draws from, and therefore its identity: True (the run's), False (none), "data" (the data's alone),
     "both" (the run's, and the data's for what it validates on)."""
@@ -61,6 +68,19 @@ class Stage:
             if re.fullmatch(re.sub(r"\\\{.+?\\\}", ".+", re.escape(pattern)), metric):
                 return self.metrics[pattern].partition(" if ")[0]
         return None
+
+    def unread(self, filled: Collection[str], format: str | None) -> frozenset[str]:
+        """Return the sections and settings that a step of this stage does not read.
+
+        Args:
+            filled: its roles that are filled.
+            format: of its checkpoint, base or chat; None: unknown, so that it may read what either needs.
+        """
+        return frozenset(
+            path
+            for path, condition in self.reads_if.items()
+            if not (condition in filled or (condition in FORMATS and format in (condition, None)))
+        )
 
     def seeds(self, seed: int, data_seed: int) -> dict[str, int]:
         """Return the seeds that are part of an artifact's identity."""
@@ -125,6 +145,8 @@ def read_stage(name: str) -> Stage:
         resources=tuple(values.get("RESOURCES", ())),
         label=values.get("LABEL"),
         metrics=dict(values.get("METRICS", {})),
+        reads_if=dict(values.get("READS_IF", {})),
+        format=values.get("FORMAT"),
         seeded=values.get("SEEDED", True),
     )
 

@@ -18,8 +18,8 @@ from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.chat_scores import chatcore_set
 from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.stage import FORMATS
 
-_FORMATS = {"pretrain": "base", "midtrain": "chat", "sft": "chat", "rl": "chat"}
 _REMEDIES = {
     "eval.core": "core=nanochat computes it", "pretrain.core": "core=nanochat estimates it",
     "suite": "suite=bundled has tasks", "chatcore": "suite=chatcore has them",
@@ -41,8 +41,7 @@ class Metric:
 
 def metrics_of_plan(plan: Sequence[PlannedStep], config: Config) -> list[Metric]:
     """Return all that the steps declare, in the order of the steps."""
-    steps = {step.name: step for step in plan}
-    return [metric for step in plan for metric in _metrics_of_step(step, steps, config)]
+    return [metric for step in plan for metric in _metrics_of_step(step, config)]
 
 
 def find_metric(name: str, direction: str | None, plans: Sequence[tuple[Sequence[PlannedStep], Config]]) -> str:
@@ -106,10 +105,10 @@ def _nearest(name: str, declared: list[Metric]) -> Metric | None:
     return shown[close[0]] if close else None
 
 
-def _metrics_of_step(step: PlannedStep, steps: dict[str, PlannedStep], config: Config) -> Iterator[Metric]:
+def _metrics_of_step(step: PlannedStep, config: Config) -> Iterator[Metric]:
     for pattern, declared in step.stage.metrics.items():
         direction, _, conditions = declared.partition(" if ")
-        reasons = (_unmet(condition, step, steps, config) for condition in conditions.split(" and ") if condition)
+        reasons = (_unmet(condition, step, config) for condition in conditions.split(" and ") if condition)
         absent = next(filter(None, reasons), "")
         for name in _expand(pattern, config):
             yield Metric(step.name, f"{step.name}.{name}", direction, absent)
@@ -125,18 +124,15 @@ def _expand(pattern: str, config: Config) -> Iterator[str]:
         yield pattern.replace(place[0], str(key))
 
 
-def _unmet(condition: str, step: PlannedStep, steps: dict[str, PlannedStep], config: Config) -> str:
+def _unmet(condition: str, step: PlannedStep, config: Config) -> str:
     """Return why a condition does not hold, or nothing."""
     if condition in step.stage.roles:
         filled = condition in step.inputs or condition in step.artifacts
         return "" if filled else f"pipeline.{step.name} has no {condition}"
-    if condition in ("base", "chat"):
-        kind = _format_of(step, steps)
-        return (
-            ""
-            if kind in (condition, None)
-            else f"{step.name} evaluates a {kind} model, and this is of {condition} ones"
-        )
+    if condition in FORMATS:
+        if step.format in (condition, None):
+            return ""
+        return f"{step.name} evaluates a {step.format} model, and this is of {condition} ones"
     if condition == "chatcore":
         tasks = {item.task for item in config.suite.values() if item.split == "test"}
         return "" if chatcore_set(tasks) else f"the suite lacks tasks of ChatCORE ({_REMEDIES[condition]})"
@@ -151,14 +147,6 @@ def _unmet(condition: str, step: PlannedStep, steps: dict[str, PlannedStep], con
     shown = "null" if value is None else "empty" if value in ({}, []) else value
     remedy = _REMEDIES.get(path) or (f"{path}={wanted} records it" if wanted else "")
     return f"{path} is {shown}" + (f" ({remedy})" if remedy else "")
-
-
-def _format_of(step: PlannedStep, steps: dict[str, PlannedStep]) -> str | None:
-    """Return base or chat for the model that a step is given; None: it is not known before it is made."""
-    if "checkpoint" in step.artifacts:
-        return _FORMATS.get(step.artifacts["checkpoint"]["stage"])
-    source = steps.get(step.inputs.get("checkpoint", ""))
-    return _FORMATS.get(source.stage.name) if source is not None else None
 
 
 def _value(path: str, config: Any) -> Any:
