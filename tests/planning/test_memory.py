@@ -317,17 +317,20 @@ def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "rows", "prompt", "new", "dtype", "plain"),
+    ("variant", "rows", "prompt", "new", "dtype", "plain", "bits"),
     [
-        ("oct2025", 4, 480, 32, mx.float32, False), ("oct2025", 32, 100, 28, mx.float32, False),
-        ("jul2026", 4, 480, 32, mx.float32, False), ("oct2025", 32, 100, 28, mx.float32, True),
-        ("oct2025", 16, 480, 16, mx.float32, True),
+        ("oct2025", 4, 480, 32, mx.float32, False, None), ("oct2025", 32, 100, 28, mx.float32, False, None),
+        ("jul2026", 4, 480, 32, mx.float32, False, None), ("oct2025", 4, 100, 28, mx.float32, False, 4),
+        ("oct2025", 32, 100, 28, mx.float32, True, None), ("oct2025", 16, 480, 16, mx.float32, True, None),
+        ("oct2025", 4, 60, 4, mx.float32, True, 8), ("oct2025", 1, 8, 2, mx.bfloat16, True, 4),
+        ("oct2025", 1, 8, 2, mx.bfloat16, True, None),
     ],
     ids=str,
 )  # fmt: skip
 def test_peak_of_sampling_is_predicted_within_15_percent(
-    variant: str, rows: int, prompt: int, new: int, dtype: mx.Dtype, plain: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    variant: str, rows: int, prompt: int, new: int, dtype: mx.Dtype, plain: bool, bits: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Four layers 512 wide; nothing of it is left afterwards, when the step needs the room."""
     needs_lanes()
     if plain:
@@ -340,7 +343,7 @@ def test_peak_of_sampling_is_predicted_within_15_percent(
     init_weights(model, 0)
     mx.eval(model.parameters())
     tokenizer: Any = SimpleNamespace(assistant_end=-1, bos=-2, special_ids=dict.fromkeys(SPECIAL_TOKENS, -3))
-    engine = Engine(model, tokenizer, trained=True)
+    engine = Engine(model, tokenizer, trained=True, bits=bits, dtype=dtype)
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -348,7 +351,10 @@ def test_peak_of_sampling_is_predicted_within_15_percent(
     ids = np.random.default_rng(0).integers(0, 2048, prompt).tolist()
     engine.complete([[row, *ids[1:]] for row in range(rows)], max_new_tokens=new)
     measured = mx.get_peak_memory() - before
-    described = Decoding(sizes=sizes, device=Device(plain=plain), row_tokens=prompt + new)
+    described = Decoding(
+        sizes=sizes, device=Device(plain=plain, compute_bytes=dtype.size, num_lanes=2), row_tokens=prompt + new,
+        bits=bits, trained=True, casts=dtype != mx.float32,
+    )  # fmt: skip
     predicted = described.bytes_beside_weights(rows)
     print(f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert predicted == pytest.approx(measured, rel=0.15)
@@ -361,6 +367,16 @@ def test_rl_needs_the_larger_of_step_and_sampling() -> None:
     step, both = (predict_peak(Training(**numbers, sampled_rows=rows, sampled_tokens=1024), 1) for rows in (0, 256))
     assert both.sampling == decoding(1024).bytes_beside_weights(256) > step.total
     assert both.total == both.weights + both.moments + both.sampling
+
+
+def test_rollouts_with_rounded_weights_hold_these_beside_the_models_own() -> None:
+    sampling = []
+    for overrides in ([], ["rl.rollout_bits=8"]):
+        found = training_of(config_of("machine=cpu", *overrides), "rl", SIZES)
+        assert found is not None
+        sampling.append(predict_peak(found, 1).sampling)
+    counts = count_parameters(SIZES)
+    assert sampling[1] - sampling[0] > counts["matrices"] + counts["head"], "a byte for each number, and more"
 
 
 def test_sampled_rows_are_the_most_that_fit() -> None:

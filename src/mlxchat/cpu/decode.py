@@ -302,7 +302,10 @@ def lane_weights(model: GPT, lanes: int, *, packed: bool = True) -> list[dict[st
     inner, vocabulary = _deal(4 * sizes.width, lanes, _MULTIPLE), vocabulary_parts(sizes, lanes)
     parts = []
     for lane in range(lanes):
-        layers = [_layer(model, index, kv_heads[lane], inner[lane], cut) for index in range(sizes.num_layers)]
+        layers = []
+        for index in range(sizes.num_layers):
+            layers.append(_layer(model, index, kv_heads[lane], inner[lane], cut))
+            mx.eval(layers)  # or the unpacked matrices of all layers would be in memory at once
         head = (_whole_blocks(each) for each in cut(model.lm_head, vocabulary[lane]))
         parts.append({"layers": layers, "head": stored(tuple(head))})
     mx.eval(parts)

@@ -90,7 +90,8 @@ _TEACHER_LOGITS = 3.5  # further copies with a teacher: its logits and exponenti
 _CPU_GROWING, _PLAIN_GROWING = 1.0, 1.7
 # Copies of the sampled rows' logits, and numbers per token and channel while a prompt is read.
 _DRAWN_LOGITS, _READ = 3.0, 18.0
-# Copies of the largest matrix that a lane has: unpacked; and as it is with its adapter, squared, for rows' lengths.
+# Copies of the largest matrix that a lane has: unpacked (in sampling one lane's more); and as it
+# is with its adapter, squared, for rows' lengths.
 _UNPACKED, _LENGTHS = 1.5, 6.0
 _ADAMW = 3  # a parameter and its two moments, old ones still there
 _GROUP = 64  # packed numbers that share a scale and an offset
@@ -139,11 +140,13 @@ class Decoding:
     row_tokens: int
     """Prompt and answer, at most."""
     bits: int | None = None
-    """Of the model's matrices, whose own weights are freed once they are packed; None: those of the compute type."""
+    """Of the model's matrices once they are packed; None: those of the compute type."""
     kv_bits: int | None = None
     """Of keys and values; None: those of the compute type."""
     kept_tokens: int = 0
     """Whose keys and values are kept for later prompts."""
+    trained: bool = False
+    """Whether the model is trained between answers: then packed weights do not replace its own."""
     casts: bool = False
     """Whether float32 weights are cast to the compute type meanwhile."""
 
@@ -157,10 +160,14 @@ class Decoding:
         growing = (_PLAIN_GROWING if device.plain else _CPU_GROWING) * of_token * rows * max(held)
         reading = _READ * min(self.row_tokens, bounds.PREFILL_TOKENS) * sizes.width
         reading += of_token * sizes.num_layers * self.row_tokens
+        if self.bits is not None and not device.plain:  # a CPU unpacks the matrices that it reads prompts with
+            reading += _UNPACKED * (1 + device.num_lanes) * 4 * sizes.width**2
         drawing = _DRAWN_LOGITS * rows * sizes.vocab_size * 4 / device.compute_bytes
-        # A CPU's decoder has a copy of the weights in another order.
-        copied: float = 0 if device.plain else self._weights() - counts["embedding"]
+        # A CPU's decoder has a copy of the weights in another order, of a trained model unpacked.
+        ordered = counts["total"] if self.trained else self._weights()
+        copied: float = 0 if device.plain else ordered - counts["embedding"]
         copied = counts["total"] if self.casts else copied
+        copied += self._products() if self.trained and self.bits is not None else 0
         numbers = copied + of_token * rows * sum(held) + max(growing, reading, drawing)
         return round((numbers + of_token * sizes.num_layers * self.kept_tokens) * device.compute_bytes)
 
@@ -187,8 +194,12 @@ class Decoding:
     def _weights(self) -> float:
         """Return the size of the weights in numbers of the compute type."""
         counts = count_parameters(self.sizes)
-        products = counts["matrices"] + counts["head"]
-        return counts["total"] - products + products * self._packed(self.bits)
+        return counts["total"] - counts["matrices"] - counts["head"] + self._products()
+
+    def _products(self) -> float:
+        """Return the size of the matrices and the head, packed ones where there are `bits`, in the same numbers."""
+        counts = count_parameters(self.sizes)
+        return (counts["matrices"] + counts["head"]) * self._packed(self.bits)
 
     def _packed(self, bits: int | None) -> float:
         """Return the size of a number, its share of scale and offset included, in numbers of the compute type."""
@@ -241,6 +252,8 @@ class Training:
     """Answers that RL, samples or tasks generate at a time between steps, at most."""
     sampled_tokens: int = 0
     """Of such a row, prompt and answer."""
+    sampled_bits: int | None = None
+    """Of packed weights with which RL samples (`rl.rollout_bits`)."""
     num_ranks: int = 1
     """Processes that share an iteration's rows and the moments."""
 
@@ -340,7 +353,10 @@ def predict_peak(training: Training, micro_rows: int) -> PeakBytes:
     )
     if not training.sampled_rows:
         return found
-    decoding = Decoding(sizes=sizes, device=device, row_tokens=training.sampled_tokens, casts=casts)
+    decoding = Decoding(
+        sizes=sizes, device=device, row_tokens=training.sampled_tokens, bits=training.sampled_bits, trained=True,
+        casts=casts,
+    )  # fmt: skip
     held = found.weights + found.moments + found.kept
     most = device.most_rows(training.sampled_rows, lambda rows: held + decoding.bytes_beside_weights(rows))
     return replace(found, sampled_rows=max(1, most), sampling=decoding.bytes_beside_weights(max(1, most)))
@@ -526,6 +542,7 @@ def _describe(config: Config, stage: str, sizes: GPTSizes, rows: int, row_tokens
         sizes=sizes, optimizer=config.optimizer, rows=rows, row_tokens=row_tokens, adapters=adapters,
         recompute=config.machine.grad_checkpointing, second_weights=second_weights,
         sampled_rows=sampled_rows, sampled_tokens=sampled_tokens,
+        sampled_bits=section.rollout_bits if stage == "rl" else None,
     )  # fmt: skip
 
 
