@@ -13,7 +13,7 @@ from mlxchat.compose import compose_config
 from mlxchat.errors import MlxchatError
 from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.runner.store import CONTINUATION, Store, read_manifest, write_manifest
 
 DONE = 4  # iterations of the finished run's pretraining
 
@@ -48,6 +48,22 @@ def test_a_step_a_folder_an_id_and_its_beginning_mean_the_same(
 
 def test_an_extension_is_another_artifact_than_a_training_of_that_length(plan: Callable[..., PlannedStep]) -> None:
     assert plan("pretrain.extend=pretrain", "pretrain.num_iterations=6").rid != plan("pretrain.num_iterations=6").rid
+
+
+def test_a_warm_start_from_a_pretraining_without_its_state_is_refused_while_planning(
+    tiny: tuple[str, ...], outputs: Path
+) -> None:
+    """Keeping the state is no part of the key, so a finished pretraining may lack it."""
+    warm = ["targets=[sft]", "sft.warm_start=true", "pipeline.sft.checkpoint=pretrain", f"outputs={outputs}"]
+    config = compose_config([*tiny, *warm]).config
+    assert {step.name: step.state for step in plan_of(config, Store(outputs))}["sft"] == "run"
+    place = Store(outputs).refs()["pretrain"]
+    manifest = read_manifest(place)
+    manifest["outputs"] = [file for file in manifest["outputs"] if file["path"] not in CONTINUATION]
+    write_manifest(place, manifest)
+    refused = r"sft\.warm_start is true, but pretrain-\S+ was made without .*force=\[pretrain\].*sft\.warm_start=false"
+    with pytest.raises(MlxchatError, match=refused):
+        plan_of(config, Store(outputs))
 
 
 def test_keeping_the_state_changes_no_id(plan: Callable[..., PlannedStep]) -> None:

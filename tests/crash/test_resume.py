@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from mlxchat.compose import compose_config
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.records import Records
-from mlxchat.runner.store import Store
+from mlxchat.runner.store import OBSERVATIONS, Store
 
 # Long enough to be stopped halfway. RL needs a model that is now and then right: it picks letters.
 SETTINGS = """
@@ -170,6 +170,9 @@ def test_the_model_is_the_same_bit_for_bit(step: str, disturbed: Story, undistur
     name = WEIGHTS.get(step, "model.safetensors")
     assert disturbed.file(step, name).read_bytes() == undisturbed.file(step, name).read_bytes()
     assert disturbed.manifest(step)["tree"] == undisturbed.manifest(step)["tree"]
+    for file in undisturbed.manifest(step)["outputs"]:
+        if file["path"] not in OBSERVATIONS:
+            assert file in disturbed.manifest(step)["outputs"]
 
 
 def test_each_training_has_changed_the_model(undisturbed: Story) -> None:

@@ -17,6 +17,7 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import flatten_parameters
 from mlxchat.runner.context import Context
+from mlxchat.runner.store import OBSERVATIONS
 from mlxchat.training.loop import fit
 
 MakeContext = Callable[..., Context]
@@ -72,6 +73,20 @@ def test_an_extension_that_is_interrupted_ends_with_the_same_bits(train: Callabl
     assert got == expected
     assert ctx.resumed_from == 6
     assert [iteration for iteration, _ in losses(ctx)] == list(range(1, 9))
+
+
+def test_a_training_of_many_interruptions_leaves_the_same_files(train: Callable[..., Any]) -> None:
+    """Seconds and throughput once stood in training_state.json."""
+    straight, _ = train("straight", 8)
+    for done in (1, 2, 4, 7):
+        with pytest.raises(Interrupted):
+            train("stopped", 8, stop_after=done)
+    stopped, _ = train("stopped", 8)
+    names = sorted(path.name for path in straight.out.iterdir())
+    assert {"model.safetensors", "training_state.json", "training_state.safetensors"} < set(names)
+    assert names == sorted(path.name for path in stopped.out.iterdir())
+    for name in set(names) - set(OBSERVATIONS):
+        assert (straight.out / name).read_bytes() == (stopped.out / name).read_bytes(), name
 
 
 def test_rates_follow_the_new_horizon_from_the_extended_iteration_on(train: Callable[..., Any]) -> None:

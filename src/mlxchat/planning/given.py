@@ -37,7 +37,12 @@ def check_given(config: Config, plan: list[PlannedStep]) -> None:
             teach; all of them.
         DataError: with every line of every file that cannot be used.
     """
-    problems = [*_extension_problems(config, plan), *_context_problems(config, plan), *_teacher_problems(config, plan)]
+    problems = [
+        *_extension_problems(config, plan),
+        *_warm_start_problems(config, plan),
+        *_context_problems(config, plan),
+        *_teacher_problems(config, plan),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     check_local_files(config, plan)
@@ -64,11 +69,33 @@ def _extension_problems(config: Config, plan: list[PlannedStep]) -> Iterator[str
 def _what_lacks(extended: Manifest) -> Iterator[str]:
     if extended["stage"] != "pretrain":
         yield f"{extended['name']} is made by stage {extended['stage']}; only a pretraining can be extended"
-    elif not {file["path"] for file in extended["outputs"]}.issuperset(CONTINUATION):
+    elif not _keeps_state(extended):
         yield (
             f"{extended['name']} has no training state. Train it again with its settings and "
             f"pretrain.save_training_state=true 'force=[{extended['step']}]'"
         )
+
+
+def _keeps_state(manifest: Manifest) -> bool:
+    return {file["path"] for file in manifest["outputs"]}.issuperset(CONTINUATION)
+
+
+def _warm_start_problems(config: Config, plan: list[PlannedStep]) -> Iterator[str]:
+    """Yield why steps that are to run cannot go on with the moments of their checkpoint's training."""
+    store, planned = Store(Path(config.outputs)), {step.name: step for step in plan}
+    for step in plan:
+        if step.done or not getattr(getattr(config, step.stage.name, None), "warm_start", False):
+            continue
+        source = planned.get(step.inputs.get(_ROLE, ""))
+        made = step.artifacts.get(_ROLE)
+        if source is not None and source.done:
+            made = store.read(source.rid) or source.verdict.original
+        if made is not None and not _keeps_state(made):
+            yield (
+                f"{step.stage.name}.warm_start is true, but {made['name']} was made without a training state. Train it "
+                f"again with pretrain.save_training_state=true 'force=[{made['step']}]', or give "
+                f"{step.stage.name}.warm_start=false"
+            )
 
 
 def _what_differs(step: PlannedStep, extended: Manifest, planned: Mapping[str, PlannedStep]) -> Iterator[str]:

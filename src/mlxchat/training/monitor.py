@@ -127,9 +127,10 @@ class Monitor:
         return {"meter": self.meter.state(), "watch": self.watch.state(), "metrics": metrics}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state."""
+        """Continue from a saved state; that of a finished training has no times and no norms."""
         self.meter.restore(state["meter"])
-        self.watch.restore(state["watch"])
+        if "watch" in state:
+            self.watch.restore(state["watch"])
 
     def _communication_seconds(self) -> float:
         return 0.0 if self.ctx.team is None else self.ctx.team.group.traffic.seconds
@@ -210,13 +211,17 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training continues with."""
-        counted = {"tokens": self.tokens, "seconds": self.seconds, "waited": self.waited}
-        return {"ema": self._ema, "weight": self._weight, **counted}
+        return {**self.loss_state(), "tokens": self.tokens, "seconds": self.seconds, "waited": self.waited}
+
+    def loss_state(self) -> dict[str, float]:
+        """Return what the smoothed loss continues with."""
+        return {"ema": self._ema, "weight": self._weight}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
+        """Continue from a saved state; without times in it, speed is measured from here on."""
         self._ema, self._weight = state["ema"], state["weight"]
-        self.tokens, self.seconds, self.waited = state["tokens"], state["seconds"], state["waited"]
+        if "seconds" in state:
+            self.tokens, self.seconds, self.waited = state["tokens"], state["seconds"], state["waited"]
 
 
 class Watch:

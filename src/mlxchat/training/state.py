@@ -149,8 +149,12 @@ class Checkpointer:
             raise StepFailed(f"{error}\n{saved}; the same command continues there.") from error
 
     def save_finished(self, iteration: int) -> None:
-        """Write what an extension needs: moments, state and, where the best weights are earlier ones, the last."""
-        state, arrays = self._state(), _numpy(self.optimizer.whole_state())
+        """Write what an extension needs: moments, state and, where the best weights are earlier ones, the last.
+
+        No observation is among it, so that trainings of one key leave equal files.
+        """
+        state: dict[str, Any] = {"batches": self.batches.state(), "meter": self.monitor.meter.loss_state()}
+        arrays = _numpy(self.optimizer.whole_state())
         if self.best is not None:
             state["best"] = self.best.state()
             if self.best.iteration not in (None, iteration):
