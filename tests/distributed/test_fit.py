@@ -97,7 +97,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    return folder, ranks.lead_ranks(train_two, 2, str(folder), seconds=120)
+    return folder, ranks.lead_ranks(train_two, 2, str(folder))
 
 
 def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -136,7 +136,7 @@ def test_resume_with_two_ranks_is_bit_exact(two: Any) -> None:
 def test_resume_with_another_number_of_ranks(two: Any, one: Any) -> None:
     folder, _ = two
     found = {
-        3: ranks.lead_ranks(go_on, 3, str(folder), "left for 3", seconds=120),
+        3: ranks.lead_ranks(go_on, 3, str(folder), "left for 3"),
         1: go_on(None, str(folder), "left for 1"),
     }
     for number, result in found.items():

@@ -78,7 +78,7 @@ def train_all(team: Team) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def together() -> dict[str, Any]:
-    return dict(ranks.lead_ranks(train_all, 2, seconds=120))
+    return dict(ranks.lead_ranks(train_all, 2))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -159,7 +159,7 @@ def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, ranks.lead_ranks(train_all, request.param, str(folder), seconds=120)
+    return folder, ranks.lead_ranks(train_all, request.param, str(folder))
 
 
 def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -212,5 +212,5 @@ def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_peak_memory_is_within_15_percent_of_the_prediction(size: int) -> None:
     """To 15 %, of a model of six layers; weights are on all ranks, moments are dealt out."""
-    found = ranks.lead_ranks(peak_of_large, size, seconds=120, fresh=True)
+    found = ranks.lead_ranks(peak_of_large, size, fresh=True)
     assert found["held"] == pytest.approx([found["predicted"]] * size, rel=0.15)

@@ -238,7 +238,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def of_ranks(bundle: str) -> Callable[[str, int], dict[str, Any]]:
     @cache
     def run(architecture: str, size: int) -> dict[str, Any]:
-        found: dict[str, Any] = ranks.lead_ranks(work, size, architecture, bundle, seconds=180)
+        found: dict[str, Any] = ranks.lead_ranks(work, size, architecture, bundle)
         return found
 
     return run

@@ -30,7 +30,7 @@ _TESTS = Path(__file__).parents[1]
 
 
 def run_ranks(
-    function: Callable[..., Any], size: int, *given: Any, seconds: float = 60, fresh: bool = False
+    function: Callable[..., Any], size: int, *given: Any, seconds: float = 600, fresh: bool = False
 ) -> list[Any]:
     """Return what `function(group, *given)` returns on each of `size` ranks.
 
@@ -44,7 +44,7 @@ def run_ranks(
     return _call(function, size, given, seconds, follow=False, fresh=fresh)
 
 
-def lead_ranks(function: Callable[..., Any], size: int, *given: Any, seconds: float = 60, fresh: bool = False) -> Any:
+def lead_ranks(function: Callable[..., Any], size: int, *given: Any, seconds: float = 600, fresh: bool = False) -> Any:
     """Return what `function(team, *given)` returns on rank 0, whose team has `size` ranks; the others follow."""
     return _call(function, size, given, seconds, follow=True, fresh=fresh)[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -22,19 +23,15 @@ class Numbers(RowStream):
     """Rows that hold their own number; each takes `seconds`, and row `fails_at` raises."""
 
     def __init__(self, *, seconds: float = 0.0, fails_at: int | None = None) -> None:
+        super().__init__(None, row_tokens=4)
         self.number, self.seconds, self.fails_at, self.closed = 0, seconds, fails_at, 0
 
-    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+    def _pieces(self, space: int) -> Iterator[tuple[int, np.ndarray, bool]]:
         time.sleep(self.seconds)
         if self.number == self.fails_at:
             raise RuntimeError(f"row {self.number} cannot be read")
-        row = np.full(5, self.number, dtype=np.int32)
         self.number += 1
-        return row[:-1], row[1:]
-
-    @property
-    def placed(self) -> list[Any]:
-        return [self.number - 1]
+        yield self.number - 1, np.full(space, self.number - 1), True
 
     def name(self, address: Any) -> str:
         return f"row {address}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,12 @@ class CountedRows(RowStream):
     """Rows that follow from their number, which is all the position there is."""
 
     def __init__(self) -> None:
+        super().__init__(None, row_tokens=16)
         self.number = 0
 
-    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
-        row = np.random.default_rng(self.number).integers(0, 280, 17).astype(np.int32)
+    def _pieces(self, space: int) -> Iterator[tuple[int, np.ndarray, bool]]:
         self.number += 1
-        return row[:-1], row[1:]
-
-    @property
-    def placed(self) -> list[Any]:
-        return [self.number - 1]
+        yield self.number - 1, np.random.default_rng(self.number - 1).integers(0, 280, space), True
 
     def counts(self) -> dict[str, int]:
         return {}
