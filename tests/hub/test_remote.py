@@ -17,8 +17,7 @@ import pytest
 
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub import remote
-from mlxchat.hub.places import Place, open_place
-from mlxchat.hub.remote import export_to, import_from
+from mlxchat.hub.remote import Place, export_to, import_from, open_place
 from mlxchat.runner.store import Store
 from mlxchat.runner.transfer import closure
 from mlxchat.runner.verifying import find_faults
@@ -236,7 +235,7 @@ RUN = """
 import sys
 from pathlib import Path
 from mlxchat.hub import remote
-from mlxchat.hub.places import open_place
+from mlxchat.hub.remote import open_place
 from mlxchat.runner.store import Store
 from mlxchat.runner.transfer import closure
 remote._PIECE_BYTES = 1000

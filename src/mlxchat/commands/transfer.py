@@ -48,9 +48,8 @@ def _tell(copied: int, folders: list[Path], to: Path | str) -> None:
 
 def _export_elsewhere(url: str, folders: list[Path], *, public: bool) -> int:
     from mlxchat.hub import remote
-    from mlxchat.hub.places import open_place
 
-    place = open_place(url)
+    place = remote.open_place(url)
     if url.startswith("hf://"):
         from mlxchat.hub.upload import push_artifacts
 
@@ -104,8 +103,7 @@ def main_import(arguments: list[str]) -> int:
         path = Path(source).resolve()
         source, wanted = str(path.parent), [path.name, *wanted]
     if is_url(source) or wanted:
-        from mlxchat.hub.places import open_place
-        from mlxchat.hub.remote import import_from
+        from mlxchat.hub.remote import import_from, open_place
 
         if not is_url(source) and not Path(source).is_dir():
             raise ConfigError(f"{source} is no folder; of a tar file everything is taken in")

@@ -8,26 +8,144 @@ nobody takes for one. The same command goes on with them, and hashes what it fin
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import ConfigError, PassingError, StoreError
-from mlxchat.hub.places import Place, told
+from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
+from mlxchat.hub.cache import check_space, checksum_of
 from mlxchat.hub.progress import TransferProgress
 from mlxchat.runner import locks
 from mlxchat.runner.catalog import references, short_form
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.sealed import sync
-from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
+from mlxchat.runner.secrets import redact
+from mlxchat.runner.store import MANIFEST, Manifest, Store, parse_manifest, read_manifest
 from mlxchat.runner.transfer import take_in, tell_waiting
-from mlxchat.runner.verifying import is_plain
+from mlxchat.runner.verifying import check_manifest, is_plain
 
 _PIECE_BYTES = 1 << 22
-_ROOM_BYTES = 1e9
+_MANIFEST_BYTES = 1 << 26
+# Scheme → what brings it and what it asks of the environment.
+_NEEDS = {
+    "s3": ("s3fs", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or AWS_ENDPOINT_URL of another server"),
+    "s3a": ("s3fs", "as s3://"),
+    "gs": ("gcsfs", "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login"),
+    "gcs": ("gcsfs", "as gs://"),
+    "az": ("adlfs", "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
+    "abfs": ("adlfs", "as az://"),
+    "sftp": ("paramiko", "a key that ssh uses without asking"),
+    "ssh": ("paramiko", "as sftp://"),
+    "hf": ("huggingface_hub", "HF_TOKEN"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where artifacts lie, and how it is reached."""
+
+    url: str
+    files: Any
+    """The file system of fsspec's."""
+    root: str
+    folder: str = "store"
+    """Of its artifacts; "": they lie in the root itself, as in a copy of a store."""
+
+    def path(self, *parts: str) -> str:
+        """Return the path of something in its store."""
+        return "/".join((self.root.rstrip("/"), *filter(None, (self.folder, *parts))))
+
+    def manifest(self, name: str) -> Manifest | None:
+        """Return the manifest of an artifact, or None if there is none or one that was cut.
+
+        Raises:
+            StoreError: there is one that was altered.
+        """
+        try:
+            if self.files.info(self.path(name, MANIFEST))["size"] > _MANIFEST_BYTES:
+                raise StoreError(f"{self.url}: the manifest of {name} is too large for one")
+            data = self.files.cat_file(self.path(name, MANIFEST))
+        except FileNotFoundError:
+            return None
+        try:
+            manifest = parse_manifest(data)
+            faults = [*check_manifest(name, manifest)]
+        except ValueError as error:
+            faults = [str(error)]
+        if faults:
+            raise StoreError(f"{self.url}: the manifest of {name} is damaged ({'; '.join(faults)})")
+        return manifest
+
+    def names(self) -> list[str]:
+        """Return the folders that are there, whether they are whole or not."""
+        self.files.invalidate_cache()
+        try:
+            found = self.files.ls(self.path(), detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
+
+
+def open_place(url: str) -> Place:
+    """Return the place of a URL; nothing of it is looked at yet.
+
+    Raises:
+        ConfigError: no file system of fsspec's has this scheme, or its package is not installed.
+    """
+    scheme = url.partition("://")[0]
+    if not url.partition("://")[2].strip("/"):
+        raise ConfigError(f"{url} names no folder: expected for instance {scheme}://BUCKET/PATH")
+    from fsspec.core import url_to_fs
+    from fsspec.registry import available_protocols
+
+    if scheme not in available_protocols():
+        raise ConfigError(f"{url}: fsspec knows no {scheme}://. Those for transfers: {', '.join(_NEEDS)}, file, memory")
+    with told(url):
+        options = {"endpoint": os.environ.get("HF_ENDPOINT") or None} if scheme == "hf" else {}
+        files, root = url_to_fs(url, skip_instance_cache=True, **options)
+        return Place(redact(url), files, str(root))
+
+
+@contextmanager
+def told(url: str) -> Iterator[None]:
+    """Turn what file systems raise into one message each: package, credentials, no such place, or something passing."""
+    scheme = url.partition("://")[0]
+    package, variables = _NEEDS.get(scheme, (scheme, "its documentation"))
+    try:
+        yield
+    except MlxchatError:
+        raise
+    except ImportError as error:
+        hint = "'mlxchat[s3]'" if package == "s3fs" else package
+        raise ConfigError(f"{scheme}:// needs a package that is not installed ({error.name or package}): "
+                          f"pip install {hint}") from None  # fmt: skip
+    except FileNotFoundError as error:
+        raise ConfigError(f"{redact(url)}: there is no such place ({short_of(error)})") from None
+    except Exception as error:  # each file system has its own
+        kinds = {kind.__name__ for each in _causes(error) for kind in type(each).__mro__}
+        text = short_of(error)
+        if isinstance(error, PermissionError) or any("Credential" in kind or "Auth" in kind for kind in kinds):
+            raise ConfigError(f"{redact(url)} does not let us in ({text}). It goes by {variables}") from None
+        if isinstance(error, ValueError):
+            raise ConfigError(f"{redact(url)} cannot be opened: {text}") from None
+        raise PassingError(f"{redact(url)}: {text}. The same command goes on from what is there") from None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    each: BaseException | None = error
+    while each is not None:
+        yield each
+        each = each.__cause__ or each.__context__
+
+
+def short_of(error: BaseException) -> str:
+    """Return an error in one line, without secrets."""
+    return redact(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
 def export_to(place: Place, folders: Sequence[Path]) -> int:
@@ -88,7 +206,7 @@ def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
             crash_point("send.described")
             for stray in sizes:  # of another build that was never finished
                 place.files.rm_file(stray)
-        elif known == size and _digest(place, target) == _digest_here(path):
+        elif known == size and _digest(place, target) == checksum_of(path):
             progress.add(size)
             continue
         place.files.makedirs(target.rpartition("/")[0], exist_ok=True)
@@ -106,11 +224,6 @@ def _digest(place: Place, path: str) -> str:
         while piece := file.read(_PIECE_BYTES):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _digest_here(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -188,11 +301,8 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
     """Bring artifacts to base/store/, each file hashed; what is whole there already is kept."""
     total = sum(file["bytes"] for manifest in manifests.values() for file in _listed(manifest))
     base.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(base).free + sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
-    if total + _ROOM_BYTES > free:
-        raise StoreError(
-            f"{place.url} brings {total / 1e9:.1f} GB, and {base.parent.parent} has {free / 1e9:.1f} GB free"
-        )
+    here = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
+    check_space(base, max(0, total - here), f"The import from {place.url}")
     with TransferProgress(place.url, total) as progress:
         for name, manifest in manifests.items():
             for file in _listed(manifest):
@@ -218,30 +328,24 @@ def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, pro
     Raises:
         StoreError: it is not what the manifest says.
     """
-    if target.exists() and _digest_here(target) == file["sha256"]:
+    if target.exists() and checksum_of(target) == file["sha256"]:
         progress.add(file["bytes"])
         return
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     resumed = True
-    while resumed:  # a part of other contents is told only at the end: then once more from the beginning
-        digest, done = hashlib.sha256(), 0
-        if part.exists():
-            with part.open("rb") as kept:
-                while piece := kept.read(_PIECE_BYTES):
-                    digest.update(piece)
-                    done += len(piece)
+    while resumed:  # whether the part had other contents shows only at the end: then once more from the beginning
+        done = part.stat().st_size if part.exists() else 0
         resumed = done > 0
         progress.add(done)
         with place.files.open(place.path(name, file["path"]), "rb") as source, part.open("ab") as out:
             source.seek(done)
             while done <= file["bytes"] and (piece := source.read(_PIECE_BYTES)):
                 out.write(piece)
-                digest.update(piece)
                 done += len(piece)
                 progress.add(len(piece))
                 crash_point("fetch.piece")
-        if done == file["bytes"] and digest.hexdigest() == file["sha256"]:
+        if done == file["bytes"] and checksum_of(part) == file["sha256"]:
             sync(part)
             part.rename(target)
             return

@@ -16,10 +16,9 @@ from typing import Any, cast
 
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub.downloads import open_url, read_answer
-from mlxchat.hub.places import Place
+from mlxchat.hub.remote import Place, short_of
 from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.progress import format_bytes, format_seconds
-from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import MANIFEST, read_manifest
 from mlxchat.visible import filter_logs, visible
 
@@ -227,17 +226,11 @@ def _told(name: str) -> Iterator[None]:
 
     try:
         yield
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
+    except Exception as error:  # among them those of the HTTP library that the client uses
+        status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403, 404):
             raise ConfigError(
                 f"{name} was not written: the Hub answers {status}. May the token of HF_TOKEN write there?"
             ) from None
-        raise PassingError(f"{name} was not written: {_short(error)}. Nothing was committed; try again") from None
-    except Exception as error:  # among them those of the HTTP library that the client uses
-        raise PassingError(f"{name} was not written: {_short(error)}. Nothing was committed; try again") from None
-
-
-def _short(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return redact(" ".join(str(cause).split())[:300]) or type(cause).__name__
+        cause = short_of(error.__cause__ or error)
+        raise PassingError(f"{name} was not written: {cause}. Nothing was committed; try again") from None
