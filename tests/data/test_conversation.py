@@ -96,11 +96,6 @@ def test_truncation_keeps_the_first_tokens(tokenizer: Tokenizer, max_tokens: int
     assert render_conversation(tokenizer, talk(user("6*7?"), CALL), max_tokens) == (ids[:max_tokens], mask[:max_tokens])
 
 
-def test_by_default_2048_tokens_are_kept(tokenizer: Tokenizer) -> None:
-    ids, mask = render_conversation(tokenizer, talk(user("x"), assistant("1 2 " * 2000)))
-    assert len(ids) == len(mask) == 2048
-
-
 @pytest.mark.parametrize("last", [assistant("Yo"), CALL])
 def test_a_completion_prompt_ends_where_the_answer_begins(tokenizer: Tokenizer, last: dict[str, Any]) -> None:
     conversation = talk(SYSTEM, user("a"), assistant("b"), user("c"))

@@ -75,12 +75,6 @@ def test_a_parquet_file_without_the_column_lists_those_it_has(tmp_path: Path) ->
         read(tmp_path / "a.parquet")
 
 
-def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet"):
-        gather_documents([], [str(tmp_path / "a.parquet")], document_chars=None, seed=0)
-
-
 def test_empty_cells_of_a_parquet_column_are_left_out(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
     documents, _ = gather_documents([], [str(tmp_path / "a.parquet")], document_chars=None, seed=0)

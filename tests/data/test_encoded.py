@@ -138,9 +138,3 @@ def test_a_mixture_is_rendered_once(
     assert again.flat.tobytes() == first.flat.tobytes()
     with pytest.raises(TypeError):
         open_mixture(make_context(), "mixture", mixture, train_tokenizer(["the cat sat on the mat " * 9], 270))
-
-
-def test_a_conversation_is_named_by_its_task_and_number(mixture: Mixture) -> None:
-    index = next(index for index in range(len(mixture)) if mixture.name(index).startswith("facts "))
-    number = int(mixture.name(index).removeprefix("facts conversation "))
-    assert mixture[index] == mixture.tasks()["facts"][number]

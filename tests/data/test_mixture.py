@@ -52,11 +52,6 @@ def test_a_seed_gives_the_same_order_and_another_seed_another(items: dict[str, T
     assert sorted(first) == sorted(other)
 
 
-def test_a_slice_is_the_conversations_of_its_indices(items: dict[str, TaskItem]) -> None:
-    mixture = Mixture(items, seed=0)
-    assert list(mixture)[2:7] == [mixture[index] for index in range(2, 7)]
-
-
 def test_an_empty_mixture_is_refused() -> None:
     with pytest.raises(ConfigError, match="no conversation"):
         Mixture({}, seed=0)

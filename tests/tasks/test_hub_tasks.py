@@ -90,7 +90,8 @@ def test_calculator_calls_become_parts() -> None:
     ("response", "number"),
     [
         ("#### 18", "18"), ("so\n#### 1,234 dollars", "1234"), ("#### 18.", "18"), ("#### -3", "-3"),
-        ("#### 7\n#### 8", "7"), ("18", None), ("####18", None), ("#### .", None), ("", None),
+        ("#### 7\n#### 8", "7"), ("#### 2.50", "2.50"), ("#### x", None), ("18", None),
+        ("####18", None), ("#### .", None), ("", None),
     ],
 )  # fmt: skip
 def test_the_number_is_what_follows_the_first_marker(response: str, number: str | None) -> None:

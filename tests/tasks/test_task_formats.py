@@ -44,19 +44,6 @@ def test_multiple_choice_is_rendered_in_nanochats_words() -> None:
     )
 
 
-def test_gsm8k_calls_become_calculator_parts() -> None:
-    raw = "Tom has 12+7=<<12+7=19>>19 apples. Then he has 19-5=<<19-5=14>>14.\n#### 14"
-    assert calculator_parts(raw) == [
-        {"type": "text", "text": "Tom has 12+7="},
-        {"type": "python", "text": "12+7"},
-        {"type": "python_output", "text": "19"},
-        {"type": "text", "text": "19 apples. Then he has 19-5="},
-        {"type": "python", "text": "19-5"},
-        {"type": "python_output", "text": "14"},
-        {"type": "text", "text": "14.\n#### 14"},
-    ]
-
-
 def test_a_gsm8k_call_may_hold_an_equals_sign_or_none() -> None:
     assert calculator_parts("<<x==2=True>>")[0] == {"type": "python", "text": "x==2"}
     assert calculator_parts("<<3+4>>") == [

@@ -15,7 +15,7 @@ import pytest
 from kit.text import conversations_of
 from mlxchat.errors import ConfigError
 from mlxchat.tasks import Task, arithmetic, load_task, task_class, task_names
-from mlxchat.tasks.answers import answer_text, calculator_parts, final_number
+from mlxchat.tasks.answers import answer_text, calculator_parts
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import dialogue, held_out
 from mlxchat.tasks.facts import FIELDS, Fact, facts, is_test_pair, with_article
@@ -198,14 +198,6 @@ def test_arithmetic_compares_the_number_after_the_marker(response: str, right: b
     conversation = dialogue("?", calculator_parts("Tom has 12+7=<<12+7=19>>19 apples.\n#### 19"))
     assert Arithmetic("test").evaluate(conversation, response) is right
     assert Arithmetic("test").reward(conversation, response) == float(right)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("#### 1,234.", "1234"), ("#### -5", "-5"), ("#### 2.50", "2.50"), ("none", None), ("#### x", None)],
-)
-def test_the_final_number_is_read_without_commas(text: str, number: str | None) -> None:
-    assert final_number(text) == number
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ _MOST_BYTES = 1 << 60  # of a file: larger numbers are no floats
 _COMMIT, _CHECKSUM = re.compile(r"\w[\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class HubFile:
     """A file of a repository at one commit, and what its content is."""
 

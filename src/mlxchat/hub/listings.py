@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -24,10 +25,6 @@ _SILENCE_SECONDS = 20.0
 # Bounds of a list of files; the Hub's pages have 1,000 files each.
 _MOST_PAGES, _MOST_FILES = 1000, 1_000_000
 
-# Asked once in a process: a run works with one commit, whatever is uploaded meanwhile.
-_resolved: dict[tuple[str, str, str, str], str] = {}
-_listed: dict[Path, list[HubFile]] = {}
-
 
 def list_files(repository: str, *, revision: str = "main", pattern: str = "*", kind: str = "dataset") -> list[HubFile]:
     """Return the files of a repository whose path matches, sorted by path, all at the commit that `revision` means now.
@@ -42,7 +39,7 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
         DataError: there is no such repository or revision, or the network may not be used and nothing is recorded.
         PassingError: the Hub does not answer and nothing is recorded.
     """
-    commit = _resolve(repository, revision, kind)
+    commit = _resolve(endpoint(), repository, revision, kind)
     files = _list_commit(repository, commit, kind)
     return [file for file in files if fnmatch.fnmatchcase(file.path, pattern)]
 
@@ -64,9 +61,8 @@ def read_listing(path: Path) -> list[HubFile] | None:
 
 
 def forget() -> None:
-    """Forget what revisions mean and what was listed, as a new process would."""
-    _resolved.clear()
-    _listed.clear()
+    """Forget what revisions mean, as a new process would."""
+    _resolve.cache_clear()
 
 
 def listing_folder(repository: str, kind: str) -> Path:
@@ -74,11 +70,9 @@ def listing_folder(repository: str, kind: str) -> Path:
     return cache_folder() / "listings" / folder_name(repository, kind)
 
 
-def _resolve(repository: str, revision: str, kind: str) -> str:
-    """Return the commit that a revision means: asked once in a process, recorded for when nobody can be asked."""
-    key = (endpoint(), repository, revision, kind)
-    if key in _resolved:
-        return _resolved[key]
+@cache  # a run works with one commit, whatever is uploaded meanwhile
+def _resolve(hub: str, repository: str, revision: str, kind: str) -> str:
+    """Return the commit that a revision means at a Hub; it is recorded for use without a network."""
     known = listing_folder(repository, kind) / "refs" / quote(revision, safe="")
     recorded = read_json(known) or {}
     commit = recorded.get("commit")
@@ -96,16 +90,13 @@ def _resolve(repository: str, revision: str, kind: str) -> str:
         else:
             check_commit(repository, commit)
             for name in {quote(revision, safe=""), commit}:
-                write_json(known.with_name(name), {"commit": commit, "endpoint": endpoint()})
-    _resolved[key] = commit
+                write_json(known.with_name(name), {"commit": commit, "endpoint": hub})
     return str(commit)
 
 
 def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
     """Return all files of a commit; a commit never changes, so it is listed once on a machine."""
     path = listing_folder(repository, kind) / f"{commit}.json"
-    if path in _listed:
-        return _listed[path]
     files = read_listing(path)
     if is_offline():
         if files is None:
@@ -121,7 +112,6 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
             rows = [[file.path, file.bytes, file.sha256, file.git_sha1] for file in files]
             facts = {"repository": repository, "kind": kind, "commit": commit, "endpoint": endpoint()}
             write_json(path, {**facts, "files": rows})
-    _listed[path] = files
     return files
 
 
