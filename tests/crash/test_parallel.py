@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mlxchat.runner import locks
 from mlxchat.runner.store import Store, read_manifest
 
 PARALLEL = "max_parallel_steps=3"
@@ -143,19 +145,28 @@ def test_a_child_that_is_killed_is_told_and_the_next_run_continues(place: str, s
     assert stubs.trees() == alone.trees()
 
 
-def test_only_one_step_at_a_time_has_the_gpu(stubs: Any) -> None:
-    assert stubs.run("targets=[convert]")[0] == 0
-    settings = ("targets=[train]", "gpu=true", "train.pause=0.1")
-    two = [stubs.start(*settings, f"train.iterations={count}") for count in (5, 6)]
-    texts = [process.communicate(timeout=60)[0] for process in two]
-    assert [process.returncode for process in two] == [0, 0], texts
-    (late,) = (text for text in texts if "waits" in text)
-    assert "has the GPU" in late
-    events = [
-        event for kind in ("step_started", "step_done") for event in stubs.events(kind) if event["step"] == "train"
-    ]
-    in_order = sorted(events, key=lambda event: event["time"])
-    assert [event["event"] for event in in_order] == ["step_started", "step_done"] * 2
+def start_on_gpus(stubs: Any, devices: str) -> Any:
+    """Start a training on devices; the locks of this machine's GPUs are in the stubs' folder."""
+    settings = ("targets=[train]", "gpu=true", "train.iterations=2")
+    return stubs.start(*settings, cuda_visible_devices=devices, mlxchat_locks=str(stubs.folder))
+
+
+@pytest.mark.parametrize("devices", ["0", "0,1", "1,0"])
+def test_a_step_waits_for_each_of_its_gpus_and_says_for_whom(devices: str, stubs: Any) -> None:
+    """The lock was once of one outputs folder, and of the whole list of devices."""
+    with locks.hold(stubs.folder / "gpu-0.lock", {"run": "run7"}, lambda owner: None):
+        process = start_on_gpus(stubs, devices)
+        line = next(line for line in process.stdout if "waits" in line)
+    text, _ = process.communicate(timeout=60)
+    assert f"train      waits: process {os.getpid()} on {locks.host_name()} (run run7) has GPU 0" in line
+    assert process.returncode == 0, text
+
+
+def test_a_step_does_not_wait_for_another_gpu(stubs: Any) -> None:
+    with locks.hold(stubs.folder / "gpu-1.lock", {"run": "run7"}, lambda owner: None):
+        text, _ = start_on_gpus(stubs, "0").communicate(timeout=60)
+    assert "train      done" in text
+    assert "waits" not in text
 
 
 @pytest.mark.slow

@@ -273,17 +273,45 @@ def test_a_lock_in_a_folder_that_cannot_be_written_is_refused_in_words(tmp_path:
         pass
 
 
-def test_each_host_and_each_gpu_that_it_was_given_has_a_lock_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    found = {locks.gpu_lock(tmp_path)}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-12/ab,1")
-    found.add(locks.gpu_lock(tmp_path))
-    monkeypatch.setenv("SLURM_JOB_GPUS", "3")  # in a container of SLURM's each job sees its GPU as the first
-    found.add(locks.gpu_lock(tmp_path))
-    monkeypatch.setattr(locks, "host_name", lambda: "another")
-    found.add(locks.gpu_lock(tmp_path))
-    assert len(found) == 4
-    assert {path.parent for path in found} == {tmp_path / "locks"}
+NO_DRIVER: tuple[str, ...] = ()
+TWO = ("GPU-8932f937-aa", "GPU-11d0e0aa-bb")
+
+
+@pytest.mark.parametrize(
+    ("uuids", "visible", "job", "devices"),
+    [
+        (NO_DRIVER, None, None, ["0"]),  # a Mac
+        (NO_DRIVER, "1,0", None, ["0", "1"]),
+        (TWO, None, None, ["0", "1"]),
+        (TWO, "1", None, ["1"]),
+        (TWO, "GPU-11d0,0", None, ["0", "1"]),
+        (TWO, "MIG-7d1b", None, ["MIG-7d1b"]),
+        (TWO, "0", "3", ["3"]),  # CUDA numbers the devices of the job
+        (TWO, "1", "0,1", ["1"]),
+        (TWO, None, "0,1", ["0", "1"]),
+    ],
+)
+def test_every_visible_gpu_has_one_lock(
+    uuids: tuple[str, ...], visible: str | None, job: str | None, devices: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for number, uuid in enumerate(uuids):
+        (tmp_path / f"0000:0{number}:00.0").mkdir()
+        (tmp_path / f"0000:0{number}:00.0" / "information").write_text(f"Model: \t H100\nGPU UUID: \t {uuid}\n")
+    monkeypatch.setattr(locks, "_NVIDIA", tmp_path)
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("SLURM_JOB_GPUS", job)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLXCHAT_LOCKS", str(tmp_path / "locks"))
+    found = locks.gpu_locks()
+    assert list(found) == devices
+    assert [path.name for path in found.values()] == [f"gpu-{device}.lock" for device in devices]
+
+
+def test_the_locks_of_gpus_are_not_in_another_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 12345678)
+    monkeypatch.setenv("MLXCHAT_LOCKS", "/tmp")
+    with pytest.raises(StoreError, match=r"/tmp, the folder .*another user's: set MLXCHAT_LOCKS"):
+        locks.gpu_locks()

@@ -37,7 +37,7 @@ Further options
   --version, --help
 
 MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS names or switches off the BLAS that serves MLX on a Linux CPU;
-MLXCHAT_CPU=plain uses the code of GPUs there.
+MLXCHAT_CPU=plain uses the code of GPUs there. MLXCHAT_LOCKS is the folder of the GPUs' locks (/tmp/mlxchat-UID).
 """
 
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ _POLL_SECONDS = 0.1
 # Whoever only looks whether a lock is held takes it for an instant; that is nobody to wait for.
 _GLANCE_SECONDS = 0.05
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+# What NVIDIA's driver says of each device on Linux, in the order of the PCI bus.
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
 # Open lock files of this process: handle → path.
 _held: dict[int, Path] = {}
 
@@ -106,14 +109,44 @@ def host_name() -> str:
     return os.uname().nodename
 
 
-def gpu_lock(outputs: Path) -> Path:
-    """Return the lock file of the GPU that this process may use: one step at a time, for each host that shares outputs.
+def gpu_locks() -> dict[str, Path]:
+    """Return device → lock file of every GPU that this process may use, in the order in which locks are to be taken.
 
-    SLURM and CUDA say which of several it is.
+    A device has one lock on a machine, whichever outputs its steps write to.
+
+    Raises:
+        StoreError: the folder of these locks belongs to another user.
     """
-    which = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
-    name = "".join(char if char.isalnum() or char in "._" else "-" for char in f"{host_name()}-{which}")
-    return outputs / "locks" / f"gpu-{name[:200]}.lock"
+    # Not the folder for temporary files, which shells and jobs may have chosen differently.
+    folder = Path(os.environ.get("MLXCHAT_LOCKS") or f"/tmp/mlxchat-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.exists() and folder.lstat().st_uid != os.getuid():
+        raise StoreError(
+            f"{folder}, the folder of the GPUs' locks, is another user's: set MLXCHAT_LOCKS to one of yours"
+        )
+    names = {name: re.sub(r"[^\w.-]", "-", name)[:200] for name in _gpu_names()}
+    return {name: folder / f"gpu-{clean}.lock" for name, clean in sorted(names.items())}
+
+
+def _gpu_names() -> set[str]:
+    """Return the devices that SLURM and CUDA allow: numbers, or MIG's names; without a restriction all there are."""
+    records = [path.read_text() for path in sorted(_NVIDIA.glob("*/information"))]
+    uuids = [found[1] if (found := re.search(r"GPU UUID:\s*(\S+)", text)) else "" for text in records]
+    visible = _split(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    job = _split(os.environ.get("SLURM_JOB_GPUS"))
+    # In a job CUDA may number the job's devices from 0. SLURM's numbers are those of the machine.
+    chosen = visible if visible and set(visible) <= set(job or visible) else job
+    if chosen is None:
+        return {str(number) for number in range(len(uuids) or 1)}
+    # CUDA takes the start of a UUID, too.
+    numbers = {name: str(at) for name in chosen for at, uuid in enumerate(uuids) if name and uuid.startswith(name)}
+    return {numbers.get(name, name) for name in chosen}
+
+
+def _split(text: str | None) -> list[str] | None:
+    """Return the names in a list with commas; None: there are none."""
+    return [name for item in text.split(",") if (name := item.strip())] or None if text else None
 
 
 def read_owner(path: Path) -> dict[str, Any]:

@@ -54,9 +54,9 @@ def make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], li
     """
     with ExitStack() as held:
         if "gpu" in step.stage.resources and run.uses_gpu():
-            token = locks.gpu_lock(store.outputs)
-            waiting = Waiting(run, step.name, token, doing="has the GPU")
-            held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
+            for device, token in locks.gpu_locks().items():
+                waiting = Waiting(run, step.name, token, doing=f"has GPU {device}")
+                held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
         _check_inputs(step, folders, store)
         run.hooks.tell("on_start", **_facts(step, store, run))
         began = time.monotonic()
