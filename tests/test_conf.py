@@ -208,6 +208,14 @@ def test_choosing_a_model_gives_nanochats_recipe() -> None:
     assert config == replace(composed("experiment=speedrun_d20").config, name="nanochat_d20")
 
 
+@pytest.mark.parametrize("experiment", sorted(set(group_options("experiment")) - {"tinystories_53m"}))
+def test_every_experiment_composes_at_another_depth(experiment: str) -> None:
+    given = [f"imported.folder={ROOT}", "imported.repository=null"] if experiment.startswith("grpo") else []
+    config = composed(f"experiment={experiment}", "model=d14", *given).config
+    assert (config.model.name, config.model.depth) == ("d14", 14)
+    assert find_problems(config) == []
+
+
 def test_plain_mlxchat_stays_the_quickstart() -> None:
     config = composed().config
     assert composed().choices["experiment"] == "quickstart"
@@ -221,7 +229,7 @@ def test_a_model_on_the_bundled_corpus_needs_nothing_from_elsewhere() -> None:
     config = composed("model=d20", "corpus=bundled").config
     full = composed("model=d20").config
     plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
-    assert find_downloads(config, plan, Store(Path("/none"))) is None
+    assert find_downloads(config, plan, Store(Path("/none"))) == []
     assert config.corpus == composed().config.corpus
     assert config.suite == composed().config.suite
     assert (config.model, config.pretrain.batch, config.sft.schedule) == (

@@ -58,7 +58,10 @@ def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
         ("pipeline.sft.stage=stf", "stf", "sft"),
         ("~pipeline.midtrian", "midtrian", "midtrain"),
         ("~sft.mixture.fact", "sft.mixture.fact", "facts"),
-        ("model=d65", "d65", r"d\d+"),
+        ("model=d65", "d65", "d64"),
+        ("model=d0", "d0", "d1"),
+        ("model=d7x", "d7x", "d7"),
+        ("model=20", "20", "d20"),
         ("experiment=quikstart", "quikstart", "quickstart"),
         ("optimizer=adam", "adam", "adamw"),
         ("stage=sfft", "sfft", "sft"),
@@ -101,6 +104,10 @@ def test_no_setting_is_listed_twice_when_all_are_wrong(number: float) -> None:
     keys = Counter(re.match(r"[\w.]+", line)[0] for line in found)
     assert len(found) > 60
     assert [key for key, count in keys.items() if count > 1] == []
+
+
+def test_a_misspelt_verb_among_settings_is_refused_with_the_right_one(refuse: Refuse) -> None:
+    assert re.match(r'error: "paln" is no verb and no setting.*Did you mean "plan"\?', refuse("paln", verb="seed=1"))
 
 
 @pytest.mark.parametrize("verb", ["statsu", "rnu", "grahp"])
@@ -259,11 +266,16 @@ def test_a_stage_or_experiment_in_place_of_a_verb_is_told_as_a_setting(word: str
     assert f"mlxchat {setting} seed=1\n" in refuse("seed=1", verb=word)
 
 
-def test_a_verb_may_follow_a_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`mlxchat --config-dir X plan` was refused: "plan" was read as a setting."""
-    for option in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+def test_a_verb_may_follow_settings_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`mlxchat stage=pretrain model=d20 plan` was refused: "plan" was read as a setting."""
+    first = (
+        ["--config-dir", str(tmp_path)],
+        [f"--config-dir={tmp_path}"],
+        ["seed=7", "~pipeline.rl", "~pipeline.eval_rl"],
+    )
+    for words in first:
         with pytest.raises(SystemExit) as caught:
-            main([*option, "plan", "stage=corpus", f"outputs={tmp_path}/outputs"])
+            main([*words, "plan", "stage=corpus", f"outputs={tmp_path}/outputs"])
         assert caught.value.code == 0
         assert capsys.readouterr().out.startswith("corpus ")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,26 +36,39 @@ def test_a_plan_of_nanochats_recipe_begins_with_its_downloads_and_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache" / "mlxchat"))
     settings = ["model=d4", "stage=pretrain", "machine.training_flops=1e13", f"outputs={tmp_path}/outputs"]
-    recipe, downloads, offline, time, *steps = planned(settings, capsys)
-    assert recipe.startswith("recipe: experiment=nanochat, implied by model=")
+    head, recipe, offline, *steps = planned(settings, capsys)
     # 1,400 iterations of 524,288 tokens of 4.8 characters, 10 % to spare, 2.6 characters a byte; CORE's bundle.
-    assert downloads == "downloads: about 1.7 GB (1.5 GB of text, 162.0 MB of tasks and CORE)"
-    assert "corpus=bundled" in offline
     # 6 × 19,922,944 weights + 12 × 4 layers × 256 × 2,048 FLOPs a token, 734,003,200 tokens, at 1e13 a second.
-    assert time == "pretraining on this machine: about 2h57m"
+    assert head == (
+        "downloads: about 1.7 GB from huggingface.co (karpathy/fineweb-edu-100b-shuffle 1.5 GB), "
+        "karpathy-public.s3.us-west-2.amazonaws.com (eval_bundle.zip 162.0 MB). "
+        "Pretraining on this machine: about 2h57m (predicted)"
+    )
+    assert recipe.startswith("recipe: experiment=nanochat, implied by model=")
+    assert "corpus=bundled" in offline
     assert steps[0].startswith("corpus ")
     quiet = planned(["experiment=quickstart", *settings], capsys)
     assert quiet[0].startswith("corpus "), "nothing is downloaded"
+
+
+def test_a_plan_of_days_says_so_in_its_first_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without downloads and an implied recipe, a training of weeks was planned as one of seconds."""
+    monkeypatch.setattr("mlxchat.planning.peak.peak_flops", lambda dtype: 1e11)
+    settings = ["pretrain.num_iterations=10_000_000", "stage=pretrain", f"outputs={tmp_path}/outputs"]
+    head, *_ = planned(settings, capsys)
+    assert re.fullmatch(r"downloads: nothing. Pretraining on this machine: about \d+d\d\dh \(predicted\)", head)
 
 
 def test_a_plan_on_bundled_data_says_what_stands_in_for_nanochats(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["model=d4", "corpus=bundled", "stage=pretrain", "machine.training_flops=1e13"]
-    recipe, downloads, time, *_ = planned([*settings, f"outputs={tmp_path}/outputs"], capsys)
+    head, recipe, data, *_ = planned([*settings, f"outputs={tmp_path}/outputs"], capsys)
+    assert head.startswith("downloads: nothing. Pretraining on this machine: about ")
     assert recipe.startswith("recipe: experiment=nanochat_bundled, implied by model=")
-    assert downloads.startswith("downloads: nothing. Bundled text, tasks and a vocabulary of 32,768 stand in")
-    assert time.startswith("pretraining on this machine: about ")
+    assert data == "bundled text, tasks and a vocabulary of 32,768 stand in for nanochat's"
 
 
 def planned(settings: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -13,6 +13,9 @@ from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.verbs import VERBS
 from mlxchat.visible import visible
 
+# Options of the configuration, which may stand before the verb, whose value is the next word.
+_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and exit: 0 done, 1 a step failed, 2 a mistake of the user's, 128 + n for signal n."""
@@ -41,12 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _verb_first(arguments: list[str]) -> list[str]:
-    """Return the arguments with a verb that follows `--config-dir DIR` moved before it."""
-    place = 0
-    while place < len(arguments) and arguments[place].partition("=")[0] in ("--config-dir", "-cd"):
-        place += 1 if "=" in arguments[place] else 2
-    if 0 < place < len(arguments) and arguments[place] in VERBS:
-        return [arguments[place], *arguments[:place], *arguments[place + 1 :]]
+    """Return the arguments with a verb that follows settings or options moved to the front."""
+    words = iter(enumerate(arguments))
+    for place, word in words:
+        if word in VERBS:
+            return [word, *arguments[:place], *arguments[place + 1 :]]
+        if word in _WITH_VALUE:
+            next(words, None)
+        elif not word.startswith(("-", "~")) and "=" not in word:
+            break
     return arguments
 
 

@@ -15,7 +15,9 @@ from omegaconf.errors import ValidationError
 from mlxchat.compose import describe_options
 from mlxchat.config import Config
 from mlxchat.errors import suggest
+from mlxchat.model_config import MODELS
 from mlxchat.runner.plan import flatten_config
+from mlxchat.verbs import VERBS
 
 # Below these the names are the user's own.
 _MAPPINGS = ("pipeline", "suite", "midtrain.mixture", "midtrain.validation", "sft.mixture", "sft.validation")
@@ -44,6 +46,9 @@ def explain_override(
         key = parsed.key_or_group
     except HydraException:
         key = ""
+    if override.isidentifier():
+        hint = suggest(override, VERBS)
+        return f'"{override}" is no verb and no setting. Verbs: {", ".join(VERBS)}. Settings: key=value.{hint}'
     if not key:
         return f'"{override}" is no override: expected key=value (quote special characters in the shell)'
     group, value = key.split("@")[0], override.partition("=")[2]
@@ -51,7 +56,8 @@ def explain_override(
     if group in groups and value not in groups[group] and "@" not in key:
         if parsed.is_sweep_override():
             return several
-        return f'{key} has no option "{value}": {describe_options(groups[group])}.{suggest(value, groups[group])}'
+        hint = _nearest_model(value) if group == "model" else suggest(value, groups[group])
+        return f'{key} has no option "{value}": {describe_options(groups[group])}.{hint}'
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(cause, ValidationError):
         return first_line(cause)
@@ -66,6 +72,13 @@ def explain_override(
         if group not in known and key not in present:
             return f'there is no "{key}" to set.{hint}'
     return several if parsed.is_sweep_override() else f"{override}: {first_line(cause)}"
+
+
+def _nearest_model(value: str) -> str:
+    """Return ' Did you mean "dN"?' for the depth in a misspelt model, within the depths that there are."""
+    digits = re.search(r"\d+", value)
+    depth = min(max(int(digits[0]), 1), len(MODELS)) if digits and len(digits[0]) < 9 else None
+    return f' Did you mean "d{depth}"?' if depth else " Give a depth, for example model=d20."
 
 
 def unknown_keys(composed: DictConfig) -> list[str]:

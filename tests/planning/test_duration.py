@@ -31,8 +31,17 @@ def made(per_token: float, tokens_per_second: float, backend: str = "cpu") -> di
     }  # fmt: skip
 
 
-def test_without_any_speed_nothing_is_estimated(tmp_path: Path) -> None:
-    assert estimate(tmp_path) is None
+def test_without_any_speed_a_short_training_is_not_estimated(tmp_path: Path) -> None:
+    assert estimate(tmp_path, "experiment=quickstart", "model=d4") is None
+
+
+def test_without_any_speed_a_long_training_is_estimated_by_the_devices_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxchat.planning.peak.peak_flops", lambda dtype: 1e12)
+    found = estimate(tmp_path)
+    assert found is not None
+    assert found.seconds == pytest.approx(D20_FLOPS / 4e11, rel=1e-4)
 
 
 def test_the_expected_speed_gives_the_seconds_of_the_published_d20(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from mlxchat.compose import Composed
 from mlxchat.config import Config, TaskItem
@@ -15,9 +16,16 @@ from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlxchat.hub.files import HubFile
+    from mlxchat.runner.estimates import Estimate
     from mlxchat.runner.store import Store
     from mlxchat.tasks.downloads import HubSource, UrlSource
 
+_DAY = 86400
+# Downloads of a host that the head of a plan names.
+_NAMED = 2
 # By repository, or by the file's name in an address. Used until a listing gives the exact numbers.
 _APPROXIMATE_BYTES = {
     "HuggingFaceTB/smol-smoltalk": 970e6,
@@ -48,95 +56,107 @@ def find_sources(config: Config, plan: Iterable[PlannedStep]) -> tuple[list[HubS
     return hub, [source for source in found if isinstance(source, UrlSource)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Downloads:
-    """What a plan would download, as far as it is known without a network."""
+@dataclass(frozen=True)
+class Download:
+    """What a plan would fetch from one place."""
 
-    text_bytes: float
-    """Of the corpus."""
-    task_bytes: float
-    """Of tasks and CORE."""
-    unknown: list[str]
-    """Repositories and addresses whose size is not known."""
-
-    def __str__(self) -> str:
-        """For people."""
-        parts = {"of text": self.text_bytes, "of tasks and CORE": self.task_bytes}
-        known = [f"{format_bytes(count)} {what}" for what, count in parts.items() if count]
-        total = f"about {format_bytes(sum(parts.values()))} ({', '.join(known)})" if known else "nothing of known size"
-        return total + (f", and {', '.join(self.unknown)} of unknown size" if self.unknown else "")
+    host: str
+    name: str
+    """A repository of the Hub, or the file that an address names."""
+    bytes: float | None
+    """None: not known without the network."""
 
 
-def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) -> Downloads | None:
-    """Return what the steps that are not done would download; None: nothing. The network is not used.
+def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) -> list[Download]:
+    """Return what the steps that are not done would download, of unknown size and the largest first.
 
-    Models to import are not counted: the plan's line of that step describes them.
+    The network is not used.
     """
     from mlxchat.data.sources import ESTIMATED_CHARS_PER_BYTE
     from mlxchat.hub.cache import missing_bytes
     from mlxchat.hub.client import url_place
+    from mlxchat.hub.files import endpoint
     from mlxchat.hub.listings import recorded_files
     from mlxchat.planning.text import find_text_need
 
-    plan = list(plan)
-    text, tasks, unknown = 0.0, 0.0, dict[str, None]()
+    plan, hub = list(plan), urlsplit(endpoint()).netloc
+    found: list[Download] = []
     need = find_text_need(config, plan, store)
-    if need is not None:
+    if need is not None and config.corpus.hub is not None:
         text = need.known.missing_bytes(need.chars) if need.known else need.chars / ESTIMATED_CHARS_PER_BYTE
+        found.append(Download(hub, config.corpus.hub.repository, text))
     sources, urls = find_sources(config, plan)
-    missing: dict[str, float | None] = {}
-    listed: dict[Path, int] = {}
+    files: dict[str, set[HubFile] | None] = {}
     for source in sources:
-        files = recorded_files(source.repository, source.revision)
-        if files is None:
-            missing[source.repository] = _APPROXIMATE_BYTES.get(source.repository)
-        else:
-            matching = [file for file in files if fnmatch.fnmatchcase(file.path, source.pattern)]
-            listed |= {file.blob: file.bytes for file in matching if not file.is_there()}
+        listed = recorded_files(source.repository, source.revision)
+        if listed is None:
+            files[source.repository] = None
+        elif (known := files.setdefault(source.repository, set())) is not None:
+            known |= {each for each in listed if fnmatch.fnmatchcase(each.path, source.pattern)}
+    if config.imported.repository is not None and any(_imports(step) for step in plan):
+        from mlxchat.interop.importing import files_to_fetch
+
+        files[config.imported.repository] = set(files_to_fetch(config.imported))
+    for name, known in files.items():
+        size = _APPROXIMATE_BYTES.get(name) if known is None else missing_bytes(_to_fetch(known))
+        found.append(Download(hub, name, size))
     for address in urls:
         if not url_place(address.url).exists():
-            missing[address.url] = _APPROXIMATE_BYTES.get(address.url.rpartition("/")[2])
-    tasks = missing_bytes(listed.items()) + sum(size for size in missing.values() if size is not None)
-    unknown |= dict.fromkeys(name for name, size in missing.items() if size is None)
-    return Downloads(text_bytes=text, task_bytes=tasks, unknown=list(unknown)) if text or tasks or unknown else None
+            name = address.url.rpartition("/")[2]
+            found.append(Download(urlsplit(address.url).netloc, name, _APPROXIMATE_BYTES.get(name)))
+    found = [each for each in found if each.bytes is None or each.bytes > 0]
+    return sorted(found, key=lambda each: -math.inf if each.bytes is None else -each.bytes)
+
+
+def describe_downloads(downloads: list[Download]) -> str:
+    """Return for people how much is fetched, and from where: by host, with what is largest there."""
+    hosts: dict[str, list[str]] = {}
+    for each in downloads:
+        size = "of unknown size" if each.bytes is None else format_bytes(each.bytes)
+        hosts.setdefault(each.host, []).append(f"{each.name} {size}")
+    places = []
+    for host, names in hosts.items():
+        more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+        places.append(f"{host} ({', '.join([*names[:_NAMED], *more])})")
+    total = sum(each.bytes or 0.0 for each in downloads)
+    return f"{f'about {format_bytes(total)} ' if total else ''}from {', '.join(places)}" if places else "nothing"
 
 
 def describe_recipe(
-    composed: Composed, plan: list[PlannedStep], store: Store, downloads: Downloads | None
+    composed: Composed, plan: list[PlannedStep], downloads: list[Download], times: Mapping[str, Estimate]
 ) -> Iterator[str]:
-    """Yield the lines before a plan: the implied recipe, its downloads, its time, and what works without a network.
+    """Yield the lines before a plan: what it downloads and how long it takes, then the implied recipe.
 
-    Nothing is yielded for a plan that downloads nothing and whose experiment was not implied.
+    Nothing is yielded for a plan that downloads nothing, takes less than a day and whose experiment was not implied.
     """
     implied = implied_experiment(composed.overrides)
     waiting = [step for step in plan if not step.done]
-    if not waiting or not (implied or downloads):
+    seconds = sum(each.seconds for each in times.values())
+    if not waiting or not (implied or downloads or seconds > _DAY):
         return
     config = composed.config
+    time = ""
+    if times:
+        time = f". Pretraining on this machine: about {format_seconds(seconds)} (predicted)"
+    elif any(step.stage.name == "pretrain" for step in waiting):
+        time = ". Pretraining on this machine: not known; `mlxchat bench train` measures its speed"
+    yield f"downloads: {describe_downloads(downloads)}{time}"
     if implied:
         quick = f"experiment=quickstart model=d{config.model.depth}"
         yield f"recipe: {implied[0]}, implied by model=. The default recipe at this depth: {quick}"
-    if downloads:
-        yield f"downloads: {downloads}"
-        if implied:
+        if downloads:
             yield "without a network: add corpus=bundled, which takes bundled text and tasks and downloads nothing"
-    else:
-        yield (
-            "downloads: nothing. Bundled text, tasks and a vocabulary of "
-            f"{config.tokenizer.vocab_size:,} stand in for nanochat's"
-        )
-    if any(step.stage.name == "pretrain" for step in waiting):
-        from mlxchat.planning.duration import estimate_pretraining
-
-        seconds = [each.seconds for each in estimate_pretraining(config, plan, store, measure=True).values()]
-        yield f"pretraining on this machine: {_how_long(seconds)}"
+        else:
+            yield f"bundled text, tasks and a vocabulary of {config.tokenizer.vocab_size:,} stand in for nanochat's"
 
 
-def _how_long(seconds: list[float]) -> str:
-    if not seconds:
-        return "not known; `mlxchat bench train` measures its speed"
-    days = sum(seconds) / 86400
-    return f"about {days / 365:.1f} years" if days > 730 else f"about {format_seconds(sum(seconds))}"
+def _to_fetch(files: Iterable[HubFile]) -> list[tuple[Path, int]]:
+    """Return (place, bytes) of the contents that are not there; files of equal content share one."""
+    return list({file.blob: file.bytes for file in files if not file.is_there()}.items())
+
+
+def _imports(step: PlannedStep) -> bool:
+    return not step.done and step.stage.name == "imported"
 
 
 def _task_items(value: Any) -> Iterator[TaskItem]:

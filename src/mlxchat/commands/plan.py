@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> int:
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
     memory = describe_memory(config, plan)
-    estimates = estimate_steps(plan, store) | estimate_pretraining(config, plan, store)
+    times = estimate_pretraining(config, plan, store)
+    estimates = estimate_steps(plan, store) | times
     backend = device_kind(config.machine.device)
     drift = {
         step.name: environment_drift(manifest, backend)
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
         for further in (describe_text(config, plan, store), describe_imports(config, plan), drifted):
             for name, text in further.items():
                 remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
-        for line in describe_recipe(composed, plan, store, find_downloads(config, plan, store)):
+        for line in describe_recipe(composed, plan, find_downloads(config, plan, store), times):
             print(line)
         print(format_plan(plan, remarks, estimates), flush=True)
     check_memory(config, plan)

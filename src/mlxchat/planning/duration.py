@@ -17,16 +17,16 @@ from mlxchat.runner.store import Manifest, Store
 
 # What trainings of this project reached of a CPU's measured peak; of a GPU's published one it is an assumption.
 _SHARE_OF_PEAK = 0.4
+# A day of the slowest machine that is likely: 12 GFLOP/s.
+_LONG_FLOPS = 1e15
 
 
-def estimate_pretraining(
-    config: Config, plan: Iterable[PlannedStep], store: Store, *, measure: bool = False
-) -> dict[str, Estimate]:
+def estimate_pretraining(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
     """Return step → estimate of the pretrainings that are to run, where a speed is known.
 
     The speed is that of the finished pretraining in the store that was most like it in FLOPs per token, on the same
-    kind of device; without one it is `machine.training_flops`. Where that is null too, `measure` takes a share of this
-    device's peak, which a CPU is measured for. The bytes are those of weights and moments.
+    kind of device; without one it is `machine.training_flops`. Where that is null too, a training that may take a day
+    is estimated by a share of this device's peak, measured on a CPU. The bytes are those of weights and moments.
     """
     found: dict[str, Estimate] = {}
     for step in plan:
@@ -37,14 +37,15 @@ def estimate_pretraining(
         reached, source = config.machine.training_flops, "machine.training_flops"
         if made := _most_alike(recent_artifacts(store, "pretrain"), per_token, device_kind(config.machine.device)):
             reached, source = _speed(made), made["name"]
-        if reached is None and measure:
+        flops = per_token * derived.batch_tokens * derived.num_iterations
+        if reached is None and flops > _LONG_FLOPS:
             reached, source = _share_of_peak(config), "this device's peak"
         if reached is None:
             continue
         peak = predict_peak(Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1), 1)
         moments = peak.moments if config.pretrain.save_training_state else 0
         found[step.name] = Estimate(
-            seconds=per_token * derived.batch_tokens * derived.num_iterations / reached,
+            seconds=flops / reached,
             bytes=int(peak.weights + moments),
             artifact=source,
         )

@@ -142,14 +142,17 @@ def fill(text: str, *, width: int | None = None) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as people read it: 4.2s, 3m05s, 2h07m, 56d16h."""
+    """Return a duration as people read it: 4.2s, 3m05s, 2h07m, 56d16h, 3.4 years."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}m{rest:02d}s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
+    if hours < 48:
+        return f"{hours}h{minutes:02d}m"
+    days = hours // 24
+    return f"{days}d{hours % 24:02d}h" if days < 730 else f"{days / 365:.1f} years"
 
 
 def format_count(count: float) -> str:
