@@ -37,6 +37,7 @@ def texts() -> dict[str, list[Any]]:
     return {**found, **{key: [_Template(**template) for template in found[key]] for key in ("one_step", "two_step")}}
 
 
+@dataclass(eq=False, kw_only=True)
 class Arithmetic(Task):
     """Sums about people and things; right where the response holds #### and the right number.
 
@@ -44,41 +45,26 @@ class Arithmetic(Task):
     """
 
     name = "arithmetic"
+    steps: int = 1
+    """Calculations in each problem, 1 or 2."""
+    two_step_frac: float | None = None
+    """Part of the problems with two steps, 0 to 1; None: as `steps` says."""
 
-    def __init__(
-        self,
-        split: str,
-        *,
-        size: int | None = None,
-        seed: int = 0,
-        steps: int = 1,
-        two_step_frac: float | None = None,
-    ) -> None:
-        """Choose the problems.
-
-        Args:
-            split: "train" or "test".
-            size: number of problems; None: 8,000 in train, 400 in test.
-            seed: another seed gives other problems of the same split.
-            steps: calculations in each problem, 1 or 2.
-            two_step_frac: part of the problems with two steps, 0 to 1; None: as `steps` says.
-
-        Raises:
-            ConfigError: an option is out of range.
-
-        """
-        super().__init__(split, size=size, seed=seed)
-        if steps not in (1, 2):
-            raise ConfigError(f"steps of task arithmetic is {steps}, expected 1 or 2.")
-        if two_step_frac is not None and not 0 <= two_step_frac <= 1:
-            raise ConfigError(f"two_step_frac of task arithmetic is {two_step_frac}, expected 0 to 1, or null.")
-        self.two_step_frac = float(steps - 1) if two_step_frac is None else two_step_frac
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.steps not in (1, 2):
+            raise ConfigError(f"steps of task arithmetic is {self.steps}, expected 1 or 2.")
+        share = self.steps - 1 if self.two_step_frac is None else self.two_step_frac
+        if not 0 <= share <= 1:
+            raise ConfigError(f"two_step_frac of task arithmetic is {share}, expected 0 to 1, or null.")
+        self._two_step_share = share
 
     def _own_size(self) -> int:
         return 8000 if self.split == "train" else 400
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        templates = texts()["two_step" if rng.random() < self.two_step_frac else "one_step"]
+        templates = texts()["two_step" if rng.random() < self._two_step_share else "one_step"]
         number, template = rng.choice(list(enumerate(templates)))
         while True:
             numbers = _numbers(template, rng)

@@ -10,6 +10,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -23,8 +24,11 @@ PARTS = ("text", "python", "python_output")
 """Types of the parts of an answer: {"type", "text"}."""
 
 
+@dataclass(eq=False)
 class Task(ABC):
     """Conversations numbered from 0, the same for the same options, on every machine.
+
+    A task's fields are its options: what a line of a mixture or suite may set.
 
     Attributes:
         name: as in the registry.
@@ -49,26 +53,28 @@ class Task(ABC):
     repeats: ClassVar[bool] = True
     prompt_tokens: ClassVar[int | None] = None
 
-    def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
-        """Choose a split.
+    split: str
+    """One of `splits`."""
+    _: KW_ONLY
+    size: int | None = None
+    """Number of conversations; None: the task's own."""
+    seed: int = 0
+    """Another seed gives other conversations of the same split."""
 
-        Args:
-            split: one of `splits`.
-            size: number of conversations; None takes the task's own.
-            seed: another seed gives other conversations of the same split.
+    def __post_init__(self) -> None:
+        """Check the options; a task that is lazy reads nothing yet.
 
         Raises:
-            ConfigError: the split is unknown or size is below 1.
-
+            ConfigError: the split is unknown, or an option is out of range.
+            DataError: the data behind the task is missing or unreadable.
         """
-        if split not in self.splits:
-            hint = suggest(split, self.splits)
-            raise ConfigError(f'split of task {self.name} is "{split}", expected {" or ".join(self.splits)}.{hint}')
-        if size is not None and size < 1:
-            raise ConfigError(f"size of task {self.name} is {size}, expected 1 or more, or null for all.")
-        self.split = split
-        self.seed = int(seed)  # numbers from a configuration may come as floats
-        self._size = None if size is None else int(size)
+        if self.split not in self.splits:
+            expected, hint = " or ".join(self.splits), suggest(self.split, self.splits)
+            raise ConfigError(f'split of task {self.name} is "{self.split}", expected {expected}.{hint}')
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"size of task {self.name} is {self.size}, expected 1 or more, or null for all.")
+        # Numbers from a configuration may come as floats.
+        self.seed, self.size = int(self.seed), None if self.size is None else int(self.size)
         self._slice = slice(0, None, 1)
 
     def select(self, start: int = 0, stop: int | None = None, step: int = 1) -> Self:
@@ -118,10 +124,10 @@ class Task(ABC):
 
     def _indices(self) -> range:
         """Return the numbers, before slicing, of the conversations that are there."""
-        if self._size is None:
+        if self.size is None:
             count = self._own_size()
         else:
-            count = self._size if self.repeats else min(self._size, self._own_size())
+            count = self.size if self.repeats else min(self.size, self._own_size())
         return range(count)[self._slice]
 
     def __len__(self) -> int:

@@ -1,13 +1,13 @@
 """The data sets of the Hub that nanochat trains on and evaluates with. Counterparts of its tasks/*.py.
 
-To add one: a class here with its repository, subsets, splits and columns, and a line in `tasks/__init__.py`.
+To add one: a class here with its home, subsets, splits and columns, and a line in `tasks/__init__.py`.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks.answers import Conversation, calculator_parts, final_number, nanochat_number
@@ -22,8 +22,8 @@ class SmolTalk(HubTask):
     """
 
     name = "smoltalk"
-    repository: ClassVar[str] = "HuggingFaceTB/smol-smoltalk"
-    subsets: ClassVar[tuple[str, ...]] = ("data",)
+    home = "HuggingFaceTB/smol-smoltalk"
+    subsets = ("data",)
     columns = may_be_null = ("messages",)  # find_fault says better what is missing
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
@@ -43,10 +43,10 @@ class MMLU(HubTask):
     name = "mmlu"
     kind = "categorical"
     chance = 1 / len(LETTERS)
-    repository: ClassVar[str] = "cais/mmlu"
+    home = "cais/mmlu"
     splits = ("auxiliary_train", "test", "validation", "dev")
     training_splits = ("auxiliary_train",)
-    subsets: ClassVar[tuple[str, ...]] = ("all", "auxiliary_train")
+    subsets = ("all", "auxiliary_train")
     columns = ("question", "subject", "choices", "answer")
     texts = ("question",)
     may_be_null = ("subject",)
@@ -74,9 +74,9 @@ class ArcEasy(HubTask):
     name = "arc_easy"
     kind = "categorical"
     chance = 0.25
-    repository: ClassVar[str] = "allenai/ai2_arc"
+    home = "allenai/ai2_arc"
     splits = ("train", "validation", "test")
-    subsets: ClassVar[tuple[str, ...]] = ("ARC-Easy",)
+    subsets = ("ARC-Easy",)
     columns = ("question", "choices", "answerKey")
     texts = ("question", "answerKey")
 
@@ -105,8 +105,8 @@ class GSM8K(HubTask):
     """
 
     name = "gsm8k"
-    repository: ClassVar[str] = "openai/gsm8k"
-    subsets: ClassVar[tuple[str, ...]] = ("main", "socratic")
+    home = "openai/gsm8k"
+    subsets = ("main", "socratic")
     columns = texts = ("question", "answer")
     prompt_tokens = 320
 
@@ -141,10 +141,10 @@ class HumanEval(HubTask):
     """
 
     name = "humaneval"
-    repository: ClassVar[str] = "openai/openai_humaneval"
+    home = "openai/openai_humaneval"
     splits = ("test",)
     training_splits = ()
-    subsets: ClassVar[tuple[str, ...]] = ("openai_humaneval",)
+    subsets = ("openai_humaneval",)
     columns = texts = ("prompt", "canonical_solution", "entry_point", "test")
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:

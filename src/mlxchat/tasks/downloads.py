@@ -72,51 +72,45 @@ class HubSource:
         return [{"name": f"{file.repository}/{file.path}", **client.record(file)} for file in self.files]
 
 
+@dataclass(eq=False, kw_only=True)
 class UrlTask(Task):
-    """A task that reads one file: the user's own (`path`), or one at an address."""
+    """A task that reads one file: the user's own (`path`), or one at the address in the first of `source_options`."""
 
     is_lazy = True
-    _path: Path | None = None
-    _source: UrlSource | None = None
+    bundled: ClassVar[str | None] = None
+    """What stands in place of an address for data that come with mlxchat; None: there are none."""
+    sha256: str | None = None
+    """Of what is at the address; None: any contents."""
+    path: str | Path | None = None
+    """A file in place of the address."""
 
-    def _read_from(
-        self, option: str, address: str, sha256: str | None, path: str | Path | None, also: str = ""
-    ) -> None:
-        """Choose the file.
-
-        Args:
-            option: name of the option that holds the address.
-            address: of the file.
-            sha256: of what is at the address; None: any contents.
-            path: a local file in place of the address.
-            also: what else the option may be, for the message.
-
-        Raises:
-            ConfigError: the address is none.
-        """
-        if path is not None:
-            self._path = Path(path)
-        elif address.startswith(("http://", "https://")):
-            self._source = UrlSource(address, sha256)
-        else:
-            raise ConfigError(
-                f'{option} of task {self.name} is "{address}", expected an address (http://, https://){also}. '
-                "A file of your own is given as path=FILE; its contents then become part of the artifact's id."
-            )
+    def __post_init__(self) -> None:
+        """Check the address; nothing is read yet."""
+        super().__post_init__()
+        option, also = self.source_options[0], f" or {self.bundled}" if self.bundled else ""
+        for source in self.needs():
+            if not source.url.startswith(("http://", "https://")):
+                raise ConfigError(
+                    f'{option} of task {self.name} is "{source.url}", expected an address (http://, https://){also}. '
+                    "A file of your own is given as path=FILE; its contents then become part of the artifact's id."
+                )
 
     def needs(self) -> list[UrlSource]:
         """Return the address, if the task reads from one."""
-        return [self._source] if self._source else []
+        address = getattr(self, self.source_options[0])
+        return [] if self.path is not None or address == self.bundled else [UrlSource(address, self.sha256)]
 
     def _file(self) -> Path | None:
         """Return the file, downloaded if need be; None: the task reads none."""
-        return self._path or next(iter(self.fetch()), None)
+        return Path(self.path) if self.path is not None else next(iter(self.fetch()), None)
 
 
+@dataclass(eq=False, kw_only=True)
 class HubTask(Task):
-    """A task whose rows are parquet files of the Hub, shuffled as nanochat shuffles them."""
+    """A task whose rows are parquet files of the Hub, shuffled as nanochat shuffles them; read when needed."""
 
-    repository: ClassVar[str]
+    home: ClassVar[str]
+    """The data set that nanochat reads."""
     subsets: ClassVar[tuple[str, ...]]
     """Configurations of the data set that can be read; the first is the default."""
     columns: ClassVar[tuple[str, ...]]
@@ -129,39 +123,24 @@ class HubTask(Task):
     source_options: ClassVar[tuple[str, ...]] = ("repository", "revision", "subset")
     is_lazy = True
     repeats = False
+    seed: int = NANOCHAT_SEED
+    """Of the shuffle."""
+    repository: str | None = None
+    """Another one than `home`, with the same columns and file names, such as a copy."""
+    revision: str = "main"
+    """Commit, tag or branch."""
+    subset: str | None = None
+    """One of `subsets`; None: the first."""
 
-    def __init__(
-        self,
-        split: str,
-        *,
-        size: int | None = None,
-        seed: int = NANOCHAT_SEED,
-        repository: str | None = None,
-        revision: str = "main",
-        subset: str | None = None,
-    ) -> None:
-        """Choose rows; nothing is read yet.
-
-        Args:
-            split: one of the class's `splits`.
-            size: at most so many; None: all.
-            seed: of the shuffle.
-            repository: another one with the same columns and file names, such as a copy.
-            revision: commit, tag or branch.
-            subset: one of the class's `subsets`.
-
-        Raises:
-            ConfigError: split, size or subset is impossible.
-
-        """
-        super().__init__(split, size=size, seed=seed)
-        self.subset = self.subsets[0] if subset is None else subset
+    def __post_init__(self) -> None:
+        """Check the subset; nothing is read yet."""
+        super().__post_init__()
+        if self.subset is None:
+            self.subset = self.subsets[0]
         if self.subset not in self.subsets:
-            hint = suggest(self.subset, self.subsets)
-            raise ConfigError(
-                f'subset of task {self.name} is "{self.subset}", expected {" or ".join(self.subsets)}.{hint}'
-            )
-        self._source = HubSource(repository or self.repository, revision, self.pattern())
+            expected, hint = " or ".join(self.subsets), suggest(self.subset, self.subsets)
+            raise ConfigError(f'subset of task {self.name} is "{self.subset}", expected {expected}.{hint}')
+        self._source = HubSource(self.repository or self.home, self.revision, self.pattern())
 
     def pattern(self) -> str:
         """Return the shell pattern of the files of the split; raises ConfigError if the subset has no such split."""

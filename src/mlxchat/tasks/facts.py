@@ -104,32 +104,28 @@ def is_test_pair(fact: Fact) -> bool:
     return held_out(f"{fact.field}/{fact.country}", _TEST_FRACTION)
 
 
+@dataclass(eq=False, kw_only=True)
 class _FactTask(Task):
     """Facts of some fields and of one split, each asked for several times."""
 
-    own_fields: tuple[str, ...]
-    train_rounds: int
+    own_fields: ClassVar[tuple[str, ...]]
+    train_rounds: ClassVar[int]
+    fields: Sequence[str] | None = None
+    """Names from `FIELDS`; None: the task's own."""
 
-    def __init__(
-        self,
-        split: str,
-        *,
-        size: int | None = None,
-        seed: int = 0,
-        fields: Sequence[str] | None = None,
-    ) -> None:
-        """Choose the facts; `fields` are names from `FIELDS`, None for the task's own."""
-        super().__init__(split, size=size, seed=seed)
-        self.fields = self.own_fields if fields is None else tuple(fields)
-        for field in self.fields:
+    def __post_init__(self) -> None:
+        """Choose the facts."""
+        super().__post_init__()
+        fields = self.own_fields if self.fields is None else self.fields
+        known = ", ".join(FIELDS)
+        for field in fields:
             if field not in FIELDS:
-                known = ", ".join(FIELDS)
                 hint = suggest(field, FIELDS)
                 raise ConfigError(f'fields of task {self.name} has "{field}", expected some of {known}.{hint}')
-        if not self.fields:
-            raise ConfigError(f"fields of task {self.name} is empty, expected some of {', '.join(FIELDS)}.")
+        if not fields:
+            raise ConfigError(f"fields of task {self.name} is empty, expected some of {known}.")
         self._facts = self._shuffled(
-            [fact for fact in facts() if fact.field in self.fields and is_test_pair(fact) == (split == "test")]
+            [fact for fact in facts() if fact.field in fields and is_test_pair(fact) == (self.split == "test")]
         )
 
     def _own_size(self) -> int:
@@ -157,16 +153,7 @@ class Facts(_FactTask):
     """A question about a country, answered in one sentence; right where the value is in the response."""
 
     name = "facts"
-    own_fields = (
-        "capital",
-        "region",
-        "nationality",
-        "currency",
-        "language",
-        "religion",
-        "neighbor",
-        "internet",
-    )
+    own_fields = ("capital", "region", "nationality", "currency", "language", "religion", "neighbor", "internet")
     train_rounds = 4
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
@@ -185,7 +172,7 @@ class FactsMC(_FactTask):
     name = "facts_mc"
     kind = "categorical"
     chance = 1 / len(LETTERS)
-    own_fields: tuple[str, ...] = ("capital", "region", "nationality", "currency", "internet")
+    own_fields: ClassVar[tuple[str, ...]] = ("capital", "region", "nationality", "currency", "internet")
     train_rounds = 4
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
@@ -211,7 +198,7 @@ class ReadingMC(FactsMC):
     """The same with a passage that states the fact, so that reading is enough."""
 
     name = "reading_mc"
-    own_fields: tuple[str, ...] = tuple(FIELDS)
+    own_fields = tuple(FIELDS)
     train_rounds = 2
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
@@ -250,8 +237,9 @@ class KindsMC(Task):
     }
     questions = ("What is {name}?", "What kind of thing is {name}?", "Which of these is {name}?")
 
-    def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
-        super().__init__(split, size=size, seed=seed)
+    def __post_init__(self) -> None:
+        """Choose the names."""
+        super().__post_init__()
         kinds_of: dict[str, set[str]] = {}
         for fact in facts():
             if fact.field in self.kinds:
@@ -260,7 +248,7 @@ class KindsMC(Task):
         names = [
             (name, next(iter(kinds)))
             for name, kinds in sorted(kinds_of.items())
-            if len(kinds) == 1 and held_out(f"kind/{name}", _TEST_FRACTION) == (split == "test")
+            if len(kinds) == 1 and held_out(f"kind/{name}", _TEST_FRACTION) == (self.split == "test")
         ]
         self._names = self._shuffled(names)
 

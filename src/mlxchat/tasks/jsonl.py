@@ -10,6 +10,7 @@ import json
 import random
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ _MAX_FAULTS_SHOWN = 20
 _MOST_LINE_BYTES = 16 << 20
 
 
+@dataclass(eq=False, kw_only=True)
 class Jsonl(Task):
     """Conversations of a file. Those with the same first user message are all in one split.
 
@@ -36,53 +38,35 @@ class Jsonl(Task):
 
     name: ClassVar[str] = "jsonl"
     own_path: ClassVar[Path | None] = None
+    path: str | Path | None = None
+    """The .jsonl file, in UTF-8; empty lines are skipped. None: the task's own."""
+    held_out_frac: float = 0.1
+    """About this part of the conversations makes the test split, 0 to below 1."""
+    contains: float = 0
+    """1: a response that contains the answer as whole words is right too; 0: it must equal the answer."""
 
-    def __init__(
-        self,
-        split: str,
-        *,
-        path: str | Path | None = None,
-        size: int | None = None,
-        seed: int = 0,
-        held_out_frac: float = 0.1,
-        contains: float = 0,
-    ) -> None:
-        """Read the file.
-
-        Args:
-            split: "train" or "test".
-            path: the .jsonl file, in UTF-8; empty lines are skipped. None: the task's own.
-            size: number of conversations, repeated where the file has fewer; None: each once.
-            seed: order of the conversations.
-            held_out_frac: about this part of the conversations makes the test split, 0 to below 1.
-            contains: 1: a response that contains the answer as whole words is right too; 0: it must equal the answer.
-
-        Raises:
-            ConfigError: held_out_frac or contains is out of range.
-            DataError: the file cannot be read, a line is not a conversation, or the split is empty.
-
-        """
-        super().__init__(split, size=size, seed=seed)
-        path = self.own_path if path is None else path
+    def __post_init__(self) -> None:
+        """Read the file."""
+        super().__post_init__()
+        path = self.own_path if self.path is None else self.path
         if path is None:
             raise ConfigError(f"task {self.name} has no path. Give it the .jsonl file to read: path=my.jsonl.")
-        if not 0 <= held_out_frac < 1:
-            raise ConfigError(f"held_out_frac of task {self.name} is {held_out_frac}, expected 0 to below 1.")
-        if contains not in (0, 1):
+        if not 0 <= self.held_out_frac < 1:
+            raise ConfigError(f"held_out_frac of task {self.name} is {self.held_out_frac}, expected 0 to below 1.")
+        if self.contains not in (0, 1):
             raise ConfigError(
-                f"contains of task {self.name} is {contains:g}, expected 0 or 1 (containing the answer is enough)."
+                f"contains of task {self.name} is {self.contains:g}, expected 0 or 1 (containing the answer is enough)."
             )
-        self._contains = bool(contains)
         self._conversations = read_conversations(Path(path))
         places = [
             place
             for place, conversation in enumerate(self._conversations)
-            if held_out(f"jsonl/{_first_user(conversation)}", held_out_frac) == (split == "test")
+            if held_out(f"jsonl/{_first_user(conversation)}", self.held_out_frac) == (self.split == "test")
         ]
         if not places:
             raise DataError(
-                f"{path} has no conversation for the {split} split of task {self.name} at held_out_frac "
-                f"{held_out_frac}. Add conversations or change held_out_frac."
+                f"{path} has no conversation for the {self.split} split of task {self.name} at held_out_frac "
+                f"{self.held_out_frac}. Add conversations or change held_out_frac."
             )
         self._places = array("Q", self._shuffled(places))
 
@@ -94,7 +78,7 @@ class Jsonl(Task):
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Judge by `is_answer`."""
-        return is_answer(conversation, response, contains=self._contains)
+        return is_answer(conversation, response, contains=bool(self.contains))
 
 
 class Identity(Jsonl):
@@ -104,6 +88,7 @@ class Identity(Jsonl):
     own_path = IDENTITY_FILE
 
 
+@dataclass(eq=False, kw_only=True)
 class IdentityConversations(UrlTask):
     """nanochat's conversations about itself, or another file of conversations, all of them, in the file's order."""
 
@@ -111,36 +96,14 @@ class IdentityConversations(UrlTask):
     splits = ("train",)
     repeats = False
     source_options: ClassVar[tuple[str, ...]] = ("url", "sha256")
-
-    def __init__(
-        self,
-        split: str,
-        *,
-        size: int | None = None,
-        url: str = NANOCHAT_URL,
-        sha256: str | None = None,
-        path: str | Path | None = None,
-    ) -> None:
-        """Choose the conversations; none is read yet.
-
-        Args:
-            split: "train".
-            size: at most so many; None: all.
-            url: address of a .jsonl file in the form of task jsonl.
-            sha256: of what is at the address; None: any contents.
-            path: a file in place of the address.
-
-        Raises:
-            ConfigError: split, size or url cannot be.
-
-        """
-        super().__init__(split, size=size)
-        self._read_from("url", url, sha256, path)
+    url: str = NANOCHAT_URL
+    """Of a .jsonl file in the form of task jsonl."""
+    seed: int = field(default=0, init=False)  # the order is the file's
 
     @cached_property
     def _conversations(self) -> ConversationFile:
         path = self._file()
-        assert path is not None, "_read_from took a file or an address"
+        assert path is not None, "it has a path or an address"
         return read_conversations(path, ends_answered=False)
 
     def _own_size(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +23,6 @@ from mlxchat.tasks.downloads import UrlTask
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 """370 thousand English words."""
-BUNDLED = "bundled"
 QUESTIONS_FILE = Path(__file__).with_name("spelling_questions.json")
 WORDS_FILE = Path(__file__).with_name("common_words.txt")
 """Words of 3 to 8 letters that occur 30 times or more in the Bible in Basic English and the Factbook; no names."""
@@ -45,11 +45,15 @@ def common_words() -> list[str]:
 
 
 class _WordTask(Task):
-    def __init__(self, split: str, *, size: int | None = None, seed: int = 0) -> None:
-        """Choose the words of a split; `size` None means every word once."""
-        super().__init__(split, size=size, seed=seed)
-        words = [word for word in common_words() if held_out(f"word/{word}", _TEST_FRACTION) == (split == "test")]
-        self._words = self._shuffled(words)
+    """A task about the everyday words of a split, each once by default."""
+
+    def __post_init__(self) -> None:
+        """Choose the words."""
+        super().__post_init__()
+        is_test = self.split == "test"
+        self._words = self._shuffled(
+            [word for word in common_words() if held_out(f"word/{word}", _TEST_FRACTION) == is_test]
+        )
 
     def _own_size(self) -> int:
         return len(self._words)
@@ -85,43 +89,21 @@ class LetterCount(_WordTask):
         return dialogue(question, calculator_parts(raw), raw=raw, answer=str(count))
 
 
+@dataclass(eq=False, kw_only=True)
 class _WordListTask(UrlTask):
-    """A task about words of a list; `size` conversations, each from a draw of its own."""
+    """A task about words of a list; `size` conversations, each from a draw of its own.
+
+    With seed 0 the training split has nanochat's conversations.
+    """
 
     source_options: ClassVar[tuple[str, ...]] = ("words", "sha256")
+    bundled: ClassVar[str | None] = "bundled"
     is_shuffled: ClassVar[bool] = False
     """Whether words are drawn from another order than the list's."""
-
-    def __init__(
-        self,
-        split: str,
-        *,
-        size: int | None = None,
-        seed: int = 0,
-        words: str = WORDS_URL,
-        sha256: str | None = None,
-        path: str | Path | None = None,
-        nanochat_seeds: bool = False,
-    ) -> None:
-        """Choose words; none is read yet.
-
-        Args:
-            split: "train" or "test".
-            size: number of conversations; None: 1,000.
-            seed: 0 gives nanochat's conversations of the training split, another seed others.
-            words: address of a list with one word per line, or "bundled": the common words of the bundled texts.
-            sha256: of what is at the address; None: any contents.
-            path: a file with one word per line, in place of `words`.
-            nanochat_seeds: whether the test split is drawn as nanochat draws it, from the training split's seeds.
-
-        Raises:
-            ConfigError: split, size or words cannot be.
-
-        """
-        super().__init__(split, size=size, seed=seed)
-        if path is not None or words != BUNDLED:
-            self._read_from("words", words, sha256, path, f" or {BUNDLED}")
-        self._nanochat_seeds = bool(nanochat_seeds)
+    words: str = WORDS_URL
+    """Address of a list with one word per line, or "bundled": the common words of the bundled texts."""
+    nanochat_seeds: bool = False
+    """Whether the test split is drawn as nanochat draws it, from the training split's seeds."""
 
     @cached_property
     def _words(self) -> list[str]:
@@ -135,7 +117,7 @@ class _WordListTask(UrlTask):
 
     def _draw(self, index: int) -> random.Random:
         """Return the source of a conversation's chances."""
-        if self.seed or (self.split == "test" and not self._nanochat_seeds):
+        if self.seed or (self.split == "test" and not self.nanochat_seeds):
             return random.Random(f"{self.name}/{self.split}/{self.seed}/{index}")
         return random.Random(index if self.split == "train" else -(index + 1))
 
