@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from textwrap import dedent
-from typing import Any
 
 import psutil
 import pytest
@@ -26,6 +26,12 @@ from mlxchat.errors import DataError, StepFailed
 TEXTS = [
     f"the weather of day {number}, and another: don't gather under thunder {number * 7}!\n" for number in range(300)
 ]
+
+
+def train(texts: Iterable[str], num_tokens: int) -> Trained:
+    """Return the result of a training."""
+    *_, trained = train_ranks(texts, num_tokens)
+    return trained
 
 
 def nanochats_ranks(texts: list[str], num_tokens: int) -> dict[bytes, int]:
@@ -52,7 +58,7 @@ def children() -> list[psutil.Process]:
 @settings(max_examples=12)
 @given(texts=st.lists(st.text() | st.sampled_from(TEXTS), max_size=30), merges=st.integers(0, 40))
 def test_the_ranks_are_those_of_nanochats_call(texts: list[str], merges: int) -> None:
-    assert train_ranks(texts, 256 + merges, pattern=SPLIT_PATTERN).ranks == nanochats_ranks(texts, 256 + merges)
+    assert train(texts, 256 + merges).ranks == nanochats_ranks(texts, 256 + merges)
 
 
 def test_more_documents_than_are_counted_at_a_time_and_long_ones_give_the_same_ranks(
@@ -60,23 +66,20 @@ def test_more_documents_than_are_counted_at_a_time_and_long_ones_give_the_same_r
 ) -> None:
     texts = [*TEXTS * 3, "", "long " * 400_000, *TEXTS, "\x00", "é" * 1000]
     expected = nanochats_ranks(texts, 400)
-    assert train_ranks(texts, 400, pattern=SPLIT_PATTERN).ranks == expected
+    assert train(texts, 400).ranks == expected
     monkeypatch.setattr(bpe, "_BUFFER_DOCUMENTS", 7)
-    assert train_ranks(iter(texts), 400, pattern=SPLIT_PATTERN).ranks == expected
+    assert train(iter(texts), 400).ranks == expected
 
 
 def test_what_was_done_is_reported_and_counted() -> None:
-    seen: list[tuple[int, int | None, int]] = []
-    made = train_ranks(
-        TEXTS, 300, pattern=SPLIT_PATTERN, on_progress=lambda now: seen.append((now.chars, now.pieces, now.merges))
-    )
+    *seen, made = train_ranks(TEXTS, 300)
     assert made.chars == sum(map(len, TEXTS))
     assert made.pieces is not None
     assert made.pieces > 100
     assert made.merges == 44
     assert 1 << 20 < made.peak_bytes < 100 << 20  # its own, not what this process holds
-    assert seen[-1] == (made.chars, made.pieces, made.merges)
-    assert seen == sorted(seen, key=lambda entry: (entry[0], entry[2]))
+    counted = [(now.chars, now.merges) for now in seen]
+    assert counted == sorted(counted)
 
 
 def test_documents_are_read_as_they_are_needed_and_never_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,16 +93,12 @@ def test_documents_are_read_as_they_are_needed_and_never_all_of_them(monkeypatch
             asked += 1
             yield f"{number} " + "word " * 2000
 
-    def look(now: Trained) -> None:
-        if now.chars and asked < 3000:
-            ahead.append(asked - now.chars / 10_005)
-
-    train_ranks(documents(), 270, pattern=SPLIT_PATTERN, on_progress=look)
+    counted = 0
+    for now in train_ranks(documents(), 270):
+        if now.chars > counted and asked < 3000:  # a new report
+            counted = now.chars
+            ahead.append(asked - counted / 10_005)
     assert max(ahead, default=0) < 8 * 4 + (bpe._PART_CHARS * 3 + (1 << 16)) / 10_000
-
-
-class Stop(Exception):
-    """What a signal leads to."""
 
 
 def endless() -> Iterator[str]:
@@ -108,13 +107,10 @@ def endless() -> Iterator[str]:
 
 def test_it_stops_while_it_counts_and_leaves_no_process() -> None:
     began = time.monotonic()
-
-    def check() -> None:
-        if time.monotonic() - began > 0.5:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train_ranks(endless(), 300, pattern=SPLIT_PATTERN, check=check)
+    with closing(train_ranks(endless(), 300)) as training:
+        for _ in training:
+            if time.monotonic() - began > 0.5:
+                break
     assert time.monotonic() - began < 3
     assert children() == []
 
@@ -122,19 +118,11 @@ def test_it_stops_while_it_counts_and_leaves_no_process() -> None:
 def test_it_stops_while_rustbpe_holds_the_interpreter_for_the_merges() -> None:
     """A hundred thousand merges of many pieces: the worker answers nobody, and ends all the same."""
     texts = ["".join(chr(97 + (number * step) % 26) for step in range(9)) + f" {number}x" for number in range(150_000)]
-    stopped: list[float] = []
-
-    def check() -> None:
-        if stopped:
-            raise Stop
-
-    def on_progress(now: Trained) -> None:
-        if now.pieces and not stopped:
-            stopped.append(time.monotonic())
-
-    with pytest.raises(Stop):
-        train_ranks(texts, 100_000, pattern=SPLIT_PATTERN, check=check, on_progress=on_progress)
-    assert time.monotonic() - stopped[0] < 2
+    with closing(train_ranks(texts, 100_000)) as training:
+        next(now for now in training if now.pieces)
+        next(training)
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < 2
     assert children() == []
 
 
@@ -144,37 +132,37 @@ def test_a_document_that_cannot_be_read_ends_it_with_its_own_error() -> None:
         raise DataError("shard 7 is damaged")
 
     with pytest.raises(DataError, match="shard 7 is damaged"):
-        train_ranks(broken(), 300, pattern=SPLIT_PATTERN)
+        train(broken(), 300)
     with pytest.raises(DataError, match="a document is not valid Unicode"):
-        train_ranks(["\ud800"], 300, pattern=SPLIT_PATTERN)
+        train(["\ud800"], 300)
     assert children() == []
 
 
 def test_more_memory_than_it_may_have_is_told_with_what_to_lower() -> None:
     with pytest.raises(DataError, match=r"more than the 1\.0 MB it may have.*Lower tokenizer\.max_chars"):
-        train_ranks(endless(), 300, pattern=SPLIT_PATTERN, memory_limit_bytes=1_000_000)
+        list(train_ranks(endless(), 300, memory_limit_bytes=1_000_000))
     assert children() == []
 
 
 def test_a_worker_that_is_killed_is_told() -> None:
-    def check() -> None:
-        for child in children():
-            child.kill()
+    def kill_at_once() -> None:
+        for _ in train_ranks(endless(), 300):
+            for child in children():
+                child.kill()
 
     with pytest.raises(StepFailed, match="ended by signal 9"):
-        train_ranks(endless(), 300, pattern=SPLIT_PATTERN, check=check)
+        kill_at_once()
 
 
 PARENT = """
     import itertools, psutil, signal, sys
     from mlxchat.data.bpe import train_ranks
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-    told = []
-    def on_progress(now):
-        if not told:
-            told.append(1)
-            print(psutil.Process().children()[0].pid, flush=True)
-    train_ranks(itertools.cycle(["the weather " * 50]), 300, pattern=r"\\S+|\\s+", on_progress=on_progress)
+    training = train_ranks(itertools.cycle(["the weather " * 50]), 300)
+    next(training)
+    print(psutil.Process().children()[0].pid, flush=True)
+    for _ in training:
+        pass
 """
 
 
@@ -211,9 +199,3 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(size: int) -> None:
 
 def test_a_vocabulary_of_bytes_alone_needs_no_merges() -> None:
     assert train_tokenizer([], 265).ranks == {bytes([byte]): byte for byte in range(256)}
-
-
-def test_options_reach_the_training() -> None:
-    calls: list[Any] = []
-    train_tokenizer(TEXTS, 270, check=lambda: calls.append(1))
-    assert calls

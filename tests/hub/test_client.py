@@ -18,8 +18,8 @@ import pytest
 
 from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.hub import downloads, listings, progress
+from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.client import fetch_files, fetch_url, list_files, record
-from mlxchat.hub.files import hub_cache
 from mlxchat.runner.passing import is_passing
 
 NAME = "org/texts"
@@ -375,7 +375,7 @@ def test_an_address_whose_content_changed_while_it_was_cut_is_fetched_from_the_b
 ) -> None:
     hub.files["words.txt"] = content(9)
     hub.faults.truncate = "words.txt"
-    receive = downloads._Transfer._receive
+    receive = downloads.Download._receive
 
     def change_in_between(self: Any) -> None:
         try:
@@ -383,7 +383,7 @@ def test_an_address_whose_content_changed_while_it_was_cut_is_fetched_from_the_b
         finally:
             hub.files["words.txt"] = content(10)
 
-    monkeypatch.setattr(downloads._Transfer, "_receive", change_in_between)
+    monkeypatch.setattr(downloads.Download, "_receive", change_in_between)
     assert fetch_url(f"{hub.url}/files/words.txt").read_bytes() == content(10)
 
 

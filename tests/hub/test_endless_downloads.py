@@ -61,8 +61,7 @@ class Server:
     def fetch(self, size: int | None = WHOLE) -> Path:
         """Fetch the file; None: its size is what the server says."""
         target = cache.cache_folder() / "a"
-        wanted = downloads.Wanted(url=self.url, name="a", bytes=size)
-        downloads.fetch_into(target, wanted, target.with_name("lock"))
+        downloads.Download(target=target, url=self.url, name="a", bytes=size).fetch(target.with_name("lock"))
         return target
 
 
@@ -71,7 +70,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server = Server()
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(downloads._Transfer, "_pause", lambda self, seconds: server.pauses.append(seconds))
+    monkeypatch.setattr(downloads.Download, "_pause", lambda self, seconds: server.pauses.append(seconds))
     with server.http:
         yield server
 
@@ -284,10 +283,10 @@ def test_waiting_for_a_head_can_be_ended_and_leaves_no_thread(server: Server) ->
 
     server.answer = answer
     target = cache.cache_folder() / "a"
-    wanted = downloads.Wanted(url=server.url, name="a", bytes=WHOLE)
+    download = downloads.Download(target=target, url=server.url, name="a", bytes=WHOLE, check=check)
     try:
         with pytest.raises(DataError, match="stopped"):
-            downloads.fetch_into(target, wanted, target.with_name("lock"), check=check)
+            download.fetch(target.with_name("lock"))
         for thread in heads():
             thread.join(20)
         assert heads() == []

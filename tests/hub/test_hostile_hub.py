@@ -15,8 +15,8 @@ import pytest
 from kit.servers import Loopback, QuietHandler
 from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.hub import cache, downloads, listings, upload
+from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.client import HubFile, fetch_url, list_files
-from mlxchat.hub.files import hub_cache
 
 COMMIT, GIT, SHA256 = "0" * 40, "a" * 40, "b" * 64
 OUT = "../../../../out"
@@ -99,10 +99,10 @@ def test_ordinary_names_lie_inside_of_the_cache(path: str, sums: tuple[str | Non
 
 def test_a_file_that_goes_on_behind_its_promised_end_is_not_kept(hostile: Any) -> None:
     """A length in the header ends the transfer for the HTTP library; where the Hub's listing promised it, we do."""
-    wanted = downloads.Wanted(url=f"{hostile.url}/files/a", name="a", bytes=100_000)
     target = cache.cache_folder() / "a"
+    download = downloads.Download(target=target, url=f"{hostile.url}/files/a", name="a", bytes=100_000)
     with pytest.raises(DataError, match=r"more than \d+ bytes instead of 100000, 3 times"):
-        downloads.fetch_into(target, wanted, target.with_name("lock"))
+        download.fetch(target.with_name("lock"))
     assert hostile.sent < 3 * (hostile.blocks << 16) / 4
     assert not target.exists()
     assert not target.with_name("a.part").exists()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from mlxchat.commands.arguments import make_parser, outputs_folder
 from mlxchat.commands.columns import aligned, print_json
-from mlxchat.hub.cache import cache_folder
-from mlxchat.hub.files import hub_cache
+from mlxchat.hub.cache import cache_folder, hub_cache
 from mlxchat.hub.inventory import Holding, find_holdings
 from mlxchat.runner.progress import format_bytes
 

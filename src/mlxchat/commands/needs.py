@@ -18,7 +18,7 @@ from mlxchat.runner.progress import format_bytes, format_seconds
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mlxchat.hub.files import HubFile
+    from mlxchat.hub.cache import HubFile
     from mlxchat.runner.estimates import Estimate
     from mlxchat.runner.store import Store
     from mlxchat.tasks.downloads import HubSource, UrlSource
@@ -73,9 +73,8 @@ def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) ->
     The network is not used.
     """
     from mlxchat.data.sources import ESTIMATED_CHARS_PER_BYTE
-    from mlxchat.hub.cache import missing_bytes
+    from mlxchat.hub.cache import endpoint, missing_bytes
     from mlxchat.hub.client import url_place
-    from mlxchat.hub.files import endpoint
     from mlxchat.hub.listings import recorded_files
     from mlxchat.planning.text import find_text_need
 

@@ -11,9 +11,10 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,86 +81,78 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
     limit = ctx.config.machine.memory_limit_bytes or int(psutil.virtual_memory().total * _MEMORY_SHARE)
     known_chars = (read_json(corpus / LISTING) or {}).get("train_chars")
     total = min(config.max_chars, int(known_chars or config.max_chars))
-    merges = max(1, config.vocab_size - 256 - len(SPECIAL_TOKENS))
+    merges = config.vocab_size - 256 - len(SPECIAL_TOKENS)
     last = Trained()
-    with ExitStack() as shown:  # one bar for the characters counted, then one for the merges made
-        bar, is_merging = shown.enter_context(ctx.progress(total, "chars")), False
-
-        def on_progress(trained: Trained) -> None:
-            nonlocal bar, is_merging, last
-            last = trained
-            if trained.pieces is None:
-                speed = trained.chars / max(1e-9, time.monotonic() - began)
-                bar.update(min(trained.chars, total), speed=f"{format_count(speed)} chars/s")
-                return
-            if not is_merging:
-                shown.close()
-                bar, is_merging = shown.enter_context(ctx.progress(merges, "merges")), True
-            memory = format_bytes(trained.peak_bytes) if trained.peak_bytes else ""
-            bar.update(trained.merges, speed=f"{format_count(trained.pieces)} distinct pieces", memory=memory)
-
-        tokenizer = train_tokenizer(
-            crop_documents(), config.vocab_size, check=check, on_progress=on_progress, memory_limit_bytes=limit
-        )
+    with closing(train_ranks(crop_documents(), merges + 256, memory_limit_bytes=limit)) as training:
+        with ctx.progress(total, "chars") as bar:
+            for last in training:
+                check()
+                if last.pieces is not None:  # all is counted
+                    break
+                speed = last.chars / max(1e-9, time.monotonic() - began)
+                bar.update(min(last.chars, total), speed=f"{format_count(speed)} chars/s")
+        counted = last
+        with ctx.progress(max(1, merges), "merges") as bar:
+            for last in chain([counted], training):
+                check()
+                memory = format_bytes(last.peak_bytes) if last.peak_bytes else ""
+                bar.update(last.merges, speed=f"{format_count(last.pieces or 0)} distinct pieces", memory=memory)
     ctx.metrics["trained_chars"] = used_chars
     ctx.metrics["distinct_pieces"] = last.pieces or 0
     ctx.metrics["chars_per_second"] = used_chars / max(1e-9, time.monotonic() - began)
     ctx.metrics["training_peak_bytes"] = last.peak_bytes
-    return tokenizer
+    return _tokenizer_of(last, config.vocab_size)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, **options: Any) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train on texts, most frequent pair first, until the vocabulary (special tokens included) is full.
-
-    `options` are check, on_progress and memory_limit_bytes of `train_ranks`.
 
     Raises:
         DataError: the text is too small for the vocabulary, or what `train_ranks` refuses.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise DataError(f"tokenizer.vocab_size is {vocab_size}, expected at least {256 + len(SPECIAL_TOKENS)}")
-    ranks = train_ranks(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options).ranks
-    assert ranks is not None, "a training that ends has them"
-    if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
+    *_, trained = train_ranks(texts, vocab_size - len(SPECIAL_TOKENS))
+    return _tokenizer_of(trained, vocab_size)
+
+
+def _tokenizer_of(trained: Trained, vocab_size: int) -> Tokenizer:
+    assert trained.ranks is not None, "a training that ends has them"
+    found = len(trained.ranks) + len(SPECIAL_TOKENS)
+    if found < vocab_size:
         raise DataError(
-            f"tokenizer.vocab_size is {vocab_size}, but the corpus yields only {len(ranks) + len(SPECIAL_TOKENS)} "
-            "tokens. Lower it, or give more text."
+            f"tokenizer.vocab_size is {vocab_size}, but the corpus yields only {found} tokens. Lower it, or give more "
+            "text."
         )
-    return Tokenizer(ranks)
+    return Tokenizer(trained.ranks)
 
 
 def train_ranks(
-    texts: Iterable[str],
-    num_tokens: int,
-    *,
-    pattern: str,
-    check: Callable[[], None] = lambda: None,
-    on_progress: Callable[[Trained], None] = lambda trained: None,
-    memory_limit_bytes: int | None = None,
-) -> Trained:
-    """Train on texts, most frequent pair first; returns fewer than `num_tokens` where the text runs out of pairs.
+    texts: Iterable[str], num_tokens: int, *, memory_limit_bytes: int | None = None
+) -> Generator[Trained, None, None]:
+    """Train on texts, most frequent pair first; yield the progress several times a second, and the result at the end.
+
+    The process that trains ends with the generator: close it to stop the work at once.
 
     Args:
         texts: read once, as they are needed.
-        num_tokens: the 256 bytes included.
-        pattern: of the pieces within which pairs are merged.
-        check: called several times a second; it may raise, to end the work at once.
-        on_progress: called as often.
+        num_tokens: the 256 bytes included; the result has fewer where the text runs out of pairs.
         memory_limit_bytes: of the process that trains; None: no limit.
 
     Raises:
         DataError: a text is not valid Unicode, or more memory is needed than the limit.
         StepFailed: the process was ended from outside.
     """
-    worker = _Worker(check, on_progress, memory_limit_bytes)
+    worker = _Worker(memory_limit_bytes)
+    settings = {"num_tokens": num_tokens, "pattern": SPLIT_PATTERN, "buffer": _BUFFER_DOCUMENTS, "parent": os.getpid()}
     try:
-        worker.send({"num_tokens": num_tokens, "pattern": pattern, "buffer": _BUFFER_DOCUMENTS, "parent": os.getpid()})
+        yield from worker.send(settings)
         for part in _parts(texts):
-            worker.send(part)
-        worker.send([])
+            yield from worker.send(part)
+        yield from worker.send([])
         while worker.trained.ranks is None:
             worker.look()
-        return worker.trained
+            yield worker.trained
     finally:
         worker.kill()
 
@@ -179,12 +172,10 @@ def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Worker:
-    """The process that trains. No wait for its pipes exceeds _LOOK_SECONDS, so that `check` is called."""
+    """The process that trains. No wait for its pipes exceeds _LOOK_SECONDS."""
 
-    def __init__(
-        self, check: Callable[[], None], on_progress: Callable[[Trained], None], memory_limit_bytes: int | None
-    ) -> None:
-        self._check, self._on_progress, self._limit = check, on_progress, memory_limit_bytes
+    def __init__(self, memory_limit_bytes: int | None) -> None:
+        self._limit = memory_limit_bytes
         command = [sys.executable, "-P", str(Path(__file__).with_name("bpe_worker.py"))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         assert self._process.stdin is not None
@@ -193,8 +184,8 @@ class _Worker:
         os.set_blocking(self._in, False)
         self.trained, self._received, self._weighed = Trained(), b"", 0.0
 
-    def send(self, value: Any) -> None:
-        """Write a line of JSON."""
+    def send(self, value: Any) -> Iterator[Trained]:
+        """Write a line of JSON; yield the progress after each attempt."""
         try:
             rest = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode())
         except UnicodeEncodeError as error:
@@ -204,13 +195,13 @@ class _Worker:
                 try:
                     rest = rest[os.write(self._in, rest) :]
                 except BlockingIOError:
-                    continue
+                    pass
                 except BrokenPipeError:
                     self._fail()
+            yield self.trained
 
     def look(self, *, wants_to_send: bool = False) -> bool:
         """Read reports, for at most _LOOK_SECONDS; return whether data can be sent."""
-        self._check()
         readable, writable, _ = select.select([self._out], [self._in] if wants_to_send else [], [], _LOOK_SECONDS)
         if readable:
             data = os.read(self._out, _READ_BYTES)
@@ -222,7 +213,6 @@ class _Worker:
                 if "ranks" in facts:
                     facts["ranks"] = {bytes.fromhex(token): rank for rank, token in enumerate(facts["ranks"])}
                 self.trained = replace(self.trained, **facts)
-            self._on_progress(self.trained)
         self._weigh()
         return bool(writable)
 

@@ -26,8 +26,7 @@ from typing import Any
 
 from mlxchat.config import HubConfig
 from mlxchat.errors import DataError
-from mlxchat.hub.cache import check_space, missing_bytes, read_json
-from mlxchat.hub.files import HubFile, hub_cache
+from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
 from mlxchat.hub.listings import recorded_files
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.progress import plural

@@ -21,17 +21,22 @@ from urllib.parse import quote, urlsplit
 
 from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.hub.cache import (
+    HUB,
+    HubFile,
     cache_folder,
     check_space,
     checksum_of,
+    endpoint,
     has_content,
+    hub_cache,
     is_offline,
+    link,
     missing_bytes,
     read_json,
+    settle,
     write_json,
 )
-from mlxchat.hub.downloads import Check, Wanted, fetch_into, nothing
-from mlxchat.hub.files import HUB, HubFile, endpoint, hub_cache, link, settle
+from mlxchat.hub.downloads import Check, Download, nothing
 from mlxchat.hub.listings import list_files, tell_command
 from mlxchat.hub.progress import TransferProgress
 from mlxchat.runner.progress import format_bytes, plural
@@ -115,10 +120,11 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
     if is_offline():
         raise DataError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set. {tell_command()}")
     trusted = urlsplit(url).netloc in (urlsplit(endpoint()).netloc, urlsplit(HUB).netloc)
-    wanted = Wanted(url=url, name=url, checksum=sha256, trusts_etag=trusted)
     with TransferProgress(place.name, 0) as progress:
-        lock = place.with_name("fetch.lock")
-        arrived = fetch_into(place, wanted, lock, on_bytes=progress.add, check=check, is_there=is_there)
+        download = Download(
+            target=place, url=url, name=url, checksum=sha256, trusts_etag=trusted, on_bytes=progress.add, check=check
+        )
+        arrived = download.fetch(place.with_name("fetch.lock"), is_there=is_there)
     if arrived is not None:
         write_json(note, {"url": url, "revision": None, "sha256": arrived, "bytes": place.stat().st_size})
     return place
@@ -153,7 +159,7 @@ class Fetching:
         self, workers: int = _WORKERS, on_bytes: Callable[[int], None] = lambda count: None,
         on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
     ) -> None:  # fmt: skip
-        """Start no thread yet; `on_bytes` and `on_wait` are those of `fetch_into`."""
+        """Start no thread yet; `on_bytes` and `on_wait` are those of `Download`."""
         self._workers, self._on_bytes, self._on_wait = max(1, workers), on_bytes, on_wait
         self._wanted: set[HubFile] = set()
         self._queue: SimpleQueue[HubFile | None] = SimpleQueue()
@@ -231,7 +237,7 @@ atexit.register(stop_fetching)
 def _fetch_file(
     file: HubFile, on_bytes: Callable[[int], None], check: Check, on_wait: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Fetch one file of the Hub into its cache, unless it is there; see `fetch_into` for what is raised."""
+    """Fetch one file of the Hub into its cache, unless it is there; see `Download.fetch` for what is raised."""
     if settle(file):
         return
 
@@ -242,16 +248,14 @@ def _fetch_file(
 
     path = "/".join(quote(part, safe="") for part in file.path.split("/"))
     prefix = "datasets/" if file.kind == "dataset" else ""
-    wanted = Wanted(
-        url=f"{endpoint()}/{prefix}{file.repository}/resolve/{file.revision}/{path}",
+    download = Download(
+        target=file.blob, url=f"{endpoint()}/{prefix}{file.repository}/resolve/{file.revision}/{path}",
         name=f"{file.repository}/{file.path}", bytes=file.bytes, checksum=file.etag, headers=headers,
+        on_bytes=on_bytes, check=check,
     )  # fmt: skip
     # The official client's own lock: the two never fetch the same content at the same time.
     lock = hub_cache() / ".locks" / file.folder.name / f"{file.etag}.lock"
-    fetch_into(
-        file.blob, wanted, lock, on_bytes=on_bytes, check=check, on_wait=on_wait,
-        is_there=lambda: has_content(file.blob, file.etag),
-    )  # fmt: skip
+    download.fetch(lock, on_wait=on_wait, is_there=lambda: has_content(file.blob, file.etag))
     link(file)
 
 

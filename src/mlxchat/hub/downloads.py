@@ -53,10 +53,11 @@ def nothing() -> None:
     """Do nothing: the check of whoever has none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """A file to fetch, and how to know that it is right."""
+@dataclass(eq=False, kw_only=True)
+class Download:
+    """A file on its way to `target`, where it goes by one rename; `<target>.part` holds what arrived so far."""
 
+    target: Path
     url: str
     name: str
     """For people."""
@@ -68,54 +69,15 @@ class Wanted:
     """Makes the headers to send; a token goes no further than to the host of `url`."""
     trusts_etag: bool = False
     """Whether an ETag of 64 hexadecimal digits is the sha256 of the content, as the Hub's are."""
+    on_bytes: Callable[[int], None] = lambda count: None
+    """Called with the number of bytes that are new in the part, negative if some were thrown away."""
+    check: Check = nothing
+    """May raise, to end the transfer; what arrived is kept."""
 
-
-def fetch_into(
-    target: Path, wanted: Wanted, lock: Path, *, on_bytes: Callable[[int], None] = lambda count: None,
-    check: Check = nothing, on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
-    is_there: Callable[[], bool] | None = None,
-) -> str | None:  # fmt: skip
-    """Fetch a file to `target` and return its checksum; None: it is there, perhaps since another process fetched it.
-
-    Args:
-        target: where it goes, by one rename; `<target>.part` holds what arrived so far.
-        wanted: what to fetch, and what it must be.
-        lock: file that processes hold while they fetch it.
-        on_bytes: called with the number of bytes that are new in the part, negative if some were thrown away.
-        check: may raise, to end the transfer; what arrived is kept.
-        on_wait: called once with the holder's record if another thread or process is at it.
-        is_there: tells whether `target` is whole and right; None: whatever stands there is.
-
-    Raises:
-        PassingError: the network or the server does not work now.
-        DataError: there is no such file, it may not be had, or what arrives is not what was promised.
-    """
-    exists = is_there or target.exists
-    try:
-        with locks.hold(lock, {"fetches": wanted.name}, on_wait, check):
-            if exists():
-                return None
-            target.parent.mkdir(parents=True, exist_ok=True)
-            checksum = _Transfer(target, wanted, on_bytes, check).run()
-            note_verified(checksum, target)
-            return checksum
-    except StoreError as error:  # locks speak of the outputs folder, which this is not
-        raise DataError(f"{wanted.name}: {error}".replace("outputs=PATH", "HF_HOME or MLXCHAT_CACHE")) from None
-    except OSError as error:
-        if isinstance(error, MlxchatError) or error.errno is None:
-            raise
-        raise DataError(f"{wanted.name} cannot be kept: {error.strerror} ({error.filename or target})") from None
-
-
-class _Transfer:
-    """One file on its way."""
-
-    def __init__(self, target: Path, wanted: Wanted, on_bytes: Callable[[int], None], check: Check) -> None:
-        self.target, self.wanted, self.check = target, wanted, check
-        self.part = target.with_name(f"{target.name}.part")
-        self.note = target.with_name(f"{target.name}.part.json")
-        self.on_bytes = on_bytes
-        self.size = wanted.bytes
+    def __post_init__(self) -> None:
+        self.part = self.target.with_name(f"{self.target.name}.part")
+        self.note = self.target.with_name(f"{self.target.name}.part.json")
+        self.size = self.bytes
         self.sizes: set[int] = set()
         """Sizes that the server said; more than one: it cannot be believed."""
         self.facts: dict[str, Any] = {}
@@ -125,7 +87,37 @@ class _Transfer:
         self.starts_over = False
         """Whether an attempt had to begin again: then all attempts together may receive far more than the file has."""
 
-    def run(self) -> str:
+    def fetch(
+        self, lock: Path, *, on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
+        is_there: Callable[[], bool] | None = None,
+    ) -> str | None:  # fmt: skip
+        """Fetch the file and return its checksum; None: it is there, perhaps since another process fetched it.
+
+        Args:
+            lock: file that processes hold while they fetch it.
+            on_wait: called once with the holder's record if another thread or process is at it.
+            is_there: whether the target is whole and right; None: whatever stands there is.
+
+        Raises:
+            PassingError: the network or the server does not work now.
+            DataError: there is no such file, it may not be had, or what arrives is not what was promised.
+        """
+        try:
+            with locks.hold(lock, {"fetches": self.name}, on_wait, self.check):
+                if (is_there or self.target.exists)():
+                    return None
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+                checksum = self._run()
+                note_verified(checksum, self.target)
+                return checksum
+        except StoreError as error:  # locks speak of the outputs folder, which this is not
+            raise DataError(f"{self.name}: {error}".replace("outputs=PATH", "HF_HOME or MLXCHAT_CACHE")) from None
+        except OSError as error:
+            if isinstance(error, MlxchatError) or error.errno is None:
+                raise
+            raise DataError(f"{self.name} cannot be kept: {error.strerror} ({error.filename or self.target})") from None
+
+    def _run(self) -> str:
         """Fetch, continue, verify, and rename."""
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
 
@@ -149,8 +141,8 @@ class _Transfer:
                 wrong += 1
                 if wrong == _WRONG_TRIES:
                     raise DataError(
-                        f"{self.wanted.name} is not what it should be: {mistake}, {wrong} times in a row. Nothing "
-                        f"of it was kept. The server, or what stands between, damages it: {self.wanted.url}"
+                        f"{self.name} is not what it should be: {mistake}, {wrong} times in a row. Nothing "
+                        f"of it was kept. The server, or what stands between, damages it: {self.url}"
                     )
                 continue
             there = self._arrived_bytes()
@@ -161,7 +153,7 @@ class _Transfer:
             if fruitless == TRIES:
                 so_far = f"{there:,}{'' if self.size is None else f' of {self.size:,}'} bytes are here"
                 raise PassingError(
-                    f"{self.wanted.name} cannot be fetched now ({trouble}; {self.wanted.url}). {so_far}, "
+                    f"{self.name} cannot be fetched now ({trouble}; {self.url}). {so_far}, "
                     + (
                         "but the server ignores Range and sends the whole file again each time."
                         if self.ignores_range
@@ -196,13 +188,13 @@ class _Transfer:
         if start and start == self.size:
             self.facts = known
             return
-        headers = self.wanted.headers()
+        headers = self.headers()
         if start:
             headers["Range"] = f"bytes={start}-"
             # Without a checksum the two halves might be of two files.
-            if self.wanted.checksum is None and known.get("etag"):
+            if self.checksum is None and known.get("etag"):
                 headers["If-Range"] = known["etag"]
-        with open_url(self.wanted.url, headers, _SILENCE_SECONDS, self.check) as answer:
+        with open_url(self.url, headers, _SILENCE_SECONDS, self.check) as answer:
             self._judge(answer)
             if answer.status_code == 416:
                 self._drop()
@@ -222,7 +214,7 @@ class _Transfer:
                 self.size = start + int(length)
                 self.sizes.add(self.size)
             if self.size is not None:
-                check_space(self.target.parent, self.size - start, self.wanted.name)
+                check_space(self.target.parent, self.size - start, self.name)
             self.facts = {"bytes": self.size, "etag": answer.headers.get("ETag")}
             if not start:
                 write_json(self.note, self.facts)
@@ -240,7 +232,7 @@ class _Transfer:
                             raise _Busy(f"fewer than {_SLOW_BYTES} bytes in {_SLOW_SECONDS:g} s")
                         looked, received = now, 0
                     if self.size is None and file.tell() // _LOOK_BYTES > (file.tell() - len(block)) // _LOOK_BYTES:
-                        check_space(self.target.parent, _LOOK_BYTES, self.wanted.name)
+                        check_space(self.target.parent, _LOOK_BYTES, self.name)
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -253,14 +245,14 @@ class _Transfer:
         if status >= 500 or status in _PASSING_STATUS:
             raise _Busy(f"HTTP {status} {reason}", retry_after(answer.headers))
         hint = " Is the token right (HF_TOKEN), and may it read this repository?" if status in (401, 403) else ""
-        raise DataError(f"{self.wanted.name} cannot be had: HTTP {status} {reason} ({self.wanted.url}).{hint}")
+        raise DataError(f"{self.name} cannot be had: HTTP {status} {reason} ({self.url}).{hint}")
 
     def _verify(self) -> tuple[str, str]:
         """Return what is wrong with the part, or an empty string, and its checksum."""
         self.part.touch()
         count = self._arrived_bytes()
-        expected = self.wanted.checksum
-        if expected is None and self.wanted.trusts_etag:
+        expected = self.checksum
+        if expected is None and self.trusts_etag:
             expected = _sha256_of_etag(self.facts.get("etag"))
         if self.size is not None and count != self.size:
             return f"{'more than ' * (count > self.size)}{count} bytes instead of {self.size}", ""
@@ -272,7 +264,7 @@ class _Transfer:
 
     def _drop(self) -> None:
         """Throw away what arrived, and the size that the server said."""
-        self.size, self.starts_over = self.wanted.bytes, True
+        self.size, self.starts_over = self.bytes, True
         with suppress(FileNotFoundError):
             self.on_bytes(-self.part.stat().st_size)
             self.part.unlink()

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import DataError, suggest
-from mlxchat.hub.cache import cache_folder, read_json
-from mlxchat.hub.files import HubFile, hub_cache
+from mlxchat.hub.cache import HubFile, cache_folder, hub_cache, read_json
 from mlxchat.hub.listings import read_listing
 from mlxchat.runner import locks
 from mlxchat.runner.store import MANIFEST

@@ -14,9 +14,17 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from mlxchat.errors import DataError, PassingError
-from mlxchat.hub.cache import cache_folder, is_offline, read_json, write_json
+from mlxchat.hub.cache import (
+    HubFile,
+    cache_folder,
+    check_commit,
+    endpoint,
+    folder_name,
+    is_offline,
+    read_json,
+    write_json,
+)
 from mlxchat.hub.downloads import read_answer, retry_after
-from mlxchat.hub.files import HubFile, check_commit, endpoint, folder_name
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
 _TRIES, _TRIES_WITH_RECORD = 6, 2

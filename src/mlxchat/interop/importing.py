@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.hub.cache import check_space
-from mlxchat.hub.files import HubFile
+from mlxchat.hub.cache import HubFile, check_space
 from mlxchat.import_config import ImportConfig
 from mlxchat.interop import adapter_import, hf, nanochat
 from mlxchat.interop.names import sizes_from_hf, sizes_from_nanochat

@@ -6,7 +6,7 @@ import fnmatch
 from pathlib import Path
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.hub.files import HubFile
+from mlxchat.hub.cache import HubFile
 from mlxchat.interop.source import open_folder, open_repository
 
 PREFIX = "hf:"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.hub.cache import HubFile
 from mlxchat.hub.client import fetch_files, list_files, record
-from mlxchat.hub.files import HubFile
 from mlxchat.runner.fingerprint import hash_file
 
 _MOST_FILES, _DEEPEST = 20_000, 4

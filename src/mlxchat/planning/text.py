@@ -8,8 +8,7 @@ from pathlib import Path
 
 from mlxchat.config import Config
 from mlxchat.data.sources import Corpus
-from mlxchat.hub.cache import check_space
-from mlxchat.hub.files import hub_cache
+from mlxchat.hub.cache import check_space, hub_cache
 from mlxchat.model.sizes import sizes_of
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep
