@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import string
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -88,6 +91,40 @@ def test_only_so_many_models_stay_in_memory(start: Callable[..., Any]) -> None:
         told = server.client.post("/v1/completions", json={"model": "pretrain", "prompt": "a", "max_tokens": 1})
         assert told.status_code == 200
         assert [name.split("-")[0] for name in server.worker.loaded] == ["pretrain"]
+
+
+@pytest.mark.parametrize("path", ["", "plain"], ids=["accelerated", "plain"])
+def test_models_that_leave_memory_are_freed_at_once(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    """Evicted models formed reference cycles, so they stayed until Python's collector ran, which could take hours."""
+    monkeypatch.setenv("MLXCHAT_CPU", path)
+    caplog.set_level(logging.CRITICAL, "mlxchat.serve")  # caplog keeps tracebacks, which hold models
+    server = start(limits={"max_models": 1})
+    load, loaded = server.worker._load, []
+
+    def recorded(model: Any, limits: Any) -> Any:
+        assert [each() for each in loaded if each() is not None] == [], "in memory while another one is loaded"
+        scheduler = load(model, limits)
+        loaded.append(weakref.ref(scheduler.forward.model))
+        return scheduler
+
+    monkeypatch.setattr(server.worker, "_load", recorded)
+    gc.collect()
+    gc.disable()
+    try:
+        with server:
+            for name in ("sft", "pretrain", "sft"):
+                body = {"model": name, "prompt": "a", "max_tokens": 2}
+                assert server.client.post("/v1/completions", json=body).status_code == 200
+            for scheduler in server.worker._schedulers.values():
+                scheduler.step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+            del scheduler
+            assert server.chat().status_code == 500
+            assert server.chat().status_code == 200
+            assert [each() is None for each in loaded] == [True, True, True, False]
+    finally:
+        gc.enable()
 
 
 def stream_once(url: str, number: int) -> tuple[int, str, str]:

@@ -7,7 +7,7 @@ Shapes: B rows, C width, H query heads, K key/value heads, G = H / K, S cached t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -52,7 +52,7 @@ class Decoder:
         # Of each lane.
         self.kv_heads = [slice(0, model.sizes.num_kv_heads)]
         self._windows = model.sizes.windows()
-        self._steps: dict[int, Callable[..., tuple[mx.array, list[Kept]]]] = {}
+        self._decode = compiled(self._decoded)
         self.model: GPT | None = model
         """Reads prompts; None after `release`."""
 
@@ -92,11 +92,9 @@ class Decoder:
             "places": [places[kind] for kind in kinds],
         }  # fmt: skip
         end = -(-(int(positions.max()) + 1) // _TABLE_TOKENS) * _TABLE_TOKENS
-        if end not in self._steps:
-            self._steps[end] = compiled(lambda *args: self._decoded(end, *args))
         held = caches.pop()
         # Without other references to the old arrays MLX writes in place.
-        logits, made = self._steps[end](flatten_parameters(self.model), given, held)
+        logits, made = self._decode(end, flatten_parameters(self.model), given, held)
         del held
         caches.append(made)
         mx.eval(logits, made)

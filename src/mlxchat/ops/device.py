@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, wraps
 from itertools import pairwise
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+from weakref import WeakMethod
 
 import mlx.core as mx
 import psutil
@@ -189,7 +191,13 @@ def make_lanes() -> Lanes:
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Return `mx.compile(function)`."""
+    """Return `mx.compile(function)`; a method does not keep its object alive.
+
+    So an object may hold its own compiled method and is still freed as soon as nothing else holds it, with its arrays.
+    """
+    if isinstance(function, MethodType):
+        method = WeakMethod(function)
+        return cast(Callable[P, R], mx.compile(lambda *args, **kwargs: method()(*args, **kwargs)))  # type: ignore[misc]
     return cast(Callable[P, R], mx.compile(function))
 
 

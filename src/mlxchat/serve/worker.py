@@ -181,7 +181,7 @@ class Worker:
 
     def _preload(self, model: Model) -> None:
         try:
-            self._scheduler(model)
+            self._bring_in(model)
         except Exception:  # the server goes on; whoever asks for this model is told
             _log.exception("%s cannot be loaded", model.name)
 
@@ -197,10 +197,9 @@ class Worker:
         while self._pending and len(self._choices) < self.limits.max_rows:
             answer, index = self._pending[0]
             try:
-                scheduler = self._scheduler(answer.model)
-                if scheduler is None:
+                if not self._bring_in(answer.model):
                     return
-                row = scheduler.submit(answer.requests[index])
+                row = self._schedulers[answer.model.name].submit(answer.requests[index])
             except Exception as error:  # whatever it is, this answer alone fails of it
                 self._withdraw(answer)
                 self._fail(answer, error)
@@ -208,20 +207,23 @@ class Worker:
             self._pending.popleft()
             self._choices[answer.model.name, row] = answer, index
 
-    def _scheduler(self, model: Model) -> Scheduler | None:
-        """Return the scheduler of a model, which is loaded if necessary; None: all models in memory are in use."""
+    def _bring_in(self, model: Model) -> bool:
+        """Load a model unless it is in memory; return False if there is no room, since all that are there are in use.
+
+        An idle model makes room and is freed before the other one is loaded: nothing else may hold its scheduler.
+        """
         if model.name not in self._schedulers:
             unused = [name for name, scheduler in self._schedulers.items() if scheduler.idle]
             while len(self._schedulers) >= self.limits.max_models:
                 if not unused:
-                    return None
+                    return False
                 self._reused_before += self._schedulers.pop(unused.pop(0)).kept.num_found
             began = time.perf_counter()
             self._schedulers[model.name] = self._load(model, self.limits)
             self.has_loaded = True
             _log.info("loaded %s in %.1f s", model.name, time.perf_counter() - began)
         self._schedulers.move_to_end(model.name)
-        return self._schedulers[model.name]
+        return True
 
     def _step(self) -> None:
         self._admit()
