@@ -106,6 +106,8 @@ def test_time_is_linear_in_the_length_of_the_text(node: Callable[..., Any], unit
          "<pre><code>~~~</code></pre></figure>"),
         ("a | b\n:- | -:\n1 | 2", "<div><table><thead><tr><th>a</th><th>b</th></tr></thead>"
          "<tbody><tr><td>1</td><td>2</td></tr></tbody></table></div>"),
+        ("a | b\n-|-\n1 | 2 | *3*\n4 |", "<div><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody>"
+         "<tr><td>1</td><td>2 | <em>3</em></td></tr><tr><td>4</td><td></td></tr></tbody></table></div>"),
         ("a | b\n- | x", "<p>a | b</p><ul><li>| x</li></ul>"),
         ("*a *b*", "<p><em>a *b</em></p>"),
         ("*a *b ~~c~~", "<p>*a *b <del>c</del></p>"),
@@ -122,6 +124,14 @@ def test_marks_upon_marks_are_cut(node: Callable[..., Any]) -> None:
     assert node("markdown.js", RUN, ["e\u0301 a" + "\u0300" * 9_000 + " b"]) == [
         f"<p>e\u0301 a{chr(0x300) * 16}… b</p>"
     ]
+
+
+def test_table_has_fifty_columns_at_most(node: Callable[..., Any]) -> None:
+    """A browser took half a minute to lay out 1,500 columns and 3,750 rows, which are 12,000 characters."""
+    [html] = node("markdown.js", RUN, ["|".join("a" * 1500) + "\n" + "|".join("-" * 1500) + "\n" + "b|\n" * 3750])
+    rows = html.split("</tr>")[:-1]
+    assert {(row.count("<th>"), row.count("<td>")) for row in rows} == {(50, 0), (0, 2)}
+    assert (html.count("a |"), html.count("<td>b</td>")) == (1450, 3750), "what is beyond stands in the last column"
 
 
 @pytest.mark.parametrize("unit", ["a\n", "*a* ", "> *a* b\n", "a|b\n|-|-\n*a*|*b*\n", "- a\n"], ids=repr)

@@ -7,6 +7,8 @@ const HEADING = /^ {0,3}(#{1,6})\s/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s/;
 const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
 const DEEPEST = 8;
+// Of a table. Browsers lay out rows × columns, also where rows have few cells; what is beyond goes into the last column.
+const MOST_COLUMNS = 50;
 // What turns the direction of a text around, so that it is read otherwise than it is: of links, names, code.
 const TURNING = /[\u202a-\u202e\u2066-\u2069]/g;
 
@@ -190,10 +192,14 @@ function list(lines, copy, depth) {
 
 function table(rows) {
   const [head, divider, ...body] = rows.map(cells);
+  const columns = Math.min(MOST_COLUMNS, Math.max(head.length, divider.length));
   const side = divider.map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "centre" : "right") : ""));
-  const line = (name, extra) => (row) => make("tr", {}, row.map((cell, at) => {
-    return make(name, { ...(side[at] ? { class: side[at] } : {}), ...extra }, renderInline(cell));
-  }));
+  const line = (name, extra) => (row) => {
+    const texts = row.length > columns ? [...row.slice(0, columns - 1), row.slice(columns - 1).join(" | ")] : row;
+    const made = texts.map((text, at) => make(name, { ...(side[at] ? { class: side[at] } : {}), ...extra }, renderInline(text)));
+    const missing = columns - texts.length;
+    return make("tr", {}, made, missing ? make("td", { colspan: String(missing) }) : []);
+  };
   return make("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": "Table" },
     make("table", {}, make("thead", {}, line("th", { scope: "col" })(head)), make("tbody", {}, body.map(line("td", {})))));
 }
