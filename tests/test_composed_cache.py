@@ -42,7 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "mlxchat" / "composed"
 
 
-def refuse(overrides: list[str]) -> None:
+def refuse(overrides: list[str], primary: Path | None) -> None:
     raise AssertionError(f"composed {overrides}")
 
 

@@ -291,9 +291,9 @@ def test_a_mistake_among_many_settings_is_found_without_composing_each_of_them(
 ) -> None:
     composed: list[int] = []
 
-    def count(overrides: list[str]) -> object:
+    def count(overrides: list[str], primary: Path | None) -> object:
         composed.append(len(overrides))
-        return real(overrides)
+        return real(overrides, primary)
 
     real = compose._compose
     monkeypatch.setattr(compose, "_compose", count)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+import shlex
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +16,7 @@ from mlxchat.config import Config
 from mlxchat.data.vocabulary import vocab_size_of
 from mlxchat.errors import ConfigError
 from mlxchat.model_config import MODELS
-from mlxchat.overrides import as_hydra
+from mlxchat.overrides import as_hydra, implied_experiment
 from mlxchat.validation import find_problems
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
@@ -23,6 +25,22 @@ if TYPE_CHECKING:  # Hydra takes longer to import than everything else together,
 CONF_MODULE = "mlxchat.conf"
 # Paths that Hydra's grammar takes as they stand, as text.
 _PLAIN_OUTPUTS = re.compile(r"outputs=[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*")
+_CONFIG_OPTIONS = {
+    "--config-dir": "--config-dir", "-cd": "--config-dir",
+    "--config-path": "--config-path", "-cp": "--config-path",
+    "--config-name": "--config-name", "-cn": "--config-name",
+}  # fmt: skip
+_HYDRAS_OPTIONS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help")
+# Why Hydra's settings are refused in a run. Those of sweeps go with -m.
+_HYDRAS_SETTINGS = {
+    "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
+    "hydra.output_subdir": "config.yaml of a run lies in OUTPUTS/runs/<time>-<name>",
+    "hydra.job.chdir": "a run stays in its working directory; outputs=PATH says where artifacts go",
+    "hydra.sweep": "is for sweeps: add -m",
+    "hydra/sweeper": "is for sweeps: add -m",
+    "hydra.launcher": "is for sweeps: add -m",
+    "hydra/launcher": "is for sweeps: add -m",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,58 @@ class Composed:
     """What the command line changed."""
     choices: dict[str, str]
     """Group → chosen option."""
+    implied: list[str] = field(default_factory=list)
+    """The experiment that the overrides imply, as an override."""
+    options: list[str] = field(default_factory=list)
+    """`--config-dir` and its like."""
+
+    @property
+    def command(self) -> str:
+        """The command line that composes this, for a shell."""
+        return shlex.join(["mlxchat", *self.options, *self.overrides])
+
+
+def split_options(arguments: list[str]) -> tuple[list[str], list[str], Path | None]:
+    """Return the overrides among arguments, the folders of `--config-dir`, and the file that is composed.
+
+    `--config-name NAME` is the file NAME.yaml of the folder of `--config-path`, of a `--config-dir` or of ours. None
+    stands for our config.yaml.
+
+    Raises:
+        ConfigError: another option is left, or a folder or file is missing.
+    """
+    rest, folders, name, place = [], [], "config", None
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        option, _, value = argument.partition("=")
+        if option in _CONFIG_OPTIONS:
+            value = value or (queue.pop(0) if queue else "")
+            kind = _CONFIG_OPTIONS[option]
+            if kind == "--config-name":
+                name = value.removesuffix(".yaml")
+                continue
+            if not Path(value).is_dir():
+                raise ConfigError(f'{kind}: there is no folder "{value}"')
+            if kind == "--config-dir":
+                folders.append(str(Path(value).resolve()))
+            else:
+                place = Path(value).resolve()
+        elif option in _HYDRAS_OPTIONS:
+            raise ConfigError(f"{option} goes without a verb: mlxchat {option} …")
+        elif argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument}. See: mlxchat --help")
+        else:
+            rest.append(argument)
+    if name == "config" and place is None:
+        return rest, folders, None
+    places = [place] if place is not None else [*map(Path, folders), conf_folder()]
+    primary = next((folder / f"{name}.yaml" for folder in places if (folder / f"{name}.yaml").is_file()), None)
+    if primary is None:
+        searched = ", ".join(map(str, places))
+        hint = "" if name != "config" else ". --config-name NAME reads NAME.yaml; --config-dir DIR only adds options"
+        raise ConfigError(f"there is no {name}.yaml in {searched}{hint}")
+    return rest, folders, None if primary == conf_folder() / "config.yaml" else primary
 
 
 def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -42,21 +112,13 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
     Raises:
         ConfigError: another option is left, or a folder is missing.
     """
-    rest, folders = [], []
-    queue = list(arguments)
-    while queue:
-        argument = queue.pop(0)
-        name, _, value = argument.partition("=")
-        if name in ("--config-dir", "-cd"):
-            value = value or (queue.pop(0) if queue else "")
-            if not Path(value).is_dir():
-                raise ConfigError(f'--config-dir: there is no folder "{value}"')
-            folders.append(str(Path(value).resolve()))
-        elif argument.startswith("-"):
-            raise ConfigError(f"unknown option {argument}. See: mlxchat --help")
-        else:
-            rest.append(argument)
-    return rest, folders
+    overrides, folders, primary = split_options(arguments)
+    if primary is not None:
+        raise ConfigError(
+            f"{primary}: sweeps and `data show` compose config.yaml. Make the file a recipe, DIR/experiment/NAME.yaml, "
+            "and give --config-dir DIR experiment=NAME"
+        )
+    return overrides, folders
 
 
 @cache
@@ -70,36 +132,90 @@ def register_schema() -> None:
         store.store(group="model", name=name, node={"defaults": ["_depth", "_self_"], "depth": int(name[1:])})
 
 
-def compose_config(overrides: list[str], config_dirs: list[str] | None = None) -> Composed:
+def compose_config(overrides: list[str], config_dirs: list[str] | None = None, primary: Path | None = None) -> Composed:
     """Return the typed configuration for overrides in Hydra's syntax.
 
     Args:
         overrides: `group=option`, `key=value`, `+key=value`, `~key`.
         config_dirs: folders with further YAML files, searched after the built-in ones.
+        primary: the file to compose in place of our config.yaml, which it may include; its folder is searched before
+            the built-in files, and no experiment is implied.
 
     Raises:
         ConfigError: everything that is wrong, with the nearest right names.
     """
-    place = _place_of_outputs(overrides) if not config_dirs else None
+    folders = config_dirs or []
+    place = _place_of_outputs(overrides) if not folders and primary is None else None
     if place is not None:
         other = compose_config([each for each in overrides if not each.startswith("outputs=")])
-        return Composed(replace(other.config, outputs=place), overrides, other.choices)
-    kept = ComposedCache(overrides, config_dirs or [], conf_folder())
-    known = kept.recall()
+        return replace(other, config=replace(other.config, outputs=place), overrides=overrides)
+    refuse_hydras(overrides)
+    options = [word for folder in folders for word in ("--config-dir", folder)]
+    if primary is not None:
+        options += ["--config-path", str(primary.parent), "--config-name", primary.stem]
+    implied = implied_experiment(overrides) if primary is None else []
+    kept = ComposedCache(overrides, folders, conf_folder()) if primary is None else None
+    known = kept.recall() if kept is not None else None
     if known is not None:
         _check(known[0])
-        return Composed(known[0], overrides, known[1])
+        return Composed(known[0], overrides, known[1], implied, options)
     register_schema()
-    search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs)}]"] if config_dirs else []
+    search = search_path(folders, primary)
     try:
-        composed = _compose(overrides + search)
+        composed = _compose([*overrides, *search], primary)
     except _refusals() as error:
-        raise ConfigError(_diagnose(overrides, search, error)) from None
+        if primary is not None:
+            with suppress(*_refusals()):
+                _check_hydras(_compose(search, primary))
+        raise ConfigError(_diagnose(overrides, search, error, primary)) from None
+    _check_hydras(composed)
     choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
     choices = {group: option for group, option in choices.items() if "hydra" not in group}
     config = to_typed(composed)
-    kept.keep(config, choices)
-    return Composed(config, overrides, choices)
+    if kept is not None:
+        kept.keep(config, choices)
+    return Composed(config, overrides, choices, implied, options)
+
+
+def search_path(config_dirs: list[str], primary: Path | None = None) -> list[str]:
+    """Return the override that makes Hydra search further folders; nothing if there are none."""
+    places = [*([f"pkg://{CONF_MODULE}"] if primary else []), *(f"file://{folder}" for folder in config_dirs)]
+    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+
+
+def refuse_hydras(overrides: list[str]) -> None:
+    """Refuse settings of Hydra's own, which a single run would ignore.
+
+    Raises:
+        ConfigError: each, with the reason.
+    """
+    problems = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+            reasons = (text for prefix, text in _HYDRAS_SETTINGS.items() if key.startswith(prefix))
+            problems.append(f"{override}: {next(reasons, 'has no effect on a run')}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_hydras(composed: DictConfig) -> None:
+    """Refuse settings of Hydra's own in YAML files that a run would ignore, and a file without our schema."""
+    from omegaconf import OmegaConf
+
+    found = {
+        "hydra.run.": composed.hydra.run.dir != ".",
+        "hydra.output_subdir": composed.hydra.output_subdir is not None,
+        "hydra.job.chdir": bool(composed.hydra.job.chdir),
+    }
+    problems = [f"{key.rstrip('.')} in a YAML file: {_HYDRAS_SETTINGS[key]}" for key, is_set in found.items() if is_set]
+    if OmegaConf.get_type(composed) is not Config:
+        name = composed.hydra.job.config_name
+        problems = [
+            f"{name}.yaml has not our schema: begin its defaults list with `- config`, and end it with `- _self_`"
+        ]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _place_of_outputs(overrides: list[str]) -> str | None:
@@ -183,14 +299,17 @@ def _refusals() -> tuple[type[Exception], ...]:
     return (HydraException, OmegaConfBaseException, ValueError)
 
 
-def _compose(overrides: list[str]) -> DictConfig:
-    from hydra import compose, initialize_config_module
+def _compose(overrides: list[str], primary: Path | None = None) -> DictConfig:
+    from hydra import compose, initialize_config_dir, initialize_config_module
 
+    if primary is not None:
+        with initialize_config_dir(str(primary.parent), version_base="1.3"):
+            return compose(primary.stem, as_hydra(overrides, imply=False), return_hydra_config=True)
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
         return compose("config", as_hydra(overrides), return_hydra_config=True)
 
 
-def _diagnose(overrides: list[str], search: list[str], error: Exception) -> str:
+def _diagnose(overrides: list[str], search: list[str], error: Exception, primary: Path | None) -> str:
     """Return one line per override that is wrong; Hydra itself stops at the first."""
     from mlxchat.misspelling import explain_override, first_line
 
@@ -200,19 +319,20 @@ def _diagnose(overrides: list[str], search: list[str], error: Exception) -> str:
     found: dict[str, str] = {}
     around = list(search)
     for override in of_groups:
-        wrong = _wrong_ones([override], around)
-        found |= {each: explain_override(each, error, groups, partial(_compose, around)) for each, error in wrong}
+        wrong = _wrong_ones([override], around, primary)
+        default = partial(_compose, around, primary)
+        found |= {each: explain_override(each, error, groups, default) for each, error in wrong}
         around = [*around, override] if not wrong else around
     keys = [override for override in overrides if override not in of_groups]
     found |= {
-        override: explain_override(override, alone, groups, partial(_compose, around))
-        for override, alone in _wrong_ones(keys, around)
+        override: explain_override(override, alone, groups, partial(_compose, around, primary))
+        for override, alone in _wrong_ones(keys, around, primary)
     }
     problems = [found[override] for override in overrides if override in found]
     return "\n".join(problems) if problems else first_line(error)
 
 
-def _wrong_ones(overrides: list[str], around: list[str]) -> list[tuple[str, Exception]]:
+def _wrong_ones(overrides: list[str], around: list[str], primary: Path | None) -> list[tuple[str, Exception]]:
     """Return the overrides that do not compose with those around them, each with what that raises.
 
     Halves of them are tried together, since composing takes half a second and most are right.
@@ -220,10 +340,10 @@ def _wrong_ones(overrides: list[str], around: list[str]) -> list[tuple[str, Exce
     if not overrides:
         return []
     try:
-        _compose([*around, *overrides])
+        _compose([*around, *overrides], primary)
     except _refusals() as error:
         if len(overrides) == 1:
             return [(overrides[0], error)]
         middle = len(overrides) // 2
-        return _wrong_ones(overrides[:middle], around) + _wrong_ones(overrides[middle:], around)
+        return _wrong_ones(overrides[:middle], around, primary) + _wrong_ones(overrides[middle:], around, primary)
     return []

@@ -17,8 +17,8 @@ _LISTED_GROUPS = (
 _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
 
 
-def as_hydra(overrides: list[str]) -> list[str]:
-    """Return overrides for Hydra, the implied experiment included.
+def as_hydra(overrides: list[str], *, imply: bool = True) -> list[str]:
+    """Return overrides for Hydra, with `imply` the implied experiment included.
 
     - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline.
     - `+experiment=smoke` becomes `experiment=smoke`.
@@ -26,7 +26,7 @@ def as_hydra(overrides: list[str]) -> list[str]:
     - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`) needs no `+`.
     - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf merges a new task, but sets none.
     """
-    return [*implied_experiment(overrides), *map(_as_hydra, overrides)]
+    return [*(implied_experiment(overrides) if imply else ()), *map(_as_hydra, overrides)]
 
 
 def implied_experiment(overrides: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -162,7 +161,7 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
         "overrides": composed.overrides,
         "started": now(),
         "targets": composed.config.targets or list(composed.config.pipeline),
-        "command": shlex.join(["mlxchat", *composed.overrides]),
+        "command": composed.command,
         "cost_per_hour": composed.config.report.cost_per_hour,
         "steps": entries_of(plan),
     }

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlxchat.compose import compose_config, group_options, split_config_dirs
+from mlxchat.compose import compose_config, group_options, split_options
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.records import now
 from mlxchat.runner.sealed import write_whole
@@ -48,13 +48,13 @@ def main(arguments: list[str]) -> int:
         kinds = "\n".join(f"  {kind:<20} {purpose}" for kind, (_, _, purpose) in KINDS.items())
         print(_USAGE.format(kinds=kinds), end="")
         return 0
-    overrides, config_dirs = split_config_dirs([argument for argument in arguments if argument != "--json"])
+    overrides, config_dirs, primary = split_options([argument for argument in arguments if argument != "--json"])
     kind = overrides.pop(0) if overrides and "=" not in overrides[0] else ""
     if kind not in KINDS:
         problem = f'there is no bench "{kind}"' if kind else "say what to measure"
         raise ConfigError(f"{problem}: {', '.join(KINDS)}.{suggest(kind, KINDS)} See: mlxchat bench --help")
 
-    config = compose_config(_with_defaults(overrides), config_dirs).config
+    config = compose_config(_with_defaults(overrides), config_dirs, primary).config
     module, function, _ = KINDS[kind]
     measuring = import_module(f"mlxchat.bench.{module}")
     record: dict[str, Any] = getattr(measuring, function)(config)

@@ -49,7 +49,7 @@ _NAMING = ("chat", "show", "lineage", "diff", "pin", "verify", "export", "fuse",
 _SETTING = ("run", "plan", "graph", "bench", "data")
 _DATA = ("fetch", "ls", "rm", "show")
 _OPTIONS = {
-    "run": ["--multirun", "--cfg", "--config-dir", "--plan", "--fail-fast", "--help"],
+    "run": ["--multirun", "--cfg", "--info", "--config-dir", "--config-name", "--config-path", "--fail-fast", "--help"],
     "plan": ["--json", "--exit-code", "--config-dir"],
     "status": ["--json"], "ls": ["--stage", "--json"], "show": ["--json", "--examples", "--task", "--iteration"],
     "lineage": ["--up", "--down", "--json"],

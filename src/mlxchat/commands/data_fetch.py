@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser, split_words
 from mlxchat.commands.needs import find_sources
-from mlxchat.compose import compose_config, split_config_dirs
+from mlxchat.compose import Composed, compose_config, split_options
 from mlxchat.errors import DataError, PassingError
 from mlxchat.runner.progress import format_bytes
 from mlxchat.visible import visible
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="files at a time (default: 4)")
     parser.add_argument("--dry-run", action="store_true", help="list everything and fetch nothing")
     options, rest = parser.parse_known_args(arguments)
-    words, dirs = split_config_dirs(rest)
+    words, dirs, primary = split_options(rest)
     repositories, settings = split_words(words)
     from mlxchat.hub.client import fetch_files, fetch_url, list_files
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
             if not groups[name]:
                 raise DataError(f"{name} at {options.revision} has no file like {options.files}")
     else:
-        groups, urls = find_needs(settings, dirs, measure=not options.dry_run)
+        groups, urls = find_needs(compose_config(settings, dirs, primary), measure=not options.dry_run)
     for title, files in groups.items():
         left = sum(file.bytes for file in files if not file.is_there())
         size = format_bytes(sum(file.bytes for file in files))
@@ -84,9 +84,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def find_needs(
-    settings: list[str], dirs: list[str], *, measure: bool
-) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
+def find_needs(composed: Composed, *, measure: bool) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
     """Return title → files of the Hub, and address → sha256 (None: not known), that the steps to run will read.
 
     With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
@@ -94,7 +92,7 @@ def find_needs(
     from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.store import Store
 
-    config = compose_config(settings, dirs).config
+    config = composed.config
     store = Store(Path(config.outputs))
     plan = [step for step in plan_of(config, store) if not step.done]
     groups: dict[str, list[HubFile]] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.compose import compose_config, split_config_dirs
+from mlxchat.compose import compose_config, split_options
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.visible import visible
 
@@ -21,8 +21,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.store import Store
 
-    overrides, config_dirs = split_config_dirs(rest)
-    config = compose_config(overrides, config_dirs).config
+    config = compose_config(*split_options(rest)).config
     plan = plan_of(config, Store(Path(config.outputs)))
     print(visible(_FORMATS[options.format](plan)))
     return 0

@@ -33,6 +33,7 @@ Further options
   --fail-fast               a step that fails stops the others too
   --cfg job [-p SECTION]    print the composed configuration (--resolve: with its references resolved)
   --config-dir DIR          find further YAML files in DIR
+  -cn NAME, -cp DIR         compose NAME.yaml of DIR (or of a --config-dir) in place of our config.yaml
   --shell-completion, --hydra-help, --info    Hydra's own
   --version, --help
 

@@ -10,11 +10,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mlxchat.compose import compose_config, register_schema
+from mlxchat.compose import CONF_MODULE, compose_config, register_schema, search_path, split_options
 from mlxchat.errors import ConfigError
 from mlxchat.overrides import as_hydra
 
-_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
+_WITH_VALUE = ("--cfg", "-c", "--package", "-p")
+_INFO = ("--info", "-i")
+_COMPLETION = ("--shell-completion", "-sc")
+_ALONE = (*_INFO, "--resolve", "--hydra-help", "--run", "-r", "--multirun", "-m")
+_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 def run_with_hydra(arguments: list[str]) -> int:
@@ -23,17 +27,13 @@ def run_with_hydra(arguments: list[str]) -> int:
     Raises:
         ConfigError: the composition is wrong, or the options ask for nothing to be shown.
     """
-    if not any("--config-dir" in argument or "-cd" in argument for argument in arguments):
-        compose_config(_settings(arguments))  # its mistakes, as a run names them; a user's folders are Hydra's to check
     register_schema()
-    if settings := _settings(arguments):  # in one place: argparse takes overrides in one piece only
-        place = arguments.index(settings[0])
-        rest = [argument for argument in arguments if argument not in settings]
-        arguments = [*rest[:place], *as_hydra(settings), *rest[place:]]
+    if not {*_COMPLETION} & {*arguments}:  # what follows that is a word, not an override
+        arguments = _prepare(arguments)
     # Otherwise Hydra prints its own errors and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
-    @hydra.main(version_base="1.3", config_path="pkg://mlxchat.conf", config_name="config")
+    @hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name="config")
     def refuse(composed: DictConfig) -> None:
         raise ConfigError("-p SECTION and --resolve go with --cfg job")
 
@@ -47,14 +47,22 @@ def run_with_hydra(arguments: list[str]) -> int:
     return 0
 
 
-def _settings(arguments: list[str]) -> list[str]:
-    """Return the overrides among arguments."""
-    found, queue = [], list(arguments)
+def _prepare(arguments: list[str]) -> list[str]:
+    """Return the arguments for Hydra's parser; mistakes in the settings are refused as a run refuses them."""
+    flags, rest = [], []
+    queue = list(arguments)
     while queue:
         argument = queue.pop(0)
-        if argument in _WITH_VALUE:
-            queue = queue[1:]
-        elif not argument.startswith("-"):
-            found.append(argument)
-    # What Hydra calls an override after --shell-completion is a word of its own.
-    return [] if {"--shell-completion", "-sc"} & set(arguments) else found
+        option = argument.partition("=")[0]
+        if option in (*_WITH_VALUE, *_ALONE):
+            flags.append(argument)
+            takes = argument in _WITH_VALUE or (argument in _INFO and queue[:1] and queue[0] in _TOPICS)
+            flags += [queue.pop(0)] if takes and queue else []
+        else:
+            rest.append(argument)
+    overrides, folders, primary = split_options(rest)
+    of_hydra = [each for each in overrides if each.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    compose_config([each for each in overrides if each not in of_hydra], folders, primary)
+    if primary is not None:
+        flags += ["--config-path", str(primary.parent), "--config-name", primary.stem]
+    return [*flags, *as_hydra(overrides, imply=primary is None), *search_path(folders, primary)]

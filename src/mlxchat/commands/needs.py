@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 from mlxchat.compose import Composed
 from mlxchat.config import Config, TaskItem
-from mlxchat.overrides import implied_experiment
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes, format_seconds
 
@@ -128,7 +127,7 @@ def describe_recipe(
 
     Nothing is yielded for a plan that downloads nothing, takes less than a day and whose experiment was not implied.
     """
-    implied = implied_experiment(composed.overrides)
+    implied = composed.implied
     waiting = [step for step in plan if not step.done]
     seconds = sum(each.seconds for each in times.values())
     if not waiting or not (implied or downloads or seconds > _DAY):

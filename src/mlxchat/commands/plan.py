@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
     options, rest = parser.parse_known_args(arguments)
     from mlxchat.commands.needs import describe_recipe, find_downloads
-    from mlxchat.compose import compose_config, split_config_dirs
+    from mlxchat.compose import compose_config, split_options
     from mlxchat.ops.machine import device_kind
     from mlxchat.pipeline_run import plan_of
     from mlxchat.planning.duration import estimate_pretraining
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.runner.plan_table import format_plan
     from mlxchat.runner.store import Store
 
-    composed = compose_config(*split_config_dirs(rest))
+    composed = compose_config(*split_options(rest))
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
     memory = describe_memory(config, plan)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mlxchat.compose import compose_config, split_config_dirs
-from mlxchat.overrides import implied_experiment
+from mlxchat.compose import compose_config, split_options
 from mlxchat.pipeline_run import run_pipeline
 
 _SWEEP_FLAGS = {"-m", "--multirun"}
@@ -34,13 +33,14 @@ def main(arguments: list[str]) -> int:
         from mlxchat.sweep.search import run_search
 
         return run_search(arguments)
-    overrides, config_dirs = split_config_dirs(arguments)
-    composed = compose_config(overrides, config_dirs)
+    composed = compose_config(*split_options([argument for argument in arguments if argument not in ("-r", "--run")]))
     if composed.config.sweep.kind != "none":  # chosen by a file of the user's
         from mlxchat.sweep.search import run_search
 
         return run_search(arguments)
-    if implied := implied_experiment(overrides):
-        print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
+    if composed.implied:
+        print(
+            f"recipe: {composed.implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True
+        )
     run_pipeline(composed)
     return 0

@@ -1,0 +1,109 @@
+"""What Hydra's users expect: files of their own by --config-name and --config-path, --cfg, --info, hydra.* settings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kit.commands import run_here
+from mlxchat.compose import compose_config, split_options
+from mlxchat.errors import ConfigError
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder with a primary file that builds on ours, and a recipe."""
+    (tmp_path / "mine.yaml").write_text(
+        "defaults:\n  - config\n  - override model: d6\n  - override experiment: smoke\n  - _self_\nname: mine\n"
+    )
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "recipe.yaml").write_text(
+        "# @package _global_\ndefaults: [smoke, _self_]\nname: recipe\n"
+    )
+    return tmp_path
+
+
+def test_a_file_of_ones_own_is_the_configuration(own: Path) -> None:
+    """-cn and -cp were unknown options."""
+    for words in (["-cn", "mine", "-cd", str(own)], [f"--config-path={own}", "--config-name", "mine.yaml", "model=d3"]):
+        overrides, folders, primary = split_options(words)
+        composed = compose_config(overrides, folders, primary)
+        assert primary == own / "mine.yaml"
+        assert composed.config.name == "mine"
+        assert composed.config.model.name == ("d3" if overrides else "d6")
+        assert (composed.choices["experiment"], composed.config.pretrain.num_iterations) == ("smoke", 20)
+        assert composed.implied == [], "the file is the recipe"
+        assert split_options(composed.command.split()[1:])[1:] == (folders, primary)
+
+
+@pytest.mark.parametrize("sign", ["", "+"])
+def test_a_recipe_of_ones_own_is_chosen_with_or_without_a_plus(sign: str, own: Path) -> None:
+    composed = compose_config([f"{sign}experiment=recipe"], [str(own)])
+    assert composed.config.name == "recipe"
+    assert composed.command == f"mlxchat --config-dir {own} {sign}experiment=recipe"
+
+
+def test_missing_files_and_folders_are_named(own: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no nope\.yaml in .*conf"):
+        split_options(["-cn", "nope"])
+    with pytest.raises(ConfigError, match=rf"there is no config\.yaml in {own}.*--config-name NAME"):
+        split_options(["-cp", str(own)])
+    with pytest.raises(ConfigError, match='--config-path: there is no folder "/nowhere"'):
+        split_options(["-cp", "/nowhere", "-cn", "mine"])
+
+
+def test_a_file_without_the_schema_is_refused_with_what_to_write(own: Path) -> None:
+    (own / "bare.yaml").write_text("name: x\n")
+    for overrides in ([], ["seed=1"]):
+        with pytest.raises(
+            ConfigError, match=r"bare\.yaml has not our schema: begin its defaults list with `- config`"
+        ):
+            compose_config(overrides, [], own / "bare.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("hydra.run.dir=x", r"a run's folder is OUTPUTS/runs/.*outputs=PATH"),
+        ("hydra.run.dir=${now:%Y}", r"a run's folder is"),
+        ("hydra.output_subdir=x", r"config\.yaml of a run"),
+        ("hydra.job.chdir=true", r"working directory"),
+        ("hydra.sweep.dir=x", r"add -m"),
+        ("hydra/launcher=joblib", r"add -m"),
+        ("+hydra.sweeper.params={seed: 1}", r"add -m"),
+        ("hydra.verbose=true", r"no effect on a run"),
+    ],
+)
+def test_a_setting_of_hydra_is_refused_where_it_would_be_ignored(override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(override)}: .*{reason}"):
+        compose_config([override])
+
+
+def test_a_setting_of_hydra_in_a_file_is_refused_too(own: Path) -> None:
+    (own / "moved.yaml").write_text("defaults: [config, _self_]\nhydra: {run: {dir: elsewhere}, job: {chdir: true}}\n")
+    with pytest.raises(ConfigError, match=r"hydra\.run in a YAML file: .*\nhydra\.job\.chdir in a YAML file"):
+        compose_config([], [], own / "moved.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--cfg", "job", "-p", "model"], r"depth: 6\naspect_ratio: 32"),
+        (["--cfg", "job", "--resolve", "-p", "model", "model=d2"], r"name: d2\ndepth: 2"),
+        (["--info", "searchpath"], r"pkg://mlxchat\.conf"),
+        (["-i", "defaults"], r"experiment/smoke"),
+    ],
+    ids=lambda part: part[-1] if isinstance(part, list) else "",
+)
+def test_hydras_own_options_show_a_file_of_ones_own(
+    words: list[str], shown: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("run", *words, "-cn", "mine", "-cd", str(own)) == 0
+    assert re.search(shown, capsys.readouterr().out)
+
+
+def test_hydras_own_options_are_refused_after_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("plan", "--info") == 2
+    assert capsys.readouterr().err == "error: --info goes without a verb: mlxchat --info …\n"
