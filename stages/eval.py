@@ -19,6 +19,7 @@ from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.chat_scores import Score, record_suite
 from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
+from mlxchat.evals.forecast import memory
 from mlxchat.evals.ngram import ngram_bits_per_byte
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts, continue_prompts
@@ -26,7 +27,7 @@ from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
-from mlxchat.planning.memory import answers_of_eval, find_device, forward_tokens
+from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.runner.records import Records
 
@@ -44,6 +45,7 @@ READS_IF = {
 INPUTS = {"checkpoint": "checkpoint"}
 OPTIONAL_INPUTS = {"corpus": "corpus"}
 PRODUCES = "scores"
+FORECAST = "mlxchat.evals.forecast"
 OUTPUTS = ["scores.json", "examples.parquet"]
 METRICS = {
     "val_bpb": "minimize if corpus",
@@ -68,8 +70,7 @@ def run(ctx: Context) -> None:
     model, tokenizer, facts = load_for_inference(ctx.inputs["checkpoint"], dtype)
     chats = facts["format"] == "chat"
     throughput = measure_throughput(model)
-    device = find_device(ctx.config.machine, ask_mlx=True)
-    rows = answers_of_eval(ctx.step, device, model.sizes, config.max_new_tokens)
+    rows = memory(ctx.config, ctx.stage, model.sizes).on(ctx.config.machine, ask_mlx=True).rows(ctx.step)
     engine = make_engine(ctx.team, model, tokenizer, max_rows=rows)
     examples: list[dict[str, Any]] = []
     scores: dict[str, Any] = {

@@ -14,6 +14,7 @@ CONFIG = ["imported"]
 INPUTS: dict[str, str] = {}
 OPTIONAL_INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
+FORECAST = "mlxchat.interop.importing"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",
     "config.json",

@@ -11,6 +11,7 @@ VERSION = 3
 CONFIG = ["optimizer", "midtrain", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
+FORECAST = "mlxchat.training.forecast_finetune"
 FORMAT = "chat"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",

@@ -22,6 +22,7 @@ from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
 from mlxchat.training.best import Best
+from mlxchat.training.forecast_pretrain import memory
 from mlxchat.training.hooks import core_hooks, train_text_hooks
 from mlxchat.training.loop import Hook, fit
 
@@ -29,6 +30,7 @@ VERSION = 4
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
 INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
 PRODUCES = "checkpoint"
+FORECAST = "mlxchat.training.forecast_pretrain"
 FORMAT = "base"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
 METRICS = {
@@ -62,7 +64,7 @@ def run(ctx: Context) -> None:
     row_tokens = config.batch.row_tokens
     rows_per_iteration = derived.batch_tokens // row_tokens
     keeps_best = config.keep == "best"
-    micro_batch = choose_micro_batch(ctx, sizes, rows=rows_per_iteration, row_tokens=row_tokens)
+    micro_batch = choose_micro_batch(ctx, memory(ctx.config, ctx.stage, sizes))
     numbers = {**derive_numbers(derived, sizes, micro_batch.tokens), **micro_batch.numbers()}
     ctx.derive(numbers, shown=("num_parameters", "tokens_per_iteration", "num_iterations", "total_tokens"))
     model = GPT(sizes)

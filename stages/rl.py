@@ -15,6 +15,7 @@ from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.planning.memory import choose_micro_batch
+from mlxchat.rl.forecast import describe
 from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
@@ -25,6 +26,7 @@ VERSION = 5
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
+FORECAST = "mlxchat.rl.forecast"
 FORMAT = "chat"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",
@@ -64,12 +66,8 @@ def run(ctx: Context) -> None:
     updates = updates_per_rollout(config)
     # A copy of the trained weights. Of adapters it is small: adapters that are not trained yet leave the base as it is.
     reference = trained_parameters(model) if config.kl_coefficient > 0 else None
-    micro_batch = choose_micro_batch(
-        ctx,
-        model.sizes,
-        rows=samples_per_iteration,
-        row_tokens=longest_prompt(tokenizer, practice, held_out) + config.max_new_tokens,
-    )
+    row_tokens = longest_prompt(tokenizer, practice, held_out) + config.max_new_tokens
+    micro_batch = choose_micro_batch(ctx, describe(config, ctx.config.optimizer, model.sizes, row_tokens))
     ctx.derive(
         {
             "num_iterations": num_iterations,

@@ -77,6 +77,13 @@ def find_fusing_problems(
             yield f"pipeline.{name}: {source} trains all weights, so it has no adapters to fuse. Leave it out{remedy}"
 
 
+def adapter_remedies(stage: str, sizes: AdapterSizes | None) -> tuple[str, ...]:
+    """Return the setting of a stage's adapters that lowers the need for memory, if there is one."""
+    if sizes is None:
+        return (f"{stage}.adapter.kind=lora",)
+    return (f"{stage}.adapter.bits=4",) if sizes.bits is None else ()
+
+
 def adapter_sizes_of(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterSizes | None:
     """Return what adapters are on a model; None: there are none.
 

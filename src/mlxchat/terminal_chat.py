@@ -81,9 +81,9 @@ class Chat:
         sizes = sizes_of_folder(folder)
         decoding = Decoding(
             sizes=sizes, device=find_device(ask_mlx=True), row_tokens=sizes.context_tokens, bits=bits, kv_bits=kv_bits,
-            kept_tokens=KEPT_TOKENS,
+            kept_tokens=KEPT_TOKENS, remedies=("--kv-bits 4",) if kv_bits is None else (),
         )  # fmt: skip
-        decoding.rows(folder.name, most=1, remedies=["--kv-bits 4"] if kv_bits is None else [])
+        decoding.rows(folder.name, most=1)
         model, tokenizer, facts = load_for_inference(folder)
         continues = facts.get("format") != "chat"
         if continues and system:

@@ -146,7 +146,7 @@ def test_a_report_counts_the_parameters_of_the_whole_model(outputs: Path) -> Non
 
 
 def test_what_fits_on_a_plan_is_told_of_a_model_with_adapters(outputs: Path) -> None:
-    from mlxchat.planning.given import measure_teacher
+    from mlxchat.training.forecast_finetune import measure_teacher
 
     tuned, base = (Store(outputs).resolve(name) for name in ("sft", "base"))
     assert measure_teacher(tuned) == measure_teacher(base)

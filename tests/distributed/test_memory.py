@@ -12,7 +12,7 @@ from kit import ranks
 from mlxchat.distributed.team import Team
 from mlxchat.engine.rank_engine import clear_caches
 from mlxchat.ops.loss import Mix
-from mlxchat.planning.given import TeacherSize
+from mlxchat.planning.memory import TeacherSize
 from mlxchat.training.teacher import Distillation, OutsideTeacher
 from mlxchat.training.team_step import send_teacher
 

@@ -23,8 +23,7 @@ from mlxchat.model.replicas import model_on
 from mlxchat.model.sizes import sizes_of
 from mlxchat.ops.loss import Mix
 from mlxchat.optim.optimizer import Optimizer, Rates
-from mlxchat.planning.given import TeacherSize
-from mlxchat.planning.memory import Training, predict_peak
+from mlxchat.planning.memory import TeacherSize, Training, predict_peak
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.teacher import Distillation, OwnTeacher
 from mlxchat.training.team_step import make_step

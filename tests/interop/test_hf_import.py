@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.import_config import ImportConfig
-from mlxchat.interop.importing import import_model, pins_of, sizes_of_import
+from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.interop.pickled_tokenizer import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.fingerprint import hash_file
@@ -86,7 +86,7 @@ def test_numbers_sizes_and_token_ids_are_the_same(hf: Twin, tmp_path: Path) -> N
     assert all(np.array_equal(found[name], numbers) for name, numbers in hf.tensors.items())
     model, tokenizer, facts = load_checkpoint(out)
     assert (model.sizes, facts["format"]) == (hf.sizes, "chat")
-    assert sizes_of_import(config_of(hf.folder)) == hf.sizes
+    assert model_sizes(config_of(hf.folder)) == hf.sizes
     theirs = json.loads((hf.folder / "tokenizer.json").read_text())
     assert {token["content"]: token["id"] for token in theirs["added_tokens"]} == tokenizer.special_ids
     assert tokenizer.encode("Hello ab world") == read_tokenizer(
@@ -244,7 +244,7 @@ def test_sizes_of_no_model_are_refused_at_once(hf: Twin, key: str, value: Any) -
     """A config.json of a billion layers filled memory with the names of its parameters."""
     change(hf.folder, **{key: value})
     with pytest.raises(DataError, match=f"{hf.folder}: "):
-        sizes_of_import(config_of(hf.folder))
+        model_sizes(config_of(hf.folder))
 
 
 def test_a_checkpoint_of_a_billion_layers_is_refused(twin: Twins, tmp_path: Path) -> None:
@@ -257,4 +257,4 @@ def test_a_checkpoint_of_a_billion_layers_is_refused(twin: Twins, tmp_path: Path
     meta = made.folder / "meta_000007.json"
     meta.write_text(meta.read_text().replace('"n_layer": 2', '"n_layer": 1000000000'))
     with pytest.raises(DataError, match="num_layers is 1000000000"):
-        sizes_of_import(made.config())
+        model_sizes(made.config())

@@ -12,7 +12,7 @@ from mlxchat.commands.chat import main as chat
 from mlxchat.compose import compose_config
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
-from mlxchat.interop.importing import import_model, pins_of, sizes_of_import
+from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.interop.outside_folder import outside_folder
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.runner.fingerprint import hash_file
@@ -35,7 +35,7 @@ def test_a_repository_and_a_folder_of_the_same_files_are_one_model(hub: Any, twi
     made = twin(prefix="_orig_mod.", later=True)
     config = offered(hub, made)
     assert pins_of(config, hash_file) == pins_of(made.config(), hash_file)
-    assert sizes_of_import(config) == made.sizes
+    assert model_sizes(config) == made.sizes
     assert hub.requests("model_000007.pt") == []  # the listing tells its checksum
     for name, settings in (("a", config), ("b", made.config())):
         (tmp_path / name).mkdir()

@@ -18,7 +18,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.hub import listings
 from mlxchat.import_config import ImportConfig
-from mlxchat.interop.importing import import_model, pins_of, sizes_of_import
+from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.runner.fingerprint import hash_file
@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
             pins = pins_of(config, hash_file)
             found[repository] = {
                 "folder": folder, "loaded": load_checkpoint(folder), "expected": expected[repository], "pins": pins,
-                "externals": externals, "sizes": (sizes, sizes_of_import(config)),
+                "externals": externals, "sizes": (sizes, model_sizes(config)),
             }  # fmt: skip
     listings.forget()
     yield found

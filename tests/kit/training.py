@@ -12,10 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from kit.models import VOCABULARY, composed
-from mlxchat.config import OptimizerConfig, RLConfig, ScheduleConfig
+from mlxchat.config import Config, OptimizerConfig, RLConfig, ScheduleConfig
 from mlxchat.model.gpt import GPT
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
+from mlxchat.planning.memory import Training, memory_of
 from mlxchat.runner.context import Context
+from mlxchat.runner.stage import read_stage
 from mlxchat.training.batches import Batch, mean_batch
 
 Rows = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
@@ -50,6 +53,13 @@ def make_rows(count: int = 3, *, seed: int = 0, tokens: int = 16) -> Rows:
     """Return rows of random ids with the next ones as targets."""
     ids = np.random.default_rng(seed).integers(0, VOCABULARY, (count, tokens + 1)).astype(np.int32)
     return [(row[:-1], row[1:]) for row in ids]
+
+
+def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training:
+    """Return what the memory of a stage's training depends on, by its forecast, on the configuration's machine."""
+    found = memory_of(config, read_stage(stage), sizes)
+    assert isinstance(found, Training)
+    return found
 
 
 class NumberedBatches:

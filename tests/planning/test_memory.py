@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.training import training_of
 from mlxchat.cli import main
 from mlxchat.compose import compose_config
 from mlxchat.config import Config, TaskItem
@@ -36,7 +37,6 @@ from mlxchat.planning.memory import (
     predict_forward_bytes,
     predict_peak,
     rows_at_a_time,
-    training_of,
 )  # fmt: skip
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.store import Store
@@ -233,7 +233,7 @@ def test_a_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path: Path) 
         config = config_of("machine=cpu")
         config.machine = replace(config.machine, **changes)
         context: Any = SimpleNamespace(step="toy", stage="sft", config=config, team=None, work=tmp_path)
-        return choose_micro_batch(context, SIZES, rows=12, row_tokens=128).tokens
+        return choose_micro_batch(context, training(None)).tokens
 
     small = replace(training(None), device=Device()).peak_bytes(3)
     first = chosen(small)
@@ -305,8 +305,9 @@ def test_a_refusal_comes_before_anything_is_written_with_exit_code_2(
 
 def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
     code = (
-        "import sys, json; from mlxchat.compose import compose_config; from mlxchat.planning import memory as m;"
-        "config = compose_config([]).config; m.training_of(config, 'pretrain').peak_bytes(1);"
+        "import sys, json; from mlxchat.compose import compose_config; from mlxchat.planning.memory import memory_of;"
+        "from mlxchat.runner.stage import read_stage; config = compose_config([]).config;"
+        "[memory_of(config, read_stage(name)) for name in ('pretrain', 'sft', 'rl', 'eval')];"
         "print(json.dumps('mlx' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -373,7 +374,6 @@ def test_rollouts_with_rounded_weights_hold_these_beside_the_models_own() -> Non
     sampling = []
     for overrides in ([], ["rl.rollout_bits=8"]):
         found = training_of(config_of("machine=cpu", *overrides), "rl", SIZES)
-        assert found is not None
         sampling.append(predict_peak(found, 1).sampling)
     counts = count_parameters(SIZES)
     assert sampling[1] - sampling[0] > counts["matrices"] + counts["head"], "a byte for each number, and more"
@@ -384,7 +384,6 @@ def test_sampled_rows_are_the_most_that_fit() -> None:
 
     def sampled(limit: int | None) -> int:
         found = training_of(config, "rl", SIZES)
-        assert found is not None
         found = replace(found, row_tokens=128, sampled_tokens=128, device=training(limit).device)
         return predict_peak(found, 1).sampled_rows
 
@@ -401,9 +400,6 @@ def test_samples_and_generated_answers_count_in_the_peak_of_a_training() -> None
     config.midtrain = replace(config.midtrain, suite={"choice": TaskItem(task="kinds_mc")})
     config.sft = replace(config.sft, suite={"sums": TaskItem(task="gsm8k")}, suite_max_new_tokens=1000)
     pretrain, midtrain, sft = (training_of(config, stage, SIZES) for stage in ("pretrain", "midtrain", "sft"))
-    assert pretrain is not None
-    assert midtrain is not None
-    assert sft is not None
     assert (pretrain.sampled_rows, pretrain.sampled_tokens) == (1, 4 + 7), "a token has a byte at least"
     assert midtrain.sampled_rows == 0, "choices are no generated answers"
     assert (sft.sampled_rows, sft.sampled_tokens) == (32, 128 + 1000)
@@ -428,14 +424,12 @@ D32 = GPTSizes(
 def test_grpo_on_d32_is_admitted_where_it_fits(overrides: list[str], fits: bool) -> None:
     config = config_of("experiment=grpo_nanochat_d32", *overrides)
     training = training_of(config, "rl", D32)
-    assert training is not None
     assert training.row_tokens == 320 + 256, "the longest prompt of GSM8K and rl.max_new_tokens, not the context"
     assert (rows_at_a_time(training, config.machine) > 0) is fits
 
 
 def test_rows_of_rl_are_the_context_where_the_task_does_not_bound_its_prompts() -> None:
     training = training_of(config_of(), "rl")
-    assert training is not None
     assert training.row_tokens == training.sizes.context_tokens
 
 
@@ -459,7 +453,7 @@ def test_answers_at_a_time_are_the_most_that_fit_beside_the_weights() -> None:
         assert decoding(256, device(limit), kv_bits=4).rows("it", most=64) > rows
         assert decoding(256, device(limit + 100)).rows("it", most=64, held_bytes=100) == rows
     with pytest.raises(ConfigError, match=r"it needs about .* 256 tokens.*limit is 10 B .*: less"):
-        decoding(256, device(10)).rows("it", remedies=["less"])
+        decoding(256, device(10), remedies=("less",)).rows("it")
 
 
 def test_an_evaluation_that_cannot_answer_is_refused_by_the_plan(tmp_path: Path) -> None:

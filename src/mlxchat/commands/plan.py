@@ -36,7 +36,6 @@ def main(arguments: list[str]) -> int:
     from mlxchat.ops.machine import device_kind
     from mlxchat.pipeline_run import plan_of
     from mlxchat.planning.duration import estimate_pretraining
-    from mlxchat.planning.given import describe_imports
     from mlxchat.planning.memory import check_memory, describe_memory
     from mlxchat.planning.text import describe_text
     from mlxchat.runner.comparing import environment_drift
@@ -61,12 +60,17 @@ def main(arguments: list[str]) -> int:
         print(visible(json.dumps(described, indent=1, ensure_ascii=False)), flush=True)
     else:
         remarks = dict(memory)
+        forecast = {
+            step.name: remark(getattr(config, step.stage.name))
+            for step in plan
+            if not step.done and (remark := getattr(step.stage.load_forecast(), "remark", None)) is not None
+        }
         drifted = {
             name: f"computed with {', '.join(f'{key} {old}, now {new}' for key, (old, new) in changes.items())}"
             for name, changes in drift.items()
             if changes
         }
-        for further in (describe_text(config, plan, store), describe_imports(config, plan), drifted):
+        for further in (describe_text(config, plan, store), forecast, drifted):
             for name, text in further.items():
                 remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
         for line in describe_recipe(composed, plan, find_downloads(config, plan, store), times):

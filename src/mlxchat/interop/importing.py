@@ -67,7 +67,7 @@ def pins_of(config: ImportConfig, hash_of: Callable[[Path], str]) -> dict[str, s
     return {f"model {Path(name).name}": found.source.sha256(name, hash_of) for name in found.files.identity()}
 
 
-def sizes_of_import(config: ImportConfig) -> GPTSizes:
+def model_sizes(config: ImportConfig) -> GPTSizes:
     """Return the sizes of the model that a configuration means, without fetching it.
 
     Raises:
@@ -89,12 +89,12 @@ def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
     return sizes_from_nanochat(model_config, later if "window_pattern" in model_config else [], where)
 
 
-def describe_import(config: ImportConfig) -> str:
+def remark(config: ImportConfig) -> str:
     """Return how large a model is, what of it is to be fetched, and what it will take, for people."""
     found = find(config)
     if isinstance(found.files, adapter_import.AdapterFiles):
         return f"adapters of {format_bytes(found.source.size(found.files.adapters))}"
-    parameters = count_parameters(sizes_of_import(config))["total"]
+    parameters = count_parameters(model_sizes(config))["total"]
     files = [found.source.files[name] for name in found.files.all()]
     missing = sum(file.bytes for file in files if isinstance(file, HubFile) and not file.is_there())
     text = f"{format_count(parameters)} parameters, {format_bytes(4 * parameters)} on disk"
@@ -131,7 +131,7 @@ def import_model(
         return sizes, [source.record(name) for name in files.all()]
     if base is not None:
         raise DataError(f"{source.where} is a whole model, which has no base: only adapters have")
-    parameters = count_parameters(sizes_of_import(config))["total"]
+    parameters = count_parameters(model_sizes(config))["total"]
     check_space(out, 4 * parameters, f"The checkpoint of {source.where}")
     paths = source.fetch(files.all(), check)
     with ExitStack() as opened:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.config import Config, MachineConfig, OptimizerConfig
 from mlxchat.distributed.ranks import current
 from mlxchat.errors import ConfigError
@@ -32,11 +31,10 @@ from mlxchat.model.sizes import (
 )
 from mlxchat.ops import machine as bounds
 from mlxchat.ops.machine import available_cores, device_kind, dtype_name
-from mlxchat.planning.given import TeacherSize, find_given_sizes, measure_teacher, teacher_folder
-from mlxchat.planning.horizon import derive_hyperparameters
+from mlxchat.planning.given import find_given_sizes
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes
-from mlxchat.tasks import task_class
+from mlxchat.runner.stage import Stage
 
 if TYPE_CHECKING:
     from mlxchat.runner.context import Context
@@ -51,7 +49,6 @@ _DEFAULT = MachineConfig(
     device="auto", compute_dtype="auto", memory_limit_bytes=None, blas_threads=None, num_processes=1
 )
 _CHOICE = "micro_batch.json"
-_TRAINS = ("pretrain", "midtrain", "sft", "rl")
 _MASTER_BYTES = 4
 
 
@@ -136,9 +133,9 @@ class Decoding:
     """What the memory of decoding depends on."""
 
     sizes: GPTSizes
-    device: Device
     row_tokens: int
     """Prompt and answer, at most."""
+    device: Device = Device()
     bits: int | None = None
     """Of the model's matrices once they are packed; None: those of the compute type."""
     kv_bits: int | None = None
@@ -149,6 +146,12 @@ class Decoding:
     """Whether the model is trained between answers: then packed weights do not replace its own."""
     casts: bool = False
     """Whether float32 weights are cast to the compute type meanwhile."""
+    remedies: tuple[str, ...] = ()
+    """Settings that lower the need, for people."""
+
+    def on(self, machine: MachineConfig, *, ask_mlx: bool = False) -> Decoding:
+        """Return the same on the device of a machine: `find_device`."""
+        return replace(self, device=find_device(machine, ask_mlx=ask_mlx))
 
     def bytes_beside_weights(self, rows: int) -> int:
         """Return what the engine needs for so many rows at a time: the KV cache, a prompt, a copy of the weights."""
@@ -171,13 +174,11 @@ class Decoding:
         numbers = copied + of_token * rows * sum(held) + max(growing, reading, drawing)
         return round((numbers + of_token * sizes.num_layers * self.kept_tokens) * device.compute_bytes)
 
-    def rows(
-        self, what: str, *, most: int = bounds.DECODED_ROWS, held_bytes: int = 0, remedies: Iterable[str] = ()
-    ) -> int:
+    def rows(self, what: str, *, most: int = bounds.DECODED_ROWS, held_bytes: int = 0) -> int:
         """Return how many answers fit at a time beside the weights and `held_bytes`, at most `most`.
 
         Raises:
-            ConfigError: not a single one; `what` needs the memory, `remedies` lower the need.
+            ConfigError: not a single one; `what` needs the memory.
         """
         weights = round(self._weights() * self.device.compute_bytes)
         whole = count_parameters(self.sizes)["total"] * self.device.compute_bytes
@@ -189,7 +190,7 @@ class Decoding:
         if found := self.device.most_rows(most, needed):
             return found
         row = f"its weights and one row of {self.row_tokens:,} tokens, prompt and answer"
-        raise ConfigError(f"{what} {self.device.excess(needed(1), row, remedies)}")
+        raise ConfigError(f"{what} {self.device.excess(needed(1), row, self.remedies)}")
 
     def _weights(self) -> float:
         """Return the size of the weights in numbers of the compute type."""
@@ -204,6 +205,18 @@ class Decoding:
     def _packed(self, bits: int | None) -> float:
         """Return the size of a number, its share of scale and offset included, in numbers of the compute type."""
         return 1 if bits is None else bits / (8 * self.device.compute_bytes) + 2 / _GROUP
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSize:
+    """What a teacher holds, in bytes."""
+
+    weights: int
+    """As its files have them."""
+    kept_per_token: int
+    """Of a micro-batch, until its loss is known: final states, or the keys and values of mlx-lm's cache."""
+    working_per_token: int
+    """Of a micro-batch, before there are logits: the numbers of one layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +269,13 @@ class Training:
     """Of packed weights with which RL samples (`rl.rollout_bits`)."""
     num_ranks: int = 1
     """Processes that share an iteration's rows and the moments."""
+    remedies: tuple[str, ...] = ()
+    """Settings of the stage that lower the need, for people."""
+
+    def on(self, machine: MachineConfig, *, ask_mlx: bool = False) -> Training:
+        """Return the same on the device and ranks of a machine: `find_device`."""
+        device, ranks = find_device(machine, ask_mlx=ask_mlx), count_ranks(machine)[0]
+        return replace(self, device=device, recompute=machine.grad_checkpointing, num_ranks=ranks)
 
     @property
     def own_rows(self) -> int:
@@ -282,20 +302,13 @@ class Training:
         divisor = next(rows for rows in range(fitting, 0, -1) if self.own_rows % rows == 0)
         return divisor if 2 * divisor > fitting else -(-self.own_rows // -(-self.own_rows // fitting))
 
-    def explain_excess(self, stage: str | None = None) -> str:
-        """Return what the smallest possible step needs, the limit and, of a stage, settings that lower the need."""
-        remedies = [] if self.recompute else ["machine.grad_checkpointing=true"]
-        if stage == "pretrain":
-            remedies.append("a smaller model.depth")
-        elif self.teacher is not None:
-            remedies.append(f"no {stage}.teacher")
-        elif self.adapters is None:
-            remedies.append(f"{stage}.adapter.kind=lora")
-        elif self.adapters.bits is None:
-            remedies.append(f"{stage}.adapter.bits=4")
-        remedies.append("a smaller rl.max_new_tokens" if stage == "rl" else f"a smaller {stage}.batch.row_tokens")
+    def explain_excess(self) -> str:
+        """Return what the smallest possible step needs, the limit, and the settings that lower the need."""
+        remedies = self.remedies
+        if remedies and not self.recompute:
+            remedies = "machine.grad_checkpointing=true", *remedies
         what = f"one row of {self.row_tokens:,} tokens at a time"
-        return self.device.excess(self.peak_bytes(1), what, remedies if stage is not None else ())
+        return self.device.excess(self.peak_bytes(1), what, remedies)
 
 
 # Predictions
@@ -490,88 +503,16 @@ def count_ranks(machine: MachineConfig) -> tuple[int, int]:
     return (machine.num_processes,) * 2 if ranks is None else (ranks.size, ranks.on_host_of(0))
 
 
-def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training | None:
-    """Return what the memory of a stage's training depends on, as far as a plan can say; None: it does not train.
-
-    Args:
-        config: of the whole run.
-        stage: its name.
-        sizes: of the model; None: those of the configuration.
-
-    Raises:
-        ConfigError: its adapters do not fit the model.
-    """
-    if stage not in _TRAINS:
-        return None
-    sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-    section, teacher = getattr(config, stage), None
-    if stage == "rl":
-        row_tokens = bound_answers(config, sizes)
-        rows = section.questions_per_iteration * section.samples_per_question
-    else:
-        row_tokens = section.batch.row_tokens
-        tokens = None if stage == "pretrain" else section.batch.tokens
-        rows = (tokens or derive_hyperparameters(config, sizes).batch_tokens) // row_tokens
-    if stage in ("midtrain", "sft") and section.teacher.is_there:
-        folder = teacher_folder(section.teacher, Path(config.outputs))
-        teacher = None if folder is None else measure_teacher(folder)
-    training = _describe(config, stage, sizes, max(1, rows), row_tokens)
-    num_ranks = count_ranks(config.machine)[0]
-    return replace(training, device=find_device(config.machine), teacher=teacher, num_ranks=num_ranks)
-
-
-def _describe(config: Config, stage: str, sizes: GPTSizes, rows: int, row_tokens: int) -> Training:
-    """Return a stage's training, as far as the sections say that it declares."""
-    section, context = getattr(config, stage), sizes.context_tokens
-    adapters = None if stage == "pretrain" else adapter_sizes_of(f"{stage}.adapter", section.adapter, sizes)
-    sampled_rows = sampled_tokens = 0
-    if stage == "rl":
-        second_weights = section.kl_coefficient > 0
-        sampled_rows, sampled_tokens = min(rows, bounds.DECODED_ROWS), row_tokens
-    elif stage == "pretrain":
-        second_weights = section.keep == "best"
-        # A token has at least a byte; one more begins the text.
-        prompts = [min(context, 1 + len(prompt.encode())) for prompt in section.prompts]
-        if prompts:
-            sampled_rows, sampled_tokens = min(len(prompts), bounds.DECODED_ROWS), max(prompts) + section.sample_tokens
-    else:
-        second_weights = False
-        if any(task_class(item.task).kind == "generative" for item in section.suite.values()):
-            sampled_rows, sampled_tokens = bounds.DECODED_ROWS, context + section.suite_max_new_tokens
-    return Training(
-        sizes=sizes, optimizer=config.optimizer, rows=rows, row_tokens=row_tokens, adapters=adapters,
-        recompute=config.machine.grad_checkpointing, second_weights=second_weights,
-        sampled_rows=sampled_rows, sampled_tokens=sampled_tokens,
-        sampled_bits=section.rollout_bits if stage == "rl" else None,
-    )  # fmt: skip
-
-
-def bound_answers(config: Config, sizes: GPTSizes) -> int:
-    """Return the most tokens of a question and its answer in RL: as the task bounds its prompts, else the context.
-
-    The stage measures the longest prompt and counts again.
-    """
-    limits = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
-    if None in limits:
-        return sizes.context_tokens
-    return max(limit for limit in limits if limit is not None) + config.rl.max_new_tokens
-
-
-def choose_micro_batch(
-    ctx: Context, sizes: GPTSizes, *, rows: int, row_tokens: int, teacher: TeacherSize | None = None
-) -> MicroBatch:
-    """Return what a stage computes at a time, of iterations of so many rows of so many tokens, at most.
+def choose_micro_batch(ctx: Context, training: Training) -> MicroBatch:
+    """Return what a stage computes at a time.
 
     A training that continues takes what it began with, as long as that fits: sums are rounded by micro-batch.
 
     Raises:
         ConfigError: it does not fit; with the predicted bytes and settings that would.
     """
-    machine = ctx.config.machine
-    training = replace(
-        _describe(ctx.config, ctx.stage, sizes, rows, row_tokens), teacher=teacher,
-        device=find_device(machine, ask_mlx=True), num_ranks=ctx.team.size if ctx.team is not None else 1,
-    )  # fmt: skip
+    machine, row_tokens = ctx.config.machine, training.row_tokens
+    training = replace(training.on(machine, ask_mlx=True), num_ranks=ctx.team.size if ctx.team is not None else 1)
     before = ctx.work / _CHOICE
     begun = None
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -581,7 +522,7 @@ def choose_micro_batch(
     else:
         micro_rows = rows_at_a_time(training, machine)
     if micro_rows == 0:
-        raise ConfigError(f"{ctx.step} {training.explain_excess(ctx.stage)}")
+        raise ConfigError(f"{ctx.step} {training.explain_excess()}")
     peak = predict_peak(training, micro_rows)
     found = MicroBatch(tokens=micro_rows * row_tokens, predicted_peak_bytes=peak.total, sampled_rows=peak.sampled_rows)
     before.parent.mkdir(parents=True, exist_ok=True)
@@ -613,20 +554,31 @@ def forward_tokens(machine: MachineConfig, sizes: GPTSizes, *, training_peak_byt
     return tokens
 
 
-def answers_of_eval(step: str, device: Device, sizes: GPTSizes, max_new_tokens: int) -> int:
-    """Return how many questions an evaluation answers at a time; prompts are cropped to the context.
+def memory_of(config: Config, stage: Stage, sizes: GPTSizes | None = None) -> Training | Decoding | None:
+    """Return what a stage needs memory for, as far as its FORECAST says; None: it says nothing.
+
+    Args:
+        config: of the whole run.
+        stage: what is to run.
+        sizes: of its model; None: those of the configuration.
 
     Raises:
-        ConfigError: there is no room for a single one.
+        ConfigError: the stage's adapters do not fit the model.
     """
-    decoding = Decoding(sizes=sizes, device=device, row_tokens=sizes.context_tokens + max_new_tokens)
-    return decoding.rows(step, remedies=["a smaller eval.max_new_tokens"])
+    describe = getattr(stage.load_forecast(), "memory", None)
+    if describe is None:
+        return None
+    sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    found: Training | Decoding = describe(config, stage.name, sizes)
+    return found.on(config.machine)
 
 
 def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:
     """Return step → predicted peak and micro-batch of the plan's trainings that are to run, for people."""
     lines = {}
-    for step, training in _trainings(config, list(plan)):
+    for step, training in _needs(config, plan):
+        if not isinstance(training, Training):
+            continue
         rows = rows_at_a_time(training, config.machine)
         needed = f"{format_bytes(training.peak_bytes(rows or 1))} with {(rows or 1) * training.row_tokens:,} tokens"
         on_ranks = f" on each of {training.num_ranks} ranks" if training.num_ranks > 1 else ""
@@ -640,30 +592,25 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
     Raises:
         ConfigError: with each one's predicted peak, the limit, and the keys that lower it.
     """
-    plan = list(plan)
-    refused = [
-        f"{step.name} {training.explain_excess(step.stage.name)}"
-        for step, training in _trainings(config, plan)
-        if not rows_at_a_time(training, config.machine)
-    ]
-    given = find_given_sizes(config, plan)
-    for step in plan:
-        if step.stage.name != "eval" or step.done:
-            continue
-        sizes = given.get(step.name) or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-        try:
-            answers_of_eval(step.name, find_device(config.machine), sizes, config.eval.max_new_tokens)
-        except ConfigError as error:
-            refused.append(str(error))
+    refused = []
+    for step, need in _needs(config, plan):
+        if isinstance(need, Decoding):
+            try:
+                need.rows(step.name)
+            except ConfigError as error:
+                refused.append(str(error))
+        elif not rows_at_a_time(need, config.machine):
+            refused.append(f"{step.name} {need.explain_excess()}")
     if refused:
         raise ConfigError("\n".join(refused))
 
 
-def _trainings(config: Config, plan: list[PlannedStep]) -> list[tuple[PlannedStep, Training]]:
-    """Return the plan's trainings that are to run."""
+def _needs(config: Config, plan: Iterable[PlannedStep]) -> list[tuple[PlannedStep, Training | Decoding]]:
+    """Return what the plan's steps that are to run need memory for."""
+    plan = list(plan)
     given = find_given_sizes(config, plan)
-    found = ((step, training_of(config, step.stage.name, given.get(step.name))) for step in plan if not step.done)
-    return [(step, training) for step, training in found if training is not None]
+    found = ((step, memory_of(config, step.stage, given.get(step.name))) for step in plan if not step.done)
+    return [(step, need) for step, need in found if need is not None]
 
 
 def _memory_bytes(kind: str, *, ask_mlx: bool) -> int | None:

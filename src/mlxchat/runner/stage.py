@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mlxchat.errors import ConfigError, suggest
@@ -47,6 +48,9 @@ class Stage:
     reads_if: dict[str, str] = field(default_factory=dict)
     """Section or setting → the condition without which the stage does not read it, so that it is not in the key: a role
     that must be filled, the format of the model to evaluate (base or chat), or never."""
+    forecast: str | None = None
+    """Module that says what is known of a step before it runs, without MLX; it may have the functions
+    memory(config, stage, sizes), problems(config, step, plan, sizes), model_sizes(section) and remark(section)."""
     format: str | None = None
     """Of the checkpoint that it makes: base or chat; None: not known before it is made."""
     seeded: bool | str = True
@@ -100,6 +104,10 @@ class Stage:
         run: Callable[[Any], None] = importlib.import_module(f"{_PACKAGE}.{self.name}").run
         return run
 
+    def load_forecast(self) -> ModuleType | None:
+        """Import FORECAST; None: the stage names none."""
+        return None if self.forecast is None else importlib.import_module(self.forecast)
+
     def code_digest(self) -> str:
         """Return a digest of the file that comments and docstrings do not change."""
         return hash_code(self.path)
@@ -146,6 +154,7 @@ def read_stage(name: str) -> Stage:
         label=values.get("LABEL"),
         metrics=dict(values.get("METRICS", {})),
         reads_if=dict(values.get("READS_IF", {})),
+        forecast=values.get("FORECAST"),
         format=values.get("FORMAT"),
         seeded=values.get("SEEDED", True),
     )

@@ -316,9 +316,9 @@ def rows_that_fit(
     remedies += ["a smaller --kept-tokens"] if limits.kept_tokens else []
     decoding = Decoding(
         sizes=sizes_of_folder(model.folder), device=find_device(ask_mlx=True), row_tokens=model.context_tokens,
-        bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens,
+        bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens, remedies=tuple(remedies),
     )  # fmt: skip
-    return decoding.rows(model.name, most=limits.max_rows, held_bytes=held_bytes, remedies=remedies)
+    return decoding.rows(model.name, most=limits.max_rows, held_bytes=held_bytes)
 
 
 def load_scheduler(

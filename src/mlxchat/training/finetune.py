@@ -29,6 +29,7 @@ from mlxchat.planning.horizon import whole_rows
 from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
+from mlxchat.training.forecast_finetune import describe
 from mlxchat.training.hooks import suite_hooks
 from mlxchat.training.loop import Hook, fit
 from mlxchat.training.state import load_moments
@@ -85,7 +86,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     # By length, since the padding that all rows of a batch end with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
     size = None if distillation is None else distillation.size
-    micro_batch = choose_micro_batch(ctx, model.sizes, rows=rows_per_iteration, row_tokens=row_tokens, teacher=size)
+    described = describe(ctx.stage, config, ctx.config.optimizer, model.sizes, rows_per_iteration, size)
+    micro_batch = choose_micro_batch(ctx, described)
     ctx.derive(
         {
             "num_conversations": len(mixture),

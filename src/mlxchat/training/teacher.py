@@ -16,8 +16,9 @@ from mlxchat.evals.outside import load_outside
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.loss import Logits, Mix, soft_cap
-from mlxchat.planning.given import TeacherSize, measure_teacher, teacher_context
+from mlxchat.planning.memory import TeacherSize
 from mlxchat.teacher_config import TeacherConfig
+from mlxchat.training.forecast_finetune import measure_teacher, teacher_context
 
 _MOST_SHOWN = 3
 

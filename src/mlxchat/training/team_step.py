@@ -20,7 +20,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.replicas import model_on, moving_on_all, sync_model
 from mlxchat.ops.loss import Mix
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
-from mlxchat.planning.given import TeacherSize
+from mlxchat.planning.memory import TeacherSize
 from mlxchat.training.batches import Batch
 from mlxchat.training.step import TrainStep
 from mlxchat.training.teacher import Distillation, OutsideTeacher, OwnTeacher, TeacherModel

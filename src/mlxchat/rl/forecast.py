@@ -1,0 +1,33 @@
+"""What is known of RL before it runs: its memory. Imports no MLX."""
+
+from __future__ import annotations
+
+from mlxchat.adapter_problems import adapter_remedies, adapter_sizes_of
+from mlxchat.config import Config, OptimizerConfig, RLConfig
+from mlxchat.model.sizes import GPTSizes
+from mlxchat.ops.machine import DECODED_ROWS
+from mlxchat.planning.memory import Training
+from mlxchat.tasks import task_class
+
+
+def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
+    """Return what the memory of RL depends on; rows are as long as the tasks bound prompts, else as the context.
+
+    The stage measures the longest prompt and counts again.
+    """
+    limits = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
+    known = [limit for limit in limits if limit is not None]
+    row_tokens = max(known) + config.rl.max_new_tokens if len(known) == len(limits) else sizes.context_tokens
+    return describe(config.rl, config.optimizer, sizes, row_tokens)
+
+
+def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_tokens: int) -> Training:
+    """Return what the memory of RL depends on, with rows of so many tokens at most."""
+    adapters = adapter_sizes_of("rl.adapter", config.adapter, sizes)
+    rows = config.questions_per_iteration * config.samples_per_question
+    return Training(
+        sizes=sizes, optimizer=optimizer, rows=rows, row_tokens=row_tokens, adapters=adapters,
+        second_weights=config.kl_coefficient > 0, sampled_rows=min(rows, DECODED_ROWS), sampled_tokens=row_tokens,
+        sampled_bits=config.rollout_bits,
+        remedies=(*adapter_remedies("rl", adapters), "a smaller rl.max_new_tokens"),
+    )  # fmt: skip
