@@ -35,7 +35,8 @@ def record_listing(tmp_path: Path, files: int, size: int, commit: str = "c" * 40
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(json.dumps({"commit": commit}))
     rows = [[f"shard_{index:05d}.parquet", size, f"{index:064d}", None] for index in range(files)]
-    (folder / f"{commit}.json").write_text(json.dumps({"files": rows}))
+    facts = {"repository": "karpathy/fineweb-edu-100b-shuffle", "kind": "dataset", "commit": commit}
+    (folder / f"{commit}.json").write_text(json.dumps({**facts, "files": rows}))
 
 
 @pytest.mark.parametrize(("packing", "kept"), [("best_fit", 0.65), ("best_fit_whole", 1.0), ("stream", 1.0)])

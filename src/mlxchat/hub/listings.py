@@ -62,7 +62,7 @@ def recorded_files(repository: str, revision: str, kind: str = "dataset") -> lis
 def read_listing(path: Path) -> list[HubFile] | None:
     """Return the files of one commit that a record of `list_files` names, sorted by path; None: there is no record."""
     recorded = read_json(path) or {}
-    if "files" not in recorded:
+    if not {"repository", "kind", "commit", "files"} <= recorded.keys():
         return None
     where = (recorded["repository"], recorded["kind"], recorded["commit"])
     return sorted((HubFile(*where, *row) for row in recorded["files"]), key=lambda file: file.path)
