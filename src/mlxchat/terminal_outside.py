@@ -66,7 +66,13 @@ class OutsideChat(Chat):
         model, tokenizer = self._opened
         self.seed += 1
         mx.random.seed(self.seed)
-        sampler = make_sampler(self.temperature, top_p=self.top_p or 0.0, top_k=self.top_k or 0)
+
+        def sampler(log_probabilities: mx.array) -> mx.array:
+            # mlx-lm refuses a top_k that is not below the vocabulary, which leaves every token.
+            top_k = self.top_k if self.top_k and self.top_k < log_probabilities.shape[-1] else 0
+            drawn: mx.array = make_sampler(self.temperature, top_p=self.top_p or 0.0, top_k=top_k)(log_probabilities)
+            return drawn
+
         said, shown = "", Shown()
         try:
             for piece in stream_generate(

@@ -230,6 +230,18 @@ def test_the_terminal_says_what_it_leaves_out_for_a_third_party_model(
     assert len(chat.messages) == 4
 
 
+def test_top_k_beyond_the_vocabulary_leaves_every_token(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default of 50 ended in a traceback of mlx-lm where the vocabulary was smaller."""
+    from mlxchat.terminal_outside import OutsideChat
+
+    answers = []
+    for top_k in (100_000, None):
+        settings = {"temperature": 1.0, "top_k": top_k, "top_p": None, "max_tokens": 8, "seed": 0}
+        OutsideChat.open(folder, "theirs", system=None, **settings).ask("the cat")
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
+
+
 def test_weights_of_another_model_are_named_in_the_error(folder: Path) -> None:
     weights = dict(mx.load(str(folder / "model.safetensors")))
     mx.save_safetensors(str(folder / "model.safetensors"), {f"other.{name}": value for name, value in weights.items()})

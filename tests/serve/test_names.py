@@ -87,6 +87,14 @@ def test_every_verb_says_the_same_of_a_name_of_nothing(verb: str, say: Any) -> N
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["a" * 256, "latest/" + "a" * 256, "a/" * 3000 + "a", "~nobody-here/a"], ids=len)
+@pytest.mark.parametrize("words", [*VERBS.values(), ("compare", "NAME")], ids=" ".join)
+def test_names_that_no_file_can_have_are_unknown(words: tuple[str, ...], name: str, say: Any) -> None:
+    code, said = say(words, name)
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("error: ")
+
+
 @pytest.mark.parametrize("verb", ["chat", "serve"])
 def test_chat_and_serve_name_the_model_and_its_run(verb: str, say: Any) -> None:
     lines = say(VERBS[verb], "sft")[1].splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def _sweep_folder(outputs: Path, name: str) -> Path | None:
     from mlxchat.runner.table import find_runs
 
     folder = outputs / "multirun" / _folder_name(name)
-    if not (folder / "sweep.json").is_file():
+    if not os.path.isfile(folder / "sweep.json"):  # noqa: PTH113  (False for names that are too long for a file)
         return None
     is_run = any((outputs / "runs" / run.name).is_dir() for run in find_runs(Store(outputs), [name]))
     return None if is_run else folder

@@ -123,6 +123,10 @@ def run_of(store: Store, found: Found) -> str | None:
     return made if found.place in links(store, made).values() else None
 
 
+# Names that were typed are looked up by `os.path`: `pathlib` raises OSError where they are too long for a file, and
+# RuntimeError for a home of nobody.
+
+
 def meaning(store: Store, name: str, *, within: str | None = None, paths: bool = True) -> Found | Run:
     """Return the artifact or the run that a name means.
 
@@ -134,7 +138,7 @@ def meaning(store: Store, name: str, *, within: str | None = None, paths: bool =
     if paths and "/" in name:
         name = _without_path(store, name)
     base = store.outputs / "store"
-    if name and "/" not in name and (base / name / MANIFEST).exists():
+    if name and "/" not in name and os.path.exists(base / name / MANIFEST):  # noqa: PTH110
         return Found(base / name)
     if "/" in name.strip("/"):
         return _in_group(store, *name.rsplit("/", 1))
@@ -346,10 +350,10 @@ def _in_group(store: Store, group: str, step: str) -> Found:
 
 def _without_path(store: Store, name: str) -> str:
     """Return the name that a path of an artifact or a run stands for; what is no such path as it is."""
-    path = Path(name).expanduser()
-    if not path.is_dir():
+    path = os.path.expanduser(name)  # noqa: PTH111
+    if not os.path.isdir(path):  # noqa: PTH112
         return name
-    real, outputs = path.resolve(), store.outputs.resolve()
+    real, outputs = Path(path).resolve(), store.outputs.resolve()
     if real.parent in (outputs / "store", outputs / "runs", outputs / "refs"):
         return real.name
     if (real / MANIFEST).is_file():

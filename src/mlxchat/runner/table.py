@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def find_runs(store: Store, names: list[str]) -> list[Compared]:
 def _jobs_of_sweep(store: Store, name: str) -> list[Compared] | None:
     """Return the jobs of a sweep or the trials of a search that have artifacts; None: there is no such sweep."""
     folder = store.outputs / "multirun" / name
-    if not name or not folder.is_dir():
+    if not name or not os.path.isdir(folder):  # noqa: PTH112  (False for names that are too long for a file)
         return None
     try:
         jobs = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"].values()
