@@ -21,6 +21,7 @@ from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.forecast import memory
 from mlxchat.evals.ngram import ngram_bits_per_byte
+from mlxchat.evals.own import measure_own
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts, continue_prompts
 from mlxchat.evals.throughput import measure_throughput
@@ -52,6 +53,7 @@ METRICS = {
     "perplexity": "minimize if corpus",
     "core": "maximize if base and eval.core and not eval.core.tasks",
     "{suite}": "maximize if chat",
+    "{eval.own}": "neither",
     "mean_centered": "maximize if chat and suite",
     "chatcore": "maximize if chat and chatcore",
     "ngram_bpb": "neither if corpus",
@@ -79,6 +81,9 @@ def run(ctx: Context) -> None:
         **_measure_tasks(ctx, engine, examples if chats else None),
         "pass_at_k": None,
     }
+    if config.own:
+        scores["own"] = measure_own(engine, config.own)
+        ctx.metrics |= scores["own"]
     if chats:
         samples = answer_prompts(engine, config.prompts, config.max_new_tokens)
     else:

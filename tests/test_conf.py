@@ -25,7 +25,7 @@ from mlxchat.overrides import implied_experiment
 from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import flatten_config, make_plan
-from mlxchat.runner.stage import read_stage, stage_names
+from mlxchat.runner.stage import Stages
 from mlxchat.runner.store import Store
 from mlxchat.validation import find_problems
 
@@ -87,7 +87,7 @@ def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
 
 def test_stage_selects_targets_and_changes_nothing_else() -> None:
     in_pipeline = {step["stage"] for step in composed().config.pipeline.values()}
-    assert set(stage_names()) - in_pipeline == {"outside", "imported", "fused"}  # which have pipelines of their own
+    assert set(Stages()) - in_pipeline == {"outside", "imported", "fused"}  # which have pipelines of their own
     for stage in in_pipeline:
         chosen = composed(f"stage={stage}").config
         assert chosen.targets == [stage]
@@ -334,7 +334,7 @@ def test_ids_tell_runs_apart_whose_data_have_another_seed() -> None:
     of_data = {"corpus", "tokenizer"}
     assert {step for step, rid in ids(1, 42).items() if rid == ids(2, 42)[step]} == of_data
     assert {step for step, rid in ids(1, 42).items() if rid == ids(1, 43)[step]} == set()
-    midtrain = read_stage("midtrain")
+    midtrain = Stages()["midtrain"]
     assert midtrain.seeds(1, 42) != midtrain.seeds(1, 1), "its validation is of other conversations"
 
 
@@ -370,9 +370,9 @@ def test_every_key_of_the_configuration_is_used_somewhere(schema: str, name: str
     assert name in attributes_read()
 
 
-@pytest.mark.parametrize("stage", stage_names())
+@pytest.mark.parametrize("stage", list(Stages()))
 def test_a_stage_declares_sections_and_a_label_that_exist(stage: str) -> None:
-    declared = read_stage(stage)
+    declared = Stages()[stage]
     config = composed().config
     assert [
         section for section in declared.config if not is_dataclass(getattr(config, section, {})) and section != "suite"

@@ -54,6 +54,7 @@ LAYERS = [
         "validation",
         "misspelling",
         "overrides",
+        "sections",
         "composed_cache",
         "compose",
         "trackers",

@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kit.own_parts import COMMANDS, write_files
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGE_DIR = PYPROJECT["tool"]["setuptools"]["package-dir"]
@@ -166,17 +168,34 @@ def test_wheel_carries_configuration_and_stages(tmp_path: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
-@pytest.mark.slow
-def test_wheel_runs_far_from_the_checkout(tmp_path: Path) -> None:
-    wheel = build_wheel(tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command mlxchat of an environment into which the wheel was installed, far from the checkout."""
+    folder = tmp_path_factory.mktemp("installed")
+    wheel = build_wheel(folder)
+    python = folder / "venv" / "bin" / "python"
     # The wheel's own metadata says what to install, the lock only which versions.
-    pins = tmp_path / "pins.txt"
+    pins = folder / "pins.txt"
     locked = lock_entries("requirements.lock")
     pins.write_text("".join(f"{name}=={version}\n" for name, (version, _) in locked.items()))
-    run([sys.executable, "-m", "venv", tmp_path / "venv"], elsewhere)
-    run([python, "-m", "pip", "install", "--quiet", "-c", pins, str(wheel)], elsewhere)
-    run([python.with_name("mlxchat"), "experiment=smoke", f"outputs={elsewhere / 'outputs'}"], elsewhere)
-    assert list((elsewhere / "outputs" / "store").glob("*/manifest.json"))
+    run([sys.executable, "-m", "venv", folder / "venv"], folder)
+    run([python, "-m", "pip", "install", "--quiet", "-c", pins, str(wheel), "setuptools", "wheel"], folder)
+    return python.with_name("mlxchat")
+
+
+@pytest.mark.slow
+def test_wheel_runs_far_from_the_checkout(installed: Path, tmp_path: Path) -> None:
+    run([installed, "experiment=smoke", f"outputs={tmp_path / 'outputs'}"], tmp_path)
+    assert list((tmp_path / "outputs" / "store").glob("*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_examples_of_own_parts_run_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    write_files(tmp_path)
+    for command in COMMANDS:
+        run([installed, *command], tmp_path)
+    run([installed.with_name("pip"), "install", "--quiet", "--no-build-isolation", "./package"], tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    run([installed, "experiment=verse"], tmp_path / "elsewhere")
+    assert len(list(tmp_path.glob("**/outputs/store/rhyme-*/text.txt"))) == 1
+    assert "finished" in (tmp_path / "outputs" / "printed.txt").read_text()

@@ -86,9 +86,9 @@ def _dispatch(arguments: list[str]) -> int:
             return 0
         if arguments and arguments[0].isidentifier():
             from mlxchat.compose import group_options
-            from mlxchat.runner.stage import stage_names
+            from mlxchat.runner.stage import Stages
 
-            for group, options in (("stage", stage_names()), ("experiment", group_options("experiment"))):
+            for group, options in (("stage", Stages()), ("experiment", group_options("experiment"))):
                 if arguments[0] in options:
                     raise ConfigError(
                         f'there is no verb "{arguments[0]}". For the {group}: mlxchat {group}={" ".join(arguments)}'

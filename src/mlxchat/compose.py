@@ -17,10 +17,15 @@ from mlxchat.data.vocabulary import vocab_size_of
 from mlxchat.errors import ConfigError
 from mlxchat.model_config import MODELS
 from mlxchat.overrides import as_hydra, implied_experiment
+from mlxchat.sections import schema_of
 from mlxchat.validation import find_problems
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
+    from collections.abc import Callable
+
     from omegaconf import DictConfig
+
+    _Compose = Callable[[list[str]], DictConfig]
 
 CONF_MODULE = "mlxchat.conf"
 # Paths that Hydra's grammar takes as they stand, as text.
@@ -121,14 +126,13 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
     return overrides, folders
 
 
-@cache
-def register_schema() -> None:
+def register_schema(schema: type[Config] = Config) -> None:
     """Register with Hydra the types, which config.yaml's defaults list names `schema`, and a model of every depth."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for name in MODELS:
+    store.store(name="schema", node=schema)
+    for name in MODELS if "model" not in store.repo else ():
         store.store(group="model", name=name, node={"defaults": ["_depth", "_self_"], "depth": int(name[1:])})
 
 
@@ -154,26 +158,29 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
     if primary is not None:
         options += ["--config-path", str(primary.parent), "--config-name", primary.stem]
     implied = implied_experiment(overrides) if primary is None else []
-    kept = ComposedCache(overrides, folders, conf_folder()) if primary is None else None
+    schema = schema_of(places_of_stages(overrides, folders, primary))
+    kept = ComposedCache(overrides, folders, conf_folder(), schema) if primary is None else None
     known = kept.recall() if kept is not None else None
     if known is not None:
         _check(known[0])
         return Composed(known[0], overrides, known[1], implied, options)
-    register_schema()
+    register_schema(schema)
     search = search_path(folders, primary)
+    compose = partial(_compose, primary=primary, schema=schema)
     try:
-        composed = _compose([*overrides, *search], primary)
+        composed = compose([*overrides, *search])
     except _refusals() as error:
         if primary is not None:
             with suppress(*_refusals()):
-                _check_hydras(_compose(search, primary))
-        raise ConfigError(_diagnose(overrides, search, error, primary)) from None
-    _check_hydras(composed)
+                _check_hydras(compose(search), schema)
+        raise ConfigError(_diagnose(overrides, search, error, compose, schema)) from None
+    _check_hydras(composed, schema)
     choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
     choices = {group: option for group, option in choices.items() if "hydra" not in group}
+    packages = _folders_of_packages(composed)
     config = to_typed(composed)
     if kept is not None:
-        kept.keep(config, choices)
+        kept.keep(config, choices, packages)
     return Composed(config, overrides, choices, implied, options)
 
 
@@ -199,7 +206,7 @@ def refuse_hydras(overrides: list[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _check_hydras(composed: DictConfig) -> None:
+def _check_hydras(composed: DictConfig, schema: type[Config]) -> None:
     """Refuse settings of Hydra's own in YAML files that a run would ignore, and a file without our schema."""
     from omegaconf import OmegaConf
 
@@ -209,13 +216,46 @@ def _check_hydras(composed: DictConfig) -> None:
         "hydra.job.chdir": bool(composed.hydra.job.chdir),
     }
     problems = [f"{key.rstrip('.')} in a YAML file: {_HYDRAS_SETTINGS[key]}" for key, is_set in found.items() if is_set]
-    if OmegaConf.get_type(composed) is not Config:
+    if OmegaConf.get_type(composed) is not schema:
         name = composed.hydra.job.config_name
         problems = [
             f"{name}.yaml has not our schema: begin its defaults list with `- config`, and end it with `- _self_`"
         ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path | None = None) -> list[str]:
+    """Return what `stages` may be, before anything is composed: the schema depends on it.
+
+    That is its value on the command line, or all that the user's YAML files say; more sections than are used do no
+    harm.
+    """
+    given = [each.partition("=")[2] for each in overrides if each.lstrip("+").startswith("stages=")]
+    if given:
+        return [place for part in given[-1].strip("[]").split(",") if (place := part.strip(" '\""))]
+    folders = [Path(folder) for folder in config_dirs] + ([primary.parent] if primary is not None else [])
+    texts = (path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.yaml"))
+    found = [place for text in texts if "stages:" in text for place in _stages_in(text)]
+    return list(dict.fromkeys(found))
+
+
+def _stages_in(text: str) -> list[str]:
+    import yaml
+
+    try:
+        record = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return []  # Hydra says what is wrong with it
+    places = record.get("stages") if isinstance(record, dict) else None
+    return [each for each in places if isinstance(each, str)] if isinstance(places, list) else []
+
+
+def _folders_of_packages(composed: DictConfig) -> list[str]:
+    """Return the folders that packages added to Hydra's search path."""
+    names = [source.path for source in composed.hydra.runtime.config_sources if source.schema == "pkg"]
+    specs = [find_spec(name) for name in names if name not in (CONF_MODULE, "hydra.conf")]
+    return [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
 
 
 def _place_of_outputs(overrides: list[str]) -> str | None:
@@ -243,13 +283,14 @@ def to_typed(composed: DictConfig) -> Config:
     with open_dict(composed):
         composed.pop("hydra", None)
     # The types of the schema are still there: merging into it once more would only take time.
-    assert OmegaConf.get_type(composed) is Config
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
         lines = [f"{key} has no value: give {key}=…" for key in missing] or [first_line(error)]
         raise ConfigError("\n".join(lines)) from None
+    except (ValueError, TypeError) as error:  # of a user's __post_init__
+        raise ConfigError(str(error)) from None
     assert isinstance(config, Config)
     _check(config)
     return config
@@ -299,17 +340,19 @@ def _refusals() -> tuple[type[Exception], ...]:
     return (HydraException, OmegaConfBaseException, ValueError)
 
 
-def _compose(overrides: list[str], primary: Path | None = None) -> DictConfig:
+def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]) -> DictConfig:
     from hydra import compose, initialize_config_dir, initialize_config_module
 
     if primary is not None:
         with initialize_config_dir(str(primary.parent), version_base="1.3"):
-            return compose(primary.stem, as_hydra(overrides, imply=False), return_hydra_config=True)
+            return compose(primary.stem, as_hydra(overrides, schema, imply=False), return_hydra_config=True)
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        return compose("config", as_hydra(overrides), return_hydra_config=True)
+        return compose("config", as_hydra(overrides, schema), return_hydra_config=True)
 
 
-def _diagnose(overrides: list[str], search: list[str], error: Exception, primary: Path | None) -> str:
+def _diagnose(
+    overrides: list[str], search: list[str], error: Exception, compose: _Compose, schema: type[Config]
+) -> str:
     """Return one line per override that is wrong; Hydra itself stops at the first."""
     from mlxchat.misspelling import explain_override, first_line
 
@@ -319,20 +362,20 @@ def _diagnose(overrides: list[str], search: list[str], error: Exception, primary
     found: dict[str, str] = {}
     around = list(search)
     for override in of_groups:
-        wrong = _wrong_ones([override], around, primary)
-        default = partial(_compose, around, primary)
-        found |= {each: explain_override(each, error, groups, default) for each, error in wrong}
+        wrong = _wrong_ones([override], around, compose)
+        default = partial(compose, around)
+        found |= {each: explain_override(each, error, groups, default, schema) for each, error in wrong}
         around = [*around, override] if not wrong else around
     keys = [override for override in overrides if override not in of_groups]
     found |= {
-        override: explain_override(override, alone, groups, partial(_compose, around, primary))
-        for override, alone in _wrong_ones(keys, around, primary)
+        override: explain_override(override, alone, groups, partial(compose, around), schema)
+        for override, alone in _wrong_ones(keys, around, compose)
     }
     problems = [found[override] for override in overrides if override in found]
     return "\n".join(problems) if problems else first_line(error)
 
 
-def _wrong_ones(overrides: list[str], around: list[str], primary: Path | None) -> list[tuple[str, Exception]]:
+def _wrong_ones(overrides: list[str], around: list[str], compose: _Compose) -> list[tuple[str, Exception]]:
     """Return the overrides that do not compose with those around them, each with what that raises.
 
     Halves of them are tried together, since composing takes half a second and most are right.
@@ -340,10 +383,10 @@ def _wrong_ones(overrides: list[str], around: list[str], primary: Path | None) -
     if not overrides:
         return []
     try:
-        _compose([*around, *overrides], primary)
+        compose([*around, *overrides])
     except _refusals() as error:
         if len(overrides) == 1:
             return [(overrides[0], error)]
         middle = len(overrides) // 2
-        return _wrong_ones(overrides[:middle], around, primary) + _wrong_ones(overrides[middle:], around, primary)
+        return _wrong_ones(overrides[:middle], around, compose) + _wrong_ones(overrides[middle:], around, compose)
     return []

@@ -15,6 +15,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
@@ -24,7 +26,7 @@ from mlxchat.config import Config
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.secrets import redact
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_ENTRIES = 200
 _MOST_FILES = 2000
 # A file changed within this time may change again without its mtime moving on.
@@ -37,19 +39,21 @@ Stamp = tuple[str, int, int, int]
 class ComposedCache:
     """The entry of one command line."""
 
-    def __init__(self, overrides: list[str], config_dirs: list[str], conf: Path) -> None:
+    def __init__(self, overrides: list[str], config_dirs: list[str], conf: Path, schema: type[Config] = Config) -> None:
         """Look at the files that composing would read; `conf` is the folder with the built-in YAML."""
+        self._schema = schema
         self._own, self._folders = [Path(folder) for folder in config_dirs], [conf, *map(Path, config_dirs)]
         self._entry: Path | None = None
         if os.environ.get("MLXCHAT_COMPOSED_CACHE") == "off" or any(map(_is_unsteady, overrides)):
             return
         try:
-            self._stamps = _stamp_all(self._folders)
+            self._stamps = _stamp_all(self._folders, schema)
         except OSError:
             return
         if len(self._stamps) > _MOST_FILES:
             return
-        key = json.dumps([_FORMAT, sys.version, overrides, config_dirs, self._stamps])
+        sections = [item.name for item in fields(schema)]
+        key = json.dumps([_FORMAT, sys.version, overrides, config_dirs, sections, self._stamps])
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._entry = home / "mlxchat" / "composed" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
@@ -62,20 +66,32 @@ class ComposedCache:
             if digest != _digest(text):
                 return None
             record = json.loads(text)
-            return restore(Config, record["config"]), record["choices"]
+            if any(_stamps_in(folder) != stamps for folder, stamps in record["packages"].items()):
+                return None
+            return restore(self._schema, record["config"]), record["choices"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def keep(self, config: Config, choices: dict[str, str]) -> None:
-        """Keep what was composed, if it is certain to come out the same next time."""
+    def keep(self, config: Config, choices: dict[str, str], packages: Iterable[str] = ()) -> None:
+        """Keep what was composed, if it is certain to come out the same next time.
+
+        Args:
+            config: what was composed.
+            choices: group → chosen option.
+            packages: folders that packages added to the search path of YAML files.
+        """
         if self._entry is None or self._is_in_motion() or any(map(_has_resolver, self._own)):
             return
-        plain = {"config": plain_of(config), "choices": choices}
+        plain = {
+            "config": plain_of(config),
+            "choices": choices,
+            "packages": {folder: _stamps_in(folder) for folder in packages},
+        }
         if redact(plain) != plain:  # secrets are nothing to keep
             return
         text = json.dumps(plain)
         # repr tells 1 from 1.0 and True, which are equal.
-        if repr(restore(Config, json.loads(text)["config"])) != repr(config):
+        if repr(restore(self._schema, json.loads(text)["config"])) != repr(config):
             return
         with contextlib.suppress(OSError):
             folder = self._entry.parent
@@ -90,7 +106,7 @@ class ComposedCache:
     def _is_in_motion(self) -> bool:
         """Tell whether a file was changed just now, or since we looked."""
         newest = max(stamp[2] for stamp in self._stamps) / 1e9
-        return newest > time.time() - _SETTLED_SECONDS or _stamp_all(self._folders) != self._stamps
+        return newest > time.time() - _SETTLED_SECONDS or _stamp_all(self._folders, self._schema) != self._stamps
 
 
 def _is_unsteady(override: str) -> bool:
@@ -103,15 +119,25 @@ def _has_resolver(folder: Path) -> bool:
     return any(_RESOLVER.search(path.read_text(encoding="utf-8", errors="replace")) for path in files)
 
 
-def _stamp_all(folders: list[Path]) -> list[Stamp]:
+def _stamp_all(folders: list[Path], schema: type[Config]) -> list[Stamp]:
     stamps = [stamp for folder in folders for stamp in _stamp_folder(folder)]
     sources = sorted(map(str, Path(__file__).parent.glob("*.py")))  # the schema, and how it is made of YAML
+    sources += _own_sources(schema)
+    plugins = find_spec("hydra_plugins")
+    sources += plugins.submodule_search_locations or [] if plugins else []  # one may add a folder of YAML files
     for package, name in (("hydra", "__init__.py"), ("omegaconf", "version.py")):  # where their versions stand
         spec = find_spec(package)
         assert spec is not None
         assert spec.origin is not None
         sources.append(str(Path(spec.origin).with_name(name)))
     return stamps + [_stamp(path) for path in sources]
+
+
+def _own_sources(schema: type[Config]) -> list[str]:
+    """Return the files of the modules that declare own sections, and of what they imported from their packages."""
+    packages = {item.type.__module__.partition(".")[0] for item in fields(schema) if isinstance(item.type, type)}
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in packages - {"builtins"}]
+    return sorted({file for module in modules if (file := getattr(module, "__file__", None))})
 
 
 def _stamp_folder(folder: Path) -> list[Stamp]:
@@ -122,6 +148,11 @@ def _stamp_folder(folder: Path) -> list[Stamp]:
         if len(found) > _MOST_FILES:
             break
     return found
+
+
+def _stamps_in(folder: str) -> list[list[Any]]:
+    """Return the stamps of a folder's YAML files as JSON gives them back."""
+    return [list(stamp) for stamp in _stamp_folder(Path(folder))]
 
 
 def _stamp(path: str) -> Stamp:

@@ -228,7 +228,7 @@ class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
     kind: str = MISSING
-    """none, wandb, trackio or tensorboard."""
+    """none, wandb, trackio, tensorboard, or module:Class of your own."""
     project: str = MISSING
     """What the tracker groups runs under."""
     tags: list[str] = MISSING
@@ -258,6 +258,8 @@ class Config:
     """Whether a step that fails stops those that do not need it."""
     timeout: dict[str, float] = MISSING
     """Step → seconds after which it saves what it has and fails; the same command continues it."""
+    stages: list[str] = MISSING
+    """Where own stages are: folders, such as ./my_stages, and modules; besides those of installed packages."""
     pipeline: dict[str, dict[str, str]] = MISSING
     """Step → {stage, role: step}; or role: import:NAME, a model that was imported under that name, or role:
     artifact:NAME, any model of the store."""

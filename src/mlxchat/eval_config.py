@@ -40,6 +40,9 @@ class EvalConfig:
     """Of generated answers, and of a base model's samples; 0 is greedy. null: 0 with one seed, 1 with several."""
     top_k: int | None = field(default=MISSING, metadata={"since_default": None})
     """Sampled answers draw among the k most likely tokens; null: all."""
+    own: dict[str, str] = field(default_factory=dict, metadata={"external": "code", "since_default": {}})
+    """Evaluations of your own: name → module:function, called with the engine; returns a number, which is recorded
+    under the name. All code of your own that it uses is part of the identity."""
     batch_rows: int = field(default=MISSING, metadata={"identity": False})
     """Questions answered at a time."""
     prompts: list[str] = field(default=MISSING, metadata={"identity": False})

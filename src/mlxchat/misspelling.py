@@ -13,7 +13,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
 from mlxchat.compose import describe_options
-from mlxchat.config import Config
 from mlxchat.errors import suggest
 from mlxchat.model_config import MODELS
 from mlxchat.runner.plan import flatten_config
@@ -31,7 +30,7 @@ _TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or fal
 
 
 def explain_override(
-    override: str, error: Exception, groups: dict[str, list[str]], default: Callable[[], DictConfig]
+    override: str, error: Exception, groups: dict[str, list[str]], default: Callable[[], DictConfig], schema: type
 ) -> str:
     """Return one line about an override that does not compose.
 
@@ -40,6 +39,7 @@ def explain_override(
         error: what composing it alone raised.
         groups: config group → options.
         default: composes the configuration without overrides.
+        schema: of the configuration.
     """
     try:
         parsed = OverridesParser.create().parse_override(override)
@@ -61,7 +61,7 @@ def explain_override(
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(cause, ValidationError):
         return first_line(cause)
-    known = ["stage", *groups, *_known_keys(Config)]
+    known = ["stage", *groups, *_known_keys(schema)]
     present = flatten_config(OmegaConf.to_container(default()))
     present = {**present, **{key.rpartition(".")[0]: None for key in present}}
     if not key.startswith(_HYDRAS_OWN) and not override.startswith("+"):
@@ -83,7 +83,8 @@ def _nearest_model(value: str) -> str:
 
 def unknown_keys(composed: DictConfig) -> list[str]:
     """Return a line for every key of a composed configuration that the schema does not have (added with +)."""
-    return [f'there is no "{key}" to set.{suggest(key, _known_keys(Config))}' for key in _strangers(composed, Config)]
+    schema = OmegaConf.get_type(composed)
+    return [f'there is no "{key}" to set.{suggest(key, _known_keys(schema))}' for key in _strangers(composed, schema)]
 
 
 def first_line(error: Exception) -> str:

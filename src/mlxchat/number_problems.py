@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 
 from mlxchat.config import Config
+from mlxchat.errors import suggest
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.plan import flatten_config
 
@@ -26,6 +28,25 @@ def find_range_problems(config: Config) -> Iterator[str]:
         yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
     if config.bench.warmup_steps < 0:
         yield f"bench.warmup_steps is {config.bench.warmup_steps}, expected at least 0"
+
+
+def find_bound_problems(config: Config) -> Iterator[str]:
+    """Yield a line for each value beyond the bounds that its field declares: at_least, at_most, one_of."""
+    sections = [(item.name, getattr(config, item.name)) for item in fields(config)]
+    while sections:
+        key, section = sections.pop(0)
+        for item in fields(section) if is_dataclass(section) else ():
+            value, where, bounds = getattr(section, item.name), f"{key}.{item.name}", item.metadata
+            sections.append((where, value))
+            least, most, known = bounds.get("at_least"), bounds.get("at_most"), bounds.get("one_of")
+            if value is None:
+                continue
+            if known is not None and value not in known:
+                yield f'{where} is "{value}", expected {" or ".join(map(str, known))}.{suggest(str(value), known)}'
+            if least is not None and not value >= least:
+                yield f"{where} is {value}, expected at least {least}"
+            if most is not None and not value <= most:
+                yield f"{where} is {value}, expected at most {most}"
 
 
 def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:

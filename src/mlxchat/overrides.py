@@ -17,7 +17,7 @@ _LISTED_GROUPS = (
 _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
 
 
-def as_hydra(overrides: list[str], *, imply: bool = True) -> list[str]:
+def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool = True) -> list[str]:
     """Return overrides for Hydra, with `imply` the implied experiment included.
 
     - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline.
@@ -26,7 +26,8 @@ def as_hydra(overrides: list[str], *, imply: bool = True) -> list[str]:
     - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`) needs no `+`.
     - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf merges a new task, but sets none.
     """
-    return [*(implied_experiment(overrides) if imply else ()), *map(_as_hydra, overrides)]
+    implied = implied_experiment(overrides) if imply else []
+    return [*implied, *(_as_hydra(override, schema) for override in overrides)]
 
 
 def implied_experiment(overrides: list[str]) -> list[str]:
@@ -43,7 +44,7 @@ def implied_experiment(overrides: list[str]) -> list[str]:
     return ["experiment=nanochat_bundled" if is_bundled else "experiment=nanochat"]
 
 
-def _as_hydra(override: str) -> str:
+def _as_hydra(override: str, schema: type[Config]) -> str:
     key, sign, value = override.partition("=")
     name = key.lstrip("+")
     if not sign or name.startswith("~"):
@@ -52,35 +53,33 @@ def _as_hydra(override: str) -> str:
         key, name, value = "targets", "targets", "null" if value == "all" else value
     if name in _LISTED_GROUPS and not value.startswith("{"):
         return f"{name}={value}"
-    if _is_list(name) and value and value not in ("null", "[]") and not re.match(r"[\[{$]", value):
+    if _is_list(name, schema) and value and value not in ("null", "[]") and not re.match(r"[\[{$]", value):
         return f"{key}={value}" if _SWEEPS.match(value) else f"{key}=[{value}]"
-    if key == name and _starts_empty(name.rpartition(".")[0]):
+    if key == name and _starts_empty(name.rpartition(".")[0], schema):
         key = f"++{name}"
     elif key == name and (name == "rl.rewards" or name.startswith("rl.rewards.")) and value.startswith("{"):
         key = f"+{name}"
-    return re.sub(
-        r"^(\+{1,2}[\w.]+\.(?:mixture|validation|suite|rewards))\.(\w+)=(\{.*\})$", r"\1={\2: \3}", f"{key}={value}"
-    )
+    tasks = r"^(\+{1,2}(?:[\w.]+\.)?(?:mixture|validation|suite|rewards))\.(\w+)=(\{.*\})$"
+    return re.sub(tasks, r"\1={\2: \3}", f"{key}={value}")
 
 
-def _is_list(key: str) -> bool:
+def _is_list(key: str, schema: type[Config]) -> bool:
     """Tell whether the schema has a list at a dotted key, and nothing else than a list or null."""
-    schema = _type_of(key)
-    kinds = [kind for kind in (get_args(schema) or (schema,)) if kind is not type(None)]
-    return get_origin(schema) is list or (len(kinds) == 1 and get_origin(kinds[0]) is list)
+    declared = _type_of(key, schema)
+    kinds = [kind for kind in (get_args(declared) or (declared,)) if kind is not type(None)]
+    return get_origin(declared) is list or (len(kinds) == 1 and get_origin(kinds[0]) is list)
 
 
-def _starts_empty(key: str) -> bool:
+def _starts_empty(key: str, schema: type[Config]) -> bool:
     """Tell whether the schema has a mapping to plain values at a dotted key: timeout, sweep.space, a task's options."""
-    schema = _type_of(key)
-    if get_origin(schema) is not dict or key.startswith("pipeline"):
+    declared = _type_of(key, schema)
+    if get_origin(declared) is not dict or key.startswith("pipeline"):
         return False
-    return not any(is_dataclass(kind) or get_origin(kind) is dict for kind in get_args(schema)[1:])
+    return not any(is_dataclass(kind) or get_origin(kind) is dict for kind in get_args(declared)[1:])
 
 
-def _type_of(key: str) -> Any:
+def _type_of(key: str, schema: Any) -> Any:
     """Return the type that the schema declares at a dotted key; None: it has no such key."""
-    schema: Any = Config
     for part in key.split("."):
         kinds = [kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)]
         if get_origin(schema) is dict:

@@ -35,7 +35,7 @@ def load_part(name: str) -> Callable[..., Any]:
     module, attribute = _split(name)
     part_file(name)
     try:
-        found = getattr(import_module(module), attribute, None)
+        found = getattr(import_module(module, Path.cwd()), attribute, None)
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(f"{name}: importing {module} failed ({type(error).__name__}: {error})") from None
     if not callable(found):
@@ -59,7 +59,9 @@ def part_file(name: str) -> Path:
 
 
 def import_module(module: str, root: Path | None = None) -> Any:
-    """Import a module of the folder `root` (None: the current one) or an installed one."""
+    """Import a module, of the folder `root` if it is there; None: an installed one."""
+    if root is None:
+        return importlib.import_module(module)
     with _on_path(root):
         return importlib.import_module(module)
 

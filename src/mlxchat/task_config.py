@@ -11,8 +11,8 @@ from mlxchat.missing import MISSING
 class TaskItem:
     """One task of a mixture or a suite."""
 
-    task: str = MISSING
-    """Name in mlxchat.tasks."""
+    task: str = field(default=MISSING, metadata={"external": "code"})
+    """Name in mlxchat.tasks, or module:Class of your own."""
     split: str = "train"
     """train or test, or another of the task's splits."""
     size: int | None = None

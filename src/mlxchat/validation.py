@@ -9,10 +9,11 @@ from pathlib import Path
 from mlxchat.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
 from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
 from mlxchat.data.vocabulary import problems_of_vocabulary
-from mlxchat.errors import suggest
+from mlxchat.errors import ConfigError, suggest
 from mlxchat.model.sizes import count_heads, sizes_of
-from mlxchat.number_problems import find_range_problems, find_unbounded, find_zeros
+from mlxchat.number_problems import find_bound_problems, find_range_problems, find_unbounded, find_zeros
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
+from mlxchat.parts import is_own, part_file
 from mlxchat.rl_problems import find_rl_problems
 from mlxchat.tasks import find_item_problems
 from mlxchat.teacher_problems import find_teacher_problems
@@ -27,6 +28,7 @@ def find_problems(config: Config) -> list[str]:
         *of_model,
         *_adapters(config, model_is_good=not of_model),
         *_choices(config),
+        *_own_parts(config),
         *_corpus(config),
         *_pretrain(config),
         *_finetune("midtrain", config.midtrain, config),
@@ -40,6 +42,7 @@ def find_problems(config: Config) -> list[str]:
         *_optimizer(config.optimizer),
         *_sweep(config),
         *find_range_problems(config),
+        *find_bound_problems(config),
         *_execution(config),
     ]
     return [*found, *find_unbounded(config, found)]
@@ -137,8 +140,21 @@ def _choices(config: Config) -> Iterator[str]:
         ("sweep.kind", config.sweep.kind, ("none", "tpe")),
         ("sweep.direction", config.sweep.direction or "minimize", ("minimize", "maximize")),
     ):
-        if value not in known:
+        if value not in known and not (key == "tracker.kind" and is_own(value)):
             yield f'{key} is "{value}", expected {" or ".join(known)}.{suggest(value, known)}'
+
+
+def _own_parts(config: Config) -> Iterator[str]:
+    parts = {f"eval.own.{name}": part for name, part in config.eval.own.items()}
+    if is_own(config.tracker.kind):
+        parts["tracker.kind"] = config.tracker.kind
+    for key, part in parts.items():
+        try:
+            part_file(part)
+        except ConfigError as error:
+            yield f"{key}: {error}"
+    if twice := [name for name in config.eval.own if name in (config.suite or ())]:
+        yield f"eval.own.{twice[0]}: the suite has a task of this name"
 
 
 def _corpus(config: Config) -> Iterator[str]:

@@ -18,7 +18,7 @@ from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.planning.memory import Training, memory_of
 from mlxchat.runner.context import Context
-from mlxchat.runner.stage import read_stage
+from mlxchat.runner.stage import Stages
 from mlxchat.training.batches import Batch, mean_batch
 
 Rows = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
@@ -57,7 +57,7 @@ def make_rows(count: int = 3, *, seed: int = 0, tokens: int = 16) -> Rows:
 
 def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training:
     """Return what the memory of a stage's training depends on, by its forecast, on the configuration's machine."""
-    found = memory_of(config, read_stage(stage), sizes)
+    found = memory_of(config, Stages()[stage], sizes)
     assert isinstance(found, Training)
     return found
 

@@ -306,8 +306,8 @@ def test_a_refusal_comes_before_anything_is_written_with_exit_code_2(
 def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
     code = (
         "import sys, json; from mlxchat.compose import compose_config; from mlxchat.planning.memory import memory_of;"
-        "from mlxchat.runner.stage import read_stage; config = compose_config([]).config;"
-        "[memory_of(config, read_stage(name)) for name in ('pretrain', 'sft', 'rl', 'eval')];"
+        "from mlxchat.runner.stage import Stages; config = compose_config([]).config;"
+        "[memory_of(config, Stages()[name]) for name in ('pretrain', 'sft', 'rl', 'eval')];"
         "print(json.dumps('mlx' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

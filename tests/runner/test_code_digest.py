@@ -16,7 +16,7 @@ import pytest
 from mlxchat.runner import code_digest
 from mlxchat.runner.code_digest import CodeDigests, changed_modules
 from mlxchat.runner.records import Records
-from mlxchat.runner.stage import read_stage
+from mlxchat.runner.stage import Stages
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
@@ -77,7 +77,7 @@ def test_the_closure_is_what_is_imported_also_in_functions_in_circles_and_by_com
 
 
 def test_a_real_stage_uses_the_model_and_not_the_runner() -> None:
-    found = CodeDigests(Path("/none/index/x"), ROOT / "src/mlxchat").of_stage(read_stage("pretrain").path)
+    found = CodeDigests(Path("/none/index/x"), ROOT / "src/mlxchat").of_stage(Stages()["pretrain"].path)
     assert {"stages/pretrain.py", "model/gpt.py", "optim/muon.py", "training/loop.py", "ops/attention.py"} <= set(found)
     assert not [name for name in found if name.startswith(("runner/", "commands/", "report/", "cli"))]
 
@@ -89,7 +89,7 @@ def test_the_closure_holds_every_module_of_the_library_that_python_itself_import
     loaded = {Path(path) for path in done.stdout.split() if path != "None"}
     names = {str(path.relative_to(library)) for path in loaded if path.is_relative_to(library)}
     computing = {name for name in names if not code_digest.computes_nothing(name.removesuffix(".py").split("/")[0])}
-    found = CodeDigests(Path("/none/index/x"), library).of_stage(read_stage("sft").path)
+    found = CodeDigests(Path("/none/index/x"), library).of_stage(Stages()["sft"].path)
     # cpu/__init__.py is imported by the package itself, before any stage.
     assert computing - set(found) <= {"cpu/__init__.py"}
 

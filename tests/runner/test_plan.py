@@ -16,7 +16,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.runner import code_digest, externals, fingerprint
 from mlxchat.runner import store as store_module
 from mlxchat.runner.plan import flatten_config, order_steps, pin_externals
-from mlxchat.runner.stage import read_stage
+from mlxchat.runner.stage import Stages, read_stage
 
 CHAIN = {
     "one": {"stage": "make"},
@@ -43,7 +43,7 @@ def test_inputs_come_before_what_they_feed_whatever_the_order_of_the_file(
     names: list[str], targets: list[str] | None
 ) -> None:
     pipeline = {name: REAL[name] for name in names}
-    order = order_steps(pipeline, targets)
+    order = order_steps(pipeline, targets, Stages())
     assert len(set(order)) == len(order)
     assert set(targets or names) <= set(order)
     for step in order:
@@ -52,7 +52,7 @@ def test_inputs_come_before_what_they_feed_whatever_the_order_of_the_file(
 
 
 def test_a_file_in_a_possible_order_is_followed() -> None:
-    assert order_steps(REAL, None) == list(REAL)
+    assert order_steps(REAL, None, Stages()) == list(REAL)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_file_in_a_possible_order_is_followed() -> None:
     ],
 )
 def test_a_target_brings_what_it_needs_and_nothing_else(target: str, steps: list[str]) -> None:
-    assert order_steps(REAL, [target]) == steps
+    assert order_steps(REAL, [target], Stages()) == steps
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_target_brings_what_it_needs_and_nothing_else(target: str, steps: list
 )
 def test_wrong_wiring_is_refused_with_the_nearest_right_name(pipeline: dict[str, dict[str, str]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        order_steps(pipeline, None)
+        order_steps(pipeline, None, Stages())
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def test_wrong_wiring_is_refused_with_the_nearest_right_name(pipeline: dict[str,
 )
 def test_an_unknown_target_is_refused(target: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        order_steps(REAL, [target])
+        order_steps(REAL, [target], Stages())
 
 
 def test_every_mistake_of_the_wiring_is_named_at_once() -> None:
     wrong = changed(sft={"stage": "sft"}, eval_sft={"stage": "evla"}, more={"stage": "rl", "checkpoint": "nope"})
     with pytest.raises(ConfigError) as caught:
-        order_steps(wrong, ["nothing"])
+        order_steps(wrong, ["nothing"], Stages())
     lines = str(caught.value).splitlines()
     assert [line.split()[0] for line in lines] == [
         "pipeline.sft.checkpoint",
@@ -126,9 +126,9 @@ def test_every_mistake_of_the_wiring_is_named_at_once() -> None:
 
 
 def test_an_optional_role_may_be_left_out_but_not_filled_with_another_kind() -> None:
-    assert "eval_sft" in order_steps(REAL, None)
+    assert "eval_sft" in order_steps(REAL, None, Stages())
     with pytest.raises(ConfigError, match=r"eval_sft\.corpus is tokenizer, a tokenizer; expected a corpus"):
-        order_steps(changed(eval_sft={"stage": "eval", "checkpoint": "sft", "corpus": "tokenizer"}), None)
+        order_steps(changed(eval_sft={"stage": "eval", "checkpoint": "sft", "corpus": "tokenizer"}), None, Stages())
 
 
 def test_an_unknown_step_in_force_is_refused(toys: Any) -> None:

@@ -15,7 +15,7 @@ from mlxchat.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.plan import entries_of
-from mlxchat.runner.stage import read_stage
+from mlxchat.runner.stage import Stages
 from mlxchat.runner.store import Store
 from mlxchat.sweep.metrics import find_metric, metrics_of_plan
 
@@ -78,7 +78,7 @@ def test_each_metric_has_its_better_direction(metric: str, direction: str) -> No
     ],
 )
 def test_names_that_arise_from_data_have_a_direction(stage: str, metric: str, direction: str | None) -> None:
-    assert read_stage(stage).direction_of(metric) == direction
+    assert Stages()[stage].direction_of(metric) == direction
 
 
 def test_compare_and_ls_sort_a_metric_best_first(toys: Any, say: Any) -> None:

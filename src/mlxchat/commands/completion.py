@@ -144,7 +144,7 @@ def complete(line: str) -> list[str]:
     elif verb == "completion":
         found = list(_SCRIPTS)
     elif verb in _SETTING:
-        found = [*(VERBS if not words else ()), *_settings(current), "outputs="]
+        found = [*(VERBS if not words else ()), *_settings(current, words), "outputs="]
     else:
         found = ["outputs="]
     return sorted({word for word in found if word.startswith(current)})
@@ -163,8 +163,9 @@ def _artifacts(outputs: Path, current: str) -> list[str]:
     return [*named, *names, *every, *ids]
 
 
-def _settings(current: str) -> list[str]:
+def _settings(current: str, words: list[str]) -> list[str]:
     conf = _conf()
+    own = _own_sections(words)
     group, equals, _ = current.lstrip("+").partition("=")
     if equals:
         group = group.partition("@")[0]
@@ -172,14 +173,33 @@ def _settings(current: str) -> list[str]:
         if group == "model":
             names = MODELS
         elif group == "stage":
-            from mlxchat.runner.stage import stage_names
+            from mlxchat.runner.stage import stage_files
 
-            names = stage_names()
+            names = ["all", *stage_files(), *own]
         return [f"{current.partition('=')[0]}={name}" for name in names]
     others = ("settings", "hydra", "__pycache__")
     groups = ["stage=", *(f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in others)]
     groups += [f"hydra/{name}=" for name in _names(conf / "hydra")]
-    return [*groups, *(key if key.endswith(".") else f"{key}=" for key in _keys(conf, current))]
+    keys = [f"{name}.{key}" for name, names in own.items() for key in names] if current else []
+    return [*groups, *(key if key.endswith(".") else f"{key}=" for key in [*_keys(conf, current), *keys])]
+
+
+def _own_sections(words: list[str]) -> dict[str, list[str]]:
+    """Return own stage → its settings, where `stages=` names some."""
+    if not any(word.startswith("stages=") for word in words):
+        return {}
+    from dataclasses import fields
+
+    from mlxchat.compose import places_of_stages
+    from mlxchat.runner.stage import Stages
+    from mlxchat.sections import schema_of
+
+    places = places_of_stages(words, [])
+    settings = {item.name: item.type for item in fields(schema_of(places))}
+    return {
+        name: [item.name for item in fields(settings[name])] if stage.settings else []  # type: ignore[arg-type]
+        for name, stage in Stages(places).own.items()
+    }
 
 
 def _keys(conf: Path, current: str) -> list[str]:

@@ -6,7 +6,7 @@ from textwrap import fill
 
 from mlxchat import __version__
 from mlxchat.compose import describe_options, group_names, group_options
-from mlxchat.runner.stage import stage_names
+from mlxchat.runner.stage import Stages
 from mlxchat.verbs import VERBS
 
 _USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG.
@@ -52,7 +52,7 @@ def describe_usage() -> str:
     }
     # The one group that is used at several places.
     options |= {"mixture@sft.mixture= (or @midtrain.mixture=)": describe_options(group_options("mixture"))}
-    options |= {"stage=": describe_options(stage_names())}
+    options |= {"stage=": describe_options(["all", *Stages()])}
     groups = "\n".join(
         fill(
             f"{name:<14} {names.replace(', ', ' ')}", width=118, initial_indent="  ",

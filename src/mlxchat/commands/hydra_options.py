@@ -10,9 +10,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mlxchat.compose import CONF_MODULE, compose_config, register_schema, search_path, split_options
+from mlxchat.compose import (
+    CONF_MODULE,
+    compose_config,
+    places_of_stages,
+    register_schema,
+    search_path,
+    split_options,
+)
 from mlxchat.errors import ConfigError
 from mlxchat.overrides import as_hydra
+from mlxchat.sections import schema_of
 
 _WITH_VALUE = ("--cfg", "-c", "--package", "-p")
 _INFO = ("--info", "-i")
@@ -27,7 +35,7 @@ def run_with_hydra(arguments: list[str]) -> int:
     Raises:
         ConfigError: the composition is wrong, or the options ask for nothing to be shown.
     """
-    register_schema()
+    register_schema()  # for --shell-completion
     if not {*_COMPLETION} & {*arguments}:  # what follows that is a word, not an override
         arguments = _prepare(arguments)
     # Otherwise Hydra prints its own errors and exits with 1.
@@ -63,6 +71,8 @@ def _prepare(arguments: list[str]) -> list[str]:
     overrides, folders, primary = split_options(rest)
     of_hydra = [each for each in overrides if each.lstrip("+~").startswith(("hydra.", "hydra/"))]
     compose_config([each for each in overrides if each not in of_hydra], folders, primary)
+    schema = schema_of(places_of_stages(overrides, folders, primary))
+    register_schema(schema)
     if primary is not None:
         flags += ["--config-path", str(primary.parent), "--config-name", primary.stem]
-    return [*flags, *as_hydra(overrides, imply=primary is None), *search_path(folders, primary)]
+    return [*flags, *as_hydra(overrides, schema, imply=primary is None), *search_path(folders, primary)]

@@ -128,6 +128,7 @@ def pin_externals(
                     if field.metadata.get("identity") is not False:  # what is only looked at changes no result
                         visit(place, item)
                     continue
+                item = list(item.values()) if isinstance(item, Mapping) else item
                 for number, name in enumerate([item] if isinstance(item, str) else item or []):
                     if kind == "file" and "://" in name:
                         continue  # a URL is its own name; what was there is recorded once it was read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.runner.stage import read_stage, stage_names
+from mlxchat.runner.stage import Stage
 
 Pipeline = Mapping[str, Mapping[str, str]]
 GIVEN = ("import:", "artifact:")
@@ -24,23 +24,24 @@ def given_of(entry: Mapping[str, str]) -> dict[str, str]:
     return {role: source for role, source in entry.items() if role != "stage" and source.startswith(GIVEN)}
 
 
-def order_steps(pipeline: Pipeline, targets: Iterable[str] | None) -> list[str]:
+def order_steps(pipeline: Pipeline, targets: Iterable[str] | None, stages: Mapping[str, Stage]) -> list[str]:
     """Return the names of the steps that the targets need, inputs first.
 
     Args:
         pipeline: step → {stage, role: step}.
         targets: steps, or stages (all steps of that stage); None: every step.
+        stages: all that there are.
 
     Raises:
         ConfigError: naming every unknown stage, role, step or target, every unfilled role, every kind that does not
             fit, or a cycle.
     """
-    problems = _check_wiring(pipeline)
+    problems = _check_wiring(pipeline, stages)
     wanted: list[str] = []
     for target in targets if targets is not None else pipeline:
         if target in pipeline:
             wanted.append(target)
-        elif target in stage_names():
+        elif target in stages:
             of_stage = [step for step, entry in pipeline.items() if entry.get("stage") == target]
             wanted += of_stage
             if not of_stage:
@@ -68,16 +69,16 @@ def order_steps(pipeline: Pipeline, targets: Iterable[str] | None) -> list[str]:
     return [step for step in pipeline if step in order] if _is_sorted(pipeline, order) else order
 
 
-def _check_wiring(pipeline: Pipeline) -> list[str]:
+def _check_wiring(pipeline: Pipeline, stages: Mapping[str, Stage]) -> list[str]:
     problems = []
     for step, entry in pipeline.items():
-        name = entry.get("stage")
-        if name not in stage_names():
-            known = ", ".join(stage_names())
-            hint = suggest(str(name), stage_names())
+        name = entry.get("stage", "")
+        if name not in stages:
+            known = ", ".join(stages)
+            hint = suggest(name, stages)
             problems.append(f'pipeline.{step}.stage is "{name}", which is no stage: {known}.{hint}')
             continue
-        stage = read_stage(name)
+        stage = stages[name]
         for role in stage.inputs.keys() - entry.keys():
             problems.append(f"pipeline.{step}.{role} is missing: stage {name} needs a {stage.inputs[role]}")
         for role, source in entry.items():
@@ -95,22 +96,22 @@ def _check_wiring(pipeline: Pipeline) -> list[str]:
             elif source not in pipeline:
                 problems.append(
                     f'pipeline.{step}.{role} is "{source}", which is no step of this pipeline: '
-                    f"{', '.join(pipeline)}.{_rewire(pipeline, step, role, str(source))}"
+                    f"{', '.join(pipeline)}.{_rewire(pipeline, step, role, str(source), stages)}"
                 )
-            elif pipeline[source].get("stage") in stage_names():
-                kind = read_stage(pipeline[source]["stage"]).produces
+            elif pipeline[source].get("stage") in stages:
+                kind = stages[pipeline[source]["stage"]].produces
                 if kind != stage.roles[role]:
                     problems.append(f"pipeline.{step}.{role} is {source}, a {kind}; expected a {stage.roles[role]}")
     return problems
 
 
-def _rewire(pipeline: Pipeline, step: str, role: str, source: str) -> str:
+def _rewire(pipeline: Pipeline, step: str, role: str, source: str, stages: Mapping[str, Stage]) -> str:
     """Return what to do about a role whose step is not there: leave this step out, or name a fitting one."""
-    kind, names = read_stage(pipeline[step]["stage"]).roles[role], stage_names()
+    kind = stages[pipeline[step]["stage"]].roles[role]
     fitting = [
         name
         for name, entry in pipeline.items()
-        if entry.get("stage") in names and read_stage(str(entry["stage"])).produces == kind
+        if entry.get("stage") in stages and stages[entry["stage"]].produces == kind
         and step not in (name, *_sources(pipeline, name))
     ]  # fmt: skip
     rewired = f", or rewire it: pipeline.{step}.{role}={fitting[-1]}" if fitting else ""

@@ -21,7 +21,7 @@ from mlxchat.runner.pipeline import Pipeline as Pipeline
 from mlxchat.runner.pipeline import order_steps as order_steps
 from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.reasons import flatten_config as flatten_config
-from mlxchat.runner.stage import Stage, read_stage, stage_names
+from mlxchat.runner.stage import Stage, Stages
 from mlxchat.runner.store import Manifest, Store, artifact_name, read_manifest
 
 _MOST_MODULES_SHOWN = 3
@@ -93,7 +93,10 @@ class PlannedStep:
         """Digests of the code that the stage runs, as its manifest records them; looked at once."""
         if self.digests is None:
             return {"stage": self.stage.code_digest()}
-        return {"stage": self.digests.of_file(self.stage.path), "modules": self.digests.of_stage(self.stage.path)}
+        return {
+            "stage": self.digests.of_file(self.stage.path),
+            "modules": self.digests.of_stage(self.stage.path, self.stage.module, self.stage.root),
+        }
 
     def drift(self, manifest: Manifest) -> list[str]:
         """Return the names of the modules that changed since an artifact was made."""
@@ -141,14 +144,15 @@ def make_plan(
     identities: dict[str, Any] = {}
     pins: dict[tuple[tuple[str, ...], frozenset[str]], dict[str, str]] = {}
     planned: dict[str, PlannedStep] = {}
-    for name in order_steps(pipeline, targets):
-        stage = read_stage(pipeline[name]["stage"])
+    stages = Stages(getattr(config, "stages", ()))
+    for name in order_steps(pipeline, targets, stages):
+        stage = stages[pipeline[name]["stage"]]
         inputs = steps_of(pipeline[name])
         given = find_given(name, given_of(pipeline[name]), store)
         sections = {section: getattr(config, section) for section in stage.config}
         for section in sections.keys() - identities.keys():
             identities[section] = identity_of(sections[section])
-        format = _format_of_input(stage, inputs, given, planned)
+        format = _format_of_input(stage, inputs, given, planned, stages)
         unread = stage.unread({*inputs, *given}, format)
         if (stage.config, unread) not in pins:
             pins[stage.config, unread] = pin_externals(sections, hashes.of, unread)
@@ -326,14 +330,18 @@ def given_label(source: str, manifest: Manifest) -> str:
 
 
 def _format_of_input(
-    stage: Stage, inputs: Mapping[str, str], given: Mapping[str, Manifest], planned: Mapping[str, PlannedStep]
+    stage: Stage,
+    inputs: Mapping[str, str],
+    given: Mapping[str, Manifest],
+    planned: Mapping[str, PlannedStep],
+    stages: Mapping[str, Stage],
 ) -> str | None:
     """Return base or chat for the checkpoint that a step of this stage starts from; None: unknown, or it has none."""
     role = next((role for role, kind in stage.roles.items() if kind == GIVEN_KIND), "")
     if role in inputs:
         return planned[inputs[role]].stage.format
-    made = given[role]["stage"] if role in given else None
-    return read_stage(made).format if made in stage_names() else None
+    made = stages.get(given[role]["stage"]) if role in given else None
+    return made.format if made is not None else None
 
 
 def _without(unread: frozenset[str], identity: dict[str, Any]) -> dict[str, Any]:

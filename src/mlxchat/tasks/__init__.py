@@ -1,7 +1,8 @@
 """Tasks: conversations to train on, questions to evaluate with. Loading one imports only its own module.
 
 To add a task: a class derived from `Task` in a module of this folder, a line in _TASKS, and an entry in a mixture
-(`conf/mixture`) or a suite (`conf/suite`). Conversations of your own need no code: task `jsonl` reads a file.
+(`conf/mixture`) or a suite (`conf/suite`). A user's own class is named `module:Class`. Conversations need no code: task
+`jsonl` reads a file.
 
 A line of a mixture or suite (`TaskItem`) names a task with its options; `find_item_problems` checks it without data.
 """
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 from mlxchat.config import TaskItem
 from mlxchat.errors import ConfigError, suggest
+from mlxchat.parts import is_own, load_part
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import SPLITS, Task
 
@@ -62,12 +64,22 @@ def task_names() -> list[str]:
 def task_class(name: str) -> type[Task]:
     """Return the class of a task; its `kind` and `chance` are there without loading any data.
 
+    Args:
+        name: one of `task_names()`, or a user's `module:Class`.
+
     Raises:
         ConfigError: no task has this name.
 
     """
+    if is_own(name):
+        found = load_part(name)
+        if not (isinstance(found, type) and issubclass(found, Task)):
+            raise ConfigError(f"{name} is no task: a task is a class derived from mlxchat.tasks.Task")
+        return found
     if name not in _TASKS:
-        raise ConfigError(f'task is "{name}", expected one of {", ".join(_TASKS)}.{suggest(name, _TASKS)}')
+        raise ConfigError(
+            f'task is "{name}", expected one of {", ".join(_TASKS)}, or module:Class.{suggest(name, _TASKS)}'
+        )
     module, cls = _TASKS[name]
     return cast(type[Task], getattr(importlib.import_module(f"mlxchat.tasks.{module}"), cls))
 
@@ -86,7 +98,7 @@ def load_task(name: str, split: str, **options: Any) -> Task:
     """Make a task ready to use.
 
     Args:
-        name: one of `task_names()`.
+        name: as `task_class` takes it.
         split: one of the task's `splits`.
         options: those of the task's class: `size` and `seed` everywhere, others by task.
 

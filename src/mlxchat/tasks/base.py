@@ -31,7 +31,7 @@ class Task(ABC):
     A task's fields are its options: what a line of a mixture or suite may set.
 
     Attributes:
-        name: as in the registry.
+        name: as in the registry; by default the class's own.
         kind: "categorical" if the answer is one of conversation["letters"], "generative" if it is free text.
         chance: accuracy of blind guessing, 0 to 1.
         splits: what `split` may be.
@@ -43,7 +43,7 @@ class Task(ABC):
 
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     kind: ClassVar[Literal["categorical", "generative"]] = "generative"
     chance: ClassVar[float] = 0.0
     splits: ClassVar[tuple[str, ...]] = SPLITS
@@ -60,6 +60,9 @@ class Task(ABC):
     """Number of conversations; None: the task's own."""
     seed: int = 0
     """Another seed gives other conversations of the same split."""
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.name or cls.__name__
 
     def __post_init__(self) -> None:
         """Check the options; a task that is lazy reads nothing yet.

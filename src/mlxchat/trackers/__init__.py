@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config import TrackerConfig
+from mlxchat.parts import is_own, load_part
 from mlxchat.runner.secrets import redact
 from mlxchat.trackers.continuing import Journal
 from mlxchat.trackers.service import Results, Service, TrackedRun
@@ -111,7 +112,8 @@ class Tracker:
                 service.log(*entry)
             service.finish(entry)
         except ImportError as error:
-            self._complain(f"{error}; install it: pip install 'mlxchat[{self._kind}]'")
+            remedy = "" if is_own(self._kind) else f"; install it: pip install 'mlxchat[{self._kind}]'"
+            self._complain(f"{error}{remedy}")
         except BaseException as error:  # some services end the process when they are refused: here only this thread
             self._complain(f"{type(error).__name__}: {error}")
 
@@ -137,6 +139,9 @@ def _open_service(kind: str) -> Callable[[TrackedRun], Service]:
     """Return what begins to track; its package is only imported then."""
 
     def begin(run: TrackedRun) -> Service:
+        if is_own(kind):
+            own: Service = load_part(kind)(run)
+            return own
         module, name = _SERVICES[kind]
         service: Service = getattr(importlib.import_module(f"mlxchat.trackers.{module}"), name)(run)
         return service

@@ -1,0 +1,25 @@
+"""Evaluations of a user's own, which `eval.own` names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from mlxchat.engine.generate import Engine
+from mlxchat.errors import StepFailed
+from mlxchat.parts import load_part
+
+
+def measure_own(engine: Engine, functions: Mapping[str, str]) -> dict[str, float]:
+    """Return name → what the function `module:name` returns for a model.
+
+    Raises:
+        StepFailed: a function returned no finite number.
+    """
+    found = {}
+    for name, function in sorted(functions.items()):
+        value = load_part(function)(engine)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise StepFailed(f"eval.own.{name}: {function} returned {value!r}, expected a finite number")
+        found[name] = float(value)
+    return found

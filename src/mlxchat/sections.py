@@ -1,0 +1,85 @@
+"""The schema of a configuration: ours, and a section for each own stage that has settings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlxchat.config import Config
+from mlxchat.errors import ConfigError
+from mlxchat.parts import import_module
+from mlxchat.runner.stage import Stage, Stages
+
+
+def schema_of(places: Sequence[str]) -> type[Config]:
+    """Return `Config` with the sections of the own stages that these places and installed packages hold.
+
+    Raises:
+        ConfigError: a place holds no stage, or the settings of one are no dataclass that YAML can fill.
+    """
+    return _schema_of(tuple(places), Path.cwd())
+
+
+@cache
+def _schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
+    del here  # relative places mean others elsewhere
+    stages = [stage for stage in Stages(places).own.values() if stage.settings is not None]
+    if not stages:
+        return Config
+    known = {item.name for item in fields(Config)}
+    if taken := [stage for stage in stages if stage.name in known]:
+        raise ConfigError(f"{taken[0].path}: {taken[0].name} is a section of mlxchat's own. Rename the file")
+    sections = [(stage.name, kind, _section(kind)) for stage in stages for kind in [_settings_class(stage)]]
+
+    def reduce(config: Any) -> tuple[Any, ...]:
+        return _restore, (places, {item.name: getattr(config, item.name) for item in fields(config)})
+
+    return make_dataclass(
+        "Config", sections, bases=(Config,), kw_only=True, namespace={"__reduce__": reduce, "__doc__": Config.__doc__}
+    )
+
+
+def _restore(places: tuple[str, ...], values: dict[str, Any]) -> Config:
+    """Return a configuration in another process."""
+    return schema_of(places)(**values)
+
+
+def _section(kind: type) -> Any:
+    # OmegaConf takes the class itself for a section whose values are not known yet.
+    return field(default_factory=lambda: kind)
+
+
+def _settings_class(stage: Stage) -> type:
+    """Import the dataclass of a stage's settings.
+
+    Raises:
+        ConfigError: it cannot be imported, loads MLX, or has fields of a type that YAML cannot fill.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    assert stage.settings is not None
+    module, _, name = stage.settings.partition(":")
+    was_there = "mlx" in sys.modules
+    try:
+        kind = getattr(import_module(module, stage.root), name, None)
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"{stage.path}: importing {module} for the settings failed ({type(error).__name__}: {error})"
+        ) from None
+    if "mlx" in sys.modules and not was_there:
+        raise ConfigError(
+            f"{stage.path}: importing {module} for the settings loads MLX, which each start would wait for. Import it "
+            f'inside run, or move the dataclass to a file of its own: SETTINGS = "module:Class"'
+        )
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        raise ConfigError(f"{stage.path}: {stage.settings} is no dataclass")
+    try:
+        OmegaConf.structured(kind)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{stage.path}: {name}: {str(error).splitlines()[0]}") from None
+    return kind

@@ -1,0 +1,20 @@
+"""The files and commands of docs/own_parts.md."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+PAGE = (Path(__file__).parents[2] / "docs" / "own_parts.md").read_text(encoding="utf-8")
+COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^\$ (mlxchat .*)$", PAGE, re.M)]
+
+
+def write_files(folder: Path) -> None:
+    """Write the page's files, each of which begins with a comment that is its path."""
+    for path, text in re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", PAGE, re.M | re.S):
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    for package in ("verse", "verse/conf", "verse/stages"):
+        (folder / "package" / package / "__init__.py").touch()

@@ -1,0 +1,254 @@
+"""Stages, tasks, evaluations, trackers and groups of a user's own: docs/own_parts.md, through the checkout."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kit.commands import run_here, run_process
+from kit.own_parts import COMMANDS, write_files
+from mlxchat.compose import compose_config
+from mlxchat.config import TrackerConfig
+from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.evals.own import measure_own
+from mlxchat.pipeline_run import plan_of
+from mlxchat.runner.externals import pin_externals
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.stage import Stages, read_stage
+from mlxchat.runner.store import Store
+from mlxchat.tasks import load_item
+from mlxchat.trackers import Tracker
+from mlxchat.trackers.service import Results
+
+WORDS = ("--config-dir", "conf", "experiment=words")
+OWN = ("my_stages", "doubles", "judging", "printing", "letters")
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The page's files in a folder, which is the current one."""
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith(OWN)]:
+        del sys.modules[name]
+    read_stage.cache_clear()
+
+
+def plan(*overrides: str) -> dict[str, PlannedStep]:
+    """Return the plan of the words pipeline as a new process makes it."""
+    read_stage.cache_clear()
+    config = compose_config(["experiment=words", *overrides], [str(Path("conf").resolve())]).config
+    return {step.name: step for step in plan_of(config, Store(Path("outputs")))}
+
+
+def test_a_pipeline_of_own_stages_alone_runs_and_is_cached(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(*WORDS) == 0
+    (made,) = (example / "outputs" / "store").glob("count-*/words.json")
+    assert json.loads(made.read_text()) == [["a", 3], ["rose", 3]]
+    capsys.readouterr()
+    assert run_here(*WORDS) == 0
+    assert "nothing to do: all 3 steps are done" in capsys.readouterr().out
+    for verb in ("status", "ls", "show count", "lineage count"):
+        assert run_here(*verb.split()) == 0
+        assert "count-" in capsys.readouterr().out
+
+
+def test_a_changed_setting_reruns_only_its_stage(example: Path) -> None:
+    run_here(*WORDS)
+    steps = plan("count.most=5")
+    assert [step.state for step in steps.values()] == ["done", "done", "run"]
+    assert steps["count"].reason == "config changed: count.most 2 → 5"
+
+
+def test_own_stages_depend_on_no_section_of_ours(example: Path) -> None:
+    before, after = plan(), plan("model.depth=8", "pretrain.eval_every=7", "tokenizer.vocab_size=999")
+    assert {name: step.rid for name, step in after.items()} == {name: step.rid for name, step in before.items()}
+
+
+def test_changed_code_of_an_own_module_is_named(example: Path) -> None:
+    run_here(*WORDS)
+    letters = example / "my_stages" / "letters.py"
+    letters.write_text("# Letters.\n" + letters.read_text())
+    assert plan()["clean"].reason == ""
+    letters.write_text(letters.read_text().replace("lower", "upper"))
+    assert plan()["clean"].reason == "code drift (warn): my_stages/letters.py"
+    assert plan("code=strict")["clean"].state == "run"
+
+
+def test_a_changed_local_file_reruns_the_stage(example: Path) -> None:
+    run_here(*WORDS)
+    (example / "poem.txt").write_text("Another one")
+    assert plan()["download"].reason == "external data changed"
+
+
+def test_own_metrics_are_swept(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("-m", *WORDS, "count.most=1,3", "sweep.metric=count.share") == 0
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in row] for row in rows[2:]] == [["2", "3", "1"], ["1", "1", "0.375"]]
+
+
+def test_a_configuration_with_own_sections_can_be_sent_to_another_process(example: Path) -> None:
+    config = compose_config(["stages=[./my_stages]", "count.most=7"]).config
+    assert pickle.loads(pickle.dumps(config)) == config
+    step = plan()["count"]
+    assert pickle.loads(pickle.dumps(step.sections)) == step.sections
+
+
+def test_a_kept_composition_follows_changed_settings(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(example / "cache"))
+    monkeypatch.setattr("mlxchat.composed_cache._SETTLED_SECONDS", 0.0)
+    first = compose_config(["stages=[./my_stages]"]).config
+    again = compose_config(["stages=[./my_stages]"]).config
+    assert again == first
+    assert again.count.most == 3  # type: ignore[attr-defined]
+    done = run_process("--cfg", "job", "-p", "count", "stages=[./my_stages]", "count.most=4", cwd=example)
+    assert done.stdout == "# @package count\nmost: 4\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("count.mots=3", r'there is no "count.mots" to set. Did you mean "count.most"\?'),
+        ("count.most=x", "count.most is x, expected a whole number"),
+        ("count.most=0", "count.most is 0, expected at least 1"),
+        ("pipeline.count.stage=cuont", r'Did you mean "count"\?'),
+        ("stages=[./my_stage]", r'stages: there is no folder ./my_stage. Did you mean "./my_stages"\?'),
+        ("stages=[nowhere_at_all]", "there is no module nowhere_at_all, neither in"),
+        ("stages=[./conf]", "./conf holds no stage"),
+    ],
+)
+def test_mistakes_are_refused_as_ours_are(override: str, message: str, example: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(override)
+
+
+STAGE = "VERSION = 1\nINPUTS = {}\nPRODUCES = 'x'\nOUTPUTS = []\n"
+DATACLASS = "from dataclasses import dataclass\n@dataclass\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("sft", STAGE, "two stages are called sft"),
+        ("machine", f"{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n", "machine is a section of mlxchat's own"),
+        ("odd", "VERSION = 1\nINPUTS = {}\n", "a stage must declare PRODUCES, OUTPUTS as literals"),
+        ("odd", f"{STAGE}class Settings: pass\n", "my_stages.odd:Settings is no dataclass"),
+        ("odd", f"{STAGE}{DATACLASS}class Settings:\n    x: set = None\n", "odd.py: Settings: .*x"),
+        ("odd", f"{STAGE}SETTINGS = 'my_stages.absent:Odd'\n", "importing my_stages.absent for the settings failed"),
+        ("odd", f"{STAGE}{DATACLASS}class Settings:\n    x: int\n", "odd.x has no value: give odd.x="),
+        (
+            "odd",
+            f"{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n    def __post_init__(self):\n"
+            "        if self.x < 2: raise ValueError('x is too small')\n",
+            "x is too small",
+        ),
+        ("odd", "VERSION = (\n", "odd.py, line 1: '\\(' was never closed"),
+    ],
+)
+def test_a_wrong_stage_file_is_refused(name: str, text: str, message: str, example: Path) -> None:
+    (example / "my_stages" / f"{name}.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        plan()
+
+
+def test_settings_that_load_mlx_are_refused(example: Path) -> None:
+    text = f"import mlx.core\n{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n"
+    (example / "my_stages" / "heavy.py").write_text(text)
+    done = run_process("plan", *WORDS, cwd=example)
+    assert done.returncode == 2
+    assert "importing my_stages.heavy for the settings loads MLX" in done.stderr
+
+
+def test_settings_may_stand_in_a_file_of_their_own(example: Path) -> None:
+    (example / "my_stages" / "light.py").write_text(f"{DATACLASS}class Count:\n    most: int = 8\n")
+    (example / "my_stages" / "more.py").write_text(f"import mlx.core\n{STAGE}SETTINGS = 'my_stages.light:Count'\n")
+    assert compose_config(["stages=[my_stages]", "more.most=9"]).config.more.most == 9  # type: ignore[attr-defined]
+    assert Stages(["my_stages"])["more"].config == ("more",)
+
+
+def test_an_own_group_sets_values(example: Path) -> None:
+    assert plan("+count=many")["count"].sections["count"].most == 100
+
+
+def test_a_package_brings_stages_and_groups(example: Path) -> None:
+    """As an installer lays it down: its folders and its entry points on the path."""
+    installed = (example / "package").rename(example / "site-packages")
+    metadata = installed / "verse-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: verse\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[mlxchat.stages]\nverse = verse.stages\n")
+    elsewhere = example / "elsewhere"
+    elsewhere.mkdir()
+    environ = {"PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(example / "cache")}
+    done = run_process("experiment=verse", cwd=elsewhere, environ=environ)
+    assert done.returncode == 0, done.stderr
+    (text,) = (elsewhere / "outputs" / "store").glob("rhyme-*/text.txt")
+    assert text.read_text().startswith("A rose")
+    pipeline = installed / "verse" / "conf" / "pipeline" / "verse.yaml"
+    pipeline.write_text("again: {stage: rhyme}\n")
+    assert "again" in run_process("plan", "experiment=verse", cwd=elsewhere, environ=environ).stdout
+
+
+SUITE = ["suite=none", '+suite.doubles={task: "doubles:Doubles", split: test, size: 4}']
+
+
+def test_an_own_task_is_an_item_of_a_suite(example: Path) -> None:
+    assert SUITE in [command[1:] for command in COMMANDS]
+    config = compose_config(SUITE).config
+    task = load_item(config.suite["doubles"])
+    number = int(task[1]["messages"][0]["content"].split()[-1][:-1])
+    assert (len(task), task.evaluate(task[1], f"{2 * number}")) == (4, True)
+    before = pin_externals({"suite": config.suite})
+    assert list(before) == ["code doubles.py"]
+    (example / "doubles.py").write_text((example / "doubles.py").read_text().replace("1000", "2000"))
+    assert pin_externals({"suite": config.suite}) != before
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("doubles:Triples", "suite.doubles: doubles:Triples: doubles has no Triples"),
+        ("doubles:dialogue", "doubles:dialogue is no task: a task is a class derived from"),
+        ("dobules:Doubles", "dobules:Doubles: there is no module dobules"),
+    ],
+)
+def test_a_wrong_own_task_is_refused(task: str, message: str, example: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_config([each.replace("doubles:Doubles", task) for each in SUITE])
+
+
+def test_an_own_evaluation_is_a_number_under_its_name(example: Path) -> None:
+    text = "from judging_numbers import NUMBER\ndef three(engine): return engine.number + NUMBER\n"
+    (example / "letters.py").write_text(text)
+    (example / "judging_numbers.py").write_text("NUMBER = 1\n")
+    engine: Any = SimpleNamespace(number=2)
+    assert measure_own(engine, {"three": "letters:three"}) == {"three": 3.0}
+    config = compose_config(["eval.own.three=letters:three"]).config
+    assert list(pin_externals({"eval": config.eval})) == ["code letters.py", "code judging_numbers.py"]
+    (example / "judging.py").write_text("def none(engine): pass\n")
+    with pytest.raises(StepFailed, match=r"eval\.own\.none: judging:none returned None, expected a finite number"):
+        measure_own(engine, {"none": "judging:none"})
+    with pytest.raises(ConfigError, match=r"eval\.own\.three: nowhere:three: there is no module nowhere"):
+        compose_config(["eval.own.three=nowhere:three"])
+
+
+def test_an_own_tracker_gets_records_and_results(example: Path) -> None:
+    folder = example / "outputs" / "runs" / "one"
+    folder.mkdir(parents=True)
+    config = compose_config(["tracker.kind=printing:Printer"]).config.tracker
+    tracker = Tracker(TrackerConfig(kind=config.kind, project="p", tags=[]), folder)
+    tracker.log("pretrain", {"iteration": 3, "loss": 1.5})
+    tracker.finish(Results(numbers={"pretrain": {"loss": 1.5}}))
+    assert (example / "outputs" / "printed.txt").read_text() == "pretrain 3 ['loss']\nfinished ['pretrain']\n"
+    with pytest.raises(ConfigError, match=r"tracker\.kind: nowhere:T: there is no module"):
+        compose_config(["tracker.kind=nowhere:T"])
