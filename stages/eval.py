@@ -13,7 +13,6 @@ from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import open_documents
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.rank_engine import make_engine
 from mlxchat.evals.bpb import text_loss, uniform_bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.chat_scores import Score, record_suite
@@ -73,7 +72,7 @@ def run(ctx: Context) -> None:
     chats = facts["format"] == "chat"
     throughput = measure_throughput(model)
     rows = memory(ctx.config, ctx.stage, model.sizes).on(ctx.config.machine, ask_mlx=True).rows(ctx.step)
-    engine = make_engine(ctx.team, model, tokenizer, max_rows=rows)
+    engine = Engine(model, tokenizer, max_rows=rows, team=ctx.team)
     examples: list[dict[str, Any]] = []
     scores: dict[str, Any] = {
         "bpb": _measure_text(ctx, model, tokenizer) if "corpus" in ctx.inputs else None,

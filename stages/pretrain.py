@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from mlxchat.data.packing import RowStream, pack_documents, take_rows, take_validation
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import open_documents
-from mlxchat.engine.rank_engine import make_engine
+from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.rank_model import text_model
 from mlxchat.evals.samples import continue_prompts
@@ -108,7 +108,7 @@ def run(ctx: Context) -> None:
         # At the end, what the artifact's weights say.
         with best.in_place(model) if best is not None and iteration == num_iterations else nullcontext():
             texts = continue_prompts(
-                make_engine(ctx.team, model, tokenizer, trained=True, dtype=dtype, max_rows=micro_batch.sampled_rows),
+                Engine(model, tokenizer, trained=True, dtype=dtype, max_rows=micro_batch.sampled_rows, team=ctx.team),
                 config.prompts,
                 config.sample_tokens,
                 temperature=config.sample_temperature,

@@ -5,10 +5,11 @@ token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/
 """
 
 from dataclasses import replace
+from typing import Any
 
 from mlxchat.config import OptimizerConfig, RLConfig
 from mlxchat.data.mixture import open_item
-from mlxchat.engine.rank_engine import make_engine
+from mlxchat.engine.generate import Engine
 from mlxchat.evals.quantised import check_quantised
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import trained_parameters
@@ -78,15 +79,15 @@ def run(ctx: Context) -> None:
         }
     )
 
-    options = {"trained": True, "dtype": dtype, "max_rows": micro_batch.sampled_rows}
-    engine = make_engine(ctx.team, model, tokenizer, **options)
+    options: dict[str, Any] = {"trained": True, "dtype": dtype, "max_rows": micro_batch.sampled_rows}
+    engine = Engine(model, tokenizer, **options, team=ctx.team)
 
     def evaluate(iteration: int) -> dict[str, float]:
         return pass_at_k(engine, held_out, config, seed=ctx.seed("evaluation"))
 
     sampler = engine
     if config.rollout_bits is not None:
-        sampler = make_engine(ctx.team, model, tokenizer, bits=config.rollout_bits, **options)
+        sampler = Engine(model, tokenizer, bits=config.rollout_bits, **options, team=ctx.team)
     rollouts = Rollouts(
         sampler,
         practice,

@@ -10,7 +10,7 @@ import pytest
 
 from kit import ranks
 from mlxchat.distributed.team import Team
-from mlxchat.engine.rank_engine import clear_caches
+from mlxchat.engine.generate import clear_caches
 from mlxchat.ops.loss import Mix
 from mlxchat.planning.memory import TeacherSize
 from mlxchat.training.teacher import Distillation, OutsideTeacher

@@ -27,14 +27,14 @@ def called(path: Path) -> list[tuple[str, ast.Call]]:
 def test_stages_use_all_ranks_for_evaluations(path: Path) -> None:
     """These would compute on rank 0 alone: right, and unnoticed."""
     names = dict(called(path))
-    assert not names.keys() & {"Engine", "OwnModel"}
-    assert names.keys() & {"make_engine", "language_model", "text_model"}
+    assert not names.keys() & {"OwnModel"}
+    assert names.keys() & {"Engine", "language_model", "text_model"}
     for name, call in called(path):
         if name in LOSSES:
             assert ast.unparse(call.args[0]) in ("text_model(ctx.team, model)", "told"), ast.unparse(call)
-        if name in ("make_engine", "language_model", "text_model"):
+        if name in ("language_model", "text_model"):
             assert ast.unparse(call.args[0]) == "ctx.team", ast.unparse(call)
-        if name == "PolicyScores":
+        if name in ("Engine", "PolicyScores"):
             assert "team=ctx.team" in ast.unparse(call)
 
 

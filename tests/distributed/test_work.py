@@ -21,7 +21,7 @@ from kit.training import rl_config
 from mlxchat.cpu import runtime
 from mlxchat.data.packing import Row
 from mlxchat.distributed.team import Team
-from mlxchat.engine.rank_engine import make_engine
+from mlxchat.engine.generate import Engine
 from mlxchat.errors import Interrupted
 from mlxchat.evals.bpb import mean_loss, text_loss
 from mlxchat.evals.chat import Answering, evaluate_task
@@ -131,14 +131,14 @@ settings = partial(
 
 def completions(team: Team | None, model: GPT) -> dict[str, Any]:
     tokenizer = make_tokenizer()
-    engine = make_engine(team, model, tokenizer)
+    engine = Engine(model, tokenizer, team=team)
     prompts = [[tokenizer.bos, *range(1, 1 + length)] for length in LENGTHS]
     drawn = {"max_new_tokens": 24, "temperature": 1.0, "top_k": 50, "seed": 5, "log_probabilities": True}
-    rounded = make_engine(team, model, tokenizer, bits=4, trained=True)
+    rounded = Engine(model, tokenizer, bits=4, trained=True, team=team)
     found = {
         "greedy": engine.complete(prompts, max_new_tokens=9),
         "drawn": engine.complete(prompts, **drawn),
-        "calls": make_engine(team, calling(model), tokenizer).complete(prompts, **drawn),
+        "calls": Engine(calling(model), tokenizer, team=team).complete(prompts, **drawn),
         "seeds": engine.complete(prompts, **drawn | {"seed": list(range(7, 14))}),
         "one": engine.complete(prompts[:1], **drawn),
         "none": engine.complete([], **drawn),
@@ -154,14 +154,14 @@ def reinforce(team: Team | None, model: GPT, bits: int | None) -> list[Any]:
     config, task = settings(rollout_bits=bits), Questions(5)
     reference = flatten_parameters(model)
     source = Rollouts(
-        make_engine(team, model, tokenizer, bits=bits, trained=True), task, config, seed=3, log=log.append,
+        Engine(model, tokenizer, bits=bits, trained=True, team=team), task, config, seed=3, log=log.append,
         scores=PolicyScores(model, micro_tokens=200, dtype=mx.float32, team=team), reference=reference,
     )  # fmt: skip
     for iteration in range(3):
         batch = source.next_batch(iteration)
         batches.append([batch.ids.tolist(), batch.weights.tolist()])
         set_parameters(model, {name: 1.01 * value for name, value in flatten_parameters(model).items()})
-    log.append(pass_at_k(make_engine(team, model, tokenizer, trained=True), task, config, seed=2))
+    log.append(pass_at_k(Engine(model, tokenizer, trained=True, team=team), task, config, seed=2))
     set_parameters(model, reference)
     return [log, batches]
 
@@ -182,7 +182,7 @@ def adapted(team: Team | None, model: GPT) -> dict[str, Any]:
     ids, targets = (np.stack([row[side] for row in rows]) for side in (0, 1))
     scores = PolicyScores(model, micro_tokens=300, dtype=mx.float32, team=team)
     prompts = [[tokenizer.bos, 1, 2], [tokenizer.bos, 5]]
-    answers = make_engine(team, model, tokenizer).complete(prompts, max_new_tokens=6)
+    answers = Engine(model, tokenizer, team=team).complete(prompts, max_new_tokens=6)
     return {
         "answers": [row.ids for row in answers],
         "losses": [mean_loss(text_model(team, model), rows, micro_tokens=300)],
@@ -194,7 +194,7 @@ def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
     """Return all that ranks share besides training; of one process without a team."""
     model, tokenizer = make_model(architecture), make_tokenizer()
     asked = text_model(team, model)
-    engine = make_engine(team, model, tokenizer)
+    engine = Engine(model, tokenizer, team=team)
     found: dict[str, Any] = {"completions": completions(team, model)}
     whole, padded = rows_of([96] * 7), rows_of(sorted([3, 90, 17, 290, 128, 1, 64, 33]), 300)
     loss = text_loss(asked, whole, tokenizer.token_bytes, micro_tokens=300)
@@ -346,7 +346,7 @@ def answer_until(team: Team | None, folder: str, stop_after: int | None, kind: s
     answering = Answering(batch_rows=2, max_new_tokens=8, batch_tokens=100, seeds=2, temperature=0.8, seed=4)
     try:
         score, examples = evaluate_task(
-            make_engine(team, model, make_tokenizer()), Questions(13, kind), answering, work=Path(folder),
+            Engine(model, make_tokenizer(), team=team), Questions(13, kind), answering, work=Path(folder),
             on_progress=known.append, should_stop=lambda: stop_after is not None and len(known) > stop_after,
         )  # fmt: skip
     except Interrupted:

@@ -185,7 +185,7 @@ def test_the_suites_answers_take_the_rows_that_fit_beside_the_training(
 ) -> None:
     ctx, made = make_context("suite"), []
     ctx.derived["sampled_rows"] = 3
-    monkeypatch.setattr("mlxchat.training.hooks.make_engine", lambda *given, **options: made.append(options))
+    monkeypatch.setattr("mlxchat.training.hooks.Engine", lambda *given, **options: made.append(options))
     sft = replace(composed().sft, suite={"sums": TaskItem(task="gsm8k")})
     suite_hooks(ctx, sft, make_model(), tokenizer)
     assert [options["max_rows"] for options in made] == [3]

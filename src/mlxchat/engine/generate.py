@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.distributed.team import Team
+from mlxchat.distributed.team import Team, name_of
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.model.gpt import GPT, computing_in
+from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.machine import DECODED_ROWS
 
 
@@ -47,9 +48,6 @@ class Completion:
 class Engine:
     """A model that answers."""
 
-    team: Team | None = None
-    """The ranks that share its answers (`rank_engine.py`); None: this process alone."""
-
     def __init__(
         self,
         model: GPT,
@@ -60,6 +58,7 @@ class Engine:
         trained: bool = False,
         dtype: mx.Dtype | None = None,
         max_rows: int = DECODED_ROWS,
+        team: Team | None = None,
     ) -> None:
         """Take a model with its tokenizer.
 
@@ -73,8 +72,11 @@ class Engine:
                 is not on a CPU.
             dtype: in which a trained model answers, that of its training; None: its parameters'.
             max_rows: decoded at a time; answers do not depend on it.
+            team: the ranks that share `complete`, which rank 0 calls; None: this process alone. Schedulers are this
+                process's in any case.
         """
         self.model, self.tokenizer, self.trained = model, tokenizer, trained
+        self.team = team if team is not None and team.size > 1 else None
         self.bits, self.kv_bits, self.dtype, self.max_rows = bits, kv_bits, dtype, max_rows
         self._decoder: Decoder | None = None
 
@@ -118,12 +120,32 @@ class Engine:
             seed: of the draws; or one for each prompt, whose draws then depend on no other prompt.
             log_probabilities: whether completions have them.
         """
+        how: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+            "log_probabilities": log_probabilities,
+        }  # fmt: skip
+        seeds = row_seeds(seed, len(prompts))
+        if self.team is None or not prompts or not all(prompts):  # an empty prompt is refused before ranks take part
+            return self.complete_here(prompts, seeds, **how)
+        return _complete_on_ranks(self.team, self, prompts, seeds, how)
+
+    def complete_here(
+        self,
+        prompts: list[list[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        log_probabilities: bool,
+    ) -> list[Completion]:
+        """Compute `complete` in this process."""
         rows = [Completion() for _ in prompts]
         if max_new_tokens < 1 or not prompts:
             return rows
         with self._computing():
             scheduler, by_id = self.scheduler(), {}
-            for prompt, row, of_row in zip(prompts, rows, row_seeds(seed, len(prompts)), strict=True):
+            for prompt, row, of_row in zip(prompts, rows, seeds, strict=True):
                 sampling = Sampling(temperature=temperature, top_k=top_k, seed=of_row)
                 request = Request(
                     prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, text=False,
@@ -157,3 +179,70 @@ def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     if not isinstance(seed, int):
         return list(seed)
     return [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(rows)]
+
+
+# Several ranks: what a row draws depends on its own seed, and its sums on no other row, so the answers are those of one
+# process.
+
+
+def _complete_on_ranks(
+    team: Team, engine: Engine, prompts: list[list[int]], seeds: list[int], how: dict[str, Any]
+) -> list[Completion]:
+    sync_model(team, engine.model)
+    _share_tokenizer(team, engine.tokenizer)
+    options = {
+        "bits": engine.bits, "kv_bits": engine.kv_bits, "trained": engine.trained, "max_rows": engine.max_rows,
+        "dtype": None if engine.dtype is None else name_of(engine.dtype),
+    }  # fmt: skip
+    team.kept[f"engine {options}"] = engine
+    found: list[Completion] = team.call(_complete, {"prompts": prompts, "seeds": seeds, "how": how, "options": options})
+    return found
+
+
+def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Completion]:
+    """Return the completions of all prompts, each made by one rank."""
+    # Every rank gets some samples of each question, and some of the long prompts, so that all take about as long.
+    own = slice(team.group.rank, None, team.size)
+    prompts, seeds = request["prompts"][own], request["seeds"][own]
+    engine = _engine_here(team, request["options"])
+    rows = engine.complete_here(prompts, seeds, **request["how"])
+    if not team.group.leads:
+        engine.release()  # the model may have got other weights by the next call
+    completions = [Completion() for _ in request["prompts"]]
+    for rank, found in enumerate(team.group.gather_json([asdict(row) for row in rows])):
+        completions[rank :: team.size] = [Completion(**row) for row in found]
+    return completions
+
+
+def _engine_here(team: Team, options: dict[str, Any]) -> Engine:
+    """Return this rank's engine with these options, made again if the model or the tokenizer is another one."""
+    model, tokenizer, name = model_on(team), team.kept["tokenizer"], f"engine {options}"
+    engine: Engine | None = team.kept.get(name)
+    if engine is None or engine.model is not model or engine.tokenizer is not tokenizer:
+        dtype = options["dtype"] and getattr(mx, options["dtype"])
+        engine = team.kept[name] = Engine(model, tokenizer, **{**options, "dtype": dtype})
+    return engine
+
+
+def _share_tokenizer(team: Team, tokenizer: Tokenizer) -> None:
+    """Give every rank the tokenizer, which the calculator needs, unless they have one that encodes the same."""
+    known = team.kept.get("tokenizer")
+    team.kept["tokenizer"] = tokenizer
+    if known is None or known.digest != tokenizer.digest:
+        tokens = [token.hex() for token in sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)]
+        team.call(_take_tokenizer, {"tokens": tokens, "pattern": tokenizer.pattern})
+
+
+def _take_tokenizer(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    if not team.group.leads:
+        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(request["tokens"])}
+        team.kept["tokenizer"] = Tokenizer(ranks, request["pattern"])
+
+
+def clear_caches(team: Team | None) -> None:
+    """Free the memory that MLX's cache holds on every rank."""
+    (team or Team()).call(_clear_cache)
+
+
+def _clear_cache(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    mx.clear_cache()

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlxchat.data.conversation import render_for_completion
-from mlxchat.engine.generate import Engine
-from mlxchat.engine.rank_engine import clear_caches
+from mlxchat.engine.generate import Engine, clear_caches
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal

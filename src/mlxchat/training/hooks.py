@@ -17,7 +17,7 @@ from mlxchat.config import FinetuneConfig, PretrainConfig, TaskItem
 from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import Row
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.rank_engine import make_engine
+from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.chat_scores import Score, mean_centered
@@ -69,7 +69,7 @@ def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tok
     if not config.suite:
         return []
     rows = ctx.derived.get("sampled_rows", DECODED_ROWS)
-    engine, tasks = make_engine(ctx.team, model, tokenizer, trained=True, max_rows=rows), dict[str, Task]()
+    engine, tasks = Engine(model, tokenizer, trained=True, max_rows=rows, team=ctx.team), dict[str, Task]()
     answering = Answering(
         batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens,
         batch_tokens=_tokens_at_a_time(ctx, model),
