@@ -28,7 +28,8 @@ PARTS = ("text", "python", "python_output")
 class Task(ABC):
     """Conversations numbered from 0, the same for the same options, on every machine.
 
-    A task's fields are its options: what a line of a mixture or suite may set.
+    A task's fields are its options: what a line of a mixture or suite may set. A class that adds options is a
+    dataclass, too.
 
     Attributes:
         name: as in the registry; by default the class's own.
