@@ -27,6 +27,9 @@ from mlxchat.runner import stage as stage_module
 settings.register_profile("mlxchat", deadline=None, derandomize=True, database=None)
 settings.load_profile("mlxchat")
 
+# No test uses the network, also where there is one; fixtures with a hub of their own allow it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 

@@ -37,8 +37,10 @@ class HubConfig:
 
     repository: str = MISSING
     """<organisation>/<name>."""
-    revision: str = MISSING
-    """Commit, tag or branch; a commit pins the content."""
+    revision: str = field(
+        default=MISSING, metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of"}
+    )
+    """Commit, tag or branch. The key holds the commit: a plan requests what a tag or a branch means."""
     train_files: str = MISSING
     """Shell pattern of the training files in the repository, all parquet; those that the horizon needs are fetched."""
     num_train_files: int | None = MISSING

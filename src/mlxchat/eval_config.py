@@ -11,10 +11,13 @@ from mlxchat.missing import MISSING
 class CoreConfig:
     """CORE, the metric of base models."""
 
-    bundle: str = field(default=MISSING, metadata={"external": "file"})
-    """nanochat's eval_bundle.zip: its address, or a file."""
-    sha256: str | None = None
-    """What the bundle must be; null: whatever is there. The artifact records what it was."""
+    bundle: str = field(
+        default=MISSING,
+        metadata={"identity": False, "external": "contents", "by": "mlxchat.evals.core_bundle:contents_of"},
+    )
+    """nanochat's eval_bundle.zip: its address, or a file. Its sha256 is in the key."""
+    sha256: str | None = field(default=None, metadata={"identity": False})
+    """What the bundle must be; null: whatever is there when it is first fetched."""
     max_per_task: int | None = None
     """Examples of each task, at most; null: all, of which CORE is made."""
     tasks: list[str] | None = None

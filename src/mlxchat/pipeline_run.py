@@ -15,7 +15,8 @@ from typing import Any
 from mlxchat.compose import Composed
 from mlxchat.config import Config, HooksConfig
 from mlxchat.distributed.ranks import lead_ranks
-from mlxchat.errors import StoreError
+from mlxchat.errors import ConfigError, StoreError
+from mlxchat.hub.cache import endpoint
 from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import check_memory
@@ -23,6 +24,7 @@ from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Policy, Run, execute
+from mlxchat.runner.externals import find_unknown
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.naming import LATEST, MODEL, called, links, runs
@@ -53,7 +55,7 @@ def run_pipeline(
     machine, ranks = lead_ranks(composed.config.machine)
     config = replace(composed.config, machine=machine)
     store = Store(Path(config.outputs))
-    plan = plan_of(config, store)
+    plan = plan_to_run(config, store)
     check(plan)
     check_memory(config, plan)
     need = find_text_need(config, plan, store)
@@ -131,6 +133,33 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     )  # fmt: skip
     check_given(config, plan)
     return plan
+
+
+def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
+    """Return the plan of a configuration that is to run, in which everything outside is known.
+
+    What addresses without a checksum hold is fetched now, since the key holds its sha256.
+
+    Raises:
+        MlxchatError: as `plan_of`; or something cannot be fetched, or the Hub cannot say what a branch means.
+    """
+    plan = plan_of(config, store)
+    unknown = {place: what for step in plan if not step.done for place, what in find_unknown(step.externals).items()}
+    if not unknown:
+        return plan
+    if branches := {place: what for place, what in unknown.items() if "://" not in what}:
+        lines = [
+            f"{place}: which commit {what} is cannot be found out, since the Hub at {endpoint()} does not answer. "
+            "Run the same command where there is a network, or give the commit: "
+            f"{place.removesuffix('.revision')}.revision=COMMIT"
+            for place, what in branches.items()
+        ]
+        raise ConfigError("\n".join(lines))
+    from mlxchat.hub.client import fetch_url
+
+    for address in dict.fromkeys(unknown.values()):
+        fetch_url(address)
+    return plan_of(config, store)
 
 
 def _name_again(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> None:

@@ -29,7 +29,9 @@ class TaskItem:
     """Share of the mixture's conversations, relative to the weights of all its tasks; null: as epochs say."""
     path: str | None = field(default=None, metadata={"external": "file", "identity": False})
     """File of a task that reads one (jsonl, identity, a list of words)."""
-    source: dict[str, str] = field(default_factory=dict, metadata={"since_default": {}})
+    source: dict[str, str] = field(
+        default_factory=dict, metadata={"identity": False, "external": "contents", "by": "mlxchat.tasks:contents_of"}
+    )
     """Where a task gets its data: repository, revision, subset of the Hub; url, words, sha256."""
     fields: list[str] | None = None
     """Fields of the Factbook, for the tasks that ask about countries; null: the task's own."""

@@ -59,6 +59,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.commit, server.blocks, server.sent = COMMIT, 1 << 12, 0
     server.entry = {"type": "file", "path": "data/a.parquet", "oid": GIT, "size": 10}
     server.asked, server.status, server.headers = [], 200, lambda number: {}
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))

@@ -78,8 +78,8 @@ NOT_IDENTITY = {
     "training.max_skipped_in_a_row",
     "training.norm_warning_factor",
 }
-# What is in the files counts instead, wherever they are.
-PINNED = (".paths", ".path")
+# What is in the files counts instead, wherever they are: tests/runner/test_keys.py, test_remote_keys.py.
+PINNED = {"paths", "path", "source", "revision", "bundle", "sha256"}
 # Settings that only some evaluations read: those of base models, of chat models, or with a corpus.
 READ_BY_SOME = {
     "suite": {"eval_mid", "eval_sft", "eval_rl"},
@@ -141,6 +141,12 @@ plain_data = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_downloads_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and splits that no task has are flipped here; what tasks download is pinned in test_remote_keys.py."""
+    monkeypatch.setattr("mlxchat.tasks.contents_of", lambda item, hash_of: [])
 
 
 @cache
@@ -291,7 +297,7 @@ def test_an_identity_field_changes_the_ids_of_the_steps_that_read_it_and_of_no_o
     for path in LEAVES:
         if path.split(".")[0] != section or path in NOT_IDENTITY:
             continue
-        if path.endswith(PINNED):  # they must exist for a plan: tests/runner/test_keys.py
+        if PINNED & set(path.split(".")):
             continue
         if path.endswith((".packages", "tokenizer.source")):
             # These must exist for a plan, and are hashed besides.
@@ -334,7 +340,7 @@ def test_the_excluded_fields_are_those_listed_here() -> None:
         return False
 
     marked = {path for path, _, _ in leaves(full_config(), "") if is_marked(path)}
-    assert {path for path in marked if not path.endswith(PINNED) or path in NOT_IDENTITY} == NOT_IDENTITY
+    assert {path for path in marked if not PINNED & set(path.split(".")) or path in NOT_IDENTITY} == NOT_IDENTITY
 
 
 def test_a_file_that_is_only_looked_at_is_pinned_by_no_id(tmp_path: Path) -> None:
@@ -451,12 +457,15 @@ def test_every_part_of_the_record_changes_the_id(change: dict[str, Any]) -> None
 
 
 EXPERIMENT_IDS = Path(__file__).with_name("golden_ids.json")
-# Packages are pinned by version, which is another one elsewhere.
+# Packages are pinned by version, and what is elsewhere by commit or sha256, which change.
 PRINT_IDS = """
 import importlib.metadata, json, sys
 from pathlib import Path
 import mlxchat
 importlib.metadata.version = lambda name: "1.0"
+from mlxchat.hub import client, listings
+listings.find_commit = lambda *revision: "0" * 40
+client.find_content = lambda *address: "0" * 64
 from mlxchat.compose import compose_config
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.store import Store

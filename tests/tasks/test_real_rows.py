@@ -43,6 +43,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     spec.loader.exec_module(serve)
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch, serve.HubServer(str(FOLDER / "root")) as hub:
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_HOME", str(cache / "hf"))
         patch.setenv("MLXCHAT_CACHE", str(cache / "own"))

@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.planning.text import describe_text
     from mlxchat.runner.comparing import environment_drift
     from mlxchat.runner.estimates import estimate_steps
+    from mlxchat.runner.externals import find_unknown
     from mlxchat.runner.plan_table import format_plan
     from mlxchat.runner.store import Store
 
@@ -70,7 +71,12 @@ def main(arguments: list[str]) -> int:
             for name, changes in drift.items()
             if changes
         }
-        for further in (describe_text(config, plan, store), forecast, drifted):
+        unknown = {
+            step.name: f"key not final: {', '.join(dict.fromkeys(found.values()))} is not known yet"
+            for step in plan
+            if (found := find_unknown(step.externals))
+        }
+        for further in (describe_text(config, plan, store), forecast, drifted, unknown):
             for name, text in further.items():
                 remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
         for line in describe_recipe(composed, plan, find_downloads(config, plan, store), times):

@@ -26,8 +26,9 @@ from typing import Any
 
 from mlxchat.config import HubConfig
 from mlxchat.errors import DataError
+from mlxchat.hub import listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
-from mlxchat.hub.listings import recorded_files
+from mlxchat.runner.externals import UNKNOWN
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.progress import plural
 from mlxchat.runner.store import MANIFEST
@@ -220,7 +221,7 @@ class Corpus:
     @classmethod
     def recorded(cls, hub: HubConfig) -> Corpus | None:
         """Return the training files that an earlier listing recorded; None: there is none. Uses no network."""
-        train, _ = _choose(hub, recorded_files(hub.repository, hub.revision) or ())
+        train, _ = _choose(hub, listings.recorded_files(hub.repository, hub.revision) or ())
         return cls([Shard.on_hub(file, hub.column) for file in train[: hub.num_train_files]], []) if train else None
 
     def shards(self, split: str) -> list[Shard]:
@@ -281,6 +282,11 @@ class Corpus:
             size += file.bytes * share
         density = chars / max(1.0, size) or ESTIMATED_CHARS_PER_BYTE
         return replace(self, chars_per_byte=density, is_measured=True), documents, chars
+
+
+def contents_of(hub: HubConfig, hash_of: Callable[[Path], str]) -> list[str]:
+    """Return the commit of a data set, for a key."""
+    return [listings.find_commit(hub.repository, hub.revision) or f"{UNKNOWN}{hub.repository} at {hub.revision}"]
 
 
 def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:

@@ -13,7 +13,7 @@ import random
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,9 @@ from typing import Any
 import yaml
 
 from mlxchat.errors import DataError, suggest
+from mlxchat.eval_config import CoreConfig
+from mlxchat.hub import client
+from mlxchat.runner.externals import UNKNOWN
 from mlxchat.runner.fingerprint import hash_file
 
 SHUFFLE_SEED = 1337
@@ -49,6 +52,13 @@ class CoreTask:
     """Between a question and its continuation."""
     baseline: float
     """Accuracy of guessing, 0 … 1."""
+
+
+def contents_of(config: CoreConfig, hash_of: Callable[[Path], str]) -> list[str]:
+    """Return the sha256 of CORE's bundle, for a key: a file and an address with the same contents are the same."""
+    if "://" not in config.bundle:
+        return [hash_of(Path(config.bundle))]
+    return [client.find_content(config.bundle, config.sha256) or f"{UNKNOWN}{config.bundle}"]
 
 
 class Bundle:

@@ -130,6 +130,13 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
     return place
 
 
+def find_content(url: str, sha256: str | None) -> str | None:
+    """Return the sha256 of the file that `fetch_url` returns: the given one, or that of the download; None: unknown."""
+    place = url_place(url)
+    known = (read_json(place.with_name("source.json")) or {}).get("sha256") if place.exists() else None
+    return sha256 or (str(known) if known else None)
+
+
 def url_place(url: str) -> Path:
     """Return where `fetch_url` puts the file of an address."""
     folder = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16]

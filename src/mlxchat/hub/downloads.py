@@ -353,8 +353,10 @@ def _send(client: Any, request: Any, ends: float, check: Check) -> Any:
     return sent.result()
 
 
-def read_answer(url: str, headers: Mapping[str, str], silence_seconds: float) -> tuple[Any, bytes]:
-    """Return the answer to a GET and its body, which is small.
+def read_answer(
+    url: str, headers: Mapping[str, str], silence_seconds: float, check: Check = nothing
+) -> tuple[Any, bytes]:
+    """Return the answer to a GET and its body, which is small; `check` may raise, to end the request.
 
     Raises:
         HTTPError: the network.
@@ -363,8 +365,9 @@ def read_answer(url: str, headers: Mapping[str, str], silence_seconds: float) ->
     """
     ends = time.monotonic() + ANSWER_SECONDS
     body = bytearray()
-    with open_url(url, headers, silence_seconds) as answer:
+    with open_url(url, headers, silence_seconds, check) as answer:
         for block in answer.iter_raw():
+            check()
             body += block
             if len(body) > MOST_ANSWER_BYTES:
                 raise ValueError(f"its answer has more than {MOST_ANSWER_BYTES >> 20} MB")

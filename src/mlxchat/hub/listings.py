@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -24,14 +24,21 @@ from mlxchat.hub.cache import (
     read_json,
     write_json,
 )
-from mlxchat.hub.downloads import read_answer, retry_after
+from mlxchat.hub.downloads import Check, nothing, read_answer, retry_after
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
 _TRIES, _TRIES_WITH_RECORD = 6, 2
 FIRST_PAUSE_SECONDS = 0.5
 _SILENCE_SECONDS = 20.0
+_PLAN_SECONDS = 10.0
 # Bounds of a list of files; the Hub's pages have 1,000 files each.
 _MOST_PAGES, _MOST_FILES = 1000, 1_000_000
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+# A run works with one commit, whatever is uploaded meanwhile: (Hub, repository, revision, kind) → commit.
+_commits: dict[tuple[str, str, str, str], str] = {}
+# Hubs that did not answer in this process: no plan waits for them again.
+_silent: set[str] = set()
 
 
 def list_files(repository: str, *, revision: str = "main", pattern: str = "*", kind: str = "dataset") -> list[HubFile]:
@@ -47,9 +54,28 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
         DataError: there is no such repository or revision, or the network may not be used and nothing is recorded.
         PassingError: the Hub does not answer and nothing is recorded.
     """
-    commit = _resolve(endpoint(), repository, revision, kind)
+    commit = _resolve(repository, revision, kind)
     files = _list_commit(repository, commit, kind)
     return [file for file in files if fnmatch.fnmatchcase(file.path, pattern)]
+
+
+def find_commit(repository: str, revision: str, kind: str = "dataset") -> str | None:
+    """Return the commit that a revision means, for a key; None: neither the Hub nor an earlier answer says it.
+
+    A commit means itself. For a tag or a branch the Hub is requested once in a process, for at most 10 seconds.
+
+    Raises:
+        DataError: there is no such repository or revision.
+    """
+    if _COMMIT.fullmatch(revision):
+        return revision
+    is_unknown = read_json(_ref(repository, revision, kind)) is None
+    if is_unknown and (is_offline() or endpoint() in _silent):
+        return None
+    try:
+        return _resolve(repository, revision, kind, is_plan=True)
+    except PassingError:
+        return None
 
 
 def recorded_files(repository: str, revision: str, kind: str = "dataset") -> list[HubFile] | None:
@@ -70,7 +96,8 @@ def read_listing(path: Path) -> list[HubFile] | None:
 
 def forget() -> None:
     """Forget what revisions mean, as a new process would."""
-    _resolve.cache_clear()
+    _commits.clear()
+    _silent.clear()
 
 
 def listing_folder(repository: str, kind: str) -> Path:
@@ -78,19 +105,26 @@ def listing_folder(repository: str, kind: str) -> Path:
     return cache_folder() / "listings" / folder_name(repository, kind)
 
 
-@cache  # a run works with one commit, whatever is uploaded meanwhile
-def _resolve(hub: str, repository: str, revision: str, kind: str) -> str:
-    """Return the commit that a revision means at a Hub; it is recorded for use without a network."""
-    known = listing_folder(repository, kind) / "refs" / quote(revision, safe="")
-    recorded = read_json(known) or {}
-    commit = recorded.get("commit")
+def _ref(repository: str, revision: str, kind: str) -> Path:
+    """Return the file that records which commit a revision meant."""
+    return listing_folder(repository, kind) / "refs" / quote(revision, safe="")
+
+
+def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False) -> str:
+    """Return the commit that a revision means at the Hub; it is recorded for use without a network."""
+    key = (endpoint(), repository, revision, kind)
+    if key in _commits:
+        return _commits[key]
+    known = _ref(repository, revision, kind)
+    commit = (read_json(known) or {}).get("commit")
     if is_offline():
         if commit is None:
             raise DataError(_tell_unknown(repository, revision, kind))
+        if is_plan:
+            print(f"  {repository}: offline; {revision} is commit {commit[:12]}, as recorded", file=sys.stderr)
     elif revision != commit:  # a commit means itself
         try:
-            tries = _TRIES if commit is None else _TRIES_WITH_RECORD
-            commit = _ask(repository, kind, tries, lambda: _commit_of(repository, revision, kind))
+            commit = _request_commit(repository, revision, kind, is_plan=is_plan, is_recorded=commit is not None)
         except PassingError as error:
             if commit is None:
                 raise PassingError(f"{error} {tell_command()}") from None
@@ -98,8 +132,28 @@ def _resolve(hub: str, repository: str, revision: str, kind: str) -> str:
         else:
             check_commit(repository, commit)
             for name in {quote(revision, safe=""), commit}:
-                write_json(known.with_name(name), {"commit": commit, "endpoint": hub})
-    return str(commit)
+                write_json(known.with_name(name), {"commit": commit, "endpoint": endpoint()})
+    _commits[key] = str(commit)
+    return _commits[key]
+
+
+def _request_commit(repository: str, revision: str, kind: str, *, is_plan: bool, is_recorded: bool) -> str:
+    """Return the commit that the Hub says; for a plan it is requested once, and not from a Hub that did not answer."""
+    ends = time.monotonic() + _PLAN_SECONDS
+
+    def check() -> None:
+        if is_plan and time.monotonic() > ends:
+            raise TimeoutError(f"no answer within {_PLAN_SECONDS:g} s")
+
+    hub = endpoint()
+    if is_plan and hub in _silent:
+        raise PassingError(f"{repository}: the Hub at {hub} did not answer before.")
+    tries = 1 if is_plan else _TRIES_WITH_RECORD if is_recorded else _TRIES
+    try:
+        return str(_ask(repository, kind, tries, lambda: _commit_of(repository, revision, kind, check)))
+    except PassingError:
+        _silent.add(hub)
+        raise
 
 
 def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
@@ -123,8 +177,8 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
     return files
 
 
-def _commit_of(repository: str, revision: str, kind: str) -> str:
-    answer, _ = _get_json(f"{_api(repository, kind)}/revision/{quote(revision, safe='')}")
+def _commit_of(repository: str, revision: str, kind: str, check: Check) -> str:
+    answer, _ = _get_json(f"{_api(repository, kind)}/revision/{quote(revision, safe='')}", check)
     if not isinstance(answer, dict):
         raise ValueError("its answer is no JSON object")
     return str(answer.get("sha"))
@@ -166,7 +220,7 @@ def _api(repository: str, kind: str) -> str:
     return f"{endpoint()}/api/{kind}s/{repository}"
 
 
-def _get_json(url: str) -> tuple[Any, str | None]:
+def _get_json(url: str, check: Check = nothing) -> tuple[Any, str | None]:
     """Return what an address of the Hub answers, and the address of the next page if there is one.
 
     Raises:
@@ -177,7 +231,7 @@ def _get_json(url: str) -> tuple[Any, str | None]:
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # exported lazily
 
     headers = build_hf_headers(library_name="mlxchat")
-    answer, body = read_answer(url, headers, _SILENCE_SECONDS)
+    answer, body = read_answer(url, headers, _SILENCE_SECONDS, check)
     hf_raise_for_status(answer)
     after = answer.links.get("next", {}).get("url")
     if after is not None and not after.startswith(f"{endpoint()}/"):  # a mirror's, or one that wants the token

@@ -19,6 +19,8 @@ from mlxchat.parts import is_own, part_file
 from mlxchat.runner.code_digest import CodeDigests, remembered
 from mlxchat.runner.fingerprint import hash_file
 
+UNKNOWN = "not known: "
+"""Begins the pin of what can be pinned only once it was fetched or the Hub answers: its key is not final."""
 # A file that was changed a moment ago may change again without its time moving on: its hash is not remembered yet.
 _SETTLED_NANOSECONDS = 2_000_000_000
 
@@ -97,9 +99,10 @@ def pin_externals(
     Fields whose metadata says `external: file` hold paths, those with `external: folder` a folder of which all files
     count, also in what it contains, those with `external: package` names of packages, and those with `external: code`
     a user's module:name, of which all code counts that it uses. One with `external: section` has the whole section it
-    stands in pinned by the function (module:function of mlxchat's) that its metadata names under `by`. One with
-    `external: source` holds its `since_default` (nothing outside), a word that `packages` translates, a file, or a
-    folder of which the files named in `folder` count.
+    stands in pinned by the function (module:function of mlxchat's) that its metadata names under `by`; with
+    `external: contents` that function returns what identifies each thing that the section refers to, or UNKNOWN and
+    its name. One with `external: source` holds its `since_default` (nothing outside), a word that `packages`
+    translates, a file, or a folder of which the files named in `folder` count.
 
     Args:
         sections: of the configuration.
@@ -122,7 +125,16 @@ def pin_externals(
                 if kind == "source":
                     kind, item = _resolve_source(item, field.metadata)
                 if kind == "section":
-                    pins.update(_section_pins(value, field.metadata["by"], hash_of))
+                    pins.update(_call(field.metadata["by"], value, hash_of))
+                    continue
+                if kind == "contents":
+                    try:
+                        for number, content in enumerate(_call(field.metadata["by"], value, hash_of)):
+                            pins[f"contents {place}" + (f".{number}" if number else "")] = content
+                    except ConfigError as error:
+                        problems.append(f"{place}: {error}")
+                    except OSError as error:
+                        problems.append(f"{place}: {item} cannot be read ({error.strerror})")
                     continue
                 if kind is None:
                     if field.metadata.get("identity") is not False:  # what is only looked at changes no result
@@ -161,11 +173,17 @@ def pin_externals(
     return pins
 
 
-def _section_pins(section: Any, function: str, hash_of: Callable[[Path], str]) -> dict[str, str]:
+def find_unknown(pins: Mapping[str, str]) -> dict[str, str]:
+    """Return place in the configuration → what it refers to, of the pins whose contents are not known."""
+    return {
+        name.partition(" ")[2]: value.removeprefix(UNKNOWN) for name, value in pins.items() if value.startswith(UNKNOWN)
+    }
+
+
+def _call(function: str, section: Any, hash_of: Callable[[Path], str]) -> Any:
     """Return what a part above the runner, which is named in the schema, finds that a section refers to."""
     module, _, name = function.partition(":")
-    found: dict[str, str] = getattr(importlib.import_module(module), name)(section, hash_of)
-    return found
+    return getattr(importlib.import_module(module), name)(section, hash_of)
 
 
 def _code_pins(name: str) -> dict[str, str]:

@@ -114,7 +114,7 @@ def compose_jobs(overrides: list[list[str]], config_dirs: list[str]) -> list[Job
     Raises:
         ConfigError: what is wrong with any of them; then none is run.
     """
-    from mlxchat.pipeline_run import plan_of
+    from mlxchat.pipeline_run import plan_to_run
 
     jobs: list[Job] = []
     problems: list[str] = []
@@ -124,7 +124,7 @@ def compose_jobs(overrides: list[list[str]], config_dirs: list[str]) -> list[Job
             continue  # what is wrong with it was said
         try:
             job = Job(number=number, overrides=items, composed=compose_config(items, config_dirs))
-            job.plan = plan_of(job.composed.config, job.store)
+            job.plan = plan_to_run(job.composed.config, job.store)
             check_memory(job.composed.config, job.plan)
             jobs.append(job)
         except MlxchatError as error:

@@ -147,9 +147,9 @@ def _varies(item: str) -> bool:
 
 
 def _plan(composed: Composed) -> list[PlannedStep]:
-    from mlxchat.pipeline_run import plan_of
+    from mlxchat.pipeline_run import plan_to_run
 
-    return plan_of(composed.config, Store(Path(composed.config.outputs)))
+    return plan_to_run(composed.config, Store(Path(composed.config.outputs)))
 
 
 def _study(search: Search) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def run_job(
         made: ids of steps that this sweep has made, which are not forced again.
         leave: what to do when not the sweep but the queue that the job came from stops it; the job has no row then.
     """
-    from mlxchat.pipeline_run import plan_of, run_pipeline
+    from mlxchat.pipeline_run import plan_to_run, run_pipeline
 
     row: Row = {"job": number, "overrides": settings, "status": "done", "metrics": {}}
     began = time.monotonic()
@@ -60,7 +60,7 @@ def run_job(
     config = composed.config
     store = Store(Path(config.outputs))
     try:
-        plan = plan_of(config, store)
+        plan = plan_to_run(config, store)
         forced = force_only_others(config.force, plan, made)
         place = run_pipeline(replace(composed, config=replace(config, force=forced), overrides=overrides))
         row |= {"run": place.name if place else None, "metrics": metrics_of(rids_of(plan), store, config.sweep.metric)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -127,6 +127,14 @@ def load_item(item: TaskItem) -> Task:
     options = {"size": item.size, "path": item.path, "fields": item.fields, **item.options, **item.source}
     task = load_task(item.task, item.split, **{key: value for key, value in options.items() if value is not None})
     return task.select(item.start, item.stop, item.step)
+
+
+def contents_of(item: TaskItem, hash_of: Callable[[Path], str]) -> list[str]:
+    """Return what a task downloads, by repository, files and commit or by sha256, for a key."""
+    # Bundled tasks need nothing, and reading their text takes seconds.
+    if task_class(item.task).needs is Task.needs:
+        return []
+    return [source.content() for source in load_item(item).needs()]
 
 
 def find_item_problems(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iterator[str]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxchat.errors import ConfigError, DataError, suggest
-from mlxchat.hub import client
+from mlxchat.hub import client, listings
 from mlxchat.hub.cache import cache_folder
+from mlxchat.runner.externals import UNKNOWN
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
 
@@ -37,6 +38,10 @@ class UrlSource:
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the file at the address, downloaded if it is not there."""
         return [client.fetch_url(self.url, sha256=self.sha256, check=check)]
+
+    def content(self) -> str:
+        """Return the file's sha256, for a key."""
+        return client.find_content(self.url, self.sha256) or f"{UNKNOWN}{self.url}"
 
     def records(self) -> list[dict[str, Any]]:
         """Return a record of the file: url, sha256, bytes."""
@@ -66,6 +71,15 @@ class HubSource:
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the files, downloaded if they are not there."""
         return client.fetch_files(self.files, check=check)
+
+    def content(self) -> str:
+        """Return which files of which commit are read, for a key."""
+        commit = listings.find_commit(self.repository, self.revision)
+        return (
+            f"{self.repository}/{self.pattern} at {commit}"
+            if commit
+            else f"{UNKNOWN}{self.repository} at {self.revision}"
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """Return a record of each file: url, revision, sha256, bytes."""
