@@ -77,7 +77,7 @@ def test_a_run_without_a_fetch_and_a_network_says_what_to_type(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.argv", ["mlxchat", "experiment=smoke"])
     text = say(*SETTINGS, code=2)
-    assert f"{NAME}: nothing of this dataset at revision main is on this machine" in text
+    assert f"corpus.hub.revision: the commit of {NAME} at main is unknown, since HF_HUB_OFFLINE is set" in text
     assert "run: mlxchat data fetch experiment=smoke" in text
 
 

@@ -16,7 +16,8 @@ from mlxchat.compose import Composed
 from mlxchat.config import Config, HooksConfig
 from mlxchat.distributed.ranks import lead_ranks
 from mlxchat.errors import ConfigError, StoreError
-from mlxchat.hub.cache import endpoint
+from mlxchat.hub.cache import endpoint, is_offline
+from mlxchat.hub.listings import tell_command
 from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import check_memory
@@ -148,13 +149,13 @@ def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
     if not unknown:
         return plan
     if branches := {place: what for place, what in unknown.items() if "://" not in what}:
+        why = "HF_HUB_OFFLINE is set" if is_offline() else f"the Hub at {endpoint()} does not answer"
         lines = [
-            f"{place}: which commit {what} is cannot be found out, since the Hub at {endpoint()} does not answer. "
-            "Run the same command where there is a network, or give the commit: "
+            f"{place}: the commit of {what} is unknown, since {why}. To set it: "
             f"{place.removesuffix('.revision')}.revision=COMMIT"
             for place, what in branches.items()
         ]
-        raise ConfigError("\n".join(lines))
+        raise ConfigError("\n".join([*lines, tell_command()]))
     from mlxchat.hub.client import fetch_url
 
     for address in dict.fromkeys(unknown.values()):
