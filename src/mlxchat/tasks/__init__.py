@@ -131,10 +131,12 @@ def load_item(item: TaskItem) -> Task:
 
 def contents_of(item: TaskItem, hash_of: Callable[[Path], str]) -> list[str]:
     """Return what a task downloads, by repository, files and commit or by sha256, for a key."""
+    # A user's task may use its source in any way, so all of it counts.
+    own = [f"{key}={value}" for key, value in sorted(item.source.items())] if is_own(item.task) else []
     # Bundled tasks need nothing, and reading their text takes seconds.
     if task_class(item.task).needs is Task.needs:
-        return []
-    return [source.content() for source in load_item(item).needs()]
+        return own
+    return [*own, *(source.content() for source in load_item(item).needs())]
 
 
 def find_item_problems(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iterator[str]:
