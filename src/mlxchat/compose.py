@@ -41,6 +41,7 @@ _HYDRAS_SETTINGS = {
     "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
     "hydra.output_subdir": "config.yaml of a run lies in OUTPUTS/runs/<time>-<name>",
     "hydra.job.chdir": "a run stays in its working directory; outputs=PATH says where artifacts go",
+    "hydra.sweep.subdir": "jobs of a sweep have no folders of their own; their runs are in OUTPUTS/runs",
     "hydra.sweep": "is for sweeps: add -m",
     "hydra/sweeper": "is for sweeps: add -m",
     "hydra.launcher": "is for sweeps: add -m",

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from kit.commands import CommandLine
+from mlxchat.errors import ConfigError
 from mlxchat.runner.store import Store
+from mlxchat.sweep import grid
+from mlxchat.sweep.launch import resolve_folder
 
 RATES = [round(0.001 * 1.3**power, 6) for power in range(5)]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -265,3 +268,15 @@ def test_a_sweep_over_sizes_ends_with_a_report_and_its_fitted_line(mlxchat: Comm
     again = mlxchat("report", folder.name, f"outputs={tmp_path / 'outputs'}")
     assert again.returncode == 0, again.stderr
     assert (folder / "report.md").read_text() == words
+
+
+def test_the_sweeps_folder_may_have_resolvers_and_references() -> None:
+    """hydra.sweep.dir=${now:%Y} made a folder of that name."""
+    found = resolve_folder("hydra.sweep.dir='/sweeps/${now:%Y}/${name}-${seed}'", [], ["experiment=smoke", "seed=7"])
+    assert re.fullmatch(r"/sweeps/20\d\d/smoke-7", str(found))
+
+
+@pytest.mark.parametrize("setting", ["hydra.run.dir=x", "hydra.sweep.subdir=x", "hydra.job.chdir=true"])
+def test_a_setting_of_hydra_that_a_sweep_ignores_is_refused(setting: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(setting)):
+        grid.run_sweep(["-m", "seed=1,2", setting])

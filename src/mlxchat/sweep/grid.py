@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.compose import split_config_dirs
+from mlxchat.compose import refuse_hydras, split_config_dirs
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
 from mlxchat.overrides import as_hydra, implied_experiment
 from mlxchat.runner import locks
@@ -26,6 +26,7 @@ from mlxchat.sweep.launch import (
     environment,
     launch,
     launcher_of,
+    resolve_folder,
     stopped_by_signals,
     told_as_they_end,
     whereabouts,
@@ -36,6 +37,11 @@ from mlxchat.sweep.table import differing, main_metric, write_results
 from mlxchat.sweep.worker import is_finished, rids_of, run_elsewhere, run_job
 from mlxchat.visible import visible
 
+# Hydra's settings that a sweep uses; the others are refused.
+_OF_SWEEPS = (
+    "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.dir", "hydra.searchpath",
+    "hydra.job.env", "hydra/callbacks", "hydra.callbacks",
+)  # fmt: skip
 Elsewhere = Callable[[list[Job], Shared, SweepFolder, "_Teller"], None]
 
 
@@ -56,7 +62,8 @@ def run_sweep(arguments: list[str]) -> int:
     if any(task.partition("=")[0].lstrip("+") == "sweep" and not task.endswith("=none") for task in tasks):
         raise ConfigError("sweep=tpe chooses its own runs, one after the other: leave out -m")
     launcher = launcher_of(hydras)
-    hydras, place = _take_folder(hydras)
+    refuse_hydras([item for item in hydras if not item.lstrip("+~").startswith(_OF_SWEEPS)])
+    hydras, place = _take_folder(hydras, config_dirs, tasks)
     if hydras or config_dirs:
         groups = [task for task in tasks if "." not in task.partition("=")[0] and "," not in task]
         tasks = [*check_settings(hydras, config_dirs, as_hydra(groups)), *tasks]
@@ -242,8 +249,9 @@ def _tell_waiting(owner: dict[str, Any]) -> None:
     print(f"process {owner.get('pid', '?')} on {owner.get('host', '?')} sweeps in this folder; waiting", flush=True)
 
 
-def _take_folder(hydras: list[str]) -> tuple[list[str], Path | None]:
-    """Return Hydra's overrides without the one that names the sweep's folder, and that folder."""
+def _take_folder(hydras: list[str], config_dirs: list[str], tasks: list[str]) -> tuple[list[str], Path | None]:
+    """Return Hydra's overrides without the one that names the sweep's folder, and that folder, resolved."""
     named = [override for override in hydras if override.startswith("hydra.sweep.dir=")]
-    place = Path(named[-1].partition("=")[2].strip("'\"")) if named else None
-    return [override for override in hydras if override not in named], place
+    rest = [override for override in hydras if override not in named]
+    fixed = as_hydra([task for task in tasks if "," not in task and "(" not in task])
+    return rest, resolve_folder(named[-1], config_dirs, fixed) if named else None

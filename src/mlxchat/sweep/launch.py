@@ -89,6 +89,23 @@ def check_settings(hydras: list[str], config_dirs: list[str], tasks: list[str]) 
         GlobalHydra.instance().clear()
 
 
+def resolve_folder(override: str, config_dirs: list[str], tasks: list[str]) -> Path:
+    """Return the folder that `hydra.sweep.dir=…` names, its resolvers and references resolved.
+
+    Raises:
+        ConfigError: it cannot be resolved.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return Path(_compose([override, *tasks], config_dirs)[1].hydra.sweep.dir)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
 def _compose(hydras: list[str], config_dirs: list[str]) -> tuple[Hydra, DictConfig]:
     """Return Hydra, set up for a sweep, and the configuration that its launcher is made from."""
     from hydra._internal.hydra import Hydra
