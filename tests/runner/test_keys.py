@@ -125,3 +125,18 @@ def test_scores_do_not_depend_on_the_order_of_the_suite(monkeypatch: pytest.Monk
         scores = stage._measure_tasks(ctx, SimpleNamespace(model=SimpleNamespace(sizes=None)), examples)  # type: ignore[arg-type]
         found.append((json.dumps(scores), examples, ctx.metrics))
     assert found[0] == found[1]
+
+
+def test_a_step_computed_in_another_dtype_runs_again(toys: Any) -> None:
+    """It once said "nothing to do"."""
+    pipeline = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
+    stage = toys.package / "make.py"
+    stage.write_text(f'RESOURCES = ["gpu"]\n{stage.read_text()}')
+    toys.run(toys.plan(pipeline))
+    assert [step.state for step in toys.plan(pipeline)] == ["done", "done"]
+    one, two = toys.plan(pipeline, compute_dtype="bfloat16")
+    assert (one.state, one.reason) == ("run", "config changed: compute_dtype absent → bfloat16")
+    assert two.state == "maybe"
+    toys.run([one, two])
+    assert [step.state for step in toys.plan(pipeline, compute_dtype="bfloat16")] == ["done", "done"]
+    assert [step.state for step in toys.plan(pipeline)] == ["done", "done"], "both are kept"
