@@ -53,7 +53,7 @@ def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
         sizes = getattr(step.stage.load_forecast(), "model_sizes", None)
         if sizes is not None and not step.stage.optional_inputs.keys() & {*step.inputs, *step.artifacts}:
             made = store.find(step.rid) if step.done else None
-            found[step.name] = sizes(getattr(config, step.stage.name)) if made is None else sizes_of_folder(made)
+            found[step.name] = sizes(getattr(config, step.stage.name, None)) if made is None else sizes_of_folder(made)
         elif step.inputs.get(_ROLE) in found:
             found[step.name] = found[step.inputs[_ROLE]]
         elif artifact is not None and (folder := store.find(str(artifact["rid"]))) is not None:
