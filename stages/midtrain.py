@@ -21,8 +21,8 @@ OUTPUTS = [
     "tokenizer_config.json",
 ]
 METRICS = {
-    "val_loss": "minimize",
-    "loss": "minimize",
+    "val_loss": "minimize while training",
+    "loss": "minimize while training",
     "ce": "minimize if midtrain.teacher.is_there",
     "kl": "minimize if midtrain.teacher.is_there",
     "accuracy_{midtrain.suite}": "maximize",

@@ -34,10 +34,10 @@ FORECAST = "mlxchat.training.forecast_pretrain"
 FORMAT = "base"
 OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
 METRICS = {
-    "val_bpb": "minimize",
-    "val_perplexity": "minimize",
-    "loss": "minimize",
-    "core_estimate": "maximize if pretrain.core and not pretrain.core.tasks",
+    "val_bpb": "minimize while training",
+    "val_perplexity": "minimize while training",
+    "loss": "minimize while training",
+    "core_estimate": "maximize while training if pretrain.core and not pretrain.core.tasks",
     "core_estimate_stderr": "neither if pretrain.core and not pretrain.core.tasks",
     "core_tasks_estimate": "maximize if pretrain.core.tasks",
     "train_bpb": "minimize if pretrain.train_bpb_tokens",

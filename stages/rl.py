@@ -39,7 +39,7 @@ OUTPUTS = [
 METRICS = {
     "pass_at_{rl.eval_samples}": "maximize",
     "held_out_reward": "maximize",
-    "reward": "maximize",
+    "reward": "maximize while training",
     "pass_at_{rl.eval_samples}_stderr": "neither",
     "held_out_reward_stderr": "neither",
     "loss": "neither",

@@ -31,7 +31,7 @@ from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.naming import LATEST, MODEL, called, links, runs
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.plan_table import format_plan
-from mlxchat.runner.records import Records, now
+from mlxchat.runner.records import Record, Records, now
 from mlxchat.runner.sealed import write_whole
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
@@ -41,7 +41,11 @@ from mlxchat.visible import visible
 
 
 def run_pipeline(
-    composed: Composed, check: Callable[[list[PlannedStep]], None] = lambda plan: None, *, is_verb: bool = False
+    composed: Composed,
+    check: Callable[[list[PlannedStep]], None] = lambda plan: None,
+    *,
+    is_verb: bool = False,
+    on_record: Callable[[str, Record], None] = lambda step, record: None,
 ) -> Path | None:
     """Complete the targets of a configuration; return the run's folder, or None if nothing had to be done.
 
@@ -49,6 +53,7 @@ def run_pipeline(
         composed: the configuration and how it came about.
         check: looks at the plan before anything is written; it may raise.
         is_verb: whether a verb such as import runs it: it ends without a report and does not become the latest run.
+        on_record: called with a step's name and each record of its metrics.jsonl.
 
     Raises:
         MlxchatError: what the steps and the store raise.
@@ -86,9 +91,14 @@ def run_pipeline(
         config.tracker, folder, ids=rids.values(), settings=redact(plain_of(config)), say=_say,
         history=lambda step: Records(store.work(rids[step]) / "ckpt" / "records" / "metrics.jsonl").read(),
     )  # fmt: skip
+
+    def take(step: str, record: Record) -> None:
+        tracker.log(step, record)
+        on_record(step, record)
+
     run = Run(
         folder=folder, config=config, seed=config.seed, data_seed=config.data_seed, force=config.force,
-        overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=tracker.log,
+        overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=take,
         policy=_policy(config, need), hooks=_hooks(config.hooks),
         uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
         becomes_latest=not is_verb,

@@ -137,7 +137,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("machine.device", config.machine.device, ("auto", "cpu", "gpu")),
         ("machine.compute_dtype", config.machine.compute_dtype, ("auto", "float32", "bfloat16")),
         ("tracker.kind", config.tracker.kind, ("none", "wandb", "trackio", "tensorboard")),
-        ("sweep.kind", config.sweep.kind, ("none", "tpe")),
+        ("sweep.kind", config.sweep.kind, ("none", "tpe", "halving")),
         ("sweep.direction", config.sweep.direction or "minimize", ("minimize", "maximize")),
     ):
         if value not in known and not (key == "tracker.kind" and is_own(value)):
@@ -338,7 +338,7 @@ def _imported(config: Config) -> Iterator[str]:
 
 def _sweep(config: Config) -> Iterator[str]:
     sweep = config.sweep
-    for key, least in (("trials", 1), ("random_trials", 1), ("seed", 0)):
+    for key, least in (("trials", 1), ("random_trials", 1), ("first_rung", 1), ("factor", 2), ("seed", 0)):
         if getattr(sweep, key) < least:
             yield f"sweep.{key} is {getattr(sweep, key)}, expected at least {least}"
     if sweep.name is not None and (Path(sweep.name).name != sweep.name or sweep.name.startswith(".")):

@@ -13,8 +13,8 @@ import pytest
 from kit.commands import CommandLine
 from mlxchat.errors import ConfigError
 from mlxchat.runner.store import Store
-from mlxchat.sweep import grid
-from mlxchat.sweep.launch import resolve_folder
+from mlxchat.sweep.launchers import HydraSettings
+from mlxchat.sweep.sweeper import read_sweep
 
 RATES = [round(0.001 * 1.3**power, 6) for power in range(5)]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -190,10 +190,10 @@ def test_an_impossible_value_refuses_a_sweep_before_its_first_job(mlxchat: Comma
             r"hydra/launcher=ray_aws is not installed: pip install 'mlxchat\[ray\]'",
         ),
         (["hydra.launcher.n_job=2", "seed=1,2"], "Hydra's settings: Could not override 'hydra.launcher.n_job'"),
-        (["hydra/sweeper=optuna", "seed=1,2"], "For a search: sweep=tpe"),
+        (["hydra/sweeper=optun", "seed=1,2"], "hydra/sweeper has no option.*For a search: sweep=tpe"),
+        (["hydra.sweep.dir=${nothing}", "seed=1,2"], "Hydra's settings: .*nothing"),
         (["seed=interval(1,2)"], "to search an interval use sweep=tpe"),
-        (["sweep=tpe", "seed=1,2"], "leave out -m"),
-        (["sweep=tpa", "seed=1,2"], "leave out -m|has no option"),
+        (["sweep=tpa", "seed=1,2"], "has no option"),
         (["model=d65", "seed=1,2"], "Did you mean"),
         (["sweep.metric=bpb", "seed=1,2"], "expected STEP.METRIC"),
         (["seed=glob(*)"], "seed is no group. List the values: seed=A,B"),
@@ -207,11 +207,11 @@ def test_a_mistake_is_refused_before_anything_is_written(
     arguments: list[str], message: str, swept: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mlxchat.cli import main
-    from mlxchat.sweep import launch
+    from mlxchat.sweep import launchers
 
-    find = launch.importlib.util.find_spec
+    find = launchers.importlib.util.find_spec
     absent = "hydra_plugins.hydra_ray_launcher"
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None if name == absent else find(name))
+    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: None if name == absent else find(name))
     with pytest.raises(SystemExit) as caught:
         main(["-m", *arguments, f"outputs={swept.outputs}"])
     assert caught.value.code == 2
@@ -272,11 +272,37 @@ def test_a_sweep_over_sizes_ends_with_a_report_and_its_fitted_line(mlxchat: Comm
 
 def test_the_sweeps_folder_may_have_resolvers_and_references() -> None:
     """hydra.sweep.dir=${now:%Y} made a folder of that name."""
-    found = resolve_folder("hydra.sweep.dir='/sweeps/${now:%Y}/${name}-${seed}'", [], ["experiment=smoke", "seed=7"])
-    assert re.fullmatch(r"/sweeps/20\d\d/smoke-7", str(found))
+    folder = "hydra.sweep.dir='/sweeps/${now:%Y}/${name}-${seed}'"
+    found = HydraSettings.read([folder], ["experiment=smoke", "seed=7"], [])
+    assert re.fullmatch(r"/sweeps/20\d\d/smoke-7", str(found.folder))
 
 
 @pytest.mark.parametrize("setting", ["hydra.run.dir=x", "hydra.sweep.subdir=x", "hydra.job.chdir=true"])
 def test_a_setting_of_hydra_that_a_sweep_ignores_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(setting)):
-        grid.run_sweep(["-m", "seed=1,2", setting])
+        read_sweep(["-m", "seed=1,2", setting])
+
+
+def test_plan_of_a_sweep_counts_shared_steps_once_and_writes_nothing(say: Any, tmp_path: Path) -> None:
+    """Bug: plan -m was refused."""
+    command = ["experiment=smoke", "stage=pretrain", "optimizer.matrix_lr=0.01,0.02", "model=d2,d4"]
+    command += [f"outputs={tmp_path}/outputs"]
+    text = say("plan", "-m", *command)
+    assert re.search(r"shared by 4 jobs\n  corpus +run .*\n  tokenizer +run", text)
+    assert len(re.findall(r"^job \d/4 optimizer.matrix_lr=0.0\d model=d\d\n  pretrain +run .*MB with", text, re.M)) == 4
+    assert text.splitlines()[-1].startswith("4 jobs, 6 steps: 0 done, 6 to run")
+    plan = json.loads(say("plan", "--json", *command, "-m"))
+    assert [step["step"] for step in plan["shared"]] == ["corpus", "tokenizer"]
+    assert [[step["shared"] for step in job["steps"]] for job in plan["jobs"]] == [[True, True, False]] * 4
+    assert plan["estimate"]["unknown"] == 6
+    say("plan", "-m", "--exit-code", *command, code=3)
+    assert 'Did you mean "optimizer.matrix_lr"' in say("plan", "-m", "optimizer.matrix_l=1,2", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_of_a_finished_sweep_says_so(five: Any, say: Any) -> None:
+    _outputs, _, command = five
+    more = say("plan", *command[:-2], f"{command[-2]},0.09", command[-1])
+    assert len(re.findall(r"^job \d/6 .* is done$", more, re.M)) == 5
+    assert re.search(r"job 6/6 optimizer.matrix_lr=0.09\n  pretrain +run .*~\d", more)
+    assert more.splitlines()[-1].startswith("6 jobs, 8 steps: 7 done, 1 to run; together ~")

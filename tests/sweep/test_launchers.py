@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 
 from kit.commands import CommandLine
-from mlxchat.sweep import grid
-from mlxchat.sweep.shared import Shared
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
 SETTINGS = {
@@ -61,20 +59,6 @@ def test_a_job_that_fails_elsewhere_is_a_row_and_the_others_run(
     assert "Traceback" not in done.stderr
     rows = type(swept)(outputs).rows()
     assert {row["tokenizer.vocab_size"]: row["status"] for row in rows} == {310: "done", 60000: "failed"}
-
-
-def test_a_launcher_gets_the_experiment_that_a_model_implies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher composes by itself: without the experiment its jobs would be other ones than those planned."""
-    given: list[list[str]] = []
-    monkeypatch.setattr(grid, "make_shared", lambda jobs, fail_fast: Shared())
-    monkeypatch.setattr(grid, "launch", lambda jobs, *others: given.extend(jobs))
-    monkeypatch.setattr(grid, "launcher_of", lambda hydras: "joblib")
-    outputs = f"outputs={tmp_path / 'outputs'}"
-    assert grid.run_sweep(["-m", "model=d2,d3", "corpus=bundled", "stage=tokenizer", outputs]) == 1, "no results"
-    assert given == [
-        ["experiment=nanochat_bundled", f"model={name}", "corpus=bundled", "stage=tokenizer", outputs]
-        for name in ("d2", "d3")
-    ]
 
 
 def wait_for_checkpoints(outputs: Path, count: int, process: subprocess.Popen[str]) -> None:

@@ -17,7 +17,7 @@ from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.plan import entries_of
 from mlxchat.runner.stage import Stages
 from mlxchat.runner.store import Store
-from mlxchat.sweep.metrics import find_metric, metrics_of_plan
+from mlxchat.sweep.results import find_metric, metrics_of_plan
 
 APART = ("tokens_per_second", "data_wait_frac")
 
@@ -42,6 +42,16 @@ def test_stages_declare_exactly_what_they_record(finished: Any, tiny: tuple[str,
         for name in [*manifest["metrics"], *(key for key in APART if manifest.get(key) is not None)]
     }
     assert recorded == set(declared(*tiny))
+
+
+def test_metrics_while_training_are_in_metrics_jsonl(finished: Any) -> None:
+    for stage in ("pretrain", "midtrain", "sft", "rl"):
+        declared = Stages()[stage]
+        (folder,) = (finished.outputs / "store").glob(f"{stage}-*")
+        names = {name for line in (folder / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+        expected = {name for name in declared.metrics if declared.is_curve(name)} - {"core_estimate"}
+        assert expected, stage
+        assert expected <= names, stage
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from mlxchat.sweep import plot
 from mlxchat.sweep.plot import draw_sweep
-from mlxchat.sweep.table import differing, main_metric
+from mlxchat.sweep.results import differing, main_metric
 
 
 def rows(settings: list[dict[str, Any]], values: list[float | None] | None = None) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ import pytest
 from mlxchat.errors import Interrupted
 from mlxchat.runner import locks
 from mlxchat.runner.store import read_manifest
-from mlxchat.sweep import slurm, worker
-from mlxchat.sweep.folder import SweepFolder
+from mlxchat.sweep import launchers
+from mlxchat.sweep.results import SweepFolder
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
@@ -151,7 +151,7 @@ def test_the_queues_word_stops_the_run_once_and_what_follows_does_not_end_it_uns
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     signal.signal(signal.SIGUSR2, lambda number, frame: queued.append(number))
     try:
-        with slurm.leaving() as leave:
+        with launchers._leaving() as leave:
             os.kill(os.getpid(), signal.SIGUSR2)
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR2)
@@ -173,11 +173,11 @@ def test_a_node_that_does_not_see_the_sweeps_lock_says_so_in_its_row(
 
     folder = SweepFolder(tmp_path)
     jobs = {"7": {"overrides": ["seed=2"], "settings": {"seed": 2}}}
-    folder.prepare({"parent": {"pid": 1, "host": "head", "cwd": "/"}, "jobs": jobs, "pending": [7], "made": []})
+    folder.write_state({"parent": {"pid": 1, "host": "head", "cwd": "/"}, "jobs": jobs, "pending": [7], "made": []})
     chosen = {"sweep": {"dir": str(tmp_path)}, "job": {"num": 0}, "runtime": {"choices": {}}}
     monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: OmegaConf.create(chosen)))
     assert not locks.is_held(folder.lock)
-    worker.run_elsewhere(None)
+    launchers.run_launched(OmegaConf.create({"sweep": {"job": 7, "metric": None}}))
     (row,) = folder.rows().values()
     assert (row["status"], row["job"]) == ("failed", 7)
     assert "does not see the lock of the sweep, which process 1 on head holds" in row["error"]
@@ -186,23 +186,21 @@ def test_a_node_that_does_not_see_the_sweeps_lock_says_so_in_its_row(
 def test_an_interruption_by_the_queue_leaves_no_row_and_does_not_stop_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: tuple[str, ...]
 ) -> None:
-    from mlxchat.compose import compose_config
-
     def stopped(*_: object) -> None:
         raise Interrupted("stopped", signal.SIGTERM)
 
     def leave() -> str:
         raise SystemExit(143)
 
-    monkeypatch.setattr("mlxchat.pipeline_run.run_pipeline", stopped)
+    monkeypatch.setattr(launchers, "run_pipeline", stopped)
     folder = SweepFolder(tmp_path / "sweep")
-    folder.prepare({})
-    composed = compose_config([*tiny, "stage=tokenizer", f"outputs={tmp_path}/outputs"])
+    folder.write_state({})
+    overrides = [*tiny, "stage=tokenizer", f"outputs={tmp_path}/outputs"]
     with locks.hold(folder.lock, {}, lambda owner: None):
         with pytest.raises(SystemExit):
-            worker.run_job(folder, 1, [], composed, {}, set(), leave)
+            launchers.run_job(folder, 1, overrides, [], set(), leave)
         assert (folder.rows(), folder.stop()) == ({}, None)
-        worker.run_job(folder, 1, [], composed, {}, set(), lambda: "timed out too often.")
+        launchers.run_job(folder, 1, overrides, [], set(), lambda: "timed out too often.")
         assert folder.rows()[1]["error"] == "its time was up, and it is not queued again: timed out too often."
         assert folder.stop() is None
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import pytest
 
+pytest.importorskip("optuna")
+
+from optuna.distributions import CategoricalDistribution as Choice
+from optuna.distributions import FloatDistribution as Float
+from optuna.distributions import IntDistribution as Int
+
 from mlxchat.errors import ConfigError
-from mlxchat.sweep.space import Choice, Interval, read_space
+from mlxchat.sweep.search import read_space
 
 
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
-        ("interval(0.1,1)", Interval(low=0.1, high=1.0, whole=False, log=False)),
-        ("tag(log,interval(0.001,1))", Interval(low=0.001, high=1.0, whole=False, log=True)),
-        ("int(interval(1,8))", Interval(low=1, high=8, whole=True, log=False)),
-        ("tag(log,int(interval(1,8)))", Interval(low=1, high=8, whole=True, log=True)),
-        ("range(1,9)", Interval(low=1, high=8, whole=True, log=False, step=1)),
-        ("range(1,10,4)", Interval(low=1, high=9, whole=True, log=False, step=4)),
-        ("range(0.1,0.95,0.1)", Interval(low=0.1, high=0.9, whole=False, log=False, step=0.1)),
-        ("choice(d2,d4)", Choice(values=("d2", "d4"))),
-        ("1,2,2", Choice(values=("1", "2"))),
+        ("interval(0.1,1)", Float(0.1, 1.0)),
+        ("tag(log,interval(0.001,1))", Float(0.001, 1.0, log=True)),
+        ("int(interval(1,8))", Int(1, 8)),
+        ("tag(log,int(interval(1,8)))", Int(1, 8, log=True)),
+        ("range(1,9)", Int(1, 8)),
+        ("range(1,10,4)", Int(1, 9, step=4)),
+        ("range(0.1,0.95,0.1)", Float(0.1, 0.9, step=0.1)),
+        ("choice(d2,d4)", Choice(("d2", "d4"))),
+        ("1,2,2", Choice(("1", "2"))),
     ],
 )
 def test_an_expression_of_hydras_is_a_dimension(expression: str, expected: object) -> None:
@@ -30,7 +36,7 @@ def test_an_expression_of_hydras_is_a_dimension(expression: str, expected: objec
 def test_what_does_not_vary_is_fixed_and_the_command_line_goes_before_yaml() -> None:
     fixed, space = read_space(["a=1", "b=interval(0,1)", "seed=3"], {"a": "1,2", "b": "interval(5,6)", "c": "1,2"})
     assert fixed == ["a=1", "seed=3"]
-    assert space == {"b": Interval(low=0, high=1, whole=False, log=False), "c": Choice(values=("1", "2"))}
+    assert space == {"b": Float(0.0, 1.0), "c": Choice(("1", "2"))}
 
 
 @pytest.mark.parametrize(

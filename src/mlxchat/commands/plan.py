@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser
+from mlxchat.errors import ConfigError
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.visible import visible
 
@@ -19,7 +20,8 @@ _EXIT_PENDING = 3
 _PURPOSE = (
     "Show for each step whether it is done, would run, may run (maybe: an input will be rebuilt, and with the same "
     "bytes the step is done) or is being made by another process (waiting), and why; how long it took and how large "
-    "it was the last time; and for trainings the memory that they are predicted to need. Nothing is computed."
+    "it was the last time; and for trainings the memory that they are predicted to need. With -m: the jobs of a sweep, "
+    "shared steps once. Nothing is computed."
 )
 
 
@@ -31,6 +33,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print it for programs, every changed key included")
     parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
     options, rest = parser.parse_known_args(arguments)
+    if {"-m", "--multirun"} & set(rest):
+        return _plan_sweep(rest, as_json=options.json, exit_code=options.exit_code)
     from mlxchat.commands.needs import describe_recipe, find_downloads
     from mlxchat.compose import compose_config, split_options
     from mlxchat.ops.machine import device_kind
@@ -84,6 +88,75 @@ def main(arguments: list[str]) -> int:
         print(format_plan(plan, remarks, estimates), flush=True)
     check_memory(config, plan)
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
+
+
+def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
+    """Print what a sweep would do and take, each step once however many jobs need it."""
+    from mlxchat.planning.duration import estimate_pretraining
+    from mlxchat.planning.memory import describe_memory
+    from mlxchat.runner.estimates import estimate_steps
+    from mlxchat.runner.progress import format_bytes, format_seconds, plural
+    from mlxchat.sweep.sweeper import read_sweep
+
+    sweep = read_sweep(arguments)
+    if sweep.hydra.sweeper != "basic":
+        raise ConfigError(f"hydra/sweeper={sweep.hydra.sweeper} chooses its jobs while it runs: nothing to plan")
+    jobs, shared = sweep.jobs, sweep.shared
+    estimates: dict[str, Estimate | None] = {}
+    memory: dict[str, str] = {}
+    for job in jobs:
+        config, by_name = job.composed.config, {step.name: step.rid for step in job.plan}
+        found = estimate_steps(job.plan, job.store) | estimate_pretraining(config, job.plan, job.store)
+        estimates |= {by_name[name]: estimate for name, estimate in found.items()}
+        memory |= {by_name[name]: text for name, text in describe_memory(config, job.plan).items()}
+    known = [estimate for estimate in estimates.values() if estimate is not None]
+    seconds, size = sum(each.seconds for each in known), sum(each.bytes for each in known)
+    steps = {step.rid: step for job in jobs for step in job.plan}
+    pending = [step for step in steps.values() if not step.done]
+    code = _EXIT_PENDING if exit_code and pending else 0
+    of_several = {step.rid for _, group in shared for step in group}
+
+    def described(step: PlannedStep) -> dict[str, Any]:
+        estimate = estimates.get(step.rid)
+        return {
+            "step": step.name, "state": step.state, "reason": step.reason, "rid": step.rid,
+            "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.rid),
+        }  # fmt: skip
+
+    if as_json:
+        record = {
+            "schema": 1,
+            "shared": [described(step) for _, group in shared for step in group],
+            "jobs": [
+                {"job": job.number, "overrides": job.overrides, "title": job.title, "done": job.is_finished,
+                 "steps": [{**described(step), "shared": step.rid in of_several} for step in job.plan]}
+                for job in jobs
+            ],
+            "estimate": {"seconds": round(seconds, 3), "bytes": size, "unknown": len(pending) - len(known)},
+        }  # fmt: skip
+        print(visible(json.dumps(record, indent=1, ensure_ascii=False)), flush=True)
+        return code
+    width = max(len(step.name) for step in steps.values())
+
+    def lines(group: list[PlannedStep]) -> Iterator[str]:
+        for step in group:
+            notes = [memory.get(step.rid), str(estimates[step.rid] or "no estimate") if step.rid in estimates else None]
+            note = "; ".join(filter(None, notes))
+            yield f"  {step.name:<{width}}  {step.state:<5}  {step.reason}".rstrip() + (f" ({note})" if note else "")
+
+    for _, group in shared:
+        users = sum(any(step.rid == group[0].rid for step in job.plan) for job in jobs)
+        print(f"shared by {users} jobs", *lines(group), sep="\n")
+    for job in jobs:
+        own = [step for step in job.plan if not step.done and step.rid not in of_several]
+        state = "" if own else " is done" if job.is_finished else " only needs what is shared"
+        print(visible(f"job {job.number}/{len(jobs)} {job.title}{state}"), *lines(own), sep="\n")
+    unknown = len(pending) - len(known)
+    cost = f"; together ~{format_seconds(seconds)}, {format_bytes(size)}" if known else ""
+    cost += f" and {unknown} without an estimate" if known and unknown else ""
+    done = len(steps) - len(pending)
+    print(f"{plural(len(jobs), 'job')}, {plural(len(steps), 'step')}: {done} done, {len(pending)} to run{cost}")
+    return code
 
 
 def describe_plan(

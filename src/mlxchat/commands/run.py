@@ -20,19 +20,19 @@ def main(arguments: list[str]) -> int:
         from mlxchat.commands.hydra_options import run_with_hydra
 
         return run_with_hydra(arguments)
-    if names & _SWEEP_FLAGS:
-        from mlxchat.sweep.grid import run_sweep
-
-        return run_sweep(arguments)
     if "--help" in arguments or "-h" in arguments:
         from mlxchat.commands.help import describe_usage
 
         print(describe_usage())
         return 0
-    if "sweep" in names:
+    if "sweep" in {name.lstrip("+") for name in names} and not any(item.endswith("sweep=none") for item in arguments):
         from mlxchat.sweep.search import run_search
 
         return run_search(arguments)
+    if names & _SWEEP_FLAGS:
+        from mlxchat.sweep.sweeper import run_sweep
+
+        return run_sweep(arguments)
     composed = compose_config(*split_options([argument for argument in arguments if argument not in ("-r", "--run")]))
     if composed.config.sweep.kind != "none":  # chosen by a file of the user's
         from mlxchat.sweep.search import run_search

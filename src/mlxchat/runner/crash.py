@@ -54,9 +54,8 @@ CRASH_POINTS = {
     "fetch.piece": "a piece of a file from another place was written, which need not be on disk",
     "fetch.artifact": "one artifact of another place was copied under a temporary name",
     "distill.answered": "a teacher's answer is in the file of answers, which need not be on disk",
-    "search.asked": "a search chose values, its state does not have them",
-    "search.written": "a search's journal has another line, which need not be on disk",
-    "search.told": "a search's state has the trial's result",
+    "search.ended": "a trial of a search has ended, the journal does not have it",
+    "search.told": "the journal of a search has the trial's result",
 }
 
 _SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}

@@ -54,7 +54,8 @@ class Stage:
     label: str | None
     """Dotted path of the config value that goes into the artifact's name; None: the label of the first input."""
     metrics: dict[str, str] = field(default_factory=dict)
-    """Name of a number that it records → minimize, maximize or neither, and under which conditions it is recorded."""
+    """Name of a number that it records → minimize, maximize or neither, whether while training too, and under which
+    conditions."""
     reads_if: dict[str, str] = field(default_factory=dict)
     """Section or setting → the condition without which the stage does not read it, so that it is not in the key: a role
     that must be filled, the format of the model to evaluate (base or chat), or never."""
@@ -75,15 +76,20 @@ class Stage:
         return self.inputs | self.optional_inputs
 
     def direction_of(self, metric: str) -> str | None:
-        """Return the better direction that METRICS declares for a number; None: the stage declares no such number.
+        """Return the better direction that METRICS declares for a number; None: the stage declares no such number."""
+        return self._declared(metric).partition(" ")[0] or None
 
-        Names that arise from data are declared as patterns, "accuracy_{sft.suite}"; the longest pattern decides.
-        """
+    def is_curve(self, metric: str) -> bool:
+        """Return whether a number is recorded while the stage trains, too."""
+        return " while training" in self._declared(metric)
+
+    def _declared(self, metric: str) -> str:
+        """Return what METRICS says of a number. Of patterns, such as "accuracy_{sft.suite}", the longest decides."""
         patterns = sorted(self.metrics, key=len, reverse=True)
         for pattern in [metric, *patterns] if metric in self.metrics else patterns:
             if re.fullmatch(re.sub(r"\\\{.+?\\\}", ".+", re.escape(pattern)), metric):
-                return self.metrics[pattern].partition(" if ")[0]
-        return None
+                return self.metrics[pattern]
+        return ""
 
     def unread(self, filled: Collection[str], format: str | None) -> frozenset[str]:
         """Return the sections and settings that a step of this stage does not read.

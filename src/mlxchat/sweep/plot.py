@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.report.canvas import LIGHT, add_legend, add_titles, make_panels, plain_label, render_png
-from mlxchat.sweep.folder import Row
+from mlxchat.sweep.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,35 +1,57 @@
-"""`mlxchat sweep=tpe`: a search whose every trial is chosen by the results so far; killed at any moment, it goes on."""
+"""`mlxchat sweep=tpe` and `sweep=halving`: trials chosen by results, which are kept in a journal of Optuna's.
+
+A choice depends on the results so far, the seed and the trial's number alone, and a trial is added to the journal when
+it has ended. So a search that was killed at any moment makes the trials that it would have made.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import shlex
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
 
 from mlxchat.compose import Composed, compose_config, split_config_dirs
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
 from mlxchat.overrides import implied_experiment
+from mlxchat.pipeline_run import plan_of, plan_to_run, run_pipeline
 from mlxchat.runner import locks
+from mlxchat.runner.crash import crash_point
 from mlxchat.runner.plan import PlannedStep, entries_of, flatten_config
 from mlxchat.runner.progress import format_number
+from mlxchat.runner.records import Record, Records
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
-from mlxchat.sweep.expand import split_hydras
-from mlxchat.sweep.folder import SweepFolder, metrics_of, recorded_numbers
-from mlxchat.sweep.journal import Journal, Trial
-from mlxchat.sweep.metrics import find_metric
-from mlxchat.sweep.space import Space, describe, read_space
-from mlxchat.sweep.table import write_results
-from mlxchat.sweep.worker import is_finished, rids_of
+from mlxchat.sweep.results import Row, SweepFolder, find_metric, metrics_of, recorded_numbers, write_results
+from mlxchat.sweep.sweeper import is_finished, listed, parse
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
+Space = dict[str, "BaseDistribution"]
+Direction = Literal["minimize", "maximize"]
+_MOST_SHOWN = 4
+_FORMS = (
+    "Expected choice(a,b), glob(d*), range(1,9), interval(0.1,1), int(interval(1,8)) or tag(log,interval(0.001,1)), "
+    "quoted in the shell"
+)
 
 
 @dataclass(kw_only=True)
 class Search:
-    """What a search needs to know for each of its trials."""
+    """What is searched."""
 
     base: Composed
     """The configuration without the settings that vary."""
@@ -39,39 +61,41 @@ class Search:
     """Overrides of every trial."""
     config_dirs: list[str]
     space: Space
-    step: str
-    metric: str
-    less_is_better: bool
+    direction: Direction
+
+    @property
+    def target(self) -> str:
+        """STEP.METRIC."""
+        return str(self.base.config.sweep.metric)
 
     @property
     def folder(self) -> Path:
         """outputs/multirun/<sweep.name>, or <name of the run>-search, so that the run's name means its runs alone."""
         config = self.base.config
-        folders = Path(config.outputs) / "multirun"
-        if config.sweep.name is None and (folders / config.name / "trials.jsonl").exists():
-            return folders / config.name  # of an earlier version, which named it so
-        return folders / (config.sweep.name or f"{config.name}-search")
+        return Path(config.outputs) / "multirun" / (config.sweep.name or f"{config.name}-search")
 
-    def overrides(self, trial: Trial) -> list[str]:
+    def overrides(self, values: Mapping[str, Any]) -> list[str]:
         """Return the command line of a trial."""
-        return [*self.fixed, *(f"{key}={value}" for key, value in trial.values.items())]
+        return [*self.fixed, *(f"{key}={value}" for key, value in values.items())]
+
+    def title(self, number: int, values: Mapping[str, Any]) -> str:
+        """Return a trial's number and settings for people."""
+        return redact(f"trial {number}/{self.base.config.sweep.trials} {_shown(values)}")
 
 
 def run_search(arguments: list[str]) -> int:
     """Run the trials that are not done yet; return 1 if none of all has succeeded, else 0.
 
     Args:
-        arguments: those of the command line, with `sweep=tpe`.
+        arguments: those of the command line, with `sweep=tpe` or `sweep=halving`.
 
     Raises:
         ConfigError: something is wrong with the configuration or the space, or Optuna is not installed.
         Interrupted: a signal arrived; the same command goes on.
     """
-    overrides, config_dirs = split_config_dirs(arguments)
+    overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
     search = _prepare(overrides, config_dirs)
     if search is None:  # sweep=none
-        from mlxchat.pipeline_run import run_pipeline
-
         run_pipeline(compose_config(overrides, config_dirs))
         return 0
     Store(Path(search.base.config.outputs)).prepare()
@@ -82,101 +106,290 @@ def run_search(arguments: list[str]) -> int:
         print(f"{who} is at this search ({search.folder}); waiting", flush=True)
 
     with locks.hold(search.folder / "search.lock", {"search": search.folder.name}, tell_waiting):
-        journal = Journal(search.folder / "trials.jsonl")
-        journal.begin(redact(_study(search)))
-        goal = f"the {'smallest' if search.less_is_better else 'largest'} {search.step}.{search.metric}"
-        print(f"{search.base.config.sweep.trials} trials for {goal}; their results: {journal.path}", flush=True)
+        trials = Trials(search.folder / "journal.log", search.direction)
+        trials.begin(redact(_definition(search)))
+        sweep = search.base.config.sweep
+        goal = f"the {'smallest' if search.direction == 'minimize' else 'largest'} {search.target}"
+        print(f"{sweep.trials} trials for {goal}; their results: {trials.path}", flush=True)
         try:
-            _run_trials(search, journal)
+            (_halve if sweep.kind == "halving" else _run_trials)(search, trials)
         except Interrupted as stop:
-            told = sum(trial.status != "asked" for trial in journal.trials)
             raise Interrupted(
-                f"{stop}\n{told} of {search.base.config.sweep.trials} trials have results.", stop.exit_code - 128
+                f"{stop}\n{len(trials.rows())} of {sweep.trials} trials have results.", stop.exit_code - 128
             ) from None
-        return _conclude(search, journal)
+        finally:
+            _remember(search, trials)
+        return _conclude(search, trials)
 
 
 def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
     """Return the search, checked as far as it can be before it runs; None if the configuration is of no search."""
-    hydras = split_hydras(overrides)[1]
-    if any(item.lstrip("+").startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher")) for item in hydras):
-        raise ConfigError(f"{hydras[0]}: a search runs its trials one after the other in this process")
+    for item in overrides:
+        if item.lstrip("+").startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher")):
+            raise ConfigError(f"{item}: a search runs its trials one after the other in this process")
     overrides = [*implied_experiment(overrides), *overrides]  # also where only trials choose a model
     plain = [item for item in overrides if not _varies(item)]
     base = compose_config(plain, config_dirs)
-    sweep = base.config.sweep
-    if sweep.kind == "none":
+    if base.config.sweep.kind == "none":
         return None
-    if implied := implied_experiment([*overrides, *(f"{key}={value}" for key, value in sweep.space.items())]):
+    space_of_yaml = base.config.sweep.space
+    if implied := implied_experiment([*overrides, *(f"{key}={value}" for key, value in space_of_yaml.items())]):
         overrides = [*implied, *overrides]
         base = compose_config([*implied, *plain], config_dirs)
-        sweep = base.config.sweep
-    fixed, space = read_space(overrides, sweep.space, config_dirs)
+    sweep = base.config.sweep
     if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweep=tpe needs Optuna: pip install 'mlxchat[search]' (or optuna)")
+        raise ConfigError(f"sweep={sweep.kind} needs Optuna: pip install 'mlxchat[search]' (or optuna)")
+    fixed, space = read_space(overrides, sweep.space, config_dirs)
     assert sweep.metric is not None
     step, _, metric = sweep.metric.rpartition(".")
     if base.config.targets is None and step in base.config.pipeline:  # what comes after the metric is not needed
         base = replace(base, config=replace(base.config, targets=[step]))
-    plan = _plan(base)
+    plan = plan_of(base.config, Store(Path(base.config.outputs)))
     direction = find_metric(sweep.metric, sweep.direction, [(plan, base.config)])
-    search = Search(
-        base=base, plan=plan, fixed=fixed, config_dirs=config_dirs, space=space, step=step, metric=metric,
-        less_is_better=direction == "minimize",
-    )  # fmt: skip
+    stage = next(planned.stage for planned in plan if planned.name == step)
+    curves = [name for name, declared in stage.metrics.items() if " while training" in declared]
+    if sweep.kind == "halving" and not stage.is_curve(metric):
+        raise ConfigError(
+            f"sweep=halving compares trials while they train, and {sweep.metric} is known at the end alone: use "
+            f"sweep=tpe, or {' or '.join(f'{step}.{name}' for name in curves) or 'a metric of a training'}"
+        )
     problems: list[str] = []
-    for key, dimension in space.items():
-        for value in dimension.examples():
+    for key, distribution in space.items():
+        for value in _examples(distribution):
             try:
                 compose_config([*fixed, f"{key}={value}"], config_dirs)
             except MlxchatError as error:
                 problems += str(error).splitlines()
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return search
+    return Search(
+        base=base, plan=plan, fixed=fixed, config_dirs=config_dirs, space=space,
+        direction="minimize" if direction == "minimize" else "maximize",
+    )  # fmt: skip
 
 
 def _varies(item: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     try:
         return OverridesParser.create().parse_override(item).is_sweep_override()
     except HydraException:
         return False
 
 
-def _plan(composed: Composed) -> list[PlannedStep]:
-    from mlxchat.pipeline_run import plan_to_run
+def read_space(
+    overrides: list[str], written: Mapping[str, str], config_dirs: Sequence[str] = ()
+) -> tuple[list[str], Space]:
+    """Return the overrides that every trial has, and the space.
 
-    return plan_to_run(composed.config, Store(Path(composed.config.outputs)))
+    Args:
+        overrides: of the command line; those that vary are part of the space, and come before what is written.
+        written: `sweep.space`: key → expression.
+        config_dirs: folders with further YAML files, whose options a glob finds.
+
+    Raises:
+        ConfigError: every expression that cannot be searched.
+    """
+    fixed: list[str] = []
+    space = Space()
+    problems = []
+    for key, expression in written.items():
+        item = f"{key}={expression}"
+        try:
+            parsed = OverridesParser.create().parse_override(item)
+            if not parsed.is_sweep_override():
+                raise ConfigError(f"{item} does not vary. {_FORMS}")
+            space[parsed.get_key_element()] = _distribution(parsed, config_dirs)
+        except (HydraException, ConfigError) as error:
+            problems.append(f"sweep.space: {str(error).splitlines()[0]}")
+    for item in overrides:
+        try:
+            parsed = parse(item, list(config_dirs))
+            if parsed.is_sweep_override():
+                space[parsed.get_key_element()] = _distribution(parsed, config_dirs)
+            else:
+                space.pop(parsed.get_key_element(), None)
+                fixed.append(item)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if not space:
+        raise ConfigError(f"a search has nothing to search: say what varies, as key=EXPRESSION. {_FORMS}")
+    return fixed, space
 
 
-def _study(search: Search) -> dict[str, Any]:
+def _distribution(item: Override, config_dirs: Sequence[str]) -> BaseDistribution:
+    """Return the values of an override that varies in Optuna's terms."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value, text = item.value(), item.input_line
+    step: float | None = None
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None
+        assert value.end is not None
+        low, high = value.start, value.end
+    elif isinstance(value, RangeSweep):
+        numbers = list(value.range())
+        if not numbers:
+            raise ConfigError(f"{text}: the range is empty")
+        low, high = min(numbers), max(numbers)
+        step = None if "log" in value.tags else abs(value.step)
+        if isinstance(step, float):  # sums of floats miss the end by a little
+            high = float(Decimal(str(low)) + Decimal(str(step)) * (len(numbers) - 1))
+    else:
+        values = tuple(dict.fromkeys(listed(item, config_dirs)))
+        if len(values) < 2:
+            raise ConfigError(f"{text}: one value is no choice")
+        return CategoricalDistribution(values)
+    if strange := value.tags - {"log"}:
+        raise ConfigError(f'{text}: tag "{", ".join(sorted(strange))}" is unknown, expected log')
+    if low >= high:
+        raise ConfigError(f"{text}: the interval is empty; expected the smaller end first")
+    is_whole, log = isinstance(low, int) and isinstance(high, int), "log" in value.tags
+    if log and low < (1 if is_whole else 1e-300):
+        raise ConfigError(f"{text}: a logarithmic interval begins at {'1 or more' if is_whole else 'more than 0'}")
+    if is_whole:
+        return IntDistribution(int(low), int(high), log=log, step=int(step or 1))
+    return FloatDistribution(low, high, log=log, step=step)
+
+
+def _examples(distribution: Any) -> Sequence[Any]:
+    """Return values that show whether all can be composed: every choice, or both ends."""
+    return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
+
+
+def _definition(search: Search) -> dict[str, Any]:
     """Return what makes two searches the same: what is looked for, where, and everything that does not vary."""
+    from optuna.distributions import distribution_to_json
+
     sweep = search.base.config.sweep
-    fixed = {}
-    for step in search.plan:
-        for key, value in flatten_config(step.identity).items():
-            if key not in search.space:
-                fixed[f"{step.name}: {key}"] = value
+    flat = {
+        f"{step.name}: {key}": value for step in search.plan for key, value in flatten_config(step.identity).items()
+    }
+    fixed = {name: value for name, value in flat.items() if name.partition(": ")[2] not in search.space}
+    halving = {"trials": sweep.trials, "first_rung": sweep.first_rung, "factor": sweep.factor}
     return {
-        "metric": f"{search.step}.{search.metric}",
-        "less_is_better": search.less_is_better,
+        "kind": sweep.kind,
+        "metric": search.target,
+        "direction": search.direction,
         "seed": sweep.seed,
-        "random_trials": sweep.random_trials,
-        "space": {" " + key: words for key, words in describe(search.space).items()},
+        **(halving if sweep.kind == "halving" else {"random_trials": sweep.random_trials}),
+        "space": {" " + key: distribution_to_json(found) for key, found in search.space.items()},
         "fixed": fixed,
     }
 
 
+class Trials:
+    """The trials of a search that have ended: a study in Optuna's journal storage. One process uses it."""
+
+    def __init__(self, path: Path, direction: Direction = "minimize") -> None:
+        """Open the journal, or begin one.
+
+        Raises:
+            StoreError: it is damaged, or cannot be read.
+        """
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.path = path
+        unlocked: Any = _Unlocked()
+        with self._faults():
+            self._cut_torn_line()
+            try:
+                storage = JournalStorage(JournalFileBackend(str(path), lock_obj=unlocked))
+                self.study = optuna.create_study(
+                    storage=storage, study_name="mlxchat", direction=direction, load_if_exists=True
+                )
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                raise StoreError(
+                    f"{path} is damaged ({type(error).__name__}: {error}). Remove it, or give sweep.name=NAME"
+                ) from None
+
+    def begin(self, definition: dict[str, Any]) -> None:
+        """Write down what is searched, or check that it is what was searched before.
+
+        Raises:
+            ConfigError: it is another search; with what differs.
+        """
+        known = self.study.user_attrs.get("definition")
+        if known is None:
+            with self._faults():
+                self.study.set_user_attr("definition", definition)
+            return
+        before, after = flatten_config(known), flatten_config(json.loads(json.dumps(definition)))
+        changes = [
+            f"  {key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key, "absent") != after.get(key, "absent")
+        ]
+        if changes:
+            more = [f"  and {len(changes) - _MOST_SHOWN} more"] if len(changes) > _MOST_SHOWN else []
+            raise ConfigError(
+                "\n".join(
+                    [
+                        f"{self.path.parent} holds another search, whose results would mean something else here:",
+                        *changes[:_MOST_SHOWN],
+                        *more,
+                        "Search under another name (sweep.name=NAME), or remove that folder.",
+                    ]
+                )
+            )
+
+    def add(self, space: Space, row: Row, value: float | None, curve: Mapping[int, float] | None = None) -> None:
+        """Keep a trial that has ended; a value of None: it has failed."""
+        import optuna
+
+        states = {"done": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}
+        trial = optuna.trial.create_trial(
+            state=states.get(row["status"], optuna.trial.TrialState.FAIL), value=value, params=row["overrides"],
+            distributions=space, user_attrs={"row": redact(row)}, intermediate_values=dict(curve or {}),
+        )  # fmt: skip
+        crash_point("search.ended")
+        with self._faults():
+            self.study.add_trial(trial)
+        crash_point("search.told")
+
+    def rows(self) -> list[Row]:
+        """Return the rows of all trials that have ended."""
+        return [trial.user_attrs["row"] for trial in self.study.get_trials(deepcopy=False)]
+
+    def _cut_torn_line(self) -> None:
+        """Remove a last line that a killed process has not written whole: Optuna would append to it."""
+        if self.path.exists():
+            text = self.path.read_bytes()
+            if not text.endswith(b"\n"):
+                self.path.write_bytes(text[: text.rfind(b"\n") + 1])
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} cannot be used ({error.strerror}). Mend that and run the same command again."
+            ) from error
+
+
+class _Unlocked:
+    """The lock of a journal whose folder is locked already: Optuna's own outlive a killed process by 30 seconds."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
 def choose(
-    space: Space, told: Sequence[Trial], *, number: int, seed: int, random_trials: int, less_is_better: bool
+    space: Space,
+    told: Sequence[optuna.trial.FrozenTrial],
+    *,
+    number: int,
+    seed: int,
+    random_trials: int,
+    direction: Direction,
 ) -> dict[str, Any]:
     """Return what a trial is to try: key → value.
-
-    The choice depends on the results so far, the seed and the trial's number alone, so that a search that was
-    interrupted makes the same ones as one that was not.
 
     Args:
         space: what may be chosen.
@@ -184,62 +397,114 @@ def choose(
         number: of the trial, from 1.
         seed: of the search.
         random_trials: results before they begin to decide.
-        less_is_better: whether small values are good ones.
+        direction: minimize or maximize.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    distributions = {key: dimension.distribution() for key, dimension in space.items()}
     sampler = optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=random_trials)
-    study = optuna.create_study(direction="minimize" if less_is_better else "maximize", sampler=sampler)
-    for trial in told:
-        done = trial.status == "done"
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=trial.values, distributions=distributions, value=trial.value if done else None,
-                state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
-            )
+    study = optuna.create_study(direction=direction, sampler=sampler)
+    study.add_trials(told)
+    return dict(study.ask(space).params)
+
+
+def _run_trials(search: Search, trials: Trials) -> None:
+    """Run trials one after the other, each chosen by the results of all before."""
+    sweep = search.base.config.sweep
+    for number in range(len(trials.rows()) + 1, sweep.trials + 1):
+        values = choose(
+            search.space, trials.study.trials, number=number, seed=sweep.seed, random_trials=sweep.random_trials,
+            direction=search.direction,
         )  # fmt: skip
-    return dict(study.ask(distributions).params)
-
-
-def _run_trials(search: Search, journal: Journal) -> None:
-    config = search.base.config
-    while True:
-        trial = journal.waiting
-        if trial is None:
-            if len(journal.trials) >= config.sweep.trials:
-                return
-            trial = journal.ask(
-                choose(
-                    search.space, journal.trials, number=len(journal.trials) + 1, seed=config.sweep.seed,
-                    random_trials=config.sweep.random_trials, less_is_better=search.less_is_better,
-                )
-            )  # fmt: skip
-        print(f"\n── {_title(search, trial)}", flush=True)
-        value, row = _run_trial(search, trial)
-        journal.tell(trial, value, row)
-        _remember(search, journal)
-        said = f"failed: {row['error']}" if value is None else f"{search.step}.{search.metric} {format_number(value)}"
-        print(f"── {_title(search, trial)} {said}{_best_so_far(search, journal)}", flush=True)
-        if value is None and config.fail_fast:
+        print(f"\n── {search.title(number, values)}", flush=True)
+        row, value = _run_trial(search, number, values)
+        trials.add(search.space, row, value)
+        _remember(search, trials)
+        said = f"failed: {row['error']}" if value is None else f"{search.target} {format_number(value)}"
+        best = _best(search, trials)
+        so_far = f" (best so far: trial {best['job']}, {format_number(best['value'])})" if best else ""
+        print(f"── {search.title(number, values)} {said}{so_far}", flush=True)
+        if value is None and search.base.config.fail_fast:
             return
 
 
-def _run_trial(search: Search, trial: Trial) -> tuple[float | None, dict[str, Any]]:
-    """Return the metric, None if there is none, and what the journal keeps besides.
+def _halve(search: Search, trials: Trials) -> None:
+    """Run random trials to a rung, go on with the best of them to the next one, and with the last one to the end."""
+    sweep = search.base.config.sweep
+    told = {row["job"]: row for row in trials.rows()}
+    chosen = {
+        number: choose(search.space, [], number=number, seed=sweep.seed, random_trials=1, direction=search.direction)
+        for number in range(1, sweep.trials + 1)
+    }
+    curves: dict[int, dict[int, float]] = {number: {} for number in chosen}
+    alive, rung = list(chosen), sweep.first_rung
+    sign = 1 if search.direction == "minimize" else -1
+
+    def end(number: int, row: Row, value: float | None) -> None:
+        if number not in told:
+            trials.add(search.space, row, value, curves[number])
+            told[number] = row
+            _remember(search, trials)
+
+    while len(alive) > 1:
+        rows: dict[int, Row] = {}
+        for number in alive:
+            known = {int(at): value for at, value in told.get(number, {}).get("curve", {}).items() if int(at) >= rung}
+            if number in told:
+                found = min(known.items()) if known else None
+            else:
+                print(f"\n── {search.title(number, chosen[number])}, to iteration {rung} or beyond", flush=True)
+                rows[number], found = _run_to(search, number, chosen[number], rung)
+            if found is None:
+                end(number, rows.get(number, {}), None)
+            else:
+                curves[number][found[0]] = found[1]
+        ranked = sorted(
+            (n for n in alive if max(curves[n], default=0) >= rung), key=lambda n: (sign * _last(curves[n]), n)
+        )
+        alive = ranked[: max(1, len(alive) // sweep.factor)]
+        for number in ranked[len(alive) :]:
+            curve = curves[number]
+            row = rows.get(number, {}) | {
+                "status": "pruned", "iterations": max(curve), "curve": curve, "metrics": {search.target: _last(curve)},
+                "value": _last(curve),
+            }  # fmt: skip
+            end(number, row, _last(curve))
+        if not alive:
+            return
+        reached = max(max(curves[number]) for number in ranked)
+        names = ", ".join(map(str, sorted(alive)))
+        print(f"\n── after {reached} iterations {len(alive)} of {len(ranked)} trials go on: {names}", flush=True)
+        rung = reached * sweep.factor
+    for number in alive:
+        if number not in told:
+            print(f"\n── {search.title(number, chosen[number])}, to its end", flush=True)
+            row, value = _run_trial(search, number, chosen[number])
+            end(number, row | {"curve": curves[number]}, value)
+
+
+def _last(curve: Mapping[int, float]) -> float:
+    return curve[max(curve)]
+
+
+def _composed(search: Search, values: Mapping[str, Any]) -> tuple[Composed, list[PlannedStep], Store]:
+    """Return a trial's configuration, limited to what the metric needs, with its plan and store."""
+    composed = compose_config(search.overrides(values), search.config_dirs)
+    composed = replace(composed, config=replace(composed.config, targets=search.base.config.targets))
+    store = Store(Path(composed.config.outputs))
+    return composed, plan_to_run(composed.config, store), store
+
+
+def _run_trial(search: Search, number: int, values: dict[str, Any]) -> tuple[Row, float | None]:
+    """Run a trial to its end; return its row, and its metric, None if it has failed.
 
     Raises:
         ConfigError: the step has no such metric, and so no trial has it.
         Interrupted: a signal arrived.
     """
-    from mlxchat.pipeline_run import run_pipeline
-
-    row: dict[str, Any] = {"metrics": {}}
+    row: Row = {"job": number, "overrides": values, "status": "failed", "metrics": {}}
     try:
-        composed = compose_config(search.overrides(trial), search.config_dirs)
-        composed = replace(composed, config=replace(composed.config, targets=search.base.config.targets))
-        plan = _plan(composed)
+        composed, plan, store = _composed(search, values)
         row["steps"] = entries_of(plan)
         if not is_finished(plan):
             place = run_pipeline(composed)
@@ -247,75 +512,120 @@ def _run_trial(search: Search, trial: Trial) -> tuple[float | None, dict[str, An
     except Interrupted:
         raise
     except MlxchatError as error:
-        return None, row | {"error": str(error).splitlines()[0]}
-    store = Store(Path(composed.config.outputs))
-    rids = rids_of(plan)
-    manifest = store.read(rids[search.step]) if search.step in rids else None
-    if manifest is None:
-        return None, row | {"error": f"there is no step {search.step}"}
-    recorded = recorded_numbers(manifest)
-    if search.metric not in recorded:  # hooks that leave no trace in the id may have been off when it was made
-        raise ConfigError(
-            f"sweep.metric: the artifact of {search.step}, made before, has no {search.metric}. To make it again: "
-            f"force=[{search.step}]"
-        )
-    value = float(recorded[search.metric])
-    row["metrics"] = metrics_of(rids, store, f"{search.step}.{search.metric}")
+        return row | {"error": str(error).splitlines()[0]}, None
+    value = _final(search, plan, store)
+    if value is None:
+        return row | {"error": f"there is no step {search.target.rpartition('.')[0]}"}, None
     if not math.isfinite(value):
-        return None, row | {"error": f"{search.step}.{search.metric} is {value}", "metrics": {}}
-    return value, row
+        return row | {"error": f"{search.target} is {value}"}, None
+    return row | {"status": "done", "value": value, "metrics": metrics_of(plan, store, search.target)}, value
 
 
-def _remember(search: Search, journal: Journal) -> None:
+def _final(search: Search, plan: Sequence[PlannedStep], store: Store) -> float | None:
+    """Return the metric of a finished trial; None: its step is not in the plan."""
+    step, _, metric = search.target.rpartition(".")
+    store.forget()
+    manifest = next((store.read(each.rid) for each in plan if each.name == step), None)
+    if manifest is None:
+        return None
+    recorded = recorded_numbers(manifest)
+    if metric not in recorded:  # hooks that leave no trace in the id may have been off when it was made
+        raise ConfigError(
+            f"sweep.metric: the artifact of {step}, made before, has no {metric}. To make it again: force=[{step}]"
+        )
+    return float(recorded[metric])
+
+
+def _run_to(search: Search, number: int, values: dict[str, Any], rung: int) -> tuple[Row, tuple[int, float] | None]:
+    """Train until the metric is recorded after `rung` iterations, and save; return the row, iteration and value.
+
+    Raises:
+        Interrupted: a signal arrived.
+    """
+    row: Row = {"job": number, "overrides": values, "status": "failed", "metrics": {}}
+    step, _, metric = search.target.rpartition(".")
+    paused = False
+
+    def look(name: str, record: Record) -> None:
+        nonlocal paused
+        if not paused and name == step and metric in record and record.get("iteration", 0) >= rung:
+            paused = True
+            signal.raise_signal(signal.SIGTERM)  # the training saves and stops, as when a user stops it
+
+    try:
+        composed, plan, store = _composed(search, values)
+        row["steps"] = entries_of(plan)
+        if _recorded(search, plan, store, rung) is None:
+            try:
+                run_pipeline(composed, on_record=look)
+            except Interrupted:
+                if not paused:
+                    raise
+    except Interrupted:
+        raise
+    except MlxchatError as error:
+        return row | {"error": str(error).splitlines()[0]}, None
+    found = _recorded(search, plan, store, rung)
+    if found is None or not math.isfinite(found[1]):
+        return row | {"error": f"{search.target} has no finite value"}, None
+    print(f"── {search.title(number, values)} {search.target} {format_number(found[1])} at {found[0]}", flush=True)
+    return row, found
+
+
+def _recorded(search: Search, plan: Sequence[PlannedStep], store: Store, rung: int) -> tuple[int, float] | None:
+    """Return the first record of the metric after `rung` iterations, or the last one of a training that has ended."""
+    step, _, metric = search.target.rpartition(".")
+    rid = next(each.rid for each in plan if each.name == step)
+    store.forget()
+    place = store.find(rid)
+    folder = place if place is not None else store.work(rid) / "ckpt" / "records"
+    records = [(one["iteration"], one[metric]) for one in Records(folder / "metrics.jsonl").read() if metric in one]
+    later = [found for found in records if found[0] >= rung]
+    if later:
+        return later[0]
+    return (max(rung, records[-1][0]), records[-1][1]) if place is not None and records else None
+
+
+def _remember(search: Search, trials: Trials) -> None:
     """Write which artifacts each trial has, for `compare` and `report`."""
     jobs = {
-        trial.number: {
-            "overrides": search.overrides(trial), "settings": trial.values, "title": _chosen(trial),
-            "steps": (trial.row or {}).get("steps", []),
+        row["job"]: {
+            "overrides": search.overrides(row["overrides"]), "settings": row["overrides"],
+            "title": _shown(row["overrides"]), "steps": row.get("steps", []),
         }
-        for trial in journal.trials
+        for row in sorted(trials.rows(), key=lambda row: row["job"])
     }  # fmt: skip
     SweepFolder(search.folder).write_state({"jobs": jobs})
 
 
-def _conclude(search: Search, journal: Journal) -> int:
+def _conclude(search: Search, trials: Trials) -> int:
     """Write the table, say which trial was the best and how to run it."""
-    rows = [
-        {"job": trial.number, "overrides": trial.values, "status": trial.status, "metrics": {}, **(trial.row or {})}
-        for trial in journal.trials
-    ]
-    metric = f"{search.step}.{search.metric}"
-    write_results(rows, search.folder, metric=metric, less_is_better=search.less_is_better, unit="trial")
-    _remember(search, journal)
+    rows = [{key: value for key, value in row.items() if key not in ("value", "curve")} for row in trials.rows()]
+    folder = SweepFolder(search.folder)
+    write_results(
+        rows, search.folder, metric=search.target, less_is_better=search.direction == "minimize", unit="trial"
+    )
+    folder.tidy()
     print(f"side by side: mlxchat compare {search.folder.name}; mlxchat report {search.folder.name}")
-    best = _best(search, journal)
+    best = _best(search, trials)
     if best is None:
         print("no trial has succeeded")
         return 1
-    command = [item for item in search.overrides(best) if item.partition("=")[0].split(".")[0] != "sweep"]
-    dirs = [argument for folder in search.config_dirs for argument in ("--config-dir", folder)]
-    print(f"best: {_title(search, best)}: {metric} {best.value:.6g}")
+    command = [item for item in search.overrides(best["overrides"]) if item.partition("=")[0].split(".")[0] != "sweep"]
+    dirs = [argument for place in search.config_dirs for argument in ("--config-dir", place)]
+    print(f"best: {search.title(best['job'], best['overrides'])}: {search.target} {best['value']:.6g}")
     print(redact(f"its command: mlxchat {shlex.join([*dirs, *command])}"), flush=True)
+    if any(row["status"] == "pruned" for row in rows):
+        print("a pruned trial goes on from its saved state when it is run with its settings")
     return 0
 
 
-def _best(search: Search, journal: Journal) -> Trial | None:
-    done = [trial for trial in journal.trials if trial.value is not None]
-    sign = 1 if search.less_is_better else -1
-    return min(done, key=lambda trial: sign * (trial.value or 0.0), default=None)
+def _best(search: Search, trials: Trials) -> Row | None:
+    done = [row for row in trials.rows() if row["status"] == "done"]
+    sign = 1 if search.direction == "minimize" else -1
+    return min(done, key=lambda row: sign * row["value"], default=None)
 
 
-def _best_so_far(search: Search, journal: Journal) -> str:
-    best = _best(search, journal)
-    return f" (best so far: trial {best.number}, {format_number(best.value or 0.0)})" if best else ""
-
-
-def _title(search: Search, trial: Trial) -> str:
-    return redact(f"trial {trial.number}/{search.base.config.sweep.trials} {_chosen(trial)}")
-
-
-def _chosen(trial: Trial) -> str:
-    """Return the trial's settings for people."""
-    return " ".join(
-        f"{key}={format_number(value) if isinstance(value, float) else value}" for key, value in trial.values.items()
-    )
+def _shown(values: Mapping[str, Any]) -> str:
+    pairs = values.items()
+    return " ".join(f"{key}={format_number(value) if isinstance(value, float) else value}" for key, value in pairs)

@@ -1,0 +1,574 @@
+"""Jobs in other processes, by Hydra's launchers and sweepers, and what a job does wherever it runs.
+
+Everything goes through `hydra.main`. With Hydra's own sweeper it hands the numbers of our jobs (`sweep.job=1,3,4`)
+to the launcher, and each process composes the job of its number. Another sweeper, as plugins bring it, chooses
+overrides by itself and gets `sweep.metric` back. A job's result is a row in a file: launchers return results in their
+own ways.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mlxchat.compose import CONF_MODULE, compose_config, places_of_stages, refuse_hydras, register_schema, search_path
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
+from mlxchat.overrides import as_hydra
+from mlxchat.pipeline_run import plan_to_run, run_pipeline
+from mlxchat.runner import locks
+from mlxchat.runner.plan import PlannedStep, entries_of
+from mlxchat.runner.secrets import redact
+from mlxchat.runner.signals import is_stopping
+from mlxchat.runner.store import Store
+from mlxchat.sections import schema_of
+from mlxchat.sweep.results import Row, SweepFolder, metrics_of, settings_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Launcher → the extra that brings it.
+EXTRAS = {
+    "joblib": "joblib",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+    "slurm": "submitit",  # conf/hydra/launcher/slurm.yaml
+    "ray": "ray",
+    "ray_aws": "ray",
+}
+_POLL_SECONDS = 0.3
+# From another host each look is a request to a file server, of every job.
+_FAR_POLL_SECONDS = 3.0
+# submitit asks sacct every ten minutes whether a job without a result has ended.
+_ASK_SECONDS = 60
+_UNSEEN = (
+    "{here} does not see the lock of the sweep, which process {pid} on {host} holds: either that process has ended, or "
+    "the file system of outputs keeps locks to each host. To find out: mlxchat doctor --hosts, on both"
+)
+# Hydra's settings that a sweep uses; the others are refused.
+_OF_SWEEPS = (
+    "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.dir", "hydra.searchpath",
+    "hydra.job.env", "hydra/callbacks", "hydra.callbacks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class HydraSettings:
+    """What a command line says to Hydra about a sweep."""
+
+    overrides: list[str] = field(default_factory=list)
+    """`hydra.…` and `hydra/…`."""
+    tasks: list[str] = field(default_factory=list)
+    """The overrides that do not vary: a user's file may set Hydra's values too."""
+    config_dirs: list[str] = field(default_factory=list)
+    sweeper: str = "basic"
+    launcher: str = "basic"
+    params: list[str] = field(default_factory=list)
+    """hydra.sweeper.params of the basic sweeper, as overrides."""
+    folder: Path | None = None
+    """hydra.sweep.dir, its resolvers resolved; None: nothing set it."""
+
+    @classmethod
+    def read(cls, overrides: list[str], tasks: list[str], config_dirs: list[str]) -> HydraSettings:
+        """Return what Hydra makes of its settings, before anything runs.
+
+        Raises:
+            ConfigError: no such launcher or sweeper, it is not installed, or Hydra refuses a setting.
+        """
+        refuse_hydras([item for item in overrides if not item.lstrip("+~").startswith(_OF_SWEEPS)])
+        if not overrides and not config_dirs:
+            return cls(tasks=tasks)
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf.errors import OmegaConfBaseException
+
+        chosen = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+        _check_plugins(chosen)
+        try:
+            config = _compose([*tasks, *overrides], config_dirs)
+        except ConfigError:
+            config = _compose(overrides, config_dirs)  # what is wrong with the others is said later, in our words
+        choices = config.hydra.runtime.choices
+        sweeper = str(choices["hydra/sweeper"])
+        params = (config.hydra.sweeper.get("params") or {}) if sweeper == "basic" else {}
+        HydraConfig.instance().set_config(config)  # for ${hydra:…}
+        try:
+            folder = Path(config.hydra.sweep.dir)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"Hydra's settings: hydra.sweep.dir: {str(error).splitlines()[0]}") from None
+        return cls(
+            overrides=overrides, tasks=tasks, config_dirs=config_dirs, sweeper=sweeper,
+            launcher=str(choices["hydra/launcher"]), params=[f"{key}={value}" for key, value in params.items()],
+            folder=folder,
+        )  # fmt: skip
+
+
+def _check_plugins(chosen: Mapping[str, str]) -> None:
+    """Refuse a launcher or sweeper that there is not, with the command that installs it or the nearest name."""
+    launcher = chosen.get("hydra/launcher", "basic")
+    if launcher in EXTRAS and not _is_installed(f"hydra_plugins.hydra_{EXTRAS[launcher]}_launcher"):
+        raise ConfigError(
+            f"hydra/launcher={launcher} is not installed: pip install 'mlxchat[{EXTRAS[launcher]}]' "
+            f"(or hydra-{EXTRAS[launcher]}-launcher)"
+        )
+    groups = [group for group in ("hydra/launcher", "hydra/sweeper") if group in chosen]
+    if not groups:
+        return
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_module(CONF_MODULE, version_base="1.3"):
+        for group in groups:
+            known = sorted({*GlobalHydra.instance().config_loader().get_group_options(group), *_extras(group)})
+            if chosen[group] not in known:
+                more = " For a search: sweep=tpe." if group == "hydra/sweeper" else ""
+                raise ConfigError(
+                    f'{group} has no option "{chosen[group]}": {", ".join(known)}.{suggest(chosen[group], known)}{more}'
+                )
+
+
+def _extras(group: str) -> tuple[str, ...]:
+    return tuple(EXTRAS) if group == "hydra/launcher" else ()
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that all plugins are in
+        return False
+
+
+def _compose(overrides: list[str], config_dirs: list[str]) -> DictConfig:
+    """Return a composed configuration with Hydra's own section."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = [*_for_hydra(overrides, config_dirs), *search_path(config_dirs)]
+    try:
+        with initialize_config_module(CONF_MODULE, version_base="1.3"):
+            return compose("config", overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"Hydra's settings: {str(error).splitlines()[0]}") from None
+
+
+def _for_hydra(overrides: list[str], config_dirs: list[str]) -> list[str]:
+    """Return overrides as Hydra accepts them, once the schema of the stages that they name is registered."""
+    schema = schema_of(places_of_stages(overrides, config_dirs))
+    register_schema(schema)
+    return as_hydra(overrides, schema)
+
+
+def launch(settings: HydraSettings, folder: SweepFolder, overrides: list[str]) -> None:
+    """Have Hydra's sweeper and launcher run jobs, and return when all have ended or were given up.
+
+    Args:
+        settings: which sweeper and launcher.
+        folder: the sweep's, with its state.
+        overrides: that vary, besides those of the settings.
+
+    Raises:
+        ConfigError: Hydra refuses its settings.
+        Exception: whatever the launcher raises if it loses a process.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    place = str(folder.path.resolve()).replace("\\", "\\\\").replace("'", "\\'")
+    own = [item for item in settings.overrides if not item.startswith("hydra.sweep.dir=")]
+    shown = [item for item in settings.tasks if item not in hidden(settings.tasks)]
+    tasks = _for_hydra(shown, settings.config_dirs)
+    argv = ["-m", *tasks, *own, *search_path(settings.config_dirs)]
+    app = hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name="config")(run_launched)
+    former = sys.argv
+    sys.argv = ["mlxchat", *argv, f"hydra.sweep.dir='{place}'", *overrides]
+    is_queue = EXTRAS.get(settings.launcher) == "submitit"
+    try:
+        # Otherwise Hydra prints its own errors and exits with 1.
+        with environment({"HYDRA_FULL_ERROR": "1"}), _all_waited_for(folder) if is_queue else nullcontext():
+            app()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"Hydra's settings: {str(error).splitlines()[0]}") from None
+    finally:
+        sys.argv = former
+        GlobalHydra.instance().clear()
+
+
+def hidden(overrides: list[str]) -> list[str]:
+    """Return the overrides with secrets: Hydra writes what it composes to multirun.yaml, so it does not get them."""
+    return [item for item in overrides if redact(item) != item]
+
+
+def _reveal(overrides: list[str]) -> list[str]:
+    """Return overrides of sweep.json with the secrets of this process's environment in place of their names."""
+
+    def secret(found: re.Match[str]) -> str:
+        value = os.environ.get(found[1])
+        return value if value and redact(value) == found[0] else found[0]
+
+    return [re.sub(r"<(\w+)>", secret, item) for item in overrides]
+
+
+def run_launched(config: DictConfig) -> float:
+    """Run the job that a launcher started, most often in another process; return its sweep.metric, or NaN.
+
+    Raises:
+        Interrupted: the sweep stops; only to a sweeper that would go on otherwise.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    GlobalHydra.instance().clear()  # of hydra.main, if the launcher runs jobs in this process: a job composes itself
+    hydra = HydraConfig.get()
+    folder = SweepFolder(Path(hydra.sweep.dir))
+    state = folder.state()
+    number = config.sweep.job or hydra.job.num + 1
+    planned = state["jobs"].get(str(number))
+    overrides = _reveal(planned["overrides"] if planned else [*state["hidden"], *hydra.overrides.task])
+    parent = state["parent"]
+    is_here = socket.gethostname() == parent["host"]
+    folder.begin(number)
+    if not is_here and not locks.is_held(folder.lock):
+        row: Row = {"job": number, "overrides": settings_of(overrides), "status": "failed", "metrics": {}}
+        folder.add_row(row | {"error": _UNSEEN.format(here=socket.gethostname(), **parent)})
+        return float("nan")
+    at_home = is_here and os.getpid() == parent["pid"]
+    with _prefixed(f"[{number}] "), _stopping_with(folder, parent, at_home=at_home), _leaving() as leave:
+        if not at_home:
+            os.chdir(parent["cwd"])
+        row = run_job(folder, number, overrides, state["config_dirs"], set(state["made"]), leave)
+    if planned is None and row["status"] in ("interrupted", "not run"):
+        raise Interrupted(
+            "the sweep was stopped. The same command continues.", (folder.stop() or {"signal": 15})["signal"]
+        )
+    return float(row["metrics"].get(config.sweep.metric, "nan"))
+
+
+Leave = Callable[[], str]
+"""Hands the job back to its queue and does not return; or returns why it cannot."""
+
+
+def run_job(
+    folder: SweepFolder, number: int, overrides: list[str], config_dirs: list[str], made: set[str],
+    leave: Leave | None = None,
+) -> Row:  # fmt: skip
+    """Run one job and return its row, which is in the folder then too. A failure is a row.
+
+    Args:
+        folder: the sweep's folder.
+        number: of the job.
+        overrides: of the job.
+        config_dirs: folders with further YAML files.
+        made: ids of steps that this sweep has made, which are not forced again.
+        leave: called when the queue, not the sweep, stops the job; the job has no row then.
+    """
+    row: Row = {"job": number, "overrides": settings_of(overrides), "status": "done", "metrics": {}}
+    began = time.monotonic()
+    if folder.stop():
+        row["status"] = "not run"
+        folder.add_row(row)
+        return row
+    fail_fast = False
+    try:
+        composed = compose_config(overrides, config_dirs)
+        config, store = composed.config, Store(Path(composed.config.outputs))
+        fail_fast = config.fail_fast
+        plan = plan_to_run(config, store)
+        row["steps"] = entries_of(plan)
+        forced = force_only_others(config.force, plan, made)
+        place = run_pipeline(replace(composed, config=replace(config, force=forced), overrides=overrides))
+        row |= {"run": place.name if place else None, "metrics": metrics_of(plan, store, config.sweep.metric)}
+    except Interrupted as stop:
+        row |= {"status": "interrupted", "error": str(stop)}
+        if leave is not None and not folder.stop() and locks.is_held(folder.lock):
+            row["error"] = f"its time was up, and it is not queued again: {leave()}"
+        else:
+            folder.ask_to_stop("signal", stop.exit_code - 128)
+    except Exception as error:
+        if not isinstance(error, MlxchatError):
+            log = folder.path / f"job-{number}-error.log"
+            log.write_text(redact(traceback.format_exc()), encoding="utf-8")
+            error = MlxchatError(f"{type(error).__name__}: {error} (traceback: {log})")
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+        row |= {"status": "failed", "error": str(error).splitlines()[0]}
+        if fail_fast:
+            folder.ask_to_stop("fail_fast", signal.SIGTERM)
+    row["seconds"] = round(time.monotonic() - began, 1)
+    folder.add_row(row)
+    return row
+
+
+def force_only_others(force: list[str], plan: list[PlannedStep], made: set[str]) -> list[str]:
+    """Return the steps of a plan that are to be run again although they are done, without those just made."""
+    return [step.name for step in plan if step.rid not in made and (step.name in force or "all" in force)]
+
+
+def whereabouts() -> dict[str, Any]:
+    """Return where this process is, for jobs that run elsewhere."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "cwd": str(Path.cwd())}
+
+
+@contextmanager
+def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) -> Iterator[None]:
+    """Call `tell` with each job's row when it is there, while the body runs; a signal becomes a request to all jobs.
+
+    Args:
+        folder: the sweep's folder.
+        told: jobs whose rows are known already.
+        tell: called in another thread, since launchers return only when all jobs have ended.
+    """
+    ended = threading.Event()
+
+    def look() -> None:
+        for number, row in sorted(folder.rows().items()):
+            if number not in told:
+                told.add(number)
+                tell(row)
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            look()
+
+    def request_stop(number: int, frame: object) -> None:
+        if folder.stop():
+            os._exit(128 + number)  # the jobs see that the lock is free, and end
+        folder.ask_to_stop("signal", number)
+        print(
+            "stopping: jobs end at their next iteration border, no further one starts (again: stop at once)", flush=True
+        )
+
+    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        look()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Give environment variables other values while the body runs; None takes one away."""
+    former = dict(os.environ)
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update({name: former[name] for name in variables if name in former})
+
+
+class _Prefixed(io.TextIOBase):
+    """A stream whose lines begin with a prefix, each written in one piece, so that those of many processes mix well."""
+
+    def __init__(self, stream: TextIO, prefix: str) -> None:
+        self.stream, self.prefix, self.begun = stream, prefix, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        if lines:
+            self.stream.write("".join(f"{self.prefix}{line}\n" for line in lines))
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Tell that this is no terminal: bars of several processes would overwrite each other."""
+        return False
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
+@contextmanager
+def _prefixed(prefix: str) -> Iterator[None]:
+    former = sys.stdout, sys.stderr
+    out, err = _Prefixed(former[0], prefix), _Prefixed(former[1], prefix)
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = former
+        for stream in (out, err):
+            if stream.begun:
+                stream.write("\n")
+
+
+@contextmanager
+def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool) -> Iterator[None]:
+    """Send this process one SIGTERM when the sweep is to stop, or its own process no longer holds the lock.
+
+    The terminal's Ctrl-C reaches only the process that was started there, since a second signal means "at once".
+
+    Args:
+        folder: of the request to stop, and of the lock.
+        parent: where the sweep's own process is.
+        at_home: whether this is the sweep's own process, which gets its signals itself.
+    """
+    if at_home:
+        yield
+        return
+    if not _in_queue():  # SLURM may know its processes by their group
+        with suppress(OSError):
+            os.setpgid(0, 0)
+    ended = threading.Event()
+    pause = _POLL_SECONDS if socket.gethostname() == parent["host"] else _FAR_POLL_SECONDS
+
+    def watch() -> None:
+        told = False
+        while not ended.wait(pause):
+            stop, orphaned = folder.stop(), not locks.is_held(folder.lock)
+            if not told and (stop or orphaned):
+                told = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                if not stop:
+                    return
+            elif told and orphaned:  # a second signal ended the sweep's own process
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    def refuse(number: int, frame: object) -> None:
+        raise Interrupted("stopped between its steps. The same command continues from there.", number)
+
+    former = signal.signal(signal.SIGTERM, refuse)  # a run puts its own handler in this one's place
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, former)
+        if not locks.is_held(folder.lock):
+            os._exit(1)  # no process takes the result or gives more to do; idle workers would stay for minutes
+
+
+def _in_queue() -> bool:
+    """Tell whether SLURM started this process through submitit."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+@contextmanager
+def _leaving() -> Iterator[Leave | None]:
+    """Stop the run when SLURM says that its time is up; yield how to be queued again, None outside of a queue.
+
+    SLURM signals that by SIGUSR2 (submitit's choice) or, where jobs are preempted, by SIGTERM, in any order. The first
+    of them is the run's SIGTERM: it saves. A later one must not end it before it has saved.
+    """
+    if not _in_queue():
+        yield None
+        return
+    requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
+    told: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        stopping, stop = is_stopping(), signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not stopping and callable(stop):
+            stop(signal.SIGTERM, frame)
+
+    def leave() -> str:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not told:  # SLURM itself queues what it preempts; what was cancelled is over
+            print("stopped by SLURM; saved. Where it queues the job again, the job goes on from there", flush=True)
+            raise SystemExit(128 + signal.SIGTERM)
+        try:
+            if callable(requeue):
+                requeue(told[0], None)  # asks SLURM to queue the job again, and exits
+        except Exception as error:  # submitit raises all kinds where it gives up
+            return f"{error} hydra.launcher.max_num_timeout is how often. The same command goes on"
+        return "submitit does not queue it again. The same command goes on"
+
+    signal.signal(signal.SIGUSR2, hear)
+    try:
+        yield leave
+    finally:
+        signal.signal(signal.SIGUSR2, requeue)
+
+
+@contextmanager
+def _all_waited_for(folder: SweepFolder) -> Iterator[None]:
+    """Have Hydra's submitit launcher wait for every job, whatever becomes of the others, while the body runs.
+
+    By itself it gives up at the first job without a result, and takes no job out of the queue when the sweep stops.
+    """
+    import submitit
+
+    executor: Any = submitit.AutoExecutor
+    original = executor.map_array
+
+    def map_array(self: Any, function: Any, *arguments: Any) -> list[_Waiting]:
+        jobs = original(self, function, *arguments)
+        numbers = folder.state()["pending"]
+        # arguments[2]: hydra.job.num of each
+        started = [numbers[place] if numbers else place + 1 for place in arguments[2]]
+        waiting = [_Waiting(job, number, folder) for job, number in zip(jobs, started, strict=True)]
+        for each in waiting:
+            each.others = waiting
+        return waiting
+
+    executor.map_array = map_array
+    try:
+        yield
+    finally:
+        executor.map_array = original
+
+
+class _Waiting:
+    """A job of submitit's as its launcher sees it: it has results once it has ended, in whatever way."""
+
+    def __init__(self, job: Any, number: int, folder: SweepFolder) -> None:
+        """Wait for the job of this number."""
+        self.job, self.number, self.folder = job, number, folder
+        self.others: list[_Waiting] = []
+        self.cancelled = False
+        with suppress(AttributeError):
+            job.watcher._delay_s = min(job.watcher._delay_s, _ASK_SECONDS)
+
+    def results(self) -> list[Any]:
+        """Return when the job has ended, with what Hydra's sweepers read; the row is in the sweep's folder."""
+        from hydra.core.utils import JobReturn, JobStatus
+
+        while not self.job.done():
+            if self.folder.stop():
+                for each in self.others:
+                    each.take_back()
+            time.sleep(_POLL_SECONDS)
+            if self.cancelled:
+                break
+        found = JobReturn(status=JobStatus.COMPLETED)
+        metrics = self.folder.rows().get(self.number, {"metrics": {}})["metrics"]
+        found.return_value = metrics.get(self.folder.state()["metric"], float("nan"))
+        return [found]
+
+    def take_back(self) -> None:
+        """Take a job that has not begun out of the queue: it would begin, see that there is nothing to do, and end."""
+        if not self.cancelled and not self.folder.has_begun(self.number):
+            self.cancelled = True
+            with suppress(OSError):
+                self.job.cancel(check=False)

@@ -1,0 +1,360 @@
+"""What sweeps compare: the metrics that steps declare, the rows of jobs, and the table that they end in.
+
+Stages declare their metrics in METRICS: `"core": "maximize if base and eval.core"`, and "while training" after the
+direction of those that metrics.jsonl has at iterations. {path} in a name stands for the keys of that mapping of the
+configuration, or for 1 … n. A condition is a role of the step, which must be filled; base or chat,
+the kind of model that the step evaluates; chatcore, a whole set of ChatCORE's tasks in the suite; or a path of the
+configuration, alone (neither null, false nor empty), after "not", or before =VALUE.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxchat.config import Config
+from mlxchat.errors import ConfigError
+from mlxchat.evals.chat_scores import chatcore_set
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.secrets import redact
+from mlxchat.runner.stage import FORMATS
+from mlxchat.runner.store import MEASURED, Manifest, Store
+from mlxchat.visible import visible
+
+Row = dict[str, Any]
+"""job, overrides (key → value), status, metrics (step.metric → value), seconds; error and run, where there are any."""
+
+_REMEDIES = {
+    "eval.core": "core=nanochat computes it", "pretrain.core": "core=nanochat estimates it",
+    "suite": "suite=bundled has tasks", "chatcore": "suite=chatcore has them",
+}  # fmt: skip
+_SHOWN = ("val_bpb", "val_loss", "core", "mean_centered", "chatcore", "pass_at_1")
+"""Metrics of every step that each table has."""
+_LAST = ("status", "error")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a step declares."""
+
+    step: str
+    name: str
+    """STEP.METRIC."""
+    direction: str
+    """minimize, maximize or neither."""
+    absent: str = ""
+    """Why this configuration does not record it; empty: it does."""
+
+
+def metrics_of_plan(plan: Sequence[PlannedStep], config: Config) -> list[Metric]:
+    """Return all that the steps declare, in the order of the steps."""
+    found = []
+    for step in plan:
+        for pattern, declared in step.stage.metrics.items():
+            words, _, conditions = declared.partition(" if ")
+            direction = words.partition(" ")[0]
+            reasons = (_unmet(condition, step, config) for condition in conditions.split(" and ") if condition)
+            absent = next(filter(None, reasons), "")
+            found += [Metric(step.name, f"{step.name}.{name}", direction, absent) for name in _expand(pattern, config)]
+    return found
+
+
+def find_metric(name: str, direction: str | None, plans: Sequence[tuple[Sequence[PlannedStep], Config]]) -> str:
+    """Return the direction, minimize or maximize, of a metric that at least one of the plans records.
+
+    Args:
+        name: STEP.METRIC.
+        direction: sweep.direction; None: the declared one.
+        plans: with their configurations.
+
+    Raises:
+        ConfigError: no plan records it, with the names that there are; or it has no direction of its own.
+    """
+    found = [metric for plan, config in plans for metric in metrics_of_plan(plan, config) if metric.name == name]
+    recorded = [metric for metric in found if not metric.absent]
+    if found and not recorded:
+        raise ConfigError(f"sweep.metric={name} is not recorded here, since {found[0].absent}")
+    if not found:
+        plan, config = plans[0]
+        raise ConfigError(_refusal(name, metrics_of_plan(plan, config), [step.name for step in plan]))
+    chosen = direction or recorded[0].direction
+    if chosen == "neither":
+        raise ConfigError(
+            f"sweep.metric={name}: neither small nor large values of it are better in themselves: "
+            "give sweep.direction=minimize or sweep.direction=maximize"
+        )
+    return chosen
+
+
+def _refusal(name: str, declared: list[Metric], steps: list[str]) -> str:
+    """Return what is wrong with a name, the names that there are, and the nearest of them."""
+    step, _, metric = name.rpartition(".")
+    recorded = {
+        one: [each.name.removeprefix(f"{one}.") for each in declared if each.step == one and not each.absent]
+        for one in steps
+    }
+    if step in recorded:
+        lines = [f'sweep.metric={name}: step {step} records no "{metric}": {", ".join(recorded[step]) or "nothing"}.']
+    else:
+        known = f'"{step}" is no step that runs' if step else "expected STEP.METRIC"
+        lines = [f"sweep.metric={name}: {known}. What the steps record:"]
+        lines += [f"  {one}: {', '.join(names)}" for one, names in recorded.items() if names]
+    near = _nearest(name, declared)
+    if near is not None:
+        absent = f" It is not recorded here, since {near.absent}." if near.absent else ""
+        lines.append(f'Did you mean "{near.name}"?{absent}')
+    return "\n".join(lines)
+
+
+def _nearest(name: str, declared: list[Metric]) -> Metric | None:
+    """Return the metric that is most likely meant: one of the same step, of the same name, or spelt alike."""
+    step, _, metric = name.rpartition(".")
+    declared = sorted(declared, key=lambda one: bool(one.absent))
+    candidates = [one for one in declared if one.step == step] or declared
+    same = next((one for one in candidates if one.name == f"{one.step}.{metric}"), None)
+    if same is not None:
+        return same
+    shown = {one.name.removeprefix(f"{step}."): one for one in candidates}
+    close = difflib.get_close_matches(name.removeprefix(f"{step}."), shown, n=1, cutoff=0.5)
+    return shown[close[0]] if close else None
+
+
+def _expand(pattern: str, config: Config) -> Iterator[str]:
+    place = re.search(r"\{(.+)\}", pattern)
+    if place is None:
+        yield pattern
+        return
+    value = _value(place[1], config)
+    for key in range(1, value + 1) if isinstance(value, int) else value or ():
+        yield pattern.replace(place[0], str(key))
+
+
+def _unmet(condition: str, step: PlannedStep, config: Config) -> str:
+    """Return why a condition does not hold, or nothing."""
+    if condition in step.stage.roles:
+        filled = condition in step.inputs or condition in step.artifacts
+        return "" if filled else f"pipeline.{step.name} has no {condition}"
+    if condition in FORMATS:
+        if step.format in (condition, None):
+            return ""
+        return f"{step.name} evaluates a {step.format} model, and this is of {condition} ones"
+    if condition == "chatcore":
+        tasks = {item.task for item in config.suite.values() if item.split == "test"}
+        return "" if chatcore_set(tasks) else f"the suite lacks tasks of ChatCORE ({_REMEDIES[condition]})"
+    is_negated = condition.startswith("not ")
+    path, _, wanted = condition.removeprefix("not ").partition("=")
+    value = _value(path, config)
+    holds = str(value) == wanted if wanted else bool(value)
+    if holds != is_negated:
+        return ""
+    if is_negated:
+        return f"{path} is set"
+    shown = "null" if value is None else "empty" if value in ({}, []) else value
+    remedy = _REMEDIES.get(path) or (f"{path}={wanted} records it" if wanted else "")
+    return f"{path} is {shown}" + (f" ({remedy})" if remedy else "")
+
+
+def _value(path: str, config: Any) -> Any:
+    for part in path.split("."):
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
+    return config
+
+
+class SweepFolder:
+    """The folder of a sweep, each file in it whole or not at all.
+
+    sweep.json     the jobs, and what was computed for all of them
+    rows/<n>.json  the result of a job, from whichever process ran it; <n>.begun: the job has left its queue
+    sweep.lock     held by the sweep's own process while it waits for jobs
+    stop           a request to end: no further job starts
+    table.*        at the end, when rows/ is removed
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Use a folder, which need not exist yet."""
+        self.path = path
+
+    @property
+    def lock(self) -> Path:
+        """Return the lock file that the sweep's own process holds."""
+        return self.path / "sweep.lock"
+
+    def write_state(self, state: dict[str, Any]) -> None:
+        """Replace sweep.json; the folder is made if need be."""
+        (self.path / "rows").mkdir(parents=True, exist_ok=True)
+        _write(self.path / "sweep.json", state)
+
+    def state(self) -> dict[str, Any]:
+        """Return sweep.json."""
+        state: dict[str, Any] = json.loads((self.path / "sweep.json").read_text(encoding="utf-8"))
+        return state
+
+    def add_row(self, row: Row) -> None:
+        """Keep the result of a job."""
+        _write(self.path / "rows" / f"{row['job']}.json", row)
+
+    def rows(self) -> dict[int, Row]:
+        """Return job → its result, of those that have one."""
+        paths = (self.path / "rows").glob("[0-9]*.json")
+        return {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+    def begin(self, number: int) -> None:
+        """Note that a job has begun, on whichever machine."""
+        (self.path / "rows" / f"{number}.begun").touch()
+
+    def has_begun(self, number: int) -> bool:
+        """Tell whether a job has begun."""
+        return (self.path / "rows" / f"{number}.begun").exists()
+
+    def ask_to_stop(self, why: str, signal_number: int) -> None:
+        """Start no further job, and stop those that run where they can continue; the first request counts."""
+        if not self.stop():
+            _write(self.path / "stop", {"why": why, "signal": signal_number})
+
+    def stop(self) -> dict[str, Any] | None:
+        """Return the request to end, or None."""
+        try:
+            request: dict[str, Any] = json.loads((self.path / "stop").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return request
+
+    def tidy(self) -> None:
+        """Remove what only processes needed, and what Hydra leaves for its jobs."""
+        shutil.rmtree(self.path / "rows", ignore_errors=True)
+        for name in ("stop", "sweep.lock", "multirun.yaml"):
+            (self.path / name).unlink(missing_ok=True)
+        for job in self.path.glob("[0-9]*"):
+            if job.is_dir() and not any(job.iterdir()):
+                job.rmdir()
+
+
+def _write(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(json.dumps(redact(content), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def metrics_of(plan: Sequence[PlannedStep], store: Store, metric: str | None = None) -> dict[str, float]:
+    """Return step.metric → value for the columns of a table.
+
+    Args:
+        plan: the steps.
+        store: where the steps' artifacts are.
+        metric: STEP.METRIC of sweep.metric, shown besides what every table has.
+    """
+    store.forget()
+    found = {}
+    for step in plan:
+        manifest = store.read(step.rid)
+        recorded = {} if manifest is None else recorded_numbers(manifest)
+        for key, value in recorded.items():
+            if f"{step.name}.{key}" == metric:
+                found[metric] = float(f"{value:.6g}")
+            elif key in _SHOWN:
+                found[f"{step.name}.{key}"] = round(value, 4)
+    return found
+
+
+def recorded_numbers(manifest: Manifest) -> dict[str, float]:
+    """Return all numbers that a step recorded, the speeds that manifests keep apart included."""
+    apart = {key: manifest.get(key) for key in MEASURED}
+    return {key: value for key, value in {**manifest["metrics"], **apart}.items() if isinstance(value, int | float)}
+
+
+def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return key → value of overrides, numbers as numbers, everything else as it was typed."""
+    pairs = (override.partition("=") for override in overrides)
+    return {key: _number(value) if sign else "" for key, sign, value in pairs}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def write_results(
+    rows: list[Row], folder: Path, *, metric: str | None, less_is_better: bool, unit: str = "job"
+) -> list[Row]:
+    """Write table.md, table.csv, table.json and, where there is something to see, plot.png; print the table.
+
+    Args:
+        rows: of all jobs.
+        folder: the sweep's.
+        metric: step.metric that the rows are sorted by; None: no row has any.
+        less_is_better: whether small values of it come first.
+        unit: what a row is called.
+
+    Returns:
+        the rows, the best first; those that were pruned, then those without the metric, last.
+    """
+    rows = sorted(redact(rows), key=lambda row: _rank(row, metric, less_is_better))
+    keys = differing([row["overrides"] for row in rows])
+    flat = [
+        {
+            unit: row["job"],
+            **{key: row["overrides"].get(key, "") for key in keys},
+            **row["metrics"],
+            **{key: row[key] for key in ("iterations", *_LAST) if row.get(key)},
+        }
+        for row in rows
+    ]
+    columns = list(dict.fromkeys(key for row in flat for key in row if key not in _LAST))
+    columns += [key for key in _LAST if any(key in row for row in flat)]
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(key, "")) for key in columns] for row in flat)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    (folder / "table.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
+    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+    order = f"{unit}s by {metric}, {'smallest' if less_is_better else 'largest'} first\n\n" if metric else ""
+    print(f"\n{visible(order + table)}\n", flush=True)
+    made = [folder / "table.md"]
+    if metric is not None:
+        from mlxchat.sweep.plot import draw_sweep
+
+        picture = draw_sweep(rows, keys, metric, less_is_better=less_is_better)
+        if picture is not None:
+            made.append(folder / "plot.png")
+            made[-1].write_bytes(picture)
+    print(f"sweep: {', '.join(map(str, made))}", flush=True)
+    return rows
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the keys whose values are not the same everywhere, in the order of the command line."""
+    keys = dict.fromkeys(key for items in settings for key in items)
+    return [key for key in keys if len({str(items.get(key)) for items in settings}) > 1]
+
+
+def main_metric(rows: Sequence[Row]) -> str | None:
+    """Return the last metric of the pipeline that differs between the rows, else the last one there is."""
+    names: list[str] = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    telling = [name for name in names if len({row["metrics"][name] for row in rows if name in row["metrics"]}) > 1]
+    return (telling or names)[-1] if names else None
+
+
+def _rank(row: Row, metric: str | None, less_is_better: bool) -> tuple[bool, bool, float, int]:
+    value = row["metrics"].get(metric)
+    if value is None or value != value:
+        return True, True, 0.0, row["job"]
+    return False, row.get("status") == "pruned", value if less_is_better else -value, row["job"]
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")

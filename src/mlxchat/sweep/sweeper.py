@@ -1,0 +1,440 @@
+"""`mlxchat -m key=a,b`: list, check and plan every combination, make what several need once, run the rest."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+
+from mlxchat.compose import Composed, compose_config, group_options, split_config_dirs
+from mlxchat.config import Config
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
+from mlxchat.overrides import implied_experiment
+from mlxchat.pipeline_run import plan_of, plan_to_run, run_pipeline
+from mlxchat.planning.memory import check_memory
+from mlxchat.runner import locks
+from mlxchat.runner.plan import PlannedStep, entries_of
+from mlxchat.runner.progress import format_number
+from mlxchat.runner.records import now
+from mlxchat.runner.secrets import redact
+from mlxchat.runner.store import Store
+from mlxchat.sweep.launchers import (
+    HydraSettings,
+    environment,
+    force_only_others,
+    hidden,
+    launch,
+    run_job,
+    watched,
+    whereabouts,
+)
+from mlxchat.sweep.results import (
+    Row,
+    SweepFolder,
+    differing,
+    find_metric,
+    main_metric,
+    metrics_of,
+    metrics_of_plan,
+    settings_of,
+    write_results,
+)
+from mlxchat.visible import visible
+
+_MOST_OPTIONS = 20
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One run of a sweep."""
+
+    number: int
+    """From 1, in the order of the command line."""
+    overrides: list[str]
+    composed: Composed
+    plan: list[PlannedStep]
+    title: str = ""
+    """The settings that differ between jobs."""
+
+    @property
+    def store(self) -> Store:
+        """Where the job's artifacts are."""
+        return Store(Path(self.composed.config.outputs))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing of it has to be computed or given its name in the store."""
+        return is_finished(self.plan)
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """The jobs of a command line, checked and planned; with another sweeper than Hydra's basic one, the first guess."""
+
+    arguments: list[str]
+    jobs: list[Job]
+    hydra: HydraSettings
+    varying: list[str]
+    """Overrides with several values."""
+
+    @property
+    def shared(self) -> list[tuple[Job, list[PlannedStep]]]:
+        """Steps that more than one job needs and that are not done, each once, with the first job to need it."""
+        needed = Counter((str(job.store.outputs), step.rid) for job in self.jobs for step in job.plan)
+        taken: set[tuple[str, str]] = set()
+        found = []
+        for job in self.jobs:
+            outputs = str(job.store.outputs)
+            new = [
+                step for step in job.plan
+                if not step.done and needed[outputs, step.rid] > 1 and (outputs, step.rid) not in taken
+            ]  # fmt: skip
+            taken |= {(outputs, step.rid) for step in new}
+            if new:
+                found.append((job, new))
+        return found
+
+
+def is_finished(plan: list[PlannedStep]) -> bool:
+    """Tell whether nothing of a plan has to be computed or given its name in the store."""
+    return all(step.done and step.verdict.original is None for step in plan)
+
+
+Planner = Callable[[Config, Store], list[PlannedStep]]
+
+
+def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> Sweep:
+    """Return the sweep of a command line; nothing is written.
+
+    Args:
+        arguments: those of the command line.
+        make_plan: plans each job; `plan_to_run` fetches what keys need from outside.
+
+    Raises:
+        ConfigError: everything that is wrong with its jobs, Hydra's settings or the metric.
+    """
+    arguments = [item for item in arguments if item not in ("-m", "--multirun")]
+    overrides, config_dirs = split_config_dirs(arguments)
+    of_hydra = [item for item in overrides if item.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    parsed = [parse(item, config_dirs) for item in overrides if item not in of_hydra]
+    fixed = [item.input_line or "" for item in parsed if not item.is_sweep_override()]
+    hydra = HydraSettings.read(of_hydra, fixed, config_dirs)
+    parsed = [*(parse(item, config_dirs) for item in hydra.params), *parsed]
+    varying = [item.input_line or "" for item in parsed if item.is_sweep_override()]
+    if hydra.sweeper == "basic":
+        lists = [_values(item, config_dirs) for item in parsed]
+        jobs = compose_jobs([list(job) for job in dict.fromkeys(itertools.product(*lists))], config_dirs, make_plan)
+    else:  # it chooses the values: what does not vary is checked here
+        jobs = compose_jobs([fixed], config_dirs, make_plan)
+    metric = jobs[0].composed.config.sweep.metric
+    if metric is not None:
+        find_metric(metric, jobs[0].composed.config.sweep.direction, [(job.plan, job.composed.config) for job in jobs])
+    elif hydra.sweeper != "basic":
+        raise ConfigError(f"hydra/sweeper={hydra.sweeper} needs a number of each job: give sweep.metric=STEP.METRIC")
+    return Sweep(arguments=arguments, jobs=jobs, hydra=hydra, varying=varying)
+
+
+def parse(text: str, config_dirs: list[str]) -> Override:
+    """Return an override as Hydra reads it.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        compose_config([text], config_dirs)  # says what is wrong with it
+        raise ConfigError(f'"{text}" is no override: expected key=value') from None
+
+
+def listed(item: Override, config_dirs: Sequence[str]) -> list[str]:
+    """Return the values of an override that varies, as overrides write them; those of a glob are options of a group.
+
+    Raises:
+        ConfigError: a glob matches none, with the options that there are.
+    """
+    value = item.value()
+    if not isinstance(value, Glob):
+        return list(item.sweep_string_iterator())
+    group = item.key_or_group
+    folders = [Path(folder) / group for folder in config_dirs]
+    options = group_options(group) + [path.stem for folder in folders for path in folder.glob("[!_]*.yaml")]
+    found = value.filter(options)
+    if found:
+        return list(found)
+    if not options:
+        raise ConfigError(
+            f"{item.input_line}: glob stands for the options of a group, and {group} is no group. "
+            f"List the values: {group}=A,B"
+        )
+    more = ", …" if len(options) > _MOST_OPTIONS else ""
+    known = f"{', '.join(options[:_MOST_OPTIONS])}{more}"
+    raise ConfigError(f"{item.input_line} matches none of the options of {group}: {known}")
+
+
+def _values(item: Override, config_dirs: list[str]) -> list[str]:
+    """Return the overrides that one with several values stands for, or itself."""
+    if not item.is_sweep_override():
+        return [item.input_line or ""]
+    if not item.is_discrete_sweep():
+        raise ConfigError(f"{item.input_line}: -m needs values that can be listed; to search an interval use sweep=tpe")
+    return [f"{item.get_key_element()}={value}" for value in listed(item, config_dirs)]
+
+
+def compose_jobs(overrides: list[list[str]], config_dirs: list[str], make_plan: Planner) -> list[Job]:
+    """Return the jobs with their configurations and plans.
+
+    Raises:
+        ConfigError: what is wrong with any of them; then none is run.
+    """
+    first = overrides[0]
+    numbers = {tuple(items): number for number, items in enumerate(overrides, start=1)}
+    # Those with one value other than the first job's come first: together they have every value once.
+    tried = sorted(overrides, key=lambda items: sum(one != other for one, other in zip(items, first, strict=True)) > 1)
+    jobs: list[Job] = []
+    problems: list[str] = []
+    for items in tried:
+        try:
+            composed = compose_config(items, config_dirs)
+            plan = make_plan(composed.config, Store(Path(composed.config.outputs)))
+            check_memory(composed.config, plan)
+            jobs.append(Job(number=numbers[tuple(items)], overrides=items, composed=composed, plan=plan))
+        except MlxchatError as error:
+            fresh = [line for line in str(error).splitlines() if line not in problems]
+            if not fresh:
+                break  # the others have the same mistakes, and to find them again takes time
+            problems += fresh
+    if problems:
+        raise ConfigError("\n".join(problems))
+    jobs.sort(key=lambda job: job.number)
+    settings = [settings_of(job.overrides) for job in jobs]
+    keys = differing(settings)
+    for job, found in zip(jobs, settings, strict=True):
+        job.title = " ".join(f"{key}={found[key]}" for key in keys if key in found)
+    return jobs
+
+
+def run_sweep(arguments: list[str]) -> int:
+    """Run a sweep and write its table; return 1 if a job failed, else 0.
+
+    Args:
+        arguments: those of the command line, with `-m`.
+
+    Raises:
+        ConfigError: something is wrong with a job's configuration or the launcher; nothing is run.
+        Interrupted: a signal arrived; what is finished is kept, and in the table.
+    """
+    # Once MLX is loaded these are for its compiler; other processes need those of before.
+    before = {name: os.environ.get(name) for name in ("PATH", "TMPDIR")}
+    sweep = read_sweep(arguments, plan_to_run)
+    if any(implied := [item for job in sweep.jobs for item in implied_experiment(job.overrides)]):
+        print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
+    store = sweep.jobs[0].store
+    store.prepare()
+    default = store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = SweepFolder(sweep.hydra.folder or default)
+
+    def tell_waiting(owner: dict[str, Any]) -> None:
+        print(f"process {owner.get('pid', '?')} on {owner.get('host', '?')} sweeps in this folder; waiting", flush=True)
+
+    with locks.hold(folder.lock, {"sweep": folder.path.name}, tell_waiting):
+        return _Run(sweep, folder, before).run()
+
+
+class _Run:
+    """One sweep at work: what its jobs are told, and what is said of them."""
+
+    def __init__(self, sweep: Sweep, folder: SweepFolder, environ: dict[str, str | None]) -> None:
+        """Write the sweep's folder."""
+        self.sweep, self.folder, self.environ = sweep, folder, environ
+        self.is_listed = sweep.hydra.sweeper == "basic"
+        self.jobs = sweep.jobs if self.is_listed else []
+        self.config = sweep.jobs[0].composed.config
+        self.made: set[str] = set()
+        """Ids that this sweep has made before its jobs."""
+        self.failed: dict[str, str] = {}
+        """Id → why it could not be made."""
+        self.titles = {job.number: job.title for job in self.jobs}
+        described = {
+            job.number: {
+                "overrides": job.overrides, "settings": settings_of(job.overrides),
+                "title": job.title or f"job {job.number}", "steps": entries_of(job.plan),
+            }
+            for job in self.jobs
+        }  # fmt: skip
+        self.state: dict[str, Any] = {
+            "parent": whereabouts(), "arguments": sweep.arguments, "config_dirs": sweep.hydra.config_dirs,
+            "hidden": hidden(sweep.hydra.tasks), "metric": self.config.sweep.metric, "jobs": described,
+            "pending": [], "made": [],
+        }  # fmt: skip
+        folder.write_state(self.state)
+
+    def run(self) -> int:
+        """Run the jobs that are not done, and write what came of all."""
+        for job in self.jobs:
+            if job.is_finished:
+                metrics = metrics_of(job.plan, job.store, self.config.sweep.metric)
+                self._end(job, {"status": "done", "cached": True, "metrics": metrics, "seconds": 0.0})
+        stop: Interrupted | None = None
+        try:
+            self._run_pending()
+        except Interrupted as error:
+            stop = error
+        asked = self.folder.stop()
+        if stop is None and asked and asked["why"] == "signal":
+            stop = Interrupted("the sweep was stopped. The same command continues from there.", asked["signal"])
+        rows = self.folder.rows()
+        for job in self.jobs:
+            settings = settings_of(job.overrides)
+            rows.setdefault(job.number, {"job": job.number, "overrides": settings, "metrics": {}, "status": "not run"})
+        self._conclude([rows[number] for number in sorted(rows)])
+        if stop is not None:
+            raise stop
+        return int(any(row["status"] != "done" for row in rows.values()))
+
+    def _run_pending(self) -> None:
+        """Make what is shared, then run the jobs that can run: one after the other here, or by Hydra's launcher."""
+        pending = [job for job in self.jobs if not job.is_finished]
+        fail_fast = any(job.composed.config.fail_fast for job in pending)
+        for job, steps in self.sweep.shared if self.is_listed else ():
+            users = sum(any(step.rid == steps[0].rid for step in other.plan) for other in self.jobs)
+            print(f"\n── shared by {users} jobs: {', '.join(step.name for step in steps)}", flush=True)
+            self._make_shared(job, steps)
+            if self.failed and fail_fast:
+                self.folder.ask_to_stop("fail_fast", signal.SIGTERM)
+                break
+        for job in list(pending):
+            reason = next((self.failed[step.rid] for step in job.plan if step.rid in self.failed), None)
+            if reason is not None:
+                self._end(job, {"status": "failed", "error": reason})
+                pending.remove(job)
+        if self.is_listed and self.sweep.hydra.launcher == "basic":
+            for job in pending:
+                print(f"\n── {self._title(job.number)}", flush=True)
+                dirs = self.sweep.hydra.config_dirs
+                self._say(run_job(self.folder, job.number, job.overrides, dirs, self.made))
+        elif pending or not self.is_listed:
+            self._launch(pending)
+
+    def _make_shared(self, job: Job, steps: list[PlannedStep]) -> None:
+        """Make steps of a job's plan; a failure ends only what depends on it."""
+        config, began = job.composed.config, now()
+        force = force_only_others(config.force, steps, self.made)
+        try:
+            run_pipeline(
+                replace(
+                    job.composed, config=replace(config, targets=[step.name for step in steps], force=force),
+                    overrides=job.overrides,
+                )
+            )  # fmt: skip
+            self.made |= {step.rid for step in steps}
+            return
+        except Interrupted:
+            raise
+        except MlxchatError as error:
+            print(redact(f"error: {error}"), flush=True)
+            lines = str(error).splitlines()
+        store = job.store
+        rids = {step.name: step.rid for step in job.plan}
+        for step in steps:
+            manifest = store.read(step.rid)
+            if manifest is not None and manifest["published"] >= began:
+                self.made.add(step.rid)
+                continue
+            source = next((rids[name] for name in step.inputs.values() if rids[name] in self.failed), None)
+            own = next((line for line in lines[1:] if line.startswith(f"{step.name}: ")), lines[0])
+            self.failed[step.rid] = self.failed[source] if source else f"shared step {step.name}: {own}"
+
+    def _launch(self, pending: list[Job]) -> None:
+        """Run jobs in processes that Hydra's launcher starts; a job that leaves no row has failed."""
+        hydra, folder = self.sweep.hydra, self.folder
+        self.state |= {"pending": [job.number for job in pending], "made": sorted(self.made)}
+        folder.write_state(self.state)
+        who = hydra.launcher if self.is_listed else f"hydra/sweeper={hydra.sweeper}"
+        count = f"{len(pending)} jobs" if self.is_listed else "jobs"
+        print(f"\n── {count} by {who}; their lines begin with their number", flush=True)
+        numbered = ["hydra.sweeper.params=null", f"sweep.job={','.join(str(job.number) for job in pending)}"]
+        overrides = numbered if self.is_listed else self.sweep.varying
+        try:
+            with environment(self.environ), watched(folder, set(folder.rows()), self._say):
+                launch(hydra, folder, overrides)
+        except MlxchatError:
+            raise
+        except Exception as error:  # a process was killed, or could not be started: launchers have their own exceptions
+            said = redact(f"error: {who} gave up: {type(error).__name__}: {error}")
+            print(visible(said), file=sys.stderr, flush=True)
+            if not self.is_listed:
+                raise StoreError(f"{who} ended early: {type(error).__name__}") from error
+        known = folder.rows()
+        for job in pending:
+            if job.number not in known:
+                status, error_text = "failed", "its process ended without a result"
+                if folder.stop():
+                    status, error_text = "interrupted", "stopped before it had a result"
+                self._end(job, {"status": status, "error": error_text})
+
+    def _end(self, job: Job, result: Row) -> None:
+        """Keep the row of a job that did not write it itself, and say it."""
+        row = {"job": job.number, "overrides": settings_of(job.overrides), "metrics": {}, **result}
+        self.folder.add_row(row)
+        self._say(row)
+
+    def _say(self, row: Row) -> None:
+        """Say how a job ended."""
+        numbers = "  ".join(f"{key} {format_number(value)}" for key, value in row["metrics"].items())
+        how = "is done already" if row.get("cached") else row["status"]
+        error = f": {row['error']}" if row.get("error") else ""
+        print(visible(f"── {self._title(row['job'])} {how}{error}  {numbers}".rstrip()), flush=True)
+
+    def _title(self, number: int) -> str:
+        count = f"/{len(self.jobs)}" if self.is_listed else ""
+        return redact(f"job {number}{count} {self.titles.get(number, '')}".rstrip())
+
+    def _conclude(self, rows: list[Row]) -> None:
+        """Write the table, the picture and the report of all jobs side by side."""
+        config = self.config.sweep
+        if not self.is_listed:
+            settings = [row["overrides"] for row in rows]
+            keys = differing(settings)
+            for row in rows:
+                title = " ".join(f"{key}={row['overrides'][key]}" for key in keys if key in row["overrides"])
+                self.titles[row["job"]] = title
+                described = {"overrides": [], "settings": row["overrides"], "title": title or f"job {row['job']}"}
+                self.state["jobs"][row["job"]] = described | {"steps": row.get("steps", [])}
+            self.folder.write_state(self.state)
+        metric = config.metric or main_metric(rows)
+        plans = [(job.plan, job.composed.config) for job in self.sweep.jobs]
+        declared = {one.name: one.direction for plan in plans for one in metrics_of_plan(*plan)}
+        direction = config.direction or declared.get(metric or "", "minimize")
+        write_results(rows, self.folder.path, metric=metric, less_is_better=direction == "minimize")
+        self._report()
+        self.folder.tidy()
+
+    def _report(self) -> None:
+        """Write the report of all jobs side by side, and say where it is."""
+        from mlxchat.report.collect import collect_steps
+        from mlxchat.report.comparison import write_comparison
+
+        outputs, place = self.sweep.jobs[0].store.outputs, self.folder.path
+        jobs = self.state["jobs"]
+        stores = {job.number: job.store.outputs for job in self.jobs}
+        titles = [redact(job["title"]) for job in jobs.values()]
+        reports = [
+            collect_steps(stores.get(number, outputs), title, job["steps"], place)
+            for (number, job), title in zip(jobs.items(), titles, strict=True)
+        ]
+        try:
+            print(f"report: {write_comparison(place, f'Sweep {place.name}', reports, titles)}", flush=True)
+        except StoreError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,142 @@
+"""`sweep=halving`: the worse trials stop early and keep their state; the rest of the iterations goes to the best."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from kit.commands import CommandLine
+from mlxchat.sweep import search as searching
+from mlxchat.sweep.search import Trials
+
+SETTINGS = [
+    "sweep=halving", "sweep.name=h", "sweep.trials=4", "sweep.factor=2", "pretrain.num_iterations=12",
+    "pretrain.eval_every=2", "optimizer.matrix_lr=tag(log,interval(0.001,0.3))",
+]  # fmt: skip
+
+
+def rows_of(outputs: Path) -> dict[int, dict[str, Any]]:
+    return {row["job"]: row for row in Trials(outputs / "multirun" / "h" / "journal.log").rows()}
+
+
+@pytest.fixture(scope="module")
+def halved(
+    tmp_path_factory: pytest.TempPathFactory, mlxchat: CommandLine, tiny: tuple[str, ...]
+) -> tuple[Path, list[str]]:
+    """Four trials of real pretrainings: the outputs, and the command."""
+    outputs = tmp_path_factory.mktemp("halving") / "outputs"
+    command = [*tiny, *SETTINGS, f"outputs={outputs}"]
+    done = mlxchat(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "after 2 iterations 2 of 4 trials go on" in done.stdout
+    return outputs, command
+
+
+def test_the_worse_half_stops_at_each_rung(halved: tuple[Path, list[str]]) -> None:
+    rows = rows_of(halved[0])
+    assert sorted((row["status"], row.get("iterations")) for row in rows.values() if row["status"] == "pruned") == [
+        ("pruned", 2), ("pruned", 2), ("pruned", 4),
+    ]  # fmt: skip
+    (best,) = (row for row in rows.values() if row["status"] == "done")
+    at_two = {number: row["curve"]["2"] for number, row in rows.items()}
+    pruned_first = {number for number, row in rows.items() if row.get("iterations") == 2}
+    assert max(at_two[number] for number in rows if number not in pruned_first) <= min(
+        at_two[number] for number in pruned_first
+    )
+    attempts = [len(path.read_text().splitlines()) for path in (halved[0] / "work").glob("*/attempts.jsonl")]
+    assert len(attempts) == 3, "each pruned trial keeps its state"
+    assert best["value"] < min(at_two.values())
+
+
+def test_a_pruned_trial_goes_on_from_its_state_when_its_settings_are_run(
+    halved: tuple[Path, list[str]], mlxchat: CommandLine
+) -> None:
+    outputs, command = halved
+    row = next(row for row in rows_of(outputs).values() if row.get("iterations") == 4)
+    rate = row["overrides"]["optimizer.matrix_lr"]
+    settings = [item for item in command if not item.startswith(("sweep", "optimizer.matrix_lr"))]
+    done = mlxchat(*settings, f"optimizer.matrix_lr={rate}", "stage=pretrain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifests = [json.loads(path.read_text()) for path in (outputs / "store").glob("pretrain-*/manifest.json")]
+    (made,) = (each for each in manifests if each["config"]["optimizer"]["matrix_lr"] == rate)
+    assert made["attempts"][-1]["resumed_from"] == 4
+    assert [each["outcome"] for each in made["attempts"]] == ["interrupted", "interrupted", "done"]
+
+
+def test_the_same_halving_again_trains_nothing(halved: tuple[Path, list[str]], mlxchat: CommandLine) -> None:
+    outputs, command = halved
+    before, runs = rows_of(outputs), len(list((outputs / "runs").iterdir()))
+    again = mlxchat(*command)
+    assert again.returncode == 0, again.stderr
+    assert rows_of(outputs) == before
+    assert len(list((outputs / "runs").iterdir())) == runs
+
+
+@pytest.mark.parametrize("point", ["search.told:2", pytest.param("train.iteration:5", marks=pytest.mark.slow)])
+def test_a_halving_that_was_killed_ends_with_the_same_trials(
+    point: str, halved: tuple[Path, list[str]], tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
+) -> None:
+    command = [*tiny, *SETTINGS, f"outputs={tmp_path}/outputs"]
+    killed = mlxchat(*command, environ={"MLXCHAT_CRASH_AT": point})
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    again = mlxchat(*command)
+    assert again.returncode == 0, again.stdout + again.stderr
+
+    def results(outputs: Path) -> list[Any]:
+        rows = rows_of(outputs).values()
+        return sorted((row["job"], row["status"], row["overrides"], row["curve"], row["value"]) for row in rows)
+
+    assert results(tmp_path / "outputs") == results(halved[0])
+
+
+def curve(values: dict[str, Any], iteration: int) -> float:
+    """A loss that falls with the iterations to a floor that depends on the rate."""
+    return float(values["optimizer.matrix_lr"] + 1 / (1 + iteration))
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_most_iterations_go_to_the_best_trials(direction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = "optimizer.matrix_lr=interval(0.1,2)"
+    settings = ["sweep=halving", "sweep.trials=9", "sweep.first_rung=10", "experiment=smoke", space]
+    search = searching._prepare([*settings, f"sweep.direction={direction}", f"outputs={tmp_path}"], [])
+    assert search is not None
+    trained = dict.fromkeys(range(1, 10), 0)
+    sign = 1 if direction == "minimize" else -1
+
+    def run_to(search: Any, number: int, values: dict[str, Any], rung: int) -> Any:
+        trained[number] = rung
+        return {"job": number, "overrides": values, "metrics": {}}, (rung, sign * curve(values, rung))
+
+    def run_trial(search: Any, number: int, values: dict[str, Any]) -> Any:
+        trained[number] = 1000
+        value = sign * curve(values, 1000)
+        return {"job": number, "overrides": values, "metrics": {}, "status": "done", "value": value}, value
+
+    monkeypatch.setattr(searching, "_run_to", run_to)
+    monkeypatch.setattr(searching, "_run_trial", run_trial)
+    search.folder.mkdir(parents=True)
+    trials = Trials(search.folder / "journal.log", search.direction)
+    searching._halve(search, trials)
+    assert sorted(trained.values()) == [10] * 6 + [30] * 2 + [1000]
+    rates = {row["job"]: row["overrides"]["optimizer.matrix_lr"] for row in trials.rows()}
+    assert max(trained, key=lambda number: trained[number]) == min(rates, key=lambda number: rates[number])
+
+
+def test_a_metric_of_the_end_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlxchat.cli import main
+
+    settings = ["experiment=smoke", "sweep=halving", "sweep.metric=pretrain.tokens_per_second", "seed=1,2,3"]
+    with pytest.raises(SystemExit) as caught:
+        main([*settings, f"outputs={tmp_path}/outputs"])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert re.search("compares trials while they train, and pretrain.tokens_per_second is known at the end", message)
+    assert "pretrain.val_bpb" in message
+    assert not (tmp_path / "outputs").exists()
