@@ -182,7 +182,11 @@ def leaves(section: Any, path: str) -> Iterator[tuple[str, Any, str]]:
             yield here, section, name
 
 
-HOLDERS = {path: (holder, name) for path, holder, name in leaves(full_config(), "") if not path.startswith("pipeline")}
+HOLDERS = {
+    path: (holder, name)
+    for path, holder, name in leaves(full_config(), "")
+    if not path.startswith(("pipeline", "stages"))
+}
 LEAVES = list(HOLDERS)
 
 
@@ -197,7 +201,7 @@ def other_value(value: Any, holder: Any, name: str) -> Any:
     if isinstance(value, list):
         return [*value, "x"]
     if isinstance(value, dict):
-        return {**value, "x": 1.0}
+        return {**value, "x": "json:loads" if name == "own" else 1.0}
     assert value is None
     kinds = str(get_type_hints(type(holder))[name])
     return 7 if "int" in kinds else 7.5 if "float" in kinds else ["x"] if "list" in kinds else "x"
