@@ -92,6 +92,7 @@ READ_BY_SOME = {
 }
 # Sections that no stage may declare, and those that are declared, with the steps that read them.
 NEVER = (
+    "stages",  # where they are found; what a stage is, its own key says
     "adapter",  # what each stage takes of it is its own
     "machine",
     "tracker",
