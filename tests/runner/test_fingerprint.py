@@ -107,6 +107,7 @@ NEVER = (
     "retry",
     "hooks",
     "report",
+    "stages",
     "sweep",
 )
 READ_BY: dict[str, set[str]] = {
