@@ -52,7 +52,7 @@ METRICS = {
     "perplexity": "minimize if corpus",
     "core": "maximize if base and eval.core and not eval.core.tasks",
     "{suite}": "maximize if chat",
-    "{eval.own}": "neither",
+    "own_{eval.own}": "neither",
     "mean_centered": "maximize if chat and suite",
     "chatcore": "maximize if chat and chatcore",
     "ngram_bpb": "neither if corpus",
@@ -82,7 +82,7 @@ def run(ctx: Context) -> None:
     }
     if config.own:
         scores["own"] = measure_own(engine, config.own)
-        ctx.metrics |= scores["own"]
+        ctx.metrics |= {f"own_{name}": value for name, value in scores["own"].items()}
     if chats:
         samples = answer_prompts(engine, config.prompts, config.max_new_tokens)
     else:

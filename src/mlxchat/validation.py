@@ -153,8 +153,6 @@ def _own_parts(config: Config) -> Iterator[str]:
             part_file(part)
         except ConfigError as error:
             yield f"{key}: {error}"
-    if twice := [name for name in config.eval.own if name in (config.suite or ())]:
-        yield f"eval.own.{twice[0]}: the suite has a task of this name"
 
 
 def _corpus(config: Config) -> Iterator[str]:

@@ -121,7 +121,7 @@ def test_every_mistake_of_the_wiring_is_named_at_once() -> None:
         "pipeline.sft.checkpoint",
         "pipeline.eval_sft.stage",
         "pipeline.more.checkpoint",
-        "target",
+        '"nothing"',
     ]
 
 
