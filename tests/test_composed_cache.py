@@ -119,7 +119,7 @@ def test_nothing_is_kept_that_may_come_out_otherwise_next_time(
         assert compose_config(["seed=${oc.env:SEED_OF_TEST}"]).config.seed == int(number)
     aged(tmp_path / "conf" / "model" / "mine.yaml", "defaults: [d4, _self_]\ndepth: ${oc.env:SEED_OF_TEST}\n")
     assert compose_config(["model=mine"], [str(tmp_path / "conf")]).config.model.depth == 4
-    compose_config(["hydra.job.chdir=false"])
+    compose_config(["hydra.searchpath=[]"])
     assert not home.exists()
 
 
