@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.commands import run_here
+from kit.commands import CommandLine, run_here
 from mlxchat.compose import compose_config, split_options
 from mlxchat.errors import ConfigError
 
@@ -98,10 +98,12 @@ def test_a_setting_of_hydra_in_a_file_is_refused_too(own: Path) -> None:
     ids=lambda part: part[-1] if isinstance(part, list) else "",
 )
 def test_hydras_own_options_show_a_file_of_ones_own(
-    words: list[str], shown: str, own: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], shown: str, own: Path, mlxchat: CommandLine
 ) -> None:
-    assert run_here("run", *words, "-cn", "mine", "-cd", str(own)) == 0
-    assert re.search(shown, capsys.readouterr().out)
+    """In processes of their own, since --info makes Hydra set up Python's logging."""
+    done = mlxchat(*words, "-cn", "mine", "-cd", own)
+    assert done.returncode == 0, done.stderr
+    assert re.search(shown, done.stdout)
 
 
 def test_hydras_own_options_are_refused_after_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
