@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 from hypothesis import settings
 
@@ -27,7 +28,9 @@ from mlxchat.runner import stage as stage_module
 settings.register_profile("mlxchat", deadline=None, derandomize=True, database=None)
 settings.load_profile("mlxchat")
 
-# No test uses the network, also where there is one; fixtures with a hub of their own allow it.
+# No test uses the network, also where there is one; fixtures with a hub of their own allow it. huggingface_hub reads
+# the variable when it is imported, which must not be what those fixtures find.
+huggingface_hub.constants.HF_HUB_OFFLINE = False
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -279,10 +279,11 @@ def test_an_experiment_sets_no_part_of_another_groups_option(name: str) -> None:
 @pytest.mark.parametrize("name", group_options("experiment"))
 def test_every_corpus_has_its_own_values_in_every_experiment(name: str) -> None:
     """experiment=smoke corpus=tinystories was refused: smoke's packages cannot be mixed with files of the Hub."""
+    compose.register_schema(Config)
     for option in group_options("corpus"):
         given = {"files": ["corpus.paths=[a.txt]"], "hub": ["corpus.hub.repository=somebody/something"]}.get(option, [])
         alone = OmegaConf.to_container(corpus_alone(option), resolve=True)
-        found = compose._compose([f"experiment={name}", f"corpus={option}", *given]).corpus
+        found = compose._compose([f"experiment={name}", f"corpus={option}", *given], primary=None, schema=Config).corpus
         expected = {"packages": [], "paths": [], **alone} | ({"paths": ["a.txt"]} if option == "files" else {})
         if option == "hub":
             expected["hub"]["repository"] = "somebody/something"
@@ -357,12 +358,11 @@ def attributes_read() -> set[str]:
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]
     trees = [ast.parse(path.read_text()) for path in files if path.name not in ("config.py", "validation.py")]
     interpolated = re.findall(r"\$\{\w+\.(\w+)\}", "".join((ROOT / "conf" / file).read_text() for file in FILES))
-    return {
-        node.attr
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    } | set(interpolated)
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    named = [call.args[1] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "getattr"]
+    return attributes | {name.value for name in named if isinstance(name, ast.Constant)} | set(interpolated)
 
 
 @pytest.mark.parametrize(("schema", "name"), sorted(set(leaf_names(Config))), ids=lambda part: str(part))

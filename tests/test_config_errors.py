@@ -231,7 +231,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_typ
         (["pipeline.sft.checkpoint=corpus"], r"is corpus, a corpus; expected a checkpoint"),
         (["model=d4,d6"], r"-m"),
         (["=3"], r'"=3" is no override'),
-        (["sft"], r'"sft" is no override'),
+        (["sft"], r'"sft" is no verb and no setting'),
         (["--foo"], r"unknown option --foo"),
         (["--config-dir", "/no/such"], r'there is no folder "/no/such"'),
     ],
@@ -291,9 +291,9 @@ def test_a_mistake_among_many_settings_is_found_without_composing_each_of_them(
 ) -> None:
     composed: list[int] = []
 
-    def count(overrides: list[str], primary: Path | None) -> object:
+    def count(overrides: list[str], **options: Any) -> object:
         composed.append(len(overrides))
-        return real(overrides, primary)
+        return real(overrides, **options)
 
     real = compose._compose
     monkeypatch.setattr(compose, "_compose", count)
