@@ -67,7 +67,7 @@ def sweep(stub: Path, outputs: Path, tiny: tuple[str, ...], start_mlxchat: Any) 
 
 def pid_of(stub: Path, number: int, process: subprocess.Popen[str], outputs: Path, saves: int = 1) -> int:
     """Wait until so many trainings have saved a state, and return the process of a task of the first job array."""
-    end = time.monotonic() + 90
+    end = time.monotonic() + 900
     while len(list((outputs / "work").glob("*/ckpt/[0-9]*/state.json"))) < saves:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "no training has saved anything"
@@ -218,7 +218,7 @@ def test_the_readmes_array_of_plain_commands_is_queued_again_and_ends(
     assert command in script
     (tmp_path / "script.sh").write_text(script.replace("--array=0-2", "--array=0-1%1"))
     subprocess.run(["sbatch", str(tmp_path / "script.sh")], check=True)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 900
     while not list((outputs / "work").glob("*/ckpt/[0-9]*/state.json")):
         assert time.monotonic() < end
         time.sleep(0.1)
