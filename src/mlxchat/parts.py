@@ -6,7 +6,6 @@ The same search serves rewards, tasks, evaluations, trackers and stages.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -106,6 +105,8 @@ def installed_version(module: str) -> tuple[str, str] | None:
     top = module.partition(".")[0]
     if top in sys.stdlib_module_names or top == "mlxchat" or own_files(top):
         return None
+    import importlib.metadata  # takes as long to import as a verb that prints a line
+
     try:
         return top, importlib.metadata.version(top)
     except importlib.metadata.PackageNotFoundError:  # a package may be called otherwise than its module

@@ -226,8 +226,8 @@ def test_rl_chat_and_evaluation_take_an_import(
     assert done.returncode == 0, done.stdout + done.stderr
     made = Store(tmp_path / "outputs").resolve("rl")
     assert json.loads((made / "checkpoint.json").read_text())["imported"]["step"] == 7
-    scores = json.loads((Store(tmp_path / "outputs").resolve("eval_imported") / "scores.json").read_text())
-    assert scores["checkpoint"] == "imported"
+    scored = json.loads((Store(tmp_path / "outputs").resolve("eval_imported") / "manifest.json").read_text())
+    assert scored["inputs"]["checkpoint"]["step"] == "imported"
     lineage = mlxchat("lineage", "rl", "--up", cwd=tmp_path)
     assert "checkpoint: imported-x-" in lineage.stdout
     spoken = mlxchat("chat", "--model", "import:x", "-p", "hello", "--max-tokens", "2", cwd=tmp_path)

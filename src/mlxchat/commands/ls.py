@@ -7,7 +7,6 @@ from mlxchat.commands.columns import aligned, print_json, when
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.catalog import Summary, read_catalog
 from mlxchat.runner.progress import format_bytes, format_number, format_seconds
-from mlxchat.runner.stage import best_of
 from mlxchat.runner.store import Store
 
 _ENCODED = "tokens"
@@ -62,6 +61,8 @@ def _sorted(summaries: list[Summary], metric: str) -> list[Summary]:
     if not having:
         known = sorted({key for one in summaries for key in one.get("metrics") or {}})
         raise ConfigError(f'--sort: no artifact has "{metric}": {", ".join(known)}.{suggest(name, known)}')
+    from mlxchat.runner.stage import best_of  # slow to import, and needed for this alone
+
     is_maximised = best_of(having[0]["stage"], name) is max
     return sorted(having, key=lambda one: float(one["metrics"][name]), reverse=is_maximised)
 
