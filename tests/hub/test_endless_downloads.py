@@ -303,6 +303,7 @@ def test_address_whose_length_changed_is_fetched_anew(server: Server) -> None:
 
 def test_false_length_of_a_former_command_is_forgotten(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "TRIES", 1)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     server.answer = lambda request, number, start: rest(request, 0, 0, Content_Length=str(2 * WHOLE))
     with pytest.raises(PassingError):
         fetch_url(server.url)
