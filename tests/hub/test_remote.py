@@ -393,7 +393,7 @@ def test_missing_credentials_and_buckets_are_told_in_one_message(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"does not let us in .*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(ConfigError, match=r"refuses access .*AWS_ACCESS_KEY_ID"):
         export_to(open_place(f"s3://{bucket}/x"), folders)
 
 

@@ -198,7 +198,7 @@ def _own_sections(words: list[str]) -> dict[str, list[str]]:
     places = places_of_stages(words, [])
     settings = {item.name: item.type for item in fields(schema_of(places))}
     return {
-        name: [item.name for item in fields(settings[name])] if stage.settings else []  # type: ignore[arg-type]
+        name: [item.name for item in fields(settings[name])] if stage.settings else []  # type: ignore[arg-type]  # of an own stage, the type is its dataclass
         for name, stage in Stages(places).own.items()
     }
 

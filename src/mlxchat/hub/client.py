@@ -224,7 +224,7 @@ class Fetching:
                 _fetch_file(file, self._on_bytes, self._look, self._on_wait)
             except _Ended:
                 return
-            except Exception as fault:
+            except Exception as fault:  # raised in the thread that asks for the files
                 self._faults.append(fault)
                 self._wanted.discard(file)
 

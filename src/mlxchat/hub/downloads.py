@@ -55,7 +55,7 @@ def nothing() -> None:
 
 @dataclass(eq=False, kw_only=True)
 class Download:
-    """A file on its way to `target`, where it goes by one rename; `<target>.part` holds what arrived so far."""
+    """A download. Its bytes are collected in `<target>.part`, which is renamed to `target` at the end."""
 
     target: Path
     url: str

@@ -130,7 +130,7 @@ def told(url: str) -> Iterator[None]:
         kinds = {kind.__name__ for each in _causes(error) for kind in type(each).__mro__}
         text = short_of(error)
         if isinstance(error, PermissionError) or any("Credential" in kind or "Auth" in kind for kind in kinds):
-            raise ConfigError(f"{redact(url)} does not let us in ({text}). It goes by {variables}") from None
+            raise ConfigError(f"{redact(url)} refuses access ({text}). Credentials are read from {variables}") from None
         if isinstance(error, ValueError):
             raise ConfigError(f"{redact(url)} cannot be opened: {text}") from None
         raise PassingError(f"{redact(url)}: {text}. The same command goes on from what is there") from None

@@ -197,7 +197,13 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """
     if isinstance(function, MethodType):
         method = WeakMethod(function)
-        return cast(Callable[P, R], mx.compile(lambda *args, **kwargs: method()(*args, **kwargs)))  # type: ignore[misc]
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = method()
+            assert bound is not None, "whoever calls this has the object"
+            return cast(R, bound(*args, **kwargs))
+
+        return cast(Callable[P, R], mx.compile(call))
     return cast(Callable[P, R], mx.compile(function))
 
 

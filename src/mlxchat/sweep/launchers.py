@@ -298,7 +298,7 @@ def run_job(
             row["error"] = f"its time was up, and it is not queued again: {leave()}"
         else:
             folder.ask_to_stop("signal", stop.exit_code - 128)
-    except Exception as error:
+    except Exception as error:  # a job that fails in any way is a row of the table, and the others go on
         if not isinstance(error, MlxchatError):
             log = folder.path / f"job-{number}-error.log"
             log.write_text(redact(traceback.format_exc()), encoding="utf-8")

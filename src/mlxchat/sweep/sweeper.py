@@ -253,7 +253,7 @@ def run_sweep(arguments: list[str]) -> int:
 
 
 class _Run:
-    """One sweep at work: what its jobs are told, and what is said of them."""
+    """A sweep that runs: it starts the jobs, passes on what they print and collects their results."""
 
     def __init__(self, sweep: Sweep, folder: SweepFolder, environ: dict[str, str | None]) -> None:
         """Write the sweep's folder."""
