@@ -138,7 +138,7 @@ def meaning(store: Store, name: str, *, within: str | None = None, paths: bool =
     if paths and "/" in name:
         name = _without_path(store, name)
     base = store.outputs / "store"
-    if name and "/" not in name and os.path.exists(base / name / MANIFEST):  # noqa: PTH110
+    if name and "/" not in name and os.path.exists(base / name / MANIFEST):  # noqa: PTH110  (pathlib raises for names that are too long)
         return Found(base / name)
     if "/" in name.strip("/"):
         return _in_group(store, *name.rsplit("/", 1))
@@ -350,8 +350,8 @@ def _in_group(store: Store, group: str, step: str) -> Found:
 
 def _without_path(store: Store, name: str) -> str:
     """Return the name that a path of an artifact or a run stands for; what is no such path as it is."""
-    path = os.path.expanduser(name)  # noqa: PTH111
-    if not os.path.isdir(path):  # noqa: PTH112
+    path = os.path.expanduser(name)  # noqa: PTH111  (pathlib raises for an unknown user)
+    if not os.path.isdir(path):  # noqa: PTH112  (pathlib raises for names that are too long)
         return name
     real, outputs = Path(path).resolve(), store.outputs.resolve()
     if real.parent in (outputs / "store", outputs / "runs", outputs / "refs"):
