@@ -177,8 +177,8 @@ class Run:
     def _is_folder_full(self) -> bool:
         """Tell whether too much lies in the folder, also where the system may not count it as written.
 
-        It does not count folders, links, empty files, and mapped pages in memory (tmpfs). A small file system of the
-        program's own is not seen from here: then the folder is empty.
+        It does not count folders, links and empty files, and for root it may not count at all (`Watch.written`). A
+        small file system of the program's own is not seen from here: then the folder is empty.
         """
         waiting, entries, used = [str(self.folder)], 0, 0
         while waiting:

@@ -35,8 +35,8 @@ namespaces: then Landlock and seccomp remain, and a program can learn that a fil
 Its folder is then on a disk, and a program that has written 64 MB, or made more than 1,000 files, folders and links, is
 ended within a tenth of a second.
 
-Where that disk is memory (tmpfs), pages that are written through a mapping of a file without a name do not count, until
-the program ends: at most 256 MB in open files, and what `memory_bytes` allows in mappings.
+As root without CAP_SYS_PTRACE the system does not say how much was written: then files that the program has deleted do
+not count, until it ends.
 """
 
 from __future__ import annotations

@@ -30,6 +30,9 @@ _F_SETFL, _O_ASYNC = 4, 0x2000
 _HARMLESS_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX. FIOASYNC, FIOSETOWN and SIOCSPGRP would direct signals, TIOCSTI
 would type in a terminal."""
+_HARMLESS_CLOSE_RANGES = (0, 4)
+"""None and CLOSE_RANGE_CLOEXEC. CLOSE_RANGE_UNSHARE would give a thread a table of files, and a limit, of its own."""
+_MAP_SHARED, _MAP_ANONYMOUS = 0x1, 0x20
 _FUTEX_COMMAND = 0x7F
 _HARMLESS_FUTEXES = (0, 1, 3, 4, 5, 9, 10)
 """WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_BITSET, WAKE_BITSET: those without priority inheritance, which takes
@@ -38,7 +41,7 @@ the number of any thread as an owner."""
 # name: (x86-64, ARM64); None where the machine has no such call.
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "pwrite64": (18, 68),
-    "close": (3, 57), "close_range": (436, 436), "lseek": (8, 62),
+    "close": (3, 57), "lseek": (8, 62),
     "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291),
     "statfs": (137, 43), "fstatfs": (138, 44), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439),
     "readlink": (89, None), "readlinkat": (267, 78), "getdents": (78, None), "getdents64": (217, 61),
@@ -47,7 +50,7 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59),
     "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72), "eventfd2": (290, 19),
     "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22),
-    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
+    "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
     "madvise": (28, 233),
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
     "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133), "pause": (34, None),
@@ -70,7 +73,8 @@ CHANGING: dict[str, tuple[int | None, int | None]] = {
 """What changes folders and files by their names."""
 
 CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
-    "open": (2, None), "openat": (257, 56), "fcntl": (72, 25), "ioctl": (16, 29), "futex": (202, 98),
+    "open": (2, None), "openat": (257, 56), "close_range": (436, 436), "mmap": (9, 222), "fcntl": (72, 25),
+    "ioctl": (16, 29), "futex": (202, 98),
     "clone": (56, 220), "clone3": (435, 435), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),
     "getppid": (110, 173), "getpgid": (121, 155), "getsid": (124, 156), "sched_getaffinity": (204, 123),
 }  # fmt: skip
@@ -109,6 +113,13 @@ def _conditions(pid: int, *, writes: bool) -> dict[str, list[bytes]]:
     return {
         "open": _opening(1, writes=writes),
         "openat": _opening(2, writes=writes),
+        "close_range": [_argument(2), *_allow_if_in(_HARMLESS_CLOSE_RANGES)],
+        # A shared mapping writes to a file in memory (tmpfs) uncounted, and one page of it keeps the whole file.
+        "mmap": [
+            _argument(3),
+            *_if_any_bit(_MAP_SHARED, [*_if_any_bit(_MAP_ANONYMOUS, [_ALLOWED]), _REFUSED]),
+            _ALLOWED,
+        ],
         "fcntl": [
             _argument(1),
             *_if_equal(_F_SETFL, [_argument(2), *_if_any_bit(_O_ASYNC, [_REFUSED]), _ALLOWED]),
