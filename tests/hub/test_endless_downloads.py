@@ -228,6 +228,55 @@ def test_trickle_within_one_answer_ends(server: Server, monkeypatch: pytest.Monk
     assert len(server.asked) <= 20
 
 
+FRAMES = {
+    "the head of a chunk": b"5;",
+    "a trailer": b"5\r\nhello\r\n0\r\nX: ",
+}
+
+
+@pytest.fixture(params=FRAMES)
+def framed(request: pytest.FixtureRequest, server: Server) -> Iterator[Server]:
+    """A server whose answers trickle where no byte of the body is."""
+    over = threading.Event()
+
+    def answer(asked: Any, number: int, start: int) -> None:
+        asked.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + FRAMES[request.param])
+        while not over.wait(0.01):
+            asked.wfile.write(b"a")
+
+    server.answer = answer
+    threading.Timer(20, over.set).start()
+    yield server
+    over.set()
+
+
+def test_trickle_outside_of_the_body_ends(framed: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block of the body came at which the bytes were counted: one request took days."""
+    monkeypatch.setattr(downloads, "_SLOW_SECONDS", 0.05)
+    with pytest.raises(PassingError, match="fewer than"):
+        framed.fetch(None)
+    assert len(framed.asked) == downloads.TRIES
+
+
+def test_small_answer_that_trickles_outside_of_its_body_ends(framed: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "ANSWER_SECONDS", 0.05)
+    with pytest.raises(TimeoutError, match="no whole answer within"):
+        downloads.read_answer(framed.url, {}, 5)
+
+
+def test_reading_can_be_ended_where_no_block_comes(framed: Server) -> None:
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise DataError("stopped")
+
+    with pytest.raises(DataError, match="stopped"):
+        downloads.read_answer(framed.url, {}, 5, check)
+
+
 @pytest.mark.parametrize("sent", [b"HTTP/1.1 102 Processing\r\n\r\n", b"X"])
 def test_head_without_end_is_cut(sent: bytes, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interim answers and bytes of a header never let the read time out."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError
@@ -218,19 +219,23 @@ class Download:
             self.facts = {"bytes": self.size, "etag": answer.headers.get("ETag")}
             if not start:
                 write_json(self.note, self.facts)
-            looked, received = time.monotonic(), 0
-            with self.part.open("ab") as file:
+            received, window = 0, (time.monotonic(), 0)
+
+            def look() -> None:
+                nonlocal window
+                self.check()
+                if (now := time.monotonic()) - window[0] >= _SLOW_SECONDS:
+                    if received - window[1] < _SLOW_BYTES:
+                        raise _Busy(f"fewer than {_SLOW_BYTES} bytes in {_SLOW_SECONDS:g} s")
+                    window = now, received
+
+            with self.part.open("ab") as file, _watched(answer, look):
                 for block in answer.iter_raw():  # as it comes: what a cut leaves in a buffer of theirs would be lost
                     file.write(block)
                     received += len(block)
                     self.on_bytes(len(block))
-                    self.check()
                     if self.size is not None and file.tell() > self.size:
                         break  # more than was promised: it is wrong already, and may never end
-                    if (now := time.monotonic()) - looked >= _SLOW_SECONDS:
-                        if received < _SLOW_BYTES:
-                            raise _Busy(f"fewer than {_SLOW_BYTES} bytes in {_SLOW_SECONDS:g} s")
-                        looked, received = now, 0
                     if self.size is None and file.tell() // _LOOK_BYTES > (file.tell() - len(block)) // _LOOK_BYTES:
                         check_space(self.target.parent, _LOOK_BYTES, self.name)
                 file.flush()
@@ -353,6 +358,36 @@ def _send(client: Any, request: Any, ends: float, check: Check) -> Any:
     return sent.result()
 
 
+@contextmanager
+def _watched(answer: Any, look: Check) -> Iterator[None]:
+    """Call `look` while the body of an answer is read; what it raises ends the reading.
+
+    It needs a thread: bytes of a chunk's head or of a trailer keep the read timeout from expiring, and no block comes.
+    """
+    over, raised = Event(), []
+
+    def watch() -> None:
+        try:
+            while not over.wait(_CHECK_SECONDS):
+                look()
+        except BaseException as error:
+            raised.append(error)
+            connection = answer.extensions["network_stream"].get_extra_info("socket")
+            with suppress(OSError):
+                # An SSLSocket's own method would drop the state that the other thread reads with.
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+    thread = Thread(target=watch, name="watch of an answer", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        if raised:
+            raise raised[0] from None
+
+
 def read_answer(
     url: str, headers: Mapping[str, str], silence_seconds: float, check: Check = nothing
 ) -> tuple[Any, bytes]:
@@ -364,15 +399,18 @@ def read_answer(
         ValueError: it is too long.
     """
     ends = time.monotonic() + ANSWER_SECONDS
+
+    def look() -> None:
+        check()
+        if time.monotonic() > ends:
+            raise TimeoutError(f"no whole answer within {ANSWER_SECONDS:g} s")
+
     body = bytearray()
-    with open_url(url, headers, silence_seconds, check) as answer:
+    with open_url(url, headers, silence_seconds, check) as answer, _watched(answer, look):
         for block in answer.iter_raw():
-            check()
             body += block
             if len(body) > MOST_ANSWER_BYTES:
                 raise ValueError(f"its answer has more than {MOST_ANSWER_BYTES >> 20} MB")
-            if time.monotonic() > ends:
-                raise TimeoutError(f"no whole answer within {ANSWER_SECONDS:g} s")
     return answer, bytes(body)
 
 
