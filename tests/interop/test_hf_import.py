@@ -247,6 +247,14 @@ def test_sizes_of_no_model_are_refused_at_once(hf: Twin, key: str, value: Any) -
         model_sizes(config_of(hf.folder))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_huge_file_that_would_be_read_whole_is_refused(hf: Twin, tmp_path: Path, name: str) -> None:
+    with (hf.folder / name).open("ab") as file:
+        file.truncate(40 << 20)
+    with pytest.raises(DataError, match=f"{name} has 41,943,040 bytes, which no such file has"):
+        take(hf.folder, tmp_path)
+
+
 def test_a_checkpoint_of_a_billion_layers_is_refused(twin: Twins, tmp_path: Path) -> None:
     made, out = twin(), tmp_path / "out"
     out.mkdir()

@@ -23,7 +23,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import Vocabulary, spell_ranks
 from mlxchat.errors import DataError
 from mlxchat.interop.pickled import Made, Maker, OrderedNames, read_pickle
-from mlxchat.interop.pickled_tokenizer import read_tokenizer
+from mlxchat.interop.pickled_tokenizer import check_token_bytes, read_tokenizer
 from mlxchat.interop.tensors import SafetensorsFile
 from mlxchat.interop.torch_file import TorchFile
 
@@ -293,6 +293,46 @@ def test_a_tensor_may_be_a_part_of_a_storage_but_none_may_share_numbers(tmp_path
     assert np.array_equal(found["b"], NUMBERS[1:])
     lay.write_torch(path, {"a": part(0, 2), "b": part(6, 3)})
     refuse_file(path, "a and b share their numbers")
+
+
+def test_a_storage_of_many_tensors_is_read_twice_at_most(tmp_path: Path, lay: Lay) -> None:
+    """Its checksum was computed anew for each tensor: 18 MB with 2,400 of them were 43 GB."""
+    path, numbers = tmp_path / "model_000001.pt", np.ones((500, 6), np.float32)
+    lay.write_torch(path, {f"w{row}": lay.Tensor(numbers, key="0", first=6 * row, shape=(6,)) for row in range(500)})
+    with TorchFile(path) as file:
+        tensors = file.tensors()
+        read = Counting(file._file)
+        file._file = read  # type: ignore[assignment]
+        assert all(np.array_equal(file.numbers(tensor), numbers[0]) for tensor in tensors.values())
+    assert read.num_bytes <= 2 * numbers.nbytes
+
+
+class Counting:
+    """A file that counts the bytes that are read."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.num_bytes = file, 0
+
+    def read(self, most: int) -> bytes:
+        data: bytes = self.file.read(most)
+        self.num_bytes += len(data)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_token_bytes_of_another_length_are_not_read(tmp_path: Path, lay: Lay, tokenizer: Tokenizer) -> None:
+    """They were read whole, four times as large as the file, before their number was compared."""
+    path = tmp_path / "token_bytes.pt"
+    lay.write_torch(path, lay.Tensor(np.zeros(8 << 20, np.int32)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="8,388,608 tokens in the one"):
+            check_token_bytes(path, tokenizer)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_member_that_is_not_there_is_told(tmp_path: Path, lay: Lay) -> None:

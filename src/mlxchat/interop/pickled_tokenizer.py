@@ -79,19 +79,20 @@ def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
         whole = isinstance(content, TorchTensor) and len(content.shape) == 1 and content.dtype.numpy[1] == "i"
         if not whole:
             raise DataError(f"{path.name} holds no list of whole numbers, as nanochat's does")
-        given = file.numbers(content).astype(np.int64)
-    raw = tokenizer.token_bytes.astype(np.int64)
-    decoded = np.zeros_like(raw)
-    for token, rank in tokenizer.ranks.items():
-        decoded[rank] = len(token.decode("utf-8", "replace").encode())
-    if given.shape == raw.shape:
+        raw = tokenizer.token_bytes.astype(np.int64)
+        # The file may be of any size: it is read only if it has as many numbers as there are tokens.
+        given = file.numbers(content).astype(np.int64) if content.shape == raw.shape else None
+    if given is not None:
+        decoded = np.zeros_like(raw)
+        for token, rank in tokenizer.ranks.items():
+            decoded[rank] = len(token.decode("utf-8", "replace").encode())
         differs = np.flatnonzero((given != raw) & (given != decoded))
         if not len(differs):
             return
         at = int(differs[0])
         reason = f"token {at} has {given[at]} bytes in the one and {raw[at]} in the other"
     else:
-        reason = f"{len(given):,} tokens in the one, {len(raw):,} in the other"
+        reason = f"{content.count:,} tokens in the one, {len(raw):,} in the other"
     raise DataError(
         f"{path.name} and tokenizer.pkl do not belong together ({reason}). Take both from where the model was trained"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlxchat.errors import ConfigError, DataError, suggest
@@ -14,7 +14,8 @@ from mlxchat.hub.client import fetch_files, list_files, record
 from mlxchat.runner.fingerprint import hash_file
 
 _MOST_FILES, _DEEPEST = 20_000, 4
-_SMALL_BYTES = 32 << 20
+_READ_WHOLE, _SMALL_BYTES = (".jinja", ".json", ".pkl", ".tiktoken"), 32 << 20
+"""What is read as a whole; a vocabulary of 400,000 tokens takes 8 MiB."""
 
 Check = Callable[[], None]
 
@@ -41,10 +42,13 @@ class ModelSource:
         """Return name → where the file is on this machine, whole and verified if it is of the Hub.
 
         Raises:
-            DataError: the disk has no room, or what arrives is wrong.
+            DataError: the disk has no room, what arrives is wrong, or a file that is read as a whole is not small.
             PassingError: the Hub does not answer.
         """
         names = list(names)
+        for name in names:
+            if PurePosixPath(name).suffix in _READ_WHOLE and self.size(name) > _SMALL_BYTES:
+                raise DataError(f"{self.where}: {name} has {self.size(name):,} bytes, which no such file has")
         wanted = [file for name in names if isinstance(file := self.files[name], HubFile)]
         if wanted:
             fetch_files(wanted, check=check)
@@ -58,13 +62,11 @@ class ModelSource:
         return hash_of(file)
 
     def small(self, name: str) -> bytes:
-        """Return the content of a small file, fetched if need be.
+        """Return the content of a file of `_READ_WHOLE`, fetched if need be.
 
         Raises:
             DataError: it cannot be read, or is not small.
         """
-        if self.size(name) > _SMALL_BYTES:
-            raise DataError(f"{self.where}: {name} has {self.size(name):,} bytes, which no such file has")
         try:
             return self.fetch([name])[name].read_bytes()
         except OSError as error:

@@ -91,6 +91,7 @@ class TorchFile:
             DataError: it is none, it is damaged, or it holds more than tensors and plain data.
         """
         self.path, self.where = path, where or path.name
+        self._checked: set[Member] = set()
         try:
             self._file: BinaryIO = path.open("rb")
         except OSError as error:
@@ -239,6 +240,10 @@ class TorchFile:
         return self._file.read(min(member.bytes, most))
 
     def _check_sum(self, member: Member) -> None:
+        """Read a whole member, once: there may be 60,000 tensors in it."""
+        if member in self._checked:
+            return
+        self._checked.add(member)
         self._file.seek(member.start)
         left, crc = member.bytes, 0
         while left and (data := self._file.read(min(left, _PIECE_BYTES))):
