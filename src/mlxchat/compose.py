@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from copy import deepcopy
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
-from mlxchat.composed_cache import ComposedCache
+from mlxchat.composed_cache import ComposedCache, Stamp, stamp_folder
 from mlxchat.config import Config
 from mlxchat.data.vocabulary import vocab_size_of
 from mlxchat.errors import ConfigError
@@ -23,6 +24,7 @@ from mlxchat.validation import find_problems
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
     from collections.abc import Callable
 
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
     _Compose = Callable[[list[str]], DictConfig]
@@ -342,13 +344,47 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]) -> DictConfig:
+    """Return what Hydra composes.
+
+    Nearly all of its time goes into the files. Those of a choice of groups are therefore composed once in a process;
+    Hydra's own function then sets single values in a copy.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    words = as_hydra(overrides, schema, imply=primary is None)
+    parsed = OverridesParser.create().parse_overrides(words)
+    if primary is not None or any(each.is_sweep_override() or each.is_hydra_override() for each in parsed):
+        return _compose_files(words, primary)
+    values = [each for each in parsed if _sets_value(each, schema)]
+    groups = tuple(word for word, each in zip(words, parsed, strict=True) if each not in values)
+    composed = deepcopy(_compose_once(groups, schema, tuple(stamp_folder(conf_folder()))))
+    ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+    return composed
+
+
+def _sets_value(override: Override, schema: type[Config]) -> bool:
+    """Tell whether an override sets a value, as one of any dotted key does, and chooses no option of a group."""
+    key = override.key_or_group
+    if override.package is not None or "/" in key:
+        return False
+    return "." in key or (key not in group_names() and not is_dataclass(get_type_hints(schema).get(key, schema)))
+
+
+@lru_cache(maxsize=8)
+def _compose_once(overrides: tuple[str, ...], schema: type[Config], stamps: tuple[Stamp, ...]) -> DictConfig:
+    """Return what `_compose_files` returns while neither the schema nor the built-in YAML files change."""
+    return _compose_files(list(overrides), None)
+
+
+def _compose_files(overrides: list[str], primary: Path | None) -> DictConfig:
     from hydra import compose, initialize_config_dir, initialize_config_module
 
     if primary is not None:
         with initialize_config_dir(str(primary.parent), version_base="1.3"):
-            return compose(primary.stem, as_hydra(overrides, schema, imply=False), return_hydra_config=True)
+            return compose(primary.stem, overrides, return_hydra_config=True)
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        return compose("config", as_hydra(overrides, schema), return_hydra_config=True)
+        return compose("config", overrides, return_hydra_config=True)
 
 
 def _diagnose(

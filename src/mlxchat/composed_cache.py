@@ -115,12 +115,12 @@ def _is_unsteady(override: str) -> bool:
 
 
 def _has_resolver(folder: Path) -> bool:
-    files = (Path(stamp[0]) for stamp in _stamp_folder(folder))
+    files = (Path(stamp[0]) for stamp in stamp_folder(folder))
     return any(_RESOLVER.search(path.read_text(encoding="utf-8", errors="replace")) for path in files)
 
 
 def _stamp_all(folders: list[Path], schema: type[Config]) -> list[Stamp]:
-    stamps = [stamp for folder in folders for stamp in _stamp_folder(folder)]
+    stamps = [stamp for folder in folders for stamp in stamp_folder(folder)]
     sources = sorted(map(str, Path(__file__).parent.glob("*.py")))  # the schema, and how it is made of YAML
     sources += _own_sources(schema)
     plugins = find_spec("hydra_plugins")
@@ -140,7 +140,8 @@ def _own_sources(schema: type[Config]) -> list[str]:
     return sorted({file for module in modules if (file := getattr(module, "__file__", None))})
 
 
-def _stamp_folder(folder: Path) -> list[Stamp]:
+def stamp_folder(folder: Path) -> list[Stamp]:
+    """Return (path, size, mtime_ns, inode) of every YAML file below a folder."""
     found = []
     for place, below, names in os.walk(folder, followlinks=True):
         below.sort()
@@ -152,7 +153,7 @@ def _stamp_folder(folder: Path) -> list[Stamp]:
 
 def _stamps_in(folder: str) -> list[list[Any]]:
     """Return the stamps of a folder's YAML files as JSON gives them back."""
-    return [list(stamp) for stamp in _stamp_folder(Path(folder))]
+    return [list(stamp) for stamp in stamp_folder(Path(folder))]
 
 
 def _stamp(path: str) -> Stamp:
