@@ -61,8 +61,9 @@ speedrun: setup ## nanochat's published run, d20 (hours on a large GPU)
 speedrun-d12: setup ## the same, small enough for a good Mac
 	$(BIN)/mlxchat experiment=speedrun_d12 $(ARGS)
 
+# One thread of BLAS each: threads of several processes that wait for one another double the time.
 check: lint type ## lint, types and the fast tests: what every change must pass
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile $(TESTS)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile $(TESTS)
 
 test: check ## the same as check
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import get_type_hints
 
@@ -64,13 +65,23 @@ def selecting(file: Path, text: Path) -> list[str]:
     return [f"{group}={option}", *given.get(file.name, [])]
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_every_file_composes_to_a_plan_of_every_step(file: Path, tmp_path: Path) -> None:
+# Options of these groups stand in one experiment together: the first of each, the second of each, and so on.
+TOGETHER = (
+    "adapter", "architecture", "core", "corpus", "machine", "mixture", "optimizer", "rl", "suite", "sweep", "tracker"
+)  # fmt: skip
+BESIDE = zip_longest(*([file for file in FILES if file.parts[0] == group] for group in TOGETHER))
+ROWS = [[file for file in row if file is not None] for row in BESIDE]
+ROWS += [[file] for file in FILES if file.parts[0] not in TOGETHER]
+
+
+@pytest.mark.parametrize("files", ROWS, ids=lambda files: " ".join(map(str, files)))
+def test_every_file_composes_to_a_plan_of_every_step(files: list[Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some text.")
-    found = composed(*selecting(file, text))
-    if file.parent.name not in ("settings", "mixture"):
-        assert found.choices[file.parent.as_posix()] == file.stem
+    found = composed(*chain.from_iterable(selecting(file, text) for file in files))
+    for group, option in ((file.parent.as_posix(), file.stem) for file in files):
+        if group not in ("settings", "mixture"):
+            assert found.choices[group] == option
     config = found.config
     plan = make_plan(config, config.pipeline, Store(tmp_path), targets=config.targets, seed=config.seed, force=[])
     assert len({step.rid for step in plan}) == len(plan) >= 1
@@ -103,8 +114,9 @@ def test_the_machine_and_tracker_groups_change_no_identity() -> None:
         plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
         return [step.rid for step in plan]
 
-    choices = [f"{group}={option}" for group in ("machine", "tracker") for option in group_options(group)]
-    assert {tuple(ids(choice)) for choice in choices} == {tuple(ids())}
+    options = ([f"{group}={option}" for option in group_options(group)] for group in ("machine", "tracker"))
+    both = zip_longest(*options, fillvalue="tracker=none")
+    assert {tuple(ids(*choices)) for choices in both} == {tuple(ids())}
 
 
 def test_mixtures_are_chosen_at_the_place_they_are_for() -> None:
@@ -208,7 +220,13 @@ def test_choosing_a_model_gives_nanochats_recipe() -> None:
     assert config == replace(composed("experiment=speedrun_d20").config, name="nanochat_d20")
 
 
-@pytest.mark.parametrize("experiment", sorted(set(group_options("experiment")) - {"tinystories_53m"}))
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(name, marks=[] if name in ("bench", "grpo_nanochat_d32", "speedrun_d20") else [pytest.mark.slow])
+        for name in sorted(set(group_options("experiment")) - {"tinystories_53m"})
+    ],
+)
 def test_every_experiment_composes_at_another_depth(experiment: str) -> None:
     given = [f"imported.folder={ROOT}", "imported.repository=null"] if experiment.startswith("grpo") else []
     config = composed(f"experiment={experiment}", "model=d14", *given).config
@@ -276,7 +294,13 @@ def test_an_experiment_sets_no_part_of_another_groups_option(name: str) -> None:
     assert [key for key in keys if key.startswith("rl.") and key.split(".")[1] in of_losses] == []
 
 
-@pytest.mark.parametrize("name", group_options("experiment"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "smoke" else [pytest.mark.slow])  # the others set nothing of a corpus
+        for name in group_options("experiment")
+    ],
+)
 def test_every_corpus_has_its_own_values_in_every_experiment(name: str) -> None:
     """experiment=smoke corpus=tinystories was refused: smoke's packages cannot be mixed with files of the Hub."""
     compose.register_schema(Config)
