@@ -358,7 +358,8 @@ def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]
         return _compose_files(words, primary)
     values = [each for each in parsed if _sets_value(each, schema)]
     groups = tuple(word for word, each in zip(words, parsed, strict=True) if each not in values)
-    composed = deepcopy(_compose_once(groups, schema, tuple(stamp_folder(conf_folder()))))
+    kept = _compose_once(groups, schema, tuple(stamp_folder(conf_folder())))  # type: ignore[arg-type]  # a class has a hash
+    composed = deepcopy(kept)
     ConfigLoaderImpl._apply_overrides_to_config(values, composed)
     return composed
 

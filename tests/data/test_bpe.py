@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from textwrap import dedent
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from mlxchat.data import bpe
 from mlxchat.data.bpe import Trained, train_ranks, train_tokenizer
 from mlxchat.data.vocabulary import SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
+from mlxchat.runner.signals import SIGNALS
 
 TEXTS = [
     f"the weather of day {number}, and another: don't gather under thunder {number * 7}!\n" for number in range(300)
@@ -152,6 +154,21 @@ def test_a_worker_that_is_killed_is_told() -> None:
 
     with pytest.raises(StepFailed, match="ended by signal 9"):
         kill_at_once()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stop_signal_to_the_worker_as_it_starts_ends_no_training(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At Ctrl-C a run ended with "the process that trains the tokenizer ended by signal 2" if the worker was first."""
+
+    class Signalled(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.send_signal(number)  # before Python runs in it
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    assert train(TEXTS, 300).ranks == nanochats_ranks(TEXTS, 300)
 
 
 PARENT = """

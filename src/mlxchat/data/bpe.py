@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from mlxchat.errors import DataError, StepFailed
 from mlxchat.hub.cache import read_json
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import format_bytes, format_count
+from mlxchat.runner.signals import SIGNALS
 
 # Documents that rustbpe counts at a time, and as many that wait. Twice as many (its own default) are no faster and take
 # more memory; a quarter is slower.
@@ -177,7 +179,13 @@ class _Worker:
     def __init__(self, memory_limit_bytes: int | None) -> None:
         self._limit = memory_limit_bytes
         command = [sys.executable, "-P", str(Path(__file__).with_name("bpe_worker.py"))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        # A child inherits blocked signals. Ctrl-C in a terminal, or SIGTERM to every process of a job, therefore
+        # stops this process alone, which then ends the child.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()

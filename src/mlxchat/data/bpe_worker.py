@@ -2,7 +2,7 @@
 
 `data/bpe.py` starts it. It runs as a file and imports nothing of mlxchat. On stdin: lines of JSON, first the settings
 (pattern, num_tokens, buffer, parent), then lists of texts; an empty list ends them. On stdout: lines of JSON with the
-progress, and the ranks at the end. It holds at most two buffers of texts.
+progress, and the ranks at the end. It holds at most two buffers of texts. It starts with SIGINT and SIGTERM blocked.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ def peak_bytes() -> int:
 
 def main() -> None:
     """Train, and write the ranks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ctrl-c comes to the parent, which ends this process
     pipe = sys.stdin.buffer
     settings = json.loads(pipe.readline())
     end_with(settings["parent"])
