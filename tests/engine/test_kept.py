@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
+from kit.models import make_model
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.cache import KeptPasts
 from mlxchat.engine.generate import Engine
@@ -61,6 +63,24 @@ def test_what_was_used_longest_ago_goes_first_and_the_bound_is_kept() -> None:
     assert [found(kept, [first] * 51)[0] for first in (1, 2, 3)] == ["1", None, "3"]
     kept.keep([4] * 101, Named("4"), 101)
     assert kept.num_tokens == 100
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_what_is_kept_of_a_row_holds_nothing_of_the_batch(path: str, tokenizer: Tokenizer, kv_bits: int | None) -> None:
+    """A slice of the batch's arrays kept all of them: 20 tokens held the memory of 16 whole contexts."""
+    model = make_model(width=128, num_heads=2)
+    forward: Any = Engine(model, tokenizer, kv_bits=kv_bits).forward()
+    forward.reserve(4, 2000)
+    forward.fill(1, forward.read(list(range(20)), None, None))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    past = forward.past_of(1, 20)
+    forward.clear()
+    mx.clear_cache()
+    batch = before - mx.get_active_memory()
+    per_token = model.sizes.num_layers * model.sizes.num_kv_heads * forward.decoder.format.bytes_per_token()
+    assert past.tokens == 20
+    assert batch > 0.9 * 4 * 2000 * per_token
 
 
 def run(scheduler: Scheduler) -> list[Event]:

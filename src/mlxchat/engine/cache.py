@@ -165,7 +165,8 @@ class Slots:
         layers = []
         for layer in range(len(self._most)):
             held = [lane[layer] for lane in self._caches if lane[layer]]
-            parts = ([part[row : row + 1, :, :tokens] for part in lanes] for lanes in zip(*held, strict=True))
+            # Gathered, not sliced: a slice would keep the arrays of the whole batch in memory.
+            parts = ([part[:, :, :tokens][mx.array([row])] for part in lanes] for lanes in zip(*held, strict=True))
             layers.append(tuple(mx.concatenate(lanes, axis=1) for lanes in parts))
         mx.eval(layers)
         return Past(layers, tokens)
