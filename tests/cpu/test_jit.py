@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlxchat.cpu import runtime as jit
@@ -94,6 +95,21 @@ def test_the_compiler_is_called_once_with_the_flags(run: Run, tmp_path: Path) ->
     assert all(line.split()[: len(jit._FLAGS)] == jit._FLAGS for line in compiled)
     assert run(KERNEL, PATH=path) == ["21.0"]
     assert [call for call in log.read_text().splitlines()[len(calls) :] if "--version" not in call] == []
+
+
+def test_kernels_are_compiled_from_a_precompiled_header_to_the_same_code(run: Run, tmp_path: Path) -> None:
+    run(KERNEL)
+    cache = tmp_path / "home" / ".cache" / "mlxchat" / "kernels"
+    (header,), (script,) = cache.rglob("*.gch"), cache.rglob("g++")
+    source = next(cache.rglob("*.cpp"))
+    include = Path(mx.__file__).parent / "include"
+    texts = []
+    for compiler in ([str(script)], [str(shutil.which("g++", path=plain_path())), *jit._FLAGS]):
+        command = [*compiler, *jit._MLX_FLAGS, "-w", "-S", "-H", f"-I{include}", str(source), "-o", "-"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        texts.append(done.stdout)
+        assert (f"! {header}" in done.stderr) is (compiler[0] == str(script))
+    assert texts[0] == texts[1]
 
 
 def test_a_child_process_does_not_stack_a_second_wrapper(run: Run) -> None:

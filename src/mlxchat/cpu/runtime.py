@@ -11,6 +11,9 @@ at all. The command is fixed inside MLX, but it finds `g++` by PATH, so a script
 flags. MLX keeps compiled kernels by name in TMPDIR, where unflagged ones of other programs would be taken for ours;
 ours get a folder of their own in the user's cache. Both variables are changed for this process and its children;
 Python's own temporary folder stays where it was.
+
+Nearly all of the time that a kernel takes to compile goes into MLX's header, which every kernel includes. The script
+precompiles it once (50 MB in the same folder), which leaves a fifth of the time. The machine code is the same.
 """
 
 from __future__ import annotations
@@ -25,12 +28,24 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 # Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # FMA and wide vectors, and no attention to errno and floating-point traps, which nothing here reads.
 _FLAGS = ["-march=native", "-fno-math-errno", "-fno-trapping-math"]
+# MLX's own. A precompiled header is used only where the flags are those that it was made with.
+_MLX_FLAGS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]
+_HEADER = "mlx/backend/cpu/compiled_preamble.h"
+_SCRIPT = """#!/bin/sh
+header="{place}/include/{header}.gch"
+if [ ! -e "$header" ]; then
+  "{compiler}" {flags} {mlx_flags} -w -I"{include}" -x c++-header "{include}/{header}" -o "$header.$$" 2>/dev/null &&
+    mv "$header.$$" "$header"
+fi
+exec "{compiler}" {flags} -I"{place}/include" "$@"
+"""
 _PROBE = "#include <cmath>\nfloat f(float x) { return std::sqrt(x) * 2.0f + 1.0f; }\n"
 
 
@@ -218,11 +233,11 @@ def install_compiler_flags() -> str:
         return " ".join(_FLAGS)
     try:
         folder = _folder(compiler)
-        _write_compiler(folder, compiler)
+        script = _write_compiler(folder, compiler)
     except (OSError, subprocess.SubprocessError) as error:
         return f"as MLX does ({error})"
     tempfile.gettempdir()  # found now, before TMPDIR changes
-    os.environ["PATH"] = f"{folder / 'mlxchat-compiler'}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.environ["PATH"] = f"{script.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ["TMPDIR"] = str(folder)
     return " ".join(_FLAGS)
 
@@ -246,11 +261,21 @@ def _folder(compiler: str) -> Path:
     return folder
 
 
-def _write_compiler(folder: Path, compiler: str) -> None:
-    """Write the script and try it once, so that flags which this compiler does not know are found here."""
-    script = folder / "mlxchat-compiler" / "g++"
+def _write_compiler(folder: Path, compiler: str) -> Path:
+    """Return the script of this version of MLX, writing it once the compiler has taken the flags.
+
+    Raises:
+        OSError: the script cannot be written.
+        subprocess.SubprocessError: the compiler refuses the flags.
+    """
+    mlx = find_spec("mlx")
+    include = Path(next(iter(mlx.submodule_search_locations or [""])) if mlx else "", "include")
+    version = include / "mlx" / "version.h"
+    digest = hashlib.sha256(version.read_bytes() if version.exists() else b"").hexdigest()[:16]
+    place = folder / f"headers-{digest}"
+    script = place / "mlxchat-compiler" / "g++"
     if script.exists():
-        return
+        return script
     probe, library = folder / f"probe-{os.getpid()}.cpp", folder / f"probe-{os.getpid()}.so"
     probe.write_text(_PROBE)
     try:
@@ -259,11 +284,17 @@ def _write_compiler(folder: Path, compiler: str) -> None:
     finally:
         probe.unlink(missing_ok=True)
         library.unlink(missing_ok=True)
+    (place / "include" / _HEADER).parent.mkdir(parents=True, exist_ok=True)
     script.parent.mkdir(exist_ok=True)
     temporary = script.with_name(f"g++-{os.getpid()}")
-    temporary.write_text(f'#!/bin/sh\nexec "{compiler}" {" ".join(_FLAGS)} "$@"\n')
+    text = _SCRIPT.format(
+        place=place, include=include, compiler=compiler, header=_HEADER,
+        flags=" ".join(_FLAGS), mlx_flags=" ".join(_MLX_FLAGS),
+    )  # fmt: skip
+    temporary.write_text(text)
     temporary.chmod(0o700)
     temporary.rename(script)
+    return script
 
 
 def _cpu_flags() -> str:
