@@ -334,6 +334,30 @@ except OSError:
     assert outcome.protections == ("limits", "namespaces")
 
 
+@pytest.mark.parametrize("protections", [("namespaces",), ("landlock",)], ids="+".join)
+def test_files_beside_a_virtual_environment_cannot_be_read(protections: tuple[str, ...], tmp_path: Path) -> None:
+    """All of sys.prefix could be read, which is the whole project after python -m venv . in it."""
+    if not set(protections) <= set(protections_here()):
+        pytest.skip("this system does not offer it")
+    import venv
+
+    import mlxchat
+
+    venv.create(tmp_path)
+    secret = tmp_path / ".env"
+    secret.write_text("text")
+    program = f"import json, zoneinfo\ntry:\n    open({str(secret)!r})\nexcept OSError:\n    print('no')"
+    code = (
+        "from mlxchat.sandbox.programs import run_program\n"
+        f"print(run_program({program!r}, seconds=20, protections={protections!r}).output)"
+    )
+    source = str(Path(mlxchat.__file__).parents[1])
+    told = subprocess.run(
+        [tmp_path / "bin/python", "-c", code], env={"PYTHONPATH": source}, capture_output=True, text=True
+    )
+    assert told.stdout.split() == ["no"], told
+
+
 def test_in_namespaces_a_program_sees_no_other_process() -> None:
     if "namespaces" not in protections_here():
         pytest.skip("this system does not offer it")

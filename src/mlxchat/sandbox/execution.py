@@ -272,9 +272,15 @@ def _processes_here() -> int:
 
 
 def _readable() -> list[str]:
-    """Return the folders that an interpreter without site-packages needs."""
-    own = {sys.prefix, sys.base_prefix, sys.base_exec_prefix, str(_CHILD), os.path.realpath(sys.executable)}
-    return sorted(own | {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"})
+    """Return the files and folders that an interpreter without site-packages needs.
+
+    Of a prefix it is some folders only: all of it may be a project (python -m venv .) or a home folder.
+    """
+    system = {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"}
+    parts = ("lib", "lib64", "share/zoneinfo", "Python", "Resources")  # the last two of a framework (macOS)
+    own = {f"{prefix}/{part}" for prefix in (sys.base_prefix, sys.base_exec_prefix) for part in parts}
+    start = {f"{sys.prefix}/pyvenv.cfg", sys.executable, os.path.realpath(sys.executable), str(_CHILD)}
+    return sorted(system | own | start)
 
 
 def mac_profile(folder: Path) -> str:
