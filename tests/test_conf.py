@@ -84,7 +84,7 @@ def test_every_file_composes_to_a_plan_of_every_step(files: list[Path], tmp_path
             assert found.choices[group] == option
     config = found.config
     plan = make_plan(config, config.pipeline, Store(tmp_path), targets=config.targets, seed=config.seed, force=[])
-    assert len({step.rid for step in plan}) == len(plan) >= 1
+    assert len({step.key for step in plan}) == len(plan) >= 1
 
 
 def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
@@ -112,7 +112,7 @@ def test_the_machine_and_tracker_groups_change_no_identity() -> None:
     def ids(*overrides: str) -> list[str]:
         config = composed(*overrides).config
         plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
-        return [step.rid for step in plan]
+        return [step.key for step in plan]
 
     options = ([f"{group}={option}" for option in group_options(group)] for group in ("machine", "tracker"))
     both = zip_longest(*options, fillvalue="tracker=none")
@@ -353,7 +353,7 @@ def test_ids_tell_runs_apart_whose_data_have_another_seed() -> None:
         config = composed().config
         store = Store(Path("/none"))
         plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=seed, data_seed=data_seed, force=[])
-        return {step.name: step.rid for step in plan}
+        return {step.name: step.key for step in plan}
 
     assert ids(42, 42) == ids(42, None), "ids of a time with one seed"
     of_data = {"corpus", "tokenizer"}

@@ -72,7 +72,7 @@ def test_a_changed_setting_reruns_only_its_stage(example: Path) -> None:
 
 def test_own_stages_depend_on_no_section_of_ours(example: Path) -> None:
     before, after = plan(), plan("model.depth=8", "pretrain.eval_every=7", "tokenizer.vocab_size=999")
-    assert {name: step.rid for name, step in after.items()} == {name: step.rid for name, step in before.items()}
+    assert {name: step.key for name, step in after.items()} == {name: step.key for name, step in before.items()}
 
 
 def test_changed_code_of_an_own_module_is_named(example: Path) -> None:

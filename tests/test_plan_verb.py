@@ -26,7 +26,7 @@ def test_a_plan_writes_nothing_and_says_by_its_exit_code_whether_all_is_done(
     shown = mlxchat("plan", *short, "--json", "--exit-code")
     assert shown.returncode == 0
     (planned,), (step,) = json.loads(pending.stdout)["steps"], json.loads(shown.stdout)["steps"]
-    assert (step["state"], step["rid"]) == ("done", planned["rid"])
+    assert (step["state"], step["key"]) == ("done", planned["key"])
 
 
 def test_a_plan_of_nanochats_recipe_begins_with_its_downloads_and_time(

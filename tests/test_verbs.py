@@ -49,7 +49,7 @@ def two(toys: Any) -> Any:
     for number in (2, 3):
         toys.config.toy.number = number
         run = toys.run(toys.plan(PIPELINE))
-        steps = [{"step": step.name, "rid": step.rid} for step in toys.plan(PIPELINE)]
+        steps = [{"step": step.name, "key": step.key, "rid": ""} for step in toys.plan(PIPELINE)]
         record = {"started": "2026-01-01T00:00:00+00:00", "steps": steps}
         (run.folder / "plan.json").write_text(json.dumps(record))
     return toys

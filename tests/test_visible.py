@@ -166,7 +166,7 @@ def test_a_manifest_from_elsewhere_cannot_command_the_terminal(
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')\nctx.metrics['score'] = 1.0")
     pipeline = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
     run = toys.run(toys.plan(pipeline))
-    steps = [{"step": step.name, "rid": step.rid} for step in toys.plan(pipeline)]
+    steps = [{"step": step.name, "key": step.key, "rid": step.rid} for step in toys.plan(pipeline)]
     record = {"started": "2026-01-01T00:00:00+00:00", "steps": steps, "name": HOSTILE, "overrides": [f"x={HOSTILE}"]}
     (run.folder / "plan.json").write_text(json.dumps(record))
     for name in ("first", "second"):

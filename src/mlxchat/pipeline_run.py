@@ -28,6 +28,7 @@ from mlxchat.runner.execute import Policy, Run, execute
 from mlxchat.runner.externals import find_unknown
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.hooks import Hooks
+from mlxchat.runner.leftovers import remark_old
 from mlxchat.runner.naming import LATEST, MODEL, called, links, runs
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.plan_table import format_plan
@@ -67,8 +68,9 @@ def run_pipeline(
     need = find_text_need(config, plan, store)
     check_text_room(need, store)
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}"
-    # A step that shares an artifact it has no alias of yet is done without computing, but not finished.
-    finished = all(step.done and step.verdict.original is None for step in plan)
+    finished = all(step.done for step in plan)
+    if (remark := remark_old(store)) is not None:
+        _say(remark)
     store.prepare()
     _say(format_plan(plan))
     if ranks is not None:
@@ -86,10 +88,10 @@ def run_pipeline(
         folder = _start_run(composed, plan, store, name, is_verb=is_verb)
     except OSError as error:
         raise StoreError(f"{error.filename or store.outputs} cannot be written ({error.strerror})") from None
-    rids = {step.name: step.rid for step in plan}
+    planned = {step.name: step for step in plan}
     tracker = Tracker(
-        config.tracker, folder, ids=rids.values(), settings=redact(plain_of(config)), say=_say,
-        history=lambda step: Records(store.work(rids[step]) / "ckpt" / "records" / "metrics.jsonl").read(),
+        config.tracker, folder, ids=[step.settings_key for step in plan], settings=redact(plain_of(config)), say=_say,
+        history=lambda step: Records(store.work(planned[step].key) / "ckpt" / "records" / "metrics.jsonl").read(),
     )  # fmt: skip
 
     def take(step: str, record: Record) -> None:

@@ -34,7 +34,7 @@ def refusal(*overrides: str) -> str:
 def ids(*overrides: str) -> dict[str, str]:
     config = composed(*overrides)
     plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
-    return {step.name: step.rid for step in plan}
+    return {step.name: step.key for step in plan}
 
 
 def test_no_adapter_is_what_the_group_says_at_first() -> None:

@@ -100,16 +100,6 @@ def test_an_export_over_a_base_without_a_readable_config_is_refused(
     assert not Path("out").exists()
 
 
-def test_verify_says_where_the_base_came_out_otherwise(outputs: Path, command: Command, tmp_path: Path) -> None:
-    base = Store(outputs).resolve("base")
-    other = publish_base(tmp_path / "elsewhere", seed=8)
-    shutil.rmtree(base)
-    shutil.copytree(other, base)
-    code, said = command("verify", "sft")
-    assert code == 1
-    assert f"is an adapter for other weights than {base.name} has now" in said
-
-
 def test_adapters_travel_with_their_base_and_open_there(outputs: Path, command: Command, tmp_path: Path) -> None:
     expected = logits(Store(outputs).resolve("sft"))
     name = Store(outputs).resolve("sft").name
@@ -162,18 +152,3 @@ def test_opening_adapters_needs_no_third_copy_of_the_weights(tmp_path: Path) -> 
     size, peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     assert model is not None
     assert peak < 1.5 * size
-
-
-def test_an_alias_of_adapters_is_a_model_too(outputs: Path, command: Command) -> None:
-    store = Store(outputs)
-    manifest = read_manifest(store.resolve("sft"))
-    rid = "a" * 52
-    out = outputs / "work" / rid / "out"
-    out.mkdir(parents=True)
-    alias = {**manifest, "rid": rid, "alias_of": manifest["rid"], "name": f"sft-d2-{rid[:16]}", "step": "again"}
-    store.set_ref("latest", "again", store.publish(out, alias["name"], alias))
-    code, said = command("chat", "--model", "again", "-p", "How many windows?", "--max-tokens", "3")
-    assert code == 0, said
-    code, said = command("fuse", "again")
-    assert code == 0, said
-    np.testing.assert_array_equal(logits(Store(outputs).resolve("fused")), logits(store.resolve("sft")))

@@ -16,8 +16,8 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
 from mlxchat.model.lora import shapes_of
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
-from mlxchat.runner.fingerprint import compute_rid
-from mlxchat.runner.store import Store, artifact_name, describe_outputs, read_manifest
+from mlxchat.runner.fingerprint import compute_key
+from mlxchat.runner.store import Store, read_manifest
 
 FACTS = {"stage": "sft", "format": "chat", "pretrain_batch_tokens": 512}
 make_model = partial(
@@ -56,19 +56,18 @@ def publish(
     out = outputs / "work" / step / "out"
     out.mkdir(parents=True)
     write(out)
-    files, tree = describe_outputs(out)
     made = {role: read_manifest(folder) for role, folder in inputs.items()}
     config = {"note": step}
-    rid = compute_rid(stage, 1, config, {role: each["rid"] for role, each in made.items()}, {})
+    key = compute_key(stage, 1, config, {role: each["tree"] for role, each in made.items()}, {})
     keys = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
     manifest = {
-        "schema": 2, "rid": rid, "name": artifact_name(stage, "d2", rid), "stage": stage, "step": step, "version": 1,
-        "kind": "checkpoint", "outputs": files, "tree": tree, "published": "2026-11-22T00:00:00+00:00", "pins": {},
-        "inputs": {role: {key: each[source] for key, source in keys.items()} for role, each in made.items()},
+        "schema": 3, "key": key, "stage": stage, "step": step, "version": 1,
+        "kind": "checkpoint", "published": "2026-11-22T00:00:00+00:00", "pins": {},
+        "inputs": {role: {name: each[source] for name, source in keys.items()} for role, each in made.items()},
         "config": config, "full_config": {"sft": config}, "derived": {"num_iterations": 7}, "externals": [],
-        "metrics": {}, "code": {}, "alias_of": None, "seconds": 1.0, **more,
+        "metrics": {}, "code": {}, "seconds": 1.0, **more,
     }  # fmt: skip
-    place = store.publish(out, manifest["name"], manifest)
+    place = store.publish(out, "d2", manifest)
     store.set_ref("latest", step, place)
     return place
 

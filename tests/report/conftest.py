@@ -78,6 +78,7 @@ class FakeOutputs:
                 "stage": entry["stage"],
                 "kind": KINDS.get(entry["stage"], "checkpoint"),
                 "artifact": self.artifact(step),
+                "key": self.rid(step),
                 "rid": self.rid(step),
                 "inputs": self.inputs(step),
                 "state": "done" if entry["stage"] in ("corpus", "tokenizer") else "run",

@@ -236,7 +236,7 @@ def states(toys: Any, code: str) -> dict[str, tuple[str, str]]:
 
 def test_a_manifest_records_the_digest_of_every_module(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
-    manifest = toys.store.read(toys.plan(CHAIN)[0].rid)
+    manifest = toys.store.made(toys.plan(CHAIN)[0].key)
     assert list(manifest["code"]["modules"]) == ["stages/make.py"]
     assert manifest["code"]["stage"] == toys.plan(CHAIN)[0].stage.code_digest()
 
@@ -255,7 +255,7 @@ def test_ignore_says_nothing(toys: Any) -> None:
 
 def test_strict_runs_the_step_again_under_its_own_id_and_is_content_afterwards(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
-    rid = toys.plan(CHAIN)[0].rid
+    rid = toys.plan(CHAIN)[0].key
     edit(toys)
     assert states(toys, "strict") == {
         "one": ("run", "code changed: stages/make.py"),
@@ -267,7 +267,7 @@ def test_strict_runs_the_step_again_under_its_own_id_and_is_content_afterwards(t
     ]
     assert started == ["one"]
     assert set(states(toys, "strict").values()) == {("done", "")}
-    assert toys.plan(CHAIN)[0].rid == rid
+    assert toys.plan(CHAIN)[0].key == rid
 
 
 def test_strict_shares_no_artifact_that_other_code_made(toys: Any) -> None:

@@ -34,8 +34,8 @@ def states(toys: Any, **options: Any) -> dict[str, str]:
 
 def result(toys: Any, step: str) -> str:
     """Return what the artifact of a step of CHAIN holds."""
-    rid = {planned.name: planned.rid for planned in toys.plan(CHAIN)}[step]
-    place = toys.store.find(rid)
+    key = {planned.name: planned.key for planned in toys.plan(CHAIN)}[step]
+    place = toys.store.find_made(key)
     assert place is not None
     return str((place / "result.txt").read_text())
 
@@ -59,8 +59,8 @@ def count(toys: Any) -> int:
 
 # What every manifest must say.
 CONTRACT = {
-    "schema", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs", "outputs",
-    "tree", "externals", "metrics", "derived", "seed", "attempts", "code", "git", "versions", "device",
+    "schema", "key", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs",
+    "outputs", "tree", "externals", "metrics", "derived", "seed", "attempts", "code", "git", "versions", "device",
     "peak_memory_bytes", "peak_array_bytes", "seconds", "tokens_per_second", "argv", "published",
 }  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_a_manifest_says_everything_of_the_contract(toys: Any) -> None:
 
 def test_a_manifest_tells_where_its_artifact_came_from(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
-    one, two = (toys.store.read(step.rid) for step in toys.plan(CHAIN))
+    one, two = (toys.store.made(step.key) for step in toys.plan(CHAIN))
     assert two["inputs"] == {"source": {"step": "one", "artifact": one["name"], "rid": one["rid"], "tree": one["tree"]}}
     assert (two["config"], two["seed"], two["overrides"]) == ({"seed": 1, "other": {"number": 1}}, 1, ["toy.number=1"])
     assert (two["step"], two["stage"], two["kind"], two["version"]) == ("two", "copy", "thing", 1)
@@ -126,7 +126,7 @@ def test_the_work_folder_is_gone_once_the_artifact_is_there(toys: Any) -> None:
 def test_the_run_and_latest_point_at_every_step_also_at_those_done_before(toys: Any) -> None:
     toys.run(toys.plan(ONE))
     run = toys.run(toys.plan(CHAIN))
-    places = {step.name: toys.store.find(step.rid) for step in toys.plan(CHAIN)}
+    places = {step.name: toys.store.find_made(step.key) for step in toys.plan(CHAIN)}
     assert toys.store.refs(run.name) == toys.store.refs() == places
     assert events(run) == [
         ("run_started", None), ("step_cached", "one"), ("step_started", "two"), ("step_done", "two"),
@@ -139,7 +139,7 @@ def test_every_promised_file_that_is_missing_is_named(toys: Any) -> None:
     with pytest.raises(StepFailed, match="step one did not make a, c"):
         toys.run(toys.plan(ONE))
     assert list(toys.store.manifests()) == []
-    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(toys.plan(ONE)[0].rid))] == ["failed"]
+    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(toys.plan(ONE)[0].key))] == ["failed"]
 
 
 def test_a_step_that_raises_fails_with_a_log_and_publishes_nothing(toys: Any) -> None:
@@ -150,7 +150,7 @@ def test_a_step_that_raises_fails_with_a_log_and_publishes_nothing(toys: Any) ->
     log = Path(str(caught.value).split("Traceback: ")[1])
     assert "raise ValueError('oh no')" in log.read_text()
     assert list((toys.outputs / "store").iterdir()) == []
-    (attempt,) = attempts.read(toys.store.work(toys.plan(ONE)[0].rid))
+    (attempt,) = attempts.read(toys.store.work(toys.plan(ONE)[0].key))
     assert (attempt["outcome"], attempt["error"]) == ("failed", "ValueError: oh no")
 
 
@@ -169,7 +169,7 @@ def test_steps_before_a_failure_stay_done_and_the_next_invocation_tries_again(to
     (toys.package / "copy.py").write_text(copy)
     sys.modules.pop(f"{toys.package.name}.copy")
     toys.run(toys.plan(CHAIN))
-    manifest = toys.store.read(toys.plan(CHAIN)[1].rid)
+    manifest = toys.store.made(toys.plan(CHAIN)[1].key)
     assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["failed", "done"]
     assert [file["path"] for file in manifest["outputs"]] == ["result.txt"], "nothing of the failed attempt is left"
 
@@ -184,7 +184,7 @@ def test_a_full_disk_at_publishing_is_told_in_words_and_the_next_invocation_succ
         patch.setattr(Store, "publish", full)
         with pytest.raises(MlxchatError, match="No space left on device"):
             toys.run(toys.plan(ONE))
-    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(toys.plan(ONE)[0].rid))] == ["failed"]
+    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(toys.plan(ONE)[0].key))] == ["failed"]
     toys.run(toys.plan(ONE))
     assert result(toys, "one") == "1"
 
@@ -219,7 +219,7 @@ def test_an_interrupted_step_says_so_and_continues_at_the_next_invocation(name: 
     assert list((toys.outputs / "store").iterdir()) == []
     assert states(toys)["one"] == "missing, resumes"
     toys.run(toys.plan(CHAIN))
-    manifest = toys.store.read(toys.plan(CHAIN)[0].rid)
+    manifest = toys.store.made(toys.plan(CHAIN)[0].key)
     assert [(attempt["outcome"], attempt["resumed_from"]) for attempt in manifest["attempts"]] == [
         ("interrupted", None), ("done", 1),
     ]  # fmt: skip
@@ -269,9 +269,9 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
 
 def test_executions_that_were_killed_are_listed_in_the_manifest(toys: Any) -> None:
     (step,) = toys.plan(ONE)
-    attempts.start(toys.store.work(step.rid), "killed_run", "one")
+    attempts.start(toys.store.work(step.key), "killed_run", "one")
     toys.run(toys.plan(ONE))
-    manifest = toys.store.read(step.rid)
+    manifest = toys.store.made(step.key)
     assert [(attempt["outcome"], attempt["run"]) for attempt in manifest["attempts"]] == [
         ("killed", "killed_run"), ("done", "run1"),
     ]  # fmt: skip
@@ -373,15 +373,19 @@ def test_a_waiter_whose_maker_died_makes_the_step_itself_although_an_outdated_ar
     assert result(toys, "two") == "other 1"
 
 
-def test_a_forced_step_replaces_its_artifact(toys: Any) -> None:
+def test_a_forced_step_that_gives_other_bytes_leaves_the_former_artifact_alone(toys: Any) -> None:
+    """What a pin or another run reads stays; the key means the new artifact."""
     toys.run(toys.plan(CHAIN))
-    before = toys.store.read(toys.plan(CHAIN)[0].rid)
+    before = toys.store.made(toys.plan(CHAIN)[0].key)
+    place = toys.store.find(before["rid"])
+    toys.store.set_ref("pins", "best", place)
     toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
     toys.run(toys.plan(CHAIN, force=["one"]))
-    after = toys.store.read(toys.plan(CHAIN)[0].rid)
-    assert (after["rid"], after["name"]) == (before["rid"], before["name"])
+    after = toys.store.made(toys.plan(CHAIN)[0].key)
+    assert after["key"] == before["key"]
+    assert after["rid"] != before["rid"]
     assert after["published"] > before["published"]
-    assert len(list((toys.outputs / "store").iterdir())) == 2
+    assert (place / "result.txt").read_text() == (toys.store.resolve("pins/best") / "result.txt").read_text() != "other"
     assert result(toys, "one") == "other"
 
 
@@ -411,11 +415,11 @@ def test_a_follower_of_an_artifact_rebuilt_with_other_bytes_is_planned_with_that
 def test_observations_do_not_make_followers_run(toys: Any) -> None:
     toys.add("make", "ctx.log({'iteration': 1, 'time': time.time()}); (ctx.out / 'result.txt').write_text('1')")
     toys.run(toys.plan(CHAIN))
-    first = toys.store.read(toys.plan(ONE)[0].rid)
+    first = toys.store.made(toys.plan(ONE)[0].key)
     toys.run(toys.plan(ONE, force=["one"]))
-    second = toys.store.read(toys.plan(ONE)[0].rid)
-    assert first["outputs"] != second["outputs"], "the times differ"
-    assert first["tree"] == second["tree"]
+    second = toys.store.made(toys.plan(ONE)[0].key)
+    assert first["published"] < second["published"], "each execution has its record"
+    assert first["rid"] == second["rid"]
     assert states(toys) == {"one": "done", "two": "done"}
 
 

@@ -46,12 +46,12 @@ def test_a_file_that_changes_while_its_step_runs_fails_the_step_and_publishes_no
     ):
         toys.run(plan)
     assert list(toys.store.manifests()) == []
-    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(plan[0].rid))] == ["failed"]
+    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(plan[0].key))] == ["failed"]
     path.write_text("new")
     toys.add("make", f"path = ctx.config.toy.path\n{COPY}")
     toys.run(toys.plan(ONE))
     (step,) = toys.plan(ONE)
-    assert (toys.store.find(step.rid) / "result.txt").read_text() == "new"
+    assert (toys.store.find_made(step.key) / "result.txt").read_text() == "new"
 
 
 def test_a_file_that_changed_since_the_plan_is_not_read_under_the_old_id(toys: Any, tmp_path: Path) -> None:

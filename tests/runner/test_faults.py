@@ -21,7 +21,7 @@ import pytest
 
 from kit.servers import Loopback, QuietHandler
 from mlxchat.errors import DataError, Interrupted, PassingError, StepFailed
-from mlxchat.runner import attempts, records, time_limit
+from mlxchat.runner import attempts, make, records, time_limit
 from mlxchat.runner.awake import keep_awake
 from mlxchat.runner.execute import Policy
 from mlxchat.runner.hooks import Hooks
@@ -105,7 +105,7 @@ if number < 3:
 def test_a_step_whose_error_may_pass_is_tried_again_with_growing_pauses(toys: Any) -> None:
     toys.add("make", FAILS_TWICE)
     run = toys.run(toys.plan(ONE), policy=RETRY)
-    manifest = toys.store.read(toys.plan(ONE)[0].rid)
+    manifest = toys.store.made(toys.plan(ONE)[0].key)
     assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["failed", "failed", "done"]
     assert [file["path"] for file in manifest["outputs"]] == ["of try 3", "result.txt"], "nothing of the other tries"
     pauses = [
@@ -131,10 +131,10 @@ def test_a_step_whose_error_stays_is_tried_once(toys: Any) -> None:
     assert (toys.outputs / "tries").read_text() == "x"
 
 
-def test_a_stop_ends_the_pause_before_another_try(toys: Any) -> None:
+def test_a_stop_ends_the_pause_before_another_try(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", FAILS_TWICE)
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    pause = make._pause
+    monkeypatch.setattr(make, "_pause", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), pause(*given)))
     began = time.monotonic()
     with pytest.raises(Interrupted, match="stopped before another try of one"):
         toys.run(toys.plan(ONE), policy=Policy(retry_attempts=3, retry_seconds=60))
@@ -161,7 +161,7 @@ def test_a_step_that_takes_too_long_saves_and_fails_with_the_limit(toys: Any) ->
         toys.run(toys.plan(ONE), policy=Policy(timeouts={"one": 0.2}))
     assert caught.value.exit_code == 1
     assert "The same command continues from there" in str(caught.value)
-    work = toys.store.work(toys.plan(ONE)[0].rid)
+    work = toys.store.work(toys.plan(ONE)[0].key)
     assert (work / "ckpt" / "saved").exists()
     assert [attempt["outcome"] for attempt in attempts.read(work)] == ["failed"]
 
@@ -280,7 +280,7 @@ def jumping(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_clock_that_jumps_changes_no_duration_and_no_verdict(toys: Any) -> None:
     toys.add("make", "time.sleep(0.05); (ctx.out / 'result.txt').write_text('1')")
     toys.run(toys.plan(CHAIN))
-    manifest = toys.store.read(toys.plan(CHAIN)[0].rid)
+    manifest = toys.store.made(toys.plan(CHAIN)[0].key)
     assert 0.05 <= manifest["seconds"] < 5
     assert 0.05 <= manifest["attempts"][0]["seconds"] < 5
     run = toys.run(toys.plan(CHAIN))
@@ -369,7 +369,7 @@ def test_no_secret_reaches_a_file_or_a_line_of_a_run(
     text = "\n".join([str(caught.value), *toys.said])
     assert [name for name, value in secrets.items() if value in text] == []
     assert "<WANDB_API_KEY>" in str(caught.value)
-    manifest = toys.store.read(toys.plan(CHAIN)[0].rid)
+    manifest = toys.store.made(toys.plan(CHAIN)[0].key)
     assert manifest["externals"] == [{"url": "https://x/<HF_TOKEN>"}]
 
 

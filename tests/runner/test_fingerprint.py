@@ -26,7 +26,7 @@ from mlxchat.compose import compose_config
 from mlxchat.config import Config
 from mlxchat.data.mixture import Mixture
 from mlxchat.optimizer_config import MomentumConfig
-from mlxchat.runner.fingerprint import canonical_json, compute_rid, hash_code, identity_of, plain_of
+from mlxchat.runner.fingerprint import canonical_json, compute_key, hash_code, identity_of, plain_of
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.store import Store
 
@@ -228,7 +228,7 @@ def ids(config: Config) -> dict[str, str]:
     plan = make_plan(
         config, config.pipeline, store, targets=None, seed=config.seed, data_seed=config.data_seed, force=[]
     )
-    return {step.name: step.rid for step in plan}
+    return {step.name: step.key for step in plan}
 
 
 def test_a_dtype_other_than_float32_is_part_of_what_computes_alone() -> None:
@@ -238,7 +238,7 @@ def test_a_dtype_other_than_float32_is_part_of_what_computes_alone() -> None:
             config, config.pipeline, Store(Path("/nonexistent")), targets=None, seed=1, force=[], compute_dtype=dtype
         )
         found[dtype] = {step.name: step for step in plan}
-    changed = {name for name, step in found["bfloat16"].items() if step.rid != found["float32"][name].rid}
+    changed = {name for name, step in found["bfloat16"].items() if step.key != found["float32"][name].key}
     computing = {name for name, step in found["bfloat16"].items() if "gpu" in step.stage.resources}
     assert changed == below(computing) > {"pretrain", "sft"}
     assert all(found["bfloat16"][name].identity["compute_dtype"] == "bfloat16" for name in computing)
@@ -275,7 +275,7 @@ def shuffled(value: Any, rng: random.Random) -> Any:
 
 @given(plain_data, st.randoms(use_true_random=False))
 def test_key_order_does_not_change_an_id(data: Any, rng: random.Random) -> None:
-    assert compute_rid("sft", 1, data, {}, {}) == compute_rid("sft", 1, shuffled(data, rng), {}, {})
+    assert compute_key("sft", 1, data, {}, {}) == compute_key("sft", 1, shuffled(data, rng), {}, {})
 
 
 @given(plain_data)
@@ -425,8 +425,8 @@ GOLDEN_RID = base64.b32encode(hashlib.sha256(GOLDEN_TEXT.encode()).digest()).dec
 @pytest.mark.parametrize("hash_seed", ["0", "1", "random"])
 def test_the_golden_id_is_the_same_in_every_process_and_folder(hash_seed: str, tmp_path: Path) -> None:
     code = (
-        "import json, sys; from mlxchat.runner.fingerprint import compute_rid; r = json.loads(sys.argv[1]);"
-        "print(compute_rid(r['stage'], r['version'], r['config'], r['inputs'], r['externals']))"
+        "import json, sys; from mlxchat.runner.fingerprint import compute_key; r = json.loads(sys.argv[1]);"
+        "print(compute_key(r['stage'], r['version'], r['config'], r['inputs'], r['externals']))"
     )
     folder = tmp_path / hash_seed
     folder.mkdir()
@@ -438,7 +438,7 @@ def test_the_golden_id_is_the_same_in_every_process_and_folder(hash_seed: str, t
 
 
 def test_an_id_is_52_characters_that_disks_without_cases_tell_apart() -> None:
-    rid = compute_rid("a", 1, {}, {}, {})
+    rid = compute_key("a", 1, {}, {}, {})
     assert len(rid) == 52
     assert set(rid) <= set("abcdefghijklmnopqrstuvwxyz234567")
 
@@ -457,7 +457,7 @@ def test_an_id_is_52_characters_that_disks_without_cases_tell_apart() -> None:
 )
 def test_every_part_of_the_record_changes_the_id(change: dict[str, Any]) -> None:
     def rid(record: dict[str, Any]) -> str:
-        return compute_rid(record["stage"], record["version"], record["config"], record["inputs"], record["externals"])
+        return compute_key(record["stage"], record["version"], record["config"], record["inputs"], record["externals"])
 
     assert rid(GOLDEN | change) != rid(GOLDEN)
 
@@ -479,7 +479,7 @@ found = {}
 for name in sys.argv[1:]:
     config = compose_config([f"experiment={name}"]).config
     plan = make_plan(config, config.pipeline, Store(Path("x")), targets=None, seed=config.seed, force=[])
-    found[name] = {step.name: step.rid for step in plan}
+    found[name] = {step.name: step.key for step in plan}
 print(json.dumps(found))
 """
 
@@ -518,7 +518,7 @@ fingerprint = importlib.util.module_from_spec(spec)
 sys.modules["fingerprint"] = fingerprint
 spec.loader.exec_module(fingerprint)
 record = json.loads(sys.argv[2])
-print(fingerprint.compute_rid(*(record[key] for key in ("stage", "version", "config", "inputs", "externals"))))
+print(fingerprint.compute_key(*(record[key] for key in ("stage", "version", "config", "inputs", "externals"))))
 print(sys.version_info[:2])
 """
 

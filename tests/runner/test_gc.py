@@ -181,22 +181,6 @@ def test_entries_of_the_action_index_and_refs_that_lead_nowhere_go(toys: Any) ->
     assert find_garbage(toys.store, NONE).garbage == []
 
 
-def test_an_artifact_that_an_alias_stands_for_is_kept_as_long_as_the_alias(toys: Any) -> None:
-    run_with(toys, 1)
-    store = toys.store
-    original = store.resolve("second")
-    manifest = json.loads((original / "manifest.json").read_text())
-    rid = "a" * 52
-    alias = original.with_name(f"copy-{rid[:16]}")
-    alias.mkdir()
-    record = {**manifest, "rid": rid, "name": alias.name, "alias_of": manifest["rid"], "schema": 1}
-    record.pop("digest", None)
-    (alias / "manifest.json").write_text(json.dumps(record))
-    run_with(toys, 2)
-    toys.store.set_ref("pins", "alias", alias)
-    assert original.name not in names(toys, ALL)
-
-
 @pytest.mark.parametrize("point", ["gc.planned", "gc.moved", "gc.deleted", "gc.moved:2"])
 def test_a_kill_while_collecting_leaves_a_good_store_that_the_next_one_finishes(point: str, toys: Any) -> None:
     for number in (1, 2, 3):

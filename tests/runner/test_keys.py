@@ -30,7 +30,7 @@ def keys(*overrides: str) -> dict[str, str]:
         config, config.pipeline, Store(Path("nowhere")), targets=None, seed=config.seed, data_seed=config.data_seed,
         force=[],
     )  # fmt: skip
-    return {step.name: step.rid for step in plan}
+    return {step.name: step.key for step in plan}
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ SETTINGS = ("experiment=smoke", "targets=[eval_base]", "core=nanochat")
 def run_key(hub: Any, outputs: Path, plan: Any = plan_to_run) -> str:
     """Return the key of the evaluation that reads CORE from an address."""
     config = compose_config([*SETTINGS, f"eval.core.bundle={hub.url}/files/bundle.zip", f"outputs={outputs}"]).config
-    return {step.name: step.rid for step in plan(config, Store(outputs))}["eval_base"]
+    return {step.name: step.key for step in plan(config, Store(outputs))}["eval_base"]
 
 
 def test_an_address_without_a_checksum_counts_by_what_is_fetched_from_it(

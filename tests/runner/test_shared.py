@@ -16,7 +16,7 @@ import pytest
 
 from mlxchat.errors import StoreError
 from mlxchat.runner import locks
-from mlxchat.runner.fingerprint import compute_rid
+from mlxchat.runner.fingerprint import compute_key
 from mlxchat.runner.shared import SharedArtifacts
 from mlxchat.runner.store import SHARED_KIND, Store, describe_outputs
 
@@ -53,8 +53,12 @@ def test_what_was_made_once_is_found_again(shared: SharedArtifacts) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"version": 2}, {"identity": {"text": "abd"}}], ids=str)
-def test_another_format_or_content_is_another_artifact(shared: SharedArtifacts, changes: dict[str, Any]) -> None:
-    assert obtain(shared, write, **changes) != obtain(shared, write)
+def test_another_format_or_content_is_made_anew(shared: SharedArtifacts, changes: dict[str, Any]) -> None:
+    def write_other(folder: Path) -> dict[str, float]:
+        (folder / "tokens").write_text("other")
+        return {}
+
+    assert obtain(shared, write_other, **changes) != obtain(shared, write)
 
 
 @pytest.mark.parametrize("changes", [{"label": "other"}], ids=str)
@@ -124,7 +128,7 @@ def test_who_waits_says_so_once_and_may_give_up(shared: SharedArtifacts) -> None
             raise TimeoutError
         patience.pop()
 
-    rid = compute_rid(SHARED_KIND, 1, {"text": "abc"}, {}, {})
+    rid = compute_key(SHARED_KIND, 1, {"text": "abc"}, {}, {})
     with (
         locks.hold(Store(shared.outputs).lock(rid), {"run": "other"}, lambda owner: None),
         pytest.raises(TimeoutError),

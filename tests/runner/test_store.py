@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,22 +14,26 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
+from mlxchat.runner.leftovers import remark_old
 from mlxchat.runner.store import Store, artifact_name, describe_outputs, read_manifest
 
-RID = "abcdefghijklmnop" + "q" * 36
+KEY = "abcdefghijklmnop" + "q" * 36
+RID = "bcdefghijklmnopq" + "r" * 36
 
 
 def manifest(**more: Any) -> dict[str, Any]:
-    return {"rid": RID, "name": f"sft-d4-{RID[:16]}", "published": "2026-01-01", **more}
+    return {"key": KEY, "stage": "sft", "published": "2026-01-01", **more}
 
 
-def make_artifact(store: Store, rid: str = RID, name: str = "", text: str = "content") -> Path:
+def make_artifact(store: Store, text: str = "content", **more: Any) -> Path:
     store.prepare()
-    out = store.work(rid) / "out"
+    out = store.work(KEY) / "out"
     (out / "deep").mkdir(parents=True)
     (out / "model.txt").write_text(text)
     (out / "deep" / "more.txt").write_text(text)
-    return store.publish(out, name or f"sft-d4-{rid[:16]}", manifest(rid=rid))
+    place = store.publish(out, "d4", manifest(**more))
+    shutil.rmtree(store.work(KEY))
+    return place
 
 
 def test_what_is_made_outside_a_checkout_can_be_read(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +44,10 @@ def test_what_is_made_outside_a_checkout_can_be_read(toys: Any, monkeypatch: pyt
 
 
 def test_a_manifest_that_readers_would_refuse_is_not_published(store: Store) -> None:
-    out = store.work(RID) / "out"
+    out = store.work(KEY) / "out"
     out.mkdir(parents=True)
     with pytest.raises(StoreError, match=r"cannot be published: .*metrics\.loss is 'low', expected a number"):
-        store.publish(out, f"sft-d4-{RID[:16]}", manifest(metrics={"loss": "low"}))
+        store.publish(out, "d4", manifest(metrics={"loss": "low"}))
     assert list((store.outputs / "store").iterdir()) == []
     assert out.is_dir(), "what was made is kept"
 
@@ -59,17 +64,18 @@ def test_an_artifact_is_found_if_and_only_if_its_manifest_is_there(store: Store)
     place.mkdir()
     (place / "model.safetensors").write_text("weights")
     assert (store.find(RID), store.read(RID), list(store.manifests())) == (None, None, [])
-    (place / "manifest.json").write_text(json.dumps(manifest()))
+    (place / "manifest.json").write_text(json.dumps(manifest(rid=RID)))
     store.forget()
-    assert (store.find(RID), store.read(RID), list(store.manifests())) == (place, manifest(), [manifest()])
+    made = manifest(rid=RID)
+    assert (store.find(RID), store.read(RID), list(store.manifests())) == (place, made, [made])
 
 
 def test_another_store_object_sees_what_was_published_after_it_forgets(store: Store) -> None:
     other = Store(store.outputs)
-    assert other.find(RID) is None
+    assert other.made(KEY) is None
     place = make_artifact(store)
     other.forget()
-    assert other.find(RID) == place
+    assert other.find_made(KEY) == place
 
 
 # Publishes again and again, killed at one file operation further each time, until it lives to the end.
@@ -78,7 +84,7 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 from mlxchat.runner.store import Store
 
-outputs, rid, name, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "rebuild"
+outputs, key, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "shutil.rmtree")
 armed, countdown = False, 0
 
@@ -92,35 +98,40 @@ def kill_at_countdown(event, arguments):
 sys.addaudithook(kill_at_countdown)
 
 def make(store, text):
-    out = store.work(rid) / "out"
+    out = store.work(key) / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for index in range(3):
         (out / f"{index}.txt").write_text(text)
     return out
 
-def publish(store, text):
-    return store.publish(make(store, text), name, {"text": text})
+def publish(store, text, out=None):
+    manifest = {"key": key, "stage": "sft", "text": text, "published": "2026-01-02" if out else "2026-01-01"}
+    return store.publish(out or make(store, text), "d4", manifest)
 
 states = []
 for crash in range(1, 200):
     store = Store(outputs)
     store.prepare()
-    if old:
-        publish(store, "old")
+    if old != "nothing":
+        former = publish(store, "old" if old == "rebuild" else "new")
+    if old == "damaged":
+        (former / "1.txt").write_text("changed")
     out = make(store, "new")
     child = os.fork()
     if child == 0:
         armed, countdown = True, crash
-        store.publish(out, name, {"text": "new"})
+        publish(store, "new", out)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    found = Store(outputs).find(rid)
+    if old == "rebuild":
+        assert {path.read_text() for path in former.glob("*.txt")} == {"old"}, "never touched"
+    found = Store(outputs).find_made(key)
     texts = sorted({path.read_text() for path in found.glob("*.txt")}) if found else []
     count = len(list(found.glob("*.txt"))) if found else 0
     states.append([json.loads((found / "manifest.json").read_text())["text"] if found else None, texts, count])
-    again = publish(Store(outputs), "new")
-    assert Store(outputs).find(rid) == again and len(list(again.glob("*.txt"))) == 3
+    again = publish(Store(outputs), "new", make(Store(outputs), "new"))
+    assert Store(outputs).find_made(key) == again and len(list(again.glob("*.txt"))) == 3
     shutil.rmtree(outputs)
     if status == 0:
         break
@@ -128,19 +139,20 @@ print(json.dumps(states))
 """
 
 
-@pytest.mark.parametrize("before", ["nothing", "rebuild"])
+@pytest.mark.parametrize("before", ["nothing", "rebuild", "damaged"])
 def test_a_kill_at_any_file_operation_of_publishing_leaves_no_partial_artifact(before: str, tmp_path: Path) -> None:
-    name = f"sft-d4-{RID[:16]}"
     done = subprocess.run(
-        [sys.executable, "-c", CRASHES, str(tmp_path / "outputs"), RID, name, before],
+        [sys.executable, "-c", CRASHES, str(tmp_path / "outputs"), KEY, before],
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     states = json.loads(done.stdout)
     whole = [["new", ["new"], 3], ["old", ["old"], 3], [None, [], 0]]
+    whole += [["new", ["changed", "new"], 3]] * (before == "damaged")  # it was there before
     assert [state for state in states if state not in whole] == []
     assert states[-1] == ["new", ["new"], 3], "undisturbed, it is published"
     assert len(states) > 6, "some operations were interrupted"
-    assert states[0] == (["old", ["old"], 3] if before == "rebuild" else [None, [], 0])
+    first = {"nothing": [None, [], 0], "rebuild": ["old", ["old"], 3], "damaged": ["new", ["changed", "new"], 3]}
+    assert states[0] == first[before]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="files are told by their handles in /proc")
@@ -155,26 +167,49 @@ def test_everything_is_on_disk_before_the_rename_makes_it_an_artifact(
     monkeypatch.setattr(Path, "rename", lambda path, target: (events.append("rename"), rename(path, target))[1])
     make_artifact(store)
     synced = {Path(name).name for name in events[: events.index("rename")]}
-    assert synced >= {"manifest.json", "model.txt", "more.txt", "deep", "out"}
+    assert synced >= {"records", "manifest.json", "model.txt", "more.txt", "deep", "out"}
     assert Path(events[-1]).name == "store", "the folder that holds the new name is synced after the rename"
 
 
-def test_publishing_again_replaces_the_artifact_and_leaves_nothing_behind(store: Store) -> None:
-    make_artifact(store, text="old")
-    place = make_artifact(store, text="new")
-    assert (place / "model.txt").read_text() == "new"
-    assert [path.name for path in (store.outputs / "store").iterdir()] == [place.name]
+def test_other_contents_are_another_artifact_and_the_key_means_the_later_one(store: Store) -> None:
+    """A pin, or a run that reads it, lost the bytes of the former artifact to a forced rebuild."""
+    old = make_artifact(store, "old", published="2026-01-01")
+    new = make_artifact(store, "new", published="2026-01-02")
+    assert [(place / "model.txt").read_text() for place in (old, new)] == ["old", "new"]
+    assert store.find_made(KEY) == new
+    shutil.rmtree(new)
+    store.forget()
+    assert store.find_made(KEY) == old
+
+
+def test_what_gives_the_same_again_leaves_the_artifact_and_each_execution_has_its_record(store: Store) -> None:
+    first = make_artifact(store, published="2026-01-01")
+    assert make_artifact(store, published="2026-01-02") == first
+    assert read_manifest(first)["published"] == "2026-01-01", "it is never written again"
+    assert store.made(KEY)["published"] == "2026-01-02"
+    assert sorted(path.name for path in (store.outputs / "records").iterdir()) == [
+        f"sft-{KEY}-{moment}-{first.name[-16:]}.json" for moment in ("20260101", "20260102")
+    ]
+    assert read_manifest(first)["tree"] == read_manifest(make_artifact(store, key="z" * 52))["tree"]
+
+
+def test_a_damaged_artifact_is_mended_by_making_it_again(store: Store) -> None:
+    place = make_artifact(store)
+    (place / "model.txt").write_text("changed")
+    (place / "deep" / "more.txt").unlink()
+    assert make_artifact(store) == place
+    assert (place / "model.txt").read_text() == (place / "deep" / "more.txt").read_text() == "content"
     assert [path.name for path in (store.outputs / "work").iterdir() if path.name.startswith(".")] == []
 
 
 def test_who_may_read_the_folder_may_read_every_file_of_an_artifact(store: Store) -> None:
-    out = store.work(RID) / "out"
+    out = store.work(KEY) / "out"
     out.mkdir(parents=True)
     out.chmod(0o750)
     private = out / "model.safetensors"
     private.write_text("weights")
     private.chmod(0o600)  # as safetensors writes it
-    place = store.publish(out, f"sft-d4-{RID[:16]}", manifest())
+    place = store.publish(out, "d4", manifest())
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in place.iterdir()} == {
         "manifest.json": "0o640",
         "model.safetensors": "0o640",
@@ -193,7 +228,7 @@ def test_refs_are_relative_and_survive_a_move_of_the_folder(store: Store, tmp_pa
 
 
 def test_a_ref_is_replaced_in_one_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = make_artifact(store), make_artifact(store, rid="z" * 52)
+    first, second = make_artifact(store), make_artifact(store, "other")
     store.set_ref("latest", "sft", first)
     seen = []
     replace = Path.replace
@@ -246,21 +281,24 @@ def test_a_read_only_outputs_folder_is_refused_with_the_remedy(tmp_path: Path) -
 
 
 def test_preparing_leaves_only_the_folders(store: Store) -> None:
-    assert sorted(path.name for path in store.outputs.iterdir()) == ["locks", "refs", "runs", "store", "work"]
+    assert sorted(path.name for path in store.outputs.iterdir()) == [
+        "locks", "records", "refs", "runs", "store", "work",
+    ]  # fmt: skip
     assert [path for path in store.outputs.rglob("*") if path.is_file()] == []
 
 
 def test_people_name_an_artifact_by_step_folder_or_start_of_its_id(store: Store) -> None:
     place = make_artifact(store)
     store.set_ref("latest", "sft", place)
-    assert store.resolve("sft") == store.resolve(place.name) == store.resolve(RID[:5]) == place
+    assert store.resolve("sft") == store.resolve(place.name) == store.resolve(place.name[-16:-10]) == place
 
 
 def test_a_name_of_two_artifacts_is_refused(store: Store) -> None:
-    make_artifact(store)
-    make_artifact(store, rid=RID[:8] + "2" * 44)
-    with pytest.raises(StoreError, match=r'"abcdefgh" is ambiguous'):
-        store.resolve("abcdefgh")
+    for rid in (RID, RID[:8] + "2" * 44):
+        (store.outputs / "store" / f"sft-d4-{rid[:16]}").mkdir()
+        (store.outputs / "store" / f"sft-d4-{rid[:16]}" / "manifest.json").write_text("{}")
+    with pytest.raises(StoreError, match=r'"bcdefghi" is ambiguous'):
+        store.resolve("bcdefghi")
 
 
 def test_a_name_of_no_artifact_is_refused_with_the_steps_there_are(store: Store) -> None:
@@ -306,3 +344,17 @@ def test_a_manifest_of_gigabytes_is_refused_without_reading_it(tmp_path: Path) -
         file.truncate(1 << 33)
     with pytest.raises(StoreError, match="it is larger than 64 MB"):
         read_manifest(tmp_path)
+
+
+def test_outputs_of_version_0_1_are_told_of_until_something_is_made_in_them(tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "store" / f"sft-d4-{RID[:16]}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"rid": RID, "schema": 1}))
+    store = Store(tmp_path / "outputs")
+    remark = remark_old(store)
+    assert remark is not None
+    assert "holds 1 artifact of version 0.1" in remark
+    assert store.read(RID) == {"rid": RID, "schema": 1}, "names still lead to it"
+    make_artifact(store)
+    assert remark_old(store) is None
+    assert remark_old(Store(tmp_path / "nothing")) is None

@@ -21,12 +21,12 @@ from mlxchat.commands import lineage, ls, show, status
 from mlxchat.commands.transfer import main_import
 from mlxchat.errors import StoreError
 from mlxchat.runner import locks
-from mlxchat.runner.fingerprint import compute_rid
+from mlxchat.runner.fingerprint import compute_key
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
 from mlxchat.runner.naming import latest
 from mlxchat.runner.sealed import seal
-from mlxchat.runner.store import Store
+from mlxchat.runner.store import Store, identify
 from mlxchat.runner.transfer import closure, export, import_all
 from mlxchat.runner.verifying import find_faults, tree_of
 
@@ -105,6 +105,23 @@ def test_an_imported_artifact_is_done_for_a_plan(made: Any, tmp_path: Path) -> N
     assert [step.state for step in made.plan(PIPELINE)] == ["run", "run"]
     import_all(made.store, tmp_path / "x.tar")
     assert [step.state for step in made.plan(PIPELINE)] == ["done", "done"]
+
+
+def test_an_import_whose_input_came_out_otherwise_here_brings_its_own(made: Any, tmp_path: Path) -> None:
+    """The child was taken in alone: the contents that it was made from were nowhere, and verify said nothing."""
+    place = exported(made, tmp_path / "folder")
+    theirs = made.store.resolve("first")
+    made.outputs = tmp_path / "other"
+    made.add("make", "(ctx.out / 'result.txt').write_text('of another machine')")
+    made.run(made.plan({"first": PIPELINE["first"]}, force=["first"]))
+    ours = made.store.resolve("first")
+    assert ours.name != theirs.name
+    new, known = import_all(made.store, place)
+    assert ([folder.name.split("-")[0] for folder in new], known) == (["make", "copy"], [])
+    assert [fault for folder in new for fault in find_faults(made.store, folder)] == []
+    assert [(folder / "result.txt").read_text() for folder in (ours, new[0])] == ["of another machine", "1"]
+    assert made.store.find_made(made.plan(PIPELINE)[0].key) == ours, "the key keeps its meaning here"
+    assert [step.state for step in made.plan(PIPELINE)] == ["done", "run"]
 
 
 def test_an_export_to_a_folder_copies_what_is_missing_there(made: Any, tmp_path: Path) -> None:
@@ -212,8 +229,6 @@ def nested(depth: int) -> Any:
 
 
 MISSHAPEN = {
-    "alias_of a number": {"alias_of": 5},
-    "alias_of a path": {"alias_of": "../../../../etc"},
     "attempts of numbers": {"attempts": [5]},
     "config deeply nested": {"config": {"a": nested(900)}},
     "externals of text": {"externals": ["x"]},
@@ -249,9 +264,9 @@ MISSHAPEN = {
 
 
 def small_record() -> dict[str, Any]:
-    """Return a manifest with what each must have."""
+    """Return a manifest with what each must have, of version 0.1."""
     return {
-        "rid": compute_rid("make", 1, {}, {}, {}), "name": "x", "stage": "make", "step": "first", "kind": "number",
+        "rid": compute_key("make", 1, {}, {}, {}), "name": "x", "stage": "make", "step": "first", "kind": "number",
         "version": 1, "config": {}, "inputs": {}, "pins": {}, "outputs": [], "tree": tree_of({"outputs": []}),
         "metrics": {}, "seconds": 1.0, "published": "2026-01-01T00:00:00",
     }  # fmt: skip
@@ -285,7 +300,7 @@ def test_an_odd_manifest_that_is_imported_can_be_shown(
     change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = small_record() | change
-    record["rid"] = compute_rid("make", 1, record["config"], {}, {})
+    record["rid"] = compute_key("make", 1, record["config"], {}, {})
     folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps(record))
@@ -296,13 +311,14 @@ def test_an_odd_manifest_that_is_imported_can_be_shown(
 
 
 def test_artifacts_made_from_each_other_are_refused(made: Any, tmp_path: Path) -> None:
-    """The id of encoded text covers no inputs, so such manifests can form a cycle: it was followed without end."""
+    """The id says nothing of inputs, so manifests can form a cycle: it was followed without end."""
     place = exported(made, tmp_path / "folder")
     folder = next((place / "store").glob("copy-*"))
     record = json.loads((folder / "manifest.json").read_text())
-    record["kind"] = "tokens"
-    record["rid"] = compute_rid(record["stage"], record["version"], record["config"], {}, {})
-    record["inputs"] = {"self": {"rid": record["rid"]}}
+    record["inputs"] = {"self": {"tree": record["tree"]}}
+    trees = {"self": record["tree"]}
+    record["key"] = compute_key(record["stage"], record["version"], record["config"], trees, record["pins"])
+    record["rid"] = record["inputs"]["self"]["rid"] = identify(record)
     (folder / "manifest.json").write_bytes(seal(record))
     folder.rename(folder.with_name(f"copy-{record['rid'][:16]}"))
     with pytest.raises(StoreError, match="made from each other"):

@@ -45,7 +45,7 @@ def test_the_table_has_a_row_for_each_job_the_best_first_and_only_what_differs(f
     found = type(swept)(outputs)
     made = {
         manifest["config"]["optimizer"]["matrix_lr"]: manifest["metrics"]["val_bpb"]
-        for manifest in Store(outputs).manifests() if manifest["step"] == "pretrain"
+        for manifest in Store(outputs).recent("pretrain")
     }  # fmt: skip
     assert sorted(made) == RATES
     rows = found.rows()

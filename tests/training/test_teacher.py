@@ -264,13 +264,13 @@ def test_what_is_in_the_teachers_folder_is_part_of_the_identity_and_where_it_lie
     folder: Path, tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "outputs")
-    without = sft_step(store).rid
-    first = sft_step(store, path=str(folder)).rid
+    without = sft_step(store).key
+    first = sft_step(store, path=str(folder)).key
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert sft_step(store, path=str(moved)).rid == first != without
-    assert sft_step(store, path=str(moved), temperature=2.0).rid != first
+    assert sft_step(store, path=str(moved)).key == first != without
+    assert sft_step(store, path=str(moved), temperature=2.0).key != first
     save_checkpoint(moved, make_teacher(seed=12), Tokenizer.load(moved), {"format": "chat"})
-    assert sft_step(store, path=str(moved)).rid != first
+    assert sft_step(store, path=str(moved)).key != first
 
 
 def test_an_artifact_that_teaches_is_an_input_of_the_step(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -289,8 +289,8 @@ def test_an_artifact_that_teaches_is_an_input_of_the_step(tokenizer: Tokenizer, 
         write_manifest(place, manifest)
     steps = [sft_step(store, artifact=name) for name in names]
     assert [step.artifacts["teacher"]["name"] for step in steps] == names
-    assert len({sft_step(store).rid, *(step.rid for step in steps)}) == 3
-    assert sft_step(store, artifact="a" * 16).rid == steps[0].rid, "by any of its names"
+    assert len({sft_step(store).key, *(step.key for step in steps)}) == 3
+    assert sft_step(store, artifact="a" * 16).key == steps[0].key, "by any of its names"
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:

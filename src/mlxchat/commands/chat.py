@@ -11,7 +11,7 @@ from mlxchat.commands.arguments import Parser, make_naming_parser, outputs_folde
 from mlxchat.errors import ConfigError
 from mlxchat.runner.integrity import check_model
 from mlxchat.runner.naming import describe_model, find_model
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.runner.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.engine.tools import PythonTool
@@ -46,14 +46,13 @@ def main(arguments: list[str]) -> int:
         return _chat_with_another(options)
     store = Store(outputs_folder(settings))
     found = find_model(store, options.model)
-    place = store.find(read_manifest(found.place)["rid"]) or found.place  # an alias has no files of its own
-    check_model(place)
+    check_model(found.place)
     print(f"model: {describe_model(store, found)}", file=sys.stderr)
 
     from mlxchat.terminal_chat import Chat
 
     chat = Chat.load(
-        place,
+        found.place,
         temperature=options.temperature,
         top_k=options.top_k or None,
         max_tokens=options.max_tokens,

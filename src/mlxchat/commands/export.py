@@ -90,12 +90,9 @@ def _export(
     if path is not None:
         _check_outside(store, path)
         check_free(path, force=force)
-    folder = store.find(read_manifest(place)["rid"])
-    if folder is None:
-        raise StoreError(f"{place.name}: the artifact that it stands for is no longer in {store.outputs}")
-    checkpoint = exporting.open_checkpoint(folder)
+    checkpoint = exporting.open_checkpoint(place)
     exporting.check_export(checkpoint, target, bits=bits, dtype=dtype)
-    for each in (folder, *checkpoint.bases):
+    for each in (place, *checkpoint.bases):
         if damage := list(find_damage(each, read_manifest(each))):
             raise StoreError(f"{each.name} is not what was published: {damage[0]}. mlxchat verify tells more")
     with ExitStack() as opened:
@@ -104,7 +101,7 @@ def _export(
         else:
             to = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="mlxchat-export-"))) / place.name
         with whole_folder(to, force=force) as out:
-            notes = _write(store, place, folder, checkpoint, target, out, bits=bits, dtype=dtype, repository=repository)
+            notes = _write(store, place, checkpoint, target, out, bits=bits, dtype=dtype, repository=repository)
         size = format_bytes(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))
         print(f"exported {place.name}{f' to {to}' if kept else ''} for {_WORDS[target]} ({size})")
         for note in notes:
@@ -118,7 +115,7 @@ def _export(
 
 
 def _write(
-    store: Store, place: Path, folder: Path, checkpoint: Checkpoint, target: str, out: Path, *, bits: int | None,
+    store: Store, place: Path, checkpoint: Checkpoint, target: str, out: Path, *, bits: int | None,
     dtype: str | None, repository: str | None,
 ) -> list[str]:  # fmt: skip
     """Write an export's files and its model card; return what is to be told of it."""
@@ -153,7 +150,7 @@ def _write(
         notes.append(_measure(store, place, checkpoint, bits, dtype))
     weights = "adapters.safetensors" if checkpoint.bases else "model.safetensors"
     card = render_card(
-        store, place, target=target, how=how, notes=notes, sha256=hash_file(folder / weights),
+        store, place, target=target, how=how, notes=notes, sha256=hash_file(place / weights),
         chats=checkpoint.chats, repository=repository,
     )  # fmt: skip
     (out / "README.md").write_text(card, encoding="utf-8")

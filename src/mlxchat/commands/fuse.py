@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, quoted, take_names
-from mlxchat.errors import ConfigError, StoreError
+from mlxchat.errors import ConfigError
 from mlxchat.runner.bases import is_adapter
 from mlxchat.runner.naming import find_model
 from mlxchat.runner.progress import format_bytes
@@ -19,10 +19,7 @@ def main(arguments: list[str]) -> int:
     (name,), settings = take_names(options.settings, "fuse", 1, 1, "ID")
     store = Store(outputs_folder(settings))
     place = find_model(store, name).place
-    folder = store.find(read_manifest(place)["rid"])
-    if folder is None:
-        raise StoreError(f"{place.name}: the artifact that it stands for is no longer in {store.outputs}")
-    if not is_adapter(folder):
+    if not is_adapter(place):
         raise ConfigError(f"{place.name} has all of its weights already: there are no adapters to fuse")
     return _fuse(store, place.name)
 
@@ -36,10 +33,10 @@ def _fuse(store: Store, name: str) -> int:
         f"+pipeline.fused={{stage: fused, checkpoint: {quoted(f'artifact:{name}')}}}",
     ])  # fmt: skip
     (step,) = plan_of(composed.config, store)
-    if not step.done or store.find(step.rid) is None:
+    if not step.done:
         run_pipeline(composed, is_verb=True)
         store.forget()
-    made = store.find(step.rid)
+    made = store.find_made(step.key)
     assert made is not None, "a run that ends has made it"
     size = format_bytes(sum(file["bytes"] for file in read_manifest(made)["outputs"]))
     print(f"{name} with all of its weights is {made.name} ({size}). In a pipeline: artifact:{made.name}")

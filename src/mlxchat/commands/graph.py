@@ -60,7 +60,7 @@ def draw_json(plan: list[PlannedStep]) -> str:
         [
             {
                 "step": step.name, "stage": step.stage.name, "state": step.state, "reason": step.reason,
-                "artifact": step.artifact, "rid": step.rid, "inputs": step.inputs,
+                "artifact": step.artifact, "key": step.key, "rid": step.rid, "inputs": step.inputs,
             }
             for step in plan
         ],

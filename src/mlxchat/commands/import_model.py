@@ -97,16 +97,15 @@ def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> 
     (step,) = plan_of(composed.config, store)
     known = links(store, IMPORTS)
     before = read_manifest(known[name])["rid"] if name in known else None
-    if before not in (None, step.rid) and not replace:
+    if before is not None and before != step.rid and not replace:
         raise ConfigError(
             f"import:{name} is another model already ({known[name].name}). Give --name NAME, or --replace to let the "
             "name stand for this one"
         )
-    made = store.find(step.rid) if step.done else None
-    if made is None:
+    if not step.done:
         run_pipeline(composed, is_verb=True)
         store.forget()
-        made = store.find(step.rid)
+    made = store.find_made(step.key)
     assert made is not None, "a run that ends has made it"
     store.prepare()
     store.set_ref(IMPORTS, name, made)

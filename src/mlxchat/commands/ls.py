@@ -78,7 +78,5 @@ def _row(summary: Summary, metric: str | None = None) -> list[str]:
     extended = summary["inputs"].get("extends")
     if extended:
         numbers.append(f"extends {extended['artifact']}")
-    if summary["alias_of"]:
-        numbers = [f"same contents as {summary['alias_of'][:16]}"]
     size, seconds = format_bytes(summary["bytes"]), format_seconds(summary["seconds"] or 0)
     return [when(summary["published"]), summary["folder"], str(summary["step"]), size, seconds, "  ".join(numbers)]

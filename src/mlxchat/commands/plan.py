@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.runner.comparing import environment_drift
     from mlxchat.runner.estimates import estimate_steps
     from mlxchat.runner.externals import find_unknown
+    from mlxchat.runner.leftovers import remark_old
     from mlxchat.runner.plan_table import format_plan
     from mlxchat.runner.store import Store
 
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
     drift = {
         step.name: environment_drift(manifest, backend)
         for step in plan
-        if step.done and "gpu" in step.stage.resources and (manifest := store.read(step.rid)) is not None
+        if step.done and "gpu" in step.stage.resources and (manifest := store.made(step.key)) is not None
     }
     if options.json:
         described = describe_plan(plan, estimates, memory, drift)
@@ -83,6 +84,8 @@ def main(arguments: list[str]) -> int:
         for further in (describe_text(config, plan, store), forecast, drifted, unknown):
             for name, text in further.items():
                 remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
+        if (old := remark_old(store)) is not None:
+            print(visible(old))
         for line in describe_recipe(composed, plan, find_downloads(config, plan, store), times):
             print(line)
         print(format_plan(plan, remarks, estimates), flush=True)
@@ -105,22 +108,22 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
     estimates: dict[str, Estimate | None] = {}
     memory: dict[str, str] = {}
     for job in jobs:
-        config, by_name = job.composed.config, {step.name: step.rid for step in job.plan}
+        config, by_name = job.composed.config, {step.name: step.key for step in job.plan}
         found = estimate_steps(job.plan, job.store) | estimate_pretraining(config, job.plan, job.store)
         estimates |= {by_name[name]: estimate for name, estimate in found.items()}
         memory |= {by_name[name]: text for name, text in describe_memory(config, job.plan).items()}
     known = [estimate for estimate in estimates.values() if estimate is not None]
     seconds, size = sum(each.seconds for each in known), sum(each.bytes for each in known)
-    steps = {step.rid: step for job in jobs for step in job.plan}
+    steps = {step.key: step for job in jobs for step in job.plan}
     pending = [step for step in steps.values() if not step.done]
     code = _EXIT_PENDING if exit_code and pending else 0
-    of_several = {step.rid for _, group in shared for step in group}
+    of_several = {step.key for _, group in shared for step in group}
 
     def described(step: PlannedStep) -> dict[str, Any]:
-        estimate = estimates.get(step.rid)
+        estimate = estimates.get(step.key)
         return {
-            "step": step.name, "state": step.state, "reason": step.reason, "rid": step.rid,
-            "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.rid),
+            "step": step.name, "state": step.state, "reason": step.reason, "key": step.key,
+            "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.key),
         }  # fmt: skip
 
     if as_json:
@@ -129,7 +132,7 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
             "shared": [described(step) for _, group in shared for step in group],
             "jobs": [
                 {"job": job.number, "overrides": job.overrides, "title": job.title, "done": job.is_finished,
-                 "steps": [{**described(step), "shared": step.rid in of_several} for step in job.plan]}
+                 "steps": [{**described(step), "shared": step.key in of_several} for step in job.plan]}
                 for job in jobs
             ],
             "estimate": {"seconds": round(seconds, 3), "bytes": size, "unknown": len(pending) - len(known)},
@@ -140,15 +143,15 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
 
     def lines(group: list[PlannedStep]) -> Iterator[str]:
         for step in group:
-            notes = [memory.get(step.rid), str(estimates[step.rid] or "no estimate") if step.rid in estimates else None]
+            notes = [memory.get(step.key), str(estimates[step.key] or "no estimate") if step.key in estimates else None]
             note = "; ".join(filter(None, notes))
             yield f"  {step.name:<{width}}  {step.state:<5}  {step.reason}".rstrip() + (f" ({note})" if note else "")
 
     for _, group in shared:
-        users = sum(any(step.rid == group[0].rid for step in job.plan) for job in jobs)
+        users = sum(any(step.key == group[0].key for step in job.plan) for job in jobs)
         print(f"shared by {users} jobs", *lines(group), sep="\n")
     for job in jobs:
-        own = [step for step in job.plan if not step.done and step.rid not in of_several]
+        own = [step for step in job.plan if not step.done and step.key not in of_several]
         state = "" if own else " is done" if job.is_finished else " only needs what is shared"
         print(visible(f"job {job.number}/{len(jobs)} {job.title}{state}"), *lines(own), sep="\n")
     unknown = len(pending) - len(known)
@@ -176,14 +179,14 @@ def describe_plan(
                 "stage": step.stage.name,
                 "state": step.state,
                 "reason": step.reason,
-                "rid": step.rid,
-                "artifact": step.artifact,
+                "key": step.key,
+                "rid": step.rid or None,
+                "artifact": step.artifact or None,
                 "forced": step.forced,
                 "inputs": {
-                    **{role: {"step": source, "rid": planned[source].rid} for role, source in step.inputs.items()},
+                    **{role: {"step": source, "key": planned[source].key} for role, source in step.inputs.items()},
                     **{role: {"step": None, "rid": made["rid"]} for role, made in step.artifacts.items()},
                 },
-                "shares": verdict.original["name"] if verdict.original else None,
                 "difference": _describe_difference(step),
                 "changed_code": verdict.drift,
                 "changed_environment": {

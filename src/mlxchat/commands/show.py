@@ -59,8 +59,6 @@ def main(arguments: list[str]) -> int:
 def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]:
     yield ["id", manifest["rid"]]
     yield ["step", f"{manifest['step']} (stage {manifest['stage']}, version {manifest['version']})"]
-    if manifest.get("alias_of"):
-        yield ["same as", f"{manifest['alias_of'][:16]}: inputs of equal contents, so nothing was made again"]
     hosts = sorted({str(attempt.get("host")) for attempt in manifest.get("attempts", ()) if attempt.get("host")})
     attempts = len(manifest.get("attempts", ()))
     made = f"{when(manifest['published'])} in {format_seconds(manifest['seconds'] or 0)}"

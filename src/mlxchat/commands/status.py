@@ -54,17 +54,17 @@ def main(arguments: list[str]) -> int:
 
 def describe_work(store: Store, folder: Path) -> Row:
     """Return who makes a step now, or how its last attempt ended, and how far it got."""
-    rid = folder.name
+    key = folder.name
     executions = attempts.read(folder)
     last = executions[-1] if executions else {}
-    held = locks.is_held(store.lock(rid))
-    owner = locks.read_owner(store.lock(rid)) if held else {}
+    held = locks.is_held(store.lock(key))
+    owner = locks.read_owner(store.lock(key)) if held else {}
     latest = _last_record(folder / "ckpt" / "records" / "metrics.jsonl")
     run = owner.get("run") or last.get("run")
     state = "running" if held else str(last.get("outcome", "never started"))
     log = store.outputs / "runs" / str(run) / f"{last.get('step')}-error.log"
     return {
-        "state": state, "step": owner.get("step") or last.get("step") or rid[:16], "rid": rid, "run": run,
+        "state": state, "step": owner.get("step") or last.get("step") or key[:16], "key": key, "run": run,
         "pid": owner.get("pid") or last.get("pid"), "host": owner.get("host") or last.get("host"),
         "started": last.get("started"), "ended": last.get("ended"), "attempts": len(executions),
         "ranks": _ranks(store, str(run)) if held else None,
@@ -101,10 +101,9 @@ def _describe_done(step: str, place: Path) -> Row:
         manifest = read_manifest(place)
     except StoreError:
         return {"step": step, "artifact": place.name, "damaged": True}
-    alias = manifest.get("alias_of")
-    size = 0 if alias else sum(file["bytes"] for file in manifest["outputs"])
+    size = sum(file["bytes"] for file in manifest["outputs"])
     return {
-        "step": step, "artifact": place.name, "rid": manifest["rid"], "bytes": size, "alias_of": alias,
+        "step": step, "artifact": place.name, "rid": manifest["rid"], "bytes": size,
         "seconds": manifest["seconds"], "published": manifest["published"],
     }  # fmt: skip
 
@@ -112,10 +111,9 @@ def _describe_done(step: str, place: Path) -> Row:
 def _cells(row: Row) -> list[str]:
     if row.get("damaged"):
         return [row["step"], row["artifact"], "-", "-", "damaged: see mlxchat verify"]
-    note = "  same contents as another" if row["alias_of"] else ""
     return [
         row["step"], row["artifact"], format_bytes(row["bytes"]), format_seconds(row["seconds"] or 0),
-        when(row["published"]) + note,
+        when(row["published"]),
     ]  # fmt: skip
 
 

@@ -248,8 +248,10 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
             if not place.names() and any(bare.files.exists(bare.path(name, MANIFEST)) for name in bare.names()):
                 place = bare
             chosen = _choose(store, place, wanted)
-            known = [here for manifest in chosen.values() if (here := store.own_folder(manifest["rid"])) is not None]
-            missing = {name: each for name, each in chosen.items() if store.own_folder(each["rid"]) is None}
+            known = [here for manifest in chosen.values() if (here := store.find(manifest["rid"])) is not None]
+            missing = {name: each for name, each in chosen.items() if store.find(each["rid"]) is None}
+            for name in chosen.keys() - missing.keys():
+                store.learn(chosen[name])
             if not missing:
                 return [], known
             _fetch(place, missing, base)
@@ -291,7 +293,7 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
             continue  # in the making, or no artifact
         chosen[name] = manifest
         rids = references(short_form(name, manifest))
-        queue += [by_rid[rid[:16]] for rid in rids if rid[:16] in by_rid and store.own_folder(rid) is None]
+        queue += [by_rid[rid[:16]] for rid in rids if rid[:16] in by_rid and store.find(rid) is None]
     if not chosen:
         raise ConfigError(f"{place.url} holds no whole artifact: its export has not ended")
     return chosen
@@ -299,13 +301,13 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
 
 def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
     """Bring artifacts to base/store/, each file hashed; what is whole there already is kept."""
-    total = sum(file["bytes"] for manifest in manifests.values() for file in _listed(manifest))
+    total = sum(file["bytes"] for manifest in manifests.values() for file in manifest["outputs"])
     base.mkdir(parents=True, exist_ok=True)
     here = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
     check_space(base, max(0, total - here), f"The import from {place.url}")
     with TransferProgress(place.url, total) as progress:
         for name, manifest in manifests.items():
-            for file in _listed(manifest):
+            for file in manifest["outputs"]:
                 _fetch_file(place, name, file, base / "store" / name / file["path"], progress)
             target = base / "store" / name / MANIFEST
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -315,11 +317,6 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
     for folder in (base / "store").iterdir():  # of another choice
         if folder.name not in manifests:
             shutil.rmtree(folder)
-
-
-def _listed(manifest: Manifest) -> list[dict[str, Any]]:
-    """Return the files that an artifact has itself; an alias has none."""
-    return [] if manifest.get("alias_of") else list(manifest["outputs"])
 
 
 def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, progress: TransferProgress) -> None:

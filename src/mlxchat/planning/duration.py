@@ -10,7 +10,6 @@ from mlxchat.model.sizes import flops_per_token, sizes_of
 from mlxchat.ops.machine import device_kind
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Training, predict_peak
-from mlxchat.runner.aliases import recent_artifacts
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Manifest, Store
@@ -35,7 +34,7 @@ def estimate_pretraining(config: Config, plan: Iterable[PlannedStep], store: Sto
         sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
         derived, per_token = derive_hyperparameters(config, sizes), flops_per_token(sizes)
         reached, source = config.machine.training_flops, "machine.training_flops"
-        if made := _most_alike(recent_artifacts(store, "pretrain"), per_token, device_kind(config.machine.device)):
+        if made := _most_alike(store.recent("pretrain"), per_token, device_kind(config.machine.device)):
             reached, source = _speed(made), made["name"]
         flops = per_token * derived.batch_tokens * derived.num_iterations
         if reached is None and flops > _LONG_FLOPS:

@@ -134,7 +134,7 @@ def _artifact(step: PlannedStep | None, store: Store) -> Path | None:
 
 def _chars_per_token(step: PlannedStep | None, store: Store) -> float | None:
     """Return the characters in a token of the plan's tokenizer, if it is made; its bytes are hardly more."""
-    made = store.read(step.rid) if step is not None and step.done else None
+    made = store.made(step.key) if step is not None and step.done else None
     metrics = (made or {}).get("metrics", {})
     value = metrics.get("chars_per_token", metrics.get("bytes_per_token"))
     return float(value) if value else None

@@ -8,6 +8,7 @@ without a readable plan is a fault. Standard library only, so that importing thi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -18,6 +19,7 @@ from mlxchat.errors import StoreError
 from mlxchat.report.scores import Sample, Scores, last_samples, parse_scores
 from mlxchat.report.sources import count_parameters, mapping, number, read_json, read_jsonl, sequence, text
 from mlxchat.runner.bases import folder_of_weights
+from mlxchat.runner.store import Manifest, Store
 
 # How much of an id the name of an artifact's folder carries.
 RID_LETTERS = 16
@@ -31,7 +33,10 @@ class StepReport:
     stage: str
     kind: str
     artifact: str
+    key: str
+    """What the step was asked for."""
     rid: str
+    """Of its artifact; "" while there is none."""
     inputs: dict[str, str]
     """Role to the name of the step that fills it."""
     outcome: str
@@ -222,20 +227,19 @@ def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, An
 
 
 def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]]) -> StepReport:
-    name, artifact, rid = (text(entry.get(key)) for key in ("step", "artifact", "rid"))
+    name, artifact, key, rid = (text(entry.get(part)) for part in ("step", "artifact", "key", "rid"))
     own = [e for e in events if e.get("step") == name and text(e.get("event")).startswith("step_")]
     named = [text(event.get("artifact")) for event in reversed(own)]
-    folder = _find_artifact(outputs / "store", rid, [*named, artifact])
-    manifest = read_json(folder / "manifest.json") if folder else {}
+    made = _find_made(outputs, key, rid)
+    folder = _find_artifact(outputs / "store", text(made.get("rid")) or rid, [*named, artifact])
+    manifest = made or (read_json(folder / "manifest.json") if folder else {})
     if folder and manifest:
         artifact = folder.name
-        if original := text(manifest.get("alias_of")):  # the files are with the artifact that this one stands for
-            folder = _find_artifact(outputs / "store", original, []) or folder
         records = folder
     else:
         # What a step has recorded so far is worth showing while it runs.
-        folder = outputs / "work" / rid / "out"
-        records = outputs / "work" / rid / "ckpt" / "records"
+        folder = outputs / "work" / key / "out"
+        records = outputs / "work" / key / "ckpt" / "records"
     outcome, error = _step_outcome([text(event.get("event")) for event in own], bool(manifest)), ""
     if outcome == "failed":
         error = next((message for event in reversed(own) if (message := text(event.get("error")))), "")
@@ -247,7 +251,8 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
         stage=text(entry.get("stage")),
         kind=text(entry.get("kind")),
         artifact=artifact,
-        rid=rid,
+        key=key,
+        rid=text(manifest.get("rid")) or rid,
         inputs={role: text(step) for role, step in mapping(entry.get("inputs")).items()},
         outcome=outcome,
         reason=text(entry.get("reason")),
@@ -263,6 +268,13 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
     )
 
 
+def _find_made(outputs: Path, key: str, rid: str) -> Manifest:
+    """Return the record of what a key gave; empty: there is none. A run that was killed did not note the id."""
+    with suppress(StoreError):
+        return Store(outputs).made(key, rid) or {}
+    return {}
+
+
 def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
     """Return the folder of the complete artifact: of one of `names`, or else of this id."""
     short = rid[:RID_LETTERS]
@@ -273,7 +285,7 @@ def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
 
 
 # How a step ends that has an artifact, but not from this run.
-_NOT_COMPUTED = ("step_cached", "step_shared", "step_failed", "step_interrupted")
+_NOT_COMPUTED = ("step_cached", "step_failed", "step_interrupted")
 
 
 def _step_outcome(events: list[str], is_published: bool) -> str:

@@ -113,7 +113,7 @@ def _distinct(found: list[tuple[str, StepReport | None]]) -> list[tuple[str, Ste
     kept: dict[str, tuple[str, StepReport]] = {}
     for name, step in found:
         if step is not None:
-            kept.setdefault(step.rid, (name, step))
+            kept.setdefault(step.rid or step.key, (name, step))
     return list(kept.values())
 
 

@@ -1,6 +1,6 @@
 """What an artifact's weights rest on: an adapter holds only what it adds to the weights of another artifact, its base.
 
-The base is named in checkpoint.json by its id and by the digest of its contents, so that an adapter is never computed
+The base is named in checkpoint.json by its id, which says what its contents are, so that an adapter is never computed
 with other weights than it was trained on. It is also an input of the adapter, so that gc, export and import keep both
 together.
 """
@@ -20,7 +20,7 @@ ADAPTER_KEY = "adapter"
 
 
 def describe_base(folder: Path) -> dict[str, str]:
-    """Return how an adapter names its base: the id and the digest of an artifact.
+    """Return how an adapter names its base: the id of an artifact.
 
     Args:
         folder: the artifact, or a folder with its manifest.
@@ -28,8 +28,7 @@ def describe_base(folder: Path) -> dict[str, str]:
     Raises:
         StoreError: it is no artifact.
     """
-    manifest = read_manifest(folder)
-    return {"rid": manifest["rid"], "tree": manifest["tree"]}
+    return {"rid": read_manifest(folder)["rid"]}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -45,7 +44,7 @@ def find_chain(folder: Path) -> list[Path]:
 
     Raises:
         DataError: a checkpoint.json cannot be read, or is not as adapters have it.
-        StoreError: a base is not in the same store, or has other contents than the adapter was trained on.
+        StoreError: a base is not in the same store.
     """
     chain = [folder]
     while (base := _find_base(chain[-1])) is not None:
@@ -85,21 +84,15 @@ def _find_base(folder: Path) -> Path | None:
     if adapter is None:
         return None
     base = adapter.get("base")
-    rid, tree = (base.get("rid"), base.get("tree")) if isinstance(base, dict) else (None, None)
-    if not isinstance(rid, str) or not isinstance(tree, str) or not rid:
-        raise DataError(f"{folder}: checkpoint.json does not name the base of its adapter by rid and tree")
+    rid = base.get("rid") if isinstance(base, dict) else None
+    if not isinstance(rid, str) or not rid:
+        raise DataError(f"{folder}: checkpoint.json does not name the base of its adapter by rid")
     store = Store(folder.resolve().parent.parent)
     place = store.find(rid) if folder.resolve().parent.name == "store" else None
     if place is None:
         raise StoreError(
             f"{folder.name} is an adapter, and its base {rid[:16]} is not in the same store ({store.outputs}). "
             "mlxchat export ID --to PLACE carries both, and import takes both in; or run again what made the base"
-        )
-    made = store.manifest_of(place)
-    if made["tree"] != tree:
-        raise StoreError(
-            f"{folder.name} is an adapter for other weights than {place.name} has now: that was made again and came "
-            "out otherwise. Run again what made the adapter: force=[STEP]"
         )
     return place
 

@@ -18,11 +18,11 @@ from mlxchat.errors import StoreError
 from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
 
 Summary = dict[str, Any]
-"""folder, rid, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs, tree,
-alias_of, run; of a damaged manifest only folder and `damaged`, the reason."""
+"""folder, rid, key, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs,
+tree, run; of a damaged manifest only folder and `damaged`, the reason."""
 
-_FORMAT = 1
-_COPIED = ("rid", "stage", "step", "kind", "version", "published", "seconds", "inputs", "metrics", "tree", "run")
+_FORMAT = 2
+_COPIED = ("rid", "key", "stage", "step", "kind", "version", "published", "seconds", "inputs", "metrics", "tree", "run")
 
 
 def read_catalog(store: Store, *, trusted: bool = True) -> list[Summary]:
@@ -63,18 +63,15 @@ def short_form(name: str, manifest: Manifest) -> Summary:
         **{key: manifest[key] if key in ("rid", "published") else manifest.get(key) for key in _COPIED},
         "inputs": manifest.get("inputs") or {},
         "metrics": manifest.get("metrics") or {},
-        "alias_of": manifest.get("alias_of"),
         "tokens_per_second": manifest.get("tokens_per_second"),
-        # An alias has no files of its own.
-        "bytes": 0 if manifest.get("alias_of") else sum(file["bytes"] for file in manifest.get("outputs", ())),
-        "files": 0 if manifest.get("alias_of") else len(manifest.get("outputs", ())),
+        "bytes": sum(file["bytes"] for file in manifest.get("outputs", ())),
+        "files": len(manifest.get("outputs", ())),
     }
 
 
 def references(summary: Summary) -> list[str]:
-    """Return the ids that an artifact refers to: of its inputs, and of the artifact that it is an alias of."""
-    found = [made["rid"] for made in (summary.get("inputs") or {}).values() if made and made.get("rid")]
-    return [*found, summary["alias_of"]] if summary.get("alias_of") else found
+    """Return the ids of an artifact's inputs."""
+    return [made["rid"] for made in (summary.get("inputs") or {}).values() if made and made.get("rid")]
 
 
 def by_rid(summaries: Iterable[Summary]) -> dict[str, Summary]:

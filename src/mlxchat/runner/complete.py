@@ -1,4 +1,4 @@
-"""Completing one step: found, shared by alias, waited for or made, each under the step's lock."""
+"""Completing one step: found, waited for or made, each under the step's lock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mlxchat.errors import StepFailed, StoreError
 from mlxchat.runner import attempts, locks
-from mlxchat.runner.aliases import publish_alias
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.make import make
 from mlxchat.runner.plan import PlannedStep, Verdict, judge
@@ -18,28 +17,23 @@ _INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
 
 
 def find_done(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path | None:
-    """Return the folder with the step's files if there is nothing to do."""
+    """Return the step's artifact if there is nothing to do. Its inputs are there, so its key is known from here on."""
     store.forget()
+    step.identify(store, planned)
     step.verdict = judge(step, store, forced=step.forced, planned=planned)
-    place = store.find(step.rid) if step.done else None
-    if place is not None:
-        run.event("step_cached", step=step.name, artifact=place.name)
-    return place
+    return _found(step, store, run)
 
 
 def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Return the folder with the step's files, made now if need be.
+    """Return the artifact of a step that `find_done` did not find, made now unless another process is quicker.
 
     Raises:
         MlxchatError: it could not be made, here or in the process that was waited for.
     """
-    place = find_done(step, store, run, planned)
-    if place is not None:
-        return place
-    work, lock = store.work(step.rid), store.lock(step.rid)
+    work, lock = store.work(step.key), store.lock(step.key)
     known = attempts.ended(work)
     waiting = Waiting(run, step.name, lock, doing="is making it", work=work)
-    with locks.hold(lock, {"run": run.name, "step": step.name, "rid": step.rid}, *waiting.calls) as waited:
+    with locks.hold(lock, {"run": run.name, "step": step.name, "key": step.key}, *waiting.calls) as waited:
         crash_point("step.locked")
         store.forget()
         if waited:
@@ -47,30 +41,24 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
             if error is not None:
                 raise StepFailed(f"step {step.name} failed in the process that was waited for: {error}")
         # Another process may have finished it before we got the lock.
+        step.identify(store, planned)
         step.verdict = judge(step, store, forced=step.forced and not waited, planned=planned)
-        place = store.find(step.rid) if step.done else None
-        if place is not None:
-            run.event("step_cached", step=step.name, artifact=place.name)
-        else:
+        place = _found(step, store, run)
+        if place is None:
             collector = store.outputs / "locks" / "gc.lock"
             looking = Waiting(run, step.name, collector, doing="is collecting garbage")
             with locks.hold(collector, {}, *looking.calls, shared=True):
-                original = step.verdict.original
-                if original is not None:
-                    place = _share(step, original, store, run, planned)
-                else:
-                    place = make(step, store, run, *find_inputs(step, store, planned))
+                place = make(step, store, run, *find_inputs(step, store, planned))
+        step.take(store.made(step.key))
         step.verdict = Verdict(state="done")  # for the steps below
         return place
 
 
-def _share(step: PlannedStep, original: Manifest, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Publish an alias of an artifact that was made from inputs of the same contents. The caller holds the lock."""
-    _, lineage = find_inputs(step, store, planned)
-    facts = {"run": run.name, "overrides": run.overrides, "argv": run.environment.record()["argv"]}
-    place = publish_alias(store, step, original, lineage, facts)
-    run.event("step_shared", step=step.name, artifact=step.artifact, original=place.name)
-    run.say(f"{step.name:<10} done: its inputs have the contents that {place.name} was made from")
+def _found(step: PlannedStep, store: Store, run: Run) -> Path | None:
+    """Return the artifact of a step that is done, and note that it was found."""
+    place = store.find(step.rid) if step.done else None
+    if place is not None:
+        run.event("step_cached", step=step.name, artifact=place.name, rid=step.rid)
     return place
 
 
@@ -82,15 +70,12 @@ def find_inputs(
     Raises:
         StoreError: an input is no longer there.
     """
-    wanted = {role: planned[source].rid for role, source in step.inputs.items()}
-    wanted |= {role: manifest["rid"] for role, manifest in step.artifacts.items()}
     folders: dict[str, Path] = {}
     lineage: dict[str, Manifest] = {}
-    for role, rid in wanted.items():
-        folder, manifest = store.find(rid), store.read(rid)
-        if folder is None or manifest is None:
-            name = step.artifacts[role]["name"] if role in step.artifacts else planned[step.inputs[role]].artifact
-            raise StoreError(f"{name}, which {step.name} needs as {role}, is no longer in {store.outputs}")
+    for role, manifest in step.inputs_made(store, planned).items():
+        folder = store.find(manifest["rid"])
+        if folder is None:
+            raise StoreError(f"{manifest['name']}, which {step.name} needs as {role}, is no longer in {store.outputs}")
         folders[role] = folder
         lineage[role] = {key: manifest[source] for key, source in _INPUT_KEYS.items()}
     return folders, lineage

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlxchat.runner.aliases import recent_artifacts
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes, format_seconds
 from mlxchat.runner.reasons import nearest_of
@@ -35,12 +34,7 @@ def estimate_steps(plan: list[PlannedStep], store: Store) -> dict[str, Estimate 
     for step in plan:
         if step.done:
             continue
-        like = step.artifact.rpartition("-")[0]  # without the id
-        made = (
-            made
-            for made in recent_artifacts(store, step.stage.name)
-            if made.get("alias_of") is None and made["name"].rpartition("-")[0] == like
-        )
+        made = (made for made in store.recent(step.stage.name) if made["name"].rpartition("-")[0] == step.title)
         nearest = nearest_of(step.identity, made)
         found[step.name] = None
         if nearest is not None:

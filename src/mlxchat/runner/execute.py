@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.awake import keep_awake
-from mlxchat.runner.complete import complete
+from mlxchat.runner.complete import complete, find_done
 from mlxchat.runner.naming import LATEST, MODEL
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.run import Policy as Policy
 from mlxchat.runner.run import Run as Run
+from mlxchat.runner.sealed import write_whole
 from mlxchat.runner.signals import stop_on_signals
 from mlxchat.runner.store import Store
 
@@ -65,7 +67,9 @@ def _execute_here(outcome: Outcome) -> None:
             if outcome.must_skip(step):
                 continue
             try:
-                place = complete(step, outcome.store, run, outcome.planned)
+                place = find_done(step, outcome.store, run, outcome.planned)
+                outcome.note(step)
+                place = place or complete(step, outcome.store, run, outcome.planned)
             except (Interrupted, StoreError):
                 outcome.current = step.name
                 raise
@@ -98,9 +102,21 @@ class Outcome:
         """Note a step's artifact and give it its names."""
         self.finished.add(step.name)
         self.store.set_ref(self.run.name, step.name, place)
-        made = self.store.read(step.rid) or {}
-        if step.stage.produces == MODEL and made.get("run") == self.run.name:
+        made = self.store.made(step.key)
+        step.take(made)
+        self.note(step)
+        if step.stage.produces == MODEL and made is not None and made["run"] == self.run.name:
             self._become_latest()
+
+    def note(self, step: PlannedStep) -> None:
+        """Write a step's key, known once its inputs are there, and what it gave into plan.json."""
+        path = self.run.folder / "plan.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": []}
+        for entry in record["steps"]:
+            known = {"key": step.key, "rid": step.rid, "artifact": step.artifact}
+            if entry["step"] == step.name and not known.items() <= entry.items():
+                entry |= known
+                write_whole(path, json.dumps(record, indent=1).encode() + b"\n")
 
     def fail(self, step: PlannedStep, error: MlxchatError) -> None:
         """Note that a step failed, and say so now if anything else goes on."""

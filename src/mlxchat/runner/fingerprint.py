@@ -49,16 +49,16 @@ def plain_of(config: Any) -> Any:
     return _plain(config, identity_only=False)
 
 
-def compute_rid(
+def compute_key(
     stage: str, version: int, identity: Any, inputs: Mapping[str, str], externals: Mapping[str, str]
 ) -> str:
-    """Return the id of the artifact a step will make, 52 characters of lower-case base32, known before it runs.
+    """Return the key of what a step is asked for, 52 characters of lower-case base32.
 
     Args:
         stage: name of the stage.
         version: its VERSION.
         identity: `identity_of` its configuration.
-        inputs: role → rid.
+        inputs: role → digest of the contents.
         externals: name → content hash or revision of everything read from outside.
     """
     record = {
@@ -69,9 +69,12 @@ def compute_rid(
         "inputs": dict(inputs),
         "externals": dict(externals),
     }
-    digest = hashlib.sha256(canonical_json(record).encode()).digest()
-    # Lower case throughout: the disks of Macs do not tell cases apart.
-    return base64.b32encode(digest).decode().rstrip("=").lower()
+    return encode_digest(canonical_json(record))
+
+
+def encode_digest(text: str) -> str:
+    """Return the sha256 of a text as 52 characters of lower-case base32: the disks of Macs do not tell cases apart."""
+    return base64.b32encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=").lower()
 
 
 def canonical_json(value: Any) -> str:

@@ -14,17 +14,18 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, StoreError
 from mlxchat.runner import locks
 from mlxchat.runner.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.leftovers import DAY_SECONDS, Garbage, Limits, entries, left_overs, orphans, size_of
 from mlxchat.runner.naming import IMPORTS, LATEST, PINS, groups, latest, links
-from mlxchat.runner.store import Store
+from mlxchat.runner.store import Store, rid_of_record
 
 _RUN = re.compile(r"\d{8}-\d{6}-")
 
@@ -107,6 +108,10 @@ def collect(store: Store, limits: Limits) -> Collection:
                 crash_point("gc.moved")
             _remove(moved)
             crash_point("gc.deleted")
+        store.forget()
+        for record in entries(store.outputs / "records"):
+            if store.find(rid_of_record(record.name)) is None:
+                record.unlink()
         for group in groups(store):
             folder = store.outputs / "refs" / group
             if group not in (LATEST, PINS) and not any(folder.iterdir()):
@@ -162,8 +167,7 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
             keep(rid, "younger than a run in progress")
         if limits.older_than_seconds is not None and now - _seconds(summary["published"]) < limits.older_than_seconds:
             keep(rid, "young")
-        if not summary["alias_of"]:
-            by_step.setdefault(str(summary["step"]), []).append(summary)
+        by_step.setdefault(str(summary["step"]), []).append(summary)
     if limits.keep_last is not None:
         for step, made in by_step.items():
             newest = sorted(made, key=lambda summary: summary["published"])[
@@ -239,9 +243,18 @@ def _runs(store: Store) -> Iterator[tuple[str, str, bool, list[str]]]:
             events = folder / "events.jsonl"
             last = events.read_bytes().rstrip().rpartition(b"\n")[2] if events.exists() else b""
             ended = b'"run_done"' in last or b'"run_failed"' in last
-            yield folder.name, str(record["started"]), ended, [str(step["rid"]) for step in record["steps"]]
+            made = (step.get("rid") or _given(store, step) for step in record["steps"])
+            yield folder.name, str(record["started"]), ended, [str(rid) for rid in made if rid]
         except (OSError, ValueError, KeyError, TypeError):
             continue
+
+
+def _given(store: Store, step: Mapping[str, str]) -> str | None:
+    """Return the id of what a step's key gave, which the run may have been killed before it noted."""
+    with suppress(StoreError):
+        made = store.made(step["key"])
+        return made["rid"] if made is not None else None
+    return None
 
 
 def _seconds(moment: str) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from mlxchat.errors import ConfigError
 from mlxchat.runner import locks
 from mlxchat.runner.naming import groups
+from mlxchat.runner.progress import plural
 from mlxchat.runner.store import MANIFEST, Store
 
 DAY_SECONDS = 86400.0
@@ -90,19 +91,26 @@ def left_overs(store: Store, limits: Limits) -> Iterator[Garbage]:
 
 
 def orphans(store: Store, staying: set[str]) -> Iterator[Garbage]:
-    """Yield entries of the action index and refs that lead to nothing, or will."""
+    """Yield refs that lead to nothing, or will, and an index that only version 0.1 had."""
     for path in entries(store.outputs / "index" / "act"):
-        try:
-            rid = path.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            rid = ""
-        if rid not in staying:
-            yield Garbage(path, "index", 0, "its artifact is gone")
+        yield Garbage(path, "index", 0, "of version 0.1")
     folders = {rid[:16] for rid in staying}
     for group in groups(store):
         for link in entries(store.outputs / "refs" / group):
             if link.is_symlink() and os.readlink(link)[-16:] not in folders:  # noqa: PTH115
                 yield Garbage(link, "ref", 0, "its artifact is gone")
+
+
+def remark_old(store: Store) -> str | None:
+    """Return a line about outputs that version 0.1 left, until something was made in them; None: there are none."""
+    count = sum((path / MANIFEST).exists() for path in entries(store.outputs / "store"))
+    if not count or (store.outputs / "records").is_dir():
+        return None
+    return (
+        f"{store.outputs} holds {plural(count, 'artifact')} of version 0.1: chat, show and export take them by name, "
+        "runs make their own. To keep them apart: outputs=PATH. To remove them, once there are newer ones: "
+        "mlxchat gc --keep-last 1 --apply"
+    )
 
 
 def entries(folder: Path) -> list[Path]:

@@ -14,12 +14,9 @@ Node = dict[str, Any]
 def ancestors(rid: str, known: Mapping[str, Summary], role: str = "") -> Node:
     """Return the tree of what an artifact was made from, itself at the root."""
     summary = known[rid]
-    inputs = dict(summary["inputs"])
-    if summary["alias_of"]:
-        inputs["alias of"] = {"rid": summary["alias_of"], "step": summary["step"], "artifact": summary["alias_of"][:16]}
     below = [
         ancestors(made["rid"], known, name) if made["rid"] in known else _gone(name, made)
-        for name, made in inputs.items()
+        for name, made in summary["inputs"].items()
     ]
     return {**_node(summary, role), "inputs": below}
 
@@ -30,8 +27,6 @@ def descendants(rid: str, known: Mapping[str, Summary]) -> Node:
     for summary in known.values():
         for role, made in summary["inputs"].items():
             users.setdefault(made["rid"], []).append((role, summary))
-        if summary["alias_of"]:
-            users.setdefault(summary["alias_of"], []).append(("alias of", summary))
 
     def grow(summary: Summary, role: str) -> Node:
         return {**_node(summary, role), "uses": [grow(user, name) for name, user in users.get(summary["rid"], [])]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import time
 import traceback
@@ -14,7 +13,6 @@ from typing import Any
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner import attempts as attempt_log
 from mlxchat.runner import locks
-from mlxchat.runner.aliases import action_key, remember_action
 from mlxchat.runner.bases import bases_of
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.crash import crash_point
@@ -29,7 +27,7 @@ from mlxchat.runner.records import Record, now
 from mlxchat.runner.run import Run
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.shared import SharedArtifacts
-from mlxchat.runner.store import MEASURED, SCHEMA, Manifest, Store, describe_outputs
+from mlxchat.runner.store import MEASURED, SCHEMA, Manifest, Store
 from mlxchat.runner.time_limit import TimeIsUp, TimeLimit
 from mlxchat.runner.waiting import Waiting
 
@@ -68,13 +66,13 @@ def make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], li
             run.hooks.tell("on_failure", error=str(error), **_facts(step, store, run))
             raise
         seconds = round(time.monotonic() - began, 3)
-        run.hooks.tell("on_success", seconds=seconds, **_facts(step, store, run))
+        run.hooks.tell("on_success", seconds=seconds, artifact=place.name, **_facts(step, store, run))
         return place
 
 
 def _make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]) -> Path:
     """Run the stage, again if what went wrong may pass, and publish what it made."""
-    work = store.work(step.rid)
+    work = store.work(step.key)
     began = time.monotonic()
     tries = run.policy.retry_attempts
     for number in range(1, tries + 1):
@@ -103,25 +101,25 @@ def _make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], l
         attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
         crash_point("step.recorded")
         manifest = _describe(step, ctx, run, lineage, attempt_log.read(work))
-        if not locks.owns(store.lock(step.rid)):
+        if not locks.owns(store.lock(step.key)):
             raise StoreError(
                 f"{store.outputs} was removed or exchanged while {step.name} was made, and with it the lock that kept "
                 "others from making it too. Nothing was published; run the same command again."
             )
-        place = store.publish(ctx.out, step.artifact, manifest)
-        remember_action(store, manifest["akey"], step.rid)
+        place = store.publish(ctx.out, step.label, manifest)
+        made = store.made(step.key)
+        assert made is not None, "it was recorded"
     except OSError as error:
         text = f"{step.name} was made but could not be published: {error.strerror or error}"
         text += f" ({error.filename or ctx.out})"
         with suppress(OSError):  # a full disk takes no notes either
             attempt_log.finish(work, attempt, "failed", text, ctx.resumed_from)
         raise StoreError(f"{text}. Mend that and run the same command again.") from error
-    crash_point("step.indexed")
     shutil.rmtree(work, ignore_errors=True)
     crash_point("step.cleaned")
     seconds = time.monotonic() - began
     run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
-    run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(manifest)}"))
+    run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(made)}"))
     return place
 
 
@@ -129,11 +127,10 @@ def _prepare(
     step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]
 ) -> Context:
     """Return the context of an attempt, whose `out` is empty and whose `work` is what it can go on from."""
-    work = store.work(step.rid)
+    work = store.work(step.key)
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    _drop_work_on_other_inputs(work, {role: manifest["tree"] for role, manifest in lineage.items()})
     crash_point("step.prepared")
     return Context(
         step=step.name, stage=step.stage.name, inputs=folders, out=out,
@@ -151,7 +148,7 @@ def _prepare(
 def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
     """Run the stage once and note how that ended; return the attempt's number."""
     attempt = attempt_log.start(work, run.name, step.name)
-    run.event("step_started", step=step.name, artifact=step.artifact, reason=step.reason)
+    run.event("step_started", step=step.name, key=step.key, reason=step.reason)
     crash_point("step.started")
     run.say(f"{step.name:<10} starts ({step.reason})")
     reset_peak_memory()
@@ -234,31 +231,15 @@ def _check_input(step: PlannedStep, folder: Path, store: Store) -> None:
         )
 
 
-def _drop_work_on_other_inputs(work: Path, trees: dict[str, str]) -> None:
-    """Throw resumable state away unless it is known to be of the same bytes of every input."""
-    note, text = work / "inputs.json", json.dumps(trees, sort_keys=True)
-    try:
-        same = note.read_text(encoding="utf-8") == text
-    except (OSError, UnicodeDecodeError):
-        same = False
-    if not same:
-        shutil.rmtree(work / "ckpt", ignore_errors=True)
-        note.write_text(text, encoding="utf-8")
-
-
 def _describe(
     step: PlannedStep, ctx: Context, run: Run, lineage: dict[str, Manifest], attempts: list[Record]
 ) -> Manifest:
-    """Return everything that the manifest says."""
-    outputs, tree = describe_outputs(ctx.out)
+    """Return everything that the manifest says besides the contents."""
     metrics = dict(ctx.metrics)
     sections = {section: plain_of(getattr(run.config, section)) for section in step.stage.config}
     return {
         "schema": SCHEMA,
-        "rid": step.rid,
-        "akey": action_key(step, {role: made["tree"] for role, made in lineage.items()}),
-        "alias_of": None,
-        "name": step.artifact,
+        "key": step.key,
         "stage": step.stage.name,
         "step": step.name,
         "kind": step.stage.produces,
@@ -268,8 +249,6 @@ def _describe(
         "full_config": sections,
         "overrides": run.overrides,
         "inputs": lineage,
-        "outputs": outputs,
-        "tree": tree,
         "pins": step.externals,
         "externals": ctx.externals,
         **{key: metrics.pop(key, None) for key in MEASURED},
@@ -306,7 +285,7 @@ def _summary(manifest: Manifest) -> str:
 def _facts(step: PlannedStep, store: Store, run: Run) -> dict[str, str]:
     """Return what hooks are told."""
     return {
-        "step": step.name, "stage": step.stage.name, "run": run.name, "artifact": step.artifact, "rid": step.rid,
+        "step": step.name, "stage": step.stage.name, "run": run.name, "key": step.key,
         "outputs": str(store.outputs.resolve()),
     }  # fmt: skip
 

@@ -41,7 +41,7 @@ class Found(NamedTuple):
     """An artifact, and the run that the name chose it from."""
 
     place: Path
-    """Its folder; of an alias, its own."""
+    """Its folder."""
     run: str | None = None
     """The run's folder name; None: the name is that of an artifact, a pin or an import."""
 
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 
 def resolve(store: Store, name: str) -> Path:
-    """Return the folder of the artifact that a name means; of an alias, its own.
+    """Return the folder of the artifact that a name means.
 
     Raises:
         StoreError: nothing, or more than one thing, has this name; the message lists what there is.

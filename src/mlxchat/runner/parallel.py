@@ -134,6 +134,7 @@ def _start_what_is_ready(outcome: Outcome, children: dict[str, _Child]) -> None:
         if len(children) >= outcome.run.policy.max_parallel_steps:
             return
         place = find_done(step, outcome.store, outcome.run, outcome.planned)
+        outcome.note(step)
         if place is not None:
             outcome.finish(step, place)
         else:

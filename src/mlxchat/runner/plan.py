@@ -1,20 +1,25 @@
-"""The plan: what each step's artifact will be called, and whether and why the step has to run."""
+"""The plan: what each step is asked for, which is its key, and whether and why it has to run.
+
+A key is the hash of everything that the result follows from: stage, version, settings, the contents of the inputs and
+the pins of what is read from outside. Which artifact it gave is in the store's records. So an input that is made again
+with the same contents, or comes from other settings with the same contents, makes nothing below it run (early cutoff).
+Until an input is made, its own key stands for its contents.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner import locks
-from mlxchat.runner.aliases import action_key, find_action
 from mlxchat.runner.code_digest import CodeDigests, changed_modules, remembered
 from mlxchat.runner.externals import FileHashes
 from mlxchat.runner.externals import pin_externals as pin_externals
-from mlxchat.runner.fingerprint import compute_rid, identity_of
+from mlxchat.runner.fingerprint import compute_key, identity_of
 from mlxchat.runner.naming import find
 from mlxchat.runner.pipeline import GIVEN_KIND, given_of, steps_of
 from mlxchat.runner.pipeline import Pipeline as Pipeline
@@ -22,7 +27,7 @@ from mlxchat.runner.pipeline import order_steps as order_steps
 from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.reasons import flatten_config as flatten_config
 from mlxchat.runner.stage import Stage, Stages
-from mlxchat.runner.store import Manifest, Store, artifact_name, read_manifest
+from mlxchat.runner.store import Manifest, Store, artifact_title, read_manifest
 
 _MOST_MODULES_SHOWN = 3
 
@@ -35,8 +40,6 @@ class Verdict:
     """done, run, maybe (an input will be rebuilt; with the same bytes the step is done) or waiting (see make_plan)."""
     reason: str = ""
     """Why it runs; of a step that is done, a remark or nothing."""
-    original: Manifest | None = None
-    """The artifact that the step shall share by alias instead of running."""
     difference: Difference | None = None
     """What differs from the nearest artifact, if the step has none."""
     drift: list[str] = field(default_factory=list)
@@ -55,10 +58,13 @@ class PlannedStep:
     """Role → manifest of an artifact that the configuration names, instead of a step."""
     identity: dict[str, Any]
     externals: dict[str, str]
-    rid: str
-    artifact: str
-    """Name of the artifact's folder."""
     label: str
+    key: str = ""
+    """What it is asked for: `identify`."""
+    rid: str = ""
+    """The id of what its key gave; "": nothing is there yet."""
+    artifact: str = ""
+    """Name of that artifact's folder."""
     forced: bool = False
     """Whether it shall run although its artifact is there."""
     code_policy: str = "warn"
@@ -98,6 +104,62 @@ class PlannedStep:
             "modules": self.digests.of_stage(self.stage.path, self.stage.module, self.stage.root),
         }
 
+    def key_with(self, contents: Mapping[str, str]) -> str:
+        """Return the key of the step with inputs of these contents (role → digest)."""
+        return compute_key(self.stage.name, self.stage.version, self.identity, contents, self.externals)
+
+    @property
+    def settings_key(self) -> str:
+        """What stays the same from a run's first try to its last: a key with the inputs' names instead of contents."""
+        return self.key_with(self.inputs | {role: manifest["tree"] for role, manifest in self.artifacts.items()})
+
+    @property
+    def title(self) -> str:
+        """What its artifact is called, without the id."""
+        return artifact_title(self.stage.name, self.label)
+
+    def identify(self, store: Store, planned: Mapping[str, PlannedStep]) -> None:
+        """Set the step's key from what its inputs are now, and what that has given.
+
+        The contents of an input that will be made are not known yet: its own key stands for them, and the step gets
+        another key once they are.
+
+        Args:
+            store: where the inputs are.
+            planned: name → step, of its inputs at least, which are identified and judged.
+
+        Raises:
+            StoreError: an input that was there is gone.
+        """
+        contents = {role: f"key:{planned[source].key}" for role, source in self.inputs.items()}
+        contents |= {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
+        self.key = self.key_with(contents)
+        self.take(store.made(self.key))
+
+    def take(self, made: Manifest | None) -> None:
+        """Set what the key gave, by its record; None: nothing yet."""
+        self.rid, self.artifact = (made["rid"], made["name"]) if made is not None else ("", "")
+
+    def inputs_made(self, store: Store, planned: Mapping[str, PlannedStep]) -> dict[str, Manifest]:
+        """Return role → manifest of the inputs that are there and will not be made again.
+
+        Raises:
+            StoreError: one that was there is gone.
+        """
+        found = dict(self.artifacts)
+        for role, source in self.inputs.items():
+            if not planned[source].done:
+                continue
+            made = store.made(planned[source].key)
+            if made is None:
+                gone = planned[source].artifact or source
+                raise StoreError(
+                    f"{gone}, which {self.name} needs as {role}, is no longer in {store.outputs}. "
+                    "Run the same command again: it is made anew."
+                )
+            found[role] = made
+        return found
+
     def drift(self, manifest: Manifest) -> list[str]:
         """Return the names of the modules that changed since an artifact was made."""
         before = manifest["code"]
@@ -118,7 +180,7 @@ def make_plan(
     code: str = "warn",
     compute_dtype: str = "float32",
 ) -> list[PlannedStep]:
-    """Return the steps in order, each with its artifact's id and whether and why it has to run.
+    """Return the steps in order, each with its key and whether and why it has to run.
 
     Args:
         config: typed configuration; a stage's CONFIG names the attributes that it reads.
@@ -160,30 +222,34 @@ def make_plan(
         identity |= stage.seeds(seed, seed if data_seed is None else data_seed)
         if compute_dtype != "float32" and "gpu" in stage.resources:
             identity["compute_dtype"] = compute_dtype
-        externals = pins[stage.config, unread]
-        rids = {role: planned[step].rid for role, step in inputs.items()}
-        rids |= {role: manifest["rid"] for role, manifest in given.items()}
-        rid_with = partial(_rid_with, stage, identity, externals, rids)
-        artifacts = find_artifacts(sections, store, rid_with)
-        rid = rid_with(artifacts)
         inherited = [planned[step].label for step in inputs.values()]
         labels = [given_label(source, given[role]) for role, source in given_of(pipeline[name]).items()]
-        label = _label(stage, config, [*inherited, *labels])
-        artifacts |= given
         step = PlannedStep(
-            name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=externals, rid=rid,
-            artifact=artifact_name(stage.name, label, rid), label=label, forced=name in force or "all" in force,
-            code_policy=code, digests=digests, sections=sections, format=format, unread=unread,
+            name=name, stage=stage, inputs=inputs, artifacts=given, identity=identity,
+            externals=pins[stage.config, unread], label=_label(stage, config, [*inherited, *labels]),
+            forced=name in force or "all" in force, code_policy=code, digests=digests, sections=sections,
+            format=format, unread=unread,
         )  # fmt: skip
+        step.artifacts |= find_artifacts(sections, store, partial(_key_with, step, store, planned))
+        step.identify(store, planned)
         step.verdict = judge(step, store, forced=step.forced, planned=planned)
-        place = store.own_folder(rid) if step.done else None
-        if place is not None:
-            step.artifact = place.name  # made under another label
-        elif not step.done and locks.is_held(store.lock(rid)):
-            step.verdict = Verdict(state="waiting", reason=_tell_maker(store, rid), difference=step.verdict.difference)
+        if not step.done and locks.is_held(store.lock(step.key)):
+            maker = _tell_maker(store, step.key)
+            step.verdict = Verdict(state="waiting", reason=maker, difference=step.verdict.difference)
         planned[name] = step
     digests.save()
     hashes.save()
+    return list(planned.values())
+
+
+def plan_again(plan: Iterable[PlannedStep], store: Store) -> list[PlannedStep]:
+    """Return a plan with what the store holds now: the keys of steps whose inputs were made since, and what is done."""
+    store.forget()
+    planned: dict[str, PlannedStep] = {}
+    for step in plan:
+        planned[step.name] = now = replace(step)
+        now.identify(store, planned)
+        now.verdict = judge(now, store, forced=False, planned=planned)
     return list(planned.values())
 
 
@@ -199,32 +265,18 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
     if forced:
         return Verdict(state="run", reason="forced")
     pending = {role: source for role, source in step.inputs.items() if not planned[source].done}
-    trees = {role: made["tree"] for role, made in _inputs_made(step, store, planned, pending).items()}
-    manifest = store.read(step.rid)
+    manifest = None if pending else store.made(step.key)
     if manifest is not None:
-        changed = [
-            f"{role} ({step.inputs.get(role) or step.artifacts[role]['name']})"
-            for role, tree in trees.items()
-            if tree != manifest["inputs"][role]["tree"]
-        ]
-        if changed and manifest.get("alias_of") is None:
-            return Verdict(state="run", reason=f"input changed: {', '.join(changed)}")
-        if not changed:
-            drift = [] if step.code_policy == "ignore" else step.drift(manifest)
-            if drift and step.code_policy == "strict":
-                return Verdict(state="run", reason=f"code changed: {_list(drift)}", drift=drift)
-            if pending:
-                return Verdict(state="maybe", reason=_tell_pending(pending), drift=drift)
-            return Verdict(state="done", reason=f"code drift (warn): {_list(drift)}" if drift else "", drift=drift)
-    original = None if pending else find_action(store, action_key(step, trees), step.stage.name)
-    if original is not None and not (step.code_policy == "strict" and step.drift(original)):
-        return Verdict(state="done", reason=f"same inputs as {original['name']}", original=original)
-    rids = {role: planned[source].rid for role, source in step.inputs.items()}
-    rids |= {role: made["rid"] for role, made in step.artifacts.items()}
-    difference = find_difference(step, store, rids)
-    resumable = ", resumes" if (store.work(step.rid) / "ckpt").is_dir() else ""
+        drift = [] if step.code_policy == "ignore" else step.drift(manifest)
+        if drift and step.code_policy == "strict":
+            return Verdict(state="run", reason=f"code changed: {_list(drift)}", drift=drift)
+        return Verdict(state="done", reason=f"code drift (warn): {_list(drift)}" if drift else "", drift=drift)
+    made = step.inputs_made(store, planned)
+    difference = find_difference(step, store, {role: manifest["tree"] for role, manifest in made.items()})
+    resumable = ", resumes" if (store.work(step.key) / "ckpt").is_dir() else ""
     if pending and difference.only_inputs:
-        return Verdict(state="maybe", reason=_tell_pending(pending) + resumable, difference=difference)
+        told = ", ".join(f"{role} ({source})" for role, source in pending.items())
+        return Verdict(state="maybe", reason=f"input {told} will be rebuilt{resumable}", difference=difference)
     if step.artifacts:
         reason = ", ".join(f"{role} {made['name']}" for role, made in step.artifacts.items())
     else:
@@ -232,40 +284,18 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
     return Verdict(state="run", reason=reason + resumable, difference=difference)
 
 
-def _inputs_made(
-    step: PlannedStep, store: Store, planned: Mapping[str, PlannedStep], pending: Mapping[str, str]
-) -> dict[str, Manifest]:
-    """Return role → manifest of the inputs that are there and will not be rebuilt."""
-    found = dict(step.artifacts)
-    for role, source in step.inputs.items():
-        if role not in pending:
-            # A step that shares another one's artifact may not have its alias yet.
-            made = store.read(planned[source].rid) or planned[source].verdict.original
-            if made is None:
-                raise StoreError(
-                    f"{planned[source].artifact}, which {step.name} needs as {role}, is no longer in {store.outputs}. "
-                    "Run the same command again: it is made anew."
-                )
-            found[role] = made
-    return found
-
-
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_MODULES_SHOWN} more" if len(names) > _MOST_MODULES_SHOWN else ""
     return ", ".join(names[:_MOST_MODULES_SHOWN]) + more
 
 
-def _tell_pending(pending: Mapping[str, str]) -> str:
-    return f"input {', '.join(f'{role} ({source})' for role, source in pending.items())} will be rebuilt"
-
-
-def _tell_maker(store: Store, rid: str) -> str:
-    owner = locks.read_owner(store.lock(rid))
+def _tell_maker(store: Store, key: str) -> str:
+    owner = locks.read_owner(store.lock(key))
     return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} is making it"
 
 
 def find_artifacts(
-    sections: Mapping[str, Any], store: Store, rid_with: Callable[[Mapping[str, Manifest]], str]
+    sections: Mapping[str, Any], store: Store, key_with: Callable[[Mapping[str, Manifest]], str]
 ) -> dict[str, Manifest]:
     """Return role → manifest of the artifacts that fields with metadata `artifact: role` name, where they are set.
 
@@ -275,7 +305,7 @@ def find_artifacts(
     Args:
         sections: of the configuration.
         store: where names are looked up.
-        rid_with: id of the step if it takes these artifacts.
+        key_with: returns the step's key if it takes these artifacts.
 
     Raises:
         StoreError: a name leads to nothing, or to more than one thing.
@@ -294,7 +324,7 @@ def find_artifacts(
             found[role] = read_manifest(place)
             before = found[role]["inputs"].get(role)
             first = store.read(before["rid"]) if before and run is not None else None
-            if first and rid_with({role: first}) == found[role]["rid"]:
+            if first and key_with({role: first}) == found[role].get("key"):
                 found[role] = first
     return found
 
@@ -353,11 +383,13 @@ def _without(unread: frozenset[str], identity: dict[str, Any]) -> dict[str, Any]
     return kept
 
 
-def _rid_with(
-    stage: Stage, identity: Any, externals: Mapping[str, str], rids: Mapping[str, str], named: Mapping[str, Manifest]
+def _key_with(
+    step: PlannedStep, store: Store, planned: Mapping[str, PlannedStep], named: Mapping[str, Manifest]
 ) -> str:
-    further = {role: manifest["rid"] for role, manifest in named.items()}
-    return compute_rid(stage.name, stage.version, identity, {**rids, **further}, externals)
+    """Return the key that a step has if the artifacts that its settings name are these."""
+    other = replace(step, artifacts={**step.artifacts, **named})
+    other.identify(store, planned)
+    return other.key
 
 
 def _label(stage: Stage, config: Any, inherited: list[str]) -> str:
@@ -377,6 +409,7 @@ def entries_of(plan: list[PlannedStep]) -> list[dict[str, Any]]:
             "stage": step.stage.name,
             "kind": step.stage.produces,
             "artifact": step.artifact,
+            "key": step.key,
             "rid": step.rid,
             "inputs": step.inputs,
             "state": step.state,

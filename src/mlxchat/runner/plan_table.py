@@ -8,6 +8,8 @@ from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import plural
 
+_SHOWN = 8  # letters of a key
+
 
 def format_plan(
     plan: list[PlannedStep],
@@ -22,11 +24,12 @@ def format_plan(
         estimates: step → what it will take; None: nothing is known.
     """
     width = max(len(step.name) for step in plan)
-    names = max(len(step.artifact) for step in plan)
+    titles = {step.name: step.artifact or f"{step.title} (key {step.key[:_SHOWN]}…)" for step in plan}
+    names = max(map(len, titles.values()))
     states = max(len(step.state) for step in plan)
     lines = []
     for step in plan:
-        line = f"{step.name:<{width}}  {step.state:<{states}}  {step.artifact:<{names}}  {step.reason}".rstrip()
+        line = f"{step.name:<{width}}  {step.state:<{states}}  {titles[step.name]:<{names}}  {step.reason}".rstrip()
         notes = [remarks[step.name]] if remarks and step.name in remarks else []
         if estimates is not None and step.name in estimates:
             notes.append(str(estimates[step.name] or "no estimate"))

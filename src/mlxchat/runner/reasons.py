@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.runner.aliases import recent_artifacts
 from mlxchat.runner.fingerprint import left_out_of
 from mlxchat.runner.store import Manifest, Store
 
@@ -29,7 +28,7 @@ class Difference:
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Dotted key → old and new value; "absent" where there was or is none."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """Role → step, of the inputs that are other artifacts."""
+    """Role → step, of the inputs with other contents."""
     externals: dict[str, tuple[str, str]] = field(default_factory=dict)
     """File or package → old and new pin."""
 
@@ -55,15 +54,15 @@ class Difference:
         return "external data changed" if self.externals else "missing"
 
 
-def find_difference(step: PlannedStep, store: Store, rids: Mapping[str, str]) -> Difference:
+def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]) -> Difference:
     """Return what differs between a step and the nearest artifact of the same step.
 
     Args:
         step: whose identity is compared.
         store: where artifacts are looked for.
-        rids: role → id of the input.
+        contents: role → digest of the inputs that are there.
     """
-    artifacts = recent_artifacts(store, step.stage.name)
+    artifacts = store.recent(step.stage.name)
     nearest = nearest_of(step.identity, (made for made in artifacts if made["step"] == step.name))
     if nearest is None:
         return Difference()
@@ -78,8 +77,8 @@ def find_difference(step: PlannedStep, store: Store, rids: Mapping[str, str]) ->
         config=_changes(before, now, lambda: flatten_config(left_out_of(step.sections))),
         inputs={
             role: step.inputs.get(role, role)
-            for role, rid in rids.items()
-            if nearest["inputs"].get(role, {}).get("rid") != rid
+            for role, tree in contents.items()
+            if nearest["inputs"].get(role, {}).get("tree") != tree
         },
         externals=_changes(pins, step.externals),
     )

@@ -17,7 +17,7 @@ _FILE = {"path": str, "bytes": int, "sha256": str}
 _RANKS = {"size": int, "backend": str, "hosts": [str]}
 # What a key holds: a type, [of each item], or {key: of its value}. Keys that are not listed hold any JSON.
 _MANIFEST: Mapping[str, Any] = {
-    "schema": int, "rid": str, "akey": _TEXT, "alias_of": _TEXT, "name": str, "stage": str, "step": _TEXT,
+    "schema": int, "key": _TEXT, "rid": str, "name": str, "stage": str, "step": _TEXT,
     "kind": str, "version": int, "config": dict, "full_config": dict, "overrides": [str],
     "excluded": {"ranks": _RANKS}, "inputs": {_EACH: _INPUT}, "outputs": [_FILE], "tree": str, "pins": {_EACH: str},
     "externals": [dict], "metrics": {_EACH: _NUMBER}, "derived": {"predicted_peak_bytes": _NUMBER},

@@ -1,6 +1,6 @@
 """Artifacts that stages make on demand and share: encoded text. No plan names them, each is made once.
 
-Their id covers contents alone (what was read, with which tokenizer, in which format), so trainings, evaluations and
+Their key covers contents alone (what was read, with which tokenizer, in which format), so trainings, evaluations and
 sweeps that read the same find the same. They may be removed at any time: who needs one makes it again.
 """
 
@@ -17,9 +17,9 @@ from mlxchat.errors import StoreError
 from mlxchat.runner import attempts as attempt_log
 from mlxchat.runner import locks
 from mlxchat.runner.crash import crash_point
-from mlxchat.runner.fingerprint import compute_rid
+from mlxchat.runner.fingerprint import compute_key
 from mlxchat.runner.records import now
-from mlxchat.runner.store import SCHEMA, SHARED_KIND, Manifest, Store, artifact_name, describe_outputs
+from mlxchat.runner.store import SCHEMA, SHARED_KIND, Manifest, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,9 @@ class SharedArtifacts:
         Raises:
             StoreError: it could not be written.
         """
-        rid = compute_rid(SHARED_KIND, version, identity, {}, {})
+        key = compute_key(SHARED_KIND, version, identity, {}, {})
         store = Store(self.outputs)  # its own, because a store remembers what it saw
-        place = store.find(rid)
+        place = store.find_made(key)
         if place is not None:
             return place
 
@@ -71,13 +71,13 @@ class SharedArtifacts:
             who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
             self.say(f"{SHARED_KIND:<10} waits: {who} is making {label}")
 
-        with locks.hold(store.lock(rid), {"run": self.run, "step": SHARED_KIND}, tell_waiting, check):
+        with locks.hold(store.lock(key), {"run": self.run, "step": SHARED_KIND}, tell_waiting, check):
             crash_point("shared.locked")
             store.forget()
-            place = store.find(rid)
+            place = store.find_made(key)
             if place is not None:
                 return place
-            work = store.work(rid)
+            work = store.work(key)
             shutil.rmtree(work / "out", ignore_errors=True)
             (work / "out").mkdir(parents=True)
             try:
@@ -87,18 +87,16 @@ class SharedArtifacts:
                 crash_point("shared.made")
                 seconds = time.monotonic() - began
                 attempt_log.finish(work, attempt, "done", None, None)
-                outputs, tree = describe_outputs(work / "out")
-                name = artifact_name(SHARED_KIND, label, rid)
                 manifest = {
-                    "schema": SCHEMA, "rid": rid, "name": name, "version": version, "stage": SHARED_KIND,
+                    "schema": SCHEMA, "key": key, "version": version, "stage": SHARED_KIND,
                     "step": SHARED_KIND, "kind": SHARED_KIND, "config": identity, "excluded": {}, "overrides": [],
-                    "inputs": self.inputs, "outputs": outputs, "tree": tree, "pins": {}, "externals": [],
+                    "inputs": self.inputs, "pins": {}, "externals": [],
                     "tokens_per_second": metrics.pop("tokens_per_second", None), "metrics": metrics, "derived": {},
                     "seed": None, "attempts": attempt_log.read(work), "seconds": round(seconds, 3),
                     "peak_memory_bytes": None, "peak_array_bytes": None,
                     "code": {}, **self.facts(), "run": self.run, "published": now(),
                 }  # fmt: skip
-                place = store.publish(work / "out", name, manifest)
+                place = store.publish(work / "out", label, manifest)
                 crash_point("shared.published")
                 return place
             except OSError as error:

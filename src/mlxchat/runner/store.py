@@ -1,18 +1,21 @@
-"""The outputs folder: immutable artifacts, their names, and the one way in.
+"""The outputs folder: immutable artifacts, records of what made them, their names, and the one way in.
 
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json is there
-    work/<rid>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
-    locks/<rid>.lock                 flock files; one-host.json, hosts.json: runner/mounts.py
+    records/<stage>-<key>-<moment>-<rid16>.json   one per execution: what the key gave, as a manifest
+    work/<key>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
+    locks/<key>.lock                 flock files; one-host.json, hosts.json: runner/mounts.py
     refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (runner/naming.py)
     runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
 
-No other file decides anything: a step is done if its manifest is there, running if its lock is held.
+A key says what a step is asked for, an id (rid) also what came out, so an artifact is never replaced by another one.
+No other file decides anything: a step is done if a record of its key leads to an artifact, running if its lock is held.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -24,7 +27,7 @@ from typing import Any
 from mlxchat.errors import StoreError
 from mlxchat.runner import attempts, locks
 from mlxchat.runner.crash import crash_point
-from mlxchat.runner.fingerprint import canonical_json, hash_file
+from mlxchat.runner.fingerprint import canonical_json, encode_digest, hash_file
 from mlxchat.runner.mounts import check_links, claim
 from mlxchat.runner.sealed import seal, settle, sync, unseal
 from mlxchat.runner.secrets import redact
@@ -34,8 +37,8 @@ from mlxchat.visible import visible
 Manifest = dict[str, Any]
 
 MANIFEST = "manifest.json"
-# Of manifests: from 2 on they have a digest.
-SCHEMA = 2
+# Of manifests: from 2 on they have a digest, from 3 on a key beside the id. Version 0.1 wrote 1 and 2.
+SCHEMA = 3
 _MOST_MANIFEST_BYTES = 64 << 20  # of ten thousand files it is a few MB
 # The kind of artifacts that steps make together: text as token ids.
 SHARED_KIND = "tokens"
@@ -45,6 +48,8 @@ OBSERVATIONS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 CONTINUATION = ("training_state.safetensors", "training_state.json")
 # Numbers that stages record of the execution, not of the result: manifests keep them apart from the metrics.
 MEASURED = ("tokens_per_second", "data_wait_frac")
+# So many executions of a stage are looked through for what is like a step; more would make planning slow.
+MOST_RECENT = 200
 _SHORT = 16
 _MOST_TOLD = 5  # values that a message names
 
@@ -56,7 +61,7 @@ class Store:
         """Remember the folder; nothing is read or written yet."""
         self.outputs = outputs
         self._folders: dict[str, str] | None = None
-        self._newest: list[str] | None = None
+        self._records: list[str] | None = None
         self._read: dict[Path, tuple[tuple[int, int], Manifest]] = {}
 
     def prepare(self) -> None:
@@ -67,7 +72,7 @@ class Store:
                 host that uses it, or has no links.
         """
         try:
-            for name in ("store", "work", "locks", "refs", "runs"):
+            for name in ("store", "records", "work", "locks", "refs", "runs"):
                 (self.outputs / name).mkdir(parents=True, exist_ok=True)
             probe = self.outputs / "work" / f".probe-{uuid.uuid4().hex}"
             probe.touch()
@@ -91,27 +96,7 @@ class Store:
         check_links(self.outputs / "refs")
 
     def find(self, rid: str) -> Path | None:
-        """Return the folder with the files of the complete artifact with this rid, or None.
-
-        An alias has no files of its own: the folder is that of the artifact it stands for, as long as that one still
-        has the contents that the alias was made for.
-
-        Raises:
-            StoreError: the manifest is damaged.
-        """
-        folder = self.own_folder(rid)
-        if folder is None:
-            return None
-        manifest = self.manifest_of(folder)
-        original = manifest.get("alias_of")
-        if original is None:
-            return folder
-        place = self.own_folder(original)
-        made = self.manifest_of(place) if place is not None else {}
-        return place if made.get("tree") == manifest["tree"] and made.get("alias_of") is None else None
-
-    def own_folder(self, rid: str) -> Path | None:
-        """Return the folder that bears this rid, if it is complete: of an alias, the one without files."""
+        """Return the folder of the complete artifact with this id, or None."""
         if self._folders is None:
             try:
                 with os.scandir(self.outputs / "store") as entries:
@@ -124,22 +109,72 @@ class Store:
 
     def forget(self) -> None:
         """Look at the disk again at the next `find`: another process may have published."""
-        self._folders = self._newest = None
+        self._folders = self._records = None
 
     def read(self, rid: str) -> Manifest | None:
-        """Return the manifest of the complete artifact with this rid (of an alias: its own), or None."""
-        folder = self.own_folder(rid) if self.find(rid) is not None else None
+        """Return the manifest of the complete artifact with this id, or None.
+
+        Raises:
+            StoreError: the manifest is damaged.
+        """
+        folder = self.find(rid)
         return self.manifest_of(folder) if folder is not None else None
+
+    def made(self, key: str, rid: str = "") -> Manifest | None:
+        """Return the record of the newest execution of a key whose artifact is there, or None.
+
+        Its `rid` and `name` are those of the artifact, its settings and times those of the execution.
+
+        Args:
+            key: what was asked for.
+            rid: of the artifact that it gave; "": whichever.
+
+        Raises:
+            StoreError: the record or the artifact's manifest is damaged.
+        """
+        for name in reversed(self._names_of_records()):
+            if name.split("-")[-3] != key or not rid_of_record(name).startswith(rid[:_SHORT]):
+                continue
+            if (place := self.find(rid_of_record(name))) is not None:
+                self.manifest_of(place)
+                return {**self._read_once(self.outputs / "records" / name), "name": place.name}
+        return None
+
+    def find_made(self, key: str) -> Path | None:
+        """Return the artifact that the newest execution of a key gave, or None."""
+        made = self.made(key)
+        return self.find(made["rid"]) if made is not None else None
+
+    def record(self, manifest: Manifest) -> None:
+        """Keep what an execution gave: from here on its key leads to the artifact, if that is there."""
+        moment = re.sub("[^0-9]", "", manifest["published"])
+        name = f"{manifest['stage']}-{manifest['key']}-{moment}-{manifest['rid'][:_SHORT]}.json"
+        draft = self.work(manifest["key"]) / f"record-{os.getpid()}.json"
+        draft.parent.mkdir(exist_ok=True)
+        draft.write_bytes(describe(manifest))
+        sync(draft)
+        draft.replace(self.outputs / "records" / name)
+        sync(self.outputs / "records")
+
+    def learn(self, manifest: Manifest) -> None:
+        """Record an execution elsewhere, unless its key has given something here: that stays what the key means."""
+        if "key" in manifest and self.made(manifest["key"]) is None:
+            self.record(manifest)
+            with suppress(OSError):
+                self.work(manifest["key"]).rmdir()  # unless the step is at work
 
     def manifest_of(self, folder: Path) -> Manifest:
         """Return the manifest of an artifact's folder, read once as long as the file is the same."""
+        return self._read_once(folder / MANIFEST)
+
+    def _read_once(self, path: Path) -> Manifest:
         try:
-            status = (folder / MANIFEST).stat()
+            status = path.stat()
         except OSError:
-            return read_manifest(folder)
-        seen, known = (status.st_mtime_ns, status.st_ino), self._read.get(folder)
+            return _read_file(path)
+        seen, known = (status.st_mtime_ns, status.st_ino), self._read.get(path)
         if known is None or known[0] != seen:
-            known = self._read[folder] = (seen, read_manifest(folder))
+            known = self._read[path] = (seen, _read_file(path))
         return known[1]
 
     def manifests(self) -> Iterator[Manifest]:
@@ -148,34 +183,54 @@ class Store:
             if (folder / MANIFEST).exists():
                 yield read_manifest(folder)
 
-    def newest(self, stage: str) -> list[str]:
-        """Return the folders' names of a stage's artifacts, the newest first; whether they are whole is not seen."""
-        if self._newest is None:
-            times = []
-            with suppress(OSError), os.scandir(self.outputs / "store") as entries:
-                for entry in entries:
-                    with suppress(OSError):
-                        times.append((entry.stat().st_mtime_ns, entry.name))
-            self._newest = [name for _, name in sorted(times, reverse=True)]
-        return [name for name in self._newest if name.startswith(f"{stage}-")]
+    def recent(self, stage: str) -> Iterator[Manifest]:
+        """Yield the records of the newest executions of a stage whose artifacts are there, at most MOST_RECENT.
 
-    def work(self, rid: str) -> Path:
+        Damaged ones are left out: whoever needs them is told by `made`.
+        """
+        names = (name for name in reversed(self._names_of_records()) if name.rsplit("-", 3)[0] == stage)
+        for name in islice(names, MOST_RECENT):
+            if (place := self.find(rid_of_record(name))) is not None:
+                with suppress(StoreError):
+                    yield {**self._read_once(self.outputs / "records" / name), "name": place.name}
+
+    def _names_of_records(self) -> list[str]:
+        """Return the names of all records in order of time."""
+        if self._records is None:
+            self._records = sorted(names_of(self.outputs / "records"), key=lambda name: name.split("-")[-2:])
+        return self._records
+
+    def work(self, key: str) -> Path:
         """Return the folder of the resumable work of a step."""
-        return self.outputs / "work" / rid
+        return self.outputs / "work" / key
 
-    def lock(self, rid: str) -> Path:
+    def lock(self, key: str) -> Path:
         """Return the step's lock file."""
-        return self.outputs / "locks" / f"{rid}.lock"
+        return self.outputs / "locks" / f"{key}.lock"
 
-    def publish(self, out: Path, name: str, manifest: Manifest) -> Path:
-        """Make the folder `out` an artifact in one rename; return its new place.
+    def publish(self, out: Path, label: str, manifest: Manifest) -> Path:
+        """Make the folder `out` an artifact, unless the key gave the same contents before, and record what made it.
 
-        Everything is on disk before the rename. An artifact of the same name (a forced rebuild) is moved aside
-        first and removed afterwards.
+        Everything is on disk before one rename. What is there with the same contents stays as it is; if files of it
+        are missing or altered, it is replaced.
+
+        Args:
+            out: what a step made.
+            label: for people, in the artifact's name.
+            manifest: what is known of the execution; `outputs`, `tree`, `rid` and `name` are added.
+
+        Returns:
+            the artifact's folder.
 
         Raises:
             StoreError: the manifest holds what its readers would refuse, such as a metric that is text.
         """
+        outputs, tree = describe_outputs(out)
+        rid = identify({**manifest, "outputs": outputs})
+        self.forget()
+        here = self.find(rid)
+        name = artifact_name(manifest["stage"], label, rid) if here is None else here.name  # maybe of another label
+        manifest = {"rid": rid, "name": name, **manifest, "outputs": outputs, "tree": tree}
         if wrong := list(islice(find_misshapen(manifest), _MOST_TOLD)):
             raise StoreError(f"{name} cannot be published: in its manifest {visible('; '.join(wrong))}")
         crash_point("publish.described")
@@ -183,20 +238,31 @@ class Store:
         crash_point("publish.written")
         settle(out)
         crash_point("publish.synced")
-        place = self.outputs / "store" / name
-        trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"
+        with locks.hold(self.outputs / "locks" / "publish.lock", {"step": "publish"}, lambda owner: None):
+            self.forget()
+            here = self.find(rid)
+            if here is not None and _is_whole(here):
+                self.record({**manifest, "name": here.name, "outputs": read_manifest(here)["outputs"]})
+                crash_point("publish.recorded")
+                place = here
+            else:
+                self.record(manifest)  # before the rename: an artifact that no record leads to would be made again
+                crash_point("publish.recorded")
+                place = here or self.outputs / "store" / name
+                self._put(out, place)
         self.forget()
-        former = self.own_folder(name[-_SHORT:]) or place  # it may bear another label
-        if former.exists():
-            former.rename(trash)
-            crash_point("publish.aside")
+        crash_point("publish.done")
+        return place
+
+    def _put(self, out: Path, place: Path) -> None:
+        """Rename a folder to its place, where only a damaged artifact may be."""
+        trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"
+        if place.exists():
+            place.rename(trash)
         out.rename(place)
         crash_point("publish.renamed")
         sync(place.parent)
         shutil.rmtree(trash, ignore_errors=True)
-        self.forget()
-        crash_point("publish.done")
-        return place
 
     def set_ref(self, group: str, step: str, artifact: Path) -> None:
         """Point refs/<group>/<step> at an artifact, atomically.
@@ -254,10 +320,38 @@ def clean_label(label: str) -> str:
     return "".join(char if char.isalnum() or char in "._" else "_" for char in redact(label))
 
 
-def artifact_name(stage: str, label: str, rid: str) -> str:
-    """Return the folder name of an artifact: what it is for people, then 80 bits of its id."""
+def artifact_title(stage: str, label: str) -> str:
+    """Return the name of an artifact without its id: what it is for people."""
     clean = clean_label(label)
-    return f"{stage}-{clean}-{rid[:_SHORT]}" if clean else f"{stage}-{rid[:_SHORT]}"
+    return f"{stage}-{clean}" if clean else stage
+
+
+def artifact_name(stage: str, label: str, rid: str) -> str:
+    """Return the folder name of an artifact: its title, then 80 bits of its id."""
+    return f"{artifact_title(stage, label)}-{rid[:_SHORT]}"
+
+
+def names_of(folder: Path) -> list[str]:
+    """Return the names of the files of a folder that were written whole; nothing if it is not there."""
+    try:
+        return [name for name in os.listdir(folder) if not name.startswith(".")]  # noqa: PTH208  (ten thousand)
+    except OSError:
+        return []
+
+
+def rid_of_record(name: str) -> str:
+    """Return the start of the id of the artifact that a record, a file of this name, leads to."""
+    return name.removesuffix(".json")[-_SHORT:]
+
+
+def identify(manifest: Manifest) -> str:
+    """Return the id of an artifact, 52 characters of lower-case base32: of its key and of its files but observations.
+
+    So what the manifest says of settings, inputs and metrics is true of every artifact, also where two settings give
+    the same bytes. What reads an artifact is keyed by its `tree` alone.
+    """
+    content = [[file["path"], file["sha256"]] for file in manifest["outputs"] if file["path"] not in OBSERVATIONS]
+    return encode_digest(canonical_json([manifest["key"], content]))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -266,12 +360,15 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         StoreError: it is damaged.
     """
+    return _read_file(folder / MANIFEST)
+
+
+def _read_file(path: Path) -> Manifest:
     try:
-        return load_manifest(folder)
+        return _load(path)
     except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{folder / MANIFEST} is damaged ({error}). Remove the folder; the next run makes it again."
-        ) from None
+        what = "the folder" if path.name == MANIFEST else "the file"
+        raise StoreError(f"{path} is damaged ({error}). Remove {what}; the next run makes it again.") from None
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -281,7 +378,11 @@ def load_manifest(folder: Path) -> Manifest:
         OSError: it is not there.
         ValueError: it is damaged.
     """
-    with (folder / MANIFEST).open("rb") as file:
+    return _load(folder / MANIFEST)
+
+
+def _load(path: Path) -> Manifest:
+    with path.open("rb") as file:
         data = file.read(_MOST_MANIFEST_BYTES + 1)
     if len(data) > _MOST_MANIFEST_BYTES:
         raise ValueError(f"it is larger than {_MOST_MANIFEST_BYTES >> 20} MB")
@@ -305,9 +406,24 @@ def parse_manifest(data: bytes) -> Manifest:
     return manifest
 
 
+def describe(manifest: Manifest) -> bytes:
+    """Return a manifest as the bytes of its file, with its digest and without the environment's secrets."""
+    return seal({**redact(manifest), "schema": SCHEMA})
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write an artifact's manifest, with its digest and without the environment's secrets."""
-    (folder / MANIFEST).write_bytes(seal({**redact(manifest), "schema": SCHEMA}))
+    """Write an artifact's manifest."""
+    (folder / MANIFEST).write_bytes(describe(manifest))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tell whether an artifact has all its files, with the bytes that its manifest lists."""
+    from mlxchat.runner.integrity import find_damage
+
+    try:
+        return not any(find_damage(folder, read_manifest(folder), again=False))
+    except StoreError:
+        return False
 
 
 def sweep(outputs: Path) -> None:
@@ -320,10 +436,10 @@ def sweep(outputs: Path) -> None:
     for folder in (outputs / "work").iterdir():
         if folder.name.startswith(".trash-"):
             shutil.rmtree(folder, ignore_errors=True)
-        elif (made := store.own_folder(folder.name)) is not None:
+        elif (made := _made(store, folder.name)) is not None:
             with suppress(BlockingIOError, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
                 # What is no part of its history is of a step that was begun anew by force.
-                told = {attempt.get("started") for attempt in read_manifest(made).get("attempts", [])}
+                told = {attempt.get("started") for attempt in made.get("attempts", [])}
                 if all(attempt.get("started") in told for attempt in attempts.read(folder)[-1:]):
                     shutil.rmtree(folder, ignore_errors=True)
         elif any(attempt.get("step") == SHARED_KIND for attempt in attempts.read(folder)[-1:]):
@@ -331,6 +447,13 @@ def sweep(outputs: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
     for path in (outputs / "index").glob(".*"):
         path.unlink(missing_ok=True)
+
+
+def _made(store: Store, key: str) -> Manifest | None:
+    """Return the record of a key; a damaged one is told to whoever needs it."""
+    with suppress(StoreError):
+        return store.made(key)
+    return None
 
 
 def _leave(owner: Manifest) -> None:

@@ -25,7 +25,7 @@ class Compared(NamedTuple):
 
     name: str
     steps: list[dict[str, Any]]
-    """Of its plan: step, rid and more."""
+    """Of its plan: step, key, rid and more."""
 
 
 def find_runs(store: Store, names: list[str]) -> list[Compared]:
@@ -85,12 +85,11 @@ def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
     for run in runs:
         row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": {}}
         for step in run.steps:
-            place = store.own_folder(step["rid"])
-            if place is None:
-                continue
             try:
-                manifest = store.manifest_of(place)
+                manifest = store.made(step.get("key", ""), step["rid"]) or store.read(step["rid"])
             except StoreError:
+                continue
+            if manifest is None:
                 continue
             row["steps"][step["step"]] = manifest["stage"]
             row["config"] |= settings_of(manifest)

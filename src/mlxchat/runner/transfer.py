@@ -54,7 +54,7 @@ def closure(store: Store, folders: list[Path]) -> list[Path]:
             return
         summary = short_form(folder.name, read_manifest(folder))
         for rid in references(summary):
-            place = store.own_folder(rid)
+            place = store.find(rid)
             if place is None:
                 missing.append(f"{rid[:16]}, from which {folder.name} was made, is no longer in {store.outputs}")
             else:
@@ -177,7 +177,7 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
             faults += [f"{folder.name}: {fault}" for fault in check_manifest(folder.name, manifests[folder])]
     for folder, manifest in {} if faults else manifests.items():
         for rid in references(short_form(folder.name, manifest)):
-            if staged.own_folder(rid) is None and store.own_folder(rid) is None:
+            if staged.find(rid) is None and store.find(rid) is None:
                 faults.append(f"{folder.name} was made from {rid[:16]}, which is neither there nor in {store.outputs}")
         # Inputs that only the store has are not looked for among what was unpacked.
         found = [fault for fault in find_faults(staged, folder) if "no longer in the store" not in fault]
@@ -192,7 +192,8 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
             rid = manifests[folder]["rid"]
             with locks.hold(store.lock(rid), {"step": "import"}, lambda owner: None):
                 store.forget()
-                here = store.own_folder(rid)
+                store.learn(manifests[folder])
+                here = store.find(rid)
                 if here is not None:
                     known.append(here)
                     continue
@@ -218,7 +219,7 @@ def _inputs_first(folders: list[Path], manifests: dict[Path, Manifest]) -> list[
     """Return folders so that each comes after what it was made from.
 
     Raises:
-        StoreError: some are made from each other, as manifests of encoded text, whose id covers no inputs, can say.
+        StoreError: some are made from each other, as manifests that somebody wrote can say.
     """
     by_rid = {manifests[folder]["rid"]: folder for folder in folders}
     order: TopologicalSorter[Path] = TopologicalSorter()

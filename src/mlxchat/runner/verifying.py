@@ -6,9 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.fingerprint import canonical_json, compute_rid
+from mlxchat.runner.fingerprint import canonical_json, compute_key
 from mlxchat.runner.integrity import find_damage
-from mlxchat.runner.store import CONTINUATION, MANIFEST, OBSERVATIONS, SHARED_KIND, Manifest, Store, read_manifest
+from mlxchat.runner.store import (
+    CONTINUATION,
+    MANIFEST,
+    OBSERVATIONS,
+    SCHEMA,
+    SHARED_KIND,
+    Manifest,
+    Store,
+    identify,
+    read_manifest,
+)
 
 _REQUIRED = (
     "rid", "name", "stage", "step", "kind", "version", "config", "inputs", "pins", "outputs", "tree", "metrics",
@@ -31,24 +41,21 @@ def check_contents(folder: Path) -> Iterator[str]:
         yield f"{MANIFEST} cannot be read, or is not what was written"
         return
     yield from check_manifest(folder.name, manifest)
-    if manifest.get("alias_of") is None:
-        yield from find_damage(folder, manifest)
-        listed = {file["path"] for file in manifest["outputs"]} | {MANIFEST}
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and str(path.relative_to(folder)) not in listed:
-                yield f"{path.relative_to(folder)} is no part of it"
+    yield from find_damage(folder, manifest)
+    listed = {file["path"] for file in manifest["outputs"]} | {MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and str(path.relative_to(folder)) not in listed:
+            yield f"{path.relative_to(folder)} is no part of it"
 
 
 def find_absent(store: Store, folder: Path) -> Iterator[str]:
-    """Yield a line for everything that an artifact was made from, or is an alias of, and that the store lacks."""
+    """Yield a line for everything that an artifact was made from and that the store lacks."""
     try:
         manifest = read_manifest(folder)
     except StoreError:
         return
-    if manifest.get("alias_of") and store.find(manifest["rid"]) is None:
-        yield f"{manifest['alias_of'][:16]}, which has its files, is gone or has other contents"
     for role, made in manifest["inputs"].items():
-        if manifest["kind"] != "tokens" and store.own_folder(made["rid"]) is None:
+        if manifest["kind"] != "tokens" and store.find(made["rid"]) is None:
             yield f"{made.get('artifact')}, its {role}, is no longer in the store"
 
 
@@ -66,14 +73,7 @@ def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
     if vague:
         yield f"its manifest lacks the rid, path, bytes or sha256 of {', '.join(vague[:5])}"
         return
-    # The id of encoded text follows from its contents alone.
-    shared = manifest["kind"] == SHARED_KIND
-    inputs = {} if shared else {role: made["rid"] for role, made in manifest["inputs"].items()}
-    rid = compute_rid(
-        manifest["stage"], manifest["version"], manifest["config"], inputs, {} if shared else manifest["pins"]
-    )
-    if rid != manifest["rid"]:
-        yield "its id does not follow from its config, inputs and pins"
+    yield from _check_ids(manifest)
     if manifest["rid"][:16] != name[-16:]:
         yield f"its folder's name does not end in its id, {manifest['rid'][:16]}"
     if tree_of(manifest) != manifest["tree"]:
@@ -85,6 +85,20 @@ def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
         yield "its folder's name is no plain text"
     if not is_name(manifest["step"] or name):
         yield f"its step is called {manifest['step'][:80]!r}, expected the name of a file in refs/<run>/"
+
+
+def _check_ids(manifest: Manifest) -> Iterator[str]:
+    """Yield what does not follow: the key from what was asked for, the id from the contents."""
+    shared = manifest["kind"] == SHARED_KIND  # the key of encoded text covers neither inputs nor pins
+    of_contents = manifest.get("schema", 1) >= SCHEMA
+    of_inputs = "tree" if of_contents else "rid"
+    inputs = {} if shared else {role: made[of_inputs] for role, made in manifest["inputs"].items()}
+    pins = {} if shared else manifest["pins"]
+    key = compute_key(manifest["stage"], manifest["version"], manifest["config"], inputs, pins)
+    if key != manifest.get("key" if of_contents else "rid"):
+        yield f"its {'key' if of_contents else 'id'} does not follow from its config, inputs and pins"
+    if of_contents and manifest["rid"] != identify(manifest):
+        yield "its id does not follow from its key and files"
 
 
 def tree_of(manifest: Manifest) -> str:

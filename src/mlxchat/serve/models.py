@@ -69,7 +69,7 @@ class Models:
         try:
             place = self.default if name in (None, "", "default") else self._resolve(str(name))
             with self._lock:
-                return read_model(_with_files(self.store, place))
+                return read_model(place)
         except StoreError as error:
             raise self._damaged(error) from None
         except DataError as error:
@@ -154,13 +154,6 @@ def read_model(folder: Path) -> Model:
     except (OSError, ValueError, KeyError, StoreError) as error:
         raise DataError(f"{folder.name}: no readable checkpoint ({type(error).__name__}: {error})") from None
     return Model(folder.name, folder, Tokenizer.load(folder), context, facts.get("format") == "chat", digest)
-
-
-def _with_files(store: Store, place: Path) -> Path:
-    """Return the folder that has the files: of an alias, the one that it stands for."""
-    if read_manifest(place).get("alias_of"):
-        return store.find(read_manifest(place)["rid"]) or place
-    return place
 
 
 def _scores(found: list[Summary]) -> dict[str, dict[str, float]]:

@@ -30,7 +30,7 @@ from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.overrides import as_hydra
 from mlxchat.pipeline_run import plan_to_run, run_pipeline
 from mlxchat.runner import locks
-from mlxchat.runner.plan import PlannedStep, entries_of
+from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.signals import is_stopping
 from mlxchat.runner.store import Store
@@ -291,7 +291,11 @@ def run_job(
         row["steps"] = entries_of(plan)
         forced = force_only_others(config.force, plan, made)
         place = run_pipeline(replace(composed, config=replace(config, force=forced), overrides=overrides))
-        row |= {"run": place.name if place else None, "metrics": metrics_of(plan, store, config.sweep.metric)}
+        plan = plan_again(plan, store)
+        row |= {
+            "run": place.name if place else None, "steps": entries_of(plan),
+            "metrics": metrics_of(plan, store, config.sweep.metric),
+        }  # fmt: skip
     except Interrupted as stop:
         row |= {"status": "interrupted", "error": str(stop)}
         if leave is not None and not folder.stop() and locks.is_held(folder.lock):
@@ -314,7 +318,7 @@ def run_job(
 
 def force_only_others(force: list[str], plan: list[PlannedStep], made: set[str]) -> list[str]:
     """Return the steps of a plan that are to be run again although they are done, without those just made."""
-    return [step.name for step in plan if step.rid not in made and (step.name in force or "all" in force)]
+    return [step.name for step in plan if step.key not in made and (step.name in force or "all" in force)]
 
 
 def whereabouts() -> dict[str, Any]:

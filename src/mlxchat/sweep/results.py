@@ -23,7 +23,7 @@ from typing import Any
 from mlxchat.config import Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.chat_scores import chatcore_set
-from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.plan import PlannedStep, plan_again
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.stage import FORMATS
 from mlxchat.runner.store import MEASURED, Manifest, Store
@@ -251,10 +251,9 @@ def metrics_of(plan: Sequence[PlannedStep], store: Store, metric: str | None = N
         store: where the steps' artifacts are.
         metric: STEP.METRIC of sweep.metric, shown besides what every table has.
     """
-    store.forget()
     found = {}
-    for step in plan:
-        manifest = store.read(step.rid)
+    for step in plan_again(plan, store):
+        manifest = store.made(step.key)
         recorded = {} if manifest is None else recorded_numbers(manifest)
         for key, value in recorded.items():
             if f"{step.name}.{key}" == metric:

@@ -28,7 +28,7 @@ from mlxchat.overrides import implied_experiment
 from mlxchat.pipeline_run import plan_of, plan_to_run, run_pipeline
 from mlxchat.runner import locks
 from mlxchat.runner.crash import crash_point
-from mlxchat.runner.plan import PlannedStep, entries_of, flatten_config
+from mlxchat.runner.plan import PlannedStep, entries_of, flatten_config, plan_again
 from mlxchat.runner.progress import format_number
 from mlxchat.runner.records import Record, Records
 from mlxchat.runner.secrets import redact
@@ -513,6 +513,7 @@ def _run_trial(search: Search, number: int, values: dict[str, Any]) -> tuple[Row
         raise
     except MlxchatError as error:
         return row | {"error": str(error).splitlines()[0]}, None
+    row["steps"] = entries_of(plan_again(plan, store))
     value = _final(search, plan, store)
     if value is None:
         return row | {"error": f"there is no step {search.target.rpartition('.')[0]}"}, None
@@ -524,8 +525,7 @@ def _run_trial(search: Search, number: int, values: dict[str, Any]) -> tuple[Row
 def _final(search: Search, plan: Sequence[PlannedStep], store: Store) -> float | None:
     """Return the metric of a finished trial; None: its step is not in the plan."""
     step, _, metric = search.target.rpartition(".")
-    store.forget()
-    manifest = next((store.read(each.rid) for each in plan if each.name == step), None)
+    manifest = next((store.made(each.key) for each in plan_again(plan, store) if each.name == step), None)
     if manifest is None:
         return None
     recorded = recorded_numbers(manifest)
@@ -565,6 +565,7 @@ def _run_to(search: Search, number: int, values: dict[str, Any], rung: int) -> t
         raise
     except MlxchatError as error:
         return row | {"error": str(error).splitlines()[0]}, None
+    row["steps"] = entries_of(plan_again(plan, store))
     found = _recorded(search, plan, store, rung)
     if found is None or not math.isfinite(found[1]):
         return row | {"error": f"{search.target} has no finite value"}, None
@@ -575,10 +576,9 @@ def _run_to(search: Search, number: int, values: dict[str, Any], rung: int) -> t
 def _recorded(search: Search, plan: Sequence[PlannedStep], store: Store, rung: int) -> tuple[int, float] | None:
     """Return the first record of the metric after `rung` iterations, or the last one of a training that has ended."""
     step, _, metric = search.target.rpartition(".")
-    rid = next(each.rid for each in plan if each.name == step)
-    store.forget()
-    place = store.find(rid)
-    folder = place if place is not None else store.work(rid) / "ckpt" / "records"
+    key = next(each.key for each in plan_again(plan, store) if each.name == step)
+    place = store.find_made(key)
+    folder = place if place is not None else store.work(key) / "ckpt" / "records"
     records = [(one["iteration"], one[metric]) for one in Records(folder / "metrics.jsonl").read() if metric in one]
     later = [found for found in records if found[0] >= rung]
     if later:

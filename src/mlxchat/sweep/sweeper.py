@@ -24,7 +24,7 @@ from mlxchat.overrides import implied_experiment
 from mlxchat.pipeline_run import plan_of, plan_to_run, run_pipeline
 from mlxchat.planning.memory import check_memory
 from mlxchat.runner import locks
-from mlxchat.runner.plan import PlannedStep, entries_of
+from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.runner.progress import format_number
 from mlxchat.runner.records import now
 from mlxchat.runner.secrets import redact
@@ -91,16 +91,16 @@ class Sweep:
     @property
     def shared(self) -> list[tuple[Job, list[PlannedStep]]]:
         """Steps that more than one job needs and that are not done, each once, with the first job to need it."""
-        needed = Counter((str(job.store.outputs), step.rid) for job in self.jobs for step in job.plan)
+        needed = Counter((str(job.store.outputs), step.key) for job in self.jobs for step in job.plan)
         taken: set[tuple[str, str]] = set()
         found = []
         for job in self.jobs:
             outputs = str(job.store.outputs)
             new = [
                 step for step in job.plan
-                if not step.done and needed[outputs, step.rid] > 1 and (outputs, step.rid) not in taken
+                if not step.done and needed[outputs, step.key] > 1 and (outputs, step.key) not in taken
             ]  # fmt: skip
-            taken |= {(outputs, step.rid) for step in new}
+            taken |= {(outputs, step.key) for step in new}
             if new:
                 found.append((job, new))
         return found
@@ -108,7 +108,7 @@ class Sweep:
 
 def is_finished(plan: list[PlannedStep]) -> bool:
     """Tell whether nothing of a plan has to be computed or given its name in the store."""
-    return all(step.done and step.verdict.original is None for step in plan)
+    return all(step.done for step in plan)
 
 
 Planner = Callable[[Config, Store], list[PlannedStep]]
@@ -262,9 +262,9 @@ class _Run:
         self.jobs = sweep.jobs if self.is_listed else []
         self.config = sweep.jobs[0].composed.config
         self.made: set[str] = set()
-        """Ids that this sweep has made before its jobs."""
+        """Keys of what this sweep has made before its jobs."""
         self.failed: dict[str, str] = {}
-        """Id → why it could not be made."""
+        """Key → why it could not be made."""
         self.titles = {job.number: job.title for job in self.jobs}
         described = {
             job.number: {
@@ -308,14 +308,14 @@ class _Run:
         pending = [job for job in self.jobs if not job.is_finished]
         fail_fast = any(job.composed.config.fail_fast for job in pending)
         for job, steps in self.sweep.shared if self.is_listed else ():
-            users = sum(any(step.rid == steps[0].rid for step in other.plan) for other in self.jobs)
+            users = sum(any(step.key == steps[0].key for step in other.plan) for other in self.jobs)
             print(f"\n── shared by {users} jobs: {', '.join(step.name for step in steps)}", flush=True)
             self._make_shared(job, steps)
             if self.failed and fail_fast:
                 self.folder.ask_to_stop("fail_fast", signal.SIGTERM)
                 break
         for job in list(pending):
-            reason = next((self.failed[step.rid] for step in job.plan if step.rid in self.failed), None)
+            reason = next((self.failed[step.key] for step in job.plan if step.key in self.failed), None)
             if reason is not None:
                 self._end(job, {"status": "failed", "error": reason})
                 pending.remove(job)
@@ -338,7 +338,8 @@ class _Run:
                     overrides=job.overrides,
                 )
             )  # fmt: skip
-            self.made |= {step.rid for step in steps}
+            now_planned = {step.name: step for step in plan_again(job.plan, job.store)}
+            self.made |= {now_planned[step.name].key for step in steps}
             return
         except Interrupted:
             raise
@@ -346,15 +347,16 @@ class _Run:
             print(redact(f"error: {error}"), flush=True)
             lines = str(error).splitlines()
         store = job.store
-        rids = {step.name: step.rid for step in job.plan}
+        keys = {step.name: step.key for step in job.plan}
+        now_planned = {step.name: step for step in plan_again(job.plan, store)}
         for step in steps:
-            manifest = store.read(step.rid)
+            manifest = store.made(now_planned[step.name].key)
             if manifest is not None and manifest["published"] >= began:
-                self.made.add(step.rid)
+                self.made.add(manifest["key"])
                 continue
-            source = next((rids[name] for name in step.inputs.values() if rids[name] in self.failed), None)
+            source = next((keys[name] for name in step.inputs.values() if keys[name] in self.failed), None)
             own = next((line for line in lines[1:] if line.startswith(f"{step.name}: ")), lines[0])
-            self.failed[step.rid] = self.failed[source] if source else f"shared step {step.name}: {own}"
+            self.failed[step.key] = self.failed[source] if source else f"shared step {step.name}: {own}"
 
     def _launch(self, pending: list[Job]) -> None:
         """Run jobs in processes that Hydra's launcher starts; a job that leaves no row has failed."""
@@ -411,8 +413,11 @@ class _Run:
                 title = " ".join(f"{key}={row['overrides'][key]}" for key in keys if key in row["overrides"])
                 self.titles[row["job"]] = title
                 described = {"overrides": [], "settings": row["overrides"], "title": title or f"job {row['job']}"}
-                self.state["jobs"][row["job"]] = described | {"steps": row.get("steps", [])}
-            self.folder.write_state(self.state)
+                self.state["jobs"][row["job"]] = described | {"steps": []}
+        for row in rows:
+            if "steps" in row:  # keys and ids, which were not known before it ran
+                self.state["jobs"][row["job"]]["steps"] = row["steps"]
+        self.folder.write_state(self.state)
         metric = config.metric or main_metric(rows)
         plans = [(job.plan, job.composed.config) for job in self.sweep.jobs]
         declared = {one.name: one.direction for plan in plans for one in metrics_of_plan(*plan)}

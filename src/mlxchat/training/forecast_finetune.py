@@ -18,7 +18,7 @@ from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import TeacherSize, Training
 from mlxchat.runner.bases import find_chain, folder_of_weights, is_adapter
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.runner.store import Store
 from mlxchat.tasks import task_class
 from mlxchat.teacher_config import TeacherConfig
 from mlxchat.training.forecast_pretrain import keeps_state
@@ -79,7 +79,7 @@ def _warm_start_problems(config: Config, step: PlannedStep, plan: list[PlannedSt
     source = next((each for each in plan if each.name == step.inputs.get("checkpoint")), None)
     made = step.artifacts.get("checkpoint")
     if source is not None and source.done:
-        made = Store(Path(config.outputs)).read(source.rid) or source.verdict.original
+        made = Store(Path(config.outputs)).made(source.key)
     if made is not None and not keeps_state(made):
         yield (
             f"{step.stage.name}.warm_start is true, but {made['name']} was made without a training state. Train it "
@@ -116,9 +116,7 @@ def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path | None:
         StoreError: no artifact, or several, have its name.
     """
     if teacher.artifact is not None:
-        store = Store(outputs)
-        place = store.resolve(teacher.artifact)
-        return store.find(read_manifest(place)["rid"]) or place  # an alias has no files of its own
+        return Store(outputs).resolve(teacher.artifact)
     return None if teacher.path is None else Path(teacher.path)
 
 

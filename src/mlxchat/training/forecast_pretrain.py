@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mlxchat.config import Config
@@ -11,7 +12,7 @@ from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Training
 from mlxchat.runner.plan import PlannedStep, flatten_config
-from mlxchat.runner.store import CONTINUATION, Manifest
+from mlxchat.runner.store import CONTINUATION, Manifest, Store
 
 # What shapes or gives meaning to weights and moments, and what a position in the data is counted in.
 _SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
@@ -38,7 +39,8 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
     if extended is None:
         return
     planned = {step.name: step for step in plan}
-    found = [*_what_lacks(extended), *_what_differs(step, extended, planned)] or _what_is_done(config, extended)
+    store = Store(Path(config.outputs))
+    found = [*_what_lacks(extended), *_what_differs(step, extended, planned, store)] or _what_is_done(config, extended)
     yield from (f"pretrain.extend={config.pretrain.extend}: {line}" for line in found)
 
 
@@ -57,7 +59,9 @@ def _what_lacks(extended: Manifest) -> Iterator[str]:
         )
 
 
-def _what_differs(step: PlannedStep, extended: Manifest, planned: Mapping[str, PlannedStep]) -> Iterator[str]:
+def _what_differs(
+    step: PlannedStep, extended: Manifest, planned: Mapping[str, PlannedStep], store: Store
+) -> Iterator[str]:
     if extended["stage"] != step.stage.name:
         return
     now, before = _comparable(step.identity), _comparable(extended["config"])
@@ -65,10 +69,11 @@ def _what_differs(step: PlannedStep, extended: Manifest, planned: Mapping[str, P
         if now.get(key) != before.get(key):
             yield f"{key} is {now.get(key)}, but {extended['name']} was made with {before.get(key)}"
     for role, source in step.inputs.items():
-        made = extended["inputs"].get(role, {})
-        if made.get("rid") != planned[source].rid:
-            artifact = made.get("artifact")
-            yield f"its {role} is {planned[source].artifact}, but {extended['name']} was made with {artifact}"
+        made, wanted = extended["inputs"].get(role, {}), planned[source]
+        manifest = store.made(wanted.key) if wanted.done else None
+        if manifest is None or made.get("tree") != manifest["tree"]:
+            here = wanted.artifact or wanted.title
+            yield f"its {role} is {here}, but {extended['name']} was made with {made.get('artifact')}"
 
 
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:

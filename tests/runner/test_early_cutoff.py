@@ -1,0 +1,143 @@
+"""Early cutoff: what is rebuilt with the same bytes runs nothing below it, and what has other bytes does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxchat.runner.records import Records
+
+CHAIN = {
+    "one": {"stage": "make"},
+    "two": {"stage": "copy", "source": "one"},
+    "three": {"stage": "copy", "source": "two"},
+}
+
+
+@pytest.fixture
+def toys(toys: Any) -> Any:
+    """Toy stages whose first one rounds: settings 0 to 9 make the same bytes."""
+    toys.add("make", "(ctx.out / 'result.txt').write_text(str(ctx.config.toy.number // 10))")
+    return toys
+
+
+def started(run: Any) -> list[str]:
+    """Return the steps that a run computed."""
+    return [event["step"] for event in Records(run.folder / "events.jsonl").read() if event["event"] == "step_started"]
+
+
+def states(toys: Any, **options: Any) -> dict[str, str]:
+    return {step.name: step.state for step in toys.plan(CHAIN, **options)}
+
+
+def read(toys: Any, step: str) -> tuple[Path, dict[str, Any]]:
+    """Return folder with files and manifest of a step."""
+    (key,) = [planned.key for planned in toys.plan(CHAIN) if planned.name == step]
+    return toys.store.find_made(key), toys.store.made(key)
+
+
+def test_another_setting_above_that_makes_the_same_bytes_runs_nothing_below(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy.number = 5
+    plan = toys.plan(CHAIN)
+    assert [step.state for step in plan] == ["run", "maybe", "maybe"]
+    assert started(toys.run(plan)) == ["one"]
+    assert set(states(toys).values()) == {"done"}
+
+
+def test_another_setting_above_that_makes_other_bytes_runs_everything_below(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy.number = 15
+    assert started(toys.run(toys.plan(CHAIN))) == ["one", "two", "three"]
+    assert (read(toys, "three")[0] / "result.txt").read_text() == "1 1 1"
+
+
+def test_the_cutoff_is_anywhere_in_the_chain(toys: Any) -> None:
+    toys.add("copy", "(ctx.out / 'result.txt').write_text('always')", inputs={"source": "thing"}, config=("other",))
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy.number = 15
+    assert started(toys.run(toys.plan(CHAIN))) == ["one", "two"]  # `two` makes what it made before
+
+
+def test_a_forced_rebuild_with_the_same_bytes_leaves_what_is_below_done_and_plan_says_maybe(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    plan = toys.plan(CHAIN, force=["one"])
+    assert [step.state for step in plan] == ["run", "maybe", "maybe"]
+    assert started(toys.run(plan)) == ["one"]
+
+
+def test_a_forced_rebuild_that_is_not_deterministic_runs_what_is_below(toys: Any) -> None:
+    toys.add("make", "(ctx.out / 'result.txt').write_text(str(time.time_ns()))")
+    toys.run(toys.plan(CHAIN))
+    assert started(toys.run(toys.plan(CHAIN, force=["one"]))) == ["one", "two", "three"]
+    assert set(states(toys).values()) == {"done"}
+
+
+def test_equal_settings_and_contents_are_one_artifact_however_they_came_about(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    place, made = read(toys, "two")
+    toys.config.toy.number = 5
+    run = toys.run(toys.plan(CHAIN))
+    assert read(toys, "two") == (place, made)
+    assert {step: folder.name for step, folder in toys.store.refs(run.name).items()}["two"] == place.name
+    assert len(list((toys.outputs / "store").iterdir())) == 4, (
+        "of each settings of `one`, and what was made from either"
+    )
+    assert not list((toys.outputs / "work").iterdir())
+
+
+def test_once_its_inputs_are_there_a_plan_knows_that_a_step_is_done(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy.number = 5
+    toys.run(toys.plan(CHAIN, targets=["one"]))
+    plan = toys.plan(CHAIN)
+    assert [(step.state, step.reason) for step in plan] == [("done", "")] * 3
+    assert started(toys.run(plan)) == []
+
+
+def test_an_artifact_that_is_gone_is_made_again_and_nothing_below_it(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    shutil.rmtree(read(toys, "two")[0])
+    assert [step.state for step in toys.plan(CHAIN)] == ["done", "run", "maybe"]
+    assert started(toys.run(toys.plan(CHAIN))) == ["two"]
+
+
+def test_a_key_is_known_with_its_inputs_and_noted_in_the_runs_plan(toys: Any) -> None:
+    plan = toys.plan(CHAIN)
+    before = [step.key for step in plan]
+    run = toys.run(plan)
+    keys = [step.key for step in toys.plan(CHAIN)]
+    assert (before[0] == keys[0], before[1] != keys[1], before[2] != keys[2]) == (True, True, True)
+    assert [toys.store.made(key)["step"] for key in keys] == ["one", "two", "three"]
+    assert [step.settings_key for step in plan] == [step.settings_key for step in toys.plan(CHAIN)]
+    assert all((toys.outputs / "store" / path.name).exists() for path in toys.store.refs(run.name).values())
+
+
+def test_a_key_knows_contents_in_place_of_settings_above_it(toys: Any) -> None:
+    step = toys.plan(CHAIN)[1]
+    key = step.key_with({"source": "0" * 64})
+    assert key != step.key_with({"source": "1" * 64})
+    toys.config.other.number = 2
+    assert key != toys.plan(CHAIN)[1].key_with({"source": "0" * 64})
+    toys.config.other.number = 1
+    toys.config.toy.number = 3
+    assert key == toys.plan(CHAIN)[1].key_with({"source": "0" * 64})
+
+
+def test_another_version_has_another_key(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.add("copy", "(ctx.out / 'result.txt').write_text('v2')", inputs={"source": "thing"}, version=2)
+    toys.config.toy.number = 5
+    assert started(toys.run(toys.plan(CHAIN)))[:2] == ["one", "two"]
+
+
+def test_what_runs_below_a_shared_artifact_reads_its_files(toys: Any) -> None:
+    toys.run(toys.plan(CHAIN))
+    toys.config.toy.number = 5
+    toys.run(toys.plan(CHAIN))
+    toys.config.other.number = 4
+    toys.run(toys.plan(CHAIN))
+    assert (read(toys, "three")[0] / "result.txt").read_text() == "0 4 4"
