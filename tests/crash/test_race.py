@@ -83,6 +83,7 @@ def test_two_runs_started_together_make_every_step_once(tiny: tuple[str, ...], s
     assert list((outputs / "work").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_three_runs_started_together_make_every_step_once(tiny: tuple[str, ...], start: Start, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     finish(*(start(*tiny, "stage=tokenizer", f"outputs={outputs}") for _ in range(3)))
@@ -90,6 +91,7 @@ def test_three_runs_started_together_make_every_step_once(tiny: tuple[str, ...],
     assert len(list((outputs / "store").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_waiter_goes_on_where_a_killed_maker_was(tiny: tuple[str, ...], start: Start, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     settings = [

@@ -64,13 +64,17 @@ def undisturbed(make_stubs: Any) -> Any:
 ENDS = [
     ("KILL", 2, 1, "rank 2 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
     ("STOP", 1, 1, "rank 1 (process {pid} on {host}) has said nothing for 4 seconds"),
-    ("TERM", 1, 143, "together stopped at iteration"),
     ("INT", 0, 130, "together stopped at iteration"),
+    ("TERM", 1, 143, "together stopped at iteration"),
     ("KILL", 0, -9, ""),
 ]
 
 
-@pytest.mark.parametrize(("name", "rank", "code", "message"), ENDS, ids=lambda value: str(value)[:6])
+@pytest.mark.parametrize(
+    ("name", "rank", "code", "message"),
+    [*ENDS[:3], *(pytest.param(*end, marks=pytest.mark.slow) for end in ENDS[3:])],
+    ids=lambda value: str(value)[:6],
+)
 def test_a_lost_rank_ends_the_run_which_then_resumes(
     stubs: Any, undisturbed: Any, name: str, rank: int, code: int, message: str
 ) -> None:

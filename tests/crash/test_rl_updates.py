@@ -32,7 +32,7 @@ SETTINGS = """
 UPDATES = 12 * 4
 OBSERVED = ("tokens_per_second", "mfu", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes")
 # As random as the seed: the number of the first update after which it is ended, and the delay until then.
-SHORT = {3: 3}
+SHORT = {3: 2}
 LONG = {11: 12, 12: 12}
 
 

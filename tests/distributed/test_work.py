@@ -256,7 +256,9 @@ def of_one(bundle: str) -> Callable[[str], dict[str, Any]]:
     return run
 
 
-EACH = pytest.mark.parametrize(("architecture", "size"), [("oct2025", 2), ("jul2026", 3)])
+EACH = pytest.mark.parametrize(
+    ("architecture", "size"), [("oct2025", 2), pytest.param("jul2026", 3, marks=pytest.mark.slow)]
+)
 
 
 @EACH

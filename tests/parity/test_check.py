@@ -164,6 +164,15 @@ TENSORS: dict[str, tuple[str, str, float]] = {
 }
 
 
+def first_of_each(altered: dict[str, tuple[str, str, Any]]) -> list[Any]:
+    """Return parameters of which all but the first of each quantity are slow."""
+    quantities = [(pattern, quantity) for pattern, quantity, _ in altered.values()]
+    return [
+        pytest.param(what, marks=[] if quantities.index(each) == number else [pytest.mark.slow])
+        for number, (what, each) in enumerate(zip(altered, quantities, strict=True))
+    ]
+
+
 def original(pattern: str) -> Path:
     """Return the first file of a pattern, or skip the test."""
     found = sorted(FOLDER.glob(pattern)) if FOLDER.is_dir() else []
@@ -172,7 +181,7 @@ def original(pattern: str) -> Path:
     return found[0]
 
 
-@pytest.mark.parametrize("what", JSON)
+@pytest.mark.parametrize("what", first_of_each(JSON))
 def test_an_altered_json_value_fails(what: str, tmp_path: Path) -> None:
     kind, quantity, alter = JSON[what]
     path = original(f"{kind}_*.json")
@@ -184,7 +193,9 @@ def test_an_altered_json_value_fails(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["oct2025", "jul2026"])
-@pytest.mark.parametrize("what", TENSORS)
+@pytest.mark.parametrize(
+    "what", first_of_each({what: ("", quantity, change) for what, (_, quantity, change) in TENSORS.items()})
+)
 def test_an_altered_tensor_fails(what: str, variant: str, tmp_path: Path) -> None:
     name, quantity, change = TENSORS[what]
     path = original(f"nanochat_{variant}_*.safetensors")
@@ -267,14 +278,19 @@ def write_own(path: Path, variant: str, **sizes: Any) -> None:
 @pytest.mark.parametrize(
     ("variant", "sizes"),
     [
-        ("oct2025", {"vocab_size": 301, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "n_embd": 64}),
+        pytest.param(
+            "oct2025",
+            {"vocab_size": 301, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "n_embd": 64},
+            marks=pytest.mark.slow,
+        ),
         (
             "jul2026",
             {"vocab_size": 97, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "window_pattern": "SL"},
         ),
-        (
+        pytest.param(
             "jul2026",
             {"vocab_size": 130, "n_layer": 3, "n_head": 3, "n_kv_head": 3, "n_embd": 48, "window_pattern": "LSS"},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=str,

@@ -44,13 +44,14 @@ from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 
 # (depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at which each part counts, and
-# of a hundred megabytes or more, beside which a few buffers that are there by chance do not matter.
+# of a hundred megabytes or more, beside which a few buffers that are there by chance do not matter. Of SMALL, PLAIN and
+# SAMPLING the first ones are quick; the others are slow tests.
 SMALL = [
     (4, 512, 512, 4, 4, False, 2),
-    (4, 8192, 512, 2, 2, False, 2),
-    (4, 4096, 512, 4, 2, False, 2),
-    (6, 512, 256, 1, 1, False, 1),
     (4, 2048, 512, 4, 4, True, 2),
+    (4, 4096, 512, 4, 2, False, 2),
+    (4, 8192, 512, 2, 2, False, 2),
+    (6, 512, 256, 1, 1, False, 1),
 ]
 LARGE = [
     (4, 4096, 512, 8, 8, False, 2),
@@ -67,12 +68,22 @@ LARGE = [
 Case = tuple[int, int, int, int, int, bool, int]
 
 
+def quick(cases: list[Any], count: int) -> list[Any]:
+    """Return parameters of which all but the first ones are slow."""
+    return [
+        pytest.param(
+            *(case if isinstance(case[0], str) else [case]), marks=[pytest.mark.slow] if count <= number else []
+        )
+        for number, case in enumerate(cases)
+    ]
+
+
 # (variant, compute type, depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute) of MLX's own
-# operations; the first four are quick.
+# operations.
 PLAIN = [
     ("oct2025", mx.bfloat16, 2, 512, 256, 8, 8, False),
-    ("oct2025", mx.bfloat16, 2, 2048, 256, 8, 4, False),
     ("oct2025", mx.float32, 2, 512, 1024, 2, 2, False),
+    ("oct2025", mx.bfloat16, 2, 2048, 256, 8, 4, False),
     ("oct2025", mx.float32, 2, 16384, 256, 2, 2, False),
     ("oct2025", mx.bfloat16, 2, 512, 1024, 2, 2, False),
     ("oct2025", mx.bfloat16, 2, 16384, 256, 2, 2, False),
@@ -134,7 +145,7 @@ def needs_lanes() -> None:
         pytest.skip("factors were measured with OpenBLAS")
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", quick(SMALL, 3), ids=str)
 def test_peak_of_the_cpus_kernels_is_predicted_within_15_percent(case: Case) -> None:
     needs_lanes()
     measured, predicted = compare(case, "oct2025")
@@ -143,10 +154,7 @@ def test_peak_of_the_cpus_kernels_is_predicted_within_15_percent(case: Case) -> 
 
 @pytest.mark.parametrize(
     ("variant", "dtype", "case"),
-    [
-        pytest.param(variant, dtype, (*case, 1), marks=[pytest.mark.slow] if number > 3 else [])
-        for number, (variant, dtype, *case) in enumerate(PLAIN)
-    ],
+    quick([(variant, dtype, (*case, 1)) for variant, dtype, *case in PLAIN], 2),
     ids=str,
 )
 def test_peak_of_the_plain_path_is_predicted_within_15_percent(
@@ -316,16 +324,19 @@ def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
 
 # Decoding
 
+# (variant, rows, tokens of the prompt, new tokens, compute type, plain path, bits of the weights)
+SAMPLING = [
+    ("jul2026", 4, 480, 32, mx.float32, False, None), ("oct2025", 4, 100, 28, mx.float32, False, 4),
+    ("oct2025", 1, 8, 2, mx.bfloat16, True, 4), ("oct2025", 32, 100, 28, mx.float32, True, None),
+    ("oct2025", 4, 480, 32, mx.float32, False, None), ("oct2025", 32, 100, 28, mx.float32, False, None),
+    ("oct2025", 16, 480, 16, mx.float32, True, None), ("oct2025", 4, 60, 4, mx.float32, True, 8),
+    ("oct2025", 1, 8, 2, mx.bfloat16, True, None),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("variant", "rows", "prompt", "new", "dtype", "plain", "bits"),
-    [
-        ("oct2025", 4, 480, 32, mx.float32, False, None), ("oct2025", 32, 100, 28, mx.float32, False, None),
-        ("jul2026", 4, 480, 32, mx.float32, False, None), ("oct2025", 4, 100, 28, mx.float32, False, 4),
-        ("oct2025", 32, 100, 28, mx.float32, True, None), ("oct2025", 16, 480, 16, mx.float32, True, None),
-        ("oct2025", 4, 60, 4, mx.float32, True, 8), ("oct2025", 1, 8, 2, mx.bfloat16, True, 4),
-        ("oct2025", 1, 8, 2, mx.bfloat16, True, None),
-    ],
+    quick(SAMPLING, 4),
     ids=str,
 )  # fmt: skip
 def test_peak_of_sampling_is_predicted_within_15_percent(

@@ -72,10 +72,12 @@ def test_a_search_ends_with_a_table_and_a_picture(undisturbed: tuple[Path, str])
 
 @pytest.mark.parametrize(
     "point",
-    ["search.ended:3", "train.iteration:2"]
+    ["search.ended:3"]
     + [
         pytest.param(point, marks=pytest.mark.slow)
-        for point in ("search.ended", "search.told", "search.told:4", "publish.renamed:4", "step.started:3")
+        for point in (
+            "train.iteration:2", "search.ended", "search.told", "search.told:4", "publish.renamed:4", "step.started:3"
+        )
     ],
 )  # fmt: skip
 def test_a_search_that_was_killed_ends_as_one_that_was_not(

@@ -81,6 +81,7 @@ def attempts(outputs: Path) -> list[dict[str, Any]]:
     return max((manifest["attempts"] for manifest in manifests), key=len)
 
 
+@pytest.mark.slow
 def test_jobs_in_a_queue_give_the_table_of_jobs_in_this_process(
     sweep: Start, outputs: Path, short: tuple[str, ...], mlxchat: Any, swept: Any, stub: Path
 ) -> None:
@@ -104,6 +105,9 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on(
 ) -> None:
     process = sweep("pretrain.num_iterations=120", "optimizer.matrix_lr=0.01,0.03", parallel=1)
     pid = pid_of(stub, 0, process, outputs)
+    script = (stub / "script-1000").read_text()
+    for line in ("--array=0-1%1", "--requeue", "--signal=USR2@120", "--time=5"):
+        assert f"#SBATCH {line}" in script
     for name in signals.split():
         os.kill(pid, getattr(signal, f"SIG{name}"))
     text, _ = process.communicate(timeout=600)
