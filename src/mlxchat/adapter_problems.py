@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mlxchat.adapter_config import NO_ADAPTER, AdapterConfig
 from mlxchat.errors import ConfigError, suggest
@@ -59,7 +60,7 @@ def find_unread_problems(adapter: AdapterConfig, others: list[AdapterConfig]) ->
 
 
 def find_fusing_problems(
-    pipeline: Mapping[str, Mapping[str, str]], stages: Mapping[str, AdapterConfig]
+    pipeline: Mapping[str, Mapping[str, Any]], stages: Mapping[str, AdapterConfig]
 ) -> Iterator[str]:
     """Yield a line for every step that is to fuse what has no adapters.
 
@@ -69,8 +70,8 @@ def find_fusing_problems(
     """
     for name, step in pipeline.items():
         source = step.get("checkpoint", "")
-        stage = pipeline.get(source, {}).get("stage")
-        if step.get("stage") != "fused" or stage not in ("pretrain", *stages):
+        stage, own = pipeline.get(source, {}).get("stage"), pipeline.get(source, {}).get("with")
+        if step.get("stage") != "fused" or stage not in ("pretrain", *stages) or own:
             continue
         if stage == "pretrain" or not stages[stage].is_there:
             remedy = "" if stage == "pretrain" else f", or give {stage}.adapter.kind=lora"

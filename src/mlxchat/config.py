@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlxchat.adapter_config import NO_ADAPTER
 from mlxchat.adapter_config import AdapterConfig as AdapterConfig
@@ -262,9 +263,9 @@ class Config:
     """Step → seconds after which it saves what it has and fails; the same command continues it."""
     stages: list[str] = MISSING
     """Where own stages are: folders, such as ./my_stages, and modules; besides those of installed packages."""
-    pipeline: dict[str, dict[str, str]] = MISSING
+    pipeline: dict[str, dict[str, Any]] = MISSING
     """Step → {stage, role: step}; or role: import:NAME, a model that was imported under that name, or role:
-    artifact:NAME, any model of the store."""
+    artifact:NAME, any model of the store; and with: {setting: value}, for this step alone, of the stage's section."""
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -23,7 +23,8 @@ def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool
     - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline.
     - `+experiment=smoke` becomes `experiment=smoke`.
     - One value for a list (`force=sft`) becomes a list of one.
-    - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`) needs no `+`.
+    - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`), and of a step's settings
+      (`pipeline.sft.with.num_epochs=2`), needs no `+`.
     - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf merges a new task, but sets none.
     """
     implied = implied_experiment(overrides) if imply else []
@@ -55,7 +56,8 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
         return f"{name}={value}"
     if _is_list(name, schema) and value and value not in ("null", "[]") and not re.match(r"[\[{$]", value):
         return f"{key}={value}" if _SWEEPS.match(value) else f"{key}=[{value}]"
-    if key == name and _starts_empty(name.rpartition(".")[0], schema):
+    of_step = re.fullmatch(r"pipeline\.\w+\.with(\.\w+)*", name)
+    if key == name and (of_step or _starts_empty(name.rpartition(".")[0], schema)):
         key = f"++{name}"
     elif key == name and (name == "rl.rewards" or name.startswith("rl.rewards.")) and value.startswith("{"):
         key = f"+{name}"

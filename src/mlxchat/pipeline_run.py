@@ -36,6 +36,7 @@ from mlxchat.runner.records import Record, Records, now
 from mlxchat.runner.sealed import write_whole
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
+from mlxchat.sections import config_of
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results
 from mlxchat.visible import visible
@@ -126,7 +127,7 @@ def remark_few_rows(config: Config, plan: list[PlannedStep], ranks: int) -> list
     """Return a line for each step with fewer rows in an iteration than there are ranks."""
     found = []
     for step in plan:
-        batch = None if step.done else getattr(getattr(config, step.stage.name, None), "batch", None)
+        batch = None if step.done else getattr(getattr(step.config, step.stage.name, None), "batch", None)
         if batch is not None and batch.tokens is not None and (rows := batch.tokens // batch.row_tokens) < ranks:
             text = f"has {rows} rows in an iteration for {ranks} ranks: some have nothing to train on"
             found.append(f"{step.name:<10} {text}")
@@ -143,6 +144,7 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
         config, config.pipeline, store, targets=config.targets, seed=config.seed, data_seed=config.data_seed,
         force=config.force, code=config.code,
         compute_dtype=dtype_name(config.machine.device, config.machine.compute_dtype),
+        config_of=partial(config_of, config),
     )  # fmt: skip
     check_given(config, plan)
     return plan

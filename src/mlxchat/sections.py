@@ -1,16 +1,16 @@
-"""The schema of a configuration: ours, and a section for each own stage that has settings."""
+"""The schema of a configuration, with a section for each own stage that has settings; and a step's own settings."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import field, fields, is_dataclass, make_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config import Config
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, suggest
 from mlxchat.parts import import_module
 from mlxchat.runner.stage import Stage, Stages
 
@@ -41,6 +41,39 @@ def _schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
     return make_dataclass(
         "Config", sections, bases=(Config,), kw_only=True, namespace={"__reduce__": reduce, "__doc__": Config.__doc__}
     )
+
+
+def config_of(config: Config, step: str, stage: Stage) -> Config:
+    """Return the configuration as a step sees it: its `with` in place of settings of the stage's own section.
+
+    Args:
+        config: of the whole run.
+        step: its name.
+        stage: the step's.
+
+    Raises:
+        ConfigError: a setting is unknown or has another type, or the stage has no section of its own.
+    """
+    given, where = config.pipeline[step].get("with"), f"pipeline.{step}.with"
+    if not given:
+        return config
+    section = getattr(config, stage.name, None) if stage.name in stage.config else None
+    if not is_dataclass(section) or not isinstance(given, Mapping):
+        expected = f"a mapping of settings of {stage.name}" if is_dataclass(section) else "nothing"
+        raise ConfigError(f"{where} is {given}, expected {expected}: `with` sets what the stage has in its own section")
+    known = [item.name for item in fields(section)]
+    if unknown := [key for key in given if key not in known]:
+        raise ConfigError(
+            "\n".join(f'there is no "{stage.name}.{key}" for {where}.{suggest(key, known)}' for key in unknown)
+        )
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), dict(given)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from None
+    return replace(config, **{stage.name: merged})
 
 
 def _restore(places: tuple[str, ...], values: dict[str, Any]) -> Config:

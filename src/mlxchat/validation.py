@@ -15,6 +15,9 @@ from mlxchat.number_problems import find_bound_problems, find_range_problems, fi
 from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
 from mlxchat.parts import is_own, part_file
 from mlxchat.rl_problems import find_rl_problems
+from mlxchat.runner.pipeline import Pipeline, roles_of
+from mlxchat.runner.stage import Stages
+from mlxchat.sections import config_of
 from mlxchat.tasks import find_item_problems
 from mlxchat.teacher_problems import find_teacher_problems
 
@@ -23,6 +26,24 @@ _POLAR_EXPRESS_ITERATIONS = 5
 
 def find_problems(config: Config) -> list[str]:
     """Return a line for every value that cannot be, with what was expected; empty if all is well."""
+    steps = {step: entry for step, entry in config.pipeline.items() if not entry.get("with")}
+    problems = _find_problems(config, steps)
+    stages = Stages(config.stages)
+    for step, entry in config.pipeline.items():
+        if step in steps or entry.get("stage") not in stages:
+            continue
+        try:
+            own = config_of(config, step, stages[entry["stage"]])
+        except ConfigError as error:
+            problems += str(error).splitlines()
+        else:
+            found = _find_problems(own, {step: entry})
+            problems += [f"pipeline.{step}.with: {line}" for line in found if line not in problems]
+    return problems
+
+
+def _find_problems(config: Config, steps: Pipeline) -> list[str]:
+    """Return the problems of the settings of these steps."""
     of_model = list(_model(config))
     found = [
         *of_model,
@@ -31,8 +52,8 @@ def find_problems(config: Config) -> list[str]:
         *_own_parts(config),
         *_corpus(config),
         *_pretrain(config),
-        *_finetune("midtrain", config.midtrain, config),
-        *_finetune("sft", config.sft, config),
+        *_finetune("midtrain", config.midtrain, config, steps),
+        *_finetune("sft", config.sft, config, steps),
         *_schedule("rl", config.rl.schedule),
         *find_rl_problems(config.rl),
         *(find_item_problems("suite", config.suite, training=False) if config.suite else ()),
@@ -76,7 +97,7 @@ def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
     yield from find_fusing_problems(config.pipeline, stages)
     # Of somebody's model the sizes are known when the plan is made.
     steps = config.pipeline.values()
-    others = any(source.startswith(("import:", "artifact:")) for step in steps for source in step.values())
+    others = any(source.startswith(("import:", "artifact:")) for step in steps for source in roles_of(step).values())
     ours = model_is_good and not others and any(step.get("stage") == "pretrain" for step in steps)
     sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size) if ours else None
     told: list[str] = []
@@ -200,7 +221,7 @@ def _pretrain(config: Config) -> Iterator[str]:
     yield from _schedule("pretrain", pretrain.schedule)
 
 
-def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[str]:
+def _finetune(name: str, finetune: FinetuneConfig, config: Config, steps: Pipeline) -> Iterator[str]:
     yield from _batch(name, finetune.batch, config.model.context_tokens)
     yield from _schedule(name, finetune.schedule)
     yield from find_teacher_problems(f"{name}.teacher", finetune.teacher)
@@ -215,7 +236,7 @@ def _finetune(name: str, finetune: FinetuneConfig, config: Config) -> Iterator[s
             f"{name}.warm_start is true, but {name}.adapter.kind is {finetune.adapter.kind}: pretraining's moments are "
             f"of other parameters. Give {name}.warm_start=false, or {name}.adapter.kind=none"
         )
-    for step, wiring in config.pipeline.items():
+    for step, wiring in steps.items():
         source = config.pipeline.get(wiring.get("checkpoint", ""), {})
         if not finetune.warm_start or wiring.get("stage") != name or source.get("stage") in (None, "outside"):
             continue

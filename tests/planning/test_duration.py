@@ -9,7 +9,6 @@ import pytest
 
 from mlxchat.compose import compose_config
 from mlxchat.pipeline_run import plan_of
-from mlxchat.planning import duration
 from mlxchat.planning.duration import estimate_pretraining
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.store import Store
@@ -27,7 +26,7 @@ def estimate(tmp_path: Path, *overrides: str) -> Estimate | None:
 def made(per_token: float, tokens_per_second: float, backend: str = "cpu") -> dict[str, Any]:
     return {
         "name": f"pretrain-{per_token:g}", "device": {"backend": backend},
-        "tokens_per_second": tokens_per_second, "derived": {"flops_per_token": per_token},
+        "step": "other", "tokens_per_second": tokens_per_second, "derived": {"flops_per_token": per_token},
     }  # fmt: skip
 
 
@@ -51,8 +50,8 @@ def test_the_expected_speed_gives_the_seconds_of_the_published_d20(tmp_path: Pat
 
 
 def test_a_speed_that_was_reached_goes_before_the_expected_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    history = [made(1e7, 1e4), made(2e9, 100.0), made(3e9, 5e6, backend="cuda"), {"name": "damaged"}]
-    monkeypatch.setattr(duration, "recent_artifacts", lambda store, stage: iter(history))
+    history = [made(1e7, 1e4), made(2e9, 100.0), made(3e9, 5e6, backend="cuda")]
+    monkeypatch.setattr(Store, "recent", lambda store, stage: iter(history))
     found = estimate(tmp_path, "machine.training_flops=8e12")
     assert found is not None
     assert found.artifact == "pretrain-2e+09"

@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     else:
         remarks = dict(memory)
         forecast = {
-            step.name: remark(getattr(config, step.stage.name, None))
+            step.name: remark(getattr(step.config, step.stage.name, None))
             for step in plan
             if not step.done and (remark := getattr(step.stage.load_forecast(), "remark", None)) is not None
         }

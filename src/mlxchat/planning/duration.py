@@ -31,6 +31,7 @@ def estimate_pretraining(config: Config, plan: Iterable[PlannedStep], store: Sto
     for step in plan:
         if step.done or step.stage.name != "pretrain":
             continue
+        config = step.config
         sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
         derived, per_token = derive_hyperparameters(config, sizes), flops_per_token(sizes)
         reached, source = config.machine.training_flops, "machine.training_flops"

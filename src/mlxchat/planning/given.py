@@ -31,7 +31,7 @@ def check_given(config: Config, plan: list[PlannedStep]) -> None:
     sizes, problems = find_given_sizes(config, plan), list[str]()
     for step in plan:
         if not step.done and (check := getattr(step.stage.load_forecast(), "problems", None)) is not None:
-            problems += check(config, step, plan, sizes.get(step.name))
+            problems += check(step.config, step, plan, sizes.get(step.name))
     if problems:
         raise ConfigError("\n".join(problems))
     check_local_files(config, plan)
@@ -53,7 +53,9 @@ def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
         sizes = getattr(step.stage.load_forecast(), "model_sizes", None)
         if sizes is not None and not step.stage.optional_inputs.keys() & {*step.inputs, *step.artifacts}:
             made = store.find(step.rid) if step.done else None
-            found[step.name] = sizes(getattr(config, step.stage.name, None)) if made is None else sizes_of_folder(made)
+            found[step.name] = (
+                sizes(getattr(step.config, step.stage.name, None)) if made is None else sizes_of_folder(made)
+            )
         elif step.inputs.get(_ROLE) in found:
             found[step.name] = found[step.inputs[_ROLE]]
         elif artifact is not None and (folder := store.find(str(artifact["rid"]))) is not None:
@@ -77,10 +79,14 @@ def check_local_files(config: Config, plan: Iterable[PlannedStep]) -> None:
     Raises:
         DataError: with every line of every file that cannot be used.
     """
-    sections = {name: getattr(config, name) for step in plan if not step.done for name in step.stage.config}
+    sections: dict[int, tuple[str, Any]] = {}
+    for step in plan:
+        for name, section in {} if step.done else step.sections.items():
+            is_own = section is not getattr(config, name)
+            sections[id(section)] = (f"pipeline.{step.name}.with" if is_own else name, section)
     faults: dict[str, list[str]] = {}
-    for name, section in sections.items():
-        for place, fault in _faults(name, section):
+    for where, section in sections.values():
+        for place, fault in _faults(where, section):
             faults.setdefault(fault, []).append(place)  # a mixture and its validation often share a file
     if faults:
         raise DataError("\n".join(f"{', '.join(places)}: {fault}" for fault, places in faults.items()))

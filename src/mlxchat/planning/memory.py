@@ -609,7 +609,7 @@ def _needs(config: Config, plan: Iterable[PlannedStep]) -> list[tuple[PlannedSte
     """Return what the plan's steps that are to run need memory for."""
     plan = list(plan)
     given = find_given_sizes(config, plan)
-    found = ((step, memory_of(config, step.stage, given.get(step.name))) for step in plan if not step.done)
+    found = ((step, memory_of(step.config, step.stage, given.get(step.name))) for step in plan if not step.done)
     return [(step, need) for step, need in found if need is not None]
 
 

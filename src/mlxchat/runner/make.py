@@ -135,7 +135,7 @@ def _prepare(
     return Context(
         step=step.name, stage=step.stage.name, inputs=folders, out=out,
         input_steps={role: made["step"] for role, made in lineage.items()},
-        config=Sections(run.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
+        config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
         work=work / "ckpt", root_seed=run.seed, root_data_seed=run.data_seed,
         hints=run.policy.hints, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
         team=run.ranks.start(run, work / "ckpt") if run.ranks is not None and "gpu" in step.stage.resources else None,
@@ -154,15 +154,14 @@ def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
     reset_peak_memory()
     limit = TimeLimit(run.policy.timeouts.get(step.name))
     ctx.stop_signal = lambda: run.stop_signal or (15 if limit.passed else None)
-    sections = {section: getattr(run.config, section) for section in step.stage.config}
     error: BaseException
     try:
-        check_pins(step.name, step.externals, sections, "since it was planned", step.unread)
+        check_pins(step.name, step.externals, step.sections, "since it was planned", step.unread)
         with limit:
             step.stage.load()(ctx)
         crash_point("step.ran")
         try:
-            check_pins(step.name, step.externals, sections, "while it ran", step.unread)
+            check_pins(step.name, step.externals, step.sections, "while it ran", step.unread)
         except StepFailed:
             shutil.rmtree(ctx.work, ignore_errors=True)  # made from both the old and the new
             raise
@@ -236,7 +235,7 @@ def _describe(
 ) -> Manifest:
     """Return everything that the manifest says besides the contents."""
     metrics = dict(ctx.metrics)
-    sections = {section: plain_of(getattr(run.config, section)) for section in step.stage.config}
+    sections = {name: plain_of(section) for name, section in step.sections.items()}
     return {
         "schema": SCHEMA,
         "key": step.key,

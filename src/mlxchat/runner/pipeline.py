@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.stage import Stage
 
-Pipeline = Mapping[str, Mapping[str, str]]
+Pipeline = Mapping[str, Mapping[str, Any]]
+"""Step → {stage, role: what fills it, with: settings of this step alone}."""
 GIVEN = ("import:", "artifact:")
 """A role may be filled by a model of the store instead of by a step: import:NAME is one that was imported under this
 name, artifact:NAME any, by whatever name `mlxchat show` takes."""
 GIVEN_KIND = "checkpoint"
 
 
-def steps_of(entry: Mapping[str, str]) -> dict[str, str]:
+def roles_of(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return role → what fills it."""
+    return {role: str(source) for role, source in entry.items() if role not in ("stage", "with")}
+
+
+def steps_of(entry: Mapping[str, Any]) -> dict[str, str]:
     """Return role → step of the roles that steps fill."""
-    return {role: source for role, source in entry.items() if role != "stage" and not source.startswith(GIVEN)}
+    return {role: source for role, source in roles_of(entry).items() if not source.startswith(GIVEN)}
 
 
-def given_of(entry: Mapping[str, str]) -> dict[str, str]:
+def given_of(entry: Mapping[str, Any]) -> dict[str, str]:
     """Return role → import:NAME or artifact:NAME of the roles that models of the store fill."""
-    return {role: source for role, source in entry.items() if role != "stage" and source.startswith(GIVEN)}
+    return {role: source for role, source in roles_of(entry).items() if source.startswith(GIVEN)}
 
 
 def order_steps(pipeline: Pipeline, targets: Iterable[str] | None, stages: Mapping[str, Stage]) -> list[str]:
     """Return the names of the steps that the targets need, inputs first.
 
     Args:
-        pipeline: step → {stage, role: step}.
+        pipeline: see `Pipeline`.
         targets: steps, or stages (all steps of that stage); None: every step.
         stages: all that there are.
 
@@ -81,9 +88,7 @@ def _check_wiring(pipeline: Pipeline, stages: Mapping[str, Stage]) -> list[str]:
         stage = stages[name]
         for role in stage.inputs.keys() - entry.keys():
             problems.append(f"pipeline.{step}.{role} is missing: stage {name} needs a {stage.inputs[role]}")
-        for role, source in entry.items():
-            if role == "stage":
-                continue
+        for role, source in roles_of(entry).items():
             if role not in stage.roles:
                 known = ", ".join(stage.roles) or "none"
                 hint = suggest(role, stage.roles)

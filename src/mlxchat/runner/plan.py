@@ -71,8 +71,10 @@ class PlannedStep:
     """What changed code does: warn, strict (the step runs again) or ignore."""
     digests: CodeDigests | None = None
     """Where digests of source files come from."""
+    config: Any = field(default=None, repr=False)
+    """The typed configuration as the step sees it, its own settings (`with`) included."""
     sections: dict[str, Any] = field(default_factory=dict, repr=False)
-    """The sections of the configuration that the stage reads."""
+    """The sections of it that the stage reads."""
     format: str | None = None
     """Of the checkpoint that the step starts from: base or chat; None: unknown, or it has none."""
     unread: frozenset[str] = frozenset()
@@ -179,18 +181,20 @@ def make_plan(
     force: Iterable[str],
     code: str = "warn",
     compute_dtype: str = "float32",
+    config_of: Callable[[str, Stage], Any] | None = None,
 ) -> list[PlannedStep]:
     """Return the steps in order, each with its key and whether and why it has to run.
 
     Args:
         config: typed configuration; a stage's CONFIG names the attributes that it reads.
-        pipeline: step → {stage, role: step}.
+        pipeline: see `Pipeline`.
         store: where artifacts are looked up.
         targets: steps or stages; None: all.
         seed: the run's seed, part of the identity of what draws from it.
         data_seed: the data's; None: the same.
         force: steps to run although their artifact is there; "all" for every one.
         code: what changed code does to a step that is done: warn, strict (it runs again) or ignore.
+        config_of: returns the configuration as a step sees it, with its own settings (`with`); None: all see one.
         compute_dtype: in which steps that need the GPU compute; part of their identity unless it is float32.
 
     Raises:
@@ -202,23 +206,26 @@ def make_plan(
         raise ConfigError(f"force names {', '.join(unknown)}, no step of the pipeline.{suggest(unknown[0], pipeline)}")
     digests = CodeDigests(remembered(), Path(__file__).parents[1])
     hashes = FileHashes(store.outputs / "index" / "files.json")
-    # Steps share sections, and need each of them once.
-    identities: dict[str, Any] = {}
-    pins: dict[tuple[tuple[str, ...], frozenset[str]], dict[str, str]] = {}
+    # Steps share sections, and need each of them once; those with settings of their own have others.
+    identities: dict[int, Any] = {}
+    pins: dict[tuple[tuple[int, ...], frozenset[str]], dict[str, str]] = {}
     planned: dict[str, PlannedStep] = {}
     stages = Stages(getattr(config, "stages", ()))
     for name in order_steps(pipeline, targets, stages):
         stage = stages[pipeline[name]["stage"]]
         inputs = steps_of(pipeline[name])
         given = find_given(name, given_of(pipeline[name]), store)
-        sections = {section: getattr(config, section) for section in stage.config}
-        for section in sections.keys() - identities.keys():
-            identities[section] = identity_of(sections[section])
+        own = config_of(name, stage) if config_of is not None else config
+        sections = {section: getattr(own, section) for section in stage.config}
+        for section in sections.values():
+            if id(section) not in identities:
+                identities[id(section)] = identity_of(section)
         format = _format_of_input(stage, inputs, given, planned, stages)
         unread = stage.unread({*inputs, *given}, format)
-        if (stage.config, unread) not in pins:
-            pins[stage.config, unread] = pin_externals(sections, hashes.of, unread)
-        identity = _without(unread, {section: identities[section] for section in sections})
+        read = tuple(map(id, sections.values()))
+        if (read, unread) not in pins:
+            pins[read, unread] = pin_externals(sections, hashes.of, unread)
+        identity = _without(unread, {section: identities[id(value)] for section, value in sections.items()})
         identity |= stage.seeds(seed, seed if data_seed is None else data_seed)
         if compute_dtype != "float32" and "gpu" in stage.resources:
             identity["compute_dtype"] = compute_dtype
@@ -226,8 +233,8 @@ def make_plan(
         labels = [given_label(source, given[role]) for role, source in given_of(pipeline[name]).items()]
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=given, identity=identity,
-            externals=pins[stage.config, unread], label=_label(stage, config, [*inherited, *labels]),
-            forced=name in force or "all" in force, code_policy=code, digests=digests, sections=sections,
+            externals=pins[read, unread], label=_label(stage, own, [*inherited, *labels]),
+            forced=name in force or "all" in force, code_policy=code, digests=digests, config=own, sections=sections,
             format=format, unread=unread,
         )  # fmt: skip
         step.artifacts |= find_artifacts(sections, store, partial(_key_with, step, store, planned))
