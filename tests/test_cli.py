@@ -59,7 +59,7 @@ def test_every_verb_explains_itself(verb: str, say: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "graph", "bench", "completion", "data")]
+    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "explain", "graph", "bench", "completion", "data")]
 )
 def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
     needed = ["--teacher", "http://127.0.0.1:9/v1", "--out", "answers.jsonl"] if verb == "distill" else []

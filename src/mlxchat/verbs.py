@@ -4,6 +4,7 @@
 VERBS = {
     "run": ("run", "run the pipeline, or what `stage=` selects; this is what plain `mlxchat` does"),
     "plan": ("plan", "show what would run, and why"),
+    "explain": ("explain", "show what a stage or step does, reads and writes, and its settings: explain sft"),
     "status": ("status", "show what is done, running and left over in the outputs folder"),
     "ls": ("ls", "list the artifacts"),
     "show": ("show", "show everything about an artifact"),
