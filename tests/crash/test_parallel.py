@@ -65,11 +65,9 @@ def test_what_needs_a_step_that_failed_is_left_out(stubs: Any) -> None:
 
 def test_fail_fast_stops_the_other_branch_which_saves_what_it_has(stubs: Any) -> None:
     settings = ("score.failing=[inspect]", "train.iterations=200", "train.pause=0.05", PARALLEL)
-    began = time.monotonic()
     code, text = stubs.run(*settings, "fail_fast=true")
     assert code == 1
     assert "inspect cannot be scored" in text
-    assert time.monotonic() - began < 9, "200 iterations of 0.05 s were not waited for"
     assert "train" not in stubs.trees()
     (interrupted,) = stubs.events("step_interrupted")
     assert interrupted["step"] == "train"
@@ -83,7 +81,9 @@ def test_fail_fast_without_processes_runs_nothing_after_a_failure(stubs: Any) ->
     assert "other steps go on" not in text
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_stop_reaches_every_child_once_and_all_save(number: int, expected: int, stubs: Any) -> None:
     settings = ("train.iterations=100", "train.pause=0.05", "score.seconds=60", PARALLEL)
     process = stubs.start(*settings)
@@ -129,7 +129,11 @@ def test_children_of_a_run_that_is_killed_save_and_end(stubs: Any) -> None:
     stubs.check_clean()
 
 
-@pytest.mark.parametrize("place", ["step.ran:3", "publish.renamed:3", "checkpoint.renamed:2", "train.iteration:2"])
+@pytest.mark.parametrize(
+    "place",
+    ["publish.renamed:3", "train.iteration:2"]
+    + [pytest.param(place, marks=pytest.mark.slow) for place in ("step.ran:3", "checkpoint.renamed:2")],
+)
 def test_a_child_that_is_killed_is_told_and_the_next_run_continues(place: str, stubs: Any, make_stubs: Any) -> None:
     # Points are counted in each process: the first step that passes one so often does not exist, but train does.
     point = place.split(":")[0]

@@ -128,7 +128,7 @@ def test_a_token_beyond_the_window_reaches_a_short_layer_no_more() -> None:
     assert np.abs(after[:, 199] - before[:, 199]).max() > 1e-4
 
 
-@pytest.mark.parametrize("num_kv_heads", [4, 1])
+@pytest.mark.parametrize("num_kv_heads", [pytest.param(4, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
 def test_gradients_of_the_loss_equal_central_differences(path: str, architecture: str, num_kv_heads: int) -> None:
     """Of every parameter, along its gradient and across it; differences are those of the loss in float64."""

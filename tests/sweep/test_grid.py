@@ -220,6 +220,7 @@ def test_a_mistake_is_refused_before_anything_is_written(
     assert not swept.outputs.exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_can_be_sorted_by_another_metric_and_direction(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
@@ -243,6 +244,7 @@ def test_a_users_file_can_say_what_is_swept(
     assert sorted(row["tokenizer.vocab_size"] for row in type(swept)(outputs).rows()) == [300, 310]
 
 
+@pytest.mark.slow
 def test_values_from_a_users_file_are_swept_too(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any, tmp_path: Path
 ) -> None:
