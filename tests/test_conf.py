@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -28,6 +28,7 @@ from mlxchat.runner.context import Context
 from mlxchat.runner.plan import flatten_config, make_plan
 from mlxchat.runner.stage import Stages
 from mlxchat.runner.store import Store
+from mlxchat.sections import config_of
 from mlxchat.validation import find_problems
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,10 @@ def test_every_file_composes_to_a_plan_of_every_step(files: list[Path], tmp_path
         if group not in ("settings", "mixture"):
             assert found.choices[group] == option
     config = found.config
-    plan = make_plan(config, config.pipeline, Store(tmp_path), targets=config.targets, seed=config.seed, force=[])
+    plan = make_plan(
+        config, config.pipeline, Store(tmp_path), targets=config.targets, seed=config.seed, force=[],
+        config_of=partial(config_of, config),
+    )  # fmt: skip
     assert len({step.key for step in plan}) == len(plan) >= 1
 
 

@@ -235,6 +235,15 @@ def test_gc_says_that_nothing_was_changed_and_removes_only_with_apply(two: Any, 
     assert len(list((two.outputs / "store").iterdir())) == len(record["kept"]) == 2
 
 
+def test_ls_and_status_take_a_run(two: Any, say: Say) -> None:
+    for run in ("run1", "run2"):
+        made = {place.name for place in two.store.refs(run).values()}
+        listed = {line.split()[2] for line in say("ls", run).splitlines()}
+        assert listed == made == {row["artifact"] for row in json.loads(say("status", run, "--json"))["done"]}
+    assert 'Did you mean "first"?' in say("ls", "frist", code=2)
+    assert "no run. See: mlxchat show" in say("status", "run1/first", code=2)
+
+
 def test_status_tells_who_runs_at_which_iteration_and_how_fast(two: Any, say: Say) -> None:
     rid = "a" * 52
     attempts.start(two.store.work(rid), "run9", "sft")

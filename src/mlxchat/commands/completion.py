@@ -51,7 +51,7 @@ _DATA = ("fetch", "ls", "rm", "show")
 _OPTIONS = {
     "run": ["--multirun", "--cfg", "--info", "--config-dir", "--config-name", "--config-path", "--fail-fast", "--help"],
     "plan": ["--json", "--exit-code", "--config-dir"],
-    "status": ["--json"], "ls": ["--stage", "--sort", "--json"],
+    "explain": ["--json"], "status": ["--json"], "ls": ["--stage", "--sort", "--json"],
     "show": ["--json", "--examples", "--task", "--iteration"],
     "lineage": ["--up", "--down", "--json"],
     "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from mlxchat.commands.arguments import make_parser, outputs_folder, split_words
+from contextlib import suppress
+
+from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
 from mlxchat.commands.columns import aligned, print_json, when
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner.catalog import Summary, read_catalog
+from mlxchat.runner.naming import Run, links, meaning
 from mlxchat.runner.progress import format_bytes, format_number, format_seconds
 from mlxchat.runner.store import Store
 
@@ -14,7 +17,7 @@ _ENCODED = "tokens"
 
 def main(arguments: list[str]) -> int:
     """Print a line per artifact, the newest last."""
-    parser = make_parser("ls", "List the artifacts, the newest last.")
+    parser = make_naming_parser("ls", "List the artifacts, the newest last; of a stage, a step or a run.", "NAME")
     parser.add_argument("--stage", action="append", default=[], help="only of this stage or step (repeatable)")
     parser.add_argument("--sort", metavar="METRIC", help="only artifacts that have this metric, the best first")
     parser.add_argument("--json", action="store_true", help="one JSON array for programs")
@@ -24,12 +27,15 @@ def main(arguments: list[str]) -> int:
     found = read_catalog(store)
     wanted = [*options.stage, *names]
     known = {str(summary.get(key)) for summary in found for key in ("stage", "step") if summary.get(key)}
+    of_runs: set[str] = set()
     for name in wanted:
         if name not in known and found:
-            raise ConfigError(
-                f'no artifact is of stage or step "{name}": {", ".join(sorted(known))}.{suggest(name, known)}'
-            )
-    shown = [summary for summary in found if not wanted or {summary.get("stage"), summary.get("step")} & set(wanted)]
+            of_runs |= _of_run(store, name, known)
+
+    def is_wanted(summary: Summary) -> bool:
+        return bool({summary.get("stage"), summary.get("step")} & set(wanted)) or summary["folder"] in of_runs
+
+    shown = [summary for summary in found if not wanted or is_wanted(summary)]
     if options.sort:
         shown = _sorted(shown, options.sort)
     if options.json:
@@ -48,6 +54,18 @@ def main(arguments: list[str]) -> int:
     if not found:
         print(f"{store.outputs} holds no artifacts yet: run mlxchat first")
     return 0
+
+
+def _of_run(store: Store, name: str, known: set[str]) -> set[str]:
+    """Return the folders of a run's artifacts.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    with suppress(StoreError):
+        if isinstance(meant := meaning(store, name, paths=False), Run):
+            return {place.name for place in links(store, meant.name).values()}
+    raise ConfigError(f'"{name}" is no stage, step or run: {", ".join(sorted(known))}.{suggest(name, known)}')
 
 
 def _sorted(summaries: list[Summary], metric: str) -> list[Summary]:

@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import aligned, print_json, when
 from mlxchat.errors import StoreError
 from mlxchat.runner import attempts, locks
-from mlxchat.runner.naming import latest, links
+from mlxchat.runner.naming import Run, latest, links, meaning
 from mlxchat.runner.progress import format_bytes, format_count, format_seconds
 from mlxchat.runner.store import Store, read_manifest
 from mlxchat.visible import visible
@@ -24,17 +24,19 @@ Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    """Print the work in progress, what failed, and the steps of the latest run."""
-    parser = make_parser("status", "Show what is done, running, failed and left over.")
+    """Print the work in progress, what failed, and the steps of a run."""
+    what = "Show what is running, failed and left over, and what is done in a run (default: the latest)."
+    parser = make_naming_parser("status", what, "RUN")
     parser.add_argument("--json", action="store_true", help="one JSON object for programs")
     options = parser.parse_intermixed_args(arguments)
-    store = Store(outputs_folder(options.settings))
+    names, settings = take_names(options.settings, "status", 0, 1, "[RUN]")
+    store = Store(outputs_folder(settings))
+    run = _run_named(store, names[0]) if names else latest(store)
     work = [describe_work(store, folder) for folder in _folders(store.outputs / "work")]
-    run = latest(store)
     done = [_describe_done(step, place) for step, place in links(store, run).items()]
     done.sort(key=lambda row: str(row.get("published", "")))
     if options.json:
-        print_json({"outputs": str(store.outputs), "work": work, "latest": run, "done": done})
+        print_json({"outputs": str(store.outputs), "work": work, "latest": latest(store), "run": run, "done": done})
         return 0
     for title, chosen in (("running", "running"), ("failed", "failed"), ("left over", "")):
         rows = [
@@ -45,11 +47,23 @@ def main(arguments: list[str]) -> int:
         for row in rows:
             print(visible("\n".join(_lines_of(row))))
     if done:
-        print(f"done (latest run: {run})")
+        print(f"done ({'latest run: ' * (run == latest(store))}{run})")
         print(aligned([_cells(row) for row in done], right=(2, 3), indent="  "))
     if not done and not work:
         print(f"{store.outputs} holds nothing yet: run mlxchat first")
     return 0
+
+
+def _run_named(store: Store, name: str) -> str:
+    """Return the run that a name means.
+
+    Raises:
+        StoreError: it means none.
+    """
+    meant = meaning(store, name)
+    if not isinstance(meant, Run):
+        raise StoreError(f'"{name}" is {meant.place.name}, no run. See: mlxchat show {name}')
+    return meant.name
 
 
 def describe_work(store: Store, folder: Path) -> Row:
