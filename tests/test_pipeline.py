@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from kit.commands import CommandLine, Say
+from mlxchat.errors import StoreError
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import Store, read_manifest
@@ -226,6 +227,16 @@ def test_another_seed_shares_corpus_and_tokenizer_and_trains_another_model(
     same = {step for step, made in found.items() if made["tree"] == manifests[step]["tree"]}
     assert same == {step for step, made in found.items() if made["rid"] == manifests[step]["rid"]}
     assert (same, set(found) - same) == ({"corpus", "tokenizer"}, {"pretrain"})
+
+
+def test_what_is_done_in_a_folder_that_may_only_be_read_is_told_as_done(
+    finished: Any, tiny: tuple[str, ...], say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: Store) -> None:
+        raise StoreError("cannot be written")
+
+    monkeypatch.setattr(Store, "prepare", refuse)
+    assert "nothing to do: all 10 steps are done" in say(*tiny, f"outputs={finished.outputs}")
 
 
 def test_small_validation_text_counts_once_with_a_line(

@@ -65,6 +65,16 @@ def test_diff_tells_config_inputs_metrics_and_contents_old_and_new(two: Any, say
     assert record["contents"]["result.txt"][0] != record["contents"]["result.txt"][1]
 
 
+def test_diff_of_two_runs_goes_through_the_steps_of_both(two: Any, say: Say) -> None:
+    two.store.set_ref("run2", "third", two.store.resolve("run2/second"))
+    (two.outputs / "refs" / "run2" / "second").unlink()
+    text = say("diff", "run1", "run2")
+    assert [line for line in text.splitlines() if line.startswith("──")] == ["── first", "── second", "── third"]
+    assert "toy.number  2 → 3" in text.partition("── second")[0]
+    assert text.endswith("── second\nonly in a\n\n── third\nonly in b\n")
+    assert json.loads(say("diff", "run1", "run2", "--json"))["first"]["config"] == {"toy.number": [2, 3]}
+
+
 def test_an_artifact_does_not_differ_from_itself(two: Any, say: Say) -> None:
     assert say("diff", "first", "latest/first").endswith("no difference\n")
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -72,7 +73,8 @@ def run_pipeline(
     finished = all(step.done for step in plan)
     if (remark := remark_old(store)) is not None:
         _say(remark)
-    store.prepare()
+    if not finished:
+        store.prepare()
     _say(format_plan(plan))
     if ranks is not None:
         for line in remark_few_rows(config, plan, ranks.size):
@@ -80,8 +82,10 @@ def run_pipeline(
     if need is not None:
         _say(str(need))
     if finished:
-        if not is_verb:
-            _name_again(composed, plan, store, name)
+        with suppress(StoreError, PermissionError):  # who may only read the folder has nothing to name in it
+            store.prepare()
+            if not is_verb:
+                _name_again(composed, plan, store, name)
         which = "the step is" if len(plan) == 1 else f"all {len(plan)} steps are"
         print(f"nothing to do: {which} done. mlxchat report shows the results.")
         return None

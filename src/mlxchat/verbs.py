@@ -9,7 +9,7 @@ VERBS = {
     "ls": ("ls", "list the artifacts: all, or of a stage, a step or a run"),
     "show": ("show", "show everything about an artifact"),
     "lineage": ("lineage", "show what an artifact was made from, and what was made from it"),
-    "diff": ("diff", "show how two artifacts differ: config, inputs, code, metrics, environment"),
+    "diff": ("diff", "show how two artifacts or runs differ: config, inputs, code, metrics, environment"),
     "compare": ("compare", "compare runs, a sweep or a step's artifacts in a table (--sort, --format, --plot)"),
     "pin": ("pin", "name an artifact, which keeps it from being collected"),
     "verify": ("verify", "hash artifacts again and list what differs"),
