@@ -77,7 +77,7 @@ def run_pipeline(
         store.prepare()
     _say(format_plan(plan))
     if ranks is not None:
-        for line in remark_few_rows(config, plan, ranks.size):
+        for line in remark_few_rows(plan, ranks.size):
             _say(line)
     if need is not None:
         _say(str(need))
@@ -127,7 +127,7 @@ def run_pipeline(
     return folder
 
 
-def remark_few_rows(config: Config, plan: list[PlannedStep], ranks: int) -> list[str]:
+def remark_few_rows(plan: list[PlannedStep], ranks: int) -> list[str]:
     """Return a line for each step with fewer rows in an iteration than there are ranks."""
     found = []
     for step in plan:

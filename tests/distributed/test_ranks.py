@@ -219,8 +219,8 @@ def test_more_ranks_than_rows_gives_a_remark() -> None:
         for name, (tokens, _) in batches.items()
     })  # fmt: skip
     plan: Any = [
-        SimpleNamespace(name=name, stage=SimpleNamespace(name=name), done=done)
+        SimpleNamespace(name=name, stage=SimpleNamespace(name=name), config=config, done=done)
         for name, (_, done) in {**batches, "eval": (None, False)}.items()
     ]
-    (line,) = remark_few_rows(config, plan, 3)
+    (line,) = remark_few_rows(plan, 3)
     assert line == "pretrain   has 2 rows in an iteration for 3 ranks: some have nothing to train on"

@@ -22,7 +22,7 @@ from mlxchat.evals.quantised import QuantisedLoss, check_quantised, loss_change,
 from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
-from mlxchat.runner.store import Store, describe_outputs
+from mlxchat.runner.store import Store
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
 from mlxchat.serve.worker import load_scheduler
@@ -139,9 +139,8 @@ def test_serve_logs_it(
     store = Store(tmp_path_factory.mktemp("quantised") / "outputs")
     store.prepare()
     made = shutil.copytree(made, store.outputs / "work" / "sft")
-    files, tree = describe_outputs(made)
-    manifest = {"schema": 2, "rid": "a" * 52, "kind": "checkpoint", "outputs": files, "tree": tree}
-    folder = store.publish(made, "sft-x", manifest)
+    manifest = {"key": "a" * 52, "stage": "sft", "kind": "checkpoint", "published": "2026-01-01"}
+    folder = store.publish(made, "x", manifest)
     model = Model(folder.name, folder, tokenizer, wide.sizes.context_tokens, converses=True)
     with caplog.at_level(logging.INFO, logger="mlxchat.serve"):
         load_scheduler(model, Limits(), bits=8, kv_bits=4)
