@@ -133,7 +133,7 @@ class Store:
             StoreError: the record or the artifact's manifest is damaged.
         """
         for name in reversed(self._names_of_records()):
-            if name.split("-")[-3] != key or not rid_of_record(name).startswith(rid[:_SHORT]):
+            if f"-{key}-" not in name or not rid_of_record(name).startswith(rid[:_SHORT]):
                 continue
             if (place := self.find(rid_of_record(name))) is not None:
                 self.manifest_of(place)
