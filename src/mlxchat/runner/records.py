@@ -36,10 +36,12 @@ class Records:
 
     def read(self) -> list[Record]:
         """Return all whole records; a line cut by a crash is left out."""
-        if not self.path.exists():
+        try:
+            text = self.path.read_bytes()
+        except FileNotFoundError:
             return []
         # Not splitlines: text may hold U+2028.
-        records = (self.parse(line) for line in self.path.read_bytes().split(b"\n"))
+        records = (self.parse(line) for line in text.split(b"\n"))
         return [record for record in records if record is not None]
 
     @staticmethod
