@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,18 @@ def test_own_metrics_are_swept(example: Path, capsys: pytest.CaptureFixture[str]
     assert run_here("-m", *WORDS, "count.most=1,3", "sweep.metric=count.share") == 0
     rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in row] for row in rows[2:]] == [["2", "3", "1"], ["1", "1", "0.375"]]
+
+
+def test_two_steps_of_an_own_stage_differ_in_their_settings(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("+pipeline.few={stage: count, text: clean, with: {most: 1}}", "pipeline.few.with.most=3")
+    assert run_here(*WORDS, *more) == 0
+    made = Store(example / "outputs").refs()
+    assert [len(json.loads((made[step] / "words.json").read_text())) for step in ("count", "few")] == [2, 3]
+    capsys.readouterr()
+    assert run_here("explain", "few", *WORDS, *more) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"count\.most +3", said)
+    assert "reads   text (text)" in said
 
 
 def test_a_configuration_with_own_sections_can_be_sent_to_another_process(example: Path) -> None:
