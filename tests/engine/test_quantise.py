@@ -117,16 +117,19 @@ def test_the_models_own_weights_are_freed(
 
     def measure() -> tuple[Chat, int]:
         """Return a chat and the bytes that it holds."""
+        mx.synchronize()
         gc.collect()
         before = mx.get_active_memory()
         chat = Chat.load(saved[1], temperature=0.0, top_k=None, max_tokens=4, seed=0, bits=4)
         chat.answer_once("the cat")
+        mx.synchronize()
         gc.collect()
         return chat, mx.get_active_memory() - before
 
     measure()  # what is kept for the process (compiled functions and their constants) is made by now
-    _, held = measure()
-    assert held < (0.3 if path == "plain" else 0.7) * own
+    # What other streams and tests of this process still hold may be counted, too: the least of three.
+    held = min(measure()[1] for _ in range(3))
+    assert held < (0.4 if path == "plain" else 0.7) * own, "with the own weights it would be more than all of them"
 
 
 def test_serve_logs_it(
