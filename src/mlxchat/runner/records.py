@@ -38,7 +38,7 @@ class Records:
         """Return all whole records; a line cut by a crash is left out."""
         try:
             text = self.path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         # Not splitlines: text may hold U+2028.
         records = (self.parse(line) for line in text.split(b"\n"))
