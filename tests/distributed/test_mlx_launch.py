@@ -28,7 +28,7 @@ def launch() -> Callable[..., subprocess.Popen[str]]:
 
     def start(*arguments: str | Path, hosts: tuple[str, ...] = ("-n", "2"), **variables: str) -> subprocess.Popen[str]:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "MLX_", "PYTHON"))}
-        port = min(ranks.free_ports(8))
+        port = ranks.first_of_free_ports(8)  # the launcher counts up from it
         return subprocess.Popen(
             [str(LAUNCHER), *hosts, "-p", str(port), "--", sys.executable, "-m", "mlxchat", *map(str, arguments)],
             env=clean | variables, stdin=subprocess.DEVNULL, text=True,

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -134,6 +135,16 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def first_of_free_ports(count: int) -> int:
+    """Return the first of neighbouring ports that nobody uses now, below those that systems give out by themselves."""
+    while True:
+        first = random.randrange(20_000, 32_000)
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def _be_a_rank() -> None:
