@@ -287,6 +287,27 @@ def test_a_manifest_of_the_wrong_shape_is_refused(change: Any, tmp_path: Path) -
     assert [place.name for place in import_all(other, tmp_path / "store")[0]] == [folder.name], "nothing else was wrong"
 
 
+@pytest.mark.parametrize(("schema", "field"), [(1, "key"), (3, "stage")])
+def test_no_path_in_a_manifest_leads_a_record_out_of_the_store(schema: int, field: str, tmp_path: Path) -> None:
+    """A record is named by stage and key: a stage ../../x, or the unchecked key of an old manifest, led anywhere."""
+    record = small_record() | {"schema": schema, "key": "../../../escaped"}
+    if field == "stage":
+        record["stage"] = "../../../escaped"
+        record["key"] = compute_key(record["stage"], 1, {}, {}, {})
+        record["rid"] = identify(record)
+    folder = tmp_path / "in" / "store" / f"make-{record['rid'][:16]}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_bytes(seal(record))
+    other = Store(tmp_path / "deep" / "other")
+    if field == "stage":
+        with pytest.raises(StoreError, match=r"its stage is called '\.\./"):
+            import_all(other, tmp_path / "in")
+    else:
+        import_all(other, tmp_path / "in")
+    assert not list(tmp_path.rglob("*escaped*"))
+    assert list((other.outputs / "records").iterdir()) == []
+
+
 HARMLESS = {
     "git commit a number": {"git": {"commit": 5}},
     "null metrics": {"metrics": {"loss": None}},

@@ -136,7 +136,7 @@ class Store:
             if f"-{key}-" not in name or not rid_of_record(name).startswith(rid[:_SHORT]):
                 continue
             if (place := self.find(rid_of_record(name))) is not None:
-                self.manifest_of(place)
+                self.manifest_of(place)  # a damaged one is told now
                 return {**self._read_once(self.outputs / "records" / name), "name": place.name}
         return None
 
@@ -158,7 +158,7 @@ class Store:
 
     def learn(self, manifest: Manifest) -> None:
         """Record an execution elsewhere, unless its key has given something here: that stays what the key means."""
-        if "key" in manifest and self.made(manifest["key"]) is None:
+        if manifest.get("schema", 1) >= SCHEMA and self.made(manifest["key"]) is None:
             self.record(manifest)
             with suppress(OSError):
                 self.work(manifest["key"]).rmdir()  # unless the step is at work

@@ -83,6 +83,8 @@ def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
         yield f"it lists files outside its folder: {', '.join(strange)}"
     if not is_name(name):
         yield "its folder's name is no plain text"
+    if not is_name(manifest["stage"]):
+        yield f"its stage is called {manifest['stage'][:80]!r}, expected a plain name: it is part of a record's"
     if not is_name(manifest["step"] or name):
         yield f"its step is called {manifest['step'][:80]!r}, expected the name of a file in refs/<run>/"
 
