@@ -1,7 +1,7 @@
 """The outputs folder: immutable artifacts, records of what made them, their names, and the one way in.
 
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json is there
-    records/<stage>-<key>-<moment>-<rid16>.json   one per execution: what the key gave, as a manifest
+    records/<stage>-<key>-<time>-<rid16>.json   one per execution: what the key gave, as a manifest
     work/<key>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
     locks/<key>.lock                 flock files; one-host.json, hosts.json: runner/mounts.py
     refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (runner/naming.py)
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -147,7 +147,7 @@ class Store:
 
     def record(self, manifest: Manifest) -> None:
         """Keep what an execution gave: from here on its key leads to the artifact, if that is there."""
-        moment = re.sub("[^0-9]", "", manifest["published"])
+        moment = time.time_ns()  # of this machine: what a manifest from elsewhere says may be in the future
         name = f"{manifest['stage']}-{manifest['key']}-{moment}-{manifest['rid'][:_SHORT]}.json"
         draft = self.work(manifest["key"]) / f"record-{os.getpid()}.json"
         draft.parent.mkdir(exist_ok=True)
