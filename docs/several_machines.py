@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import yaml
 
-from mlxchat.compose import compose_config
-from mlxchat.config import Config
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import Config, OptimizerConfig
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops.machine import BUCKET_BYTES
-from mlxchat.optimizer_config import OptimizerConfig
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Device, Training
 

@@ -7,7 +7,7 @@ token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/
 from dataclasses import replace
 from typing import Any
 
-from mlxchat.config import OptimizerConfig, RLConfig
+from mlxchat.config.schema import OptimizerConfig, RLConfig
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.quantised import check_quantised

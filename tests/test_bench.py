@@ -21,8 +21,8 @@ from mlxchat.bench.parts import parts_of_step, phases_of_step
 from mlxchat.bench.tables import print_tables
 from mlxchat.bench.timing import fill_zero_weights, random_rows
 from mlxchat.cli import main
-from mlxchat.compose import compose_config
-from mlxchat.config import Config
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import Config
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.optimizer import Optimizer, Rates

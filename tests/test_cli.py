@@ -13,11 +13,11 @@ import pytest
 from kit.commands import CommandLine
 from mlxchat import __version__
 from mlxchat.cli import main
-from mlxchat.compose import group_names, group_options
+from mlxchat.composition.compose import group_names, group_options
+from mlxchat.config.verbs import VERBS
 from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed, StoreError
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import read_manifest
-from mlxchat.verbs import VERBS
 
 STEPS = ["corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"]
 

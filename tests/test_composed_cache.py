@@ -12,10 +12,10 @@ from pathlib import Path
 import omegaconf
 import pytest
 
-from mlxchat import compose
-from mlxchat.compose import compose_config, conf_folder, group_options
+from mlxchat.composition import compose
+from mlxchat.composition.compose import compose_config, conf_folder, group_options
+from mlxchat.config.schema import MISSING
 from mlxchat.errors import ConfigError
-from mlxchat.missing import MISSING
 
 OPTIONS = [
     # The vocabulary that the storyteller takes over comes with an extra.
@@ -57,7 +57,7 @@ def aged(path: Path, text: str, seconds: float = 60.0) -> None:
 def test_what_was_kept_equals_what_is_composed_to_the_type_of_every_value(
     overrides: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxchat.composed_cache._SETTLED_SECONDS", -1e9)
+    monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
     composed = compose_config(overrides)
     assert len(list(home.iterdir())) == 1
     monkeypatch.setattr(compose, "_compose", refuse)
@@ -72,7 +72,7 @@ def test_folders_of_outputs_share_an_entry(home: Path, monkeypatch: pytest.Monke
     assert not home.exists(), "nothing is kept where that is switched off"
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(home.parents[1]))
-    monkeypatch.setattr("mlxchat.composed_cache._SETTLED_SECONDS", -1e9)
+    monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
     for outputs in ("outputs=/somewhere/else", "outputs='/quoted'", "outputs=/${name}"):
         compose_config([outputs, "seed=7"])
     monkeypatch.setattr(compose, "_compose", refuse)
@@ -94,7 +94,7 @@ def test_a_changed_added_or_removed_file_of_ones_own_is_composed_anew(tmp_path: 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_entry_is_ignored(damage: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxchat.composed_cache._SETTLED_SECONDS", -1e9)
+    monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
     composed = compose_config(["model=d6"])
     (entry,) = home.iterdir()
     content = bytearray(entry.read_bytes())
@@ -113,7 +113,7 @@ def test_a_damaged_entry_is_ignored(damage: str, home: Path, monkeypatch: pytest
 def test_nothing_is_kept_that_may_come_out_otherwise_next_time(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mlxchat.composed_cache._SETTLED_SECONDS", -1e9)
+    monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
     for number in ("3", "4"):
         monkeypatch.setenv("SEED_OF_TEST", number)
         assert compose_config(["seed=${oc.env:SEED_OF_TEST}"]).config.seed == int(number)
@@ -130,7 +130,7 @@ def test_a_file_that_was_changed_just_now_keeps_its_entry_from_being_made(home: 
 
 
 def test_a_mistake_in_a_value_is_told_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxchat.composed_cache._SETTLED_SECONDS", -1e9)
+    monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
     for _ in range(2):
         with pytest.raises(ConfigError, match="window_pattern"):
             compose_config(["architecture.window_pattern=XYZ"])
@@ -151,8 +151,8 @@ def test_our_mark_of_a_missing_value_is_omegaconfs() -> None:
 
 def test_a_kept_configuration_needs_neither_hydra_nor_omegaconf(home: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, mlxchat.composed_cache as cache; cache._SETTLED_SECONDS = -1e9\n"
-        "from mlxchat.compose import compose_config\ncompose_config(['model=d6'])\n"
+        "import sys, mlxchat.composition.cache as cache; cache._SETTLED_SECONDS = -1e9\n"
+        "from mlxchat.composition.compose import compose_config\ncompose_config(['model=d6'])\n"
         "print(sorted({'hydra', 'omegaconf', 'yaml', 'numpy', 'mlx', 'rich'} & set(sys.modules)))"
     )
     run = [sys.executable, "-c", code]

@@ -16,20 +16,20 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from mlxchat import compose
 from mlxchat.commands.needs import find_downloads
-from mlxchat.compose import Composed, compose_config, group_names, group_options
-from mlxchat.config import Config
+from mlxchat.composition import compose
+from mlxchat.composition.compose import Composed, compose_config, group_names, group_options
+from mlxchat.composition.overrides import implied_experiment
+from mlxchat.composition.problems import find_problems
+from mlxchat.composition.sections import config_of
+from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.overrides import implied_experiment
 from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import flatten_config, make_plan
 from mlxchat.runner.stage import Stages
 from mlxchat.runner.store import Store
-from mlxchat.sections import config_of
-from mlxchat.validation import find_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those in hydra/ add to Hydra's own groups: the tests of what launches sweeps compose them.
@@ -384,7 +384,7 @@ def leaf_names(schema: type) -> Iterator[tuple[str, str]]:
 def attributes_read() -> set[str]:
     """Return every name that the library, a stage or another value of conf/ reads, except where keys are checked."""
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]
-    trees = [ast.parse(path.read_text()) for path in files if path.name not in ("config.py", "validation.py")]
+    trees = [ast.parse(path.read_text()) for path in files if path.name not in ("schema.py", "problems.py")]
     interpolated = re.findall(r"\$\{\w+\.(\w+)\}", "".join((ROOT / "conf" / file).read_text() for file in FILES))
     nodes = [node for tree in trees for node in ast.walk(tree)]
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}

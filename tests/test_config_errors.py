@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from kit.commands import run_here
-from mlxchat import compose
 from mlxchat.cli import main
-from mlxchat.compose import compose_config
-from mlxchat.validation import find_problems
+from mlxchat.composition import compose
+from mlxchat.composition.compose import compose_config
+from mlxchat.composition.problems import find_problems
 
 Refuse = Callable[..., str]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kit.commands import CommandLine, run_here
-from mlxchat.compose import compose_config, split_options
+from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.errors import ConfigError
 
 

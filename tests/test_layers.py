@@ -15,32 +15,14 @@ STAGES = sorted(path for path in (ROOT / "stages").glob("*.py") if path.stem != 
 RUNNER = [path for path in LIBRARY if path.parent.name == "runner"]
 # The library's parts from the bottom up. A part may import those of its own line and of earlier ones, never later ones.
 LAYERS = [
-    {"errors", "missing", "verbs", "visible"},
-    {
-        "config",
-        "optimizer_config",
-        "bench_config",
-        "sweep_config",
-        "tokenizer_config",
-        "execution_config",
-        "eval_config",
-        "import_config",
-        "model_config",
-        "task_config",
-        "teacher_config",
-        "adapter_config",
-        "rl_config",
-        "parts",
-        "ops",
-        "sandbox",
-    },
+    {"errors"},
+    {"config", "ops", "sandbox"},
     {"distributed"},
     {"runner"},
     {"hub"},
     {"tasks"},
     {"data"},
     {"model"},
-    {"adapter_problems"},
     {"interop"},
     {"planning"},
     {"optim", "engine"},
@@ -49,23 +31,7 @@ LAYERS = [
     {"training"},
     {"rl"},
     {"bench"},
-    {"number_problems", "rl_problems", "teacher_problems"},
-    {
-        "validation",
-        "misspelling",
-        "overrides",
-        "sections",
-        "composed_cache",
-        "compose",
-        "trackers",
-        "report",
-        "terminal_chat",
-        "terminal_input",
-        "terminal_outside",
-        "serve",
-        "distill",
-    },
-    {"pipeline_run"},
+    {"composition", "trackers", "report", "terminal", "serve", "distill"},
     {"sweep"},
     {"commands"},
     {"cli"},
@@ -127,7 +93,7 @@ def test_a_stage_imports_only_the_library_and_the_standard_library() -> None:
 
 
 def test_a_stage_imports_no_other_stage_and_no_command() -> None:
-    forbidden = ("mlxchat.stages", "mlxchat.commands", "mlxchat.cli", "mlxchat.compose", "stages")
+    forbidden = ("mlxchat.stages", "mlxchat.commands", "mlxchat.cli", "mlxchat.composition.compose", "stages")
     assert offenders(STAGES, lambda path: beginning_with(path, *forbidden)) == {}
 
 
@@ -162,6 +128,11 @@ def test_a_part_imports_no_part_above_it() -> None:
     assert offenders(parts, above) == {}
 
 
+def test_the_root_holds_what_starts_the_program_alone() -> None:
+    names = {path.name for path in LIBRARY if path.parent.name == "mlxchat"}
+    assert names == {"__init__.py", "__main__.py", "cli.py", "errors.py"}
+
+
 def test_no_module_is_called_after_nothing_in_particular() -> None:
     vague = ("util", "common", "helper", "manager", "misc")
     assert [name(path) for path in LIBRARY if path.stem.startswith(vague)] == []
@@ -169,7 +140,7 @@ def test_no_module_is_called_after_nothing_in_particular() -> None:
 
 def test_all_of_the_runner_is_imported_without_mlx_or_numpy(tmp_path: Path) -> None:
     modules = ", ".join(f"mlxchat.runner.{path.stem}" for path in RUNNER if path.stem != "__init__")
-    code = f"import sys, {modules}, mlxchat.compose\nprint(sorted({{'mlx', 'numpy'}} & set(sys.modules)))"
+    code = f"import sys, {modules}, mlxchat.composition.compose\nprint(sorted({{'mlx', 'numpy'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -15,15 +15,15 @@ import pytest
 
 from kit.commands import run_here, run_process
 from kit.own_parts import COMMANDS, write_files
-from mlxchat.compose import compose_config
-from mlxchat.config import TrackerConfig
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import TrackerConfig
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.evals.own import measure_own
-from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.externals import pin_externals
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import Stages, read_stage
 from mlxchat.runner.store import Store
+from mlxchat.sweep.job import plan_of
 from mlxchat.tasks import load_item
 from mlxchat.trackers import Tracker
 from mlxchat.trackers.service import Results
@@ -119,7 +119,7 @@ def test_a_configuration_with_own_sections_can_be_sent_to_another_process(exampl
 
 def test_a_kept_composition_follows_changed_settings(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(example / "cache"))
-    monkeypatch.setattr("mlxchat.composed_cache._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", 0.0)
     first = compose_config(["stages=[./my_stages]"]).config
     again = compose_config(["stages=[./my_stages]"]).config
     assert again == first

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.config import Config
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import Config
 from mlxchat.planning.memory import Device, Training
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -91,7 +91,7 @@ def test_a_plan_whose_configuration_was_composed_before_imports_no_hydra_and_tak
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLXCHAT_COMPOSED_CACHE", "on")
     # Files of the checkout that were changed a moment ago keep a configuration from being kept.
-    keep = "import mlxchat.composed_cache as cache; cache._SETTLED_SECONDS = -1e9\nfrom mlxchat.cli import main\n"
+    keep = "import mlxchat.composition.cache as cache; cache._SETTLED_SECONDS = -1e9\nfrom mlxchat.cli import main\n"
     subprocess.run([sys.executable, "-c", keep + "main(['plan'])"], cwd=tmp_path, check=True, capture_output=True)
     calls, heavy = watch("plan", cwd=tmp_path)
     assert heavy <= {"psutil"}, "memory is predicted"

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
-from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store, read_manifest
+from mlxchat.sweep.job import plan_of
 
 TWO = ("experiment=smoke", "pipeline=two_sft")
 

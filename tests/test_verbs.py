@@ -21,11 +21,11 @@ from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import _DATA, _OPTIONS, complete
 from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
 from mlxchat.commands.import_model import FORMATS
-from mlxchat.compose import group_options
+from mlxchat.composition.compose import group_options
+from mlxchat.config.verbs import VERBS
 from mlxchat.runner import attempts
 from mlxchat.runner.records import Records
 from mlxchat.runner.table import make_table
-from mlxchat.verbs import VERBS
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 

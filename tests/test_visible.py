@@ -16,10 +16,9 @@ import pytest
 
 from kit.commands import run_here
 from mlxchat.cli import main
-from mlxchat.errors import DataError
+from mlxchat.errors import DataError, filter_logs, visible
 from mlxchat.runner.naming import Found, describe_model
 from mlxchat.runner.sealed import seal
-from mlxchat.visible import filter_logs, visible
 
 # OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
 HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"
@@ -64,7 +63,7 @@ def test_lines_of_windows_stay_lines() -> None:
 def third_party(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A chat with a model of which mlx-lm says that it wrote HOSTILE, a character at a time."""
     mlx_lm = pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
-    from mlxchat.terminal_outside import OutsideChat
+    from mlxchat.terminal.outside import OutsideChat
 
     class Piece:
         def __init__(self, text: str) -> None:

@@ -9,9 +9,8 @@ from importlib import import_module
 from types import TracebackType
 
 from mlxchat import __version__
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
-from mlxchat.verbs import VERBS
-from mlxchat.visible import visible
+from mlxchat.config.verbs import VERBS
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest, visible
 
 # Options of the configuration, which may stand before the verb, whose value is the next word.
 _WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
@@ -85,7 +84,7 @@ def _dispatch(arguments: list[str]) -> int:
             print(describe_usage())
             return 0
         if arguments and arguments[0].isidentifier():
-            from mlxchat.compose import group_options
+            from mlxchat.composition.compose import group_options
             from mlxchat.runner.stage import Stages
 
             for group, options in (("stage", Stages()), ("experiment", group_options("experiment"))):

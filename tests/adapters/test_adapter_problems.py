@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from kit.training import training_of
-from mlxchat.adapter_config import NO_ADAPTER, AdapterConfig
-from mlxchat.adapter_problems import adapter_sizes_of
-from mlxchat.compose import compose_config
-from mlxchat.config import Config
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import NO_ADAPTER, AdapterConfig, Config
 from mlxchat.errors import ConfigError
+from mlxchat.model.adapter_problems import adapter_sizes_of
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, sizes_of
 from mlxchat.planning.memory import Device, Training, predict_peak
 from mlxchat.runner.plan import make_plan

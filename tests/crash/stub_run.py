@@ -87,7 +87,7 @@ def describe_device() -> dict[str, Any]:
 
 def lead(ranks: int) -> Any:
     """Return what a run with this machine.num_processes is led by."""
-    from mlxchat.config import MachineConfig
+    from mlxchat.config.schema import MachineConfig
     from mlxchat.distributed.ranks import lead_ranks
 
     return lead_ranks(MachineConfig(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.runner.fingerprint import hash_file
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import OBSERVATIONS, Store

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.runner.records import Records
 from mlxchat.runner.store import Store
 

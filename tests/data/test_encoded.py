@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from mlxchat.config import TaskItem
+from mlxchat.config.schema import TaskItem
 from mlxchat.data import tokens as encoded_module
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation

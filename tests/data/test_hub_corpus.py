@@ -17,7 +17,7 @@ import pytest
 
 from kit.models import composed
 from kit.text import parquet
-from mlxchat.config import HubConfig
+from mlxchat.config.schema import HubConfig
 from mlxchat.data import sources as shards_module
 from mlxchat.data.sources import Corpus, Shard, pin_corpus
 from mlxchat.data.tokenizer import Tokenizer

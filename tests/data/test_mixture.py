@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.config import TaskItem
+from mlxchat.config.schema import TaskItem
 from mlxchat.data.mixture import Mixture, open_item, shuffled_places
 from mlxchat.errors import ConfigError, Interrupted
 from mlxchat.tasks import load_item

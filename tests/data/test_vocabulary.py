@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
 from mlxchat.data.vocabulary import (

@@ -716,7 +716,7 @@ def test_the_next_command_is_printed_as_a_shell_and_hydra_take_it(
 ) -> None:
     import shlex
 
-    from mlxchat.compose import compose_config
+    from mlxchat.composition.compose import compose_config
 
     for out in ("out.jsonl", "it's {odd}, is=it $x.jsonl"):
         ask("--out", out)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from kit import ranks
 from kit.models import make_model
 from kit.training import NumberedBatches, make_context, make_optimizer, schedule
-from mlxchat.config import ScheduleConfig
+from mlxchat.config.schema import ScheduleConfig
 from mlxchat.distributed.team import Team
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import flatten_parameters, set_parameters

@@ -16,12 +16,12 @@ import pytest
 
 import mlxchat
 from kit import ranks
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.distributed.ranks import Ranks, computes, find_meeting, lead_ranks
 from mlxchat.distributed.watch import Line, Watch, code_digest, connect, find_facts, listen_at
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.ops import machine as machine_module
-from mlxchat.pipeline_run import remark_few_rows
+from mlxchat.sweep.job import remark_few_rows
 
 
 def write(folder: Path, value: Any) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from kit import models, ranks
 from kit.training import optimizer_config
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.distributed import ranks, watch
 from mlxchat.distributed.watch import Line, Watch, connect, find_facts, listen_at
 from mlxchat.errors import PeerLost, StepFailed

@@ -28,7 +28,7 @@ from mlxchat.runner.store import Store
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
 from mlxchat.serve.worker import load_scheduler
-from mlxchat.terminal_chat import Chat
+from mlxchat.terminal.chat import Chat
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ HELD = """
 import gc, sys
 from pathlib import Path
 import mlx.core as mx
-from mlxchat.terminal_chat import Chat
+from mlxchat.terminal.chat import Chat
 
 for time in range(2):  # compiled functions and their constants, kept for the process, are made the first time
     chat = None

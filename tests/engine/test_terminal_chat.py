@@ -13,7 +13,7 @@ from mlxchat.evals.samples import continue_prompts
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.planning.memory import Device
-from mlxchat.terminal_chat import Chat
+from mlxchat.terminal.chat import Chat
 
 SETTINGS = {"temperature": 0.0, "top_k": None, "max_tokens": 6, "seed": 0}
 
@@ -66,7 +66,7 @@ def test_drawn_continuations_follow_from_the_seed_and_are_among_the_likeliest(mo
 
 def test_a_model_that_does_not_fit_into_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(limit_bytes=1000, limit_is="a test")
-    monkeypatch.setattr("mlxchat.terminal_chat.find_device", lambda **options: device)
+    monkeypatch.setattr("mlxchat.terminal.chat.find_device", lambda **options: device)
     with pytest.raises(
         ConfigError, match=r"needs about .*; the limit is .* \(a test\)\. To lower the need: --kv-bits 4"
     ):

@@ -215,7 +215,7 @@ def test_the_terminal_says_what_it_leaves_out_for_a_third_party_model(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The context was cut without a word."""
-    from mlxchat.terminal_outside import OutsideChat
+    from mlxchat.terminal.outside import OutsideChat
 
     settings = {"temperature": 0.0, "top_k": None, "top_p": None, "max_tokens": 8, "seed": 0}
     chat = OutsideChat.open(folder, "theirs", system=None, **settings)
@@ -232,7 +232,7 @@ def test_the_terminal_says_what_it_leaves_out_for_a_third_party_model(
 
 def test_top_k_beyond_the_vocabulary_leaves_every_token(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The default of 50 ended in a traceback of mlx-lm where the vocabulary was smaller."""
-    from mlxchat.terminal_outside import OutsideChat
+    from mlxchat.terminal.outside import OutsideChat
 
     answers = []
     for top_k in (100_000, None):

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import tiktoken
 
+from mlxchat.config.schema import ImportConfig
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
-from mlxchat.import_config import ImportConfig
 from mlxchat.interop.names import expected_shapes, sizes_from_nanochat
 from mlxchat.model.sizes import GPTSizes
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlxchat.config.schema import ImportConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
-from mlxchat.import_config import ImportConfig
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.interop.pickled_tokenizer import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint

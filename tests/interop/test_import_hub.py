@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlxchat.commands.chat import main as chat
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
 from mlxchat.interop.importing import import_model, model_sizes, pins_of

@@ -15,15 +15,15 @@ import pytest
 from mlxchat.commands.report import main as main_report
 from mlxchat.commands.status import main as main_status
 from mlxchat.commands.transfer import main_export, main_import
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, StoreError
-from mlxchat.pipeline_run import plan_of
 from mlxchat.planning.memory import describe_memory
 from mlxchat.runner.gc import find_garbage
 from mlxchat.runner.leftovers import Limits
 from mlxchat.runner.naming import describe_model, find_model
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store, read_manifest
+from mlxchat.sweep.job import plan_of
 
 Twin, Lay = Any, Any
 Twins = Callable[..., Twin]
@@ -259,7 +259,7 @@ def test_an_import_needs_little_memory_beside_the_file(tmp_path: Path, lay: Lay)
     size = (made.folder / "model_000007.pt").stat().st_size
     assert size > 200e6
     code = (
-        "import re, resource, sys\nfrom pathlib import Path\nfrom mlxchat.import_config import ImportConfig\n"
+        "import re, resource, sys\nfrom pathlib import Path\nfrom mlxchat.config.schema import ImportConfig\n"
         "from mlxchat.interop.importing import import_model\n"
         "config = ImportConfig(name='x', format='nanochat', repository=None, revision='main', folder=sys.argv[1],"
         " step=None, chat=None)\n"

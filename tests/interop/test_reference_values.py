@@ -13,11 +13,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.config.schema import ImportConfig
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.hub import listings
-from mlxchat.import_config import ImportConfig
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters

@@ -66,7 +66,7 @@ def test_nanochats_tensors_come_back_bit_by_bit(twin: Twins, tmp_path: Path, lat
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published files are not here")
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
 def test_published_models_come_back_bit_by_bit(folder: Path, tmp_path: Path) -> None:
-    from mlxchat.import_config import ImportConfig
+    from mlxchat.config.schema import ImportConfig
 
     config = ImportConfig(name="x", format="nanochat", repository=None, revision="main", folder=str(folder), step=None,
                           chat=None)  # fmt: skip

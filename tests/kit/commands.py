@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlxchat.cli import main
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 
 Command = Callable[..., tuple[int, str]]
 Say = Callable[..., str]

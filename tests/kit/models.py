@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.compose import compose_config
-from mlxchat.config import Config
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import Config
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.interop.names import architecture_values

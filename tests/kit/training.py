@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from kit.models import VOCABULARY, composed
-from mlxchat.config import Config, OptimizerConfig, RLConfig, ScheduleConfig
+from mlxchat.config.schema import Config, OptimizerConfig, RLConfig, ScheduleConfig
 from mlxchat.model.gpt import GPT
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates

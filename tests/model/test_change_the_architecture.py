@@ -21,7 +21,7 @@ import mlxchat
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 import numpy as np
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.optimizer import Optimizer

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kit.models import make_model
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.model.gpt import flatten_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 

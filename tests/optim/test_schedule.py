@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.optim.optimizer import cosine_decay, lr_multiplier, muon_momentum, rates_at
 
 PRETRAIN = {"warmup_frac": 0.0, "warmdown_frac": 0.2, "final_frac": 0.0}

@@ -25,8 +25,8 @@ from comparison import (
 )
 from parity_file import ParityFile
 
-from mlxchat.compose import compose_config
-from mlxchat.config import OptimizerConfig
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import OptimizerConfig
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import count_parameters, flops_per_token

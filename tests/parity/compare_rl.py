@@ -11,7 +11,7 @@ from compare_model import ZERO, loss_and_gradients, optimizer_of
 from comparison import Comparison, Line, Quantity, Unchecked, distance, largest, same
 from parity_file import ParityFile
 
-from mlxchat.config import RLConfig
+from mlxchat.config.schema import RLConfig
 from mlxchat.engine.generate import Completion
 from mlxchat.model.gpt import flatten_parameters
 from mlxchat.ops.loss import token_losses

@@ -11,13 +11,13 @@ import numpy as np
 from comparison import Line, Quantity, Unchecked, largest, same
 from parity_file import ParityFile
 
-from mlxchat.compose import compose_config
-from mlxchat.config import Config
+from mlxchat.composition.compose import compose_config
+from mlxchat.composition.problems import find_problems
+from mlxchat.config.schema import Config
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optim.optimizer import Optimizer, lr_multiplier, muon_momentum, rates_at
 from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters
-from mlxchat.validation import find_problems
 
 MULTIPLIER = 1e-9
 VARIANTS = ("oct2025", "jul2026")

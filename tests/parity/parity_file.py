@@ -15,8 +15,8 @@ import numpy as np
 from comparison import UnreadableError
 from safetensors import SafetensorError, safe_open
 
-from mlxchat.compose import compose_config
-from mlxchat.config import ArchitectureConfig
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import ArchitectureConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes

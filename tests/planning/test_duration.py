@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.pipeline_run import plan_of
+from mlxchat.composition.compose import compose_config
 from mlxchat.planning.duration import estimate_pretraining
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.store import Store
+from mlxchat.sweep.job import plan_of
 
 # nanochat's published d20: 3.491758e9 FLOPs per token, 21,400 iterations of 524,288 tokens.
 D20_FLOPS = 3.491758e9 * 21_400 * 524_288

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.config import BatchConfig, Config, PretrainConfig
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import BatchConfig, Config, PretrainConfig
 from mlxchat.model.sizes import GPTSizes, flops_per_token, sizes_of
 from mlxchat.planning.horizon import (
     Hyperparameters,

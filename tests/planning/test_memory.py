@@ -17,8 +17,8 @@ import pytest
 
 from kit.training import training_of
 from mlxchat.cli import main
-from mlxchat.compose import compose_config
-from mlxchat.config import Config, TaskItem
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import Config, TaskItem
 from mlxchat.cpu import runtime
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.engine.generate import Engine
@@ -313,7 +313,8 @@ def test_a_refusal_comes_before_anything_is_written_with_exit_code_2(
 
 def test_predicting_and_refusing_need_no_mlx(tmp_path: Path) -> None:
     code = (
-        "import sys, json; from mlxchat.compose import compose_config; from mlxchat.planning.memory import memory_of;"
+        "import sys, json; from mlxchat.composition.compose import compose_config;"
+        "from mlxchat.planning.memory import memory_of;"
         "from mlxchat.runner.stage import Stages; config = compose_config([]).config;"
         "[memory_of(config, Stages()[name]) for name in ('pretrain', 'sft', 'rl', 'eval')];"
         "print(json.dumps('mlx' in sys.modules))"

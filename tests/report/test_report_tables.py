@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from mlxchat.errors import visible
 from mlxchat.report.scorecard import columns, metric_table
 from mlxchat.report.tables import (
     artifact_table,
@@ -22,7 +23,6 @@ from mlxchat.report.wording import (
     format_value,
     headline,
 )
-from mlxchat.visible import visible
 
 
 def row(table, first):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kit.training import rl_config
-from mlxchat.compose import compose_config
-from mlxchat.config import RLConfig
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import RLConfig
 from mlxchat.errors import StepFailed
 from mlxchat.rl.loss import PolicyLoss, advantages_of, check_rollout_drift, importance_weights, policy_loss
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.config import RLConfig
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import RLConfig
 from mlxchat.rl.loss import advantages_of, policy_loss
 
 torch: Any = pytest.importorskip("torch")

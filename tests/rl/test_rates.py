@@ -6,7 +6,7 @@ import pytest
 from mlxchat.stages.rl import rates_of
 
 from kit.models import make_model
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.optim.optimizer import Optimizer
 
 

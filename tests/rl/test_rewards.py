@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.config import RewardConfig
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import RewardConfig
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.rl.rewards import Reward, overlong_penalty
 from mlxchat.runner.externals import pin_externals

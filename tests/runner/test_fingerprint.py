@@ -22,10 +22,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxchat.compose import compose_config
-from mlxchat.config import Config
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import Config, MomentumConfig
 from mlxchat.data.mixture import Mixture
-from mlxchat.optimizer_config import MomentumConfig
 from mlxchat.runner.fingerprint import canonical_json, compute_key, hash_code, identity_of, plain_of
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.store import Store
@@ -472,7 +471,7 @@ importlib.metadata.version = lambda name: "1.0"
 from mlxchat.hub import client, listings
 listings.find_commit = lambda *revision: "0" * 40
 client.find_content = lambda *address: "0" * 64
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.store import Store
 found = {}

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.config import RewardConfig, TaskItem
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import RewardConfig, TaskItem
 from mlxchat.rl.rewards import Reward
 from mlxchat.runner.externals import pin_externals
 from mlxchat.runner.fingerprint import identity_of

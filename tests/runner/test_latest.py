@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.errors import DataError, Interrupted, StoreError
-from mlxchat.pipeline_run import _name_again
 from mlxchat.runner.naming import called, describe_model, find, find_model, latest
 from mlxchat.runner.store import Store
+from mlxchat.sweep.job import _name_again
 
 BASE = {"corpus": {"stage": "make"}, "pretrain": {"stage": "pretrain", "source": "corpus"}}
 WHOLE = {**BASE, "sft": {"stage": "sft", "source": "pretrain"}, "eval": {"stage": "copy", "source": "corpus"}}

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.config import CoreConfig, HubConfig, TaskItem
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import CoreConfig, HubConfig, TaskItem
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.hub import listings
-from mlxchat.pipeline_run import plan_of, plan_to_run
 from mlxchat.runner.externals import find_unknown, pin_externals
 from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.store import Store
+from mlxchat.sweep.job import plan_of, plan_to_run
 
 OTHER = "b" * 40
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlxchat.commands.distill import main
-from mlxchat.config import TaskItem
+from mlxchat.config.schema import TaskItem
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.mixture import Mixture
 from mlxchat.data.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
-from mlxchat.terminal_chat import COMMANDS, Chat
+from mlxchat.terminal.chat import COMMANDS, Chat
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_calls_of_the_calculator_are_shown(chat: Chat, capsys: pytest.CaptureFix
 
 
 def test_what_a_model_writes_commands_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxchat.terminal_chat import Shown
+    from mlxchat.terminal.chat import Shown
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -152,7 +152,7 @@ def test_what_a_model_writes_commands_no_terminal(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_program_of_several_lines_is_told_apart_from_its_output(capsys: pytest.CaptureFixture[str]) -> None:
-    from mlxchat.terminal_chat import Shown
+    from mlxchat.terminal.chat import Shown
 
     shown = Shown()
     for kind, text in (

@@ -11,12 +11,12 @@ import pytest
 
 from kit.commands import CommandLine
 from mlxchat.cli import main
-from mlxchat.compose import compose_config
+from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
-from mlxchat.pipeline_run import plan_of
 from mlxchat.runner.plan import entries_of
 from mlxchat.runner.stage import Stages
 from mlxchat.runner.store import Store
+from mlxchat.sweep.job import plan_of
 from mlxchat.sweep.results import find_metric, metrics_of_plan
 
 APART = ("tokens_per_second", "data_wait_frac")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.config import TaskItem
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import TaskItem
 from mlxchat.tasks import find_item_problems, load_item
 
 SMOLTALK, GSM8K = {"task": "smoltalk"}, {"task": "gsm8k"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.compose import compose_config
-from mlxchat.config import TaskItem
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import TaskItem
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.mixture import Mixture
 from mlxchat.data.tokenizer import Tokenizer

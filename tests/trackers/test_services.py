@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.config import TrackerConfig
+from mlxchat.config.schema import TrackerConfig
 from mlxchat.trackers import Tracker
 from mlxchat.trackers.service import Results
 
@@ -23,7 +23,7 @@ RESULTS = Results(
 TRACK = """
 import sys
 from pathlib import Path
-from mlxchat.config import TrackerConfig
+from mlxchat.config.schema import TrackerConfig
 from mlxchat.trackers import Tracker
 from mlxchat.trackers.service import Results
 kind, run, begin, end, done = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "done"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlxchat import trackers
-from mlxchat.config import TrackerConfig
+from mlxchat.config.schema import TrackerConfig
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results, TrackedRun
 

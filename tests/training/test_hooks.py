@@ -14,7 +14,7 @@ import pytest
 
 from kit.models import composed, make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
-from mlxchat.config import CoreConfig, PretrainConfig, TaskItem
+from mlxchat.config.schema import CoreConfig, PretrainConfig, TaskItem
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import GPT, flatten_parameters

@@ -15,8 +15,8 @@ import pytest
 
 from kit.models import composed, make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
-from mlxchat.compose import compose_config
-from mlxchat.config import TeacherConfig
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import TeacherConfig
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, DataError, Interrupted

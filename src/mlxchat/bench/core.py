@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxchat.bench.timing import fill_zero_weights
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.evals.core import answer_examples, likeliest, mean_losses
 from mlxchat.evals.core_bundle import Bundle, CoreTask
 from mlxchat.evals.core_questions import Question, TextEncoder, build_question

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlxchat.bench.timing import fill_zero_weights
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.quantise import packed_copy

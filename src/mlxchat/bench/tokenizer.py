@@ -26,7 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.data.bpe import train_ranks
 from mlxchat.data.sources import gather_documents
 from mlxchat.data.tokenizer import Tokenizer

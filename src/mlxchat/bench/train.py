@@ -10,12 +10,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.adapter_problems import adapter_sizes_of
 from mlxchat.bench.parts import Part, parts_of_step, phases_of_step
 from mlxchat.bench.timing import Stopwatch, fill_zero_weights, median, random_rows
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
+from mlxchat.model.adapter_problems import adapter_sizes_of
 from mlxchat.model.gpt import GPT, init_weights, trained_parameters
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_per_token, sizes_of

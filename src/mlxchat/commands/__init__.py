@@ -1,1 +1,1 @@
-"""The verbs, one module each; `main(arguments)` returns the exit code."""
+"""The verbs of the command line, each in a module or two."""

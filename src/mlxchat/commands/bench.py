@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlxchat.compose import compose_config, group_options, split_options
+from mlxchat.composition.compose import compose_config, group_options, split_options
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.records import now
 from mlxchat.runner.sealed import write_whole

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     check_model(found.place)
     print(f"model: {describe_model(store, found)}", file=sys.stderr)
 
-    from mlxchat.terminal_chat import Chat
+    from mlxchat.terminal.chat import Chat
 
     chat = Chat.load(
         found.place,
@@ -76,7 +76,7 @@ def _chat_with_another(options: Namespace) -> int:
     if refused:
         raise ConfigError(f"{', '.join(refused)} is only for models of ours; {options.model} is run by mlx-lm as it is")
     from mlxchat.interop.outside_folder import outside_folder
-    from mlxchat.terminal_outside import OutsideChat
+    from mlxchat.terminal.outside import OutsideChat
 
     chat = OutsideChat.open(
         outside_folder(options.model), options.model.removeprefix("hf:"), system=options.system, seed=options.seed,

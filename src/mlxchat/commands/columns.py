@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlxchat.visible import visible
+from mlxchat.errors import visible
 
 
 def aligned(rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), indent: str = "") -> str:

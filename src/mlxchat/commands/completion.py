@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.model_config import MODELS
+from mlxchat.config.schema import MODELS
 from mlxchat.runner.naming import IMPORTS, LATEST, PINS, called, latest, links, runs
 from mlxchat.runner.store import Store
 
@@ -111,7 +111,7 @@ def complete(line: str) -> list[str]:
     """Return the words that the last word of a command line may become."""
     words = line.split()[1:]
     current = "" if not words or line[-1:].isspace() else words.pop()
-    from mlxchat.verbs import VERBS
+    from mlxchat.config.verbs import VERBS
 
     verb = words[0] if words and words[0] in VERBS else "run"
     previous = words[-1] if words else ""
@@ -191,9 +191,9 @@ def _own_sections(words: list[str]) -> dict[str, list[str]]:
         return {}
     from dataclasses import fields
 
-    from mlxchat.compose import places_of_stages
+    from mlxchat.composition.compose import places_of_stages
+    from mlxchat.composition.sections import schema_of
     from mlxchat.runner.stage import Stages
-    from mlxchat.sections import schema_of
 
     places = places_of_stages(words, [])
     settings = {item.name: item.type for item in fields(schema_of(places))}

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser, split_words
 from mlxchat.commands.needs import find_sources
-from mlxchat.compose import Composed, compose_config, split_options
-from mlxchat.errors import DataError, PassingError
+from mlxchat.composition.compose import Composed, compose_config, split_options
+from mlxchat.errors import DataError, PassingError, visible
 from mlxchat.runner.progress import format_bytes
-from mlxchat.visible import visible
 
 if TYPE_CHECKING:
-    from mlxchat.config import Config
+    from mlxchat.config.schema import Config
     from mlxchat.hub.client import HubFile
     from mlxchat.runner.plan import PlannedStep
     from mlxchat.runner.store import Store
@@ -89,8 +88,8 @@ def find_needs(composed: Composed, *, measure: bool) -> tuple[dict[str, list[Hub
 
     With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
     """
-    from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.store import Store
+    from mlxchat.sweep.job import plan_of
 
     config = composed.config
     store = Store(Path(config.outputs))

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.compose import compose_config, split_config_dirs
-from mlxchat.config import Config, TaskItem
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.composition.compose import compose_config, split_config_dirs
+from mlxchat.config.schema import Config, TaskItem
+from mlxchat.errors import ConfigError, suggest, visible
 from mlxchat.runner.naming import latest, links, resolve
 from mlxchat.runner.progress import format_count
 from mlxchat.runner.seeds import stage_seed
 from mlxchat.runner.store import Store
-from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,10 +7,10 @@ from typing import Any
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import aligned, print_json, show_value
+from mlxchat.errors import visible
 from mlxchat.runner.comparing import differences
 from mlxchat.runner.naming import Run, links, meaning
 from mlxchat.runner.store import Store, read_manifest
-from mlxchat.visible import visible
 
 
 def main(arguments: list[str]) -> int:

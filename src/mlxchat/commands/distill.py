@@ -15,7 +15,7 @@ from mlxchat.commands.arguments import Parser
 from mlxchat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlxchat.config import TaskItem
+    from mlxchat.config.schema import TaskItem
     from mlxchat.distill.order import Order
     from mlxchat.distill.questions import Question
 
@@ -200,7 +200,7 @@ def _file_problems(options: Namespace) -> Iterator[str]:
 
 def _task_item(options: Namespace) -> tuple[TaskItem, list[str]]:
     """Return the task as a line of a mixture, and what is wrong with it."""
-    from mlxchat.config import TaskItem
+    from mlxchat.config.schema import TaskItem
     from mlxchat.tasks import find_item_problems, task_class
 
     # Tasks that make their conversations up have as many as `size` says, the others as many as there are.

@@ -58,9 +58,9 @@ def explain(name: str, overrides: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such stage or step.
     """
-    from mlxchat.compose import compose_config, split_options
+    from mlxchat.composition.compose import compose_config, split_options
+    from mlxchat.composition.sections import config_of
     from mlxchat.runner.stage import Stages
-    from mlxchat.sections import config_of
 
     config = compose_config(*split_options(overrides)).config
     stages, is_step = Stages(config.stages), name in config.pipeline

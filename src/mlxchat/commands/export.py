@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
-from mlxchat.errors import ConfigError, StoreError
+from mlxchat.errors import ConfigError, StoreError, visible
 from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.store import Store, read_manifest
 from mlxchat.runner.transfer import is_url
-from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from mlxchat.interop.exporting import Checkpoint

@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _fuse(store: Store, name: str) -> int:
-    from mlxchat.compose import compose_config
-    from mlxchat.pipeline_run import plan_of, run_pipeline
+    from mlxchat.composition.compose import compose_config
+    from mlxchat.sweep.job import plan_of, run_pipeline
 
     composed = compose_config([
         f"outputs={quoted(str(store.outputs))}", "targets=[fused]", "name=fuse",

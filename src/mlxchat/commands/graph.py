@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.compose import compose_config, split_options
+from mlxchat.composition.compose import compose_config, split_options
+from mlxchat.errors import visible
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.visible import visible
 
 _COLOURS = {"done": ("#cde8d5", "#2e7d4f"), "waiting": ("#fdecc8", "#9a6b00"), "maybe": ("#e3e7f7", "#4a5aa8")}
 
@@ -18,8 +18,8 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="mlxchat graph", description="Draw the pipeline with each step's state.", allow_abbrev=False)
     parser.add_argument("--format", choices=tuple(_FORMATS), default="ascii")
     options, rest = parser.parse_known_args(arguments)
-    from mlxchat.pipeline_run import plan_of
     from mlxchat.runner.store import Store
+    from mlxchat.sweep.job import plan_of
 
     config = compose_config(*split_options(rest)).config
     plan = plan_of(config, Store(Path(config.outputs)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from textwrap import fill
 
 from mlxchat import __version__
-from mlxchat.compose import describe_options, group_names, group_options
+from mlxchat.composition.compose import describe_options, group_names, group_options
+from mlxchat.config.verbs import VERBS
 from mlxchat.runner.stage import Stages
-from mlxchat.verbs import VERBS
 
 _USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG.
 

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mlxchat.compose import (
+from mlxchat.composition.compose import (
     CONF_MODULE,
     compose_config,
     places_of_stages,
@@ -18,9 +18,9 @@ from mlxchat.compose import (
     search_path,
     split_options,
 )
+from mlxchat.composition.overrides import as_hydra
+from mlxchat.composition.sections import schema_of
 from mlxchat.errors import ConfigError
-from mlxchat.overrides import as_hydra
-from mlxchat.sections import schema_of
 
 _WITH_VALUE = ("--cfg", "-c", "--package", "-p")
 _INFO = ("--info", "-i")

@@ -90,8 +90,8 @@ def tell_forms(what: str) -> str:
 
 
 def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> int:
-    from mlxchat.compose import compose_config
-    from mlxchat.pipeline_run import plan_of, run_pipeline
+    from mlxchat.composition.compose import compose_config
+    from mlxchat.sweep.job import plan_of, run_pipeline
 
     composed = compose_config(overrides)
     (step,) = plan_of(composed.config, store)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import print_json
+from mlxchat.errors import visible
 from mlxchat.runner.catalog import read_catalog
 from mlxchat.runner.lineage import Node, ancestors, descendants, index
 from mlxchat.runner.store import Store, read_manifest
-from mlxchat.visible import visible
 
 
 def main(arguments: list[str]) -> int:

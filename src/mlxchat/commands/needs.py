@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mlxchat.compose import Composed
-from mlxchat.config import Config, TaskItem
+from mlxchat.composition.compose import Composed
+from mlxchat.config.schema import Config, TaskItem
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.progress import format_bytes, format_seconds
 

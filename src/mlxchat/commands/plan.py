@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, visible
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from mlxchat.runner.estimates import Estimate
@@ -36,9 +35,8 @@ def main(arguments: list[str]) -> int:
     if {"-m", "--multirun"} & set(rest):
         return _plan_sweep(rest, as_json=options.json, exit_code=options.exit_code)
     from mlxchat.commands.needs import describe_recipe, find_downloads
-    from mlxchat.compose import compose_config, split_options
+    from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.ops.machine import device_kind
-    from mlxchat.pipeline_run import plan_of
     from mlxchat.planning.duration import estimate_pretraining
     from mlxchat.planning.memory import check_memory, describe_memory
     from mlxchat.planning.text import describe_text
@@ -48,6 +46,7 @@ def main(arguments: list[str]) -> int:
     from mlxchat.runner.leftovers import remark_old
     from mlxchat.runner.plan_table import format_plan
     from mlxchat.runner.store import Store
+    from mlxchat.sweep.job import plan_of
 
     composed = compose_config(*split_options(rest))
     config, store = composed.config, Store(Path(composed.config.outputs))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mlxchat.compose import compose_config, split_options
-from mlxchat.pipeline_run import run_pipeline
+from mlxchat.composition.compose import compose_config, split_options
+from mlxchat.sweep.job import run_pipeline
 
 _SWEEP_FLAGS = {"-m", "--multirun"}
 _HYDRA_FLAGS = {

@@ -11,10 +11,9 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.errors import ConfigError, suggest, visible
 from mlxchat.evals.examples import read_examples
 from mlxchat.report.wording import with_calls
-from mlxchat.visible import visible
 
 _MOST_CHARS = 1500
 _WIDEST = 110

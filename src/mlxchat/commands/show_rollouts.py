@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.commands.show_examples import wrapped
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, visible
 from mlxchat.evals.examples import read_rollouts
-from mlxchat.visible import visible
 
 _WIDEST = 110
 

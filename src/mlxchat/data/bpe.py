@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from mlxchat.config import TokenizerConfig
+from mlxchat.config.schema import TokenizerConfig
 from mlxchat.data.sources import LISTING, Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from mlxchat.config import TaskItem
+from mlxchat.config.schema import TaskItem
 from mlxchat.errors import ConfigError
 from mlxchat.runner.context import Context
 from mlxchat.tasks import Conversation, Task, load_item

@@ -24,7 +24,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config import HubConfig
+from mlxchat.config.schema import HubConfig
 from mlxchat.errors import DataError
 from mlxchat.hub import listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json

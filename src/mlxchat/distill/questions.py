@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config import TaskItem
+from mlxchat.config.schema import TaskItem
 from mlxchat.distill.words import clean
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.tasks import load_item

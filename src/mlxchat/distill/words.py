@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mlxchat.visible import visible
+from mlxchat.errors import visible
 
 # All controls but tab and newline, halves of characters, and what would turn the direction of a terminal's line.
 _UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")

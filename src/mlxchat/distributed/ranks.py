@@ -26,15 +26,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxchat.config.verbs import VERBS
 from mlxchat.distributed.watch import Follower, Watch, connect, find_facts, how_ended, listen_at
 from mlxchat.errors import ConfigError, Interrupted, PeerLost, StepFailed
 from mlxchat.ops.machine import share_of_cores
-from mlxchat.verbs import VERBS
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mlxchat.config import MachineConfig
+    from mlxchat.config.schema import MachineConfig
     from mlxchat.distributed.group import Group
     from mlxchat.distributed.team import Team
 
@@ -216,7 +216,7 @@ def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array])
     """Prepare every rank for a step: `machine`: settings, `neighbours`: of each rank, how many share its machine."""
     import mlx.core as mx
 
-    from mlxchat.config import MachineConfig
+    from mlxchat.config.schema import MachineConfig
     from mlxchat.ops.device import prepare_machine
 
     team.kept.clear()

@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
+from mlxchat.config.schema import CoreConfig
 from mlxchat.errors import DataError, suggest
-from mlxchat.eval_config import CoreConfig
 from mlxchat.hub import client
 from mlxchat.runner.externals import UNKNOWN
 from mlxchat.runner.fingerprint import hash_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlxchat.eval_config import CoreConfig
+from mlxchat.config.schema import CoreConfig
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.core_questions import TextEncoder
 from mlxchat.evals.language_model import LanguageModel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.planning.memory import Decoding
 

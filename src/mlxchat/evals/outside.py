@@ -16,9 +16,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import ConfigError, DataError, filter_logs
 from mlxchat.evals.branching import Row
-from mlxchat.visible import filter_logs
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]

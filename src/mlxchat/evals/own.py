@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from mlxchat.config.parts import load_part
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import StepFailed
-from mlxchat.parts import load_part
 
 
 def measure_own(engine: Engine, functions: Mapping[str, str]) -> dict[str, float]:

@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.schema import ImportConfig
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub.cache import HubFile, check_space
-from mlxchat.import_config import ImportConfig
 from mlxchat.interop import adapter_import, hf, nanochat
 from mlxchat.interop.names import sizes_from_hf, sizes_from_nanochat
 from mlxchat.interop.source import ModelSource, open_folder, open_repository

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mlxchat.config import ArchitectureConfig, ModelConfig
+from mlxchat.config.schema import ArchitectureConfig, ModelConfig
 from mlxchat.errors import DataError
 
 # Channels of the input that the gates of value embeddings and of the smear look at.

@@ -23,7 +23,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.ops.machine import available_cores, fast_dtype
 
 if TYPE_CHECKING:
-    from mlxchat.config import MachineConfig
+    from mlxchat.config.schema import MachineConfig
     from mlxchat.cpu.runtime import Remedy
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}

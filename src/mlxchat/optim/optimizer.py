@@ -17,13 +17,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxchat.adapter_config import AdapterConfig
-from mlxchat.config import OptimizerConfig, ScheduleConfig
+from mlxchat.config.schema import AdamWGroupConfig, AdapterConfig, OptimizerConfig, ScalingConfig, ScheduleConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.device import Lanes, compiled, default_dtype, made_once, make_lanes
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
-from mlxchat.optimizer_config import AdamWGroupConfig, ScalingConfig
 
 Flat = dict[str, mx.array]
 Shape = tuple[int, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.model.sizes import flops_per_token, sizes_of
 from mlxchat.ops.machine import device_kind
 from mlxchat.planning.horizon import derive_hyperparameters

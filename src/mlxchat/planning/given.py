@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config import Config, CorpusConfig, TaskItem
+from mlxchat.config.schema import Config, CorpusConfig, TaskItem
 from mlxchat.data.sources import read_file
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.model.sizes import GPTSizes

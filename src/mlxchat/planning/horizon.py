@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from mlxchat.config import Config, PretrainConfig
+from mlxchat.config.schema import Config, PretrainConfig, ScalingConfig
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.optimizer_config import ScalingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from mlxchat.config import Config, MachineConfig, OptimizerConfig
+from mlxchat.config.schema import Config, MachineConfig, OptimizerConfig
 from mlxchat.distributed.ranks import current
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import (

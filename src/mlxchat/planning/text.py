@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.data.sources import Corpus
 from mlxchat.hub.cache import check_space, hub_cache
 from mlxchat.model.sizes import sizes_of

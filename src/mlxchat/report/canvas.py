@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.visible import visible
+from mlxchat.errors import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

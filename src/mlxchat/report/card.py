@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat import __version__
+from mlxchat.errors import visible
 from mlxchat.report.collect import RunReport, StepReport, collect_steps, entries_of_artifacts
 from mlxchat.report.markdown import escape, render_table
 from mlxchat.report.scorecard import core_table, metric_table
@@ -22,7 +23,6 @@ from mlxchat.report.tables import Cell, Table, artifact_table, source_table
 from mlxchat.report.wording import format_count
 from mlxchat.runner.catalog import by_rid, read_catalog
 from mlxchat.runner.store import Store
-from mlxchat.visible import visible
 
 _DATASET = re.compile(r"hf://datasets/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
 _MODEL = re.compile(r"hf://models/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")

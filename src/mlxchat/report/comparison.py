@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from mlxchat.errors import visible
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
 from mlxchat.report.drawing import COLOURS, Chart, Curve, Drawing
 from mlxchat.report.html import inline, render
@@ -26,7 +27,6 @@ from mlxchat.report.wording import (
     trained_tokens,
 )
 from mlxchat.runner.progress import plural
-from mlxchat.visible import visible
 
 # More curves than colours cannot be told apart.
 MOST_CURVES = COLOURS

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from mlxchat.errors import visible
 from mlxchat.report.axes import Scale, span, tick_labels, ticks
 from mlxchat.report.smoothing import smooth, thin
-from mlxchat.visible import visible
 
 Points = tuple[list[float], list[float]]
 

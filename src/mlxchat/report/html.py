@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from mlxchat.errors import visible
 from mlxchat.report.benches import bench_tables
 from mlxchat.report.collect import RunReport, StepReport
 from mlxchat.report.drawing import Drawing
@@ -37,7 +38,6 @@ from mlxchat.report.wording import (
     sample_groups,
     troubles,
 )
-from mlxchat.visible import visible
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
+from mlxchat.errors import visible
 from mlxchat.report.benches import bench_tables
 from mlxchat.report.collect import RunReport
 from mlxchat.report.drawing import Drawing
@@ -30,7 +31,6 @@ from mlxchat.report.wording import (
     sample_groups,
     troubles,
 )
-from mlxchat.visible import visible
 
 
 def render_markdown(report: RunReport, pictures: PurePosixPath) -> str:

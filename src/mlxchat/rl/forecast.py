@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mlxchat.adapter_problems import adapter_remedies, adapter_sizes_of
-from mlxchat.config import Config, OptimizerConfig, RLConfig
+from mlxchat.config.schema import Config, OptimizerConfig, RLConfig
+from mlxchat.model.adapter_problems import adapter_remedies, adapter_sizes_of
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.memory import Training

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.config import RLConfig
+from mlxchat.config.schema import RLConfig
 from mlxchat.errors import StepFailed
 from mlxchat.evals.quantised import MOST_CHANGE
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from mlxchat.config import RewardConfig
+from mlxchat.config.parts import load_part, part_file
+from mlxchat.config.schema import RewardConfig
 from mlxchat.errors import StepFailed
-from mlxchat.parts import load_part, part_file
 from mlxchat.tasks.answers import Conversation, answer_text
 from mlxchat.tasks.base import Task
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.config import RLConfig
+from mlxchat.config.schema import RLConfig
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.packing import IGNORED, Ints, Row
 from mlxchat.data.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxchat.parts import installed_version, own_files
+from mlxchat.config.parts import installed_version, own_files
 from mlxchat.runner.fingerprint import hash_code, strip_docstrings
 
 _LIBRARY = "mlxchat"

@@ -15,7 +15,7 @@ from mlxchat.runner.seeds import stage_seed
 from mlxchat.runner.shared import SharedArtifacts
 
 if TYPE_CHECKING:
-    from mlxchat.config import Config
+    from mlxchat.config.schema import Config
     from mlxchat.distributed.team import Team
 
 

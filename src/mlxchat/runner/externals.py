@@ -14,8 +14,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.parts import is_own, part_file
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.parts import is_own, part_file
 from mlxchat.runner.code_digest import CodeDigests, remembered
 from mlxchat.runner.fingerprint import hash_file
 

@@ -21,9 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxchat.errors import StoreError, suggest
+from mlxchat.errors import StoreError, suggest, visible
 from mlxchat.runner.store import MANIFEST, Manifest, Store, clean_label, read_manifest
-from mlxchat.visible import visible
 
 LATEST, PINS, IMPORTS = "latest", "pins", "imports"
 MODEL = "checkpoint"

@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from mlxchat.visible import visible
+from mlxchat.errors import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mlxchat.config.parts import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.parts import import_module, module_files
 from mlxchat.runner.fingerprint import hash_code
 
 _PACKAGE = "mlxchat.stages"

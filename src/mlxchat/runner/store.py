@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import StoreError
+from mlxchat.errors import StoreError, visible
 from mlxchat.runner import attempts, locks
 from mlxchat.runner.crash import crash_point
 from mlxchat.runner.fingerprint import canonical_json, encode_digest, hash_file
@@ -32,7 +32,6 @@ from mlxchat.runner.mounts import check_links, claim
 from mlxchat.runner.sealed import seal, settle, sync, unseal
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.shape import find_misshapen
-from mlxchat.visible import visible
 
 Manifest = dict[str, Any]
 

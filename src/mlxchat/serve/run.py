@@ -12,8 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mlxchat.errors import ConfigError
-from mlxchat.visible import visible
+from mlxchat.errors import ConfigError, visible
 
 # Connections that have not said what they want by then are closed.
 HEAD_SECONDS = 15.0

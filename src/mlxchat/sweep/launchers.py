@@ -25,16 +25,23 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlxchat.compose import CONF_MODULE, compose_config, places_of_stages, refuse_hydras, register_schema, search_path
+from mlxchat.composition.compose import (
+    CONF_MODULE,
+    compose_config,
+    places_of_stages,
+    refuse_hydras,
+    register_schema,
+    search_path,
+)
+from mlxchat.composition.overrides import as_hydra
+from mlxchat.composition.sections import schema_of
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
-from mlxchat.overrides import as_hydra
-from mlxchat.pipeline_run import plan_to_run, run_pipeline
 from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.signals import is_stopping
 from mlxchat.runner.store import Store
-from mlxchat.sections import schema_of
+from mlxchat.sweep.job import plan_to_run, run_pipeline
 from mlxchat.sweep.results import Row, SweepFolder, metrics_of, settings_of
 
 if TYPE_CHECKING:

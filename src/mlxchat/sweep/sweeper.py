@@ -17,11 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from mlxchat.compose import Composed, compose_config, group_options, split_config_dirs
-from mlxchat.config import Config
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
-from mlxchat.overrides import implied_experiment
-from mlxchat.pipeline_run import plan_of, plan_to_run, run_pipeline
+from mlxchat.composition.compose import Composed, compose_config, group_options, split_config_dirs
+from mlxchat.composition.overrides import implied_experiment
+from mlxchat.config.schema import Config
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, visible
 from mlxchat.planning.memory import check_memory
 from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
@@ -29,6 +28,7 @@ from mlxchat.runner.progress import format_number
 from mlxchat.runner.records import now
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
+from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.launchers import (
     HydraSettings,
     environment,
@@ -50,7 +50,6 @@ from mlxchat.sweep.results import (
     settings_of,
     write_results,
 )
-from mlxchat.visible import visible
 
 _MOST_OPTIONS = 20
 

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from mlxchat.config import TaskItem
+from mlxchat.config.parts import is_own, load_part
+from mlxchat.config.schema import TaskItem
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.parts import is_own, load_part
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import SPLITS, Task
 

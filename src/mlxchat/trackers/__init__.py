@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config import TrackerConfig
-from mlxchat.parts import is_own, load_part
+from mlxchat.config.parts import is_own, load_part
+from mlxchat.config.schema import TrackerConfig
 from mlxchat.runner.secrets import redact
 from mlxchat.trackers.continuing import Journal
 from mlxchat.trackers.service import Results, Service, TrackedRun

@@ -10,9 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.adapter_config import AdapterConfig
-from mlxchat.adapter_problems import adapter_sizes_of
-from mlxchat.config import FinetuneConfig
+from mlxchat.config.schema import AdapterConfig, FinetuneConfig
 from mlxchat.data.mixture import Mixture, open_item
 from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, pack_conversations, take_validation
 from mlxchat.data.tokenizer import Tokenizer
@@ -20,6 +18,7 @@ from mlxchat.data.tokens import Tokens, open_mixture
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
+from mlxchat.model.adapter_problems import adapter_sizes_of
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
 from mlxchat.model.gpt import GPT, trained_parameters
 from mlxchat.model.lora import adapters_of, attach_adapters

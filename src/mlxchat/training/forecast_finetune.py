@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxchat.adapter_problems import adapter_remedies, adapter_sizes_of
-from mlxchat.config import Config, FinetuneConfig, OptimizerConfig
+from mlxchat.config.schema import Config, FinetuneConfig, OptimizerConfig, TeacherConfig
 from mlxchat.data.vocabulary import HF_FILE, RANKS_FILE
 from mlxchat.errors import MlxchatError
+from mlxchat.model.adapter_problems import adapter_remedies, adapter_sizes_of
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
@@ -20,7 +20,6 @@ from mlxchat.runner.bases import find_chain, folder_of_weights, is_adapter
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.store import Store
 from mlxchat.tasks import task_class
-from mlxchat.teacher_config import TeacherConfig
 from mlxchat.training.forecast_pretrain import keeps_state
 
 # Numbers per token and channel of a teacher's forward pass, one layer at a time.

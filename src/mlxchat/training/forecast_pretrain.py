@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters

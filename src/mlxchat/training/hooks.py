@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxchat.config import FinetuneConfig, PretrainConfig, TaskItem
+from mlxchat.config.schema import FinetuneConfig, PretrainConfig, TaskItem
 from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import Row
 from mlxchat.data.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxchat.config import ScheduleConfig
+from mlxchat.config.schema import ScheduleConfig
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Optimizer, rates_at

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxchat.config import TrainingConfig
+from mlxchat.config.schema import TrainingConfig
 from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, computing_in
 from mlxchat.model.lora import adapters_of

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from mlxchat.config.schema import TeacherConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import RANKS_FILE, byte_letters
 from mlxchat.errors import ConfigError, DataError
@@ -17,7 +18,6 @@ from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.loss import Logits, Mix, soft_cap
 from mlxchat.planning.memory import TeacherSize
-from mlxchat.teacher_config import TeacherConfig
 from mlxchat.training.forecast_finetune import measure_teacher, teacher_context
 
 _MOST_SHOWN = 3

@@ -142,9 +142,9 @@ export function provenance(model, detail) {
     const rows = Object.entries(numbers ?? {}).map(([key, value]) => [key, show(value)]);
     if (rows.length) nodes.push(make("h3", {}, title), definitions(rows, "numbers"));
   }
-  if (detail?.mlxchat.config) {
+  if (detail?.mlxchat.config.schema) {
     nodes.push(make("details", {}, make("summary", {}, "Configuration"),
-      make("pre", { tabindex: "0" }, JSON.stringify(detail.mlxchat.config, null, 1))));
+      make("pre", { tabindex: "0" }, JSON.stringify(detail.mlxchat.config.schema, null, 1))));
   }
   nodes.push(make("p", { class: "note" }, `All about it: mlxchat show ${model.id}`));
   return nodes;

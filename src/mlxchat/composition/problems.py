@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from mlxchat.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
-from mlxchat.config import BatchConfig, Config, FinetuneConfig, ScheduleConfig
+from mlxchat.composition.sections import config_of
+from mlxchat.config.parts import is_own, load_part, part_file
+from mlxchat.config.schema import (
+    ADAMW_GROUPS,
+    BatchConfig,
+    Config,
+    FinetuneConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RLConfig,
+    ScheduleConfig,
+    TeacherConfig,
+)
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import ConfigError, suggest
+from mlxchat.model.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
 from mlxchat.model.sizes import count_heads, sizes_of
-from mlxchat.number_problems import find_bound_problems, find_range_problems, find_unbounded, find_zeros
-from mlxchat.optimizer_config import ADAMW_GROUPS, OptimizerConfig
-from mlxchat.parts import is_own, part_file
-from mlxchat.rl_problems import find_rl_problems
+from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.pipeline import Pipeline, roles_of
+from mlxchat.runner.plan import flatten_config
 from mlxchat.runner.stage import Stages
-from mlxchat.sections import config_of
 from mlxchat.tasks import find_item_problems
-from mlxchat.teacher_problems import find_teacher_problems
 
 _POLAR_EXPRESS_ITERATIONS = 5
 
@@ -364,3 +374,191 @@ def _sweep(config: Config) -> Iterator[str]:
         yield f'sweep.name is "{sweep.name}", expected the name of a folder, without a path'
     if sweep.metric is None and sweep.kind != "none":
         yield "sweep.metric has no value: give sweep.metric=STEP.METRIC, such as pretrain.val_bpb"
+
+
+def find_range_problems(config: Config) -> Iterator[str]:
+    """Yield a line for each plain number that is out of its range."""
+    machine = config.machine
+    factor = config.training.norm_warning_factor
+    if factor is not None and not factor > 1:
+        yield f"training.norm_warning_factor is {factor}, expected more than 1, or null for no warnings"
+    if (cost := config.report.cost_per_hour) is not None and cost < 0:
+        yield f"report.cost_per_hour is {cost:g}, expected at least 0, or null"
+    for key in ("memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes"):
+        if (limit := getattr(machine, key)) is not None and limit < 0:
+            yield f"machine.{key} is {limit}, expected at least 0, or null for MLX's own"
+    if machine.checkpoint_seconds < 0:
+        yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
+    if config.bench.warmup_steps < 0:
+        yield f"bench.warmup_steps is {config.bench.warmup_steps}, expected at least 0"
+
+
+def find_bound_problems(config: Config) -> Iterator[str]:
+    """Yield a line for each value beyond the bounds that its field declares: at_least, at_most, one_of."""
+    sections = [(item.name, getattr(config, item.name)) for item in fields(config)]
+    while sections:
+        key, section = sections.pop(0)
+        for item in fields(section) if is_dataclass(section) else ():
+            value, where, bounds = getattr(section, item.name), f"{key}.{item.name}", item.metadata
+            sections.append((where, value))
+            least, most, known = bounds.get("at_least"), bounds.get("at_most"), bounds.get("one_of")
+            if value is None:
+                continue
+            if known is not None and value not in known:
+                yield f'{where} is "{value}", expected {" or ".join(map(str, known))}.{suggest(str(value), known)}'
+            if least is not None and not value >= least:
+                yield f"{where} is {value}, expected at least {least}"
+            if most is not None and not value <= most:
+                yield f"{where} is {value}, expected at most {most}"
+
+
+def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each number that is infinite or no number at all, except those that lines already tell of."""
+    keys = {key for line in told for key in re.findall(r"\w+(?:\.\w+)+", line.partition(": ")[0])}
+    for key, value in flatten_config(plain_of(config)).items():
+        if isinstance(value, float) and not math.isfinite(value) and key not in keys:
+            yield f"{key} is {value}, expected a number"
+
+
+def find_zeros(config: Config) -> Iterator[str]:
+    """Yield a line for each count that would silently do nothing at zero."""
+    for key in (
+        "model.context_tokens",
+        "corpus.validation_documents",
+        "corpus.shard_documents",
+        "corpus.row_group_documents",
+        "tokenizer.max_chars",
+        "tokenizer.document_chars",
+        "pretrain.packing_buffer_documents",
+        "pretrain.eval_tokens",
+        "pretrain.eval_every",
+        "pretrain.keep_every",
+        "pretrain.core_every",
+        "pretrain.core_max_per_task",
+        "pretrain.train_bpb_tokens",
+        "pretrain.sample_every",
+        "pretrain.sample_top_k",
+        "midtrain.num_iterations",
+        "midtrain.eval_every",
+        *(
+            f"{stage}.suite_{what}"
+            for stage in ("midtrain", "sft")
+            for what in ("every", "max_new_tokens", "batch_rows")
+        ),
+        "sft.num_iterations",
+        "sft.eval_every",
+        "rl.num_iterations",
+        "rl.questions_per_iteration",
+        "rl.max_new_tokens",
+        "rl.eval_samples",
+        "rl.eval_every",
+        "rl.minibatches_per_rollout",
+        "rl.passes_per_rollout",
+        "rl.entropy_every",
+        "training.max_skipped_in_a_row",
+        "eval.batch_rows",
+        "outside.context_tokens",
+        "eval.seeds",
+        "eval.top_k",
+        "eval.max_new_tokens",
+        "machine.device_batch_tokens",
+        "machine.blas_threads",
+        "machine.num_processes",
+        "machine.log_every",
+        "bench.vocab_size",
+        "bench.batch_rows",
+        "bench.chars",
+        "bench.row_tokens",
+        "bench.steps",
+        "bench.core_examples",
+    ):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None and value < 1:
+            yield f"{key} is {value}, expected at least 1"
+
+
+_CHOICES = {
+    "advantages": ("mean", "z_score", "leave_one_out"),
+    "ratio": ("token", "sequence"),
+    "loss_divisor": ("tokens", "answers", "longest"),
+}
+_REWARDS = ("exact", "format", "length", "function")
+
+
+def find_rl_problems(rl: RLConfig) -> Iterator[str]:
+    """Yield a line for every value that cannot be, with what was expected."""
+    yield from find_item_problems("rl", {"task": rl.task}, training=True)
+    yield from find_item_problems("rl", {"evaluation": rl.evaluation}, training=False)
+    if rl.temperature <= 0:
+        yield f"rl.temperature is {rl.temperature}, expected more than 0: equal samples teach nothing"
+    if rl.samples_per_question < 2:
+        yield f"rl.samples_per_question is {rl.samples_per_question}, expected at least 2: the mean is the baseline"
+    if rl.top_k is not None and rl.top_k < 1:
+        yield f"rl.top_k is {rl.top_k}, expected at least 1, or null for all"
+    for key, known in _CHOICES.items():
+        if (value := getattr(rl, key)) not in known:
+            yield f'rl.{key} is "{value}", expected {" or ".join(known)}.{suggest(value, known)}'
+    if rl.clip_low is not None and not 0 < rl.clip_low <= 1:
+        yield f"rl.clip_low is {rl.clip_low}, expected above 0 and at most 1, or null for no bound"
+    if rl.clip_high is not None and not rl.clip_high > 0:
+        yield f"rl.clip_high is {rl.clip_high}, expected above 0, or null for no bound"
+    if not rl.kl_coefficient >= 0:
+        yield f"rl.kl_coefficient is {rl.kl_coefficient}, expected at least 0 (no divergence)"
+    if rl.rollout_bits not in (None, 8, 4):
+        yield f"rl.rollout_bits is {rl.rollout_bits}, expected 8, 4, or null for the model's own weights"
+    if not rl.rollout_correction >= 1:
+        yield f"rl.rollout_correction is {rl.rollout_correction}, expected at least 1 (no token counts more than once)"
+    parts, questions = rl.minibatches_per_rollout, rl.questions_per_iteration
+    if parts >= 1 and questions % parts:
+        yield f"rl.questions_per_iteration={questions} must be a multiple of rl.minibatches_per_rollout={parts}"
+    if not rl.table_lr_frac >= 0:
+        yield f"rl.table_lr_frac is {rl.table_lr_frac}, expected at least 0"
+    if rl.resample_rounds < 0:
+        yield f"rl.resample_rounds is {rl.resample_rounds}, expected at least 0 (none)"
+    for name, reward in rl.rewards.items():
+        yield from _reward(f"rl.rewards.{name}", reward)
+
+
+def _reward(where: str, reward: RewardConfig) -> Iterator[str]:
+    if reward.kind not in _REWARDS:
+        yield f'{where}.kind is "{reward.kind}", expected {" or ".join(_REWARDS)}.{suggest(reward.kind, _REWARDS)}'
+    if reward.kind == "format":
+        try:
+            re.compile(reward.pattern or "")
+        except re.error as error:
+            yield f"{where}.pattern is no regular expression: {error}"
+        if not reward.pattern:
+            yield f"{where}.pattern has no value, expected a regular expression"
+    free, most = reward.free_tokens, reward.most_tokens
+    if reward.kind == "length" and (free is None or most is None or not 0 <= free < most):
+        yield f"{where}: free_tokens is {_shown(free)} and most_tokens {_shown(most)}, expected 0 <= free < most"
+    if reward.timeout_seconds is not None and not reward.timeout_seconds > 0:
+        yield f"{where}.timeout_seconds is {reward.timeout_seconds}, expected more than 0, or null for no bound"
+    if reward.failure_value is not None and not math.isfinite(reward.failure_value):
+        yield f"{where}.failure_value is {reward.failure_value}, expected a finite number, or null to end there"
+    if reward.kind == "function":
+        try:
+            load_part(reward.function or "")
+        except ConfigError as error:
+            yield f"{where}.function: {error}"
+
+
+def _shown(value: int | None) -> str:
+    return "null" if value is None else str(value)
+
+
+# Below, exponentials of 15 / T are beyond float32.
+_LEAST_TEMPERATURE = 0.5
+
+
+def find_teacher_problems(where: str, teacher: TeacherConfig) -> Iterator[str]:
+    """Yield a line for every value that cannot be, with what was expected."""
+    if teacher.path is not None and teacher.artifact is not None:
+        yield f"{where}.path and {where}.artifact are both set: there is one teacher"
+    if not 0 < teacher.weight <= 1:
+        yield f"{where}.weight is {teacher.weight}, expected above 0 and at most 1; no teacher: {where}.path=null"
+    if not teacher.temperature >= _LEAST_TEMPERATURE:
+        yield f"{where}.temperature is {teacher.temperature}, expected at least {_LEAST_TEMPERATURE}"
+    if teacher.top_k is not None and teacher.top_k < 1:
+        yield f"{where}.top_k is {teacher.top_k}, expected at least 1, or null for all"

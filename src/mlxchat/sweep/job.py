@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.compose import Composed
-from mlxchat.config import Config, HooksConfig
+from mlxchat.composition.compose import Composed
+from mlxchat.composition.sections import config_of
+from mlxchat.config.schema import Config, HooksConfig
 from mlxchat.distributed.ranks import lead_ranks
-from mlxchat.errors import ConfigError, StoreError
+from mlxchat.errors import ConfigError, StoreError, visible
 from mlxchat.hub.cache import endpoint, is_offline
 from mlxchat.hub.listings import tell_command
 from mlxchat.ops.machine import device_kind, dtype_name
@@ -37,10 +38,8 @@ from mlxchat.runner.records import Record, Records, now
 from mlxchat.runner.sealed import write_whole
 from mlxchat.runner.secrets import redact
 from mlxchat.runner.store import Store
-from mlxchat.sections import config_of
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results
-from mlxchat.visible import visible
 
 
 def run_pipeline(

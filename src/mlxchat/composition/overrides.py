@@ -6,7 +6,7 @@ import re
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 
 # Groups of the defaults list, where `+` would add a second entry.
 _LISTED_GROUPS = (

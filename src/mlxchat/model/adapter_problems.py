@@ -1,11 +1,11 @@
-"""Impossible values of adapters; `validation.py` holds the rest."""
+"""Impossible values of adapters; `composition/problems.py` holds the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlxchat.adapter_config import NO_ADAPTER, AdapterConfig
+from mlxchat.config.schema import NO_ADAPTER, AdapterConfig
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.model.sizes import TARGET_GROUPS, AdapterSizes, GPTSizes, matrices_of, resolve_targets
 

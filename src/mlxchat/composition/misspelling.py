@@ -12,11 +12,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
-from mlxchat.compose import describe_options
+from mlxchat.composition.compose import describe_options
+from mlxchat.config.schema import MODELS
+from mlxchat.config.verbs import VERBS
 from mlxchat.errors import suggest
-from mlxchat.model_config import MODELS
 from mlxchat.runner.plan import flatten_config
-from mlxchat.verbs import VERBS
 
 # Below these the names are the user's own.
 _MAPPINGS = ("pipeline", "suite", "midtrain.mixture", "midtrain.validation", "sft.mixture", "sft.validation")

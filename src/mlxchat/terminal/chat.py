@@ -14,13 +14,12 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request, Scheduler
 from mlxchat.engine.tools import PythonTool
-from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.errors import ConfigError, DataError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.ops.machine import KEPT_TOKENS
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.serve.parts import Kind, Parts
-from mlxchat.visible import visible
 
 # Command → (what follows it, what it does).
 COMMANDS = {
@@ -119,7 +118,7 @@ class Chat:
 
     def converse(self) -> None:
         """Read questions and commands until /quit or the end of the input."""
-        from mlxchat.terminal_input import read_lines
+        from mlxchat.terminal.input import read_lines
 
         print(f"{visible(self.name)}{' continues what you write' if self.continues else ''}. /help lists the commands.")
         mark = "text › " if self.continues else "you › "

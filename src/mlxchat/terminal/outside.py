@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxchat.errors import ConfigError
 from mlxchat.evals.outside import OutsideModel, OutsideTokenizer, load_outside
-from mlxchat.terminal_chat import Chat, Shown
+from mlxchat.terminal.chat import Chat, Shown
 
 
 @dataclass

@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config import Config
+from mlxchat.config.parts import import_module
+from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.parts import import_module
 from mlxchat.runner.stage import Stage, Stages
 
 

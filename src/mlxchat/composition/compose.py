@@ -12,14 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
-from mlxchat.composed_cache import ComposedCache, Stamp, stamp_folder
-from mlxchat.config import Config
+from mlxchat.composition.cache import ComposedCache, Stamp, stamp_folder
+from mlxchat.composition.overrides import as_hydra, implied_experiment
+from mlxchat.composition.problems import find_problems
+from mlxchat.composition.sections import schema_of
+from mlxchat.config.schema import MODELS, Config
 from mlxchat.data.vocabulary import vocab_size_of
 from mlxchat.errors import ConfigError
-from mlxchat.model_config import MODELS
-from mlxchat.overrides import as_hydra, implied_experiment
-from mlxchat.sections import schema_of
-from mlxchat.validation import find_problems
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
     from collections.abc import Callable
@@ -278,7 +277,7 @@ def to_typed(composed: DictConfig) -> Config:
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    from mlxchat.misspelling import first_line, unknown_keys
+    from mlxchat.composition.misspelling import first_line, unknown_keys
 
     strangers = unknown_keys(composed)
     if strangers:
@@ -392,7 +391,7 @@ def _diagnose(
     overrides: list[str], search: list[str], error: Exception, compose: _Compose, schema: type[Config]
 ) -> str:
     """Return one line per override that is wrong; Hydra itself stops at the first."""
-    from mlxchat.misspelling import explain_override, first_line
+    from mlxchat.composition.misspelling import explain_override, first_line
 
     groups = {group: group_options(group) for group in group_names()}
     # Groups first, one after the other: what a key may be depends on what they bring.

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from mlxchat.config import Config
+from mlxchat.config.schema import Config
 from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.secrets import redact
 

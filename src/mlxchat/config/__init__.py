@@ -1,0 +1,1 @@
+"""What a configuration is: its sections and their fields."""
