@@ -7,8 +7,8 @@ numbers go in, written out in float32, since these are what the adapters were tr
 from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.sizes import count_parameters
-from mlxchat.runner.bases import is_adapter
 from mlxchat.runner.context import Context
+from mlxchat.store.bases import is_adapter
 
 VERSION = 1
 CONFIG: list[str] = []

@@ -29,7 +29,7 @@ from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, d
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import flatten_config, make_plan
 from mlxchat.runner.stage import Stages
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those in hydra/ add to Hydra's own groups: the tests of what launches sweeps compose them.

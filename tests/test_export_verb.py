@@ -24,7 +24,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.tools import calculate
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import flatten_parameters, set_parameters
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 
 # The Hub's client says this to itself.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")

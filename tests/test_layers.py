@@ -12,12 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "src" / "mlxchat").rglob("*.py"))
 STAGES = sorted(path for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-RUNNER = [path for path in LIBRARY if path.parent.name == "runner"]
+RUNNER = [path for path in LIBRARY if path.parent.name in ("runner", "store")]
 # The library's parts from the bottom up. A part may import those of its own line and of earlier ones, never later ones.
 LAYERS = [
     {"errors"},
     {"config", "ops", "sandbox"},
     {"distributed"},
+    {"store"},
     {"runner"},
     {"hub"},
     {"tasks"},
@@ -139,7 +140,7 @@ def test_no_module_is_called_after_nothing_in_particular() -> None:
 
 
 def test_all_of_the_runner_is_imported_without_mlx_or_numpy(tmp_path: Path) -> None:
-    modules = ", ".join(f"mlxchat.runner.{path.stem}" for path in RUNNER if path.stem != "__init__")
+    modules = ", ".join(f"mlxchat.{path.parent.name}.{path.stem}" for path in RUNNER if path.stem != "__init__")
     code = f"import sys, {modules}, mlxchat.composition.compose\nprint(sorted({{'mlx', 'numpy'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

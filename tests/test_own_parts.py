@@ -22,7 +22,7 @@ from mlxchat.evals.own import measure_own
 from mlxchat.runner.externals import pin_externals
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import Stages, read_stage
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 from mlxchat.tasks import load_item
 from mlxchat.trackers import Tracker

@@ -10,7 +10,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.store import Store, read_manifest
 from mlxchat.sweep.job import plan_of
 
 TWO = ("experiment=smoke", "pipeline=two_sft")

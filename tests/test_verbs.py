@@ -23,9 +23,9 @@ from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
 from mlxchat.commands.import_model import FORMATS
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
-from mlxchat.runner import attempts
-from mlxchat.runner.records import Records
 from mlxchat.runner.table import make_table
+from mlxchat.store import attempts
+from mlxchat.store.records import Records
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MlxchatError as error:
         if os.environ.get("MLXCHAT_DEBUG"):
             raise
-        from mlxchat.runner.secrets import redact
+        from mlxchat.config.secrets import redact
 
         lines = redact(str(error)).splitlines() or [type(error).__name__]
         # A signal is no error: what was stopped, and where it continues.

@@ -25,8 +25,8 @@ from mlxchat.errors import DataError, MlxchatError, StoreError
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
 from mlxchat.model.gpt import flatten_parameters, set_parameters
 from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapter_config
-from mlxchat.runner.bases import find_chain
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.bases import find_chain
+from mlxchat.store.store import Store, read_manifest
 
 Weights = dict[str, np.ndarray[Any, Any]]
 
@@ -234,8 +234,8 @@ def test_names_within_layers_mean_the_last_layers_as_in_mlx_lm(tmp_path: Path) -
 
 
 def test_an_adapter_is_kept_together_with_its_base_by_gc(tmp_path: Path) -> None:
-    from mlxchat.runner.gc import find_garbage
-    from mlxchat.runner.leftovers import Limits
+    from mlxchat.store.gc import find_garbage
+    from mlxchat.store.leftovers import Limits
 
     outputs = tmp_path / "outputs"
     base = publish_base(outputs)

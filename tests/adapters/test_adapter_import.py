@@ -19,7 +19,7 @@ from mlxchat.errors import DataError
 from mlxchat.interop.adapter_import import find_files, import_adapter
 from mlxchat.interop.source import open_folder
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.store import Store, read_manifest
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 
 from kit.artifacts import some_ids
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.bases import find_chain
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.bases import find_chain
+from mlxchat.store.store import Store, read_manifest
 
 pytestmark = pytest.mark.slow
 

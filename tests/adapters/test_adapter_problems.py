@@ -16,7 +16,7 @@ from mlxchat.model.adapter_problems import adapter_sizes_of
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, sizes_of
 from mlxchat.planning.memory import Device, Training, predict_peak
 from mlxchat.runner.plan import make_plan
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 
 
 @cache

@@ -14,7 +14,7 @@ import pytest
 from kit.artifacts import publish_adapters, publish_base, some_ids
 from kit.commands import Command
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.store import Store, read_manifest
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_adapters_travel_with_their_base_and_open_there(outputs: Path, command: 
 def test_chat_and_serve_and_show_and_lineage_take_adapters_as_any_model(outputs: Path, command: Command) -> None:
     code, said = command("chat", "--model", "sft", "-p", "How many windows?", "--max-tokens", "3")
     assert code == 0, said
-    from mlxchat.runner.naming import find_model
     from mlxchat.serve.models import Models
+    from mlxchat.store.naming import find_model
 
     models = Models(Store(outputs), find_model(Store(outputs), None).place)
     assert models.find("sft").converses

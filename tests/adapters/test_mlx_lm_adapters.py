@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from kit.artifacts import publish_adapters, publish_base, some_ids
 from kit.commands import run_here
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 
 mlx_lm = pytest.importorskip("mlx_lm")
 CASES = [("oct2025", "lora"), ("oct2025", "dora"), ("jul2026", "lora"), ("jul2026", "dora")]

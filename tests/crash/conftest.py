@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from mlxchat.runner import locks
-from mlxchat.runner.integrity import find_damage
-from mlxchat.runner.records import Records
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store import locks
+from mlxchat.store.integrity import find_damage
+from mlxchat.store.records import Records
+from mlxchat.store.store import Store, read_manifest
 
 SCRIPT = Path(__file__).parent / "stub_run.py"
 

@@ -18,13 +18,17 @@ sys.path.insert(0, str(HERE))
 sys.dont_write_bytecode = True
 
 from mlxchat.errors import MlxchatError  # noqa: E402
-from mlxchat.runner import attempts, locks, stage  # noqa: E402
-from mlxchat.runner.environment import Environment  # noqa: E402
 from mlxchat.runner.execute import Policy, Run, execute  # noqa: E402
 from mlxchat.runner.hooks import Hooks  # noqa: E402
 from mlxchat.runner.plan import make_plan  # noqa: E402
-from mlxchat.runner.records import now  # noqa: E402
-from mlxchat.runner.store import Store  # noqa: E402
+from mlxchat.store import (  # noqa: E402
+    attempts,
+    locks,
+    stage,
+)
+from mlxchat.store.environment import Environment  # noqa: E402
+from mlxchat.store.records import now  # noqa: E402
+from mlxchat.store.store import Store  # noqa: E402
 
 # Child processes come here too: they import this file under another name.
 stage._PACKAGE = "stubs"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.sealed import seal, unseal
-from mlxchat.runner.store import Store, parse_manifest, read_manifest
+from mlxchat.store.sealed import seal, unseal
+from mlxchat.store.store import Store, parse_manifest, read_manifest
 from mlxchat.training.state import read_newest, write_save
 
 

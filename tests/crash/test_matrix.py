@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.runner.crash import CRASH_POINTS
-from mlxchat.runner.store import Store
+from mlxchat.store.crash import CRASH_POINTS
+from mlxchat.store.store import Store
 
 SOURCES = sorted((Path(__file__).resolve().parents[2] / "src").rglob("*.py"))
 # Scenario → what ran before, and what runs now.

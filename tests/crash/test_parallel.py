@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.runner import locks
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store import locks
+from mlxchat.store.store import Store, read_manifest
 
 PARALLEL = "max_parallel_steps=3"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.runner.records import Records
-from mlxchat.runner.store import Store, describe_outputs
+from mlxchat.store.records import Records
+from mlxchat.store.store import Store, describe_outputs
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

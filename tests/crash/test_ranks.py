@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from mlxchat.commands.status import main as status
-from mlxchat.runner.records import Records
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.records import Records
+from mlxchat.store.store import Store, read_manifest
 
 RANKS = ("ranks=2", "train.iterations=12")
 THREE = ("ranks=3", "train.iterations=12")

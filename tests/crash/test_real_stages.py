@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from mlxchat.runner import locks
-from mlxchat.runner.integrity import find_damage
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store import locks
+from mlxchat.store.integrity import find_damage
+from mlxchat.store.store import Store, read_manifest
 
 _SETTINGS = """
     machine.checkpoint_seconds=0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.store import Store, read_manifest
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
 STEPS = ["corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"]

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from mlxchat.composition.compose import compose_config
-from mlxchat.runner.records import Records
-from mlxchat.runner.store import Store
+from mlxchat.store.records import Records
+from mlxchat.store.store import Store
 
 # RL needs a model that is now and then right: it picks letters.
 SETTINGS = """

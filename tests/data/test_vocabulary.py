@@ -31,7 +31,7 @@ from mlxchat.data.vocabulary import (
 )
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.runner.externals import pin_externals
-from mlxchat.runner.fingerprint import hash_file, identity_of
+from mlxchat.store.fingerprint import hash_file, identity_of
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -18,9 +18,9 @@ import pytest
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub import remote
 from mlxchat.hub.remote import Place, export_to, import_from, open_place
-from mlxchat.runner.store import Store
-from mlxchat.runner.transfer import closure
-from mlxchat.runner.verifying import find_faults
+from mlxchat.store.store import Store
+from mlxchat.store.transfer import closure
+from mlxchat.store.verifying import find_faults
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 
@@ -236,8 +236,8 @@ import sys
 from pathlib import Path
 from mlxchat.hub import remote
 from mlxchat.hub.remote import open_place
-from mlxchat.runner.store import Store
-from mlxchat.runner.transfer import closure
+from mlxchat.store.store import Store
+from mlxchat.store.transfer import closure
 remote._PIECE_BYTES = 1000
 way, place, outputs = sys.argv[1:]
 store, place = Store(Path(outputs)), open_place(place)
@@ -306,7 +306,7 @@ def test_an_interrupted_import_reads_only_the_rest_of_a_file(
 
 
 def test_what_an_import_left_long_ago_is_garbage(toys: Any, tmp_path: Path) -> None:
-    from mlxchat.runner.leftovers import Limits, left_overs
+    from mlxchat.store.leftovers import Limits, left_overs
 
     toys.store.prepare()
     folder = toys.outputs / "work" / ".import-0123456789abcdef"

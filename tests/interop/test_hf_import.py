@@ -18,7 +18,7 @@ from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.interop.pickled_tokenizer import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file
 
 Twin = Any
 Twins = Callable[..., Twin]

@@ -15,7 +15,7 @@ from mlxchat.hub import listings
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.interop.outside_folder import outside_folder
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file
 
 Twin = Any
 Twins = Callable[..., Twin]

@@ -18,11 +18,11 @@ from mlxchat.commands.transfer import main_export, main_import
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, StoreError
 from mlxchat.planning.memory import describe_memory
-from mlxchat.runner.gc import find_garbage
-from mlxchat.runner.leftovers import Limits
-from mlxchat.runner.naming import describe_model, find_model
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.gc import find_garbage
+from mlxchat.store.leftovers import Limits
+from mlxchat.store.naming import describe_model, find_model
+from mlxchat.store.store import Store, read_manifest
 from mlxchat.sweep.job import plan_of
 
 Twin, Lay = Any, Any

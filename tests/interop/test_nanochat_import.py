@@ -17,7 +17,7 @@ from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model, pins_of
 from mlxchat.interop.pickled_tokenizer import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file
 
 Twin, Lay = Any, Any
 Twins = Callable[..., Twin]

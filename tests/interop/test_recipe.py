@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.store import Store, read_manifest
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
 

@@ -21,7 +21,7 @@ from mlxchat.hub import listings
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
 EXPECTED = HUB / "expected_nanochat_import.json"

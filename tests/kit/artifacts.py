@@ -16,8 +16,8 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
 from mlxchat.model.lora import shapes_of
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
-from mlxchat.runner.fingerprint import compute_key
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.fingerprint import compute_key
+from mlxchat.store.store import Store, read_manifest
 
 FACTS = {"stage": "sft", "format": "chat", "pretrain_batch_tokens": 512}
 make_model = partial(

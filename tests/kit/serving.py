@@ -22,7 +22,6 @@ from mlxchat.engine.scheduler import Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
-from mlxchat.runner.store import Store, write_manifest
 from mlxchat.serve.app import make_app
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model, Models
@@ -30,6 +29,7 @@ from mlxchat.serve.prompts import Defaults
 from mlxchat.serve.run import PatientProtocol
 from mlxchat.serve.service import Service
 from mlxchat.serve.worker import Worker, load_scheduler
+from mlxchat.store.store import Store, write_manifest
 
 CHAT, BASE = "sft-d2-" + "c" * 16, "pretrain-d2-" + "b" * 16
 

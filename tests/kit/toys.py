@@ -10,10 +10,10 @@ from textwrap import dedent, indent
 from typing import Any
 
 from mlxchat.runner import stage as stage_module
-from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Run, execute
 from mlxchat.runner.plan import PlannedStep, make_plan
-from mlxchat.runner.store import Store
+from mlxchat.store.environment import Environment
+from mlxchat.store.store import Store
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.planning.duration import estimate_pretraining
 from mlxchat.runner.estimates import Estimate
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
 # nanochat's published d20: 3.491758e9 FLOPs per token, 21,400 iterations of 524,288 tokens.

@@ -39,7 +39,7 @@ from mlxchat.planning.memory import (
     rows_at_a_time,
 )  # fmt: skip
 from mlxchat.runner.plan import PlannedStep, make_plan
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 

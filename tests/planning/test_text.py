@@ -11,7 +11,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import DataError
 from mlxchat.planning.text import TextNeed, check_text_room, describe_text, find_text_need
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
 GIGA = 1_000_000_000

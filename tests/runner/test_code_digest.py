@@ -15,8 +15,8 @@ import pytest
 
 from mlxchat.runner import code_digest
 from mlxchat.runner.code_digest import CodeDigests, changed_modules
-from mlxchat.runner.records import Records
 from mlxchat.runner.stage import Stages
+from mlxchat.store.records import Records
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}

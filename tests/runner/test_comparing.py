@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxchat.runner.comparing import differences, environment_drift
-from mlxchat.runner.environment import versions
+from mlxchat.store.comparing import differences, environment_drift
+from mlxchat.store.environment import versions
 
 
 def made_with(backend: str, mlx: str | None) -> dict[str, Any]:

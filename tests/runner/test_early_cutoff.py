@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.runner.records import Records
+from mlxchat.store.records import Records
 
 CHAIN = {
     "one": {"stage": "make"},

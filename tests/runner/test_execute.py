@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import DataError, Interrupted, MlxchatError, StepFailed
-from mlxchat.runner import attempts, locks
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import make_plan
-from mlxchat.runner.records import Record, Records
-from mlxchat.runner.store import Store
+from mlxchat.store import attempts, locks
+from mlxchat.store.records import Record, Records
+from mlxchat.store.store import Store
 
 ONE = {"one": {"stage": "make"}}
 CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}

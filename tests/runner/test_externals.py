@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.runner import attempts, externals
 from mlxchat.runner.externals import FileHashes
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store import attempts, externals
+from mlxchat.store.fingerprint import hash_file
 
 ONE = {"one": {"stage": "make"}}
 

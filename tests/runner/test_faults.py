@@ -20,15 +20,15 @@ from typing import Any
 import pytest
 
 from kit.servers import Loopback, QuietHandler
+from mlxchat.config.secrets import redact
 from mlxchat.errors import DataError, Interrupted, PassingError, StepFailed
-from mlxchat.runner import attempts, make, records, time_limit
 from mlxchat.runner.awake import keep_awake
 from mlxchat.runner.execute import Policy
 from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.passing import is_passing
-from mlxchat.runner.records import Records
-from mlxchat.runner.secrets import redact
 from mlxchat.runner.time_limit import TimeIsUp, TimeLimit
+from mlxchat.store import attempts, make, records, time_limit
+from mlxchat.store.records import Records
 
 ONE = {"one": {"stage": "make"}}
 CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config, MomentumConfig
 from mlxchat.data.mixture import Mixture
-from mlxchat.runner.fingerprint import canonical_json, compute_key, hash_code, identity_of, plain_of
 from mlxchat.runner.plan import make_plan
-from mlxchat.runner.store import Store
+from mlxchat.store.fingerprint import canonical_json, compute_key, hash_code, identity_of, plain_of
+from mlxchat.store.store import Store
 
 # The fields that no artifact's id knows. A new one belongs here only if it can change no byte of a result.
 NOT_IDENTITY = {
@@ -424,7 +424,7 @@ GOLDEN_RID = base64.b32encode(hashlib.sha256(GOLDEN_TEXT.encode()).digest()).dec
 @pytest.mark.parametrize("hash_seed", ["0", "1", "random"])
 def test_the_golden_id_is_the_same_in_every_process_and_folder(hash_seed: str, tmp_path: Path) -> None:
     code = (
-        "import json, sys; from mlxchat.runner.fingerprint import compute_key; r = json.loads(sys.argv[1]);"
+        "import json, sys; from mlxchat.store.fingerprint import compute_key; r = json.loads(sys.argv[1]);"
         "print(compute_key(r['stage'], r['version'], r['config'], r['inputs'], r['externals']))"
     )
     folder = tmp_path / hash_seed
@@ -473,7 +473,7 @@ listings.find_commit = lambda *revision: "0" * 40
 client.find_content = lambda *address: "0" * 64
 from mlxchat.composition.compose import compose_config
 from mlxchat.runner.plan import make_plan
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 found = {}
 for name in sys.argv[1:]:
     config = compose_config([f"experiment={name}"]).config
@@ -525,7 +525,7 @@ print(sys.version_info[:2])
 def test_the_golden_id_is_the_same_in_every_supported_python_with_its_standard_library_alone(tmp_path: Path) -> None:
     found = [shutil.which(name) for name in ("python3.12", "python3.13")]
     pyenv = sorted((Path.home() / ".pyenv" / "versions").glob("3.1[23]*/bin/python"))
-    source = Path(__file__).parents[2] / "src" / "mlxchat" / "runner" / "fingerprint.py"
+    source = Path(__file__).parents[2] / "src" / "mlxchat" / "store" / "fingerprint.py"
     ran = set()
     for python in [sys.executable, *filter(None, found), *map(str, pyenv)]:
         done = subprocess.run(

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import ConfigError
-from mlxchat.runner import locks
-from mlxchat.runner.catalog import read_catalog, references
-from mlxchat.runner.gc import collect, find_garbage
-from mlxchat.runner.leftovers import DAY_SECONDS, Limits, parse_age, parse_bytes
-from mlxchat.runner.verifying import find_faults
+from mlxchat.store import locks
+from mlxchat.store.catalog import read_catalog, references
+from mlxchat.store.gc import collect, find_garbage
+from mlxchat.store.leftovers import DAY_SECONDS, Limits, parse_age, parse_bytes
+from mlxchat.store.verifying import find_faults
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 NONE, ALL = Limits(), Limits(keep_last=0)

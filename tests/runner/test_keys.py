@@ -16,9 +16,9 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import RewardConfig, TaskItem
 from mlxchat.rl.rewards import Reward
 from mlxchat.runner.externals import pin_externals
-from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.plan import make_plan
-from mlxchat.runner.store import Store
+from mlxchat.store.fingerprint import identity_of
+from mlxchat.store.store import Store
 
 CONVERSATION = '{"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}\n'
 

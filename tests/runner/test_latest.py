@@ -12,8 +12,8 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import DataError, Interrupted, StoreError
-from mlxchat.runner.naming import called, describe_model, find, find_model, latest
-from mlxchat.runner.store import Store
+from mlxchat.store.naming import called, describe_model, find, find_model, latest
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import _name_again
 
 BASE = {"corpus": {"stage": "make"}, "pretrain": {"stage": "pretrain", "source": "corpus"}}

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.runner import locks
+from mlxchat.store import locks
 
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from mlxchat.runner import locks
+from mlxchat.store import locks
 with locks.hold(Path(sys.argv[1]), {"step": "pretrain", "run": "run7"}, lambda owner: None):
     child = subprocess.Popen(["sleep", "60"]) if len(sys.argv) > 2 else None
     print(child.pid if child else 0, flush=True)
@@ -104,7 +104,7 @@ def test_a_body_that_raises_gives_the_lock_back(tmp_path: Path) -> None:
 COUNTER = """
 import sys, time
 from pathlib import Path
-from mlxchat.runner import locks
+from mlxchat.store import locks
 count = Path(sys.argv[2])
 for _ in range(5):
     with locks.hold(Path(sys.argv[1]), {}, lambda owner: None):
@@ -156,7 +156,7 @@ def test_waiting_takes_no_cpu(tmp_path: Path, hold_elsewhere: Any) -> None:
 FORKER = """
 import os, sys, time
 from pathlib import Path
-from mlxchat.runner import locks
+from mlxchat.store import locks
 with locks.hold(Path(sys.argv[1]), {"step": "pretrain", "run": "run7"}, lambda owner: None):
     child = os.fork()
     if child == 0:

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.runner import locks, mounts, probing
-from mlxchat.runner.gc import collect
-from mlxchat.runner.leftovers import Limits
-from mlxchat.runner.mounts import Mount, check_links, claim, mount_of, remember_tested
-from mlxchat.runner.probing import HostsProbe, probe_folder
-from mlxchat.runner.store import Store
+from mlxchat.store import locks, mounts, probing
+from mlxchat.store.gc import collect
+from mlxchat.store.leftovers import Limits
+from mlxchat.store.mounts import Mount, check_links, claim, mount_of, remember_tested
+from mlxchat.store.probing import HostsProbe, probe_folder
+from mlxchat.store.store import Store
 
 NFS = Mount("nfs4", "server:/data", ("rw", "relatime", "vers=4.2", "local_lock=none"))
 SSHFS = Mount("fuse.sshfs", "server:/data", ("rw",))

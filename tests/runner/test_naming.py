@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.catalog import read_catalog
-from mlxchat.runner.store import Store
+from mlxchat.store.catalog import read_catalog
+from mlxchat.store.store import Store
 
 FIRST, SECOND, THIRD = "abcdefgh" + "a" * 44, "abcdzzzz" + "b" * 44, "xyzxyzxy" + "c" * 44
 RUN = "20260101-000000-1-toy"

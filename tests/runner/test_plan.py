@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.errors import ConfigError
-from mlxchat.runner import code_digest, externals, fingerprint
-from mlxchat.runner import store as store_module
+from mlxchat.runner import code_digest, externals
 from mlxchat.runner.plan import flatten_config, order_steps, pin_externals
 from mlxchat.runner.stage import Stages, read_stage
+from mlxchat.store import fingerprint
+from mlxchat.store import store as store_module
 
 CHAIN = {
     "one": {"stage": "make"},

@@ -13,8 +13,8 @@ from mlxchat.config.schema import CoreConfig, HubConfig, TaskItem
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.hub import listings
 from mlxchat.runner.externals import find_unknown, pin_externals
-from mlxchat.runner.fingerprint import identity_of
-from mlxchat.runner.store import Store
+from mlxchat.store.fingerprint import identity_of
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of, plan_to_run
 
 OTHER = "b" * 40

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.runner import locks
-from mlxchat.runner.fingerprint import compute_key
-from mlxchat.runner.shared import SharedArtifacts
-from mlxchat.runner.store import SHARED_KIND, Store, describe_outputs
+from mlxchat.store import locks
+from mlxchat.store.fingerprint import compute_key
+from mlxchat.store.shared import SharedArtifacts
+from mlxchat.store.store import SHARED_KIND, Store, describe_outputs
 
 LINEAGE = {"corpus": {"step": "corpus", "artifact": "corpus-a", "rid": "r", "tree": "t"}}
 
@@ -140,7 +140,7 @@ def test_who_waits_says_so_once_and_may_give_up(shared: SharedArtifacts) -> None
 PROCESS = """
 import sys, time
 from pathlib import Path
-from mlxchat.runner.shared import SharedArtifacts
+from mlxchat.store.shared import SharedArtifacts
 outputs, log, slow = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 
 def make(folder):

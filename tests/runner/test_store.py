@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.leftovers import remark_old
-from mlxchat.runner.store import Store, artifact_name, describe_outputs, read_manifest
+from mlxchat.store.leftovers import remark_old
+from mlxchat.store.store import Store, artifact_name, describe_outputs, read_manifest
 
 KEY = "abcdefghijklmnop" + "q" * 36
 RID = "bcdefghijklmnopq" + "r" * 36
@@ -38,7 +38,7 @@ def make_artifact(store: Store, text: str = "content", **more: Any) -> Path:
 
 def test_what_is_made_outside_a_checkout_can_be_read(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed from a wheel there is no git: for a day such manifests were called damaged by the next step."""
-    monkeypatch.setattr("mlxchat.runner.environment.git_state", lambda folder: None)
+    monkeypatch.setattr("mlxchat.store.environment.git_state", lambda folder: None)
     toys.run(toys.plan({"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}))
     assert read_manifest(toys.store.resolve("second"))["git"] is None
 
@@ -82,7 +82,7 @@ def test_another_store_object_sees_what_was_published_after_it_forgets(store: St
 CRASHES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 
 outputs, key, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "shutil.rmtree")

@@ -20,15 +20,15 @@ import pytest
 from mlxchat.commands import lineage, ls, show, status
 from mlxchat.commands.transfer import main_import
 from mlxchat.errors import StoreError
-from mlxchat.runner import locks
-from mlxchat.runner.fingerprint import compute_key
-from mlxchat.runner.gc import find_garbage
-from mlxchat.runner.leftovers import Limits
-from mlxchat.runner.naming import latest
-from mlxchat.runner.sealed import seal
-from mlxchat.runner.store import Store, identify
-from mlxchat.runner.transfer import closure, export, import_all
-from mlxchat.runner.verifying import find_faults, tree_of
+from mlxchat.store import locks
+from mlxchat.store.fingerprint import compute_key
+from mlxchat.store.gc import find_garbage
+from mlxchat.store.leftovers import Limits
+from mlxchat.store.naming import latest
+from mlxchat.store.sealed import seal
+from mlxchat.store.store import Store, identify
+from mlxchat.store.transfer import closure, export, import_all
+from mlxchat.store.verifying import find_faults, tree_of
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 

@@ -10,11 +10,11 @@ import pytest
 
 from mlxchat.errors import Interrupted
 from mlxchat.runner import waiting
-from mlxchat.runner.attempts import iteration
-from mlxchat.runner.environment import Environment
-from mlxchat.runner.records import Records
 from mlxchat.runner.run import Run
 from mlxchat.runner.waiting import Waiting
+from mlxchat.store.attempts import iteration
+from mlxchat.store.environment import Environment
+from mlxchat.store.records import Records
 
 OWNER = {"pid": 12, "host": "alpha", "run": "run7", "step": "train"}
 

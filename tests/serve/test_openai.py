@@ -15,8 +15,8 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
-from mlxchat.runner.store import Store
 from mlxchat.serve.models import Models
+from mlxchat.store.store import Store
 
 
 def chunks(response: Any) -> list[dict[str, Any]]:

@@ -19,10 +19,10 @@ from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import count_parameters
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, Device
-from mlxchat.runner.store import Store
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
 from mlxchat.serve.worker import rows_that_fit
+from mlxchat.store.store import Store
 
 ANSWERED = """
 import mlxchat, asyncio, sys
@@ -30,7 +30,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlxchat.engine.scheduler import Request, Sampling
 from mlxchat.cpu import runtime
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
 from mlxchat.serve.worker import Worker, load_scheduler

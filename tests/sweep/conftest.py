@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.runner.records import Records
+from mlxchat.store.records import Records
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 
 from kit.commands import CommandLine
 from mlxchat.errors import ConfigError
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 from mlxchat.sweep.launchers import HydraSettings
 from mlxchat.sweep.sweeper import read_sweep
 

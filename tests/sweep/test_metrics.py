@@ -15,7 +15,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.runner.plan import entries_of
 from mlxchat.runner.stage import Stages
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 from mlxchat.sweep.results import find_metric, metrics_of_plan
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import Interrupted
-from mlxchat.runner import locks
-from mlxchat.runner.store import read_manifest
+from mlxchat.store import locks
+from mlxchat.store.store import read_manifest
 from mlxchat.sweep import launchers
 from mlxchat.sweep.results import SweepFolder
 

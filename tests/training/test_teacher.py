@@ -25,10 +25,10 @@ from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import Training, check_memory
-from mlxchat.runner.fingerprint import identity_of
 from mlxchat.runner.plan import Pipeline, make_plan
-from mlxchat.runner.records import Records
-from mlxchat.runner.store import Store, write_manifest
+from mlxchat.store.fingerprint import identity_of
+from mlxchat.store.records import Records
+from mlxchat.store.store import Store, write_manifest
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.forecast_finetune import measure_teacher
 from mlxchat.training.loop import fit

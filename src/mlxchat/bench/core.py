@@ -31,8 +31,8 @@ from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.planning.memory import forward_tokens
-from mlxchat.runner.environment import peak_memory_bytes, versions
 from mlxchat.runner.progress import Progress
+from mlxchat.store.environment import peak_memory_bytes, versions
 
 Examples = list[dict[str, Any]]
 # Like ARC, HellaSwag, WinoGrande, Jeopardy and LAMBADA: type, shots, words of a question, of an answer, options.

@@ -14,14 +14,15 @@ from rich.table import Table
 
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config.schema import Config
+from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.model.gpt import GPT, init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, make_lanes, prepare_machine
-from mlxchat.runner.environment import versions
-from mlxchat.runner.progress import Progress, format_bytes, format_count
+from mlxchat.runner.progress import Progress
+from mlxchat.store.environment import versions
 
 _BATCH_ROWS = (1, 8, 32)
 _PROMPT_TOKENS, _READ_AT_A_TIME = 1024, 512

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxchat.runner.progress import format_bytes, format_count
+from mlxchat.config.wording import format_bytes, format_count
 
 _BUSY = "too much other work on this machine for shares: measure again when it is quiet"
 # Parts that are measured alone may take a little longer than within a step.

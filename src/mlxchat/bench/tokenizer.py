@@ -27,14 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from mlxchat.config.schema import Config
+from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.data.bpe import train_ranks
 from mlxchat.data.sources import gather_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.ops.device import describe_device
 from mlxchat.ops.machine import available_cores
-from mlxchat.runner.environment import versions
-from mlxchat.runner.progress import Progress, format_bytes, format_count
+from mlxchat.runner.progress import Progress
+from mlxchat.store.environment import versions
 
 _NANOCHAT_BATCH, _NANOCHAT_THREADS = 128, 4
 _PART_DOCUMENTS = 128

@@ -23,8 +23,8 @@ from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, Rates, adapter_rule, rates_at
 from mlxchat.planning.memory import Training, find_device, forward_tokens, rows_at_a_time
 from mlxchat.planning.peak import peak_flops, raise_peak, tabled_peak_flops
-from mlxchat.runner.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.runner.progress import Progress
+from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 

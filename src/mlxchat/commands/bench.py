@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.composition.compose import compose_config, group_options, split_options
+from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.runner.records import now
-from mlxchat.runner.sealed import write_whole
-from mlxchat.runner.secrets import redact
+from mlxchat.store.records import now
+from mlxchat.store.sealed import write_whole
 
 # Kind → (module in mlxchat.bench, its function from configuration to plain data, what it measures).
 KINDS = {

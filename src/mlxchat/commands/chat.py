@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser, make_naming_parser, outputs_folder, take_names
 from mlxchat.errors import ConfigError
-from mlxchat.runner.integrity import check_model
-from mlxchat.runner.naming import describe_model, find_model
-from mlxchat.runner.store import Store
+from mlxchat.store.integrity import check_model
+from mlxchat.store.naming import describe_model, find_model
+from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.engine.tools import PythonTool

@@ -9,10 +9,10 @@ from typing import Any
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
 from mlxchat.commands.columns import aligned, print_json, show_value
+from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, StoreError, visible
-from mlxchat.runner.progress import format_number
-from mlxchat.runner.store import Store
 from mlxchat.runner.table import Table, find_runs, is_number, make_table, numeric, rows_of_runs, rows_of_step
+from mlxchat.store.store import Store
 
 _WIDEST_HEAD = 16
 _WIDEST_CELL = 24

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mlxchat.commands.arguments import Parser
 from mlxchat.config.schema import MODELS
-from mlxchat.runner.naming import IMPORTS, LATEST, PINS, called, latest, links, runs
-from mlxchat.runner.store import Store
+from mlxchat.store.naming import IMPORTS, LATEST, PINS, called, latest, links, runs
+from mlxchat.store.store import Store
 
 _BASH = r"""_mlxchat() {
     local IFS=$'\n' word="${COMP_WORDS[COMP_CWORD]}" line="${COMP_LINE:0:COMP_POINT}"

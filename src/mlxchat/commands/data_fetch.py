@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from mlxchat.commands.arguments import Parser, split_words
 from mlxchat.commands.needs import find_sources
 from mlxchat.composition.compose import Composed, compose_config, split_options
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import DataError, PassingError, visible
-from mlxchat.runner.progress import format_bytes
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import Config
     from mlxchat.hub.client import HubFile
     from mlxchat.runner.plan import PlannedStep
-    from mlxchat.runner.store import Store
+    from mlxchat.store.store import Store
 
 _PURPOSE = (
     "Fetch everything that the steps which are to run read from elsewhere: as much of the corpus as the horizon needs, "
@@ -88,7 +88,7 @@ def find_needs(composed: Composed, *, measure: bool) -> tuple[dict[str, list[Hub
 
     With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
     """
-    from mlxchat.runner.store import Store
+    from mlxchat.store.store import Store
     from mlxchat.sweep.job import plan_of
 
     config = composed.config

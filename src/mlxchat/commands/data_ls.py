@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mlxchat.commands.arguments import make_parser, outputs_folder
 from mlxchat.commands.columns import aligned, print_json
+from mlxchat.config.wording import format_bytes
 from mlxchat.hub.cache import cache_folder, hub_cache
 from mlxchat.hub.inventory import Holding, find_holdings
-from mlxchat.runner.progress import format_bytes
 
 _NEEDED_SHOWN = 2
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mlxchat.commands.arguments import Parser, take_names
 from mlxchat.commands.arguments import outputs_folder as folder_of
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import DataError
 from mlxchat.hub.inventory import choose, find_holdings, remove
-from mlxchat.runner.progress import format_bytes
 
 
 def main(arguments: list[str]) -> int:

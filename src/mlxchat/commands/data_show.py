@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from mlxchat.commands.arguments import Parser
 from mlxchat.composition.compose import compose_config, split_config_dirs
 from mlxchat.config.schema import Config, TaskItem
+from mlxchat.config.wording import format_count
 from mlxchat.errors import ConfigError, suggest, visible
-from mlxchat.runner.naming import latest, links, resolve
-from mlxchat.runner.progress import format_count
 from mlxchat.runner.seeds import stage_seed
-from mlxchat.runner.store import Store
+from mlxchat.store.naming import latest, links, resolve
+from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,9 +8,9 @@ from typing import Any
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import aligned, print_json, show_value
 from mlxchat.errors import visible
-from mlxchat.runner.comparing import differences
-from mlxchat.runner.naming import Run, links, meaning
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.comparing import differences
+from mlxchat.store.naming import Run, links, meaning
+from mlxchat.store.store import Store, read_manifest
 
 
 def main(arguments: list[str]) -> int:

@@ -271,7 +271,7 @@ def _questions(
 ) -> tuple[list[Question], dict[str, Any]]:
     """Return the questions, and where they come from."""
     from mlxchat.distill.questions import fill, questions_of_file, questions_of_task, read_fills
-    from mlxchat.runner.fingerprint import hash_file, plain_of
+    from mlxchat.store.fingerprint import hash_file, plain_of
 
     if item is not None:
         return questions_of_task(item), {"task": plain_of(item)}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from mlxchat import __version__
 from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import MlxchatError
-from mlxchat.runner.environment import versions
-from mlxchat.runner.progress import format_bytes
+from mlxchat.store.environment import versions
 
 _SLOW_GFLOPS = 30
 _LITTLE_DISK_BYTES = 5e9
@@ -120,8 +120,8 @@ def _resources(outputs: Path) -> Iterator[Finding]:
 
 
 def _folder(outputs: Path) -> Iterator[Finding]:
-    from mlxchat.runner.mounts import mount_of
-    from mlxchat.runner.probing import probe_folder
+    from mlxchat.store.mounts import mount_of
+    from mlxchat.store.probing import probe_folder
 
     place = outputs
     while not place.exists() and place != place.parent:
@@ -145,7 +145,7 @@ def _folder(outputs: Path) -> Iterator[Finding]:
 
 
 def _hosts(outputs: Path, seconds: float) -> Iterator[Finding]:
-    from mlxchat.runner.probing import HostsProbe
+    from mlxchat.store.probing import HostsProbe
 
     probe = HostsProbe(outputs / "locks", seconds, say=lambda line: print(line, flush=True))
     try:

@@ -93,7 +93,7 @@ def _row(name: str, entry: Any) -> list[str]:
 
 def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield dotted key → value and meaning of a section, those of its parts included."""
-    from mlxchat.runner.fingerprint import plain_of
+    from mlxchat.store.fingerprint import plain_of
 
     meanings = _meanings(section.__class__)
     for item in fields(section):

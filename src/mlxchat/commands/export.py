@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, StoreError, visible
-from mlxchat.runner.progress import format_bytes
-from mlxchat.runner.store import Store, read_manifest
-from mlxchat.runner.transfer import is_url
+from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.transfer import is_url
 
 if TYPE_CHECKING:
     from mlxchat.interop.exporting import Checkpoint
@@ -80,9 +80,9 @@ def _export(
 ) -> int:  # fmt: skip
     from mlxchat.hub.upload import check_repository, push_folder
     from mlxchat.interop import exporting
-    from mlxchat.runner.integrity import find_damage
-    from mlxchat.runner.naming import find_model
-    from mlxchat.runner.whole_folder import check_free, whole_folder
+    from mlxchat.store.integrity import find_damage
+    from mlxchat.store.naming import find_model
+    from mlxchat.store.whole_folder import check_free, whole_folder
 
     place = find_model(store, name).place
     token = check_repository(repository, public=public) if repository else ""
@@ -120,7 +120,7 @@ def _write(
     """Write an export's files and its model card; return what is to be told of it."""
     from mlxchat.interop import exporting
     from mlxchat.report.card import render_card
-    from mlxchat.runner.fingerprint import hash_file
+    from mlxchat.store.fingerprint import hash_file
 
     notes: list[str] = []
     how: dict[str, str] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, quoted, take_names
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError
-from mlxchat.runner.bases import is_adapter
-from mlxchat.runner.naming import find_model
-from mlxchat.runner.progress import format_bytes
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.bases import is_adapter
+from mlxchat.store.naming import find_model
+from mlxchat.store.store import Store, read_manifest
 
 
 def main(arguments: list[str]) -> int:

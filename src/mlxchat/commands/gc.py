@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from mlxchat.commands.arguments import make_parser, outputs_folder
 from mlxchat.commands.columns import aligned, print_json
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError
-from mlxchat.runner.gc import Collection, collect, find_garbage
-from mlxchat.runner.leftovers import Limits, parse_age, parse_bytes
-from mlxchat.runner.progress import format_bytes
-from mlxchat.runner.store import Store
+from mlxchat.store.gc import Collection, collect, find_garbage
+from mlxchat.store.leftovers import Limits, parse_age, parse_bytes
+from mlxchat.store.store import Store
 
 
 def main(arguments: list[str]) -> int:

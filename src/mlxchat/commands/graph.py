@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     parser = Parser(prog="mlxchat graph", description="Draw the pipeline with each step's state.", allow_abbrev=False)
     parser.add_argument("--format", choices=tuple(_FORMATS), default="ascii")
     options, rest = parser.parse_known_args(arguments)
-    from mlxchat.runner.store import Store
+    from mlxchat.store.store import Store
     from mlxchat.sweep.job import plan_of
 
     config = compose_config(*split_options(rest)).config

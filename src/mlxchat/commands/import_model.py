@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mlxchat.commands.arguments import Parser, outputs_folder, quoted, split_words
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.runner.naming import IMPORTS, find_model, links
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.naming import IMPORTS, find_model, links
+from mlxchat.store.store import Store, read_manifest
 
 FORMATS = ("nanochat", "hf", "adapter")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

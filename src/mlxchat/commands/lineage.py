@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import print_json
 from mlxchat.errors import visible
-from mlxchat.runner.catalog import read_catalog
-from mlxchat.runner.lineage import Node, ancestors, descendants, index
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store.catalog import read_catalog
+from mlxchat.store.lineage import Node, ancestors, descendants, index
+from mlxchat.store.store import Store, read_manifest
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     manifest = read_manifest(place)
     known = index(read_catalog(store)) if manifest["kind"] != "tokens" else {}
     if manifest["rid"] not in known:
-        from mlxchat.runner.catalog import short_form
+        from mlxchat.store.catalog import short_form
 
         known[manifest["rid"]] = short_form(place.name, manifest)
     trees = {}

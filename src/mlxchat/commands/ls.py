@@ -6,11 +6,11 @@ from contextlib import suppress
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
 from mlxchat.commands.columns import aligned, print_json, when
+from mlxchat.config.wording import format_bytes, format_number, format_seconds
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.runner.catalog import Summary, read_catalog
-from mlxchat.runner.naming import Run, links, meaning
-from mlxchat.runner.progress import format_bytes, format_number, format_seconds
-from mlxchat.runner.store import Store
+from mlxchat.store.catalog import Summary, read_catalog
+from mlxchat.store.naming import Run, links, meaning
+from mlxchat.store.store import Store
 
 _ENCODED = "tokens"
 

@@ -11,15 +11,15 @@ from urllib.parse import urlsplit
 
 from mlxchat.composition.compose import Composed
 from mlxchat.config.schema import Config, TaskItem
+from mlxchat.config.wording import format_bytes, format_seconds
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.progress import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from mlxchat.hub.cache import HubFile
     from mlxchat.runner.estimates import Estimate
-    from mlxchat.runner.store import Store
+    from mlxchat.store.store import Store
     from mlxchat.tasks.downloads import HubSource, UrlSource
 
 _DAY = 86400

@@ -7,8 +7,8 @@ import re
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.runner.naming import PINS, links
-from mlxchat.runner.store import Store
+from mlxchat.store.naming import PINS, links
+from mlxchat.store.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -40,12 +40,12 @@ def main(arguments: list[str]) -> int:
     from mlxchat.planning.duration import estimate_pretraining
     from mlxchat.planning.memory import check_memory, describe_memory
     from mlxchat.planning.text import describe_text
-    from mlxchat.runner.comparing import environment_drift
     from mlxchat.runner.estimates import estimate_steps
     from mlxchat.runner.externals import find_unknown
-    from mlxchat.runner.leftovers import remark_old
     from mlxchat.runner.plan_table import format_plan
-    from mlxchat.runner.store import Store
+    from mlxchat.store.comparing import environment_drift
+    from mlxchat.store.leftovers import remark_old
+    from mlxchat.store.store import Store
     from mlxchat.sweep.job import plan_of
 
     composed = compose_config(*split_options(rest))
@@ -94,10 +94,10 @@ def main(arguments: list[str]) -> int:
 
 def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
     """Print what a sweep would do and take, each step once however many jobs need it."""
+    from mlxchat.config.wording import format_bytes, format_seconds, plural
     from mlxchat.planning.duration import estimate_pretraining
     from mlxchat.planning.memory import describe_memory
     from mlxchat.runner.estimates import estimate_steps
-    from mlxchat.runner.progress import format_bytes, format_seconds, plural
     from mlxchat.sweep.sweeper import read_sweep
 
     sweep = read_sweep(arguments)

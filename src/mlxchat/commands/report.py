@@ -10,8 +10,8 @@ from pathlib import Path
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
 from mlxchat.errors import ConfigError
 from mlxchat.report.collect import RunReport, collect, collect_steps, entries_of_artifacts, latest_run
-from mlxchat.runner.naming import LATEST, Found, latest, links, meaning
-from mlxchat.runner.store import Store
+from mlxchat.store.naming import LATEST, Found, latest, links, meaning
+from mlxchat.store.store import Store
 
 
 def main(arguments: list[str]) -> int:

@@ -9,9 +9,9 @@ from functools import partial
 from mlxchat.commands.arguments import Parser, make_naming_parser, take_names
 from mlxchat.commands.chat import PYTHON_TOOL, add_precision, python_tool
 from mlxchat.errors import ConfigError
-from mlxchat.runner.integrity import check_model
-from mlxchat.runner.naming import describe_model, find_model, run_of
-from mlxchat.runner.store import Store
+from mlxchat.store.integrity import check_model
+from mlxchat.store.naming import describe_model, find_model, run_of
+from mlxchat.store.store import Store
 
 _KEY = "MLXCHAT_API_KEY"
 _LIMITS = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import aligned, print_json, show_value, when
+from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.errors import ConfigError
-from mlxchat.runner.comparing import flatten
-from mlxchat.runner.naming import LATEST, groups, latest, links
-from mlxchat.runner.progress import format_bytes, format_count, format_number, format_seconds
-from mlxchat.runner.store import Manifest, Store, read_manifest
+from mlxchat.store.comparing import flatten
+from mlxchat.store.naming import LATEST, groups, latest, links
+from mlxchat.store.store import Manifest, Store, read_manifest
 
 EXAMPLES = ("wrong", "right", "all")
 

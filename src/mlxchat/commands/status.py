@@ -10,11 +10,11 @@ from typing import Any
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
 from mlxchat.commands.columns import aligned, print_json, when
+from mlxchat.config.wording import format_bytes, format_count, format_seconds
 from mlxchat.errors import StoreError, visible
-from mlxchat.runner import attempts, locks
-from mlxchat.runner.naming import Run, latest, links, meaning
-from mlxchat.runner.progress import format_bytes, format_count, format_seconds
-from mlxchat.runner.store import Store, read_manifest
+from mlxchat.store import attempts, locks
+from mlxchat.store.naming import Run, latest, links, meaning
+from mlxchat.store.store import Store, read_manifest
 
 _LOG_LINES = 3
 _TAIL_BYTES = 65536

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from mlxchat.commands import import_model
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, take_names
+from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError
-from mlxchat.runner.naming import MODEL, find_all
-from mlxchat.runner.progress import format_bytes, plural
-from mlxchat.runner.store import MANIFEST, Store, read_manifest
-from mlxchat.runner.transfer import closure, export, import_all, is_url
+from mlxchat.store.naming import MODEL, find_all
+from mlxchat.store.store import MANIFEST, Store, read_manifest
+from mlxchat.store.transfer import closure, export, import_all, is_url
 
 _LOCAL = ("file://", "local://")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
 from mlxchat.commands.columns import print_json
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import MlxchatError, StoreError, visible
-from mlxchat.runner.bases import find_chain, is_adapter
-from mlxchat.runner.integrity import makers, remedy
-from mlxchat.runner.naming import find_all
-from mlxchat.runner.progress import format_bytes
-from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
-from mlxchat.runner.verifying import check_contents, find_absent
+from mlxchat.store.bases import find_chain, is_adapter
+from mlxchat.store.integrity import makers, remedy
+from mlxchat.store.naming import find_all
+from mlxchat.store.store import MANIFEST, Manifest, Store, read_manifest
+from mlxchat.store.verifying import check_contents, find_absent
 
 
 def main(arguments: list[str]) -> int:

@@ -23,8 +23,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlxchat.config.schema import Config
-from mlxchat.runner.fingerprint import plain_of
-from mlxchat.runner.secrets import redact
+from mlxchat.config.secrets import redact
+from mlxchat.store.fingerprint import plain_of
 
 _FORMAT = 2
 _MOST_ENTRIES = 200

@@ -22,13 +22,13 @@ from typing import Any, NoReturn
 import psutil
 
 from mlxchat.config.schema import TokenizerConfig
+from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.data.sources import LISTING, Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
 from mlxchat.hub.cache import read_json
 from mlxchat.runner.context import Context
-from mlxchat.runner.progress import format_bytes, format_count
 from mlxchat.runner.signals import SIGNALS
 
 # Documents that rustbpe counts at a time, and as many that wait. Twice as many (its own default) are no faster and take

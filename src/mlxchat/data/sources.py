@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.schema import HubConfig
+from mlxchat.config.wording import plural
 from mlxchat.errors import DataError
 from mlxchat.hub import listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
 from mlxchat.runner.externals import UNKNOWN
-from mlxchat.runner.fingerprint import hash_file
-from mlxchat.runner.progress import plural
-from mlxchat.runner.store import MANIFEST
+from mlxchat.store.fingerprint import hash_file
+from mlxchat.store.store import MANIFEST
 
 LISTING = "corpus.json"
 VALIDATION = "validation.parquet"

@@ -32,7 +32,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.ops.machine import available_cores
 from mlxchat.runner.context import Context
-from mlxchat.runner.fingerprint import canonical_json
+from mlxchat.store.fingerprint import canonical_json
 
 FORMAT = 1
 FILE = "tokens.safetensors"

@@ -16,9 +16,9 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.fingerprint import canonical_json
-from mlxchat.runner.records import Records, now
+from mlxchat.store.crash import crash_point
+from mlxchat.store.fingerprint import canonical_json
+from mlxchat.store.records import Records, now
 
 _SYNC_SECONDS = 1.0
 

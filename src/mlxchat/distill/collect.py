@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.wording import format_count
 from mlxchat.distill.answers import Answer, Answers
 from mlxchat.distill.cost import Budget, Prices, Usage, most_tokens
 from mlxchat.distill.pace import Gate
 from mlxchat.distill.teacher import Passing, Refused, Teacher
 from mlxchat.distill.words import one_line
 from mlxchat.errors import MlxchatError, PassingError, StoreError
-from mlxchat.runner.progress import Progress, format_count
+from mlxchat.runner.progress import Progress
 
 # Before the first further try; doubled each time, and varied by half.
 FIRST_PAUSE_SECONDS = 1.0

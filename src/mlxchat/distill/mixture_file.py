@@ -16,7 +16,7 @@ from mlxchat.distill.questions import Message, Question
 from mlxchat.distill.words import clean, without_thought
 from mlxchat.errors import DataError, StoreError
 from mlxchat.hub.cache import read_json
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file
 
 # Ends of an answer that was not finished.
 _CUT = ("length", "content_filter")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat import __version__
+from mlxchat.config.secrets import redact
+from mlxchat.config.wording import format_count, format_seconds
 from mlxchat.distill.answers import Answers, request_key
 from mlxchat.distill.collect import Collected, Collector, Limits, Request
 from mlxchat.distill.cost import Prices, Usage
@@ -18,10 +20,9 @@ from mlxchat.distill.questions import Question
 from mlxchat.distill.teacher import Passing, Refused, Teacher, public_url
 from mlxchat.distill.words import one_line
 from mlxchat.errors import ConfigError, DataError, Interrupted, PassingError
-from mlxchat.runner.progress import Progress, format_count, format_seconds
-from mlxchat.runner.records import now
-from mlxchat.runner.secrets import redact
+from mlxchat.runner.progress import Progress
 from mlxchat.runner.signals import stop_on_signals
+from mlxchat.store.records import now
 from mlxchat.tasks.base import held_out
 
 _MOST_SHOWN = 5

@@ -25,7 +25,7 @@ from mlxchat.config.schema import CoreConfig
 from mlxchat.errors import DataError, suggest
 from mlxchat.hub import client
 from mlxchat.runner.externals import UNKNOWN
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file
 
 SHUFFLE_SEED = 1337
 # Of one unpacked file. nanochat's largest has 8 MB, but a few megabytes of a zip may stand for any size.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.records import Record, Records
+from mlxchat.store.crash import crash_point
+from mlxchat.store.records import Record, Records
 
 
 class Journal:

@@ -13,8 +13,8 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import text_loss
 from mlxchat.interop.exporting import Checkpoint, rounded
 from mlxchat.model.gpt import GPT, set_parameters
-from mlxchat.runner.catalog import by_rid, read_catalog
-from mlxchat.runner.store import Store
+from mlxchat.store.catalog import by_rid, read_catalog
+from mlxchat.store.store import Store
 
 _SAMPLES = Path(__file__).with_name("texts")
 _MICRO_TOKENS = 2048

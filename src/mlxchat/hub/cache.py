@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import DataError
-from mlxchat.runner.progress import format_bytes
 
 # Left free on a disk that is fetched to.
 SPARE_BYTES = 256 << 20

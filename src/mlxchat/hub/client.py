@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import DataError, MlxchatError, PassingError, visible
 from mlxchat.hub.cache import (
     HUB,
@@ -39,7 +40,6 @@ from mlxchat.hub.cache import (
 from mlxchat.hub.downloads import Check, Download, nothing
 from mlxchat.hub.listings import list_files, tell_command
 from mlxchat.hub.progress import TransferProgress
-from mlxchat.runner.progress import format_bytes, plural
 
 __all__ = ["HubFile", "fetch_ahead", "fetch_files", "fetch_url", "list_files", "record", "stop_fetching"]
 

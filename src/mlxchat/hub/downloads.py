@@ -21,7 +21,7 @@ from typing import Any
 
 from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError
 from mlxchat.hub.cache import check_space, checksum_of, note_verified, read_json, write_json
-from mlxchat.runner import locks
+from mlxchat.store import locks
 
 _BLOCK_BYTES = 1 << 20
 # Attempts in a row without enough progress (`_Transfer._milestone`), with pauses of 0.5, 1, 2, 4, 8 s between them. The

@@ -12,8 +12,8 @@ from typing import Any
 from mlxchat.errors import DataError, suggest
 from mlxchat.hub.cache import HubFile, cache_folder, hub_cache, read_json
 from mlxchat.hub.listings import read_listing
-from mlxchat.runner import locks
-from mlxchat.runner.store import MANIFEST
+from mlxchat.store import locks
+from mlxchat.store.store import MANIFEST
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ import threading
 import time
 from types import TracebackType
 
-from mlxchat.runner.progress import Progress, format_bytes, format_seconds
+from mlxchat.config.wording import format_bytes, format_seconds
+from mlxchat.runner.progress import Progress
 
 _FIRST_SECONDS = 1.0
 _INTERVAL_SECONDS = 0.2

@@ -16,18 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
 from mlxchat.hub.cache import check_space, checksum_of
 from mlxchat.hub.progress import TransferProgress
-from mlxchat.runner import locks
-from mlxchat.runner.catalog import references, short_form
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.integrity import find_damage
-from mlxchat.runner.sealed import sync
-from mlxchat.runner.secrets import redact
-from mlxchat.runner.store import MANIFEST, Manifest, Store, parse_manifest, read_manifest
-from mlxchat.runner.transfer import take_in, tell_waiting
-from mlxchat.runner.verifying import check_manifest, is_plain
+from mlxchat.store import locks
+from mlxchat.store.catalog import references, short_form
+from mlxchat.store.crash import crash_point
+from mlxchat.store.integrity import find_damage
+from mlxchat.store.sealed import sync
+from mlxchat.store.store import MANIFEST, Manifest, Store, parse_manifest, read_manifest
+from mlxchat.store.transfer import take_in, tell_waiting
+from mlxchat.store.verifying import check_manifest, is_plain
 
 _PIECE_BYTES = 1 << 22
 _MANIFEST_BYTES = 1 << 26

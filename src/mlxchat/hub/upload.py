@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from mlxchat.config.wording import format_bytes, format_seconds
 from mlxchat.errors import ConfigError, PassingError, StoreError, filter_logs, visible
 from mlxchat.hub.downloads import open_url, read_answer
 from mlxchat.hub.remote import Place, short_of
-from mlxchat.runner.integrity import find_damage
-from mlxchat.runner.progress import format_bytes, format_seconds
-from mlxchat.runner.store import MANIFEST, read_manifest
+from mlxchat.store.integrity import find_damage
+from mlxchat.store.store import MANIFEST, read_manifest
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")

@@ -71,7 +71,7 @@ def import_adapter(
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.model.checkpoint import save_adapters
     from mlxchat.model.lora import check_shapes, read_adapter_config
-    from mlxchat.runner.bases import ADAPTER_KEY
+    from mlxchat.store.bases import ADAPTER_KEY
 
     if base is None:
         raise DataError("adapters need a base: mlxchat import adapter FOLDER --base REF")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.schema import ImportConfig
+from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub.cache import HubFile, check_space
 from mlxchat.interop import adapter_import, hf, nanochat
@@ -19,7 +20,6 @@ from mlxchat.interop.source import ModelSource, open_folder, open_repository
 from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
 from mlxchat.interop.torch_file import TorchFile
 from mlxchat.model.sizes import GPTSizes, count_parameters
-from mlxchat.runner.progress import format_bytes, format_count
 
 FORMATS = ("nanochat", "hf", "adapter")
 

@@ -11,7 +11,7 @@ from typing import Any
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.hub.cache import HubFile
 from mlxchat.hub.client import fetch_files, list_files, record
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file
 
 _MOST_FILES, _DEEPEST = 20_000, 4
 _READ_WHOLE, _SMALL_BYTES = (".jinja", ".json", ".pkl", ".tiktoken"), 32 << 20

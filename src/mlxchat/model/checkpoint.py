@@ -26,7 +26,7 @@ from mlxchat.model.lora import read_adapters, rounding_of, write_adapters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
 from mlxchat.ops.attention import RMS_NORM_EPSILON
 from mlxchat.ops.device import default_dtype
-from mlxchat.runner.bases import ADAPTER_KEY, describe_base, find_chain
+from mlxchat.store.bases import ADAPTER_KEY, describe_base, find_chain
 
 # What an architecture may have beyond the published one of October 2025, under these names in config.json.
 _FEATURES = [field.name for field in dataclasses.fields(GPTSizes) if field.default is not dataclasses.MISSING]

@@ -26,7 +26,7 @@ from mlxchat.model.gpt import GPT, flatten_parameters, key_of, module_at, set_pa
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
 from mlxchat.ops.dropout import fold, present_dropping
 from mlxchat.ops.linear import Activation, Adapter, Packed, frozen_linear, identity, scale_columns, unpacked
-from mlxchat.runner.bases import ADAPTER_KEY
+from mlxchat.store.bases import ADAPTER_KEY
 
 Flat = dict[str, mx.array]
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"

@@ -15,7 +15,7 @@ from mlxchat.data.sources import read_file
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 from mlxchat.tasks import load_item
 
 _ROLE = "checkpoint"

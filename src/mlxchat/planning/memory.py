@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from mlxchat.config.schema import Config, MachineConfig, OptimizerConfig
+from mlxchat.config.wording import format_bytes
 from mlxchat.distributed.ranks import current
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import (
@@ -33,7 +34,6 @@ from mlxchat.ops import machine as bounds
 from mlxchat.ops.machine import available_cores, device_kind, dtype_name
 from mlxchat.planning.given import find_given_sizes
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.progress import format_bytes
 from mlxchat.runner.stage import Stage
 
 if TYPE_CHECKING:

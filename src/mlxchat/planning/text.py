@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxchat.config.schema import Config
+from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.data.sources import Corpus
 from mlxchat.hub.cache import check_space, hub_cache
 from mlxchat.model.sizes import sizes_of
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.progress import format_bytes, format_count
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 
 # Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have fewer. Measured once ours is there.
 ESTIMATED_CHARS_PER_TOKEN = 4.8

@@ -21,8 +21,8 @@ from mlxchat.report.sections import groups_of, sections
 from mlxchat.report.sources import mapping, number, sequence, text
 from mlxchat.report.tables import Cell, Table, artifact_table, source_table
 from mlxchat.report.wording import format_count
-from mlxchat.runner.catalog import by_rid, read_catalog
-from mlxchat.runner.store import Store
+from mlxchat.store.catalog import by_rid, read_catalog
+from mlxchat.store.store import Store
 
 _DATASET = re.compile(r"hf://datasets/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
 _MODEL = re.compile(r"hf://models/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from mlxchat.config.wording import plural
 from mlxchat.errors import visible
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
 from mlxchat.report.drawing import COLOURS, Chart, Curve, Drawing
@@ -26,7 +27,6 @@ from mlxchat.report.wording import (
     num_parameters,
     trained_tokens,
 )
-from mlxchat.runner.progress import plural
 
 # More curves than colours cannot be told apart.
 MOST_CURVES = COLOURS

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mlxchat.config.wording import plural
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
 from mlxchat.report.published import NANOCHAT_VERDICTS, Reference, references
 from mlxchat.report.scores import Scores, mean_centered_stderr
@@ -25,7 +26,6 @@ from mlxchat.report.wording import (
     format_seconds,
     join,
 )
-from mlxchat.runner.progress import plural
 from mlxchat.runner.stage import best_of
 
 

@@ -6,13 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxchat.config.wording import plural
 from mlxchat.errors import visible
 from mlxchat.report.collect import RunReport, collect
 from mlxchat.report.scorecard import metric_table
 from mlxchat.report.tables import Table
 from mlxchat.report.wording import format_time, headline, troubles
 from mlxchat.report.writing import write_collected
-from mlxchat.runner.progress import plural
 
 if TYPE_CHECKING:
     from rich.console import Console

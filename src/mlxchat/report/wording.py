@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
+from mlxchat.config.wording import plural
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
 from mlxchat.report.scores import Sample, Scores
 from mlxchat.report.sources import mapping, number, text
-from mlxchat.runner.progress import plural
 
 ABSENT = "—"
 STAGE_LABELS = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}

@@ -1,1 +1,1 @@
-"""The orchestrator: plan, identity, store, locks, execution. It knows nothing of MLX or of models."""
+"""The orchestrator: stages, plan, keys, execution. It knows nothing of MLX or of models."""

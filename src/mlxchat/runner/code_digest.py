@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.parts import installed_version, own_files
-from mlxchat.runner.fingerprint import hash_code, strip_docstrings
+from mlxchat.store.fingerprint import hash_code, strip_docstrings
 
 _LIBRARY = "mlxchat"
-# Parts of mlxchat that do not compute what ends in an artifact; schemas, whose names end in _config, do not either.
+# Parts of mlxchat that do not compute what ends in an artifact.
 _LEFT_OUT = frozenset({
-    "runner", "launch", "commands", "report", "bench", "sweep", "serve", "cli", "compose", "composed_cache", "missing",
-    "validation", "misspelling", "trackers", "terminal_chat", "errors", "config", "conf", "parts", "stages",
-    "__init__", "__main__",
+    "runner", "store", "commands", "report", "bench", "sweep", "serve", "terminal", "cli", "composition", "trackers",
+    "errors", "config", "conf", "stages", "__init__", "__main__",
 })  # fmt: skip
 # Written by the parser of some versions only, or without meaning for what is computed.
 _IGNORED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores", "type_params"})
@@ -47,7 +46,7 @@ def remembered() -> Path:
 
 def computes_nothing(part: str) -> bool:
     """Tell whether a module or package right under mlxchat has no part in what ends in an artifact."""
-    return part in _LEFT_OUT or part.endswith("_config")
+    return part in _LEFT_OUT
 
 
 class CodeDigests:

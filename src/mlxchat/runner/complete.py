@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxchat.errors import StepFailed, StoreError
-from mlxchat.runner import attempts, locks
-from mlxchat.runner.crash import crash_point
 from mlxchat.runner.make import make
 from mlxchat.runner.plan import PlannedStep, Verdict, judge
 from mlxchat.runner.run import Run
-from mlxchat.runner.store import Manifest, Store
 from mlxchat.runner.waiting import Waiting
+from mlxchat.store import attempts, locks
+from mlxchat.store.crash import crash_point
+from mlxchat.store.store import Manifest, Store
 
 _INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
 

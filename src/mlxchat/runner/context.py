@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxchat.config.wording import format_number
 from mlxchat.errors import Interrupted
-from mlxchat.runner.progress import Progress, fill, format_number
-from mlxchat.runner.records import Record, Records
+from mlxchat.runner.progress import Progress, fill
 from mlxchat.runner.seeds import stage_seed
-from mlxchat.runner.shared import SharedArtifacts
+from mlxchat.store.records import Record, Records
+from mlxchat.store.shared import SharedArtifacts
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import Config

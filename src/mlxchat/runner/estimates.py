@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlxchat.config.wording import format_bytes, format_seconds
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.progress import format_bytes, format_seconds
 from mlxchat.runner.reasons import nearest_of
-from mlxchat.runner.store import Store
+from mlxchat.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

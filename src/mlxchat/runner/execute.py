@@ -8,13 +8,13 @@ from pathlib import Path
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.awake import keep_awake
 from mlxchat.runner.complete import complete, find_done
-from mlxchat.runner.naming import LATEST, MODEL
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.run import Policy as Policy
 from mlxchat.runner.run import Run as Run
-from mlxchat.runner.sealed import write_whole
 from mlxchat.runner.signals import stop_on_signals
-from mlxchat.runner.store import Store
+from mlxchat.store.naming import LATEST, MODEL
+from mlxchat.store.sealed import write_whole
+from mlxchat.store.store import Store
 
 
 def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:

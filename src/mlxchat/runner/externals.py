@@ -17,7 +17,7 @@ from typing import Any
 from mlxchat.config.parts import is_own, part_file
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner.code_digest import CodeDigests, remembered
-from mlxchat.runner.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file
 
 UNKNOWN = "not known: "
 """Begins the pin of what can be pinned only once it was fetched or the Hub answers: its key is not final."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxchat.runner.secrets import redact
+from mlxchat.config.secrets import redact
 
 # What one notification may take, and what the end of a run waits for those still on their way.
 TIMEOUT_SECONDS = 10.0

@@ -10,26 +10,27 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.secrets import redact
+from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
-from mlxchat.runner import attempts as attempt_log
-from mlxchat.runner import locks
-from mlxchat.runner.bases import bases_of
 from mlxchat.runner.context import Context, Sections
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.environment import peak_array_bytes, peak_memory_bytes, reset_peak_memory
 from mlxchat.runner.externals import check_pins
-from mlxchat.runner.fingerprint import plain_of
-from mlxchat.runner.integrity import find_damage
 from mlxchat.runner.passing import is_passing
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.progress import fill, format_bytes, format_count, format_number, format_seconds
-from mlxchat.runner.records import Record, now
+from mlxchat.runner.progress import fill
 from mlxchat.runner.run import Run
-from mlxchat.runner.secrets import redact
-from mlxchat.runner.shared import SharedArtifacts
-from mlxchat.runner.store import MEASURED, SCHEMA, Manifest, Store
 from mlxchat.runner.time_limit import TimeIsUp, TimeLimit
 from mlxchat.runner.waiting import Waiting
+from mlxchat.store import attempts as attempt_log
+from mlxchat.store import locks
+from mlxchat.store.bases import bases_of
+from mlxchat.store.crash import crash_point
+from mlxchat.store.environment import peak_array_bytes, peak_memory_bytes, reset_peak_memory
+from mlxchat.store.fingerprint import plain_of
+from mlxchat.store.integrity import find_damage
+from mlxchat.store.records import Record, now
+from mlxchat.store.shared import SharedArtifacts
+from mlxchat.store.store import MEASURED, SCHEMA, Manifest, Store
 
 # What a person has to mend before another try has a chance.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)

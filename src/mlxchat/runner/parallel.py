@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat import errors
+from mlxchat.config.secrets import redact
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.complete import complete, find_done
-from mlxchat.runner.environment import Environment
 from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.plan import PlannedStep, Verdict
-from mlxchat.runner.records import Record
 from mlxchat.runner.run import Policy, Run
-from mlxchat.runner.secrets import redact
 from mlxchat.runner.signals import SIGNALS, stop_on_signals
-from mlxchat.runner.store import Store
+from mlxchat.store.environment import Environment
+from mlxchat.store.records import Record
+from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.runner.execute import Outcome

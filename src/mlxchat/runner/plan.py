@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.runner import locks
 from mlxchat.runner.code_digest import CodeDigests, changed_modules, remembered
 from mlxchat.runner.externals import FileHashes
 from mlxchat.runner.externals import pin_externals as pin_externals
-from mlxchat.runner.fingerprint import compute_key, identity_of
-from mlxchat.runner.naming import find
 from mlxchat.runner.pipeline import GIVEN_KIND, given_of, steps_of
 from mlxchat.runner.pipeline import Pipeline as Pipeline
 from mlxchat.runner.pipeline import order_steps as order_steps
 from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.reasons import flatten_config as flatten_config
 from mlxchat.runner.stage import Stage, Stages
-from mlxchat.runner.store import Manifest, Store, artifact_title, read_manifest
+from mlxchat.store import locks
+from mlxchat.store.fingerprint import compute_key, identity_of
+from mlxchat.store.naming import find
+from mlxchat.store.store import Manifest, Store, artifact_title, read_manifest
 
 _MOST_MODULES_SHOWN = 3
 

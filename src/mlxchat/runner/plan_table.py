@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mlxchat.config.wording import plural
 from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.progress import plural
 
 _SHOWN = 8  # letters of a key
 

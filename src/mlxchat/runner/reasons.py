@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.runner.fingerprint import left_out_of
-from mlxchat.runner.store import Manifest, Store
+from mlxchat.store.fingerprint import left_out_of
+from mlxchat.store.store import Manifest, Store
 
 if TYPE_CHECKING:
     from mlxchat.runner.plan import PlannedStep

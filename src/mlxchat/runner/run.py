@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlxchat.runner.environment import Environment
 from mlxchat.runner.hooks import Hooks
-from mlxchat.runner.records import Record, Records, now
+from mlxchat.store.environment import Environment
+from mlxchat.store.records import Record, Records, now
 
 if TYPE_CHECKING:
     from mlxchat.distributed.team import Team
@@ -86,7 +86,7 @@ class Run:
     uses_gpu: Callable[[], bool] = _no_gpu
     """Returns whether stages that declare `gpu` compute on one; may be slow, since it may load MLX."""
     becomes_latest: bool = True
-    """Whether it is the latest run (runner/naming.py) once it has finished a model."""
+    """Whether it is the latest run (store/naming.py) once it has finished a model."""
     ranks: Ranks | None = None
     """The processes that compute steps together which declare `gpu`; None: this one is alone."""
     stop_signal: int | None = field(default=None, init=False)

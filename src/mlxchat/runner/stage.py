@@ -18,7 +18,7 @@ from typing import Any
 
 from mlxchat.config.parts import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.runner.fingerprint import hash_code
+from mlxchat.store.fingerprint import hash_code
 
 _PACKAGE = "mlxchat.stages"
 FORMATS = ("base", "chat")

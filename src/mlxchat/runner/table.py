@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.runner.catalog import read_catalog
-from mlxchat.runner.comparing import flatten
-from mlxchat.runner.naming import LATEST, latest
 from mlxchat.runner.stage import best_of
-from mlxchat.runner.store import Manifest, Store, read_manifest
+from mlxchat.store.catalog import read_catalog
+from mlxchat.store.comparing import flatten
+from mlxchat.store.naming import LATEST, latest
+from mlxchat.store.store import Manifest, Store, read_manifest
 
 Row = dict[str, Any]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import Interrupted
-from mlxchat.runner import attempts, locks
 from mlxchat.runner.run import Run
+from mlxchat.store import attempts, locks
 
 REFRESH_SECONDS = 10.0
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, StoreError, suggest
-from mlxchat.runner.catalog import Summary, read_catalog
-from mlxchat.runner.fingerprint import canonical_json
-from mlxchat.runner.naming import find
-from mlxchat.runner.store import Store, read_manifest
 from mlxchat.serve.faults import Fault
+from mlxchat.store.catalog import Summary, read_catalog
+from mlxchat.store.fingerprint import canonical_json
+from mlxchat.store.naming import find
+from mlxchat.store.store import Store, read_manifest
 
 _LISTED_SECONDS = 2.0
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")

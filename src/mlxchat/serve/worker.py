@@ -20,10 +20,10 @@ from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
-from mlxchat.runner.integrity import check_model
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
+from mlxchat.store.integrity import check_model
 
 _log = logging.getLogger("mlxchat.serve")
 Told = tuple[int, Event]

@@ -16,6 +16,7 @@ from typing import Any
 from mlxchat.composition.compose import Composed
 from mlxchat.composition.sections import config_of
 from mlxchat.config.schema import Config, HooksConfig
+from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import lead_ranks
 from mlxchat.errors import ConfigError, StoreError, visible
 from mlxchat.hub.cache import endpoint, is_offline
@@ -24,20 +25,19 @@ from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import check_memory
 from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.environment import Environment
 from mlxchat.runner.execute import Policy, Run, execute
 from mlxchat.runner.externals import find_unknown
-from mlxchat.runner.fingerprint import plain_of
 from mlxchat.runner.hooks import Hooks
-from mlxchat.runner.leftovers import remark_old
-from mlxchat.runner.naming import LATEST, MODEL, called, links, runs
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.plan_table import format_plan
-from mlxchat.runner.records import Record, Records, now
-from mlxchat.runner.sealed import write_whole
-from mlxchat.runner.secrets import redact
-from mlxchat.runner.store import Store
+from mlxchat.store.crash import crash_point
+from mlxchat.store.environment import Environment
+from mlxchat.store.fingerprint import plain_of
+from mlxchat.store.leftovers import remark_old
+from mlxchat.store.naming import LATEST, MODEL, called, links, runs
+from mlxchat.store.records import Record, Records, now
+from mlxchat.store.sealed import write_whole
+from mlxchat.store.store import Store
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results
 

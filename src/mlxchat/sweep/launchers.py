@@ -35,12 +35,12 @@ from mlxchat.composition.compose import (
 )
 from mlxchat.composition.overrides import as_hydra
 from mlxchat.composition.sections import schema_of
+from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
-from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
-from mlxchat.runner.secrets import redact
 from mlxchat.runner.signals import is_stopping
-from mlxchat.runner.store import Store
+from mlxchat.store import locks
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_to_run, run_pipeline
 from mlxchat.sweep.results import Row, SweepFolder, metrics_of, settings_of
 

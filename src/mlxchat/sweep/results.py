@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.schema import Config
+from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, visible
 from mlxchat.evals.chat_scores import chatcore_set
 from mlxchat.runner.plan import PlannedStep, plan_again
-from mlxchat.runner.secrets import redact
 from mlxchat.runner.stage import FORMATS
-from mlxchat.runner.store import MEASURED, Manifest, Store
+from mlxchat.store.store import MEASURED, Manifest, Store
 
 Row = dict[str, Any]
 """job, overrides (key → value), status, metrics (step.metric → value), seconds; error and run, where there are any."""

@@ -24,14 +24,14 @@ from hydra.errors import HydraException
 
 from mlxchat.composition.compose import Composed, compose_config, split_config_dirs
 from mlxchat.composition.overrides import implied_experiment
+from mlxchat.config.secrets import redact
+from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
-from mlxchat.runner import locks
-from mlxchat.runner.crash import crash_point
 from mlxchat.runner.plan import PlannedStep, entries_of, flatten_config, plan_again
-from mlxchat.runner.progress import format_number
-from mlxchat.runner.records import Record, Records
-from mlxchat.runner.secrets import redact
-from mlxchat.runner.store import Store
+from mlxchat.store import locks
+from mlxchat.store.crash import crash_point
+from mlxchat.store.records import Record, Records
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.results import Row, SweepFolder, find_metric, metrics_of, recorded_numbers, write_results
 from mlxchat.sweep.sweeper import is_finished, listed, parse

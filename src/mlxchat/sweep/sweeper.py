@@ -20,14 +20,14 @@ from hydra.errors import HydraException
 from mlxchat.composition.compose import Composed, compose_config, group_options, split_config_dirs
 from mlxchat.composition.overrides import implied_experiment
 from mlxchat.config.schema import Config
+from mlxchat.config.secrets import redact
+from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, visible
 from mlxchat.planning.memory import check_memory
-from mlxchat.runner import locks
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
-from mlxchat.runner.progress import format_number
-from mlxchat.runner.records import now
-from mlxchat.runner.secrets import redact
-from mlxchat.runner.store import Store
+from mlxchat.store import locks
+from mlxchat.store.records import now
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.launchers import (
     HydraSettings,

@@ -21,7 +21,7 @@ from typing import Any
 
 from mlxchat.config.parts import is_own, load_part
 from mlxchat.config.schema import TrackerConfig
-from mlxchat.runner.secrets import redact
+from mlxchat.config.secrets import redact
 from mlxchat.trackers.continuing import Journal
 from mlxchat.trackers.service import Results, Service, TrackedRun
 

@@ -16,9 +16,9 @@ from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import TeacherSize, Training
-from mlxchat.runner.bases import find_chain, folder_of_weights, is_adapter
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.store import Store
+from mlxchat.store.bases import find_chain, folder_of_weights, is_adapter
+from mlxchat.store.store import Store
 from mlxchat.tasks import task_class
 from mlxchat.training.forecast_pretrain import keeps_state
 

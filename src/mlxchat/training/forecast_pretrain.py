@@ -12,7 +12,7 @@ from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Training
 from mlxchat.runner.plan import PlannedStep, flatten_config
-from mlxchat.runner.store import CONTINUATION, Manifest, Store
+from mlxchat.store.store import CONTINUATION, Manifest, Store
 
 # What shapes or gives meaning to weights and moments, and what a position in the data is counted in.
 _SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")

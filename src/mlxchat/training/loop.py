@@ -13,7 +13,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Optimizer, rates_at
 from mlxchat.runner.context import Context
-from mlxchat.runner.crash import crash_point
+from mlxchat.store.crash import crash_point
 from mlxchat.training.batches import BatchSource
 from mlxchat.training.best import Best
 from mlxchat.training.monitor import Monitor

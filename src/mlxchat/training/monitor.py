@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxchat.config.schema import TrainingConfig
+from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT, computing_in
 from mlxchat.model.lora import adapters_of
@@ -18,7 +19,7 @@ from mlxchat.model.sizes import flops_per_token
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.peak import peak_flops, raise_peak
 from mlxchat.runner.context import Context
-from mlxchat.runner.progress import Progress, format_bytes, format_count
+from mlxchat.runner.progress import Progress
 from mlxchat.training.batches import Batch, BatchSource
 from mlxchat.training.best import Best
 

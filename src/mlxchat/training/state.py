@@ -24,9 +24,9 @@ from mlxchat.errors import DataError, Interrupted, PeerLost, StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.runner.context import Context
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.fingerprint import hash_file
-from mlxchat.runner.sealed import seal, sync, unseal
+from mlxchat.store.crash import crash_point
+from mlxchat.store.fingerprint import hash_file
+from mlxchat.store.sealed import seal, sync, unseal
 from mlxchat.training.batches import BatchSource
 from mlxchat.training.best import Best
 from mlxchat.training.monitor import Monitor

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.sealed import settle, sync
+from mlxchat.store.crash import crash_point
+from mlxchat.store.sealed import settle, sync
 
 _UNFINISHED, _REPLACED = "unfinished", "replaced"
 

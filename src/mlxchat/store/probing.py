@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlxchat.errors import StoreError
-from mlxchat.runner import locks
-from mlxchat.runner.mounts import mount_of, remember_tested
-from mlxchat.runner.sealed import sync, write_whole
+from mlxchat.store import locks
+from mlxchat.store.mounts import mount_of, remember_tested
+from mlxchat.store.sealed import sync, write_whole
 
 Finding = tuple[str, str]
 """Mark (ok, note, wrong) and what was found, with the remedy."""

@@ -20,12 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mlxchat.errors import ConfigError, StoreError
-from mlxchat.runner import locks
-from mlxchat.runner.catalog import Summary, by_rid, read_catalog, references
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.leftovers import DAY_SECONDS, Garbage, Limits, entries, left_overs, orphans, size_of
-from mlxchat.runner.naming import IMPORTS, LATEST, PINS, groups, latest, links
-from mlxchat.runner.store import Store, rid_of_record
+from mlxchat.store import locks
+from mlxchat.store.catalog import Summary, by_rid, read_catalog, references
+from mlxchat.store.crash import crash_point
+from mlxchat.store.leftovers import DAY_SECONDS, Garbage, Limits, entries, left_overs, orphans, size_of
+from mlxchat.store.naming import IMPORTS, LATEST, PINS, groups, latest, links
+from mlxchat.store.store import Store, rid_of_record
 
 _RUN = re.compile(r"\d{8}-\d{6}-")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxchat.errors import StoreError, suggest, visible
-from mlxchat.runner.store import MANIFEST, Manifest, Store, clean_label, read_manifest
+from mlxchat.store.store import MANIFEST, Manifest, Store, clean_label, read_manifest
 
 LATEST, PINS, IMPORTS = "latest", "pins", "imports"
 MODEL = "checkpoint"

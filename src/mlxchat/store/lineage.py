@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlxchat.runner.catalog import Summary, by_rid
+from mlxchat.store.catalog import Summary, by_rid
 
 Node = dict[str, Any]
 """role, step, artifact, rid, here (whether it is in the store), and `inputs` or `uses`, a list of nodes."""

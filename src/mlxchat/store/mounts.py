@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
-from mlxchat.runner import locks
-from mlxchat.runner.records import now
-from mlxchat.runner.sealed import write_whole
+from mlxchat.store import locks
+from mlxchat.store.records import now
+from mlxchat.store.sealed import write_whole
 
 CLAIM = "one-host.json"
 TESTED = "hosts.json"

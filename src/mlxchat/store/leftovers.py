@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError
-from mlxchat.runner import locks
-from mlxchat.runner.naming import groups
-from mlxchat.runner.progress import plural
-from mlxchat.runner.store import MANIFEST, Store
+from mlxchat.store import locks
+from mlxchat.store.naming import groups
+from mlxchat.store.store import MANIFEST, Store
 
 DAY_SECONDS = 86400.0
 _LEFT_OVER_DAYS = 7

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.store import MANIFEST, Manifest, Store, read_manifest
+from mlxchat.store.store import MANIFEST, Manifest, Store, read_manifest
 
 Summary = dict[str, Any]
 """folder, rid, key, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs,

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
-from mlxchat.runner import attempts as attempt_log
-from mlxchat.runner import locks
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.fingerprint import compute_key
-from mlxchat.runner.records import now
-from mlxchat.runner.store import SCHEMA, SHARED_KIND, Manifest, Store
+from mlxchat.store import attempts as attempt_log
+from mlxchat.store import locks
+from mlxchat.store.crash import crash_point
+from mlxchat.store.fingerprint import compute_key
+from mlxchat.store.records import now
+from mlxchat.store.store import SCHEMA, SHARED_KIND, Manifest, Store
 
 
 @dataclass(frozen=True, kw_only=True)

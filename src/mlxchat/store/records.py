@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from mlxchat.runner.secrets import redact
+from mlxchat.config.secrets import redact
 
 Record = dict[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlxchat.runner.environment import versions
-from mlxchat.runner.store import Manifest
+from mlxchat.store.environment import versions
+from mlxchat.store.store import Manifest
 
 Change = tuple[Any, Any]
 _ABSENT = "absent"

@@ -3,8 +3,8 @@
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json is there
     records/<stage>-<key>-<time>-<rid16>.json   one per execution: what the key gave, as a manifest
     work/<key>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
-    locks/<key>.lock                 flock files; one-host.json, hosts.json: runner/mounts.py
-    refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (runner/naming.py)
+    locks/<key>.lock                 flock files; one-host.json, hosts.json: store/mounts.py
+    refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (store/naming.py)
     runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
 
 A key says what a step is asked for, an id (rid) also what came out, so an artifact is never replaced by another one.
@@ -24,14 +24,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.secrets import redact
 from mlxchat.errors import StoreError, visible
-from mlxchat.runner import attempts, locks
-from mlxchat.runner.crash import crash_point
-from mlxchat.runner.fingerprint import canonical_json, encode_digest, hash_file
-from mlxchat.runner.mounts import check_links, claim
-from mlxchat.runner.sealed import seal, settle, sync, unseal
-from mlxchat.runner.secrets import redact
-from mlxchat.runner.shape import find_misshapen
+from mlxchat.store import attempts, locks
+from mlxchat.store.crash import crash_point
+from mlxchat.store.fingerprint import canonical_json, encode_digest, hash_file
+from mlxchat.store.mounts import check_links, claim
+from mlxchat.store.sealed import seal, settle, sync, unseal
+from mlxchat.store.shape import find_misshapen
 
 Manifest = dict[str, Any]
 
@@ -295,17 +295,17 @@ class Store:
 
     def refs(self, group: str = "") -> dict[str, Path]:
         """Return step → artifact folder of a group of refs, those that still lead somewhere; "": the latest run's."""
-        from mlxchat.runner.naming import latest, links
+        from mlxchat.store.naming import latest, links
 
         return {step: place.resolve() for step, place in links(self, group or latest(self)).items()}
 
     def resolve(self, name: str) -> Path:
-        """Return the artifact that a person means: see runner/naming.py.
+        """Return the artifact that a person means: see store/naming.py.
 
         Raises:
             StoreError: nothing or more than one thing has this name.
         """
-        from mlxchat.runner.naming import resolve
+        from mlxchat.store.naming import resolve
 
         return resolve(self, name)
 
@@ -417,7 +417,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _is_whole(folder: Path) -> bool:
     """Tell whether an artifact has all its files, with the bytes that its manifest lists."""
-    from mlxchat.runner.integrity import find_damage
+    from mlxchat.store.integrity import find_damage
 
     try:
         return not any(find_damage(folder, read_manifest(folder), again=False))

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.secrets import redact
 from mlxchat.errors import StoreError
-from mlxchat.runner.secrets import redact
 
 _POLL_SECONDS = 0.1
 # Whoever only looks whether a lock is held takes it for an instant; that is nobody to wait for.

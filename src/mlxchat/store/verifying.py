@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.fingerprint import canonical_json, compute_key
-from mlxchat.runner.integrity import find_damage
-from mlxchat.runner.store import (
+from mlxchat.store.fingerprint import canonical_json, compute_key
+from mlxchat.store.integrity import find_damage
+from mlxchat.store.store import (
     CONTINUATION,
     MANIFEST,
     OBSERVATIONS,

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxchat.errors import StoreError
-from mlxchat.runner.bases import find_chain
-from mlxchat.runner.fingerprint import hash_file
-from mlxchat.runner.store import CONTINUATION, OBSERVATIONS, Manifest, read_manifest
+from mlxchat.store.bases import find_chain
+from mlxchat.store.fingerprint import hash_file
+from mlxchat.store.store import CONTINUATION, OBSERVATIONS, Manifest, read_manifest
 
 _MOST_COMMANDS = 3
 # Files that this process has read: path → their hash, and what would change with them.
