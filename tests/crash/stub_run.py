@@ -18,9 +18,10 @@ sys.path.insert(0, str(HERE))
 sys.dont_write_bytecode = True
 
 from mlxchat.errors import MlxchatError  # noqa: E402
-from mlxchat.runner.execute import Policy, Run, execute  # noqa: E402
-from mlxchat.runner.hooks import Hooks  # noqa: E402
 from mlxchat.runner.plan import make_plan  # noqa: E402
+from mlxchat.runner.process import Hooks  # noqa: E402
+from mlxchat.runner.run import Policy, Run  # noqa: E402
+from mlxchat.runner.workers import execute  # noqa: E402
 from mlxchat.store import (  # noqa: E402
     attempts,
     locks,

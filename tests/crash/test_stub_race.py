@@ -124,7 +124,7 @@ def test_the_second_stop_leaves_at_once_from_inside_a_library_and_the_state_is_g
     stuck = stubs.folder / "stuck.py"
     stuck.write_text(
         "import ctypes, os, signal, threading, time\n"
-        "from mlxchat.runner.signals import stop_on_signals\n"
+        "from mlxchat.runner.process import stop_on_signals\n"
         "libc = ctypes.CDLL(None)\n"
         "with stop_on_signals(lambda number: None, lambda: None):\n"
         "    print('ready', flush=True)\n"

@@ -23,7 +23,7 @@ from mlxchat.data import bpe
 from mlxchat.data.bpe import Trained, train_ranks, train_tokenizer
 from mlxchat.data.vocabulary import SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
-from mlxchat.runner.signals import SIGNALS
+from mlxchat.runner.process import SIGNALS
 
 TEXTS = [
     f"the weather of day {number}, and another: don't gather under thunder {number * 7}!\n" for number in range(300)

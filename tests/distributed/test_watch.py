@@ -21,7 +21,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.distributed import ranks, watch
 from mlxchat.distributed.watch import Line, Watch, connect, find_facts, listen_at
 from mlxchat.errors import PeerLost, StepFailed
-from mlxchat.runner.signals import stop_on_signals
+from mlxchat.runner.process import stop_on_signals
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.hub import downloads, listings, progress
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.client import fetch_files, fetch_url, list_files, record
-from mlxchat.runner.passing import is_passing
+from mlxchat.runner.run import is_passing
 
 NAME = "org/texts"
 

@@ -10,8 +10,9 @@ from textwrap import dedent, indent
 from typing import Any
 
 from mlxchat.runner import stage as stage_module
-from mlxchat.runner.execute import Run, execute
 from mlxchat.runner.plan import PlannedStep, make_plan
+from mlxchat.runner.run import Run
+from mlxchat.runner.workers import execute
 from mlxchat.store.environment import Environment
 from mlxchat.store.store import Store
 

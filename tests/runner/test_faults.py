@@ -22,12 +22,10 @@ import pytest
 from kit.servers import Loopback, QuietHandler
 from mlxchat.config.secrets import redact
 from mlxchat.errors import DataError, Interrupted, PassingError, StepFailed
-from mlxchat.runner.awake import keep_awake
-from mlxchat.runner.execute import Policy
-from mlxchat.runner.hooks import Hooks
-from mlxchat.runner.passing import is_passing
-from mlxchat.runner.time_limit import TimeIsUp, TimeLimit
-from mlxchat.store import attempts, make, records, time_limit
+from mlxchat.runner import run
+from mlxchat.runner.process import Hooks, keep_awake
+from mlxchat.runner.run import Policy, TimeIsUp, TimeLimit, is_passing
+from mlxchat.store import attempts, records
 from mlxchat.store.records import Records
 
 ONE = {"one": {"stage": "make"}}
@@ -133,8 +131,8 @@ def test_a_step_whose_error_stays_is_tried_once(toys: Any) -> None:
 
 def test_a_stop_ends_the_pause_before_another_try(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", FAILS_TWICE)
-    pause = make._pause
-    monkeypatch.setattr(make, "_pause", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), pause(*given)))
+    pause = run._pause
+    monkeypatch.setattr(run, "_pause", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), pause(*given)))
     began = time.monotonic()
     with pytest.raises(Interrupted, match="stopped before another try of one"):
         toys.run(toys.plan(ONE), policy=Policy(retry_attempts=3, retry_seconds=60))
@@ -173,7 +171,7 @@ def test_a_step_that_is_done_in_time_hears_nothing_of_its_limit(toys: Any) -> No
 
 def test_a_step_that_does_not_stop_when_asked_to_is_ended(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", "time.sleep(60)")
-    monkeypatch.setattr(time_limit.TimeLimit.__init__, "__kwdefaults__", {"grace_seconds": 0.2})
+    monkeypatch.setattr(TimeLimit.__init__, "__kwdefaults__", {"grace_seconds": 0.2})
     began = time.monotonic()
     with pytest.raises(StepFailed, match="did not stop when asked to, and was ended"):
         toys.run(toys.plan(ONE), policy=Policy(timeouts={"one": 0.1}))

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import Interrupted
-from mlxchat.runner import waiting
-from mlxchat.runner.run import Run
-from mlxchat.runner.waiting import Waiting
+from mlxchat.runner import run as run_module
+from mlxchat.runner.run import Run, Waiting
 from mlxchat.store.attempts import iteration
 from mlxchat.store.environment import Environment
 from mlxchat.store.records import Records
@@ -42,7 +41,7 @@ def test_the_holder_is_shown_again_whenever_it_got_further(
     begin(OWNER)
     look()
     assert len(said) == 1, "not again before its time"
-    monkeypatch.setattr(waiting, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(run_module, "REFRESH_SECONDS", 0.0)
     look()
     assert len(said) == 1, "not again while it says the same"
     for number in (1, 2):
@@ -55,7 +54,7 @@ def test_the_holder_is_shown_again_whenever_it_got_further(
 def test_another_holder_is_shown_too(
     run: Run, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(run_module, "REFRESH_SECONDS", 0.0)
     lock = tmp_path / "x.lock"
     begin, look = Waiting(run, "train", lock, doing="has the GPU").calls
     begin(OWNER)

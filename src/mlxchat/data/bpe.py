@@ -29,7 +29,7 @@ from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
 from mlxchat.hub.cache import read_json
 from mlxchat.runner.context import Context
-from mlxchat.runner.signals import SIGNALS
+from mlxchat.runner.process import SIGNALS
 
 # Documents that rustbpe counts at a time, and as many that wait. Twice as many (its own default) are no faster and take
 # more memory; a quarter is slower.

@@ -20,8 +20,8 @@ from mlxchat.distill.questions import Question
 from mlxchat.distill.teacher import Passing, Refused, Teacher, public_url
 from mlxchat.distill.words import one_line
 from mlxchat.errors import ConfigError, DataError, Interrupted, PassingError
+from mlxchat.runner.process import stop_on_signals
 from mlxchat.runner.progress import Progress
-from mlxchat.runner.signals import stop_on_signals
 from mlxchat.store.records import now
 from mlxchat.tasks.base import held_out
 

@@ -1,16 +1,38 @@
-"""One invocation: where it reports, what it knows about itself, and how its steps are executed."""
+"""One step: take its lock, look again, run its stage, check what that left, and publish it whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import errno
+import shutil
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlxchat.runner.hooks import Hooks
-from mlxchat.store.environment import Environment
+from mlxchat.config.secrets import redact
+from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
+from mlxchat.errors import Interrupted, MlxchatError, PassingError, StepFailed, StoreError
+from mlxchat.runner.context import Context, Sections
+from mlxchat.runner.externals import check_pins
+from mlxchat.runner.plan import PlannedStep, Verdict, judge
+from mlxchat.runner.process import Hooks
+from mlxchat.runner.progress import fill
+from mlxchat.store import attempts as attempt_log
+from mlxchat.store import locks
+from mlxchat.store.bases import bases_of
+from mlxchat.store.crash import crash_point
+from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
+from mlxchat.store.fingerprint import plain_of
+from mlxchat.store.integrity import find_damage
 from mlxchat.store.records import Record, Records, now
+from mlxchat.store.shared import SharedArtifacts
+from mlxchat.store.store import MEASURED, SCHEMA, Manifest, Store
 
 if TYPE_CHECKING:
     from mlxchat.distributed.team import Team
@@ -113,3 +135,477 @@ class Run:
         """Add a line to events.jsonl if that is possible: what went wrong may be the disk."""
         with suppress(OSError):
             self.event(event, **details)
+
+
+_INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
+
+
+def find_done(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path | None:
+    """Return the step's artifact if there is nothing to do. Its inputs are there, so its key is known from here on."""
+    store.forget()
+    step.identify(store, planned)
+    step.verdict = judge(step, store, forced=step.forced, planned=planned)
+    return _found(step, store, run)
+
+
+def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
+    """Return the artifact of a step that `find_done` did not find, made now unless another process is quicker.
+
+    Raises:
+        MlxchatError: it could not be made, here or in the process that was waited for.
+    """
+    work, lock = store.work(step.key), store.lock(step.key)
+    known = attempt_log.ended(work)
+    waiting = Waiting(run, step.name, lock, doing="is making it", work=work)
+    with locks.hold(lock, {"run": run.name, "step": step.name, "key": step.key}, *waiting.calls) as waited:
+        crash_point("step.locked")
+        store.forget()
+        if waited:
+            error = attempt_log.new_failure(work, known)
+            if error is not None:
+                raise StepFailed(f"step {step.name} failed in the process that was waited for: {error}")
+        # Another process may have finished it before we got the lock.
+        step.identify(store, planned)
+        step.verdict = judge(step, store, forced=step.forced and not waited, planned=planned)
+        place = _found(step, store, run)
+        if place is None:
+            collector = store.outputs / "locks" / "gc.lock"
+            looking = Waiting(run, step.name, collector, doing="is collecting garbage")
+            with locks.hold(collector, {}, *looking.calls, shared=True):
+                place = make(step, store, run, *find_inputs(step, store, planned))
+        step.take(store.made(step.key))
+        step.verdict = Verdict(state="done")  # for the steps below
+        return place
+
+
+def _found(step: PlannedStep, store: Store, run: Run) -> Path | None:
+    """Return the artifact of a step that is done, and note that it was found."""
+    place = store.find(step.rid) if step.done else None
+    if place is not None:
+        run.event("step_cached", step=step.name, artifact=place.name, rid=step.rid)
+    return place
+
+
+def find_inputs(
+    step: PlannedStep, store: Store, planned: dict[str, PlannedStep]
+) -> tuple[dict[str, Path], dict[str, Manifest]]:
+    """Return role → folder, and role → what the manifest records of it.
+
+    Raises:
+        StoreError: an input is no longer there.
+    """
+    folders: dict[str, Path] = {}
+    lineage: dict[str, Manifest] = {}
+    for role, manifest in step.inputs_made(store, planned).items():
+        folder = store.find(manifest["rid"])
+        if folder is None:
+            raise StoreError(f"{manifest['name']}, which {step.name} needs as {role}, is no longer in {store.outputs}")
+        folders[role] = folder
+        lineage[role] = {key: manifest[source] for key, source in _INPUT_KEYS.items()}
+    return folders, lineage
+
+
+# What a person has to mend before another try has a chance.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
+def make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]) -> Path:
+    """Return the step's new artifact. The caller holds the lock.
+
+    Args:
+        step: what to make.
+        store: where it goes.
+        run: how, and where to report.
+        folders: role → folder of the input.
+        lineage: role → what the manifest records of it.
+
+    Raises:
+        Interrupted: a signal arrived; the stage has saved what it can go on from.
+        StepFailed: the stage raised, took too long, or did not make what it promised.
+        StoreError: an input is damaged, or the artifact cannot be written.
+    """
+    with ExitStack() as held:
+        if "gpu" in step.stage.resources and run.uses_gpu():
+            for device, token in locks.gpu_locks().items():
+                waiting = Waiting(run, step.name, token, doing=f"has GPU {device}")
+                held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
+        _check_inputs(step, folders, store)
+        run.hooks.tell("on_start", **_facts(step, store, run))
+        began = time.monotonic()
+        try:
+            place = _make(step, store, run, folders, lineage)
+        except Interrupted:
+            raise
+        except Exception as error:
+            run.hooks.tell("on_failure", error=str(error), **_facts(step, store, run))
+            raise
+        seconds = round(time.monotonic() - began, 3)
+        run.hooks.tell("on_success", seconds=seconds, artifact=place.name, **_facts(step, store, run))
+        return place
+
+
+def _make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]) -> Path:
+    """Run the stage, again if what went wrong may pass, and publish what it made."""
+    work = store.work(step.key)
+    began = time.monotonic()
+    tries = run.policy.retry_attempts
+    for number in range(1, tries + 1):
+        try:
+            ctx = _prepare(step, store, run, folders, lineage)
+            attempt = _attempt(step, ctx, run, work)
+            break
+        except Exception as error:
+            if isinstance(error, Interrupted):
+                raise
+            if number == tries or not is_passing(error):
+                explained = _explained(error, step, run)
+                if explained is error:
+                    raise
+                raise explained from error
+            delay = run.policy.retry_seconds * 2 ** (number - 1)
+            run.event("step_retries", step=step.name, error=_tell(error), attempt=number + 1, seconds=delay)
+            run.say(redact(
+                f"{step.name:<10} failed ({_tell(error)}), which may pass: "
+                f"try {number + 1} of {tries} in {format_seconds(delay)}"
+            ))  # fmt: skip
+            _pause(delay, step, run)
+    try:
+        for path in (ctx.work / "records").glob("*.jsonl"):
+            shutil.copyfile(path, ctx.out / path.name)
+        attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
+        crash_point("step.recorded")
+        manifest = _describe(step, ctx, run, lineage, attempt_log.read(work))
+        if not locks.owns(store.lock(step.key)):
+            raise StoreError(
+                f"{store.outputs} was removed or exchanged while {step.name} was made, and with it the lock that kept "
+                "others from making it too. Nothing was published; run the same command again."
+            )
+        place = store.publish(ctx.out, step.label, manifest)
+        made = store.made(step.key)
+        assert made is not None, "it was recorded"
+    except OSError as error:
+        text = f"{step.name} was made but could not be published: {error.strerror or error}"
+        text += f" ({error.filename or ctx.out})"
+        with suppress(OSError):  # a full disk takes no notes either
+            attempt_log.finish(work, attempt, "failed", text, ctx.resumed_from)
+        raise StoreError(f"{text}. Mend that and run the same command again.") from error
+    shutil.rmtree(work, ignore_errors=True)
+    crash_point("step.cleaned")
+    seconds = time.monotonic() - began
+    run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
+    run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(made)}"))
+    return place
+
+
+def _prepare(
+    step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]
+) -> Context:
+    """Return the context of an attempt, whose `out` is empty and whose `work` is what it can go on from."""
+    work = store.work(step.key)
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    crash_point("step.prepared")
+    return Context(
+        step=step.name, stage=step.stage.name, inputs=folders, out=out,
+        input_steps={role: made["step"] for role, made in lineage.items()},
+        config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
+        work=work / "ckpt", root_seed=run.seed, root_data_seed=run.data_seed,
+        hints=run.policy.hints, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
+        team=run.ranks.start(run, work / "ckpt") if run.ranks is not None and "gpu" in step.stage.resources else None,
+        shared=SharedArtifacts(
+            outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
+        ),
+    )  # fmt: skip
+
+
+def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
+    """Run the stage once and note how that ended; return the attempt's number."""
+    attempt = attempt_log.start(work, run.name, step.name)
+    run.event("step_started", step=step.name, key=step.key, reason=step.reason)
+    crash_point("step.started")
+    run.say(f"{step.name:<10} starts ({step.reason})")
+    reset_peak_memory()
+    limit = TimeLimit(run.policy.timeouts.get(step.name))
+    ctx.stop_signal = lambda: run.stop_signal or (15 if limit.passed else None)
+    error: BaseException
+    try:
+        check_pins(step.name, step.externals, step.sections, "since it was planned", step.unread)
+        with limit:
+            step.stage.load()(ctx)
+        crash_point("step.ran")
+        try:
+            check_pins(step.name, step.externals, step.sections, "while it ran", step.unread)
+        except StepFailed:
+            shutil.rmtree(ctx.work, ignore_errors=True)  # made from both the old and the new
+            raise
+        if missing := step.stage.missing_outputs(ctx.out):
+            raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({ctx.out})")
+        return attempt
+    except Interrupted as stop:
+        if run.stop_signal is not None or not limit.passed:
+            with suppress(OSError):
+                attempt_log.finish(work, attempt, "interrupted", str(stop), ctx.resumed_from)
+            run.try_event("step_interrupted", step=step.name, error=str(stop))
+            raise
+        error = StepFailed(f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds. {stop}")
+    except TimeIsUp:
+        error = StepFailed(
+            f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds, did not stop when asked "
+            "to, and was ended."
+        )
+    except BaseException as raised:
+        error = raised
+    with suppress(OSError):
+        attempt_log.finish(work, attempt, "failed", _tell(error), ctx.resumed_from)
+    run.try_event("step_failed", step=step.name, error=_tell(error))
+    raise error
+
+
+def _explained(error: Exception, step: PlannedStep, run: Run) -> MlxchatError:
+    """Return what is told of an error: itself if it is for people, else one that says where its traceback is."""
+    if isinstance(error, MlxchatError):
+        return error
+    text = f"step {step.name} failed: {_tell(error)}"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        text += "\nMend that and run the same command again: it continues from what was saved last."
+    log = run.folder / f"{step.name}-error.log"
+    with suppress(OSError):
+        lines = traceback.format_exception(error)
+        log.write_text(redact("".join(lines)), encoding="utf-8")
+        text += f"\nTraceback: {log}"
+    return StepFailed(redact(text))
+
+
+def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
+    """Wait before another try, unless the run shall stop."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if run.stop_signal is not None:
+            raise Interrupted(
+                f"stopped before another try of {step.name}. The same command continues.", run.stop_signal
+            )
+        time.sleep(min(0.1, max(0.0, until - time.monotonic())))
+
+
+def _check_inputs(step: PlannedStep, folders: dict[str, Path], store: Store) -> None:
+    """Refuse inputs whose files, or those of what their weights rest on, are not those that were published."""
+    for folder in folders.values():
+        _check_input(step, folder, store)
+    for folder in bases_of(folders):
+        _check_input(step, folder, store)
+
+
+def _check_input(step: PlannedStep, folder: Path, store: Store) -> None:
+    if damage := list(find_damage(folder, store.manifest_of(folder), again=False)):
+        raise StoreError(
+            f"{folder}, which {step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"
+            "Remove the folder; the next run makes it again."
+        )
+
+
+def _describe(
+    step: PlannedStep, ctx: Context, run: Run, lineage: dict[str, Manifest], attempts: list[Record]
+) -> Manifest:
+    """Return everything that the manifest says besides the contents."""
+    metrics = dict(ctx.metrics)
+    sections = {name: plain_of(section) for name, section in step.sections.items()}
+    return {
+        "schema": SCHEMA,
+        "key": step.key,
+        "stage": step.stage.name,
+        "step": step.name,
+        "kind": step.stage.produces,
+        "version": step.stage.version,
+        "config": step.identity,
+        "excluded": _excluded(ctx, run),
+        "full_config": sections,
+        "overrides": run.overrides,
+        "inputs": lineage,
+        "pins": step.externals,
+        "externals": ctx.externals,
+        **{key: metrics.pop(key, None) for key in MEASURED},
+        "metrics": metrics,
+        "derived": ctx.derived,
+        "seed": ctx.root_seed,
+        "data_seed": ctx.root_seed if ctx.root_data_seed is None else ctx.root_data_seed,
+        "attempts": attempts,
+        "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_array_bytes": peak_array_bytes(),
+        "code": step.code,
+        **run.environment.record(),
+        "run": run.name,
+        "published": now(),
+    }
+
+
+def _excluded(ctx: Context, run: Run) -> dict[str, Any]:
+    """Return on what the step was made, which is no part of its identity."""
+    found = {"machine": plain_of(run.config.machine)}
+    return found | {"ranks": run.ranks.describe()} if run.ranks is not None and ctx.team is not None else found
+
+
+def _summary(manifest: Manifest) -> str:
+    """Return the artifact's name, size and numbers in one line."""
+    size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
+    numbers = [f"{key} {format_number(value)}" for key, value in manifest["metrics"].items()][:4]
+    if manifest["tokens_per_second"]:
+        numbers.append(f"{format_count(manifest['tokens_per_second'])} tok/s")
+    return "  ".join([f"{manifest['name']} ({size})", *numbers])
+
+
+def _facts(step: PlannedStep, store: Store, run: Run) -> dict[str, str]:
+    """Return what hooks are told."""
+    return {
+        "step": step.name, "stage": step.stage.name, "run": run.name, "key": step.key,
+        "outputs": str(store.outputs.resolve()),
+    }  # fmt: skip
+
+
+def _tell(error: BaseException) -> str:
+    return redact(f"{type(error).__name__}: {error}")
+
+
+REFRESH_SECONDS = 10.0
+
+
+class Waiting:
+    """Says for whom a step waits, again whenever that one got further, and ends the wait when the run shall stop."""
+
+    def __init__(self, run: Run, step: str, lock: Path, *, doing: str, work: Path | None = None) -> None:
+        """Prepare to wait for a lock; `doing` is what its holder does, `work` where its iterations can be read."""
+        self.run, self.step, self.lock, self.doing, self.work = run, step, lock, doing, work
+        self._said = ""
+        self._looked = time.monotonic()
+
+    @property
+    def calls(self) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
+        """What `locks.hold` takes as `on_wait` and `check`."""
+        return self._begin, self._look
+
+    def _begin(self, owner: dict[str, Any]) -> None:
+        self.run.event("step_waits", step=self.step, owner=owner)
+        self._say(owner)
+
+    def _look(self) -> None:
+        if self.run.stop_signal is not None:
+            raise Interrupted(f"stopped while {self.step} waited. The same command continues.", self.run.stop_signal)
+        if time.monotonic() - self._looked >= REFRESH_SECONDS:
+            self._looked = time.monotonic()
+            self._say(locks.read_owner(self.lock))
+
+    def _say(self, owner: dict[str, Any]) -> None:
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} (run {owner.get('run', '?')})"
+        iteration = attempt_log.iteration(self.work) if self.work is not None else None
+        line = f"{self.step:<10} waits: {who} {self.doing}" + (f", at iteration {iteration}" if iteration else "")
+        if line != self._said:
+            self._said = line
+            self.run.say(line)
+
+
+# What a step may take to come to a border at which it looks, and to save.
+GRACE_SECONDS = 30.0
+
+
+class TimeIsUp(BaseException):
+    """Raised in a step that was asked to stop and did not; no `except Exception` of a stage's keeps it."""
+
+
+class TimeLimit:
+    """A context in which `passed` becomes true after some seconds, counted by a clock that nobody sets."""
+
+    def __init__(self, seconds: float | None, *, grace_seconds: float = GRACE_SECONDS) -> None:
+        """Take the limit; None: there is none."""
+        self.seconds, self.grace_seconds = seconds, grace_seconds
+        self.passed = False
+        self._timers: list[threading.Timer] = []
+        self._over = False
+
+    def __enter__(self) -> TimeLimit:
+        """Begin to count."""
+        if self.seconds is None:
+            return self
+        self._timers = [threading.Timer(self.seconds, self._pass)]
+        if threading.current_thread() is threading.main_thread():  # only there can an exception be raised from outside
+            self._former = signal.signal(signal.SIGALRM, self._raise)
+            self._timers.append(threading.Timer(self.seconds + self.grace_seconds, self._ring))
+        for timer in self._timers:
+            timer.daemon = True
+            timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Count no longer."""
+        self._over = True
+        for timer in self._timers:
+            timer.cancel()
+        if len(self._timers) > 1:
+            signal.signal(signal.SIGALRM, self._former)
+
+    def _pass(self) -> None:
+        self.passed = True
+
+    def _ring(self) -> None:
+        if not self._over:
+            identity = threading.main_thread().ident
+            assert identity is not None
+            signal.pthread_kill(identity, signal.SIGALRM)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if not self._over:
+            raise TimeIsUp
+
+
+_ERRNO = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EAGAIN", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET",
+        "ENETUNREACH", "EPIPE", "ETIMEDOUT", "ESTALE",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+# Of the HTTP libraries that huggingface_hub has used. Named, because none of them need be installed; without the number
+# of a version, which one of them bears in its name.
+_CLASSES = frozenset(
+    {
+        "httpx.TransportError", "requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError",
+        "urllib.ProtocolError",  # urllib3
+    }
+)  # fmt: skip
+_TOO_BUSY = (408, 425, 429)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether an error, or what it was raised for, may be gone at another try.
+
+    True for PassingError, lost or refused connections, time-outs of the network, and HTTP 408, 425, 429 and 5xx.
+    """
+    return any(_is_passing(link) for link in _chain(error))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _is_passing(error: BaseException) -> bool:
+    if isinstance(error, PassingError):
+        return True
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
+    if isinstance(status, int) and 100 <= status < 600:
+        return status >= 500 or status in _TOO_BUSY
+    if isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno in _ERRNO):
+        return True
+    if isinstance(reason := getattr(error, "reason", None), BaseException):  # urllib's URLError
+        return _is_passing(reason)
+    names = {
+        f"{kind.__module__.partition('.')[0].rstrip('0123456789')}.{kind.__name__}" for kind in type(error).__mro__
+    }
+    return bool(names & _CLASSES)

@@ -25,11 +25,12 @@ from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import check_memory
 from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
-from mlxchat.runner.execute import Policy, Run, execute
 from mlxchat.runner.externals import find_unknown
-from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.plan_table import format_plan
+from mlxchat.runner.process import Hooks
+from mlxchat.runner.run import Policy, Run
+from mlxchat.runner.workers import execute
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment
 from mlxchat.store.fingerprint import plain_of

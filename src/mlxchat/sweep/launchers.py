@@ -38,7 +38,7 @@ from mlxchat.composition.sections import schema_of
 from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
-from mlxchat.runner.signals import is_stopping
+from mlxchat.runner.process import is_stopping
 from mlxchat.store import locks
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_to_run, run_pipeline

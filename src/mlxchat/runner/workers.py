@@ -1,12 +1,8 @@
-"""Several steps at a time, each in a process of its own that is started anew and never forked.
-
-A child completes one step under the step's lock, as any other process would. What it prints goes to <step>.log in the
-run's folder and, with the step's name before it, to the terminal. It has a session of its own, so that ctrl-c reaches
-it once, from here; if this process dies, it saves what it has and ends.
-"""
+"""Many steps: which is next, here or in processes of their own, and what becomes of the others when one fails."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -20,25 +16,171 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxchat import errors
 from mlxchat.config.secrets import redact
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
-from mlxchat.runner.complete import complete, find_done
-from mlxchat.runner.hooks import Hooks
 from mlxchat.runner.plan import PlannedStep, Verdict
-from mlxchat.runner.run import Policy, Run
-from mlxchat.runner.signals import SIGNALS, stop_on_signals
+from mlxchat.runner.process import SIGNALS, Hooks, keep_awake, stop_on_signals
+from mlxchat.runner.run import Policy, Run, complete, find_done
 from mlxchat.store.environment import Environment
+from mlxchat.store.naming import LATEST, MODEL
 from mlxchat.store.records import Record
+from mlxchat.store.sealed import write_whole
 from mlxchat.store.store import Store
-
-if TYPE_CHECKING:
-    from mlxchat.runner.execute import Outcome
 
 _LOOK_SECONDS = 0.2
 _PRINTER_SECONDS = 5.0
+
+
+def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
+    """Run what the plan says is not done, and point the refs of this run at every step's artifact.
+
+    A run that finishes a model becomes the latest one.
+
+    A step that fails takes those with it that need it. The others go on, unless the run shall fail fast.
+
+    Raises:
+        Interrupted: a signal arrived; everything finished so far is kept, the current steps can continue.
+        MlxchatError: what a step raised; StepFailed if several did.
+        StoreError: the outputs folder can no longer be written.
+    """
+    for step in plan:
+        _ = step.code  # looked at now: an edit while the first steps run is not what later ones are made with
+    if plan and plan[0].digests is not None:
+        plan[0].digests.save()  # again: there may have been no outputs folder when they were planned
+    outcome = Outcome(plan, store, run)
+    try:
+        run.event("run_started", steps=[step.name for step in plan])
+        with keep_awake():
+            if run.policy.max_parallel_steps > 1:
+                _execute_in_processes(outcome)
+            else:
+                _execute_here(outcome)
+        outcome.conclude()
+    except OSError as error:
+        raise StoreError(
+            f"outputs folder {store.outputs} can no longer be used ({error.strerror or error}: {error.filename}). "
+            "What is in it is whole. Mend that and run the same command again: it continues."
+        ) from error
+    except MlxchatError as error:
+        run.try_event("run_failed", step=outcome.last_step(), error=str(error))
+        raise
+    finally:
+        run.hooks.finish()
+    run.event("run_done")
+
+
+def _execute_here(outcome: Outcome) -> None:
+    """Complete one step after the other in this process."""
+    plan, run = outcome.plan, outcome.run
+
+    leave = run.ranks.kill if run.ranks is not None else lambda: None
+    with stop_on_signals(run.request_stop, run.announce_stop, leave):
+        for step in plan:
+            if outcome.must_skip(step):
+                continue
+            try:
+                place = find_done(step, outcome.store, run, outcome.planned)
+                outcome.note(step)
+                place = place or complete(step, outcome.store, run, outcome.planned)
+            except (Interrupted, StoreError):
+                outcome.current = step.name
+                raise
+            except MlxchatError as error:
+                outcome.fail(step, error)
+                if run.policy.fail_fast or (run.ranks is not None and run.ranks.is_broken):
+                    return
+                continue
+            outcome.finish(step, place)
+            # A stage need not look at signals: then the run stops between its steps.
+            if run.stop_signal is not None and step is not plan[-1]:
+                raise Interrupted(f"stopped after {step.name}. The same command continues from there.", run.stop_signal)
+
+
+class Outcome:
+    """What became of the steps of a run so far."""
+
+    def __init__(self, plan: list[PlannedStep], store: Store, run: Run) -> None:
+        """Begin with nothing done."""
+        self.plan, self.store, self.run = plan, store, run
+        self.planned = {step.name: step for step in plan}
+        self.finished: set[str] = set()
+        self.failures: dict[str, MlxchatError] = {}
+        self.skipped: dict[str, str] = {}
+        """Step → the one that failed."""
+        self.current: str | None = None
+        """The step that was at work when the run ended."""
+
+    def finish(self, step: PlannedStep, place: Path) -> None:
+        """Note a step's artifact and give it its names."""
+        self.finished.add(step.name)
+        self.store.set_ref(self.run.name, step.name, place)
+        made = self.store.made(step.key)
+        step.take(made)
+        self.note(step)
+        if step.stage.produces == MODEL and made is not None and made["run"] == self.run.name:
+            self._become_latest()
+
+    def note(self, step: PlannedStep) -> None:
+        """Write a step's key, known once its inputs are there, and what it gave into plan.json."""
+        path = self.run.folder / "plan.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": []}
+        for entry in record["steps"]:
+            known = {"key": step.key, "rid": step.rid, "artifact": step.artifact}
+            if entry["step"] == step.name and not known.items() <= entry.items():
+                entry |= known
+                write_whole(path, json.dumps(record, indent=1).encode() + b"\n")
+
+    def fail(self, step: PlannedStep, error: MlxchatError) -> None:
+        """Note that a step failed, and say so now if anything else goes on."""
+        self.failures[step.name] = error
+        self.current = step.name
+        if not self.run.policy.fail_fast and any(self._goes_on(other) for other in self.plan):
+            self.run.say(f"{step.name:<10} failed: {(str(error).splitlines() or ['?'])[0]} (other steps go on)")
+
+    def must_skip(self, step: PlannedStep) -> bool:
+        """Tell whether a step needs one that failed; it is noted and said once."""
+        cause = next((self.cause_of(source) for source in step.inputs.values() if self.cause_of(source)), None)
+        if cause is None:
+            return False
+        if step.name not in self.skipped:
+            self.skipped[step.name] = cause
+            self.run.event("step_skipped", step=step.name, failed=cause)
+            self.run.say(f"{step.name:<10} is left out: {cause} failed")
+        return True
+
+    def cause_of(self, name: str) -> str | None:
+        """Return the failed step because of which this one is not there."""
+        return name if name in self.failures else self.skipped.get(name)
+
+    def conclude(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if len(self.failures) == 1:
+            raise next(iter(self.failures.values()))
+        if self.failures:
+            lines = [f"{name}: {(str(error).splitlines() or ['?'])[0]}" for name, error in self.failures.items()]
+            raise StepFailed(f"{len(lines)} steps failed:\n" + "\n".join(lines))
+        if any(step.stage.produces == MODEL for step in self.plan):
+            self._become_latest()
+
+    def _become_latest(self) -> None:
+        if self.run.becomes_latest:
+            self.store.link_group(LATEST, self.run.name)
+
+    def last_step(self) -> str | None:
+        """Return the step that a failure of the run is about."""
+        return self.current
+
+    def _goes_on(self, step: PlannedStep) -> bool:
+        if step.name in self.finished or step.name in self.failures:
+            return False
+        return not any(self._lost(source) for source in step.inputs.values())
+
+    def _lost(self, name: str) -> bool:
+        step = self.planned[name]
+        return name in self.failures or any(self._lost(source) for source in step.inputs.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +221,7 @@ class _Child:
                 os.kill(self.process.pid, number)
 
 
-def execute_in_processes(outcome: Outcome) -> None:
+def _execute_in_processes(outcome: Outcome) -> None:
     """Complete the steps of a plan, up to `max_parallel_steps` at a time, as soon as their inputs are there.
 
     Raises:
