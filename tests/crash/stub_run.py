@@ -18,15 +18,12 @@ sys.path.insert(0, str(HERE))
 sys.dont_write_bytecode = True
 
 from mlxchat.errors import MlxchatError  # noqa: E402
+from mlxchat.runner import stage  # noqa: E402
 from mlxchat.runner.plan import make_plan  # noqa: E402
 from mlxchat.runner.process import Hooks  # noqa: E402
 from mlxchat.runner.run import Policy, Run  # noqa: E402
 from mlxchat.runner.workers import execute  # noqa: E402
-from mlxchat.store import (  # noqa: E402
-    attempts,
-    locks,
-    stage,
-)
+from mlxchat.store import attempts, locks  # noqa: E402
 from mlxchat.store.environment import Environment  # noqa: E402
 from mlxchat.store.records import now  # noqa: E402
 from mlxchat.store.store import Store  # noqa: E402
