@@ -321,7 +321,7 @@ def test_what_goes_wrong_decides_the_exit_code(
     def fail(arguments: list[str]) -> int:
         raise error
 
-    monkeypatch.setattr("mlxchat.commands.status.main", fail)
+    monkeypatch.setattr("mlxchat.commands.inspect.status", fail)
     with pytest.raises(SystemExit) as caught:
         main(["status"])
     assert caught.value.code == code
@@ -334,7 +334,7 @@ def test_a_stop_by_a_signal_is_not_called_an_error(
     def stop(arguments: list[str]) -> int:
         raise Interrupted("pretrain stopped: saved at iteration 82 of 1,500.", 2)
 
-    monkeypatch.setattr("mlxchat.commands.status.main", stop)
+    monkeypatch.setattr("mlxchat.commands.inspect.status", stop)
     with pytest.raises(SystemExit):
         main(["status"])
     assert capsys.readouterr().err == "pretrain stopped: saved at iteration 82 of 1,500.\n"
@@ -346,7 +346,7 @@ def test_a_message_of_several_lines_is_indented_under_its_first(
     def fail(arguments: list[str]) -> int:
         raise ConfigError("one\ntwo")
 
-    monkeypatch.setattr("mlxchat.commands.status.main", fail)
+    monkeypatch.setattr("mlxchat.commands.inspect.status", fail)
     with pytest.raises(SystemExit):
         main(["status"])
     assert capsys.readouterr().err == "error: one\n       two\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.commands.data_show import main
+from mlxchat.commands.data import show as main
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, StoreError
 

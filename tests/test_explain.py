@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from kit.commands import run_here
-from mlxchat.commands.explain import explain
+from mlxchat.commands.plan import describe_stage
 from mlxchat.runner.stage import Stages
 
 
 @pytest.mark.parametrize("name", sorted(Stages([])))
 def test_every_stage_is_explained_with_all_that_it_declares(name: str) -> None:
-    found, stage = explain(name, []), Stages([])[name]
+    found, stage = describe_stage(name, []), Stages([])[name]
     assert found["does"]
     assert len(found["reads"]) == len(stage.roles)
     assert (found["produces"], found["metrics"], found["version"]) == (stage.produces, stage.metrics, stage.version)

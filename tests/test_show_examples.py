@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.show import main
-from mlxchat.commands.show_examples import printable, show_examples
+from mlxchat.commands.examples import printable, show_examples
+from mlxchat.commands.inspect import show as main
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.evals.examples import write_examples
 

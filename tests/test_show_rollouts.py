@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.show_rollouts import show_rollouts
+from mlxchat.commands.examples import show_rollouts
 from mlxchat.errors import ConfigError, DataError
 
 

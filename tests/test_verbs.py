@@ -19,8 +19,8 @@ from kit.commands import Say
 from mlxchat.cli import main
 from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import _DATA, _OPTIONS, complete
-from mlxchat.commands.graph import draw_dot, draw_json, draw_mermaid
-from mlxchat.commands.import_model import FORMATS
+from mlxchat.commands.models import IMPORT_FORMATS as FORMATS
+from mlxchat.commands.plan import draw_dot, draw_json, draw_mermaid
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
 from mlxchat.runner.table import make_table

@@ -240,7 +240,7 @@ def test_the_name_of_a_model_cannot_command_the_terminal(toys: Any) -> None:
 
 
 def test_examples_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mlxchat.commands.show_examples import show_examples
+    from mlxchat.commands.examples import show_examples
     from mlxchat.evals.examples import write_examples
 
     row = {

@@ -79,7 +79,7 @@ def _dispatch(arguments: list[str]) -> int:
     arguments = _verb_first(arguments)
     if not arguments or arguments[0] not in VERBS:
         if arguments and arguments[0] in ("--help", "-h", "help"):
-            from mlxchat.commands.help import describe_usage
+            from mlxchat.commands.run import describe_usage
 
             print(describe_usage())
             return 0
@@ -99,5 +99,5 @@ def _dispatch(arguments: list[str]) -> int:
         arguments = ["run", *arguments]
     verb, rest = arguments[0], arguments[1:]
     module, _, function = VERBS[verb][0].partition(":")
-    command: Callable[[list[str]], int] = getattr(import_module(f"mlxchat.commands.{module}"), function or "main")
+    command: Callable[[list[str]], int] = getattr(import_module(f"mlxchat.commands.{module}"), function)
     return command(rest)

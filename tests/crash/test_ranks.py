@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.status import main as status
+from mlxchat.commands.inspect import status
 from mlxchat.store.records import Records
 from mlxchat.store.store import Store, read_manifest
 

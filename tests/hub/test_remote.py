@@ -357,8 +357,8 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
 def test_the_hub_gets_one_commit_and_gives_the_same_artifacts_back(
     upload_hub: Any, made: Any, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlxchat.commands.export import main as export_main
-    from mlxchat.commands.transfer import main_import
+    from mlxchat.commands.artifacts import main_import
+    from mlxchat.commands.models import export as export_main
 
     arguments = ["second", "--to", "hf://me/runs/artifacts", f"outputs={made.outputs}"]
     assert export_main(arguments) == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.chat import main as chat
+from mlxchat.commands.models import chat
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings

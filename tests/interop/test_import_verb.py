@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.report import main as main_report
-from mlxchat.commands.status import main as main_status
-from mlxchat.commands.transfer import main_export, main_import
+from mlxchat.commands.artifacts import main_export, main_import
+from mlxchat.commands.inspect import status as main_status
+from mlxchat.commands.reports import report as main_report
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, StoreError
 from mlxchat.planning.memory import describe_memory

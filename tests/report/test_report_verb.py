@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from mlxchat.commands.report import main
+from mlxchat.commands.reports import report as main
 from mlxchat.errors import StoreError
 from mlxchat.report.collect import collect
 from mlxchat.report.comparison import comparison_charts, comparison_table

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands import lineage, ls, show, status
-from mlxchat.commands.transfer import main_import
+from kit.commands import run_here
+from mlxchat.commands.artifacts import main_import
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
 from mlxchat.store.fingerprint import compute_key
@@ -326,8 +326,8 @@ def test_an_odd_manifest_that_is_imported_can_be_shown(
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps(record))
     import_all(Store(tmp_path / "other"), tmp_path / "store")
-    for verb, names in ((ls, []), (show, [folder.name]), (lineage, [folder.name]), (status, [])):
-        assert verb.main([*names, f"outputs={tmp_path}/other"]) == 0
+    for verb, names in (("ls", []), ("show", [folder.name]), ("lineage", [folder.name]), ("status", [])):
+        assert run_here(verb, *names, f"outputs={tmp_path}/other") == 0
     assert not {"\x1b", "\x07"} & set(capsys.readouterr().out)
 
 

@@ -121,7 +121,7 @@ def complete(line: str) -> list[str]:
     elif previous == "--stage":
         found = sorted({name.split("-")[0] for name in _names(Path(outputs) / "store")})
     elif verb == "export" and previous == "--to":
-        from mlxchat.commands.export import FORMATS
+        from mlxchat.commands.models import FORMATS
 
         found = list(FORMATS)  # a shell completes folders where none of these fits
     elif (
@@ -139,7 +139,7 @@ def complete(line: str) -> list[str]:
     elif verb == "import" and len(words) == 1:
         found = [*(key.partition(" ")[2] for key in _OPTIONS if key.startswith("import ")), "outputs="]
     elif verb == "bench" and len(words) == 1:
-        from mlxchat.commands.bench import KINDS
+        from mlxchat.commands.machine import KINDS
 
         found = list(KINDS)
     elif verb == "completion":

@@ -1,21 +1,37 @@
-"""mlxchat data: what was fetched from the Hub and elsewhere: fetch it, list it, remove it, look at it."""
+"""mlxchat data: fetch, list, remove and show what comes from the Hub and other addresses."""
 
 from __future__ import annotations
 
-from importlib import import_module
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.commands.arguments import Parser, make_parser, outputs_folder, split_words, take_names
+from mlxchat.commands.columns import aligned, print_json
+from mlxchat.commands.needs import find_sources
+from mlxchat.composition.compose import Composed, compose_config, split_config_dirs, split_options
+from mlxchat.config.schema import Config, TaskItem
+from mlxchat.config.wording import format_bytes, format_count
+from mlxchat.errors import ConfigError, DataError, PassingError, suggest, visible
+from mlxchat.hub.cache import cache_folder, hub_cache
+from mlxchat.hub.inventory import Holding, choose, find_holdings, remove
+from mlxchat.runner.seeds import stage_seed
+from mlxchat.store.naming import latest, links, resolve
+from mlxchat.store.store import Store
 
-# Word → (module in mlxchat.commands, what it does).
-_WORDS = {
-    "fetch": ("data_fetch", "get everything that a run needs, so that it can run without a network"),
-    "ls": ("data_ls", "list what is on this machine: files, size, revision, who needs it"),
-    "rm": ("data_rm", "remove a repository or a download"),
-    "show": ("data_show", "show conversations of a mixture, suite or stage as a model sees them"),
-}
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxchat.data.mixture import Mixture
+    from mlxchat.data.tokenizer import Tokenizer
+    from mlxchat.hub.client import HubFile
+    from mlxchat.runner.plan import PlannedStep
 
 
-def main(arguments: list[str]) -> int:
+def data(arguments: list[str]) -> int:
     """Run `data WORD`."""
     word, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if word in ("--help", "-h"):
@@ -25,5 +41,395 @@ def main(arguments: list[str]) -> int:
         return 0
     if word not in _WORDS:
         raise ConfigError(f'expected mlxchat data {"|".join(_WORDS)}, got "{word}".{suggest(word, _WORDS)}')
-    code: int = import_module(f"mlxchat.commands.{_WORDS[word][0]}").main(rest)
-    return code
+    return _WORDS[word][0](rest)
+
+
+_PURPOSE = (
+    "Fetch everything that the steps which are to run read from elsewhere: as much of the corpus as the horizon needs, "
+    "the data of all tasks, CORE's bundle. Or a repository: mlxchat data fetch openai/gsm8k --files 'main/*'. What is "
+    "there is not fetched again; what was cut is continued."
+)
+
+
+def fetch(arguments: list[str]) -> int:
+    """Fetch what the settings need, or the repositories that are named."""
+    parser = Parser(
+        prog="mlxchat data fetch", description=_PURPOSE, allow_abbrev=False,
+        usage="mlxchat data fetch [OPTIONS] [SETTINGS | REPOSITORY…]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--files", default="*", metavar="PATTERN", help="of a repository: paths to fetch (default: all)"
+    )
+    parser.add_argument("--revision", default="main", help="of a repository: commit, tag or branch (default: main)")
+    parser.add_argument("--model", action="store_true", help="the repository holds a model, not a data set")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="files at a time (default: 4)")
+    parser.add_argument("--dry-run", action="store_true", help="list everything and fetch nothing")
+    options, rest = parser.parse_known_args(arguments)
+    words, dirs, primary = split_options(rest)
+    repositories, settings = split_words(words)
+    from mlxchat.hub.client import fetch_files, fetch_url, list_files
+
+    urls: dict[str, str | None] = {}
+    groups: dict[str, list[HubFile]] = {}
+    if repositories:
+        kind = "model" if options.model else "dataset"
+        for name in repositories:
+            groups[name] = list_files(name, revision=options.revision, pattern=options.files, kind=kind)
+            if not groups[name]:
+                raise DataError(f"{name} at {options.revision} has no file like {options.files}")
+    else:
+        groups, urls = find_needs(compose_config(settings, dirs, primary), measure=not options.dry_run)
+    for title, files in groups.items():
+        left = sum(file.bytes for file in files if not file.is_there())
+        size = format_bytes(sum(file.bytes for file in files))
+        count = f"{len(files):,} {'file' if len(files) == 1 else 'files'}"
+        print(f"{visible(title)} at {files[0].revision[:12]}: {count}, {size}, {format_bytes(left)} to fetch")
+    for url in urls:
+        print(visible(url))
+    if options.dry_run:
+        return 0
+    every = list({file: None for files in groups.values() for file in files})
+    fetch_files(every, workers=options.workers)
+    faults = []
+    for url, sha256 in urls.items():
+        try:
+            fetch_url(url, sha256=sha256)
+        except (DataError, PassingError) as error:  # one address that is gone must not keep the others from us
+            faults.append(error)
+    if faults:
+        raise type(faults[0])("\n".join(map(str, faults)))
+    for name in repositories:
+        print(f"{name} is in {groups[name][0].folder / 'snapshots' / groups[name][0].revision}")
+    counts = {
+        f"of the Hub ({format_bytes(sum(file.bytes for file in every))})": len(every),
+        "of other addresses": len(urls),
+    }
+    told = [f"{count:,} file{'s' * (count != 1)} {what}" for what, count in counts.items() if count]
+    print(f"everything is there: {', '.join(told)}" if told else "nothing is needed from elsewhere")
+    return 0
+
+
+def find_needs(composed: Composed, *, measure: bool) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
+    """Return title → files of the Hub, and address → sha256 (None: not known), that the steps to run will read.
+
+    With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
+    """
+    from mlxchat.sweep.job import plan_of
+
+    config = composed.config
+    store = Store(Path(config.outputs))
+    plan = [step for step in plan_of(config, store) if not step.done]
+    groups: dict[str, list[HubFile]] = {}
+    if any(step.stage.name in ("corpus", "tokenizer", "pretrain") or "corpus" in step.inputs for step in plan):
+        groups |= _corpus_files(config, plan, store, measure=measure)
+    sources, addresses = find_sources(config, plan)
+    for source in sources:
+        groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *source.files]))
+    urls = {address.url: address.sha256 for address in addresses}
+    if config.imported.repository is not None and any(step.stage.name == "imported" for step in plan):
+        from mlxchat.interop.importing import files_to_fetch
+
+        groups[config.imported.repository] = files_to_fetch(config.imported)
+    return groups, urls
+
+
+def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, measure: bool) -> dict[str, list[HubFile]]:
+    """Return what is read of a corpus on the Hub: the validation files, and as many others as the horizon needs."""
+    if config.corpus.hub is None:
+        return {}
+    from mlxchat.data.sources import Corpus
+    from mlxchat.planning.text import find_text_need
+
+    corpus = Corpus.listed(config.corpus.hub, config.corpus.validation_documents)
+    need = find_text_need(config, plan, store)
+    files = corpus.files()[:1]
+    if need is not None:
+        known = need.known or corpus
+        if measure and not known.is_measured:
+            known, _, _ = corpus.measure()
+        need = replace(need, known=known)
+        files = known.first(need.chars)
+        print(need)
+    return {config.corpus.hub.repository: list(dict.fromkeys([*corpus.files("validation"), *files]))}
+
+
+_NEEDED_SHOWN = 2
+
+
+def ls(arguments: list[str]) -> int:
+    """Print a line for each repository and download."""
+    parser = make_parser("data ls", "List what was fetched: files, size, revision, and the artifacts made from it.")
+    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
+    options = parser.parse_intermixed_args(arguments)
+    outputs = outputs_folder(options.settings)
+    holdings = find_holdings(outputs)
+    total = sum(holding.bytes + holding.part_bytes for holding in holdings)
+    if options.json:
+        print_json({"hub_cache": str(hub_cache()), "cache": str(cache_folder()), "bytes": total,
+                    "holdings": [_describe_holding(holding) for holding in holdings]})  # fmt: skip
+        return 0
+    if not holdings:
+        print(f"nothing was fetched yet: {hub_cache()} and {cache_folder()} hold nothing of ours")
+        return 0
+    rows = [["NAME", "REVISION", "FILES", "SIZE", "NEEDED BY"]]
+    for holding in holdings:
+        files = f"{len(holding.files)} of {len(holding.listed)}" if holding.kind != "url" else "1"
+        size = format_bytes(holding.bytes)
+        if holding.part_bytes:
+            size += f" + {format_bytes(holding.part_bytes)} of files that are not whole"
+        more = len(holding.needed_by) - _NEEDED_SHOWN
+        needed = ", ".join(holding.needed_by[:_NEEDED_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        rows.append([holding.name, (holding.revision or "")[:12] or "-", files, size, needed or "-"])
+    print(aligned(rows, right=(2, 3)))
+    print(f"{format_bytes(total)} in {hub_cache()} and {cache_folder()}. To remove: mlxchat data rm NAME")
+    return 0
+
+
+def _describe_holding(holding: Holding) -> dict[str, object]:
+    return {
+        "name": holding.name, "kind": holding.kind, "revision": holding.revision, "files": len(holding.files) or 1,
+        "files_listed": len(holding.listed) or 1, "bytes": holding.bytes, "part_bytes": holding.part_bytes,
+        "verified": all(file.is_there() for file in holding.files), "needed_by": holding.needed_by,
+    }  # fmt: skip
+
+
+def rm(arguments: list[str]) -> int:
+    """Remove what is named; return 1 if some of it stays."""
+    parser = Parser(
+        prog="mlxchat data rm", allow_abbrev=False,
+        description="Remove repositories of the Hub and downloads from this machine. What an artifact was made from "
+        "stays unless --force is given; it can be fetched again.",
+    )  # fmt: skip
+    parser.add_argument("settings", nargs="*", metavar="NAME", help="repository[@commit], address; outputs=PATH")
+    parser.add_argument("--force", action="store_true", help="also what artifacts were made from")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, and change nothing")
+    options = parser.parse_intermixed_args(arguments)
+    names, settings = take_names(options.settings, "data rm", 1, None, "NAME…")
+    holdings = find_holdings(outputs_folder(settings))
+    chosen = list({holding.title: holding for name in names for holding in choose(holdings, name)}.values())
+    needed = [holding for holding in chosen if holding.needed_by]
+    if needed and not options.force and not options.dry_run:
+        lines = [f"  {holding.title}: {', '.join(holding.needed_by[:3])}" for holding in needed]
+        raise DataError(
+            "Artifacts were made from this, and a step that reads it again would have to fetch it anew:\n"
+            + "\n".join(lines)
+            + "\nNothing was removed. To remove it all the same: --force"
+        )
+    stays: list[str] = []
+    for holding in chosen:
+        if options.dry_run:
+            size = format_bytes(holding.bytes + holding.part_bytes)
+            print(f"would remove {holding.title} ({size}){'; needed by ' * bool(holding.needed_by)}"
+                  f"{', '.join(holding.needed_by[:3])}")  # fmt: skip
+            continue
+        freed, kept = remove(holding)
+        stays += kept
+        print(f"removed {holding.title} ({format_bytes(freed)})")
+        for name in kept:
+            print(f"  {name} stays: another process is fetching it")
+    return int(bool(stays))
+
+
+_STAGES = ("midtrain", "sft", "rl", "eval")
+_EXAMPLES = """\
+examples:
+  mlxchat data show mixture=oct2025_sft -n 5
+  mlxchat data show mixture=oct2025_mid --task spelling_bee --start 100
+  mlxchat data show suite=chatcore --task humaneval
+  mlxchat data show stage=midtrain experiment=speedrun_d20 --validation
+  mlxchat data show '+sft.mixture.mine={task: jsonl, path: mine.jsonl}' --task mine
+"""
+_SAMPLED = 100
+"""Conversations of a task that are rendered to tell how long its conversations are."""
+_MARKS = ("⟦", "⟧")
+
+
+def show(arguments: list[str]) -> int:
+    """Print how many conversations there are of each task, and the first of them in the order of training."""
+    parser = Parser(
+        prog="mlxchat data show", allow_abbrev=False, epilog=_EXAMPLES,
+        description="Show conversations as a model is trained on them or asked them. What is trained on is green and "
+        f"underlined, and stands between {' '.join(_MARKS)} where there is no colour.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "settings", nargs="*", metavar="SETTING",
+        help="mixture=NAME, suite=NAME, stage=midtrain|sft|rl|eval, and any other setting (default: stage=sft)",
+    )  # fmt: skip
+    parser.add_argument("-n", "--count", type=int, default=3, help="conversations to show (default: 3)")
+    parser.add_argument("--start", type=int, default=0, help="the first of them, counted from 0")
+    parser.add_argument("--task", help="only those of this entry")
+    parser.add_argument("--seed", type=int, help="order of another seed (default: the order of training)")
+    parser.add_argument("--validation", action="store_true", help="what the stage is validated on, not trained on")
+    parser.add_argument("--tokenizer", metavar="ID|FOLDER", help="an artifact or folder (default: the latest one)")
+    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="further YAML files")
+    options = parser.parse_intermixed_args(arguments)
+    if options.count < 0 or options.start < 0:
+        raise ConfigError("-n and --start must be at least 0")
+    title, stage, overrides = _aim(options.settings)
+
+    dirs = split_config_dirs([word for folder in options.config_dir for word in ("--config-dir", folder)])[1]
+    config = compose_config(overrides, dirs).config
+    items = _items(config, stage, is_validation=options.validation)
+    if options.task is not None and options.task not in items:
+        raise ConfigError(f'there is no "{options.task}" in {title}: {", ".join(items)}.{suggest(options.task, items)}')
+
+    from rich.console import Console
+
+    from mlxchat.data.mixture import Mixture
+
+    # As the stages draw their orders.
+    purpose = "validation" if options.validation else "mixture"
+    root = config.data_seed if options.validation else config.seed
+    seed = stage_seed(root, stage, purpose) if options.seed is None else options.seed
+    tokenizer, which = _find_tokenizer(Store(Path(config.outputs)), config, options.tokenizer)
+    mixture = Mixture(items, seed=seed)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    heading = f"{title}{' (validation)' if options.validation else ''}: {len(mixture):,} conversations, {which}"
+    console.print(heading, style="bold")
+    _print_table(console, mixture, tokenizer)
+    if stage in ("rl", "eval"):
+        console.print("marked is the data's own answer, which a model that is asked does not see")
+    if _trains_on_all(config, stage):
+        console.print(f"{stage} trains on every token ({stage}.train_on=all), not only on what is marked")
+    for index in islice(_choose(mixture, options.task), options.start, options.start + options.count):
+        _print_conversation(console, mixture, index, tokenizer)
+    return 0
+
+
+def _aim(settings: list[str]) -> tuple[str, str, list[str]]:
+    """Return what is shown in words, the stage that it is for, and the settings to compose."""
+    chosen = dict(word.split("=", 1) for word in settings if word.startswith(("mixture=", "suite=", "stage=")))
+    overrides = [word for word in settings if not word.startswith(("mixture=", "suite=", "stage="))]
+    if "suite" in chosen and ("mixture" in chosen or chosen.get("stage", "eval") != "eval"):
+        raise ConfigError("suite= is what eval asks: it goes with neither mixture= nor another stage=")
+    stage = chosen.get("stage", "eval" if "suite" in chosen else "sft")
+    if stage not in _STAGES:
+        raise ConfigError(f'stage is "{stage}", expected one of {", ".join(_STAGES)}.{suggest(stage, _STAGES)}')
+    if "mixture" in chosen:
+        if stage not in ("midtrain", "sft"):
+            raise ConfigError(f"mixture= is for midtrain and sft, not for {stage}")
+        return f"mixture {chosen['mixture']}", stage, [f"mixture@{stage}.mixture={chosen['mixture']}", *overrides]
+    if "suite" in chosen:
+        return f"suite {chosen['suite']}", stage, [f"suite={chosen['suite']}", *overrides]
+    return f"stage {stage}", stage, overrides
+
+
+def _items(config: Config, stage: str, *, is_validation: bool) -> Mapping[str, TaskItem]:
+    if stage == "rl":
+        return {"evaluation": config.rl.evaluation} if is_validation else {"task": config.rl.task}
+    if stage == "eval":
+        return config.suite
+    section = config.midtrain if stage == "midtrain" else config.sft
+    return section.validation if is_validation else section.mixture
+
+
+def _trains_on_all(config: Config, stage: str) -> bool:
+    return stage in ("midtrain", "sft") and getattr(config, stage).train_on == "all"
+
+
+def _find_tokenizer(store: Store, config: Config, named: str | None) -> tuple[Tokenizer, str]:
+    """Return a tokenizer, and what to say of it."""
+    from mlxchat.data.tokenizer import Tokenizer
+
+    if named is not None:
+        folder = Path(named)
+        place = folder if (folder / "tokenizer.json").is_file() else resolve(store, named)
+        if not (place / "tokenizer.json").is_file():
+            raise ConfigError(f"{place.name} has no tokenizer; give a tokenizer, a checkpoint, or a folder of one")
+        return Tokenizer.load(place), f"tokens of {place.name}"
+    steps = [step for step, node in config.pipeline.items() if node.get("stage") == "tokenizer"]
+    made = links(store, latest(store))
+    for step in steps:
+        if step in made:
+            return Tokenizer.load(made[step]), f"tokens of {made[step].name}"
+    # One token for each byte: what is shown is the same, only the numbers are larger.
+    return Tokenizer({bytes([byte]): byte for byte in range(256)}), (
+        f"tokens are bytes, since {store.outputs} has no tokenizer yet (--tokenizer names one)"
+    )
+
+
+def _choose(mixture: Mixture, task: str | None) -> Iterator[int]:
+    return (index for index in range(len(mixture)) if task is None or mixture.task_of(index) == task)
+
+
+def _print_table(console: Console, mixture: Mixture, tokenizer: Tokenizer) -> None:
+    """Print how many conversations there are of each task, and how long they are; means of a sample have a ~."""
+    from rich import box
+    from rich.table import Table
+
+    from mlxchat.data.conversation import render_conversation
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task")
+    for column in ("conversations", "share", "tokens each", "trained", "tokens"):
+        table.add_column(column, justify="right")
+    total, is_sampled = 0.0, False
+    tasks, counts = mixture.tasks(), mixture.counts()
+    for name, task in tasks.items():
+        places = range(0, len(task), max(1, -(-len(task) // _SAMPLED)))
+        masks = [render_conversation(tokenizer, task[place], max_tokens=None)[1] for place in places]
+        mean = sum(map(len, masks)) / len(masks)
+        trained = sum(map(sum, masks)) / max(1, sum(map(len, masks)))
+        about = "~" if len(places) < len(task) else ""
+        is_sampled = is_sampled or bool(about)
+        total += mean * counts[name]
+        share = counts[name] / len(mixture)
+        table.add_row(
+            name, f"{counts[name]:,}", f"{share:.1%}", f"{about}{mean:,.0f}", f"{about}{trained:.0%}",
+            f"{about}{format_count(mean * counts[name])}",
+        )  # fmt: skip
+    table.add_section()
+    about = "~" if is_sampled else ""
+    table.add_row(
+        "all", f"{len(mixture):,}", "", f"{about}{total / len(mixture):,.0f}", "", f"{about}{format_count(total)}"
+    )
+    console.print(table)
+
+
+def _print_conversation(console: Console, mixture: Mixture, index: int, tokenizer: Tokenizer) -> None:
+    """Print a conversation, special tokens included, with what is trained on marked."""
+    from rich.text import Text
+
+    from mlxchat.data.conversation import render_conversation
+
+    ids, mask = render_conversation(tokenizer, mixture[index], max_tokens=None)
+    console.print(
+        Text(f"── {index} · {mixture.name(index)} · {len(ids):,} tokens, {sum(mask):,} trained", style="bold cyan")
+    )
+    is_plain = console.no_color or not console.is_terminal
+    text, before = Text(), 0
+    for run, trained, is_special in _runs(ids, mask, tokenizer):
+        if is_plain and trained != before:
+            text.append(_MARKS[0] if trained else _MARKS[1])
+        style = " ".join(["green underline"] * trained + ["dim"] * is_special)
+        text.append(visible(tokenizer.decode(run)), style=style)
+        before = trained
+    if is_plain and before:
+        text.append(_MARKS[1])
+    console.print(text, end="\n\n")
+
+
+def _runs(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
+    """Yield stretches of ids that are trained on alike and are all special, or none of them."""
+    special = set(tokenizer.special_ids.values())
+    run: list[int] = []
+    kind: tuple[int, bool] | None = None
+    for token, trained in zip(ids, mask, strict=True):
+        this = (trained, token in special)
+        if kind is not None and this != kind:
+            yield run, *kind
+            run = []
+        kind = this
+        run.append(token)
+    if kind is not None:
+        yield run, *kind
+
+
+# Word → (its function, what it does).
+_WORDS = {
+    "fetch": (fetch, "get everything that a run needs, so that it can run without a network"),
+    "ls": (ls, "list what is on this machine: files, size, revision, who needs it"),
+    "rm": (rm, "remove a repository or a download"),
+    "show": (show, "show conversations of a mixture, suite or stage as a model sees them"),
+}

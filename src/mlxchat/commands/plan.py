@@ -1,19 +1,28 @@
-"""mlxchat plan: what would run, and why."""
+"""Verbs that say what would run: plan, explain, graph."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
+import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser
-from mlxchat.errors import ConfigError, visible
+from mlxchat.commands.arguments import Parser, split_words
+from mlxchat.commands.columns import aligned, print_json, show_value
+from mlxchat.composition.compose import compose_config, split_options
+from mlxchat.errors import ConfigError, suggest, visible
 from mlxchat.runner.plan import PlannedStep
 
 if TYPE_CHECKING:
     from mlxchat.runner.estimates import Estimate
+
 
 _EXIT_PENDING = 3
 _PURPOSE = (
@@ -24,7 +33,7 @@ _PURPOSE = (
 )
 
 
-def main(arguments: list[str]) -> int:
+def plan(arguments: list[str]) -> int:
     """Print the plan for the settings; return 3 if --exit-code is given and something is not done."""
     parser = Parser(
         prog="mlxchat plan", description=_PURPOSE, allow_abbrev=False, usage="mlxchat plan [OPTIONS] [SETTINGS]"
@@ -218,3 +227,198 @@ def _describe_difference(step: PlannedStep) -> dict[str, Any] | None:
         "inputs": difference.inputs,
         "externals": {key: {"old": old, "new": new} for key, (old, new) in difference.externals.items()},
     }
+
+
+_WIDTH = 40  # of a value; --json has it whole
+
+
+def explain(arguments: list[str]) -> int:
+    """Print what a stage, or a step of the pipeline with its own settings, is and takes."""
+    parser = Parser(
+        prog="mlxchat explain", allow_abbrev=False,
+        description="Show what a stage or step does, reads and writes, and its settings with their values.",
+    )  # fmt: skip
+    parser.add_argument("settings", nargs="+", metavar="STAGE", help="or a step, and SETTINGS as of a run")
+    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
+    options, rest = parser.parse_known_intermixed_args(arguments)
+    names, overrides = split_words(options.settings)
+    if len(names) != 1:
+        raise ConfigError("expected mlxchat explain STAGE: the name of one stage or step")
+    found = describe_stage(names[0], [*overrides, *rest])
+    if options.json:
+        print_json(found)
+        return 0
+    print(f"{found['stage']}: {found['does']}")
+    rows = [["file", f"{found['file']}, version {found['version']}"], ["reads", ", ".join(found["reads"]) or "nothing"]]
+    rows += [["writes", f"{found['produces']}: {', '.join(found['writes'])}"]]
+    rows += [["needs", ", ".join(found["needs"])]] if found["needs"] else []
+    print(aligned(rows, indent="  "))
+    for title, entries in (("numbers", found["metrics"].items()), ("settings", found["settings"].items())):
+        if entries:
+            print(f"{title}\n{aligned([_row_of_setting(name, entry) for name, entry in entries], indent='  ')}")
+    if found["sections"]:
+        print(f"reads besides: {', '.join(found['sections'])}. Values: mlxchat --cfg job")
+    return 0
+
+
+def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
+    """Return what is declared of a stage, and the settings of its own section: key → value and what it means.
+
+    Args:
+        name: of a stage, or of a step of the configuration's pipeline, whose own settings count.
+        overrides: those of a command line.
+
+    Raises:
+        ConfigError: there is no such stage or step.
+    """
+    from mlxchat.composition.compose import compose_config, split_options
+    from mlxchat.composition.sections import config_of
+    from mlxchat.runner.stage import Stages
+
+    config = compose_config(*split_options(overrides)).config
+    stages, is_step = Stages(config.stages), name in config.pipeline
+    key = str(config.pipeline[name].get("stage")) if is_step else name
+    if key not in stages:
+        known = [*config.pipeline, *(each for each in stages if each not in config.pipeline)]
+        raise ConfigError(f'"{name}" is no stage and no step: {", ".join(known)}.{suggest(name, known)}')
+    stage = stages[key]
+    section = getattr(config_of(config, name, stage) if is_step else config, key, None)
+    text = ast.get_docstring(ast.parse(stage.path.read_text(encoding="utf-8"))) or ""
+    return {
+        "stage": key, "does": " ".join(text.partition("\n\n")[0].split()), "file": str(stage.path),
+        "version": stage.version,
+        "reads": [f"{role} ({kind})" for role, kind in stage.inputs.items()]
+        + [f"{role} ({kind}, if it is given)" for role, kind in stage.optional_inputs.items()],
+        "produces": stage.produces, "writes": [names.replace("|", " or ") for names in stage.outputs],
+        "needs": list(stage.resources), "metrics": dict(stage.metrics),
+        "settings": dict(_settings(section, key)) if is_dataclass(section) else {},
+        "sections": [other for other in stage.config if other != key],
+    }  # fmt: skip
+
+
+def _row_of_setting(name: str, entry: Any) -> list[str]:
+    if isinstance(entry, str):
+        return [name, entry]
+    value = entry["value"]
+    shown = ", ".join(value) if isinstance(value, dict) and value else show_value(value)
+    return [name, textwrap.shorten(shown, _WIDTH, placeholder=" …"), entry["means"]]
+
+
+def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield dotted key → value and meaning of a section, those of its parts included."""
+    from mlxchat.store.fingerprint import plain_of
+
+    meanings = _meanings(section.__class__)
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from _settings(value, f"{prefix}.{item.name}")
+        else:
+            yield f"{prefix}.{item.name}", {"value": plain_of(value), "means": meanings.get(item.name, "")}
+
+
+@cache
+def _meanings(kind: type[object]) -> dict[str, str]:
+    """Return field → the first sentence of the text below it in the source of a dataclass."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__[:-1]):
+        try:
+            tree = ast.parse(inspect.getsource(importlib.import_module(each.__module__)))
+        except (ImportError, OSError, TypeError):
+            continue  # a class that was made while running
+        body = next(
+            (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == each.__name__), []
+        )
+        for item, text in itertools.pairwise(body):
+            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and is_text:
+                found[item.target.id] = " ".join(str(text.value.value).split()).partition(". ")[0]  # type: ignore[attr-defined]  # see is_text
+    return found
+
+
+_COLOURS = {"done": ("#cde8d5", "#2e7d4f"), "waiting": ("#fdecc8", "#9a6b00"), "maybe": ("#e3e7f7", "#4a5aa8")}
+
+
+def graph(arguments: list[str]) -> int:
+    """Print the graph of the pipeline, with each step's state."""
+    parser = Parser(prog="mlxchat graph", description="Draw the pipeline with each step's state.", allow_abbrev=False)
+    parser.add_argument("--format", choices=tuple(_FORMATS), default="ascii")
+    options, rest = parser.parse_known_args(arguments)
+    from mlxchat.store.store import Store
+    from mlxchat.sweep.job import plan_of
+
+    config = compose_config(*split_options(rest)).config
+    plan = plan_of(config, Store(Path(config.outputs)))
+    print(visible(_FORMATS[options.format](plan)))
+    return 0
+
+
+def draw_mermaid(plan: list[PlannedStep]) -> str:
+    """Return a Mermaid flowchart, steps that are done, waited for or perhaps not needed filled."""
+    lines = ["flowchart LR"]
+    for step in plan:
+        lines.append(f"  {step.name}[{step.name}]{f':::{step.state}' if step.state in _COLOURS else ''}")
+        lines += [f"  {source} --> {step.name}" for source in dict.fromkeys(step.inputs.values())]
+    used = {step.state for step in plan}
+    lines += [
+        f"  classDef {state} fill:{fill},stroke:{line}"
+        for state, (fill, line) in _COLOURS.items()
+        if state in used or state == "done"
+    ]
+    return "\n".join(lines)
+
+
+def draw_dot(plan: list[PlannedStep]) -> str:
+    """Return a graph for Graphviz's `dot`."""
+    lines = ["digraph pipeline {", "  rankdir=LR;", '  node [shape=box, style="rounded,filled", fillcolor=white];']
+    for step in plan:
+        fill = f', fillcolor="{_COLOURS[step.state][0]}"' if step.state in _COLOURS else ""
+        lines.append(f'  "{step.name}" [label="{step.name}\\n{step.state}"{fill}];')
+        lines += [f'  "{source}" -> "{step.name}" [label="{role}"];' for role, source in step.inputs.items()]
+    return "\n".join([*lines, "}"])
+
+
+def draw_json(plan: list[PlannedStep]) -> str:
+    """Return the steps and their inputs for programs."""
+    import json
+
+    return json.dumps(
+        [
+            {
+                "step": step.name, "stage": step.stage.name, "state": step.state, "reason": step.reason,
+                "artifact": step.artifact, "key": step.key, "rid": step.rid, "inputs": step.inputs,
+            }
+            for step in plan
+        ],
+        indent=1, ensure_ascii=False,
+    )  # fmt: skip
+
+
+def draw_tree(plan: list[PlannedStep]) -> str:
+    """Return the steps as a tree: each hangs on the input that is made last; further inputs are named beside it."""
+    position = {step.name: index for index, step in enumerate(plan)}
+    parent = {step.name: max(step.inputs.values(), key=lambda source: position[source]) for step in plan if step.inputs}
+    lines: list[str] = []
+
+    def draw(step: PlannedStep, before: str, last: bool) -> None:
+        others = [source for source in dict.fromkeys(step.inputs.values()) if source != parent.get(step.name)]
+        beside = f"  (and {', '.join(others)})" if others else ""
+        branch = "" if step.name not in parent else ("└─ " if last else "├─ ")
+        lines.append(f"{before}{branch}{step.name} [{step.state}]{beside}")
+        below = before if step.name not in parent else before + ("   " if last else "│  ")
+        children = [child for child in plan if parent.get(child.name) == step.name]
+        for child in children:
+            draw(child, below, child is children[-1])
+
+    for step in plan:
+        if step.name not in parent:
+            draw(step, "", True)
+    return "\n".join(lines)
+
+
+_FORMATS: dict[str, Callable[[list[PlannedStep]], str]] = {
+    "ascii": draw_tree,
+    "mermaid": draw_mermaid,
+    "dot": draw_dot,
+    "json": draw_json,
+}

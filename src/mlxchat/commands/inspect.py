@@ -1,0 +1,569 @@
+"""Verbs that read an outputs folder: status, ls, show, lineage, diff, verify."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words, take_names
+from mlxchat.commands.columns import aligned, print_json, show_value, when
+from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
+from mlxchat.errors import ConfigError, MlxchatError, StoreError, suggest, visible
+from mlxchat.store.catalog import Summary, read_catalog
+from mlxchat.store.naming import LATEST, Run, find_all, groups, latest, links, meaning
+from mlxchat.store.store import MANIFEST, Manifest, Store, read_manifest
+
+if TYPE_CHECKING:
+    from mlxchat.store.lineage import Node
+
+_LOG_LINES = 3
+_TAIL_BYTES = 65536
+
+Row = dict[str, Any]
+
+
+def status(arguments: list[str]) -> int:
+    """Print the work in progress, what failed, and the steps of a run."""
+    what = "Show what is running, failed and left over, and what is done in a run (default: the latest)."
+    parser = make_naming_parser("status", what, "RUN")
+    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
+    options = parser.parse_intermixed_args(arguments)
+    names, settings = take_names(options.settings, "status", 0, 1, "[RUN]")
+    store = Store(outputs_folder(settings))
+    run = _run_named(store, names[0]) if names else latest(store)
+    work = [_describe_work(store, folder) for folder in _folders(store.outputs / "work")]
+    done = [_describe_done(step, place) for step, place in links(store, run).items()]
+    done.sort(key=lambda row: str(row.get("published", "")))
+    if options.json:
+        print_json({"outputs": str(store.outputs), "work": work, "latest": latest(store), "run": run, "done": done})
+        return 0
+    for title, chosen in (("running", "running"), ("failed", "failed"), ("left over", "")):
+        rows = [
+            row for row in work if row["state"] == chosen or (not chosen and row["state"] not in ("running", "failed"))
+        ]
+        if rows:
+            print(title)
+        for row in rows:
+            print(visible("\n".join(_lines_of_work(row))))
+    if done:
+        print(f"done ({'latest run: ' * (run == latest(store))}{run})")
+        print(aligned([_cells_of_step(row) for row in done], right=(2, 3), indent="  "))
+    if not done and not work:
+        print(f"{store.outputs} holds nothing yet: run mlxchat first")
+    return 0
+
+
+def _run_named(store: Store, name: str) -> str:
+    """Return the run that a name means.
+
+    Raises:
+        StoreError: it means none.
+    """
+    meant = meaning(store, name)
+    if not isinstance(meant, Run):
+        raise StoreError(f'"{name}" is {meant.place.name}, no run. See: mlxchat show {name}')
+    return meant.name
+
+
+def _describe_work(store: Store, folder: Path) -> Row:
+    """Return who makes a step now, or how its last attempt ended, and how far it got."""
+    from mlxchat.store import attempts, locks
+
+    key = folder.name
+    executions = attempts.read(folder)
+    last = executions[-1] if executions else {}
+    held = locks.is_held(store.lock(key))
+    owner = locks.read_owner(store.lock(key)) if held else {}
+    latest = _last_record(folder / "ckpt" / "records" / "metrics.jsonl")
+    run = owner.get("run") or last.get("run")
+    state = "running" if held else str(last.get("outcome", "never started"))
+    log = store.outputs / "runs" / str(run) / f"{last.get('step')}-error.log"
+    return {
+        "state": state, "step": owner.get("step") or last.get("step") or key[:16], "key": key, "run": run,
+        "pid": owner.get("pid") or last.get("pid"), "host": owner.get("host") or last.get("host"),
+        "started": last.get("started"), "ended": last.get("ended"), "attempts": len(executions),
+        "ranks": _ranks(store, str(run)) if held else None,
+        "iteration": latest.get("iteration"), "loss": latest.get("loss"),
+        "tokens_per_second": latest.get("tokens_per_second"), "error": last.get("error"),
+        "command": _command(store, str(last.get("run"))),
+        "log": str(log) if log.exists() else None, "log_tail": _tail(log) if state == "failed" else [],
+    }  # fmt: skip
+
+
+def _lines_of_work(row: Row) -> list[str]:
+    """Return the lines about one step's work."""
+    at = f" at iteration {row['iteration']}" if row["iteration"] is not None else ""
+    speed = f", {format_count(row['tokens_per_second'])} tok/s" if row["tokens_per_second"] else ""
+    if row["state"] == "running":
+        since = f", since {when(row['started'])}" if row["started"] else ""
+        ranks = row["ranks"] or {}
+        hosts = list(dict.fromkeys(ranks.get("hosts", ())))
+        where = f" on {', '.join(hosts)}" if len(hosts) > 1 else ""
+        together = f" with {ranks['size']} ranks ({ranks['backend']}){where}" if ranks else ""
+        who = f"running in process {row['pid']} on {row['host']}{together} (run {row['run']}){at}{speed}{since}"
+        return [f"  {row['step']:<11} {who}"]
+    tries = f", attempt {row['attempts']}" if row["attempts"] > 1 else ""
+    error = f": {row['error']}" if row["error"] else ""
+    lines = [f"  {row['step']:<11} {row['state']}{at}{tries}{error}"]
+    lines += [f"              | {line}" for line in row["log_tail"]]
+    if row["log"] and row["state"] == "failed":
+        lines.append(f"              whole log: {row['log']}")
+    return [*lines, f"              continue: {row['command']}"] if row["command"] else lines
+
+
+def _describe_done(step: str, place: Path) -> Row:
+    try:
+        manifest = read_manifest(place)
+    except StoreError:
+        return {"step": step, "artifact": place.name, "damaged": True}
+    size = sum(file["bytes"] for file in manifest["outputs"])
+    return {
+        "step": step, "artifact": place.name, "rid": manifest["rid"], "bytes": size,
+        "seconds": manifest["seconds"], "published": manifest["published"],
+    }  # fmt: skip
+
+
+def _cells_of_step(row: Row) -> list[str]:
+    if row.get("damaged"):
+        return [row["step"], row["artifact"], "-", "-", "damaged: see mlxchat verify"]
+    return [
+        row["step"], row["artifact"], format_bytes(row["bytes"]), format_seconds(row["seconds"] or 0),
+        when(row["published"]),
+    ]  # fmt: skip
+
+
+def _command(store: Store, run: str) -> str | None:
+    """Return the command line of a run; None: its record is gone."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((store.outputs / "runs" / run / "plan.json").read_text(encoding="utf-8"))["command"])
+    return None
+
+
+def _ranks(store: Store, run: str) -> Row | None:
+    """Return which ranks compute in a run: size, backend, hosts, pids; None: it is one process."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((store.outputs / "runs" / run / "ranks.json").read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("size", "backend", "hosts", "pids")}
+    return None
+
+
+def _folders(place: Path) -> list[Path]:
+    try:
+        return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _last_record(path: Path) -> Row:
+    """Return the last whole record of a file that may be long and is being written."""
+    for line in reversed(_end_of(path).split(b"\n")):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def _tail(path: Path) -> list[str]:
+    lines = [line.rstrip() for line in _end_of(path).decode(errors="replace").splitlines() if line.strip()]
+    return lines[-_LOG_LINES:]
+
+
+def _end_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            return file.read()
+    except OSError:
+        return b""
+
+
+_ENCODED = "tokens"
+
+
+def ls(arguments: list[str]) -> int:
+    """Print a line per artifact, the newest last."""
+    parser = make_naming_parser("ls", "List the artifacts, the newest last; of a stage, a step or a run.", "NAME")
+    parser.add_argument("--stage", action="append", default=[], help="only of this stage or step (repeatable)")
+    parser.add_argument("--sort", metavar="METRIC", help="only artifacts that have this metric, the best first")
+    parser.add_argument("--json", action="store_true", help="one JSON array for programs")
+    options = parser.parse_intermixed_args(arguments)
+    names, settings = split_words(options.settings)
+    store = Store(outputs_folder(settings))
+    found = read_catalog(store)
+    wanted = [*options.stage, *names]
+    known = {str(summary.get(key)) for summary in found for key in ("stage", "step") if summary.get(key)}
+    of_runs: set[str] = set()
+    for name in wanted:
+        if name not in known and found:
+            of_runs |= _of_run(store, name, known)
+
+    def is_wanted(summary: Summary) -> bool:
+        return bool({summary.get("stage"), summary.get("step")} & set(wanted)) or summary["folder"] in of_runs
+
+    shown = [summary for summary in found if not wanted or is_wanted(summary)]
+    if options.sort:
+        shown = _best_first(shown, options.sort)
+    if options.json:
+        print_json(shown)
+        return 0
+    encoded = [summary for summary in shown if summary.get("kind") == _ENCODED]
+    listed = shown if _ENCODED in wanted else [summary for summary in shown if summary.get("kind") != _ENCODED]
+    if listed:
+        print(aligned([_row_of(summary, options.sort) for summary in listed], right=(3, 4)))
+    if encoded and listed is not shown:
+        size = format_bytes(sum(summary["bytes"] for summary in encoded))
+        print(
+            f"and {len(encoded)} folders of encoded text, {_ENCODED}-* ({size}), which trainings and evaluations "
+            "share, and make again if they are removed"
+        )
+    if not found:
+        print(f"{store.outputs} holds no artifacts yet: run mlxchat first")
+    return 0
+
+
+def _of_run(store: Store, name: str, known: set[str]) -> set[str]:
+    """Return the folders of a run's artifacts.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    with suppress(StoreError):
+        if isinstance(meant := meaning(store, name, paths=False), Run):
+            return {place.name for place in links(store, meant.name).values()}
+    raise ConfigError(f'"{name}" is no stage, step or run: {", ".join(sorted(known))}.{suggest(name, known)}')
+
+
+def _best_first(summaries: list[Summary], metric: str) -> list[Summary]:
+    """Return the artifacts that have a metric, the best first as their stage declares; names may be STEP.METRIC.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    step, _, name = metric.rpartition(".")
+    having = [one for one in summaries if name in (one.get("metrics") or {}) and step in ("", one["step"])]
+    if not having:
+        known = sorted({key for one in summaries for key in one.get("metrics") or {}})
+        raise ConfigError(f'--sort: no artifact has "{metric}": {", ".join(known)}.{suggest(name, known)}')
+    from mlxchat.runner.stage import best_of  # slow to import, and needed for this alone
+
+    is_maximised = best_of(having[0]["stage"], name) is max
+    return sorted(having, key=lambda one: float(one["metrics"][name]), reverse=is_maximised)
+
+
+def _row_of(summary: Summary, metric: str | None = None) -> list[str]:
+    if "damaged" in summary:
+        return ["damaged         ", summary["folder"], "-", "-", "-", "its manifest cannot be read: see mlxchat verify"]
+    shown = list(summary["metrics"].items())[:3]
+    if metric:
+        name = metric.rpartition(".")[2]
+        shown = [(name, summary["metrics"][name])]
+    numbers = [f"{key} {format_number(value)}" for key, value in shown]
+    extended = summary["inputs"].get("extends")
+    if extended:
+        numbers.append(f"extends {extended['artifact']}")
+    size, seconds = format_bytes(summary["bytes"]), format_seconds(summary["seconds"] or 0)
+    return [when(summary["published"]), summary["folder"], str(summary["step"]), size, seconds, "  ".join(numbers)]
+
+
+EXAMPLES = ("wrong", "right", "all")
+
+
+def show(arguments: list[str]) -> int:
+    """Print an artifact's manifest for people, or with --json as it is; or an evaluation's examples, or RL's."""
+    parser = make_naming_parser("show", "Show everything about an artifact.")
+    parser.add_argument("--json", action="store_true", help="the manifest as it is")
+    parser.add_argument(
+        "--examples",
+        nargs="?",
+        choices=EXAMPLES,
+        const="all",
+        help="of an evaluation or RL: questions and answers",
+    )
+    parser.add_argument("-n", type=int, default=5, metavar="N", help="examples at most, of RL questions (default: 5)")
+    parser.add_argument("--task", metavar="NAME", help="of an evaluation: examples of this task only")
+    parser.add_argument("--iteration", type=int, metavar="N", help="of RL: answers of this iteration only")
+    options = parser.parse_intermixed_args(arguments)
+    if options.n < 1:
+        raise ConfigError(f"-n is {options.n}, expected at least 1")
+    (name,), settings = take_names(options.settings, "show", 1, 1, "ID")
+    store = Store(outputs_folder(settings))
+    place = store.resolve(name)
+    if options.examples is not None:
+        from mlxchat.commands.examples import show_examples, show_rollouts  # which needs a reader of parquet
+        from mlxchat.evals.examples import has_rollouts
+
+        if has_rollouts(place):
+            return show_rollouts(place, which=options.examples, count=options.n, iteration=options.iteration)
+        return show_examples(place, which=options.examples, count=options.n, task=options.task)
+    manifest = read_manifest(place)
+    if options.json:
+        print_json(manifest)
+        return 0
+    print(place.name)
+    print(aligned(_facts(store, place, manifest), indent="  "))
+    for title, rows in _sections(manifest):
+        if rows:
+            print(f"{title}\n{aligned(rows, indent='  ')}")
+    return 0
+
+
+def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]:
+    yield ["id", manifest["rid"]]
+    yield ["step", f"{manifest['step']} (stage {manifest['stage']}, version {manifest['version']})"]
+    hosts = sorted({str(attempt.get("host")) for attempt in manifest.get("attempts", ()) if attempt.get("host")})
+    attempts = len(manifest.get("attempts", ()))
+    made = f"{when(manifest['published'])} in {format_seconds(manifest['seconds'] or 0)}"
+    yield [
+        "made",
+        made + (f" ({attempts} attempts)" if attempts > 1 else "") + (f" on {', '.join(hosts)}" if hosts else ""),
+    ]
+    yield ["run", str(manifest.get("run"))]
+    if manifest.get("overrides"):
+        yield ["settings", " ".join(manifest["overrides"])]
+    yield ["size", format_bytes(sum(file["bytes"] for file in manifest["outputs"]))]
+    yield ["folder", str(place)]
+    if manifest.get("tokens_per_second"):
+        yield ["speed", f"{format_count(manifest['tokens_per_second'])} tok/s"]
+    if manifest.get("peak_memory_bytes"):
+        yield ["memory", _memory(manifest)]
+    newest = latest(store)
+    named = [f"{LATEST}/{name}" for name, one in links(store, newest).items() if one == place]
+    named += [f"{group}/{name}" for group in groups(store) for name, one in links(store, group).items() if one == place]
+    if named:
+        yield ["named", ", ".join(named)]
+
+
+def _memory(manifest: Manifest) -> str:
+    """Return the peak of MLX's arrays, which progress shows and plans predict, and that of the whole process."""
+    process, arrays = format_bytes(manifest["peak_memory_bytes"]), manifest.get("peak_array_bytes")
+    if arrays is None:
+        return f"{process} at most, the whole process"
+    predicted = (manifest.get("derived") or {}).get("predicted_peak_bytes")
+    known = f", {format_bytes(predicted)} predicted" if predicted else ""
+    return f"{format_bytes(arrays)} of arrays at most{known}; {process} with the program and its libraries"
+
+
+def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
+    from mlxchat.store.comparing import flatten
+
+    yield "inputs", [[role, str(made.get("artifact"))] for role, made in (manifest.get("inputs") or {}).items()]
+    yield "metrics", [[key, format_number(value)] for key, value in manifest["metrics"].items()]
+    yield "derived", [[key, show_value(value)] for key, value in flatten(manifest.get("derived") or {}).items()]
+    yield "config", [[key, show_value(value)] for key, value in flatten(manifest["config"]).items()]
+    outside = [
+        [
+            str(item.get("name") or item.get("url")),
+            str(item.get("revision") or item.get("version") or ""),
+            str(item.get("sha256") or "")[:12],
+        ]
+        for item in manifest.get("externals") or ()
+    ]
+    yield "from outside", outside
+    git, device = manifest.get("git") or {}, manifest.get("device") or {}
+    commit = [["git", f"{str(git.get('commit'))[:12]}{' (changed since)' if git.get('dirty') else ''}"]] if git else []
+    if ranks := (manifest.get("excluded") or {}).get("ranks"):
+        hosts = ", ".join(dict.fromkeys(ranks.get("hosts", ())))
+        commit.append(["ranks", f"{ranks.get('size')} ({ranks.get('backend')}) on {hosts}"])
+    versions = [[key, str(value)] for key, value in (manifest.get("versions") or {}).items()]
+    yield "made with", [*commit, *([["device", str(device.get("name"))]] if device else []), *versions]
+    yield "files", [[file["path"], format_bytes(file["bytes"]), file["sha256"][:12]] for file in manifest["outputs"]]
+
+
+def lineage(arguments: list[str]) -> int:
+    """Print both trees, or with --up or --down one of them."""
+    from mlxchat.store.lineage import ancestors, descendants, index
+
+    parser = make_naming_parser("lineage", "Show what an artifact was made from, and what was made from it.")
+    parser.add_argument("--up", action="store_true", help="only what it was made from")
+    parser.add_argument("--down", action="store_true", help="only what was made from it")
+    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
+    options = parser.parse_intermixed_args(arguments)
+    (name,), settings = take_names(options.settings, "lineage", 1, 1, "ID")
+    store = Store(outputs_folder(settings))
+    place = store.resolve(name)
+    manifest = read_manifest(place)
+    known = index(read_catalog(store)) if manifest["kind"] != "tokens" else {}
+    if manifest["rid"] not in known:
+        from mlxchat.store.catalog import short_form
+
+        known[manifest["rid"]] = short_form(place.name, manifest)
+    trees = {}
+    if options.up or not options.down:
+        trees["inputs"] = ancestors(manifest["rid"], known)
+    if options.down or not options.up:
+        trees["uses"] = descendants(manifest["rid"], known)
+    if options.json:
+        print_json(trees)
+        return 0
+    titles = {"inputs": "made from", "uses": "used by"}
+    for key, tree in trees.items():
+        print(titles[key] if tree[key] else f"{titles[key]} nothing: {visible(tree['artifact'])}")
+        if tree[key]:
+            print("\n".join(f"  {visible(line)}" for line in _draw(tree, key)))
+    return 0
+
+
+def _draw(tree: Node, below: str) -> list[str]:
+    """Return a tree's lines. What stands at several places is followed at the first."""
+    seen: set[str] = set()
+
+    def lines(node: Node, before: str, branch: str, further: str) -> Iterator[str]:
+        again = node["rid"] in seen and node[below]
+        seen.add(node["rid"])
+        role = f"{node['role']}: " if node["role"] else ""
+        note = "" if node["here"] else "  (no longer in the store)"
+        step = f"  [{node['step']}]" if node["step"] else ""
+        yield f"{before}{branch}{role}{node['artifact']}{step}{note}{'  (see above)' if again else ''}"
+        if again:
+            return
+        for position, child in enumerate(node[below]):
+            last = position == len(node[below]) - 1
+            yield from lines(child, before + further, "└─ " if last else "├─ ", "   " if last else "│  ")
+
+    return list(lines(tree, "", "", ""))
+
+
+def diff(arguments: list[str]) -> int:
+    """Print each difference as key, old → new."""
+    parser = make_naming_parser(
+        "diff",
+        "Show how two artifacts, or the steps of two runs, differ: config, inputs, code, metrics, environment.",
+        "A B",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
+    options = parser.parse_intermixed_args(arguments)
+    names, settings = take_names(options.settings, "diff", 2, 2, "A B")
+    store = Store(outputs_folder(settings))
+    runs = [meant.name for name in names if isinstance(meant := meaning(store, name), Run)]
+    pairs = _pair_steps(store, *runs) if len(runs) == len(names) else {"": tuple(map(store.resolve, names))}
+    if options.json:
+        records = {step: _describe_pair(*pair) for step, pair in pairs.items()}
+        print_json(records if len(runs) == len(names) else records[""])
+        return 0
+    for step, (a, b) in pairs.items():
+        if step:
+            print(visible(f"\n── {step}"))
+        _show_pair(a, b)
+    return 0
+
+
+def _pair_steps(store: Store, *runs: str) -> dict[str, tuple[Path | None, Path | None]]:
+    """Return step → its artifact in either run; None: that run has no such step."""
+    old, new = (links(store, run) for run in runs)
+    return {step: (old.get(step), new.get(step)) for step in dict.fromkeys([*old, *new])}
+
+
+def _describe_pair(a: Path | None, b: Path | None) -> dict[str, Any]:
+    if a is None or b is None:
+        return {"a": a and a.name, "b": b and b.name}
+    from mlxchat.store.comparing import differences
+
+    return {"a": a.name, "b": b.name, **differences(read_manifest(a), read_manifest(b))}
+
+
+def _show_pair(a: Path | None, b: Path | None) -> None:
+    """Print how two artifacts differ."""
+    if a is None or b is None:
+        print(f"only in {'a' if b is None else 'b'}")
+        return
+    if a == b:
+        print(visible(f"a and b  {a.name}\nno difference"))
+        return
+    print(visible(f"a  {a.name}\nb  {b.name}"))
+    from mlxchat.store.comparing import differences
+
+    found = differences(read_manifest(a), read_manifest(b))
+    for section, changes in found.items():
+        if changes:
+            rows = [[key, f"{_change(a, b)}{_delta(a, b)}"] for key, (a, b) in changes.items()]
+            print(f"{section}\n{aligned(rows, indent='  ')}")
+    same = [section for section, changes in found.items() if not changes]
+    print(f"equal: {', '.join(same)}" if any(found.values()) else "no difference")
+
+
+def _change(old: Any, new: Any) -> str:
+    """Return old → new, in six digits where those tell them apart."""
+    short = [f"{value:.6g}" if isinstance(value, float) else show_value(value) for value in (old, new)]
+    return " → ".join(short if short[0] != short[1] else [show_value(old), show_value(new)])
+
+
+def _delta(old: Any, new: Any) -> str:
+    """Return a float's change, relative to what it was."""
+    if not (isinstance(old, float) and isinstance(new, float)) or not old:
+        return ""
+    return f"  ({(new - old) / abs(old):+.1%})"
+
+
+def verify(arguments: list[str]) -> int:
+    """Verify all artifacts or those that are named; return 1 if something differs."""
+    from mlxchat.store.integrity import makers, remedy
+    from mlxchat.store.verifying import check_contents, find_absent
+
+    parser = make_naming_parser(
+        "verify", "Hash every file of all artifacts, or of those that are named, and list what differs.", "ID"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
+    options = parser.parse_intermixed_args(arguments)
+    names, settings = split_words(options.settings)
+    store = Store(outputs_folder(settings))
+    base = store.outputs / "store"
+    every = sorted(base.iterdir()) if base.is_dir() else []
+    places = [place for name in names for place in find_all(store, name)] or [
+        place for place in every if (place / MANIFEST).exists()
+    ]
+    places = list(dict.fromkeys(places))
+    faults: dict[str, list[str]] = {}
+    absent: dict[str, list[str]] = {}
+    for place in places:
+        if found := list(check_contents(place)):
+            faults[place.name] = found
+        elif found := list(find_absent(store, place)) or _faults_below(place):
+            absent[place.name] = found
+        if found and not options.json:
+            print("\n".join(visible(f"{place.name}  {fault}") for fault in found), flush=True)
+    size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
+    if options.json:
+        print_json({"artifacts": len(places), "bytes": size, "faults": faults, "absent": absent})
+    elif not places:
+        print(f"{store.outputs} holds no artifacts yet: run mlxchat first")
+    else:
+        count = "1 artifact is" if len(places) == 1 else f"{len(places)} artifacts are"
+        told = f"{len(faults)} of {len(places)} artifacts differ" if faults else f"{count} right"
+        print(f"{told} ({format_bytes(size)} hashed)")
+        if faults:
+            print(visible(remedy(_manifests(store, faults))))
+        if absent:
+            print(
+                f"{len(absent)} of {len(places)} artifacts are intact but lack what they were made from: keep them "
+                f"and run again: {visible(makers(_manifests(store, absent)))}"
+            )
+    return int(bool(faults or absent))
+
+
+def _manifests(store: Store, names: Iterable[str]) -> list[Manifest]:
+    """Return the manifests of artifacts that can be read."""
+    found = []
+    for name in names:
+        with suppress(StoreError):
+            found.append(read_manifest(store.outputs / "store" / name))
+    return found
+
+
+def _faults_below(place: Path) -> list[str]:
+    """Return what keeps adapters, whose own files are right, from being computed with what they rest on."""
+    from mlxchat.store.bases import find_chain, is_adapter
+
+    if not is_adapter(place):
+        return []
+    try:
+        find_chain(place)
+    except MlxchatError as error:
+        return [str(error)]
+    return []
