@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from textwrap import fill
-
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING
 
 from mlxchat import __version__
 from mlxchat.composition.compose import (
@@ -29,6 +25,9 @@ from mlxchat.config.verbs import VERBS
 from mlxchat.errors import ConfigError
 from mlxchat.runner.stage import Stages
 from mlxchat.sweep.job import run_pipeline
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _SWEEP_FLAGS = {"-m", "--multirun"}
 _HYDRA_FLAGS = {
@@ -80,6 +79,10 @@ def run_with_hydra(arguments: list[str]) -> int:
     Raises:
         ConfigError: the composition is wrong, or the options ask for nothing to be shown.
     """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     register_schema()  # for --shell-completion
     if not {*_COMPLETION} & {*arguments}:  # what follows that is a word, not an override
         arguments = _prepare(arguments)
