@@ -29,7 +29,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.ops.device import prepare_machine
 from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.context import Context
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 
 VERSION = 5
 CONFIG = ["suite", "eval"]

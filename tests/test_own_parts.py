@@ -19,7 +19,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.evals.own import measure_own
-from mlxchat.runner.externals import pin_externals
+from mlxchat.runner.keys import pin_externals
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import Stages, read_stage
 from mlxchat.store.store import Store

@@ -15,8 +15,8 @@ import yaml
 
 from kit.commands import CommandLine, Say
 from mlxchat.errors import StoreError
+from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import hash_file
-from mlxchat.store.records import Records
 from mlxchat.store.store import Store, read_manifest
 
 KINDS = {
@@ -81,7 +81,7 @@ def plan(say: Say, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, 
 def test_a_plan_names_another_mlx_than_computed_what_is_done(
     finished: Any, tiny: tuple[str, ...], say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxchat.store.comparing.versions", lambda: {"mlx": "99.0"})
+    monkeypatch.setattr("mlxchat.store.compare.versions", lambda: {"mlx": "99.0"})
     lines = say("plan", *tiny, f"outputs={finished.outputs}").splitlines()
     drifted = [line.split()[0] for line in lines if re.search(r"\(computed with mlx [\d.]+, now 99\.0", line)]
     assert drifted == ["pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"]

@@ -23,9 +23,9 @@ from mlxchat.commands.models import IMPORT_FORMATS as FORMATS
 from mlxchat.commands.plan import draw_dot, draw_json, draw_mermaid
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
-from mlxchat.runner.table import make_table
 from mlxchat.store import attempts
-from mlxchat.store.records import Records
+from mlxchat.store.compare import make_table
+from mlxchat.store.files import Records
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 

@@ -17,8 +17,8 @@ import pytest
 from kit.commands import run_here
 from mlxchat.cli import main
 from mlxchat.errors import DataError, filter_logs, visible
+from mlxchat.store.files import seal
 from mlxchat.store.naming import Found, describe_model
-from mlxchat.store.sealed import seal
 
 # OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
 HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"

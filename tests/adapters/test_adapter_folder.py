@@ -234,8 +234,7 @@ def test_names_within_layers_mean_the_last_layers_as_in_mlx_lm(tmp_path: Path) -
 
 
 def test_an_adapter_is_kept_together_with_its_base_by_gc(tmp_path: Path) -> None:
-    from mlxchat.store.gc import find_garbage
-    from mlxchat.store.leftovers import Limits
+    from mlxchat.store.gc import Limits, find_garbage
 
     outputs = tmp_path / "outputs"
     base = publish_base(outputs)

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from mlxchat.store import locks
-from mlxchat.store.integrity import find_damage
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.verify import find_damage
 
 SCRIPT = Path(__file__).parent / "stub_run.py"
 

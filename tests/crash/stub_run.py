@@ -25,7 +25,7 @@ from mlxchat.runner.run import Policy, Run  # noqa: E402
 from mlxchat.runner.workers import execute  # noqa: E402
 from mlxchat.store import attempts, locks  # noqa: E402
 from mlxchat.store.environment import Environment  # noqa: E402
-from mlxchat.store.records import now  # noqa: E402
+from mlxchat.store.files import now  # noqa: E402
 from mlxchat.store.store import Store  # noqa: E402
 
 # Child processes come here too: they import this file under another name.

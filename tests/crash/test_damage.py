@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.sealed import seal, unseal
+from mlxchat.store.files import seal, unseal
 from mlxchat.store.store import Store, parse_manifest, read_manifest
 from mlxchat.training.state import read_newest, write_save
 

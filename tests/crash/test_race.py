@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 from mlxchat.store.store import Store, describe_outputs
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlxchat.commands.inspect import status
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 from mlxchat.store.store import Store, read_manifest
 
 RANKS = ("ranks=2", "train.iterations=12")

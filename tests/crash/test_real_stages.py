@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from mlxchat.store import locks
-from mlxchat.store.integrity import find_damage
 from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.verify import find_damage
 
 _SETTINGS = """
     machine.checkpoint_seconds=0

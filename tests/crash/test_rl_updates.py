@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from mlxchat.composition.compose import compose_config
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 from mlxchat.store.store import Store
 
 # RL needs a model that is now and then right: it picks letters.

@@ -30,7 +30,7 @@ from mlxchat.data.vocabulary import (
     vocab_size_of,
 )
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.runner.externals import pin_externals
+from mlxchat.runner.keys import pin_externals
 from mlxchat.store.fingerprint import hash_file, identity_of
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -20,7 +20,7 @@ from mlxchat.hub import remote
 from mlxchat.hub.remote import Place, export_to, import_from, open_place
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
-from mlxchat.store.verifying import find_faults
+from mlxchat.store.verify import find_faults
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 
@@ -306,7 +306,7 @@ def test_an_interrupted_import_reads_only_the_rest_of_a_file(
 
 
 def test_what_an_import_left_long_ago_is_garbage(toys: Any, tmp_path: Path) -> None:
-    from mlxchat.store.leftovers import Limits, left_overs
+    from mlxchat.store.gc import Limits, left_overs
 
     toys.store.prepare()
     folder = toys.outputs / "work" / ".import-0123456789abcdef"

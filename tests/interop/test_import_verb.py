@@ -19,8 +19,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, StoreError
 from mlxchat.planning.memory import describe_memory
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.store.gc import find_garbage
-from mlxchat.store.leftovers import Limits
+from mlxchat.store.gc import Limits, find_garbage
 from mlxchat.store.naming import describe_model, find_model
 from mlxchat.store.store import Store, read_manifest
 from mlxchat.sweep.job import plan_of

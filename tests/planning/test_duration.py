@@ -9,7 +9,7 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.planning.duration import estimate_pretraining
-from mlxchat.runner.estimates import Estimate
+from mlxchat.runner.reasons import Estimate
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 

@@ -13,7 +13,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import RewardConfig
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.rl.rewards import Reward, overlong_penalty
-from mlxchat.runner.externals import pin_externals
+from mlxchat.runner.keys import pin_externals
 
 RIGHT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
 

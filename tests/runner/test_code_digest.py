@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from mlxchat.runner import code_digest
-from mlxchat.runner.code_digest import CodeDigests, changed_modules
+from mlxchat.runner import keys
+from mlxchat.runner.keys import CodeDigests, changed_modules
 from mlxchat.runner.stage import Stages
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
@@ -88,7 +88,7 @@ def test_the_closure_holds_every_module_of_the_library_that_python_itself_import
     library = ROOT / "src" / "mlxchat"
     loaded = {Path(path) for path in done.stdout.split() if path != "None"}
     names = {str(path.relative_to(library)) for path in loaded if path.is_relative_to(library)}
-    computing = {name for name in names if not code_digest.computes_nothing(name.removesuffix(".py").split("/")[0])}
+    computing = {name for name in names if not keys.computes_nothing(name.removesuffix(".py").split("/")[0])}
     found = CodeDigests(Path("/none/index/x"), library).of_stage(Stages()["sft"].path)
     # cpu/__init__.py is imported by the package itself, before any stage.
     assert computing - set(found) <= {"cpu/__init__.py"}
@@ -170,7 +170,7 @@ for name in ("mlxchat", "mlxchat.runner"):  # without what the package imports b
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [f"{root}/{name.replace('.', '/')}"]
 from pathlib import Path
-from mlxchat.runner.code_digest import CodeDigests
+from mlxchat.runner.keys import CodeDigests
 digests = CodeDigests(Path("/none/index/x"), Path(library))
 print(json.dumps({stage: digests.of_stage(Path(stage)) for stage in sys.argv[3:]}))
 """
@@ -199,7 +199,7 @@ def test_what_was_read_is_remembered_and_read_again_when_it_changes(
     def refuse(tree: Any) -> str:
         raise AssertionError(f"{ast.unparse(tree)} was hashed again")
 
-    monkeypatch.setattr(code_digest, "hash_tree", refuse)
+    monkeypatch.setattr(keys, "hash_tree", refuse)
     assert modules(tree, "index/code.json") == before
     (tree / "mlxchat/ops/late.py").write_text("RATE = 7\n")
     with pytest.raises(AssertionError, match="RATE = 7 was hashed again"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 
 CHAIN = {
     "one": {"stage": "make"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from mlxchat.runner.estimates import estimate_steps
+from mlxchat.runner.reasons import estimate_steps
 
 
 def made(label: str, epochs: int, seconds: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mlxchat.errors import DataError, Interrupted, MlxchatError, StepFailed
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import make_plan
 from mlxchat.store import attempts, locks
-from mlxchat.store.records import Record, Records
+from mlxchat.store.files import Record, Records
 from mlxchat.store.store import Store
 
 ONE = {"one": {"stage": "make"}}

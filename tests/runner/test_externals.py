@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.runner.externals import FileHashes
-from mlxchat.store import attempts, externals
+from mlxchat.runner import keys
+from mlxchat.runner.keys import FileHashes
+from mlxchat.store import attempts
 from mlxchat.store.fingerprint import hash_file
 
 ONE = {"one": {"stage": "make"}}
@@ -85,11 +86,11 @@ def remembered(tmp_path: Path) -> FileHashes:
 
 
 def test_a_settled_file_is_hashed_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(externals, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
     hashes = remembered(tmp_path)
     digest = hashes.of(text)
     hashes.save()
-    monkeypatch.setattr(externals, "hash_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(keys, "hash_file", lambda path: pytest.fail("hashed again"))
     assert remembered(tmp_path).of(text) == digest
 
 
@@ -103,7 +104,7 @@ def test_a_file_changed_a_moment_ago_is_hashed_each_time(text: Path, tmp_path: P
 
 
 def test_a_change_that_keeps_size_and_time_is_seen(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(externals, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
     hashes = remembered(tmp_path)
     before, status = hashes.of(text), text.stat()
     hashes.save()
@@ -130,7 +131,7 @@ def test_a_folder_is_pinned_by_the_names_and_contents_of_all_its_files_wherever_
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "deep" / "model").write_text(text)
-        pins.append(externals.pin_externals({"outside": Folder(str(tmp_path / name))}))
+        pins.append(keys.pin_externals({"outside": Folder(str(tmp_path / name))}))
     assert pins[0] == pins[1] != pins[2]
     assert pins[0]["file of folder deep/model"] == hash_file(tmp_path / "one" / "deep" / "model")
 
@@ -140,4 +141,4 @@ def test_a_folder_without_files_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"outside\.path: .*no folder with files"):
-        externals.pin_externals({"outside": Folder(str(tmp_path / name))})
+        keys.pin_externals({"outside": Folder(str(tmp_path / name))})

@@ -25,8 +25,8 @@ from mlxchat.errors import DataError, Interrupted, PassingError, StepFailed
 from mlxchat.runner import run
 from mlxchat.runner.process import Hooks, keep_awake
 from mlxchat.runner.run import Policy, TimeIsUp, TimeLimit, is_passing
-from mlxchat.store import attempts, records
-from mlxchat.store.records import Records
+from mlxchat.store import attempts, files
+from mlxchat.store.files import Records
 
 ONE = {"one": {"stage": "make"}}
 CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
@@ -268,7 +268,7 @@ def back_and_forth() -> Iterator[timedelta]:
 @pytest.fixture
 def jumping(monkeypatch: pytest.MonkeyPatch) -> None:
     JumpingClock.jumps = back_and_forth()
-    monkeypatch.setattr(records, "datetime", JumpingClock)
+    monkeypatch.setattr(files, "datetime", JumpingClock)
     offsets = back_and_forth()
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + next(offsets).total_seconds())
@@ -417,4 +417,4 @@ def test_a_mac_without_that_program_and_other_systems_are_left_alone(
 
 
 def test_times_are_utc() -> None:
-    assert datetime.fromisoformat(records.now()).tzinfo == UTC
+    assert datetime.fromisoformat(files.now()).tzinfo == UTC

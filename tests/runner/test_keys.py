@@ -15,7 +15,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import RewardConfig, TaskItem
 from mlxchat.rl.rewards import Reward
-from mlxchat.runner.externals import pin_externals
+from mlxchat.runner.keys import pin_externals
 from mlxchat.runner.plan import make_plan
 from mlxchat.store.fingerprint import identity_of
 from mlxchat.store.store import Store

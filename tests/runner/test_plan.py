@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.errors import ConfigError
-from mlxchat.runner import code_digest, externals
+from mlxchat.runner import keys
 from mlxchat.runner.plan import flatten_config, order_steps, pin_externals
 from mlxchat.runner.stage import Stages, read_stage
 from mlxchat.store import fingerprint
@@ -293,7 +293,7 @@ def test_planning_what_is_done_reads_no_output_and_hashes_nothing(toys: Any, mon
     def refuse(path: Path) -> str:
         raise AssertionError(f"{path} was hashed")
 
-    for module in (code_digest, externals, store_module, fingerprint):
+    for module in (keys, store_module, fingerprint):
         for name in ("hash_file", "hash_code"):
             monkeypatch.setattr(module, name, refuse, raising=False)
     for path in (toys.outputs / "store").glob("*/result.txt"):

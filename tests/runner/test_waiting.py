@@ -13,7 +13,7 @@ from mlxchat.runner import run as run_module
 from mlxchat.runner.run import Run, Waiting
 from mlxchat.store.attempts import iteration
 from mlxchat.store.environment import Environment
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 
 OWNER = {"pid": 12, "host": "alpha", "run": "run7", "step": "train"}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 
 
 @dataclass(frozen=True)

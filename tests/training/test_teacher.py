@@ -26,8 +26,8 @@ from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import Training, check_memory
 from mlxchat.runner.plan import Pipeline, make_plan
+from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import identity_of
-from mlxchat.store.records import Records
 from mlxchat.store.store import Store, write_manifest
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.forecast_finetune import measure_teacher

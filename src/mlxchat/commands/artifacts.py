@@ -9,8 +9,7 @@ from mlxchat.commands.arguments import make_naming_parser, make_parser, outputs_
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.store.gc import Collection, collect, find_garbage
-from mlxchat.store.leftovers import Limits, parse_age, parse_bytes
+from mlxchat.store.gc import Collection, Limits, collect, find_garbage, parse_age, parse_bytes
 from mlxchat.store.naming import MODEL, PINS, find_all, links
 from mlxchat.store.store import MANIFEST, Store, read_manifest
 from mlxchat.store.transfer import closure, export, import_all, is_url

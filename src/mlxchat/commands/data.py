@@ -18,7 +18,7 @@ from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.errors import ConfigError, DataError, PassingError, suggest, visible
 from mlxchat.hub.cache import cache_folder, hub_cache
 from mlxchat.hub.inventory import Holding, choose, find_holdings, remove
-from mlxchat.runner.seeds import stage_seed
+from mlxchat.runner.context import stage_seed
 from mlxchat.store.naming import latest, links, resolve
 from mlxchat.store.store import Store
 

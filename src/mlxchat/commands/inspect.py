@@ -18,7 +18,7 @@ from mlxchat.store.naming import LATEST, Run, find_all, groups, latest, links, m
 from mlxchat.store.store import MANIFEST, Manifest, Store, read_manifest
 
 if TYPE_CHECKING:
-    from mlxchat.store.lineage import Node
+    from mlxchat.store.catalog import Node
 
 _LOG_LINES = 3
 _TAIL_BYTES = 65536
@@ -351,7 +351,7 @@ def _memory(manifest: Manifest) -> str:
 
 
 def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
-    from mlxchat.store.comparing import flatten
+    from mlxchat.store.compare import flatten
 
     yield "inputs", [[role, str(made.get("artifact"))] for role, made in (manifest.get("inputs") or {}).items()]
     yield "metrics", [[key, format_number(value)] for key, value in manifest["metrics"].items()]
@@ -378,7 +378,7 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
 
 def lineage(arguments: list[str]) -> int:
     """Print both trees, or with --up or --down one of them."""
-    from mlxchat.store.lineage import ancestors, descendants, index
+    from mlxchat.store.catalog import ancestors, descendants, index
 
     parser = make_naming_parser("lineage", "Show what an artifact was made from, and what was made from it.")
     parser.add_argument("--up", action="store_true", help="only what it was made from")
@@ -463,7 +463,7 @@ def _pair_steps(store: Store, *runs: str) -> dict[str, tuple[Path | None, Path |
 def _describe_pair(a: Path | None, b: Path | None) -> dict[str, Any]:
     if a is None or b is None:
         return {"a": a and a.name, "b": b and b.name}
-    from mlxchat.store.comparing import differences
+    from mlxchat.store.compare import differences
 
     return {"a": a.name, "b": b.name, **differences(read_manifest(a), read_manifest(b))}
 
@@ -477,7 +477,7 @@ def _show_pair(a: Path | None, b: Path | None) -> None:
         print(visible(f"a and b  {a.name}\nno difference"))
         return
     print(visible(f"a  {a.name}\nb  {b.name}"))
-    from mlxchat.store.comparing import differences
+    from mlxchat.store.compare import differences
 
     found = differences(read_manifest(a), read_manifest(b))
     for section, changes in found.items():
@@ -503,8 +503,7 @@ def _delta(old: Any, new: Any) -> str:
 
 def verify(arguments: list[str]) -> int:
     """Verify all artifacts or those that are named; return 1 if something differs."""
-    from mlxchat.store.integrity import makers, remedy
-    from mlxchat.store.verifying import check_contents, find_absent
+    from mlxchat.store.verify import check_contents, find_absent, makers, remedy
 
     parser = make_naming_parser(
         "verify", "Hash every file of all artifacts, or of those that are named, and list what differs.", "ID"

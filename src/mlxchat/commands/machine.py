@@ -22,8 +22,7 @@ from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, MlxchatError, suggest
 from mlxchat.store.environment import versions
-from mlxchat.store.records import now
-from mlxchat.store.sealed import write_whole
+from mlxchat.store.files import now, write_whole
 
 _SLOW_GFLOPS = 30
 _LITTLE_DISK_BYTES = 5e9
@@ -129,7 +128,7 @@ def _resources(outputs: Path) -> Iterator[Finding]:
 
 
 def _folder(outputs: Path) -> Iterator[Finding]:
-    from mlxchat.store.mounts import mount_of
+    from mlxchat.store.locks import mount_of
     from mlxchat.store.probing import probe_folder
 
     place = outputs

@@ -17,10 +17,10 @@ from mlxchat.commands.arguments import Parser, make_naming_parser, outputs_folde
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, StoreError, suggest, visible
 from mlxchat.store.bases import is_adapter
-from mlxchat.store.integrity import check_model
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, links, run_of
 from mlxchat.store.store import Store, read_manifest
 from mlxchat.store.transfer import is_url
+from mlxchat.store.verify import check_model
 
 if TYPE_CHECKING:
     from mlxchat.engine.tools import PythonTool
@@ -91,8 +91,8 @@ def _export(
 ) -> int:  # fmt: skip
     from mlxchat.hub.upload import check_repository, push_folder
     from mlxchat.interop import exporting
-    from mlxchat.store.integrity import find_damage
-    from mlxchat.store.whole_folder import check_free, whole_folder
+    from mlxchat.store.files import check_free, whole_folder
+    from mlxchat.store.verify import find_damage
 
     place = find_model(store, name).place
     token = check_repository(repository, public=public) if repository else ""

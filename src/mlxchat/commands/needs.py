@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mlxchat.hub.cache import HubFile
-    from mlxchat.runner.estimates import Estimate
+    from mlxchat.runner.reasons import Estimate
     from mlxchat.store.store import Store
     from mlxchat.tasks.downloads import HubSource, UrlSource
 

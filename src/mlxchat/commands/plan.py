@@ -21,7 +21,7 @@ from mlxchat.errors import ConfigError, suggest, visible
 from mlxchat.runner.plan import PlannedStep
 
 if TYPE_CHECKING:
-    from mlxchat.runner.estimates import Estimate
+    from mlxchat.runner.reasons import Estimate
 
 
 _EXIT_PENDING = 3
@@ -49,11 +49,10 @@ def plan(arguments: list[str]) -> int:
     from mlxchat.planning.duration import estimate_pretraining
     from mlxchat.planning.memory import check_memory, describe_memory
     from mlxchat.planning.text import describe_text
-    from mlxchat.runner.estimates import estimate_steps
-    from mlxchat.runner.externals import find_unknown
-    from mlxchat.runner.plan_table import format_plan
-    from mlxchat.store.comparing import environment_drift
-    from mlxchat.store.leftovers import remark_old
+    from mlxchat.runner.keys import find_unknown
+    from mlxchat.runner.reasons import estimate_steps, format_plan
+    from mlxchat.store.compare import environment_drift
+    from mlxchat.store.gc import remark_old
     from mlxchat.store.store import Store
     from mlxchat.sweep.job import plan_of
 
@@ -106,7 +105,7 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
     from mlxchat.config.wording import format_bytes, format_seconds, plural
     from mlxchat.planning.duration import estimate_pretraining
     from mlxchat.planning.memory import describe_memory
-    from mlxchat.runner.estimates import estimate_steps
+    from mlxchat.runner.reasons import estimate_steps
     from mlxchat.sweep.sweeper import read_sweep
 
     sweep = read_sweep(arguments)

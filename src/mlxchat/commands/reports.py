@@ -15,7 +15,8 @@ from mlxchat.commands.columns import aligned, print_json, show_value
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, StoreError, visible
 from mlxchat.report.collect import RunReport, collect, collect_steps, entries_of_artifacts, latest_run
-from mlxchat.runner.table import Table, find_runs, is_number, make_table, numeric, rows_of_runs, rows_of_step
+from mlxchat.runner.stage import best_of
+from mlxchat.store.compare import Table, find_runs, is_number, make_table, numeric, rows_of_runs, rows_of_step
 from mlxchat.store.naming import LATEST, Found, latest, links, meaning
 from mlxchat.store.store import Store
 
@@ -58,7 +59,7 @@ def compare(arguments: list[str]) -> int:
     if not rows:
         raise ConfigError(f"{', '.join(names)}: no job of it has artifacts in {store.outputs}")
     wanted = options.metrics.split(",") if options.metrics else []
-    table = make_table(rows, options.sort, wanted)
+    table = make_table(rows, options.sort, wanted, best_of)
     if wanted and not table.metrics:
         raise ConfigError(f"--metrics {options.metrics}: no metric's name contains it")
     _print(table, options.format)
@@ -268,7 +269,7 @@ def _folder_name(name: str) -> str:
 
 
 def _sweep_folder(outputs: Path, name: str) -> Path | None:
-    from mlxchat.runner.table import find_runs
+    from mlxchat.store.compare import find_runs
 
     folder = outputs / "multirun" / _folder_name(name)
     if not os.path.isfile(folder / "sweep.json"):  # noqa: PTH113  (False for names that are too long for a file)

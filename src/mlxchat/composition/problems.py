@@ -25,8 +25,7 @@ from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.model.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
 from mlxchat.model.sizes import count_heads, sizes_of
-from mlxchat.runner.pipeline import Pipeline, roles_of
-from mlxchat.runner.plan import flatten_config
+from mlxchat.runner.plan import Pipeline, flatten_config, roles_of
 from mlxchat.runner.stage import Stages
 from mlxchat.store.fingerprint import plain_of
 from mlxchat.tasks import find_item_problems

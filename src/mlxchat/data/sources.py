@@ -29,7 +29,7 @@ from mlxchat.config.wording import plural
 from mlxchat.errors import DataError
 from mlxchat.hub import listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
-from mlxchat.runner.externals import UNKNOWN
+from mlxchat.runner.keys import UNKNOWN
 from mlxchat.store.fingerprint import hash_file
 from mlxchat.store.store import MANIFEST
 

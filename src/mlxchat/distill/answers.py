@@ -17,8 +17,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from mlxchat.errors import StoreError
 from mlxchat.store.crash import crash_point
+from mlxchat.store.files import Records, now
 from mlxchat.store.fingerprint import canonical_json
-from mlxchat.store.records import Records, now
 
 _SYNC_SECONDS = 1.0
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from unicodedata import normalize
 
 from mlxchat.errors import StoreError
-from mlxchat.store.records import Records
+from mlxchat.store.files import Records
 
 _MILLION = 1e6
 # Tokens around a message in any chat format that is known, and those that formats put before all of them (a system

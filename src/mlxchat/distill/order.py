@@ -22,7 +22,7 @@ from mlxchat.distill.words import one_line
 from mlxchat.errors import ConfigError, DataError, Interrupted, PassingError
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.runner.progress import Progress
-from mlxchat.store.records import now
+from mlxchat.store.files import now
 from mlxchat.tasks.base import held_out
 
 _MOST_SHOWN = 5

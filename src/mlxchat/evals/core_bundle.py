@@ -24,7 +24,7 @@ import yaml
 from mlxchat.config.schema import CoreConfig
 from mlxchat.errors import DataError, suggest
 from mlxchat.hub import client
-from mlxchat.runner.externals import UNKNOWN
+from mlxchat.runner.keys import UNKNOWN
 from mlxchat.store.fingerprint import hash_file
 
 SHUFFLE_SEED = 1337

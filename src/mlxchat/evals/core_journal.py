@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.store.crash import crash_point
-from mlxchat.store.records import Record, Records
+from mlxchat.store.files import Record, Records
 
 
 class Journal:

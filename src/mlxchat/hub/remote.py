@@ -23,11 +23,10 @@ from mlxchat.hub.progress import TransferProgress
 from mlxchat.store import locks
 from mlxchat.store.catalog import references, short_form
 from mlxchat.store.crash import crash_point
-from mlxchat.store.integrity import find_damage
-from mlxchat.store.sealed import sync
+from mlxchat.store.files import sync
 from mlxchat.store.store import MANIFEST, Manifest, Store, parse_manifest, read_manifest
 from mlxchat.store.transfer import take_in, tell_waiting
-from mlxchat.store.verifying import check_manifest, is_plain
+from mlxchat.store.verify import check_manifest, find_damage, is_plain
 
 _PIECE_BYTES = 1 << 22
 _MANIFEST_BYTES = 1 << 26

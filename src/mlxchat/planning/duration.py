@@ -10,8 +10,8 @@ from mlxchat.model.sizes import flops_per_token, sizes_of
 from mlxchat.ops.machine import device_kind
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Training, predict_peak
-from mlxchat.runner.estimates import Estimate
 from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.reasons import Estimate
 from mlxchat.store.store import Manifest, Store
 
 # What trainings of this project reached of a CPU's measured peak; of a GPU's published one it is an assumption.

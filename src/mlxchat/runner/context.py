@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 from mlxchat.config.wording import format_number
 from mlxchat.errors import Interrupted
 from mlxchat.runner.progress import Progress, fill
-from mlxchat.runner.seeds import stage_seed
-from mlxchat.store.records import Record, Records
+from mlxchat.store.files import Record, Records
 from mlxchat.store.shared import SharedArtifacts
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import Config
     from mlxchat.distributed.team import Team
+
+
+def stage_seed(root_seed: int, stage: str, purpose: str) -> int:
+    """Return a seed for one purpose of a stage, in [0, 2^32): equal settings draw equal numbers."""
+    return int.from_bytes(hashlib.sha256(f"{root_seed}/{stage}/{purpose}".encode()).digest()[:4], "big")
 
 
 class Sections:

@@ -1,4 +1,4 @@
-"""Why a step runs: what differs between it and the nearest artifact, key by key, old → new."""
+"""What people read of a plan: why each step runs, what it will take, and the table of the plan."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlxchat.config.wording import format_bytes, format_seconds, plural
 from mlxchat.store.fingerprint import left_out_of
 from mlxchat.store.store import Manifest, Store
 
@@ -133,3 +134,75 @@ def _changes(
 
 def _show(value: Any) -> str:
     return "null" if value is None else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What an artifact like the one to be made took."""
+
+    seconds: float
+    bytes: int
+    artifact: str
+    """Name of the artifact that it is taken from."""
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        return f"~{format_seconds(self.seconds)}, {format_bytes(self.bytes)}"
+
+
+def estimate_steps(plan: list[PlannedStep], store: Store) -> dict[str, Estimate | None]:
+    """Return step → estimate of the steps that are not done; None where the store has nothing like what they make.
+
+    The nearest artifact is the one of the same stage and label (a model's size, a corpus) that differs in the fewest
+    config keys: what a small model took says nothing of a large one.
+    """
+    found: dict[str, Estimate | None] = {}
+    for step in plan:
+        if step.done:
+            continue
+        made = (made for made in store.recent(step.stage.name) if made["name"].rpartition("-")[0] == step.title)
+        nearest = nearest_of(step.identity, made)
+        found[step.name] = None
+        if nearest is not None:
+            size = sum(file["bytes"] for file in nearest["outputs"])
+            found[step.name] = Estimate(seconds=nearest["seconds"], bytes=size, artifact=nearest["name"])
+    return found
+
+
+_SHOWN = 8  # letters of a key
+
+
+def format_plan(
+    plan: list[PlannedStep],
+    remarks: Mapping[str, str] | None = None,
+    estimates: Mapping[str, Estimate | None] | None = None,
+) -> str:
+    """Return a line per step: state, artifact, reason, and in brackets remarks on steps that have some.
+
+    Args:
+        plan: the steps.
+        remarks: step → what else is known of it.
+        estimates: step → what it will take; None: nothing is known.
+    """
+    width = max(len(step.name) for step in plan)
+    titles = {step.name: step.artifact or f"{step.title} (key {step.key[:_SHOWN]}…)" for step in plan}
+    names = max(map(len, titles.values()))
+    states = max(len(step.state) for step in plan)
+    lines = []
+    for step in plan:
+        line = f"{step.name:<{width}}  {step.state:<{states}}  {titles[step.name]:<{names}}  {step.reason}".rstrip()
+        notes = [remarks[step.name]] if remarks and step.name in remarks else []
+        if estimates is not None and step.name in estimates:
+            notes.append(str(estimates[step.name] or "no estimate"))
+        lines.append(f"{line} ({'; '.join(notes)})" if notes else line)
+    counts = {state: sum(step.state == state for step in plan) for state in ("run", "maybe", "waiting")}
+    summary = f"{plural(len(plan), 'step')}: {sum(step.done for step in plan)} done, {counts['run']} to run"
+    summary += "".join(f", {counts[state]} {state}" for state in ("maybe", "waiting") if counts[state])
+    known = [estimate for estimate in (estimates or {}).values() if estimate is not None]
+    if known:
+        total = known[0].__class__(
+            seconds=sum(each.seconds for each in known), bytes=sum(each.bytes for each in known), artifact=""
+        )
+        unknown = len(estimates or {}) - len(known)
+        summary += f"; together {total}" + (f" and {unknown} without an estimate" if unknown else "")
+    return "\n".join([*lines, summary])

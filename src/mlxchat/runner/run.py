@@ -19,7 +19,7 @@ from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.errors import Interrupted, MlxchatError, PassingError, StepFailed, StoreError
 from mlxchat.runner.context import Context, Sections
-from mlxchat.runner.externals import check_pins
+from mlxchat.runner.keys import check_pins
 from mlxchat.runner.plan import PlannedStep, Verdict, judge
 from mlxchat.runner.process import Hooks
 from mlxchat.runner.progress import fill
@@ -28,11 +28,11 @@ from mlxchat.store import locks
 from mlxchat.store.bases import bases_of
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
+from mlxchat.store.files import Record, Records, now
 from mlxchat.store.fingerprint import plain_of
-from mlxchat.store.integrity import find_damage
-from mlxchat.store.records import Record, Records, now
 from mlxchat.store.shared import SharedArtifacts
 from mlxchat.store.store import MEASURED, SCHEMA, Manifest, Store
+from mlxchat.store.verify import find_damage
 
 if TYPE_CHECKING:
     from mlxchat.distributed.team import Team

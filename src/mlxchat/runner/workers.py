@@ -25,9 +25,8 @@ from mlxchat.runner.plan import PlannedStep, Verdict
 from mlxchat.runner.process import SIGNALS, Hooks, keep_awake, stop_on_signals
 from mlxchat.runner.run import Policy, Run, complete, find_done
 from mlxchat.store.environment import Environment
+from mlxchat.store.files import Record, write_whole
 from mlxchat.store.naming import LATEST, MODEL
-from mlxchat.store.records import Record
-from mlxchat.store.sealed import write_whole
 from mlxchat.store.store import Store
 
 _LOOK_SECONDS = 0.2

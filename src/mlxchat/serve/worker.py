@@ -23,7 +23,7 @@ from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
-from mlxchat.store.integrity import check_model
+from mlxchat.store.verify import check_model
 
 _log = logging.getLogger("mlxchat.serve")
 Told = tuple[int, Event]

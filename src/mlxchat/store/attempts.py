@@ -10,8 +10,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from mlxchat.store.files import Record, Records, now
 from mlxchat.store.locks import host_name
-from mlxchat.store.records import Record, Records, now
 
 # Start of each execution of this process by a clock that nobody sets: work folder and number → seconds.
 _began: dict[tuple[Path, int], float] = {}

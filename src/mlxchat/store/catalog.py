@@ -1,7 +1,7 @@
-"""The artifacts of a store in short, quickly: what lists, lineages and collecting garbage need of each manifest.
+"""The artifacts of a store in short, quickly, for lists, lineage and garbage collection.
 
-`outputs/index/catalog.json` keeps the short form of every manifest with its (size, mtime_ns, inode). It is no truth: a
-manifest whose file is not exactly that one is read again, and a catalog that is damaged is made anew.
+`outputs/index/catalog.json` caches the short form of every manifest with its (size, mtime_ns, inode). A manifest whose
+file does not match is read again, and a damaged catalog is rebuilt.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +116,47 @@ def _write_kept(place: Path, kept: dict[str, list[Any]]) -> None:
 
 def _head(body: bytes) -> bytes:
     return f"mlxchat catalog {_FORMAT} {len(body)} {zlib.crc32(body):08x}".encode()
+
+
+Node = dict[str, Any]
+"""role, step, artifact, rid, here (whether it is in the store), and `inputs` or `uses`, a list of nodes."""
+
+
+def ancestors(rid: str, known: Mapping[str, Summary], role: str = "") -> Node:
+    """Return the tree of what an artifact was made from, itself at the root."""
+    summary = known[rid]
+    below = [
+        ancestors(made["rid"], known, name) if made["rid"] in known else _gone(name, made)
+        for name, made in summary["inputs"].items()
+    ]
+    return {**_node(summary, role), "inputs": below}
+
+
+def descendants(rid: str, known: Mapping[str, Summary]) -> Node:
+    """Return the tree of what was made from an artifact, itself at the root, in order of time."""
+    users: dict[str, list[tuple[str, Summary]]] = {}
+    for summary in known.values():
+        for role, made in summary["inputs"].items():
+            users.setdefault(made["rid"], []).append((role, summary))
+
+    def grow(summary: Summary, role: str) -> Node:
+        return {**_node(summary, role), "uses": [grow(user, name) for name, user in users.get(summary["rid"], [])]}
+
+    return grow(known[rid], "")
+
+
+def index(summaries: list[Summary]) -> dict[str, Summary]:
+    """Return id → short form, without encoded text, which everything shares."""
+    return by_rid(summary for summary in summaries if summary.get("kind") != "tokens")
+
+
+def _node(summary: Summary, role: str) -> Node:
+    return {
+        "role": role, "step": summary["step"], "artifact": summary["folder"], "rid": summary["rid"],
+        "published": summary["published"], "here": True,
+    }  # fmt: skip
+
+
+def _gone(role: str, made: Mapping[str, Any]) -> Node:
+    known = {"role": role, "step": made.get("step"), "artifact": made.get("artifact"), "rid": made["rid"]}
+    return {**known, "published": None, "here": False, "inputs": []}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
-from mlxchat.store.mounts import mount_of, remember_tested
-from mlxchat.store.sealed import sync, write_whole
+from mlxchat.store.files import sync, write_whole
+from mlxchat.store.locks import mount_of, remember_tested
 
 Finding = tuple[str, str]
 """Mark (ok, note, wrong) and what was found, with the remedy."""

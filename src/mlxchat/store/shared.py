@@ -17,8 +17,8 @@ from mlxchat.errors import StoreError
 from mlxchat.store import attempts as attempt_log
 from mlxchat.store import locks
 from mlxchat.store.crash import crash_point
+from mlxchat.store.files import now
 from mlxchat.store.fingerprint import compute_key
-from mlxchat.store.records import now
 from mlxchat.store.store import SCHEMA, SHARED_KIND, Manifest, Store
 
 

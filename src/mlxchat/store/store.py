@@ -28,9 +28,9 @@ from mlxchat.config.secrets import redact
 from mlxchat.errors import StoreError, visible
 from mlxchat.store import attempts, locks
 from mlxchat.store.crash import crash_point
+from mlxchat.store.files import seal, settle, sync, unseal
 from mlxchat.store.fingerprint import canonical_json, encode_digest, hash_file
-from mlxchat.store.mounts import check_links, claim
-from mlxchat.store.sealed import seal, settle, sync, unseal
+from mlxchat.store.locks import check_links, claim
 from mlxchat.store.shape import find_misshapen
 
 Manifest = dict[str, Any]
@@ -417,7 +417,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _is_whole(folder: Path) -> bool:
     """Tell whether an artifact has all its files, with the bytes that its manifest lists."""
-    from mlxchat.store.integrity import find_damage
+    from mlxchat.store.verify import find_damage
 
     try:
         return not any(find_damage(folder, read_manifest(folder), again=False))

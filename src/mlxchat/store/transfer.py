@@ -21,9 +21,9 @@ from mlxchat.errors import StoreError
 from mlxchat.store import locks
 from mlxchat.store.catalog import references, short_form
 from mlxchat.store.crash import crash_point
-from mlxchat.store.sealed import sync
+from mlxchat.store.files import sync
 from mlxchat.store.store import MANIFEST, Manifest, Store, load_manifest, read_manifest
-from mlxchat.store.verifying import check_manifest, find_faults, is_plain
+from mlxchat.store.verify import check_manifest, find_faults, is_plain
 
 _TARS: dict[str, Any] = {".tar": "w", ".tgz": "w:gz", ".gz": "w:gz", ".xz": "w:xz"}
 _MOST_HEADER_BYTES = 1 << 20  # names, links and attributes of one member

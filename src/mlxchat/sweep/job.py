@@ -25,19 +25,18 @@ from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import check_memory
 from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
-from mlxchat.runner.externals import find_unknown
+from mlxchat.runner.keys import find_unknown
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
-from mlxchat.runner.plan_table import format_plan
 from mlxchat.runner.process import Hooks
+from mlxchat.runner.reasons import format_plan
 from mlxchat.runner.run import Policy, Run
 from mlxchat.runner.workers import execute
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment
+from mlxchat.store.files import Record, Records, now, write_whole
 from mlxchat.store.fingerprint import plain_of
-from mlxchat.store.leftovers import remark_old
+from mlxchat.store.gc import remark_old
 from mlxchat.store.naming import LATEST, MODEL, called, links, runs
-from mlxchat.store.records import Record, Records, now
-from mlxchat.store.sealed import write_whole
 from mlxchat.store.store import Store
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.service import Results

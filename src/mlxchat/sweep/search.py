@@ -30,7 +30,7 @@ from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
 from mlxchat.runner.plan import PlannedStep, entries_of, flatten_config, plan_again
 from mlxchat.store import locks
 from mlxchat.store.crash import crash_point
-from mlxchat.store.records import Record, Records
+from mlxchat.store.files import Record, Records
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.results import Row, SweepFolder, find_metric, metrics_of, recorded_numbers, write_results

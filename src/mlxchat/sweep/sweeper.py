@@ -26,7 +26,7 @@ from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, v
 from mlxchat.planning.memory import check_memory
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.store import locks
-from mlxchat.store.records import now
+from mlxchat.store.files import now
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.launchers import (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.hub import client, listings
 from mlxchat.hub.cache import cache_folder
-from mlxchat.runner.externals import UNKNOWN
+from mlxchat.runner.keys import UNKNOWN
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxchat.store.sealed import write_whole
+from mlxchat.store.files import write_whole
 
 NOTE = "tracker.json"
 # How often the note follows what was logged, one such time behind, since a service writes with a delay of its own. So

@@ -25,8 +25,8 @@ from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_p
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
+from mlxchat.store.files import seal, sync, unseal
 from mlxchat.store.fingerprint import hash_file
-from mlxchat.store.sealed import seal, sync, unseal
 from mlxchat.training.batches import BatchSource
 from mlxchat.training.best import Best
 from mlxchat.training.monitor import Monitor

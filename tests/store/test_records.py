@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.store import attempts
-from mlxchat.store.records import Records, now
+from mlxchat.store.files import Records, now
 
 records = st.lists(
     st.fixed_dictionaries({"iteration": st.integers(0, 9), "text": st.text(max_size=8), "loss": st.floats(0, 9)}),

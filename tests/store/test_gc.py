@@ -17,9 +17,8 @@ import pytest
 from mlxchat.errors import ConfigError
 from mlxchat.store import locks
 from mlxchat.store.catalog import read_catalog, references
-from mlxchat.store.gc import collect, find_garbage
-from mlxchat.store.leftovers import DAY_SECONDS, Limits, parse_age, parse_bytes
-from mlxchat.store.verifying import find_faults
+from mlxchat.store.gc import DAY_SECONDS, Limits, collect, find_garbage, parse_age, parse_bytes
+from mlxchat.store.verify import find_faults
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 NONE, ALL = Limits(), Limits(keep_last=0)

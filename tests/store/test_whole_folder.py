@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.whole_folder import whole_folder
+from mlxchat.store.files import whole_folder
 
 
 def gone_process() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.leftovers import remark_old
+from mlxchat.store.gc import remark_old
 from mlxchat.store.store import Store, artifact_name, describe_outputs, read_manifest
 
 KEY = "abcdefghijklmnop" + "q" * 36

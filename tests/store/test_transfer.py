@@ -21,14 +21,13 @@ from kit.commands import run_here
 from mlxchat.commands.artifacts import main_import
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
+from mlxchat.store.files import seal
 from mlxchat.store.fingerprint import compute_key
-from mlxchat.store.gc import find_garbage
-from mlxchat.store.leftovers import Limits
+from mlxchat.store.gc import Limits, find_garbage
 from mlxchat.store.naming import latest
-from mlxchat.store.sealed import seal
 from mlxchat.store.store import Store, identify
 from mlxchat.store.transfer import closure, export, import_all
-from mlxchat.store.verifying import find_faults, tree_of
+from mlxchat.store.verify import find_faults, tree_of
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxchat.store.comparing import differences, environment_drift
+from mlxchat.store.compare import differences, environment_drift
 from mlxchat.store.environment import versions
 
 

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store import locks, mounts, probing
-from mlxchat.store.gc import collect
-from mlxchat.store.leftovers import Limits
-from mlxchat.store.mounts import Mount, check_links, claim, mount_of, remember_tested
+from mlxchat.store import locks, probing
+from mlxchat.store.gc import Limits, collect
+from mlxchat.store.locks import Mount, check_links, claim, mount_of, remember_tested
 from mlxchat.store.probing import HostsProbe, probe_folder
 from mlxchat.store.store import Store
 
@@ -72,7 +71,7 @@ def test_the_innermost_and_last_mount_over_a_folder_counts(monkeypatch: pytest.M
 
 
 def on(monkeypatch: pytest.MonkeyPatch, mount: Mount, host: str) -> None:
-    monkeypatch.setattr(mounts, "mount_of", lambda folder: mount)
+    monkeypatch.setattr(locks, "mount_of", lambda folder: mount)
     monkeypatch.setattr(probing, "mount_of", lambda folder: mount)
     monkeypatch.setattr(locks, "host_name", lambda: host)
 
