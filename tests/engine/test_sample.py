@@ -79,6 +79,24 @@ def test_a_penalty_divides_what_is_positive_and_multiplies_the_rest(penalty: flo
     np.testing.assert_allclose(got, expected(logits, 1.0), atol=1e-7)
 
 
+def test_penalties_of_the_answer_count_its_tokens_and_not_the_prompts() -> None:
+    """OpenAI's rule: minus frequency × count, minus presence once. Tokens 6 and 2 are the prompt's."""
+    sampling = Sampling(temperature=1.0, frequency_penalty=0.5, presence_penalty=0.25)
+    logits = LOGITS.copy()
+    logits[2] -= 3 * 0.5 + 0.25
+    logits[4] -= 0.5 + 0.25
+    got = distribution(LOGITS, sampling, [6, 2, 2, 4, 2, 2], prompt_tokens=2)[1]
+    np.testing.assert_allclose(got, expected(logits, 1.0), atol=1e-7)
+
+
+def test_logits_are_added_before_everything_else() -> None:
+    sampling = Sampling(temperature=1.0, top_k=2, logit_bias=((4, 100.0), (2, -100.0)))
+    ids, probabilities = distribution(LOGITS, sampling)
+    assert ids is not None
+    assert ids.tolist() == [4, 5]
+    np.testing.assert_allclose(probabilities, [1, 0], atol=1e-12)
+
+
 def test_log_probabilities_are_the_models_own() -> None:
     own, best = log_probability(LOGITS, 4, 3)
     logs = np.log(expected(LOGITS, 1.0))

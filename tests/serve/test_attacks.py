@@ -310,13 +310,44 @@ def test_what_is_no_http_is_answered_with_400_or_nothing(server: Any, raw: bytes
     assert server.chat().status_code == 200
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        nested(100), nested(400), {"enum": [f"value {index}" for index in range(50_000)]},
+        {"type": "object", "properties": {f"p{index}": {"type": "integer"} for index in range(5000)}},
+        {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("}, {"type": "string", "pattern": 5},
+    ],
+    ids=lambda schema: str(schema)[:30],
+)  # fmt: skip
+def test_a_hostile_schema_is_refused(server: Any, schema: dict[str, Any]) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    told = server.chat(response_format=form)
+    assert (told.status_code, told.json()["error"]["param"]) == (400, "response_format")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^(a{1,1000}){1,1000}$", "^(.|b)*a(.|b){200}$", "^(.*a.{0,200}b.*c.{0,200})&(.*x)$"]
+)
+def test_an_expensive_pattern_ends_an_answer_and_nothing_else(server: Any, pattern: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "string", "pattern": pattern}}}
+    assert server.chat(response_format=form, temperature=1).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
         ("/v1/chat/completions", "messages", [0] * 5000), ("/chat/completions", "messages", [0] * 5000),
         ("/v1/chat/completions", "messages", [{"role": "user", "content": [0] * 5000}]),
         ("/v1/completions", "prompt", [None] * 5000), ("/v1/completions", "prompt", [[None] * 5000]),
-        ("/v1/completions", "stop", [0] * 5000), ("/v1/completions", "logit_bias", {str(n): "" for n in range(5000)}),
+        ("/v1/responses", "input", [0] * 5000), ("/v1/completions", "stop", [0] * 5000),
+        ("/v1/completions", "logit_bias", {str(n): "" for n in range(5000)}),
     ],
 )  # fmt: skip
 def test_only_the_first_bad_item_of_a_list_is_reported(server: Any, path: str, field: str, value: Any) -> None:

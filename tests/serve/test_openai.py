@@ -195,9 +195,17 @@ def test_an_unknown_model_is_answered_with_the_models_alone(server: Any, served:
         ({"n": 17}, 400, "n", None),
         ({"stop": ["a"] * 17}, 400, "stop", None),
         ({"top_logprobs": 2}, 400, "top_logprobs", None),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_parameter"),
+        ({"frequency_penalty": 2.5}, 400, "frequency_penalty", None),
+        ({"logit_bias": {"the": 1}}, 400, "logit_bias", None),
+        ({"logit_bias": {"99999999": 1}}, 400, "logit_bias", None),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias", None),
+        ({"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+        ({"response_format": {"type": "yaml"}}, 400, "response_format.type", None),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format", None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}},
+         400, "response_format", None),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_openais_words(
@@ -208,6 +216,29 @@ def test_what_cannot_be_is_refused_in_openais_words(
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+def test_an_answer_follows_a_json_schema_and_every_choice_has_its_own_state(server: Any) -> None:
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}, "n": {"enum": [1, 22]}},
+              "required": ["yes", "n"], "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "choice", "strict": True, "schema": schema}}
+    texts = answers(server.chat(response_format=form, n=3, temperature=1, max_tokens=100, seed=1))
+    said = [json.loads(text) for text in texts]
+    assert len(said) == 3
+    assert all(each.keys() == {"yes", "n"} and each["n"] in (1, 22) for each in said)
+    streamed = server.chat(response_format=form, temperature=1, max_tokens=100, seed=1, stream=True).text
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in streamed.splitlines() if line[6:7] == "{"]
+    assert "".join(delta.get("content", "") for delta in deltas) == texts[0]
+
+
+def test_a_bias_of_100_makes_a_token_certain_and_penalties_forbid_repetition(server: Any, tokenizer: Tokenizer) -> None:
+    (token,) = tokenizer.encode("e")
+    repeated = server.chat(logit_bias={str(token): 100}, max_tokens=4, temperature=0)
+    assert answers(repeated) == ["eeee"]
+    ids = {str(each): 100 for each in (token, *tokenizer.encode("t"))}
+    varied = server.chat(logit_bias=ids, presence_penalty=2, frequency_penalty=2, max_tokens=40, temperature=0)
+    assert "eeee" not in answers(varied)[0]
+    assert set(answers(varied)[0]) == {"e", "t"}
 
 
 def test_what_is_no_json_is_told(server: Any) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import pytest
 
 openai = pytest.importorskip("openai")
@@ -30,6 +31,50 @@ def test_a_conversation(client: Any) -> None:
     assert 1 <= answer.usage.completion_tokens <= 8
     again = client.chat.completions.create(model="default", messages=QUESTION, max_tokens=8, seed=1, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in again) == answer.choices[0].message.content
+
+
+def test_an_answer_parsed_as_a_model_of_pydantics(client: Any) -> None:
+    class Weather(pydantic.BaseModel):
+        city: Literal["Rome", "Oslo"]
+        sunny: bool
+
+    told = client.chat.completions.parse(model="sft", messages=QUESTION, response_format=Weather, max_tokens=80)
+    assert isinstance(told.choices[0].message.parsed, Weather)
+
+
+def test_a_response_whole_streamed_and_parsed(client: Any) -> None:
+    asked = {"model": "sft", "input": "the cat", "instructions": "a", "max_output_tokens": 8, "temperature": 0}
+    told = client.responses.create(**asked)
+    chat = client.chat.completions.create(
+        model="sft", messages=[{"role": "system", "content": "a"}, *QUESTION], max_tokens=8, temperature=0
+    )
+    assert told.output_text == chat.choices[0].message.content
+    assert (told.usage.input_tokens, told.usage.output_tokens) == (
+        chat.usage.prompt_tokens, chat.usage.completion_tokens,
+    )  # fmt: skip
+    assert told.status == {"stop": "completed", "length": "incomplete"}[chat.choices[0].finish_reason]
+    with client.responses.stream(**asked) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == told.output_text
+
+    class Answer(pydantic.BaseModel):
+        yes: bool
+
+    form = {"model": "sft", "input": "the cat", "text_format": Answer, "max_output_tokens": 50, "temperature": 0}
+    parsed = client.responses.parse(**form)
+    assert isinstance(parsed.output_parsed, Answer)
+    with client.responses.stream(**form) as stream:
+        assert stream.get_final_response().output_text == parsed.output_text
+
+
+def test_a_response_continues_what_it_was_told_and_stores_nothing(client: Any) -> None:
+    first = client.responses.create(model="sft", input="the cat", max_output_tokens=4)
+    turns = [*QUESTION, *(item.model_dump() for item in first.output), {"role": "user", "content": "the dog"}]
+    assert client.responses.create(model="sft", input=turns, max_output_tokens=4).object == "response"
+    with pytest.raises(openai.BadRequestError, match="previous_response_id is not supported: nothing is stored"):
+        client.responses.create(model="sft", input="and?", previous_response_id=first.id)
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        client.responses.create(model="sft", input="a", tools=[{"type": "web_search"}])
 
 
 def test_a_stream_with_its_helper_log_probabilities_and_usage(client: Any) -> None:

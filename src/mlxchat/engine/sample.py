@@ -1,12 +1,13 @@
 """Drawing the next token of a row from its logits: in NumPy, in float64, from the row's own generator.
 
-What a row draws depends on its logits, its settings and its seed, on nothing else. In this order: penalty of what was
-said before, temperature, the k best, the fewest of these that have a share p, those not much less likely than the best.
+What a row draws depends on its logits, its settings and its seed, on nothing else. In this order: added logits,
+penalties of what was said before, temperature, the k best, the fewest of these that have a share p, those not much less
+likely than the best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,12 @@ class Sampling:
     """Draw among those at least so many times as likely as the most likely."""
     repetition_penalty: float | None = None
     """Positive logits of tokens that stand in the prompt or the answer are divided by it, others multiplied."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that it stands in the answer, as OpenAI's servers do."""
+    presence_penalty: float = 0.0
+    """Taken from it once if it stands in the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
     seed: int = 0
     """Of the row's draws."""
 
@@ -52,29 +59,34 @@ class Sampling:
         return found
 
 
-def sample_token(logits: Array, sampling: Sampling, draws: np.random.Generator, said: Iterable[int] = ()) -> int:
+def sample_token(
+    logits: Array, sampling: Sampling, draws: np.random.Generator, said: Sequence[int] = (), prompt_tokens: int = 0
+) -> int:
     """Return a token.
 
     Args:
         logits: (V,), unnormalised.
         sampling: how; its seed is not looked at.
         draws: moves on by one number, unless the temperature is 0.
-        said: tokens of the prompt and the answer, for the penalty.
+        said: tokens of the prompt and the answer, for the penalties.
+        prompt_tokens: how many of them are the prompt's.
     """
     if sampling.temperature == 0:
-        return int(np.argmax(_penalised(logits, sampling.repetition_penalty, said)))
-    ids, probabilities = distribution(logits, sampling, said)
+        return int(np.argmax(_adjusted(logits, sampling, said, prompt_tokens)))
+    ids, probabilities = distribution(logits, sampling, said, prompt_tokens)
     sums = np.cumsum(probabilities)
     place = min(int(np.searchsorted(sums, draws.random() * sums[-1], side="right")), len(sums) - 1)
     return place if ids is None else int(ids[place])
 
 
-def distribution(logits: Array, sampling: Sampling, said: Iterable[int] = ()) -> tuple[Array | None, Array]:
+def distribution(
+    logits: Array, sampling: Sampling, said: Sequence[int] = (), prompt_tokens: int = 0
+) -> tuple[Array | None, Array]:
     """Return the tokens (N,) that may be drawn, None for all in order, and their probabilities (N,).
 
     The temperature is above 0. Of equally likely tokens at a border those with lower ids are taken.
     """
-    logits = _penalised(logits, sampling.repetition_penalty, said)
+    logits = _adjusted(logits, sampling, said, prompt_tokens)
     ids = None
     if sampling.top_k is not None and sampling.top_k < len(logits):
         ids = _best(logits, sampling.top_k)
@@ -119,11 +131,22 @@ def _best(logits: Array, count: int) -> Array:
     return np.sort(candidates[order])
 
 
-def _penalised(logits: Array, penalty: float | None, said: Iterable[int]) -> Array:
-    if penalty is None or penalty == 1:
+def _adjusted(logits: Array, sampling: Sampling, said: Sequence[int], prompt_tokens: int) -> Array:
+    """Return the logits after `logit_bias` and the penalties; the same array if there are none."""
+    penalty = sampling.repetition_penalty
+    repeated = penalty is not None and penalty != 1
+    counted = bool(sampling.frequency_penalty or sampling.presence_penalty)
+    if not (repeated or counted or sampling.logit_bias):
         return logits
-    tokens = np.unique(np.fromiter(said, dtype=np.int64))
     logits = logits.copy()
-    found = logits[tokens]
-    logits[tokens] = np.where(found > 0, found / max(penalty, _LEAST_DIVISOR), found * penalty)
+    for token, more in sampling.logit_bias:
+        logits[token] += more
+    if repeated:
+        assert penalty is not None
+        tokens = np.unique(np.asarray(said, dtype=np.int64))
+        found = logits[tokens]
+        logits[tokens] = np.where(found > 0, found / max(penalty, _LEAST_DIVISOR), found * penalty)
+    if counted:
+        tokens, counts = np.unique(np.asarray(said[prompt_tokens:], dtype=np.int64), return_counts=True)
+        logits[tokens] -= counts * sampling.frequency_penalty + sampling.presence_penalty
     return logits

@@ -20,6 +20,7 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.cache import KeptPasts, Past, Slots
+from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.sample import Sampling, log_probability, sample_token
 from mlxchat.engine.tools import PythonTool, ToolCalls
 from mlxchat.errors import ConfigError
@@ -55,6 +56,8 @@ class Request:
     exact: only where results are bit-identical; close: also of decoded tokens, which differ by rounding."""
     text: bool = True
     """Whether events have text; False: tokens only, and no stop strings."""
+    constraint: Constraint | None = None
+    """What the answer may say, of this request alone; None: anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +298,13 @@ class Scheduler:
         request, calls = row.request, row.calls
         forced = calls.forced if calls else None
         sampled = not forced
-        token = forced.popleft() if forced else sample_token(logits, request.sampling, row.draws, row.ids)
+        if forced:
+            token = forced.popleft()
+        else:
+            allowed = request.constraint.allowed(logits) if request.constraint else logits
+            token = sample_token(allowed, request.sampling, row.draws, row.ids, len(request.prompt))
+        if request.constraint:
+            request.constraint.follow(token)
         logprob, alternatives = None, None
         if request.logprobs is not None and sampled:
             logprob, alternatives = log_probability(logits, token, request.logprobs)

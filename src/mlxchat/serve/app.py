@@ -18,6 +18,7 @@ from mlxchat.serve.guard import Guard
 from mlxchat.serve.metrics import TEXT
 from mlxchat.serve.nanochat import nanochat_routes
 from mlxchat.serve.openai import openai_routes
+from mlxchat.serve.responses import responses_routes
 from mlxchat.serve.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -46,6 +47,7 @@ def make_app(
     app = FastAPI(title="mlxchat", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     add_fault_handlers(app)
     app.include_router(openai_routes(service))
+    app.include_router(responses_routes(service))
     app.include_router(nanochat_routes(service))
 
     @app.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)

@@ -16,7 +16,7 @@ from mlxchat.serve.choices import Choice, Echo, choices_of, usage_of
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.listening import EventStream, LargeAnswer, large_event, measured, while_connected
 from mlxchat.serve.models import Model
-from mlxchat.serve.prompts import ChatPrompt, chat_prompt, check_choices, requests_for
+from mlxchat.serve.prompts import ChatPrompt, chat_prompt, check_choices, json_constraint, requests_for
 from mlxchat.serve.schemas import ChatRequest, Generation, TextRequest
 from mlxchat.serve.service import Service
 from mlxchat.serve.worker import Answer
@@ -39,13 +39,13 @@ def openai_routes(service: Service) -> APIRouter:
 
     @routes.post("/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        model, prompt, asked = await run_in_threadpool(_prepare_chat, service, body)
+        model, prompt, asked = await run_in_threadpool(prepare_chat, service, body)
         answer = service.worker.ask(model, asked)
         head = _head("chatcmpl", "chat.completion", service, model)
         own = {"mlxchat": {"truncated_turns": prompt.truncated_turns}} if body.truncation == "auto" else {}
         if body.stream:
             return EventStream(answer, _chat_chunks(service, answer, head, body, own))
-        choices = await while_connected(request, answer, _collect(service, answer))
+        choices = await while_connected(request, answer, collect(service, answer))
 
         def respond() -> LargeAnswer:
             told = [
@@ -66,7 +66,7 @@ def openai_routes(service: Service) -> APIRouter:
         head = _head("cmpl", "text_completion", service, model)
         if body.stream:
             return EventStream(answer, _text_chunks(service, answer, head, body, echoes))
-        choices = await while_connected(request, answer, _collect(service, answer, echoes))
+        choices = await while_connected(request, answer, collect(service, answer, echoes))
 
         def respond() -> LargeAnswer:
             told = [
@@ -84,7 +84,7 @@ def openai_routes(service: Service) -> APIRouter:
     return routes
 
 
-def _prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[Asked]]:
+def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[Asked]]:
     """Return what a chat request asks for; it reads files and encodes text, so it runs outside the event loop."""
     model = service.models.find(body.model)
     if body.top_logprobs and not body.logprobs:
@@ -93,8 +93,9 @@ def _prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPromp
     prompt = chat_prompt(model, body.messages, service.limits, answer_tokens=most, truncate=body.truncation == "auto")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     asked = requests_for(
-        model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs
-    )
+        model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs,
+        constraint=json_constraint(model, body.response_format, service.limits),
+    )  # fmt: skip
     return model, prompt, asked
 
 
@@ -112,7 +113,8 @@ def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Echo
     return model, [echo if body.echo else ("", []) for _, echo in prompts for _ in range(body.n)], asked
 
 
-async def _collect(service: Service, answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
+async def collect(service: Service, answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
+    """Return the choices of an answer when all have ended."""
     choices = choices_of(answer, echoes)
     async for index, event in measured(answer, service.metrics):
         if event.prompt_logprobs:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlxchat.data.conversation import render_for_completion
+from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request
+from mlxchat.errors import ConfigError
 from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
-from mlxchat.serve.schemas import Generation, Message
+from mlxchat.serve.schemas import Generation, Message, ResponseFormat
 
 _SAID_PARTS = ("text", "input_text", "output_text")
 _SEEDS = 2**63
+_MOST_BIASES = 1024
+# Fields of OpenAI's that would change an answer, and the values that say nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "suffix": ("",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,8 @@ def chat_prompt(
 
 def requests_for(
     model: Model, body: Generation, prompts: Sequence[list[int]], limits: Limits, defaults: Defaults, *,
-    max_tokens: int | None, logprobs: int | None = None, prompt_logprobs: bool = False, tools: bool = True,
+    max_tokens: int | None, logprobs: int | None = None, prompt_logprobs: bool = False,
+    constraint: Constraint | None = None,
 ) -> list[Request]:  # fmt: skip
     """Return what the engine is asked: `n` choices for each prompt, each with a seed of its own.
 
@@ -96,6 +106,7 @@ def requests_for(
     stop = tuple(body.stop or ())
     if len(stop) > 16 or any(len(each) > 200 for each in stop):
         raise Fault("stop takes at most 16 strings of at most 200 characters", param="stop")
+    bias = _logit_bias(model, body)
     first = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
     top_k = defaults.top_k if body.top_k is None else body.top_k or None
     temperature = defaults.temperature if body.temperature is None else body.temperature
@@ -117,14 +128,17 @@ def requests_for(
                 top_p=body.top_p,
                 min_p=body.min_p or None,
                 repetition_penalty=body.repetition_penalty,
+                frequency_penalty=body.frequency_penalty,
+                presence_penalty=body.presence_penalty,
+                logit_bias=bias,
                 seed=(first + choice) % _SEEDS,
             )
             most = min(max_tokens or limits.max_tokens, limits.max_tokens, room)
             found.append(
                 Request(
-                    prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, tools=tools, logprobs=logprobs,
-                    prompt_logprobs=prompt_logprobs,
-                    reuse="exact" if repeatable else "close",
+                    prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs, reuse="exact" if repeatable else "close",
+                    tools=constraint is None, constraint=constraint.copy() if constraint else None,
                 )
             )  # fmt: skip
     return found
@@ -136,13 +150,41 @@ def check_choices(count: int, limits: Limits) -> None:
         raise Fault(f"{count} choices are asked for, at most {limits.max_choices} may be", param="n")
 
 
+def json_constraint(model: Model, form: ResponseFormat | None, limits: Limits) -> Constraint | None:
+    """Return what holds an answer to JSON, or None if it may be any text.
+
+    Raises:
+        Fault: the schema is missing, too long, or cannot be used.
+    """
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_schema" and form.json_schema is None:
+        raise Fault("response_format of type json_schema requires json_schema", param="response_format")
+    schema = form.json_schema.schema_ if form.json_schema else {"type": "object"}
+    try:
+        if (size := len(json.dumps(schema))) > limits.max_conversation_chars:
+            raise ConfigError(f"a JSON schema has {size} characters; at most {limits.max_conversation_chars} may be")
+        return model.grammars.constraint(schema)
+    except (ConfigError, RecursionError) as error:
+        raise Fault(str(error), param="response_format") from None
+
+
+def _logit_bias(model: Model, body: Generation) -> tuple[tuple[int, float], ...]:
+    given, most = body.logit_bias, model.tokenizer.vocab_size - 1
+    if len(given) > _MOST_BIASES:
+        raise Fault(f"logit_bias has {len(given)} tokens, at most {_MOST_BIASES} may be", param="logit_bias")
+    for token, more in given.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 9 and int(token) <= most):
+            raise Fault(f"logit_bias names tokens by ids from 0 to {most}, not {token[:40]!r}", param="logit_bias")
+        if type(more) not in (int, float) or not -100 <= more <= 100:
+            raise Fault(f"logit_bias of token {token} must be a number from -100 to 100", param="logit_bias")
+    return tuple((int(token), float(more)) for token, more in given.items())
+
+
 def _refuse_unsupported(body: Generation) -> None:
-    for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-        if getattr(body, name):
-            raise Fault(f"{name} is not supported; repetition_penalty is", param=name, code="unsupported_parameter")
-    for name, fine in (("tools", []), ("suffix", ""), ("response_format", {"type": "text"})):
+    for name, fine in _UNSUPPORTED.items():
         value = getattr(body, name, None)
-        if value not in (None, fine):
+        if value not in (None, *fine):
             raise Fault(f"{name} is not supported", param=name, code="unsupported_parameter")
 
 

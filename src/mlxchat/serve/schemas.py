@@ -13,19 +13,20 @@ class _FirstOnly(FailFast):
     __hash__ = object.__hash__  # for unions
 
 
-_FIRST_ONLY = _FirstOnly()
+FIRST_ONLY = _FirstOnly()
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Tokens = Annotated[int, Field(ge=1)]
-Strings = Annotated[list[str], _FIRST_ONLY, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Strings = Annotated[list[str], FIRST_ONLY, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """One string or several."""
 # Numbers in quotes, and true for 1, are somebody's mistake: OpenAI's servers refuse them too.
-_STRICT = ConfigDict(strict=True)
+STRICT = ConfigDict(strict=True)
 
 
 class StreamOptions(BaseModel):
     """What a stream tells besides."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     include_usage: bool = False
 
@@ -56,9 +57,10 @@ class Generation(BaseModel):
     """0 is off."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logit_bias: dict[str, Any] = {}
+    """Token → what is added to its logit; `prompts.py` reports the first bad item."""
     truncation: Literal["auto", "disabled"] = "disabled"
     """auto: leave out the oldest turns of a conversation that exceeds the limits or the model's context; system
     messages stay. The response counts them in `mlxchat.truncated_turns`."""
@@ -67,21 +69,41 @@ class Generation(BaseModel):
 class Message(BaseModel):
     """One message of a conversation."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[dict[str, Any]], _FIRST_ONLY] | None = None
+    content: str | Annotated[list[dict[str, Any]], FIRST_ONLY] | None = None
+
+
+class JsonSchema(BaseModel):
+    """A schema with its name; every one is followed strictly."""
+
+    model_config = STRICT
+
+    name: str = ""
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What form an answer has."""
+
+    model_config = STRICT
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatRequest(Generation):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], _FIRST_ONLY] = Field(min_length=1)
+    messages: Annotated[list[Message], FIRST_ONLY] = Field(min_length=1)
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
 
 class TextRequest(Generation):
@@ -89,9 +111,9 @@ class TextRequest(Generation):
 
     prompt: (
         str
-        | Annotated[list[str], _FIRST_ONLY]
-        | Annotated[list[int], _FIRST_ONLY]
-        | Annotated[list[Annotated[list[int], _FIRST_ONLY]], _FIRST_ONLY]
+        | Annotated[list[str], FIRST_ONLY]
+        | Annotated[list[int], FIRST_ONLY]
+        | Annotated[list[Annotated[list[int], FIRST_ONLY]], FIRST_ONLY]
     ) = ""
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -102,7 +124,7 @@ class TextRequest(Generation):
 class NanochatMessage(BaseModel):
     """A message as nanochat's page sends it."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     role: Literal["user", "assistant"]
     content: str
@@ -111,7 +133,7 @@ class NanochatMessage(BaseModel):
 class NanochatRequest(BaseModel):
     """Body of nanochat's /chat/completions."""
 
-    messages: Annotated[list[NanochatMessage], _FIRST_ONLY] = Field(min_length=1)
+    messages: Annotated[list[NanochatMessage], FIRST_ONLY] = Field(min_length=1)
     temperature: Temperature | None = None
     max_tokens: Tokens | None = None
     top_k: Annotated[int, Field(ge=0, le=200)] | None = None

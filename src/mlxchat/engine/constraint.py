@@ -1,0 +1,94 @@
+"""Answers that are JSON of a given schema: before each draw, the tokens that would break it are taken out.
+
+The grammar is llguidance's, which computes the allowed tokens of a state in well under a millisecond.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Array = np.ndarray[Any, Any]
+# Spaces as json.dumps writes them. With free white space a small model can fill its answer with line ends.
+_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Constraint:
+    """What an answer may go on with. It belongs to one row: each needs a `copy` of its own."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        """Take the state of a grammar."""
+        self._matcher = matcher
+
+    def copy(self) -> Constraint:
+        """Return another one in the same state."""
+        return Constraint(self._matcher.deep_copy())
+
+    def allowed(self, logits: Array) -> Array:
+        """Return logits (V,) in which forbidden tokens are -inf: end tokens, until the text is complete.
+
+        A grammar that grows beyond llguidance's limits allows end tokens alone.
+        """
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        mask = np.zeros(len(logits), dtype=bool)
+        mask[: len(bits)] = bits[: len(logits)]
+        return np.where(mask, logits, np.float32("-inf"))
+
+    def follow(self, token: int) -> None:
+        """Go on by the token that was drawn."""
+        self._matcher.consume_token(token)
+
+
+class JsonGrammars:
+    """Constraints for the vocabulary of one tokenizer, whose tokens are sorted once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Take the tokenizer: an answer ends with its assistant_end or bos."""
+        from llguidance import LLTokenizer, TokenizerWrapper  # 20 ms that few commands need
+
+        self._tokenizer = LLTokenizer(
+            TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=[tokenizer.assistant_end, tokenizer.bos]
+        )
+
+    def constraint(self, schema: dict[str, Any]) -> Constraint:
+        """Return the constraint of a JSON Schema; {"type": "object"} is any object.
+
+        Raises:
+            ConfigError: the schema is not valid, or has a feature that llguidance does not know.
+        """
+        from llguidance import LLMatcher
+
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_SPACING)
+        except (RecursionError, ValueError) as error:
+            raise ConfigError(f"the JSON schema cannot be used: {error}") from None
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"the JSON schema cannot be used: {matcher.get_error()}")
+        return Constraint(matcher)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance reads one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = tokenizer.assistant_end, tokenizer.bos
+        self.special_token_ids = sorted(tokenizer.special_ids.values())
+        special = {id_: name.encode() for name, id_ in tokenizer.special_ids.items()}
+        self.tokens = [
+            special[id_] if id_ in special else tokenizer.decode_bytes([id_]) for id_ in range(tokenizer.vocab_size)
+        ]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return self._tokenizer.encode(text)

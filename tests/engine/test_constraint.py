@@ -1,0 +1,98 @@
+"""Answers held to a JSON Schema: whatever the logits, what ends by itself is valid; it can always go on or end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.constraint import Constraint, JsonGrammars
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.sample import Sampling
+from mlxchat.engine.scheduler import Request
+from mlxchat.errors import ConfigError
+from mlxchat.model.gpt import GPT
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 4},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        "likes": {"type": "array", "items": {"enum": ["tea", "go"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "likes"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def constraint(tokenizer: Tokenizer) -> Constraint:
+    return JsonGrammars(tokenizer).constraint(PERSON)
+
+
+def is_person(value: Any) -> bool:
+    return (
+        value.keys() == {"name", "age", "likes"}
+        and (isinstance(value["name"], str) and len(value["name"]) <= 4)
+        and (isinstance(value["age"], int) and 0 <= value["age"] <= 99)
+        and (len(value["likes"]) <= 2 and set(value["likes"]) <= {"tea", "go"})
+    )
+
+
+def test_whatever_a_model_prefers_its_answer_is_of_the_schema(tokenizer: Tokenizer, constraint: Constraint) -> None:
+    for seed in range(20):
+        draws, state, said = np.random.default_rng(seed), constraint.copy(), []
+        for _ in range(200):
+            logits = state.allowed(draws.normal(size=tokenizer.vocab_size).astype(np.float32))
+            said.append(int(np.argmax(logits)))
+            state.follow(said[-1])
+            if said[-1] in (tokenizer.assistant_end, tokenizer.bos):
+                break
+        assert is_person(json.loads(tokenizer.decode(said[:-1])))
+
+
+def test_special_tokens_are_never_said_before_the_end(tokenizer: Tokenizer, constraint: Constraint) -> None:
+    allowed = np.isfinite(constraint.allowed(np.zeros(tokenizer.vocab_size, dtype=np.float32)))
+    assert allowed.any()
+    assert not allowed[sorted(tokenizer.special_ids.values())].any()
+
+
+def test_logits_beyond_the_vocabulary_are_forbidden(tokenizer: Tokenizer, constraint: Constraint) -> None:
+    padded = constraint.allowed(np.zeros(tokenizer.vocab_size + 55, dtype=np.float32))
+    assert not np.isfinite(padded[tokenizer.vocab_size :]).any()
+
+
+def test_a_schema_that_says_nothing_or_too_much_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"JSON schema cannot be used: .*strin"):
+        JsonGrammars(tokenizer).constraint({"type": "strin"})
+
+
+def test_rows_with_and_without_a_schema_are_decoded_together(
+    model: GPT, tokenizer: Tokenizer, constraint: Constraint
+) -> None:
+    def ask(constraints: list[Constraint | None]) -> list[list[int]]:
+        scheduler = Engine(model, tokenizer).scheduler()
+        ids = [
+            scheduler.submit(
+                Request(
+                    prompt=tokenizer.encode("a person"), max_new_tokens=60, tools=False, constraint=each,
+                    sampling=Sampling(temperature=1.0, seed=3),
+                )
+            )
+            for each in constraints
+        ]  # fmt: skip
+        said: dict[int, list[int]] = {id_: [] for id_ in ids}
+        while not scheduler.idle:
+            for event in scheduler.step():
+                said[event.id] += [event.token] if event.token is not None else []
+        return list(said.values())
+
+    held, free, again = ask([constraint.copy(), None, constraint.copy()])
+    assert held == again
+    assert free == ask([None])[0], "another row's schema changed an answer"
+    assert free != held
+    assert held[-1] in (tokenizer.assistant_end, tokenizer.bos)
+    assert is_person(json.loads(tokenizer.decode(held[:-1])))
