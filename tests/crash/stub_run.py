@@ -132,7 +132,7 @@ def main(outputs: Path, arguments: list[str]) -> None:
     folder = outputs / "runs" / f"{now().replace(':', '')}-{os.getpid()}"
     folder.mkdir(parents=True)
     run = Run(
-        folder=folder, config=settings, seed=1, force=other["force"], overrides=arguments,
+        folder=folder, seed=1, overrides=arguments,
         environment=Environment(describe_device), policy=Policy(**policy), hooks=Hooks(**hooks),
         say=lambda line: print(line, flush=True), **({"uses_gpu": has_gpu} if other["gpu"] else {}),
         ranks=lead(other["ranks"]) if other["ranks"] else None,

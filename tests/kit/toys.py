@@ -79,7 +79,7 @@ class Toys:
         folder.mkdir()
         options = {"say": self.said.append, **options}
         run = Run(
-            folder=folder, config=self.config, seed=1, force=[], overrides=["toy.number=1"],
+            folder=folder, seed=1, overrides=["toy.number=1"],
             environment=Environment(lambda: {"name": "toy"}), **options,
         )  # fmt: skip
         execute(plan, store, run)

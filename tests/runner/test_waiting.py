@@ -26,9 +26,7 @@ def said() -> list[str]:
 @pytest.fixture
 def run(tmp_path: Path, said: list[str]) -> Run:
     environment = Environment(lambda: {})
-    return Run(
-        folder=tmp_path / "run", config=None, seed=1, force=[], overrides=[], environment=environment, say=said.append
-    )
+    return Run(folder=tmp_path / "run", seed=1, overrides=[], environment=environment, say=said.append)
 
 
 def test_the_holder_is_shown_again_whenever_it_got_further(

@@ -129,7 +129,7 @@ class Hooks:
     on_failure: Target = None
     warn: Callable[[str], None] = print
     timeout_seconds: float = TIMEOUT_SECONDS
-    _waiting: queue.Queue[tuple[str, dict[str, Any]] | None] = field(default_factory=queue.Queue, init=False)
+    _waiting: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] | None = field(default=None, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
     _warned: set[str] = field(default_factory=set, init=False)
 
@@ -140,22 +140,23 @@ class Hooks:
         """
         if getattr(self, name) is None:
             return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="hooks", daemon=True)
+        if self._thread is None or self._waiting is None:
+            self._waiting = queue.SimpleQueue()
+            self._thread = threading.Thread(target=self._work, args=(self._waiting,), name="hooks", daemon=True)
             self._thread.start()
         self._waiting.put((name, redact({"event": name, **facts})))
 
     def finish(self) -> None:
         """Wait for what was not told yet, but not for long."""
-        if self._thread is not None:
+        if self._thread is not None and self._waiting is not None:
             self._waiting.put(None)
             self._thread.join(self.timeout_seconds)
             if self._thread.is_alive():
                 self._complain("hooks", f"still busy after {self.timeout_seconds:g} s, left alone")
             self._thread = None
 
-    def _work(self) -> None:
-        while (entry := self._waiting.get()) is not None:
+    def _work(self, waiting: queue.SimpleQueue[tuple[str, dict[str, Any]] | None]) -> None:
+        while (entry := waiting.get()) is not None:
             name, facts = entry
             target: Target = getattr(self, name)
             try:

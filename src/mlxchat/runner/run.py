@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from mlxchat.distributed.team import Team
 
 
-def _ignore_metrics(step: str, record: Record) -> None:
+def ignore(step: str, record: Record) -> None:
     """Drop a record: nobody tracks this run."""
 
 
 def _no_gpu() -> bool:
+    """Compute on a CPU."""
     return False
 
 
@@ -91,17 +92,14 @@ class Run:
 
     folder: Path
     """outputs/runs/<…>."""
-    config: Any
-    """The typed configuration."""
     seed: int
     data_seed: int | None = None
     """None: the same as the run's."""
-    force: list[str]
     overrides: list[str]
     environment: Environment
     say: Callable[[str], None] = print
     """Where lines for people go."""
-    on_metrics: Callable[[str, Record], None] = _ignore_metrics
+    on_metrics: Callable[[str, Record], None] = ignore
     """Called with step and record, for trackers."""
     policy: Policy = field(default_factory=Policy)
     hooks: Hooks = field(default_factory=Hooks)
@@ -144,8 +142,7 @@ def find_done(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plan
     """Return the step's artifact if there is nothing to do. Its inputs are there, so its key is known from here on."""
     store.forget()
     step.identify(store, planned)
-    step.verdict = judge(step, store, forced=step.forced, planned=planned)
-    return _found(step, store, run)
+    return _look(step, store, run, planned, forced=False) if step.artifact and not step.forced else None
 
 
 def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
@@ -159,34 +156,34 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
     waiting = Waiting(run, step.name, lock, doing="is making it", work=work)
     with locks.hold(lock, {"run": run.name, "step": step.name, "key": step.key}, *waiting.calls) as waited:
         crash_point("step.locked")
-        store.forget()
         if waited:
             error = attempt_log.new_failure(work, known)
             if error is not None:
                 raise StepFailed(f"step {step.name} failed in the process that was waited for: {error}")
         # Another process may have finished it before we got the lock.
+        store.forget()
         step.identify(store, planned)
-        step.verdict = judge(step, store, forced=step.forced and not waited, planned=planned)
-        place = _found(step, store, run)
+        place = _look(step, store, run, planned, forced=step.forced and not waited)
         if place is None:
             collector = store.outputs / "locks" / "gc.lock"
             looking = Waiting(run, step.name, collector, doing="is collecting garbage")
             with locks.hold(collector, {}, *looking.calls, shared=True):
-                place = make(step, store, run, *find_inputs(step, store, planned))
+                place = _Making(step, store, run, *_find_inputs(step, store, planned)).make()
         step.take(store.made(step.key))
         step.verdict = Verdict(state="done")  # for the steps below
         return place
 
 
-def _found(step: PlannedStep, store: Store, run: Run) -> Path | None:
-    """Return the artifact of a step that is done, and note that it was found."""
+def _look(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep], *, forced: bool) -> Path | None:
+    """Judge a step, and return its artifact if it is done."""
+    step.verdict = judge(step, store, forced=forced, planned=planned)
     place = store.find(step.rid) if step.done else None
     if place is not None:
         run.event("step_cached", step=step.name, artifact=place.name, rid=step.rid)
     return place
 
 
-def find_inputs(
+def _find_inputs(
     step: PlannedStep, store: Store, planned: dict[str, PlannedStep]
 ) -> tuple[dict[str, Path], dict[str, Manifest]]:
     """Return role → folder, and role → what the manifest records of it.
@@ -205,176 +202,232 @@ def find_inputs(
     return folders, lineage
 
 
-# What a person has to mend before another try has a chance.
+# Errors that a person has to mend before another try has a chance.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
-def make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]) -> Path:
-    """Return the step's new artifact. The caller holds the lock.
+@dataclass
+class _Making:
+    """The making of a step's artifact, while this process holds the step's lock."""
 
-    Args:
-        step: what to make.
-        store: where it goes.
-        run: how, and where to report.
-        folders: role → folder of the input.
-        lineage: role → what the manifest records of it.
+    step: PlannedStep
+    store: Store
+    run: Run
+    folders: dict[str, Path]
+    """Role → folder of the input."""
+    lineage: dict[str, Manifest]
+    """Role → what the manifest records of it."""
 
-    Raises:
-        Interrupted: a signal arrived; the stage has saved what it can go on from.
-        StepFailed: the stage raised, took too long, or did not make what it promised.
-        StoreError: an input is damaged, or the artifact cannot be written.
-    """
-    with ExitStack() as held:
-        if "gpu" in step.stage.resources and run.uses_gpu():
-            for device, token in locks.gpu_locks().items():
-                waiting = Waiting(run, step.name, token, doing=f"has GPU {device}")
-                held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
-        _check_inputs(step, folders, store)
-        run.hooks.tell("on_start", **_facts(step, store, run))
-        began = time.monotonic()
-        try:
-            place = _make(step, store, run, folders, lineage)
-        except Interrupted:
-            raise
-        except Exception as error:
-            run.hooks.tell("on_failure", error=str(error), **_facts(step, store, run))
-            raise
-        seconds = round(time.monotonic() - began, 3)
-        run.hooks.tell("on_success", seconds=seconds, artifact=place.name, **_facts(step, store, run))
-        return place
+    def __post_init__(self) -> None:
+        """Set the folder in which it is made."""
+        self.work = self.store.work(self.step.key)
 
+    def make(self) -> Path:
+        """Return the new artifact.
 
-def _make(step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]) -> Path:
-    """Run the stage, again if what went wrong may pass, and publish what it made."""
-    work = store.work(step.key)
-    began = time.monotonic()
-    tries = run.policy.retry_attempts
-    for number in range(1, tries + 1):
-        try:
-            ctx = _prepare(step, store, run, folders, lineage)
-            attempt = _attempt(step, ctx, run, work)
-            break
-        except Exception as error:
-            if isinstance(error, Interrupted):
+        Raises:
+            Interrupted: a signal arrived; the stage has saved what it can go on from.
+            StepFailed: the stage raised, took too long, or did not make what it promised.
+            StoreError: an input is damaged, or the artifact cannot be written.
+        """
+        step, run = self.step, self.run
+        facts = {
+            "step": step.name, "stage": step.stage.name, "run": run.name, "key": step.key,
+            "outputs": str(self.store.outputs.resolve()),
+        }  # fmt: skip
+        with ExitStack() as held:
+            if "gpu" in step.stage.resources and run.uses_gpu():
+                for device, token in locks.gpu_locks().items():
+                    waiting = Waiting(run, step.name, token, doing=f"has GPU {device}")
+                    held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
+            self._check_inputs()
+            run.hooks.tell("on_start", **facts)
+            began = time.monotonic()
+            try:
+                place, made = self._publish(*self._run_stage())
+            except Interrupted:
                 raise
-            if number == tries or not is_passing(error):
-                explained = _explained(error, step, run)
-                if explained is error:
-                    raise
-                raise explained from error
+            except Exception as error:
+                run.hooks.tell("on_failure", error=str(error), **facts)
+                raise
+            shutil.rmtree(self.work, ignore_errors=True)
+            crash_point("step.cleaned")
+            seconds = time.monotonic() - began
+            run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
+            run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(made)}"))
+            run.hooks.tell("on_success", seconds=round(seconds, 3), artifact=place.name, **facts)
+            return place
+
+    def _check_inputs(self) -> None:
+        """Refuse inputs whose files, or those of what their weights rest on, are not those that were published."""
+        for folder in [*self.folders.values(), *bases_of(self.folders)]:
+            if damage := list(find_damage(folder, self.store.manifest_of(folder), again=False)):
+                raise StoreError(
+                    f"{folder}, which {self.step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"
+                    "Remove the folder; the next run makes it again."
+                )
+
+    def _run_stage(self) -> tuple[Context, int]:
+        """Run the stage, again if its error may pass; return the context and number of the attempt that succeeded."""
+        step, run = self.step, self.run
+        tries = run.policy.retry_attempts
+        number = 1
+        while True:
+            try:
+                return self._attempt()
+            except Exception as error:
+                if isinstance(error, Interrupted) or number == tries or not is_passing(error):
+                    if isinstance(error, MlxchatError):
+                        raise
+                    raise self._failure(error) from error
+                text = _tell(error)
             delay = run.policy.retry_seconds * 2 ** (number - 1)
-            run.event("step_retries", step=step.name, error=_tell(error), attempt=number + 1, seconds=delay)
+            number += 1
+            run.event("step_retries", step=step.name, error=text, attempt=number, seconds=delay)
             run.say(redact(
-                f"{step.name:<10} failed ({_tell(error)}), which may pass: "
-                f"try {number + 1} of {tries} in {format_seconds(delay)}"
+                f"{step.name:<10} failed ({text}), which may pass: try {number} of {tries} in {format_seconds(delay)}"
             ))  # fmt: skip
             _pause(delay, step, run)
-    try:
-        for path in (ctx.work / "records").glob("*.jsonl"):
-            shutil.copyfile(path, ctx.out / path.name)
-        attempt_log.finish(work, attempt, "done", None, ctx.resumed_from)
-        crash_point("step.recorded")
-        manifest = _describe(step, ctx, run, lineage, attempt_log.read(work))
-        if not locks.owns(store.lock(step.key)):
-            raise StoreError(
-                f"{store.outputs} was removed or exchanged while {step.name} was made, and with it the lock that kept "
-                "others from making it too. Nothing was published; run the same command again."
-            )
-        place = store.publish(ctx.out, step.label, manifest)
-        made = store.made(step.key)
-        assert made is not None, "it was recorded"
-    except OSError as error:
-        text = f"{step.name} was made but could not be published: {error.strerror or error}"
-        text += f" ({error.filename or ctx.out})"
-        with suppress(OSError):  # a full disk takes no notes either
-            attempt_log.finish(work, attempt, "failed", text, ctx.resumed_from)
-        raise StoreError(f"{text}. Mend that and run the same command again.") from error
-    shutil.rmtree(work, ignore_errors=True)
-    crash_point("step.cleaned")
-    seconds = time.monotonic() - began
-    run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
-    run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(made)}"))
-    return place
 
-
-def _prepare(
-    step: PlannedStep, store: Store, run: Run, folders: dict[str, Path], lineage: dict[str, Manifest]
-) -> Context:
-    """Return the context of an attempt, whose `out` is empty and whose `work` is what it can go on from."""
-    work = store.work(step.key)
-    out = work / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    crash_point("step.prepared")
-    return Context(
-        step=step.name, stage=step.stage.name, inputs=folders, out=out,
-        input_steps={role: made["step"] for role, made in lineage.items()},
-        config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
-        work=work / "ckpt", root_seed=run.seed, root_data_seed=run.data_seed,
-        hints=run.policy.hints, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
-        team=run.ranks.start(run, work / "ckpt") if run.ranks is not None and "gpu" in step.stage.resources else None,
-        shared=SharedArtifacts(
-            outputs=store.outputs, run=run.name, inputs=lineage, facts=run.environment.record, say=run.say
-        ),
-    )  # fmt: skip
-
-
-def _attempt(step: PlannedStep, ctx: Context, run: Run, work: Path) -> int:
-    """Run the stage once and note how that ended; return the attempt's number."""
-    attempt = attempt_log.start(work, run.name, step.name)
-    run.event("step_started", step=step.name, key=step.key, reason=step.reason)
-    crash_point("step.started")
-    run.say(f"{step.name:<10} starts ({step.reason})")
-    reset_peak_memory()
-    limit = TimeLimit(run.policy.timeouts.get(step.name))
-    ctx.stop_signal = lambda: run.stop_signal or (15 if limit.passed else None)
-    error: BaseException
-    try:
-        check_pins(step.name, step.externals, step.sections, "since it was planned", step.unread)
-        with limit:
-            step.stage.load()(ctx)
-        crash_point("step.ran")
+    def _attempt(self) -> tuple[Context, int]:
+        """Run the stage once, with an empty `out` and what earlier attempts saved, and record how that ended."""
+        step, run, out = self.step, self.run, self.work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        crash_point("step.prepared")
+        limit = TimeLimit(run.policy.timeouts.get(step.name))
+        ctx = self._context(out, lambda: run.stop_signal or (signal.SIGTERM if limit.passed else None))
+        attempt = attempt_log.start(self.work, run.name, step.name)
+        run.event("step_started", step=step.name, key=step.key, reason=step.reason)
+        crash_point("step.started")
+        run.say(f"{step.name:<10} starts ({step.reason})")
+        reset_peak_memory()
+        error: BaseException
         try:
-            check_pins(step.name, step.externals, step.sections, "while it ran", step.unread)
-        except StepFailed:
-            shutil.rmtree(ctx.work, ignore_errors=True)  # made from both the old and the new
-            raise
-        if missing := step.stage.missing_outputs(ctx.out):
-            raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({ctx.out})")
-        return attempt
-    except Interrupted as stop:
-        if run.stop_signal is not None or not limit.passed:
-            with suppress(OSError):
-                attempt_log.finish(work, attempt, "interrupted", str(stop), ctx.resumed_from)
-            run.try_event("step_interrupted", step=step.name, error=str(stop))
-            raise
-        error = StepFailed(f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds. {stop}")
-    except TimeIsUp:
-        error = StepFailed(
-            f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds, did not stop when asked "
-            "to, and was ended."
-        )
-    except BaseException as raised:
-        error = raised
-    with suppress(OSError):
-        attempt_log.finish(work, attempt, "failed", _tell(error), ctx.resumed_from)
-    run.try_event("step_failed", step=step.name, error=_tell(error))
-    raise error
+            check_pins(step.name, step.externals, step.sections, "since it was planned", step.unread)
+            with limit:
+                step.stage.load()(ctx)
+            crash_point("step.ran")
+            try:
+                check_pins(step.name, step.externals, step.sections, "while it ran", step.unread)
+            except StepFailed:
+                shutil.rmtree(ctx.work, ignore_errors=True)  # made from both the old and the new
+                raise
+            if missing := step.stage.missing_outputs(ctx.out):
+                raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({ctx.out})")
+            return ctx, attempt
+        except Interrupted as stop:
+            if run.stop_signal is not None or not limit.passed:
+                with suppress(OSError):
+                    attempt_log.finish(self.work, attempt, "interrupted", str(stop), ctx.resumed_from)
+                run.try_event("step_interrupted", step=step.name, error=str(stop))
+                raise
+            error = StepFailed(
+                f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds. {stop}"
+            )
+        except TimeIsUp:
+            error = StepFailed(
+                f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds, did not stop when "
+                "asked to, and was ended."
+            )
+        except BaseException as raised:
+            error = raised
+        with suppress(OSError):
+            attempt_log.finish(self.work, attempt, "failed", _tell(error), ctx.resumed_from)
+        run.try_event("step_failed", step=step.name, error=_tell(error))
+        raise error
 
+    def _context(self, out: Path, stop_signal: Callable[[], int | None]) -> Context:
+        """Return what the stage gets."""
+        step, run, work = self.step, self.run, self.work / "ckpt"
+        is_shared = run.ranks is not None and "gpu" in step.stage.resources
+        return Context(
+            step=step.name, stage=step.stage.name, inputs=self.folders, out=out,
+            input_steps={role: made["step"] for role, made in self.lineage.items()},
+            config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
+            work=work, root_seed=run.seed, root_data_seed=run.data_seed,
+            hints=run.policy.hints, stop_signal=stop_signal, on_metrics=run.on_metrics,
+            team=run.ranks.start(run, work) if is_shared else None,  # type: ignore[union-attr]
+            shared=SharedArtifacts(
+                outputs=self.store.outputs, run=run.name, inputs=self.lineage, facts=run.environment.record, say=run.say
+            ),
+        )  # fmt: skip
 
-def _explained(error: Exception, step: PlannedStep, run: Run) -> MlxchatError:
-    """Return what is told of an error: itself if it is for people, else one that says where its traceback is."""
-    if isinstance(error, MlxchatError):
-        return error
-    text = f"step {step.name} failed: {_tell(error)}"
-    if isinstance(error, OSError) and error.errno in _DISK:
-        text += "\nMend that and run the same command again: it continues from what was saved last."
-    log = run.folder / f"{step.name}-error.log"
-    with suppress(OSError):
-        lines = traceback.format_exception(error)
-        log.write_text(redact("".join(lines)), encoding="utf-8")
-        text += f"\nTraceback: {log}"
-    return StepFailed(redact(text))
+    def _publish(self, ctx: Context, attempt: int) -> tuple[Path, Manifest]:
+        """Publish what the stage made; return the artifact and its manifest.
+
+        Raises:
+            StoreError: that is not possible.
+        """
+        step, store = self.step, self.store
+        try:
+            for path in (ctx.work / "records").glob("*.jsonl"):
+                shutil.copyfile(path, ctx.out / path.name)
+            attempt_log.finish(self.work, attempt, "done", None, ctx.resumed_from)
+            crash_point("step.recorded")
+            manifest = self._describe(ctx)
+            if not locks.owns(store.lock(step.key)):
+                raise StoreError(
+                    f"{store.outputs} was removed or exchanged while {step.name} was made, and with it the lock that "
+                    "kept others from making it too. Nothing was published; run the same command again."
+                )
+            place = store.publish(ctx.out, step.label, manifest)
+            made = store.made(step.key)
+            assert made is not None, "it was recorded"
+            return place, made
+        except OSError as error:
+            text = f"{step.name} was made but could not be published: {error.strerror or error}"
+            text += f" ({error.filename or ctx.out})"
+            with suppress(OSError):  # a full disk takes no notes either
+                attempt_log.finish(self.work, attempt, "failed", text, ctx.resumed_from)
+            raise StoreError(f"{text}. Mend that and run the same command again.") from error
+
+    def _describe(self, ctx: Context) -> Manifest:
+        """Return everything that the manifest says besides the contents."""
+        step, run = self.step, self.run
+        metrics, attempts = dict(ctx.metrics), attempt_log.read(self.work)
+        excluded: dict[str, Any] = {"machine": plain_of(step.config.machine)}
+        if run.ranks is not None and ctx.team is not None:
+            excluded["ranks"] = run.ranks.describe()
+        return {
+            "schema": SCHEMA,
+            "key": step.key,
+            "stage": step.stage.name,
+            "step": step.name,
+            "kind": step.stage.produces,
+            "version": step.stage.version,
+            "config": step.identity,
+            "excluded": excluded,
+            "full_config": {name: plain_of(section) for name, section in step.sections.items()},
+            "overrides": run.overrides,
+            "inputs": self.lineage,
+            "pins": step.externals,
+            "externals": ctx.externals,
+            **{key: metrics.pop(key, None) for key in MEASURED},
+            "metrics": metrics,
+            "derived": ctx.derived,
+            "seed": run.seed,
+            "data_seed": run.seed if run.data_seed is None else run.data_seed,
+            "attempts": attempts,
+            "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_array_bytes": peak_array_bytes(),
+            "code": step.code,
+            **run.environment.record(),
+            "run": run.name,
+            "published": now(),
+        }
+
+    def _failure(self, error: Exception) -> StepFailed:
+        """Return what is said of an error that is not for people, with the place of its traceback."""
+        text = f"step {self.step.name} failed: {_tell(error)}"
+        if isinstance(error, OSError) and error.errno in _DISK:
+            text += "\nMend that and run the same command again: it continues from what was saved last."
+        log = self.run.folder / f"{self.step.name}-error.log"
+        with suppress(OSError):
+            log.write_text(redact("".join(traceback.format_exception(error))), encoding="utf-8")
+            text += f"\nTraceback: {log}"
+        return StepFailed(redact(text))
 
 
 def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
@@ -388,64 +441,6 @@ def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
         time.sleep(min(0.1, max(0.0, until - time.monotonic())))
 
 
-def _check_inputs(step: PlannedStep, folders: dict[str, Path], store: Store) -> None:
-    """Refuse inputs whose files, or those of what their weights rest on, are not those that were published."""
-    for folder in folders.values():
-        _check_input(step, folder, store)
-    for folder in bases_of(folders):
-        _check_input(step, folder, store)
-
-
-def _check_input(step: PlannedStep, folder: Path, store: Store) -> None:
-    if damage := list(find_damage(folder, store.manifest_of(folder), again=False)):
-        raise StoreError(
-            f"{folder}, which {step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"
-            "Remove the folder; the next run makes it again."
-        )
-
-
-def _describe(
-    step: PlannedStep, ctx: Context, run: Run, lineage: dict[str, Manifest], attempts: list[Record]
-) -> Manifest:
-    """Return everything that the manifest says besides the contents."""
-    metrics = dict(ctx.metrics)
-    sections = {name: plain_of(section) for name, section in step.sections.items()}
-    return {
-        "schema": SCHEMA,
-        "key": step.key,
-        "stage": step.stage.name,
-        "step": step.name,
-        "kind": step.stage.produces,
-        "version": step.stage.version,
-        "config": step.identity,
-        "excluded": _excluded(ctx, run),
-        "full_config": sections,
-        "overrides": run.overrides,
-        "inputs": lineage,
-        "pins": step.externals,
-        "externals": ctx.externals,
-        **{key: metrics.pop(key, None) for key in MEASURED},
-        "metrics": metrics,
-        "derived": ctx.derived,
-        "seed": ctx.root_seed,
-        "data_seed": ctx.root_seed if ctx.root_data_seed is None else ctx.root_data_seed,
-        "attempts": attempts,
-        "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "peak_array_bytes": peak_array_bytes(),
-        "code": step.code,
-        **run.environment.record(),
-        "run": run.name,
-        "published": now(),
-    }
-
-
-def _excluded(ctx: Context, run: Run) -> dict[str, Any]:
-    """Return on what the step was made, which is no part of its identity."""
-    found = {"machine": plain_of(run.config.machine)}
-    return found | {"ranks": run.ranks.describe()} if run.ranks is not None and ctx.team is not None else found
-
-
 def _summary(manifest: Manifest) -> str:
     """Return the artifact's name, size and numbers in one line."""
     size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
@@ -453,14 +448,6 @@ def _summary(manifest: Manifest) -> str:
     if manifest["tokens_per_second"]:
         numbers.append(f"{format_count(manifest['tokens_per_second'])} tok/s")
     return "  ".join([f"{manifest['name']} ({size})", *numbers])
-
-
-def _facts(step: PlannedStep, store: Store, run: Run) -> dict[str, str]:
-    """Return what hooks are told."""
-    return {
-        "step": step.name, "stage": step.stage.name, "run": run.name, "key": step.key,
-        "outputs": str(store.outputs.resolve()),
-    }  # fmt: skip
 
 
 def _tell(error: BaseException) -> str:

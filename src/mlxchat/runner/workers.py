@@ -12,9 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,9 @@ from mlxchat import errors
 from mlxchat.config.secrets import redact
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.plan import PlannedStep, Verdict
-from mlxchat.runner.process import SIGNALS, Hooks, keep_awake, stop_on_signals
-from mlxchat.runner.run import Policy, Run, complete, find_done
-from mlxchat.store.environment import Environment
-from mlxchat.store.files import Record, write_whole
+from mlxchat.runner.process import SIGNALS, keep_awake, stop_on_signals
+from mlxchat.runner.run import Run, complete, find_done, ignore
+from mlxchat.store.files import write_whole
 from mlxchat.store.naming import LATEST, MODEL
 from mlxchat.store.store import Store
 
@@ -64,7 +61,7 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
             "What is in it is whole. Mend that and run the same command again: it continues."
         ) from error
     except MlxchatError as error:
-        run.try_event("run_failed", step=outcome.last_step(), error=str(error))
+        run.try_event("run_failed", step=outcome.current, error=str(error))
         raise
     finally:
         run.hooks.finish()
@@ -74,7 +71,6 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
 def _execute_here(outcome: Outcome) -> None:
     """Complete one step after the other in this process."""
     plan, run = outcome.plan, outcome.run
-
     leave = run.ranks.kill if run.ranks is not None else lambda: None
     with stop_on_signals(run.request_stop, run.announce_stop, leave):
         for step in plan:
@@ -168,10 +164,6 @@ class Outcome:
         if self.run.becomes_latest:
             self.store.link_group(LATEST, self.run.name)
 
-    def last_step(self) -> str | None:
-        """Return the step that a failure of the run is about."""
-        return self.current
-
     def _goes_on(self, step: PlannedStep) -> bool:
         if step.name in self.finished or step.name in self.failures:
             return False
@@ -182,42 +174,47 @@ class Outcome:
         return name in self.failures or any(self._lost(source) for source in step.inputs.values())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Order:
-    """What a child is told."""
+    """What a worker gets: all that it needs to complete a step in another process."""
 
     step: str
     planned: dict[str, PlannedStep]
+    """Name → step: itself and its inputs."""
     outputs: Path
-    folder: Path
-    config: Any
-    seed: int
-    data_seed: int | None
-    overrides: list[str]
-    policy: Policy
-    hooks: tuple[Any, Any, Any]
-    uses_gpu: Callable[[], bool]
-    environment: Environment
+    run: Run
+
+    @classmethod
+    def of(cls, step: PlannedStep, outcome: Outcome) -> Order:
+        """Return the order of a step, without what cannot leave this process."""
+        planned = {name: copy(outcome.planned[name]) for name in (step.name, *step.inputs.values())}
+        for each in planned.values():
+            each.digests = None  # what they found is kept in the step's `code`
+        run = outcome.run
+        hooks = replace(run.hooks, warn=_say)
+        return cls(step.name, planned, outcome.store.outputs, replace(run, hooks=hooks, say=_say, on_metrics=ignore))
+
+    def complete(self) -> Result:
+        """Complete the step in this process, and return what became of it."""
+        run = self.run
+        try:
+            with stop_on_signals(run.request_stop, lambda: None):
+                return "done", str(complete(self.planned[self.step], Store(self.outputs), run, self.planned)), 0
+        except MlxchatError as error:
+            return type(error).__name__, str(error), error.exit_code
+        except OSError as error:
+            what = f"({error.strerror or error}: {error.filename})"
+            return StoreError.__name__, f"outputs folder {self.outputs} can no longer be used {what}", 2
+        finally:
+            run.hooks.finish()
 
 
-@dataclass(kw_only=True)
-class _Child:
-    """A step at work in another process."""
+Result = tuple[str, str, int]
+"""done and the artifact's folder, or the name of an error's class, its message and exit code."""
 
-    step: PlannedStep
-    process: BaseProcess
-    messages: Connection
-    printer: threading.Thread
-    result: tuple[Any, ...] | None = None
-    asked_to_stop: int = 0
-    """The signal it was sent."""
 
-    def stop(self, number: int) -> None:
-        """Ask it, once, to save and end."""
-        if not self.asked_to_stop and self.process.pid is not None:
-            self.asked_to_stop = number
-            with suppress(ProcessLookupError):
-                os.kill(self.process.pid, number)
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _execute_in_processes(outcome: Outcome) -> None:
@@ -227,11 +224,11 @@ def _execute_in_processes(outcome: Outcome) -> None:
         Interrupted: a signal arrived; every step at work has saved what it can go on from.
         StoreError: the outputs folder cannot be used.
     """
-    run, children = outcome.run, dict[str, _Child]()
+    run, workers = outcome.run, dict[str, _Child]()
 
     def leave() -> None:
-        for child in children.values():
-            child.process.kill()
+        for worker in workers.values():
+            worker.process.kill()
 
     fatal: MlxchatError | None = None
     with stop_on_signals(run.request_stop, run.announce_stop, leave):
@@ -239,135 +236,141 @@ def _execute_in_processes(outcome: Outcome) -> None:
             while True:
                 failing = fatal is not None or (run.policy.fail_fast and bool(outcome.failures))
                 if run.stop_signal is not None or failing:
-                    for child in children.values():
-                        child.stop(run.stop_signal or signal.SIGTERM)
+                    for worker in workers.values():
+                        worker.stop(run.stop_signal or signal.SIGTERM)
                 else:
-                    _start_what_is_ready(outcome, children)
-                if not children:
+                    _start_what_is_ready(outcome, workers)
+                if not workers:
                     break
-                for child in _wait(children, run.on_metrics):
-                    del children[child.step.name]
+                wait([each for worker in workers.values() for each in worker.signs], timeout=_LOOK_SECONDS)
+                for worker in [worker for worker in workers.values() if worker.has_ended()]:
+                    del workers[worker.step.name]
                     try:
-                        _take_result(child, outcome)
+                        _take_result(worker, outcome)
                     except Interrupted as stop:
                         if run.stop_signal is not None:
                             fatal = fatal or stop
                     except StoreError as error:
-                        outcome.current = child.step.name
+                        outcome.current = worker.step.name
                         fatal = error
         finally:
-            for child in children.values():
-                child.process.kill()
-                _end(child)
+            for worker in workers.values():
+                worker.process.kill()
+                worker.close()
     if fatal is not None:
         raise fatal
     if run.stop_signal is not None and len(outcome.finished) < len(outcome.plan) and not outcome.failures:
         raise Interrupted("stopped between two steps. The same command continues from there.", run.stop_signal)
 
 
-def _start_what_is_ready(outcome: Outcome, children: dict[str, _Child]) -> None:
+def _start_what_is_ready(outcome: Outcome, workers: dict[str, _Child]) -> None:
     """Start every step whose inputs are there, as far as there is room; what is done already needs no process."""
     for step in outcome.plan:
-        if step.name in outcome.finished or step.name in outcome.failures or step.name in children:
+        if step.name in outcome.finished or step.name in outcome.failures or step.name in workers:
             continue
         if outcome.must_skip(step) or any(source not in outcome.finished for source in step.inputs.values()):
             continue
-        if len(children) >= outcome.run.policy.max_parallel_steps:
+        if len(workers) >= outcome.run.policy.max_parallel_steps:
             return
         place = find_done(step, outcome.store, outcome.run, outcome.planned)
         outcome.note(step)
         if place is not None:
             outcome.finish(step, place)
         else:
-            children[step.name] = _start(step, outcome)
+            workers[step.name] = _Child(step, outcome)
 
 
-def _start(step: PlannedStep, outcome: Outcome) -> _Child:
-    run = outcome.run
-    context = multiprocessing.get_context("spawn")
-    messages, theirs = context.Pipe()
-    printed, printing = context.Pipe(duplex=False)
-    hooks = (run.hooks.on_start, run.hooks.on_success, run.hooks.on_failure)
-    order = Order(
-        step=step.name, planned=_needed(step, outcome.planned), outputs=outcome.store.outputs, folder=run.folder,
-        config=run.config, seed=run.seed, data_seed=run.data_seed, overrides=run.overrides,
-        policy=replace(run.policy, max_parallel_steps=1),
-        hooks=hooks, uses_gpu=run.uses_gpu, environment=run.environment,
-    )  # fmt: skip
-    process = context.Process(target=_work, args=(order, theirs, printing), name=step.name)
-    # A signal that came while it starts would end it before it can save.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    theirs.close()
-    printing.close()
-    log = run.folder / f"{step.name}.log"
-    printer = threading.Thread(
-        target=_print, args=(printed, log, step.name, run.say), name=f"{step.name} output", daemon=True
-    )
-    printer.start()
-    return _Child(step=step, process=process, messages=messages, printer=printer)
-
-
-def _needed(step: PlannedStep, planned: dict[str, PlannedStep]) -> dict[str, PlannedStep]:
-    """Return the step and its inputs, without what is remembered of source files."""
-    needed = {name: copy(planned[name]) for name in (step.name, *step.inputs.values())}
-    for other in needed.values():
-        other.digests = None  # what they found is kept in the step's `code`
-    return needed
-
-
-def _wait(children: dict[str, _Child], on_metrics: Callable[[str, Record], None]) -> list[_Child]:
-    """Pass on what children report, for an instant or until one ends; return those that have ended."""
-    ready = wait([child.process.sentinel for child in children.values()] + [c.messages for c in children.values()],
-                 timeout=_LOOK_SECONDS)  # fmt: skip
-    ended = []
-    for child in children.values():
-        over = child.process.sentinel in ready
-        with suppress(EOFError, OSError):
-            while child.messages.poll():
-                message = child.messages.recv()
-                if message[0] == "metrics":
-                    on_metrics(*message[1:])
-                else:
-                    child.result = message
-        if over:
-            ended.append(child)
-    return ended
-
-
-def _take_result(child: _Child, outcome: Outcome) -> None:
-    """Note what became of a child that has ended."""
-    _end(child)
-    step, result = child.step, child.result
-    if result is None and child.asked_to_stop:
-        raise Interrupted(f"{step.name} was stopped. The same command continues it.", child.asked_to_stop)
-    if result is None:
-        code = child.process.exitcode or 0
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        text = f"step {step.name} failed: its process ended {how} without a word. {outcome.run.folder}/{step.name}.log"
-        outcome.run.event("step_failed", step=step.name, error=text)
+def _take_result(worker: _Child, outcome: Outcome) -> None:
+    """Note what became of a step whose worker has ended."""
+    worker.close()
+    step, run = worker.step, outcome.run
+    if worker.result is None and worker.stopped_by:
+        raise Interrupted(f"{step.name} was stopped. The same command continues it.", worker.stopped_by)
+    if worker.result is None:
+        text = f"step {step.name} failed: {worker.how_it_was_lost()}"
+        run.event("step_failed", step=step.name, error=text)
         outcome.fail(step, StepFailed(text))
-    elif result[0] == "done":
+        return
+    kind, message, code = worker.result
+    if kind == "done":
         step.verdict = Verdict(state="done")
         outcome.store.forget()
-        outcome.finish(step, Path(result[1]))
+        outcome.finish(step, Path(message))
+    elif kind == Interrupted.__name__:
+        raise Interrupted(message, code - 128)
+    elif kind == StoreError.__name__:
+        raise StoreError(message)
     else:
-        _, kind, message, code = result
-        if kind == "Interrupted":
-            raise Interrupted(message, code - 128)
-        if kind == "StoreError":
-            raise StoreError(message)
-        error = getattr(errors, kind, StepFailed)(message)
-        outcome.fail(step, error)
+        outcome.fail(step, getattr(errors, kind, StepFailed)(message))
 
 
-def _end(child: _Child) -> None:
-    child.process.join()
-    child.printer.join(_PRINTER_SECONDS)  # a program that the stage left behind may keep the pipe open
-    child.messages.close()
+class _Child:
+    """A step at work in a process of its own on this machine, which is started anew and never forked.
+
+    What it prints goes to <step>.log in the run's folder and, with the step's name before it, to the terminal. It has a
+    session of its own, so that ctrl-c reaches it once, from here; if this process dies, it saves what it has and ends.
+    """
+
+    def __init__(self, step: PlannedStep, outcome: Outcome) -> None:
+        """Start it."""
+        self.step, self.run = step, outcome.run
+        self.result: Result | None = None
+        self.stopped_by = 0
+        """The signal that it was sent."""
+        context = multiprocessing.get_context("spawn")
+        self.messages, theirs = context.Pipe()
+        printed, printing = context.Pipe(duplex=False)
+        order = Order.of(step, outcome)
+        self.process = context.Process(target=_work, args=(order, theirs, printing), name=step.name)
+        # A signal that came while it starts would end it before it can save.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        theirs.close()
+        printing.close()
+        self.log = self.run.folder / f"{step.name}.log"
+        self.printer = threading.Thread(
+            target=_print, args=(printed, self.log, step.name, self.run.say), name=f"{step.name} output", daemon=True
+        )
+        self.printer.start()
+
+    @property
+    def signs(self) -> tuple[int, Connection]:
+        """What becomes ready when it has something to report, or ends."""
+        return self.process.sentinel, self.messages
+
+    def has_ended(self) -> bool:
+        """Tell whether it has ended; what it has reported is passed on."""
+        ended = not self.process.is_alive()
+        with suppress(EOFError, OSError):
+            while self.messages.poll():
+                message = self.messages.recv()
+                if message[0] == "metrics":
+                    self.run.on_metrics(*message[1:])
+                else:
+                    self.result = message
+        return ended
+
+    def stop(self, number: int) -> None:
+        """Ask it, once, to save and end."""
+        if not self.stopped_by and self.process.pid is not None:
+            self.stopped_by = number
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
+
+    def close(self) -> None:
+        """Wait for its end, and for the last of what it printed."""
+        self.process.join()
+        self.printer.join(_PRINTER_SECONDS)  # a program that the stage left behind may keep the pipe open
+        self.messages.close()
+
+    def how_it_was_lost(self) -> str:
+        """Return how it ended without a result."""
+        code = self.process.exitcode or 0
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return f"its process ended {how} without a word. {self.log}"
 
 
 def _print(printed: Connection, log: Path, step: str, say: Callable[[str], None]) -> None:
@@ -398,26 +401,8 @@ def _work(order: Order, messages: Connection, printing: Connection) -> None:
     os.dup2(printing.fileno(), 2)
     printing.close()
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    on_start, on_success, on_failure = order.hooks
-    say = partial(print, flush=True)
-    run = Run(
-        folder=order.folder, config=order.config, seed=order.seed, data_seed=order.data_seed, force=[],
-        overrides=order.overrides, environment=order.environment, say=say, policy=order.policy, uses_gpu=order.uses_gpu,
-        hooks=Hooks(on_start=on_start, on_success=on_success, on_failure=on_failure, warn=say),
-        on_metrics=lambda step, record: messages.send(("metrics", step, record)),
-    )  # fmt: skip
-
-    try:
-        with stop_on_signals(run.request_stop, lambda: None):
-            place = complete(order.planned[order.step], Store(order.outputs), run, order.planned)
-        messages.send(("done", str(place)))
-    except MlxchatError as error:
-        messages.send(("failed", type(error).__name__, str(error), error.exit_code))
-    except OSError as error:
-        text = f"outputs folder {order.outputs} can no longer be used ({error.strerror or error}: {error.filename})"
-        messages.send(("failed", "StoreError", text, 2))
-    finally:
-        run.hooks.finish()
+    order.run.on_metrics = lambda step, record: messages.send(("metrics", step, record))
+    messages.send(order.complete())
 
 
 def _end_with_parent() -> None:

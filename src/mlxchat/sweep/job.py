@@ -103,7 +103,7 @@ def run_pipeline(
         on_record(step, record)
 
     run = Run(
-        folder=folder, config=config, seed=config.seed, data_seed=config.data_seed, force=config.force,
+        folder=folder, seed=config.seed, data_seed=config.data_seed,
         overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=take,
         policy=_policy(config, need), hooks=_hooks(config.hooks),
         uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
