@@ -19,6 +19,7 @@ from kit.training import training_of
 from mlxchat.cli import main
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config, TaskItem
+from mlxchat.config.wording import format_bytes
 from mlxchat.cpu import runtime
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.engine.generate import Engine
@@ -33,9 +34,11 @@ from mlxchat.planning.memory import (
     check_memory,
     choose_micro_batch,
     describe_memory,
+    forecast_bytes,
     forward_tokens,
     predict_forward_bytes,
     predict_peak,
+    remark_apart,
     rows_at_a_time,
 )  # fmt: skip
 from mlxchat.runner.plan import PlannedStep, make_plan
@@ -276,6 +279,24 @@ def test_a_plan_says_what_its_trainings_need(tmp_path: Path) -> None:
     lines = describe_memory(config, planned(config, tmp_path))
     assert list(lines) == ["pretrain", "midtrain", "sft"]
     assert lines["pretrain"].endswith("MB with 2,048 tokens at a time")
+
+
+def test_a_plan_names_steps_that_do_not_fit_beside_each_other(tmp_path: Path) -> None:
+    config = config_of("machine=cpu", "machine.max_parallel_steps=2", "pipeline=two_sft")
+    plan = planned(config, tmp_path)
+    needs = forecast_bytes(config, plan)
+    assert needs.keys() >= {"pretrain", "midtrain", "sft_short", "sft_long"}
+    both = needs["sft_short"] + needs["sft_long"]
+    config.machine.memory_limit_bytes = both
+    assert not any("sft_short" in line and "sft_long" in line for line in remark_apart(config, plan))
+    config.machine.memory_limit_bytes = both - 1
+    (line,) = remark_apart(config, plan)
+    assert line.startswith("not at the same time, more than ")
+    assert "(machine.memory_limit_bytes): " in line
+    assert f"sft_short ({format_bytes(needs['sft_short'])}) and sft_long" in line
+    assert "pretrain" not in line, "each other step needs it"
+    config.machine.max_parallel_steps = 1
+    assert remark_apart(config, plan) == []
 
 
 def test_a_refusal_names_need_limit_and_keys(tmp_path: Path) -> None:

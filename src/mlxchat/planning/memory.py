@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,17 +181,17 @@ class Decoding:
         Raises:
             ConfigError: not a single one; `what` needs the memory.
         """
+        if found := self.device.most_rows(most, lambda rows: held_bytes + self.peak_bytes(rows)):
+            return found
+        row = f"its weights and one row of {self.row_tokens:,} tokens, prompt and answer"
+        raise ConfigError(f"{what} {self.device.excess(held_bytes + self.peak_bytes(1), row, self.remedies)}")
+
+    def peak_bytes(self, rows: int) -> int:
+        """Return what is held at most with so many rows at a time: weights and engine, or weights being packed."""
         weights = round(self._weights() * self.device.compute_bytes)
         whole = count_parameters(self.sizes)["total"] * self.device.compute_bytes
         loading = 0 if self.bits is None else weights + whole
-
-        def needed(rows: int) -> int:
-            return held_bytes + max(loading, weights + self.bytes_beside_weights(rows))
-
-        if found := self.device.most_rows(most, needed):
-            return found
-        row = f"its weights and one row of {self.row_tokens:,} tokens, prompt and answer"
-        raise ConfigError(f"{what} {self.device.excess(needed(1), row, self.remedies)}")
+        return max(loading, weights + self.bytes_beside_weights(rows))
 
     def _weights(self) -> float:
         """Return the size of the weights in numbers of the compute type."""
@@ -603,6 +604,33 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
             refused.append(f"{step.name} {need.explain_excess()}")
     if refused:
         raise ConfigError("\n".join(refused))
+
+
+def forecast_bytes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, int]:
+    """Return step → predicted peak of the plan's steps that are to run, as far as their stages forecast it."""
+    found = {}
+    for step, need in _needs(config, plan):
+        rows = rows_at_a_time(need, config.machine) if isinstance(need, Training) else need.rows(step.name)
+        found[step.name] = need.peak_bytes(rows or 1)
+    return found
+
+
+def remark_apart(config: Config, plan: Iterable[PlannedStep]) -> list[str]:
+    """Return a line with the steps that could run at the same time, but together exceed the memory."""
+    plan, limit = list(plan), find_device(config.machine)
+    if config.machine.max_parallel_steps < 2 or limit.limit_bytes is None:
+        return []
+    above: dict[str, set[str]] = {}
+    for step in plan:
+        above[step.name] = {step.name}.union(*(above[source] for source in step.inputs.values()))
+    needs = forecast_bytes(config, plan)
+    pairs = [
+        f"{one} ({format_bytes(needs[one])}) and {other} ({format_bytes(needs[other])})"
+        for one, other in combinations(needs, 2)
+        if one not in above[other] and other not in above[one] and not limit.fits(needs[one] + needs[other])
+    ]
+    why = f"more than {format_bytes(limit.limit_bytes)} together ({limit.limit_is})"
+    return [f"not at the same time, {why}: {'; '.join(pairs)}"] if pairs else []
 
 
 def _needs(config: Config, plan: Iterable[PlannedStep]) -> list[tuple[PlannedStep, Training | Decoding]]:

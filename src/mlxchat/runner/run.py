@@ -74,6 +74,10 @@ class Policy:
 
     max_parallel_steps: int = 1
     """Steps at a time; above 1 each runs in a process of its own."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Step → bytes that it is predicted to need."""
+    memory_limit: int | None = None
+    """Bytes that steps at the same time may need together; None: as many as they do."""
     fail_fast: bool = False
     """Whether a step that fails stops those that do not need it."""
     retry_attempts: int = 1

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from typing import Any
 
 from mlxchat import errors
 from mlxchat.config.secrets import redact
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.plan import PlannedStep, Verdict
 from mlxchat.runner.process import SIGNALS, keep_awake, stop_on_signals
@@ -105,6 +106,8 @@ class Outcome:
         self.failures: dict[str, MlxchatError] = {}
         self.skipped: dict[str, str] = {}
         """Step → the one that failed."""
+        self.waiting: set[str] = set()
+        """Steps for whose wait for memory a line was printed."""
         self.current: str | None = None
         """The step that was at work when the run ended."""
 
@@ -145,6 +148,21 @@ class Outcome:
             self.run.event("step_skipped", step=step.name, failed=cause)
             self.run.say(f"{step.name:<10} is left out: {cause} failed")
         return True
+
+    def has_memory_for(self, step: PlannedStep, running: Iterable[str]) -> bool:
+        """Tell whether a step fits beside those that run, which is said once if it does not; alone it may start."""
+        needs, limit = self.run.policy.memory, self.run.policy.memory_limit
+        beside = [name for name in running if needs.get(name)]
+        if limit is None or not beside or sum(needs.get(name, 0) for name in (step.name, *beside)) <= limit:
+            return True
+        if step.name not in self.waiting:
+            self.waiting.add(step.name)
+            shown = ", ".join(f"{name}'s {format_bytes(needs[name])}" for name in beside)
+            self.run.say(
+                f"{step.name:<10} waits for memory: it needs {format_bytes(needs[step.name])} beside {shown}, "
+                f"and {format_bytes(limit)} may be used"
+            )
+        return False
 
     def cause_of(self, name: str) -> str | None:
         """Return the failed step because of which this one is not there."""
@@ -272,11 +290,13 @@ def _start_what_is_ready(outcome: Outcome, workers: dict[str, _Child]) -> None:
             continue
         if len(workers) >= outcome.run.policy.max_parallel_steps:
             return
+        if step.name in outcome.waiting and not outcome.has_memory_for(step, workers):
+            continue
         place = find_done(step, outcome.store, outcome.run, outcome.planned)
         outcome.note(step)
         if place is not None:
             outcome.finish(step, place)
-        else:
+        elif outcome.has_memory_for(step, workers):
             workers[step.name] = _Child(step, outcome)
 
 

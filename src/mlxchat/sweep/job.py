@@ -23,7 +23,7 @@ from mlxchat.hub.cache import endpoint, is_offline
 from mlxchat.hub.listings import tell_command
 from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.given import check_given
-from mlxchat.planning.memory import check_memory
+from mlxchat.planning.memory import check_memory, find_device, forecast_bytes, remark_apart
 from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
 from mlxchat.runner.keys import find_unknown
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
@@ -80,6 +80,8 @@ def run_pipeline(
             _say(line)
     if need is not None:
         _say(str(need))
+    for line in remark_apart(config, plan):
+        _say(line)
     if finished:
         with suppress(StoreError, PermissionError):  # who may only read the folder has nothing to name in it
             store.prepare()
@@ -105,7 +107,7 @@ def run_pipeline(
     run = Run(
         folder=folder, seed=config.seed, data_seed=config.data_seed,
         overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=take,
-        policy=_policy(config, need), hooks=_hooks(config.hooks),
+        policy=_policy(config, plan, need), hooks=_hooks(config.hooks),
         uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
         becomes_latest=not is_verb,
     )  # fmt: skip
@@ -219,9 +221,12 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
     return folder
 
 
-def _policy(config: Config, need: TextNeed | None) -> Policy:
+def _policy(config: Config, plan: list[PlannedStep], need: TextNeed | None) -> Policy:
     """Return how steps are executed."""
+    is_parallel = config.machine.max_parallel_steps > 1
     return Policy(
+        memory=forecast_bytes(config, plan) if is_parallel else {},
+        memory_limit=find_device(config.machine).limit_bytes if is_parallel else None,
         max_parallel_steps=config.machine.max_parallel_steps,
         fail_fast=config.fail_fast,
         retry_attempts=config.retry.attempts,
