@@ -47,7 +47,7 @@ def plan(arguments: list[str]) -> int:
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.ops.machine import device_kind
     from mlxchat.planning.duration import estimate_pretraining
-    from mlxchat.planning.memory import check_memory, describe_memory
+    from mlxchat.planning.memory import check_memory, describe_memory, remark_apart
     from mlxchat.planning.text import describe_text
     from mlxchat.runner.keys import find_unknown
     from mlxchat.runner.reasons import estimate_steps, format_plan
@@ -95,7 +95,8 @@ def plan(arguments: list[str]) -> int:
             print(visible(old))
         for line in describe_recipe(composed, plan, find_downloads(config, plan, store), times):
             print(line)
-        print(format_plan(plan, remarks, estimates), flush=True)
+        for line in (format_plan(plan, remarks, estimates), *remark_apart(config, plan)):
+            print(line, flush=True)
     check_memory(config, plan)
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
 

@@ -75,7 +75,7 @@ class Store:
                 (self.outputs / name).mkdir(parents=True, exist_ok=True)
             probe = self.outputs / "work" / f".probe-{uuid.uuid4().hex}"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process may tidy up
             self.check()
             sweep(self.outputs)
         except OSError as error:
@@ -435,6 +435,8 @@ def sweep(outputs: Path) -> None:
     for folder in (outputs / "work").iterdir():
         if folder.name.startswith(".trash-"):
             shutil.rmtree(folder, ignore_errors=True)
+        elif folder.name.startswith(".probe-"):
+            folder.unlink(missing_ok=True)
         elif (made := _made(store, folder.name)) is not None:
             with suppress(BlockingIOError, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
                 # What is no part of its history is of a step that was begun anew by force.
