@@ -42,13 +42,25 @@ def test_text_offset_counts_over_all_chunks_of_a_stream(start: Callable[..., Any
     assert {key: [each for piece in pieces for each in piece[key]] for key in LISTS} == whole["logprobs"]
     assert whole["text"] == TEXT
     tokens, offsets = whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"]
+    assert (tokens[-1], offsets[-1]) == ("<|assistant_end|>", len(TEXT))
     data = b""
-    for token, offset in zip(tokens, offsets, strict=True):
+    for token, offset in zip(tokens[:-1], offsets[:-1], strict=True):
         assert offset == len(data.decode(errors="ignore")), "characters before the token"
         if not token.startswith("bytes:"):
             assert TEXT[offset : offset + len(token)] == token
         data += said_bytes(token)
     assert data.decode() == TEXT
+
+
+def test_the_token_that_ends_a_text_is_among_its_tokens(server: Any, tokenizer: Tokenizer) -> None:
+    """lm-evaluation-harness leaves out the last token, which was drawn: it left out one of the prompt's."""
+    end = {"logit_bias": {str(tokenizer.assistant_end): 100}, "temperature": 0}
+    told = complete(server, prompt="the cat", echo=True, logprobs=0, max_tokens=1, **end).json()["choices"][0]
+    chat = server.chat(logprobs=True, **end).json()["choices"][0]
+    assert told["text"] == "the cat"
+    assert "".join(told["logprobs"]["tokens"][:-1]) == "the cat"
+    assert told["logprobs"]["tokens"][-1] == "<|assistant_end|>"
+    assert (chat["message"]["content"], chat["logprobs"]) == ("", None)
 
 
 def test_text_offset_counts_an_echoed_prompt(tokenizer: Tokenizer) -> None:
@@ -100,7 +112,7 @@ def test_text_offset_counts_what_a_tool_says(start: Callable[..., Any], tokenize
         told["text"][offset : offset + len(token)]
         for token, offset in zip(told["logprobs"]["tokens"], told["logprobs"]["text_offset"], strict=True)
     ]
-    assert found == told["logprobs"]["tokens"]
+    assert [*found[:-1], "<|assistant_end|>"] == told["logprobs"]["tokens"]
     assert len("".join(found)) == len(told["text"]) - 2, "the result was not sampled and has no log-probability"
 
 

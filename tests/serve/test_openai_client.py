@@ -73,7 +73,7 @@ def test_a_response_continues_what_it_was_told_and_stores_nothing(client: Any) -
     assert client.responses.create(model="sft", input=turns, max_output_tokens=4).object == "response"
     with pytest.raises(openai.BadRequestError, match="previous_response_id is not supported: nothing is stored"):
         client.responses.create(model="sft", input="and?", previous_response_id=first.id)
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+    with pytest.raises(openai.BadRequestError, match="tools are not supported"):
         client.responses.create(model="sft", input="a", tools=[{"type": "web_search"}])
 
 

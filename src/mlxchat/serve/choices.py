@@ -45,7 +45,7 @@ class Choice:
         self.newest = list(self._with_logprobs(event))
         self.events += self.newest
         if event.token is not None:
-            special = event.token in self.tokenizer.special_ids.values()
+            special = self._is_special(event.token)
             data = b"" if special else self.tokenizer.decode_bytes([event.token])
             self.position += len(self._decoder.decode(data, final=special))
         if event.finish_reason is not None:
@@ -64,11 +64,15 @@ class Choice:
 
     def chat_logprobs(self, found: list[Scored]) -> Json | None:
         """Return the log-probabilities of what is said among `events` or `newest`."""
-        entries = [self._chat_entry(each) for each, kind, _ in found if kind == "text"]
+        entries = [
+            self._chat_entry(each) for each, kind, _ in found if kind == "text" and not self._is_special(each.token)
+        ]
         return {"content": entries, "refusal": None} if entries else None
 
     def text_logprobs(self, found: list[Scored]) -> Json | None:
-        """Return the same as text completions have it, of calls too.
+        """Return the same as text completions have it, of calls too, and of the token that ended the text.
+
+        With `echo` clients count tokens from the end: lm-evaluation-harness leaves out the last one, which was drawn.
 
         `text_offset` counts the characters before each token in the whole text of the choice, also in a stream's
         chunks; tokens of one character have the same.
@@ -87,9 +91,13 @@ class Choice:
 
     def _with_logprobs(self, event: Event) -> Iterator[Scored]:
         yield from self._of_prompt(event)
-        if event.logprob is not None and event.token not in self.tokenizer.special_ids.values():
-            data = b"" if event.token is None else self.tokenizer.decode_bytes([event.token])
+        special = self._is_special(event.token)
+        if event.logprob is not None and (event.finish_reason is not None or not special):
+            data = b"" if event.token is None or special else self.tokenizer.decode_bytes([event.token])
             yield event, self.parts.kind, self.position + _num_cut_short(self._decoder, data)
+
+    def _is_special(self, token: int | None) -> bool:
+        return token in self.tokenizer.special_ids.values()
 
     def _of_prompt(self, event: Event) -> Iterator[Scored]:
         """Yield what an event says of the echoed prompt; of a prompt's first token there is no log-probability."""

@@ -185,7 +185,8 @@ def _refuse_unsupported(body: Generation) -> None:
     for name, fine in _UNSUPPORTED.items():
         value = getattr(body, name, None)
         if value not in (None, *fine):
-            raise Fault(f"{name} is not supported", param=name, code="unsupported_parameter")
+            verb = "are" if name.endswith("s") else "is"
+            raise Fault(f"{name} {verb} not supported", param=name, code="unsupported_parameter")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,160 @@
+"""Our models in lm-evaluation-harness (lm_eval), as `--model mlxchat`.
+
+    python -m mlxchat.evals.harness run --model mlxchat --model_args path=sft --tasks hellaswag
+
+is lm_eval's own command line with this model registered. Text is scored after <|bos|>, as in training; text beyond the
+model's context is computed, as in CORE. Requires the extra `harness`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.sample import Sampling
+from mlxchat.engine.scheduler import Request
+from mlxchat.errors import MlxchatError
+from mlxchat.evals.branching import Continuation, make_batches, make_rows
+from mlxchat.evals.language_model import OwnModel
+from mlxchat.model.checkpoint import load_for_inference
+from mlxchat.store.naming import find
+from mlxchat.store.store import Store
+
+_WINDOW_REQUESTS = 512
+"""Requests of which those with a common beginning are computed together."""
+
+
+@register_model("mlxchat")
+class HarnessModel(TemplateLM):
+    """A checkpoint of ours as lm_eval asks it."""
+
+    def __init__(
+        self, path: str, outputs: str = "outputs", batch_tokens: int = 8192, max_gen_toks: int = 256, **ignored: Any
+    ) -> None:
+        """Load a model.
+
+        Args:
+            path: a folder with a checkpoint, or any name that `mlxchat show` takes.
+            outputs: the folder of the store, for names.
+            batch_tokens: scored at a time.
+            max_gen_toks: longest answer, where a task sets none.
+            ignored: what lm_eval gives every model: batch_size, max_batch_size, device.
+
+        Raises:
+            StoreError: there is no artifact of that name.
+            DataError: the checkpoint cannot be read.
+        """
+        super().__init__()
+        folder = Path(path) if Path(path).is_dir() else find(Store(Path(outputs)), path).place
+        model, self._own_tokenizer, _ = load_for_inference(folder)
+        self._model = OwnModel(model, padding=self._own_tokenizer.bos)
+        self._engine = Engine(model, self._own_tokenizer)
+        self._batch_tokens, self._max_gen_toks, self._name = int(batch_tokens), int(max_gen_toks), folder.name
+        special = sorted(self._own_tokenizer.special_ids)
+        self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that begins a document, which also ends the one before it."""
+        return self._own_tokenizer.bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the checkpoint; lm_eval keeps what it caches of requests under it."""
+        return self._name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Return ids, after <|bos|> unless `add_special_tokens` is False.
+
+        A conversation of `apply_chat_template` begins with <|bos|>: in it alone special tokens are read as such.
+        """
+        encode, special = self._own_tokenizer.encode, self._own_tokenizer.special_ids
+        if string.startswith("<|bos|>"):
+            parts = self._special.split(string)
+            return [id_ for part in parts for id_ in ([special[part]] if part in special else encode(part))]
+        return encode(string) if add_special_tokens is False else [self.eot_token_id, *encode(string)]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as text with its special tokens; what it asks for is the assistant's next message."""
+        return self._own_tokenizer.decode(render_for_completion(self._own_tokenizer, {"messages": chat_history}))
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return a name for the one template there is."""
+        return "mlxchat" if chat_template else ""
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-probability of each text, in windows of the context, as lm_eval cuts them."""
+        totals = []
+        for request in tqdm(requests, disable=disable_tqdm):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.eot_token_id, self._model.context_tokens, context_len=1)
+            scored = [(("", ""), *make_disjoint_window(window)) for window in windows]
+            totals.append(sum(value for value, _ in self._loglikelihood_tokens(scored, disable_tqdm=True)))
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the answers, decoded together; each is greedy unless its task says `do_sample`."""
+        scheduler = self._engine.scheduler()
+        answers: dict[int, str] = {}
+        for request in requests:
+            context, given = request.args
+            settings = normalize_gen_kwargs(given, default_max_gen_toks=self._max_gen_toks)
+            most = max(1, min(settings["max_gen_toks"], self._model.context_tokens - 1))
+            sampling = Sampling(
+                temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+                top_k=settings.get("top_k"),
+                top_p=settings.get("top_p"),
+                seed=settings.get("seed", 0),
+            )
+            prompt = self.tok_encode(context)[-(self._model.context_tokens - most) :]
+            until = tuple(settings["until"])
+            id_ = scheduler.submit(
+                Request(prompt=prompt, max_new_tokens=most, sampling=sampling, stop=until, tools=False, reuse="exact")
+            )
+            answers[id_] = ""
+        with tqdm(total=len(requests), disable=disable_tqdm) as bar:
+            while not scheduler.idle:
+                for event in scheduler.step():
+                    answers[event.id] += event.text
+                    bar.update(event.finish_reason is not None)
+        return list(answers.values())
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation, and whether each of its tokens is the likeliest."""
+        found: list[tuple[float, bool]] = []
+        with tqdm(total=len(requests), disable=disable_tqdm) as bar:
+            for start in range(0, len(requests), _WINDOW_REQUESTS):
+                window = requests[start : start + _WINDOW_REQUESTS]
+                groups = [[Continuation([*context, *text], len(context))] for _, context, text in window]
+                scored: dict[int, tuple[float, bool]] = {}
+                for batch in make_batches(make_rows(groups, self._batch_tokens), self._batch_tokens):
+                    losses, likeliest = self._model.losses(batch), self._model.predictions(batch)
+                    for row, of_row, best in zip(batch, losses, likeliest, strict=True):
+                        for group, loss, ids, targets in zip(row.groups, of_row, best, row.targets, strict=True):
+                            scored[group] = -float(loss.sum(dtype="float64")), ids.tolist() == targets
+                    bar.update(sum(len(row.groups) for row in batch))
+                found += [scored[index] for index in range(len(window))]
+        return found
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except MlxchatError as error:
+        sys.exit(f"error: {error}")
