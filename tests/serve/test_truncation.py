@@ -72,7 +72,7 @@ def test_limits_apply_to_what_truncation_leaves(tokenizer: Tokenizer, old: list[
     kept = (old + last)[2 * got.truncated_turns :]
     assert kept[-3:] == last
     assert got.ids == rendered(tokenizer, *kept)
-    with pytest.raises(Fault, match='truncation="auto"'):
+    with pytest.raises(Fault, match="truncation=auto"):
         prompt(tokenizer, 2000, [*old, *last], truncate=False, **limits)
 
 

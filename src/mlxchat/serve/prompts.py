@@ -232,9 +232,13 @@ def _check_sizes(said: Sequence[_Said], limits: Limits, *, truncate: bool) -> No
 
 
 def _too_much(said: Sequence[_Said], *, truncate: bool) -> tuple[str, str]:
-    """Return what is too long and how to shorten it."""
+    r"""Return what is too long and how to shorten it.
+
+    Without a double quote: beside it Python writes the apostrophe of "This model's" as \', and litellm, which looks
+    for these words, does not find them.
+    """
     if not truncate:
-        return "the conversation has", 'Shorten it, or send truncation="auto" to leave out the oldest turns'
+        return "the conversation has", "Shorten it, or send truncation=auto to leave out the oldest turns"
     if len(said) == 1:
         return "the message has", "Shorten it"
     return "the system prompt and the message have", "Shorten one of them"
