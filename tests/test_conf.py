@@ -27,8 +27,9 @@ from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
 from mlxchat.runner.context import Context
-from mlxchat.runner.plan import flatten_config, make_plan
+from mlxchat.runner.plan import make_plan
 from mlxchat.runner.stage import Stages
+from mlxchat.store.fingerprint import flatten
 from mlxchat.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,7 +293,7 @@ SECTIONS_OF_OPTIONS = (
 def test_an_experiment_sets_no_part_of_another_groups_option(name: str) -> None:
     """experiment=smoke set corpus.packages, which then was trained on beside corpus=files' own text."""
     file = ROOT / "conf" / "experiment" / f"{name}.yaml"
-    keys = flatten_config({key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"})
+    keys = flatten({key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"})
     assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in SECTIONS_OF_OPTIONS))] == []
     of_losses = {key for recipe in (ROOT / "conf" / "rl").glob("*.yaml") for key in yaml.safe_load(recipe.read_text())}
     assert [key for key in keys if key.startswith("rl.") and key.split(".")[1] in of_losses] == []

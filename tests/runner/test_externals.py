@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner import keys
-from mlxchat.runner.keys import FileHashes
+from mlxchat.runner.keys import FileCache
 from mlxchat.store import attempts
 from mlxchat.store.fingerprint import hash_file
 
@@ -81,43 +82,59 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def remembered(tmp_path: Path) -> FileHashes:
-    return FileHashes(tmp_path / "index" / "files.json")
+def remembered(tmp_path: Path, read: Callable[[Path], Any] = hash_file) -> FileCache:
+    (tmp_path / "index").mkdir(exist_ok=True)
+    return FileCache(tmp_path / "index" / "files.json", "files", read)
 
 
 def test_a_settled_file_is_hashed_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
     hashes = remembered(tmp_path)
-    digest = hashes.of(text)
+    digest = hashes.of(str(text))
     hashes.save()
-    monkeypatch.setattr(keys, "hash_file", lambda path: pytest.fail("hashed again"))
-    assert remembered(tmp_path).of(text) == digest
+    assert remembered(tmp_path, lambda path: pytest.fail("hashed again")).of(str(text)) == digest
 
 
 def test_a_file_changed_a_moment_ago_is_hashed_each_time(text: Path, tmp_path: Path) -> None:
     for content in ("one", "two"):
         text.write_text(content)
         hashes = remembered(tmp_path)
-        assert hashes.of(text) == hash_file(text)
+        assert hashes.of(str(text)) == hash_file(text)
         hashes.save()
-    assert not (tmp_path / "index").exists()
+    assert not (tmp_path / "index" / "files.json").exists()
 
 
 def test_a_change_that_keeps_size_and_time_is_seen(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
     hashes = remembered(tmp_path)
-    before, status = hashes.of(text), text.stat()
+    before, status = hashes.of(str(text)), text.stat()
     hashes.save()
     text.write_text("new")
     os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns))  # as `touch -r` does; the inode's own time moves on
-    assert remembered(tmp_path).of(text) != before
+    assert remembered(tmp_path).of(str(text)) != before
 
 
-@pytest.mark.parametrize("damage", ["", "[1]", "{", '{"x": 3}', "\0"])
-def test_a_damaged_memory_counts_for_nothing(damage: str, text: Path, tmp_path: Path) -> None:
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / "files.json").write_text(damage.replace("x", str(text.resolve())))
-    assert remembered(tmp_path).of(text) == hash_file(text)
+DAMAGES = (
+    lambda text: text[: len(text) // 2],
+    lambda text: "",
+    lambda text: "[1]",
+    lambda text: "\0",
+    lambda text: text.replace("files", "others"),
+    lambda text: text.replace("[", '["x", '),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_counts_for_nothing(
+    damage: Callable[[str], str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
+    hashes = remembered(tmp_path)
+    hashes.of(str(text))
+    hashes.save()
+    cache = tmp_path / "index" / "files.json"
+    cache.write_text(damage(cache.read_text()))
+    assert remembered(tmp_path).of(str(text)) == hash_file(text)
 
 
 @dataclass

@@ -351,7 +351,7 @@ def _memory(manifest: Manifest) -> str:
 
 
 def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
-    from mlxchat.store.compare import flatten
+    from mlxchat.store.fingerprint import flatten
 
     yield "inputs", [[role, str(made.get("artifact"))] for role, made in (manifest.get("inputs") or {}).items()]
     yield "metrics", [[key, format_number(value)] for key, value in manifest["metrics"].items()]

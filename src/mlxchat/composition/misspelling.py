@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -16,7 +16,7 @@ from mlxchat.composition.compose import describe_options
 from mlxchat.config.schema import MODELS
 from mlxchat.config.verbs import VERBS
 from mlxchat.errors import suggest
-from mlxchat.runner.plan import flatten_config
+from mlxchat.store.fingerprint import flatten
 
 # Below these the names are the user's own.
 _MAPPINGS = ("pipeline", "suite", "midtrain.mixture", "midtrain.validation", "sft.mixture", "sft.validation")
@@ -62,7 +62,7 @@ def explain_override(
     if isinstance(cause, ValidationError):
         return first_line(cause)
     known = ["stage", *groups, *_known_keys(schema)]
-    present = flatten_config(OmegaConf.to_container(default()))
+    present = flatten(cast("dict[str, Any]", OmegaConf.to_container(default())))
     present = {**present, **{key.rpartition(".")[0]: None for key in present}}
     if not key.startswith(_HYDRAS_OWN) and not override.startswith("+"):
         hint = suggest(key, [*known, *present])

@@ -25,9 +25,9 @@ from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.model.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
 from mlxchat.model.sizes import count_heads, sizes_of
-from mlxchat.runner.plan import Pipeline, flatten_config, roles_of
+from mlxchat.runner.plan import Pipeline, roles_of
 from mlxchat.runner.stage import Stages
-from mlxchat.store.fingerprint import plain_of
+from mlxchat.store.fingerprint import flatten, plain_of
 from mlxchat.tasks import find_item_problems
 
 _POLAR_EXPRESS_ITERATIONS = 5
@@ -414,7 +414,7 @@ def find_bound_problems(config: Config) -> Iterator[str]:
 def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:
     """Yield a line for each number that is infinite or no number at all, except those that lines already tell of."""
     keys = {key for line in told for key in re.findall(r"\w+(?:\.\w+)+", line.partition(": ")[0])}
-    for key, value in flatten_config(plain_of(config)).items():
+    for key, value in flatten(plain_of(config)).items():
         if isinstance(value, float) and not math.isfinite(value) and key not in keys:
             yield f"{key} is {value}, expected a number"
 

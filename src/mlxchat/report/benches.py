@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mlxchat.report.collect import RunReport
-from mlxchat.report.sections import flatten
 from mlxchat.report.sources import mapping, number, read_json, text
 from mlxchat.report.tables import Cell, Table
 from mlxchat.report.wording import format_time, format_value
+from mlxchat.store.fingerprint import flatten
 
 # The newest measurements of each kind that are shown.
 MOST = 3
@@ -27,7 +27,7 @@ def bench_tables(report: RunReport) -> list[tuple[str, Table]]:
 
 
 def _table(records: list[dict[str, object]]) -> Table:
-    columns = [dict(flatten(mapping(record.get("result")))) for record in records]
+    columns = [flatten(mapping(record.get("result"))) for record in records]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = []
     for name in names:

@@ -13,7 +13,6 @@ from mlxchat.report.html import inline, render
 from mlxchat.report.markdown import escape, picture_links, render_table
 from mlxchat.report.plots import slug
 from mlxchat.report.scaling import points_of, scaling_chart
-from mlxchat.report.sections import flatten
 from mlxchat.report.smoothing import smooth
 from mlxchat.report.sources import mapping
 from mlxchat.report.tables import Cell, Table
@@ -27,6 +26,7 @@ from mlxchat.report.wording import (
     num_parameters,
     trained_tokens,
 )
+from mlxchat.store.fingerprint import flatten
 
 # More curves than colours cannot be told apart.
 MOST_CURVES = COLOURS
@@ -51,7 +51,7 @@ def comparison_table(reports: Sequence[RunReport], names: Sequence[str]) -> Tabl
 def _settings(report: RunReport) -> dict[str, object]:
     """Return what identifies the steps of a run, as dotted key → value."""
     return {
-        key: value for step in report.steps for key, value in flatten(mapping(step.manifest.get("config")))
+        key: value for step in report.steps for key, value in flatten(mapping(step.manifest.get("config"))).items()
         if isinstance(value, str | int | float | bool) or value is None
     }  # fmt: skip
 

@@ -18,6 +18,7 @@ from mlxchat.report.wording import (
     format_value,
     join,
 )
+from mlxchat.store.fingerprint import flatten
 
 Pairs = list[tuple[str, str]]
 
@@ -57,7 +58,7 @@ def sections(report: RunReport) -> list[Section]:
             derived=[(name, format_value(value)) for name, value in mapping(step.manifest.get("derived")).items()],
             results=[(name, format_value(value)) for name, value in mapping(step.manifest.get("metrics")).items()],
             all_settings=[
-                f"{key}={_plain(value)}" for key, value in flatten(mapping(step.manifest.get("full_config")))
+                f"{key}={_plain(value)}" for key, value in flatten(mapping(step.manifest.get("full_config"))).items()
             ],
         )
         for step in report.steps
@@ -69,15 +70,6 @@ def groups_of(section: Section) -> list[tuple[str, Pairs]]:
     """Return (title, pairs) of what there is to tell."""
     groups = [("Results", section.results), ("Derived", section.derived), ("Settings", section.settings)]
     return [(title, pairs) for title, pairs in groups if pairs]
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and value of every leaf of nested settings; lists are leaves."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _effort(report: RunReport, step: StepReport) -> Pairs:

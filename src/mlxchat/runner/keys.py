@@ -16,7 +16,6 @@ import errno
 import hashlib
 import importlib
 import importlib.metadata
-import json
 import os
 import sys
 import time
@@ -28,7 +27,8 @@ from typing import Any
 
 from mlxchat.config.parts import installed_version, is_own, own_files, part_file
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.store.fingerprint import hash_code, hash_file, strip_docstrings
+from mlxchat.store.files import read_cache, write_cache
+from mlxchat.store.fingerprint import hash_file
 
 UNKNOWN = "not known: "
 """Begins the pin of what can be pinned only once it was fetched or the Hub answers: its key is not final."""
@@ -36,42 +36,43 @@ UNKNOWN = "not known: "
 _SETTLED_NANOSECONDS = 2_000_000_000
 
 
-class FileHashes:
-    """Hashes of outside files, remembered by path, size, time and inode, so that planning reads a large text once."""
+class FileCache:
+    """What follows from a file's bytes, kept between processes while the file's size, times and inode stay the same."""
 
-    def __init__(self, cache: Path) -> None:
-        """Read what is remembered; a damaged cache counts for nothing."""
-        self._cache, self._changed = cache, False
-        self._known: dict[str, list[Any]] = {}
-        with suppress(OSError, ValueError):
-            record = json.loads(cache.read_text(encoding="utf-8"))
-            if isinstance(record, dict):
-                self._known = record
+    def __init__(self, place: Path, kind: str, read: Callable[[Path], Any]) -> None:
+        """Read what was kept under this kind (a name and the number of its format) in the file `place`."""
+        self._place, self._kind, self._read, self._changed = place, kind, read, False
+        self._known = read_cache(place, kind)
+        self._seen: dict[str, Any] = {}
 
-    def of(self, path: Path) -> str:
-        """Return the sha256 of a file, in hex.
+    def of(self, path: str) -> Any:
+        """Return what follows from the file at an absolute path; each file is looked at once.
 
         Raises:
             OSError: it cannot be read.
         """
-        place, status = str(path.resolve()), path.stat()
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        known = self._known.get(place)
-        if isinstance(known, list) and len(known) == 5 and known[:4] == stamp and isinstance(known[4], str):
-            return known[4]
-        digest = hash_file(path)
-        if time.time_ns() - max(stamp[1], stamp[2]) > _SETTLED_NANOSECONDS:
-            self._known[place], self._changed = [*stamp, digest], True
-        return digest
+        if path not in self._seen:
+            status = os.stat(path)  # noqa: PTH116  (a hundred of these at every start)
+            stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            before, found = self._known.get(path, (None, None))
+            if before != stamp:
+                found = self._read(Path(path))
+                if time.time_ns() - max(stamp[1], stamp[2]) > _SETTLED_NANOSECONDS:
+                    self._known[path], self._changed = [stamp, found], True
+            self._seen[path] = found
+        return self._seen[path]
 
     def save(self) -> None:
-        """Remember what was hashed, unless there is no outputs folder yet; that it cannot be written is no fault."""
-        if self._changed and self._cache.parent.parent.is_dir():
-            temporary = self._cache.with_name(f".{self._cache.name}-{os.getpid()}")
-            with suppress(OSError):
-                self._cache.parent.mkdir(exist_ok=True)
-                temporary.write_text(json.dumps(self._known), encoding="utf-8")
-                temporary.replace(self._cache)
+        """Keep what was read, without files that are gone; a cache that cannot be written is no error."""
+        if self._changed:
+            kept = {path: known for path, known in self._known.items() if Path(path).exists()}
+            write_cache(self._place, self._kind, kept)
+            self._changed = False
+
+
+def file_hashes(outputs: Path) -> FileCache:
+    """Return the sha256 of outside files, so that planning reads a large text once."""
+    return FileCache(outputs / "index" / "files.json", "files 1", hash_file)
 
 
 def check_pins(
@@ -127,54 +128,38 @@ def pin_externals(
     problems: list[str] = []
 
     def visit(where: str, value: Any) -> None:
-        if is_dataclass(value):
-            for field in fields(value):
-                place = f"{where}.{field.name}"
-                if place in unread:
-                    continue
-                item, kind = getattr(value, field.name), field.metadata.get("external")
-                if kind == "source":
-                    kind, item = _resolve_source(item, field.metadata)
-                if kind == "section":
-                    pins.update(_call(field.metadata["by"], value, hash_of))
-                    continue
-                if kind == "contents":
-                    try:
-                        for number, content in enumerate(_call(field.metadata["by"], value, hash_of)):
-                            pins[f"contents {place}" + (f".{number}" if number else "")] = content
-                    except ConfigError as error:
-                        problems.append(f"{place}: {error}")
-                    except OSError as error:
-                        problems.append(f"{place}: {item} cannot be read ({error.strerror})")
-                    continue
-                if kind is None:
-                    if field.metadata.get("identity") is not False:  # what is only looked at changes no result
-                        visit(place, item)
-                    continue
-                item = list(item.values()) if isinstance(item, Mapping) else item
-                for number, name in enumerate([item] if isinstance(item, str) else item or []):
-                    if kind == "file" and "://" in name:
-                        continue  # a URL is its own name; what was there is recorded once it was read
-                    try:
-                        if kind == "folder":
-                            pins.update(_folder_pins(Path(name), hash_of))
-                        elif kind == "file":
-                            # By its place in the configuration: it may be moved. How it is read depends on its ending.
-                            index = "" if isinstance(item, str) else f".{number}"
-                            pins[f"file {place}{index} ({Path(name).suffix})"] = hash_of(Path(name))
-                        elif kind == "code":
-                            pins.update(_code_pins(name))
-                        else:
-                            pins[f"package {name}"] = importlib.metadata.version(name)
-                    except ConfigError as error:
-                        problems.append(f"{place}: {error}")
-                    except OSError as error:
-                        problems.append(f"{place}: {name} cannot be read ({error.strerror})")
-                    except importlib.metadata.PackageNotFoundError:
-                        problems.append(f"{place}: package {name} is missing: pip install {name}")
-        elif isinstance(value, Mapping):
+        if isinstance(value, Mapping):
             for key, item in value.items():
                 visit(f"{where}.{key}", item)
+        for field in fields(value) if is_dataclass(value) else ():
+            place, item, metadata = f"{where}.{field.name}", getattr(value, field.name), field.metadata
+            kind = metadata.get("external")
+            if place in unread:
+                continue
+            if kind is None:
+                if metadata.get("identity") is not False:  # what changes no result has no pins
+                    visit(place, item)
+                continue
+            if kind == "section":
+                pins.update(_call(metadata["by"], value, hash_of))
+                continue
+            if kind == "source":
+                kind, item = _resolve_source(item, metadata)
+            listed = item.values() if isinstance(item, Mapping) else item or []
+            named = {place: item} if isinstance(item, str) else {f"{place}.{n}": name for n, name in enumerate(listed)}
+            for at, name in named.items() if kind != "contents" else [(place, item)]:
+                try:
+                    if kind == "contents":
+                        found = _call(metadata["by"], value, hash_of)
+                        pins.update({f"contents {at}" + (f".{n}" if n else ""): each for n, each in enumerate(found)})
+                    else:
+                        pins.update(_pin(kind, at, name, hash_of))
+                except ConfigError as error:
+                    problems.append(f"{place}: {error}")
+                except OSError as error:
+                    problems.append(f"{place}: {name} cannot be read ({error.strerror})")
+                except importlib.metadata.PackageNotFoundError:
+                    problems.append(f"{place}: package {name} is missing: pip install {name}")
 
     for section, value in sections.items():
         if section not in unread:
@@ -197,15 +182,24 @@ def _call(function: str, section: Any, hash_of: Callable[[Path], str]) -> Any:
     return getattr(importlib.import_module(module), name)(section, hash_of)
 
 
-def _code_pins(name: str) -> dict[str, str]:
-    """Return what the code of a part is; nothing for ours, which VERSION of the stage covers."""
-    if not is_own(name):
-        return {}
-    part_file(name)
-    digests = CodeDigests(remembered(), Path(__file__).parents[1])
-    found = digests.of_part(name)
-    digests.save()
-    return found
+def _pin(kind: str, place: str, name: str, hash_of: Callable[[Path], str]) -> dict[str, str]:
+    """Return the pins of one name that stands at a place in the configuration."""
+    if kind == "folder":
+        return _folder_pins(Path(name), hash_of)
+    if kind == "package":
+        return {f"package {name}": importlib.metadata.version(name)}
+    if kind == "code":
+        if not is_own(name):
+            return {}  # VERSION of the stage covers ours
+        part_file(name)
+        digests = CodeDigests()
+        found = digests.of_part(name)
+        digests.save()
+        return found
+    if "://" in name:
+        return {}  # a URL is its own name; what was there is recorded once it was read
+    # By its place in the configuration, since the file may be moved; how it is read depends on its ending.
+    return {f"file {place} ({Path(name).suffix})": hash_of(Path(name))}
 
 
 def _folder_pins(folder: Path, hash_of: Callable[[Path], str]) -> dict[str, str]:
@@ -235,43 +229,32 @@ _LEFT_OUT = frozenset({
 })  # fmt: skip
 # Written by the parser of some versions only, or without meaning for what is computed.
 _IGNORED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores", "type_params"})
-_FORMAT = 3
-
-Entry = dict[str, Any]
 _Module = tuple[str, str, str]  # dotted name, file, name for people
-Modules = dict[str, _Module]
-
-
-def remembered() -> Path:
-    """Return the file of what was read, for all outputs folders; another version of Python writes code otherwise."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "mlxchat" / f"code-{sys.version_info.major}.{sys.version_info.minor}.json"
+_Modules = dict[str, _Module]
 
 
 def computes_nothing(part: str) -> bool:
-    """Tell whether a module or package right under mlxchat has no part in what ends in an artifact."""
+    """Return whether a module or package right under mlxchat has no part in what ends in an artifact."""
     return part in _LEFT_OUT
 
 
 class CodeDigests:
-    """Digests of source files, remembered in a file from one process to the next."""
+    """Digests of source files, kept in a file between processes, for all outputs folders."""
 
-    def __init__(self, cache: Path, library: Path) -> None:
-        """Read what is remembered; a damaged cache counts for nothing.
+    def __init__(self, cache: Path | None = None, library: Path | None = None) -> None:
+        """Read what was kept.
 
         Args:
-            cache: the file, in general `remembered()`.
-            library: folder of the package mlxchat.
+            cache: the file; None: in the user's cache folder.
+            library: folder of the package mlxchat; None: of this one.
         """
-        self._cache, self._library, self._changed = cache, library, False
-        self._entries: dict[str, Entry] = {}
-        self._seen: dict[str, Entry] = {}
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # Each version of Python parses into other trees.
+        self._cache = cache or home / "mlxchat" / f"code-{sys.version_info.major}.{sys.version_info.minor}.json"
+        self._library = library or Path(__file__).parents[1]
+        self._files = FileCache(self._cache, "code 4", _read_code)
         self._used: dict[str, list[_Module]] = {}
-        self._found: Modules | None = None
-        with suppress(OSError, ValueError, AttributeError, TypeError):
-            record = json.loads(cache.read_text(encoding="utf-8"))
-            if record["format"] == _FORMAT:
-                self._entries = {path: entry for path, entry in record["files"].items() if _is_entry(entry)}
+        self._found: _Modules | None = None
 
     def of_stage(self, path: Path, module: str = "", root: Path | None = None) -> dict[str, str]:
         """Return name → digest of a stage's file and of every module and data file that it uses, sorted by name.
@@ -284,7 +267,7 @@ class CodeDigests:
             root: folder in which these are found; None: the current one.
         """
         used = self._closure([(module, str(path), f"stages/{path.name}")], root, self._modules())
-        return dict(sorted((called, self._entry(file)["digest"]) for _, file, called in used))
+        return dict(sorted((called, self._files.of(file)["digest"]) for _, file, called in used))
 
     def of_part(self, name: str) -> dict[str, str]:
         """Return what the code of a user's `module:name` is, for a key.
@@ -294,14 +277,14 @@ class CodeDigests:
         """
         module = name.partition(":")[0]
         used = self._closure([_named(*each) for each in own_files(module).items()], None, {})
-        found = {f"code {called}": self._entry(file)["digest"] for _, file, called in used}
+        found = {f"code {called}": self._files.of(file)["digest"] for _, file, called in used}
         imported = [each for dotted, file, _ in used for each in self._imported(dotted, file)] or [module]
         for top in sorted({each.partition(".")[0] for each in imported}):
             if (package := installed_version(top)) is not None:
                 found[f"package {package[0]}"] = package[1]
         return found
 
-    def _closure(self, start: list[_Module], root: Path | None, ours: Modules) -> list[_Module]:
+    def _closure(self, start: list[_Module], root: Path | None, ours: _Modules) -> list[_Module]:
         """Return the modules of a start and all that they use, of `ours` and of the user's own."""
         waiting, found = {file: (dotted, file, called) for dotted, file, called in start}, dict[str, _Module]()
         while waiting:
@@ -312,7 +295,7 @@ class CodeDigests:
                     waiting[used[1]] = used
         return list(found.values())
 
-    def _uses(self, module: _Module, root: Path | None, ours: Modules) -> list[_Module]:
+    def _uses(self, module: _Module, root: Path | None, ours: _Modules) -> list[_Module]:
         """Return the modules that one imports; what ours import of others is installed."""
         dotted, file, _ = module
         if file not in self._used:
@@ -320,7 +303,7 @@ class CodeDigests:
             found = {used for each in imports for used in _files_of(each, ours)}
             if dotted and dotted.partition(".")[0] != _LIBRARY:
                 found |= {_named(*own) for each in imports for own in _own_files_of(each, root)}
-            beside = self._entry(file)["beside"]
+            beside = self._files.of(file)["beside"]
             self._used[file] = [*found, *(used for other in beside for used in _files_beside(module, other))]
         return self._used[file]
 
@@ -328,50 +311,19 @@ class CodeDigests:
         """Return the dotted names that a module imports, relative ones made absolute."""
         package = dotted if file.endswith("/__init__.py") else dotted.rpartition(".")[0]
         imports = []
-        for name in self._entry(file)["imports"]:
+        for name in self._files.of(file)["imports"]:
             level = len(name) - len(name.lstrip("."))
             above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
             imports.append(".".join([*above, name[level:]]))
         return imports
 
-    def of_file(self, path: Path) -> str:
-        """Return the digest of one file by itself, as manifests have recorded it from the beginning."""
-        entry = self._entry(str(path))
-        if "alone" not in entry:
-            entry["alone"], self._changed = hash_code(path), True
-        return str(entry["alone"])
-
     def save(self) -> None:
-        """Remember what was read; a cache that cannot be written is no fault."""
-        if not self._changed:
-            return
-        temporary = self._cache.with_name(f".{self._cache.name}-{os.getpid()}")
+        """Keep what was read for the next process."""
         with suppress(OSError):
             self._cache.parent.mkdir(parents=True, exist_ok=True)
-            files = {path: entry for path, entry in self._entries.items() if Path(path).exists()}
-            temporary.write_text(json.dumps({"format": _FORMAT, "files": files}), encoding="utf-8")
-            temporary.replace(self._cache)
-            self._changed = False
+        self._files.save()
 
-    def _entry(self, path: str) -> Entry:
-        known = self._seen.get(path)
-        if known is not None:
-            return known
-        status = os.stat(path)  # noqa: PTH116 (a hundred of these are in the way of a start that has nothing to do)
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ino]
-        entry = self._entries.get(path)
-        if entry is None or entry["stamp"] != stamp:
-            content = Path(path).read_bytes()
-            entry = {"stamp": stamp, "imports": [], "beside": [], "digest": hashlib.sha256(content).hexdigest()[:16]}
-            if path.endswith(".py"):
-                tree = ast.parse(content)
-                entry |= {"imports": sorted(set(_imports(tree))), "beside": sorted(set(_named_beside(tree)))}
-                entry["digest"] = hash_tree(strip_docstrings(tree))
-            self._entries[path], self._changed = entry, True
-        self._seen[path] = entry
-        return entry
-
-    def _modules(self) -> Modules:
+    def _modules(self) -> _Modules:
         """Return dotted name → (file, name for people) of the modules of mlxchat that may compute."""
         if self._found is None:
             self._found = {}
@@ -390,7 +342,7 @@ class CodeDigests:
         return self._found
 
 
-def _files_of(module: str, ours: Modules) -> Iterator[_Module]:
+def _files_of(module: str, ours: _Modules) -> Iterator[_Module]:
     """Yield the files behind a dotted name, the packages around it too; all of a package's where it ends in `.*`."""
     if module.endswith(".*"):
         yield from (found for name, found in ours.items() if name.rpartition(".")[0] == module[:-2])
@@ -428,6 +380,27 @@ def _named(dotted: str, file: Path) -> _Module:
 def changed_modules(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """Return the names of the modules whose digests differ, or that only one of both has."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _read_code(path: Path) -> dict[str, Any]:
+    """Return a file's digest, and of Python the dotted names that it imports and the files that it names beside it."""
+    content = path.read_bytes()
+    if path.suffix != ".py":
+        return {"imports": [], "beside": [], "digest": hashlib.sha256(content).hexdigest()[:16]}
+    tree = ast.parse(content)
+    found = {"imports": sorted(set(_imports(tree))), "beside": sorted(set(_named_beside(tree)))}
+    return {**found, "digest": hash_tree(_strip_docstrings(tree))}
+
+
+def _strip_docstrings(tree: ast.Module) -> ast.Module:
+    """Return a syntax tree without its docstrings; the tree itself is changed."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = body[1:] or [ast.Pass()]
+    return tree
 
 
 def hash_tree(tree: ast.AST) -> str:
@@ -477,14 +450,3 @@ def _named_beside(tree: ast.AST) -> Iterator[str]:
 def _last_name(node: ast.expr) -> str | None:
     """Return c of `a.b.c` and of `c`."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
-
-
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("stamp"), list)
-        and isinstance(entry.get("digest"), str)
-        and isinstance(entry.get("alone", ""), str)
-        and all(isinstance(entry.get(key), list) for key in ("imports", "beside"))
-        and all(isinstance(name, str) for name in [*entry["imports"], *entry["beside"]])
-    )

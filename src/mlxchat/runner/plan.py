@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
+from graphlib import CycleError, TopologicalSorter
+from itertools import takewhile
 from typing import Any
 
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.runner.keys import CodeDigests, FileHashes, changed_modules, remembered
+from mlxchat.runner.keys import CodeDigests, changed_modules, file_hashes
 from mlxchat.runner.keys import pin_externals as pin_externals
 from mlxchat.runner.reasons import Difference, find_difference
-from mlxchat.runner.reasons import flatten_config as flatten_config
 from mlxchat.runner.stage import Stage, Stages
 from mlxchat.store import locks
 from mlxchat.store.fingerprint import compute_key, identity_of
@@ -31,6 +31,7 @@ GIVEN = ("import:", "artifact:")
 """A role may be filled by a model of the store instead of by a step: import:NAME is one that was imported under this
 name, artifact:NAME any, by whatever name `mlxchat show` takes."""
 GIVEN_KIND = "checkpoint"
+_MOST_MODULES_SHOWN = 3
 
 
 def roles_of(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -74,23 +75,19 @@ def order_steps(pipeline: Pipeline, targets: Iterable[str] | None, stages: Mappi
             problems.append(f'"{target}" is no stage and no step: {", ".join(pipeline)}.{suggest(target, pipeline)}')
     if problems:
         raise ConfigError("\n".join(problems))
-    order: list[str] = []
-    trail: list[str] = []
-
-    def visit(step: str) -> None:
-        if step in order:
-            return
-        if step in trail:
-            raise ConfigError(f"pipeline has a cycle: {' → '.join([*trail[trail.index(step) :], step])}")
-        trail.append(step)
-        for source in steps_of(pipeline[step]).values():
-            visit(source)
-        trail.pop()
-        order.append(step)
-
-    for step in wanted:
-        visit(step)
-    return [step for step in pipeline if step in order] if _is_sorted(pipeline, order) else order
+    needed: dict[str, list[str]] = {}
+    while wanted:
+        step = wanted.pop()
+        if step not in needed:
+            needed[step] = list(steps_of(pipeline[step]).values())
+            wanted += needed[step]
+    try:
+        order = list(TopologicalSorter({step: needed[step] for step in pipeline if step in needed}).static_order())
+    except CycleError as error:
+        raise ConfigError(f"pipeline has a cycle: {' → '.join(error.args[1])}") from None
+    position = {step: number for number, step in enumerate(pipeline)}
+    known = sorted(needed, key=position.__getitem__)  # the order that people know, if it puts inputs first
+    return known if all(position[made] < position[step] for step in known for made in needed[step]) else order
 
 
 def _check_wiring(pipeline: Pipeline, stages: Mapping[str, Stage]) -> list[str]:
@@ -130,35 +127,12 @@ def _check_wiring(pipeline: Pipeline, stages: Mapping[str, Stage]) -> list[str]:
 def _rewire(pipeline: Pipeline, step: str, role: str, source: str, stages: Mapping[str, Stage]) -> str:
     """Return what to do about a role whose step is not there: leave this step out, or name a fitting one."""
     kind = stages[pipeline[step]["stage"]].roles[role]
+    earlier = takewhile(lambda name: name != step, pipeline)
     fitting = [
-        name
-        for name, entry in pipeline.items()
-        if entry.get("stage") in stages and stages[entry["stage"]].produces == kind
-        and step not in (name, *_sources(pipeline, name))
-    ]  # fmt: skip
+        name for name in earlier if (made := stages.get(pipeline[name].get("stage", ""))) and made.produces == kind
+    ]
     rewired = f", or rewire it: pipeline.{step}.{role}={fitting[-1]}" if fitting else ""
     return f"{suggest(source, fitting)} Leave {step} out with '~pipeline.{step}'{rewired}"
-
-
-def _sources(pipeline: Pipeline, name: str) -> set[str]:
-    """Return the steps that a step needs, directly or not; missing ones and cycles are passed over."""
-    found: set[str] = set()
-    queue = [name]
-    while queue:
-        for source in steps_of(pipeline.get(queue.pop(), {})).values():
-            if source not in found:
-                found.add(source)
-                queue.append(source)
-    return found
-
-
-def _is_sorted(pipeline: Pipeline, steps: list[str]) -> bool:
-    """Tell whether the pipeline's own order already puts inputs first: then it is the order that people know."""
-    position = {step: index for index, step in enumerate(pipeline)}
-    return all(position[source] < position[step] for step in steps for source in steps_of(pipeline[step]).values())
-
-
-_MOST_MODULES_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +202,8 @@ class PlannedStep:
     @cached_property
     def code(self) -> dict[str, Any]:
         """Digests of the code that the stage runs, as its manifest records them; looked at once."""
-        if self.digests is None:
-            return {"stage": self.stage.code_digest()}
-        return {
-            "stage": self.digests.of_file(self.stage.path),
-            "modules": self.digests.of_stage(self.stage.path, self.stage.module, self.stage.root),
-        }
+        assert self.digests is not None
+        return {"modules": self.digests.of_stage(self.stage.path, self.stage.module, self.stage.root)}
 
     def key_with(self, contents: Mapping[str, str]) -> str:
         """Return the key of the step with inputs of these contents (role → digest)."""
@@ -293,10 +263,7 @@ class PlannedStep:
 
     def drift(self, manifest: Manifest) -> list[str]:
         """Return the names of the modules that changed since an artifact was made."""
-        before = manifest["code"]
-        if "modules" in before and "modules" in self.code:
-            return changed_modules(before["modules"], self.code["modules"])
-        return [f"stages/{self.stage.path.name}"] if before.get("stage") != self.code["stage"] else []
+        return changed_modules(manifest["code"].get("modules", {}), self.code["modules"])
 
 
 def make_plan(
@@ -333,8 +300,8 @@ def make_plan(
     unknown = [name for name in force if name not in pipeline and name != "all"]
     if unknown:
         raise ConfigError(f"force names {', '.join(unknown)}, no step of the pipeline.{suggest(unknown[0], pipeline)}")
-    digests = CodeDigests(remembered(), Path(__file__).parents[1])
-    hashes = FileHashes(store.outputs / "index" / "files.json")
+    digests = CodeDigests()
+    hashes = file_hashes(store.outputs)
     # Steps share sections, and need each of them once; those with settings of their own have others.
     identities: dict[int, Any] = {}
     pins: dict[tuple[tuple[int, ...], frozenset[str]], dict[str, str]] = {}
@@ -353,7 +320,7 @@ def make_plan(
         unread = stage.unread({*inputs, *given}, format)
         read = tuple(map(id, sections.values()))
         if (read, unread) not in pins:
-            pins[read, unread] = pin_externals(sections, hashes.of, unread)
+            pins[read, unread] = pin_externals(sections, lambda path: str(hashes.of(str(path.resolve()))), unread)
         identity = _without(unread, {section: identities[id(value)] for section, value in sections.items()})
         identity |= stage.seeds(seed, seed if data_seed is None else data_seed)
         if compute_dtype != "float32" and "gpu" in stage.resources:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.wording import format_bytes, format_seconds, plural
-from mlxchat.store.fingerprint import left_out_of
+from mlxchat.store.fingerprint import changes, flatten, left_out_of
 from mlxchat.store.store import Manifest, Store
 
 if TYPE_CHECKING:
     from mlxchat.runner.plan import PlannedStep
 
 _MOST_CHANGES_SHOWN = 3
-_PLAIN = (str, int, float, bool, type(None))
-_ABSENT = "absent"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]
     nearest = nearest_of(step.identity, (made for made in artifacts if made["step"] == step.name))
     if nearest is None:
         return Difference()
-    before, now = flatten_config(nearest["config"]), flatten_config(step.identity)
+    before, now = flatten(nearest["config"]), flatten(step.identity)
     for one, other in ((before, now), (now, before)):
         if "data_seed" in other and "seed" in one:
             one.setdefault("data_seed", one["seed"])  # left out where both are equal: Stage.seeds
@@ -75,61 +73,28 @@ def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]
     return Difference(
         nearest=nearest["name"],
         version=None if nearest["version"] == step.stage.version else (nearest["version"], step.stage.version),
-        config=_changes(before, now, lambda: flatten_config(left_out_of(step.sections))),
+        config=dict(sorted(changes(before, now, left_out_of(step.sections)).items())),
         inputs={
             role: step.inputs.get(role, role)
             for role, tree in contents.items()
             if nearest["inputs"].get(role, {}).get("tree") != tree
         },
-        externals=_changes(pins, step.externals),
+        externals=changes(pins, step.externals),
     )
-
-
-def flatten_config(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return plain nested data as dotted key → value."""
-    if not isinstance(config, Mapping):
-        return {prefix: config}
-    flat: dict[str, Any] = {}
-    _flatten(config, f"{prefix}." if prefix else "", flat)
-    return flat
-
-
-def _flatten(config: Mapping[str, Any], before: str, flat: dict[str, Any]) -> None:
-    for key, value in config.items():
-        if isinstance(value, dict):  # quicker than asking for a Mapping, which few are that are no dict
-            _flatten(value, f"{before}{key}.", flat)
-        elif type(value) in _PLAIN or not isinstance(value, Mapping):
-            flat[f"{before}{key}"] = value
-        else:
-            _flatten(value, f"{before}{key}.", flat)
 
 
 def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> Manifest | None:
     """Return the artifact whose config differs from `identity` in the fewest keys, the newest among equals."""
-    flat = flatten_config(identity)
+    flat = flatten(identity)
     best: tuple[int, str, Manifest] | None = None
     for manifest in candidates:
-        other = flatten_config(manifest["config"])
+        other = flatten(manifest["config"])
         common = flat.keys() & other.keys()
         distance = len(flat) + len(other) - 2 * len(common) + sum(flat[key] != other[key] for key in common)
         # Fewer differences first, then later: compare (−distance, time).
         if best is None or (-distance, manifest["published"]) > (-best[0], best[1]):
             best = (distance, manifest["published"], manifest)
     return best[2] if best else None
-
-
-def _changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Callable[[], Mapping[str, Any]] = dict
-) -> dict[str, tuple[Any, Any]]:
-    """Return key → (old, new) of what differs; what an identity leaves out has its default."""
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if key not in before or key not in now or before[key] != now[key]
-    ]
-    known = defaults() if any(key not in before or key not in now for key in changed) else {}
-    absent = {key: known.get(key, _ABSENT) for key in changed}
-    return {key: (before.get(key, absent[key]), now.get(key, absent[key])) for key in changed}
 
 
 def _show(value: Any) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 
 from mlxchat.config.parts import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.store.fingerprint import hash_code
 
 _PACKAGE = "mlxchat.stages"
 FORMATS = ("base", "chat")
@@ -126,10 +125,6 @@ class Stage:
         """Import FORECAST; None: the stage names none."""
         forecast: ModuleType | None = None if self.forecast is None else import_module(self.forecast, self.root)
         return forecast
-
-    def code_digest(self) -> str:
-        """Return a digest of the file that comments and docstrings do not change."""
-        return hash_code(self.path)
 
 
 class Stages(Mapping[str, Stage]):

@@ -45,8 +45,6 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
     """
     for step in plan:
         _ = step.code  # looked at now: an edit while the first steps run is not what later ones are made with
-    if plan and plan[0].digests is not None:
-        plan[0].digests.save()  # again: there may have been no outputs folder when they were planned
     outcome = Outcome(plan, store, run)
     try:
         run.event("run_started", steps=[step.name for step in plan])

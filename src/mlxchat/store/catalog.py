@@ -7,21 +7,20 @@ file does not match is read again, and a damaged catalog is rebuilt.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
+from mlxchat.store.files import read_cache, write_cache
 from mlxchat.store.store import MANIFEST, Manifest, Store, read_manifest
 
 Summary = dict[str, Any]
 """folder, rid, key, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs,
 tree, run; of a damaged manifest only folder and `damaged`, the reason."""
 
-_FORMAT = 2
+_KIND = "catalog 2"
 _COPIED = ("rid", "key", "stage", "step", "kind", "version", "published", "seconds", "inputs", "metrics", "tree", "run")
 
 
@@ -33,7 +32,7 @@ def read_catalog(store: Store, *, trusted: bool = True) -> list[Summary]:
         trusted: whether the kept short forms may be used where nothing changed; False reads every manifest.
     """
     place = store.outputs / "index" / "catalog.json"
-    known = _read_kept(place) if trusted else {}
+    known = read_cache(place, _KIND) if trusted else {}
     stamps = _stamps(store)
     kept: dict[str, list[Any]] = {}
     changed = len(known) != len(stamps)
@@ -43,7 +42,7 @@ def read_catalog(store: Store, *, trusted: bool = True) -> list[Summary]:
             entry, changed = [stamp, summarise(store.outputs / "store" / name)], True
         kept[name] = entry
     if changed:
-        _write_kept(place, kept)
+        write_cache(place, _KIND, kept)
     summaries = [summary for _, summary in kept.values()]
     return sorted(summaries, key=lambda summary: (str(summary.get("published", "")), summary["folder"]))
 
@@ -91,35 +90,9 @@ def _stamps(store: Store) -> dict[str, list[int]]:
     return found
 
 
-def _read_kept(place: Path) -> dict[str, list[Any]]:
-    try:
-        head, _, body = place.read_bytes().partition(b"\n")
-        if head != _head(body):
-            return {}
-        kept: dict[str, list[Any]] = json.loads(body)
-    except (OSError, ValueError):
-        return {}
-    return kept
-
-
-def _write_kept(place: Path, kept: dict[str, list[Any]]) -> None:
-    """Write the catalog, whole or not at all. Where that cannot be, the next command reads the manifests again."""
-    body = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
-    with contextlib.suppress(OSError):
-        if not (place.parent.parent / "store").is_dir():
-            return
-        place.parent.mkdir(exist_ok=True)
-        temporary = place.with_name(f".catalog-{os.getpid()}")  # what a killed process leaves is swept by its dot
-        temporary.write_bytes(_head(body) + b"\n" + body)
-        temporary.replace(place)
-
-
-def _head(body: bytes) -> bytes:
-    return f"mlxchat catalog {_FORMAT} {len(body)} {zlib.crc32(body):08x}".encode()
-
-
 Node = dict[str, Any]
-"""role, step, artifact, rid, here (whether it is in the store), and `inputs` or `uses`, a list of nodes."""
+"""An artifact in a lineage: role, step, artifact, rid, published, here (whether it is in the store), and `inputs` or
+`uses`, a list of nodes."""
 
 
 def ancestors(rid: str, known: Mapping[str, Summary], role: str = "") -> Node:

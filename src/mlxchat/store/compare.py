@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.store.catalog import read_catalog
 from mlxchat.store.environment import versions
+from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.naming import LATEST, latest
 from mlxchat.store.store import Manifest, Store, read_manifest
 
 Change = tuple[Any, Any]
-_ABSENT = "absent"
 _EXECUTION = ("seconds", "tokens_per_second", "data_wait_frac", "peak_memory_bytes")
 
 
@@ -28,14 +28,14 @@ def differences(old: Manifest, new: Manifest) -> dict[str, dict[str, Change]]:
     environment, contents.
     """
     return {
-        "config": _changes(_settings(old), _settings(new)),
-        "machine": _changes(flatten(old.get("excluded", {})), flatten(new.get("excluded", {}))),
-        "inputs": _changes(_inputs(old), _inputs(new)),
-        "code": _changes(_code(old), _code(new)),
-        "metrics": _changes(flatten(old.get("metrics", {})), flatten(new.get("metrics", {}))),
-        "execution": _changes({key: old.get(key) for key in _EXECUTION}, {key: new.get(key) for key in _EXECUTION}),
-        "environment": _changes(_environment(old), _environment(new)),
-        "contents": _changes(_contents(old), _contents(new)),
+        "config": changes(_settings(old), _settings(new)),
+        "machine": changes(flatten(old.get("excluded", {})), flatten(new.get("excluded", {}))),
+        "inputs": changes(_inputs(old), _inputs(new)),
+        "code": changes(_code(old), _code(new)),
+        "metrics": changes(flatten(old.get("metrics", {})), flatten(new.get("metrics", {}))),
+        "execution": changes({key: old.get(key) for key in _EXECUTION}, {key: new.get(key) for key in _EXECUTION}),
+        "environment": changes(_environment(old), _environment(new)),
+        "contents": changes(_contents(old), _contents(new)),
     }
 
 
@@ -47,22 +47,6 @@ def environment_drift(made: Manifest, backend: str) -> dict[str, Change]:
     before = {"device": (made.get("device") or {}).get("backend"), "mlx": (made.get("versions") or {}).get("mlx")}
     now = {"device": backend, "mlx": versions().get("mlx")}
     return {key: (old, now[key]) for key, old in before.items() if old is not None and old != now[key]}
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested data as dotted key → value."""
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value} if prefix else {}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]:
-    keys = [*old, *(key for key in new if key not in old)]
-    pairs = {key: (old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
@@ -86,7 +70,7 @@ def _code(manifest: Manifest) -> dict[str, Any]:
 
 def _environment(manifest: Manifest) -> dict[str, Any]:
     host = (manifest.get("attempts") or [{}])[-1].get("host")
-    return {**flatten(manifest.get("versions", {})), **flatten(manifest.get("device", {}), "device"), "host": host}
+    return {**flatten(manifest.get("versions", {})), **flatten(manifest.get("device", {}), "device."), "host": host}
 
 
 def _contents(manifest: Manifest) -> dict[str, Any]:

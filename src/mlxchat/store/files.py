@@ -13,8 +13,9 @@ import os
 import shutil
 import socket
 import stat
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -191,6 +192,30 @@ Record = dict[str, Any]
 def now() -> str:
     """Return the time as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def read_cache(path: Path, kind: str) -> dict[str, Any]:
+    """Return what a cache file holds; {} if it is absent, damaged or of another kind (its name and format)."""
+    try:
+        head, _, body = path.read_bytes().partition(b"\n")
+        found: dict[str, Any] = json.loads(body) if head == _head_of(kind, body) else {}
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def write_cache(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Write a cache file whole, unless the folder above its own is missing or it cannot be written."""
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")  # left by a killed process: `sweep` removes it
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_bytes(_head_of(kind, body) + b"\n" + body)
+        temporary.replace(path)
+
+
+def _head_of(kind: str, body: bytes) -> bytes:
+    return f"mlxchat {kind} {len(body)} {zlib.crc32(body):08x}".encode()
 
 
 class Records:

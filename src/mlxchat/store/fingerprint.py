@@ -6,7 +6,6 @@ that was added later declares `since_default`; while it has that value it is lef
 
 from __future__ import annotations
 
-import ast
 import base64
 import dataclasses
 import enum
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+_SCALARS = (str, int, float, bool, type(None))
 
 
 def identity_of(config: Any) -> Any:
@@ -88,22 +88,25 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_code(path: Path) -> str:
-    """Return a digest of a Python file that comments, docstrings and layout do not change."""
-    tree = strip_docstrings(ast.parse(path.read_text(encoding="utf-8")))
-    # ast.dump, unlike bytecode, does not depend on where the file lies; its fields vary with the Python version.
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return plain nested data as dotted key → value; empty mappings are left out."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        # A dict is tested first: isinstance with Mapping is slow, and few mappings are no dict.
+        if isinstance(item, dict) or (type(item) not in _SCALARS and isinstance(item, Mapping)):
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
 
 
-def strip_docstrings(tree: ast.Module) -> ast.Module:
-    """Return a syntax tree without its docstrings; the tree itself is changed."""
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
-            first = body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = body[1:] or [ast.Pass()]
-    return tree
+def changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """Return key → (old, new) of what differs; a key that one side lacks has its default, or "absent"."""
+    changed = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
+    absent = {key: (defaults or {}).get(key, "absent") for key in changed}
+    return {key: (old.get(key, absent[key]), new.get(key, absent[key])) for key in changed}
 
 
 def _plain(value: Any, *, identity_only: bool) -> Any:

@@ -27,10 +27,11 @@ from mlxchat.composition.overrides import implied_experiment
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
-from mlxchat.runner.plan import PlannedStep, entries_of, flatten_config, plan_again
+from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.store import locks
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Record, Records
+from mlxchat.store.fingerprint import flatten
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.results import Row, SweepFolder, find_metric, metrics_of, recorded_numbers, write_results
@@ -262,9 +263,7 @@ def _definition(search: Search) -> dict[str, Any]:
     from optuna.distributions import distribution_to_json
 
     sweep = search.base.config.sweep
-    flat = {
-        f"{step.name}: {key}": value for step in search.plan for key, value in flatten_config(step.identity).items()
-    }
+    flat = {f"{step.name}: {key}": value for step in search.plan for key, value in flatten(step.identity).items()}
     fixed = {name: value for name, value in flat.items() if name.partition(": ")[2] not in search.space}
     halving = {"trials": sweep.trials, "first_rung": sweep.first_rung, "factor": sweep.factor}
     return {
@@ -316,7 +315,7 @@ class Trials:
             with self._faults():
                 self.study.set_user_attr("definition", definition)
             return
-        before, after = flatten_config(known), flatten_config(json.loads(json.dumps(definition)))
+        before, after = flatten(known), flatten(json.loads(json.dumps(definition)))
         changes = [
             f"  {key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}"
             for key in sorted(before.keys() | after.keys())

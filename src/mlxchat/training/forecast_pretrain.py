@@ -11,7 +11,8 @@ from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Training
-from mlxchat.runner.plan import PlannedStep, flatten_config
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.store.fingerprint import flatten
 from mlxchat.store.store import CONTINUATION, Manifest, Store
 
 # What shapes or gives meaning to weights and moments, and what a position in the data is counted in.
@@ -77,7 +78,7 @@ def _what_differs(
 
 
 def _comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {key: value for key, value in flatten_config(identity).items() if key not in _MAY_DIFFER}
+    flat = {key: value for key, value in flatten(identity).items() if key not in _MAY_DIFFER}
     flat.setdefault("pretrain.packing", "best_fit")  # an identity leaves it out
     return {key: value for key, value in flat.items() if key in _SAME or key.partition(".")[0] in _SAME}
 
