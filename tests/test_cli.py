@@ -17,7 +17,7 @@ from mlxchat.composition.compose import group_names, group_options
 from mlxchat.config.verbs import VERBS
 from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed, StoreError
 from mlxchat.store.files import Records
-from mlxchat.store.store import read_manifest
+from mlxchat.store.manifest import read_manifest
 
 STEPS = ["corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"]
 

@@ -12,7 +12,8 @@ from kit.commands import CommandLine
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import MlxchatError
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.store.store import CONTINUATION, Store, describe, read_manifest, write_manifest
+from mlxchat.store.manifest import CONTINUATION, describe, read_manifest, write_manifest
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
 DONE = 4  # iterations of the finished run's pretraining

@@ -17,7 +17,8 @@ from kit.commands import CommandLine, Say
 from mlxchat.errors import StoreError
 from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import hash_file
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 KINDS = {
     "corpus": "corpus", "tokenizer": "tokenizer",

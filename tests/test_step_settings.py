@@ -10,7 +10,8 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
 TWO = ("experiment=smoke", "pipeline=two_sft")

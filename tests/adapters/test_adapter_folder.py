@@ -26,7 +26,8 @@ from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkp
 from mlxchat.model.gpt import flatten_parameters, set_parameters
 from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapter_config
 from mlxchat.store.bases import find_chain
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 Weights = dict[str, np.ndarray[Any, Any]]
 

@@ -19,7 +19,8 @@ from mlxchat.errors import DataError
 from mlxchat.interop.adapter_import import find_files, import_adapter
 from mlxchat.interop.source import open_folder
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 
 @pytest.fixture

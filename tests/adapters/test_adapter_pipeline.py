@@ -13,7 +13,8 @@ import pytest
 from kit.artifacts import some_ids
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.bases import find_chain
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 pytestmark = pytest.mark.slow
 

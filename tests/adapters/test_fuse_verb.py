@@ -14,7 +14,8 @@ import pytest
 from kit.artifacts import publish_adapters, publish_base, some_ids
 from kit.commands import Command
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import pytest
 
 from mlxchat.store import locks
 from mlxchat.store.files import Records
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 from mlxchat.store.verify import find_damage
 
 SCRIPT = Path(__file__).parent / "stub_run.py"

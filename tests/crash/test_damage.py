@@ -14,7 +14,8 @@ import pytest
 
 from mlxchat.errors import StoreError
 from mlxchat.store.files import seal, unseal
-from mlxchat.store.store import Store, parse_manifest, read_manifest
+from mlxchat.store.manifest import parse_manifest, read_manifest
+from mlxchat.store.store import Store
 from mlxchat.training.state import read_newest, write_save
 
 

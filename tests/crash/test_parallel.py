@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mlxchat.store import locks
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 PARALLEL = "max_parallel_steps=3"
 

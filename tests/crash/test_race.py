@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from mlxchat.store.files import Records
-from mlxchat.store.store import Store, describe_outputs
+from mlxchat.store.manifest import describe_outputs
+from mlxchat.store.store import Store
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -14,7 +14,8 @@ import pytest
 
 from mlxchat.commands.inspect import status
 from mlxchat.store.files import Records
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 RANKS = ("ranks=2", "train.iterations=12")
 THREE = ("ranks=3", "train.iterations=12")

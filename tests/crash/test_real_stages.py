@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mlxchat.store import locks
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 from mlxchat.store.verify import find_damage
 
 _SETTINGS = """

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
 STEPS = ["corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"]

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 from mlxchat.composition.compose import compose_config
 from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import hash_file
-from mlxchat.store.store import OBSERVATIONS, Store
+from mlxchat.store.manifest import OBSERVATIONS
+from mlxchat.store.store import Store
 
 # Long enough to be stopped halfway. RL needs a model that is now and then right: it picks letters.
 SETTINGS = """

@@ -22,8 +22,9 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import encode_shard, open_documents, open_mixture
 from mlxchat.errors import Interrupted
 from mlxchat.runner.context import Context
+from mlxchat.store.manifest import MANIFEST, describe_outputs
 from mlxchat.store.shared import SharedArtifacts
-from mlxchat.store.store import MANIFEST, Store, describe_outputs
+from mlxchat.store.store import Store
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from kit.artifacts import find_faults
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub import remote
 from mlxchat.hub.remote import Place, export_to, import_from, open_place
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
-from mlxchat.store.verify import find_faults
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 
@@ -236,7 +236,7 @@ import sys
 from pathlib import Path
 from mlxchat.hub import remote
 from mlxchat.hub.remote import open_place
-from mlxchat.store.store import Store
+from mlxchat.store.store import (Store)
 from mlxchat.store.transfer import closure
 remote._PIECE_BYTES = 1000
 way, place, outputs = sys.argv[1:]

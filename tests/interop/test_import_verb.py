@@ -20,8 +20,9 @@ from mlxchat.errors import ConfigError, DataError, StoreError
 from mlxchat.planning.memory import describe_memory
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.gc import Limits, find_garbage
+from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import describe_model, find_model
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
 Twin, Lay = Any, Any

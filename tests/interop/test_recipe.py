@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
 

@@ -17,7 +17,9 @@ from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkp
 from mlxchat.model.lora import shapes_of
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
 from mlxchat.store.fingerprint import compute_key
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
+from mlxchat.store.verify import check_contents, find_absent
 
 FACTS = {"stage": "sft", "format": "chat", "pretrain_batch_tokens": 512}
 make_model = partial(
@@ -95,3 +97,8 @@ def publish_adapters(
 def some_ids(count: int = 200) -> mx.array:
     """Return token ids (2, count)."""
     return mx.array(np.random.default_rng(1).integers(0, 300, (2, count)))
+
+
+def find_faults(store: Store, folder: Path) -> list[str]:
+    """Return everything about an artifact that is not as its manifest, or the store, requires."""
+    return [*check_contents(folder), *find_absent(store, folder)]

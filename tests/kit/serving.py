@@ -29,7 +29,8 @@ from mlxchat.serve.prompts import Defaults
 from mlxchat.serve.run import PatientProtocol
 from mlxchat.serve.service import Service
 from mlxchat.serve.worker import Worker, load_scheduler
-from mlxchat.store.store import Store, write_manifest
+from mlxchat.store.manifest import write_manifest
+from mlxchat.store.store import Store
 
 CHAT, BASE = "sft-d2-" + "c" * 16, "pretrain-d2-" + "b" * 16
 

@@ -15,7 +15,8 @@ from mlxchat.serve.faults import Fault
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
 from mlxchat.serve.worker import load_scheduler
-from mlxchat.store.store import MANIFEST, Store, describe_outputs, read_manifest, write_manifest
+from mlxchat.store.manifest import MANIFEST, describe_outputs, read_manifest, write_manifest
+from mlxchat.store.store import Store
 
 OTHER = "sft-d2-" + "d" * 16
 QUICKSTART, STORY = "20260101-000000-000001-1-quickstart", "20260102-000000-000001-1-story"

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store import locks, probing
+from mlxchat.store import locks
 from mlxchat.store.gc import Limits, collect
 from mlxchat.store.locks import Mount, check_links, claim, mount_of, remember_tested
-from mlxchat.store.probing import HostsProbe, probe_folder
+from mlxchat.store.probing import probe_folder, probe_hosts
 from mlxchat.store.store import Store
 
 NFS = Mount("nfs4", "server:/data", ("rw", "relatime", "vers=4.2", "local_lock=none"))
@@ -72,7 +72,6 @@ def test_the_innermost_and_last_mount_over_a_folder_counts(monkeypatch: pytest.M
 
 def on(monkeypatch: pytest.MonkeyPatch, mount: Mount, host: str) -> None:
     monkeypatch.setattr(locks, "mount_of", lambda folder: mount)
-    monkeypatch.setattr(probing, "mount_of", lambda folder: mount)
     monkeypatch.setattr(locks, "host_name", lambda: host)
 
 
@@ -223,7 +222,7 @@ def meet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, 
 
     def one(number: int) -> None:
         hosts.name = f"host{number}"
-        found[number] += HostsProbe(folder, 10).run()
+        found[number] += probe_hosts(folder, 10)
 
     threads = [threading.Thread(target=one, args=(number,)) for number in (0, 1)]
     for thread in threads:
@@ -237,7 +236,7 @@ def test_two_hosts_that_see_each_others_locks_are_told_so_and_it_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for found in meet(tmp_path / "locks", monkeypatch):
-        assert [mark for mark, _ in found] == ["ok", "ok"], found
+        assert [mark for mark, _ in found] == ["ok"], found
         assert "see each other's locks" in found[0][1]
     assert json.loads((tmp_path / "locks" / "hosts.json").read_text())["hosts"] == ["host0", "host1"]
     assert [path.name for path in (tmp_path / "locks").iterdir()] == ["hosts.json"]
@@ -255,7 +254,7 @@ def test_two_hosts_that_hold_the_same_lock_are_told_so_and_nothing_is_remembered
 
 def test_a_host_that_nobody_meets_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     began = time.monotonic()
-    ((mark, text),) = HostsProbe(tmp_path / "locks", 0.2).run()
+    ((mark, text),) = probe_hosts(tmp_path / "locks", 0.2)
     assert (mark, "no other machine came" in text) == ("note", True)
     assert time.monotonic() - began < 5
     assert list((tmp_path / "locks").iterdir()) == []
@@ -266,7 +265,7 @@ def test_what_a_killed_try_left_is_not_taken_for_a_host_that_does_not_see_locks(
     meeting.mkdir(parents=True)
     for name in ("first", "first-is", "lock"):
         (meeting / name).write_text("one")
-    ((mark, text),) = HostsProbe(tmp_path / "locks", 0.2).run()
+    ((mark, text),) = probe_hosts(tmp_path / "locks", 0.2)
     assert mark == "note"
     assert "one does not answer" in text
     assert f"{meeting} is left over: remove it" in text

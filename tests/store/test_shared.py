@@ -17,8 +17,9 @@ import pytest
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
 from mlxchat.store.fingerprint import compute_key
+from mlxchat.store.manifest import SHARED_KIND, describe_outputs
 from mlxchat.store.shared import SharedArtifacts
-from mlxchat.store.store import SHARED_KIND, Store, describe_outputs
+from mlxchat.store.store import Store
 
 LINEAGE = {"corpus": {"step": "corpus", "artifact": "corpus-a", "rid": "r", "tree": "t"}}
 

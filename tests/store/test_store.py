@@ -15,7 +15,8 @@ import pytest
 
 from mlxchat.errors import StoreError
 from mlxchat.store.gc import remark_old
-from mlxchat.store.store import Store, artifact_name, describe_outputs, read_manifest
+from mlxchat.store.manifest import describe_outputs, read_manifest
+from mlxchat.store.store import Store, artifact_name
 
 KEY = "abcdefghijklmnop" + "q" * 36
 RID = "bcdefghijklmnopq" + "r" * 36
@@ -82,7 +83,7 @@ def test_another_store_object_sees_what_was_published_after_it_forgets(store: St
 CRASHES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from mlxchat.store.store import Store
+from mlxchat.store.store import (Store)
 
 outputs, key, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "shutil.rmtree")

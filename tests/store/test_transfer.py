@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kit.artifacts import find_faults
 from kit.commands import run_here
 from mlxchat.commands.artifacts import main_import
 from mlxchat.errors import StoreError
@@ -24,10 +25,10 @@ from mlxchat.store import locks
 from mlxchat.store.files import seal
 from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.gc import Limits, find_garbage
+from mlxchat.store.manifest import identify, tree_of
 from mlxchat.store.naming import latest
-from mlxchat.store.store import Store, identify
+from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure, export, import_all
-from mlxchat.store.verify import find_faults, tree_of
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 

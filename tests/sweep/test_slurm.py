@@ -16,7 +16,7 @@ import pytest
 
 from mlxchat.errors import Interrupted
 from mlxchat.store import locks
-from mlxchat.store.store import read_manifest
+from mlxchat.store.manifest import read_manifest
 from mlxchat.sweep import launchers
 from mlxchat.sweep.results import SweepFolder
 

@@ -17,7 +17,7 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import flatten_parameters
 from mlxchat.runner.context import Context
-from mlxchat.store.store import OBSERVATIONS
+from mlxchat.store.manifest import OBSERVATIONS
 from mlxchat.training.loop import fit
 
 MakeContext = Callable[..., Context]

@@ -28,7 +28,8 @@ from mlxchat.planning.memory import Training, check_memory
 from mlxchat.runner.plan import Pipeline, make_plan
 from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import identity_of
-from mlxchat.store.store import Store, write_manifest
+from mlxchat.store.manifest import write_manifest
+from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.forecast_finetune import measure_teacher
 from mlxchat.training.loop import fit

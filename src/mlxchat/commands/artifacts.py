@@ -10,8 +10,9 @@ from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.store.gc import Collection, Limits, collect, find_garbage, parse_age, parse_bytes
+from mlxchat.store.manifest import MANIFEST, read_manifest
 from mlxchat.store.naming import MODEL, PINS, find_all, links
-from mlxchat.store.store import MANIFEST, Store, read_manifest
+from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure, export, import_all, is_url
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -85,7 +86,7 @@ def gc(arguments: list[str]) -> int:
 
 
 def _show_garbage(found: Collection, applied: bool, store: Store, limits: Limits) -> None:
-    listed = [item for item in found.garbage if item.kind not in ("index", "ref")]
+    listed = [item for item in found.garbage if item.kind != "ref"]
     if found.kept:
         kept = sorted((reason, name) for name, reason in found.kept.items())
         print("stays")
@@ -96,7 +97,7 @@ def _show_garbage(found: Collection, applied: bool, store: Store, limits: Limits
         print(aligned(rows, right=(1,), indent="  "))
     links = len(found.garbage) - len(listed)
     if links:
-        print(f"and {links} names or index entries that lead to nothing")
+        print(f"and {links} names that lead to nothing")
     size = format_bytes(sum(item.bytes for item in found.garbage))
     stay = "1 artifact stays" if len(found.kept) == 1 else f"{len(found.kept)} artifacts stay"
     staying = f"{stay} ({format_bytes(found.kept_bytes)})"

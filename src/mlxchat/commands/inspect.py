@@ -14,8 +14,9 @@ from mlxchat.commands.columns import aligned, print_json, show_value, when
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.errors import ConfigError, MlxchatError, StoreError, suggest, visible
 from mlxchat.store.catalog import Summary, read_catalog
+from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
 from mlxchat.store.naming import LATEST, Run, find_all, groups, latest, links, meaning
-from mlxchat.store.store import MANIFEST, Manifest, Store, read_manifest
+from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.store.catalog import Node

@@ -153,11 +153,10 @@ def _folder(outputs: Path) -> Iterator[Finding]:
 
 
 def _hosts(outputs: Path, seconds: float) -> Iterator[Finding]:
-    from mlxchat.store.probing import HostsProbe
+    from mlxchat.store.probing import probe_hosts
 
-    probe = HostsProbe(outputs / "locks", seconds, say=lambda line: print(line, flush=True))
     try:
-        for mark, text in probe.run():
+        for mark, text in probe_hosts(outputs / "locks", seconds, say=lambda line: print(line, flush=True)):
             yield (mark, "hosts", text.removeprefix("hosts: "))
     except OSError as error:
         yield ("wrong", "hosts", f"{outputs}: {error.strerror or error}")

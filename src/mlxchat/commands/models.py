@@ -17,8 +17,9 @@ from mlxchat.commands.arguments import Parser, make_naming_parser, outputs_folde
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, StoreError, suggest, visible
 from mlxchat.store.bases import is_adapter
+from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, links, run_of
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.store import Store
 from mlxchat.store.transfer import is_url
 from mlxchat.store.verify import check_model
 

@@ -31,7 +31,7 @@ from mlxchat.hub import listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
 from mlxchat.runner.keys import UNKNOWN
 from mlxchat.store.fingerprint import hash_file
-from mlxchat.store.store import MANIFEST
+from mlxchat.store.manifest import MANIFEST
 
 LISTING = "corpus.json"
 VALIDATION = "validation.parquet"

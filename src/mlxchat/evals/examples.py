@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlxchat.errors import DataError
-from mlxchat.store.shape import find_wrong_types
+from mlxchat.store.manifest import find_wrong_types
 
 EXAMPLES_FILE = "examples.parquet"
 ROLLOUTS_FILE = "rollouts.jsonl"

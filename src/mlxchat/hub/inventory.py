@@ -13,7 +13,7 @@ from mlxchat.errors import DataError, suggest
 from mlxchat.hub.cache import HubFile, cache_folder, hub_cache, read_json
 from mlxchat.hub.listings import read_listing
 from mlxchat.store import locks
-from mlxchat.store.store import MANIFEST
+from mlxchat.store.manifest import MANIFEST
 
 
 @dataclass(frozen=True, kw_only=True)

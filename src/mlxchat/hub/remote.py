@@ -24,9 +24,10 @@ from mlxchat.store import locks
 from mlxchat.store.catalog import references, short_form
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import sync
-from mlxchat.store.store import MANIFEST, Manifest, Store, parse_manifest, read_manifest
+from mlxchat.store.manifest import MANIFEST, Manifest, check_manifest, is_plain, parse_manifest, read_manifest
+from mlxchat.store.store import Store
 from mlxchat.store.transfer import take_in, tell_waiting
-from mlxchat.store.verify import check_manifest, find_damage, is_plain
+from mlxchat.store.verify import find_damage
 
 _PIECE_BYTES = 1 << 22
 _MANIFEST_BYTES = 1 << 26

@@ -32,7 +32,7 @@ from mlxchat.interop.tensor_files import Array, Entry, StoredWeights, as_stored,
 from mlxchat.interop.torch_writer import write_encoding, write_state, write_tensor
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.store.bases import find_chain
-from mlxchat.store.store import MANIFEST, read_manifest
+from mlxchat.store.manifest import MANIFEST, read_manifest
 
 FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

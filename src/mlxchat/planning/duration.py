@@ -12,7 +12,8 @@ from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Training, predict_peak
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.reasons import Estimate
-from mlxchat.store.store import Manifest, Store
+from mlxchat.store.manifest import Manifest
+from mlxchat.store.store import Store
 
 # What trainings of this project reached of a CPU's measured peak; of a GPU's published one it is an assumption.
 _SHARE_OF_PEAK = 0.4

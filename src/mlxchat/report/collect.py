@@ -19,7 +19,8 @@ from mlxchat.errors import StoreError
 from mlxchat.report.scores import Sample, Scores, last_samples, parse_scores
 from mlxchat.report.sources import count_parameters, mapping, number, read_json, read_jsonl, sequence, text
 from mlxchat.store.bases import folder_of_weights
-from mlxchat.store.store import Manifest, Store
+from mlxchat.store.manifest import Manifest
+from mlxchat.store.store import Store
 
 # How much of an id the name of an artifact's folder carries.
 RID_LETTERS = 16

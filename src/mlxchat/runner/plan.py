@@ -22,8 +22,9 @@ from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.stage import Stage, Stages
 from mlxchat.store import locks
 from mlxchat.store.fingerprint import compute_key, identity_of
+from mlxchat.store.manifest import Manifest, read_manifest
 from mlxchat.store.naming import find
-from mlxchat.store.store import Manifest, Store, artifact_title, read_manifest
+from mlxchat.store.store import Store, artifact_title
 
 Pipeline = Mapping[str, Mapping[str, Any]]
 """Step → {stage, role: what fills it, with: settings of this step alone}."""

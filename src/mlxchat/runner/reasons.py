@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.wording import format_bytes, format_seconds, plural
 from mlxchat.store.fingerprint import changes, flatten, left_out_of
-from mlxchat.store.store import Manifest, Store
+from mlxchat.store.manifest import Manifest
+from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.runner.plan import PlannedStep

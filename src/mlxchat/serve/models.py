@@ -20,8 +20,9 @@ from mlxchat.errors import DataError, StoreError, suggest
 from mlxchat.serve.faults import Fault
 from mlxchat.store.catalog import Summary, read_catalog
 from mlxchat.store.fingerprint import canonical_json
+from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import find
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.store import Store
 
 _LISTED_SECONDS = 2.0
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import DataError, StoreError
-from mlxchat.store.store import Store, read_manifest
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
 
 ADAPTER_KEY = "adapter"
 """Of checkpoint.json: says that a folder holds an adapter, and what is known of it."""

@@ -14,7 +14,8 @@ from typing import Any
 
 from mlxchat.errors import StoreError
 from mlxchat.store.files import read_cache, write_cache
-from mlxchat.store.store import MANIFEST, Manifest, Store, read_manifest
+from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
+from mlxchat.store.store import Store
 
 Summary = dict[str, Any]
 """folder, rid, key, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs,

@@ -14,8 +14,9 @@ from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.store.catalog import read_catalog
 from mlxchat.store.environment import versions
 from mlxchat.store.fingerprint import changes, flatten
+from mlxchat.store.manifest import Manifest, read_manifest
 from mlxchat.store.naming import LATEST, latest
-from mlxchat.store.store import Manifest, Store, read_manifest
+from mlxchat.store.store import Store
 
 Change = tuple[Any, Any]
 _EXECUTION = ("seconds", "tokens_per_second", "data_wait_frac", "peak_memory_bytes")

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
@@ -65,6 +64,14 @@ def write_whole(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
+def list_folder(folder: Path) -> list[str]:
+    """Return the sorted names in a folder without hidden ones; nothing if it is not there."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208  (ten thousand)
+    except OSError:
+        return []
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -103,7 +110,7 @@ def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         StoreError: something is there, or nothing can be written there.
     """
-    unfinished = path.with_name(f".{path.name}.{_UNFINISHED}-{socket.gethostname()}-{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{_UNFINISHED}-{os.uname().nodename}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
@@ -138,7 +145,7 @@ def check_free(path: Path, *, force: bool = False) -> None:
 def _put(unfinished: Path, path: Path, *, force: bool) -> None:
     """Rename a finished folder; over an empty folder that is one step, over anything else two."""
     if force and os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        replaced = path.with_name(f".{path.name}.{_REPLACED}-{socket.gethostname()}-{os.getpid()}")
+        replaced = path.with_name(f".{path.name}.{_REPLACED}-{os.uname().nodename}-{os.getpid()}")
         path.rename(replaced)
         try:
             unfinished.rename(path)
@@ -160,7 +167,7 @@ def _put(unfinished: Path, path: Path, *, force: bool) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     """Remove what processes of this machine that are gone left of an earlier try."""
-    host = socket.gethostname()
+    host = os.uname().nodename
     for kind in (_UNFINISHED, _REPLACED):
         prefix = f".{path.name}.{kind}-{host}-"
         for place in path.parent.iterdir():

@@ -14,10 +14,12 @@ import re
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 
 from mlxchat.config.wording import plural
@@ -25,8 +27,10 @@ from mlxchat.errors import ConfigError, StoreError
 from mlxchat.store import locks
 from mlxchat.store.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.store.crash import crash_point
+from mlxchat.store.files import list_folder
+from mlxchat.store.manifest import MANIFEST, SHARED_KIND
 from mlxchat.store.naming import IMPORTS, LATEST, PINS, groups, latest, links
-from mlxchat.store.store import MANIFEST, Store, rid_of_record
+from mlxchat.store.store import Store, rid_of_record
 
 DAY_SECONDS = 86400.0
 _LEFT_OVER_DAYS = 7
@@ -54,7 +58,7 @@ class Garbage:
 
     path: Path
     kind: str
-    """artifact, work, trash, index or ref."""
+    """artifact, work, trash or ref."""
     bytes: int
     reason: str
 
@@ -83,40 +87,34 @@ def parse_bytes(text: str) -> float:
     return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]]
 
 
-def left_overs(store: Store, limits: Limits) -> Iterator[Garbage]:
-    """Yield work that nobody continues, artifacts that were never finished, and what an earlier gc did not delete."""
+def _left_overs(store: Store, limits: Limits) -> Iterator[Garbage]:
+    """Yield work that nothing continues, artifacts that were never finished, and what an earlier gc did not delete."""
     age = limits.older_than_seconds if limits.older_than_seconds is not None else _LEFT_OVER_DAYS * DAY_SECONDS
-    for path in entries(store.outputs / "work"):
-        if not path.is_dir() or locks.is_held(store.lock(path.name)):
-            continue
-        idle = time.time() - _last_change(path)
-        if idle >= age:
+    work = store.outputs / "work"
+    for path in [*_entries(work), *work.glob(".import-*")]:
+        lock = store.lock("import" if path.name.startswith(".") else path.name)
+        idle = time.time() - max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
+        if path.is_dir() and idle >= age and not locks.is_held(lock):
             yield Garbage(path, "work", size_of(path), f"left over, untouched for {idle / DAY_SECONDS:.0f} days")
-    for path in (store.outputs / "work").glob(".import-*"):
-        idle = time.time() - _last_change(path)
-        if idle >= age and not locks.is_held(store.outputs / "locks" / "import.lock"):
-            yield Garbage(path, "work", size_of(path), "an import from elsewhere that was not gone on with")
-    for path in entries(store.outputs / "store"):
+    for path in _entries(store.outputs / "store"):
         if not (path / MANIFEST).exists():
             yield Garbage(path, "artifact", size_of(path), "never finished: it has no manifest")
-    for path in entries(store.outputs / "trash"):
+    for path in _entries(store.outputs / "trash"):
         yield Garbage(path, "trash", size_of(path), "an earlier gc was stopped before it deleted this")
 
 
-def orphans(store: Store, staying: set[str]) -> Iterator[Garbage]:
-    """Yield refs that lead to nothing, or will, and an index that only version 0.1 had."""
-    for path in entries(store.outputs / "index" / "act"):
-        yield Garbage(path, "index", 0, "of version 0.1")
+def _dangling(store: Store, staying: set[str]) -> Iterator[Garbage]:
+    """Yield refs that lead to none of the artifacts that stay (ids)."""
     folders = {rid[:16] for rid in staying}
     for group in groups(store):
-        for link in entries(store.outputs / "refs" / group):
+        for link in _entries(store.outputs / "refs" / group):
             if link.is_symlink() and os.readlink(link)[-16:] not in folders:  # noqa: PTH115
                 yield Garbage(link, "ref", 0, "its artifact is gone")
 
 
 def remark_old(store: Store) -> str | None:
     """Return a line about outputs that version 0.1 left, until something was made in them; None: there are none."""
-    count = sum((path / MANIFEST).exists() for path in entries(store.outputs / "store"))
+    count = sum((path / MANIFEST).exists() for path in _entries(store.outputs / "store"))
     if not count or (store.outputs / "records").is_dir():
         return None
     return (
@@ -126,16 +124,8 @@ def remark_old(store: Store) -> str | None:
     )
 
 
-def entries(folder: Path) -> list[Path]:
-    """Return what a folder holds, sorted, without hidden names; nothing if it is not there."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError:
-        return []
-
-
-def _last_change(folder: Path) -> float:
-    return max((path.lstat().st_mtime for path in [folder, *folder.rglob("*")]), default=0.0)
+def _entries(folder: Path) -> list[Path]:
+    return [folder / name for name in list_folder(folder)]
 
 
 def size_of(path: Path) -> int:
@@ -169,10 +159,8 @@ def find_garbage(store: Store, limits: Limits, *, trusted: bool = True) -> Colle
     known = by_rid(summaries)
     kept = _keep(store, known, limits)
     removable = [summary for summary in known.values() if summary["rid"] not in kept]
-    sizes = {summary["rid"]: summary["bytes"] for summary in known.values()}
-    removable = _until_small_enough(
-        removable, sum(sizes.values()), -1 if limits.max_bytes is None else limits.max_bytes
-    )
+    total = sum(summary["bytes"] for summary in known.values())
+    removable = _oldest(removable, inf if limits.max_bytes is None else total - limits.max_bytes)
     gone = {summary["rid"] for summary in removable}
     found = Collection()
     for summary in removable:
@@ -186,8 +174,7 @@ def find_garbage(store: Store, limits: Limits, *, trusted: bool = True) -> Colle
         if rid not in gone:
             found.kept[summary["folder"]] = kept.get(rid, "the store is small enough")
             found.kept_bytes += summary["bytes"]
-    found.garbage += left_overs(store, limits)
-    found.garbage += orphans(store, {rid for rid in known if rid not in gone})
+    found.garbage += [*_left_overs(store, limits), *_dangling(store, known.keys() - gone)]
     return found
 
 
@@ -210,13 +197,11 @@ def collect(store: Store, limits: Limits) -> Collection:
         crash_point("gc.planned")
         trash = store.outputs / "trash"
         for item in found.garbage:
-            if item.kind in ("index", "ref"):
+            if item.kind == "ref":
                 item.path.unlink(missing_ok=True)
                 continue
-            if item.kind == "work":
-                lock = store.lock(item.path.name)
-                if locks.is_held(lock):
-                    continue
+            if item.kind == "work" and locks.is_held(store.lock(item.path.name)):
+                continue
             moved = item.path
             if item.kind != "trash":
                 trash.mkdir(exist_ok=True)
@@ -226,7 +211,7 @@ def collect(store: Store, limits: Limits) -> Collection:
             _remove(moved)
             crash_point("gc.deleted")
         store.forget()
-        for record in entries(store.outputs / "records"):
+        for record in _entries(store.outputs / "records"):
             if store.find(rid_of_record(record.name)) is None:
                 record.unlink()
         for group in groups(store):
@@ -241,7 +226,7 @@ def collect(store: Store, limits: Limits) -> Collection:
 def running_runs(store: Store) -> set[str]:
     """Return the names of the runs that hold a step's lock now."""
     found = set()
-    for path in entries(store.outputs / "work"):
+    for path in _entries(store.outputs / "work"):
         lock = store.lock(path.name)
         if lock.exists() and locks.is_held(lock):
             found.add(str(locks.read_owner(lock).get("run") or path.name[:16]))
@@ -262,9 +247,9 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
         if limits.given() and _RUN.match(name) and name != current:
             continue
         for step, place in links(store, name).items():
-            told = {PINS: f"pinned as {step}", IMPORTS: f"import:{step}", current: f"latest run: {current}/{step}"}
+            why = {PINS: f"pinned as {step}", IMPORTS: f"import:{step}", current: f"latest run: {current}/{step}"}
             if place.name in at:
-                keep(at[place.name], told.get(name, f"{name}/{step}"))
+                keep(at[place.name], why.get(name, f"{name}/{step}"))
     now = time.time()
     busy = running_runs(store)
     young = DAY_SECONDS if limits.older_than_seconds is None else limits.older_than_seconds
@@ -287,11 +272,9 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
         by_step.setdefault(str(summary["step"]), []).append(summary)
     if limits.keep_last is not None:
         for step, made in by_step.items():
-            newest = sorted(made, key=lambda summary: summary["published"])[
-                len(made) - min(limits.keep_last, len(made)) :
-            ]
+            newest = sorted(made, key=lambda summary: summary["published"], reverse=True)[: limits.keep_last]
             for summary in newest:
-                if summary["kind"] != "tokens":
+                if summary["kind"] != SHARED_KIND:
                     keep(summary["rid"], f"one of the last {limits.keep_last} of {step}")
     queue = list(reasons)
     while queue:
@@ -302,43 +285,38 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
                 queue.append(rid)
     # Encoded text is nobody's input. It stays as long as what it was encoded from.
     for rid, summary in known.items():
-        if summary["kind"] == "tokens" and all(source in reasons for source in references(summary)):
+        if summary["kind"] == SHARED_KIND and all(source in reasons for source in references(summary)):
             keep(rid, "encoded text of artifacts that are kept")
     return reasons
 
 
-def _until_small_enough(removable: list[Summary], total: float, most: float) -> list[Summary]:
-    """Return the oldest of what may go, encoded text first, until the rest fits; users go before what they use.
+def _oldest(removable: list[Summary], excess: float) -> list[Summary]:
+    """Return the oldest of what may go, encoded text first, until as many bytes would go; users before their inputs.
 
     So a gc that is killed leaves no artifact without what it was made from.
     """
     rids = {summary["rid"]: summary for summary in removable}
-    users = dict.fromkeys(rids, 0)
-    for summary in removable:
-        for rid in references(summary):
-            if rid in users and summary["kind"] != "tokens":
-                users[rid] += 1
+    users = Counter(rid for each in removable if each["kind"] != SHARED_KIND for rid in references(each) if rid in rids)
 
     def rank(summary: Summary) -> tuple[bool, str, str]:
-        return (summary["kind"] != "tokens", summary["published"], summary["rid"])
+        return (summary["kind"] != SHARED_KIND, summary["published"], summary["rid"])
 
     free = [rank(summary) for summary in removable if not users[summary["rid"]]]
     heapq.heapify(free)
     chosen: list[Summary] = []
-    while free and total > most:
+    while free and excess > 0:
         summary = rids[heapq.heappop(free)[2]]
         chosen.append(summary)
-        total -= summary["bytes"]
-        for rid in references(summary) if summary["kind"] != "tokens" else ():
-            if rid in users:
-                users[rid] -= 1
-                if not users[rid]:
-                    heapq.heappush(free, rank(rids[rid]))
+        excess -= summary["bytes"]
+        for rid in references(summary) if summary["kind"] != SHARED_KIND else ():
+            users[rid] -= 1
+            if rid in rids and not users[rid]:
+                heapq.heappush(free, rank(rids[rid]))
     return chosen
 
 
 def _why(summary: Summary, limits: Limits) -> str:
-    if summary["kind"] == "tokens":
+    if summary["kind"] == SHARED_KIND:
         return "encoded text: made again when needed"
     if not limits.given():
         return "nothing refers to it"
@@ -354,7 +332,7 @@ def _why(summary: Summary, limits: Limits) -> str:
 
 def _runs(store: Store) -> Iterator[tuple[str, str, bool, list[str]]]:
     """Yield name, start, whether it said that it ended, and the ids of the steps of every run."""
-    for folder in entries(store.outputs / "runs"):
+    for folder in _entries(store.outputs / "runs"):
         try:
             record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
             events = folder / "events.jsonl"

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxchat.errors import StoreError, suggest, visible
-from mlxchat.store.store import MANIFEST, Manifest, Store, clean_label, read_manifest
+from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
+from mlxchat.store.store import Store, clean_label
 
 LATEST, PINS, IMPORTS = "latest", "pins", "imports"
 MODEL = "checkpoint"

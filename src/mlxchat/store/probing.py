@@ -1,4 +1,4 @@
-"""What the runner relies on, tried in a folder: with two processes of this machine, and between two machines."""
+"""What the store relies on, tried in a folder: with two processes of this machine, and between two machines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
 from mlxchat.store.files import sync, write_whole
-from mlxchat.store.locks import mount_of, remember_tested
 
 Finding = tuple[str, str]
 """Mark (ok, note, wrong) and what was found, with the remedy."""
@@ -30,12 +29,11 @@ time.sleep(60)
 _CLOCK_SECONDS = 2.0
 _COARSE_SECONDS = 0.05
 _POLL_SECONDS = 0.05
-_MEETING = ".two-hosts"
-_PUBLICATIONS = 20
+_STALE_SECONDS = 600
 
 
 def probe_folder(folder: Path) -> Iterator[Finding]:
-    """Try what the runner relies on with two processes of this machine; yield what was found.
+    """Try what the store relies on with two processes of this machine; yield what was found.
 
     Args:
         folder: where; it is there, and is left as it was.
@@ -46,7 +44,7 @@ def probe_folder(folder: Path) -> Iterator[Finding]:
     place = folder / f".probe-{os.urandom(6).hex()}"
     place.mkdir()
     try:
-        for trial in (_flock, _rename, _exclusive, _links, _inodes, _times):
+        for trial in (_flock, _rename, _names, _inodes, _times):
             try:
                 yield trial(place)
             except (OSError, StoreError) as error:
@@ -81,43 +79,28 @@ def _flock(place: Path) -> Finding:
 
 def _rename(place: Path) -> Finding:
     """Folders are renamed in one step."""
-    (place / "made").mkdir()
-    (place / "made" / "file").write_text("whole")
-    sync(place / "made" / "file")
-    sync(place / "made")
-    (place / "made").rename(place / "published")
+    made, published = place / "made", place / "published"
+    made.mkdir()
+    (made / "file").write_text("whole")
+    sync(made / "file")
+    made.rename(published)
     sync(place)
-    first, second = place / "first", place / "second"
-    for path in (first, second):
-        path.write_text(path.name)
-    first.replace(second)
-    if (
-        (place / "made").exists()
-        or (place / "published" / "file").read_text() != "whole"
-        or second.read_text() != "first"
-    ):
-        return "wrong", "rename: a folder or file is not under its new name at once"
+    if made.exists() or (published / "file").read_text() != "whole":
+        return "wrong", "rename: a folder is not under its new name at once"
     return "ok", "rename, fsync: a folder gets its name in one step"
 
 
-def _exclusive(place: Path) -> Finding:
-    """A name can be taken once."""
+def _names(place: Path) -> Finding:
+    """Names are taken once, and links lead where they say."""
     (place / "once").touch(exist_ok=False)
-    try:
+    with suppress(FileExistsError):
         (place / "once").touch(exist_ok=False)
-    except FileExistsError:
-        return "ok", "names: one that is taken is refused"
-    return "wrong", "names: O_EXCL makes a file that is there already"
-
-
-def _links(place: Path) -> Finding:
-    """Symbolic links."""
-    (place / "refs").mkdir()
-    (place / "refs" / "new").symlink_to("../once")
-    (place / "refs" / "new").replace(place / "refs" / "latest")
-    if str((place / "refs" / "latest").readlink()) != "../once":
+        return "wrong", "names: O_EXCL makes a file that is there already"
+    (place / "new").symlink_to("../once")
+    (place / "new").replace(place / "latest")
+    if str((place / "latest").readlink()) != "../once":
         return "wrong", "symbolic links lead elsewhere; what gc keeps would be lost"
-    return "ok", "symbolic links work: names for people in refs/"
+    return "ok", "names: one that is taken is refused, symbolic links work"
 
 
 def _inodes(place: Path) -> Finding:
@@ -137,8 +120,8 @@ def _times(place: Path) -> Finding:
     """Times of files."""
     path = place / "time"
     path.write_text("0")
-    seen, began, now = path.stat().st_mtime_ns, time.monotonic(), time.time()
-    ahead = seen / 1e9 - now
+    seen, began = path.stat().st_mtime_ns, time.monotonic()
+    ahead = seen / 1e9 - time.time()
     pause = 1e-4
     while path.stat().st_mtime_ns == seen and time.monotonic() - began < 3:
         time.sleep(pause)
@@ -151,148 +134,105 @@ def _times(place: Path) -> Finding:
             "of artifacts and of what was left over are off by that. Set clocks by NTP"
         )
     if grain > _COARSE_SECONDS:
-        return (
-            "note",
-            f"times: a file's changes are told apart {grain:.2g} s apart; lists may show a manifest's former form",
-        )
-    return (
-        "ok",
-        f"times: a change shows after {max(grain, 0) * 1000:.0f} ms, the clock is {abs(ahead) * 1000:.0f} ms off",
-    )
+        return "note", f"times: changes less than {grain:.2g} s apart look alike; lists may show a former manifest"
+    changed, off = max(grain, 0) * 1000, abs(ahead) * 1000
+    return "ok", f"times: a change shows after {changed:.0f} ms, the clock is {off:.0f} ms off"
 
 
-class HostsProbe:
-    """Two machines try their locks against each other. The first one waits for the second."""
+def probe_hosts(folder: Path, seconds: float, say: Callable[[str], None] = lambda line: None) -> Iterator[Finding]:
+    """Try a lock of this folder against another machine that does the same; yield what was found.
 
-    def __init__(self, folder: Path, seconds: float, say: Callable[[str], None] = lambda line: None) -> None:
-        """Prepare to meet another process in a folder, for at most so many seconds."""
-        self.folder, self.meeting = folder, folder / _MEETING
-        self.ends = time.monotonic() + seconds
-        self.say = say
+    The machine that comes first holds the lock and waits for the other one, which must be refused it, and must get it
+    once it is released. That hosts see each other's locks is remembered in the folder.
 
-    def run(self) -> Iterator[Finding]:
-        """Meet the other one; yield what was found, and remember it in the folder if locks are seen."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            self.meeting.mkdir()
-        stale = time.time() - self.meeting.stat().st_mtime > 600 and not (self.meeting / "second").exists()
-        if stale:
-            shutil.rmtree(self.meeting, ignore_errors=True)
-            self.meeting.mkdir()
-        try:
-            (self.meeting / "first").touch(exist_ok=False)
-        except FileExistsError:
-            yield from self._second()
+    Args:
+        folder: `locks/` of an outputs folder.
+        seconds: how long to wait for the other machine.
+        say: prints a line.
+    """
+    meeting = folder / ".two-hosts"
+    meeting.mkdir(parents=True, exist_ok=True)
+    if time.time() - meeting.stat().st_mtime > _STALE_SECONDS and not (meeting / "second").exists():
+        shutil.rmtree(meeting, ignore_errors=True)
+        meeting.mkdir()
+    try:
+        (meeting / "first").touch(exist_ok=False)
+    except FileExistsError:
+        yield from _come_second(folder, meeting, seconds)
+        return
+    try:
+        yield from _come_first(folder, meeting, seconds, say)
+    finally:
+        shutil.rmtree(meeting, ignore_errors=True)
+
+
+def _come_first(folder: Path, meeting: Path, seconds: float, say: Callable[[str], None]) -> Iterator[Finding]:
+    with (meeting / "lock").open("w") as lock:
+        fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
+        _tell(meeting / "first-is", locks.host_name())
+        say(f"waiting for the other machine: mlxchat doctor --hosts outputs={folder.parent}")
+        if (answer := _await(meeting / "second", seconds)) is None:
+            yield "note", "hosts: no other machine came. Run the same on a second one at the same time"
             return
-        try:
-            yield from self._first()
-        finally:
-            shutil.rmtree(self.meeting, ignore_errors=True)
+        other, seen = answer.split("\n")
+        fcntl.flock(lock.fileno(), fcntl.LOCK_UN)
+        _tell(meeting / "released", "yes")
+        got = _await(meeting / "got", seconds)
+    yield from _conclude(folder, other, seen, got)
 
-    def _first(self) -> Iterator[Finding]:
-        handle = os.open(self.meeting / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            self._put("first-is", locks.host_name())
-            self.say(f"waiting for the other machine: mlxchat doctor --hosts outputs={self.folder.parent}")
-            other = self._await("second")
-            if other is None:
-                yield "note", "hosts: no other machine came. Run the same on a second one at the same time"
-                return
-            for number in range(_PUBLICATIONS):  # folders appear whole, or the second one tells
-                made = self.meeting / f".made-{number}"
-                made.mkdir()
-                (made / "file").write_text("x" * 100_000)
-                sync(made / "file")
-                made.rename(self.meeting / f"published-{number}")
-            self._put("published", "all")
-            seen = self._await("looked")
-            released = time.time()
-            fcntl.flock(handle, fcntl.LOCK_UN)
-            self._put("released", str(released))
-            got = self._await("got") if seen == "refused" else None
-        finally:
-            os.close(handle)
-        wrong = self._await("partial")
-        yield from self._verdict(other, seen, got, wrong)
-        self._put("end", "")
-        self._await("gone", seconds=5)
 
-    def _second(self) -> Iterator[Finding]:
-        other = self._await("first-is")
-        if other is None:
-            yield "note", f"hosts: the other machine does not answer. {self._left_over}"
+def _come_second(folder: Path, meeting: Path, seconds: float) -> Iterator[Finding]:
+    if (other := _await(meeting / "first-is", seconds)) is None:
+        yield "note", f"hosts: the other machine does not answer. {_left_over(meeting)}"
+        return
+    with (meeting / "lock").open("r+") as lock:
+        seen = "granted" if _try(lock.fileno()) else "refused"
+        _tell(meeting / "second", f"{locks.host_name()}\n{seen}")
+        if _await(meeting / "released", seconds) is None:
+            yield "note", f"hosts: {other} does not answer. {_left_over(meeting)}"
             return
-        handle = os.open(self.meeting / "lock", os.O_RDWR)
-        try:
-            refused = not _try(handle)
-            self._put("second", locks.host_name())
-            if self._await("published") is None:
-                yield "note", f"hosts: {other} does not answer. {self._left_over}"
-                return
-            whole = [self._is_whole(number) for number in range(_PUBLICATIONS)]
-            self._put("looked", "refused" if refused else "granted")
-            got = None
-            if refused and self._await("released") is not None:
-                limit = time.monotonic() + 10
-                while not _try(handle) and time.monotonic() < limit:
-                    time.sleep(_POLL_SECONDS)
-                got = "late" if time.monotonic() >= limit else "got"
-                self._put("got", got)
-            wrong = "none" if all(whole) else f"{whole.count(False)} of {len(whole)}"
-            self._put("partial", wrong)
-        finally:
-            os.close(handle)
-        yield from self._verdict(other, "refused" if refused else "granted", got, wrong)
-        self._await("end", seconds=5)
-        with suppress(OSError):
-            self._put("gone", "")
-
-    def _verdict(self, other: str, seen: str | None, got: str | None, wrong: str | None) -> Iterator[Finding]:
-        here = locks.host_name()
-        mount = mount_of(self.folder)
-        if other == here:
-            yield "note", f"hosts: both processes are on {here}, which tells nothing of other machines"
-        if seen == "refused" and got == "got":
-            yield "ok", f"hosts: {here} and {other} see each other's locks ({mount.kind})"
-            if other != here:
-                remember_tested(self.folder, sorted((here, other)))
-        elif seen == "granted":
-            yield (
-                "wrong",
-                (
-                    f"hosts: {here} and {other} hold the same lock at once ({mount.kind}): use this folder from one of "
-                    "them only, or mount it so that locks are the server's (NFS: without nolock and local_lock)"
-                ),
-            )
-        else:
-            yield "wrong", f"hosts: {other} gave a lock back and it was not free, or did not answer within the time"
-        if wrong not in (None, "none"):
-            yield "wrong", f"hosts: of folders that {other} renamed, {wrong} were not there whole at once"
-        elif wrong == "none":
-            yield "ok", f"hosts: {_PUBLICATIONS} folders that the other one published were whole at once"
-
-    @property
-    def _left_over(self) -> str:
-        return f"If it is not waiting, {self.meeting} is left over: remove it, and run this on both machines"
-
-    def _is_whole(self, number: int) -> bool:
-        try:
-            return (self.meeting / f"published-{number}" / "file").stat().st_size == 100_000
-        except OSError:
-            return False
-
-    def _put(self, name: str, text: str) -> None:
-        write_whole(self.meeting / name, text.encode() or b"-")
-
-    def _await(self, name: str, seconds: float | None = None) -> str | None:
-        ends = self.ends if seconds is None else time.monotonic() + seconds
-        while time.monotonic() < ends:
-            with suppress(OSError):
-                os.listdir(self.meeting)  # noqa: PTH208  (asks the server anew where absent names are remembered)
-                return (self.meeting / name).read_text()
+        ends = time.monotonic() + 10
+        while not (got := _try(lock.fileno())) and time.monotonic() < ends:
             time.sleep(_POLL_SECONDS)
-        return None
+        _tell(meeting / "got", "yes" if got else "no")
+    yield from _conclude(folder, other, seen, "yes" if got else "no")
+
+
+def _conclude(folder: Path, other: str, seen: str, got: str | None) -> Iterator[Finding]:
+    """Yield what two machines found, and remember it if they see each other's locks."""
+    here, kind = locks.host_name(), locks.mount_of(folder).kind
+    if other == here:
+        yield "note", f"hosts: both processes are on {here}, which tells nothing of other machines"
+    if seen == "granted":
+        remedy = "mount it so that locks are the server's (NFS: without nolock and local_lock)"
+        text = f"hosts: {here} and {other} hold the same lock at once ({kind}): use this folder from one of them only"
+        yield "wrong", f"{text}, or {remedy}"
+    elif got != "yes":
+        yield "wrong", f"hosts: {other} gave a lock back and it was not free, or did not answer within the time"
+    else:
+        if other != here:
+            locks.remember_tested(folder, sorted((here, other)))
+        yield "ok", f"hosts: {here} and {other} see each other's locks ({kind})"
+
+
+def _left_over(meeting: Path) -> str:
+    return f"If it is not waiting, {meeting} is left over: remove it, and run this on both machines"
+
+
+def _tell(path: Path, text: str) -> None:
+    with suppress(FileNotFoundError):  # the first machine has its answer and is gone
+        write_whole(path, text.encode())
+
+
+def _await(path: Path, seconds: float) -> str | None:
+    """Return what another machine writes to a file within this time; None: nothing."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        with suppress(OSError):
+            os.listdir(path.parent)  # noqa: PTH208  (asks the server again where it remembers absent names)
+            return path.read_text()
+        time.sleep(_POLL_SECONDS)
+    return None
 
 
 def _try(handle: int) -> bool:

@@ -19,7 +19,8 @@ from mlxchat.store import locks
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import now
 from mlxchat.store.fingerprint import compute_key
-from mlxchat.store.store import SCHEMA, SHARED_KIND, Manifest, Store
+from mlxchat.store.manifest import SCHEMA, SHARED_KIND, Manifest
+from mlxchat.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

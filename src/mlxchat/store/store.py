@@ -3,7 +3,7 @@
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json is there
     records/<stage>-<key>-<time>-<rid16>.json   one per execution: what the key gave, as a manifest
     work/<key>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
-    locks/<key>.lock                 flock files; one-host.json, hosts.json: store/mounts.py
+    locks/<key>.lock                 flock files; one-host.json, hosts.json: store/locks.py
     refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (store/naming.py)
     runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
 
@@ -13,7 +13,6 @@ No other file decides anything: a step is done if a record of its key leads to a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -28,29 +27,25 @@ from mlxchat.config.secrets import redact
 from mlxchat.errors import StoreError, visible
 from mlxchat.store import attempts, locks
 from mlxchat.store.crash import crash_point
-from mlxchat.store.files import seal, settle, sync, unseal
-from mlxchat.store.fingerprint import canonical_json, encode_digest, hash_file
-from mlxchat.store.locks import check_links, claim
-from mlxchat.store.shape import find_misshapen
+from mlxchat.store.files import list_folder, settle, sync
+from mlxchat.store.manifest import (
+    MANIFEST,
+    SCHEMA,
+    SHARED_KIND,
+    Manifest,
+    describe,
+    describe_outputs,
+    find_misshapen,
+    identify,
+    read_manifest,
+    read_record,
+    write_manifest,
+)
 
-Manifest = dict[str, Any]
-
-MANIFEST = "manifest.json"
-# Of manifests: from 2 on they have a digest, from 3 on a key beside the id. Version 0.1 wrote 1 and 2.
-SCHEMA = 3
-_MOST_MANIFEST_BYTES = 64 << 20  # of ten thousand files it is a few MB
-# The kind of artifacts that steps make together: text as token ids.
-SHARED_KIND = "tokens"
-# Records of the execution, not of the result: they hold times, so two equal artifacts differ in them.
-OBSERVATIONS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
-# What only a continuation of a training reads. A person may do without it, and has the same artifact then.
-CONTINUATION = ("training_state.safetensors", "training_state.json")
-# Numbers that stages record of the execution, not of the result: manifests keep them apart from the metrics.
-MEASURED = ("tokens_per_second", "data_wait_frac")
-# So many executions of a stage are looked through for what is like a step; more would make planning slow.
+# How many executions of a stage are compared with a step; more would make planning slow.
 MOST_RECENT = 200
 _SHORT = 16
-_MOST_TOLD = 5  # values that a message names
+_MOST_SHOWN = 5
 
 
 class Store:
@@ -88,11 +83,11 @@ class Store:
         """Make sure that locks and names can be relied on here.
 
         Raises:
-            StoreError: they cannot: see `locks.check_locks`, `mounts.claim`, `mounts.check_links`.
+            StoreError: they cannot: see `locks.check_locks`, `locks.claim`, `locks.check_links`.
         """
         locks.check_locks(self.outputs / "locks")
-        claim(self.outputs / "locks")
-        check_links(self.outputs / "refs")
+        locks.claim(self.outputs / "locks")
+        locks.check_links(self.outputs / "refs")
 
     def find(self, rid: str) -> Path | None:
         """Return the folder of the complete artifact with this id, or None."""
@@ -135,7 +130,7 @@ class Store:
             if f"-{key}-" not in name or not rid_of_record(name).startswith(rid[:_SHORT]):
                 continue
             if (place := self.find(rid_of_record(name))) is not None:
-                self.manifest_of(place)  # a damaged one is told now
+                self.manifest_of(place)  # raises if it is damaged
                 return {**self._read_once(self.outputs / "records" / name), "name": place.name}
         return None
 
@@ -170,22 +165,22 @@ class Store:
         try:
             status = path.stat()
         except OSError:
-            return _read_file(path)
-        seen, known = (status.st_mtime_ns, status.st_ino), self._read.get(path)
-        if known is None or known[0] != seen:
-            known = self._read[path] = (seen, _read_file(path))
-        return known[1]
+            return read_record(path)
+        seen = (status.st_mtime_ns, status.st_ino)
+        if self._read.get(path, (None,))[0] != seen:
+            self._read[path] = (seen, read_record(path))
+        return self._read[path][1]
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield the manifests of all complete artifacts."""
-        for folder in self._list():
-            if (folder / MANIFEST).exists():
+        for name in list_folder(self.outputs / "store"):
+            if (folder := self.outputs / "store" / name).joinpath(MANIFEST).exists():
                 yield read_manifest(folder)
 
     def recent(self, stage: str) -> Iterator[Manifest]:
         """Yield the records of the newest executions of a stage whose artifacts are there, at most MOST_RECENT.
 
-        Damaged ones are left out: whoever needs them is told by `made`.
+        Damaged ones are left out; `made` raises for them.
         """
         names = (name for name in reversed(self._names_of_records()) if name.rsplit("-", 3)[0] == stage)
         for name in islice(names, MOST_RECENT):
@@ -196,7 +191,7 @@ class Store:
     def _names_of_records(self) -> list[str]:
         """Return the names of all records in order of time."""
         if self._records is None:
-            self._records = sorted(names_of(self.outputs / "records"), key=lambda name: name.split("-")[-2:])
+            self._records = sorted(list_folder(self.outputs / "records"), key=lambda name: name.split("-")[-2:])
         return self._records
 
     def work(self, key: str) -> Path:
@@ -230,7 +225,7 @@ class Store:
         here = self.find(rid)
         name = artifact_name(manifest["stage"], label, rid) if here is None else here.name  # maybe of another label
         manifest = {"rid": rid, "name": name, **manifest, "outputs": outputs, "tree": tree}
-        if wrong := list(islice(find_misshapen(manifest), _MOST_TOLD)):
+        if wrong := list(islice(find_misshapen(manifest), _MOST_SHOWN)):
             raise StoreError(f"{name} cannot be published: in its manifest {visible('; '.join(wrong))}")
         crash_point("publish.described")
         write_manifest(out, manifest)
@@ -309,10 +304,6 @@ class Store:
 
         return resolve(self, name)
 
-    def _list(self) -> list[Path]:
-        folder = self.outputs / "store"
-        return sorted(folder.iterdir()) if folder.is_dir() else []
-
 
 def clean_label(label: str) -> str:
     """Return a label as it stands in folder names."""
@@ -330,89 +321,9 @@ def artifact_name(stage: str, label: str, rid: str) -> str:
     return f"{artifact_title(stage, label)}-{rid[:_SHORT]}"
 
 
-def names_of(folder: Path) -> list[str]:
-    """Return the names of the files of a folder that were written whole; nothing if it is not there."""
-    try:
-        return [name for name in os.listdir(folder) if not name.startswith(".")]  # noqa: PTH208  (ten thousand)
-    except OSError:
-        return []
-
-
 def rid_of_record(name: str) -> str:
     """Return the start of the id of the artifact that a record, a file of this name, leads to."""
     return name.removesuffix(".json")[-_SHORT:]
-
-
-def identify(manifest: Manifest) -> str:
-    """Return the id of an artifact, 52 characters of lower-case base32: of its key and of its files but observations.
-
-    So what the manifest says of settings, inputs and metrics is true of every artifact, also where two settings give
-    the same bytes. What reads an artifact is keyed by its `tree` alone.
-    """
-    content = [[file["path"], file["sha256"]] for file in manifest["outputs"] if file["path"] not in OBSERVATIONS]
-    return encode_digest(canonical_json([manifest["key"], content]))
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Return an artifact's manifest.
-
-    Raises:
-        StoreError: it is damaged.
-    """
-    return _read_file(folder / MANIFEST)
-
-
-def _read_file(path: Path) -> Manifest:
-    try:
-        return _load(path)
-    except (OSError, ValueError) as error:
-        what = "the folder" if path.name == MANIFEST else "the file"
-        raise StoreError(f"{path} is damaged ({error}). Remove {what}; the next run makes it again.") from None
-
-
-def load_manifest(folder: Path) -> Manifest:
-    """Return an artifact's manifest.
-
-    Raises:
-        OSError: it is not there.
-        ValueError: it is damaged.
-    """
-    return _load(folder / MANIFEST)
-
-
-def _load(path: Path) -> Manifest:
-    with path.open("rb") as file:
-        data = file.read(_MOST_MANIFEST_BYTES + 1)
-    if len(data) > _MOST_MANIFEST_BYTES:
-        raise ValueError(f"it is larger than {_MOST_MANIFEST_BYTES >> 20} MB")
-    return parse_manifest(data)
-
-
-def parse_manifest(data: bytes) -> Manifest:
-    """Return a manifest from the bytes of its file.
-
-    Raises:
-        ValueError: they were cut or altered, or hold values of other types than manifests have.
-    """
-    try:
-        manifest, sealed = unseal(data)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not sealed and manifest.get("schema", 1) != 1:
-        raise ValueError("it lacks its digest")
-    if wrong := list(islice(find_misshapen(manifest), _MOST_TOLD)):
-        raise ValueError(visible("; ".join(wrong)))
-    return manifest
-
-
-def describe(manifest: Manifest) -> bytes:
-    """Return a manifest as the bytes of its file, with its digest and without the environment's secrets."""
-    return seal({**redact(manifest), "schema": SCHEMA})
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write an artifact's manifest."""
-    (folder / MANIFEST).write_bytes(describe(manifest))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -426,10 +337,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def sweep(outputs: Path) -> None:
-    """Remove what killed processes left for nobody.
+    """Remove what killed processes left and nothing continues from.
 
-    These are artifacts that were replaced, names that were not given yet, work whose artifact is in the store, and
-    tokens that were not all there. Work of a step that was not finished stays: it is what the step continues from.
+    These are artifacts that were replaced, temporary names, work whose artifact is in the store, and unfinished tokens.
+    Work of an unfinished step stays: the step continues from it.
     """
     store = Store(outputs)
     for folder in (outputs / "work").iterdir():
@@ -437,37 +348,31 @@ def sweep(outputs: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.name.startswith(".probe-"):
             folder.unlink(missing_ok=True)
-        elif (made := _made(store, folder.name)) is not None:
-            with suppress(BlockingIOError, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
-                # What is no part of its history is of a step that was begun anew by force.
-                told = {attempt.get("started") for attempt in made.get("attempts", [])}
-                if all(attempt.get("started") in told for attempt in attempts.read(folder)[-1:]):
+        elif _is_finished(store, folder):
+            with (
+                suppress(BlockingIOError, StoreError),
+                locks.hold(store.lock(folder.name), {"step": "sweep"}, _give_up),
+            ):
+                if _is_finished(store, folder):
                     shutil.rmtree(folder, ignore_errors=True)
-        elif any(attempt.get("step") == SHARED_KIND for attempt in attempts.read(folder)[-1:]):
-            with suppress(BlockingIOError, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _leave):
-                shutil.rmtree(folder, ignore_errors=True)
     for path in (outputs / "index").glob(".*"):
         path.unlink(missing_ok=True)
 
 
-def _made(store: Store, key: str) -> Manifest | None:
-    """Return the record of a key; a damaged one is told to whoever needs it."""
-    with suppress(StoreError):
-        return store.made(key)
-    return None
+def _is_finished(store: Store, work: Path) -> bool:
+    """Return whether nothing continues from a step's work: its artifact is there, or it is of tokens."""
+    last = attempts.read(work)[-1:]
+    try:
+        made = store.made(work.name)
+    except StoreError:
+        return False  # the record is damaged
+    if made is None:
+        return any(attempt.get("step") == SHARED_KIND for attempt in last)
+    # An attempt that the record lacks is of a step that was forced to run again.
+    recorded = {attempt.get("started") for attempt in made.get("attempts", [])}
+    return all(attempt.get("started") in recorded for attempt in last)
 
 
-def _leave(owner: Manifest) -> None:
-    """Do not wait for whoever holds a lock."""
+def _give_up(owner: dict[str, Any]) -> None:
+    """Do not wait for the holder of a lock."""
     raise BlockingIOError
-
-
-def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return each file's path, bytes and sha256, and the digest of the whole without observations and continuation."""
-    files = [
-        {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    ]
-    content = [[file["path"], file["sha256"]] for file in files if file["path"] not in OBSERVATIONS + CONTINUATION]
-    return files, hashlib.sha256(canonical_json(content).encode()).hexdigest()

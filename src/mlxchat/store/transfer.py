@@ -22,8 +22,9 @@ from mlxchat.store import locks
 from mlxchat.store.catalog import references, short_form
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import sync
-from mlxchat.store.store import MANIFEST, Manifest, Store, load_manifest, read_manifest
-from mlxchat.store.verify import check_manifest, find_faults, is_plain
+from mlxchat.store.manifest import MANIFEST, Manifest, is_plain, read_manifest
+from mlxchat.store.store import Store
+from mlxchat.store.verify import check_contents
 
 _TARS: dict[str, Any] = {".tar": "w", ".tgz": "w:gz", ".gz": "w:gz", ".xz": "w:xz"}
 _MOST_HEADER_BYTES = 1 << 20  # names, links and attributes of one member
@@ -166,22 +167,12 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
     folders = sorted(path for path in incoming.iterdir()) if incoming.is_dir() else []
     if not folders:
         raise StoreError("it holds no artifacts: expected store/<artifact>/manifest.json or <artifact>/manifest.json")
-    manifests: dict[Path, Manifest] = {}
-    faults = []
-    for folder in folders:
-        try:
-            manifests[folder] = load_manifest(folder)
-        except (OSError, ValueError) as error:
-            faults.append(f"{folder.name}: its manifest is damaged ({error})")
-        else:
-            faults += [f"{folder.name}: {fault}" for fault in check_manifest(folder.name, manifests[folder])]
-    for folder, manifest in {} if faults else manifests.items():
+    faults = [f"{folder.name}: {fault}" for folder in folders for fault in check_contents(folder)]
+    manifests = {} if faults else {folder: read_manifest(folder) for folder in folders}
+    for folder, manifest in manifests.items():
         for rid in references(short_form(folder.name, manifest)):
             if staged.find(rid) is None and store.find(rid) is None:
                 faults.append(f"{folder.name} was made from {rid[:16]}, which is neither there nor in {store.outputs}")
-        # Inputs that only the store has are not looked for among what was unpacked.
-        found = [fault for fault in find_faults(staged, folder) if "no longer in the store" not in fault]
-        faults += [f"{folder.name}: {fault}" for fault in found]
     if faults:
         raise StoreError("nothing was imported:\n" + "\n".join(faults))
     ordered = _inputs_first(folders, manifests)

@@ -26,7 +26,8 @@ from mlxchat.errors import ConfigError, visible
 from mlxchat.evals.chat_scores import chatcore_set
 from mlxchat.runner.plan import PlannedStep, plan_again
 from mlxchat.runner.stage import FORMATS
-from mlxchat.store.store import MEASURED, Manifest, Store
+from mlxchat.store.manifest import MEASURED, Manifest
+from mlxchat.store.store import Store
 
 Row = dict[str, Any]
 """job, overrides (key → value), status, metrics (step.metric → value), seconds; error and run, where there are any."""

@@ -13,7 +13,8 @@ from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.fingerprint import flatten
-from mlxchat.store.store import CONTINUATION, Manifest, Store
+from mlxchat.store.manifest import CONTINUATION, Manifest
+from mlxchat.store.store import Store
 
 # What shapes or gives meaning to weights and moments, and what a position in the data is counted in.
 _SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
