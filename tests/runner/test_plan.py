@@ -17,7 +17,7 @@ from mlxchat.runner import keys
 from mlxchat.runner.plan import order_steps, pin_externals
 from mlxchat.runner.stage import Stages, read_stage
 from mlxchat.store import fingerprint
-from mlxchat.store import store as store_module
+from mlxchat.store import manifest as manifest_module
 from mlxchat.store.fingerprint import flatten
 
 CHAIN = {
@@ -294,7 +294,7 @@ def test_planning_what_is_done_reads_no_output_and_hashes_nothing(toys: Any, mon
     def refuse(path: Path) -> str:
         raise AssertionError(f"{path} was hashed")
 
-    for module in (keys, store_module, fingerprint):
+    for module in (keys, manifest_module, fingerprint):
         monkeypatch.setattr(module, "hash_file", refuse, raising=False)
     for path in (toys.outputs / "store").glob("*/result.txt"):
         path.unlink()  # not missed: only `verify` and what uses an input look at its bytes
@@ -310,8 +310,8 @@ def test_ten_steps_that_are_done_among_many_artifacts_are_planned_by_looking_at_
         (toys.outputs / "store" / f"copy-other-{number:016d}").mkdir()
         (toys.outputs / "store" / f"copy-other-{number:016d}" / "manifest.json").write_text("damaged, and never read")
     seen: list[Path] = []
-    read = store_module._load
-    monkeypatch.setattr(store_module, "_load", lambda path: seen.append(path) or read(path))
+    read = manifest_module.load_manifest
+    monkeypatch.setattr(manifest_module, "load_manifest", lambda path: seen.append(path) or read(path))
     assert {step.state for step in toys.plan(pipeline)} == {"done"}
     assert len(seen) == len(set(seen)) == 20, "of each step its record and its manifest"
 
