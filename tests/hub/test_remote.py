@@ -306,15 +306,15 @@ def test_an_interrupted_import_reads_only_the_rest_of_a_file(
 
 
 def test_what_an_import_left_long_ago_is_garbage(toys: Any, tmp_path: Path) -> None:
-    from mlxchat.store.gc import Limits, left_overs
+    from mlxchat.store.gc import Limits, find_garbage
 
     toys.store.prepare()
     folder = toys.outputs / "work" / ".import-0123456789abcdef"
     folder.mkdir()
-    assert list(left_overs(toys.store, Limits())) == []
+    assert find_garbage(toys.store, Limits()).garbage == []
     long_ago = time.time() - 8 * 86400
     os.utime(folder, (long_ago, long_ago))
-    assert [item.path for item in left_overs(toys.store, Limits())] == [folder]
+    assert [item.path for item in find_garbage(toys.store, Limits()).garbage] == [folder]
 
 
 def test_the_verbs_take_urls(made: Any, tmp_path: Path, mlxchat: Any) -> None:

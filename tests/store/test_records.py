@@ -116,15 +116,6 @@ def test_executions_are_told_apart_after_a_line_cut_by_a_kill(tmp_path: Path) ->
         assert (last["run"], last["outcome"], last["error"]) == ("run2", "failed", "oh"), f"cut at byte {length}"
 
 
-def test_only_a_failure_after_the_moment_counts_for_a_waiter(tmp_path: Path) -> None:
-    before = now()
-    attempts.finish(tmp_path, attempts.start(tmp_path, "run1", "sft"), "failed", "oh", None)
-    assert attempts.failure_since(tmp_path, before) == "oh"
-    assert attempts.failure_since(tmp_path, "9999") is None
-    attempts.finish(tmp_path, attempts.start(tmp_path, "run1", "sft"), "interrupted", "stop", None)
-    assert attempts.failure_since(tmp_path, before) is None, "the last execution did not fail"
-
-
 def test_there_are_no_records_below_a_file(tmp_path: Path) -> None:
     """Work is looked through while others leave files in it for an instant: that ended runs of eight processes."""
     (tmp_path / "probe").touch()

@@ -138,7 +138,7 @@ def test_an_export_to_a_folder_copies_what_is_missing_there(made: Any, tmp_path:
 def test_what_lacks_an_input_is_not_exported(made: Any, tmp_path: Path) -> None:
     first = made.store.resolve("first")
     first.rename(tmp_path / first.name)
-    with pytest.raises(StoreError, match="no longer in"):
+    with pytest.raises(StoreError, match="which is not in"):
         closure(made.store, [made.store.resolve("second")])
 
 

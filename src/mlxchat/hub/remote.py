@@ -21,7 +21,7 @@ from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
 from mlxchat.hub.cache import check_space, checksum_of
 from mlxchat.hub.progress import TransferProgress
 from mlxchat.store import locks
-from mlxchat.store.catalog import references, short_form
+from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import sync
 from mlxchat.store.manifest import MANIFEST, Manifest, check_manifest, is_plain, parse_manifest, read_manifest
@@ -292,7 +292,7 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
                 raise ConfigError(f"{name} is not whole at {place.url}: its export has not ended")
             continue  # in the making, or no artifact
         chosen[name] = manifest
-        rids = references(short_form(name, manifest))
+        rids = references(manifest)
         queue += [by_rid[rid[:16]] for rid in rids if rid[:16] in by_rid and store.find(rid) is None]
     if not chosen:
         raise ConfigError(f"{place.url} holds no whole artifact: its export has not ended")

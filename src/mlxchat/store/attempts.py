@@ -1,19 +1,18 @@
 """The executions of a step: one per start, with how it ended. A start without an end was killed.
 
-work/<rid>/attempts.jsonl holds a line per start and a line per end.
+work/<key>/attempts.jsonl holds a line per start and a line per end.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from datetime import datetime
 from pathlib import Path
 
 from mlxchat.store.files import Record, Records, now
 from mlxchat.store.locks import host_name
 
-# Start of each execution of this process by a clock that nobody sets: work folder and number → seconds.
+# Start of each execution of this process by the monotonic clock: work folder and number → seconds.
 _began: dict[tuple[Path, int], float] = {}
 
 
@@ -41,9 +40,7 @@ def read(work: Path) -> list[Record]:
     merged: dict[int, Record] = {}
     for record in Records(work / "attempts.jsonl").read():
         if isinstance(record.get("attempt"), int):
-            merged.setdefault(record["attempt"], {"outcome": "killed", "ended": None}).update(record)
-    for record in merged.values():
-        record.setdefault("seconds", _seconds(record))
+            merged.setdefault(record["attempt"], {"outcome": "killed", "ended": None, "seconds": None}).update(record)
     return list(merged.values())
 
 
@@ -54,18 +51,8 @@ def ended(work: Path) -> set[int]:
 
 def new_failure(work: Path, known: set[int]) -> str | None:
     """Return the error of the last execution if it failed and its end is not among those `known`, else None."""
-    executions = read(work)
-    if executions and executions[-1]["outcome"] == "failed" and executions[-1]["attempt"] not in known:
-        return str(executions[-1]["error"])
-    return None
-
-
-def failure_since(work: Path, moment: str) -> str | None:
-    """Return the error of the last execution if it failed after `moment` (ISO time), else None."""
-    executions = read(work)
-    if executions and executions[-1]["outcome"] == "failed" and (executions[-1]["ended"] or "") >= moment:
-        return str(executions[-1]["error"])
-    return None
+    last = (read(work) or [{}])[-1]
+    return str(last["error"]) if last.get("outcome") == "failed" and last["attempt"] not in known else None
 
 
 def iteration(work: Path) -> int | None:
@@ -83,11 +70,3 @@ def iteration(work: Path) -> int | None:
             found: int = record["iteration"]
             return found
     return None
-
-
-def _seconds(record: Record) -> float | None:
-    """Return how long an execution took by the wall clock, for records from before they said so."""
-    if record["ended"] is None or "started" not in record:
-        return None
-    elapsed = datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])
-    return max(0.0, elapsed.total_seconds())

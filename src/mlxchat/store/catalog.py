@@ -70,8 +70,8 @@ def short_form(name: str, manifest: Manifest) -> Summary:
 
 
 def references(summary: Summary) -> list[str]:
-    """Return the ids of an artifact's inputs."""
-    return [made["rid"] for made in (summary.get("inputs") or {}).values() if made and made.get("rid")]
+    """Return the ids of an artifact's inputs, from its short form or its manifest."""
+    return [made["rid"] for made in summary["inputs"].values() if made.get("rid")]
 
 
 def by_rid(summaries: Iterable[Summary]) -> dict[str, Summary]:

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from mlxchat.errors import StoreError, suggest, visible
+from mlxchat.store.files import list_folder
 from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
 from mlxchat.store.store import Store, clean_label
 
@@ -146,16 +146,11 @@ def meaning(store: Store, name: str, *, within: str | None = None, paths: bool =
         return direct
     if (run := _run_called(store, name)) is not None:
         return Run(run)
-    places = _begins(base, name)
-    if len(places) == 1:
-        return Found(places[0])
-    if places:
-        raise _ambiguous(f'"{name}" is ambiguous in {store.outputs}', [place.name for place in places], "id")
-    runs = [run for run in _all_runs(store) if name and run.startswith(name)]
-    if len(runs) > 1:
-        raise _ambiguous(f'"{name}" is ambiguous in {store.outputs}', runs, "run's name")
-    if runs:
-        return Run(runs[0])
+    if (folder := _only(store, name, [place.name for place in _begins(base, name)], "id")) is not None:
+        return Found(base / folder)
+    begun = [run for run in _all_runs(store) if name and run.startswith(name)]
+    if (run := _only(store, name, begun, "run's name")) is not None:
+        return Run(run)
     raise _unknown(store, name)
 
 
@@ -207,17 +202,17 @@ def resolve_import(store: Store, name: str) -> Path:
     if name in named:
         return named[name]
     base = store.outputs / "store"
-    imported: dict[str, list[Path]] = {}
-    for folder in _names(base):
-        if folder.startswith("imported-") and (base / folder / MANIFEST).exists():
-            imported.setdefault(folder.removeprefix("imported-")[: -_ID_CHARS - 1], []).append(base / folder)
-    places = imported.get(clean_label(name), [])
+    labels = {folder: folder.removeprefix("imported-")[: -_ID_CHARS - 1] for folder in list_folder(base)}
+    labels = {folder: label for folder, label in labels.items() if folder.startswith("imported-")}
+    same = [folder for folder, label in labels.items() if label == clean_label(name)]
+    places = [base / folder for folder in same if (base / folder / MANIFEST).exists()]
     if len(places) == 1:
         return places[0]
     if places:
-        shown = ", ".join(sorted(place.name for place in places))
-        raise StoreError(f'there are several imports called "{name}": {shown}. Name one: mlxchat import … --name NAME')
-    known = sorted({*named, *imported})
+        raise StoreError(
+            f'there are several imports called "{name}": {", ".join(same)}. Name one: mlxchat import … --name NAME'
+        )
+    known = sorted({*named, *labels.values()})
     text = f"Imports: {', '.join(known)}." if known else "Nothing was imported yet."
     raise StoreError(
         f'there is no import "{name}" in {store.outputs}. {text}{suggest(name, known)} '
@@ -231,7 +226,7 @@ def links(store: Store, group: str) -> dict[str, Path]:
         return {}
     folder = store.outputs / "refs" / group
     found = {}
-    for name in sorted(_names(folder)):
+    for name in list_folder(folder):
         try:
             target = os.readlink(folder / name)  # noqa: PTH115  (ten thousand of them)
         except OSError:
@@ -245,7 +240,7 @@ def links(store: Store, group: str) -> dict[str, Path]:
 def groups(store: Store) -> list[str]:
     """Return the names of all groups of refs: pins, imports, one for each run, and what people made."""
     folder = store.outputs / "refs"
-    return sorted(name for name in _names(folder) if (folder / name).is_dir() and not (folder / name).is_symlink())
+    return sorted(name for name in list_folder(folder) if (folder / name).is_dir() and not (folder / name).is_symlink())
 
 
 def runs(store: Store) -> list[str]:
@@ -320,7 +315,7 @@ def _run_called(store: Store, name: str) -> str | None:
 
 def _all_runs(store: Store) -> list[str]:
     """Return all runs in order of time, also those that have no artifact yet."""
-    planned = (name for name in _names(store.outputs / "runs") if (store.outputs / "runs" / name).is_dir())
+    planned = (name for name in list_folder(store.outputs / "runs") if (store.outputs / "runs" / name).is_dir())
     return sorted({*runs(store), *planned}, key=_moment)
 
 
@@ -330,22 +325,20 @@ def _moment(run: str) -> tuple[str, str]:
 
 
 def _in_group(store: Store, group: str, step: str) -> Found:
-    run = _run_called(store, group)
-    chosen = [run] if run is not None else [group] if group in (PINS, IMPORTS) else []
-    if not chosen:
-        known = [*groups(store), LATEST]
-        chosen = sorted({one for one in known if group and one.startswith(group)})
-        if len(chosen) > 1:
-            raise _ambiguous(f'"{group}" is ambiguous in {store.outputs}', chosen, "run's name")
-        chosen = [latest(store) if one == LATEST else one for one in chosen]
-    if not any(chosen):
+    """Return a step of a run, or what pins or imports call so; the start of a group's name is enough."""
+    run = _run_called(store, group) or (group if group in (PINS, IMPORTS) else None)
+    if run is None:
+        begun = sorted({one for one in [*groups(store), LATEST] if group and one.startswith(group)})
+        run = _only(store, group, begun, "run's name")
+        run = latest(store) if run == LATEST else run
+    if not run:
         raise _unknown(store, f"{group}/{step}", f'there is no run "{group}" with artifacts')
-    steps = links(store, chosen[0])
+    steps = links(store, run)
     if step not in steps:
         raise StoreError(
-            f'{chosen[0]} has no "{step}": {", ".join(steps) or "nothing that is still there"}.{suggest(step, steps)}'
+            f'{run} has no "{step}": {", ".join(steps) or "nothing that is still there"}.{suggest(step, steps)}'
         )
-    return Found(steps[step], None if chosen[0] in (PINS, IMPORTS) else chosen[0])
+    return Found(steps[step], None if run in (PINS, IMPORTS) else run)
 
 
 def _without_path(store: Store, name: str) -> str:
@@ -366,7 +359,7 @@ def _begins(base: Path, name: str) -> list[Path]:
     """Return the artifacts whose folder's name or id begins so."""
     if not name:
         return []
-    found = [one for one in sorted(_names(base)) if one.startswith(name) or one[-_ID_CHARS:].startswith(name[:16])]
+    found = [one for one in list_folder(base) if one.startswith(name) or one[-_ID_CHARS:].startswith(name[:16])]
     places = [base / one for one in found if (base / one / MANIFEST).exists()]
     if len(name) > _ID_CHARS:
         places = [
@@ -377,10 +370,17 @@ def _begins(base: Path, name: str) -> list[Path]:
     return places
 
 
-def _ambiguous(text: str, names: Iterable[str], more_of: str) -> StoreError:
-    names = list(names)
-    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    return StoreError(f"{text}: {', '.join(names[:_MOST_SHOWN])}{more}. Give more of the {more_of}.")
+def _only(store: Store, start: str, names: list[str], more_of: str) -> str | None:
+    """Return the only one of the names that begin so, or None.
+
+    Raises:
+        StoreError: there are several.
+    """
+    if len(names) > 1:
+        more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+        listed = ", ".join(names[:_MOST_SHOWN])
+        raise StoreError(f'"{start}" is ambiguous in {store.outputs}: {listed}{more}. Give more of the {more_of}.')
+    return names[0] if names else None
 
 
 def _unknown(store: Store, name: str, text: str = "") -> StoreError:
@@ -394,16 +394,11 @@ def _unknown(store: Store, name: str, text: str = "") -> StoreError:
             said.append(f"{what}: {', '.join(names[:_MOST_SHOWN])}{' …' if len(names) > _MOST_SHOWN else ''}.")
     there = " ".join(said) or "There is nothing yet: run mlxchat first."
     last = name.rpartition("/")[2]
-    near = suggest(name, [*steps, *pins, *imports, *known]) or suggest(last, _names(store.outputs / "store")[:2000])
+    near = suggest(name, [*steps, *pins, *imports, *known]) or suggest(
+        last, list_folder(store.outputs / "store")[:2000]
+    )
     text = text or f'"{name}" is no artifact and no run'
     return StoreError(f"{text} in {store.outputs}. {there}{near}")
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return [name for name in os.listdir(folder) if not name.startswith(".")]  # noqa: PTH208
-    except OSError:
-        return []
 
 
 def _manifest(place: Path) -> Manifest:

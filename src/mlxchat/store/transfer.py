@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from datetime import datetime
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
-from mlxchat.store.catalog import references, short_form
+from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
-from mlxchat.store.files import sync
-from mlxchat.store.manifest import MANIFEST, Manifest, is_plain, read_manifest
+from mlxchat.store.files import list_folder, sync
+from mlxchat.store.manifest import MANIFEST, is_plain, read_manifest
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_contents
 
@@ -41,32 +41,38 @@ class _Member(tarfile.TarInfo):
         return found
 
 
-def closure(store: Store, folders: list[Path]) -> list[Path]:
-    """Return the artifacts and everything that they were made from, inputs first.
+def closure(store: Store, folders: list[Path], elsewhere: Store | None = None) -> list[Path]:
+    """Return artifacts and everything that they were made from, inputs first.
+
+    Args:
+        store: where they are.
+        folders: the artifacts.
+        elsewhere: a store that may have inputs which `store` lacks; these are left out.
 
     Raises:
-        StoreError: something of it is no longer in the store.
+        StoreError: an input is missing, or some are made from each other, as forged manifests can say.
     """
-    order: dict[Path, None] = {}
-    missing: list[str] = []
-
-    def visit(folder: Path) -> None:
-        if folder in order:
-            return
-        summary = short_form(folder.name, read_manifest(folder))
-        for rid in references(summary):
-            place = store.find(rid)
-            if place is None:
-                missing.append(f"{rid[:16]}, from which {folder.name} was made, is no longer in {store.outputs}")
-            else:
-                visit(place)
-        order[folder] = None
-
-    for folder in folders:
-        visit(folder)
+    inputs: dict[Path, list[Path]] = {}
+    missing = []
+    queue = list(folders)
+    while queue:
+        if (folder := queue.pop(0)) in inputs:
+            continue
+        inputs[folder] = []
+        for rid in references(read_manifest(folder)):
+            if (place := store.find(rid)) is not None:
+                inputs[folder].append(place)
+            elif elsewhere is None or elsewhere.find(rid) is None:
+                where = (elsewhere or store).outputs
+                missing.append(f"{folder.name} was made from {rid[:16]}, which is not in {where}")
+        queue += inputs[folder]
     if missing:
         raise StoreError("\n".join(missing))
-    return list(order)
+    try:
+        return list(TopologicalSorter(inputs).static_order())
+    except CycleError as error:
+        names = ", ".join(folder.name for folder in error.args[1])
+        raise StoreError(f"these say that they are made from each other: {names}") from None
 
 
 def is_tar(path: Path) -> bool:
@@ -164,26 +170,25 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
         StoreError: one is not what its manifest says, or lacks what it was made from; none was taken in.
     """
     staged = Store(incoming.parent)
-    folders = sorted(path for path in incoming.iterdir()) if incoming.is_dir() else []
+    folders = [incoming / name for name in list_folder(incoming)]
     if not folders:
         raise StoreError("it holds no artifacts: expected store/<artifact>/manifest.json or <artifact>/manifest.json")
     faults = [f"{folder.name}: {fault}" for folder in folders for fault in check_contents(folder)]
-    manifests = {} if faults else {folder: read_manifest(folder) for folder in folders}
-    for folder, manifest in manifests.items():
-        for rid in references(short_form(folder.name, manifest)):
-            if staged.find(rid) is None and store.find(rid) is None:
-                faults.append(f"{folder.name} was made from {rid[:16]}, which is neither there nor in {store.outputs}")
     if faults:
         raise StoreError("nothing was imported:\n" + "\n".join(faults))
-    ordered = _inputs_first(folders, manifests)
+    try:
+        ordered = closure(staged, folders, elsewhere=store)
+    except StoreError as error:
+        raise StoreError(f"nothing was imported:\n{error}") from None
     crash_point("import.checked")
     new, known = [], []
     with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "import"}, lambda owner: None, shared=True):
         for folder in ordered:
-            rid = manifests[folder]["rid"]
+            manifest = read_manifest(folder)
+            rid = manifest["rid"]
             with locks.hold(store.lock(rid), {"step": "import"}, lambda owner: None):
                 store.forget()
-                store.learn(manifests[folder])
+                store.learn(manifest)
                 here = store.find(rid)
                 if here is not None:
                     known.append(here)
@@ -206,74 +211,58 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
     return new, known
 
 
-def _inputs_first(folders: list[Path], manifests: dict[Path, Manifest]) -> list[Path]:
-    """Return folders so that each comes after what it was made from.
-
-    Raises:
-        StoreError: some are made from each other, as manifests that somebody wrote can say.
-    """
-    by_rid = {manifests[folder]["rid"]: folder for folder in folders}
-    order: TopologicalSorter[Path] = TopologicalSorter()
-    for folder in folders:
-        rids = references(short_form(folder.name, manifests[folder]))
-        order.add(folder, *(by_rid[rid] for rid in rids if rid in by_rid))
-    try:
-        return list(order.static_order())
-    except CycleError as error:
-        names = ", ".join(folder.name for folder in error.args[1])
-        raise StoreError(f"nothing was imported: these say that they are made from each other: {names}") from None
-
-
 def _unpack(source: Path, base: Path) -> None:
     """Copy what a folder or a tar file holds to base/store/<artifact>/.
 
     Raises:
-        StoreError: a path leads elsewhere, or something is no plain file.
+        StoreError: a path leads elsewhere, something is no plain file, or there is no room.
     """
-    if source.is_dir():
-        found = source / "store" if (source / "store").is_dir() else source  # a store by itself
-        for folder in sorted(found.iterdir()) if found.is_dir() else []:
-            if folder.name.startswith(".") or not (folder / MANIFEST).exists():
-                continue
-            for path in sorted(folder.rglob("*")):
-                if path.is_symlink():
-                    raise StoreError(f"{path} is a link; only plain files are imported")
-                if path.is_file():
-                    target = base / "store" / path.relative_to(found)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, target)
-                    sync(target)
-            crash_point("import.unpacked")
-        return
     try:
-        with tarfile.open(source, tarinfo=_Member) as tar:
-            for member in tar:
-                name = member.name.removeprefix("./").rstrip("/")
-                if member.isdir():
-                    continue
-                plain = member.isfile() and not member.issparse()
-                if not plain or not is_plain(name) or not name.startswith("store/") or name.count("/") < 2:
-                    raise StoreError(
-                        f'{source} holds "{member.name}", which is no file of an artifact: nothing was imported'
-                    )
-                if member.size + _ROOM_BYTES > (free := shutil.disk_usage(base).free):
-                    raise StoreError(
-                        f"{source} holds {member.name} with {member.size / 1e9:,.1f} GB, and {base.parent.parent} has "
-                        f"{free / 1e9:,.1f} GB free"
-                    )
-                content = tar.extractfile(member)
-                assert content is not None
-                target = base / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with content, target.open("xb") as file:
-                    shutil.copyfileobj(content, file)
-                sync(target)
-                if name.endswith(f"/{MANIFEST}") and name.count("/") == 2:
-                    crash_point("import.unpacked")
+        for name, size, content in _files_in_tar(source) if source.is_file() else _files_below(source):
+            if size + _ROOM_BYTES > (free := shutil.disk_usage(base).free):
+                raise StoreError(
+                    f"{source} holds {name} with {size / 1e9:,.1f} GB, and {base.parent.parent} has "
+                    f"{free / 1e9:,.1f} GB free"
+                )
+            target = base / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with content, target.open("xb") as file:
+                shutil.copyfileobj(content, file)
+            sync(target)
+            if name.endswith(f"/{MANIFEST}") and name.count("/") == 2:
+                crash_point("import.unpacked")
     except (tarfile.TarError, EOFError) as error:
         raise StoreError(f"{source} is no tar file that can be read ({error})") from None
     except FileExistsError as error:
         raise StoreError(f"{source} holds {error.filename} twice: nothing was imported") from None
+
+
+def _files_below(source: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Yield name, bytes and contents of the files of the artifacts in a folder, or in its `store`."""
+    found = source / "store" if (source / "store").is_dir() else source
+    for folder in list_folder(found):
+        for path in sorted((found / folder).rglob("*")) if (found / folder / MANIFEST).exists() else ():
+            if path.is_symlink():
+                raise StoreError(f"{path} is a link; only plain files are imported")
+            if path.is_file():
+                yield f"store/{path.relative_to(found)}", path.stat().st_size, path.open("rb")
+
+
+def _files_in_tar(source: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Yield name, bytes and contents of the members of a tar file."""
+    with tarfile.open(source, tarinfo=_Member) as tar:
+        for member in tar:
+            name = member.name.removeprefix("./").rstrip("/")
+            if member.isdir():
+                continue
+            plain = member.isfile() and not member.issparse()
+            if not plain or not is_plain(name) or not name.startswith("store/") or name.count("/") < 2:
+                raise StoreError(
+                    f'{source} holds "{member.name}", which is no file of an artifact: nothing was imported'
+                )
+            content = tar.extractfile(member)
+            assert content is not None
+            yield name, member.size, content
 
 
 def _files(folder: Path) -> Iterator[Path]:
