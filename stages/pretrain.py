@@ -24,7 +24,7 @@ from mlxchat.training.batches import RowBatches
 from mlxchat.training.best import Best
 from mlxchat.training.forecast_pretrain import memory
 from mlxchat.training.hooks import core_hooks, train_text_hooks
-from mlxchat.training.loop import Hook, fit
+from mlxchat.training.loop import Hook, Target, fit
 
 VERSION = 4
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
@@ -44,6 +44,9 @@ METRICS = {
     "best_iteration": "neither if pretrain.keep=best",
     "last_val_bpb": "minimize if pretrain.keep=best",
     "last_val_perplexity": "minimize if pretrain.keep=best",
+    "reached_target": "maximize if pretrain.target_bpb",
+    "iterations": "minimize if pretrain.target_bpb",
+    "seconds_to_target": "minimize if pretrain.target_bpb",
     "epochs": "neither",
     "cropped_tokens": "minimize",
     "cropped_frac": "minimize",
@@ -63,7 +66,6 @@ def run(ctx: Context) -> None:
     derived = derive_hyperparameters(ctx.config, sizes)
     row_tokens = config.batch.row_tokens
     rows_per_iteration = derived.batch_tokens // row_tokens
-    keeps_best = config.keep == "best"
     micro_batch = choose_micro_batch(ctx, memory(ctx.config, ctx.stage, sizes))
     numbers = {**derive_numbers(derived, sizes, micro_batch.tokens), **micro_batch.numbers()}
     ctx.derive(numbers, shown=("num_parameters", "tokens_per_iteration", "num_iterations", "total_tokens"))
@@ -95,9 +97,12 @@ def run(ctx: Context) -> None:
         setting="pretrain.eval_tokens",
     )
 
-    num_iterations, best = derived.num_iterations, None
-    if keeps_best:
-        best = Best(every=config.keep_every or -(-num_iterations // 20), eval_tokens=config.eval_tokens)
+    num_iterations, best, target = derived.num_iterations, None, None
+    candidate_every = config.keep_every or -(-num_iterations // 20)
+    if config.keep == "best":
+        best = Best(every=candidate_every, eval_tokens=config.eval_tokens)
+    if config.target_bpb is not None:
+        target = Target(val_bpb=config.target_bpb, every=candidate_every)
 
     def validate(iteration: int) -> dict[str, float]:
         micro_tokens = forward_tokens(machine, sizes, training_peak_bytes=micro_batch.predicted_peak_bytes)
@@ -106,7 +111,8 @@ def run(ctx: Context) -> None:
 
     def sample(iteration: int) -> dict[str, float]:
         # At the end, what the artifact's weights say.
-        with best.in_place(model) if best is not None and iteration == num_iterations else nullcontext():
+        ends = iteration == num_iterations or "reached_target" in ctx.metrics
+        with best.in_place(model) if best is not None and ends else nullcontext():
             texts = continue_prompts(
                 Engine(model, tokenizer, trained=True, dtype=dtype, max_rows=micro_batch.sampled_rows, team=ctx.team),
                 config.prompts,
@@ -128,7 +134,7 @@ def run(ctx: Context) -> None:
             num_iterations=num_iterations,
             schedule=config.schedule,
             hooks=[
-                Hook(run=validate, every=config.eval_every, also_every=best.every if best is not None else None),
+                Hook(run=validate, every=config.eval_every, also_every=candidate_every if best or target else None),
                 *core_hooks(ctx, config, model, tokenizer),
                 Hook(run=sample, every=config.sample_every),
                 *train_text_hooks(
@@ -139,8 +145,13 @@ def run(ctx: Context) -> None:
             extends=ctx.inputs.get("extends"),
             keep_state=config.save_training_state,
             best=best,
+            target=target,
             dropout=ctx.config.architecture.dropout,
         )
+    if target is not None:  # which may have ended it: what is said of the training is what was made
+        made = int(ctx.metrics["iterations"])
+        ctx.derived |= {"num_iterations": made}
+        ctx.derived |= {name: numbers[name] * made // num_iterations for name in ("total_tokens", "total_flops")}
     ctx.metrics |= batches.counts()
     facts: dict[str, object] = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
     if best is not None:

@@ -162,6 +162,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_typ
         (["architecture.dropout=1"], r"architecture\.dropout is 1\.0, expected 0 \(off\) up to, but not, 1"),
         (["sft.schedule.shape=cosin"], r'sft\.schedule\.shape is "cosin", expected linear or cosine.* "cosine"'),
         (["pretrain.keep=bset"], r'pretrain\.keep is "bset", expected last or best.* "best"'),
+        (["pretrain.target_bpb=0"], r"pretrain\.target_bpb is 0, expected more than 0"),
         (["pretrain.keep_every=0"], r"pretrain\.keep_every is 0, expected at least 1"),
         (["pretrain.sample_temperature=-1"], r"pretrain\.sample_temperature is -1\.0, expected at least 0"),
         (["rl.schedule.warmup_frac=0.5"], r"rl\.schedule: warmup_frac and warmdown_frac together are more than 1"),

@@ -216,6 +216,8 @@ def _pretrain(config: Config) -> Iterator[str]:
             "exactly one of pretrain.num_iterations, pretrain.target_flops and pretrain.tokens_per_parameter must be "
             f"set; given: {given}.{remedy}"
         )
+    if pretrain.target_bpb is not None:
+        horizons["target_bpb"] = pretrain.target_bpb
     for key, value in horizons.items():
         if value <= 0:
             yield f"pretrain.{key} is {value:g}, expected more than 0"

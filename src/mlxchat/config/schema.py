@@ -661,7 +661,10 @@ class PretrainConfig:
     """Which weights the checkpoint gets: the last, or the best by validation bits per byte. An extension of either
     continues from the last."""
     keep_every: int | None = field(default=MISSING, metadata={"since_default": None})
-    """Iterations between candidates of keep=best; null: a twentieth of all."""
+    """Iterations between candidates of keep=best, and between looks at target_bpb; null: a twentieth of all."""
+    target_bpb: float | None = field(default=MISSING, metadata={"since_default": None})
+    """The training ends as soon as validation has this many bits per byte or fewer; null: at its horizon. The schedule
+    is that of the whole horizon."""
     core: CoreConfig | None = field(default=None, metadata={"identity": False})
     """CORE to estimate while training, as eval.core says what it is; null: it is not."""
     core_every: int | None = field(default=MISSING, metadata={"identity": False})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,19 @@ class Hook:
         return done == total or any(every and done % every == 0 for every in (self.every, self.also_every))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A validation loss at which a training ends before its horizon. It is looked for every so many iterations."""
+
+    val_bpb: float
+    every: int
+
+    def look(self, done: int, metrics: dict[str, float]) -> None:
+        """Note it in the metrics, which are part of a saved state, if it is reached after `done` iterations."""
+        if done % self.every == 0 and metrics.get("val_bpb", math.inf) <= self.val_bpb:
+            metrics["reached_target"] = 1.0
+
+
 def fit(
     ctx: Context,
     model: GPT,
@@ -57,6 +71,7 @@ def fit(
     extends: Path | None = None,
     keep_state: bool = False,
     best: Best | None = None,
+    target: Target | None = None,
     dropout: float = 0.0,
     distillation: Distillation | None = None,
 ) -> None:
@@ -77,6 +92,8 @@ def fit(
             a straight training where both schedules agree on the first iterations (a constant rate).
         keep_state: whether to save in the artifact what an extension needs.
         best: keeps the best weights, with which the model ends; an extension starts with the last ones.
+        target: ends the training when it is reached; the first hook validates at its cadence. The metrics get
+            reached_target (1 or 0), iterations and seconds_to_target.
         dropout: share of the residual stream that is zeroed.
         distillation: a teacher whose distributions are learnt besides the targets.
 
@@ -95,16 +112,21 @@ def fit(
         dropout_seed=ctx.seed("dropout"), recompute=ctx.config.machine.grad_checkpointing, distillation=distillation,
     )  # fmt: skip
 
+    def ended() -> bool:
+        return done >= num_iterations or (target is not None and "reached_target" in ctx.metrics)
+
     def run_hooks(first: int = 0) -> None:
         for number, hook in enumerate(hooks[first:], first):
-            if hook.is_due(done, num_iterations):
+            if hook.is_due(done, done if ended() else num_iterations):
                 with checkpointer.saving_on_stop(done, pending_hook=number):
                     monitor.look(done, hook.title, hook.run)
+                    if target is not None:
+                        target.look(done, ctx.metrics)
 
     with ctx.progress(num_iterations, "iterations", start=done) as monitor.progress:
         if first_hook is not None:
             run_hooks(first_hook)
-        while done < num_iterations:
+        while not ended():
             with checkpointer.saving_on_stop(done):
                 monitor.begin_iteration()
                 batch = batches.next_batch(done)
@@ -114,7 +136,7 @@ def fit(
             done += 1
             crash_point("train.iteration")
             run_hooks()
-            if ctx.should_stop() and done < num_iterations:
+            if ctx.should_stop() and not ended():
                 checkpointer.save(done)
                 raise ctx.stop(f"iteration {done:,} of {num_iterations:,}", saved=True)
             checkpointer.save_if_due(done)
@@ -122,3 +144,13 @@ def fit(
         if keep_state:
             checkpointer.save_finished(done)
         monitor.finish()
+        if target is not None:
+            reached = ctx.metrics["val_bpb"] <= target.val_bpb
+            ctx.metrics |= {
+                "reached_target": float(reached), "iterations": done, "seconds_to_target": monitor.meter.seconds,
+            }  # fmt: skip
+            verb = "reached" if reached else "not reached"
+            monitor.progress.note(
+                f"val_bpb {target.val_bpb} {verb}: {ctx.metrics['val_bpb']:.4f} after {done:,} of {num_iterations:,} "
+                f"iterations"
+            )
