@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from mlxchat.interop.exporting import Checkpoint
 
 
-FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter")
+FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter", "peft")
 _MEASURED_TOKENS = 8192
 _TOOLS = {
     "hf": "transformers' NanoChatForCausalLM",
     "nanochat": "nanochat's own files",
     "mlx": "mlx-lm",
     "mlx-adapter": "mlx-lm, beside their base",
+    "peft": "PEFT, beside their base",
 }
 
 
@@ -43,13 +44,13 @@ def export(arguments: list[str]) -> int:
     parser = make_naming_parser(
         "export",
         "Copy artifacts, and all that they were made from, to a folder (as rsync likes it) or a tar file. "
-        "Or, with --to hf, nanochat, gguf or mlx, write one model to PATH as that tool reads it; mlx-adapter: its "
-        "adapters alone.",
+        "Or, with --to hf, nanochat, gguf or mlx, write one model to PATH as that tool reads it; mlx-adapter and "
+        "peft: its adapters alone.",
         "ID",
     )
     parser.usage = (
         "mlxchat export ID… --to PLACE [--public] [outputs=PATH]\n"
-        "       mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter PATH [--quantize 4|8]\n"
+        "       mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter|peft PATH [--quantize 4|8]\n"
         "                      [--dtype float32|bfloat16] [--push ORGANISATION/NAME [--public]] [--force]\n"
         "                      [outputs=PATH]"
     )
@@ -143,7 +144,10 @@ def _write(
         how = _nanochat_words(checkpoint, snapshot)
     elif target == "mlx-adapter":
         exporting.write_mlx_adapter(checkpoint, out)
-        how, notes = _adapter_words(checkpoint)
+        how, notes = _adapter_words(checkpoint, "mlx")
+    elif target == "peft":
+        exporting.write_peft_adapter(checkpoint, out)
+        how, notes = _adapter_words(checkpoint, "hf")
     else:
         exporting.write_mlx(checkpoint, out, bits=bits, dtype=dtype)
         own = exporting.needs_model_file(checkpoint)
@@ -152,7 +156,7 @@ def _write(
             notes.append(
                 "mlx-lm does not know this architecture: the folder has a model file of its own (--trust-remote-code)."
             )
-    if checkpoint.bases and target != "mlx-adapter":
+    if checkpoint.bases and target not in ("mlx-adapter", "peft"):
         notes.append(f"Its adapters were put into the weights of {checkpoint.bases[0].name}.")
     if dtype == "bfloat16" and not bits:
         notes.append("Its numbers were rounded to bfloat16.")
@@ -170,13 +174,14 @@ def _write(
 _MONTHS = {"oct2025": "October 2025", "jul2026": "July 2026"}
 
 
-def _adapter_words(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
-    """Return how adapters and their base are used together, and what is to be told of them."""
+def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], list[str]]:
+    """Return how adapters and their base, in the format `form`, are used together, and what is to be told of them."""
     from mlxchat.interop.exporting import needs_model_file
 
     base, *below = checkpoint.bases
     notes = [
-        f"Adapters for {base.name}, whose weights are not among these files: mlxchat export {base.name} --to mlx BASE."
+        f"Adapters for {base.name}, whose weights are not among these files: mlxchat export {base.name} --to {form} "
+        "BASE."
     ]
     if below:
         notes.append(f"{base.name} holds adapters itself; that export puts them into its weights.")

@@ -1,4 +1,4 @@
-"""Adapters that mlx-lm trained on a model of ours become an artifact: the same numbers, on the base that is named."""
+"""Adapters that mlx-lm or PEFT trained on a model of ours become an artifact: the same numbers, on the base named."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxchat.errors import DataError
 from mlxchat.interop.names import sizes_from_hf
+from mlxchat.interop.peft import PEFT_FILE, as_peft, peft_shape, sizes_from_peft
 from mlxchat.interop.source import Check, ModelSource
 from mlxchat.interop.tensors import SafetensorsFile, widen
 from mlxchat.model.sizes import GPTSizes
@@ -41,11 +42,13 @@ def find_files(source: ModelSource) -> AdapterFiles:
     Raises:
         DataError: one is missing.
     """
-    files = AdapterFiles()
+    files = AdapterFiles(adapters=PEFT_FILE if source.has(PEFT_FILE) and not source.has(_ADAPTERS) else _ADAPTERS)
     missing = [name for name in files.all() if not source.has(name)]
     if missing:
         names, wanted = ", ".join(sorted(source.files)[:_MOST_SHOWN]) or "nothing", " and no ".join(missing)
-        raise DataError(f"{source.where} holds no {wanted}, so these are no adapters of mlx-lm's. It holds {names}")
+        raise DataError(
+            f"{source.where} holds no {wanted}, so these are no adapters of mlx-lm or PEFT. It holds {names}"
+        )
     source.small(files.config)
     return files
 
@@ -77,14 +80,22 @@ def import_adapter(
         raise DataError("adapters need a base: mlxchat import adapter FOLDER --base REF")
     sizes = sizes_from_hf(_json(base / "config.json"), f"{base.name}: config.json")
     paths = source.fetch(files.all(), check)
-    adapter_sizes = read_adapter_config(paths[files.config].parent, sizes)
     with SafetensorsFile(paths[files.adapters]) as file:
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        if files.adapters == PEFT_FILE:
+            adapter_sizes, ours = sizes_from_peft(_json(paths[files.config]), shapes, source.where)
+            shapes = {ours[name]: peft_shape(ours[name], shape) for name, shape in shapes.items()}
+        else:
+            adapter_sizes = read_adapter_config(paths[files.config].parent, sizes)
+            ours = {name: name for name in shapes}
         check_shapes(shapes, adapter_sizes, sizes, source.where)
         arrays = {
-            name: np.concatenate([widen(piece, tensor.dtype) for piece in file.pieces(tensor)]).reshape(tensor.shape)
+            ours[name]: np.concatenate([widen(piece, tensor.dtype) for piece in file.pieces(tensor)])
+            .reshape(tensor.shape)
             for name, tensor in file.tensors.items()
-        }
+        }  # fmt: skip
+    if files.adapters == PEFT_FILE:
+        arrays = {name: as_peft(name, value) for name, value in arrays.items()}
     strange = sorted(name for name, value in arrays.items() if not np.isfinite(value).all())
     if strange:
         raise DataError(f"{source.where}: {strange[0]} holds numbers that are not finite")

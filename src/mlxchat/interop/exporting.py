@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,11 +28,15 @@ from mlxchat.interop.names import (
     nanochat_from_sizes,
     sizes_from_hf,
 )
+from mlxchat.interop.peft import check_peft, write_peft
 from mlxchat.interop.tensor_files import Array, Entry, StoredWeights, as_stored, write_safetensors
 from mlxchat.interop.torch_writer import write_encoding, write_state, write_tensor
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.store.bases import find_chain
 from mlxchat.store.manifest import MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from mlxchat.model.lora import Adapters
 
 FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -102,11 +106,13 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
     """
     if target == "gguf":
         fits.refuse_gguf()
-    if target == "mlx-adapter" and not checkpoint.bases:
+    adapters_alone = target in ("mlx-adapter", "peft")
+    if adapters_alone and not checkpoint.bases:
+        instead = "mlx" if target == "mlx-adapter" else "hf"
         raise ConfigError(
-            f"{checkpoint.folder.name} holds no adapters: all of its weights are its own. --to mlx writes them"
+            f"{checkpoint.folder.name} holds no adapters: all of its weights are its own. --to {instead} writes them"
         )
-    if target == "mlx-adapter" and (bits is not None or dtype is not None):
+    if adapters_alone and (bits is not None or dtype is not None):
         raise ConfigError("adapters are written as they were trained, in float32: --quantize, --dtype are of --to mlx")
     if bits is not None and target != "mlx":
         raise ConfigError(f"--quantize is of --to mlx; {target} holds a model's weights as they are")
@@ -116,8 +122,10 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
         )
     if bits is not None and checkpoint.sizes.width % _GROUP_NUMBERS[-1]:
         raise ConfigError(f"a width of {checkpoint.sizes.width} has no groups of 32 numbers, which --quantize needs")
-    if target == "hf":
+    if target in ("hf", "peft"):
         fits.check_hf(checkpoint.sizes)
+    if target == "peft":
+        check_peft(_read_adapters(checkpoint).sizes, checkpoint.folder.name)
     if target == "nanochat":
         fits.nanochat_snapshot(checkpoint.sizes)
 
@@ -263,6 +271,23 @@ def write_mlx_adapter(checkpoint: Checkpoint, out: Path) -> None:
 
     for name in (ADAPTERS_FILE, ADAPTER_CONFIG_FILE):
         shutil.copyfile(checkpoint.folder / name, out / name)
+
+
+def write_peft_adapter(checkpoint: Checkpoint, out: Path) -> None:
+    """Write the adapters alone, as PEFT takes them on a base of transformers'.
+
+    Args:
+        checkpoint: `check_export` has let it pass.
+        out: an empty folder.
+    """
+    adapters = _read_adapters(checkpoint)
+    write_peft(adapters.arrays, adapters.sizes, out, base=checkpoint.bases[0].name)
+
+
+def _read_adapters(checkpoint: Checkpoint) -> Adapters:
+    from mlxchat.model.lora import read_adapters
+
+    return read_adapters(checkpoint.folder, checkpoint.sizes)
 
 
 def needs_model_file(checkpoint: Checkpoint) -> bool:

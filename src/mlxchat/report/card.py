@@ -56,6 +56,14 @@ _HOW: dict[str, str] = {
     # mlx-lm; BASE is a folder with the weights below them
     mlx_lm.generate --model BASE{trust} --adapter-path FOLDER --prompt "Why is the sky blue?"
     mlx_lm.fuse --model BASE{trust} --adapter-path FOLDER --save-path WHOLE""",
+    "peft": """\
+    # peft and transformers >= 5 with torch; BASE is a folder with the weights below them
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")
+    tokenizer = AutoTokenizer.from_pretrained("BASE")
+    {prompt}
+    print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=64)[0]))""",
 }
 
 # Programs without the calculator, which nanochat and mlxchat have. LOAD and CONTINUE are what differs between them.
@@ -127,7 +135,7 @@ def render_card(
     Args:
         store: with the artifact, what it was made from, and the scores of it.
         place: the checkpoint artifact.
-        target: hf, nanochat, mlx or mlx-adapter.
+        target: hf, nanochat, mlx, mlx-adapter or peft.
         how: what the instructions for this format leave open.
         notes: what the export changed; plain sentences.
         sha256: of the artifact's weights.
@@ -187,7 +195,7 @@ def render_card(
 
 def _front_matter(report: RunReport, target: str, chats: bool) -> str:
     """Return the YAML that the Hub reads: JSON values alone, so that no text can end it or add to it."""
-    libraries = {"hf": "transformers", "mlx": "mlx", "mlx-adapter": "mlx", "nanochat": "nanochat"}
+    libraries = {"hf": "transformers", "mlx": "mlx", "mlx-adapter": "mlx", "nanochat": "nanochat", "peft": "peft"}
     values: dict[str, Any] = {
         "library_name": libraries[target],
         "pipeline_tag": "text-generation",

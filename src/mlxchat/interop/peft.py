@@ -1,0 +1,145 @@
+"""Adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors, on transformers' names.
+
+PEFT has A as (rank, in) and B as (out, rank), and the scale as alpha / rank, or alpha / √rank with rank-stabilised LoRA
+(arXiv 2312.03732). Its DoRA is ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxchat.errors import ConfigError, DataError
+from mlxchat.interop.names import hf_from_ours, ours_from_hf
+from mlxchat.interop.tensor_files import Array, Entry, write_safetensors
+from mlxchat.model.sizes import AdapterSizes
+
+PEFT_FILE = "adapter_model.safetensors"
+_CONFIG_FILE = "adapter_config.json"
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+_OURS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
+_THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+# Ways to begin that leave the base's weights as they are.
+_BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def sizes_from_peft(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> tuple[AdapterSizes, dict[str, str]]:
+    """Return the sizes of PEFT's adapters, and our name of each of their tensors.
+
+    Args:
+        config: adapter_config.json.
+        shapes: of the tensors, by PEFT's names.
+        where: they are, for the message.
+
+    Raises:
+        DataError: with all that ours cannot express.
+    """
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type {config.get('peft_type')!r} is not LORA")
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out"):
+        if config.get(key):
+            problems.append(f"{key} is {config[key]!r}, expected nothing")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}: our models have none")
+    if config.get("init_lora_weights") not in _BEGINNINGS:
+        problems.append(f"init_lora_weights {config['init_lora_weights']!r} changes the base's weights")
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")
+    if type(rank) is not int or rank < 1:
+        problems.append(f"r {rank!r} is no whole number above 0")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        problems.append(f"lora_alpha {alpha!r} is no number")
+    names, unknown = {}, []
+    for name in shapes:
+        found = _TENSOR.fullmatch(name)
+        ours = None if found is None else ours_from_hf(f"{found[1]}.weight")
+        if found is None or ours is None:
+            unknown.append(name)
+        else:
+            names[name] = f"{ours.removesuffix('.weight')}.{_OURS[found[2]]}"
+    if unknown:
+        problems.append(f"{', '.join(unknown[:3])}: no adapters of a matrix of nanochat's")
+    if not names:
+        problems.append("it holds no adapters")
+    if problems:
+        raise DataError(f"{where}: {'; '.join(problems)}")
+    assert type(rank) is int
+    assert isinstance(alpha, int | float)
+    targets = dict.fromkeys(name.rpartition(".")[0] for name in names.values())
+    sizes = AdapterSizes(
+        kind="dora" if config.get("use_dora") is True else "lora",
+        rank=rank,
+        scale=float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank),
+        targets=tuple(targets),
+        dropout=float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0,
+    )
+    return sizes, names
+
+
+def check_peft(sizes: AdapterSizes, name: str) -> None:
+    """Refuse adapters that PEFT cannot express.
+
+    Raises:
+        ConfigError: with the reason, and what works instead.
+    """
+    if sizes.bits is not None:
+        raise ConfigError(
+            f"{name} was trained on weights that MLX rounded to {sizes.bits} bits, which PEFT has no word for. What "
+            f"works instead: mlxchat fuse {name}, then --to hf"
+        )
+
+
+def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterSizes, out: Path, *, base: str) -> None:
+    """Write adapters as PEFT reads them, on a base that `--to hf` writes.
+
+    Args:
+        adapters: by our names, in float32.
+        sizes: of the adapters; `check_peft` has let them pass.
+        out: an empty folder.
+        base: name of the base, which PEFT takes for a path unless it is given the model.
+    """
+    theirs = {_peft_name(name): name for name in adapters}
+    alpha = sizes.scale * sizes.rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": sizes.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": sizes.dropout,
+        "target_modules": sorted(hf_from_ours(f"{name}.weight").removesuffix(".weight") for name in sizes.targets),
+        "use_dora": sizes.kind == "dora",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (out / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    entries = [Entry(name, "F32", peft_shape(theirs[name], adapters[theirs[name]].shape)) for name in sorted(theirs)]
+
+    def read(name: str) -> Iterator[Array]:
+        yield as_peft(theirs[name], adapters[theirs[name]])
+
+    write_safetensors(out / PEFT_FILE, entries, read, made_for="pt")
+
+
+def as_peft(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return an adapter's array as PEFT has it, or PEFT's as we have it: A and B are transposed."""
+    return values if name.endswith(".m") else np.ascontiguousarray(values.T)
+
+
+def peft_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that `as_peft` gives an array of this one."""
+    return shape if name.endswith(".m") else shape[::-1]
+
+
+def _peft_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    return f"base_model.model.{hf_from_ours(f'{module}.weight').removesuffix('.weight')}.{_THEIRS[kind]}"

@@ -1,0 +1,174 @@
+"""PEFT: our adapters there, theirs here, with the same logits and numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from kit.artifacts import publish_adapters, publish_base, some_ids
+from kit.commands import Command
+from mlxchat.errors import DataError
+from mlxchat.interop.adapter_import import find_files, import_adapter
+from mlxchat.interop.names import hf_from_ours
+from mlxchat.interop.source import open_folder
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.store.store import Store
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs"
+
+
+def logits(model: GPT) -> np.ndarray[Any, Any]:
+    return np.asarray(model.logits(model.hidden(mx.array(some_ids()))))
+
+
+def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: np.asarray(value) for name, value in flatten_parameters(load_checkpoint(folder)[0]).items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_formula_of_peft_gives_our_weights_from_the_exported_files(
+    outputs: Path, command: Command, kind: str
+) -> None:
+    """W + alpha / r × B A; DoRA: its rows brought to the lengths m (PEFT's `LoraLayer`, in NumPy)."""
+    base = publish_base(outputs)
+    tuned = publish_adapters(outputs, base, kind=kind)
+    code, said = command("export", tuned.name, "--to", "peft", "out")
+    assert code == 0, said
+    config, arrays = json.loads(Path("out", CONFIG).read_text()), load_file(Path("out", FILE))
+    assert (config["peft_type"], config["use_dora"]) == ("LORA", kind == "dora")
+    below, expected, changed = weights(base), weights(tuned), 0
+    for name, weight in below.items():
+        module = "base_model.model." + hf_from_ours(name).removesuffix(".weight")
+        a, b = (arrays.pop(f"{module}.lora_{part}.weight", None) for part in "AB")
+        if a is not None and b is not None:
+            assert hf_from_ours(name).removesuffix(".weight") in config["target_modules"]
+            weight = weight + config["lora_alpha"] / config["r"] * (b @ a)
+            if (lengths := arrays.pop(f"{module}.lora_magnitude_vector", None)) is not None:
+                weight = lengths[:, None] / np.linalg.norm(weight, axis=1, keepdims=True) * weight
+            changed += 1
+        np.testing.assert_allclose(weight, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert (changed > 0, arrays) == (True, {})
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_went_out_comes_back_bit_for_bit(outputs: Path, command: Command, kind: str) -> None:
+    base = publish_base(outputs)
+    tuned = publish_adapters(outputs, base, kind=kind)
+    command("export", tuned.name, "--to", "peft", "out")
+    code, said = command("import", "adapter", "out", "--base", base.name, "--name", "mine")
+    assert code == 0, said
+    made = Store(outputs).resolve("import:mine")
+    there, here = load_file(made / "adapters.safetensors"), load_file(tuned / "adapters.safetensors")
+    assert there.keys() == here.keys()
+    assert all(np.array_equal(there[name], here[name]) for name in here)
+    sizes = [json.loads((folder / CONFIG).read_text())["lora_parameters"] for folder in (made, tuned)]
+    assert {**sizes[0], "keys": sorted(sizes[0]["keys"])} == {**sizes[1], "keys": sorted(sizes[1]["keys"])}
+
+
+def test_rank_stabilised_lora_has_another_scale(outputs: Path, tmp_path: Path, command: Command) -> None:
+    base = publish_base(outputs)
+    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
+    config = json.loads(Path("out", CONFIG).read_text())
+    Path("out", CONFIG).write_text(json.dumps({**config, "use_rslora": True, "lora_alpha": 6, "r": 4}))
+    (tmp_path / "made").mkdir()
+    source = open_folder(Path("out"))
+    import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
+    assert json.loads((tmp_path / "made" / CONFIG).read_text())["lora_parameters"]["scale"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not LORA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"init_lora_weights": "pissa"}, "'pissa' changes the base's weights"),
+        ({"r": 0, "lora_alpha": None}, r"r 0 is no whole number above 0; lora_alpha None is no number"),
+        ({"r": 3}, "do not fit"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_ours_cannot_express_is_refused(
+    outputs: Path, tmp_path: Path, command: Command, changes: dict[str, Any], message: str
+) -> None:
+    base = publish_base(outputs)
+    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
+    config = json.loads(Path("out", CONFIG).read_text())
+    Path("out", CONFIG).write_text(json.dumps({**config, **changes}))
+    (tmp_path / "made").mkdir()
+    source = open_folder(Path("out"))
+    with pytest.raises(DataError, match=message):
+        import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
+
+
+def test_strange_tensors_are_refused(outputs: Path, tmp_path: Path, command: Command) -> None:
+    base = publish_base(outputs)
+    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
+    arrays = load_file(Path("out", FILE))
+    save_file({**arrays, "base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}, Path("out", FILE))
+    (tmp_path / "made").mkdir()
+    source = open_folder(Path("out"))
+    with pytest.raises(DataError, match=r"lm_head\.weight: no adapters of a matrix"):
+        import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "bits", "message"),
+    [("jul2026", None, "NanoChatForCausalLM is nanochat's model of October 2025"), ("oct2025", 4, "rounded to 4 bits")],
+)
+def test_adapters_that_peft_cannot_express_are_not_written(
+    outputs: Path, command: Command, architecture: str, bits: int | None, message: str
+) -> None:
+    tuned = publish_adapters(outputs, publish_base(outputs, architecture=architecture), bits=bits)
+    code, said = command("export", tuned.name, "--to", "peft", "out")
+    assert code == 2
+    assert message in said
+    assert not Path("out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_peft_says_what_we_say_and_what_it_trains_comes_back(
+    outputs: Path, tmp_path: Path, command: Command, kind: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = publish_base(outputs)
+    tuned = publish_adapters(outputs, base, kind=kind)
+    command("export", base.name, "--to", "hf", "base")
+    command("export", tuned.name, "--to", "peft", "out")
+
+    def load() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+
+    ids = torch.tensor(some_ids())
+    with torch.no_grad():
+        there = peft.PeftModel.from_pretrained(load(), "out")(ids).logits.numpy()
+    np.testing.assert_allclose(there, logits(load_checkpoint(tuned)[0]), atol=1e-3)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["q_proj", "fc2"], use_dora=kind == "dora", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(load(), config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+        expected = model(ids).logits.numpy()
+    model.save_pretrained("theirs")
+    code, said = command("import", "adapter", "theirs", "--base", base.name, "--name", "theirs")
+    assert code == 0, said
+    np.testing.assert_allclose(logits(load_checkpoint(Store(outputs).resolve("import:theirs"))[0]), expected, atol=1e-3)
