@@ -101,3 +101,19 @@ def test_matrix_products_equal_numpy(shape: tuple[int, int, int], transposed: st
     right = mx.array(b.T.copy()).T if transposed == "right" else mx.array(b)
     # Float32 rounding of sums of at most 300 products of order one.
     np.testing.assert_allclose(np.asarray(left @ right), a.astype(np.float64) @ b.astype(np.float64), atol=1e-4)
+
+
+@linux_only
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("inner", "columns"), [(1, 1), (5, 13), (128, 64), (37, 131), (512, 9)])
+def test_thin_products_have_the_same_bits_in_any_batch(inner: int, columns: int, transposed: bool) -> None:
+    if runtime._thin is None:
+        pytest.skip("no compiler or no OpenBLAS here")
+    rng = np.random.default_rng(0)
+    x, b = rng.normal(size=(33, inner)).astype(np.float32), rng.normal(size=(inner, columns)).astype(np.float32)
+    matrix = mx.array(b.T.copy()).T if transposed else mx.array(b)
+    with runtime.thin_products():
+        batches = [np.asarray(mx.array(x[:rows]) @ matrix) for rows in (33, 1, 2, 3, 4, 6, 8, 16, 32)]
+    np.testing.assert_allclose(batches[0], x.astype(np.float64) @ b.astype(np.float64), atol=1e-4)
+    for batch in batches:
+        np.testing.assert_array_equal(batch, batches[0][: len(batch)])

@@ -3,7 +3,8 @@
 - `runtime`: a fast BLAS, a calmer malloc and compiler flags, applied before MLX's first import;
 - `lanes`: a stream for each core;
 - `kernels`: the operations of `mlxchat.ops` in few passes over memory, with gradients that keep little;
-- `decode`: a step of decoding on all cores.
+- `decode`: a step of decoding on all cores;
+- `thin.cpp`: its matrix products, which have few rows.
 
 `mlxchat.ops.device` decides whether it is used. Without this folder everything works, slower.
 """

@@ -2,14 +2,11 @@
 
 The same arithmetic as `GPT.hidden`, arranged for few rows: queries, keys and values are one product, and every lane
 (`lanes.py`) multiplies with its own part of each weight: some heads of every layer, a slice of each MLP and a slice of
-the vocabulary. What the lanes add to the stream crosses over twice a layer. A step multiplies few rows with every
-weight once, so it is as fast as memory is read, and each part is stored in the order of its product.
+the vocabulary. Lanes exchange what they add to the stream twice a layer. A step multiplies few rows with every weight
+once, so memory bounds it: `thin.cpp` computes its products.
 
-OpenBLAS copies both operands of a product before it multiplies, which for few rows costs more than the product itself;
-only what has at most a million multiplications it takes as it lies. So a matrix is stored as blocks of columns so
-narrow that each product is of that kind. MLX's product with packed numbers takes as long for each row as for one,
-5 times as long as the product itself for one row and 40 times for 32. So a model that has many rows and more memory
-than time may have the rounded numbers unpacked.
+MLX's product with packed numbers takes as long for each row as for one, 5 times as long as the product itself for one
+row and 40 times for 32. So a model that has many rows and more memory than time may have the rounded numbers unpacked.
 
 Shapes: B rows, C width, H query heads, K key/value heads, G = H / K, S cached tokens, D head width.
 """
@@ -28,6 +25,7 @@ import numpy as np
 
 from mlxchat.cpu.kernels import EXP_UNIT, masked_exp, multiply_rows, reciprocal_root, rotate_halves, square
 from mlxchat.cpu.lanes import make_lanes
+from mlxchat.cpu.runtime import thin_products
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Caches, Decoder, Ints, Logits, room_of, visible_slots, written
 from mlxchat.engine.quantise import KVFormat, PackedGPT, weight_bytes
@@ -38,17 +36,11 @@ from mlxchat.ops.device import compiled
 from mlxchat.ops.linear import Activation, Packed
 from mlxchat.ops.loss import soft_cap
 
-Weight = Any
-"""What `stored` returns."""
 Part = tuple[mx.array, ...]
 """Numbers (out, in); or packed ones, scales and offsets."""
 _ALL = slice(None)
-
-# Widths of a lane's parts are whole blocks, unless there are fewer.
-_MULTIPLE = 64
-# Beyond so many multiplications OpenBLAS copies; so many rows are multiplied at a time.
-_MOST_MULTIPLICATIONS, _ROWS = 1_000_000, 16
-_WIDEST_BLOCK, _NARROWEST_BLOCK = 64, 8
+# Packed numbers are cut between groups, of at most so many.
+_GROUP = 64
 
 
 def make_decoder(model: GPT, *, packed: bool = True, kv_bits: int | None = None) -> Decoder:
@@ -145,13 +137,12 @@ class CPUDecoder(Decoder):
         held = [list(lane) for lane in caches]
         # Nobody else holds the old arrays while the new ones are computed, so that they are written in place.
         caches.clear()
-        with self.lanes.sharing(len(self.lanes)):
+        with self.lanes.sharing(len(self.lanes)), thin_products():
             logits, made = self._compiled(given, held, self._parts, self._shared)
             del held
             caches.extend(made)
             mx.eval(logits, made)
-        widths = [part.stop - part.start for part in vocabulary_parts(self.sizes, len(self.lanes))]
-        return np.concatenate([np.asarray(part)[:, :width] for part, width in zip(logits, widths, strict=True)], axis=1)
+        return np.concatenate([np.asarray(part) for part in logits], axis=1)
 
     def _build(
         self, given: dict[str, Any], caches: Caches, parts: list[dict[str, Any]], shared: dict[str, mx.array]
@@ -289,8 +280,8 @@ def lane_weights(model: GPT, lanes: int, *, packed: bool = True) -> list[dict[st
     """Return what each lane reads: copies, which need the memory of all weights once more.
 
     Keys: 'layers', a list of dicts with 'qkv' (C → (H + 2 K) D) of the lane's heads, 'attention_out' (H D → C), 'up'
-    (C → F), 'down' (F → C) and, if the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V), each
-    with zeros up to a whole block. A lane without heads lacks all that belongs to attention.
+    (C → F), 'down' (F → C) and, if the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V).
+    A lane without heads lacks all that belongs to attention.
 
     Args:
         model: whose weights.
@@ -299,15 +290,14 @@ def lane_weights(model: GPT, lanes: int, *, packed: bool = True) -> list[dict[st
     """
     sizes, cut = model.sizes, partial(part_of, packed=packed and isinstance(model, PackedGPT))
     kv_heads = key_value_heads(sizes, lanes)
-    inner, vocabulary = _deal(4 * sizes.width, lanes, _MULTIPLE), vocabulary_parts(sizes, lanes)
+    inner, vocabulary = _deal(4 * sizes.width, lanes, _GROUP), _deal(sizes.vocab_size, lanes)
     parts = []
     for lane in range(lanes):
         layers = []
         for index in range(sizes.num_layers):
             layers.append(_layer(model, index, kv_heads[lane], inner[lane], cut))
             mx.eval(layers)  # or the unpacked matrices of all layers would be in memory at once
-        head = (_whole_blocks(each) for each in cut(model.lm_head, vocabulary[lane]))
-        parts.append({"layers": layers, "head": stored(tuple(head))})
+        parts.append({"layers": layers, "head": cut(model.lm_head, vocabulary[lane])})
     mx.eval(parts)
     return parts
 
@@ -317,16 +307,11 @@ def key_value_heads(sizes: GPTSizes, lanes: int) -> list[slice]:
     return _deal(sizes.num_kv_heads, lanes)
 
 
-def vocabulary_parts(sizes: GPTSizes, lanes: int) -> list[slice]:
-    """Return which tokens' logits each lane computes."""
-    return _deal(sizes.vocab_size, lanes, _MULTIPLE)
-
-
 def _layer(model: GPT, index: int, kv: slice, inner: slice, cut: Callable[..., Part]) -> dict[str, Any]:
     sizes, block = model.sizes, model.transformer["h"][index]
-    part = {
-        "up": stored(cut(block.mlp.c_fc, inner)),
-        "down": stored(cut(block.mlp.c_proj, _ALL, inner)),
+    part: dict[str, Any] = {
+        "up": cut(block.mlp.c_fc, inner),
+        "down": cut(block.mlp.c_proj, _ALL, inner),
     }
     if kv.start == kv.stop:
         return part
@@ -335,16 +320,12 @@ def _layer(model: GPT, index: int, kv: slice, inner: slice, cut: Callable[..., P
     queries = slice(keys.start * group, keys.stop * group)
     projections = ((attention.c_q, queries), (attention.c_k, keys), (attention.c_v, keys))
     arrays = zip(*(cut(layer, rows) for layer, rows in projections), strict=True)
-    part["qkv"] = stored(tuple(mx.concatenate(list(each)) for each in arrays))
-    part["attention_out"] = stored(cut(attention.c_proj, _ALL, queries))
+    part["qkv"] = tuple(mx.concatenate(list(each)) for each in arrays)
+    part["attention_out"] = cut(attention.c_proj, _ALL, queries)
     if sizes.has_value_embedding(index):
         part["gate"] = mx.contiguous(attention.ve_gate.weight[kv].T)
         part["values"] = mx.contiguous(model.value_embeds[str(index)].weight[:, keys])
     return part
-
-
-def _whole_blocks(matrix: mx.array) -> mx.array:
-    return mx.pad(matrix, [(0, -len(matrix) % _MULTIPLE), (0, 0)])
 
 
 def _deal(count: int, lanes: int, multiple: int = 1) -> list[slice]:
@@ -367,32 +348,15 @@ def part_of(layer: Linear | FrozenLinear, rows: slice, columns: slice = _ALL, *,
         first, last, _ = columns.indices(scales.shape[1] * group)
         if first % group == 0 and last % group == 0:
             groups, words = slice(first // group, last // group), slice(first * bits // 32, last * bits // 32)
-            return numbers[rows, words], scales[rows, groups], offsets[rows, groups]
-    return (layer.matrix[rows, columns],)
+            parts = (numbers[rows, words], scales[rows, groups], offsets[rows, groups])
+            return tuple(mx.contiguous(part) for part in parts)
+    return (mx.contiguous(layer.matrix[rows, columns]),)
 
 
-def stored(part: Part) -> Weight:
-    """Return a part of a matrix as `multiply` takes it: packed as it is, or numbers in blocks (N, in, out / N)."""
-    if len(part) > 1:
-        return tuple(mx.contiguous(each) for each in part)
-    (matrix,), (outer, inner) = part, part[0].shape
-    width = _WIDEST_BLOCK
-    while width > _NARROWEST_BLOCK and (width * inner * _ROWS > _MOST_MULTIPLICATIONS or outer % width):
-        width //= 2
-    if outer % width:
-        return mx.contiguous(matrix.T)[None]
-    return mx.contiguous(matrix.reshape(-1, width, inner).swapaxes(1, 2))
-
-
-def multiply(x: mx.array, weight: Weight) -> mx.array:
-    """Return the product (B, out) of x (B, in) and a stored weight."""
-    if isinstance(weight, mx.array):
-        rows = next(size for size in range(_ROWS, 0, -1) if len(x) % size == 0)
-        if rows == len(x):
-            return (x @ weight).swapaxes(0, 1).reshape(rows, -1)
-        # A block meets all rows before the next one comes, so that memory is read once.
-        found = x.reshape(1, -1, rows, x.shape[1]) @ weight[:, None]
-        return found.transpose(1, 2, 0, 3).reshape(len(x), -1)
+def multiply(x: mx.array, weight: Part) -> mx.array:
+    """Return the product (B, out) of x (B, in) and a part of a matrix."""
+    if len(weight) == 1:
+        return x @ weight[0].T
     packed, scales, offsets = weight
     inner = x.shape[-1]
     product: mx.array = mx.quantized_matmul(
