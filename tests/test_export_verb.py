@@ -357,7 +357,7 @@ def test_the_card_says_where_a_model_comes_from_and_no_text_breaks_it(export: An
     assert yaml.safe_load(front) == {
         "library_name": "transformers", "pipeline_tag": "text-generation",
         "tags": ["nanochat", "mlxchat", "conversational"], "datasets": ["openai/gsm8k"],
-        "base_model": ["karpathy/nanochat-d32"],
+        "base_model": ["karpathy/nanochat-d32"], "language": "en",
     }  # fmt: skip
     place = artifact(made, "oct")
     manifest = json.loads((place / "manifest.json").read_text())

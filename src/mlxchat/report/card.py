@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxchat import __version__
 from mlxchat.errors import visible
-from mlxchat.report.collect import RunReport, StepReport, collect_steps, entries_of_artifacts
+from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps, entries_of_artifacts
 from mlxchat.report.markdown import escape, render_table
 from mlxchat.report.scorecard import core_table, metric_table
 from mlxchat.report.sections import groups_of, sections
@@ -23,6 +23,9 @@ from mlxchat.report.tables import Cell, Table, artifact_table, source_table
 from mlxchat.report.wording import format_count
 from mlxchat.store.catalog import by_rid, read_catalog
 from mlxchat.store.store import Store
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 _DATASET = re.compile(r"hf://datasets/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
 _MODEL = re.compile(r"hf://models/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
@@ -190,17 +193,15 @@ def render_card(
                 parts.append(render_table(Table(header=header, align="lr", rows=rows)))
     parts += ["## Provenance", render_table(_provenance(own, sha256))]
     body = "\n\n".join(part for part in parts if part)
-    return visible(f"{_front_matter(report, target, chats)}\n{body}\n")
+    return visible(f"{_front_matter(report, own, target, chats)}\n{body}\n")
 
 
-def _front_matter(report: RunReport, target: str, chats: bool) -> str:
+def _front_matter(report: RunReport, own: StepReport, target: str, chats: bool) -> str:
     """Return the YAML that the Hub reads: JSON values alone, so that no text can end it or add to it."""
+    from huggingface_hub import ModelCardData
+
     libraries = {"hf": "transformers", "mlx": "mlx", "mlx-adapter": "mlx", "nanochat": "nanochat", "peft": "peft"}
-    values: dict[str, Any] = {
-        "library_name": libraries[target],
-        "pipeline_tag": "text-generation",
-        "tags": ["nanochat", "mlxchat", *(["conversational"] if chats else []), *({"mlx"} & {libraries[target]})],
-    }
+    library = libraries[target]
     externals = [
         (step, item) for step in report.steps for item in map(mapping, sequence(step.manifest.get("externals")))
     ]
@@ -210,12 +211,42 @@ def _front_matter(report: RunReport, target: str, chats: bool) -> str:
         for step, item in externals
         if step.kind == "checkpoint" and (match := _MODEL.match(text(item.get("url"))))
     }
-    if datasets:
-        values["datasets"] = sorted(datasets)
-    if models:
-        values["base_model"] = sorted(models)
+    results = list(_eval_results(report, own))
+    data = ModelCardData(
+        library_name=library,
+        language="en",
+        pipeline_tag="text-generation",
+        tags=["nanochat", "mlxchat", *(["conversational"] if chats else []), *({"mlx"} & {library})],
+        datasets=sorted(datasets) or None,
+        base_model=sorted(models) or None,
+        model_name=own.artifact if results else None,
+        eval_results=results or None,
+    )
+    values: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]  # huggingface_hub's has no types
     lines = [f"{key}: {json.dumps(value, ensure_ascii=True)}" for key, value in values.items()]
     return "\n".join(["---", *lines, "---", ""])
+
+
+def _eval_results(report: RunReport, own: StepReport) -> Iterator[EvalResult]:
+    """Yield the scores of a checkpoint as the Hub shows them; of tasks the accuracy, from 0 to 1."""
+    from huggingface_hub import EvalResult
+
+    def result(kind: str, title: str, metric: str, value: float) -> EvalResult:
+        return EvalResult(
+            task_type="text-generation", dataset_type=kind, dataset_name=title, metric_type=metric, metric_value=value
+        )
+
+    for step in report.evals:
+        scores = step.scores
+        if scores is None or checkpoint_name(step) != own.name:
+            continue
+        if scores.bpb is not None:
+            yield result("text", "held-out text of the corpus", "bits_per_byte", scores.bpb)
+        if scores.core is not None and scores.core.value is not None:
+            yield result("core", "CORE", "core", scores.core.value)
+        for task, score in scores.tasks.items():
+            if score.accuracy is not None:
+                yield result(task, task, "accuracy", score.accuracy)
 
 
 def _scores_of(store: Store, place: Path) -> list[Path]:
