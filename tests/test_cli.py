@@ -13,6 +13,7 @@ import pytest
 from kit.commands import CommandLine
 from mlxchat import __version__
 from mlxchat.cli import main
+from mlxchat.commands.arguments import parser_of
 from mlxchat.composition.compose import group_names, group_options
 from mlxchat.config.verbs import VERBS
 from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed, StoreError
@@ -34,7 +35,7 @@ def test_version_is_one_line(say: Any) -> None:
 @pytest.mark.parametrize("option", ["--help", "-h", "help"])
 def test_help_lists_every_verb_and_every_group_with_its_options_in_our_own_words(option: str, say: Any) -> None:
     text = say(option)
-    for verb, (_, purpose) in VERBS.items():
+    for verb, purpose in ((verb, purpose) for verb, (_, purpose) in VERBS.items() if " " not in verb):
         assert re.search(rf"^  {verb} +{re.escape(purpose)}$", text, re.MULTILINE)
     unfolded = re.sub(r"\n {17}", " ", text)
     lines = {line.split()[0]: line.split()[1:] for line in unfolded.splitlines() if line.startswith("  ")}
@@ -53,19 +54,30 @@ def test_help_gives_the_models_as_a_range(say: Any) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str, say: Any) -> None:
-    text = say(verb, "--help")
+    text = say(*verb.split(), "--help")
     assert f"mlxchat {verb}" in text or verb == "run"
     assert len(text.splitlines()) >= 3
 
 
 @pytest.mark.parametrize(
-    "verb", [verb for verb in VERBS if verb not in ("run", "plan", "explain", "graph", "bench", "completion", "data")]
+    "verb",
+    [verb for verb in VERBS if not verb.startswith(("run", "plan", "explain", "graph", "bench", "completion", "data"))],
 )
 def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
-    needed = ["--teacher", "http://127.0.0.1:9/v1", "--out", "answers.jsonl"] if verb == "distill" else []
-    told = say(verb, *needed, "model=d4", code=2)
-    assert told.startswith(('error: "model=d4" is not used here', "error: unrecognized arguments: model=d4."))
-    assert say(verb, *needed, "--foo", code=2) == f"error: unrecognized arguments: --foo. See: mlxchat {verb} --help\n"
+    needed = {"distill": ["--teacher", "http://127.0.0.1:9/v1", "--out", "answers.jsonl"], "diff": ["a", "b"]}
+    words = needed.get(verb, ["a", "b"] if verb in ("push", "import") else ["a"] if parser_of(verb).least else [])
+    assert '"model=d4" is not used here' in say(verb, *words, "model=d4", code=2)
+    told = say(verb, *words, "--qq", code=2)
+    assert re.fullmatch(
+        rf"error: unrecognized arguments: --qq\.( Did you mean \S+)? See: mlxchat {verb} --help\n", told
+    )
+
+
+def test_a_misspelled_option_is_answered_with_the_nearest_one(say: Any) -> None:
+    assert 'unrecognized arguments: --jsn. Did you mean "--json"? See: mlxchat ls --help' in say("ls", "--jsn", code=2)
+    assert 'Did you mean "--multirun"?' in say("--multirn", "seed=1,2", code=2)
+    assert 'Did you mean "fetch"?' in say("data", "fetc", code=2)
+    assert 'there is no verb "lineag"' in say("lineag", "x", code=2)
 
 
 def test_the_composed_configuration_is_printed(say: Any) -> None:
@@ -243,6 +255,7 @@ def test_chat_refuses_what_is_no_model(finished: Any, say: Any) -> None:
 WATCH = """
 import cProfile, pstats, sys
 from mlxchat.cli import main
+from mlxchat.commands.arguments import parser_of
 profile = cProfile.Profile()
 try:
     profile.runcall(main, sys.argv[1:])
@@ -318,10 +331,10 @@ def test_without_a_verb_the_pipeline_runs(finished: Any) -> None:
 def test_what_goes_wrong_decides_the_exit_code(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(arguments: list[str]) -> int:
+    def fail(options: object) -> int:
         raise error
 
-    monkeypatch.setattr("mlxchat.commands.inspect.status", fail)
+    monkeypatch.setattr("mlxchat.commands.inspect._status", fail)
     with pytest.raises(SystemExit) as caught:
         main(["status"])
     assert caught.value.code == code
@@ -331,10 +344,10 @@ def test_what_goes_wrong_decides_the_exit_code(
 def test_a_stop_by_a_signal_is_not_called_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(arguments: list[str]) -> int:
+    def stop(options: object) -> int:
         raise Interrupted("pretrain stopped: saved at iteration 82 of 1,500.", 2)
 
-    monkeypatch.setattr("mlxchat.commands.inspect.status", stop)
+    monkeypatch.setattr("mlxchat.commands.inspect._status", stop)
     with pytest.raises(SystemExit):
         main(["status"])
     assert capsys.readouterr().err == "pretrain stopped: saved at iteration 82 of 1,500.\n"
@@ -343,10 +356,10 @@ def test_a_stop_by_a_signal_is_not_called_an_error(
 def test_a_message_of_several_lines_is_indented_under_its_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(arguments: list[str]) -> int:
+    def fail(options: object) -> int:
         raise ConfigError("one\ntwo")
 
-    monkeypatch.setattr("mlxchat.commands.inspect.status", fail)
+    monkeypatch.setattr("mlxchat.commands.inspect._status", fail)
     with pytest.raises(SystemExit):
         main(["status"])
     assert capsys.readouterr().err == "error: one\n       two\n"

@@ -16,7 +16,6 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from mlxchat.commands.needs import find_downloads
 from mlxchat.composition import compose
 from mlxchat.composition.compose import Composed, compose_config, group_names, group_options
 from mlxchat.composition.overrides import implied_experiment
@@ -25,6 +24,7 @@ from mlxchat.composition.sections import config_of
 from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
+from mlxchat.planning.downloads import find_downloads
 from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import make_plan

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.commands.data import show as main
+from mlxchat.cli import dispatch
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, StoreError
 
@@ -30,7 +30,7 @@ def show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> str:
-        assert main(["--config-dir", str(tmp_path / "conf"), *arguments]) == 0
+        assert dispatch(["data", "show", "--config-dir", str(tmp_path / "conf"), *arguments]) == 0
         return capsys.readouterr().out
 
     return run

@@ -1,4 +1,4 @@
-"""`mlxchat explain`: what is told of a stage is what it declares and what its section holds."""
+"""`mlxchat explain` prints a stage's declarations and its settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mlxchat export ID --to hf|nanochat|gguf|mlx PATH, from the command line to the other tool."""
+"""mlxchat export ID --to hf|nanochat|mlx PATH, from the command line to the other tool."""
 
 from __future__ import annotations
 
@@ -272,15 +272,16 @@ def test_a_base_model_has_no_chat_template_and_stops_where_a_document_begins(exp
     ("arguments", "told"),
     [
         (["jul", "--to", "hf", "OUT"], "value embeddings, residual scalars, the smear, the backout.*--to mlx"),
-        (["oct", "--to", "gguf", "OUT"], "caps its logits.*digits into pairs.*--to mlx"),
+        (["oct", "--to", "gguf", "OUT"], "--to hf, nanochat, mlx, mlx-adapter"),
+        (["oct", "OUT"], r"To copy artifacts: mlxchat push oct \S+/out"),
         (["odd", "--to", "nanochat", "OUT"], r"rope_theta 5000\.0 instead of 10000\.0.*--to mlx or --to hf"),
         (["oct", "--to", "hf", "OUT", "--quantize", "4"], "--quantize is of --to mlx"),
         (["oct", "--to", "nanochat", "OUT", "--dtype", "bfloat16"], "--dtype is of --to hf and --to mlx"),
-        (["oct", "--to", "nanochat"], r"--to nanochat is a format.*--to \./nanochat"),
-        (["oct", "--to", "OUT.tar", "--quantize", "4"], "--quantize is of formats"),
-        (["oct", "--to", "hf", "OUT", "--public"], "--public is of --push"),
-        (["oct", "--to", "hf", "OUT", "--push", "nowhere"], "is no repository"),
-        (["oct", "jul", "--to", "hf", "OUT"], "expected mlxchat export ID --to hf PATH"),
+        (["oct", "--to", "nanochat"], "expected mlxchat export ID --to nanochat PATH"),
+        (["oct", "--to", "OUT.tar"], r"mlxchat push oct \S+/out\.tar"),
+        (["oct", "--to", "hf", "OUT", "--public"], "--public requires --hub"),
+        (["oct", "--to", "hf", "OUT", "--hub", "nowhere"], "is no repository"),
+        (["oct", "jul", "--to", "hf", "OUT"], "expected mlxchat export ID --to FORMAT PATH"),
     ],
 )
 def test_what_cannot_be_is_told_and_nothing_is_written(
@@ -291,15 +292,6 @@ def test_what_cannot_be_is_told_and_nothing_is_written(
     assert code == 2
     assert re.search(told, " ".join(said.split())), said
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_is_called_like_a_format_is_told_by_its_path(
-    export: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, said = export("oct", "--to", "./hf")
-    assert (code, (tmp_path / "hf" / "store" / artifact(made, "oct").name / "manifest.json").exists()) == (0, True)
-    assert "exported 1 artifact" in said
 
 
 def test_what_is_there_stays_unless_it_may_be_replaced(export: Any, tmp_path: Path) -> None:
@@ -374,7 +366,7 @@ def test_the_card_says_where_a_model_comes_from_and_no_text_breaks_it(export: An
 def test_a_push_makes_a_private_repository_with_one_commit(
     export: Any, upload_hub: Any, made: Path, tmp_path: Path
 ) -> None:
-    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--push", "me/model")
+    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--hub", "me/model")
     assert code == 0, said
     repository = upload_hub.repositories["me/model"]
     assert repository.private
@@ -386,10 +378,10 @@ def test_a_push_makes_a_private_repository_with_one_commit(
 
 
 def test_a_push_needs_no_place_of_its_own_and_replaces_former_weights(export: Any, upload_hub: Any) -> None:
-    assert export("oct", "--to", "nanochat", "--push", "me/model", "--public")[0] == 0
+    assert export("oct", "--to", "nanochat", "--hub", "me/model", "--public")[0] == 0
     assert not upload_hub.repositories["me/model"].private
     upload_hub.repositories["me/model"].files["LICENSE"] = b"mine"
-    assert export("oct", "--to", "mlx", "--push", "me/model", "--public")[0] == 0
+    assert export("oct", "--to", "mlx", "--hub", "me/model", "--public")[0] == 0
     files = upload_hub.repositories["me/model"].files
     assert "model_000007.pt" not in files
     assert {"model.safetensors", "LICENSE"} <= files.keys()
@@ -402,7 +394,7 @@ def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(upload_h
         ("mlx", {"model.safetensors"}), ("mlx-adapter", weights - {"model.safetensors"}), ("hf", {"model.safetensors"})
     ):  # fmt: skip
         with pytest.raises(SystemExit) as exit_:
-            main(["export", tuned.name, "--to", target, "--push", "me/model", f"outputs={tmp_path / 'outputs'}"])
+            main(["export", tuned.name, "--to", target, "--hub", "me/model", f"outputs={tmp_path / 'outputs'}"])
         assert exit_.value.code == 0
         files = upload_hub.repositories["me/model"].files
         assert files.keys() & weights == expected
@@ -413,24 +405,24 @@ def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(upload_h
 
 @pytest.mark.parametrize("part", ["/put/", "/commit/", "objects/batch", "/preupload/"])
 def test_a_push_that_fails_changes_nothing(export: Any, upload_hub: Any, part: str) -> None:
-    export("oct", "--to", "mlx", "--push", "me/model")
+    export("oct", "--to", "mlx", "--hub", "me/model")
     before, upload_hub.fail = dict(upload_hub.repositories["me/model"].files), part
-    code, said = export("oct", "--to", "nanochat", "--push", "me/model")
+    code, said = export("oct", "--to", "nanochat", "--hub", "me/model")
     assert (code, upload_hub.repositories["me/model"].files) == (1, before)
     assert "Nothing was committed" in said
     assert upload_hub.token not in said
 
 
 def test_a_public_repository_is_written_only_when_that_is_meant(export: Any, upload_hub: Any, tmp_path: Path) -> None:
-    export("oct", "--to", "mlx", "--push", "me/model", "--public")
-    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--push", "me/model")
+    export("oct", "--to", "mlx", "--hub", "me/model", "--public")
+    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--hub", "me/model")
     assert (code, (tmp_path / "out").exists()) == (2, False)
     assert "Add --public" in said
 
 
 def test_a_wrong_token_or_none_is_told(export: Any, upload_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another_one")
-    assert "May the token of HF_TOKEN write there?" in export("oct", "--to", "mlx", "--push", "me/model")[1]
+    assert "May the token of HF_TOKEN write there?" in export("oct", "--to", "mlx", "--hub", "me/model")[1]
     monkeypatch.delenv("HF_TOKEN")
-    code, said = export("oct", "--to", "mlx", "--push", "me/model")
+    code, said = export("oct", "--to", "mlx", "--hub", "me/model")
     assert (code, "set HF_TOKEN" in said, upload_hub.repositories) == (2, True, {})

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from mlxchat.cli import dispatch
 from mlxchat.commands.examples import printable, show_examples
-from mlxchat.commands.inspect import show as main
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.evals.examples import write_examples
 
@@ -99,11 +99,13 @@ def test_only_evaluations_have_examples(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["--examples", "bad"], ["--examples", "all", "-n", "0"]])
 def test_other_choices_and_counts_are_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError):
-        main(["eval_sft", *words])
+        dispatch(["show", "eval_sft", *words])
 
 
 def test_the_verb_shows_examples_of_a_finished_run(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["eval_sft", "--examples", "all", "-n", "2", "--task", "kinds_mc", f"outputs={finished.outputs}"])
+    code = dispatch(
+        ["show", "eval_sft", "--examples", "all", "-n", "2", "--task", "kinds_mc", f"outputs={finished.outputs}"]
+    )
     out = capsys.readouterr().out
     assert code == 0
     assert out.count("Multiple Choice question:") == 2

@@ -56,7 +56,7 @@ def commands(outputs: Path, names: list[str]) -> dict[str, list[str]]:
         "--version": ["--version"], "status": ["status", place], "ls": ["ls", place], "show": ["show", names[3], place],
         "lineage": ["lineage", names[3], place], "diff": ["diff", names[3], names[9], place],
         "verify": ["verify", names[3], place], "gc": ["gc", place], "pin": ["pin", place],
-        "distill": ["distill", "--help"], "_complete": ["_complete", "mlxchat show p"],
+        "distill": ["distill", "--help"], "completion": ["completion", "bash"],
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ import pytest
 
 from kit.commands import Say
 from mlxchat.cli import main
-from mlxchat.commands.arguments import quoted
-from mlxchat.commands.completion import _DATA, _OPTIONS, complete
-from mlxchat.commands.models import IMPORT_FORMATS as FORMATS
+from mlxchat.commands.arguments import parser_of, quoted
+from mlxchat.commands.completion import complete_for_shell
 from mlxchat.commands.plan import draw_dot, draw_json, draw_mermaid
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
@@ -245,6 +245,21 @@ def test_gc_says_that_nothing_was_changed_and_removes_only_with_apply(two: Any, 
     assert len(list((two.outputs / "store").iterdir())) == len(record["kept"]) == 2
 
 
+def test_rm_shows_what_goes_and_removes_it_only_with_apply(two: Any, say: Say) -> None:
+    first, second = two.store.resolve("run1/first").name, two.store.resolve("run1/second").name
+    text = say("rm", "run1")
+    assert re.search(rf"^  store/{second} +\d+ B  second\n  store/{first} +\d+ B  first$", text, re.MULTILINE)
+    assert text.endswith("add --apply to remove it\n")
+    assert f"{second} was made from it" in say("rm", "run1/first", code=2)
+    record = json.loads(say("rm", "run1", "--apply", "--json"))
+    assert {item["path"] for item in record["garbage"]} == {
+        f"store/{first}", f"store/{second}", "refs/run1", "runs/run1",
+    }  # fmt: skip
+    assert "run1" not in say("compare", "--format", "csv")
+    assert "removed" in say("rm", "run2/second", "--apply")
+    assert "no artifact and no run" in say("rm", "run1", code=2)
+
+
 def test_ls_and_status_take_a_run(two: Any, say: Say) -> None:
     for run in ("run1", "run2"):
         made = {place.name for place in two.store.refs(run).values()}
@@ -286,6 +301,40 @@ def test_status_shows_the_end_of_a_failures_log(toys: Any, say: Say) -> None:
     assert "first-error.log" in text
 
 
+def test_samples_shows_texts_over_iterations_of_a_training_that_runs_and_of_one_that_ended(toys: Any, say: Say) -> None:
+    toys.add(
+        "make",
+        """
+        for iteration in (10, 20):
+            for prompt in ("Once", "Gold is"):
+                text = f" text of {iteration}"
+                ctx.records("samples").append({"iteration": iteration, "prompt": prompt, "text": text})
+        (ctx.out / "result.txt").write_text("x")
+        """,
+    )
+    toys.run(toys.plan({"first": {"stage": "make"}}))
+    place = toys.store.resolve("first")
+    lines = [f"{prompt}\n  10        text of 10\n  20        text of 20\n" for prompt in ("Once", "Gold is")]
+    assert say("samples", "first") == f"{place.name}\n\n{lines[0]}\n{lines[1]}"
+    assert say("samples", "first", "--last").count("text of") == 2
+    assert json.loads(say("samples", "first", "--last", "--json"))[1] == {
+        "iteration": 20, "prompt": "Gold is", "text": " text of 20",
+    }  # fmt: skip
+    key = "a" * 52
+    attempts.start(toys.store.work(key), "run9", "first")
+    Records(toys.store.work(key) / "ckpt" / "records" / "samples.jsonl").append(
+        {"iteration": 7, "prompt": "Once", "text": "\x1b[2Jupon"}
+    )
+    assert "text of 20" in say("samples", "first"), "what was left over hides no artifact"
+    with toys.store.lock(key).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        text = say("samples", "first")
+        assert text.startswith("first, in progress")
+        assert "  7        \\x1b[2Jupon\n" in text
+    assert "no artifact and no run" in say("samples", "frist", code=2)
+    assert "a" * 52 in say("samples", key), "a stopped training goes by its key"
+
+
 def test_a_half_written_record_does_not_keep_status_from_the_one_before(two: Any, say: Say) -> None:
     rid = "b" * 52
     attempts.start(two.store.work(rid), "run9", "sft")
@@ -306,26 +355,62 @@ def test_graphs_for_graphviz_mermaid_and_programs_have_every_step_and_edge(two: 
     ]  # fmt: skip
 
 
-def test_completion_knows_verbs_options_groups_keys_and_artifacts(two: Any) -> None:
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], set[str]]:
+    """Return what the last word of a command line may become, as the shell's script gets it."""
+
+    def run(line: str) -> set[str]:
+        answer = io.StringIO()
+        monkeypatch.setenv("_ARGCOMPLETE", "1")
+        monkeypatch.setenv("_ARGCOMPLETE_IFS", "\n")
+        monkeypatch.setenv("_ARGCOMPLETE_SUPPRESS_SPACE", "1")
+        monkeypatch.setenv("COMP_LINE", line)
+        monkeypatch.setenv("COMP_POINT", str(len(line)))
+        with pytest.raises(SystemExit, match="0"):
+            complete_for_shell(answer)
+        return set(answer.getvalue().split("\n")) - {""}
+
+    return run
+
+
+def test_completion_knows_verbs_options_groups_keys_and_artifacts(
+    two: Any, complete: Callable[[str], set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     place = f"outputs={two.outputs}"
-    assert set(complete("mlxchat ")) >= set(VERBS)
-    assert complete("mlxchat lin") == ["lineage"]
-    assert complete("mlxchat plan model=d2") == ["model=d2", *(f"model=d2{digit}" for digit in range(10))]
-    assert complete("mlxchat optimizer=") == [f"optimizer={name}" for name in sorted(group_options("optimizer"))]
+    assert complete("mlxchat ") >= {verb for verb in VERBS if " " not in verb}
+    assert complete("mlxchat lin") == {"lineage"}
+    assert complete("mlxchat plan model=d2") == {"model=d2", *(f"model=d2{digit}" for digit in range(10))}
+    assert complete("mlxchat plan --json seed=1 model=d64") == {"model=d64"}
+    assert complete("mlxchat optimizer=") == {f"optimizer={name}" for name in group_options("optimizer")}
     assert "sft.batch.tokens=" in complete("mlxchat run sft.batch.")
-    assert complete("mlxchat gc --k") == ["--keep-last"]
-    assert complete(f"mlxchat show {place} fir") == ["first"]
+    assert complete("mlxchat stage=mak") == {"stage=make"}
+    assert complete("mlxchat gc --k") == {"--keep-last"}
+    assert complete(f"mlxchat show {place} fir") == complete(f"mlxchat show --json {place} fir") == {"first"}
     rid = two.store.resolve("first").name[-16:]
-    assert complete(f"mlxchat show {place} {rid[:6]}") == [rid]
-    assert complete(f"mlxchat diff {place} run2/s") == ["run2/second"]
-    assert complete("mlxchat graph --format m") == ["mermaid"]
-    assert complete("mlxchat completion z") == ["zsh"]
-    assert complete("mlxchat -m hyd") == ["hydra/launcher="]
-    assert complete("mlxchat -m hydra/launcher=") == ["hydra/launcher=slurm"]
-    assert complete("mlxchat import ") == ["adapter", "hf", "nanochat", "outputs="]
-    assert complete("mlxchat export first --to mlx") == ["mlx", "mlx-adapter"]
-    assert complete(f"mlxchat import adapter {place} --base fir") == ["first"]
-    assert {"train", "tokenizer"} <= set(complete("mlxchat bench "))
+    assert complete(f"mlxchat show {place} {rid[:6]}") == {rid}
+    assert complete(f"mlxchat diff {place} run2/s") == {"run2/second"}
+    assert complete(f"mlxchat diff {place} first sec") == {"second"}
+    assert complete(f"mlxchat diff {place} first second fir") == set()
+    assert complete("mlxchat graph --format m") == {"mermaid"}
+    assert complete("mlxchat graph --format=m") == {"--format=mermaid"}
+    assert complete("mlxchat completion z") == {"zsh"}
+    assert complete("mlxchat -m hyd") == {"hydra/launcher="}
+    assert complete("mlxchat -m hydra/launcher=") == {"hydra/launcher=slurm"}
+    assert complete("mlxchat import ") == {"adapter", "hf", "nanochat", "outputs="}
+    assert complete("mlxchat export first --to mlx") == {"mlx", "mlx-adapter"}
+    assert complete(f"mlxchat import adapter {place} --base fir") == {"first"}
+    assert complete("mlxchat bench t") == {"train", "tokenizer"}
+    assert complete("mlxchat data f") == {"fetch"}
+    assert complete("mlxchat data fetch --dr") == {"--dry-run"}
+    two.store.set_ref("pins", "best", two.store.resolve("first"))
+    assert complete(f"mlxchat pin {place} --remove ") == {"best"}
+
+
+def test_every_option_that_a_verbs_help_names_is_completed(complete: Callable[[str], set[str]], say: Say) -> None:
+    for verb in VERBS:
+        named = set(re.findall(r"^  (?:-\w+, )?(--[a-z-]+)", parser_of(verb).format_help(), re.MULTILINE))
+        assert named <= complete(f"mlxchat {verb} --"), verb
 
 
 @pytest.mark.parametrize("value", ["it's", "back\\", "both\\'", "\\\\", "", "a b=c,{d: [e]}"])
@@ -335,28 +420,13 @@ def test_a_quoted_value_is_read_back_as_it_was(value: str) -> None:
     assert OverridesParser.create().parse_override(f"name={quoted(value)}").value() == value
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        *(verb for verb in VERBS if verb not in ("run", "plan", "bench", "completion")),
-        *(f"data {word}" for word in _DATA),
-        *(f"import {name}" for name in FORMATS),
-    ],
-)
-def test_completion_offers_the_options_that_a_verbs_help_names(verb: str, say: Say, capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        main([*verb.split(), "--help"])
-    options = set(re.findall(r"(--[a-z-]+)", capsys.readouterr().out)) - {"--help"}
-    assert set(_OPTIONS.get(verb, [])) - {"--config-dir"} == options - {"--config-dir"}
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_completion_script_is_one_that_its_shell_can_read(shell: str, capsys: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["completion", shell])
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out)
-    assert " _complete " in script.read_text()
+    assert "_ARGCOMPLETE" in script.read_text()
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here")
     subprocess.run([shell, "-n", str(script)], check=True)
@@ -372,7 +442,7 @@ def test_bash_completes_after_an_equals_sign_where_it_breaks_words(tmp_path: Pat
     program.chmod(0o755)
     script = capsys.readouterr().out + (
         f"COMP_WORDS=({program} plan model = d1) COMP_CWORD=4 COMP_LINE='mlxchat plan model=d1' COMP_POINT=21\n"
-        '_mlxchat 2>/dev/null; echo "${COMPREPLY[@]}"\n'
+        f'_python_argcomplete {program}; echo "${{COMPREPLY[@]}}"\n'
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.split() == ["d1", *(f"d1{digit}" for digit in range(10))]

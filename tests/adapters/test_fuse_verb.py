@@ -104,8 +104,8 @@ def test_an_export_over_a_base_without_a_readable_config_is_refused(
 def test_adapters_travel_with_their_base_and_open_there(outputs: Path, command: Command, tmp_path: Path) -> None:
     expected = logits(Store(outputs).resolve("sft"))
     name = Store(outputs).resolve("sft").name
-    assert command("export", "sft", "--to", tmp_path / "it.tar")[0] == 0
-    code, said = command("import", tmp_path / "it.tar", f"outputs={tmp_path / 'there'}")
+    assert command("push", "sft", tmp_path / "it.tar")[0] == 0
+    code, said = command("pull", tmp_path / "it.tar", f"outputs={tmp_path / 'there'}")
     assert code == 0, said
     there = Store(tmp_path / "there").resolve(name)
     np.testing.assert_array_equal(logits(there), expected)

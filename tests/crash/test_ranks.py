@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.inspect import status
+from mlxchat.cli import dispatch
 from mlxchat.store.files import Records
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.store import Store
@@ -118,7 +118,7 @@ def test_status_shows_ranks_until_a_second_signal_ends_all_at_once(
 ) -> None:
     process = stubs.start(*RANKS, "train.pause=60")
     pids = wait_for(stubs, 1)
-    assert status([f"outputs={stubs.outputs}"]) == 0
+    assert dispatch(["status", f"outputs={stubs.outputs}"]) == 0
     host = os.uname().nodename
     assert f"running in process {process.pid} on {host} with 2 ranks (ring) (run " in capsys.readouterr().out
     began = time.monotonic()
@@ -129,7 +129,7 @@ def test_status_shows_ranks_until_a_second_signal_ends_all_at_once(
     assert process.returncode == 130
     check_gone(pids)
     assert time.monotonic() - began < SECONDS
-    assert status([f"outputs={stubs.outputs}"]) == 0
+    assert dispatch(["status", f"outputs={stubs.outputs}"]) == 0
     assert "ranks" not in capsys.readouterr().out
 
 

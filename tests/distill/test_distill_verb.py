@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from kit.servers import Reply, Teacher
+from mlxchat.cli import dispatch
 from mlxchat.cli import main as run_cli
-from mlxchat.commands.distill import main
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation
 from mlxchat.distill.collect import Collector
@@ -41,7 +41,7 @@ def ask(teacher: Teacher, place: Path) -> Callable[..., int]:
         text = "\n".join(line if isinstance(line, str) and suffix == "txt" else json.dumps(line) for line in lines)
         (place / f"ask.{suffix}").write_text(text + "\n", encoding="utf-8")
         always = ["--teacher", teacher.url, "--model", "m", "--questions", f"ask.{suffix}", "--out", "out.jsonl"]
-        return main([*always, *options])
+        return dispatch(["distill", *always, *options])
 
     return run
 
@@ -448,7 +448,7 @@ def test_a_task_is_asked_and_judged_by_its_own_rules(
     number = iter(range(100))
     teacher.script = lambda question, tries: Reply(right[question] if next(number) % 2 else "#### no")
     always = ["--teacher", teacher.url, "--task", "arithmetic", "--size", "8", "--out", "out.jsonl"]
-    assert main([*always, "--only-correct", "--concurrency", "1"]) == 0
+    assert dispatch(["distill", *always, "--only-correct", "--concurrency", "1"]) == 0
     assert teacher.asked() == list(right)
     assert answers(place) == list(right.values())[1::2]
     assert provenance(place)["teacher"]["model"] == "only", "the endpoint's only model"
@@ -756,7 +756,7 @@ def test_everything_that_is_wrong_is_told_at_once(place: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("split", ["test", "trian"])
 def test_a_held_out_split_is_never_distilled(split: str, teacher: Teacher, place: Path) -> None:
     with pytest.raises(ConfigError, match="split"):
-        main(["--teacher", teacher.url, "--task", "gsm8k", "--split", split, "--out", "out.jsonl"])
+        dispatch(["distill", "--teacher", teacher.url, "--task", "gsm8k", "--split", split, "--out", "out.jsonl"])
 
 
 def test_all_lines_that_are_no_questions_are_named(ask: Callable[..., int], teacher: Teacher) -> None:

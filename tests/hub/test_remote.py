@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kit.artifacts import find_faults
+from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub import remote
 from mlxchat.hub.remote import Place, export_to, import_from, open_place
@@ -319,14 +320,14 @@ def test_what_an_import_left_long_ago_is_garbage(toys: Any, tmp_path: Path) -> N
 
 def test_the_verbs_take_urls(made: Any, tmp_path: Path, mlxchat: Any) -> None:
     url = f"file://{tmp_path}/to"
-    sent = mlxchat("export", "second", "--to", url, f"outputs={made.outputs}")
+    sent = mlxchat("push", "second", url, f"outputs={made.outputs}")
     assert (sent.returncode, sent.stderr) == (0, "")
-    assert "exported 2 artifacts" in sent.stdout
-    taken = mlxchat("import", url, "copy", f"outputs={tmp_path}/other")
+    assert "pushed 2 artifacts" in sent.stdout
+    taken = mlxchat("pull", url, "copy", f"outputs={tmp_path}/other")
     assert (taken.returncode, taken.stderr) == (0, "")
-    assert "2 artifacts imported" in taken.stdout
-    taken = mlxchat("import", f"{tmp_path}/to", "make", f"outputs={tmp_path}/third")
-    assert "1 artifact imported" in taken.stdout, taken.stderr
+    assert "2 artifacts pulled" in taken.stdout
+    taken = mlxchat("pull", f"{tmp_path}/to", "make", f"outputs={tmp_path}/third")
+    assert "1 artifact pulled" in taken.stdout, taken.stderr
 
 
 @pytest.mark.parametrize(
@@ -338,7 +339,7 @@ def test_the_verbs_take_urls(made: Any, tmp_path: Path, mlxchat: Any) -> None:
     ],
 )
 def test_a_place_that_cannot_be_is_told_in_one_message(url: str, message: str, tmp_path: Path, mlxchat: Any) -> None:
-    done = mlxchat("import", url, f"outputs={tmp_path}/other")
+    done = mlxchat("pull", url, f"outputs={tmp_path}/other")
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -357,22 +358,19 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
 def test_the_hub_gets_one_commit_and_gives_the_same_artifacts_back(
     upload_hub: Any, made: Any, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlxchat.commands.artifacts import main_import
-    from mlxchat.commands.models import export as export_main
-
-    arguments = ["second", "--to", "hf://me/runs/artifacts", f"outputs={made.outputs}"]
-    assert export_main(arguments) == 0
+    arguments = ["push", "second", "hf://me/runs/artifacts", f"outputs={made.outputs}"]
+    assert dispatch(arguments) == 0
     repository = upload_hub.repositories["me/runs"]
     assert (repository.private, len(repository.commits)) == (True, 1)
     prefix = "artifacts/store/"
     assert {path.removeprefix(prefix): content for path, content in repository.files.items()} == contents(
         made.outputs / "store"
     )
-    assert export_main(arguments) == 0
+    assert dispatch(arguments) == 0
     assert len(repository.commits) == 1, "nothing was missing"
-    assert main_import(["hf://me/runs/artifacts", f"outputs={tmp_path}/other"]) == 0
+    assert dispatch(["pull", "hf://me/runs/artifacts", f"outputs={tmp_path}/other"]) == 0
     assert contents(tmp_path / "other" / "store") == contents(made.outputs / "store")
-    assert "2 artifacts imported" in capsys.readouterr().out
+    assert "2 artifacts pulled" in capsys.readouterr().out
 
 
 def test_an_upload_to_the_hub_that_fails_leaves_nothing_there(upload_hub: Any, folders: list[Path]) -> None:

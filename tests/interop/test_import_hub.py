@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.models import chat
+from mlxchat.cli import dispatch
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
@@ -112,21 +112,22 @@ def another(twin: Twins, tmp_path: Path) -> Path:
 
 def test_a_model_that_mlx_lm_opens_answers_as_it_is(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlx_lm")
-    assert chat(["--model", f"hf:{another}", "-p", "hello", "--max-tokens", "3", "--system", "be brief"]) == 0
+    arguments = ["chat", "--model", f"hf:{another}", "-p", "hello", "--max-tokens", "3", "--system", "be brief"]
+    assert dispatch(arguments) == 0
     first = capsys.readouterr().out
-    chat(["--model", f"hf:{another}", "-p", "hello", "--max-tokens", "3", "--system", "be brief"])
+    dispatch(arguments)
     assert first == capsys.readouterr().out != "\n"
     with pytest.raises(ConfigError, match="--bits is only for models of ours"):
-        chat(["--model", f"hf:{another}", "-p", "hello", "--bits", "4"])
+        dispatch(["chat", "--model", f"hf:{another}", "-p", "hello", "--bits", "4"])
 
 
 def test_a_model_without_a_template_continues_text(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlx_lm")
     (another / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    chat(["--model", f"hf:{another}", "-p", "Once upon", "--max-tokens", "2"])
+    dispatch(["chat", "--model", f"hf:{another}", "-p", "Once upon", "--max-tokens", "2"])
     assert capsys.readouterr().out.startswith("Once upon")
     with pytest.raises(ConfigError, match="has no chat template: it continues text"):
-        chat(["--model", f"hf:{another}", "-p", "x", "--system", "be brief"])
+        dispatch(["chat", "--model", f"hf:{another}", "-p", "x", "--system", "be brief"])
 
 
 def test_of_a_repository_only_data_is_fetched(hub: Any, another: Path) -> None:

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.artifacts import main_export, main_import
-from mlxchat.commands.inspect import status as main_status
-from mlxchat.commands.reports import report as main_report
+from mlxchat.cli import dispatch
 from mlxchat.composition.compose import compose_config
-from mlxchat.errors import ConfigError, DataError, StoreError
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.planning.memory import describe_memory
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.gc import Limits, find_garbage
@@ -38,7 +36,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def take(*words: str) -> Path:
     """Import a model and return its artifact."""
-    assert main_import(["nanochat", *words]) == 0
+    assert dispatch(["import", "nanochat", *words]) == 0
     (place,) = Path("outputs/store").glob("imported-*")
     return place
 
@@ -133,17 +131,17 @@ def test_a_name_stays_with_its_model_unless_it_is_told_otherwise(twin: Twins) ->
     take(str(first.folder), "--name", "x")
     before = Store(Path("outputs")).resolve("import:x")
     with pytest.raises(ConfigError, match=r"import:x is another model already.*--replace"):
-        main_import(["nanochat", str(second.folder), "--name", "x"])
-    main_import(["nanochat", str(second.folder), "--name", "x", "--replace"])
+        dispatch(["import", "nanochat", str(second.folder), "--name", "x"])
+    dispatch(["import", "nanochat", str(second.folder), "--name", "x", "--replace"])
     assert Store(Path("outputs")).resolve("import:x") != before
 
 
 def test_a_name_can_be_forgotten(twin: Twins, capsys: pytest.CaptureFixture[str]) -> None:
     take(str(twin().folder), "--name", "x")
-    assert main_import(["--forget", "x"]) == 0
+    assert dispatch(["import", "--forget", "x"]) == 0
     assert "stands for nothing" in capsys.readouterr().out
     with pytest.raises(ConfigError, match='there is no import "x"'):
-        main_import(["--forget", "x"])
+        dispatch(["import", "--forget", "x"])
 
 
 def test_what_was_imported_by_name_is_kept_from_collection(twin: Twins) -> None:
@@ -162,9 +160,9 @@ def test_an_import_alone_is_found_by_chat_status_and_report(twin: Twins, capfd: 
     store = Store(Path("outputs"))
     found = find_model(store, None)
     assert describe_model(store, found).startswith(f"import:x ({place.name}, ")
-    assert main_status([]) == 0
+    assert dispatch(["status"]) == 0
     assert f"done (latest run: {found.run})\n  imported  {place.name}" in capfd.readouterr().out
-    assert main_report([]) == 0
+    assert dispatch(["report"]) == 0
     said = capfd.readouterr().out
     assert str(found.run) in said
     assert "quickstart" not in said
@@ -172,8 +170,8 @@ def test_an_import_alone_is_found_by_chat_status_and_report(twin: Twins, capfd: 
 
 def test_an_exported_import_comes_in_elsewhere_with_its_id_and_its_name(twin: Twins) -> None:
     place = take(str(twin().folder), "--name", "x")
-    assert main_export(["import:x", "--to", "carried"]) == 0
-    assert main_import(["carried", "outputs=elsewhere"]) == 0
+    assert dispatch(["push", "import:x", "carried"]) == 0
+    assert dispatch(["pull", "carried", "outputs=elsewhere"]) == 0
     there = Store(Path("elsewhere")).resolve("import:x")
     assert (there.name, read_manifest(there)["rid"]) == (place.name, read_manifest(place)["rid"])
     assert plan(*wired("x"), "outputs=elsewhere")["rl"].key == plan(*wired("x"))["rl"].key
@@ -182,25 +180,20 @@ def test_an_exported_import_comes_in_elsewhere_with_its_id_and_its_name(twin: Tw
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["nanochat"], ConfigError, '"nanochat" is a format: expected mlxchat import nanochat WHAT'),
+        (["nanochat"], ConfigError, "expected mlxchat import nanochat WHAT"),
         (["nanochat", "./nothing"], DataError, "nothing does not exist"),
         (["nanochat", "d32"], ConfigError, "neither a folder nor a repository of the Hub"),
         (["nanochat", ".", "--step", "x"], ConfigError, "invalid int value"),
         (["nanochat", ".", "--name", "a/b"], ConfigError, '"a/b" is no name for an import'),
         (["hf", "."], DataError, "holds no config.json"),
+        (["hf", ".", "--step", "3"], ConfigError, "--step requires the format nanochat"),
+        (["hf", ".", "--base", "x"], ConfigError, "--base ID goes with the format adapter"),
+        (["./a_folder"], ConfigError, "To take in artifacts: mlxchat pull PLACE"),
     ],
 )
 def test_what_cannot_be_meant_is_told(words: list[str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        main_import(words)
-
-
-def test_a_folder_that_is_called_like_a_format_can_still_be_meant(tmp_path: Path) -> None:
-    (tmp_path / "nanochat").mkdir()
-    with pytest.raises(ConfigError, match=r"take in the artifacts of the folder nanochat: mlxchat import \./nanochat"):
-        main_import(["nanochat"])
-    with pytest.raises(StoreError, match="holds no artifacts"):
-        main_import(["./nanochat"])
+        dispatch(["import", *words])
 
 
 def test_a_pipeline_that_imports_needs_exactly_one_place() -> None:

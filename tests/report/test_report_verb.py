@@ -7,14 +7,14 @@ import re
 
 import pytest
 
-from mlxchat.commands.reports import report as main
+from mlxchat.cli import dispatch
 from mlxchat.errors import StoreError
 from mlxchat.report.collect import collect
 from mlxchat.report.comparison import comparison_charts, comparison_table
 
 
 def tell(fake, *arguments):
-    assert main([f"outputs={fake.root}", *map(str, arguments)]) == 0
+    assert dispatch(["report", f"outputs={fake.root}", *map(str, arguments)]) == 0
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.commands.distill import main
+from mlxchat.cli import dispatch
 from mlxchat.config.schema import TaskItem
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.mixture import Mixture
@@ -26,7 +26,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[A
 
     def run(running: Any, *options: str) -> list[Any]:
         arguments = ["--teacher", f"{running.url}/v1", "--model", "sft", "--questions", "ask.txt", "--out", "out.jsonl"]
-        assert main([*arguments, *options]) == 0
+        assert dispatch(["distill", *arguments, *options]) == 0
         lines = (tmp_path / "out.jsonl").read_bytes().split(b"\n")
         return [json.loads(line)["messages"][-1]["content"] for line in lines if line]
 

@@ -32,7 +32,7 @@ VERBS = {
     "chat": ("chat", "NAME", "-p", "hello"), "chat --model": ("chat", "--model", "NAME", "-p", "hello"),
     "serve": ("serve", "NAME", "--port", "0"), "show": ("show", "NAME"), "report": ("report", "NAME"),
     "lineage": ("lineage", "NAME"), "diff": ("diff", "NAME", "NAME"), "pin": ("pin", "NAME", "again"),
-    "verify": ("verify", "NAME"), "fuse": ("fuse", "NAME"), "export": ("export", "NAME", "--to", "PLACE"),
+    "verify": ("verify", "NAME"), "fuse": ("fuse", "NAME"), "push": ("push", "NAME", "PLACE"),
     "export --to mlx": ("export", "NAME", "--to", "mlx", "PLACE"),
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_takes_every_form_of_a_name(verb: str, form: str, say: Any, tmp_path: Path) -> None:
     code, said = say(VERBS[verb], FORMS[form])
-    if verb == "export":
+    if verb == "push":
         said += " ".join(path.name for path in (tmp_path / "place" / "store").iterdir())
     assert CHAT in said
     assert code == {"verify": 1, "fuse": 2}.get(verb, 0), said  # its id is made up, and it has no adapters

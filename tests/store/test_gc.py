@@ -18,7 +18,8 @@ from kit.artifacts import find_faults
 from mlxchat.errors import ConfigError
 from mlxchat.store import locks
 from mlxchat.store.catalog import read_catalog, references
-from mlxchat.store.gc import DAY_SECONDS, Limits, collect, find_garbage, parse_age, parse_bytes
+from mlxchat.store.gc import DAY_SECONDS, Limits, collect, find_garbage, find_removal, parse_age, parse_bytes, remove
+from mlxchat.store.naming import Found, Run, groups, latest
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 NONE, ALL = Limits(), Limits(keep_last=0)
@@ -191,6 +192,76 @@ def test_a_kill_while_collecting_leaves_a_good_store_that_the_next_one_finishes(
     assert [fault for name in here for fault in find_faults(toys.store, toys.outputs / "store" / name)] == []
     collect(toys.store, ALL)
     assert {path.name for path in (toys.outputs / "store").iterdir()} & said == set()
+    assert not (toys.outputs / "trash").exists()
+
+
+def test_with_a_run_goes_what_nothing_else_needs(toys: Any) -> None:
+    old = run_with(toys, 1, 1)
+    only_old, shared = artifact(toys, f"{old}/second"), artifact(toys, f"{old}/first")
+    new = run_with(toys, 1, 2)
+    before = snapshot(toys.outputs)
+    found = find_removal(toys.store, [Run(old)], force=False)
+    assert snapshot(toys.outputs) == before
+    assert {item.path.name for item in found.garbage if item.kind == "artifact"} == {only_old}
+    assert set(found.kept) == {shared}, "the newer run has it, too"
+    remove(toys.store, [Run(old)], force=False)
+    assert [run for run in (toys.outputs / "runs").iterdir() if run.name == old] == []
+    assert (groups(toys.store), latest(toys.store)) == ([new], new)
+    assert {path.name for path in (toys.outputs / "store").iterdir()} == {shared, artifact(toys, f"{new}/second")}
+    assert not (toys.outputs / "trash").exists()
+
+
+def test_a_pin_keeps_an_artifact_of_a_removed_run_and_its_inputs(toys: Any) -> None:
+    run = run_with(toys, 1)
+    toys.store.set_ref("pins", "best", toys.store.resolve("second"))
+    kept = remove(toys.store, [Run(run)], force=False).kept
+    assert sorted(kept.values()) == sorted(["pins/best", f"{artifact(toys, 'best')} was made from it"])
+    assert latest(toys.store) == ""
+    assert find_garbage(toys.store, ALL).garbage == []
+
+
+def test_an_artifact_that_something_rests_on_is_removed_only_by_force(toys: Any) -> None:
+    run_with(toys, 1)
+    first, second = toys.store.resolve("first"), toys.store.resolve("second")
+    toys.store.set_ref("pins", "best", first)
+    told = rf"{first.name}: {second.name} was made from it\n{first.name}: it is pinned as best\n.*--force"
+    with pytest.raises(ConfigError, match=told):
+        remove(toys.store, [Found(first)], force=False)
+    assert first.exists()
+    remove(toys.store, [Found(first), Found(second)], force=True)
+    assert list((toys.outputs / "store").iterdir()) == []
+    assert [link for link in (toys.outputs / "refs").rglob("*") if link.is_symlink() and not link.exists()] == []
+
+
+def test_a_run_that_may_be_in_progress_is_removed_only_by_force(toys: Any) -> None:
+    run = run_with(toys, 1)
+    record = {"started": "2999-01-01T00:00:00+00:00", "steps": [{"rid": step.rid} for step in toys.plan(PIPELINE)]}
+    (toys.outputs / "runs" / run / "plan.json").write_text(json.dumps(record))
+    (toys.outputs / "runs" / run / "events.jsonl").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=f"run {run} began less than a day ago"):
+        remove(toys.store, [Run(run)], force=False)
+    with pytest.raises(ConfigError, match=f"run {run}, which is in progress, uses it"):
+        remove(toys.store, [Found(toys.store.resolve("second"))], force=False)
+    remove(toys.store, [Run(run)], force=True)
+    assert list((toys.outputs / "store").iterdir()) == []
+
+
+@pytest.mark.parametrize("point", ["gc.planned", "gc.moved", "gc.deleted", "gc.moved:2", "gc.moved:3", "gc.moved:4"])
+def test_a_kill_while_removing_a_run_leaves_nothing_half(point: str, toys: Any) -> None:
+    kept = artifact(toys, f"{run_with(toys, 1)}/second")
+    run = run_with(toys, 2)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxchat", "rm", run, "--apply", f"outputs={toys.outputs}"],
+        env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=toys.outputs,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    here = {path.name for path in (toys.outputs / "store").iterdir()}
+    assert [fault for name in here for fault in find_faults(toys.store, toys.outputs / "store" / name)] == []
+    if run in groups(toys.store) or (toys.outputs / "runs" / run).exists():
+        remove(toys.store, [Run(run)], force=False)
+    collect(toys.store, NONE)
+    assert artifact(toys, "second") == kept
+    assert len(list((toys.outputs / "store").iterdir())) == 2
     assert not (toys.outputs / "trash").exists()
 
 

@@ -19,7 +19,6 @@ import pytest
 
 from kit.artifacts import find_faults
 from kit.commands import run_here
-from mlxchat.commands.artifacts import main_import
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
 from mlxchat.store.files import seal
@@ -69,7 +68,7 @@ def test_a_store_by_itself_or_one_artifact_of_it_can_be_imported(form: str, made
         other = Store(tmp_path / verb)
         what = str(source or next(place.glob("copy-*")))
         what = what if verb == "local" or form == "artifact" else f"file://{what}"
-        assert main_import([what, f"outputs={other.outputs}"]) == 0
+        assert run_here("pull", what, f"outputs={other.outputs}") == 0
         assert contents(other.outputs / "store") == contents(made.store.outputs / "store")
 
 
@@ -409,7 +408,7 @@ def test_a_kill_while_importing_leaves_no_partial_artifact_and_the_next_import_e
 ) -> None:
     source, other = exported(made, tmp_path / "x.tar"), Store(tmp_path / "other")
     done = subprocess.run(
-        [sys.executable, "-m", "mlxchat", "import", str(source), f"outputs={other.outputs}"],
+        [sys.executable, "-m", "mlxchat", "pull", str(source), f"outputs={other.outputs}"],
         env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL
@@ -423,7 +422,7 @@ def test_a_kill_while_importing_leaves_no_partial_artifact_and_the_next_import_e
 def test_a_full_disk_while_importing_is_told_and_leaves_nothing(made: Any, tmp_path: Path) -> None:
     source = exported(made, tmp_path / "x.tar")
     done = subprocess.run(
-        [sys.executable, "-m", "mlxchat", "import", str(source), f"outputs={tmp_path}/other"], cwd=tmp_path,
+        [sys.executable, "-m", "mlxchat", "pull", str(source), f"outputs={tmp_path}/other"], cwd=tmp_path,
         env={**os.environ, "MLXCHAT_CRASH_AT": "import.unpacked", "MLXCHAT_CRASH_ERROR": "ENOSPC"},
         check=False, capture_output=True, text=True,
     )  # fmt: skip

@@ -1,77 +1,182 @@
-"""What verbs share: an argument parser that also takes `outputs=PATH`, as the configuration spells it."""
+"""The parser of a verb: options, names of artifacts and runs, and settings written key=value."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
+import textwrap
+from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mlxchat.errors import ConfigError
+from mlxchat.config.verbs import VERBS
+from mlxchat.config.wording import plural
+from mlxchat.errors import ConfigError, suggest
 
-DEFAULT_OUTPUTS = "outputs"
+_IDS = """ID: a step of the latest run (sft), RUN/STEP, RUN (its model), a pin, import:NAME, an artifact's name,
+path or id, or the start of one. RUN: latest, quickstart, or the start of a run's name"""
+_WITHOUT_VERB = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help")
+_URL = re.compile(r"[A-Za-z0-9+]+://")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Keeps the lines of descriptions: wraps those that are too long, and leaves indented ones as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(118, shutil.get_terminal_size((118, 24)).columns - 2))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = (line if line[:1] in ("", " ") else textwrap.fill(line, width) for line in text.splitlines())
+        return textwrap.indent("\n".join(lines), indent)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are ours: one message, exit code 2."""
+    """Parses a verb's command line. What is wrong with it is one message and exit code 2.
+
+    Names and settings come in any order and between options, so one positional argument takes all words, and `read`
+    tells them apart.
+    """
+
+    def __init__(self, verb: str) -> None:
+        """Make the parser of a verb without options, names and settings."""
+        purpose = VERBS[verb][1]
+        super().__init__(
+            prog=f"mlxchat {verb}", description=purpose[0].upper() + purpose[1:], allow_abbrev=False,
+            formatter_class=_Formatter,
+        )  # fmt: skip
+        self.words = self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+        self.form, self.least = "", 0
+        self.most: int | None = 0
+        self.hint = ""
+        self.first: Collection[str] = ()
+        """What the first name must be one of; empty: anything."""
+        self.composes = False
+        """Whether the settings are those of a configuration; otherwise there is outputs=PATH alone."""
+        self.long_help: Callable[[str], str] | None = None
+        """Returns the whole help, from the section about options; None: argparse's."""
+        self.use("[outputs=PATH]")
+
+    def use(self, settings: str) -> None:
+        """Say how the settings look, for the usage line."""
+        self.usage = " ".join(filter(None, (self.prog, self.form, "[OPTIONS]", settings)))
+
+    def take_names(
+        self, form: str, *, least: int = 1, most: int | None = 1, first: Collection[str] = (), hint: str = "",
+        about: str = "",
+    ) -> None:  # fmt: skip
+        """Declare how many names the verb takes.
+
+        Args:
+            form: how they look, such as "ID [NAME]".
+            least: how many are needed.
+            most: how many are taken; None: any number.
+            first: what the first one must be one of; empty: anything.
+            hint: what the error says if the first one is something else.
+            about: what the words of the form mean; ID and RUN are explained without it.
+        """
+        self.form, self.least, self.most, self.first, self.hint = form, least, most, first, hint
+        self.epilog = "\n".join(filter(None, (_IDS if re.search(r"\b(ID|RUN)\b", form) else "", about)))
+        self.use("[outputs=PATH]")
+
+    def take_settings(self) -> None:
+        """Declare that the verb takes the settings of a configuration, and the options that say where it lies."""
+        self.composes = True
+        self.use("[SETTINGS]")
+        self.set_defaults(composition=[])
+        for names, metavar, what in (
+            (("--config-dir", "-cd"), "DIR", "find further YAML files in DIR"),
+            (("--config-name", "-cn"), "NAME", "compose NAME.yaml in place of our config.yaml"),
+            (("--config-path", "-cp"), "DIR", "find NAME.yaml in DIR"),
+        ):
+            self.add_argument(*names, action=_OfComposition, metavar=metavar, help=what)
+
+    def add_json(self, what: str = "one JSON object for programs") -> None:
+        """Declare --json."""
+        self.add_argument("--json", action="store_true", help=what)
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Return the options with `names` and `settings`, and `outputs` where the verb takes no other setting.
+
+        Raises:
+            ConfigError: an option, a name or a setting that the verb does not take; too few names or too many.
+        """
+        options, unknown = self.parse_known_intermixed_args(arguments)
+        if unknown:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            if unknown[0].partition("=")[0] in _WITHOUT_VERB:
+                raise ConfigError(f"{unknown[0]} goes without a verb: mlxchat {unknown[0]} …")
+            near = suggest(unknown[0].partition("=")[0], known)
+            raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}.{near} See: {self.prog} --help")
+        options.names = [word for word in options.words if not is_setting(word)]
+        options.settings = [word for word in options.words if is_setting(word)]
+        if self.first and (self.least or options.names):
+            given = next(iter(options.names), "")
+            if given not in self.first:
+                got = f'"{given}".{suggest(given, self.first)}' if given else "nothing."
+                raise ConfigError(
+                    f"expected {self.prog} {'|'.join(self.first)}, got {got} {self.hint or f'See: {self.prog} --help'}"
+                )
+        count = len(options.names)
+        if count < self.least or (self.most is not None and count > self.most):
+            form = f"{self.prog} {self.form}".rstrip()
+            got = plural(count, "name") if count else "no names"
+            raise ConfigError(f"expected {form}, got {got}. See: {self.prog} --help")
+        if self.composes:
+            options.settings += options.composition
+        else:
+            options.outputs = outputs_folder(options.settings)
+        return options
+
+    def format_help(self) -> str:
+        """Return the text of --help."""
+        text = super().format_help()
+        return text if self.long_help is None else self.long_help(text[text.index("options:") :])
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
         raise ConfigError(f"{message}. See: {self.prog} --help")
 
 
-def make_parser(verb: str, purpose: str) -> Parser:
-    """Return a parser for a verb that works on an outputs folder."""
-    parser = Parser(prog=f"mlxchat {verb}", description=purpose, allow_abbrev=False)
-    parser.add_argument("settings", nargs="*", metavar="outputs=PATH", help="the outputs folder (default: outputs)")
+class _OfComposition(argparse.Action):
+    """Keeps an option of the configuration as it was written, for `split_options`."""
+
+    def __call__(self, parser: Any, options: argparse.Namespace, value: Any, name: str | None = None) -> None:
+        """Add the option and its value to those that were given before."""
+        options.composition = [*options.composition, name, value]
+
+
+def parser_of(verb: str) -> Parser:
+    """Return the parser of a verb, whose default `main` is the function that takes what it read."""
+    module, _, function = VERBS[verb][0].partition(":")
+    parser = Parser(verb)
+    declare: Callable[[Parser], None] = getattr(import_module(f"mlxchat.commands.{module}"), function)
+    declare(parser)
     return parser
 
 
-def make_naming_parser(verb: str, purpose: str, what: str = "ID") -> Parser:
-    """Return a parser for a verb that takes names of artifacts, which `split_words` then tells from settings."""
-    parser = Parser(
-        prog=f"mlxchat {verb}", description=purpose, allow_abbrev=False,
-        epilog="ID: a step of the latest run (sft), RUN/STEP, RUN (its model), a pin, import:NAME, an artifact's name, "
-        "path or id, or the start of one. RUN: latest, quickstart, or the start of a run's name",
-    )  # fmt: skip
-    parser.add_argument("settings", nargs="*", metavar=what, help="and outputs=PATH, the outputs folder")
-    return parser
+def is_setting(word: str) -> bool:
+    """Tell whether a word is a setting (key=value, +key=value or ~key) rather than a name."""
+    return (word.startswith(("~", "+")) or "=" in word) and not _URL.match(word)
 
 
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return the words that are names, and those that are settings (key=value)."""
-    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
-
-
-def take_names(words: list[str], verb: str, least: int, most: int | None, form: str) -> tuple[list[str], list[str]]:
-    """Return names and settings, and see to it that there are as many names as the verb takes.
-
-    Raises:
-        ConfigError: there are too few or too many, or a setting that no such verb uses.
-    """
-    names, settings = split_words(words)
-    outputs_folder(settings)
-    if len(names) < least or (most is not None and len(names) > most):
-        raise ConfigError(f"expected mlxchat {verb} {form}, got {len(names) or 'no'} names. See: mlxchat {verb} --help")
-    return names, settings
-
-
-def quoted(value: str) -> str:
-    """Return a value as an override takes it, whatever is in it."""
-    # Backslashes count where a quotation mark follows: one of the value's, or the one that ends it.
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
-
-
-def outputs_folder(settings: list[str]) -> Path:
+def outputs_folder(settings: Sequence[str]) -> Path:
     """Return the folder that `outputs=PATH` names among the settings.
 
     Raises:
-        ConfigError: there is another setting, which this verb would not use.
+        ConfigError: there is another setting, which the verb would not use.
     """
-    folder = DEFAULT_OUTPUTS
+    folder = "outputs"
     for setting in settings:
         key, _, value = setting.partition("=")
         if key != "outputs" or not value:
             raise ConfigError(f'"{setting}" is not used here; this verb takes outputs=PATH')
         folder = value
     return Path(folder)
+
+
+def quoted(value: str) -> str:
+    """Return a value as an override takes it, whatever is in it."""
+    # Backslashes count where a quotation mark follows: one of the value's, or the one that ends it.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"

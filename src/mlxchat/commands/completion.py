@@ -1,163 +1,133 @@
-"""mlxchat completion: a script that makes a shell complete verbs, options, groups and names of artifacts."""
+"""mlxchat completion: argcomplete over the parsers of the verbs, with the values of settings, runs and artifacts.
+
+argcomplete completes options, their choices and files. Settings have no parser of argparse, so what they may become is
+found here, without Hydra and YAML: a Tab has to answer within a tenth of a second.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+from argparse import Namespace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TextIO
 
-from mlxchat.commands.arguments import Parser
-from mlxchat.config.schema import MODELS
+from argcomplete.completers import FilesCompleter
+from argcomplete.finders import CompletionFinder
+from argcomplete.shell_integration import shellcode
+
+from mlxchat.commands.arguments import Parser, is_setting, parser_of
+from mlxchat.config.verbs import VERBS, split_verb
 from mlxchat.store.naming import IMPORTS, LATEST, PINS, called, latest, links, runs
 from mlxchat.store.store import Store
 
-_BASH = r"""_mlxchat() {
-    local IFS=$'\n' word="${COMP_WORDS[COMP_CWORD]}" line="${COMP_LINE:0:COMP_POINT}"
-    COMPREPLY=()
-    # Bash breaks words at = and :, mlxchat does not.
-    local whole="${line##*[[:space:]]}"
-    local cut="${whole%"$word"}"
-    local found
-    for found in $("${COMP_WORDS[0]}" _complete "$line" 2>/dev/null); do
-        COMPREPLY+=("${found#"$cut"}")
-    done
-    [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace
-    return 0
-}
-complete -o default -F _mlxchat mlxchat
-"""
-_ZSH = r"""#compdef mlxchat
-_mlxchat() {
-    local -a found
-    found=("${(@f)$(${words[1]} _complete "${(j: :)words[1,CURRENT]}" 2>/dev/null)}")
-    compadd -Q -S '' -- ${found:#}
-}
-if [[ $funcstack[1] == _mlxchat ]]; then _mlxchat "$@"; else compdef _mlxchat mlxchat; fi
-"""
-_FISH = r"""complete -c mlxchat -e
-complete -c mlxchat -a '(mlxchat _complete (commandline -cp) 2>/dev/null)'
-"""
-_SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
-_PLACES = """To use it:
-  bash   eval "$(mlxchat completion bash)"      in ~/.bashrc
-  zsh    eval "$(mlxchat completion zsh)"       in ~/.zshrc, after compinit
-  fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
-
-# Verbs that take names of artifacts, and those that take settings of the configuration.
-_NAMING = ("chat", "show", "lineage", "diff", "pin", "verify", "export", "fuse", "report", "serve")
-_SETTING = ("run", "plan", "graph", "bench", "data")
-_DATA = ("fetch", "ls", "rm", "show")
-_OPTIONS = {
-    "run": ["--multirun", "--cfg", "--info", "--config-dir", "--config-name", "--config-path", "--fail-fast", "--help"],
-    "plan": ["--json", "--exit-code", "--config-dir"],
-    "explain": ["--json"], "status": ["--json"], "ls": ["--stage", "--sort", "--json"],
-    "show": ["--json", "--examples", "--task", "--iteration"],
-    "lineage": ["--up", "--down", "--json"],
-    "diff": ["--json"], "pin": ["--remove", "--json"], "verify": ["--json"],
-    "export": ["--to", "--quantize", "--dtype", "--push", "--public", "--force"],
-    "import": ["--forget"], "import hf": ["--name", "--revision", "--chat", "--base", "--replace"],
-    "import adapter": ["--base", "--name", "--revision", "--chat", "--replace"],
-    "import nanochat": ["--name", "--revision", "--step", "--chat", "--base", "--replace"],
-    "gc": ["--apply", "--keep-last", "--older-than", "--max-bytes", "--json"],
-    "compare": ["--step", "--last", "--sort", "--metrics", "--format", "--plot"], "graph": ["--format", "--config-dir"],
-    "chat": ["--prompt", "--model", "--system", "--temperature", "--top-k", "--top-p", "--max-tokens", "--seed",
-             "--bits", "--kv-bits", "--python-tool"],
-    "serve": [
-        "--host", "--port", "--api-key", "--cors", "--temperature", "--top-k", "--grace-seconds", "--log-requests",
-        "--max-tokens", "--max-messages", "--max-message-chars", "--max-conversation-chars", "--max-choices",
-        "--max-rows", "--max-queue", "--max-models", "--kept-tokens", "--bits", "--kv-bits", "--python-tool",
-    ],
-    "distill": [
-        "--teacher", "--model", "--key-env", "--out", "--overwrite", "--questions", "--fill", "--task", "--split",
-        "--option", "--start", "--size", "--system", "--temperature", "--top-p", "--max-tokens", "--samples", "--seed",
-        "--body", "--only-correct", "--contains", "--keep-system", "--keep-cut", "--keep-thoughts", "--concurrency",
-        "--rpm", "--tpm", "--retries", "--timeout", "--price-in", "--price-out", "--max-cost", "--cache",
-        "--refresh", "--dry-run",
-    ],
-    "report": ["--run", "--out", "--cost-per-hour", "--open"],
-    "bench": ["--json", "--config-dir"], "doctor": ["--hosts", "--seconds"],
-    "data fetch": ["--dry-run", "--files", "--model", "--revision", "--workers"],
-    "data ls": ["--json"], "data rm": ["--dry-run", "--force"],
-    "data show": ["--count", "--start", "--task", "--seed", "--validation", "--tokenizer", "--config-dir"],
-}  # fmt: skip
-_FORMATS = {"graph": ("ascii", "mermaid", "dot", "json"), "compare": ("table", "csv", "json", "md")}
+_SHELLS = ("bash", "zsh", "fish")
+_PLACES = """bash   eval "$(mlxchat completion bash)"      in ~/.bashrc
+zsh    eval "$(mlxchat completion zsh)"       in ~/.zshrc, after compinit
+fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
 
 
-def main(arguments: list[str]) -> int:
+def completion(parser: Parser) -> None:
+    """Declare `mlxchat completion`."""
+    parser.take_names("SHELL", first=_SHELLS, about=_PLACES)
+    parser.set_defaults(main=_completion)
+
+
+def _completion(options: Namespace) -> int:
     """Print the script for a shell."""
-    from argparse import RawDescriptionHelpFormatter
-
-    parser = Parser(
-        prog="mlxchat completion", description="Print a script that makes a shell complete mlxchat's words.",
-        epilog=_PLACES, formatter_class=RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("shell", choices=_SCRIPTS)
-    print(_SCRIPTS[parser.parse_args(arguments).shell], end="")
+    print(shellcode(["mlxchat"], shell=options.names[0]))
     return 0
 
 
-def main_complete(arguments: list[str]) -> int:
-    """Print what the last word of a command line may become, one a line. Never fails: a shell is waiting."""
-    try:
-        for word in complete(arguments[0] if arguments else ""):
-            print(word)
-    except Exception:
-        return 1
-    return 0
+def complete_for_shell(answer: TextIO | None = None) -> None:
+    """Answer the shell's script and exit.
+
+    The script gives the command line in the environment, and reads file descriptor 8 unless there is another `answer`.
+    """
+    _Finder()(Parser("run"), always_complete_options=False, exit_method=sys.exit, output_stream=answer)
 
 
-def complete(line: str) -> list[str]:
-    """Return the words that the last word of a command line may become."""
-    words = line.split()[1:]
-    current = "" if not words or line[-1:].isspace() else words.pop()
-    from mlxchat.config.verbs import VERBS
+class _Finder(CompletionFinder):
+    """Finds what the last word of a command line may become, by the parser of its verb."""
 
-    verb = words[0] if words and words[0] in VERBS else "run"
-    previous = words[-1] if words else ""
-    outputs = next((word[8:] for word in reversed(words) if word.startswith("outputs=")), "outputs")
-    if previous == "--format":
-        found = list(_FORMATS.get(verb, ()))
-    elif previous == "--stage":
-        found = sorted({name.split("-")[0] for name in _names(Path(outputs) / "store")})
-    elif verb == "export" and previous == "--to":
+    def _init_debug_stream(self) -> None:
+        """Leave file descriptor 9 alone."""
+
+    def _get_completions(self, comp_words: list[str], *of_last: Any) -> Any:
+        verb, rest = split_verb(comp_words[1:])
+        parser = parser_of(verb)
+        # argparse ends a positional at the first option, so the words before the last one are not shown to it.
+        words = [word for before, word in zip(["", *rest], rest, strict=False) if _is_word(parser, before, word)]
+        options = [word for word in rest if word not in words]
+        for action in parser._actions:
+            if action.choices is None and action.nargs != 0:
+                action.completer = partial(_complete, str(action.metavar or ""), words)  # type: ignore[attr-defined]  # argcomplete's
+        parser.words.completer = partial(_complete_word, verb, words)  # type: ignore[attr-defined]
+        self._parser = parser
+        return super()._get_completions([verb, *options], *of_last)
+
+
+def _is_word(parser: Parser, before: str, word: str) -> bool:
+    """Tell whether a word is a name or a setting, rather than an option or the value of the option before it."""
+    option = parser._option_string_actions.get(before)
+    return not word.startswith("-") and (option is None or option.nargs == 0)
+
+
+def _complete_word(verb: str, words: list[str], *, prefix: str, parser: Parser, **_: Any) -> list[str]:
+    """Return what a name or a setting may become."""
+    names = [word for word in words if not is_setting(word)]
+    found = [] if parser.composes and is_setting(prefix) else ["outputs="]
+    if parser.first and not names:
+        return [*found, *parser.first]
+    if parser.most is None or len(names) < parser.most:
+        found += _complete(parser.form, words, prefix=prefix)
+    if verb == "run" and not words:
+        found += [each for each in VERBS if " " not in each]
+    return [*found, *(_settings(prefix, words) if parser.composes else ())]
+
+
+def _complete(form: str, words: list[str], *, prefix: str, **_: Any) -> list[str]:
+    """Return what a word may become that the metavar of an option, or the form of a verb's names, describes."""
+    kinds = set(re.findall(r"[A-Z]+", form))
+    outputs = Path(next((word[8:] for word in reversed(words) if word.startswith("outputs=")), "outputs"))
+    found: list[str] = []
+    if kinds & {"ID", "RUN", "A"}:
+        found += _artifacts(Store(outputs), prefix)
+    if "PIN" in kinds:
+        found += links(Store(outputs), PINS)
+    if "IMPORT" in kinds:
+        found += links(Store(outputs), IMPORTS)
+    if "STAGE" in kinds:
+        found += {name.split("-")[0] for name in _names(outputs / "store")} | set(_stages(words))
+    if form == "FORMAT":
         from mlxchat.commands.models import FORMATS
 
-        found = list(FORMATS)  # a shell completes folders where none of these fits
-    elif (
-        (previous in ("--model", "--remove") and verb != "distill")
-        or (previous == "--base" and words[:2] == ["import", "adapter"])
-        or (verb in _NAMING and not current.startswith("-") and "=" not in current)
-    ):
-        found = [*_artifacts(Path(outputs), current), "outputs="]
-    elif verb == "distill" and not current.startswith("-"):
-        found = _tasks() if previous == "--task" else []  # else the shell completes files
-    elif current.startswith("-"):
-        found = [*_OPTIONS.get(" ".join(words[:2]), _OPTIONS.get(verb, [])), "--help"]
-    elif verb == "data" and len(words) == 1:
-        found = list(_DATA)
-    elif verb == "import" and len(words) == 1:
-        found = [*(key.partition(" ")[2] for key in _OPTIONS if key.startswith("import ")), "outputs="]
-    elif verb == "bench" and len(words) == 1:
-        from mlxchat.commands.machine import KINDS
+        found += FORMATS
+    if "TASK" in kinds:
+        from mlxchat.tasks import task_names
 
-        found = list(KINDS)
-    elif verb == "completion":
-        found = list(_SCRIPTS)
-    elif verb in _SETTING:
-        found = [*(VERBS if not words else ()), *_settings(current, words), "outputs="]
-    else:
-        found = ["outputs="]
-    return sorted({word for word in found if word.startswith(current)})
+        found += task_names()
+    if kinds & {"FILE", "DIR", "PATH", "PLACE", "FOLDER", "WHAT"}:
+        found += FilesCompleter()(prefix)
+    return found
 
 
-def _artifacts(outputs: Path, current: str) -> list[str]:
-    store = Store(outputs)
+def _stages(words: list[str]) -> list[str]:
+    from mlxchat.runner.stage import stage_files
+
+    return [*stage_files(), *_own_sections(words)]
+
+
+def _artifacts(store: Store, current: str) -> list[str]:
+    """Return names of artifacts and runs."""
     if "/" in current:
         group = current.rpartition("/")[0]
         return [f"{group}/{step}" for step in links(store, latest(store) if group == LATEST else group)]
     named = [*links(store, latest(store)), *links(store, PINS), *links(store, IMPORTS)]
-    names = _names(outputs / "store") if current else []
+    names = _names(store.outputs / "store") if current else []
     every = [f"{name}{end}" for name in runs(store) for end in ("", "/")] if current else []
     every += sorted({called(name) for name in runs(store)})
     ids = [name[-16:] for name in names]
@@ -165,6 +135,7 @@ def _artifacts(outputs: Path, current: str) -> list[str]:
 
 
 def _settings(current: str, words: list[str]) -> list[str]:
+    """Return groups with their options, or keys of the configuration, that begin with what was typed."""
     conf = _conf()
     own = _own_sections(words)
     group, equals, _ = current.lstrip("+").partition("=")
@@ -172,11 +143,11 @@ def _settings(current: str, words: list[str]) -> list[str]:
         group = group.partition("@")[0]
         names = [name[:-5] for name in _names(conf / group) if name.endswith(".yaml")]
         if group == "model":
+            from mlxchat.config.schema import MODELS
+
             names = MODELS
         elif group == "stage":
-            from mlxchat.runner.stage import stage_files
-
-            names = ["all", *stage_files(), *own]
+            names = ["all", *_stages(words)]
         return [f"{current.partition('=')[0]}={name}" for name in names]
     others = ("settings", "hydra", "__pycache__")
     groups = ["stage=", *(f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in others)]
@@ -223,12 +194,6 @@ def _keys(conf: Path, current: str) -> list[str]:
             trail = [*trail[: len(match[1]) // 2 + 1], match[2]]
             found.append(".".join(trail))
     return found
-
-
-def _tasks() -> list[str]:
-    from mlxchat.tasks import task_names
-
-    return task_names()
 
 
 def _conf() -> Path:

@@ -2,71 +2,68 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxchat.commands.arguments import Parser, make_parser, outputs_folder, split_words, take_names
+from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json
-from mlxchat.commands.needs import find_sources
-from mlxchat.composition.compose import Composed, compose_config, split_config_dirs, split_options
-from mlxchat.config.schema import Config, TaskItem
+from mlxchat.config.verbs import VERBS
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.errors import ConfigError, DataError, PassingError, suggest, visible
-from mlxchat.hub.cache import cache_folder, hub_cache
-from mlxchat.hub.inventory import Holding, choose, find_holdings, remove
-from mlxchat.runner.context import stage_seed
 from mlxchat.store.naming import latest, links, resolve
 from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlxchat.config.schema import Config, TaskItem
     from mlxchat.data.mixture import Mixture
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.hub.client import HubFile
-    from mlxchat.runner.plan import PlannedStep
+    from mlxchat.hub.inventory import Holding
 
 
-def data(arguments: list[str]) -> int:
-    """Run `data WORD`."""
-    word, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if word in ("--help", "-h"):
-        lines = [f"  {name:<6} {purpose}" for name, (_, purpose) in _WORDS.items()]
-        print("usage: mlxchat data WORD [OPTIONS] [SETTINGS]\n\n" + "\n".join(lines))
-        print("\nmlxchat data WORD --help tells more.")
-        return 0
-    if word not in _WORDS:
-        raise ConfigError(f'expected mlxchat data {"|".join(_WORDS)}, got "{word}".{suggest(word, _WORDS)}')
-    return _WORDS[word][0](rest)
+def data(parser: Parser) -> None:
+    """Declare `mlxchat data`, which names its verbs."""
+    words = {verb.partition(" ")[2]: purpose for verb, (_, purpose) in VERBS.items() if verb.startswith("data ")}
+    parser.take_names("|".join(words), about=aligned(words.items()), first=words)
+    parser.set_defaults(main=_data)
 
 
-_PURPOSE = (
+def _data(options: Namespace) -> int:
+    """Refuse settings between `data` and its verb."""
+    raise ConfigError(f"expected mlxchat data {options.names[0]} [SETTINGS]: settings stand before or after both words")
+
+
+_FETCH = (
     "Fetch everything that the steps which are to run read from elsewhere: as much of the corpus as the horizon needs, "
     "the data of all tasks, CORE's bundle. Or a repository: mlxchat data fetch openai/gsm8k --files 'main/*'. What is "
     "there is not fetched again; what was cut is continued."
 )
 
 
-def fetch(arguments: list[str]) -> int:
+def fetch(parser: Parser) -> None:
+    """Declare `mlxchat data fetch`."""
+    parser.take_names("[REPOSITORY…]", least=0, most=None)
+    parser.take_settings()
+    parser.description = _FETCH
+    add = parser.add_argument
+    add("--files", default="*", metavar="PATTERN", help="of a repository: paths to fetch (default: all)")
+    add("--revision", default="main", help="of a repository: commit, tag or branch (default: main)")
+    add("--model", action="store_true", help="the repository holds a model, not a data set")
+    add("--workers", type=int, default=4, metavar="N", help="files at a time (default: 4)")
+    add("--dry-run", action="store_true", help="list everything and fetch nothing")
+    parser.set_defaults(main=_fetch)
+
+
+def _fetch(options: Namespace) -> int:
     """Fetch what the settings need, or the repositories that are named."""
-    parser = Parser(
-        prog="mlxchat data fetch", description=_PURPOSE, allow_abbrev=False,
-        usage="mlxchat data fetch [OPTIONS] [SETTINGS | REPOSITORY…]",
-    )  # fmt: skip
-    parser.add_argument(
-        "--files", default="*", metavar="PATTERN", help="of a repository: paths to fetch (default: all)"
-    )
-    parser.add_argument("--revision", default="main", help="of a repository: commit, tag or branch (default: main)")
-    parser.add_argument("--model", action="store_true", help="the repository holds a model, not a data set")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="files at a time (default: 4)")
-    parser.add_argument("--dry-run", action="store_true", help="list everything and fetch nothing")
-    options, rest = parser.parse_known_args(arguments)
-    words, dirs, primary = split_options(rest)
-    repositories, settings = split_words(words)
+    from mlxchat.composition.compose import compose_config, split_options
+
+    repositories = options.names
     from mlxchat.hub.client import fetch_files, fetch_url, list_files
 
     urls: dict[str, str | None] = {}
@@ -78,7 +75,12 @@ def fetch(arguments: list[str]) -> int:
             if not groups[name]:
                 raise DataError(f"{name} at {options.revision} has no file like {options.files}")
     else:
-        groups, urls = find_needs(compose_config(settings, dirs, primary), measure=not options.dry_run)
+        from mlxchat.planning.downloads import find_files
+        from mlxchat.sweep.job import plan_of
+
+        config = compose_config(*split_options(options.settings)).config
+        store = Store(Path(config.outputs))
+        groups, urls = find_files(config, plan_of(config, store), store, measure=not options.dry_run)
     for title, files in groups.items():
         left = sum(file.bytes for file in files if not file.is_there())
         size = format_bytes(sum(file.bytes for file in files))
@@ -109,60 +111,21 @@ def fetch(arguments: list[str]) -> int:
     return 0
 
 
-def find_needs(composed: Composed, *, measure: bool) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
-    """Return title → files of the Hub, and address → sha256 (None: not known), that the steps to run will read.
-
-    With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
-    """
-    from mlxchat.sweep.job import plan_of
-
-    config = composed.config
-    store = Store(Path(config.outputs))
-    plan = [step for step in plan_of(config, store) if not step.done]
-    groups: dict[str, list[HubFile]] = {}
-    if any(step.stage.name in ("corpus", "tokenizer", "pretrain") or "corpus" in step.inputs for step in plan):
-        groups |= _corpus_files(config, plan, store, measure=measure)
-    sources, addresses = find_sources(config, plan)
-    for source in sources:
-        groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *source.files]))
-    urls = {address.url: address.sha256 for address in addresses}
-    if config.imported.repository is not None and any(step.stage.name == "imported" for step in plan):
-        from mlxchat.interop.importing import files_to_fetch
-
-        groups[config.imported.repository] = files_to_fetch(config.imported)
-    return groups, urls
-
-
-def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, measure: bool) -> dict[str, list[HubFile]]:
-    """Return what is read of a corpus on the Hub: the validation files, and as many others as the horizon needs."""
-    if config.corpus.hub is None:
-        return {}
-    from mlxchat.data.sources import Corpus
-    from mlxchat.planning.text import find_text_need
-
-    corpus = Corpus.listed(config.corpus.hub, config.corpus.validation_documents)
-    need = find_text_need(config, plan, store)
-    files = corpus.files()[:1]
-    if need is not None:
-        known = need.known or corpus
-        if measure and not known.is_measured:
-            known, _, _ = corpus.measure()
-        need = replace(need, known=known)
-        files = known.first(need.chars)
-        print(need)
-    return {config.corpus.hub.repository: list(dict.fromkeys([*corpus.files("validation"), *files]))}
-
-
 _NEEDED_SHOWN = 2
 
 
-def ls(arguments: list[str]) -> int:
+def ls(parser: Parser) -> None:
+    """Declare `mlxchat data ls`."""
+    parser.add_json()
+    parser.set_defaults(main=_ls)
+
+
+def _ls(options: Namespace) -> int:
     """Print a line for each repository and download."""
-    parser = make_parser("data ls", "List what was fetched: files, size, revision, and the artifacts made from it.")
-    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
-    options = parser.parse_intermixed_args(arguments)
-    outputs = outputs_folder(options.settings)
-    holdings = find_holdings(outputs)
+    from mlxchat.hub.cache import cache_folder, hub_cache
+    from mlxchat.hub.inventory import find_holdings
+
+    holdings = find_holdings(options.outputs)
     total = sum(holding.bytes + holding.part_bytes for holding in holdings)
     if options.json:
         print_json({"hub_cache": str(hub_cache()), "cache": str(cache_folder()), "bytes": total,
@@ -193,20 +156,24 @@ def _describe_holding(holding: Holding) -> dict[str, object]:
     }  # fmt: skip
 
 
-def rm(arguments: list[str]) -> int:
-    """Remove what is named; return 1 if some of it stays."""
-    parser = Parser(
-        prog="mlxchat data rm", allow_abbrev=False,
-        description="Remove repositories of the Hub and downloads from this machine. What an artifact was made from "
-        "stays unless --force is given; it can be fetched again.",
-    )  # fmt: skip
-    parser.add_argument("settings", nargs="*", metavar="NAME", help="repository[@commit], address; outputs=PATH")
+def rm(parser: Parser) -> None:
+    """Declare `mlxchat data rm`."""
+    parser.take_names("NAME…", most=None, about="NAME: repository[@commit] or address, as `mlxchat data ls` shows it")
+    parser.description = (
+        "Remove repositories of the Hub and downloads from this machine; they can be fetched again. What an artifact "
+        "was made from stays unless --force is given."
+    )
     parser.add_argument("--force", action="store_true", help="also what artifacts were made from")
     parser.add_argument("--dry-run", action="store_true", help="say what would go, and change nothing")
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = take_names(options.settings, "data rm", 1, None, "NAME…")
-    holdings = find_holdings(outputs_folder(settings))
-    chosen = list({holding.title: holding for name in names for holding in choose(holdings, name)}.values())
+    parser.set_defaults(main=_rm)
+
+
+def _rm(options: Namespace) -> int:
+    """Remove what is named; return 1 if some of it stays."""
+    from mlxchat.hub.inventory import choose, find_holdings, remove
+
+    holdings = find_holdings(options.outputs)
+    chosen = list({holding.title: holding for name in options.names for holding in choose(holdings, name)}.values())
     needed = [holding for holding in chosen if holding.needed_by]
     if needed and not options.force and not options.dry_run:
         lines = [f"  {holding.title}: {', '.join(holding.needed_by[:3])}" for holding in needed]
@@ -244,31 +211,34 @@ _SAMPLED = 100
 _MARKS = ("⟦", "⟧")
 
 
-def show(arguments: list[str]) -> int:
+def show(parser: Parser) -> None:
+    """Declare `mlxchat data show`."""
+    parser.take_settings()
+    parser.use("mixture=NAME|suite=NAME|stage=midtrain|sft|rl|eval [SETTINGS]")
+    parser.epilog = _EXAMPLES
+    parser.description = (
+        "Show conversations as a model is trained on them or asked them (default: stage=sft). What is trained on is "
+        f"green and underlined, and stands between {' '.join(_MARKS)} where there is no colour."
+    )
+    add = parser.add_argument
+    add("-n", "--count", type=int, default=3, help="conversations to show (default: 3)")
+    add("--start", type=int, default=0, help="the first of them, counted from 0")
+    add("--task", help="only those of this entry")
+    add("--seed", type=int, help="order of another seed (default: the order of training)")
+    add("--validation", action="store_true", help="what the stage is validated on, not trained on")
+    add("--tokenizer", metavar="ID|FOLDER", help="an artifact or folder (default: the latest one)")
+    parser.set_defaults(main=_show)
+
+
+def _show(options: Namespace) -> int:
     """Print how many conversations there are of each task, and the first of them in the order of training."""
-    parser = Parser(
-        prog="mlxchat data show", allow_abbrev=False, epilog=_EXAMPLES,
-        description="Show conversations as a model is trained on them or asked them. What is trained on is green and "
-        f"underlined, and stands between {' '.join(_MARKS)} where there is no colour.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument(
-        "settings", nargs="*", metavar="SETTING",
-        help="mixture=NAME, suite=NAME, stage=midtrain|sft|rl|eval, and any other setting (default: stage=sft)",
-    )  # fmt: skip
-    parser.add_argument("-n", "--count", type=int, default=3, help="conversations to show (default: 3)")
-    parser.add_argument("--start", type=int, default=0, help="the first of them, counted from 0")
-    parser.add_argument("--task", help="only those of this entry")
-    parser.add_argument("--seed", type=int, help="order of another seed (default: the order of training)")
-    parser.add_argument("--validation", action="store_true", help="what the stage is validated on, not trained on")
-    parser.add_argument("--tokenizer", metavar="ID|FOLDER", help="an artifact or folder (default: the latest one)")
-    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR", help="further YAML files")
-    options = parser.parse_intermixed_args(arguments)
+    from mlxchat.composition.compose import compose_config, split_config_dirs
+    from mlxchat.runner.context import stage_seed
+
     if options.count < 0 or options.start < 0:
         raise ConfigError("-n and --start must be at least 0")
-    title, stage, overrides = _aim(options.settings)
-
-    dirs = split_config_dirs([word for folder in options.config_dir for word in ("--config-dir", folder)])[1]
+    settings, dirs = split_config_dirs(options.settings)
+    title, stage, overrides = _aim(settings)
     config = compose_config(overrides, dirs).config
     items = _items(config, stage, is_validation=options.validation)
     if options.task is not None and options.task not in items:
@@ -424,12 +394,3 @@ def _runs(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> Iterator[tup
         run.append(token)
     if kind is not None:
         yield run, *kind
-
-
-# Word → (its function, what it does).
-_WORDS = {
-    "fetch": (fetch, "get everything that a run needs, so that it can run without a network"),
-    "ls": (ls, "list what is on this machine: files, size, revision, who needs it"),
-    "rm": (rm, "remove a repository or a download"),
-    "show": (show, "show conversations of a mixture, suite or stage as a model sees them"),
-}

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,30 +30,10 @@ _EXAMPLES = """examples
   mlxchat distill … --questions templates.txt --fill persona=personas.txt --fill topic=topics.txt --size 1000 …"""
 
 
-def main(arguments: list[str]) -> int:
-    """Ask what is missing and write the file."""
-    options = _parser().parse_args(arguments)
-    body, fills, item, problems = _read(options)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    key = os.environ.get(options.key_env or _KEY, "").strip() or None
-    from mlxchat.distill.order import distill, estimate
-    from mlxchat.distill.teacher import is_loopback
-
-    order = _order(options, body, fills, item, key)
-    if options.dry_run:
-        print(estimate(order))
-        return 0
-    if key is not None and order.teacher.startswith("http://") and not is_loopback(order.teacher):
-        print("note: the key and all texts travel unencrypted to another machine (http)", file=sys.stderr)
-    return distill(order)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="mlxchat distill", description=_PURPOSE, epilog=_EXAMPLES, allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def distill(parser: Parser) -> None:
+    """Declare `mlxchat distill`."""
+    parser.use("--teacher URL --out FILE.jsonl")
+    parser.description, parser.epilog = _PURPOSE, _EXAMPLES
     add = parser.add_argument
     add("--teacher", metavar="URL", required=True, help="the endpoint, such as http://localhost:8000/v1")
     add("--model", help="its name there (default: the endpoint's only one)")
@@ -65,7 +45,7 @@ def _parser() -> Parser:
     what.add_argument(
         "--fill", action="append", default=[], metavar="SLOT=FILE", help="lines that {SLOT} in them may be"
     )
-    what.add_argument("--task", help="a task of mixtures, such as gsm8k")
+    what.add_argument("--task", metavar="TASK", help="a task of mixtures, such as gsm8k")
     what.add_argument("--split", default="train", help="of the task (default: train)")
     what.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the task, as in a mixture")
     what.add_argument("--start", type=int, default=0, metavar="N", help="the first question used, from 0")
@@ -106,7 +86,26 @@ def _parser() -> Parser:
         "--refresh", action="store_true", help="ask again what is known; without it a stopped command goes on"
     )
     limits.add_argument("--dry-run", action="store_true", help="count and estimate, ask nothing")
-    return parser
+    parser.set_defaults(main=_distill)
+
+
+def _distill(options: Namespace) -> int:
+    """Ask what is missing and write the file."""
+    body, fills, item, problems = _read(options)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    key = os.environ.get(options.key_env or _KEY, "").strip() or None
+    from mlxchat.distill.order import distill as answer
+    from mlxchat.distill.order import estimate
+    from mlxchat.distill.teacher import is_loopback
+
+    order = _order(options, body, fills, item, key)
+    if options.dry_run:
+        print(estimate(order))
+        return 0
+    if key is not None and order.teacher.startswith("http://") and not is_loopback(order.teacher):
+        print("note: the key and all texts travel unencrypted to another machine (http)", file=sys.stderr)
+    return answer(order)
 
 
 def _read(options: Namespace) -> tuple[dict[str, Any], dict[str, Path], TaskItem | None, list[str]]:

@@ -1,4 +1,4 @@
-"""mlxchat show ID --examples: what an evaluation or RL asked, the answers, and the verdicts."""
+"""What models wrote, to read in a terminal: examples of evaluations and RL (`show --examples`), and `samples`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import re
 import shutil
 import sys
 import textwrap
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import ConfigError, suggest, visible
-from mlxchat.evals.examples import read_examples, read_rollouts
+from mlxchat.commands.arguments import Parser
+from mlxchat.commands.columns import print_json
+from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.report.wording import with_calls
+from mlxchat.store import attempts, locks
+from mlxchat.store.files import Records, list_folder
+from mlxchat.store.store import Store
 
 _MOST_CHARS = 1500
 _WIDEST = 110
@@ -32,6 +37,8 @@ def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> 
         ConfigError: the evaluation has no such task.
         DataError: the artifact has no examples, or they cannot be read.
     """
+    from mlxchat.evals.examples import read_examples
+
     totals: dict[str, list[int]] = {}
     chosen: dict[str, list[dict[str, Any]]] = {}
     for example in read_examples(folder):
@@ -49,7 +56,7 @@ def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> 
         )
     groups = {name: found for name, found in chosen.items() if task is None or name == task}
     shown = list(islice(_in_turn(groups.values()), count))
-    width, colour = min(_WIDEST, shutil.get_terminal_size((100, 24)).columns), sys.stdout.isatty()
+    width, colour = _width(), sys.stdout.isatty()
     for example in sorted(shown, key=lambda each: (list(totals).index(each["task"]), each["index"])):
         print("\n".join(_describe(example, width, colour=colour)), end="\n\n")
     for name in [task] if task is not None else totals:
@@ -121,9 +128,6 @@ def _short(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-_WIDEST = 110
-
-
 def show_rollouts(folder: Path, *, which: str, count: int, iteration: int | None) -> int:
     """Print some of RL's questions with their answers and return the exit code.
 
@@ -137,6 +141,8 @@ def show_rollouts(folder: Path, *, which: str, count: int, iteration: int | None
         ConfigError: nothing was kept of that iteration.
         DataError: the answers cannot be read.
     """
+    from mlxchat.evals.examples import read_rollouts
+
     answers = read_rollouts(folder)
     kept = sorted({answer["iteration"] for answer in answers})
     if iteration is not None and iteration not in kept:
@@ -145,7 +151,7 @@ def show_rollouts(folder: Path, *, which: str, count: int, iteration: int | None
     questions = [
         list(group) for _, group in groupby(answers, key=lambda answer: (answer["iteration"], answer["question"]))
     ]
-    width, colour = min(_WIDEST, shutil.get_terminal_size((100, 24)).columns), sys.stdout.isatty()
+    width, colour = _width(), sys.stdout.isatty()
     shown = 0
     for question in questions:
         wanted = [answer for answer in question if which == "all" or answer["right"] == (which == "right")]
@@ -182,3 +188,75 @@ def _describe_question(
         line = visible(f"{line}{answer['tokens']} tokens{cut}")
         yield f"\033[{32 if answer['right'] else 31}m{line}\033[0m" if colour else line
         yield from wrapped("", answer["output"], width)
+
+
+def samples(parser: Parser) -> None:
+    """Declare `mlxchat samples`."""
+    parser.take_names("[ID]", least=0)
+    parser.description = (
+        "Show what a model wrote on its prompts over the iterations of a pretraining (default: pretrain), while it "
+        "runs, too; or on those of an evaluation."
+    )
+    parser.add_argument("--last", action="store_true", help="only those of the last iteration")
+    parser.add_json("one JSON array for programs")
+    parser.set_defaults(main=_samples)
+
+
+def _samples(options: Namespace) -> int:
+    """Print a text for each prompt and iteration."""
+    name = next(iter(options.names), "pretrain")
+    title, path = _find_samples(Store(options.outputs), name)
+    found = [
+        {"iteration": record.get("iteration"), "prompt": record["prompt"], "text": record["text"]}
+        for record in Records(path).read()
+        if isinstance(record.get("prompt"), str) and isinstance(record.get("text"), str)
+    ]
+    if options.last and found:
+        found = [record for record in found if record["iteration"] == found[-1]["iteration"]]
+    if options.json:
+        print_json(found)
+        return 0
+    print(visible(title))
+    width, by_prompt = _width(), dict.fromkeys(record["prompt"] for record in found)
+    for prompt in by_prompt:
+        print(f"\n{printable(prompt)}")
+        for record in found:
+            if record["prompt"] == prompt:
+                iteration = "" if record["iteration"] is None else visible(str(record["iteration"]))
+                print("\n".join(wrapped(iteration, record["text"], width)))
+    if not found:
+        print("no samples yet")
+    return 0
+
+
+def _find_samples(store: Store, name: str) -> tuple[str, Path]:
+    """Return what the samples of a name are of, and their file: of a step in progress, else of an artifact.
+
+    Raises:
+        DataError: there are no samples.
+        StoreError: the name means nothing.
+    """
+    work = store.outputs / "work"
+    running = [
+        (str(executions[-1].get("started")), work / key)
+        for key in list_folder(work)
+        if (executions := attempts.read(work / key)) and name in (executions[-1].get("step"), key)
+    ]
+    held = [(when, folder) for when, folder in running if locks.is_held(store.lock(folder.name))]
+    try:
+        place = None if held else store.resolve(name)
+    except StoreError:
+        if not running:
+            raise
+        place = None  # a training that was stopped
+    if place is None:
+        folder = max(held or running)[1]
+        state = "in progress" if held else "stopped before its end"
+        return f"{name}, {state} ({folder})", folder / "ckpt" / "records" / "samples.jsonl"
+    if not (place / "samples.jsonl").is_file():
+        raise DataError(f"{place.name} holds no samples: pretrainings and evaluations with prompts do")
+    return place.name, place / "samples.jsonl"
+
+
+def _width() -> int:
+    return min(_WIDEST, shutil.get_terminal_size((100, 24)).columns)

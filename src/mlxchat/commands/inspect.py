@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words, take_names
+from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json, show_value, when
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.errors import ConfigError, MlxchatError, StoreError, suggest, visible
@@ -27,14 +28,16 @@ _TAIL_BYTES = 65536
 Row = dict[str, Any]
 
 
-def status(arguments: list[str]) -> int:
+def status(parser: Parser) -> None:
+    """Declare `mlxchat status`."""
+    parser.take_names("[RUN]", least=0)
+    parser.add_json()
+    parser.set_defaults(main=_status)
+
+
+def _status(options: Namespace) -> int:
     """Print the work in progress, what failed, and the steps of a run."""
-    what = "Show what is running, failed and left over, and what is done in a run (default: the latest)."
-    parser = make_naming_parser("status", what, "RUN")
-    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = take_names(options.settings, "status", 0, 1, "[RUN]")
-    store = Store(outputs_folder(settings))
+    names, store = options.names, Store(options.outputs)
     run = _run_named(store, names[0]) if names else latest(store)
     work = [_describe_work(store, folder) for folder in _folders(store.outputs / "work")]
     done = [_describe_done(step, place) for step, place in links(store, run).items()]
@@ -188,17 +191,22 @@ def _end_of(path: Path) -> bytes:
 _ENCODED = "tokens"
 
 
-def ls(arguments: list[str]) -> int:
-    """Print a line per artifact, the newest last."""
-    parser = make_naming_parser("ls", "List the artifacts, the newest last; of a stage, a step or a run.", "NAME")
-    parser.add_argument("--stage", action="append", default=[], help="only of this stage or step (repeatable)")
+def ls(parser: Parser) -> None:
+    """Declare `mlxchat ls`."""
+    parser.take_names("[STAGE|STEP|RUN…]", least=0, most=None)
+    parser.add_argument(
+        "--stage", metavar="STAGE", action="append", default=[], help="only of this stage or step (repeatable)"
+    )
     parser.add_argument("--sort", metavar="METRIC", help="only artifacts that have this metric, the best first")
-    parser.add_argument("--json", action="store_true", help="one JSON array for programs")
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = split_words(options.settings)
-    store = Store(outputs_folder(settings))
+    parser.add_json("one JSON array for programs")
+    parser.set_defaults(main=_ls)
+
+
+def _ls(options: Namespace) -> int:
+    """Print a line per artifact, the newest last."""
+    store = Store(options.outputs)
     found = read_catalog(store)
-    wanted = [*options.stage, *names]
+    wanted = [*options.stage, *options.names]
     known = {str(summary.get(key)) for summary in found for key in ("stage", "step") if summary.get(key)}
     of_runs: set[str] = set()
     for name in wanted:
@@ -276,26 +284,25 @@ def _row_of(summary: Summary, metric: str | None = None) -> list[str]:
 EXAMPLES = ("wrong", "right", "all")
 
 
-def show(arguments: list[str]) -> int:
-    """Print an artifact's manifest for people, or with --json as it is; or an evaluation's examples, or RL's."""
-    parser = make_naming_parser("show", "Show everything about an artifact.")
-    parser.add_argument("--json", action="store_true", help="the manifest as it is")
+def show(parser: Parser) -> None:
+    """Declare `mlxchat show`."""
+    parser.take_names("ID")
     parser.add_argument(
-        "--examples",
-        nargs="?",
-        choices=EXAMPLES,
-        const="all",
-        help="of an evaluation or RL: questions and answers",
+        "--examples", nargs="?", choices=EXAMPLES, const="all", help="of an evaluation or RL: questions and answers"
     )
     parser.add_argument("-n", type=int, default=5, metavar="N", help="examples at most, of RL questions (default: 5)")
     parser.add_argument("--task", metavar="NAME", help="of an evaluation: examples of this task only")
     parser.add_argument("--iteration", type=int, metavar="N", help="of RL: answers of this iteration only")
-    options = parser.parse_intermixed_args(arguments)
+    parser.add_json("the manifest as it is")
+    parser.set_defaults(main=_show)
+
+
+def _show(options: Namespace) -> int:
+    """Print an artifact's manifest for people, or with --json as it is; or an evaluation's examples, or RL's."""
     if options.n < 1:
         raise ConfigError(f"-n is {options.n}, expected at least 1")
-    (name,), settings = take_names(options.settings, "show", 1, 1, "ID")
-    store = Store(outputs_folder(settings))
-    place = store.resolve(name)
+    store = Store(options.outputs)
+    place = store.resolve(options.names[0])
     if options.examples is not None:
         from mlxchat.commands.examples import show_examples, show_rollouts  # which needs a reader of parquet
         from mlxchat.evals.examples import has_rollouts
@@ -377,18 +384,21 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
     yield "files", [[file["path"], format_bytes(file["bytes"]), file["sha256"][:12]] for file in manifest["outputs"]]
 
 
-def lineage(arguments: list[str]) -> int:
+def lineage(parser: Parser) -> None:
+    """Declare `mlxchat lineage`."""
+    parser.take_names("ID")
+    parser.add_argument("--up", action="store_true", help="only what it was made from")
+    parser.add_argument("--down", action="store_true", help="only what was made from it")
+    parser.add_json()
+    parser.set_defaults(main=_lineage)
+
+
+def _lineage(options: Namespace) -> int:
     """Print both trees, or with --up or --down one of them."""
     from mlxchat.store.catalog import ancestors, descendants, index
 
-    parser = make_naming_parser("lineage", "Show what an artifact was made from, and what was made from it.")
-    parser.add_argument("--up", action="store_true", help="only what it was made from")
-    parser.add_argument("--down", action="store_true", help="only what was made from it")
-    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
-    options = parser.parse_intermixed_args(arguments)
-    (name,), settings = take_names(options.settings, "lineage", 1, 1, "ID")
-    store = Store(outputs_folder(settings))
-    place = store.resolve(name)
+    store = Store(options.outputs)
+    place = store.resolve(options.names[0])
     manifest = read_manifest(place)
     known = index(read_catalog(store)) if manifest["kind"] != "tokens" else {}
     if manifest["rid"] not in known:
@@ -431,17 +441,16 @@ def _draw(tree: Node, below: str) -> list[str]:
     return list(lines(tree, "", "", ""))
 
 
-def diff(arguments: list[str]) -> int:
+def diff(parser: Parser) -> None:
+    """Declare `mlxchat diff`."""
+    parser.take_names("A B", least=2, most=2, about="A, B: two artifacts, or two runs")
+    parser.add_json()
+    parser.set_defaults(main=_diff)
+
+
+def _diff(options: Namespace) -> int:
     """Print each difference as key, old → new."""
-    parser = make_naming_parser(
-        "diff",
-        "Show how two artifacts, or the steps of two runs, differ: config, inputs, code, metrics, environment.",
-        "A B",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = take_names(options.settings, "diff", 2, 2, "A B")
-    store = Store(outputs_folder(settings))
+    names, store = options.names, Store(options.outputs)
     runs = [meant.name for name in names if isinstance(meant := meaning(store, name), Run)]
     pairs = _pair_steps(store, *runs) if len(runs) == len(names) else {"": tuple(map(store.resolve, names))}
     if options.json:
@@ -502,17 +511,18 @@ def _delta(old: Any, new: Any) -> str:
     return f"  ({(new - old) / abs(old):+.1%})"
 
 
-def verify(arguments: list[str]) -> int:
+def verify(parser: Parser) -> None:
+    """Declare `mlxchat verify`."""
+    parser.take_names("[ID…]", least=0, most=None)
+    parser.add_json()
+    parser.set_defaults(main=_verify)
+
+
+def _verify(options: Namespace) -> int:
     """Verify all artifacts or those that are named; return 1 if something differs."""
     from mlxchat.store.verify import check_contents, find_absent, makers, remedy
 
-    parser = make_naming_parser(
-        "verify", "Hash every file of all artifacts, or of those that are named, and list what differs.", "ID"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = split_words(options.settings)
-    store = Store(outputs_folder(settings))
+    names, store = options.names, Store(options.outputs)
     base = store.outputs / "store"
     every = sorted(base.iterdir()) if base.is_dir() else []
     places = [place for name in names for place in find_all(store, name)] or [

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat import __version__
-from mlxchat.commands.arguments import make_parser, outputs_folder
+from mlxchat.commands.arguments import Parser
+from mlxchat.commands.columns import aligned
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
-from mlxchat.errors import ConfigError, MlxchatError, suggest
+from mlxchat.errors import MlxchatError
 from mlxchat.store.environment import versions
 from mlxchat.store.files import now, write_whole
 
@@ -31,13 +33,16 @@ Finding = tuple[str, str, str]
 """Mark (ok, note, wrong), what, and details with the remedy."""
 
 
-def doctor(arguments: list[str]) -> int:
-    """Print the findings; return 1 if something is wrong."""
-    parser = make_parser("doctor", "Check this machine and installation, and the file system of the outputs folder.")
+def doctor(parser: Parser) -> None:
+    """Declare `mlxchat doctor`."""
     parser.add_argument("--hosts", action="store_true", help="try locks between two machines: run it on both at once")
     parser.add_argument("--seconds", type=float, default=120, help="how long to wait for the other one (default: 120)")
-    options = parser.parse_intermixed_args(arguments)
-    outputs = outputs_folder(options.settings)
+    parser.set_defaults(main=_doctor)
+
+
+def _doctor(options: Namespace) -> int:
+    """Print the findings; return 1 if something is wrong."""
+    outputs = options.outputs
     if options.hosts:
         findings = [*_folder(outputs), *_hosts(outputs, options.seconds)]
     else:
@@ -177,14 +182,7 @@ KINDS = {
     "tokenizer": ("tokenizer", "measure_tokenizer", "training of a tokenizer and encoding, against nanochat's ways"),
 }
 
-_BENCH_USAGE = """usage: mlxchat bench KIND [SETTINGS] [--json] [--config-dir DIR]
-
-Measure how fast this machine works, with random weights and text. What was measured is kept
-in outputs/bench, if there is an outputs folder, and shown in its reports.
-
-{kinds}
-
-  --json               print one JSON object instead of tables
+_BENCH_SETTINGS = """
   bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: conf/settings/bench.yaml
                        tokenizer: chars, vocab_size
                        core: bundle (made-up examples without one), core_tasks, core_examples
@@ -194,26 +192,31 @@ in outputs/bench, if there is an outputs folder, and shown in its reports.
 """
 
 
-def bench(arguments: list[str]) -> int:
-    """Measure and print tables, or with --json one JSON object; progress goes to stderr."""
-    if "--help" in arguments or "-h" in arguments:
-        kinds = "\n".join(f"  {kind:<20} {purpose}" for kind, (_, _, purpose) in KINDS.items())
-        print(_BENCH_USAGE.format(kinds=kinds), end="")
-        return 0
+def bench(parser: Parser) -> None:
+    """Declare `mlxchat bench`."""
+    kinds = aligned(([kind, purpose] for kind, (_, _, purpose) in KINDS.items()), indent="  ")
+    parser.take_names("KIND", first=KINDS, about=f"{kinds}\n{_BENCH_SETTINGS}")
+    parser.take_settings()
+    parser.description = (
+        "Measure how fast this machine works, with random weights and text. What was measured is kept in "
+        "outputs/bench, if there is an outputs folder, and shown in its reports. Progress goes to stderr."
+    )
+    parser.add_json("print one JSON object instead of tables")
+    parser.set_defaults(main=_bench)
+
+
+def _bench(options: Namespace) -> int:
+    """Measure and print tables, or one JSON object."""
     from mlxchat.composition.compose import compose_config, split_options
 
-    overrides, config_dirs, primary = split_options([argument for argument in arguments if argument != "--json"])
-    kind = overrides.pop(0) if overrides and "=" not in overrides[0] else ""
-    if kind not in KINDS:
-        problem = f'there is no bench "{kind}"' if kind else "say what to measure"
-        raise ConfigError(f"{problem}: {', '.join(KINDS)}.{suggest(kind, KINDS)} See: mlxchat bench --help")
-
+    kind = options.names[0]
+    overrides, config_dirs, primary = split_options(options.settings)
     config = compose_config(_with_defaults(overrides), config_dirs, primary).config
     module, function, _ = KINDS[kind]
     measuring = import_module(f"mlxchat.bench.{module}")
     record: dict[str, Any] = getattr(measuring, function)(config)
-    _keep(kind, record, arguments, Path(config.outputs))
-    if "--json" in arguments:
+    _keep(kind, record, options.settings, Path(config.outputs))
+    if options.json:
         print(json.dumps(record, allow_nan=False))
     else:
         from mlxchat.bench import tables
@@ -222,12 +225,12 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
-def _keep(kind: str, record: dict[str, Any], arguments: list[str], outputs: Path) -> None:
+def _keep(kind: str, record: dict[str, Any], settings: list[str], outputs: Path) -> None:
     """Keep what was measured for the reports of an outputs folder, if there is one."""
     if not outputs.is_dir():
         return
     time = now()
-    kept = {"kind": kind, "time": time, "command": shlex.join(["mlxchat", "bench", *arguments]), "result": record}
+    kept = {"kind": kind, "time": time, "command": shlex.join(["mlxchat", "bench", kind, *settings]), "result": record}
     name = re.sub(r"[^0-9T]", "", time.partition("+")[0]).replace("T", "-")
     with suppress(OSError):
         (outputs / "bench").mkdir(exist_ok=True)

@@ -7,20 +7,19 @@ import re
 import shlex
 import sys
 import tempfile
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxchat.commands.arguments import Parser, make_naming_parser, outputs_folder, quoted, split_words, take_names
+from mlxchat.commands.arguments import Parser, quoted
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, StoreError, suggest, visible
 from mlxchat.store.bases import is_adapter
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, links, run_of
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import is_url
 from mlxchat.store.verify import check_model
 
 if TYPE_CHECKING:
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
     from mlxchat.interop.exporting import Checkpoint
 
 
-FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter", "peft")
+FORMATS = ("hf", "nanochat", "mlx", "mlx-adapter", "peft")
+_FORMATS = """FORMAT: hf (transformers' NanoChatForCausalLM), nanochat (model_<step>.pt, meta, tokenizer), mlx (mlx-lm),
+mlx-adapter (the adapters alone, for mlx-lm beside their base), peft (the same, for peft)"""
 _MEASURED_TOKENS = 8192
 _TOOLS = {
     "hf": "transformers' NanoChatForCausalLM",
@@ -39,55 +40,39 @@ _TOOLS = {
 }
 
 
-def export(arguments: list[str]) -> int:
-    """Export a model to another tool, or artifacts with their closure to a place."""
-    parser = make_naming_parser(
-        "export",
-        "Copy artifacts, and all that they were made from, to a folder (as rsync likes it) or a tar file. "
-        "Or, with --to hf, nanochat, gguf or mlx, write one model to PATH as that tool reads it; mlx-adapter and "
-        "peft: its adapters alone.",
-        "ID",
-    )
-    parser.usage = (
-        "mlxchat export ID… --to PLACE [--public] [outputs=PATH]\n"
-        "       mlxchat export ID --to hf|nanochat|gguf|mlx|mlx-adapter|peft PATH [--quantize 4|8]\n"
-        "                      [--dtype float32|bfloat16] [--push ORGANISATION/NAME [--public]] [--force]\n"
-        "                      [outputs=PATH]"
-    )
-    parser.add_argument("--to", metavar="PLACE", help="a folder, FILE.tar, .tar.gz, .tgz, .tar.xz, a URL; or a format")
+def export(parser: Parser) -> None:
+    """Declare `mlxchat export`."""
+    parser.take_names("ID --to FORMAT PATH", most=2, about=_FORMATS)
+    parser.description = "Write a model to PATH as another tool reads it, with a model card."
+    parser.add_argument("--to", metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the matrices (--to mlx)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the other numbers (--to hf, mlx)")
-    parser.add_argument(
-        "--push", metavar="REPO", help="upload it to this repository of the Hub, private unless --public"
-    )
-    parser.add_argument("--public", action="store_true", help="everybody may see the repository")
+    parser.add_argument("--hub", metavar="REPO", help="upload it to this repository of the Hub; PATH is optional then")
+    parser.add_argument("--public", action="store_true", help="with --hub: everybody may see the repository")
     parser.add_argument("--force", action="store_true", help="replace what is at PATH")
-    options = parser.parse_intermixed_args(arguments)
-    if options.to not in FORMATS:
-        formats = ("quantize", "dtype", "push", "force", *(() if is_url(options.to or "") else ("public",)))
-        given = [f"--{key}" for key in formats if getattr(options, key)]
-        if given:
-            raise ConfigError(f"{given[0]} is of formats: --to {', '.join(FORMATS)} and a PATH behind it")
-        from mlxchat.commands.artifacts import main_export
+    parser.set_defaults(main=_export)
 
-        return main_export(arguments)
-    form = f"ID --to {options.to} PATH"
-    words, settings = take_names(options.settings, "export", 1, None, form)
-    if len(words) > 2 or (len(words) == 1 and not options.push):
+
+def _export(options: Namespace) -> int:
+    """Write a model in the format of another tool, to a folder, the Hub or both."""
+    name, *rest = options.names
+    if options.to not in FORMATS:
+        place = options.to or next(iter(rest), "PLACE")
         raise ConfigError(
-            f"--to {options.to} is a format: expected mlxchat export {form}. "
-            f"To copy artifacts to a folder of that name: --to ./{options.to}"
+            f"export writes a model for another tool: --to {', '.join(FORMATS)}.{suggest(place, FORMATS)} "
+            f"To copy artifacts: mlxchat push {name} {place}"
         )
-    if options.public and not options.push:
-        raise ConfigError("--public is of --push")
-    return _export(
-        Store(outputs_folder(settings)), words[0], options.to, Path(words[1]) if len(words) > 1 else None,
-        bits=options.quantize, dtype=options.dtype, force=options.force, repository=options.push,
-        public=options.public,
+    if not rest and not options.hub:
+        raise ConfigError(f"expected mlxchat export ID --to {options.to} PATH, or --hub ORGANISATION/NAME")
+    if options.public and not options.hub:
+        raise ConfigError("--public requires --hub")
+    return _write_model(
+        Store(options.outputs), name, options.to, Path(rest[0]) if rest else None, bits=options.quantize,
+        dtype=options.dtype, force=options.force, repository=options.hub, public=options.public,
     )  # fmt: skip
 
 
-def _export(
+def _write_model(
     store: Store, name: str, target: str, path: Path | None, *, bits: int | None, dtype: str | None, force: bool,
     repository: str | None, public: bool,
 ) -> int:  # fmt: skip
@@ -232,61 +217,75 @@ def _check_outside(store: Store, path: Path) -> None:
 
 IMPORT_FORMATS = ("nanochat", "hf", "adapter")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_WHAT = """FORMAT: nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (NanoChatForCausalLM: config.json,
+safetensors, tokenizer.json), adapter (adapters that mlx-lm trained on a model of ours)
+WHAT: ORGANISATION/NAME of the Hub, or a folder"""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
 
-def import_as(format_name: str, arguments: list[str]) -> int:
-    """Import a model, unless it is there, and give it a name."""
-    parser = Parser(
-        prog=f"mlxchat import {format_name}",
-        description={
-            "nanochat": "Take in a checkpoint as nanochat writes it: model_<step>.pt, meta_<step>.json, tokenizer.pkl.",
-            "hf": "Take in a folder of NanoChatForCausalLM: config.json, safetensors, tokenizer.json.",
-            "adapter": "Take in adapters that mlx-lm trained on a model of ours: adapters.safetensors, "
-            "adapter_config.json.",
-        }[format_name],
-        epilog="It is used as import:NAME: pipeline.rl.checkpoint=import:NAME, mlxchat serve import:NAME",
-        allow_abbrev=False,
+def import_model(parser: Parser) -> None:
+    """Declare `mlxchat import`."""
+    hint = "import takes in models of other tools. To take in artifacts: mlxchat pull PLACE"
+    parser.take_names("FORMAT WHAT", least=0, most=2, first=IMPORT_FORMATS, hint=hint, about=_WHAT)
+    parser.description = (
+        "Take in a model or adapters of another tool. import:NAME then stands for it: "
+        "pipeline.rl.checkpoint=import:NAME, mlxchat serve import:NAME."
     )
-    parser.add_argument("settings", nargs="*", metavar="WHAT", help="ORGANISATION/NAME of the Hub, or a folder")
-    parser.add_argument("--name", help="what to call it (default: the last part of WHAT)")
-    parser.add_argument("--revision", default="main", help="commit, tag or branch of the repository (default: main)")
-    if format_name == "nanochat":
-        parser.add_argument("--step", type=int, help="which of several checkpoints (default: the last)")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--chat", action="store_const", const=True, help="it has learnt to chat, whatever its files say")
-    if format_name == "adapter":
-        parser.add_argument("--base", required=True, metavar="ID", help="the model of ours that they were trained on")
-    else:
-        kind.add_argument("--base", dest="chat", action="store_const", const=False, help="it has not")
-    parser.add_argument("--replace", action="store_true", help="let the name stand for this model from now on")
-    options = parser.parse_intermixed_args(arguments)
-    words, settings = split_words(options.settings)
-    if len(words) != 1:
-        raise ConfigError(f"expected mlxchat import {format_name} WHAT: a repository of the Hub, or a folder")
-    outputs, (what,) = outputs_folder(settings), words
+    add = parser.add_argument
+    add("--name", help="what to call it (default: the last part of WHAT)")
+    add("--revision", default="main", help="commit, tag or branch of the repository (default: main)")
+    add("--step", type=int, help="nanochat: which of several checkpoints (default: the last)")
+    add("--chat", action=BooleanOptionalAction, help="whether it has learnt to chat (default: what its files say)")
+    add("--base", metavar="ID", help="adapter: the model of ours that they were trained on")
+    add("--replace", action="store_true", help="let the name stand for this model from now on")
+    add("--forget", metavar="IMPORT", help="let import:IMPORT stand for nothing; gc may then remove it")
+    parser.set_defaults(main=_import_model)
+
+
+def _import_model(options: Namespace) -> int:
+    """Take in a model, unless it is there, and give it a name."""
+    store = Store(options.outputs)
+    if options.forget is not None:
+        return _forget(store, options.forget)
+    form, what = _form_and_source(options)
     key, value = _place(what)
     name = options.name or Path(value).resolve().name
     if not _NAME.fullmatch(name):
         raise ConfigError(f'"{name}" is no name for an import: letters, digits, . _ - and no / are. Give --name NAME')
     overrides = [
-        f"outputs={quoted(str(outputs))}", "stage=imported", "pipeline=imported", "name=import",
-        f"imported.format={format_name}", f"imported.{key}={quoted(value)}", f"imported.name={quoted(name)}",
+        f"outputs={quoted(str(options.outputs))}", "stage=imported", "pipeline=imported", "name=import",
+        f"imported.format={form}", f"imported.{key}={quoted(value)}", f"imported.name={quoted(name)}",
     ]  # fmt: skip
-    store = Store(outputs)
-    if format_name == "adapter":
+    if options.base is not None:
         base = f"artifact:{find_model(store, options.base).place.name}"
         overrides.append(f"++pipeline.imported.checkpoint={quoted(base)}")
     if options.revision != "main":
         overrides.append(f"imported.revision={quoted(options.revision)}")
-    if getattr(options, "step", None) is not None:
+    if options.step is not None:
         overrides.append(f"imported.step={options.step}")
     if options.chat is not None:
         overrides.append(f"imported.chat={str(options.chat).lower()}")
     return _import(store, name, overrides, replace=options.replace)
 
 
-def forget(store: Store, name: str) -> int:
+def _form_and_source(options: Namespace) -> tuple[str, str]:
+    """Return the format of an import, and its folder or repository.
+
+    Raises:
+        ConfigError: one of them is missing, or an option is of another format.
+    """
+    if len(options.names) < 2:
+        form = next(iter(options.names), "FORMAT")
+        raise ConfigError(f"expected mlxchat import {form} WHAT: a repository of the Hub, or a folder")
+    form, what = options.names
+    if options.step is not None and form != "nanochat":
+        raise ConfigError("--step requires the format nanochat: it says which of several checkpoints")
+    if (options.base is None) == (form == "adapter"):
+        raise ConfigError("--base ID goes with the format adapter, which needs it: the model they were trained on")
+    return form, what
+
+
+def _forget(store: Store, name: str) -> int:
     """Remove the name of an import; the artifact stays until it is collected.
 
     Raises:
@@ -298,15 +297,6 @@ def forget(store: Store, name: str) -> int:
     link.unlink()
     print(f"import:{name} stands for nothing any more. To remove what nobody needs: mlxchat gc")
     return 0
-
-
-def tell_forms(what: str) -> str:
-    """Return how `mlxchat import nanochat` alone should have been said, where that is also the name of a folder."""
-    base = " --base ID" if what == "adapter" else ""
-    text = f'"{what}" is a format: expected mlxchat import {what} WHAT{base}, a repository of the Hub or a folder.'
-    if Path(what).exists():
-        text += f" To take in the artifacts of the folder {what}: mlxchat import ./{what}"
-    return text
 
 
 def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> int:
@@ -347,21 +337,22 @@ def _place(what: str) -> tuple[str, str]:
     )
 
 
-def fuse(arguments: list[str]) -> int:
+def fuse(parser: Parser) -> None:
+    """Declare `mlxchat fuse`."""
+    parser.take_names("ID")
+    parser.set_defaults(main=_fuse)
+
+
+def _fuse(options: Namespace) -> int:
     """Fuse a checkpoint that holds adapters, unless that was done before, and say what it is called."""
-    parser = make_naming_parser(
-        "fuse", "Put a model's adapters into the weights below them: a checkpoint with all of its weights.", "ID"
-    )
-    options = parser.parse_intermixed_args(arguments)
-    (name,), settings = take_names(options.settings, "fuse", 1, 1, "ID")
-    store = Store(outputs_folder(settings))
-    place = find_model(store, name).place
+    store = Store(options.outputs)
+    place = find_model(store, options.names[0]).place
     if not is_adapter(place):
         raise ConfigError(f"{place.name} has all of its weights already: there are no adapters to fuse")
-    return _fuse(store, place.name)
+    return _fused(store, place.name)
 
 
-def _fuse(store: Store, name: str) -> int:
+def _fused(store: Store, name: str) -> int:
     from mlxchat.composition.compose import compose_config
     from mlxchat.sweep.job import plan_of, run_pipeline
 
@@ -380,27 +371,26 @@ def _fuse(store: Store, name: str) -> int:
     return 0
 
 
-MODEL = "the model, as ID; or hf:FOLDER, hf:ORGANISATION/NAME: any model that mlx-lm opens"
-PYTHON_TOOL = "run the Python that the model calls, confined (off: sums and .count alone are answered)"
+def chat(parser: Parser) -> None:
+    """Declare `mlxchat chat`."""
+    parser.take_names("[ID]", least=0)
+    parser.description = "Talk to a model of the outputs folder; one that was only pretrained continues text."
+    add = parser.add_argument
+    add("-p", "--prompt", help="answer or continue this one and leave; - reads it from standard input")
+    add("--model", metavar="ID", help="the model, as ID; or hf:FOLDER, hf:ORGANISATION/NAME: any that mlx-lm opens")
+    add("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    add("--top-k", type=int, default=50, help="draw among so many tokens (default: 50)")
+    add("--top-p", type=float, help="draw among the likeliest tokens that have this share together")
+    add("--system", metavar="TEXT", help="what stands before the conversation")
+    add("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
+    add("--seed", type=int, default=0)
+    _add_decoding(parser)
+    parser.set_defaults(main=_chat)
 
 
-def chat(arguments: list[str]) -> int:
+def _chat(options: Namespace) -> int:
     """Answer one question with -p, or converse until /quit."""
-    parser = make_naming_parser(
-        "chat", "Talk to a model of the outputs folder; one that was only pretrained continues text.", "[ID]"
-    )
-    parser.add_argument("-p", "--prompt", help="answer or continue this one and leave; - reads it from standard input")
-    parser.add_argument("--model", help=MODEL)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=50, help="draw among so many tokens (default: 50)")
-    parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens that have this share together")
-    parser.add_argument("--system", metavar="TEXT", help="what stands before the conversation")
-    parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--python-tool", action="store_true", help=PYTHON_TOOL)
-    add_precision(parser)
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = take_names(options.settings, "chat", 0, 1, "[ID] [-p QUESTION]")
+    names = options.names
     if names and options.model:
         raise ConfigError(f"two models are named, {names[0]} and --model {options.model}; expected one")
     if names and " " in names[0]:
@@ -408,7 +398,7 @@ def chat(arguments: list[str]) -> int:
     options.model = options.model or (names[0] if names else None)
     if (options.model or "").startswith("hf:"):
         return _chat_with_another(options)
-    store = Store(outputs_folder(settings))
+    store = Store(options.outputs)
     found = find_model(store, options.model)
     check_model(found.place)
     print(f"model: {describe_model(store, found)}", file=sys.stderr)
@@ -423,7 +413,7 @@ def chat(arguments: list[str]) -> int:
         seed=options.seed,
         system=options.system,
         top_p=options.top_p,
-        python=python_tool() if options.python_tool else None,
+        python=_python_tool() if options.python_tool else None,
         bits=options.bits,
         kv_bits=options.kv_bits,
     )
@@ -454,7 +444,7 @@ def _chat_with_another(options: Namespace) -> int:
     return 0
 
 
-def python_tool() -> PythonTool:
+def _python_tool() -> PythonTool:
     """Return what runs the programs of answers.
 
     Raises:
@@ -467,17 +457,12 @@ def python_tool() -> PythonTool:
     return tool
 
 
-def add_precision(parser: Parser) -> None:
-    """Add the options that trade exactness and speed for memory."""
-    parser.add_argument(
-        "--bits", type=int, choices=(8, 4), help="decode with weights of so many bits; says what it costs"
-    )
-    parser.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=(8, 4),
-        help="keep keys and values of the past in so many bits, for long contexts",
-    )
+def _add_decoding(parser: Parser) -> None:
+    """Declare what chat and serve share."""
+    add = parser.add_argument
+    add("--python-tool", action="store_true", help="run the Python that the model calls, confined (off: sums, .count)")
+    add("--bits", type=int, choices=(8, 4), help="decode with weights of so many bits; says what it costs")
+    add("--kv-bits", type=int, choices=(8, 4), help="keep keys and values in so many bits, for long contexts")
 
 
 _KEY = "MLXCHAT_API_KEY"
@@ -491,17 +476,32 @@ _LIMITS = {
 }  # fmt: skip
 
 
-def serve(arguments: list[str]) -> int:
+def serve(parser: Parser) -> None:
+    """Declare `mlxchat serve`."""
+    parser.take_names("[ID]", least=0)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1); others need a key")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    add("--api-key", metavar="KEY", help=f"what clients must send; better in {_KEY}")
+    add("--cors", action="append", default=[], metavar="ORIGIN", help="let pages of this site ask")
+    add("--temperature", type=float, default=0.8, help="of requests that name none (default: 0.8)")
+    add("--top-k", type=int, default=50, help="of requests that name none (default: 50; 0: off)")
+    add("--grace-seconds", type=int, default=30, metavar="N", help="to finish answers before it stops (default: 30)")
+    add("--log-requests", action="store_true", help="a line per request, never what was said")
+    for name, meaning in _LIMITS.items():
+        add(f"--{name}", type=int, metavar="N", help=meaning)
+    _add_decoding(parser)
+    parser.set_defaults(main=_serve)
+
+
+def _serve(options: Namespace) -> int:
     """Serve until a signal comes."""
-    parser = _serve_parser()
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = take_names(options.settings, "serve", 0, 1, "[ID]")
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port is {options.port}, expected 0 to 65535")
     if not 0 <= options.temperature <= 2 or options.top_k < 0 or options.grace_seconds < 0:
         raise ConfigError("--temperature must be from 0 to 2, --top-k and --grace-seconds at least 0")
-    store = Store(outputs_folder(settings))
-    found = find_model(store, names[0] if names else None)
+    store = Store(options.outputs)
+    found = find_model(store, options.names[0] if options.names else None)
 
     from mlxchat.serve.guard import is_loopback  # FastAPI takes most of a second
 
@@ -533,7 +533,7 @@ def serve(arguments: list[str]) -> int:
     rows_that_fit(model, limits, bits=options.bits, kv_bits=options.kv_bits)
     print(f"model: {describe_model(store, found)}", file=sys.stderr)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
-    python = python_tool() if options.python_tool else None
+    python = _python_tool() if options.python_tool else None
     load = partial(load_scheduler, python=python, bits=options.bits, kv_bits=options.kv_bits)
     service = Service(models, Worker(limits, load), limits, defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
@@ -541,24 +541,3 @@ def serve(arguments: list[str]) -> int:
         app, options.host, options.port, name=found.place.name, key_needed=key is not None,
         grace_seconds=options.grace_seconds, log_requests=options.log_requests,
     )  # fmt: skip
-
-
-def _serve_parser() -> Parser:
-    parser = make_naming_parser(
-        "serve", "Serve the models of the outputs folder: OpenAI's interface, nanochat's, and a page to chat in."
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1); others need a key")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    parser.add_argument("--api-key", metavar="KEY", help=f"what clients must send; better in {_KEY}")
-    parser.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let pages of this site ask")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of requests that name none (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="of requests that name none (default: 50; 0: off)")
-    parser.add_argument(
-        "--grace-seconds", type=int, default=30, metavar="N", help="to finish answers when asked to stop (default: 30)"
-    )
-    parser.add_argument("--python-tool", action="store_true", help=PYTHON_TOOL)
-    add_precision(parser)
-    parser.add_argument("--log-requests", action="store_true", help="a line per request, never what was said")
-    for name, meaning in _LIMITS.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
-    return parser

@@ -8,44 +8,50 @@ import inspect
 import itertools
 import json
 import textwrap
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser, split_words
+from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json, show_value
-from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.errors import ConfigError, suggest, visible
-from mlxchat.runner.plan import PlannedStep
 
 if TYPE_CHECKING:
+    from mlxchat.composition.compose import Composed
+    from mlxchat.planning.downloads import Download
+    from mlxchat.runner.plan import PlannedStep
     from mlxchat.runner.reasons import Estimate
 
 
 _EXIT_PENDING = 3
+_DAY_SECONDS = 86400
 _PURPOSE = (
     "Show for each step whether it is done, would run, may run (maybe: an input will be rebuilt, and with the same "
     "bytes the step is done) or is being made by another process (waiting), and why; how long it took and how large "
-    "it was the last time; and for trainings the memory that they are predicted to need. With -m: the jobs of a sweep, "
-    "shared steps once. Nothing is computed."
+    "it was the last time; and the memory that trainings are predicted to need. Nothing is computed."
 )
 
 
-def plan(arguments: list[str]) -> int:
-    """Print the plan for the settings; return 3 if --exit-code is given and something is not done."""
-    parser = Parser(
-        prog="mlxchat plan", description=_PURPOSE, allow_abbrev=False, usage="mlxchat plan [OPTIONS] [SETTINGS]"
-    )
-    parser.add_argument("--json", action="store_true", help="print it for programs, every changed key included")
+def plan(parser: Parser) -> None:
+    """Declare `mlxchat plan`."""
+    parser.take_settings()
+    parser.description = _PURPOSE
+    parser.add_argument("--multirun", "-m", action="store_true", help="the jobs of a sweep, shared steps once")
+    parser.add_json("print it for programs, every changed key included")
     parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
-    options, rest = parser.parse_known_args(arguments)
-    if {"-m", "--multirun"} & set(rest):
-        return _plan_sweep(rest, as_json=options.json, exit_code=options.exit_code)
-    from mlxchat.commands.needs import describe_recipe, find_downloads
+    parser.set_defaults(main=_plan)
+
+
+def _plan(options: Namespace) -> int:
+    """Print the plan for the settings; return 3 if --exit-code is given and something is not done."""
+    if options.multirun:
+        return _plan_sweep(options.settings, as_json=options.json, exit_code=options.exit_code)
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.ops.machine import device_kind
+    from mlxchat.planning.downloads import find_downloads
     from mlxchat.planning.duration import estimate_pretraining
     from mlxchat.planning.memory import check_memory, describe_memory, remark_apart
     from mlxchat.planning.text import describe_text
@@ -56,7 +62,7 @@ def plan(arguments: list[str]) -> int:
     from mlxchat.store.store import Store
     from mlxchat.sweep.job import plan_of
 
-    composed = compose_config(*split_options(rest))
+    composed = compose_config(*split_options(options.settings))
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
     memory = describe_memory(config, plan)
@@ -70,7 +76,7 @@ def plan(arguments: list[str]) -> int:
     }
     if options.json:
         described = describe_plan(plan, estimates, memory, drift)
-        print(visible(json.dumps(described, indent=1, ensure_ascii=False)), flush=True)
+        print_json(described)
     else:
         remarks = dict(memory)
         forecast = {
@@ -93,12 +99,43 @@ def plan(arguments: list[str]) -> int:
                 remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
         if (old := remark_old(store)) is not None:
             print(visible(old))
-        for line in describe_recipe(composed, plan, find_downloads(config, plan, store), times):
+        for line in _describe_recipe(composed, plan, find_downloads(config, plan, store), times):
             print(line)
         for line in (format_plan(plan, remarks, estimates), *remark_apart(config, plan)):
             print(line, flush=True)
     check_memory(config, plan)
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
+
+
+def _describe_recipe(
+    composed: Composed, plan: list[PlannedStep], downloads: list[Download], times: Mapping[str, Estimate]
+) -> Iterator[str]:
+    """Yield the lines before a plan: what it downloads and how long it takes, then the implied recipe.
+
+    Nothing is yielded for a plan that downloads nothing, takes less than a day and whose experiment was not implied.
+    """
+    from mlxchat.config.wording import format_seconds
+    from mlxchat.planning.downloads import describe_downloads
+
+    implied = composed.implied
+    waiting = [step for step in plan if not step.done]
+    seconds = sum(each.seconds for each in times.values())
+    if not waiting or not (implied or downloads or seconds > _DAY_SECONDS):
+        return
+    config = composed.config
+    time = ""
+    if times:
+        time = f". Pretraining on this machine: about {format_seconds(seconds)} (predicted)"
+    elif any(step.stage.name == "pretrain" for step in waiting):
+        time = ". Pretraining on this machine: not known; `mlxchat bench train` measures its speed"
+    yield f"downloads: {describe_downloads(downloads)}{time}"
+    if implied:
+        quick = f"experiment=quickstart model=d{config.model.depth}"
+        yield f"recipe: {implied[0]}, implied by model=. The default recipe at this depth: {quick}"
+        if downloads:
+            yield "without a network: add corpus=bundled, which takes bundled text and tasks and downloads nothing"
+        else:
+            yield f"bundled text, tasks and a vocabulary of {config.tokenizer.vocab_size:,} stand in for nanochat's"
 
 
 def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
@@ -145,7 +182,7 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
             ],
             "estimate": {"seconds": round(seconds, 3), "bytes": size, "unknown": len(pending) - len(known)},
         }  # fmt: skip
-        print(visible(json.dumps(record, indent=1, ensure_ascii=False)), flush=True)
+        print_json(record)
         return code
     width = max(len(step.name) for step in steps.values())
 
@@ -180,30 +217,18 @@ def describe_plan(
     planned = {step.name: step for step in plan}
     steps = []
     for step in plan:
-        verdict, estimate = step.verdict, estimates.get(step.name)
-        steps.append(
-            {
-                "step": step.name,
-                "stage": step.stage.name,
-                "state": step.state,
-                "reason": step.reason,
-                "key": step.key,
-                "rid": step.rid or None,
-                "artifact": step.artifact or None,
-                "forced": step.forced,
-                "inputs": {
-                    **{role: {"step": source, "key": planned[source].key} for role, source in step.inputs.items()},
-                    **{role: {"step": None, "rid": made["rid"]} for role, made in step.artifacts.items()},
-                },
-                "difference": _describe_difference(step),
-                "changed_code": verdict.drift,
-                "changed_environment": {
-                    key: {"old": old, "new": new} for key, (old, new) in drift.get(step.name, {}).items()
-                },
-                "estimate": asdict(estimate) if estimate else None,
-                "memory": memory.get(step.name),
-            }
-        )
+        estimate = estimates.get(step.name)
+        inputs: dict[str, Any] = {
+            role: {"step": source, "key": planned[source].key} for role, source in step.inputs.items()
+        }
+        inputs |= {role: {"step": None, "rid": made["rid"]} for role, made in step.artifacts.items()}
+        steps.append({
+            "step": step.name, "stage": step.stage.name, "state": step.state, "reason": step.reason, "key": step.key,
+            "rid": step.rid or None, "artifact": step.artifact or None, "forced": step.forced, "inputs": inputs,
+            "difference": _describe_difference(step), "changed_code": step.verdict.drift,
+            "changed_environment": _old_and_new(drift.get(step.name, {})),
+            "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.name),
+        })  # fmt: skip
     return {
         "schema": 1,
         "pending": [step.name for step in plan if not step.done],
@@ -223,28 +248,30 @@ def _describe_difference(step: PlannedStep) -> dict[str, Any] | None:
     return {
         "nearest": difference.nearest,
         "version": None if difference.version is None else dict(zip(("old", "new"), difference.version, strict=True)),
-        "config": {key: {"old": old, "new": new} for key, (old, new) in difference.config.items()},
+        "config": _old_and_new(difference.config),
         "inputs": difference.inputs,
-        "externals": {key: {"old": old, "new": new} for key, (old, new) in difference.externals.items()},
+        "externals": _old_and_new(difference.externals),
     }
+
+
+def _old_and_new(changes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    return {key: {"old": old, "new": new} for key, (old, new) in changes.items()}
 
 
 _WIDTH = 40  # of a value; --json has it whole
 
 
-def explain(arguments: list[str]) -> int:
-    """Print what a stage, or a step of the pipeline with its own settings, is and takes."""
-    parser = Parser(
-        prog="mlxchat explain", allow_abbrev=False,
-        description="Show what a stage or step does, reads and writes, and its settings with their values.",
-    )  # fmt: skip
-    parser.add_argument("settings", nargs="+", metavar="STAGE", help="or a step, and SETTINGS as of a run")
-    parser.add_argument("--json", action="store_true", help="one JSON object for programs")
-    options, rest = parser.parse_known_intermixed_args(arguments)
-    names, overrides = split_words(options.settings)
-    if len(names) != 1:
-        raise ConfigError("expected mlxchat explain STAGE: the name of one stage or step")
-    found = describe_stage(names[0], [*overrides, *rest])
+def explain(parser: Parser) -> None:
+    """Declare `mlxchat explain`."""
+    parser.take_names("STAGE", about="STAGE: a stage, or a step of the pipeline with its own settings")
+    parser.take_settings()
+    parser.add_json()
+    parser.set_defaults(main=_explain)
+
+
+def _explain(options: Namespace) -> int:
+    """Print what a stage or step does, reads and writes, and its settings."""
+    found = describe_stage(options.names[0], options.settings)
     if options.json:
         print_json(found)
         return 0
@@ -339,15 +366,20 @@ def _meanings(kind: type[object]) -> dict[str, str]:
 _COLOURS = {"done": ("#cde8d5", "#2e7d4f"), "waiting": ("#fdecc8", "#9a6b00"), "maybe": ("#e3e7f7", "#4a5aa8")}
 
 
-def graph(arguments: list[str]) -> int:
-    """Print the graph of the pipeline, with each step's state."""
-    parser = Parser(prog="mlxchat graph", description="Draw the pipeline with each step's state.", allow_abbrev=False)
-    parser.add_argument("--format", choices=tuple(_FORMATS), default="ascii")
-    options, rest = parser.parse_known_args(arguments)
+def graph(parser: Parser) -> None:
+    """Declare `mlxchat graph`."""
+    parser.take_settings()
+    parser.add_argument("--format", choices=tuple(_FORMATS), default="ascii", help="default: ascii")
+    parser.set_defaults(main=_graph)
+
+
+def _graph(options: Namespace) -> int:
+    """Print the graph of the pipeline with each step's state."""
+    from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.store.store import Store
     from mlxchat.sweep.job import plan_of
 
-    config = compose_config(*split_options(rest)).config
+    config = compose_config(*split_options(options.settings)).config
     plan = plan_of(config, Store(Path(config.outputs)))
     print(visible(_FORMATS[options.format](plan)))
     return 0
@@ -380,8 +412,6 @@ def draw_dot(plan: list[PlannedStep]) -> str:
 
 def draw_json(plan: list[PlannedStep]) -> str:
     """Return the steps and their inputs for programs."""
-    import json
-
     return json.dumps(
         [
             {

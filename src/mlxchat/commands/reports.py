@@ -6,50 +6,56 @@ import json
 import os
 import shutil
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import make_naming_parser, outputs_folder, split_words
+from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json, show_value
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, StoreError, visible
-from mlxchat.report.collect import RunReport, collect, collect_steps, entries_of_artifacts, latest_run
-from mlxchat.runner.stage import best_of
-from mlxchat.store.compare import Table, find_runs, is_number, make_table, numeric, rows_of_runs, rows_of_step
 from mlxchat.store.naming import LATEST, Found, latest, links, meaning
 from mlxchat.store.store import Store
+
+if TYPE_CHECKING:
+    from mlxchat.report.collect import RunReport
+    from mlxchat.store.compare import Table
 
 _WIDEST_HEAD = 16
 _WIDEST_CELL = 24
 
 
-def compare(arguments: list[str]) -> int:
-    """Print the table, and draw it with --plot."""
-    parser = make_naming_parser(
-        "compare",
-        "Compare runs, the jobs of a sweep or search (its folder in multirun/), or all artifacts of --step: a row for "
-        "each setting that differs and each metric, a column for each run.",
-        "RUN",
+_SWEEPS = "RUN may also be the folder of a sweep or search in multirun/."
+
+
+def compare(parser: Parser) -> None:
+    """Declare `mlxchat compare`."""
+    parser.take_names("[RUN…]", least=0, most=None, about=f"{_SWEEPS} Without any: all runs")
+    parser.description = (
+        "Compare runs, the jobs of a sweep or search, or all artifacts of a step: a row for each setting that differs "
+        "and each metric, a column for each run."
     )
-    parser.epilog = "RUN: a run's name, its start, or what follows its number (smoke). Without any: all runs"
-    parser.add_argument("--step", help="compare all artifacts of this step instead of runs")
-    parser.add_argument("--last", type=int, metavar="N", help="only the last N")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--step", help="compare all artifacts of this step instead of runs")
+    add("--last", type=int, metavar="N", help="only the last N")
+    add(
         "--sort",
         metavar="NAME",
-        help="order by a setting (smallest first) or metric (best first); --sort=-NAME reverses",
+        help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses",
     )
-    parser.add_argument(
-        "--metrics", metavar="A,B", help="only metrics whose names contain one of these, also of steps of a single run"
-    )
-    parser.add_argument(
-        "--format", choices=("table", "csv", "json", "md"), default="table", help="csv and json: a record for each run"
-    )
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the metrics against the first setting that differs")
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = split_words(options.settings)
-    store = Store(outputs_folder(settings))
+    add("--metrics", metavar="A,B", help="only metrics whose names contain one of these, also of steps of a single run")
+    add("--format", choices=("table", "csv", "json", "md"), default="table", help="csv, json: a record for each run")
+    add("--plot", metavar="FILE.png", help="draw the metrics against the first setting that differs")
+    parser.set_defaults(main=_compare)
+
+
+def _compare(options: Namespace) -> int:
+    """Print the table, and draw it with --plot."""
+    from mlxchat.runner.stage import best_of
+    from mlxchat.store.compare import find_runs, make_table, rows_of_runs, rows_of_step
+
+    names, store = options.names, Store(options.outputs)
     rows = rows_of_step(store, options.step) if options.step else rows_of_runs(store, find_runs(store, names))
     if options.last is not None:
         rows = rows[len(rows) - min(len(rows), max(0, options.last)) :]
@@ -120,6 +126,8 @@ def _shortened(text: str) -> str:
 
 
 def _cell(value: Any) -> str:
+    from mlxchat.store.compare import is_number
+
     if value is None:
         return "-"
     return format_number(value) if is_number(value) else show_value(value)
@@ -127,6 +135,8 @@ def _cell(value: Any) -> str:
 
 def _plot(table: Table, place: Path) -> None:
     """Draw a panel for each metric, the runs from left to right, by the first setting that differs if there is one."""
+    from mlxchat.store.compare import numeric
+
     rows = table.rows
     shown = [name for name in table.metrics if numeric([*rows], name)][:12]
     if not shown:
@@ -161,22 +171,20 @@ def _plot(table: Table, place: Path) -> None:
     print(f"plot: {place}", file=sys.stderr)
 
 
-def report(arguments: list[str]) -> int:
+def report(parser: Parser) -> None:
+    """Declare `mlxchat report`."""
+    about = f"{_SWEEPS} Several runs: side by side. Without any: the latest run"
+    parser.take_names("[RUN…|ID…]", least=0, most=None, about=about)
+    add = parser.add_argument
+    add("--out", metavar="PLACE", help="a folder for report.html, report.md and pictures, or FILE.html")
+    add("--cost-per-hour", type=float, metavar="DOLLARS", help="what this machine costs")
+    add("--open", action="store_true", help="show it in a browser")
+    parser.set_defaults(main=_report)
+
+
+def _report(options: Namespace) -> int:
     """Write a report, print its summary and where it is."""
-    parser = make_naming_parser(
-        "report", "Write and print the report of a run (the latest), of artifacts, or of several runs.", "RUN|ID"
-    )
-    parser.epilog = "RUN may also be a sweep's folder in multirun/. Several runs: side by side. " + (
-        parser.epilog or ""
-    )
-    parser.add_argument("--run", help="name of a folder under outputs/runs (the same as RUN)")
-    parser.add_argument("--out", metavar="PLACE", help="a folder for report.html, report.md and pictures, or FILE.html")
-    parser.add_argument("--cost-per-hour", type=float, metavar="DOLLARS", help="what this machine costs")
-    parser.add_argument("--open", action="store_true", help="show it in a browser")
-    options = parser.parse_intermixed_args(arguments)
-    names, settings = split_words(options.settings)
-    outputs = outputs_folder(settings)
-    names += [options.run] if options.run else []
+    outputs, names = options.outputs, options.names
     title, reports, titles = _reports(outputs, names)
     if options.cost_per_hour is not None:
         reports = [replace(report, cost_per_hour=options.cost_per_hour) for report in reports]
@@ -221,6 +229,8 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
         ConfigError: runs and artifacts are mixed.
         StoreError: a name is that of nothing, or there is no run at all.
     """
+    from mlxchat.report.collect import collect, collect_steps, entries_of_artifacts
+
     sweeps = {name: folder for name in names if (folder := _sweep_folder(outputs, name))}
     if sweeps and len(names) == 1:
         return _reports_of_sweep(outputs, sweeps[names[0]])
@@ -254,6 +264,8 @@ def _meaning(store: Store, name: str) -> Path | list[Path]:
     Raises:
         StoreError: nothing, or more than one thing, has this name.
     """
+    from mlxchat.report.collect import latest_run
+
     if name == LATEST and not latest(store):
         return latest_run(store.outputs)  # it has not finished a step yet
     found = meaning(store, _folder_name(name))
@@ -269,6 +281,7 @@ def _folder_name(name: str) -> str:
 
 
 def _sweep_folder(outputs: Path, name: str) -> Path | None:
+
     from mlxchat.store.compare import find_runs
 
     folder = outputs / "multirun" / _folder_name(name)
@@ -279,6 +292,8 @@ def _sweep_folder(outputs: Path, name: str) -> Path | None:
 
 
 def _reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport], list[str]]:
+    from mlxchat.report.collect import collect_steps
+
     state = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     jobs = [job for job in state["jobs"].values() if job.get("steps")]
     if not jobs:

@@ -4,60 +4,64 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import SUPPRESS, Namespace
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 from mlxchat import __version__
-from mlxchat.composition.compose import (
-    CONF_MODULE,
-    compose_config,
-    describe_options,
-    group_names,
-    group_options,
-    places_of_stages,
-    register_schema,
-    search_path,
-    split_options,
-)
-from mlxchat.composition.overrides import as_hydra
-from mlxchat.composition.sections import schema_of
+from mlxchat.commands.arguments import Parser
 from mlxchat.config.verbs import VERBS
-from mlxchat.errors import ConfigError
-from mlxchat.runner.stage import Stages
-from mlxchat.sweep.job import run_pipeline
+from mlxchat.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-_SWEEP_FLAGS = {"-m", "--multirun"}
-_HYDRA_FLAGS = {
-    "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc",
-    "--resolve", "--package", "-p",
-}  # fmt: skip
+_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
-def run(arguments: list[str]) -> int:
-    """Run the pipeline, or a sweep of it, or what Hydra's own options ask for."""
-    arguments = ["fail_fast=true" if argument == "--fail-fast" else argument for argument in arguments]
-    names = {argument.partition("=")[0] for argument in arguments}
-    if names & _HYDRA_FLAGS:
-        return run_with_hydra(arguments)
-    if "--help" in arguments or "-h" in arguments:
-        print(describe_usage())
-        return 0
-    if "sweep" in {name.lstrip("+") for name in names} and not any(item.endswith("sweep=none") for item in arguments):
-        from mlxchat.sweep.search import run_search
+def run(parser: Parser) -> None:
+    """Declare `mlxchat run`, which is `mlxchat` without a verb, too."""
+    parser.take_names("", least=0, most=None)  # each is refused, with what it may have been meant to be
+    parser.take_settings()
+    parser.long_help = describe_usage
+    add = parser.add_argument
+    add("--multirun", "-m", action="store_true", help="sweep over comma-separated values: a run for each")
+    add("--fail-fast", action="store_true", help="a step that fails stops the others too")
+    add("--run", "-r", action="store_true", help=SUPPRESS)  # Hydra's word for what happens anyway
+    add("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed configuration")
+    add("--package", "-p", metavar="SECTION", help="with --cfg: this section alone")
+    add("--resolve", action="store_true", help="with --cfg: references resolved")
+    add("--info", "-i", nargs="?", const="all", metavar="TOPIC", help=f"Hydra's own account: {', '.join(_TOPICS)}")
+    add("--hydra-help", action="store_true", help="Hydra's help")
+    add("--shell-completion", "-sc", action="store_true", help="Hydra's completion; ours: mlxchat completion")
+    add("--version", "-V", action="version", version=f"mlxchat {__version__}", help="print the version")
+    parser.set_defaults(main=_run)
 
-        return run_search(arguments)
-    if names & _SWEEP_FLAGS:
+
+def _run(options: Namespace) -> int:
+    """Run the pipeline, a sweep or a search of it, or print what Hydra's own options ask for."""
+    if options.info is not None and options.info not in _TOPICS:  # a setting that follows it
+        options.settings, options.info = [options.info, *options.settings], "all"
+    if options.shell_completion or options.hydra_help or options.info or options.cfg:
+        return _run_with_hydra(options)
+    if options.package or options.resolve:
+        raise ConfigError("-p SECTION and --resolve go with --cfg job")
+    if options.names:
+        raise _no_verb(options.names)
+    settings = [*options.settings, *["fail_fast=true"] * options.fail_fast]
+    keys = {setting.lstrip("+").partition("=")[0] for setting in settings}
+    if "sweep" in keys and not any(setting.endswith("sweep=none") for setting in settings):
+        return _search(settings)
+    if options.multirun:
         from mlxchat.sweep.sweeper import run_sweep
 
-        return run_sweep(arguments)
-    composed = compose_config(*split_options([argument for argument in arguments if argument not in ("-r", "--run")]))
-    if composed.config.sweep.kind != "none":  # chosen by a file of the user's
-        from mlxchat.sweep.search import run_search
+        return run_sweep(settings)
+    from mlxchat.composition.compose import compose_config, split_options
+    from mlxchat.sweep.job import run_pipeline
 
-        return run_search(arguments)
+    composed = compose_config(*split_options(settings))
+    if composed.config.sweep.kind != "none":  # chosen by a file of the user's
+        return _search(settings)
     if composed.implied:
         print(
             f"recipe: {composed.implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True
@@ -66,36 +70,51 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-_HYDRA_WITH_VALUE = ("--cfg", "-c", "--package", "-p")
-_INFO = ("--info", "-i")
-_COMPLETION = ("--shell-completion", "-sc")
-_ALONE = (*_INFO, "--resolve", "--hydra-help", "--run", "-r", "--multirun", "-m")
-_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+def _search(settings: list[str]) -> int:
+    from mlxchat.sweep.search import run_search
+
+    return run_search(settings)
 
 
-def run_with_hydra(arguments: list[str]) -> int:
-    """Hand a command line to Hydra; return 0.
+def _no_verb(words: list[str]) -> ConfigError:
+    """Return the error for words of which the first is no verb."""
+    from mlxchat.composition.compose import group_options
+    from mlxchat.runner.stage import Stages
+
+    word = words[0]
+    verbs = [verb for verb in VERBS if " " not in verb]
+    for group, known in (("stage", Stages()), ("experiment", group_options("experiment"))):
+        if word in known:
+            return ConfigError(f'there is no verb "{word}". For the {group}: mlxchat {group}={" ".join(words)}')
+    return ConfigError(
+        f'there is no verb "{word}": {", ".join(verbs)}.{suggest(word, verbs)} Settings are written key=value.'
+    )
+
+
+def _run_with_hydra(options: Namespace) -> int:
+    """Let Hydra print what its own options ask for; return 0.
 
     Raises:
-        ConfigError: the composition is wrong, or the options ask for nothing to be shown.
+        ConfigError: the composition is wrong.
     """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from mlxchat.composition.compose import CONF_MODULE, register_schema
+
     register_schema()  # for --shell-completion
-    if not {*_COMPLETION} & {*arguments}:  # what follows that is a word, not an override
-        arguments = _prepare(arguments)
+    arguments = ["--shell-completion", *options.words] if options.shell_completion else _for_hydra(options)
     # Otherwise Hydra prints its own errors and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     @hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name="config")
-    def refuse(composed: DictConfig) -> None:
-        raise ConfigError("-p SECTION and --resolve go with --cfg job")
+    def nothing(composed: DictConfig) -> None:
+        """Be what Hydra would run after it has printed."""
 
     argv, sys.argv = sys.argv, ["mlxchat", *arguments]
     try:
-        refuse()
+        nothing()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from None
     finally:
@@ -103,24 +122,27 @@ def run_with_hydra(arguments: list[str]) -> int:
     return 0
 
 
-def _prepare(arguments: list[str]) -> list[str]:
+def _for_hydra(options: Namespace) -> list[str]:
     """Return the arguments for Hydra's parser; mistakes in the settings are refused as a run refuses them."""
-    flags, rest = [], []
-    queue = list(arguments)
-    while queue:
-        argument = queue.pop(0)
-        option = argument.partition("=")[0]
-        if option in (*_HYDRA_WITH_VALUE, *_ALONE):
-            flags.append(argument)
-            takes = argument in _HYDRA_WITH_VALUE or (argument in _INFO and queue[:1] and queue[0] in _TOPICS)
-            flags += [queue.pop(0)] if takes and queue else []
-        else:
-            rest.append(argument)
-    overrides, folders, primary = split_options(rest)
+    from mlxchat.composition.compose import (
+        compose_config,
+        places_of_stages,
+        register_schema,
+        search_path,
+        split_options,
+    )
+    from mlxchat.composition.overrides import as_hydra
+    from mlxchat.composition.sections import schema_of
+
+    overrides, folders, primary = split_options([*options.names, *options.settings])
     of_hydra = [each for each in overrides if each.lstrip("+~").startswith(("hydra.", "hydra/"))]
     compose_config([each for each in overrides if each not in of_hydra], folders, primary)
     schema = schema_of(places_of_stages(overrides, folders, primary))
     register_schema(schema)
+    flags = ["--hydra-help"] * options.hydra_help + ["--resolve"] * options.resolve
+    for name in ("cfg", "package", "info"):
+        if value := getattr(options, name):
+            flags += [f"--{name}", value]
     if primary is not None:
         flags += ["--config-path", str(primary.parent), "--config-name", primary.stem]
     return [*flags, *as_hydra(overrides, schema, imply=primary is None), *search_path(folders, primary)]
@@ -145,36 +167,35 @@ Settings are written group=option or key=value:
   any key of the configuration: `mlxchat --cfg job` prints it; +key adds, ~key removes
   outputs=PATH    where artifacts are kept        force=[sft]    run a step again although it is done
 
-Further options
-  -m, --multirun            sweep over comma-separated values
-  --fail-fast               a step that fails stops the others too
-  --cfg job [-p SECTION]    print the composed configuration (--resolve: with its references resolved)
-  --config-dir DIR          find further YAML files in DIR
-  -cn NAME, -cp DIR         compose NAME.yaml of DIR (or of a --config-dir) in place of our config.yaml
-  --shell-completion, --hydra-help, --info    Hydra's own
-  --version, --help
-
+{options}
 MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS names or switches off the BLAS that serves MLX on a Linux CPU;
 MLXCHAT_CPU=plain uses the code of GPUs there. MLXCHAT_LOCKS is the folder of the GPUs' locks (/tmp/mlxchat-UID).
 """
 
 
-def describe_usage() -> str:
-    """Return what `mlxchat --help` prints."""
-    verbs = "\n".join(f"  {verb:<10} {purpose}" for verb, (_, purpose) in VERBS.items())
-    options = {
+def describe_usage(options: str) -> str:
+    """Return what `mlxchat --help` prints.
+
+    Args:
+        options: the section about options, as argparse formats it.
+    """
+    from mlxchat.composition.compose import describe_options, group_names, group_options
+    from mlxchat.runner.stage import Stages
+
+    verbs = "\n".join(f"  {verb:<10} {purpose}" for verb, (_, purpose) in VERBS.items() if " " not in verb)
+    choices = {
         f"{group}=": describe_options(group_options(group))
         for group in group_names()
         if group not in ("settings", "mixture")
     }
     # The one group that is used at several places.
-    options |= {"mixture@sft.mixture= (or @midtrain.mixture=)": describe_options(group_options("mixture"))}
-    options |= {"stage=": describe_options(["all", *Stages()])}
+    choices |= {"mixture@sft.mixture= (or @midtrain.mixture=)": describe_options(group_options("mixture"))}
+    choices |= {"stage=": describe_options(["all", *Stages()])}
     groups = "\n".join(
         fill(
             f"{name:<14} {names.replace(', ', ' ')}", width=118, initial_indent="  ",
             subsequent_indent=" " * 17, break_on_hyphens=False,
         )
-        for name, names in options.items()
+        for name, names in choices.items()
     )  # fmt: skip
-    return _USAGE.format(version=__version__, verbs=verbs, groups=groups)
+    return _USAGE.format(version=__version__, verbs=verbs, groups=groups, options=options)

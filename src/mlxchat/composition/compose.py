@@ -36,7 +36,6 @@ _CONFIG_OPTIONS = {
     "--config-path": "--config-path", "-cp": "--config-path",
     "--config-name": "--config-name", "-cn": "--config-name",
 }  # fmt: skip
-_HYDRAS_OPTIONS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help")
 # Why Hydra's settings are refused in a run. Those of sweeps go with -m.
 _HYDRAS_SETTINGS = {
     "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
@@ -96,8 +95,6 @@ def split_options(arguments: list[str]) -> tuple[list[str], list[str], Path | No
                 folders.append(str(Path(value).resolve()))
             else:
                 place = Path(value).resolve()
-        elif option in _HYDRAS_OPTIONS:
-            raise ConfigError(f"{option} goes without a verb: mlxchat {option} …")
         elif argument.startswith("-"):
             raise ConfigError(f"unknown option {argument}. See: mlxchat --help")
         else:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.config.verbs import VERBS
+from mlxchat.config.verbs import split_verb
 from mlxchat.distributed.watch import Follower, Watch, connect, find_facts, how_ended, listen_at
 from mlxchat.errors import ConfigError, Interrupted, PeerLost, StepFailed
 from mlxchat.ops.machine import share_of_cores
@@ -166,8 +166,7 @@ def enter(arguments: list[str]) -> int | None:
 
 def computes(arguments: list[str]) -> bool:
     """Return whether a command line is one whose steps all ranks compute: `run`, or its short form."""
-    verb = arguments[0] if arguments and arguments[0] in VERBS else "run"
-    if verb != "run" or (arguments and arguments[0] in ("help", "_complete")):
+    if split_verb(arguments)[0] != "run" or arguments[:1] == ["help"]:
         return False
     return not _PRINTING & {argument.partition("=")[0] for argument in arguments}
 

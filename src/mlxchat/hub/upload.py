@@ -34,7 +34,7 @@ _FORMER = (
 )  # fmt: skip
 
 
-def check_repository(name: str, *, public: bool, kind: str = "model", option: str = "--push ") -> str:
+def check_repository(name: str, *, public: bool, kind: str = "model", option: str = "--hub ") -> str:
     """Return the token for an upload to a repository.
 
     Args:
@@ -116,7 +116,7 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
     kind = {"datasets": "dataset", "models": "model"}.get(parts[0])
     name, rest = "/".join(parts[1:3] if kind else parts[:2]), parts[3:] if kind else parts[2:]
     kind = kind or "model"
-    token = check_repository(name, public=public, kind=kind, option="--to hf://")
+    token = check_repository(name, public=public, kind=kind, option="hf://")
     with _told(name):
         api = _api(token)
         api.create_repo(name, private=not public, repo_type=kind, exist_ok=True)

@@ -38,7 +38,6 @@ from mlxchat.store.manifest import MANIFEST, read_manifest
 if TYPE_CHECKING:
     from mlxchat.model.lora import Adapters
 
-FORMATS = ("hf", "nanochat", "gguf", "mlx", "mlx-adapter")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BITS = (8, 4)
 _GROUP_NUMBERS = (64, 32)
@@ -104,8 +103,6 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
     Raises:
         ConfigError: with the reason, and what works instead.
     """
-    if target == "gguf":
-        fits.refuse_gguf()
     adapters_alone = target in ("mlx-adapter", "peft")
     if adapters_alone and not checkpoint.bases:
         instead = "mlx" if target == "mlx-adapter" else "hf"

@@ -17,15 +17,6 @@ _WORDS = {
 # Fields of an architecture that do not change what is computed within the context.
 _NO_COMPUTATION = ("architecture", "window_pattern")
 
-GGUF_REASONS = """No architecture of llama.cpp computes this model, so there is no GGUF of it that would say the same:
-  - nanochat caps its logits: 15 tanh(x / 15). Those architectures of llama.cpp that can do so (gemma2, gemma3, gemma3n,
-    gemma4, grok, muse-glimmer, dflash) have no MLP with a squared ReLU; those with one (apertus by its xIELU, arcee,
-    nemotron, jais2, plm) have no cap.
-  - nanochat cuts digits into pairs; llama.cpp has no pre-tokenizer that does, so numbers would become other tokens.
-  - some forks of llama.cpp have an architecture "nanochat"; their files open in that fork alone.
-What works instead: --to mlx (mlx_lm.generate, mlx_lm.server; --quantize 4), --to hf (transformers), or mlxchat
-serve, which speaks OpenAI's protocol."""
-
 
 def beyond_october(sizes: GPTSizes) -> list[str]:
     """Return in words what a model computes within its context that nanochat's of October 2025 does not.
@@ -81,15 +72,6 @@ def nanochat_snapshot(sizes: GPTSizes) -> str:
         f"nanochat's code has these fixed and this model has them otherwise than {nearest}: {_list(wrong)}. "
         f"What works instead: --to mlx{'' if beyond_october(sizes) else ' or --to hf'}"
     )
-
-
-def refuse_gguf() -> None:
-    """Say why there is no GGUF.
-
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError(GGUF_REASONS)
 
 
 def _list(parts: list[str]) -> str:

@@ -93,7 +93,7 @@ def _find_base(folder: Path) -> Path | None:
     if place is None:
         raise StoreError(
             f"{folder.name} is an adapter, and its base {rid[:16]} is not in the same store ({store.outputs}). "
-            "mlxchat export ID --to PLACE carries both, and import takes both in; or run again what made the base"
+            "mlxchat push ID PLACE carries both, and pull takes both in; or run again what made the base"
         )
     return place
 

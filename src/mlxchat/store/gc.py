@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import os
 import re
 import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from mlxchat.store.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import list_folder
 from mlxchat.store.manifest import MANIFEST, SHARED_KIND
-from mlxchat.store.naming import IMPORTS, LATEST, PINS, groups, latest, links
+from mlxchat.store.naming import IMPORTS, LATEST, PINS, Found, Run, groups, latest, links
 from mlxchat.store.store import Store, rid_of_record
 
 DAY_SECONDS = 86400.0
@@ -58,7 +59,7 @@ class Garbage:
 
     path: Path
     kind: str
-    """artifact, work, trash or ref."""
+    """artifact, work, run, trash or ref."""
     bytes: int
     reason: str
 
@@ -185,15 +186,139 @@ def collect(store: Store, limits: Limits) -> Collection:
         ConfigError: a step is running.
         StoreError: locks or names cannot be relied on here, so nobody can tell what is needed.
     """
+    return _delete(store, "gc", lambda: find_garbage(store, limits, trusted=False))
+
+
+def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool, trusted: bool = True) -> Collection:
+    """Return what goes with runs and artifacts; nothing is changed.
+
+    With a run go its names and events, and those of its artifacts that nothing else needs: no other name leads to them,
+    and nothing that stays was made from them. With an artifact go the names that lead to it.
+
+    Args:
+        store: the outputs folder.
+        meant: the runs and artifacts.
+        force: remove also what is pinned, what something was made from, and a run that may be in progress.
+        trusted: whether the catalog may be used; False reads every manifest.
+
+    Raises:
+        ConfigError: every reason against it, unless `force` is given.
+    """
+    known = by_rid(read_catalog(store, trusted=trusted))
+    at = {summary["folder"]: rid for rid, summary in known.items()}
+    runs = {each.name for each in meant if isinstance(each, Run)}
+    places = [each.place for each in meant if isinstance(each, Found)]
+    stays, reasons = _stays(store, known, runs, {at[place.name] for place in places if place.name in at})
+    if reasons and not force:
+        raise ConfigError("\n".join([*sorted(set(reasons)), "To remove it all the same: --force"]))
+    going = {rid for rid, summary in known.items() if rid not in stays and summary["kind"] != SHARED_KIND}
+    # Encoded text is nobody's input: it goes with what it was encoded from.
+    going |= {
+        rid for rid, summary in known.items() if summary["kind"] == SHARED_KIND and going & {*references(summary)}
+    }
+    found = Collection(kept={known[rid]["folder"]: reason for rid, reason in stays.items() if reason})
+    found.kept_bytes = sum(summary["bytes"] for rid, summary in known.items() if rid not in going)
+    for summary in _oldest([known[rid] for rid in going], math.inf):
+        reason = "encoded text of what goes" if summary["kind"] == SHARED_KIND else str(summary["step"])
+        path = store.outputs / "store" / summary["folder"]
+        found.garbage.append(Garbage(path, "artifact", summary["bytes"], reason))
+    for place in places:
+        if place.name not in at:
+            found.garbage.append(Garbage(place, "artifact", size_of(place), "its manifest is damaged"))
+    found.garbage += _names_of(store, runs, {item.path.name for item in found.garbage})
+    for run in sorted(runs):
+        for folder, what in (("refs", "names of its artifacts"), ("runs", "plan, events, report")):
+            if (path := store.outputs / folder / run).is_dir():
+                found.garbage.append(Garbage(path, "run", size_of(path), what))
+    return found
+
+
+def _stays(
+    store: Store, known: Mapping[str, Summary], runs: Set[str], chosen: Set[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return what stays when runs and artifacts go, and what speaks against it.
+
+    Args:
+        store: the outputs folder.
+        known: id → short form of every artifact.
+        runs: the runs that go, with those of their artifacts that nothing else needs.
+        chosen: the ids of the artifacts that go.
+
+    Returns:
+        id → the reason, for an artifact of these runs; "" for others.
+    """
+    at = {summary["folder"]: rid for rid, summary in known.items()}
+    names = [
+        (group, name, at[place.name])
+        for group in groups(store)
+        for name, place in links(store, group).items()
+        if place.name in at
+    ]
+    in_runs = {rid for group, _, rid in names if group in runs} - chosen
+    stays = {
+        rid: "" for rid, summary in known.items() if rid not in chosen | in_runs and summary["kind"] != SHARED_KIND
+    }
+    reasons = []
+    for run, started, ended, rids in _runs(store):
+        if ended or time.time() - _seconds(started) > DAY_SECONDS:
+            continue
+        if run in runs:
+            reasons.append(f"run {run} began less than a day ago and has not ended, as far as its events say")
+            continue
+        stays |= {rid: f"run {run} is in progress" for rid in rids if rid in in_runs}
+        reasons += [f"{known[rid]['folder']}: run {run}, which is in progress, uses it" for rid in chosen & {*rids}]
+    for group, name, rid in names:
+        if rid in in_runs and group not in runs:
+            stays[rid] = f"{group}/{name}"
+        elif rid in chosen and group in (PINS, IMPORTS):
+            reasons.append(f"{known[rid]['folder']}: it is {'pinned as ' if group == PINS else 'import:'}{name}")
+    queue = list(stays)
+    while queue:
+        summary = known[queue.pop()]
+        for rid in references(summary):
+            if rid in chosen:
+                reasons.append(f"{known[rid]['folder']}: {summary['folder']} was made from it")
+            elif rid in in_runs and rid not in stays:
+                stays[rid] = f"{summary['folder']} was made from it"
+                queue.append(rid)
+    return stays, reasons
+
+
+def _names_of(store: Store, runs: Set[str], folders: Set[str]) -> Iterator[Garbage]:
+    """Yield the names outside these runs that lead to these artifacts, and `latest` where it is one of the runs."""
+    refs = store.outputs / "refs"
+    if (refs / LATEST).is_symlink() and os.path.basename(os.readlink(refs / LATEST)) in runs:  # noqa: PTH115, PTH119
+        yield Garbage(refs / LATEST, "ref", 0, "the latest run goes")
+    for group in groups(store):
+        for name, place in links(store, group).items():
+            if group not in runs and place.name in folders:
+                yield Garbage(refs / group / name, "ref", 0, "its artifact goes")
+
+
+def remove(store: Store, meant: Sequence[Found | Run], *, force: bool) -> Collection:
+    """Remove runs and artifacts, as `find_removal` says, and return what went.
+
+    Raises:
+        ConfigError: a step is running, or something speaks against it.
+        StoreError: locks or names cannot be relied on here, so nobody can tell what is needed.
+    """
+    return _delete(store, "rm", lambda: find_removal(store, meant, force=force, trusted=False))
+
+
+def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collection:
+    """Remove what `find` returns, while no step runs.
+
+    Each thing is renamed into trash/ and then deleted, so that a kill leaves nothing half there.
+    """
 
     def refuse(owner: object) -> None:
         running = ", ".join(sorted(running_runs(store))) or "another process"
-        raise ConfigError(f"gc has to wait until no step is running: {running}. See: mlxchat status")
+        raise ConfigError(f"{verb} has to wait until no step is running: {running}. See: mlxchat status")
 
-    with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "gc"}, refuse):
+    with locks.hold(store.outputs / "locks" / "gc.lock", {"step": verb}, refuse):
         if (store.outputs / "refs").is_dir():
             store.check()
-        found = find_garbage(store, limits, trusted=False)
+        found = find()
         crash_point("gc.planned")
         trash = store.outputs / "trash"
         for item in found.garbage:

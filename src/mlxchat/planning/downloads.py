@@ -1,28 +1,25 @@
-"""What the steps that are to run read from elsewhere: by name for `data fetch`, by bytes for the head of a plan."""
+"""What the steps that are to run read from elsewhere: the files, for `data fetch`, and their bytes, for a plan."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mlxchat.composition.compose import Composed
 from mlxchat.config.schema import Config, TaskItem
-from mlxchat.config.wording import format_bytes, format_seconds
+from mlxchat.config.wording import format_bytes
 from mlxchat.runner.plan import PlannedStep
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from mlxchat.hub.cache import HubFile
-    from mlxchat.runner.reasons import Estimate
     from mlxchat.store.store import Store
     from mlxchat.tasks.downloads import HubSource, UrlSource
 
-_DAY = 86400
 # Downloads of a host that the head of a plan names.
 _NAMED = 2
 # By repository, or by the file's name in an address. Used until a listing gives the exact numbers.
@@ -53,6 +50,51 @@ def find_sources(config: Config, plan: Iterable[PlannedStep]) -> tuple[list[HubS
     found = list(dict.fromkeys(found))
     hub = [source for source in found if isinstance(source, HubSource)]
     return hub, [source for source in found if isinstance(source, UrlSource)]
+
+
+def find_files(
+    config: Config, plan: Iterable[PlannedStep], store: Store, *, measure: bool
+) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
+    """Return title → files of the Hub, and address → sha256 (None: not known), that the steps to run will read.
+
+    With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
+    """
+    plan = [step for step in plan if not step.done]
+    groups: dict[str, list[HubFile]] = {}
+    if any(step.stage.name in ("corpus", "tokenizer", "pretrain") or "corpus" in step.inputs for step in plan):
+        groups |= _corpus_files(config, plan, store, measure=measure)
+    sources, addresses = find_sources(config, plan)
+    for source in sources:
+        groups[source.repository] = list(dict.fromkeys([*groups.get(source.repository, []), *source.files]))
+    urls = {address.url: address.sha256 for address in addresses}
+    if config.imported.repository is not None and any(_imports(step) for step in plan):
+        from mlxchat.interop.importing import files_to_fetch
+
+        groups[config.imported.repository] = files_to_fetch(config.imported)
+    return groups, urls
+
+
+def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, measure: bool) -> dict[str, list[HubFile]]:
+    """Return what is read of a corpus on the Hub: the validation files, and as many others as the horizon needs."""
+    if config.corpus.hub is None:
+        return {}
+    from mlxchat.data.sources import Corpus
+    from mlxchat.planning.text import find_text_need
+
+    corpus = Corpus.listed(config.corpus.hub, config.corpus.validation_documents)
+    need = find_text_need(config, plan, store)
+    files = corpus.files()[:1]
+    if need is not None:
+        known = need.known or corpus
+        if measure and not known.is_measured:
+            known, _, _ = corpus.measure()
+        need = replace(need, known=known)
+        files = known.first(need.chars)
+        print(need)
+    return {config.corpus.hub.repository: list(dict.fromkeys([*corpus.files("validation"), *files]))}
+
+
+_NEEDED_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -118,34 +160,6 @@ def describe_downloads(downloads: list[Download]) -> str:
         places.append(f"{host} ({', '.join([*names[:_NAMED], *more])})")
     total = sum(each.bytes or 0.0 for each in downloads)
     return f"{f'about {format_bytes(total)} ' if total else ''}from {', '.join(places)}" if places else "nothing"
-
-
-def describe_recipe(
-    composed: Composed, plan: list[PlannedStep], downloads: list[Download], times: Mapping[str, Estimate]
-) -> Iterator[str]:
-    """Yield the lines before a plan: what it downloads and how long it takes, then the implied recipe.
-
-    Nothing is yielded for a plan that downloads nothing, takes less than a day and whose experiment was not implied.
-    """
-    implied = composed.implied
-    waiting = [step for step in plan if not step.done]
-    seconds = sum(each.seconds for each in times.values())
-    if not waiting or not (implied or downloads or seconds > _DAY):
-        return
-    config = composed.config
-    time = ""
-    if times:
-        time = f". Pretraining on this machine: about {format_seconds(seconds)} (predicted)"
-    elif any(step.stage.name == "pretrain" for step in waiting):
-        time = ". Pretraining on this machine: not known; `mlxchat bench train` measures its speed"
-    yield f"downloads: {describe_downloads(downloads)}{time}"
-    if implied:
-        quick = f"experiment=quickstart model=d{config.model.depth}"
-        yield f"recipe: {implied[0]}, implied by model=. The default recipe at this depth: {quick}"
-        if downloads:
-            yield "without a network: add corpus=bundled, which takes bundled text and tasks and downloads nothing"
-        else:
-            yield f"bundled text, tasks and a vocabulary of {config.tokenizer.vocab_size:,} stand in for nanochat's"
 
 
 def _to_fetch(files: Iterable[HubFile]) -> list[tuple[Path, int]]:
