@@ -107,7 +107,7 @@ def test_a_folder_whose_locks_all_hosts_see_belongs_to_nobody(
 def test_a_claim_that_was_cut_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, SSHFS, "one")
     (tmp_path / "one-host.json").write_text("")
-    with pytest.raises(StoreError, match=r"one-host.json does not say which host.*remove the file"):
+    with pytest.raises(StoreError, match=r"one-host.json does not name the host.*remove the file"):
         claim(tmp_path)
 
 

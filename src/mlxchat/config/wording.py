@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def format_seconds(seconds: float) -> str:
     """Return a duration as people read it: 4.2s, 3m05s, 2h07m, 56d16h, 3.4 years."""
@@ -28,6 +30,11 @@ def format_count(count: float) -> str:
 def plural(count: int, noun: str) -> str:
     """Return "1 step", "2 steps"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Return at most so many names in one line, and how many more there are: a, b and 3 more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def format_number(number: float | None) -> str:

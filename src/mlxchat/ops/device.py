@@ -200,7 +200,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = method()
-            assert bound is not None, "whoever calls this has the object"
+            assert bound is not None, "the caller holds the object"
             return cast(R, bound(*args, **kwargs))
 
         return cast(Callable[P, R], mx.compile(call))

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from itertools import takewhile
 from typing import Any
 
+from mlxchat.config.wording import first_of
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner.keys import CodeDigests, changed_modules, file_hashes
 from mlxchat.runner.keys import pin_externals as pin_externals
@@ -257,7 +258,7 @@ class PlannedStep:
                 gone = planned[source].artifact or source
                 raise StoreError(
                     f"{gone}, which {self.name} needs as {role}, is no longer in {store.outputs}. "
-                    "Run the same command again: it is made anew."
+                    "Run the same command again: it makes it."
                 )
             found[role] = made
         return found
@@ -334,11 +335,12 @@ def make_plan(
             forced=name in force or "all" in force, code_policy=code, digests=digests, config=own, sections=sections,
             format=format, unread=unread,
         )  # fmt: skip
-        step.artifacts |= find_artifacts(sections, store, partial(_key_with, step, store, planned))
+        step.artifacts |= find_artifacts(step, store, planned)
         step.identify(store, planned)
         step.verdict = judge(step, store, forced=step.forced, planned=planned)
         if not step.done and locks.is_held(store.lock(step.key)):
-            maker = _tell_maker(store, step.key)
+            owner = locks.read_owner(store.lock(step.key))
+            maker = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} is making it"
             step.verdict = Verdict(state="waiting", reason=maker, difference=step.verdict.difference)
         planned[name] = step
     digests.save()
@@ -372,9 +374,10 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
     manifest = None if pending else store.made(step.key)
     if manifest is not None:
         drift = [] if step.code_policy == "ignore" else step.drift(manifest)
+        changed = first_of(drift, _MOST_MODULES_SHOWN)
         if drift and step.code_policy == "strict":
-            return Verdict(state="run", reason=f"code changed: {_list(drift)}", drift=drift)
-        return Verdict(state="done", reason=f"code drift (warn): {_list(drift)}" if drift else "", drift=drift)
+            return Verdict(state="run", reason=f"code changed: {changed}", drift=drift)
+        return Verdict(state="done", reason=f"code drift (warn): {changed}" if drift else "", drift=drift)
     made = step.inputs_made(store, planned)
     difference = find_difference(step, store, {role: manifest["tree"] for role, manifest in made.items()})
     resumable = ", resumes" if (store.work(step.key) / "ckpt").is_dir() else ""
@@ -388,34 +391,17 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
     return Verdict(state="run", reason=reason + resumable, difference=difference)
 
 
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_MODULES_SHOWN} more" if len(names) > _MOST_MODULES_SHOWN else ""
-    return ", ".join(names[:_MOST_MODULES_SHOWN]) + more
-
-
-def _tell_maker(store: Store, key: str) -> str:
-    owner = locks.read_owner(store.lock(key))
-    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} is making it"
-
-
-def find_artifacts(
-    sections: Mapping[str, Any], store: Store, key_with: Callable[[Mapping[str, Manifest]], str]
-) -> dict[str, Manifest]:
+def find_artifacts(step: PlannedStep, store: Store, planned: Mapping[str, PlannedStep]) -> dict[str, Manifest]:
     """Return role → manifest of the artifacts that fields with metadata `artifact: role` name, where they are set.
 
-    A step of a run may be what this very step made before: a run that was stopped afterwards, or is repeated, means
-    the artifact that stood there first, which is the one it was made from.
-
-    Args:
-        sections: of the configuration.
-        store: where names are looked up.
-        key_with: returns the step's key if it takes these artifacts.
+    In a run that is repeated, or was stopped after this very step, the name leads to what the step itself made before.
+    Then the artifact is meant from which that was made.
 
     Raises:
         StoreError: a name leads to nothing, or to more than one thing.
     """
     found: dict[str, Manifest] = {}
-    queue = list(sections.values())
+    queue = list(step.sections.values())
     while queue:
         section = queue.pop(0)
         for item in fields(section) if is_dataclass(section) else ():
@@ -427,9 +413,11 @@ def find_artifacts(
             place, run = find(store, name)
             found[role] = read_manifest(place)
             before = found[role]["inputs"].get(role)
-            first = store.read(before["rid"]) if before and run is not None else None
-            if first and key_with({role: first}) == found[role].get("key"):
-                found[role] = first
+            if run is not None and before and (first := store.read(before["rid"])) is not None:
+                repeated = replace(step, artifacts={**step.artifacts, role: first})
+                repeated.identify(store, planned)
+                if repeated.key == found[role].get("key"):
+                    found[role] = first
     return found
 
 
@@ -485,15 +473,6 @@ def _without(unread: frozenset[str], identity: dict[str, Any]) -> dict[str, Any]
         section, _, setting = path.partition(".")
         kept.get(section, {}).pop(setting, None)
     return kept
-
-
-def _key_with(
-    step: PlannedStep, store: Store, planned: Mapping[str, PlannedStep], named: Mapping[str, Manifest]
-) -> str:
-    """Return the key that a step has if the artifacts that its settings name are these."""
-    other = replace(step, artifacts={**step.artifacts, **named})
-    other.identify(store, planned)
-    return other.key
 
 
 def _label(stage: Stage, config: Any, inherited: list[str]) -> str:

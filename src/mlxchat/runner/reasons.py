@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.config.wording import format_bytes, format_seconds, plural
+from mlxchat.config.wording import first_of, format_bytes, format_seconds, plural
 from mlxchat.store.fingerprint import changes, flatten, left_out_of
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
@@ -45,8 +45,7 @@ class Difference:
             return f"stage changed: version {self.version[0]} → {self.version[1]}"
         if self.config:
             shown = [f"{key} {_show(old)} → {_show(new)}" for key, (old, new) in self.config.items()]
-            more = f" and {len(shown) - _MOST_CHANGES_SHOWN} more" if len(shown) > _MOST_CHANGES_SHOWN else ""
-            return f"config changed: {', '.join(shown[:_MOST_CHANGES_SHOWN])}{more}"
+            return f"config changed: {first_of(shown, _MOST_CHANGES_SHOWN)}"
         if self.inputs:
             return f"input changed: {', '.join(f'{role} ({source})' for role, source in self.inputs.items())}"
         if code := [name.removeprefix("code ") for name in self.externals if name.startswith("code ")]:

@@ -37,7 +37,7 @@ def is_adapter(folder: Path) -> bool:
     try:
         return _adapter_of(folder) is not None
     except (OSError, ValueError, RecursionError):
-        return False  # whoever opens it is told
+        return False  # opening it raises
 
 
 def find_chain(folder: Path) -> list[Path]:
@@ -56,10 +56,9 @@ def find_chain(folder: Path) -> list[Path]:
 
 
 def folder_of_weights(folder: Path) -> Path:
-    """Return the folder with all weights of a checkpoint: its own, or, of adapters, the last of what they rest on.
+    """Return the folder with all weights of a checkpoint: its own, or that of the model below adapters.
 
-    Its own, too, where that is not to be found: this is for what is told of them, as their number. Who computes with
-    them uses `find_chain`.
+    If that model is missing, it is the folder itself: for descriptions only. To compute, use `find_chain`.
     """
     try:
         return find_chain(folder)[-1]

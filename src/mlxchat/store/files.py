@@ -82,7 +82,7 @@ def sync(path: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Wait until all of a folder is on disk, its files readable for whoever may read the folder.
+    """Wait until all of a folder is on disk, its files readable for all who may read the folder.
 
     The writer of safetensors lets the owner alone read, and others may work in the same outputs folder.
     """
@@ -172,19 +172,20 @@ def _remove_leftovers(path: Path) -> None:
         prefix = f".{path.name}.{kind}-{host}-"
         for place in path.parent.iterdir():
             number = place.name.removeprefix(prefix)
-            if place.name.startswith(prefix) and number.isdecimal() and not _is_alive(int(number)):
+            if place.name.startswith(prefix) and number.isdecimal() and not is_alive(int(number)):
                 if kind == _REPLACED and not os.path.lexists(path):
                     place.rename(path)  # killed between the two renames: the former folder comes back
                 else:
                     shutil.rmtree(place, ignore_errors=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Return whether a process of this machine may be running."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (OSError, OverflowError):
         return True
     return True
 

@@ -184,7 +184,7 @@ def collect(store: Store, limits: Limits) -> Collection:
 
     Raises:
         ConfigError: a step is running.
-        StoreError: locks or names cannot be relied on here, so nobody can tell what is needed.
+        StoreError: locks or names cannot be relied on here, so what is needed is unknown.
     """
     return _delete(store, "gc", lambda: find_garbage(store, limits, trusted=False))
 
@@ -408,7 +408,7 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
             if rid in known and rid not in reasons:
                 reasons[rid] = f"{summary['folder']} was made from it"
                 queue.append(rid)
-    # Encoded text is nobody's input. It stays as long as what it was encoded from.
+    # Encoded text is no step's input. It stays as long as what it was encoded from.
     for rid, summary in known.items():
         if summary["kind"] == SHARED_KIND and all(source in reasons for source in references(summary)):
             keep(rid, "encoded text of artifacts that are kept")

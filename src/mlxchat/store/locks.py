@@ -21,10 +21,10 @@ from typing import Any
 
 from mlxchat.config.secrets import redact
 from mlxchat.errors import StoreError
-from mlxchat.store.files import now, write_whole
+from mlxchat.store.files import is_alive, now, write_whole
 
 _POLL_SECONDS = 0.1
-# Whoever only looks whether a lock is held takes it for an instant; that is nobody to wait for.
+# `is_held` takes a lock for an instant; such a holder is not reported.
 _GLANCE_SECONDS = 0.05
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 # What NVIDIA's driver says of each device on Linux, in the order of the PCI bus.
@@ -76,7 +76,7 @@ def hold(
                 waited = True
             check()
             time.sleep(_POLL_SECONDS if waited else 0.002)
-            if not _is_named(handle, path):  # the file was removed meanwhile; a lock on it would keep nobody out
+            if not _is_named(handle, path):  # it was removed meanwhile: a lock on it excludes no other process
                 _close(handle)
                 handle = _open(path)
         granted = True
@@ -85,10 +85,10 @@ def hold(
         yield waited
     finally:
         if handle in _held:  # in a forked child it is closed already, and the number may mean another file
-            if granted and not shared and _is_named(handle, path):  # whoever gave up waiting leaves the holder's record
+            if granted and not shared and _is_named(handle, path):  # without the lock, the record is the holder's
                 _write_owner(handle, None)
             with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)  # also for whoever inherited the handle
+                fcntl.flock(handle, fcntl.LOCK_UN)  # also for children that inherited the handle
             _close(handle)
 
 
@@ -216,12 +216,9 @@ def _may_be_alive(holder: dict[str, Any]) -> bool:
     if holder.get("host") != host_name():
         return True
     try:
-        os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, KeyError, ValueError, TypeError):
+        return is_alive(int(holder["pid"]))
+    except (KeyError, ValueError, TypeError):
         return True
-    return True
 
 
 def _write_owner(handle: int, record: dict[str, Any] | None) -> None:
@@ -245,7 +242,7 @@ def _try_lock(handle: int, path: Path, *, shared: bool) -> bool:
 
 CLAIM = "one-host.json"
 TESTED = "hosts.json"
-# Disks of one machine, and folders that a virtual machine has of its host: nobody else mounts them.
+# Disks of one machine, and folders that a virtual machine shares with its host: no other machine mounts them.
 _LOCAL = (
     *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "reiserfs", "jfs", "ntfs", "ntfs3", "vfat"),
     *("exfat", "msdos", "tmpfs", "ramfs", "overlay", "aufs", "squashfs", "erofs", "apfs", "hfs", "ufs", "devtmpfs"),
@@ -261,8 +258,6 @@ _OPTIONS = {
     "smb3": ("nobrl",),
     "lustre": ("localflock",),
 }
-# Type → option without which they do.
-_NEEDED = {"lustre": "flock"}
 
 
 @dataclass(frozen=True)
@@ -287,9 +282,8 @@ class Mount:
             found = [option for option in _OPTIONS[self.kind] if option in self.options]
             if found:
                 return f"it is {self.kind} mounted with {found[0]}, which keeps locks to each host"
-            needed = _NEEDED.get(self.kind)
-            if needed is not None and needed not in self.options:
-                return f"it is {self.kind} mounted without {needed}"
+            if self.kind == "lustre" and "flock" not in self.options:
+                return "it is lustre mounted without flock"
             return None
         return f"it is {self.kind or 'of an unknown kind'}, of which it is not known that hosts see each other's locks"
 
@@ -345,14 +339,17 @@ def claim(folder: Path) -> None:
     with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(record))
         return
-    owner = _read(path)
+    for _ in range(20):  # it may be in the writing
+        if (owner := read_owner(path)) or not path.exists():
+            break
+        time.sleep(0.05)
     if "host" not in owner:
         if not path.exists():  # two hosts have just tested it
             claim(folder)
             return
         raise StoreError(
-            f"{path} does not say which host uses this outputs folder: whoever wrote it was ended. If no other "
-            "one uses it, remove the file"
+            f"{path} does not name the host that uses this outputs folder: its writer was killed. If no other host "
+            "uses the folder, remove the file"
         )
     if owner["host"] != here:
         since, other = owner.get("since", "a while"), owner["host"]
@@ -400,18 +397,4 @@ def remember_tested(folder: Path, hosts: list[str]) -> None:
 
 
 def _is_tested(folder: Path, mount: Mount) -> bool:
-    return _read(folder / TESTED, patient=False).get("mount") == mount.kind
-
-
-def _read(path: Path, *, patient: bool = True) -> dict[str, Any]:
-    """Return a record; one that is being written is waited for."""
-    for _ in range(20 if patient else 1):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError):
-            time.sleep(0.05)
-            continue
-        return record if isinstance(record, dict) else {}
-    return {}
+    return bool(read_owner(folder / TESTED).get("mount") == mount.kind)

@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from mlxchat.config.wording import first_of
 from mlxchat.errors import StoreError, suggest, visible
 from mlxchat.store.files import list_folder
 from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
@@ -123,8 +124,8 @@ def run_of(store: Store, found: Found) -> str | None:
     return made if found.place in links(store, made).values() else None
 
 
-# Names that were typed are looked up by `os.path`: `pathlib` raises OSError where they are too long for a file, and
-# RuntimeError for a home of nobody.
+# Names from people are looked up by `os.path`: `pathlib` raises OSError for names too long for a file, and
+# RuntimeError for the home of an unknown user.
 
 
 def meaning(store: Store, name: str, *, within: str | None = None, paths: bool = True) -> Found | Run:
@@ -377,9 +378,8 @@ def _only(store: Store, start: str, names: list[str], more_of: str) -> str | Non
         StoreError: there are several.
     """
     if len(names) > 1:
-        more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-        listed = ", ".join(names[:_MOST_SHOWN])
-        raise StoreError(f'"{start}" is ambiguous in {store.outputs}: {listed}{more}. Give more of the {more_of}.')
+        listed = first_of(names, _MOST_SHOWN)
+        raise StoreError(f'"{start}" is ambiguous in {store.outputs}: {listed}. Give more of the {more_of}.')
     return names[0] if names else None
 
 

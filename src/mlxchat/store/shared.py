@@ -30,7 +30,7 @@ class SharedArtifacts:
     outputs: Path
     """The outputs folder."""
     run: str
-    """Name of the run, for the manifest and for whoever waits."""
+    """Name of the run, for the manifest and for processes that wait."""
     inputs: dict[str, Manifest]
     """Role → what manifests record of the asking step's input: lineage, no identity."""
     facts: Callable[[], dict[str, Any]]
