@@ -14,7 +14,16 @@ from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.runner.run import Run
 from mlxchat.runner.workers import execute
 from mlxchat.store.environment import Environment
+from mlxchat.store.files import Records
 from mlxchat.store.store import Store
+
+ONE = {"one": {"stage": "make"}}
+CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
+
+
+def started(run: Run) -> list[str]:
+    """Return the steps that a run computed, in order."""
+    return [event["step"] for event in Records(run.folder / "events.jsonl").read() if event["event"] == "step_started"]
 
 
 @dataclass

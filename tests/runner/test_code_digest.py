@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from kit.toys import CHAIN, started
 from mlxchat.runner import keys
 from mlxchat.runner.keys import CodeDigests, changed_modules
 from mlxchat.runner.stage import Stages
 from mlxchat.store.files import Records
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
 
 FILES = {
     "mlxchat/__init__.py": "VERSION = 1\n",
@@ -242,10 +242,7 @@ def test_strict_runs_the_step_again_under_its_own_id_and_is_content_afterwards(t
         "two": ("maybe", "input source (one) will be rebuilt"),
     }
     run = toys.run(toys.plan(CHAIN, code="strict"))
-    started = [
-        event["step"] for event in Records(run.folder / "events.jsonl").read() if event["event"] == "step_started"
-    ]
-    assert started == ["one"]
+    assert started(run) == ["one"]
     assert set(states(toys, "strict").values()) == {("done", "")}
     assert toys.plan(CHAIN)[0].key == rid
 

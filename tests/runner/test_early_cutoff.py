@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.store.files import Records
+from kit.toys import started
 
 CHAIN = {
     "one": {"stage": "make"},
@@ -22,11 +22,6 @@ def toys(toys: Any) -> Any:
     """Toy stages whose first one rounds: settings 0 to 9 make the same bytes."""
     toys.add("make", "(ctx.out / 'result.txt').write_text(str(ctx.config.toy.number // 10))")
     return toys
-
-
-def started(run: Any) -> list[str]:
-    """Return the steps that a run computed."""
-    return [event["step"] for event in Records(run.folder / "events.jsonl").read() if event["event"] == "step_started"]
 
 
 def states(toys: Any, **options: Any) -> dict[str, str]:

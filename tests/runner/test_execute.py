@@ -16,15 +16,13 @@ from typing import Any
 
 import pytest
 
+from kit.toys import CHAIN, ONE
 from mlxchat.errors import DataError, Interrupted, MlxchatError, StepFailed
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import make_plan
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Record, Records
 from mlxchat.store.store import Store
-
-ONE = {"one": {"stage": "make"}}
-CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
 
 
 def states(toys: Any, **options: Any) -> dict[str, str]:

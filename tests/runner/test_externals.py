@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
+from kit.toys import ONE
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner import keys
 from mlxchat.runner.keys import FileCache
 from mlxchat.store import attempts
 from mlxchat.store.fingerprint import hash_file
-
-ONE = {"one": {"stage": "make"}}
 
 
 @dataclass

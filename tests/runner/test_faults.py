@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from kit.servers import Loopback, QuietHandler
+from kit.toys import CHAIN, ONE
 from mlxchat.config.secrets import redact
 from mlxchat.errors import DataError, Interrupted, PassingError, StepFailed
 from mlxchat.runner import run
@@ -28,8 +29,6 @@ from mlxchat.runner.run import Policy, TimeIsUp, TimeLimit, is_passing
 from mlxchat.store import attempts, files
 from mlxchat.store.files import Records
 
-ONE = {"one": {"stage": "make"}}
-CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
 RETRY = Policy(retry_attempts=3, retry_seconds=0.01)
 
 
