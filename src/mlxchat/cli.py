@@ -34,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         from mlxchat.config.secrets import redact
 
         lines = redact(str(error)).splitlines() or [type(error).__name__]
-        # A signal is no error: what was stopped, and where it continues.
+        # A signal is no error.
         head = "" if isinstance(error, Interrupted) else "error: "
         print(head + f"\n{' ' * len(head)}".join(lines), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read us has left (`mlxchat ls | head`); nothing more to say to them.
+        # The reader has closed the pipe (`mlxchat ls | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 

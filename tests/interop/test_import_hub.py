@@ -117,7 +117,7 @@ def test_a_model_that_mlx_lm_opens_answers_as_it_is(another: Path, capsys: pytes
     first = capsys.readouterr().out
     dispatch(arguments)
     assert first == capsys.readouterr().out != "\n"
-    with pytest.raises(ConfigError, match="--bits is only for models of ours"):
+    with pytest.raises(ConfigError, match="--bits requires a model of mlxchat"):
         dispatch(["chat", "--model", f"hf:{another}", "-p", "hello", "--bits", "4"])
 
 

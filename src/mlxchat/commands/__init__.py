@@ -1,1 +1,1 @@
-"""The verbs of the command line, each in a module or two."""
+"""The verbs of the command line; config/verbs.py says where each is."""

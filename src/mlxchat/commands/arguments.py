@@ -22,7 +22,7 @@ _URL = re.compile(r"[A-Za-z0-9+]+://")
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Keeps the lines of descriptions: wraps those that are too long, and leaves indented ones as they are."""
+    """Wraps the long lines of descriptions, and keeps indented ones as they are."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=min(118, shutil.get_terminal_size((118, 24)).columns - 2))
@@ -33,7 +33,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a verb's command line. What is wrong with it is one message and exit code 2.
+    """Parses a verb's command line; a mistake is one message and exit code 2.
 
     Names and settings come in any order and between options, so one positional argument takes all words, and `read`
     tells them apart.
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         self.use("[outputs=PATH]")
 
     def use(self, settings: str) -> None:
-        """Say how the settings look, for the usage line."""
+        """Set the usage line, which ends with this form of the settings."""
         self.usage = " ".join(filter(None, (self.prog, self.form, "[OPTIONS]", settings)))
 
     def take_names(
@@ -140,10 +140,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _OfComposition(argparse.Action):
-    """Keeps an option of the configuration as it was written, for `split_options`."""
+    """Keeps an option of the configuration as typed, for `split_options`."""
 
     def __call__(self, parser: Any, options: argparse.Namespace, value: Any, name: str | None = None) -> None:
-        """Add the option and its value to those that were given before."""
+        """Append the option and its value."""
         options.composition = [*options.composition, name, value]
 
 

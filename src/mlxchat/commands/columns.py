@@ -1,4 +1,4 @@
-"""Aligned columns of plain text: for eyes and for grep."""
+"""How verbs print: aligned columns of plain text, and JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def aligned(rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), indent:
 
 
 def print_json(record: Any) -> None:
-    """Print plain data for a program."""
+    """Print plain data as JSON."""
     print(visible(json.dumps(record, indent=1, ensure_ascii=False)))
 
 

@@ -51,10 +51,10 @@ def complete_for_shell(answer: TextIO | None = None) -> None:
 
 
 class _Finder(CompletionFinder):
-    """Finds what the last word of a command line may become, by the parser of its verb."""
+    """Completes the last word of a command line by the parser of its verb."""
 
     def _init_debug_stream(self) -> None:
-        """Leave file descriptor 9 alone."""
+        """Do not open file descriptor 9, which may be in use."""
 
     def _get_completions(self, comp_words: list[str], *of_last: Any) -> Any:
         verb, rest = split_verb(comp_words[1:])
@@ -77,7 +77,7 @@ def _is_word(parser: Parser, before: str, word: str) -> bool:
 
 
 def _complete_word(verb: str, words: list[str], *, prefix: str, parser: Parser, **_: Any) -> list[str]:
-    """Return what a name or a setting may become."""
+    """Return completions of a name or a setting."""
     names = [word for word in words if not is_setting(word)]
     found = [] if parser.composes and is_setting(prefix) else ["outputs="]
     if parser.first and not names:
@@ -90,7 +90,7 @@ def _complete_word(verb: str, words: list[str], *, prefix: str, parser: Parser, 
 
 
 def _complete(form: str, words: list[str], *, prefix: str, **_: Any) -> list[str]:
-    """Return what a word may become that the metavar of an option, or the form of a verb's names, describes."""
+    """Return completions of a word, by the metavar of its option or the form of its verb's names."""
     kinds = set(re.findall(r"[A-Z]+", form))
     outputs = Path(next((word[8:] for word in reversed(words) if word.startswith("outputs=")), "outputs"))
     found: list[str] = []
@@ -135,7 +135,7 @@ def _artifacts(store: Store, current: str) -> list[str]:
 
 
 def _settings(current: str, words: list[str]) -> list[str]:
-    """Return groups with their options, or keys of the configuration, that begin with what was typed."""
+    """Return config groups with their options, and keys of the configuration."""
     conf = _conf()
     own = _own_sections(words)
     group, equals, _ = current.lstrip("+").partition("=")
@@ -157,7 +157,7 @@ def _settings(current: str, words: list[str]) -> list[str]:
 
 
 def _own_sections(words: list[str]) -> dict[str, list[str]]:
-    """Return own stage → its settings, where `stages=` names some."""
+    """Return user stage → its settings, for the stages that `stages=` names."""
     if not any(word.startswith("stages=") for word in words):
         return {}
     from dataclasses import fields
@@ -175,7 +175,7 @@ def _own_sections(words: list[str]) -> dict[str, list[str]]:
 
 
 def _keys(conf: Path, current: str) -> list[str]:
-    """Return the dotted keys below what was typed, as the files of conf/settings spell them."""
+    """Return the dotted keys of the section that was typed, read from conf/settings without YAML."""
     section = current.partition(".")[0]
     if "." not in current:
         return (

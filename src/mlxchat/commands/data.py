@@ -96,7 +96,7 @@ def _fetch(options: Namespace) -> int:
     for url, sha256 in urls.items():
         try:
             fetch_url(url, sha256=sha256)
-        except (DataError, PassingError) as error:  # one address that is gone must not keep the others from us
+        except (DataError, PassingError) as error:  # the other addresses are still fetched
             faults.append(error)
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
@@ -207,7 +207,7 @@ examples:
   mlxchat data show '+sft.mixture.mine={task: jsonl, path: mine.jsonl}' --task mine
 """
 _SAMPLED = 100
-"""Conversations of a task that are rendered to tell how long its conversations are."""
+"""How many conversations of a task are rendered to estimate their mean length."""
 _MARKS = ("⟦", "⟧")
 
 
@@ -248,7 +248,7 @@ def _show(options: Namespace) -> int:
 
     from mlxchat.data.mixture import Mixture
 
-    # As the stages draw their orders.
+    # The seeds from which the stages draw their orders.
     purpose = "validation" if options.validation else "mixture"
     root = config.data_seed if options.validation else config.seed
     seed = stage_seed(root, stage, purpose) if options.seed is None else options.seed
@@ -268,7 +268,7 @@ def _show(options: Namespace) -> int:
 
 
 def _aim(settings: list[str]) -> tuple[str, str, list[str]]:
-    """Return what is shown in words, the stage that it is for, and the settings to compose."""
+    """Return a title, the stage whose data is shown, and the settings to compose."""
     chosen = dict(word.split("=", 1) for word in settings if word.startswith(("mixture=", "suite=", "stage=")))
     overrides = [word for word in settings if not word.startswith(("mixture=", "suite=", "stage="))]
     if "suite" in chosen and ("mixture" in chosen or chosen.get("stage", "eval") != "eval"):
@@ -299,7 +299,7 @@ def _trains_on_all(config: Config, stage: str) -> bool:
 
 
 def _find_tokenizer(store: Store, config: Config, named: str | None) -> tuple[Tokenizer, str]:
-    """Return a tokenizer, and what to say of it."""
+    """Return a tokenizer, and a phrase that names it."""
     from mlxchat.data.tokenizer import Tokenizer
 
     if named is not None:
@@ -324,7 +324,7 @@ def _choose(mixture: Mixture, task: str | None) -> Iterator[int]:
 
 
 def _print_table(console: Console, mixture: Mixture, tokenizer: Tokenizer) -> None:
-    """Print how many conversations there are of each task, and how long they are; means of a sample have a ~."""
+    """Print the number and the lengths of each task's conversations; means of a sample have a ~."""
     from rich import box
     from rich.table import Table
 
@@ -358,7 +358,7 @@ def _print_table(console: Console, mixture: Mixture, tokenizer: Tokenizer) -> No
 
 
 def _print_conversation(console: Console, mixture: Mixture, index: int, tokenizer: Tokenizer) -> None:
-    """Print a conversation, special tokens included, with what is trained on marked."""
+    """Print a conversation with its special tokens; marks enclose what is trained on."""
     from rich.text import Text
 
     from mlxchat.data.conversation import render_conversation
@@ -381,7 +381,7 @@ def _print_conversation(console: Console, mixture: Mixture, index: int, tokenize
 
 
 def _runs(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
-    """Yield stretches of ids that are trained on alike and are all special, or none of them."""
+    """Yield runs of ids that are all trained on or all not, and all special or all not."""
     special = set(tokenizer.special_ids.values())
     run: list[int] = []
     kind: tuple[int, bool] | None = None

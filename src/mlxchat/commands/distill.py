@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _KEY = "MLXCHAT_TEACHER_API_KEY"
 _PURPOSE = """Ask a teacher behind an OpenAI-compatible endpoint, and write its answers as a file to train on.
-Every answer is kept by the content of its request: the same command asks only for what is missing."""
+Answers are cached by the content of the request: the same command sends only the missing requests."""
 _EXAMPLES = """examples
   mlxchat distill --teacher http://localhost:8000/v1 --task gsm8k --size 200 --only-correct \\
     --system 'Explain briefly. End with #### and the number alone.' --out gsm8k_teacher.jsonl
@@ -51,7 +51,7 @@ def distill(parser: Parser) -> None:
     what.add_argument("--start", type=int, default=0, metavar="N", help="the first question used, from 0")
     what.add_argument("--size", type=int, metavar="N", help="so many questions (default: all)")
     how = parser.add_argument_group("how they are answered")
-    how.add_argument("--system", metavar="TEXT", help="what the teacher is told before each question")
+    how.add_argument("--system", metavar="TEXT", help="system prompt of each request")
     how.add_argument("--temperature", type=float, metavar="T", help="(default: the endpoint's own)")
     how.add_argument("--top-p", type=float, metavar="P", help="(default: the endpoint's own)")
     how.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer (default: 1024)")
@@ -90,7 +90,7 @@ def distill(parser: Parser) -> None:
 
 
 def _distill(options: Namespace) -> int:
-    """Ask what is missing and write the file."""
+    """Send the requests without a kept answer, and write the file."""
     body, fills, item, problems = _read(options)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -109,7 +109,7 @@ def _distill(options: Namespace) -> int:
 
 
 def _read(options: Namespace) -> tuple[dict[str, Any], dict[str, Path], TaskItem | None, list[str]]:
-    """Return fields of the body, fills, the task's line, and everything that is wrong."""
+    """Return fields of the request, fills, the task, and all problems."""
     from mlxchat.distill.mixture_file import find_out_problems
     from mlxchat.distill.teacher import find_url_problems
 
@@ -149,7 +149,7 @@ def _read(options: Namespace) -> tuple[dict[str, Any], dict[str, Path], TaskItem
 
 
 def _bounds(options: Namespace, body: dict[str, Any]) -> list[int]:
-    """Return what the fields of a request say of the longest answer; some endpoints take -1 for no bound."""
+    """Return the bounds of an answer's tokens in a request; empty if one is unbounded, such as -1."""
     fields = {"max_tokens": options.max_tokens, **body}
     given = [fields[name] for name in ("max_tokens", "max_completion_tokens") if fields.get(name) is not None]
     bounded = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in given)
@@ -198,11 +198,11 @@ def _file_problems(options: Namespace) -> Iterator[str]:
 
 
 def _task_item(options: Namespace) -> tuple[TaskItem, list[str]]:
-    """Return the task as a line of a mixture, and what is wrong with it."""
+    """Return the task as a line of a mixture, and its problems."""
     from mlxchat.config.schema import TaskItem
     from mlxchat.tasks import find_item_problems, task_class
 
-    # Tasks that make their conversations up have as many as `size` says, the others as many as there are.
+    # `size` bounds generated tasks; `stop` bounds the others.
     stop = None if options.size is None else options.start + options.size
     item = TaskItem(task=options.task, split=options.split, size=stop, start=max(0, options.start), stop=stop)
     problems = ["--fill belongs to --questions"] if options.fill else []
@@ -231,7 +231,7 @@ def _task_item(options: Namespace) -> tuple[TaskItem, list[str]]:
 def _order(
     options: Namespace, body: dict[str, Any], fills: dict[str, Path], item: TaskItem | None, key: str | None
 ) -> Order:
-    """Return what is to be done, with the questions read."""
+    """Return the order for distill, with the questions read."""
     import asyncio
 
     from mlxchat.distill.collect import Limits

@@ -90,7 +90,7 @@ def _describe(example: dict[str, Any], width: int, *, colour: bool) -> Iterator[
 
 
 def wrapped(title: str, text: str, width: int) -> Iterator[str]:
-    """Yield a text's lines, wrapped, beside its title."""
+    """Yield the wrapped lines of a text, the first beside a title."""
     text = printable(text)
     if len(text) > _MOST_CHARS:
         text = f"{text[: _MOST_CHARS // 2]} […] {text[-_MOST_CHARS // 2 :]}"
@@ -107,12 +107,12 @@ def wrapped(title: str, text: str, width: int) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """Return generated text as people read it; nothing in it can move the cursor or change colours."""
+    """Return generated text for a terminal, with control characters written out."""
     return visible(with_calls(text).replace("\t", "    "))
 
 
 def _details(details: dict[str, Any]) -> str:
-    """Return what else is known, in one line for each thing; numbers short."""
+    """Return an example's further details, one line each, with short numbers."""
     lines = []
     for name, value in details.items():
         if isinstance(value, dict):
@@ -135,7 +135,7 @@ def show_rollouts(folder: Path, *, which: str, count: int, iteration: int | None
         folder: of the artifact, which holds rollouts.
         which: wrong, right or all answers; questions that have none of them are left out.
         count: questions at most.
-        iteration: whose; None: the last one's, and those before it where it has fewer.
+        iteration: of these answers; None: the last iteration, and earlier ones where it has too few.
 
     Raises:
         ConfigError: nothing was kept of that iteration.
@@ -230,7 +230,7 @@ def _samples(options: Namespace) -> int:
 
 
 def _find_samples(store: Store, name: str) -> tuple[str, Path]:
-    """Return what the samples of a name are of, and their file: of a step in progress, else of an artifact.
+    """Return a title and the file of the samples: of a step in progress, else of an artifact.
 
     Raises:
         DataError: there are no samples.

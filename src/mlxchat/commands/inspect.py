@@ -74,7 +74,7 @@ def _run_named(store: Store, name: str) -> str:
 
 
 def _describe_work(store: Store, folder: Path) -> Row:
-    """Return who makes a step now, or how its last attempt ended, and how far it got."""
+    """Return a step's process or how its last attempt ended, and the progress."""
     from mlxchat.store import attempts, locks
 
     key = folder.name
@@ -148,7 +148,7 @@ def _command(store: Store, run: str) -> str | None:
 
 
 def _ranks(store: Store, run: str) -> Row | None:
-    """Return which ranks compute in a run: size, backend, hosts, pids; None: it is one process."""
+    """Return the ranks of a run: size, backend, hosts, pids; None: one process."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads((store.outputs / "runs" / run / "ranks.json").read_text(encoding="utf-8"))
         return {key: found[key] for key in ("size", "backend", "hosts", "pids")}
@@ -163,7 +163,7 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _last_record(path: Path) -> Row:
-    """Return the last whole record of a file that may be long and is being written."""
+    """Return the last whole record of a file that may be large and in use."""
     for line in reversed(_end_of(path).split(b"\n")):
         try:
             record = json.loads(line)
@@ -298,13 +298,13 @@ def show(parser: Parser) -> None:
 
 
 def _show(options: Namespace) -> int:
-    """Print an artifact's manifest for people, or with --json as it is; or an evaluation's examples, or RL's."""
+    """Print an artifact's manifest, or the examples of an evaluation or RL."""
     if options.n < 1:
         raise ConfigError(f"-n is {options.n}, expected at least 1")
     store = Store(options.outputs)
     place = store.resolve(options.names[0])
     if options.examples is not None:
-        from mlxchat.commands.examples import show_examples, show_rollouts  # which needs a reader of parquet
+        from mlxchat.commands.examples import show_examples, show_rollouts  # imports take a while
         from mlxchat.evals.examples import has_rollouts
 
         if has_rollouts(place):
@@ -422,7 +422,7 @@ def _lineage(options: Namespace) -> int:
 
 
 def _draw(tree: Node, below: str) -> list[str]:
-    """Return a tree's lines. What stands at several places is followed at the first."""
+    """Return a tree's lines; the branch of an artifact that occurs twice is drawn once."""
     seen: set[str] = set()
 
     def lines(node: Node, before: str, branch: str, further: str) -> Iterator[str]:
@@ -499,7 +499,7 @@ def _show_pair(a: Path | None, b: Path | None) -> None:
 
 
 def _change(old: Any, new: Any) -> str:
-    """Return old → new, in six digits where those tell them apart."""
+    """Return old → new, with six digits unless both would look the same."""
     short = [f"{value:.6g}" if isinstance(value, float) else show_value(value) for value in (old, new)]
     return " → ".join(short if short[0] != short[1] else [show_value(old), show_value(new)])
 
@@ -567,7 +567,7 @@ def _manifests(store: Store, names: Iterable[str]) -> list[Manifest]:
 
 
 def _faults_below(place: Path) -> list[str]:
-    """Return what keeps adapters, whose own files are right, from being computed with what they rest on."""
+    """Return why adapters with intact files cannot be used: a fault of their base model."""
     from mlxchat.store.bases import find_chain, is_adapter
 
     if not is_adapter(place):

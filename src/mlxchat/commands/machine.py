@@ -226,7 +226,7 @@ def _bench(options: Namespace) -> int:
 
 
 def _keep(kind: str, record: dict[str, Any], settings: list[str], outputs: Path) -> None:
-    """Keep what was measured for the reports of an outputs folder, if there is one."""
+    """Save the result in outputs/bench for reports, if the outputs folder exists."""
     if not outputs.is_dir():
         return
     time = now()

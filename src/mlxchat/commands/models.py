@@ -90,7 +90,7 @@ def _write_model(
     exporting.check_export(checkpoint, target, bits=bits, dtype=dtype)
     for each in (place, *checkpoint.bases):
         if damage := list(find_damage(each, read_manifest(each))):
-            raise StoreError(f"{each.name} is not what was published: {damage[0]}. mlxchat verify tells more")
+            raise StoreError(f"{each.name} is not what was published: {damage[0]}. See: mlxchat verify")
     with ExitStack() as opened:
         if kept := path is not None:
             to = path
@@ -114,7 +114,7 @@ def _write(
     store: Store, place: Path, checkpoint: Checkpoint, target: str, out: Path, *, bits: int | None,
     dtype: str | None, repository: str | None,
 ) -> list[str]:  # fmt: skip
-    """Write an export's files and its model card; return what is to be told of it."""
+    """Write an export's files and its model card; return notes for the user."""
     from mlxchat.interop import exporting
     from mlxchat.report.card import render_card
     from mlxchat.store.fingerprint import hash_file
@@ -160,7 +160,7 @@ _MONTHS = {"oct2025": "October 2025", "jul2026": "July 2026"}
 
 
 def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], list[str]]:
-    """Return how adapters and their base, in the format `form`, are used together, and what is to be told of them."""
+    """Return the card's words on using adapters with their base in the format `form`, and notes for the user."""
     from mlxchat.interop.exporting import needs_model_file
 
     base, *below = checkpoint.bases
@@ -180,7 +180,7 @@ def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], l
 
 
 def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:
-    """Return where nanochat's scripts look for such a model, and which of them runs it."""
+    """Return the card's words on nanochat: the folder of the model, and the script that runs it."""
     stage = str(checkpoint.facts.get("stage"))
     source = {"sft": "chatsft", "rl": "chatrl", "midtrain": "mid"}.get(stage, "chatsft") if checkpoint.chats else "base"
     if snapshot == "jul2026" and source == "mid":
@@ -235,7 +235,7 @@ def import_model(parser: Parser) -> None:
     add("--name", help="what to call it (default: the last part of WHAT)")
     add("--revision", default="main", help="commit, tag or branch of the repository (default: main)")
     add("--step", type=int, help="nanochat: which of several checkpoints (default: the last)")
-    add("--chat", action=BooleanOptionalAction, help="whether it has learnt to chat (default: what its files say)")
+    add("--chat", action=BooleanOptionalAction, help="whether it is a chat model (default: what its files say)")
     add("--base", metavar="ID", help="adapter: the model of ours that they were trained on")
     add("--replace", action="store_true", help="let the name stand for this model from now on")
     add("--forget", metavar="IMPORT", help="let import:IMPORT stand for nothing; gc may then remove it")
@@ -243,7 +243,7 @@ def import_model(parser: Parser) -> None:
 
 
 def _import_model(options: Namespace) -> int:
-    """Take in a model, unless it is there, and give it a name."""
+    """Import a model, unless the store holds it, and name it."""
     store = Store(options.outputs)
     if options.forget is not None:
         return _forget(store, options.forget)
@@ -344,7 +344,7 @@ def fuse(parser: Parser) -> None:
 
 
 def _fuse(options: Namespace) -> int:
-    """Fuse a checkpoint that holds adapters, unless that was done before, and say what it is called."""
+    """Fuse a checkpoint with adapters, unless the store holds the result, and print its name."""
     store = Store(options.outputs)
     place = find_model(store, options.names[0]).place
     if not is_adapter(place):
@@ -425,10 +425,10 @@ def _chat(options: Namespace) -> int:
 
 
 def _chat_with_another(options: Namespace) -> int:
-    """Chat with a model that is none of ours, by mlx-lm."""
+    """Chat with a third-party model through mlx-lm."""
     refused = [f"--{name.replace('_', '-')}" for name in ("python_tool", "bits", "kv_bits") if getattr(options, name)]
     if refused:
-        raise ConfigError(f"{', '.join(refused)} is only for models of ours; {options.model} is run by mlx-lm as it is")
+        raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {options.model}")
     from mlxchat.interop.outside_folder import outside_folder
     from mlxchat.terminal.outside import OutsideChat
 
@@ -445,7 +445,7 @@ def _chat_with_another(options: Namespace) -> int:
 
 
 def _python_tool() -> PythonTool:
-    """Return what runs the programs of answers.
+    """Return the tool that runs the Python of answers.
 
     Raises:
         ConfigError: this machine cannot confine them.

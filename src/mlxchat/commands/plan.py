@@ -289,7 +289,7 @@ def _explain(options: Namespace) -> int:
 
 
 def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
-    """Return what is declared of a stage, and the settings of its own section: key → value and what it means.
+    """Return a stage's declarations and the settings of its section: key → value and meaning.
 
     Args:
         name: of a stage, or of a step of the configuration's pipeline, whose own settings count.
@@ -332,7 +332,7 @@ def _row_of_setting(name: str, entry: Any) -> list[str]:
 
 
 def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield dotted key → value and meaning of a section, those of its parts included."""
+    """Yield dotted key → value and meaning of a section and its subsections."""
     from mlxchat.store.fingerprint import plain_of
 
     meanings = _meanings(section.__class__)
@@ -346,13 +346,13 @@ def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 @cache
 def _meanings(kind: type[object]) -> dict[str, str]:
-    """Return field → the first sentence of the text below it in the source of a dataclass."""
+    """Return field → the first sentence of its docstring in the source of a dataclass."""
     found: dict[str, str] = {}
     for each in reversed(kind.__mro__[:-1]):
         try:
             tree = ast.parse(inspect.getsource(importlib.import_module(each.__module__)))
         except (ImportError, OSError, TypeError):
-            continue  # a class that was made while running
+            continue  # a class without source
         body = next(
             (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == each.__name__), []
         )
@@ -386,7 +386,7 @@ def _graph(options: Namespace) -> int:
 
 
 def draw_mermaid(plan: list[PlannedStep]) -> str:
-    """Return a Mermaid flowchart, steps that are done, waited for or perhaps not needed filled."""
+    """Return a Mermaid flowchart; finished, waiting and undecided steps are coloured."""
     lines = ["flowchart LR"]
     for step in plan:
         lines.append(f"  {step.name}[{step.name}]{f':::{step.state}' if step.state in _COLOURS else ''}")
@@ -425,7 +425,7 @@ def draw_json(plan: list[PlannedStep]) -> str:
 
 
 def draw_tree(plan: list[PlannedStep]) -> str:
-    """Return the steps as a tree: each hangs on the input that is made last; further inputs are named beside it."""
+    """Return the steps as a tree: the parent of a step is its last input; further inputs are named beside it."""
     position = {step.name: index for index, step in enumerate(plan)}
     parent = {step.name: max(step.inputs.values(), key=lambda source: position[source]) for step in plan if step.inputs}
     lines: list[str] = []

@@ -223,7 +223,7 @@ def _write_report(title: str, reports: list[RunReport], titles: list[str], out: 
 
 
 def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], list[str]]:
-    """Return a title, the reports that the names mean, and what each is called beside the others.
+    """Return a title, the reports of the names, and a short name for each.
 
     Raises:
         ConfigError: runs and artifacts are mixed.

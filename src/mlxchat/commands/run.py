@@ -27,7 +27,7 @@ def run(parser: Parser) -> None:
     add = parser.add_argument
     add("--multirun", "-m", action="store_true", help="sweep over comma-separated values: a run for each")
     add("--fail-fast", action="store_true", help="a step that fails stops the others too")
-    add("--run", "-r", action="store_true", help=SUPPRESS)  # Hydra's word for what happens anyway
+    add("--run", "-r", action="store_true", help=SUPPRESS)  # accepted, since Hydra has it; it changes nothing
     add("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed configuration")
     add("--package", "-p", metavar="SECTION", help="with --cfg: this section alone")
     add("--resolve", action="store_true", help="with --cfg: references resolved")
@@ -110,7 +110,7 @@ def _run_with_hydra(options: Namespace) -> int:
 
     @hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name="config")
     def nothing(composed: DictConfig) -> None:
-        """Be what Hydra would run after it has printed."""
+        """Do nothing: Hydra has printed."""
 
     argv, sys.argv = sys.argv, ["mlxchat", *arguments]
     try:
