@@ -395,8 +395,8 @@ def test_completion_knows_verbs_options_groups_keys_and_artifacts(
     assert complete("mlxchat graph --format m") == {"mermaid"}
     assert complete("mlxchat graph --format=m") == {"--format=mermaid"}
     assert complete("mlxchat completion z") == {"zsh"}
-    assert complete("mlxchat -m hyd") == {"hydra/launcher="}
-    assert complete("mlxchat -m hydra/launcher=") == {"hydra/launcher=slurm"}
+    assert complete("mlxchat -m execu") == {"executor="}
+    assert complete("mlxchat -m executor=s") == {"executor=slurm", "executor=submitit_local"}
     assert complete("mlxchat import ") == {"adapter", "hf", "nanochat", "outputs="}
     assert complete("mlxchat export first --to mlx") == {"mlx", "mlx-adapter"}
     assert complete(f"mlxchat import adapter {place} --base fir") == {"first"}

@@ -94,6 +94,7 @@ NEVER = (
     "stages",  # where they are found; what a stage is, its own key says
     "adapter",  # what each stage takes of it is its own
     "machine",
+    "executor",
     "tracker",
     "bench",
     "name",

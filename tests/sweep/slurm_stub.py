@@ -25,18 +25,21 @@ def sbatch(arguments: list[str]) -> None:
     (STATE / f"script-{number}").write_text(script.read_text())
     lines = re.findall(r"^#SBATCH (.*)$", script.read_text(), re.MULTILINE)
     flags = dict(re.findall(r"--([\w-]+)=(\S+)", " ".join(lines)))
-    last, parallel = re.fullmatch(r"0-(\d+)(?:%(\d+))?", flags["array"]).groups("2")
-    for task in range(int(last) + 1):
-        write(f"{number}_{task}", "PENDING")
+    jobs, parallel = [str(number)], "1"
+    if "array" in flags:
+        last, parallel = re.fullmatch(r"0-(\d+)(?:%(\d+))?", flags["array"]).groups("2")
+        jobs = [f"{number}_{task}" for task in range(int(last) + 1)]
+    for job in jobs:
+        write(job, "PENDING")
     subprocess.Popen(
-        [sys.executable, __file__, "controller", str(number), str(int(last) + 1), parallel],
+        [sys.executable, __file__, "controller", parallel, *jobs],
         start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     print(f"Submitted batch job {number}")
 
 
-def controller(number: str, count: str, parallel: str) -> None:
-    waiting, running = [f"{number}_{task}" for task in range(int(count))], {}
+def controller(parallel: str, *jobs: str) -> None:
+    waiting, running = list(jobs), {}
     while waiting or running:
         for job in [each for each in waiting if read(each) == "CANCELLED"]:
             waiting.remove(job)
@@ -60,7 +63,8 @@ def begin(job: str) -> subprocess.Popen[bytes]:
     write(job, "RUNNING")
     number, _, task = job.partition("_")
     variables = {
-        "SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": task, "SLURM_NTASKS": "1",
+        "SLURM_JOB_ID": job, **({"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": task} if task else {}),
+        "SLURM_NTASKS": "1",
         "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
         "SLURM_JOB_NODELIST": "node1",
     }  # fmt: skip
@@ -80,7 +84,9 @@ def srun(arguments: list[str]) -> None:
         flag = arguments.pop(0)
         if flag in ("--output", "--error"):
             places[flag] = arguments.pop(0)
-    names = {"%A": os.environ["SLURM_ARRAY_JOB_ID"], "%a": os.environ["SLURM_ARRAY_TASK_ID"], "%t": "0"}
+    job = os.environ["SLURM_JOB_ID"]
+    number, _, task = job.partition("_")
+    names = {"%A": number, "%a": task, "%j": job, "%t": "0"}
     for descriptor, flag in ((1, "--output"), (2, "--error")) if places else ():
         place = places.get(flag, places["--output"])
         for short, text in names.items():

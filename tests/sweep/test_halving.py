@@ -35,39 +35,51 @@ def halved(
     command = [*tiny, *SETTINGS, f"outputs={outputs}"]
     done = mlxchat(*command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "after 2 iterations 2 of 4 trials go on" in done.stdout
     return outputs, command
 
 
-def test_the_worse_half_stops_at_each_rung(halved: tuple[Path, list[str]]) -> None:
+def expected_end(number: int, rows: dict[int, dict[str, Any]]) -> int | None:
+    """Return the iteration at which a trial must stop: where at a rung it is not in the best half of those so far."""
+    curves = {each: {int(at): value for at, value in row["curve"].items()} for each, row in rows.items()}
+    rungs = [2**power for power in range(4)]
+
+    def at_rung(each: int, rung: int) -> float | None:
+        return next((value for at, value in sorted(curves[each].items()) if at >= rung), None)
+
+    for at in sorted(curves[number]):
+        for rung in (rung for rung in rungs if rung <= at):
+            reached = [value for each in range(1, number + 1) if (value := at_rung(each, rung)) is not None]
+            own = at_rung(number, rung)
+            assert own is not None
+            if own > sorted(reached)[max(1, len(reached) // 2) - 1]:
+                return at
+    return None
+
+
+def test_a_trial_stops_at_a_rung_unless_it_is_among_the_best_there(halved: tuple[Path, list[str]]) -> None:
     rows = rows_of(halved[0])
-    assert sorted((row["status"], row.get("iterations")) for row in rows.values() if row["status"] == "pruned") == [
-        ("pruned", 2), ("pruned", 2), ("pruned", 4),
-    ]  # fmt: skip
-    (best,) = (row for row in rows.values() if row["status"] == "done")
-    at_two = {number: row["curve"]["2"] for number, row in rows.items()}
-    pruned_first = {number for number, row in rows.items() if row.get("iterations") == 2}
-    assert max(at_two[number] for number in rows if number not in pruned_first) <= min(
-        at_two[number] for number in pruned_first
-    )
+    assert {row["status"] for row in rows.values()} == {"pruned", "done"}
+    assert {number: row.get("iterations") for number, row in rows.items()} == {
+        number: expected_end(number, rows) for number in rows
+    }
     attempts = [len(path.read_text().splitlines()) for path in (halved[0] / "work").glob("*/attempts.jsonl")]
-    assert len(attempts) == 3, "each pruned trial keeps its state"
-    assert best["value"] < min(at_two.values())
+    pruned = sum(row["status"] == "pruned" for row in rows.values())
+    assert len(attempts) == pruned, "each pruned trial keeps its state"
 
 
 def test_a_pruned_trial_goes_on_from_its_state_when_its_settings_are_run(
     halved: tuple[Path, list[str]], mlxchat: CommandLine
 ) -> None:
     outputs, command = halved
-    row = next(row for row in rows_of(outputs).values() if row.get("iterations") == 4)
+    row = next(row for row in rows_of(outputs).values() if row["status"] == "pruned")
     rate = row["overrides"]["optimizer.matrix_lr"]
     settings = [item for item in command if not item.startswith(("sweep", "optimizer.matrix_lr"))]
     done = mlxchat(*settings, f"optimizer.matrix_lr={rate}", "stage=pretrain")
     assert done.returncode == 0, done.stdout + done.stderr
     manifests = [json.loads(path.read_text()) for path in (outputs / "store").glob("pretrain-*/manifest.json")]
     (made,) = (each for each in manifests if each["config"]["optimizer"]["matrix_lr"] == rate)
-    assert made["attempts"][-1]["resumed_from"] == 4
-    assert [each["outcome"] for each in made["attempts"]] == ["interrupted", "interrupted", "done"]
+    assert made["attempts"][-1]["resumed_from"] == row["iterations"]
+    assert [each["outcome"] for each in made["attempts"]] == ["interrupted", "done"]
 
 
 def test_the_same_halving_again_trains_nothing(halved: tuple[Path, list[str]], mlxchat: CommandLine) -> None:
@@ -96,37 +108,34 @@ def test_a_halving_that_was_killed_ends_with_the_same_trials(
     assert results(tmp_path / "outputs") == results(halved[0])
 
 
-def curve(values: dict[str, Any], iteration: int) -> float:
-    """A loss that falls with the iterations to a floor that depends on the rate."""
-    return float(values["optimizer.matrix_lr"] + 1 / (1 + iteration))
-
-
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_most_iterations_go_to_the_best_trials(direction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = "optimizer.matrix_lr=interval(0.1,2)"
-    settings = ["sweep=halving", "sweep.trials=9", "sweep.first_rung=10", "experiment=smoke", space]
+    settings = ["sweep=halving", "sweep.trials=27", "sweep.first_rung=10", "experiment=smoke", space]
     search = searching._prepare([*settings, f"sweep.direction={direction}", f"outputs={tmp_path}"], [])
     assert search is not None
-    trained = dict.fromkeys(range(1, 10), 0)
     sign = 1 if direction == "minimize" else -1
 
-    def run_to(search: Any, number: int, values: dict[str, Any], rung: int) -> Any:
-        trained[number] = rung
-        return {"job": number, "overrides": values, "metrics": {}}, (rung, sign * curve(values, rung))
+    def run_trial(search: Any, number: int, trial: Any) -> Any:
+        """Train for 270 iterations; the loss falls to a floor that depends on the rate."""
+        row = {"job": number, "overrides": trial.params, "metrics": {}, "status": "done"}
+        for iteration in range(10, 271, 10):
+            value = sign * (trial.params["optimizer.matrix_lr"] + 1 / iteration)
+            trial.report(value, iteration)
+            if trial.should_prune():
+                row["status"] = "pruned"
+                break
+        return row | {"value": value, "iterations": iteration}, value
 
-    def run_trial(search: Any, number: int, values: dict[str, Any]) -> Any:
-        trained[number] = 1000
-        value = sign * curve(values, 1000)
-        return {"job": number, "overrides": values, "metrics": {}, "status": "done", "value": value}, value
-
-    monkeypatch.setattr(searching, "_run_to", run_to)
     monkeypatch.setattr(searching, "_run_trial", run_trial)
     search.folder.mkdir(parents=True)
     trials = Trials(search.folder / "journal.log", search.direction)
-    searching._halve(search, trials)
-    assert sorted(trained.values()) == [10] * 6 + [30] * 2 + [1000]
-    rates = {row["job"]: row["overrides"]["optimizer.matrix_lr"] for row in trials.rows()}
-    assert max(trained, key=lambda number: trained[number]) == min(rates, key=lambda number: rates[number])
+    searching._run_trials(search, trials)
+    rows = trials.rows()
+    best = min(rows, key=lambda row: float(row["overrides"]["optimizer.matrix_lr"]))
+    assert best["iterations"] == 270
+    assert sum(row["iterations"] for row in rows) < 27 * 270 / 2
+    assert [trial.state.name for trial in trials.study.trials].count("PRUNED") > 27 / 2
 
 
 def test_a_metric_of_the_end_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("optuna")
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from mlxchat.errors import ConfigError, StoreError
-from mlxchat.sweep.search import Trials
+from mlxchat.sweep.search import Trials, ask
 
 DEFINITION = {"metric": "pretrain.val_bpb", "space": {"a": "float 0..1"}, "fixed": {"seed": 1, "b": 2.5}}
 SPACE: Any = {"a": FloatDistribution(0.0, 1.0), "m": CategoricalDistribution(("d2", "d4"))}
@@ -30,7 +30,10 @@ def path(tmp_path: Path) -> Path:
     trials.begin(DEFINITION)
     trials.add(SPACE, row(1, "done", a=0.1, m="d2"), 1.5)
     trials.add(SPACE, row(2, "failed", a=0.2, m="d4"), None)
-    trials.add(SPACE, row(3, "pruned", a=1e-7, m="d2"), 1.2, {50: 1.1, 150: 1.2})
+    asked = ask(SPACE, trials.study.trials, number=3, seed=0, random_trials=1, direction="maximize")
+    asked.report(1.1, 50)
+    asked.report(1.2, 150)
+    trials.add(SPACE, row(3, "pruned", a=1e-7, m="d2"), 1.2, asked)
     return trials.path
 
 

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kit.commands import CommandLine
 from mlxchat.cli import main
-from mlxchat.sweep.search import Trials, choose
+from mlxchat.sweep.search import Trials, ask
 
 SEARCH = [
     "sweep=tpe", "sweep.trials=4", "sweep.random_trials=2", "sweep.name=s",
@@ -232,7 +232,7 @@ def bowl(values: dict[str, Any]) -> float:
 
 def chosen(told: list[FrozenTrial], seed: int, *, random_trials: int) -> dict[str, Any]:
     number = len(told) + 1
-    return choose(SPACE, told, number=number, seed=seed, random_trials=random_trials, direction="minimize")
+    return ask(SPACE, told, number=number, seed=seed, random_trials=random_trials, direction="minimize").params
 
 
 def searched(count: int, seed: int, *, random_trials: int) -> list[FrozenTrial]:

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
+from mlxchat.composition.compose import compose_config
 from mlxchat.errors import Interrupted
+from mlxchat.runner import executors
 from mlxchat.store import locks
 from mlxchat.store.manifest import read_manifest
 from mlxchat.sweep import launchers
 from mlxchat.sweep.results import SweepFolder
 
-pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+pytest.importorskip("submitit")
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -58,21 +60,27 @@ def sweep(stub: Path, outputs: Path, tiny: tuple[str, ...], start_mlxchat: Any) 
 
     def start(*overrides: str, parallel: int = 2) -> subprocess.Popen[str]:
         return start_mlxchat(  # type: ignore[no-any-return]
-            "-m", *tiny, "stage=pretrain", "machine.checkpoint_seconds=0", *overrides, "hydra/launcher=slurm",
-            f"hydra.launcher.array_parallelism={parallel}", "hydra.launcher.timeout_min=5", f"outputs={outputs}",
+            "-m", *tiny, "stage=pretrain", "machine.checkpoint_seconds=0", *overrides, "executor=slurm",
+            f"executor.array_parallelism={parallel}", "executor.timeout_min=5", f"outputs={outputs}",
         )  # fmt: skip
 
     return start
 
 
+def script_of_array(stub: Path) -> Path:
+    """Return the script of the job array; what the jobs share ran before, each step in a job of its own."""
+    return max(stub.glob("script-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
 def pid_of(stub: Path, number: int, process: subprocess.Popen[str], outputs: Path, saves: int = 1) -> int:
-    """Wait until so many trainings have saved a state, and return the process of a task of the first job array."""
+    """Wait until so many trainings have saved a state, and return the process of a task of the job array."""
     end = time.monotonic() + 900
     while len(list((outputs / "work").glob("*/ckpt/[0-9]*/state.json"))) < saves:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "no training has saved anything"
         time.sleep(0.1)
-    return int((stub / f"pid-1000_{number}").read_text())
+    array = script_of_array(stub).name.partition("-")[2]
+    return int((stub / f"pid-{array}_{number}").read_text())
 
 
 def attempts(outputs: Path) -> list[dict[str, Any]]:
@@ -89,7 +97,7 @@ def test_jobs_in_a_queue_give_the_table_of_jobs_in_this_process(
     process = sweep(*settings)
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
-    script = (stub / "script-1000").read_text()
+    script = script_of_array(stub).read_text()
     for line in ("--array=0-1%2", "--requeue", "--signal=USR2@120", "--time=5"):
         assert f"#SBATCH {line}" in script
     rows = type(swept)(outputs).rows()
@@ -105,7 +113,7 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on(
 ) -> None:
     process = sweep("pretrain.num_iterations=120", "optimizer.matrix_lr=0.01,0.03", parallel=1)
     pid = pid_of(stub, 0, process, outputs)
-    script = (stub / "script-1000").read_text()
+    script = script_of_array(stub).read_text()
     for line in ("--array=0-1%1", "--requeue", "--signal=USR2@120", "--time=5"):
         assert f"#SBATCH {line}" in script
     for name in signals.split():
@@ -155,7 +163,7 @@ def test_the_queues_word_stops_the_run_once_and_what_follows_does_not_end_it_uns
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     signal.signal(signal.SIGUSR2, lambda number, frame: queued.append(number))
     try:
-        with launchers._leaving() as leave:
+        with executors.queue_signals() as leave:
             os.kill(os.getpid(), signal.SIGUSR2)
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR2)
@@ -169,19 +177,12 @@ def test_the_queues_word_stops_the_run_once_and_what_follows_does_not_end_it_uns
             signal.signal(number, handler)
 
 
-def test_a_node_that_does_not_see_the_sweeps_lock_says_so_in_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
+def test_a_node_that_does_not_see_the_sweeps_lock_says_so_in_its_row(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     jobs = {"7": {"overrides": ["seed=2"], "settings": {"seed": 2}}}
     folder.write_state({"parent": {"pid": 1, "host": "head", "cwd": "/"}, "jobs": jobs, "pending": [7], "made": []})
-    chosen = {"sweep": {"dir": str(tmp_path)}, "job": {"num": 0}, "runtime": {"choices": {}}}
-    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: OmegaConf.create(chosen)))
     assert not locks.is_held(folder.lock)
-    launchers.run_launched(OmegaConf.create({"sweep": {"job": 7, "metric": None}}))
+    launchers.run_elsewhere(folder, 7, None)
     (row,) = folder.rows().values()
     assert (row["status"], row["job"]) == ("failed", 7)
     assert "does not see the lock of the sweep, which process 1 on head holds" in row["error"]
@@ -200,11 +201,12 @@ def test_an_interruption_by_the_queue_leaves_no_row_and_does_not_stop_the_sweep(
     folder = SweepFolder(tmp_path / "sweep")
     folder.write_state({})
     overrides = [*tiny, "stage=tokenizer", f"outputs={tmp_path}/outputs"]
+    prepare = lambda: (compose_config(overrides), [])  # noqa: E731
     with locks.hold(folder.lock, {}, lambda owner: None):
         with pytest.raises(SystemExit):
-            launchers.run_job(folder, 1, overrides, [], set(), leave)
+            launchers.run_job(folder, 1, overrides, prepare, leave)
         assert (folder.rows(), folder.stop()) == ({}, None)
-        launchers.run_job(folder, 1, overrides, [], set(), lambda: "timed out too often.")
+        launchers.run_job(folder, 1, overrides, prepare, lambda: "timed out too often.")
         assert folder.rows()[1]["error"] == "its time was up, and it is not queued again: timed out too often."
         assert folder.stop() is None
 

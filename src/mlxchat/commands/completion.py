@@ -149,9 +149,8 @@ def _settings(current: str, words: list[str]) -> list[str]:
         elif group == "stage":
             names = ["all", *_stages(words)]
         return [f"{current.partition('=')[0]}={name}" for name in names]
-    others = ("settings", "hydra", "__pycache__")
+    others = ("settings", "__pycache__")
     groups = ["stage=", *(f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in others)]
-    groups += [f"hydra/{name}=" for name in _names(conf / "hydra")]
     keys = [f"{name}.{key}" for name, names in own.items() for key in names] if current else []
     return [*groups, *(key if key.endswith(".") else f"{key}=" for key in [*_keys(conf, current), *keys])]
 

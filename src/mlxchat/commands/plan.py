@@ -53,14 +53,14 @@ def _plan(options: Namespace) -> int:
     from mlxchat.ops.machine import device_kind
     from mlxchat.planning.downloads import find_downloads
     from mlxchat.planning.duration import estimate_pretraining
-    from mlxchat.planning.memory import check_memory, describe_memory, remark_apart
+    from mlxchat.planning.memory import describe_memory, remark_apart
     from mlxchat.planning.text import describe_text
     from mlxchat.runner.keys import find_unknown
     from mlxchat.runner.reasons import estimate_steps, format_plan
     from mlxchat.store.compare import environment_drift
     from mlxchat.store.gc import remark_old
     from mlxchat.store.store import Store
-    from mlxchat.sweep.job import plan_of
+    from mlxchat.sweep.job import find_executors, place_steps, plan_of
 
     composed = compose_config(*split_options(options.settings))
     config, store = composed.config, Store(Path(composed.config.outputs))
@@ -94,7 +94,8 @@ def _plan(options: Namespace) -> int:
             for step in plan
             if (found := find_unknown(step.externals))
         }
-        for further in (describe_text(config, plan, store), forecast, drifted, unknown):
+        elsewhere = {name: f"by {executor.kind}" for name, executor in find_executors(config, plan).items()}
+        for further in (elsewhere, describe_text(config, plan, store), forecast, drifted, unknown):
             for name, text in further.items():
                 remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
         if (old := remark_old(store)) is not None:
@@ -103,7 +104,7 @@ def _plan(options: Namespace) -> int:
             print(line)
         for line in (format_plan(plan, remarks, estimates), *remark_apart(config, plan)):
             print(line, flush=True)
-    check_memory(config, plan)
+    place_steps(config, plan)
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
 
 

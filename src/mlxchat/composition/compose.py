@@ -326,9 +326,8 @@ def describe_options(options: list[str]) -> str:
 
 
 def group_names() -> list[str]:
-    """Return the config groups that ship with mlxchat; conf/hydra only adds to a group of Hydra's own."""
-    names = (entry.name for entry in conf_folder().iterdir() if entry.is_dir() and entry.name[0] not in "._")
-    return sorted(name for name in names if name != "hydra")
+    """Return the config groups that ship with mlxchat."""
+    return sorted(entry.name for entry in conf_folder().iterdir() if entry.is_dir() and entry.name[0] not in "._")
 
 
 def _refusals() -> tuple[type[Exception], ...]:

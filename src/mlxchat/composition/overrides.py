@@ -10,8 +10,8 @@ from mlxchat.config.schema import Config
 
 # Groups of the defaults list, where `+` would add a second entry.
 _LISTED_GROUPS = (
-    "pipeline", "model", "architecture", "optimizer", "corpus", "adapter", "rl", "suite", "core", "machine", "tracker",
-    "sweep", "experiment",
+    "pipeline", "model", "architecture", "optimizer", "corpus", "adapter", "rl", "suite", "core", "machine", "executor",
+    "tracker", "sweep", "experiment",
 )  # fmt: skip
 # Several values, which -m makes jobs of; a comma in quotation marks is none of theirs.
 _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
@@ -24,7 +24,7 @@ def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool
     - `+experiment=smoke` becomes `experiment=smoke`.
     - One value for a list (`force=sft`) becomes a list of one.
     - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`), and of a step's settings
-      (`pipeline.sft.with.num_epochs=2`), needs no `+`.
+      (`pipeline.sft.with.num_epochs=2`, `pipeline.sft.executor=slurm`), needs no `+`.
     - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf merges a new task, but sets none.
     """
     implied = implied_experiment(overrides) if imply else []
@@ -56,7 +56,7 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
         return f"{name}={value}"
     if _is_list(name, schema) and value and value not in ("null", "[]") and not re.match(r"[\[{$]", value):
         return f"{key}={value}" if _SWEEPS.match(value) else f"{key}=[{value}]"
-    of_step = re.fullmatch(r"pipeline\.\w+\.with(\.\w+)*", name)
+    of_step = re.fullmatch(r"pipeline\.\w+\.(with|executor)(\.\w+)*", name)
     if key == name and (of_step or _starts_empty(name.rpartition(".")[0], schema)):
         key = f"++{name}"
     elif key == name and (name == "rl.rewards" or name.startswith("rl.rewards.")) and value.startswith("{"):

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from mlxchat.composition.sections import config_of
+from mlxchat.composition.sections import config_of, executor_of
 from mlxchat.config.parts import is_own, load_part, part_file
 from mlxchat.config.schema import (
     ADAMW_GROUPS,
+    EXECUTORS,
     BatchConfig,
     Config,
+    ExecutorConfig,
     FinetuneConfig,
+    MachineConfig,
     OptimizerConfig,
     RewardConfig,
     RLConfig,
@@ -93,11 +96,27 @@ def _execution(config: Config) -> Iterator[str]:
             f"machine.num_processes is {config.machine.num_processes} and machine.max_parallel_steps "
             f"{config.machine.max_parallel_steps}: either processes compute one step together, or each one of its own"
         )
+    yield from _executor("executor", config.executor, config.machine)
+    for step in (step for step, entry in config.pipeline.items() if "executor" in entry):
+        try:
+            yield from _executor(f"pipeline.{step}.executor", executor_of(config, step), config.machine)
+        except ConfigError as error:
+            yield from str(error).splitlines()
     for name in ("on_start", "on_success", "on_failure"):
         target = getattr(config.hooks, name)
         parts = target if isinstance(target, list) and target else [target]
         if target is not None and not all(isinstance(part, str) and part for part in parts):
             yield f"hooks.{name} is {target!r}, expected a command, a list of its words, an http(s) address or null"
+
+
+def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> Iterator[str]:
+    if executor.kind not in EXECUTORS:
+        yield f'{where}.kind is "{executor.kind}": {", ".join(EXECUTORS)}.{suggest(executor.kind, EXECUTORS)}'
+    for name in ("timeout_min", "cpus_per_task", "array_parallelism"):
+        if getattr(executor, name) < 1:
+            yield f"{where}.{name} is {getattr(executor, name)}, expected at least 1"
+    if executor.kind != "local" and machine.num_processes > 1:
+        yield f"{where} is {executor.kind}, but machine.num_processes are {machine.num_processes} ranks on this machine"
 
 
 def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:

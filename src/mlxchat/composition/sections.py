@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config.parts import import_module
-from mlxchat.config.schema import Config
+from mlxchat.config.schema import EXECUTORS, Config, ExecutorConfig
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.stage import Stage, Stages
 
@@ -61,19 +62,60 @@ def config_of(config: Config, step: str, stage: Stage) -> Config:
     if not is_dataclass(section) or not isinstance(given, Mapping):
         expected = f"a mapping of settings of {stage.name}" if is_dataclass(section) else "nothing"
         raise ConfigError(f"{where} is {given}, expected {expected}: `with` sets what the stage has in its own section")
+    return replace(config, **{stage.name: _with(section, given, stage.name, where)})
+
+
+def executor_of(config: Config, step: str) -> ExecutorConfig:
+    """Return where a step runs: its own `executor` over the run's, or over conf/executor if that is of another kind.
+
+    Raises:
+        ConfigError: there is no such executor, or a setting is unknown or has another type.
+    """
+    given, where = config.pipeline[step].get("executor"), f"pipeline.{step}.executor"
+    if given is None:
+        return config.executor
+    own = {"kind": given} if isinstance(given, str) else given
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{where} is {given}, expected one of {', '.join(EXECUTORS)}, or {{kind: slurm, …}}")
+    kind = own.get("kind", config.executor.kind)
+    if kind not in EXECUTORS:
+        raise ConfigError(f'{where}: there is no executor "{kind}": {", ".join(EXECUTORS)}.{suggest(kind, EXECUTORS)}')
+    base = config.executor if kind == config.executor.kind else ExecutorConfig(**_executor_settings(kind))
+    found: ExecutorConfig = _with(base, own, "executor", where)
+    return found
+
+
+def _executor_settings(kind: str) -> dict[str, Any]:
+    """Return what conf/executor/<kind>.yaml says, with the file that it is based on."""
+    import yaml
+
+    own: dict[str, Any] = yaml.safe_load(files("mlxchat.conf").joinpath("executor", f"{kind}.yaml").read_text("utf-8"))
+    based_on = own.pop("defaults", [])
+    return {key: value for name in based_on for key, value in _executor_settings(name).items()} | own
+
+
+def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:
+    """Return a section with other settings.
+
+    Args:
+        section: a dataclass.
+        given: setting → value.
+        name: of the section, for messages.
+        where: the key of `given`, for messages.
+
+    Raises:
+        ConfigError: a setting is unknown or has another type.
+    """
     known = [item.name for item in fields(section)]
     if unknown := [key for key in given if key not in known]:
-        raise ConfigError(
-            "\n".join(f'there is no "{stage.name}.{key}" for {where}.{suggest(key, known)}' for key in unknown)
-        )
+        raise ConfigError("\n".join(f'there is no "{name}.{key}" for {where}.{suggest(key, known)}' for key in unknown))
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        merged: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), dict(given)))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), dict(given)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from None
-    return replace(config, **{stage.name: merged})
 
 
 def _restore(places: tuple[str, ...], values: dict[str, Any]) -> Config:

@@ -520,7 +520,7 @@ class SweepConfig:
     """Many runs from one command."""
 
     kind: str = MISSING
-    """none; tpe: each trial is chosen by the results of those before; halving: random trials, the worse of which stop
+    """none; tpe: each trial is chosen by the results of those before; halving: the same, and the worse ones stop
     early."""
     name: str | None = MISSING
     """Folder of a search under outputs/multirun; null: the run's name and "-search". The same name continues the same
@@ -533,9 +533,9 @@ class SweepConfig:
     trials: int = MISSING
     """Trials of a search, those of earlier commands included."""
     first_rung: int = MISSING
-    """halving: iterations after which trials are first compared, at the next record of the metric."""
+    """halving: iterations of the first rung, where trials are first compared, at the next record of the metric."""
     factor: int = MISSING
-    """halving: of so many trials one goes on, for so many times the iterations."""
+    """halving: of so many trials one goes on at a rung; the next rung is after so many times the iterations."""
     random_trials: int = MISSING
     """Trials before the results so far begin to decide."""
     seed: int = MISSING
@@ -757,6 +757,45 @@ class MachineConfig:
     """Processes on this machine that train and evaluate together as ranks; under mlx.launch, which starts them: 1."""
 
 
+EXECUTORS = ("local", "slurm", "submitit_local", "ray")
+
+
+@dataclass(kw_only=True)
+class ExecutorConfig:
+    """Where steps run; no part of any identity. Names are those of submitit and sbatch."""
+
+    kind: str = MISSING
+    """local; slurm: a job of SLURM's; submitit_local: the same without SLURM, on this machine; ray: a task of Ray's."""
+    timeout_min: int = MISSING
+    """Minutes after which a job is stopped, saved, and queued again."""
+    cpus_per_task: int = MISSING
+    """Cores of a job."""
+    gpus_per_node: int | None = MISSING
+    """GPUs of a job."""
+    mem_gb: float | None = MISSING
+    """Memory of a job in GB; null: what the cluster gives."""
+    requeues: int = MISSING
+    """How often a job whose time was up (SLURM) or whose machine was lost (Ray) starts again."""
+    partition: str | None = MISSING
+    """SLURM's, as the next three."""
+    account: str | None = MISSING
+    """Who pays."""
+    qos: str | None = MISSING
+    """Quality of service."""
+    constraint: str | None = MISSING
+    """Features that nodes must have."""
+    setup: list[str] = MISSING
+    """Lines of shell that run before the job, such as `module load cuda`."""
+    options: dict[str, Any] = MISSING
+    """Further options of sbatch: name → value."""
+    signal_delay_s: int = MISSING
+    """Seconds before the end of its time at which a job begins to save; an iteration may take long."""
+    array_parallelism: int = MISSING
+    """Jobs of a sweep at a time."""
+    address: str | None = MISSING
+    """Ray's cluster: auto, or HOST:PORT; null: one that is started on this machine."""
+
+
 @dataclass(kw_only=True)
 class TrainingConfig:
     """What every training does when numbers go wrong.
@@ -812,7 +851,8 @@ class Config:
     """Where own stages are: folders, such as ./my_stages, and modules; besides those of installed packages."""
     pipeline: dict[str, dict[str, Any]] = MISSING
     """Step → {stage, role: step}; or role: import:NAME, a model that was imported under that name, or role:
-    artifact:NAME, any model of the store; and with: {setting: value}, for this step alone, of the stage's section."""
+    artifact:NAME, any model of the store. with: {setting: value} are settings of the stage's section for this step
+    alone; executor: slurm, or {kind: slurm, …}, is where this step runs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -831,6 +871,7 @@ class Config:
     """Tasks that chat models are evaluated on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

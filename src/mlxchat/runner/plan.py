@@ -8,7 +8,7 @@ Until an input is made, its own key stands for its contents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -38,7 +38,7 @@ _MOST_MODULES_SHOWN = 3
 
 def roles_of(entry: Mapping[str, Any]) -> dict[str, str]:
     """Return role → what fills it."""
-    return {role: str(source) for role, source in entry.items() if role not in ("stage", "with")}
+    return {role: str(source) for role, source in entry.items() if role not in ("stage", "with", "executor")}
 
 
 def steps_of(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -348,14 +348,17 @@ def make_plan(
     return list(planned.values())
 
 
-def plan_again(plan: Iterable[PlannedStep], store: Store) -> list[PlannedStep]:
-    """Return a plan with what the store holds now: the keys of steps whose inputs were made since, and what is done."""
+def plan_again(plan: Iterable[PlannedStep], store: Store, *, force: Collection[str] = ()) -> list[PlannedStep]:
+    """Return a plan with what the store holds now: the keys of steps whose inputs were made since, and what is done.
+
+    `force` names the steps that run although they are done.
+    """
     store.forget()
     planned: dict[str, PlannedStep] = {}
     for step in plan:
-        planned[step.name] = now = replace(step)
+        planned[step.name] = now = replace(step, forced=step.name in force)
         now.identify(store, planned)
-        now.verdict = judge(now, store, forced=False, planned=planned)
+        now.verdict = judge(now, store, forced=now.forced, planned=planned)
     return list(planned.values())
 
 

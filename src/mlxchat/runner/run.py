@@ -36,6 +36,7 @@ from mlxchat.store.store import Store
 from mlxchat.store.verify import find_damage
 
 if TYPE_CHECKING:
+    from mlxchat.config.schema import ExecutorConfig
     from mlxchat.distributed.team import Team
 
 
@@ -75,6 +76,8 @@ class Policy:
 
     max_parallel_steps: int = 1
     """Steps at a time; above 1 each runs in a process of its own."""
+    executors: Mapping[str, ExecutorConfig] = field(default_factory=dict)
+    """Step → where it runs instead of here."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Step → bytes that it is predicted to need."""
     memory_limit: int | None = None
@@ -259,7 +262,7 @@ class _Making:
             crash_point("step.cleaned")
             seconds = time.monotonic() - began
             run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
-            run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {_summary(made)}"))
+            run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {summarise(made)}"))
             run.hooks.tell("on_success", seconds=round(seconds, 3), artifact=place.name, **facts)
             return place
 
@@ -446,7 +449,7 @@ def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
         time.sleep(min(0.1, max(0.0, until - time.monotonic())))
 
 
-def _summary(manifest: Manifest) -> str:
+def summarise(manifest: Manifest) -> str:
     """Return the artifact's name, size and numbers in one line."""
     size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
     numbers = [f"{key} {format_number(value)}" for key, value in manifest["metrics"].items()][:4]

@@ -8,27 +8,37 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxchat import errors
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
-from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StepFailed, StoreError
+from mlxchat.runner.executors import Leave, LostJob, submit
 from mlxchat.runner.plan import PlannedStep, Verdict
 from mlxchat.runner.process import SIGNALS, keep_awake, stop_on_signals
-from mlxchat.runner.run import Run, complete, find_done, ignore
-from mlxchat.store.files import write_whole
+from mlxchat.runner.progress import fill
+from mlxchat.runner.run import REFRESH_SECONDS, Run, complete, find_done, ignore, summarise
+from mlxchat.store import attempts
+from mlxchat.store.files import Record, Records, write_whole
+from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import LATEST, MODEL
 from mlxchat.store.store import Store
 
+if TYPE_CHECKING:
+    from mlxchat.config.schema import ExecutorConfig
+
 _LOOK_SECONDS = 0.2
 _PRINTER_SECONDS = 5.0
+# Each look at a job is a request to a file server.
+_JOB_SECONDS = 1.0
 
 
 def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
@@ -49,7 +59,8 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
     try:
         run.event("run_started", steps=[step.name for step in plan])
         with keep_awake():
-            if run.policy.max_parallel_steps > 1:
+            is_elsewhere = any(step.name in run.policy.executors for step in plan if not step.done)
+            if is_elsewhere or run.policy.max_parallel_steps > 1:
                 _execute_in_processes(outcome)
             else:
                 _execute_here(outcome)
@@ -208,7 +219,8 @@ class Order:
             each.digests = None  # what they found is kept in the step's `code`
         run = outcome.run
         hooks = replace(run.hooks, warn=_say)
-        return cls(step.name, planned, outcome.store.outputs, replace(run, hooks=hooks, say=_say, on_metrics=ignore))
+        alone = replace(run, hooks=hooks, say=_say, on_metrics=ignore)
+        return cls(step.name, planned, outcome.store.outputs, alone)
 
     def complete(self) -> Result:
         """Complete the step in this process, and return what became of it."""
@@ -234,17 +246,17 @@ def _say(line: str) -> None:
 
 
 def _execute_in_processes(outcome: Outcome) -> None:
-    """Complete the steps of a plan, up to `max_parallel_steps` at a time, as soon as their inputs are there.
+    """Complete the steps of a plan as soon as their inputs are there: up to `max_parallel_steps` at a time, and jobs.
 
     Raises:
         Interrupted: a signal arrived; every step at work has saved what it can go on from.
         StoreError: the outputs folder cannot be used.
     """
-    run, workers = outcome.run, dict[str, _Child]()
+    run, workers = outcome.run, dict[str, _Child | _Elsewhere]()
 
     def leave() -> None:
         for worker in workers.values():
-            worker.process.kill()
+            worker.kill()
 
     fatal: MlxchatError | None = None
     with stop_on_signals(run.request_stop, run.announce_stop, leave):
@@ -271,7 +283,7 @@ def _execute_in_processes(outcome: Outcome) -> None:
                         fatal = error
         finally:
             for worker in workers.values():
-                worker.process.kill()
+                worker.kill()
                 worker.close()
     if fatal is not None:
         raise fatal
@@ -279,26 +291,33 @@ def _execute_in_processes(outcome: Outcome) -> None:
         raise Interrupted("stopped between two steps. The same command continues from there.", run.stop_signal)
 
 
-def _start_what_is_ready(outcome: Outcome, workers: dict[str, _Child]) -> None:
+def _start_what_is_ready(outcome: Outcome, workers: dict[str, _Child | _Elsewhere]) -> None:
     """Start every step whose inputs are there, as far as there is room; what is done already needs no process."""
     for step in outcome.plan:
         if step.name in outcome.finished or step.name in outcome.failures or step.name in workers:
             continue
         if outcome.must_skip(step) or any(source not in outcome.finished for source in step.inputs.values()):
             continue
-        if len(workers) >= outcome.run.policy.max_parallel_steps:
-            return
-        if step.name in outcome.waiting and not outcome.has_memory_for(step, workers):
+        executor = outcome.run.policy.executors.get(step.name)
+        children = [name for name, worker in workers.items() if isinstance(worker, _Child)]
+        if executor is None and len(children) >= outcome.run.policy.max_parallel_steps:
+            continue
+        if step.name in outcome.waiting and not outcome.has_memory_for(step, children):
             continue
         place = find_done(step, outcome.store, outcome.run, outcome.planned)
         outcome.note(step)
         if place is not None:
             outcome.finish(step, place)
-        elif outcome.has_memory_for(step, workers):
+        elif executor is not None:
+            try:
+                workers[step.name] = _Elsewhere(step, outcome, executor)
+            except ConfigError as error:  # the cluster refuses it
+                outcome.fail(step, error)
+        elif outcome.has_memory_for(step, children):
             workers[step.name] = _Child(step, outcome)
 
 
-def _take_result(worker: _Child, outcome: Outcome) -> None:
+def _take_result(worker: _Child | _Elsewhere, outcome: Outcome) -> None:
     """Note what became of a step whose worker has ended."""
     worker.close()
     step, run = worker.step, outcome.run
@@ -378,6 +397,10 @@ class _Child:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
 
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+
     def close(self) -> None:
         """Wait for its end, and for the last of what it printed."""
         self.process.join()
@@ -389,6 +412,107 @@ class _Child:
         code = self.process.exitcode or 0
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return f"its process ended {how} without a word. {self.log}"
+
+
+class _Elsewhere:
+    """A step at work in a job of an executor.
+
+    Its progress is read from its records in the outputs folder, which both machines see. Without this process it goes
+    on, and the next run finds what it made.
+    """
+
+    signs = ()
+
+    def __init__(self, step: PlannedStep, outcome: Outcome, executor: ExecutorConfig) -> None:
+        """Submit it."""
+        self.step, self.run, self.outcome = step, outcome.run, outcome
+        self.result: Result | None = None
+        self.stopped_by = 0
+        """The signal because of which it was cancelled."""
+        self.work = outcome.store.work(step.key)
+        self.attempts = len(attempts.read(self.work))
+        self.seen = len(self._metrics(self.work / "ckpt" / "records"))
+        self.looked = self.said = time.monotonic()
+        self.state: str | None = None
+        self.iteration: int | None = None
+        self.lost = ""
+        (self.job,) = submit(executor, [_Submitted(Order.of(step, outcome))], self.run.folder / "jobs")
+        self._report()
+
+    def has_ended(self) -> bool:
+        """Tell whether it has ended; what it has recorded is passed on."""
+        if time.monotonic() - self.looked < _JOB_SECONDS:
+            return False
+        self.looked = time.monotonic()
+        self._report()
+        return self.job.done()
+
+    def stop(self, number: int) -> None:
+        """Cancel it, once; what runs saves and ends."""
+        if not self.stopped_by:
+            self.stopped_by = number
+            self.job.cancel()
+
+    def kill(self) -> None:
+        """Cancel it, since nothing waits for it any more."""
+        self.stopped_by = self.stopped_by or signal.SIGTERM
+        self.job.cancel()
+
+    def close(self) -> None:
+        """Take its result."""
+        if self.stopped_by:
+            return
+        try:
+            self.result = self.job.result()
+        except LostJob as error:
+            self.lost = str(error)
+        if self.result is not None and self.result[0] == "done":
+            place = Path(self.result[1])
+            self._pass_on(place)
+            self.run.say(fill(f"{self.step.name:<10} done by {self.job.name}: {summarise(read_manifest(place))}"))
+
+    def how_it_was_lost(self) -> str:
+        """Return how it ended without a result."""
+        return f"{self.lost}\nThe same command submits it again, and it continues from what was saved last."
+
+    def _report(self) -> None:
+        """Print how far it is, if that has changed, and pass its metrics on."""
+        self._pass_on(self.work / "ckpt" / "records")
+        began = attempts.read(self.work)[self.attempts :]
+        if self.state is not None and not began:  # it is done, or has not begun
+            return
+        state = f"runs on {began[-1]['host']}" if began else "is queued"
+        iteration = attempts.iteration(self.work) if began else None
+        is_due = time.monotonic() - self.said >= REFRESH_SECONDS
+        if state != self.state or (is_due and iteration != self.iteration):
+            self.state, self.iteration, self.said = state, iteration, time.monotonic()
+            far = f", at iteration {iteration}" if iteration else ""
+            self.run.say(f"{self.step.name:<10} {self.job.name} {state}{far}")
+
+    def _pass_on(self, folder: Path) -> None:
+        records = self._metrics(folder)
+        for record in records[self.seen :]:
+            self.run.on_metrics(self.step.name, record)
+        self.seen = max(self.seen, len(records))
+
+    @staticmethod
+    def _metrics(folder: Path) -> list[Record]:
+        return Records(folder / "metrics.jsonl").read()
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    """The call of a job that completes a step."""
+
+    order: Order
+
+    def __call__(self, leave: Leave | None) -> Result:
+        """Complete the step, in the job."""
+        Store(self.order.outputs).prepare()  # this machine must see the locks, too
+        kind, message, code = self.order.complete()
+        if kind == Interrupted.__name__ and leave is not None:
+            return StepFailed.__name__, f"{message}\nIts job ended: {leave()}", 1
+        return kind, message, code
 
 
 def _print(printed: Connection, log: Path, step: str, say: Callable[[str], None]) -> None:

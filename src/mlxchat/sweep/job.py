@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.composition.compose import Composed
-from mlxchat.composition.sections import config_of
-from mlxchat.config.schema import Config, HooksConfig
+from mlxchat.composition.sections import config_of, executor_of
+from mlxchat.config.schema import Config, ExecutorConfig, HooksConfig
 from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import lead_ranks
 from mlxchat.errors import ConfigError, StoreError, visible
@@ -25,6 +25,7 @@ from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import check_memory, find_device, forecast_bytes, remark_apart
 from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
+from mlxchat.runner.executors import check_installed
 from mlxchat.runner.keys import find_unknown
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.process import Hooks
@@ -44,7 +45,7 @@ from mlxchat.trackers.service import Results
 
 def run_pipeline(
     composed: Composed,
-    check: Callable[[list[PlannedStep]], None] = lambda plan: None,
+    plan: list[PlannedStep] | None = None,
     *,
     is_verb: bool = False,
     on_record: Callable[[str, Record], None] = lambda step, record: None,
@@ -53,7 +54,7 @@ def run_pipeline(
 
     Args:
         composed: the configuration and how it came about.
-        check: looks at the plan before anything is written; it may raise.
+        plan: of its targets, by `plan_to_run`; None: made here. Afterwards it says what each step gave.
         is_verb: whether a verb such as import runs it: it ends without a report and does not become the latest run.
         on_record: called with a step's name and each record of its metrics.jsonl.
 
@@ -63,9 +64,8 @@ def run_pipeline(
     machine, ranks = lead_ranks(composed.config.machine)
     config = replace(composed.config, machine=machine)
     store = Store(Path(config.outputs))
-    plan = plan_to_run(config, store)
-    check(plan)
-    check_memory(config, plan)
+    plan = plan_to_run(config, store) if plan is None else plan
+    executors = place_steps(config, plan)
     need = find_text_need(config, plan, store)
     check_text_room(need, store)
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}"
@@ -107,7 +107,7 @@ def run_pipeline(
     run = Run(
         folder=folder, seed=config.seed, data_seed=config.data_seed,
         overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=take,
-        policy=_policy(config, plan, need), hooks=_hooks(config.hooks),
+        policy=_policy(config, plan, need, executors), hooks=_hooks(config.hooks),
         uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
         becomes_latest=not is_verb,
     )  # fmt: skip
@@ -221,10 +221,45 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
     return folder
 
 
-def _policy(config: Config, plan: list[PlannedStep], need: TextNeed | None) -> Policy:
+def find_executors(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorConfig]:
+    """Return step → where it runs, of the steps that are not done and do not run on this machine."""
+    executors = {step.name: executor_of(config, step.name) for step in plan if not step.done}
+    return {name: executor for name, executor in executors.items() if executor.kind != "local"}
+
+
+def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorConfig]:
+    """Return what `find_executors` does, of a plan that can run.
+
+    A step elsewhere computes in the dtype that this machine says, since that is part of its key.
+
+    Raises:
+        ConfigError: a step does not fit into this machine's memory, the library of an executor is missing, or only the
+            machine of a step can say in which dtype it computes.
+    """
+    executors, machine = find_executors(config, plan), config.machine
+    check_memory(config, [step for step in plan if step.name not in executors])
+    for step in plan:
+        if (executor := executors.get(step.name)) is None:
+            continue
+        check_installed(executor)
+        is_unknown = machine.compute_dtype == "auto" and device_kind(machine.device) == "cpu"
+        if is_unknown and executor.gpus_per_node and "gpu" in step.stage.resources:
+            raise ConfigError(
+                f"{step.name} runs on GPUs of another machine (executor={executor.kind}), and its dtype is part of its "
+                "key: give machine.compute_dtype=bfloat16 or float32"
+            )
+        dtype = dtype_name(machine.device, machine.compute_dtype)
+        step.config = replace(step.config, machine=replace(machine, compute_dtype=dtype))
+    return executors
+
+
+def _policy(
+    config: Config, plan: list[PlannedStep], need: TextNeed | None, executors: dict[str, ExecutorConfig]
+) -> Policy:
     """Return how steps are executed."""
     is_parallel = config.machine.max_parallel_steps > 1
     return Policy(
+        executors=executors,
         memory=forecast_bytes(config, plan) if is_parallel else {},
         memory_limit=find_device(config.machine).limit_bytes if is_parallel else None,
         max_parallel_steps=config.machine.max_parallel_steps,

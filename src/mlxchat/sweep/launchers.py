@@ -18,15 +18,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlxchat.composition.compose import (
     CONF_MODULE,
+    Composed,
     compose_config,
     places_of_stages,
     refuse_hydras,
@@ -37,8 +37,8 @@ from mlxchat.composition.overrides import as_hydra
 from mlxchat.composition.sections import schema_of
 from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
+from mlxchat.runner.executors import AS_STARTED, Leave, environment, queue_signals
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
-from mlxchat.runner.process import is_stopping
 from mlxchat.store import locks
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_to_run, run_pipeline
@@ -52,15 +52,12 @@ EXTRAS = {
     "joblib": "joblib",
     "submitit_local": "submitit",
     "submitit_slurm": "submitit",
-    "slurm": "submitit",  # conf/hydra/launcher/slurm.yaml
     "ray": "ray",
     "ray_aws": "ray",
 }
-_POLL_SECONDS = 0.3
+POLL_SECONDS = 0.3
 # From another host each look is a request to a file server, of every job.
 _FAR_POLL_SECONDS = 3.0
-# submitit asks sacct every ten minutes whether a job without a result has ended.
-_ASK_SECONDS = 60
 _UNSEEN = (
     "{here} does not see the lock of the sweep, which process {pid} on {host} holds: either that process has ended, or "
     "the file system of outputs keeps locks to each host. To find out: mlxchat doctor --hosts, on both"
@@ -203,10 +200,9 @@ def launch(settings: HydraSettings, folder: SweepFolder, overrides: list[str]) -
     app = hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name="config")(run_launched)
     former = sys.argv
     sys.argv = ["mlxchat", *argv, f"hydra.sweep.dir='{place}'", *overrides]
-    is_queue = EXTRAS.get(settings.launcher) == "submitit"
     try:
         # Otherwise Hydra prints its own errors and exits with 1.
-        with environment({"HYDRA_FULL_ERROR": "1"}), _all_waited_for(folder) if is_queue else nullcontext():
+        with environment(AS_STARTED | {"HYDRA_FULL_ERROR": "1"}):
             app()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"Hydra's settings: {str(error).splitlines()[0]}") from None
@@ -231,7 +227,7 @@ def _reveal(overrides: list[str]) -> list[str]:
 
 
 def run_launched(config: DictConfig) -> float:
-    """Run the job that a launcher started, most often in another process; return its sweep.metric, or NaN.
+    """Run the job that a launcher of Hydra's started, most often in another process; return its sweep.metric, or NaN.
 
     Raises:
         Interrupted: the sweep stops; only to a sweeper that would go on otherwise.
@@ -242,35 +238,66 @@ def run_launched(config: DictConfig) -> float:
     GlobalHydra.instance().clear()  # of hydra.main, if the launcher runs jobs in this process: a job composes itself
     hydra = HydraConfig.get()
     folder = SweepFolder(Path(hydra.sweep.dir))
-    state = folder.state()
     number = config.sweep.job or hydra.job.num + 1
+    with queue_signals() as leave:
+        row = run_elsewhere(folder, number, leave, list(hydra.overrides.task))
+    stop = folder.stop()
+    if stop and not config.sweep.job and row["status"] in ("interrupted", "not run"):
+        raise Interrupted("the sweep was stopped. The same command continues.", stop["signal"])
+    return float(row["metrics"].get(config.sweep.metric, "nan"))
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """The call of an executor's job that is a whole job of a sweep."""
+
+    folder: SweepFolder
+    number: int
+
+    def __call__(self, leave: Leave | None) -> None:
+        """Run it there; its row is the result."""
+        run_elsewhere(self.folder, self.number, leave)
+
+
+def run_elsewhere(folder: SweepFolder, number: int, leave: Leave | None, chosen: Sequence[str] = ()) -> Row:
+    """Run a job of a sweep, most often in another process, and return its row.
+
+    Args:
+        folder: the sweep's.
+        number: of the job.
+        leave: hands the job back to its queue.
+        chosen: the overrides, where the sweep has not listed its jobs.
+    """
+    state = folder.state()
     planned = state["jobs"].get(str(number))
-    overrides = _reveal(planned["overrides"] if planned else [*state["hidden"], *hydra.overrides.task])
+    overrides = _reveal(planned["overrides"] if planned else [*state["hidden"], *chosen])
     parent = state["parent"]
     is_here = socket.gethostname() == parent["host"]
     folder.begin(number)
     if not is_here and not locks.is_held(folder.lock):
         row: Row = {"job": number, "overrides": settings_of(overrides), "status": "failed", "metrics": {}}
-        folder.add_row(row | {"error": _UNSEEN.format(here=socket.gethostname(), **parent)})
-        return float("nan")
+        row["error"] = _UNSEEN.format(here=socket.gethostname(), **parent)
+        folder.add_row(row)
+        return row
     at_home = is_here and os.getpid() == parent["pid"]
-    with _prefixed(f"[{number}] "), _stopping_with(folder, parent, at_home=at_home), _leaving() as leave:
+
+    def prepare() -> tuple[Composed, list[PlannedStep]]:
+        composed = compose_config(overrides, state["config_dirs"])
+        config = replace(composed.config, executor=replace(composed.config.executor, kind="local"))
+        store = Store(Path(config.outputs))
+        plan = plan_to_run(config, store)
+        if force := force_only_others(config.force, plan, set(state["made"])):
+            plan = plan_again(plan, store, force=force)
+        return replace(composed, config=config, overrides=overrides), plan
+
+    with _prefixed(f"[{number}] "), _stopping_with(folder, parent, at_home=at_home):
         if not at_home:
             os.chdir(parent["cwd"])
-        row = run_job(folder, number, overrides, state["config_dirs"], set(state["made"]), leave)
-    if planned is None and row["status"] in ("interrupted", "not run"):
-        raise Interrupted(
-            "the sweep was stopped. The same command continues.", (folder.stop() or {"signal": 15})["signal"]
-        )
-    return float(row["metrics"].get(config.sweep.metric, "nan"))
-
-
-Leave = Callable[[], str]
-"""Hands the job back to its queue and does not return; or returns why it cannot."""
+        return run_job(folder, number, overrides, prepare, leave)
 
 
 def run_job(
-    folder: SweepFolder, number: int, overrides: list[str], config_dirs: list[str], made: set[str],
+    folder: SweepFolder, number: int, overrides: list[str], prepare: Callable[[], tuple[Composed, list[PlannedStep]]],
     leave: Leave | None = None,
 ) -> Row:  # fmt: skip
     """Run one job and return its row, which is in the folder then too. A failure is a row.
@@ -279,8 +306,7 @@ def run_job(
         folder: the sweep's folder.
         number: of the job.
         overrides: of the job.
-        config_dirs: folders with further YAML files.
-        made: ids of steps that this sweep has made, which are not forced again.
+        prepare: returns its configuration and plan.
         leave: called when the queue, not the sweep, stops the job; the job has no row then.
     """
     row: Row = {"job": number, "overrides": settings_of(overrides), "status": "done", "metrics": {}}
@@ -291,17 +317,14 @@ def run_job(
         return row
     fail_fast = False
     try:
-        composed = compose_config(overrides, config_dirs)
-        config, store = composed.config, Store(Path(composed.config.outputs))
+        composed, plan = prepare()
+        config = composed.config
         fail_fast = config.fail_fast
-        plan = plan_to_run(config, store)
         row["steps"] = entries_of(plan)
-        forced = force_only_others(config.force, plan, made)
-        place = run_pipeline(replace(composed, config=replace(config, force=forced), overrides=overrides))
-        plan = plan_again(plan, store)
+        place = run_pipeline(composed, plan)
         row |= {
             "run": place.name if place else None, "steps": entries_of(plan),
-            "metrics": metrics_of(plan, store, config.sweep.metric),
+            "metrics": metrics_of(plan, Store(Path(config.outputs)), config.sweep.metric),
         }  # fmt: skip
     except Interrupted as stop:
         row |= {"status": "interrupted", "error": str(stop)}
@@ -351,7 +374,7 @@ def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) ->
                 tell(row)
 
     def watch() -> None:
-        while not ended.wait(_POLL_SECONDS):
+        while not ended.wait(POLL_SECONDS):
             look()
 
     def request_stop(number: int, frame: object) -> None:
@@ -373,22 +396,6 @@ def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) ->
         look()
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Give environment variables other values while the body runs; None takes one away."""
-    former = dict(os.environ)
-    for name, value in variables.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    try:
-        yield
-    finally:
-        for name in variables:
-            os.environ.pop(name, None)
-        os.environ.update({name: former[name] for name in variables if name in former})
 
 
 class _Prefixed(io.TextIOBase):
@@ -443,11 +450,11 @@ def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool
     if at_home:
         yield
         return
-    if not _in_queue():  # SLURM may know its processes by their group
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":  # SLURM may know its processes by their group
         with suppress(OSError):
             os.setpgid(0, 0)
     ended = threading.Event()
-    pause = _POLL_SECONDS if socket.gethostname() == parent["host"] else _FAR_POLL_SECONDS
+    pause = POLL_SECONDS if socket.gethostname() == parent["host"] else _FAR_POLL_SECONDS
 
     def watch() -> None:
         told = False
@@ -476,110 +483,3 @@ def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool
         signal.signal(signal.SIGTERM, former)
         if not locks.is_held(folder.lock):
             os._exit(1)  # no process takes the result or gives more to do; idle workers would stay for minutes
-
-
-def _in_queue() -> bool:
-    """Tell whether SLURM started this process through submitit."""
-    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
-
-
-@contextmanager
-def _leaving() -> Iterator[Leave | None]:
-    """Stop the run when SLURM says that its time is up; yield how to be queued again, None outside of a queue.
-
-    SLURM signals that by SIGUSR2 (submitit's choice) or, where jobs are preempted, by SIGTERM, in any order. The first
-    of them is the run's SIGTERM: it saves. A later one must not end it before it has saved.
-    """
-    if not _in_queue():
-        yield None
-        return
-    requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
-    told: list[int] = []
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        stopping, stop = is_stopping(), signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not stopping and callable(stop):
-            stop(signal.SIGTERM, frame)
-
-    def leave() -> str:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not told:  # SLURM itself queues what it preempts; what was cancelled is over
-            print("stopped by SLURM; saved. Where it queues the job again, the job goes on from there", flush=True)
-            raise SystemExit(128 + signal.SIGTERM)
-        try:
-            if callable(requeue):
-                requeue(told[0], None)  # asks SLURM to queue the job again, and exits
-        except Exception as error:  # submitit raises all kinds where it gives up
-            return f"{error} hydra.launcher.max_num_timeout is how often. The same command goes on"
-        return "submitit does not queue it again. The same command goes on"
-
-    signal.signal(signal.SIGUSR2, hear)
-    try:
-        yield leave
-    finally:
-        signal.signal(signal.SIGUSR2, requeue)
-
-
-@contextmanager
-def _all_waited_for(folder: SweepFolder) -> Iterator[None]:
-    """Have Hydra's submitit launcher wait for every job, whatever becomes of the others, while the body runs.
-
-    By itself it gives up at the first job without a result, and takes no job out of the queue when the sweep stops.
-    """
-    import submitit
-
-    executor: Any = submitit.AutoExecutor
-    original = executor.map_array
-
-    def map_array(self: Any, function: Any, *arguments: Any) -> list[_Waiting]:
-        jobs = original(self, function, *arguments)
-        numbers = folder.state()["pending"]
-        # arguments[2]: hydra.job.num of each
-        started = [numbers[place] if numbers else place + 1 for place in arguments[2]]
-        waiting = [_Waiting(job, number, folder) for job, number in zip(jobs, started, strict=True)]
-        for each in waiting:
-            each.others = waiting
-        return waiting
-
-    executor.map_array = map_array
-    try:
-        yield
-    finally:
-        executor.map_array = original
-
-
-class _Waiting:
-    """A job of submitit's as its launcher sees it: it has results once it has ended, in whatever way."""
-
-    def __init__(self, job: Any, number: int, folder: SweepFolder) -> None:
-        """Wait for the job of this number."""
-        self.job, self.number, self.folder = job, number, folder
-        self.others: list[_Waiting] = []
-        self.cancelled = False
-        with suppress(AttributeError):
-            job.watcher._delay_s = min(job.watcher._delay_s, _ASK_SECONDS)
-
-    def results(self) -> list[Any]:
-        """Return when the job has ended, with what Hydra's sweepers read; the row is in the sweep's folder."""
-        from hydra.core.utils import JobReturn, JobStatus
-
-        while not self.job.done():
-            if self.folder.stop():
-                for each in self.others:
-                    each.take_back()
-            time.sleep(_POLL_SECONDS)
-            if self.cancelled:
-                break
-        found = JobReturn(status=JobStatus.COMPLETED)
-        metrics = self.folder.rows().get(self.number, {"metrics": {}})["metrics"]
-        found.return_value = metrics.get(self.folder.state()["metric"], float("nan"))
-        return [found]
-
-    def take_back(self) -> None:
-        """Take a job that has not begun out of the queue: it would begin, see that there is nothing to do, and end."""
-        if not self.cancelled and not self.folder.has_begun(self.number):
-            self.cancelled = True
-            with suppress(OSError):
-                self.job.cancel(check=False)

@@ -24,7 +24,7 @@ from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, visible
 from mlxchat.evals.chat_scores import chatcore_set
-from mlxchat.runner.plan import PlannedStep, plan_again
+from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import FORMATS
 from mlxchat.store.manifest import MEASURED, Manifest
 from mlxchat.store.store import Store
@@ -252,7 +252,7 @@ def metrics_of(plan: Sequence[PlannedStep], store: Store, metric: str | None = N
         metric: STEP.METRIC of sweep.metric, shown besides what every table has.
     """
     found = {}
-    for step in plan_again(plan, store):
+    for step in plan:
         manifest = store.made(step.key)
         recorded = {} if manifest is None else recorded_numbers(manifest)
         for key, value in recorded.items():

@@ -27,7 +27,7 @@ from mlxchat.composition.overrides import implied_experiment
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
-from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
+from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.store import locks
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Record, Records
@@ -113,7 +113,7 @@ def run_search(arguments: list[str]) -> int:
         goal = f"the {'smallest' if search.direction == 'minimize' else 'largest'} {search.target}"
         print(f"{sweep.trials} trials for {goal}; their results: {trials.path}", flush=True)
         try:
-            (_halve if sweep.kind == "halving" else _run_trials)(search, trials)
+            _run_trials(search, trials)
         except Interrupted as stop:
             raise Interrupted(
                 f"{stop}\n{len(trials.rows())} of {sweep.trials} trials have results.", stop.exit_code - 128
@@ -265,13 +265,14 @@ def _definition(search: Search) -> dict[str, Any]:
     sweep = search.base.config.sweep
     flat = {f"{step.name}: {key}": value for step in search.plan for key, value in flatten(step.identity).items()}
     fixed = {name: value for name, value in flat.items() if name.partition(": ")[2] not in search.space}
-    halving = {"trials": sweep.trials, "first_rung": sweep.first_rung, "factor": sweep.factor}
+    halving = {"first_rung": sweep.first_rung, "factor": sweep.factor}
     return {
         "kind": sweep.kind,
         "metric": search.target,
         "direction": search.direction,
         "seed": sweep.seed,
-        **(halving if sweep.kind == "halving" else {"random_trials": sweep.random_trials}),
+        "random_trials": sweep.random_trials,
+        **(halving if sweep.kind == "halving" else {}),
         "space": {" " + key: distribution_to_json(found) for key, found in search.space.items()},
         "fixed": fixed,
     }
@@ -334,14 +335,18 @@ class Trials:
                 )
             )
 
-    def add(self, space: Space, row: Row, value: float | None, curve: Mapping[int, float] | None = None) -> None:
-        """Keep a trial that has ended; a value of None: it has failed."""
+    def add(self, space: Space, row: Row, value: float | None, asked: optuna.Trial | None = None) -> None:
+        """Keep a trial that has ended; a value of None: it has failed. What it reported is that of `asked`."""
         import optuna
+
+        reported = asked.study.trials[asked.number] if asked is not None else None
 
         states = {"done": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}
         trial = optuna.trial.create_trial(
             state=states.get(row["status"], optuna.trial.TrialState.FAIL), value=value, params=row["overrides"],
-            distributions=space, user_attrs={"row": redact(row)}, intermediate_values=dict(curve or {}),
+            distributions=space, user_attrs={"row": redact(row)},
+            intermediate_values=reported.intermediate_values if reported is not None else None,
+            system_attrs=reported.system_attrs if reported is not None else None,
         )  # fmt: skip
         crash_point("search.ended")
         with self._faults():
@@ -379,7 +384,7 @@ class _Unlocked:
         pass
 
 
-def choose(
+def ask(
     space: Space,
     told: Sequence[optuna.trial.FrozenTrial],
     *,
@@ -387,8 +392,9 @@ def choose(
     seed: int,
     random_trials: int,
     direction: Direction,
-) -> dict[str, Any]:
-    """Return what a trial is to try: key → value.
+    pruner: optuna.pruners.BasePruner | None = None,
+) -> optuna.Trial:
+    """Return a trial with the values that it is to try; it is in no journal.
 
     Args:
         space: what may be chosen.
@@ -397,93 +403,43 @@ def choose(
         seed: of the search.
         random_trials: results before they begin to decide.
         direction: minimize or maximize.
+        pruner: says whether the trial stops early.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=random_trials)
-    study = optuna.create_study(direction=direction, sampler=sampler)
+    study = optuna.create_study(direction=direction, sampler=sampler, pruner=pruner or optuna.pruners.NopPruner())
     study.add_trials(told)
-    return dict(study.ask(space).params)
+    return study.ask(space)
 
 
 def _run_trials(search: Search, trials: Trials) -> None:
     """Run trials one after the other, each chosen by the results of all before."""
+    import optuna
+
     sweep = search.base.config.sweep
+    pruner = None
+    if sweep.kind == "halving":
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=sweep.first_rung, reduction_factor=sweep.factor)
     for number in range(len(trials.rows()) + 1, sweep.trials + 1):
-        values = choose(
+        trial = ask(
             search.space, trials.study.trials, number=number, seed=sweep.seed, random_trials=sweep.random_trials,
-            direction=search.direction,
+            direction=search.direction, pruner=pruner,
         )  # fmt: skip
-        print(f"\n── {search.title(number, values)}", flush=True)
-        row, value = _run_trial(search, number, values)
-        trials.add(search.space, row, value)
+        title = search.title(number, trial.params)
+        print(f"\n── {title}", flush=True)
+        row, value = _run_trial(search, number, trial)
+        trials.add(search.space, row, value, trial)
         _remember(search, trials)
         said = f"failed: {row['error']}" if value is None else f"{search.target} {format_number(value)}"
+        if row["status"] == "pruned":
+            said += f", stopped after {row['iterations']} iterations"
         best = _best(search, trials)
         so_far = f" (best so far: trial {best['job']}, {format_number(best['value'])})" if best else ""
-        print(f"── {search.title(number, values)} {said}{so_far}", flush=True)
+        print(f"── {title} {said}{so_far}", flush=True)
         if value is None and search.base.config.fail_fast:
             return
-
-
-def _halve(search: Search, trials: Trials) -> None:
-    """Run random trials to a rung, go on with the best of them to the next one, and with the last one to the end."""
-    sweep = search.base.config.sweep
-    told = {row["job"]: row for row in trials.rows()}
-    chosen = {
-        number: choose(search.space, [], number=number, seed=sweep.seed, random_trials=1, direction=search.direction)
-        for number in range(1, sweep.trials + 1)
-    }
-    curves: dict[int, dict[int, float]] = {number: {} for number in chosen}
-    alive, rung = list(chosen), sweep.first_rung
-    sign = 1 if search.direction == "minimize" else -1
-
-    def end(number: int, row: Row, value: float | None) -> None:
-        if number not in told:
-            trials.add(search.space, row, value, curves[number])
-            told[number] = row
-            _remember(search, trials)
-
-    while len(alive) > 1:
-        rows: dict[int, Row] = {}
-        for number in alive:
-            known = {int(at): value for at, value in told.get(number, {}).get("curve", {}).items() if int(at) >= rung}
-            if number in told:
-                found = min(known.items()) if known else None
-            else:
-                print(f"\n── {search.title(number, chosen[number])}, to iteration {rung} or beyond", flush=True)
-                rows[number], found = _run_to(search, number, chosen[number], rung)
-            if found is None:
-                end(number, rows.get(number, {}), None)
-            else:
-                curves[number][found[0]] = found[1]
-        ranked = sorted(
-            (n for n in alive if max(curves[n], default=0) >= rung), key=lambda n: (sign * _last(curves[n]), n)
-        )
-        alive = ranked[: max(1, len(alive) // sweep.factor)]
-        for number in ranked[len(alive) :]:
-            curve = curves[number]
-            row = rows.get(number, {}) | {
-                "status": "pruned", "iterations": max(curve), "curve": curve, "metrics": {search.target: _last(curve)},
-                "value": _last(curve),
-            }  # fmt: skip
-            end(number, row, _last(curve))
-        if not alive:
-            return
-        reached = max(max(curves[number]) for number in ranked)
-        names = ", ".join(map(str, sorted(alive)))
-        print(f"\n── after {reached} iterations {len(alive)} of {len(ranked)} trials go on: {names}", flush=True)
-        rung = reached * sweep.factor
-    for number in alive:
-        if number not in told:
-            print(f"\n── {search.title(number, chosen[number])}, to its end", flush=True)
-            row, value = _run_trial(search, number, chosen[number])
-            end(number, row | {"curve": curves[number]}, value)
-
-
-def _last(curve: Mapping[int, float]) -> float:
-    return curve[max(curve)]
 
 
 def _composed(search: Search, values: Mapping[str, Any]) -> tuple[Composed, list[PlannedStep], Store]:
@@ -494,37 +450,64 @@ def _composed(search: Search, values: Mapping[str, Any]) -> tuple[Composed, list
     return composed, plan_to_run(composed.config, store), store
 
 
-def _run_trial(search: Search, number: int, values: dict[str, Any]) -> tuple[Row, float | None]:
-    """Run a trial to its end; return its row, and its metric, None if it has failed.
+def _run_trial(search: Search, number: int, trial: optuna.Trial) -> tuple[Row, float | None]:
+    """Run a trial to its end, or until it is pruned; return its row, and its metric, None if it has failed.
 
     Raises:
         ConfigError: the step has no such metric, and so no trial has it.
         Interrupted: a signal arrived.
     """
-    row: Row = {"job": number, "overrides": values, "status": "failed", "metrics": {}}
+    row: Row = {"job": number, "overrides": dict(trial.params), "status": "failed", "metrics": {}}
+    step, _, metric = search.target.rpartition(".")
+    curve: dict[int, float] = {}
+    prunes = search.base.config.sweep.kind == "halving"
+
+    def is_worse(name: str, record: Record) -> bool:
+        """Report a record of the metric; tell whether the trial stops at it."""
+        iteration, value = record.get("iteration"), record.get(metric)
+        if not prunes or name != step or value is None or iteration is None or iteration in curve:
+            return False
+        curve[iteration] = value
+        trial.report(value, iteration)
+        return trial.should_prune()
+
+    def look(name: str, record: Record) -> None:
+        if is_worse(name, record):
+            row["status"] = "pruned"
+            signal.raise_signal(signal.SIGTERM)  # the training saves and stops, as when a user stops it
+
     try:
-        composed, plan, store = _composed(search, values)
+        composed, plan, store = _composed(search, trial.params)
         row["steps"] = entries_of(plan)
-        if not is_finished(plan):
-            place = run_pipeline(composed)
+        if any(is_worse(step, record) for record in _records(plan, store, step)):  # of an attempt that was killed
+            row["status"] = "pruned"
+        elif not is_finished(plan):
+            place = run_pipeline(composed, plan, on_record=look)
             row["run"] = place.name if place else None
     except Interrupted:
-        raise
+        if row["status"] != "pruned":
+            raise
     except MlxchatError as error:
         return row | {"error": str(error).splitlines()[0]}, None
-    row["steps"] = entries_of(plan_again(plan, store))
-    value = _final(search, plan, store)
-    if value is None:
-        return row | {"error": f"there is no step {search.target.rpartition('.')[0]}"}, None
-    if not math.isfinite(value):
-        return row | {"error": f"{search.target} is {value}"}, None
-    return row | {"status": "done", "value": value, "metrics": metrics_of(plan, store, search.target)}, value
+    store.forget()
+    row["steps"] = entries_of(plan)
+    if prunes:
+        row["curve"] = curve
+    if row["status"] == "pruned":
+        value = curve[max(curve)]
+        return row | {"iterations": max(curve), "metrics": {search.target: value}, "value": value}, value
+    final = _final(search, plan, store)
+    if final is None:
+        return row | {"error": f"there is no step {step}"}, None
+    if not math.isfinite(final):
+        return row | {"error": f"{search.target} is {final}"}, None
+    return row | {"status": "done", "value": final, "metrics": metrics_of(plan, store, search.target)}, final
 
 
 def _final(search: Search, plan: Sequence[PlannedStep], store: Store) -> float | None:
     """Return the metric of a finished trial; None: its step is not in the plan."""
     step, _, metric = search.target.rpartition(".")
-    manifest = next((store.made(each.key) for each in plan_again(plan, store) if each.name == step), None)
+    manifest = next((store.made(each.key) for each in plan if each.name == step), None)
     if manifest is None:
         return None
     recorded = recorded_numbers(manifest)
@@ -535,54 +518,12 @@ def _final(search: Search, plan: Sequence[PlannedStep], store: Store) -> float |
     return float(recorded[metric])
 
 
-def _run_to(search: Search, number: int, values: dict[str, Any], rung: int) -> tuple[Row, tuple[int, float] | None]:
-    """Train until the metric is recorded after `rung` iterations, and save; return the row, iteration and value.
-
-    Raises:
-        Interrupted: a signal arrived.
-    """
-    row: Row = {"job": number, "overrides": values, "status": "failed", "metrics": {}}
-    step, _, metric = search.target.rpartition(".")
-    paused = False
-
-    def look(name: str, record: Record) -> None:
-        nonlocal paused
-        if not paused and name == step and metric in record and record.get("iteration", 0) >= rung:
-            paused = True
-            signal.raise_signal(signal.SIGTERM)  # the training saves and stops, as when a user stops it
-
-    try:
-        composed, plan, store = _composed(search, values)
-        row["steps"] = entries_of(plan)
-        if _recorded(search, plan, store, rung) is None:
-            try:
-                run_pipeline(composed, on_record=look)
-            except Interrupted:
-                if not paused:
-                    raise
-    except Interrupted:
-        raise
-    except MlxchatError as error:
-        return row | {"error": str(error).splitlines()[0]}, None
-    row["steps"] = entries_of(plan_again(plan, store))
-    found = _recorded(search, plan, store, rung)
-    if found is None or not math.isfinite(found[1]):
-        return row | {"error": f"{search.target} has no finite value"}, None
-    print(f"── {search.title(number, values)} {search.target} {format_number(found[1])} at {found[0]}", flush=True)
-    return row, found
-
-
-def _recorded(search: Search, plan: Sequence[PlannedStep], store: Store, rung: int) -> tuple[int, float] | None:
-    """Return the first record of the metric after `rung` iterations, or the last one of a training that has ended."""
-    step, _, metric = search.target.rpartition(".")
-    key = next(each.key for each in plan_again(plan, store) if each.name == step)
+def _records(plan: Sequence[PlannedStep], store: Store, step: str) -> list[Record]:
+    """Return what a step has recorded so far: in its artifact, or in a training that was stopped."""
+    key = next(each.key for each in plan if each.name == step)
     place = store.find_made(key)
     folder = place if place is not None else store.work(key) / "ckpt" / "records"
-    records = [(one["iteration"], one[metric]) for one in Records(folder / "metrics.jsonl").read() if metric in one]
-    later = [found for found in records if found[0] >= rung]
-    if later:
-        return later[0]
-    return (max(rung, records[-1][0]), records[-1][1]) if place is not None and records else None
+    return Records(folder / "metrics.jsonl").read()
 
 
 def _remember(search: Search, trials: Trials) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, visible
-from mlxchat.planning.memory import check_memory
+from mlxchat.runner.executors import LostJob, submit
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.store import locks
 from mlxchat.store.files import now
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
+from mlxchat.sweep.job import place_steps, plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.launchers import (
+    POLL_SECONDS,
     HydraSettings,
-    environment,
+    SubmittedJob,
     force_only_others,
     hidden,
     launch,
@@ -207,7 +209,7 @@ def compose_jobs(overrides: list[list[str]], config_dirs: list[str], make_plan: 
         try:
             composed = compose_config(items, config_dirs)
             plan = make_plan(composed.config, Store(Path(composed.config.outputs)))
-            check_memory(composed.config, plan)
+            place_steps(composed.config, plan)
             jobs.append(Job(number=numbers[tuple(items)], overrides=items, composed=composed, plan=plan))
         except MlxchatError as error:
             fresh = [line for line in str(error).splitlines() if line not in problems]
@@ -234,8 +236,6 @@ def run_sweep(arguments: list[str]) -> int:
         ConfigError: something is wrong with a job's configuration or the launcher; nothing is run.
         Interrupted: a signal arrived; what is finished is kept, and in the table.
     """
-    # Once MLX is loaded these are for its compiler; other processes need those of before.
-    before = {name: os.environ.get(name) for name in ("PATH", "TMPDIR")}
     sweep = read_sweep(arguments, plan_to_run)
     if any(implied := [item for job in sweep.jobs for item in implied_experiment(job.overrides)]):
         print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
@@ -248,15 +248,15 @@ def run_sweep(arguments: list[str]) -> int:
         print(f"process {owner.get('pid', '?')} on {owner.get('host', '?')} sweeps in this folder; waiting", flush=True)
 
     with locks.hold(folder.lock, {"sweep": folder.path.name}, tell_waiting):
-        return _Run(sweep, folder, before).run()
+        return _Run(sweep, folder).run()
 
 
 class _Run:
     """A sweep that runs: it starts the jobs, passes on what they print and collects their results."""
 
-    def __init__(self, sweep: Sweep, folder: SweepFolder, environ: dict[str, str | None]) -> None:
+    def __init__(self, sweep: Sweep, folder: SweepFolder) -> None:
         """Write the sweep's folder."""
-        self.sweep, self.folder, self.environ = sweep, folder, environ
+        self.sweep, self.folder = sweep, folder
         self.is_listed = sweep.hydra.sweeper == "basic"
         self.jobs = sweep.jobs if self.is_listed else []
         self.config = sweep.jobs[0].composed.config
@@ -318,28 +318,34 @@ class _Run:
             if reason is not None:
                 self._end(job, {"status": "failed", "error": reason})
                 pending.remove(job)
-        if self.is_listed and self.sweep.hydra.launcher == "basic":
+        if self.is_listed and self.sweep.hydra.launcher == "basic" and self.config.executor.kind == "local":
             for job in pending:
                 print(f"\n── {self._title(job.number)}", flush=True)
-                dirs = self.sweep.hydra.config_dirs
-                self._say(run_job(self.folder, job.number, job.overrides, dirs, self.made))
+                self._say(run_job(self.folder, job.number, job.overrides, partial(self._prepare, job)))
         elif pending or not self.is_listed:
             self._launch(pending)
 
+    def _prepare(self, job: Job) -> tuple[Composed, list[PlannedStep]]:
+        """Return what a job that runs in this process runs: what its sweep has made is done."""
+        plan, config = plan_again(job.plan, job.store), job.composed.config
+        if force := force_only_others(config.force, plan, self.made):
+            plan = plan_again(plan, job.store, force=force)
+        return job.composed, plan
+
     def _make_shared(self, job: Job, steps: list[PlannedStep]) -> None:
         """Make steps of a job's plan; a failure ends only what depends on it."""
-        config, began = job.composed.config, now()
-        force = force_only_others(config.force, steps, self.made)
+        names = [step.name for step in steps]
+        composed, plan = self._prepare(job)
+        needed: set[str] = set()
+        for step in reversed(plan):
+            if step.name in (*names, *needed):
+                needed |= {step.name, *step.inputs.values()}
+        plan = [step for step in plan if step.name in needed]
+        composed = replace(composed, config=replace(composed.config, targets=names), overrides=job.overrides)
+        lines: list[str] = []
+        began = now()
         try:
-            run_pipeline(
-                replace(
-                    job.composed, config=replace(config, targets=[step.name for step in steps], force=force),
-                    overrides=job.overrides,
-                )
-            )  # fmt: skip
-            now_planned = {step.name: step for step in plan_again(job.plan, job.store)}
-            self.made |= {now_planned[step.name].key for step in steps}
-            return
+            run_pipeline(composed, plan)
         except Interrupted:
             raise
         except MlxchatError as error:
@@ -347,29 +353,35 @@ class _Run:
             lines = str(error).splitlines()
         store = job.store
         keys = {step.name: step.key for step in job.plan}
-        now_planned = {step.name: step for step in plan_again(job.plan, store)}
+        now_planned = {step.name: step for step in plan}
         for step in steps:
             manifest = store.made(now_planned[step.name].key)
-            if manifest is not None and manifest["published"] >= began:
-                self.made.add(manifest["key"])
+            if not lines or (manifest is not None and manifest["published"] >= began):
+                self.made.add(now_planned[step.name].key)
                 continue
             source = next((keys[name] for name in step.inputs.values() if keys[name] in self.failed), None)
             own = next((line for line in lines[1:] if line.startswith(f"{step.name}: ")), lines[0])
             self.failed[step.key] = self.failed[source] if source else f"shared step {step.name}: {own}"
 
     def _launch(self, pending: list[Job]) -> None:
-        """Run jobs in processes that Hydra's launcher starts; a job that leaves no row has failed."""
+        """Run jobs by the executor, or in processes of Hydra's launcher; a job that leaves no row has failed."""
         hydra, folder = self.sweep.hydra, self.folder
         self.state |= {"pending": [job.number for job in pending], "made": sorted(self.made)}
         folder.write_state(self.state)
+        is_submitted = self.is_listed and hydra.launcher == "basic"
         who = hydra.launcher if self.is_listed else f"hydra/sweeper={hydra.sweeper}"
+        who = f"executor={self.config.executor.kind}" if is_submitted else who
         count = f"{len(pending)} jobs" if self.is_listed else "jobs"
         print(f"\n── {count} by {who}; their lines begin with their number", flush=True)
         numbered = ["hydra.sweeper.params=null", f"sweep.job={','.join(str(job.number) for job in pending)}"]
         overrides = numbered if self.is_listed else self.sweep.varying
+        lost: dict[int, str] = {}
         try:
-            with environment(self.environ), watched(folder, set(folder.rows()), self._say):
-                launch(hydra, folder, overrides)
+            with watched(folder, set(folder.rows()), self._say):
+                if is_submitted:
+                    lost = self._submit(pending)
+                else:
+                    launch(hydra, folder, overrides)
         except MlxchatError:
             raise
         except Exception as error:  # a process was killed, or could not be started: launchers have their own exceptions
@@ -380,10 +392,33 @@ class _Run:
         known = folder.rows()
         for job in pending:
             if job.number not in known:
-                status, error_text = "failed", "its process ended without a result"
+                status, error_text = "failed", lost.get(job.number, "its process ended without a result")
                 if folder.stop():
                     status, error_text = "interrupted", "stopped before it had a result"
                 self._end(job, {"status": status, "error": error_text})
+
+    def _submit(self, pending: list[Job]) -> dict[int, str]:
+        """Run jobs by the executor until all have ended; return number → how a job without a result was lost."""
+        folder = self.folder
+        calls = [SubmittedJob(folder, job.number) for job in pending]
+        jobs = submit(self.config.executor, calls, folder.path / "jobs")
+        running = {planned.number: job for planned, job in zip(pending, jobs, strict=True)}
+        lost: dict[int, str] = {}
+        while running:
+            time.sleep(POLL_SECONDS)
+            for number, job in list(running.items()):
+                if job.done():
+                    del running[number]
+                    try:
+                        job.result()
+                    except LostJob as error:
+                        lost[number] = str(error)
+                elif folder.stop() and not folder.has_begun(
+                    number
+                ):  # what has begun sees the request itself, and saves
+                    del running[number]
+                    job.cancel()
+        return lost
 
     def _end(self, job: Job, result: Row) -> None:
         """Keep the row of a job that did not write it itself, and say it."""

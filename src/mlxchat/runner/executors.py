@@ -1,0 +1,264 @@
+"""Jobs on other machines: SLURM's queue through submitit, or a Ray cluster.
+
+A job is a call that is pickled and runs in a process elsewhere that sees the same files. What SLURM stops, because its
+time is up or another job needs the node, saves and is queued again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from mlxchat.config.schema import ExecutorConfig
+from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.runner.process import is_stopping
+
+Leave = Callable[[], str]
+"""Hands the job back to its queue and does not return, or returns why it cannot."""
+Call = Callable[[Leave | None], Any]
+"""What a job does; it gets None outside of a queue."""
+
+_LIBRARIES = {"slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
+# Once MLX is loaded these are for its compiler; other processes need those of before.
+AS_STARTED = {name: os.environ.get(name) for name in ("PATH", "TMPDIR")}
+# submitit asks sacct every ten minutes by itself whether a job without a result has ended.
+_ASK_SECONDS = 60
+# Around the traceback in its errors.
+_RULE = "\n----------------------\n"
+
+
+class LostJob(StepFailed):
+    """A job ended without a result: it was killed, or its machine was lost."""
+
+
+class Job(Protocol):
+    """A call that was submitted."""
+
+    name: str
+    """For people: which executor's job it is."""
+
+    def done(self) -> bool:
+        """Tell whether it has ended, in whatever way."""
+
+    def result(self) -> Any:
+        """Return what the call of a job that has ended returned.
+
+        Raises:
+            LostJob: it returned nothing.
+        """
+
+    def cancel(self) -> None:
+        """Take it out of the queue, or let it save and end."""
+
+
+def check_installed(settings: ExecutorConfig) -> None:
+    """Refuse an executor whose library is missing.
+
+    Raises:
+        ConfigError: with the command that installs it.
+    """
+    library = _LIBRARIES.get(settings.kind)
+    if library is not None and find_spec(library) is None:
+        raise ConfigError(f"executor={settings.kind} needs {library}: pip install 'mlxchat[{library}]'")
+
+
+def submit(settings: ExecutorConfig, calls: Sequence[Call], folder: Path) -> list[Job]:
+    """Submit calls, several to SLURM as one job array, and return their jobs.
+
+    Args:
+        settings: where they run, and with what.
+        calls: what to run; all of it can be pickled.
+        folder: where submitit keeps what jobs get, return and print; on a file system that all machines see.
+
+    Raises:
+        ConfigError: they cannot be submitted here.
+    """
+    here = [_Here(call, Path.cwd()) for call in calls]
+    with environment(AS_STARTED):
+        return _submit_to_ray(settings, here) if settings.kind == "ray" else _submit_to_slurm(settings, here, folder)
+
+
+@dataclass(frozen=True)
+class _Here:
+    """A call that runs in the working directory of the process that submits it."""
+
+    call: Call
+    cwd: Path
+
+    def __call__(self) -> Any:
+        """Run it, in its job."""
+        os.chdir(self.cwd)
+        with queue_signals() as leave:
+            return self.call(leave)
+
+    def checkpoint(self) -> Any:
+        """Return what submitit queues when the job's time is up: the same call, which continues what it has saved."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _submit_to_slurm(settings: ExecutorConfig, calls: Sequence[_Here], folder: Path) -> list[Job]:
+    import submitit
+
+    folder.mkdir(parents=True, exist_ok=True)
+    is_local = settings.kind == "submitit_local"
+    parameters = {
+        "timeout_min": settings.timeout_min, "cpus_per_task": settings.cpus_per_task, "name": "mlxchat",
+        "gpus_per_node": settings.gpus_per_node, "mem_gb": settings.mem_gb, "stderr_to_stdout": True,
+        "slurm_partition": settings.partition, "slurm_account": settings.account, "slurm_qos": settings.qos,
+        "slurm_constraint": settings.constraint, "slurm_setup": settings.setup or None,
+        "slurm_signal_delay_s": settings.signal_delay_s, "slurm_array_parallelism": settings.array_parallelism,
+        "slurm_additional_parameters": {"requeue": True, **settings.options},
+    }  # fmt: skip
+    try:
+        executor = submitit.AutoExecutor(
+            folder, cluster="local" if is_local else "slurm",
+            slurm_max_num_timeout=settings.requeues, local_max_num_timeout=settings.requeues,
+        )  # fmt: skip
+        executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
+        with executor.batch():
+            jobs = [executor.submit(call) for call in calls]
+    except Exception as error:  # submitit has no class of its own for a cluster that refuses, or is not there
+        raise ConfigError(f"executor={settings.kind}: {str(error).splitlines()[0]}") from None
+    return [_SubmititJob(job, is_local=is_local) for job in jobs]
+
+
+class _SubmititJob:
+    """A job of submitit's."""
+
+    def __init__(self, job: Any, *, is_local: bool) -> None:
+        self.job, self.is_local = job, is_local
+        self.name = f"{'submitit' if is_local else 'SLURM'} job {job.job_id}"
+        with suppress(AttributeError):
+            job.watcher._delay_s = min(job.watcher._delay_s, _ASK_SECONDS)
+
+    def done(self) -> bool:
+        return bool(self.job.done())
+
+    def result(self) -> Any:
+        try:
+            return self.job.result()
+        except Exception as error:  # of submitit's kinds: nothing came back, or a traceback of the job
+            trace = str(error).split(_RULE)[1:2]
+            how = trace[0].strip().splitlines()[-1] if trace else f"state: {self.job.state}"
+            raise LostJob(f"{self.name} was lost ({how}). Its log: {self.job.paths.stdout}") from None
+
+    def cancel(self) -> None:
+        with suppress(OSError):
+            if self.is_local:
+                os.kill(int(self.job.job_id), signal.SIGTERM)  # its own way leaves a second for saving
+            else:
+                self.job.cancel(check=False)
+
+
+def _submit_to_ray(settings: ExecutorConfig, calls: Sequence[_Here]) -> list[Job]:
+    import ray
+
+    try:
+        if not ray.is_initialized():
+            ray.init(address=settings.address, include_dashboard=False, logging_level=logging.ERROR)
+        run = ray.remote(
+            num_cpus=settings.cpus_per_task, num_gpus=settings.gpus_per_node or 0, max_retries=settings.requeues
+        )(_run)
+        return [_RayJob(run.remote(call)) for call in calls]
+    except Exception as error:  # of many kinds
+        raise ConfigError(f"executor=ray: {str(error).splitlines()[0]}") from None
+
+
+def _run(call: _Here) -> Any:
+    return call()
+
+
+class _RayJob:
+    """A task of Ray's."""
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+        self.name = f"Ray task {reference.task_id().hex()[:12]}"
+
+    def done(self) -> bool:
+        import ray
+
+        return bool(ray.wait([self.reference], timeout=0)[0])
+
+    def result(self) -> Any:
+        import ray
+
+        try:
+            return ray.get(self.reference)
+        except Exception as error:  # Ray's own, of many kinds
+            raise LostJob(f"{self.name} was lost ({str(error).splitlines()[0]})") from None
+
+    def cancel(self) -> None:
+        import ray
+
+        with suppress(Exception):
+            ray.cancel(self.reference)
+
+
+@contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Give environment variables other values while the body runs; None takes one away."""
+    former = dict(os.environ)
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update({name: former[name] for name in variables if name in former})
+
+
+@contextmanager
+def queue_signals() -> Iterator[Leave | None]:
+    """Stop the run when SLURM says that its time is up; yield how to be queued again, None outside of a queue.
+
+    SLURM signals that by SIGUSR2 (submitit's choice) or, where jobs are preempted, by SIGTERM, in any order. The first
+    of them is the run's SIGTERM: it saves. A later one must not end it before it has saved.
+    """
+    executor = os.environ.get("SUBMITIT_EXECUTOR")
+    if executor not in ("slurm", "local"):
+        yield None
+        return
+    requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        stopping, stop = is_stopping(), signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not stopping and callable(stop):
+            stop(signal.SIGTERM, frame)
+
+    def leave() -> str:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not heard:
+            if executor == "local":
+                return "it was cancelled"
+            # SLURM itself queues what it preempts; what was cancelled is over.
+            print("stopped by SLURM; saved. Where it queues the job again, the job goes on from there", flush=True)
+            raise SystemExit(128 + signal.SIGTERM)
+        try:
+            if callable(requeue):
+                requeue(heard[0], None)  # asks SLURM to queue the job again, and exits
+        except Exception as error:  # submitit raises all kinds where it gives up
+            return f"{error} executor.requeues is how often. The same command goes on"
+        return "submitit does not queue it again. The same command goes on"
+
+    signal.signal(signal.SIGUSR2, hear)
+    try:
+        yield leave
+    finally:
+        signal.signal(signal.SIGUSR2, requeue)

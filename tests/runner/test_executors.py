@@ -1,0 +1,286 @@
+"""Steps in jobs elsewhere: submitit's local executor and, where it is installed, Ray on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kit.commands import CommandLine
+from mlxchat.composition.compose import compose_config
+from mlxchat.composition.sections import executor_of
+from mlxchat.config.schema import Config, ExecutorConfig
+from mlxchat.errors import ConfigError
+from mlxchat.runner import executors
+from mlxchat.runner.executors import Job, Leave, LostJob, check_installed, submit
+from mlxchat.runner.process import stop_on_signals
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.store import Store
+from mlxchat.sweep.job import place_steps, plan_of
+
+pytest.importorskip("submitit")
+cloudpickle = pytest.importorskip("cloudpickle")
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a job cannot import this file
+
+
+def config_of(*overrides: str) -> Config:
+    return compose_config(["experiment=smoke", "machine=cpu", *overrides]).config
+
+
+LOCAL = config_of("executor=submitit_local").executor
+
+
+def wait_for(job: Job) -> None:
+    until = time.monotonic() + 120
+    while not job.done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def wait_until_there(path: Path) -> str:
+    until = time.monotonic() + 120
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < until, path
+        time.sleep(0.05)
+    return path.read_text()
+
+
+@dataclass(frozen=True)
+class Count:
+    """Counts to ten thousand, a hundred a second, and keeps how far it is in a file: what stops it, it continues."""
+
+    file: Path
+    most: int = 10_000
+
+    def __call__(self, leave: Leave | None) -> Any:
+        heard: list[int] = []
+        began = int(self.file.read_text()) if self.file.exists() else 0
+        with stop_on_signals(heard.append, lambda: None):
+            for number in range(began, self.most):
+                if heard:
+                    break
+                self.file.write_text(str(number + 1))
+                time.sleep(0.01)
+        if heard and leave is not None:
+            return leave()
+        return began, int(self.file.read_text()), str(Path.cwd())
+
+
+@pytest.fixture
+def submitted(tmp_path: Path) -> Iterator[list[Job]]:
+    """Jobs that end with the test."""
+    jobs: list[Job] = []
+    yield jobs
+    for job in jobs:
+        job.cancel()
+
+
+def start(call: Count, submitted: list[Job], settings: ExecutorConfig = LOCAL) -> Any:
+    (job,) = submit(settings, [call], call.file.parent / "jobs")
+    submitted.append(job)
+    return job
+
+
+def process_of(job: Any) -> int:
+    """Return the process that runs the call; submitit's own starts it, and starts it again."""
+    return int(subprocess.check_output(["ps", "-o", "pid=", "--ppid", job.job.job_id]))
+
+
+def test_a_job_runs_in_another_process_and_in_this_directory(
+    tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = start(Count(tmp_path / "count", most=3), submitted)
+    wait_for(job)
+    assert job.result() == (0, 3, str(tmp_path))
+
+
+def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path: Path, submitted: list[Job]) -> None:
+    count = tmp_path / "count"
+    job = start(Count(count, most=300), submitted)
+    wait_until_there(count)
+    os.kill(process_of(job), signal.SIGUSR2)  # as SLURM does
+    wait_for(job)
+    began, reached, _ = job.result()
+    assert 0 < began < reached == 300
+
+
+def test_a_cancelled_job_saves_and_ends(tmp_path: Path, submitted: list[Job]) -> None:
+    count = tmp_path / "count"
+    job = start(Count(count), submitted)
+    wait_until_there(count)
+    job.cancel()
+    wait_for(job)
+    assert job.result() == "it was cancelled"
+
+
+def test_a_lost_job_names_its_log(tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    count = tmp_path / "count"
+    job = start(Count(count), submitted)
+    wait_until_there(count)
+    monkeypatch.setattr(type(job.job), "_results_timeout_s", 0)
+    os.kill(process_of(job), signal.SIGKILL)
+    wait_for(job)
+    with pytest.raises(LostJob, match=rf"submitit job \d+ was lost .*Its log: {tmp_path}/jobs/\d+_0_log\.out"):
+        job.result()
+
+
+def test_a_cluster_that_is_not_there_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm"):
+        submit(config_of("executor=slurm").executor, [Count(tmp_path / "count")], tmp_path / "jobs")
+
+
+def test_a_missing_library_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"executor=slurm needs submitit: pip install 'mlxchat\[submitit\]'"):
+        check_installed(replace(LOCAL, kind="slurm"))
+    check_installed(replace(LOCAL, kind="local"))
+
+
+def test_a_steps_executor_is_over_the_runs() -> None:
+    config = config_of("executor=slurm", "executor.partition=gpu", "pipeline.pretrain.executor={gpus_per_node: 8}")
+    assert executor_of(config, "sft") is config.executor
+    assert executor_of(config, "pretrain") == replace(config.executor, gpus_per_node=8)
+    assert config.executor.requeues == 1000
+
+
+def test_a_steps_executor_of_another_kind_is_that_of_conf() -> None:
+    config = config_of("pipeline.pretrain.executor=slurm", "pipeline.eval_base.executor={kind: ray, cpus_per_task: 4}")
+    assert config.executor.kind == "local"
+    assert executor_of(config, "pretrain") == config_of("executor=slurm").executor
+    assert executor_of(config, "eval_base") == config_of("executor=ray", "executor.cpus_per_task=4").executor
+
+
+def test_hydras_own_way_of_setting_a_steps_executor_works() -> None:
+    config = config_of("+executor@pipeline.pretrain.executor=slurm", "pipeline.pretrain.executor.partition=gpu")
+    assert executor_of(config, "pretrain") == config_of("executor=slurm", "executor.partition=gpu").executor
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pipeline.pretrain.executor=slrum", 'pipeline.pretrain.executor: there is no executor "slrum": .*"slurm"'),
+        ("pipeline.pretrain.executor={gpus: 8}", 'there is no "executor.gpus" for pipeline.pretrain.executor'),
+        ("pipeline.pretrain.executor={timeout_min: soon}", "pipeline.pretrain.executor.timeout_min: .*'soon'"),
+        (
+            "pipeline.pretrain.executor={kind: slurm, cpus_per_task: 0}",
+            "executor.cpus_per_task is 0, expected at least 1",
+        ),
+        ("executor.timeout_min=0", "executor.timeout_min is 0, expected at least 1"),
+        ("executor.kind=slrum", 'executor.kind is "slrum": local, slurm'),
+    ],
+)
+def test_a_wrong_executor_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(override)
+
+
+def test_an_executor_is_in_no_key(tmp_path: Path) -> None:
+    settings = ["executor=slurm", "pipeline.pretrain.executor={gpus_per_node: 8}"]
+    plans = [plan_of(config_of(*overrides), Store(tmp_path)) for overrides in ([], settings)]
+    assert [step.key for step in plans[0]] == [step.key for step in plans[1]]
+
+
+def test_the_dtype_of_a_gpu_elsewhere_must_be_said(tmp_path: Path) -> None:
+    settings = ["executor=slurm", "executor.gpus_per_node=1", "stage=pretrain"]
+    config = config_of(*settings, "machine.compute_dtype=auto")
+    with pytest.raises(ConfigError, match=r"pretrain runs on GPUs of another machine .*compute_dtype=bfloat16"):
+        place_steps(config, plan_of(config, Store(tmp_path)))
+    config = config_of(*settings, "machine.compute_dtype=bfloat16")
+    assert place_steps(config, plan_of(config, Store(tmp_path))).keys() == {"corpus", "tokenizer", "pretrain"}
+
+
+def test_a_step_elsewhere_need_not_fit_into_this_machine(tmp_path: Path) -> None:
+    small = "machine.memory_limit_bytes=1000000"
+    config = config_of("stage=pretrain", small)
+    with pytest.raises(ConfigError, match="pretrain needs about"):
+        place_steps(config, plan_of(config, Store(tmp_path)))
+    config = config_of("stage=pretrain", small, "pipeline.pretrain.executor=submitit_local")
+    assert place_steps(config, plan_of(config, Store(tmp_path))).keys() == {"pretrain"}
+
+
+@pytest.fixture(params=["submitit_local", pytest.param("ray", marks=pytest.mark.slow)])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An executor of this machine; Ray where it is installed."""
+    if request.param == "ray":
+        pytest.importorskip("ray")
+        # Its sockets need a shorter path than the folder of MLX's kernels, which goes with their compiler.
+        monkeypatch.delenv("TMPDIR", raising=False)
+        places = os.environ["PATH"].split(os.pathsep)
+        monkeypatch.setenv("PATH", os.pathsep.join(each for each in places if "mlxchat-compiler" not in each))
+    return str(request.param)
+
+
+def test_a_step_in_a_job_gives_the_bytes_of_one_in_this_process(
+    kind: str, tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path, finished: Any
+) -> None:
+    outputs = tmp_path / "outputs"
+    command = [*tiny, "stage=pretrain", f"outputs={outputs}"]
+    done = mlxchat(*command, f"pipeline.pretrain.executor={kind}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = {"submitit_local": "submitit job", "ray": "Ray task"}[kind]
+    assert re.search(rf"^pretrain +{name} \w+ (is queued|runs on )", done.stdout, re.MULTILINE)
+    assert re.search(rf"^pretrain +done by {name} \w+: pretrain-d2-", done.stdout, re.MULTILINE)
+    made, alone = (read_manifest(Store(each).refs()["pretrain"]) for each in (outputs, finished.outputs))
+    assert (made["key"], made["tree"]) == (alone["key"], alone["tree"])
+    assert "nothing to do" in mlxchat(*command).stdout
+
+
+def test_a_stop_cancels_the_job_which_saves_and_the_next_run_continues(
+    kind: str, tiny: tuple[str, ...], mlxchat: CommandLine, start_mlxchat: Any, outputs: Path
+) -> None:
+    command = [*tiny, "stage=pretrain", "pretrain.num_iterations=3000", "machine.checkpoint_seconds=0"]
+    command += [f"outputs={outputs}", f"pipeline.pretrain.executor={kind}"]
+    process = start_mlxchat(*command)
+    until = time.monotonic() + 300
+    while not list(outputs.glob("work/*/ckpt/[0-9]*/state.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, text
+    assert "pretrain was stopped. The same command continues it." in text
+    (log,) = outputs.glob("work/*/attempts.jsonl")
+    assert '"outcome": "interrupted"' in log.read_text()
+
+
+def test_a_step_whose_job_is_lost_fails_with_one_message_and_the_next_run_continues(
+    tiny: tuple[str, ...], start_mlxchat: Any, mlxchat: CommandLine, outputs: Path
+) -> None:
+    command = [*tiny, "stage=pretrain", "pretrain.num_iterations=60", "machine.checkpoint_seconds=0"]
+    command += [f"outputs={outputs}", "pipeline.pretrain.executor=submitit_local"]
+    process = start_mlxchat(*command)
+    until = time.monotonic() + 300
+    while not list(outputs.glob("work/*/ckpt/[0-9]*/state.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    (log,) = outputs.glob("work/*/attempts.jsonl")
+    os.kill(int(re.findall(r'"pid": (\d+)', log.read_text())[-1]), signal.SIGKILL)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, text
+    assert "Traceback" not in text
+    assert re.search(
+        r"step pretrain failed: submitit job \d+ was lost .*Its log: .*_log\.out\n +The same command", text
+    )
+    done = mlxchat(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = read_manifest(Store(outputs).refs()["pretrain"])
+    assert [attempt["outcome"] for attempt in made["attempts"]] == ["killed", "done"]
+    assert made["attempts"][1]["resumed_from"] > 0
+
+
+def test_ray_is_not_imported_by_a_run_without_it() -> None:
+    code = "import sys, mlxchat.sweep.job; sys.exit('ray' in sys.modules or 'submitit' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
