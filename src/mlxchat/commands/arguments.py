@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
@@ -133,6 +134,11 @@ class Parser(argparse.ArgumentParser):
         """Return the text of --help."""
         text = super().format_help()
         return text if self.long_help is None else self.long_help(text[text.index("options:") :])
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit after --help; a reader that has closed the pipe is found here, not at the interpreter's end."""
+        sys.stdout.flush()
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
