@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import Batch
-from mlxchat.training.loop import fit
-from mlxchat.training.monitor import Watch
+from mlxchat.training.loop import Hook, fit
+from mlxchat.training.monitor import Overfitting, Watch
 from mlxchat.training.step import TrainStep
 
 MakeContext = Callable[..., Context]
@@ -208,3 +209,60 @@ def test_an_exploding_norm_is_recorded_and_shown(make_context: MakeContext, caps
     said = capsys.readouterr().err
     assert "iteration 13: gradient norm" in said
     assert "warning gradient norm" in said
+
+
+# Overfitting
+
+
+def told(validations: list[float], losses: list[float], *, restart_after: int | None = None) -> list[int]:
+    """Return after which validations overfitting was told; a restart goes on from the saved state."""
+    watch, found = Overfitting(), []
+    for number, (value, loss) in enumerate(zip(validations, losses, strict=True), 1):
+        if watch.look(10 * number, "val_bpb", value, loss) is not None:
+            found.append(number)
+        if number == restart_after:
+            watch = Overfitting(**json.loads(json.dumps(asdict(watch))))
+    return found
+
+
+FALLING = [5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("validations", "losses", "expected"),
+    [
+        ([3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5], FALLING, [5]),
+        ([3.0, 2.0, 2.1, 2.2, 1.9, 2.0, 2.1], FALLING, []),  # a better one begins anew
+        ([3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5], FALLING[::-1], []),  # the training's loss rises too: something else
+        ([3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4], FALLING, []),
+        ([3.0, 2.0, math.nan, math.nan, math.nan, 2.0, 2.0], FALLING, [5]),
+    ],
+)
+def test_overfitting_is_told_once_and_only_where_it_is(
+    validations: list[float], losses: list[float], expected: list[int]
+) -> None:
+    assert told(validations, losses) == expected
+    assert [told(validations, losses, restart_after=number) for number in range(1, 8)] == [expected] * 7
+
+
+class OneBatch(NumberedBatches):
+    """The same batch again and again, which is soon learnt by heart."""
+
+    def next_batch(self, iteration: int) -> Batch:
+        self.number = 0
+        return super().next_batch(iteration)
+
+
+def test_a_training_that_overfits_says_since_when(
+    make_context: MakeContext, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [9.0, 5.0, 6.0, 7.0, 8.0, 9.0, 9.0, 9.0]
+    model = make_model()
+    fit(
+        make_context("run"), model, make_optimizer(model), OneBatch(rows=4), num_iterations=NUM_ITERATIONS,
+        schedule=CONSTANT, hooks=[Hook(run=lambda iteration: {"val_loss": values[iteration - 1]}, every=1)],
+        micro_tokens=64,
+    )  # fmt: skip
+    said = [line for line in "".join(capsys.readouterr()).splitlines() if "overfitting" in line]
+    assert len(said) == 1
+    assert "since iteration 2 val_loss has risen from 5.0000 to 8.0000" in said[0]

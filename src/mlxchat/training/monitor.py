@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -27,6 +28,8 @@ _EMA_DECAY = 0.9
 _WINDOW, _FEWEST_NORMS = 100, 10  # norms in the median, and the fewest for it
 _WARNING_EVERY = 50  # iterations from one warning to the next
 _MOST_DOCUMENTS_NAMED = 8
+_VALIDATIONS = {"val_bpb", "val_loss"}
+_WORSE_VALIDATIONS = 3  # in a row, before overfitting is told
 
 
 class Monitor:
@@ -49,7 +52,7 @@ class Monitor:
             peak_flops=peak and self.num_ranks * peak,
             raise_peak=lambda rate: self.num_ranks * raise_peak(dtype, rate / self.num_ranks),
         )
-        self.watch = Watch(ctx.config.training)
+        self.watch, self.overfitting = Watch(ctx.config.training), Overfitting()
         self._began, self._waited, self._communication = 0.0, 0.0, 0.0
 
     def look(self, done: int, title: str, measure: Callable[[int], dict[str, float]]) -> None:
@@ -66,6 +69,9 @@ class Monitor:
         if numbers:
             self.ctx.log({"iteration": done, **numbers})
             self.ctx.metrics.update(numbers)
+        for name in _VALIDATIONS & numbers.keys():
+            if (warning := self.overfitting.look(done, name, numbers[name], self.meter.loss)) is not None:
+                self.progress.note(warning)
 
     def begin_iteration(self) -> None:
         """Start the clock."""
@@ -125,13 +131,18 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """Return what a resumed training continues with, as JSON data."""
         metrics = {name: value for name, value in self.ctx.metrics.items() if math.isfinite(value)}
-        return {"meter": self.meter.state(), "watch": self.watch.state(), "metrics": metrics}
+        return {
+            "meter": self.meter.state(), "watch": self.watch.state(), "overfitting": asdict(self.overfitting),
+            "metrics": metrics,
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state; that of a finished training has no times and no norms."""
         self.meter.restore(state["meter"])
         if "watch" in state:
             self.watch.restore(state["watch"])
+        if "overfitting" in state:
+            self.overfitting = Overfitting(**state["overfitting"])
 
     def _communication_seconds(self) -> float:
         return 0.0 if self.ctx.team is None else self.ctx.team.group.traffic.seconds
@@ -271,6 +282,33 @@ class Watch:
         """Continue from a saved state."""
         self._norms, self._warned_at = state["norms"], state["warned_at"]
         self._in_a_row, self.num_skipped = state["in_a_row"], state["skipped"]
+
+
+@dataclass
+class Overfitting:
+    """Tells once that validation has risen while the training's loss fell, from its state alone."""
+
+    best: float | None = None
+    iteration: int = 0
+    """Of the best validation."""
+    loss: float = 0.0
+    """Of the training, smoothed, at that time."""
+    worse_in_a_row: int = 0
+    told: bool = False
+
+    def look(self, iteration: int, name: str, value: float, loss: float) -> str | None:
+        """Take a validation; return a warning after three in a row that are worse than the best before them."""
+        if self.best is None or value < self.best:
+            self.best, self.iteration, self.loss, self.worse_in_a_row = value, iteration, loss, 0
+            return None
+        self.worse_in_a_row += 1
+        if self.told or self.worse_in_a_row < _WORSE_VALIDATIONS or loss >= self.loss:
+            return None
+        self.told = True
+        return (
+            f"overfitting: since iteration {self.iteration} {name} has risen from {self.best:.4f} to {value:.4f}, "
+            f"while the training's loss fell from {self.loss:.3f} to {loss:.3f}"
+        )
 
 
 def _join(names: list[str]) -> str:
