@@ -8,7 +8,6 @@ own ways.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import re
@@ -47,14 +46,6 @@ from mlxchat.sweep.results import Row, SweepFolder, metrics_of, settings_of
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Launcher → the extra that brings it.
-EXTRAS = {
-    "joblib": "joblib",
-    "submitit_local": "submitit",
-    "submitit_slurm": "submitit",
-    "ray": "ray",
-    "ray_aws": "ray",
-}
 POLL_SECONDS = 0.3
 # From another host each look is a request to a file server, of every job.
 _FAR_POLL_SECONDS = 3.0
@@ -62,6 +53,10 @@ _UNSEEN = (
     "{here} does not see the lock of the sweep, which process {pid} on {host} holds: either that process has ended, or "
     "the file system of outputs keeps locks to each host. To find out: mlxchat doctor --hosts, on both"
 )
+_HINTS = {
+    "hydra/launcher": "Others are packages (hydra-joblib-launcher). For SLURM and Ray: executor=slurm, executor=ray",
+    "hydra/sweeper": "For a search: sweep=tpe",
+}
 # Hydra's settings that a sweep uses; the others are refused.
 _OF_SWEEPS = (
     "hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper", "hydra.sweep.dir", "hydra.searchpath",
@@ -120,14 +115,8 @@ class HydraSettings:
 
 
 def _check_plugins(chosen: Mapping[str, str]) -> None:
-    """Refuse a launcher or sweeper that there is not, with the command that installs it or the nearest name."""
-    launcher = chosen.get("hydra/launcher", "basic")
-    if launcher in EXTRAS and not _is_installed(f"hydra_plugins.hydra_{EXTRAS[launcher]}_launcher"):
-        raise ConfigError(
-            f"hydra/launcher={launcher} is not installed: pip install 'mlxchat[{EXTRAS[launcher]}]' "
-            f"(or hydra-{EXTRAS[launcher]}-launcher)"
-        )
-    groups = [group for group in ("hydra/launcher", "hydra/sweeper") if group in chosen]
+    """Refuse a launcher or sweeper that there is not, with those that there are."""
+    groups = [group for group in _HINTS if group in chosen]
     if not groups:
         return
     from hydra import initialize_config_module
@@ -135,23 +124,10 @@ def _check_plugins(chosen: Mapping[str, str]) -> None:
 
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
         for group in groups:
-            known = sorted({*GlobalHydra.instance().config_loader().get_group_options(group), *_extras(group)})
-            if chosen[group] not in known:
-                more = " For a search: sweep=tpe." if group == "hydra/sweeper" else ""
-                raise ConfigError(
-                    f'{group} has no option "{chosen[group]}": {", ".join(known)}.{suggest(chosen[group], known)}{more}'
-                )
-
-
-def _extras(group: str) -> tuple[str, ...]:
-    return tuple(EXTRAS) if group == "hydra/launcher" else ()
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that all plugins are in
-        return False
+            name, known = chosen[group], sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+            if name not in known:
+                near = suggest(name, known)
+                raise ConfigError(f'{group} has no option "{name}": {", ".join(known)}.{near} {_HINTS[group]}')
 
 
 def _compose(overrides: list[str], config_dirs: list[str]) -> DictConfig:
@@ -256,10 +232,12 @@ class SubmittedJob:
 
     def __call__(self, leave: Leave | None) -> None:
         """Run it there; its row is the result."""
-        run_elsewhere(self.folder, self.number, leave)
+        run_elsewhere(self.folder, self.number, leave, is_submitted=True)
 
 
-def run_elsewhere(folder: SweepFolder, number: int, leave: Leave | None, chosen: Sequence[str] = ()) -> Row:
+def run_elsewhere(
+    folder: SweepFolder, number: int, leave: Leave | None, chosen: Sequence[str] = (), *, is_submitted: bool = False
+) -> Row:
     """Run a job of a sweep, most often in another process, and return its row.
 
     Args:
@@ -267,6 +245,7 @@ def run_elsewhere(folder: SweepFolder, number: int, leave: Leave | None, chosen:
         number: of the job.
         leave: hands the job back to its queue.
         chosen: the overrides, where the sweep has not listed its jobs.
+        is_submitted: whether the run's executor has submitted the job, whose steps then run where it does.
     """
     state = folder.state()
     planned = state["jobs"].get(str(number))
@@ -283,7 +262,9 @@ def run_elsewhere(folder: SweepFolder, number: int, leave: Leave | None, chosen:
 
     def prepare() -> tuple[Composed, list[PlannedStep]]:
         composed = compose_config(overrides, state["config_dirs"])
-        config = replace(composed.config, executor=replace(composed.config.executor, kind="local"))
+        config = composed.config
+        if is_submitted:
+            config = replace(config, executor=replace(config.executor, kind="local"))
         store = Store(Path(config.outputs))
         plan = plan_to_run(config, store)
         if force := force_only_others(config.force, plan, set(state["made"])):
