@@ -119,7 +119,7 @@ def test_a_base_that_is_gone_is_named_with_what_to_do(tmp_path: Path) -> None:
     tuned = publish_adapters(tmp_path / "outputs", base)
     shutil.rmtree(base)
     rid = json.loads((tuned / "checkpoint.json").read_text())["adapter"]["base"]["rid"]
-    with pytest.raises(StoreError, match=f"{tuned.name} is an adapter, and its base {rid[:16]} is not.*export ID --to"):
+    with pytest.raises(StoreError, match=f"{tuned.name} is an adapter, and its base {rid[:16]} is not.*mlxchat push"):
         load_checkpoint(tuned)
 
 
