@@ -107,7 +107,7 @@ def test_no_setting_is_listed_twice_when_all_are_wrong(number: float) -> None:
 
 
 def test_a_misspelt_verb_among_settings_is_refused_with_the_right_one(refuse: Refuse) -> None:
-    assert re.match(r'error: "paln" is no verb and no setting.*Did you mean "plan"\?', refuse("paln", verb="seed=1"))
+    assert re.match(r'error: there is no verb "paln".*Did you mean "plan"\?', refuse("paln", verb="seed=1"))
 
 
 @pytest.mark.parametrize("verb", ["statsu", "rnu", "grahp"])
@@ -232,8 +232,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_typ
         (["pipeline.sft.checkpoint=corpus"], r"is corpus, a corpus; expected a checkpoint"),
         (["model=d4,d6"], r"-m"),
         (["=3"], r'"=3" is no override'),
-        (["sft"], r'"sft" is no verb and no setting'),
-        (["--foo"], r"unknown option --foo"),
+        (["sft"], r'"sft" is no setting: expected key=value'),
+        (["--foo"], r"unrecognized arguments: --foo"),
         (["--config-dir", "/no/such"], r'there is no folder "/no/such"'),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",

@@ -120,6 +120,8 @@ class Parser(argparse.ArgumentParser):
                     f"expected {self.prog} {'|'.join(self.first)}, got {got} {self.hint or f'See: {self.prog} --help'}"
                 )
         count = len(options.names)
+        if count and self.most == 0:
+            raise ConfigError(f'"{options.names[0]}" is no setting: expected key=value. See: {self.prog} --help')
         if count < self.least or (self.most is not None and count > self.most):
             form = f"{self.prog} {self.form}".rstrip()
             got = plural(count, "name") if count else "no names"

@@ -47,7 +47,7 @@ def _run(options: Namespace) -> int:
     if options.package or options.resolve:
         raise ConfigError("-p SECTION and --resolve go with --cfg job")
     if options.names:
-        raise _no_verb(options.names)
+        raise _no_verb(options.names[0], [*options.names[1:], *options.settings])
     settings = [*options.settings, *["fail_fast=true"] * options.fail_fast]
     keys = {setting.lstrip("+").partition("=")[0] for setting in settings}
     if "sweep" in keys and not any(setting.endswith("sweep=none") for setting in settings):
@@ -76,16 +76,17 @@ def _search(settings: list[str]) -> int:
     return run_search(settings)
 
 
-def _no_verb(words: list[str]) -> ConfigError:
-    """Return the error for words of which the first is no verb."""
+def _no_verb(word: str, others: list[str]) -> ConfigError:
+    """Return the error for a word that is no verb, and stands among others."""
     from mlxchat.composition.compose import group_options
     from mlxchat.runner.stage import Stages
 
-    word = words[0]
     verbs = [verb for verb in VERBS if " " not in verb]
     for group, known in (("stage", Stages()), ("experiment", group_options("experiment"))):
         if word in known:
-            return ConfigError(f'there is no verb "{word}". For the {group}: mlxchat {group}={" ".join(words)}')
+            return ConfigError(
+                f'there is no verb "{word}". For the {group}: mlxchat {" ".join([f"{group}={word}", *others])}'
+            )
     return ConfigError(
         f'there is no verb "{word}": {", ".join(verbs)}.{suggest(word, verbs)} Settings are written key=value.'
     )
