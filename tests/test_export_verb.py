@@ -24,6 +24,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.tools import calculate
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import flatten_parameters, set_parameters
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 # The Hub's client says this to itself.
@@ -63,7 +64,7 @@ def export(made: Path, command: Command) -> Callable[..., tuple[int, str]]:
 
 
 def artifact(made: Path, name: str) -> Path:
-    return Store(made).resolve(name)
+    return resolve(Store(made), name)
 
 
 def logits_of_ours(made: Path, name: str, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -13,6 +13,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.errors import MlxchatError
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.manifest import CONTINUATION, describe, read_manifest, write_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
@@ -34,7 +35,7 @@ def plan(tiny: tuple[str, ...], finished: Any) -> Callable[..., PlannedStep]:
 @pytest.fixture
 def pretrain(finished: Any) -> dict[str, Any]:
     """The manifest of the finished pretraining."""
-    return read_manifest(Store(finished.outputs).refs()["pretrain"])
+    return read_manifest(refs_of(Store(finished.outputs))["pretrain"])
 
 
 def test_a_step_a_folder_an_id_and_its_beginning_mean_the_same(
@@ -58,7 +59,7 @@ def test_a_warm_start_from_a_pretraining_without_its_state_is_refused_while_plan
     warm = ["targets=[sft]", "sft.warm_start=true", "pipeline.sft.checkpoint=pretrain", f"outputs={outputs}"]
     config = compose_config([*tiny, *warm]).config
     assert {step.name: step.state for step in plan_of(config, Store(outputs))}["sft"] == "run"
-    place = Store(outputs).refs()["pretrain"]
+    place = refs_of(Store(outputs))["pretrain"]
     manifest = read_manifest(place)
     manifest["outputs"] = [file for file in manifest["outputs"] if file["path"] not in CONTINUATION]
     write_manifest(place, manifest)
@@ -131,7 +132,7 @@ def test_without_its_state_it_is_told_how_to_keep_it(
     settings = [*tiny, "stage=pretrain", f"outputs={outputs}"]
     done = mlxchat(*settings, "pretrain.save_training_state=false", "force=[pretrain]")
     assert done.returncode == 0, done.stderr
-    assert not list(Store(outputs).refs()["pretrain"].glob("training_state*"))
+    assert not list(refs_of(Store(outputs))["pretrain"].glob("training_state*"))
     assert "0 to run" in mlxchat("plan", *tiny, f"outputs={outputs}").stdout, "what it is for others is the same"
     refused = mlxchat("plan", *settings, "pretrain.extend=pretrain", "pretrain.num_iterations=6")
     assert refused.returncode == 2
@@ -146,7 +147,7 @@ def test_an_extension_records_what_it_extends_and_is_done_when_it_is_repeated(
     settings = [*tiny, "stage=pretrain", f"outputs={outputs}", "pretrain.extend=pretrain", "pretrain.num_iterations=6"]
     done = mlxchat(*settings)
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(Store(outputs).refs()["pretrain"])
+    manifest = read_manifest(refs_of(Store(outputs))["pretrain"])
     lineage = {key: pretrain[key] for key in ("step", "rid", "tree")} | {"artifact": pretrain["name"]}
     assert manifest["inputs"]["extends"] == lineage
     assert manifest["derived"]["num_iterations"] == 6

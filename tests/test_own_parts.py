@@ -22,6 +22,7 @@ from mlxchat.evals.own import measure_own
 from mlxchat.runner.keys import pin_externals
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import Stages, read_stage
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 from mlxchat.tasks import load_item
@@ -101,7 +102,7 @@ def test_own_metrics_are_swept(example: Path, capsys: pytest.CaptureFixture[str]
 def test_two_steps_of_an_own_stage_differ_in_their_settings(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("+pipeline.few={stage: count, text: clean, with: {most: 1}}", "pipeline.few.with.most=3")
     assert run_here(*WORDS, *more) == 0
-    made = Store(example / "outputs").refs()
+    made = refs_of(Store(example / "outputs"))
     assert [len(json.loads((made[step] / "words.json").read_text())) for step in ("count", "few")] == [2, 3]
     capsys.readouterr()
     assert run_here("explain", "few", *WORDS, *more) == 0

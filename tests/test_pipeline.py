@@ -18,6 +18,7 @@ from mlxchat.errors import StoreError
 from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import hash_file
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 
 KINDS = {
@@ -62,7 +63,7 @@ CONTRACT = {
 @pytest.fixture(scope="module")
 def manifests(finished: Any) -> dict[str, dict[str, Any]]:
     """Step → manifest of the finished run."""
-    return {step: read_manifest(place) for step, place in Store(finished.outputs).refs().items()}
+    return {step: read_manifest(place) for step, place in refs_of(Store(finished.outputs)).items()}
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_two_runs_of_the_same_settings_make_the_same_bytes(
     outputs = tmp_path / "again"
     done = mlxchat(*tiny, f"outputs={outputs}", environ={"PYTHONHASHSEED": "7"})
     assert done.returncode == 0, done.stderr
-    again = {step: read_manifest(place) for step, place in Store(outputs).refs().items()}
+    again = {step: read_manifest(place) for step, place in refs_of(Store(outputs)).items()}
     for key in ("rid", "tree", "name", "derived"):
         assert {step: manifest[key] for step, manifest in again.items()} == {
             step: manifest[key] for step, manifest in manifests.items()
@@ -224,7 +225,7 @@ def test_another_seed_shares_corpus_and_tokenizer_and_trains_another_model(
     """`seed` changed the corpus's split and the tokenizer, so models of two seeds were measured on different text."""
     done = mlxchat(*tiny, "stage=pretrain", "seed=43", f"outputs={tmp_path}/outputs")
     assert done.returncode == 0, done.stderr
-    found = {step: read_manifest(place) for step, place in Store(tmp_path / "outputs").refs().items()}
+    found = {step: read_manifest(place) for step, place in refs_of(Store(tmp_path / "outputs")).items()}
     same = {step for step, made in found.items() if made["tree"] == manifests[step]["tree"]}
     assert same == {step for step, made in found.items() if made["rid"] == manifests[step]["rid"]}
     assert (same, set(found) - same) == ({"corpus", "tokenizer"}, {"pretrain"})
@@ -306,7 +307,7 @@ def test_what_is_no_part_of_the_result_leaves_everything_done(settings: list[str
 def test_a_moved_outputs_folder_is_still_all_done(outputs: Path, plan: Any, tmp_path: Path) -> None:
     moved = outputs.rename(tmp_path / "elsewhere")
     assert to_run(plan(moved)) == {}
-    assert set(Store(moved).refs()) == set(KINDS)
+    assert set(refs_of(Store(moved))) == set(KINDS)
 
 
 def test_a_removed_artifact_is_made_again_and_its_followers_stay_done(
@@ -404,7 +405,7 @@ def test_a_pipeline_without_midtraining_runs(
     shorter = ["~pipeline.midtrain", "~pipeline.eval_mid", "pipeline.sft.checkpoint=pretrain", "stage=sft"]
     done = mlxchat(*tiny, *shorter, f"outputs={outputs}")
     assert done.returncode == 0, done.stderr
-    assert Store(outputs).refs().keys() == {"corpus", "tokenizer", "pretrain", "sft"}, "the latest run alone"
-    new = read_manifest(Store(outputs).refs()["sft"])
+    assert refs_of(Store(outputs)).keys() == {"corpus", "tokenizer", "pretrain", "sft"}, "the latest run alone"
+    new = read_manifest(refs_of(Store(outputs))["sft"])
     assert new["inputs"]["checkpoint"]["rid"] == manifests["pretrain"]["rid"]
     assert new["tree"] != manifests["sft"]["tree"]

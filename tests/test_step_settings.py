@@ -11,6 +11,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
@@ -81,7 +82,7 @@ def test_two_branches_of_one_stage_are_made_and_reported_side_by_side(
     command = (*tiny, "pipeline=two_sft", "pipeline.sft_long.with.num_iterations=4", f"outputs={outputs}")
     done = mlxchat(*command)
     assert done.returncode == 0, done.stderr
-    made = {step: read_manifest(place) for step, place in Store(outputs).refs().items()}
+    made = {step: read_manifest(place) for step, place in refs_of(Store(outputs)).items()}
     assert made["sft_long"]["config"]["sft"]["num_iterations"] == 4
     assert made["sft_long"]["derived"]["num_iterations"] == 4 != made["sft_short"]["derived"]["num_iterations"]
     assert made["sft_long"]["tree"] != made["sft_short"]["tree"]

@@ -26,6 +26,7 @@ from mlxchat.config.verbs import VERBS
 from mlxchat.store import attempts
 from mlxchat.store.compare import make_table
 from mlxchat.store.files import Records
+from mlxchat.store.naming import refs_of, resolve
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 
@@ -66,7 +67,7 @@ def test_diff_tells_config_inputs_metrics_and_contents_old_and_new(two: Any, say
 
 
 def test_diff_of_two_runs_goes_through_the_steps_of_both(two: Any, say: Say) -> None:
-    two.store.set_ref("run2", "third", two.store.resolve("run2/second"))
+    two.store.set_ref("run2", "third", resolve(two.store, "run2/second"))
     (two.outputs / "refs" / "run2" / "second").unlink()
     text = say("diff", "run1", "run2")
     assert [line for line in text.splitlines() if line.startswith("──")] == ["── first", "── second", "── third"]
@@ -80,7 +81,7 @@ def test_an_artifact_does_not_differ_from_itself(two: Any, say: Say) -> None:
 
 
 def test_lineage_goes_up_and_down(two: Any, say: Say) -> None:
-    first, second = two.store.resolve("run2/first").name, two.store.resolve("run2/second").name
+    first, second = resolve(two.store, "run2/first").name, resolve(two.store, "run2/second").name
     text = say("lineage", "second")
     assert text == (f"made from\n  {second}  [second]\n  └─ source: {first}  [first]\nused by nothing: {second}\n")
     record = json.loads(say("lineage", "first", "--json", "--down"))
@@ -89,13 +90,13 @@ def test_lineage_goes_up_and_down(two: Any, say: Say) -> None:
 
 
 def test_lineage_names_what_is_no_longer_there(two: Any, say: Say) -> None:
-    first = two.store.resolve("first")
+    first = resolve(two.store, "first")
     shutil.rmtree(first)
     assert f"source: {first.name}  [first]  (no longer in the store)" in say("lineage", "second", "--up")
 
 
 def test_show_tells_the_manifest_and_as_json_is_the_manifest(two: Any, say: Say) -> None:
-    place = two.store.resolve("second")
+    place = resolve(two.store, "second")
     text = say("show", "second")
     assert text.splitlines()[0] == place.name
     assert re.search(r"^  source  make-", text, re.MULTILINE)
@@ -113,16 +114,16 @@ def test_ls_filters_by_stage_or_step_and_speaks_json(two: Any, say: Say) -> None
 
 def test_verify_after_a_deleted_folder_keeps_what_is_intact(two: Any, say: Say) -> None:
     """verify advised to remove intact artifacts whose input was deleted, where running again was right."""
-    shutil.rmtree(two.store.resolve("first"))
+    shutil.rmtree(resolve(two.store, "first"))
     text = say("verify", code=1)
     assert "1 of 3 artifacts are intact but lack what they were made from: keep them and run again: mlxchat toy" in text
     assert "Remove" not in text
-    assert set(json.loads(say("verify", "--json", code=1))["absent"]) == {two.store.resolve("second").name}
+    assert set(json.loads(say("verify", "--json", code=1))["absent"]) == {resolve(two.store, "second").name}
 
 
 def test_verify_finds_a_flipped_bit_a_missing_and_a_strange_file(two: Any, say: Say) -> None:
     assert say("verify").startswith("4 artifacts are right")
-    first, second = two.store.resolve("first"), two.store.resolve("second")
+    first, second = resolve(two.store, "first"), resolve(two.store, "second")
     (first / "result.txt").write_text("2")
     (second / "result.txt").unlink()
     (second / "other.txt").touch()
@@ -135,7 +136,7 @@ def test_verify_finds_a_flipped_bit_a_missing_and_a_strange_file(two: Any, say: 
 
 
 def test_verify_finds_any_flipped_bit_of_a_manifest(two: Any, say: Say) -> None:
-    path = two.store.resolve("first") / "manifest.json"
+    path = resolve(two.store, "first") / "manifest.json"
     whole = path.read_bytes()
     for position in range(0, len(whole), 199):
         damaged = bytearray(whole)
@@ -147,8 +148,8 @@ def test_verify_finds_any_flipped_bit_of_a_manifest(two: Any, say: Say) -> None:
 def test_pins_are_made_listed_used_and_removed(two: Any, say: Say) -> None:
     assert say("pin").startswith("no pins")
     say("pin", "run1/first", "best")
-    assert say("pin") == f"best  {two.store.resolve('run1/first').name}\n"
-    assert say("show", "best").splitlines()[0] == two.store.resolve("run1/first").name
+    assert say("pin") == f"best  {resolve(two.store, 'run1/first').name}\n"
+    assert say("show", "best").splitlines()[0] == resolve(two.store, "run1/first").name
     assert 'Did you mean "best"?' in say("pin", "--remove", "bst", code=2)
     assert "no name for a pin" in say("pin", "first", "../x", code=2)
     say("pin", "--remove", "best")
@@ -236,7 +237,7 @@ def test_gc_says_that_nothing_was_changed_and_removes_only_with_apply(two: Any, 
     for number in (1, 2):
         (two.outputs / "refs" / f"run{number}").rename(two.outputs / "refs" / f"2026010{number}-000000-1-toy")
     text = say("gc", "--keep-last", "1")
-    assert f"{two.store.resolve('first').name}  latest run: 20260102-000000-1-toy/first\n" in text
+    assert f"{resolve(two.store, 'first').name}  latest run: 20260102-000000-1-toy/first\n" in text
     assert text.count("not one of the last 1 of") == 2
     assert text.endswith("add --apply to remove it\n")
     assert len(list((two.outputs / "store").iterdir())) == 4
@@ -246,7 +247,7 @@ def test_gc_says_that_nothing_was_changed_and_removes_only_with_apply(two: Any, 
 
 
 def test_rm_shows_what_goes_and_removes_it_only_with_apply(two: Any, say: Say) -> None:
-    first, second = two.store.resolve("run1/first").name, two.store.resolve("run1/second").name
+    first, second = resolve(two.store, "run1/first").name, resolve(two.store, "run1/second").name
     text = say("rm", "run1")
     assert re.search(rf"^  store/{second} +\d+ B  second\n  store/{first} +\d+ B  first$", text, re.MULTILINE)
     assert text.endswith("add --apply to remove it\n")
@@ -262,7 +263,7 @@ def test_rm_shows_what_goes_and_removes_it_only_with_apply(two: Any, say: Say) -
 
 def test_ls_and_status_take_a_run(two: Any, say: Say) -> None:
     for run in ("run1", "run2"):
-        made = {place.name for place in two.store.refs(run).values()}
+        made = {place.name for place in refs_of(two.store, run).values()}
         listed = {line.split()[2] for line in say("ls", run).splitlines()}
         assert listed == made == {row["artifact"] for row in json.loads(say("status", run, "--json"))["done"]}
     assert 'Did you mean "first"?' in say("ls", "frist", code=2)
@@ -313,7 +314,7 @@ def test_samples_shows_texts_over_iterations_of_a_training_that_runs_and_of_one_
         """,
     )
     toys.run(toys.plan({"first": {"stage": "make"}}))
-    place = toys.store.resolve("first")
+    place = resolve(toys.store, "first")
     lines = [f"{prompt}\n  10        text of 10\n  20        text of 20\n" for prompt in ("Once", "Gold is")]
     assert say("samples", "first") == f"{place.name}\n\n{lines[0]}\n{lines[1]}"
     assert say("samples", "first", "--last").count("text of") == 2
@@ -387,7 +388,7 @@ def test_completion_knows_verbs_options_groups_keys_and_artifacts(
     assert complete("mlxchat stage=mak") == {"stage=make"}
     assert complete("mlxchat gc --k") == {"--keep-last"}
     assert complete(f"mlxchat show {place} fir") == complete(f"mlxchat show --json {place} fir") == {"first"}
-    rid = two.store.resolve("first").name[-16:]
+    rid = resolve(two.store, "first").name[-16:]
     assert complete(f"mlxchat show {place} {rid[:6]}") == {rid}
     assert complete(f"mlxchat diff {place} run2/s") == {"run2/second"}
     assert complete(f"mlxchat diff {place} first sec") == {"second"}
@@ -403,7 +404,7 @@ def test_completion_knows_verbs_options_groups_keys_and_artifacts(
     assert complete("mlxchat bench t") == {"train", "tokenizer"}
     assert complete("mlxchat data f") == {"fetch"}
     assert complete("mlxchat data fetch --dr") == {"--dry-run"}
-    two.store.set_ref("pins", "best", two.store.resolve("first"))
+    two.store.set_ref("pins", "best", resolve(two.store, "first"))
     assert complete(f"mlxchat pin {place} --remove ") == {"best"}
 
 

@@ -18,7 +18,7 @@ from kit.commands import run_here
 from mlxchat.cli import main
 from mlxchat.errors import DataError, filter_logs, visible
 from mlxchat.store.files import seal
-from mlxchat.store.naming import Found, describe_model
+from mlxchat.store.naming import Found, describe_model, resolve
 
 # OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
 HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"
@@ -169,7 +169,7 @@ def test_a_manifest_from_elsewhere_cannot_command_the_terminal(
     record = {"started": "2026-01-01T00:00:00+00:00", "steps": steps, "name": HOSTILE, "overrides": [f"x={HOSTILE}"]}
     (run.folder / "plan.json").write_text(json.dumps(record))
     for name in ("first", "second"):
-        place = toys.store.resolve(name) / "manifest.json"
+        place = resolve(toys.store, name) / "manifest.json"
         place.chmod(0o644)
         manifest = json.loads(place.read_text())
         manifest |= {
@@ -229,7 +229,7 @@ def test_logs_and_warnings_of_libraries_cannot_command_the_terminal(monkeypatch:
 def test_the_name_of_a_model_cannot_command_the_terminal(toys: Any) -> None:
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')")
     toys.run(toys.plan({"first": {"stage": "make"}}))
-    place = toys.store.resolve("first")
+    place = resolve(toys.store, "first")
     manifest = place / "manifest.json"
     manifest.chmod(0o644)
     manifest.write_bytes(

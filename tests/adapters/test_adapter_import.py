@@ -20,6 +20,7 @@ from mlxchat.interop.adapter_import import find_files, import_adapter
 from mlxchat.interop.source import open_folder
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 
@@ -58,7 +59,7 @@ def test_adapters_that_mlx_lm_trained_are_an_artifact_with_its_logits(
     train_there(base, tmp_path / "there", kind, monkeypatch, trust=trust)
     code, said = command("import", "adapter", "there", "--base", "base", "--name", "mine")
     assert code == 0, said
-    made = Store(outputs).resolve("import:mine")
+    made = resolve(Store(outputs), "import:mine")
     theirs, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "there"), trust_remote_code=trust)
     found = np.asarray(load_checkpoint(made)[0](some_ids()))
     np.testing.assert_allclose(found, np.asarray(theirs(some_ids())), atol=1e-3)
@@ -83,7 +84,7 @@ def test_bfloat16_is_widened(outputs: Path, command: Command, tmp_path: Path) ->
     tuned = publish_adapters(outputs, publish_base(outputs))
     foreign(tmp_path / "there", tuned, mx.bfloat16)
     assert command("import", "adapter", "there", "--base", "base")[0] == 0
-    found = load_file(Store(outputs).resolve("import:there") / "adapters.safetensors")
+    found = load_file(resolve(Store(outputs), "import:there") / "adapters.safetensors")
     for name, value in load_file(tuned / "adapters.safetensors").items():
         expected = mx.array(value).astype(mx.bfloat16).astype(mx.float32)
         np.testing.assert_array_equal(found[name], np.asarray(expected))
@@ -97,7 +98,7 @@ def test_the_same_adapters_on_another_base_are_another_artifact(
     command("import", "adapter", "there", "--base", "base", "--name", "a")
     command("import", "adapter", "there", "--base", "base", "--name", "b")
     command("import", "adapter", "there", "--base", "other", "--name", "c")
-    a, b, c = (Store(outputs).resolve(f"import:{name}") for name in "abc")
+    a, b, c = (resolve(Store(outputs), f"import:{name}") for name in "abc")
     assert a == b != c
     assert read_manifest(a)["tree"] != read_manifest(c)["tree"]
 

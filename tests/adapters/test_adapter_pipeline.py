@@ -14,6 +14,7 @@ from kit.artifacts import some_ids
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.bases import find_chain
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def test_adapters_on_adapters_are_trained_measured_fused_and_opened_in_mlx_lm(
     done = mlxchat("experiment=smoke", "adapter=lora", "adapter.rank=2", "midtrain.adapter.kind=dora", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     store = Store(tmp_path / "outputs")
-    chain = find_chain(store.resolve("rl"))
+    chain = find_chain(resolve(store, "rl"))
     assert [read_manifest(folder)["step"] for folder in chain] == ["rl", "sft", "midtrain", "pretrain"]
     found = [logits(folder) for folder in chain]
     # So short a training earns RL no reward, and without one there is nothing to learn.
@@ -37,12 +38,12 @@ def test_adapters_on_adapters_are_trained_measured_fused_and_opened_in_mlx_lm(
 
     assert mlxchat("fuse", "rl", cwd=tmp_path).returncode == 0
     store.forget()
-    np.testing.assert_array_equal(logits(store.resolve("fused")), found[0])
+    np.testing.assert_array_equal(logits(resolve(store, "fused")), found[0])
     again = mlxchat("plan", "experiment=smoke", "adapter=lora", "adapter.rank=2", "midtrain.adapter.kind=dora",
                     "--exit-code", cwd=tmp_path)  # fmt: skip
     assert again.returncode == 0, again.stdout
 
     mlx_lm = pytest.importorskip("mlx_lm")
-    base, tuned = store.resolve("pretrain"), store.resolve("midtrain")
+    base, tuned = resolve(store, "pretrain"), resolve(store, "midtrain")
     theirs, _ = mlx_lm.load(str(base), adapter_path=str(tuned))
     np.testing.assert_allclose(np.asarray(theirs(some_ids(20))), logits(tuned), atol=1e-3)

@@ -15,6 +15,7 @@ from kit.artifacts import publish_adapters, publish_base, some_ids
 from kit.commands import Command
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 
@@ -31,10 +32,10 @@ def logits(folder: Path) -> np.ndarray[Any, Any]:
 
 
 def test_a_fused_model_is_an_artifact_with_lineage_that_needs_no_base(outputs: Path, command: Command) -> None:
-    tuned, base = Store(outputs).resolve("sft"), Store(outputs).resolve("base")
+    tuned, base = resolve(Store(outputs), "sft"), resolve(Store(outputs), "base")
     code, said = command("fuse", "sft")
     assert code == 0, said
-    fused = Store(outputs).resolve("fused")
+    fused = resolve(Store(outputs), "fused")
     assert f"{tuned.name} with all of its weights is {fused.name}" in said
     assert fused.name.startswith("fused-d2-")
     manifest = read_manifest(fused)
@@ -51,14 +52,14 @@ def test_a_fused_model_is_an_artifact_with_lineage_that_needs_no_base(outputs: P
 def test_fusing_again_computes_nothing_whatever_the_name(outputs: Path, command: Command) -> None:
     command("fuse", "sft")
     runs = len(list((outputs / "runs").iterdir()))
-    _, said = command("fuse", Store(outputs).resolve("sft").name)
+    _, said = command("fuse", resolve(Store(outputs), "sft").name)
     assert "with all of its weights is fused-" in said
     assert len(list((outputs / "runs").iterdir())) == runs
 
 
 def test_a_step_may_take_any_model_of_the_store(outputs: Path, command: Command) -> None:
     command("fuse", "sft")
-    name = Store(outputs).resolve("fused").name
+    name = resolve(Store(outputs), "fused").name
     code, said = command("plan", f"pipeline.rl.checkpoint=artifact:{name}", "targets=[rl]")
     assert code == 0
     assert f"checkpoint {name}" in said
@@ -75,7 +76,7 @@ def test_a_whole_model_has_nothing_to_fuse(outputs: Path, command: Command) -> N
 
 
 def test_a_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
-    base = Store(outputs).resolve("base")
+    base = resolve(Store(outputs), "base")
     path = base / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -93,7 +94,7 @@ def test_a_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
 def test_an_export_over_a_base_without_a_readable_config_is_refused(
     outputs: Path, command: Command, content: str | None
 ) -> None:
-    config = Store(outputs).resolve("base") / "config.json"
+    config = resolve(Store(outputs), "base") / "config.json"
     config.unlink() if content is None else config.write_text(content)
     code, said = command("export", "sft", "--to", "mlx", "out")
     assert code == 2
@@ -102,12 +103,12 @@ def test_an_export_over_a_base_without_a_readable_config_is_refused(
 
 
 def test_adapters_travel_with_their_base_and_open_there(outputs: Path, command: Command, tmp_path: Path) -> None:
-    expected = logits(Store(outputs).resolve("sft"))
-    name = Store(outputs).resolve("sft").name
+    expected = logits(resolve(Store(outputs), "sft"))
+    name = resolve(Store(outputs), "sft").name
     assert command("push", "sft", tmp_path / "it.tar")[0] == 0
     code, said = command("pull", tmp_path / "it.tar", f"outputs={tmp_path / 'there'}")
     assert code == 0, said
-    there = Store(tmp_path / "there").resolve(name)
+    there = resolve(Store(tmp_path / "there"), name)
     np.testing.assert_array_equal(logits(there), expected)
     assert command("verify", there.name, f"outputs={tmp_path / 'there'}")[0] == 0
 
@@ -120,7 +121,7 @@ def test_chat_and_serve_and_show_and_lineage_take_adapters_as_any_model(outputs:
 
     models = Models(Store(outputs), find_model(Store(outputs), None).place)
     assert models.find("sft").converses
-    tuned, base = (Store(outputs).resolve(name).name for name in ("sft", "base"))
+    tuned, base = (resolve(Store(outputs), name).name for name in ("sft", "base"))
     assert base in command("lineage", "sft")[1]
     assert tuned in command("lineage", "base", "--down")[1]
     assert "adapters.safetensors" in command("show", "sft")[1]
@@ -129,7 +130,7 @@ def test_chat_and_serve_and_show_and_lineage_take_adapters_as_any_model(outputs:
 def test_a_report_counts_the_parameters_of_the_whole_model(outputs: Path) -> None:
     from mlxchat.report.collect import collect_steps, entries_of_artifacts
 
-    places = [Store(outputs).resolve(name) for name in ("sft", "base")]
+    places = [resolve(Store(outputs), name) for name in ("sft", "base")]
     report = collect_steps(outputs, "x", entries_of_artifacts(outputs, places), places[0])
     counts = {step.num_parameters for step in report.steps}
     assert len(counts) == 1
@@ -139,7 +140,7 @@ def test_a_report_counts_the_parameters_of_the_whole_model(outputs: Path) -> Non
 def test_what_fits_on_a_plan_is_told_of_a_model_with_adapters(outputs: Path) -> None:
     from mlxchat.training.forecast_finetune import measure_teacher
 
-    tuned, base = (Store(outputs).resolve(name) for name in ("sft", "base"))
+    tuned, base = (resolve(Store(outputs), name) for name in ("sft", "base"))
     assert measure_teacher(tuned) == measure_teacher(base)
 
 

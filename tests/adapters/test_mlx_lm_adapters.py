@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from kit.artifacts import publish_adapters, publish_base, some_ids
 from kit.commands import run_here
 from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 mlx_lm = pytest.importorskip("mlx_lm")
@@ -109,7 +110,7 @@ def test_from_nanochats_files_comes_the_fused_model(tmp_path: Path, monkeypatch:
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), kind="dora")
     export(tuned, "nanochat", tmp_path / "out")
     run_here("import", "nanochat", "out", "--name", "back", f"outputs={tmp_path / 'outputs'}")
-    back = load_checkpoint(Store(tmp_path / "outputs").resolve("import:back"))[0]
+    back = load_checkpoint(resolve(Store(tmp_path / "outputs"), "import:back"))[0]
     # nanochat keeps its tables in bfloat16 where that loses nothing, and these adapters sit on none of them
     np.testing.assert_array_equal(logits(back), logits(load_checkpoint(tuned)[0]))
 

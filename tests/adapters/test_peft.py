@@ -19,6 +19,7 @@ from mlxchat.interop.names import hf_from_ours
 from mlxchat.interop.source import open_folder
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -70,7 +71,7 @@ def test_what_went_out_comes_back_bit_for_bit(outputs: Path, command: Command, k
     command("export", tuned.name, "--to", "peft", "out")
     code, said = command("import", "adapter", "out", "--base", base.name, "--name", "mine")
     assert code == 0, said
-    made = Store(outputs).resolve("import:mine")
+    made = resolve(Store(outputs), "import:mine")
     there, here = load_file(made / "adapters.safetensors"), load_file(tuned / "adapters.safetensors")
     assert there.keys() == here.keys()
     assert all(np.array_equal(there[name], here[name]) for name in here)
@@ -171,4 +172,6 @@ def test_peft_says_what_we_say_and_what_it_trains_comes_back(
     model.save_pretrained("theirs")
     code, said = command("import", "adapter", "theirs", "--base", base.name, "--name", "theirs")
     assert code == 0, said
-    np.testing.assert_allclose(logits(load_checkpoint(Store(outputs).resolve("import:theirs"))[0]), expected, atol=1e-3)
+    np.testing.assert_allclose(
+        logits(load_checkpoint(resolve(Store(outputs), "import:theirs"))[0]), expected, atol=1e-3
+    )

@@ -16,9 +16,9 @@ import pytest
 
 from mlxchat.store import locks
 from mlxchat.store.files import Records
-from mlxchat.store.manifest import read_manifest
+from mlxchat.store.manifest import find_damage, read_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
-from mlxchat.store.verify import find_damage
 
 SCRIPT = Path(__file__).parent / "stub_run.py"
 
@@ -60,7 +60,7 @@ class Stubs:
 
     def trees(self) -> dict[str, str]:
         """Return step → digest of the artifact that `latest` leads to."""
-        return {step: read_manifest(place)["tree"] for step, place in Store(self.outputs).refs().items()}
+        return {step: read_manifest(place)["tree"] for step, place in refs_of(Store(self.outputs)).items()}
 
     def executions(self) -> Counter[str]:
         """Return step → how often its stage was run."""

@@ -15,6 +15,7 @@ import pytest
 from mlxchat.errors import StoreError
 from mlxchat.store.files import seal, unseal
 from mlxchat.store.manifest import parse_manifest, read_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.training.state import read_newest, write_save
 
@@ -44,7 +45,7 @@ def made(make_stubs: Callable[[], Any]) -> Any:
 @pytest.fixture
 def folder(made: Any, tmp_path: Path) -> Path:
     """A copy of the artifact of `train`."""
-    place = Store(made.outputs).refs()["train"]
+    place = refs_of(Store(made.outputs))["train"]
     return Path(shutil.copytree(place, tmp_path / place.name))
 
 
@@ -137,7 +138,7 @@ def test_an_input_with_a_flipped_bit_is_refused_by_whoever_needs_it(
     for manifest in list(Store(stubs.outputs).manifests()):
         if step in [made["step"] for made in manifest["inputs"].values()]:
             shutil.rmtree(stubs.outputs / "store" / manifest["name"])
-    path = Store(stubs.outputs).refs()[step] / name
+    path = refs_of(Store(stubs.outputs))[step] / name
     data = bytearray(path.read_bytes())
     data[random.Random(step).randrange(len(data))] ^= 4
     path.write_bytes(bytes(data))
@@ -153,8 +154,8 @@ def test_an_input_with_a_flipped_bit_is_refused_by_whoever_needs_it(
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_an_input_without_all_of_its_bytes_is_refused(damage: str, made: Any, tmp_path: Path) -> None:
     stubs = made.copy(tmp_path / "stubs")
-    shutil.rmtree(Store(stubs.outputs).refs()["score"])
-    path = Store(stubs.outputs).refs()["train"] / "model.bin"
+    shutil.rmtree(refs_of(Store(stubs.outputs))["score"])
+    path = refs_of(Store(stubs.outputs))["train"] / "model.bin"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
     else:

@@ -14,6 +14,7 @@ import pytest
 
 from mlxchat.store import locks
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 
 PARALLEL = "max_parallel_steps=3"
@@ -192,7 +193,7 @@ def test_the_whole_pipeline_in_processes_ends_with_the_same_bytes(
     outputs = tmp_path / "outputs"
     done = mlxchat(*tiny, "machine.max_parallel_steps=3", f"outputs={outputs}", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    alone, parallel = Store(finished.outputs).refs(), Store(outputs).refs()
+    alone, parallel = refs_of(Store(finished.outputs)), refs_of(Store(outputs))
     assert alone.keys() == parallel.keys()
     for step, place in alone.items():
         assert read_manifest(parallel[step])["tree"] == read_manifest(place)["tree"], step

@@ -15,6 +15,7 @@ import pytest
 from mlxchat.cli import dispatch
 from mlxchat.store.files import Records
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 
 RANKS = ("ranks=2", "train.iterations=12")
@@ -164,7 +165,7 @@ def test_a_rank_that_cannot_start_is_named_with_its_output(stubs: Any, undisturb
     assert "no memory for this" in text
     variables = {"mlx_jaccl_coordinator": "10.0.0.1:5000", "mlx_hostfile": "/nowhere"}  # of a launcher, without a rank
     assert stubs.run(*RANKS, **variables)[0] == 0
-    rids = [read_manifest(Store(each.outputs).refs()["together"])["rid"] for each in (stubs, undisturbed)]
+    rids = [read_manifest(refs_of(Store(each.outputs))["together"])["rid"] for each in (stubs, undisturbed)]
     assert rids[0] == rids[1], "the number of ranks is not in the id"
 
 
@@ -182,7 +183,7 @@ def test_ranks_print_into_the_folder_of_the_run(undisturbed: Any) -> None:
 
 
 def test_ranks_are_in_the_manifest(undisturbed: Any) -> None:
-    refs = Store(undisturbed.outputs).refs()
+    refs = refs_of(Store(undisturbed.outputs))
     found = read_manifest(refs["together"])["excluded"]["ranks"]
     assert found == {"size": 3, "backend": "ring", "hosts": [os.uname().nodename] * 3}
     assert "ranks" not in read_manifest(refs["score"])["excluded"]

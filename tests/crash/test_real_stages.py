@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from mlxchat.store import locks
-from mlxchat.store.manifest import read_manifest
+from mlxchat.store.manifest import find_damage, read_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
-from mlxchat.store.verify import find_damage
 
 _SETTINGS = """
     machine.checkpoint_seconds=0
@@ -65,7 +65,7 @@ def stages(
                 shutil.copytree(outputs, place, symlinks=True)
             code, text = complete(mlxchat, settings, outputs, name)
             assert code == 0, text
-            before[name] = (place, read_manifest(Store(outputs).refs()[name])["tree"])
+            before[name] = (place, read_manifest(refs_of(Store(outputs))[name])["tree"])
         return before[step]
 
     return prepare
@@ -86,7 +86,7 @@ def kill_and_continue(
     assert code == 0, text
     check_whole(outputs)
     assert list((outputs / "work").iterdir()) == []
-    assert read_manifest(Store(outputs).refs()[step])["tree"] == tree
+    assert read_manifest(refs_of(Store(outputs))[step])["tree"] == tree
 
 
 def check_whole(outputs: Path) -> None:
@@ -148,6 +148,6 @@ def test_a_disk_that_is_full_while_a_training_saves_is_told_and_it_is_continued(
     assert "run the same command again: it continues from what was saved last" in text
     code, text = complete(mlxchat, settings, outputs, "pretrain")
     assert code == 0, text
-    manifest = read_manifest(Store(outputs).refs()["pretrain"])
+    manifest = read_manifest(refs_of(Store(outputs))["pretrain"])
     assert manifest["tree"] == tree
     assert manifest["attempts"][-1]["resumed_from"] == 2

@@ -19,6 +19,7 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.store.files import Records
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 
 # RL needs a model that is now and then right: it picks letters.
@@ -64,7 +65,7 @@ def undisturbed(settings: list[str], finetuned: Path, mlxchat: Callable[..., Any
     shutil.copytree(finetuned, outputs, symlinks=True)
     done = mlxchat(*settings, "stage=rl", f"outputs={outputs}", timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Store(outputs).refs()["rl"]
+    return refs_of(Store(outputs))["rl"]
 
 
 def end_at(process: subprocess.Popen[str], outputs: Path, update: int, delay: float, number: int) -> None:
@@ -99,7 +100,7 @@ def disturb(
     process = start_mlxchat(*settings, "stage=rl", f"outputs={outputs}")
     text, _ = process.communicate(timeout=200)
     assert process.returncode == 0, text
-    place = Store(outputs).refs()["rl"]
+    place = refs_of(Store(outputs))["rl"]
     attempts = json.loads((place / "manifest.json").read_text())["attempts"]
     return place, {attempt["outcome"] for attempt in attempts}
 
@@ -172,7 +173,7 @@ def test_a_reward_function_that_fails_for_a_while_costs_no_iteration(
     (tmp_path / "mended").touch()
     mended = mlxchat(*command, cwd=tmp_path, timeout=200)
     assert mended.returncode == 0, mended.stdout + mended.stderr
-    place = Store(tmp_path / "outputs").refs()["rl"]
+    place = refs_of(Store(tmp_path / "outputs"))["rl"]
     failing, last = json.loads((place / "manifest.json").read_text())["attempts"]
     assert failing["outcome"] == "failed"
     assert last["resumed_from"] > 0

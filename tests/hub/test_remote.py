@@ -20,6 +20,7 @@ from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub import remote
 from mlxchat.hub.remote import Place, export_to, import_from, open_place
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
 
@@ -34,7 +35,7 @@ def made(toys: Any) -> Any:
 
 @pytest.fixture
 def folders(made: Any) -> list[Path]:
-    return closure(made.store, [made.store.resolve("second")])
+    return closure(made.store, [resolve(made.store, "second")])
 
 
 @pytest.fixture(params=["memory", "file", "s3"])
@@ -243,7 +244,7 @@ remote._PIECE_BYTES = 1000
 way, place, outputs = sys.argv[1:]
 store, place = Store(Path(outputs)), open_place(place)
 if way == "export":
-    remote.export_to(place, closure(store, [store.resolve("second")]))
+    remote.export_to(place, closure(store, [resolve(store, "second")]))
 else:
     remote.import_from(store, place, [])
 """
@@ -262,7 +263,7 @@ def test_a_killed_transfer_leaves_no_partial_artifact_and_the_next_one_ends_it(
     toys.run(toys.plan(PIPELINE))
     url, other = f"file://{tmp_path}/elsewhere", Store(tmp_path / "other")
     if way == "import":
-        export_to(open_place(url), closure(toys.store, [toys.store.resolve("second")]))
+        export_to(open_place(url), closure(toys.store, [resolve(toys.store, "second")]))
     command = [sys.executable, "-c", RUN, way, url, str(toys.outputs if way == "export" else other.outputs)]
     killed = subprocess.run(command, env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL
@@ -281,10 +282,10 @@ def test_an_interrupted_import_reads_only_the_rest_of_a_file(
     toys.add("make", "(ctx.out / 'result.txt').write_text('0123456789' * 1000)")
     toys.run(toys.plan({"first": {"stage": "make"}}))
     place = open_place(f"memory://{tmp_path.name}")
-    export_to(place, closure(toys.store, [toys.store.resolve("first")]))
+    export_to(place, closure(toys.store, [resolve(toys.store, "first")]))
     monkeypatch.setattr(remote, "_PIECE_BYTES", 1000)
     read: list[int] = []
-    kind = type(place.files.open(place.path(toys.store.resolve("first").name, "result.txt")))
+    kind = type(place.files.open(place.path(resolve(toys.store, "first").name, "result.txt")))
     original = kind.read
 
     def reading(self: Any, *size: Any) -> bytes:

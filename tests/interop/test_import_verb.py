@@ -19,7 +19,7 @@ from mlxchat.planning.memory import describe_memory
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.gc import Limits, find_garbage
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import describe_model, find_model
+from mlxchat.store.naming import describe_model, find_model, resolve
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
@@ -63,7 +63,7 @@ def test_an_import_is_made_once_and_bears_names(twin: Twins, capfd: pytest.Captu
     assert all(len(each["sha256"]) == 64 for each in manifest["externals"])
     assert take(str(made.folder), "--name", "again") == place
     store = Store(Path("outputs"))
-    assert store.resolve("import:some-model") == store.resolve("import:again") == place
+    assert resolve(store, "import:some-model") == resolve(store, "import:again") == place
     assert "import:again is imported-some_model-" in capfd.readouterr().out
 
 
@@ -129,11 +129,11 @@ def test_rows_longer_than_the_context_of_the_model_are_refused_early(twin: Twins
 def test_a_name_stays_with_its_model_unless_it_is_told_otherwise(twin: Twins) -> None:
     first, second = twin("first", seed=1), twin("second", seed=2)
     take(str(first.folder), "--name", "x")
-    before = Store(Path("outputs")).resolve("import:x")
+    before = resolve(Store(Path("outputs")), "import:x")
     with pytest.raises(ConfigError, match=r"import:x is another model already.*--replace"):
         dispatch(["import", "nanochat", str(second.folder), "--name", "x"])
     dispatch(["import", "nanochat", str(second.folder), "--name", "x", "--replace"])
-    assert Store(Path("outputs")).resolve("import:x") != before
+    assert resolve(Store(Path("outputs")), "import:x") != before
 
 
 def test_a_name_can_be_forgotten(twin: Twins, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +172,7 @@ def test_an_exported_import_comes_in_elsewhere_with_its_id_and_its_name(twin: Tw
     place = take(str(twin().folder), "--name", "x")
     assert dispatch(["push", "import:x", "carried"]) == 0
     assert dispatch(["pull", "carried", "outputs=elsewhere"]) == 0
-    there = Store(Path("elsewhere")).resolve("import:x")
+    there = resolve(Store(Path("elsewhere")), "import:x")
     assert (there.name, read_manifest(there)["rid"]) == (place.name, read_manifest(place)["rid"])
     assert plan(*wired("x"), "outputs=elsewhere")["rl"].key == plan(*wired("x"))["rl"].key
 
@@ -217,9 +217,9 @@ def test_rl_chat_and_evaluation_take_an_import(
     )  # fmt: skip
     done = mlxchat(*tiny, *wiring, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    made = Store(tmp_path / "outputs").resolve("rl")
+    made = resolve(Store(tmp_path / "outputs"), "rl")
     assert json.loads((made / "checkpoint.json").read_text())["imported"]["step"] == 7
-    scored = json.loads((Store(tmp_path / "outputs").resolve("eval_imported") / "manifest.json").read_text())
+    scored = json.loads((resolve(Store(tmp_path / "outputs"), "eval_imported") / "manifest.json").read_text())
     assert scored["inputs"]["checkpoint"]["step"] == "imported"
     lineage = mlxchat("lineage", "rl", "--up", cwd=tmp_path)
     assert "checkpoint: imported-x-" in lineage.stdout
@@ -243,7 +243,7 @@ def test_a_killed_import_leaves_nothing_half_and_the_next_one_ends_well(
     again = mlxchat(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     (place,) = (tmp_path / "outputs" / "store").iterdir()
-    assert Store(tmp_path / "outputs").resolve("import:x") == place
+    assert resolve(Store(tmp_path / "outputs"), "import:x") == place
     assert list((tmp_path / "outputs" / "work").iterdir()) == []
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
@@ -37,9 +38,9 @@ def test_one_command_imports_practises_and_measures(mlxchat: Callable[..., Any],
     del sys.modules["shared_hub_of_recipe"]
     assert done.returncode == 0, done.stdout + done.stderr
     store = Store(tmp_path / "outputs")
-    made = {name: read_manifest(store.resolve(name)) for name in ("imported", "rl", "eval_imported", "eval_rl")}
+    made = {name: read_manifest(resolve(store, name)) for name in ("imported", "rl", "eval_imported", "eval_rl")}
     assert made["rl"]["inputs"]["checkpoint"]["rid"] == made["imported"]["rid"]
     assert made["imported"]["externals"][0]["url"].startswith("hf://models/karpathy/nanochat-d32/model_")
-    rollouts = [json.loads(line) for line in (store.resolve("rl") / "rollouts.jsonl").read_text().splitlines()]
+    rollouts = [json.loads(line) for line in (resolve(store, "rl") / "rollouts.jsonl").read_text().splitlines()]
     assert rollouts
-    assert set(json.loads((store.resolve("eval_rl") / "scores.json").read_text())["tasks"]) == {"gsm8k"}
+    assert set(json.loads((resolve(store, "eval_rl") / "scores.json").read_text())["tasks"]) == {"gsm8k"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kit.toys import started
+from mlxchat.store.naming import refs_of
 
 CHAIN = {
     "one": {"stage": "make"},
@@ -77,7 +78,7 @@ def test_equal_settings_and_contents_are_one_artifact_however_they_came_about(to
     toys.config.toy.number = 5
     run = toys.run(toys.plan(CHAIN))
     assert read(toys, "two") == (place, made)
-    assert {step: folder.name for step, folder in toys.store.refs(run.name).items()}["two"] == place.name
+    assert {step: folder.name for step, folder in refs_of(toys.store, run.name).items()}["two"] == place.name
     assert len(list((toys.outputs / "store").iterdir())) == 4, (
         "of each settings of `one`, and what was made from either"
     )
@@ -108,7 +109,7 @@ def test_a_key_is_known_with_its_inputs_and_noted_in_the_runs_plan(toys: Any) ->
     assert (before[0] == keys[0], before[1] != keys[1], before[2] != keys[2]) == (True, True, True)
     assert [toys.store.made(key)["step"] for key in keys] == ["one", "two", "three"]
     assert [step.settings_key for step in plan] == [step.settings_key for step in toys.plan(CHAIN)]
-    assert all((toys.outputs / "store" / path.name).exists() for path in toys.store.refs(run.name).values())
+    assert all((toys.outputs / "store" / path.name).exists() for path in refs_of(toys.store, run.name).values())
 
 
 def test_a_key_knows_contents_in_place_of_settings_above_it(toys: Any) -> None:

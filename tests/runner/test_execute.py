@@ -22,6 +22,7 @@ from mlxchat.runner.context import Context
 from mlxchat.runner.plan import make_plan
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Record, Records
+from mlxchat.store.naming import refs_of, resolve
 from mlxchat.store.store import Store
 
 
@@ -125,7 +126,7 @@ def test_the_run_and_latest_point_at_every_step_also_at_those_done_before(toys: 
     toys.run(toys.plan(ONE))
     run = toys.run(toys.plan(CHAIN))
     places = {step.name: toys.store.find_made(step.key) for step in toys.plan(CHAIN)}
-    assert toys.store.refs(run.name) == toys.store.refs() == places
+    assert refs_of(toys.store, run.name) == refs_of(toys.store) == places
     assert events(run) == [
         ("run_started", None), ("step_cached", "one"), ("step_started", "two"), ("step_done", "two"),
         ("run_done", None),
@@ -383,7 +384,9 @@ def test_a_forced_step_that_gives_other_bytes_leaves_the_former_artifact_alone(t
     assert after["key"] == before["key"]
     assert after["rid"] != before["rid"]
     assert after["published"] > before["published"]
-    assert (place / "result.txt").read_text() == (toys.store.resolve("pins/best") / "result.txt").read_text() != "other"
+    assert (
+        (place / "result.txt").read_text() == (resolve(toys.store, "pins/best") / "result.txt").read_text() != "other"
+    )
     assert result(toys, "one") == "other"
 
 

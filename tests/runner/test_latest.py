@@ -12,7 +12,7 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import DataError, Interrupted, StoreError
-from mlxchat.store.naming import called, describe_model, find, find_model, latest
+from mlxchat.store.naming import called, describe_model, find, find_model, latest, refs_of
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import _name_again
 
@@ -38,10 +38,10 @@ def chosen(models: Any) -> tuple[str, str]:
 def test_latest_is_the_last_run_that_finished_a_model_and_only_that(models: Any) -> None:
     """After a run with RL, a run that only pretrained was latest, and chat answered with the first run's RL model."""
     models.run(models.plan(WHOLE))
-    assert (chosen(models), set(models.store.refs())) == (("sft", "run1"), set(WHOLE))
+    assert (chosen(models), set(refs_of(models.store))) == (("sft", "run1"), set(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE))
-    assert (chosen(models), set(models.store.refs())) == (("pretrain", "run2"), set(BASE))
+    assert (chosen(models), set(refs_of(models.store))) == (("pretrain", "run2"), set(BASE))
     assert find(models.store, "sft").run == "run1", "a step that the latest run lacks is of the last run that has it"
 
 
@@ -134,7 +134,7 @@ def test_a_command_with_nothing_to_do_is_a_run_where_its_steps_are_of_several(mo
     models.run(models.plan({**BASE, "other": {"stage": "copy", "source": "corpus"}}))
     repeated(models, {**WHOLE, "other": {"stage": "copy", "source": "corpus"}})
     assert latest(models.store) == "20990101-000000-000001-1-again"
-    assert set(models.store.refs()) == {*WHOLE, "other"}
+    assert set(refs_of(models.store)) == {*WHOLE, "other"}
     assert json.loads((models.outputs / "runs" / latest(models.store) / "plan.json").read_text())["steps"]
 
 
@@ -153,7 +153,7 @@ def test_a_folder_of_mixed_steps_from_before_gives_way_to_the_last_run(models: A
     link = models.outputs / "refs" / "latest"
     link.unlink()
     for step, run in (("pretrain", "run2"), ("sft", "run1")):
-        models.store.set_ref("latest", step, models.store.refs(run)[step])
+        models.store.set_ref("latest", step, refs_of(models.store, run)[step])
     assert chosen(models) == ("pretrain", "run2")
     models.config.toy.number = 3
     models.run(models.plan(BASE))

@@ -16,6 +16,7 @@ from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
 from mlxchat.serve.worker import load_scheduler
 from mlxchat.store.manifest import MANIFEST, describe_outputs, read_manifest, write_manifest
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 OTHER = "sft-d2-" + "d" * 16
@@ -123,17 +124,17 @@ def add_story(store: Store) -> None:
 def test_names_of_a_server_are_those_of_the_run_it_began_with(store: Store) -> None:
     """serve RUN/rl answered model="rl" with the rl of another run."""
     add_story(store)
-    place = store.resolve("quickstart/sft")
+    place = resolve(store, "quickstart/sft")
     models = Models(store, place, within=QUICKSTART)
     assert [models.find(name).name for name in (None, "sft", "story/sft", "pretrain")] == [CHAT, CHAT, OTHER, BASE]
     with pytest.raises(Fault, match="'pretrain' does not exist"):
-        Models(store, store.resolve("sft"), within=STORY).find("pretrain")
+        Models(store, resolve(store, "sft"), within=STORY).find("pretrain")
 
 
 def test_a_server_reads_no_paths(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Fault, match="does not exist"):
-        Models(store, store.resolve("sft")).find(f"outputs/store/{CHAT}")
+        Models(store, resolve(store, "sft")).find(f"outputs/store/{CHAT}")
 
 
 def damage(store: Store) -> Path:

@@ -42,7 +42,7 @@ worker = Worker(Limits(), load_scheduler)
 
 async def answer():
     worker.start()
-    model = Models(store, store.resolve("sft")).find(None)
+    model = Models(store, resolve(store, "sft")).find(None)
     request = Request(prompt=[1, 2, 3], max_new_tokens=4, sampling=Sampling(temperature=0.0))
     assert [event async for event in worker.ask(model, [request])]
 

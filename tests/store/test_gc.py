@@ -19,7 +19,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.store import locks
 from mlxchat.store.catalog import read_catalog, references
 from mlxchat.store.gc import DAY_SECONDS, Limits, collect, find_garbage, find_removal, parse_age, parse_bytes, remove
-from mlxchat.store.naming import Found, Run, groups, latest
+from mlxchat.store.naming import Found, Run, groups, latest, resolve
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 NONE, ALL = Limits(), Limits(keep_last=0)
@@ -43,7 +43,7 @@ def names(toys: Any, limits: Limits) -> set[str]:
 
 
 def artifact(toys: Any, name: str) -> str:
-    return str(toys.store.resolve(name).name)
+    return str(resolve(toys.store, name).name)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
@@ -72,7 +72,7 @@ def test_what_a_kept_artifact_was_made_from_is_kept_too(toys: Any) -> None:
 def test_a_pin_keeps_an_artifact_and_its_inputs(toys: Any) -> None:
     run_with(toys, 1)
     store = toys.store
-    store.set_ref("pins", "best", store.resolve("second"))
+    store.set_ref("pins", "best", resolve(store, "second"))
     run_with(toys, 2)
     assert names(toys, ALL) == set()
     (toys.outputs / "refs" / "pins" / "best").unlink()
@@ -213,7 +213,7 @@ def test_with_a_run_goes_what_nothing_else_needs(toys: Any) -> None:
 
 def test_a_pin_keeps_an_artifact_of_a_removed_run_and_its_inputs(toys: Any) -> None:
     run = run_with(toys, 1)
-    toys.store.set_ref("pins", "best", toys.store.resolve("second"))
+    toys.store.set_ref("pins", "best", resolve(toys.store, "second"))
     kept = remove(toys.store, [Run(run)], force=False).kept
     assert sorted(kept.values()) == sorted(["pins/best", f"{artifact(toys, 'best')} was made from it"])
     assert latest(toys.store) == ""
@@ -222,7 +222,7 @@ def test_a_pin_keeps_an_artifact_of_a_removed_run_and_its_inputs(toys: Any) -> N
 
 def test_an_artifact_that_something_rests_on_is_removed_only_by_force(toys: Any) -> None:
     run_with(toys, 1)
-    first, second = toys.store.resolve("first"), toys.store.resolve("second")
+    first, second = resolve(toys.store, "first"), resolve(toys.store, "second")
     toys.store.set_ref("pins", "best", first)
     told = rf"{first.name}: {second.name} was made from it\n{first.name}: it is pinned as best\n.*--force"
     with pytest.raises(ConfigError, match=told):
@@ -241,7 +241,7 @@ def test_a_run_that_may_be_in_progress_is_removed_only_by_force(toys: Any) -> No
     with pytest.raises(ConfigError, match=f"run {run} began less than a day ago"):
         remove(toys.store, [Run(run)], force=False)
     with pytest.raises(ConfigError, match=f"run {run}, which is in progress, uses it"):
-        remove(toys.store, [Found(toys.store.resolve("second"))], force=False)
+        remove(toys.store, [Found(resolve(toys.store, "second"))], force=False)
     remove(toys.store, [Run(run)], force=True)
     assert list((toys.outputs / "store").iterdir()) == []
 

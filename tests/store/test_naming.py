@@ -9,6 +9,7 @@ import pytest
 
 from mlxchat.errors import StoreError
 from mlxchat.store.catalog import read_catalog
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 FIRST, SECOND, THIRD = "abcdefgh" + "a" * 44, "abcdzzzz" + "b" * 44, "xyzxyzxy" + "c" * 44
@@ -39,12 +40,12 @@ def store(tmp_path: Path) -> Store:
     ],
 )  # fmt: skip
 def test_every_form_of_a_name_leads_to_its_artifact(name: str, rid: str, store: Store) -> None:
-    assert store.resolve(name).name.endswith(rid[:16])
+    assert resolve(store, name).name.endswith(rid[:16])
 
 
 def test_an_ambiguous_start_lists_what_may_be_meant(store: Store) -> None:
     with pytest.raises(StoreError, match=rf'"abcd" is ambiguous.*sft-d4-{FIRST[:16]}, sft-d4-{SECOND[:16]}.*more of'):
-        store.resolve("abcd")
+        resolve(store, "abcd")
 
 
 @pytest.mark.parametrize(
@@ -61,23 +62,23 @@ def test_an_ambiguous_start_lists_what_may_be_meant(store: Store) -> None:
 )
 def test_a_name_of_nothing_is_refused_with_the_nearest_one(name: str, hint: str | None, store: Store) -> None:
     if hint is None:
-        assert store.resolve(name) == store.resolve("latest/sft"), "the start of a group's name is enough"
+        assert resolve(store, name) == resolve(store, "latest/sft"), "the start of a group's name is enough"
         return
     with pytest.raises(StoreError) as caught:
-        store.resolve(name)
+        resolve(store, name)
     assert f'Did you mean "{hint}"?' in str(caught.value) or not hint
 
 
 def test_a_pin_named_as_a_step_has_to_be_told_from_it(store: Store) -> None:
     store.set_ref("pins", "sft", store.outputs / "store" / f"rl-d4-{THIRD[:16]}")
     with pytest.raises(StoreError, match=rf"latest/sft \(sft-d4-{FIRST[:16]}\), pins/sft \(rl-.*say which"):
-        store.resolve("sft")
-    assert store.resolve("pins/sft").name.startswith("rl")
+        resolve(store, "sft")
+    assert resolve(store, "pins/sft").name.startswith("rl")
 
 
 def test_a_long_id_that_only_begins_alike_is_another_one(store: Store) -> None:
     with pytest.raises(StoreError, match="is no artifact"):
-        store.resolve(FIRST[:16] + "zzzz")
+        resolve(store, FIRST[:16] + "zzzz")
 
 
 def test_the_catalog_is_the_same_kept_or_read_and_follows_every_change(store: Store) -> None:

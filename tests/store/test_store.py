@@ -16,6 +16,7 @@ import pytest
 from mlxchat.errors import StoreError
 from mlxchat.store.gc import remark_old
 from mlxchat.store.manifest import describe_outputs, read_manifest
+from mlxchat.store.naming import refs_of, resolve
 from mlxchat.store.store import Store, artifact_name
 
 KEY = "abcdefghijklmnop" + "q" * 36
@@ -41,7 +42,7 @@ def test_what_is_made_outside_a_checkout_can_be_read(toys: Any, monkeypatch: pyt
     """Installed from a wheel there is no git: for a day such manifests were called damaged by the next step."""
     monkeypatch.setattr("mlxchat.store.environment.git_state", lambda folder: None)
     toys.run(toys.plan({"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}))
-    assert read_manifest(toys.store.resolve("second"))["git"] is None
+    assert read_manifest(resolve(toys.store, "second"))["git"] is None
 
 
 def test_a_manifest_that_readers_would_refuse_is_not_published(store: Store) -> None:
@@ -232,7 +233,7 @@ def test_refs_are_relative_and_survive_a_move_of_the_folder(store: Store, tmp_pa
     assert not link.readlink().is_absolute()
     moved = store.outputs.rename(tmp_path / "elsewhere")
     expected = {"sft": moved / "store" / place.name}
-    assert Store(moved).refs() == Store(moved).refs("run1") == expected
+    assert refs_of(Store(moved)) == refs_of(Store(moved), "run1") == expected
 
 
 def test_a_ref_is_replaced_in_one_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,12 +243,12 @@ def test_a_ref_is_replaced_in_one_step(store: Store, monkeypatch: pytest.MonkeyP
     replace = Path.replace
 
     def look(path: Path, target: Path) -> Path:
-        seen.append(store.refs()["sft"])
+        seen.append(refs_of(store)["sft"])
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", look)
     store.set_ref("latest", "sft", second)
-    assert (seen, store.refs()) == ([first], {"sft": second})
+    assert (seen, refs_of(store)) == ([first], {"sft": second})
     assert [path.name for path in (store.outputs / "refs" / "latest").iterdir()] == ["sft"]
 
 
@@ -255,7 +256,7 @@ def test_a_ref_whose_artifact_is_gone_is_left_out(store: Store) -> None:
     place = make_artifact(store)
     store.set_ref("latest", "sft", place)
     (place / "manifest.json").unlink()
-    assert store.refs() == {}
+    assert refs_of(store) == {}
 
 
 def test_a_manifest_cut_anywhere_is_refused_with_the_remedy(store: Store) -> None:
@@ -298,7 +299,7 @@ def test_preparing_leaves_only_the_folders(store: Store) -> None:
 def test_people_name_an_artifact_by_step_folder_or_start_of_its_id(store: Store) -> None:
     place = make_artifact(store)
     store.set_ref("latest", "sft", place)
-    assert store.resolve("sft") == store.resolve(place.name) == store.resolve(place.name[-16:-10]) == place
+    assert resolve(store, "sft") == resolve(store, place.name) == resolve(store, place.name[-16:-10]) == place
 
 
 def test_a_name_of_two_artifacts_is_refused(store: Store) -> None:
@@ -306,13 +307,13 @@ def test_a_name_of_two_artifacts_is_refused(store: Store) -> None:
         (store.outputs / "store" / f"sft-d4-{rid[:16]}").mkdir()
         (store.outputs / "store" / f"sft-d4-{rid[:16]}" / "manifest.json").write_text("{}")
     with pytest.raises(StoreError, match=r'"bcdefghi" is ambiguous'):
-        store.resolve("bcdefghi")
+        resolve(store, "bcdefghi")
 
 
 def test_a_name_of_no_artifact_is_refused_with_the_steps_there_are(store: Store) -> None:
     store.set_ref("latest", "sft", make_artifact(store))
     with pytest.raises(StoreError, match=r'"nope" is no artifact.*latest run.*: sft'):
-        store.resolve("nope")
+        resolve(store, "nope")
 
 
 @pytest.mark.parametrize("label", ["../../etc", "a/b", "a b", "-x", ".", "", "ü"])

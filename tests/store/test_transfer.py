@@ -25,7 +25,7 @@ from mlxchat.store.files import seal
 from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.gc import Limits, find_garbage
 from mlxchat.store.manifest import identify, tree_of
-from mlxchat.store.naming import latest
+from mlxchat.store.naming import latest, refs_of, resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure, export, import_all
 
@@ -43,7 +43,7 @@ def contents(store: Path) -> dict[str, bytes]:
 
 
 def exported(made: Any, to: Path) -> Path:
-    export(made.store, closure(made.store, [made.store.resolve("second")]), to)
+    export(made.store, closure(made.store, [resolve(made.store, "second")]), to)
     return to
 
 
@@ -76,10 +76,10 @@ def test_what_was_imported_goes_by_the_names_of_its_steps(made: Any, tmp_path: P
     other = Store(tmp_path / "other")
     import_all(other, exported(made, tmp_path / "folder"))
     assert latest(other).startswith("imported-")
-    assert {step: place.name for step, place in other.refs().items()} == {
-        step: made.store.resolve(step).name for step in PIPELINE
+    assert {step: place.name for step, place in refs_of(other).items()} == {
+        step: resolve(made.store, step).name for step in PIPELINE
     }
-    assert other.resolve("second").name == made.store.resolve("second").name
+    assert resolve(other, "second").name == resolve(made.store, "second").name
 
 
 def test_an_import_says_for_which_other_one_it_waits(
@@ -99,7 +99,7 @@ def test_an_import_says_for_which_other_one_it_waits(
 
 
 def test_an_imported_artifact_is_done_for_a_plan(made: Any, tmp_path: Path) -> None:
-    export(made.store, closure(made.store, [made.store.resolve("second")]), tmp_path / "x.tar")
+    export(made.store, closure(made.store, [resolve(made.store, "second")]), tmp_path / "x.tar")
     made.outputs = tmp_path / "other"
     assert [step.state for step in made.plan(PIPELINE)] == ["run", "run"]
     import_all(made.store, tmp_path / "x.tar")
@@ -109,11 +109,11 @@ def test_an_imported_artifact_is_done_for_a_plan(made: Any, tmp_path: Path) -> N
 def test_an_import_whose_input_came_out_otherwise_here_brings_its_own(made: Any, tmp_path: Path) -> None:
     """The child was taken in alone: the contents that it was made from were nowhere, and verify said nothing."""
     place = exported(made, tmp_path / "folder")
-    theirs = made.store.resolve("first")
+    theirs = resolve(made.store, "first")
     made.outputs = tmp_path / "other"
     made.add("make", "(ctx.out / 'result.txt').write_text('of another machine')")
     made.run(made.plan({"first": PIPELINE["first"]}, force=["first"]))
-    ours = made.store.resolve("first")
+    ours = resolve(made.store, "first")
     assert ours.name != theirs.name
     new, known = import_all(made.store, place)
     assert ([folder.name.split("-")[0] for folder in new], known) == (["make", "copy"], [])
@@ -125,7 +125,7 @@ def test_an_import_whose_input_came_out_otherwise_here_brings_its_own(made: Any,
 
 def test_an_export_to_a_folder_copies_what_is_missing_there(made: Any, tmp_path: Path) -> None:
     place = exported(made, tmp_path / "folder")
-    folders = closure(made.store, [made.store.resolve("second")])
+    folders = closure(made.store, [resolve(made.store, "second")])
     assert export(made.store, folders, place) == 0
     manifest = place / "store" / folders[0].name / "manifest.json"
     manifest.unlink()  # as a copy that was cut short
@@ -135,10 +135,10 @@ def test_an_export_to_a_folder_copies_what_is_missing_there(made: Any, tmp_path:
 
 
 def test_what_lacks_an_input_is_not_exported(made: Any, tmp_path: Path) -> None:
-    first = made.store.resolve("first")
+    first = resolve(made.store, "first")
     first.rename(tmp_path / first.name)
     with pytest.raises(StoreError, match="which is not in"):
-        closure(made.store, [made.store.resolve("second")])
+        closure(made.store, [resolve(made.store, "second")])
 
 
 @pytest.mark.parametrize("damage", ["file", "manifest", "missing", "extra"])
@@ -388,7 +388,7 @@ def test_a_folder_named_to_steer_a_terminal_is_refused(made: Any, tmp_path: Path
 @pytest.mark.parametrize("step", ["../x", "/x", "a/b", "..", ""])
 def test_no_name_of_a_step_leads_out_of_its_run(step: str, made: Any) -> None:
     with pytest.raises(StoreError, match="cannot be called"):
-        made.store.set_ref("run", step, made.store.resolve("first"))
+        made.store.set_ref("run", step, resolve(made.store, "first"))
 
 
 @pytest.mark.parametrize("length", [0.0, 0.3, 0.6, 0.9])

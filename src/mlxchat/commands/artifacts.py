@@ -22,7 +22,7 @@ from mlxchat.store.gc import (
     remove,
 )  # fmt: skip
 from mlxchat.store.manifest import MANIFEST, read_manifest
-from mlxchat.store.naming import MODEL, PINS, find_all, links, meaning
+from mlxchat.store.naming import MODEL, PINS, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure, export, import_all, is_url
 
@@ -47,7 +47,7 @@ def _pin(options: Namespace) -> int:
         link.unlink()
         print(f"removed pin {name}")
     if names:
-        place = store.resolve(names[0])
+        place = resolve(store, names[0])
         name = names[1] if len(names) == 2 else place.name
         if not _NAME.fullmatch(name):
             raise ConfigError(f'"{name}" is no name for a pin: letters, digits, . _ - and no / are')

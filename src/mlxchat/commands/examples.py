@@ -18,6 +18,7 @@ from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.report.wording import with_calls
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Records, list_folder
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 _MOST_CHARS = 1500
@@ -244,7 +245,7 @@ def _find_samples(store: Store, name: str) -> tuple[str, Path]:
     ]
     held = [(when, folder) for when, folder in running if locks.is_held(store.lock(folder.name))]
     try:
-        place = None if held else store.resolve(name)
+        place = None if held else resolve(store, name)
     except StoreError:
         if not running:
             raise

@@ -16,7 +16,7 @@ from mlxchat.config.wording import format_bytes, format_count, format_number, fo
 from mlxchat.errors import ConfigError, MlxchatError, StoreError, suggest, visible
 from mlxchat.store.catalog import Summary, read_catalog
 from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
-from mlxchat.store.naming import LATEST, Run, find_all, groups, latest, links, meaning
+from mlxchat.store.naming import LATEST, Run, find_all, groups, latest, links, meaning, resolve
 from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ def _show(options: Namespace) -> int:
     if options.n < 1:
         raise ConfigError(f"-n is {options.n}, expected at least 1")
     store = Store(options.outputs)
-    place = store.resolve(options.names[0])
+    place = resolve(store, options.names[0])
     if options.examples is not None:
         from mlxchat.commands.examples import show_examples, show_rollouts  # imports take a while
         from mlxchat.evals.examples import has_rollouts
@@ -398,7 +398,7 @@ def _lineage(options: Namespace) -> int:
     from mlxchat.store.catalog import ancestors, descendants, index
 
     store = Store(options.outputs)
-    place = store.resolve(options.names[0])
+    place = resolve(store, options.names[0])
     manifest = read_manifest(place)
     known = index(read_catalog(store)) if manifest["kind"] != "tokens" else {}
     if manifest["rid"] not in known:
@@ -452,7 +452,9 @@ def _diff(options: Namespace) -> int:
     """Print each difference as key, old → new."""
     names, store = options.names, Store(options.outputs)
     runs = [meant.name for name in names if isinstance(meant := meaning(store, name), Run)]
-    pairs = _pair_steps(store, *runs) if len(runs) == len(names) else {"": tuple(map(store.resolve, names))}
+    pairs = (
+        _pair_steps(store, *runs) if len(runs) == len(names) else {"": tuple(resolve(store, name) for name in names)}
+    )
     if options.json:
         records = {step: _describe_pair(*pair) for step, pair in pairs.items()}
         print_json(records if len(runs) == len(names) else records[""])

@@ -79,7 +79,7 @@ def _write_model(
     from mlxchat.hub.upload import check_repository, push_folder
     from mlxchat.interop import exporting
     from mlxchat.store.files import check_free, whole_folder
-    from mlxchat.store.verify import find_damage
+    from mlxchat.store.manifest import find_damage
 
     place = find_model(store, name).place
     token = check_repository(repository, public=public) if repository else ""

@@ -24,10 +24,17 @@ from mlxchat.store import locks
 from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import sync
-from mlxchat.store.manifest import MANIFEST, Manifest, check_manifest, is_plain, parse_manifest, read_manifest
+from mlxchat.store.manifest import (
+    MANIFEST,
+    Manifest,
+    check_manifest,
+    find_damage,
+    is_plain,
+    parse_manifest,
+    read_manifest,
+)
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import take_in, tell_waiting
-from mlxchat.store.verify import find_damage
 
 _PIECE_BYTES = 1 << 22
 _MANIFEST_BYTES = 1 << 26

@@ -18,8 +18,7 @@ from mlxchat.config.wording import format_bytes, format_seconds
 from mlxchat.errors import ConfigError, PassingError, StoreError, filter_logs, visible
 from mlxchat.hub.downloads import open_url, read_answer
 from mlxchat.hub.remote import Place, short_of
-from mlxchat.store.manifest import MANIFEST, read_manifest
-from mlxchat.store.verify import find_damage
+from mlxchat.store.manifest import MANIFEST, find_damage, read_manifest
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")

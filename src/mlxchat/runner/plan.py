@@ -24,7 +24,7 @@ from mlxchat.runner.stage import Stage, Stages
 from mlxchat.store import locks
 from mlxchat.store.fingerprint import compute_key, identity_of
 from mlxchat.store.manifest import Manifest, read_manifest
-from mlxchat.store.naming import find
+from mlxchat.store.naming import find, resolve
 from mlxchat.store.store import Store, artifact_title
 
 Pipeline = Mapping[str, Mapping[str, Any]]
@@ -438,7 +438,7 @@ def find_given(step: str, names: Mapping[str, str], store: Store) -> dict[str, M
     found = {}
     for role, name in names.items():
         try:
-            found[role] = read_manifest(store.resolve(name.removeprefix("artifact:")))
+            found[role] = read_manifest(resolve(store, name.removeprefix("artifact:")))
         except StoreError as error:
             raise ConfigError(f"pipeline.{step}.{role}: {error}") from None
         if found[role]["kind"] != GIVEN_KIND:

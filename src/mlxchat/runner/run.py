@@ -30,10 +30,9 @@ from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
 from mlxchat.store.files import Record, Records, now
 from mlxchat.store.fingerprint import plain_of
-from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest
+from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest, find_damage
 from mlxchat.store.shared import SharedArtifacts
 from mlxchat.store.store import Store
-from mlxchat.store.verify import find_damage
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import ExecutorConfig

@@ -62,6 +62,8 @@ _WORDS = {
 _MOST_DEPTH = 64
 # Numbers from 1e300 on, some of which cannot become floats.
 _LARGE = re.compile(r"[0-9]{300}|e\+[0-9]{3}")
+# Files that this process has read: path → their hash, and what would change with them.
+_read: dict[Path, tuple[str, tuple[int, int, int]]] = {}
 
 
 def identify(manifest: Manifest) -> str:
@@ -152,6 +154,32 @@ def tree_of(manifest: Manifest) -> str:
     left_out = OBSERVATIONS + CONTINUATION
     content = [[file["path"], file["sha256"]] for file in manifest["outputs"] if file["path"] not in left_out]
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iterator[str]:
+    """Yield a line for each file that is missing or has other bytes than when the artifact was published.
+
+    Args:
+        folder: the artifact.
+        manifest: its own.
+        again: whether to read what this process has read before and what has the same size, time and inode since.
+    """
+    for file in manifest["outputs"]:
+        path = folder / file["path"]
+        try:
+            status = path.stat()
+            stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
+            if status.st_size != file["bytes"]:
+                yield f"{file['path']} has {status.st_size} bytes instead of {file['bytes']}"
+                continue
+            if again or _read.get(path) != (file["sha256"], stamp):
+                _read[path] = (hash_file(path), stamp)
+            if _read[path][0] != file["sha256"]:
+                yield f"{file['path']} has other contents than when it was made"
+        except FileNotFoundError:
+            yield f"{file['path']} is missing"
+        except OSError as error:
+            yield f"{file['path']} cannot be read ({error.strerror})"
 
 
 def find_misshapen(manifest: Mapping[str, Any]) -> Iterator[str]:

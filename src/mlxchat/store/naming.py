@@ -238,6 +238,11 @@ def links(store: Store, group: str) -> dict[str, Path]:
     return found
 
 
+def refs_of(store: Store, group: str = "") -> dict[str, Path]:
+    """Return step → artifact folder of a group of refs, those that lead to a complete artifact; "": the latest run."""
+    return {step: place.resolve() for step, place in links(store, group or latest(store)).items()}
+
+
 def groups(store: Store) -> list[str]:
     """Return the names of all groups of refs: pins, imports, one for each run, and what people made."""
     folder = store.outputs / "refs"

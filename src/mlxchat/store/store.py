@@ -35,6 +35,7 @@ from mlxchat.store.manifest import (
     Manifest,
     describe,
     describe_outputs,
+    find_damage,
     find_misshapen,
     identify,
     read_manifest,
@@ -288,22 +289,6 @@ class Store:
             temporary.replace(link)
             crash_point("ref.swapped")
 
-    def refs(self, group: str = "") -> dict[str, Path]:
-        """Return step → artifact folder of a group of refs, those that still lead somewhere; "": the latest run's."""
-        from mlxchat.store.naming import latest, links
-
-        return {step: place.resolve() for step, place in links(self, group or latest(self)).items()}
-
-    def resolve(self, name: str) -> Path:
-        """Return the artifact that a person means: see store/naming.py.
-
-        Raises:
-            StoreError: nothing or more than one thing has this name.
-        """
-        from mlxchat.store.naming import resolve
-
-        return resolve(self, name)
-
 
 def clean_label(label: str) -> str:
     """Return a label as it stands in folder names."""
@@ -327,9 +312,7 @@ def rid_of_record(name: str) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Tell whether an artifact has all its files, with the bytes that its manifest lists."""
-    from mlxchat.store.verify import find_damage
-
+    """Return whether an artifact has all its files, with the bytes that its manifest lists."""
     try:
         return not any(find_damage(folder, read_manifest(folder), again=False))
     except StoreError:

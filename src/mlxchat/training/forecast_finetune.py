@@ -18,6 +18,7 @@ from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import TeacherSize, Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.bases import find_chain, folder_of_weights, is_adapter
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.tasks import task_class
 from mlxchat.training.forecast_pretrain import keeps_state
@@ -115,7 +116,7 @@ def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path | None:
         StoreError: no artifact, or several, have its name.
     """
     if teacher.artifact is not None:
-        return Store(outputs).resolve(teacher.artifact)
+        return resolve(Store(outputs), teacher.artifact)
     return None if teacher.path is None else Path(teacher.path)
 
 
