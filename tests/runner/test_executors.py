@@ -24,6 +24,7 @@ from mlxchat.runner import executors
 from mlxchat.runner.executors import Job, Leave, LostJob, check_installed, submit
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import place_steps, plan_of
 
@@ -231,7 +232,7 @@ def test_a_step_in_a_job_gives_the_bytes_of_one_in_this_process(
     name = {"submitit_local": "submitit job", "ray": "Ray task"}[kind]
     assert re.search(rf"^pretrain +{name} \w+ (is queued|runs on )", done.stdout, re.MULTILINE)
     assert re.search(rf"^pretrain +done by {name} \w+: pretrain-d2-", done.stdout, re.MULTILINE)
-    made, alone = (read_manifest(Store(each).refs()["pretrain"]) for each in (outputs, finished.outputs))
+    made, alone = (read_manifest(refs_of(Store(each))["pretrain"]) for each in (outputs, finished.outputs))
     assert (made["key"], made["tree"]) == (alone["key"], alone["tree"])
     assert "nothing to do" in mlxchat(*command).stdout
 
@@ -276,7 +277,7 @@ def test_a_step_whose_job_is_lost_fails_with_one_message_and_the_next_run_contin
     )
     done = mlxchat(*command)
     assert done.returncode == 0, done.stdout + done.stderr
-    made = read_manifest(Store(outputs).refs()["pretrain"])
+    made = read_manifest(refs_of(Store(outputs))["pretrain"])
     assert [attempt["outcome"] for attempt in made["attempts"]] == ["killed", "done"]
     assert made["attempts"][1]["resumed_from"] > 0
 
