@@ -238,7 +238,8 @@ import sys
 from pathlib import Path
 from mlxchat.hub import remote
 from mlxchat.hub.remote import open_place
-from mlxchat.store.store import (Store)
+from mlxchat.store.naming import resolve
+from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
 remote._PIECE_BYTES = 1000
 way, place, outputs = sys.argv[1:]
