@@ -474,7 +474,7 @@ listings.find_commit = lambda *revision: "0" * 40
 client.find_content = lambda *address: "0" * 64
 from mlxchat.composition.compose import compose_config
 from mlxchat.runner.plan import make_plan
-from mlxchat.store.store import (Store)
+from mlxchat.store.store import Store
 found = {}
 for name in sys.argv[1:]:
     config = compose_config([f"experiment={name}"]).config

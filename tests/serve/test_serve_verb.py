@@ -30,7 +30,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlxchat.engine.scheduler import Request, Sampling
 from mlxchat.cpu import runtime
-from mlxchat.store.store import (Store)
+from mlxchat.store.store import Store
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
 from mlxchat.serve.worker import Worker, load_scheduler

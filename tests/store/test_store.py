@@ -84,7 +84,7 @@ def test_another_store_object_sees_what_was_published_after_it_forgets(store: St
 CRASHES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from mlxchat.store.store import (Store)
+from mlxchat.store.store import Store
 
 outputs, key, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "shutil.rmtree")
