@@ -30,6 +30,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlxchat.engine.scheduler import Request, Sampling
 from mlxchat.cpu import runtime
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Models
