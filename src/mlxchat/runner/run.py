@@ -380,7 +380,11 @@ class _Making:
                 )
             place = store.publish(ctx.out, step.label, manifest)
             made = store.made(step.key)
-            assert made is not None, "it was recorded"
+            if made is None:
+                raise StoreError(
+                    f"{store.outputs} was removed or exchanged while {step.name} was published; "
+                    "run the same command again."
+                )
             return place, made
         except OSError as error:
             text = f"{step.name} was made but could not be published: {error.strerror or error}"
