@@ -1,4 +1,4 @@
-"""Clients of other makes, where they are installed: litellm, langchain-openai, llm."""
+"""Third-party clients, where they are installed: litellm, langchain-openai, llm."""
 
 from __future__ import annotations
 

@@ -433,7 +433,7 @@ def find_bound_problems(config: Config) -> Iterator[str]:
 
 
 def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each number that is infinite or no number at all, except those that lines already tell of."""
+    """Yield a line for each number that is infinite or NaN, unless another line names it already."""
     keys = {key for line in told for key in re.findall(r"\w+(?:\.\w+)+", line.partition(": ")[0])}
     for key, value in flatten(plain_of(config)).items():
         if isinstance(value, float) and not math.isfinite(value) and key not in keys:

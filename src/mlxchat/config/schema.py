@@ -450,7 +450,7 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class OutsideConfig:
-    """A model of another make, evaluated like ours (pipeline=outside)."""
+    """A third-party model, evaluated like ours (pipeline=outside)."""
 
     name: str = MISSING
     """What tables and the artifact call it."""
@@ -464,7 +464,7 @@ class OutsideConfig:
 
 @dataclass(kw_only=True)
 class ImportConfig:
-    """A model of another make that becomes a checkpoint. The contents of its files count, not where they lie."""
+    """A third-party model that becomes a checkpoint. The key covers the contents of its files, not their place."""
 
     name: str = field(default=MISSING, metadata={"identity": False})
     """What the artifact is called."""

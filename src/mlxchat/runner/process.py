@@ -37,7 +37,7 @@ def stop_on_signals(
     by a thread of its own: a line cannot be printed in the middle of another one.
 
     Everything on disk is whole at any moment, so nothing needs to be cleaned up. In any thread but the main one this
-    does nothing: whoever runs us there handles signals.
+    does nothing: the program that started the thread handles signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -164,7 +164,7 @@ class Hooks:
                     self._post(target, facts)
                 elif target is not None:
                     self._call(target, facts)
-            except Exception as error:
+            except Exception as error:  # whatever a hook of the user raises: it never breaks a run
                 self._complain(name, f"{type(error).__name__}: {error}")
 
     def _call(self, command: str | list[str], facts: dict[str, Any]) -> None:

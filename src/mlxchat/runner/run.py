@@ -254,7 +254,7 @@ class _Making:
                 place, made = self._publish(*self._run_stage())
             except Interrupted:
                 raise
-            except Exception as error:
+            except Exception as error:  # of any kind: hooks are told, and it goes on
                 run.hooks.tell("on_failure", error=str(error), **facts)
                 raise
             shutil.rmtree(self.work, ignore_errors=True)
@@ -282,7 +282,7 @@ class _Making:
         while True:
             try:
                 return self._attempt()
-            except Exception as error:
+            except Exception as error:  # a stage may raise anything
                 if isinstance(error, Interrupted) or number == tries or not is_passing(error):
                     if isinstance(error, MlxchatError):
                         raise
@@ -351,10 +351,10 @@ class _Making:
         return Context(
             step=step.name, stage=step.stage.name, inputs=self.folders, out=out,
             input_steps={role: made["step"] for role, made in self.lineage.items()},
-            config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]
+            config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]  # it acts as a Config
             work=work, root_seed=run.seed, root_data_seed=run.data_seed,
             hints=run.policy.hints, stop_signal=stop_signal, on_metrics=run.on_metrics,
-            team=run.ranks.start(run, work) if is_shared else None,  # type: ignore[union-attr]
+            team=run.ranks.start(run, work) if is_shared else None,  # type: ignore[union-attr]  # shared only with ranks
             shared=SharedArtifacts(
                 outputs=self.store.outputs, run=run.name, inputs=self.lineage, facts=run.environment.record, say=run.say
             ),

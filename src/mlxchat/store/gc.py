@@ -212,7 +212,7 @@ def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool, tru
     if reasons and not force:
         raise ConfigError("\n".join([*sorted(set(reasons)), "To remove it all the same: --force"]))
     going = {rid for rid, summary in known.items() if rid not in stays and summary["kind"] != SHARED_KIND}
-    # Encoded text is nobody's input: it goes with what it was encoded from.
+    # No step has encoded text as an input: it is removed with the text that it was encoded from.
     going |= {
         rid for rid, summary in known.items() if summary["kind"] == SHARED_KIND and going & {*references(summary)}
     }
@@ -300,7 +300,7 @@ def remove(store: Store, meant: Sequence[Found | Run], *, force: bool) -> Collec
 
     Raises:
         ConfigError: a step is running, or something speaks against it.
-        StoreError: locks or names cannot be relied on here, so nobody can tell what is needed.
+        StoreError: locks or names cannot be relied on here, so what is needed is unknown.
     """
     return _delete(store, "rm", lambda: find_removal(store, meant, force=force, trusted=False))
 

@@ -113,7 +113,7 @@ def _inodes(place: Path) -> Finding:
         path.write_text("another")
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return "wrong", "numbers of files: a new file has the number of an open one that was removed"
-    return "ok", "numbers of files: a lock file that was removed is told from the new one"
+    return "ok", "numbers of files: a removed lock file and a new one of the same name differ"
 
 
 def _times(place: Path) -> Finding:

@@ -29,7 +29,7 @@ _WINDOW, _FEWEST_NORMS = 100, 10  # norms in the median, and the fewest for it
 _WARNING_EVERY = 50  # iterations from one warning to the next
 _MOST_DOCUMENTS_NAMED = 8
 _VALIDATIONS = {"val_bpb", "val_loss"}
-_WORSE_VALIDATIONS = 3  # in a row, before overfitting is told
+_WORSE_VALIDATIONS = 3  # in a row, before the warning of overfitting
 
 
 class Monitor:
