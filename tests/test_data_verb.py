@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 
 from kit.commands import Say
 from mlxchat.cli import main
+from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.listings import forget
 from mlxchat.planning import text as text_need
+from mlxchat.store import locks
 
 NAME = "org/texts"
 SETTINGS = (
@@ -115,6 +118,10 @@ def test_what_an_artifact_needs_is_not_removed_unasked(hub: Any, texts: Any, say
     assert "would remove" in say("data", "rm", NAME, "--dry-run")
     before = json.loads(say("data", "ls", "--json"))["bytes"]
     assert before > 0
+    ends = time.monotonic() + 60  # the command before was of this process, and may still fetch what it did not need
+    while any(map(locks.is_held, (hub_cache() / ".locks").rglob("*.lock"))):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
     assert f"removed {NAME}" in say("data", "rm", NAME, "--force")
     assert json.loads(say("data", "ls", "--json"))["holdings"] == []
 
