@@ -127,6 +127,21 @@ def test_strange_tensors_are_refused(outputs: Path, tmp_path: Path, command: Com
         import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
 
 
+@pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.99.self_attn.q_proj", "resid_lambdas"])
+def test_adapters_of_no_matrix_of_the_model_are_refused(
+    outputs: Path, tmp_path: Path, command: Command, module: str
+) -> None:
+    """They ended in a KeyError."""
+    base = publish_base(outputs)
+    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
+    more = {f"base_model.model.{module}.lora_{part}.weight": np.zeros((4, 4), np.float32) for part in "AB"}
+    save_file(load_file(Path("out", FILE)) | more, Path("out", FILE))
+    (tmp_path / "made").mkdir()
+    source = open_folder(Path("out"))
+    with pytest.raises(DataError, match=r"the model has no matrix|no adapters of a matrix"):
+        import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
+
+
 @pytest.mark.parametrize(
     ("architecture", "bits", "message"),
     [("jul2026", None, "NanoChatForCausalLM is nanochat's model of October 2025"), ("oct2025", 4, "rounded to 4 bits")],

@@ -65,7 +65,7 @@ class _Finder(CompletionFinder):
         for action in parser._actions:
             if action.choices is None and action.nargs != 0:
                 action.completer = partial(_complete, str(action.metavar or ""), words)  # type: ignore[attr-defined]  # argcomplete's
-        parser.words.completer = partial(_complete_word, verb, words)  # type: ignore[attr-defined]
+        parser.words.completer = partial(_complete_word, verb, words)  # type: ignore[attr-defined]  # argcomplete's
         self._parser = parser
         return super()._get_completions([verb, *options], *of_last)
 

@@ -322,6 +322,8 @@ def check_shapes(
     Raises:
         DataError: naming those that are missing, too many or of another shape.
     """
+    if unknown := [name for name in sizes.targets if name not in _matrices(model_sizes)]:
+        raise DataError(f"{where}: the model has no matrix {', '.join(unknown[:3])}")
     expected = shapes_of(sizes, model_sizes)
     strange = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if strange:
