@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, and what a killed process left is undone."""
+"""Files and folders appear whole or not at all, and what a killed process left is undone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.files import whole_folder
+from mlxchat.store.files import whole_file, whole_folder, write_whole
 
 
 def gone_process() -> int:
@@ -24,6 +24,32 @@ def fill(path: Path, content: str = "new", *, force: bool = False) -> None:
     with whole_folder(path, force=force) as folder:
         (folder / "inside").mkdir()
         (folder / "inside" / "file").write_text(content)
+
+
+def test_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    write_whole(place, "old")
+    with whole_file(place) as first, whole_file(place, durable=False) as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert place.read_text() == "old"
+    assert place.read_text() == "first", "each writer has a name of its own; the last rename wins"
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_error_while_a_file_is_written_keeps_the_former(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    write_whole(place, b"old")
+
+    def fail() -> None:
+        with whole_file(place) as unfinished:
+            unfinished.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert place.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [place]
 
 
 def test_a_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
+from mlxchat.store.files import write_whole
 from mlxchat.store.fingerprint import plain_of
 
 _FORMAT = 2
@@ -96,9 +97,7 @@ class ComposedCache:
         with contextlib.suppress(OSError):
             folder = self._entry.parent
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{self._entry.stem}-{os.getpid()}"
-            temporary.write_text(f"{_digest(text)}\n{text}", encoding="utf-8")
-            temporary.replace(self._entry)
+            write_whole(self._entry, f"{_digest(text)}\n{text}", durable=False)
             entries = sorted(folder.iterdir(), key=lambda entry: entry.stat().st_mtime)
             for entry in entries[:-_MOST_ENTRIES]:
                 entry.unlink(missing_ok=True)

@@ -321,13 +321,11 @@ def _build_thin(folder: Path, compiler: str) -> None:
     library = _thin_library(folder)
     if library.exists():
         return
-    temporary = library.with_suffix(f".{os.getpid()}")
-    command = [compiler, *_FLAGS, *_MLX_FLAGS, *_THIN_FLAGS, "-shared", str(_THIN), "-o", str(temporary)]
-    try:
+    from mlxchat.store.files import whole_file
+
+    with whole_file(library, durable=False) as unfinished:
+        command = [compiler, *_FLAGS, *_MLX_FLAGS, *_THIN_FLAGS, "-shared", str(_THIN), "-o", str(unfinished)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
-        temporary.rename(library)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_compiler(folder: Path, compiler: str) -> Path:
@@ -346,14 +344,15 @@ def _write_compiler(folder: Path, compiler: str) -> Path:
         return script
     (place / "include" / _HEADER).parent.mkdir(parents=True, exist_ok=True)
     script.parent.mkdir(exist_ok=True)
-    temporary = script.with_name(f"g++-{os.getpid()}")
     text = _SCRIPT.format(
         place=place, include=include, compiler=compiler, header=_HEADER,
         flags=" ".join(_FLAGS), mlx_flags=" ".join(_MLX_FLAGS),
     )  # fmt: skip
-    temporary.write_text(text)
-    temporary.chmod(0o700)
-    temporary.rename(script)
+    from mlxchat.store.files import whole_file
+
+    with whole_file(script, durable=False) as unfinished:
+        unfinished.write_text(text)
+        unfinished.chmod(0o700)
     return script
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from mlxchat.distill.questions import Message, Question
 from mlxchat.distill.words import clean, without_thought
 from mlxchat.errors import DataError, StoreError
 from mlxchat.hub.cache import read_json
+from mlxchat.store.files import whole_file, write_whole
 from mlxchat.store.fingerprint import hash_file
 
 # Ends of an answer that was not finished.
@@ -135,31 +135,29 @@ def write_mixture(out: Path, conversations: Iterable[dict[str, Any]], describe: 
         DataError: there is no conversation.
         StoreError: the disk does not take it.
     """
-    temporary = out.with_name(f".{out.name}-{os.getpid()}")
     try:
-        digest, count = hashlib.sha256(), 0
-        with temporary.open("wb") as file:
-            for conversation in conversations:
-                # Separators of lines that are no \n would cut a line for some readers.
-                text = json.dumps(conversation, ensure_ascii=False).replace("\u2028", "\\u2028")
-                line = text.replace("\u2029", "\\u2029").replace("\x85", "\\u0085").encode("utf-8", "replace") + b"\n"
-                digest.update(line)
-                file.write(line)
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        if not count:
-            raise DataError(f"no answer is left, so {out} is not written")
-        replaces = hash_file(out) if out.exists() else None
-        # First, with both hashes: whichever of the two files a kill leaves there is known to be ours.
-        _write_json(provenance_place(out), {**describe(), "sha256": digest.hexdigest(), "replaces": replaces})
-        temporary.replace(out)
+        with whole_file(out) as unfinished:
+            digest, count = hashlib.sha256(), 0
+            with unfinished.open("wb") as file:
+                for conversation in conversations:
+                    # Separators of lines that are no \n would cut a line for some readers.
+                    text = json.dumps(conversation, ensure_ascii=False).replace("\u2028", "\\u2028")
+                    text = text.replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
+                    line = text.encode("utf-8", "replace") + b"\n"
+                    digest.update(line)
+                    file.write(line)
+                    count += 1
+            if not count:
+                raise DataError(f"no answer is left, so {out} is not written")
+            replaces = hash_file(out) if out.exists() else None
+            # First, with both hashes: whichever of the two files a kill leaves there is known to be ours.
+            record = {**describe(), "sha256": digest.hexdigest(), "replaces": replaces}
+            text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+            write_whole(provenance_place(out), text, durable=False)
     except OSError as error:
         raise StoreError(
             f"{out} cannot be written ({error.strerror}). The answers are kept: mend that and run the command again."
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _content_of(answer: Answer, choice: Choice) -> str | list[dict[str, str]]:
@@ -190,9 +188,3 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     if messages[0]["role"] == "system":
         return [{"role": "system", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
     return [{"role": "system", "content": system}, *messages]
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import DataError
+from mlxchat.store.files import whole_file, write_whole
 
 # Left free on a disk that is fetched to.
 SPARE_BYTES = 256 << 20
@@ -46,11 +46,9 @@ def is_offline() -> bool:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write plain data under a name of its own, then rename it: readers see the old or the new, whole."""
+    """Write plain data in one step, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
-    temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(record) + "\n", durable=False)
 
 
 def read_json(path: Path) -> Any:
@@ -257,8 +255,5 @@ def link(file: HubFile) -> None:
     if file.place.exists():
         return
     file.place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.place.with_name(f".{file.place.name}-{os.getpid()}-{threading.get_ident()}")
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    temporary.symlink_to(os.path.relpath(file.blob, file.place.parent))
-    temporary.replace(file.place)
+    with whole_file(file.place, durable=False) as unfinished:
+        unfinished.symlink_to(os.path.relpath(file.blob, file.place.parent))

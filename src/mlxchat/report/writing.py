@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from mlxchat.errors import StoreError
 from mlxchat.report.collect import RunReport, collect
 from mlxchat.report.drawing import Drawing
+from mlxchat.store.files import write_whole
 
 PICTURES = "report"
 
@@ -56,12 +56,12 @@ def write_files(folder: Path, page: str, markdown: str, charts: Sequence[Drawing
             pictures.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in drawn.items():
-            write_whole(pictures / name, picture)
+            write_whole(pictures / name, picture, durable=False)
         for path in (*pictures.glob("*.svg"), *pictures.glob("*.png")):  # PNG: those of former versions
             if path.name not in drawn:
                 path.unlink(missing_ok=True)
-        write_whole(folder / "report.md", markdown)
-        write_whole(folder / "report.html", page)
+        write_whole(folder / "report.md", markdown, durable=False)
+        write_whole(folder / "report.html", page, durable=False)
     except OSError as fault:
         raise StoreError(f"the report cannot be written to {folder}: {fault}; make the folder writable") from fault
     return folder / "report.html"
@@ -75,18 +75,7 @@ def write_page(path: Path, page: str) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, page)
+        write_whole(path, page, durable=False)
     except OSError as fault:
         raise StoreError(f"{path} cannot be written: {fault}") from fault
     return path
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Replace a file at once."""
-    # The process id keeps two reports written at once from sharing a temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -56,12 +56,31 @@ def unseal(data: bytes) -> tuple[dict[str, Any], bool]:
     return record, True
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is never seen half-written: under another name first, on disk before it gets its own."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    sync(temporary)
-    temporary.replace(path)
+@contextmanager
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a name beside `path` to write to, which becomes `path` in one rename when the block ends without an error.
+
+    Readers see the former file or the new one, never a part. The name begins with a dot and belongs to this call alone.
+
+    Args:
+        path: in a folder that is there; what stands there is replaced.
+        durable: wait until the contents are on disk before the rename, so that they also survive a power cut.
+    """
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        yield unfinished
+        if durable:
+            sync(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+    """Write a file in one step, text as UTF-8; see `whole_file`."""
+    with whole_file(path, durable=durable) as unfinished:
+        unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -215,11 +234,9 @@ def read_cache(path: Path, kind: str) -> dict[str, Any]:
 def write_cache(path: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write a cache file whole, unless the folder above its own is missing or it cannot be written."""
     body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")  # left by a killed process: `sweep` removes it
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
-        temporary.write_bytes(_head_of(kind, body) + b"\n" + body)
-        temporary.replace(path)
+        write_whole(path, _head_of(kind, body) + b"\n" + body, durable=False)
 
 
 def _head_of(kind: str, body: bytes) -> bytes:
@@ -271,8 +288,6 @@ class Records:
     def truncate(self, iteration: int) -> None:
         """Drop the records after `iteration`: work that a resumed attempt does again."""
         kept = [record for record in self.read() if record.get("iteration", 0) <= iteration]
-        temporary = self.path.with_suffix(".tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        temporary.write_text(text, "utf-8", errors="backslashreplace")
-        temporary.replace(self.path)
+        write_whole(self.path, text.encode(errors="backslashreplace"), durable=False)

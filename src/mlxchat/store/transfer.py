@@ -7,7 +7,6 @@ first, so that a store never holds an artifact without what it was made from.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tarfile
@@ -21,7 +20,7 @@ from mlxchat.errors import StoreError
 from mlxchat.store import locks
 from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
-from mlxchat.store.files import list_folder, sync
+from mlxchat.store.files import list_folder, sync, whole_file
 from mlxchat.store.manifest import MANIFEST, is_plain, read_manifest
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_contents
@@ -95,16 +94,10 @@ def export(store: Store, folders: list[Path], to: Path) -> int:
     try:
         if is_tar(to):
             to.parent.mkdir(parents=True, exist_ok=True)
-            temporary = to.with_name(f".{to.name}.{os.getpid()}")
-            try:
-                with tarfile.open(temporary, _TARS[to.suffix]) as tar:
-                    for folder in folders:
-                        for path in _files(folder):
-                            tar.add(path, f"store/{folder.name}/{path.relative_to(folder)}", recursive=False)
-                sync(temporary)
-                temporary.replace(to)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with whole_file(to) as unfinished, tarfile.open(unfinished, _TARS[to.suffix]) as tar:
+                for folder in folders:
+                    for path in _files(folder):
+                        tar.add(path, f"store/{folder.name}/{path.relative_to(folder)}", recursive=False)
             return len(folders)
         copied = 0
         for folder in folders:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from mlxchat.errors import ConfigError, visible
 from mlxchat.evals.chat_scores import chatcore_set
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import FORMATS
+from mlxchat.store.files import write_whole
 from mlxchat.store.manifest import MEASURED, Manifest
 from mlxchat.store.store import Store
 
@@ -238,9 +238,7 @@ class SweepFolder:
 
 
 def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(redact(content), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(redact(content), indent=1) + "\n", durable=False)
 
 
 def metrics_of(plan: Sequence[PlannedStep], store: Store, metric: str | None = None) -> dict[str, float]:
