@@ -20,9 +20,9 @@ from mlxchat.data.mixture import shuffled_places
 from mlxchat.engine.tools import calculate
 from mlxchat.errors import MlxchatError
 from mlxchat.tasks import Task, load_task, task_class
-from mlxchat.tasks.answers import nanochat_number
+from mlxchat.tasks.answers import is_right_by_nanochat, nanochat_number
 from mlxchat.tasks.base import find_fault, render_mc
-from mlxchat.tasks.benchmarks import GSM8K, extract_imports, extract_program, nanochat_verdict
+from mlxchat.tasks.benchmarks import GSM8K, extract_imports, extract_program
 from mlxchat.tasks.downloads import HubTask, Rows
 from mlxchat.tasks.jsonl import read_conversations
 from mlxchat.tasks.spelling import SpellingBee
@@ -77,7 +77,7 @@ def gsm8k(file: ParityFile) -> Iterator[Line]:
     )
     yield same(
         "gsm8k: verdicts by nanochat's rule",
-        [(name, nanochat_verdict(talk, case["response"]), bool(case["correct"])) for name, talk, case in cases],
+        [(name, is_right_by_nanochat(talk, case["response"]), bool(case["correct"])) for name, talk, case in cases],
     )
 
     def ours(case: dict[str, Any]) -> bool:

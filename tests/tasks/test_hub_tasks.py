@@ -9,8 +9,8 @@ import pytest
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks import Task, load_task
-from mlxchat.tasks.answers import calculator_parts, final_number, nanochat_number
-from mlxchat.tasks.benchmarks import assemble_program, extract_imports, extract_program, nanochat_verdict
+from mlxchat.tasks.answers import calculator_parts, final_number, is_right_by_nanochat, nanochat_number
+from mlxchat.tasks.benchmarks import assemble_program, extract_imports, extract_program
 
 
 def text(part: str) -> dict[str, str]:
@@ -102,13 +102,20 @@ def test_a_missing_number_is_wrong_even_where_the_answer_has_none() -> None:
     talk = {"messages": [{}, {"content": [text("It is eight.")]}]}
     task = load_task("gsm8k", "test")
     assert not task.evaluate(talk, "It is eight.")
-    assert nanochat_verdict(talk, "It is eight.")
+    assert is_right_by_nanochat(talk, "It is eight.")
 
 
 def test_a_full_stop_after_the_number_is_no_part_of_it() -> None:
     talk = {"messages": [{}, {"content": [text("#### 18")]}]}
     assert load_task("gsm8k", "test").reward(talk, "#### 18.") == 1.0
     assert nanochat_number("#### 18.") == "18."
+
+
+def test_nanochats_verdict_is_an_option() -> None:
+    talk = {"messages": [{}, {"content": [text("#### 18")]}]}
+    task = load_task("gsm8k", "test", nanochat_verdict=1.0)
+    assert [task.reward(talk, response) for response in ("#### 18.", "#### 18", "18")] == [0.0, 1.0, 0.0]
+    assert task.explain(talk, "#### 18.") == (False, {"nanochat_verdict": False})  # type: ignore[attr-defined]
 
 
 # Multiple choice

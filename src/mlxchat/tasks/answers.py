@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from decimal import Decimal
 from typing import Any
 
 Conversation = dict[str, Any]
@@ -10,6 +12,13 @@ Conversation = dict[str, Any]
 
 _NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 _CALL = re.compile(r"(<<[^>]+>>)")
+_VALUE = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?<=[0-9])")
+_GAPS = re.compile(r"[\s—…]|\.{2,}|--+")
+_SAME_SIGNS = str.maketrans("−’‘“”", "-''\"\"")
+# Signs such as + - # % $ change what a word means: C and C++, 5 and -5.
+_OPENING = "([{\"'«¿¡,;:"
+_CLOSING = ")]}\"'».,;:!?"
+_EMPHASIS = "*_`"
 
 
 def answer_text(conversation: Conversation) -> str:
@@ -67,26 +76,44 @@ def is_right(conversation: Conversation, response: str) -> bool:
     return final_number(response) == number if number is not None else response.strip() == answer.strip()
 
 
-def is_answer(conversation: Conversation, response: str, *, contains: bool = False) -> bool:
-    """Return the same as `is_right` by a looser comparison of texts.
+def is_right_by_nanochat(conversation: Conversation, response: str) -> bool:
+    """Return nanochat's verdict on a response to GSM8K: two missing numbers are equal, and "18." is not "18"."""
+    answer = str(conversation["messages"][-1]["content"][-1]["text"])
+    return nanochat_number(response) == nanochat_number(answer)
 
-    Letter case, white space and a closing full stop or exclamation mark do not count.
+
+def is_answer(conversation: Conversation, response: str, *, contains: bool = False) -> bool:
+    """Return whether a response equals a conversation's answer after normalisation.
+
+    Numbers are compared by value (4, 4.0; 1000, 1,000). Words are compared without letter case and without the
+    punctuation around them. If the answer has a number after ####, only that number is compared.
 
     Args:
         conversation: with the answer as its last message.
         response: to judge.
-        contains: the answer may also be a part of the response, between word borders. A number is no part of another.
+        contains: whether it is enough that the answer's words occur in the response, one after the other.
     """
     answer = answer_text(conversation)
-    if final_number(answer) is not None:
-        return is_right(conversation, response)
-    right, given = _plain(answer), _plain(response)
-    if not contains or not right:
-        return given == right
-    sign = r"(?<![-−])" if right[0].isdigit() else ""
-    return re.search(rf"(?<!\w)(?<!\d[.,]){sign}{re.escape(right)}(?!\w)(?![.,]\d)", given) is not None
+    number = final_number(answer)
+    if number is not None:
+        given = final_number(response)
+        return given is not None and _word(given) == _word(number)
+    expected, words = _words(answer), _words(response)
+    if not contains:
+        return words == expected
+    count = len(expected)
+    return any(words[start : start + count] == expected for start in range(len(words) - count + 1))
 
 
-def _plain(text: str) -> str:
-    plain = " ".join(text.casefold().split())
-    return plain.rstrip(".! ") or plain
+def _words(text: str) -> list[str | Decimal]:
+    """Return the words of a text in normal form; of a text of punctuation alone, that punctuation."""
+    plain = unicodedata.normalize("NFC", text).casefold().translate(_SAME_SIGNS)
+    words = [word for word in map(_word, _GAPS.split(plain)) if word != ""]
+    return words or list(plain.split())
+
+
+def _word(word: str) -> str | Decimal:
+    """Return a word without the punctuation around it, or the value of a number."""
+    bare = word.rstrip(_CLOSING).lstrip(_OPENING)
+    bare = bare.strip(_EMPHASIS).rstrip(_CLOSING) or bare
+    return Decimal(bare.replace(",", "")) if _VALUE.fullmatch(bare) else bare

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.tasks.answers import Conversation, calculator_parts, final_number, nanochat_number
+from mlxchat.tasks.answers import Conversation, calculator_parts, final_number, is_right_by_nanochat
 from mlxchat.tasks.base import LETTERS, choice_dialogue, dialogue, find_fault
 from mlxchat.tasks.downloads import HubTask
 
@@ -97,6 +98,7 @@ class ArcChallenge(ArcEasy):
     subsets = ("ARC-Challenge",)
 
 
+@dataclass(eq=False, kw_only=True)
 class GSM8K(HubTask):
     """Grade-school word problems whose answers call the calculator; right by the number after the first ####.
 
@@ -109,29 +111,24 @@ class GSM8K(HubTask):
     subsets = ("main", "socratic")
     columns = texts = ("question", "answer")
     prompt_tokens = 320
+    nanochat_verdict: bool = False
+    """Whether scores and rewards are nanochat's verdicts. Evaluations record these in either case."""
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = self.row(index)
         return dialogue(row["question"], calculator_parts(row["answer"], keep_empty=True))
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Compare the number after the first ####; a response without one is wrong."""
-        number = final_number(_last_text(conversation))
+        """Compare the number after the first ####. By our verdict a response without one is wrong."""
+        if self.nanochat_verdict:
+            return is_right_by_nanochat(conversation, response)
+        number = final_number(str(conversation["messages"][-1]["content"][-1]["text"]))
         return number is not None and number == final_number(response)
 
     def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
         """Return the verdict, and nanochat's, which published scores use."""
         verdict = self.evaluate(conversation, response)
-        return verdict, {"nanochat_verdict": nanochat_verdict(conversation, response)}
-
-
-def nanochat_verdict(conversation: Conversation, response: str) -> bool:
-    """Return nanochat's verdict on a response to GSM8K, by which two missing numbers are the same number."""
-    return nanochat_number(response) == nanochat_number(_last_text(conversation))
-
-
-def _last_text(conversation: Conversation) -> str:
-    return str(conversation["messages"][-1]["content"][-1]["text"])
+        return verdict, {"nanochat_verdict": is_right_by_nanochat(conversation, response)}
 
 
 class HumanEval(HubTask):
