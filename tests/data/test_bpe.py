@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -118,9 +119,13 @@ def test_it_stops_while_it_counts_and_leaves_no_process() -> None:
 
 
 def test_it_stops_while_rustbpe_holds_the_interpreter_for_the_merges() -> None:
-    """A hundred thousand merges of many pieces: the worker answers nobody, and ends all the same."""
-    texts = ["".join(chr(97 + (number * step) % 26) for step in range(9)) + f" {number}x" for number in range(150_000)]
-    with closing(train_ranks(texts, 100_000)) as training:
+    """Minutes of merges of random words: the worker answers nobody, and ends all the same.
+
+    Words of few patterns had no merges left after a hundredth of a second, and the training was over instead.
+    """
+    letters = random.Random(0)
+    texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(150_000)]
+    with closing(train_ranks(texts, 1_000_000)) as training:
         next(now for now in training if now.pieces)
         next(training)
         stopped = time.monotonic()
