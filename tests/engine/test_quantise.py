@@ -24,9 +24,8 @@ from mlxchat.evals.quantised import QuantisedLoss, check_quantised, loss_change,
 from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
-from mlxchat.serve.limits import Limits
-from mlxchat.serve.models import Model
-from mlxchat.serve.worker import load_scheduler
+from mlxchat.serve.models import Model, load_scheduler
+from mlxchat.serve.security import Limits
 from mlxchat.store.store import Store
 from mlxchat.terminal.chat import Chat
 

@@ -22,13 +22,11 @@ from mlxchat.engine.scheduler import Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
-from mlxchat.serve.app import make_app
-from mlxchat.serve.limits import Limits
-from mlxchat.serve.models import Model, Models
-from mlxchat.serve.prompts import Defaults
-from mlxchat.serve.run import PatientProtocol
-from mlxchat.serve.service import Service
-from mlxchat.serve.worker import Worker, load_scheduler
+from mlxchat.serve.api import Service, make_app
+from mlxchat.serve.models import Model, Models, load_scheduler
+from mlxchat.serve.requests import Defaults
+from mlxchat.serve.security import Limits, PatientProtocol
+from mlxchat.serve.worker import Worker
 from mlxchat.store.manifest import write_manifest
 from mlxchat.store.store import Store
 
@@ -192,6 +190,6 @@ def start(served: Path) -> Callable[..., Server]:
 
         bounds = Limits(**limits or {})
         models = Models(Store(served), served / "store" / CHAT)
-        return Server(Service(models, Worker(bounds, load), bounds, Defaults()), **options)
+        return Server(Service(models, Worker(bounds, load), Defaults()), **options)
 
     return make

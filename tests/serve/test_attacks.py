@@ -15,11 +15,10 @@ import pytest
 import uvicorn
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.serve import run
-from mlxchat.serve.limits import Limits
+from mlxchat.serve import security
 from mlxchat.serve.models import Model
-from mlxchat.serve.prompts import chat_prompt
-from mlxchat.serve.schemas import Message
+from mlxchat.serve.requests import Message, chat_prompt
+from mlxchat.serve.security import Limits
 
 MESSAGES = [{"role": "user", "content": "the cat"}]
 DEEP = "[" * 50_000 + "]" * 50_000
@@ -209,7 +208,7 @@ def closed_after(connection: socket.socket, drip: bytes = b"") -> float:
 def test_who_never_ends_the_head_of_a_request_is_not_waited_for(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(security, "HEAD_SECONDS", 0.5)
     with start() as patient:
         with connect(patient) as silent, connect(patient) as dripping, connect(patient) as second:
             dripping.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
@@ -218,13 +217,13 @@ def test_who_never_ends_the_head_of_a_request_is_not_waited_for(
             assert closed_after(dripping, b"a") < 5
             assert closed_after(second, b"a") < 5, "nor of another request on the same connection"
         assert patient.chat().status_code == 200
-        monkeypatch.setattr(run, "HEAD_SECONDS", 0.05)
+        monkeypatch.setattr(security, "HEAD_SECONDS", 0.05)
     with start(seconds=0.02) as slow:
         assert slow.chat(max_tokens=20).status_code == 200, "an answer may take longer than the head"
 
 
 def test_who_never_ends_a_body_is_told_so(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxchat.serve.guard import Guard
+    from mlxchat.serve.security import Guard
 
     monkeypatch.setattr(Guard.__init__, "__defaults__", ((), 0.5))
     with start() as patient, connect(patient) as dripping:
@@ -251,14 +250,14 @@ def test_who_never_ends_a_body_is_told_so(start: Callable[..., Any], monkeypatch
 
 def test_who_does_not_read_an_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer waited in memory, and the connection stayed, for as long as the client liked."""
-    monkeypatch.setattr(run, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(security, "READ_SECONDS", 0.5)
     size = 32 << 20
 
     async def large(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
         await send({"type": "http.response.body", "body": bytes(size)})
 
-    config = uvicorn.Config(large, port=0, log_config=None, lifespan="off", http=run.PatientProtocol)
+    config = uvicorn.Config(large, port=0, log_config=None, lifespan="off", http=security.PatientProtocol)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -343,7 +342,7 @@ def test_an_expensive_pattern_ends_an_answer_and_nothing_else(server: Any, patte
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        ("/v1/chat/completions", "messages", [0] * 5000), ("/chat/completions", "messages", [0] * 5000),
+        ("/v1/chat/completions", "messages", [0] * 5000),
         ("/v1/chat/completions", "messages", [{"role": "user", "content": [0] * 5000}]),
         ("/v1/completions", "prompt", [None] * 5000), ("/v1/completions", "prompt", [[None] * 5000]),
         ("/v1/responses", "input", [0] * 5000), ("/v1/completions", "stop", [0] * 5000),
@@ -352,8 +351,8 @@ def test_an_expensive_pattern_ends_an_answer_and_nothing_else(server: Any, patte
 )  # fmt: skip
 def test_only_the_first_bad_item_of_a_list_is_reported(server: Any, path: str, field: str, value: Any) -> None:
     """An error for each of 300,000 items blocked the event loop for 2.5 s."""
-    body = json.dumps({"messages": MESSAGES, "prompt": "a", field: value})
-    error = post(server, body, path=path).json()["error"]
+    needed = {"prompt": "a"} if path == "/v1/completions" else {"messages": MESSAGES}
+    error = post(server, json.dumps({**needed, field: value}), path=path).json()["error"]
     assert error["param"].split(".")[0] == field
     more = re.search(r"and (\d+) more", error["message"])
     assert more is None or int(more[1]) < 10

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.scheduler import Event
+from mlxchat.engine.scheduler import Event, Parts
 from mlxchat.model.gpt import GPT
 from mlxchat.serve.choices import Choice
-from mlxchat.serve.parts import Parts
 
 TEXT = "the cat ▖ sat 5é on 😀 mat"
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")

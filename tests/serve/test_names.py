@@ -11,10 +11,8 @@ import pytest
 from kit.commands import Command
 from kit.serving import BASE, CHAT
 from mlxchat.errors import StoreError
-from mlxchat.serve.faults import Fault
-from mlxchat.serve.limits import Limits
-from mlxchat.serve.models import Models
-from mlxchat.serve.worker import load_scheduler
+from mlxchat.serve.models import Models, load_scheduler
+from mlxchat.serve.security import Fault, Limits
 from mlxchat.store.manifest import MANIFEST, describe_outputs, read_manifest, write_manifest
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store

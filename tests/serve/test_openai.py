@@ -202,6 +202,8 @@ def test_an_unknown_model_is_answered_with_the_models_alone(server: Any, served:
         ({"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
         ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
+        ({"modalities": ["audio"]}, 400, "modalities", "unsupported_parameter"),
+        ({"temprature": 0}, 400, "temprature", "unknown_parameter"),
         ({"response_format": {"type": "yaml"}}, 400, "response_format.type", None),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format", None),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}},
@@ -216,6 +218,20 @@ def test_what_cannot_be_is_refused_in_openais_words(
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+def test_unknown_fields_are_refused_by_name(server: Any) -> None:
+    """A misspelt field, or a response_format of a text completion, was ignored."""
+    error = server.chat(temprature=0, min_tokens=5, user="me", metadata={"a": "b"}).json()["error"]
+    expected = 'temprature, min_tokens are no fields of this request. Did you mean "temperature"?'
+    assert (error["message"], error["code"]) == (expected, "unknown_parameter")
+    body = {"model": "pretrain", "prompt": "a", "response_format": {"type": "json_object"}}
+    error = server.client.post("/v1/completions", json=body).json()["error"]
+    assert error["message"].startswith("response_format is no field of this request.")
+    many = server.chat(**{"x" * 5000 + str(n): 1 for n in range(100)})
+    assert (many.status_code, len(many.text) < 2000) == (400, True)
+    body = {"input": "the cat", "verbosity": "low"}
+    assert server.client.post("/v1/responses", json=body).json()["error"]["param"] == "verbosity"
 
 
 def test_an_answer_follows_a_json_schema_and_every_choice_has_its_own_state(server: Any) -> None:

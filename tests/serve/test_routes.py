@@ -1,4 +1,4 @@
-"""nanochat's own routes, metrics, and who may ask."""
+"""Health, metrics, and which requests are let in."""
 
 from __future__ import annotations
 
@@ -12,31 +12,8 @@ import pytest
 
 from mlxchat.cli import main
 
+CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0.0, "max_tokens": 8}
-
-
-def test_nanochats_stream_is_tokens_and_then_done(server: Any) -> None:
-    response = server.client.post("/chat/completions", json=QUESTION)
-    data = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
-    assert data.pop() == {"done": True}
-    assert all(each.keys() == {"token", "gpu"} for each in data)
-    whole = server.client.post("/chat/completions", json={**QUESTION, "stream": False}).json()
-    assert "".join(each["token"] for each in data) == whole["response"] != ""
-
-
-def test_nanochats_limits_are_kept(server: Any) -> None:
-    for change in ({"temperature": 2.1}, {"top_k": 201}, {"max_tokens": 4097}, {"messages": []},
-                   {"messages": [{"role": "system", "content": "a"}]}):  # fmt: skip
-        assert server.client.post("/chat/completions", json={**QUESTION, **change}).status_code == 400
-
-
-def test_health_and_stats_have_nanochats_fields(server: Any) -> None:
-    server.until(lambda: server.client.get("/health").json()["ready"])
-    assert server.client.get("/health").json() == {
-        "status": "ok", "ready": True, "num_gpus": 1, "available_workers": 1,
-    }  # fmt: skip
-    stats = server.client.get("/stats").json()
-    assert (stats["total_workers"], stats["available_workers"], stats["busy_workers"]) == (1, 1, 0)
 
 
 def parse_exposition(text: str) -> dict[str, float]:
@@ -98,6 +75,7 @@ def test_probes_learn_whether_it_is_ready_by_the_status(start: Callable[..., Any
         loading = slow.client.get("/health")
         assert (loading.status_code, loading.json()["status"]) == (503, "loading")
         slow.until(lambda: slow.client.head("/health").status_code == 200)
+        assert slow.client.get("/health").json() == {"status": "ok", "ready": True}
         for path in ("/", "/metrics"):
             assert slow.client.head(path).status_code == 200
 
@@ -155,11 +133,11 @@ def test_other_sites_may_ask_only_where_they_are_let_in(server: Any, start: Call
 
 def test_with_a_key_everything_but_the_page_and_health_needs_it(start: Callable[..., Any]) -> None:
     with start(api_key="secret", loopback_only=False) as guarded:
-        for path in ("/v1/models", "/metrics", "/stats", "/openapi.json"):
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
             assert guarded.client.get(path).status_code == 401
             assert guarded.client.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
             assert guarded.client.get(path, headers={"authorization": "Bearer secret"}).status_code == 200
-        assert guarded.client.post("/chat/completions", json=QUESTION).status_code == 401
+        assert guarded.client.post(CHAT, json=QUESTION).status_code == 401
         for path in ("/", "/page/chat.js", "/health"):
             assert guarded.client.get(path).status_code == 200
 
@@ -188,7 +166,7 @@ def test_files_and_text_are_read_outside_the_event_loop(
 ) -> None:
     """Loading tokenizers, reading the catalog and encoding prompts held up all streams."""
     from mlxchat.data.tokenizer import Tokenizer
-    from mlxchat.serve import models, prompts
+    from mlxchat.serve import models
     from mlxchat.serve.choices import Choice
 
     threads: dict[str, set[int]] = {}
@@ -202,7 +180,7 @@ def test_files_and_text_are_read_outside_the_event_loop(
 
     for name in ("read_catalog", "read_manifest"):
         monkeypatch.setattr(models, name, recorded(name, getattr(models, name)))
-    monkeypatch.setattr(prompts, "render_for_completion", recorded("render", prompts.render_for_completion))
+    monkeypatch.setattr(models, "render_for_completion", recorded("render", models.render_for_completion))
     monkeypatch.setattr(Tokenizer, "encode", recorded("encode", Tokenizer.encode))
     monkeypatch.setattr(Tokenizer, "load", recorded("load", Tokenizer.load))
     monkeypatch.setattr(Choice, "message", recorded("message", Choice.message))
@@ -212,7 +190,6 @@ def test_files_and_text_are_read_outside_the_event_loop(
         assert server.chat(truncation="auto").status_code == 200
         body = {"model": "pretrain", "prompt": "a", "max_tokens": 2}
         assert server.client.post("/v1/completions", json=body).status_code == 200
-        assert server.client.post("/chat/completions", json=QUESTION).status_code == 200
         for path in ("/v1/models", "/v1/models/sft"):
             assert server.client.get(path).status_code == 200
         loop = server.thread.ident
@@ -226,12 +203,12 @@ def test_an_echoed_prompt_is_scored_outside_the_event_loop(
     stream: bool, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2,000 tokens with 20 alternatives each held up all other clients for a tenth of a second."""
-    from mlxchat.serve import listening
+    from mlxchat.serve import api
     from mlxchat.serve.choices import Choice
 
     scored: list[int] = []
     encoded: list[int] = []
-    of_prompt, write = Choice._of_prompt, listening.large_json
+    of_prompt, write = Choice._of_prompt, api.large_json
 
     def recorded_scores(choice: Any, event: Any) -> Any:
         if event.prompt_logprobs:
@@ -243,7 +220,7 @@ def test_an_echoed_prompt_is_scored_outside_the_event_loop(
         return write(value)
 
     monkeypatch.setattr(Choice, "_of_prompt", recorded_scores)
-    monkeypatch.setattr(listening, "large_json", recorded_json)
+    monkeypatch.setattr(api, "large_json", recorded_json)
     body = {"model": "pretrain", "prompt": "the cat", "max_tokens": 2, "echo": True, "logprobs": 2, "stream": stream}
     with start() as server:
         assert server.client.post("/v1/completions", json=body).status_code == 200
@@ -254,10 +231,10 @@ def test_an_echoed_prompt_is_scored_outside_the_event_loop(
 
 def test_large_json_is_json_that_no_single_call_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One call of the encoder holds the interpreter's lock until it ends, so a thread alone helped nobody."""
-    from mlxchat.serve import listening
+    from mlxchat.serve import api
 
     value = {"a": [{"tokens": [f"é{n}" for n in range(5_000)], "top": [{"b": -1.5, "c": None}] * 130}], "n": 3, "e": []}
-    write, longest = listening._write_json, 0
+    write, longest = api._write_json, 0
 
     def measured(piece: Any) -> str:
         nonlocal longest
@@ -265,7 +242,7 @@ def test_large_json_is_json_that_no_single_call_writes(monkeypatch: pytest.Monke
         longest = max(longest, len(text))
         return text
 
-    monkeypatch.setattr(listening, "_write_json", measured)
-    assert json.loads(listening.large_json(value)) == value
+    monkeypatch.setattr(api, "_write_json", measured)
+    assert json.loads(api.large_json(value)) == value
     assert longest < 2_000
-    assert listening.large_event({"text": "a\nb"}) == b'data: {"text":"a\\nb"}\n\n'
+    assert api.large_event({"text": "a\nb"}) == b'data: {"text":"a\\nb"}\n\n'

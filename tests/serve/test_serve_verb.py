@@ -19,9 +19,8 @@ from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import count_parameters
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, Device
-from mlxchat.serve.limits import Limits
-from mlxchat.serve.models import Models
-from mlxchat.serve.worker import rows_that_fit
+from mlxchat.serve.models import Models, rows_that_fit
+from mlxchat.serve.security import Limits
 from mlxchat.store.store import Store
 
 ANSWERED = """
@@ -32,9 +31,10 @@ from mlxchat.engine.scheduler import Request, Sampling
 from mlxchat.cpu import runtime
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
-from mlxchat.serve.limits import Limits
+from mlxchat.serve.security import Limits
 from mlxchat.serve.models import Models
-from mlxchat.serve.worker import Worker, load_scheduler
+from mlxchat.serve.models import load_scheduler
+from mlxchat.serve.worker import Worker
 
 mx.set_default_device(mx.cpu)
 runtime.set_blas_threads(2)
@@ -85,7 +85,7 @@ def test_a_process_does_not_end_by_an_abort_whose_worker_used_two_cores(served: 
 
 def test_a_model_that_does_not_fit_into_memory_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(limit_bytes=1000, limit_is="a test")
-    monkeypatch.setattr("mlxchat.serve.worker.find_device", lambda **options: device)
+    monkeypatch.setattr("mlxchat.serve.models.find_device", lambda **options: device)
     with pytest.raises(SystemExit) as caught:
         main(["serve", f"outputs={served}", "sft"])
     assert caught.value.code == 2
@@ -96,7 +96,7 @@ def test_a_server_holds_no_more_tokens_than_fit_into_memory(served: Path, monkey
     sizes = sizes_of_folder(model.folder)
     needed = Decoding(sizes=sizes, device=Device(), row_tokens=model.context_tokens).bytes_beside_weights(6)
     room = needed + 4 * count_parameters(sizes)["total"]
-    monkeypatch.setattr("mlxchat.serve.worker.find_device", lambda **options: Device(limit_bytes=room))
+    monkeypatch.setattr("mlxchat.serve.models.find_device", lambda **options: Device(limit_bytes=room))
     assert rows_that_fit(model, limits) == 6
     with pytest.raises(ConfigError, match="max-models 1"):
         rows_that_fit(model, limits, held_bytes=room)

@@ -10,11 +10,9 @@ import pytest
 
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.serve.faults import Fault
-from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
-from mlxchat.serve.prompts import chat_prompt
-from mlxchat.serve.schemas import Message
+from mlxchat.serve.requests import Message, chat_prompt
+from mlxchat.serve.security import Fault, Limits
 
 Turn = tuple[str, str]
 

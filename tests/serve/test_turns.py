@@ -32,8 +32,8 @@ def test_a_next_turn_reads_what_is_new_and_no_more(start: Callable[..., Any]) ->
         forward.read = lambda ids, *past: read.append(len(ids)) or own(ids, *past)
         talk(server, 4)
         metrics = server.client.get("/metrics").text
-    prompt = int(metrics.split("\nmlxchat_prompt_tokens_total ")[1].split("\n")[0])
-    reused = int(metrics.split("\nmlxchat_reused_prompt_tokens_total ")[1].split("\n")[0])
+    prompt = float(metrics.split("\nmlxchat_prompt_tokens_total ")[1].split("\n")[0])
+    reused = float(metrics.split("\nmlxchat_reused_prompt_tokens_total ")[1].split("\n")[0])
     assert sum(read) + reused + 4 == prompt, "but for the last token of each prompt, which is decoded"
     assert reused > prompt / 3
 
@@ -65,9 +65,10 @@ def test_programs_run_only_where_the_operator_allows_it_and_no_client_can(
     except ConfigError as error:
         pytest.skip(str(error))
     with start(says=call, seconds=0.001) as closed:
-        for asking in ({}, {"python_tool": True, "tools": [], "python": True, "tool_choice": "auto"}):
+        for asking in ({}, {"tools": [], "tool_choice": "auto"}):
             message = closed.chat(max_tokens=60, **asking).json()["choices"][0]["message"]
             assert [part["type"] for part in message["parts"]] == ["python"]
+        assert closed.chat(python_tool=True).status_code == 400
     with start(says=call, seconds=0.001, python=tool) as open_one:
         told = open_one.chat(max_tokens=60).json()
     parts = told["choices"][0]["message"]["parts"]

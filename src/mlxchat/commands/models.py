@@ -503,7 +503,7 @@ def _serve(options: Namespace) -> int:
     store = Store(options.outputs)
     found = find_model(store, options.names[0] if options.names else None)
 
-    from mlxchat.serve.guard import is_loopback  # FastAPI takes most of a second
+    from mlxchat.serve.security import is_loopback  # FastAPI takes most of a second
 
     loopback = is_loopback(options.host)
     key = options.api_key or os.environ.get(_KEY) or None
@@ -512,13 +512,12 @@ def _serve(options: Namespace) -> int:
             f"--host {options.host} can be reached from other machines, so a key is needed: --api-key KEY or {_KEY}. "
             "Clients send it as Authorization: Bearer KEY"
         )
-    from mlxchat.serve.app import make_app
-    from mlxchat.serve.limits import Limits
-    from mlxchat.serve.models import Models, read_model
-    from mlxchat.serve.prompts import Defaults
+    from mlxchat.serve.api import Service, make_app
+    from mlxchat.serve.models import Models, load_scheduler, read_model, rows_that_fit
+    from mlxchat.serve.requests import Defaults
     from mlxchat.serve.run import run_server
-    from mlxchat.serve.service import Service
-    from mlxchat.serve.worker import Worker, load_scheduler, rows_that_fit
+    from mlxchat.serve.security import Limits
+    from mlxchat.serve.worker import Worker
 
     chosen = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _LIMITS}
     limits = Limits(**{name: value for name, value in chosen.items() if value is not None})
@@ -535,7 +534,7 @@ def _serve(options: Namespace) -> int:
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
     python = _python_tool() if options.python_tool else None
     load = partial(load_scheduler, python=python, bits=options.bits, kv_bits=options.kv_bits)
-    service = Service(models, Worker(limits, load), limits, defaults)
+    service = Service(models, Worker(limits, load), defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
     return run_server(
         app, options.host, options.port, name=found.place.name, key_needed=key is not None,

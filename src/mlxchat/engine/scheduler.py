@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import threading
 from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 _PATIENCE_SECONDS = 0.02
 
 
+Kind = Literal["text", "python", "python_output"]
 Scored = tuple[float, list[tuple[int, float]]]
 """The log-probability of a token, and the likely alternatives with theirs."""
 
@@ -392,6 +394,51 @@ class ShownText:
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+@dataclass
+class Parts:
+    """Sorts the text of one row's events: what is said, what the calculator is asked, and its output."""
+
+    tokenizer: Tokenizer
+    kind: Kind = "text"
+    found: list[tuple[Kind, str]] = field(default_factory=list)
+    """(kind, text) of every part so far."""
+
+    def __post_init__(self) -> None:
+        """Look up the special tokens that change the kind of what follows."""
+        special = self.tokenizer.special_ids
+        self._turns: dict[int, Kind] = {
+            special["<|python_start|>"]: "python",
+            special["<|python_end|>"]: "text",
+            special["<|output_start|>"]: "python_output",
+            special["<|output_end|>"]: "text",
+        }
+
+    def add(self, event: Event) -> Iterator[tuple[Kind, str]]:
+        """Yield the kind and text of what may be shown now."""
+        if event.text:
+            if self.found and self.found[-1][0] == self.kind:
+                self.found[-1] = self.kind, self.found[-1][1] + event.text
+            else:
+                self.found.append((self.kind, event.text))
+            yield self.kind, event.text
+        if event.token is not None:
+            self.kind = self._turns.get(event.token, self.kind)
+
+    @property
+    def text(self) -> str:
+        """What was said, without calls and their output."""
+        return "".join(text for kind, text in self.found if kind == "text")
+
+    @property
+    def tools_used(self) -> bool:
+        """Whether there was a call."""
+        return any(kind != "text" for kind, _ in self.found)
+
+    def as_content(self) -> list[dict[str, Any]]:
+        """Return the parts as a conversation of a mixture holds them."""
+        return [{"type": kind, "text": text} for kind, text in self.found]
 
 
 def _overlap(text: str, stop: str) -> int:

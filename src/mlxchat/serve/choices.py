@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.scheduler import Event
-from mlxchat.serve.parts import Kind, Parts
+from mlxchat.engine.scheduler import Event, Kind, Parts
+from mlxchat.serve.requests import Echo
 from mlxchat.serve.worker import Answer
 
 Json = dict[str, Any]
 Scored = tuple[Event, Kind, int]
 """A token with its log-probability, its kind, and where it begins in the text of its choice."""
-Echo = tuple[str, list[int]]
-"""A prompt that the text of a choice begins with, and its tokens; both are empty without `echo`."""
 
 
 @dataclass

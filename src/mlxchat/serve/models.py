@@ -1,9 +1,10 @@
-"""The models of an outputs folder: their names, where they come from, and what their manifests say of them."""
+"""The models that a server offers: their names and origins, what their files say, and how they are loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import threading
 import time
@@ -14,16 +15,23 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.constraint import JsonGrammars
-from mlxchat.errors import DataError, StoreError, suggest
-from mlxchat.serve.faults import Fault
+from mlxchat.engine.scheduler import Scheduler
+from mlxchat.engine.tools import PythonTool
+from mlxchat.errors import ConfigError, DataError, StoreError, suggest
+from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.memory import Decoding, find_device
+from mlxchat.serve.security import Fault, Limits
 from mlxchat.store.catalog import Summary, read_catalog
 from mlxchat.store.fingerprint import canonical_json
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import find
 from mlxchat.store.store import Store
+from mlxchat.store.verify import check_model
 
+_log = logging.getLogger("mlxchat.serve")
 _LISTED_SECONDS = 2.0
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")
 _MOST_NAME_CHARS, _SHOWN_CHARS, _MOST_SHOWN = 300, 80, 8
@@ -42,6 +50,10 @@ class Model:
     """False: it was only pretrained and continues text."""
     digest: str = ""
     """Of the artifact's contents."""
+
+    def render(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Return the prompt of the assistant's next message."""
+        return render_for_completion(self.tokenizer, {"messages": messages})
 
     @cached_property
     def grammars(self) -> JsonGrammars:
@@ -205,3 +217,73 @@ def _seconds(published: str) -> int:
         return int(datetime.fromisoformat(published).timestamp())
     except ValueError:
         return 0
+
+
+def rows_that_fit(
+    model: Model, limits: Limits, *, bits: int | None = None, kv_bits: int | None = None, held_bytes: int = 0
+) -> int:
+    """Return how many rows of a whole context fit into memory beside a model's weights, at most `limits.max_rows`.
+
+    Args:
+        model: where it lies.
+        limits: of the server.
+        bits: as for `load_scheduler`.
+        kv_bits: the same.
+        held_bytes: what is in memory besides.
+
+    Raises:
+        ConfigError: there is no room for a single one.
+    """
+    remedies = [f"--max-models {limits.max_models - 1}"] if held_bytes and limits.max_models > 1 else []
+    remedies += ["--kv-bits 4"] if kv_bits is None else []
+    remedies += ["a smaller --kept-tokens"] if limits.kept_tokens else []
+    decoding = Decoding(
+        sizes=sizes_of_folder(model.folder), device=find_device(ask_mlx=True), row_tokens=model.context_tokens,
+        bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens, remedies=tuple(remedies),
+    )  # fmt: skip
+    return decoding.rows(model.name, most=limits.max_rows, held_bytes=held_bytes)
+
+
+def load_scheduler(
+    model: Model,
+    limits: Limits,
+    *,
+    python: PythonTool | None = None,
+    bits: int | None = None,
+    kv_bits: int | None = None,
+) -> Scheduler:
+    """Load a model's weights and return what computes with it.
+
+    Args:
+        model: where they lie.
+        limits: how many rows there may be.
+        python: runs calls that are no sums.
+        bits: of weights, as `Engine` takes them; the log says what they cost.
+        kv_bits: of keys and values.
+
+    Raises:
+        Fault: it does not fit into memory.
+    """
+    import mlx.core as mx
+
+    from mlxchat.engine.generate import Engine
+    from mlxchat.model.checkpoint import load_for_inference
+
+    check_model(model.folder)
+    held = mx.get_active_memory()  # by other models
+    try:
+        rows = rows_that_fit(model, limits, bits=bits, kv_bits=kv_bits, held_bytes=held)
+    except ConfigError as error:
+        raise Fault(str(error), status=503) from None
+    weights, tokenizer, _ = load_for_inference(model.folder)
+    if bits is not None:
+        from mlxchat.evals.quantised import measure_quantised
+
+        weights, cost = measure_quantised(weights, tokenizer, bits)
+        _log.log(logging.WARNING if cost.bad else logging.INFO, "%s: %s", model.name, cost)
+    engine = Engine(weights, tokenizer, kv_bits=kv_bits)
+    # Rows of whole contexts; there may be more rows of short ones.
+    room = None if rows == limits.max_rows else rows * model.context_tokens
+    return engine.scheduler(
+        max_rows=limits.max_rows, max_cached_tokens=room, kept_tokens=limits.kept_tokens, python=python
+    )

@@ -12,28 +12,28 @@ import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from mlxchat import __version__
 from mlxchat.engine.scheduler import Event, Request, Scheduler
-from mlxchat.engine.tools import PythonTool
-from mlxchat.errors import ConfigError
-from mlxchat.planning.given import sizes_of_folder
-from mlxchat.planning.memory import Decoding, find_device
-from mlxchat.serve.faults import Fault
-from mlxchat.serve.limits import Limits
 from mlxchat.serve.models import Model
-from mlxchat.store.verify import check_model
+from mlxchat.serve.security import Fault, Limits
 
 _log = logging.getLogger("mlxchat.serve")
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 Told = tuple[int, Event]
-"""Which of an answer's choices, and what came of it."""
+"""A choice of an answer, and its next event."""
 Load = Callable[[Model, Limits], Scheduler]
 
 
 @dataclass(eq=False)
 class Answer:
-    """The choices that are computed for one request; iterate over it, and cancel it when nobody listens any more."""
+    """The choices that are computed for one request; iterate over it, and cancel it when the client has left."""
 
     worker: Worker
     model: Model
@@ -43,19 +43,30 @@ class Answer:
     """Choices that have not ended."""
 
     async def __aiter__(self) -> AsyncIterator[Told]:
-        """Yield what comes until every choice has ended.
+        """Yield the events until every choice has ended, and count them.
 
         Raises:
             Fault: the computation failed, or the server is being shut down.
         """
-        left = len(self.requests)
-        while left:
-            got = await self.events.get()
-            if isinstance(got, Exception):
-                raise got
-            for index, event in got:
-                left -= event.finish_reason is not None
-                yield index, event
+        metrics, began, left = self.worker.metrics, time.perf_counter(), len(self.requests)
+        metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self.requests))
+        first = True
+        try:
+            while left:
+                got = await self.events.get()
+                if isinstance(got, Exception):
+                    raise got
+                if first:
+                    metrics.first_token.observe(time.perf_counter() - began)
+                    first = False
+                for index, event in got:
+                    if event.finish_reason is not None:
+                        left -= 1
+                        metrics.choices.labels(event.finish_reason).inc()
+                    yield index, event
+            metrics.whole.observe(time.perf_counter() - began)
+        finally:
+            metrics.choices.labels("left").inc(self.left)
 
     def cancel(self) -> None:
         """Stop computing what is left of it."""
@@ -82,6 +93,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="mlxchat-worker", daemon=True)
         self._closing = False
         self._reused_before = 0
+        self.metrics = Metrics(self)
 
     def start(self, default: Model | None = None) -> None:
         """Begin, from the event loop's thread; `default` is loaded at once."""
@@ -296,71 +308,49 @@ class Worker:
             self._loop.call_soon_threadsafe(function)
 
 
-def rows_that_fit(
-    model: Model, limits: Limits, *, bits: int | None = None, kv_bits: int | None = None, held_bytes: int = 0
-) -> int:
-    """Return how many rows of a whole context fit into memory beside a model's weights, at most `limits.max_rows`.
+class Metrics:
+    """Prometheus' metrics of one server, in a registry of its own."""
 
-    Args:
-        model: where it lies.
-        limits: of the server.
-        bits: as for `load_scheduler`.
-        kv_bits: the same.
-        held_bytes: what is in memory besides.
+    def __init__(self, worker: Worker) -> None:
+        """Take the worker whose state is reported."""
+        self._worker, self._process = worker, psutil.Process()
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "mlxchat_requests", "Answered requests by route and status.", ["route", "status"], registry=registry
+        )
+        self.choices = Counter("mlxchat_choices", "Choices that ended, by reason.", ["reason"], registry=registry)
+        self.prompt_tokens = Counter("mlxchat_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.first_token = Histogram(
+            "mlxchat_time_to_first_token_seconds", "From a request to its first token.",
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.whole = Histogram(
+            "mlxchat_answer_seconds", "From a request to the end of its answer.", buckets=_SECONDS, registry=registry
+        )
+        Info("mlxchat", "What is served.", registry=registry).info({"version": __version__})
+        registry.register(self)
 
-    Raises:
-        ConfigError: there is no room for a single one.
-    """
-    remedies = [f"--max-models {limits.max_models - 1}"] if held_bytes and limits.max_models > 1 else []
-    remedies += ["--kv-bits 4"] if kv_bits is None else []
-    remedies += ["a smaller --kept-tokens"] if limits.kept_tokens else []
-    decoding = Decoding(
-        sizes=sizes_of_folder(model.folder), device=find_device(ask_mlx=True), row_tokens=model.context_tokens,
-        bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens, remedies=tuple(remedies),
-    )  # fmt: skip
-    return decoding.rows(model.name, most=limits.max_rows, held_bytes=held_bytes)
+    def count_request(self, route: str, status: int) -> None:
+        """Count an answered request."""
+        self.requests.labels(route, str(status)).inc()
 
-
-def load_scheduler(
-    model: Model,
-    limits: Limits,
-    *,
-    python: PythonTool | None = None,
-    bits: int | None = None,
-    kv_bits: int | None = None,
-) -> Scheduler:
-    """Load a model's weights and return what computes with it.
-
-    Args:
-        model: where they lie.
-        limits: how many rows there may be.
-        python: runs calls that are no sums.
-        bits: of weights, as `Engine` takes them; the log says what they cost.
-        kv_bits: of keys and values.
-
-    Raises:
-        Fault: it does not fit into memory.
-    """
-    import mlx.core as mx
-
-    from mlxchat.engine.generate import Engine
-    from mlxchat.model.checkpoint import load_for_inference
-
-    check_model(model.folder)
-    held = mx.get_active_memory()  # by other models
-    try:
-        rows = rows_that_fit(model, limits, bits=bits, kv_bits=kv_bits, held_bytes=held)
-    except ConfigError as error:
-        raise Fault(str(error), status=503) from None
-    weights, tokenizer, _ = load_for_inference(model.folder)
-    if bits is not None:
-        from mlxchat.evals.quantised import measure_quantised
-
-        weights, cost = measure_quantised(weights, tokenizer, bits)
-        _log.log(logging.WARNING if cost.bad else logging.INFO, "%s: %s", model.name, cost)
-    engine = Engine(weights, tokenizer, kv_bits=kv_bits)
-    # Rows of whole contexts; there may be more rows of short ones.
-    room = None if rows == limits.max_rows else rows * model.context_tokens
-    return engine.scheduler(
-        max_rows=limits.max_rows, max_cached_tokens=room, kept_tokens=limits.kept_tokens, python=python
-    )
+    def collect(self) -> Iterator[Metric]:
+        """Yield what the worker and its process hold now; prometheus_client has `process_*` on Linux alone."""
+        worker, process = self._worker, self._process
+        for name, help_, count in (
+            ("mlxchat_generated_tokens", "Tokens that were sampled.", worker.tokens_generated),
+            ("mlxchat_failures", "Answers whose computation failed.", worker.failures),
+            ("mlxchat_reused_prompt_tokens", "Tokens of prompts whose keys and values were kept.", worker.num_reused),
+            ("process_cpu_seconds", "Processor time.", sum(process.cpu_times()[:2])),
+        ):
+            yield CounterMetricFamily(name, help_, count)
+        for name, help_, value in (
+            ("mlxchat_rows_running", "Choices that are computed.", worker.num_running),
+            ("mlxchat_rows_waiting", "Choices that wait for a row.", worker.num_waiting),
+            ("mlxchat_models_loaded", "Models in memory.", len(worker.loaded)),
+            ("mlxchat_step_seconds", "Time of one token of every row, lately.", worker.step_seconds),
+            ("process_resident_memory_bytes", "Memory in use.", process.memory_info().rss),
+            ("process_start_time_seconds", "Start of the process, Unix time.", process.create_time()),
+            ("process_open_fds", "Open files and connections.", process.num_fds()),
+        ):
+            yield GaugeMetricFamily(name, help_, value)

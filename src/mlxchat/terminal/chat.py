@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Request, Scheduler
+from mlxchat.engine.scheduler import Kind, Parts, Request, Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.ops.machine import KEPT_TOKENS
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
-from mlxchat.serve.parts import Kind, Parts
 
 # Command → (what follows it, what it does).
 COMMANDS = {

@@ -1,4 +1,4 @@
-"""From a request's body to what the engine computes: prompts within the limits and the context, settings, seeds."""
+"""Requests: what their bodies may say, and the prompts, settings and seeds that the engine gets of them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,235 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mlxchat.data.conversation import render_for_completion
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+
 from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request
-from mlxchat.errors import ConfigError
-from mlxchat.serve.faults import Fault
-from mlxchat.serve.limits import Limits
+from mlxchat.errors import ConfigError, suggest
 from mlxchat.serve.models import Model
-from mlxchat.serve.schemas import Generation, Message, ResponseFormat
+from mlxchat.serve.security import Fault, Limits
 
 _SAID_PARTS = ("text", "input_text", "output_text")
 _SEEDS = 2**63
 _MOST_BIASES = 1024
-# Fields of OpenAI's that would change an answer, and the values that say nothing.
+# Fields of OpenAI's that change no answer here.
+_HARMLESS = {
+    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user",
+}  # fmt: skip
+# Fields of OpenAI's that would change an answer, and the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "suffix": ("",),
+    "suffix": ("",), "modalities": (["text"],), "include": ([],),
 }  # fmt: skip
+_MOST_SHOWN, _SHOWN_CHARS = 8, 80
+Echo = tuple[str, list[int]]
+"""A prompt that the text of a choice begins with, and its tokens; both are empty without `echo`."""
+
+
+class _FirstOnly(FailFast):
+    """A list reports its first bad item only: errors of 300,000 items block the event loop."""
+
+    __hash__ = object.__hash__  # for unions
+
+
+FIRST_ONLY = _FirstOnly()
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Tokens = Annotated[int, Field(ge=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Strings = Annotated[list[str], FIRST_ONLY, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""One string or several."""
+# Numbers in quotes and true for 1 are mistakes: OpenAI's servers refuse them too.
+STRICT = ConfigDict(strict=True)
+
+
+class StreamOptions(BaseModel):
+    """What a stream has besides the answer."""
+
+    model_config = STRICT
+
+    include_usage: bool = False
+
+
+class Generation(BaseModel):
+    """What all bodies share; None: the server's default. `refuse_unknown` checks what else a body has."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Drop null fields: some clients send every field."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, lt=1 << 63)] = 1
+    max_tokens: Tokens | None = None
+    stop: Strings | None = None
+    seed: int | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=200)] | None = None
+    """0 is off."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logit_bias: dict[str, Any] = {}
+    """Token → what is added to its logit; `_logit_bias` reports the first bad item."""
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """auto: leave out the oldest turns of a conversation that exceeds the limits or the model's context; system
+    messages stay. The response counts them in `mlxchat.truncated_turns`."""
+
+    def refuse_unknown(self) -> None:
+        """Refuse fields that would change the answer if they were supported, and those that are no fields at all.
+
+        Raises:
+            Fault: there are some.
+        """
+        unknown = []
+        for name, value in (self.model_extra or {}).items():
+            if value in _UNSUPPORTED.get(name, ()) or name in _HARMLESS:
+                continue
+            if name in _UNSUPPORTED:
+                verb = "are" if name.endswith("s") else "is"
+                raise Fault(f"{name} {verb} not supported", param=name, code="unsupported_parameter")
+            unknown.append(name[:_SHOWN_CHARS])
+        if unknown:
+            hint = suggest(unknown[0], type(self).model_fields)
+            listed = ", ".join(unknown[:_MOST_SHOWN]) + (" and more" if len(unknown) > _MOST_SHOWN else "")
+            verb = "is no field" if len(unknown) == 1 else "are no fields"
+            raise Fault(f"{listed} {verb} of this request.{hint}", param=unknown[0], code="unknown_parameter")
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    model_config = STRICT
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[dict[str, Any]], FIRST_ONLY] | None = None
+
+
+class JsonSchema(BaseModel):
+    """A schema with its name; every one is followed strictly."""
+
+    model_config = STRICT
+
+    name: str = ""
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form of an answer."""
+
+    model_config = STRICT
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(Generation):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], FIRST_ONLY] = Field(min_length=1)
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class TextRequest(Generation):
+    """Body of /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], FIRST_ONLY]
+        | Annotated[list[int], FIRST_ONLY]
+        | Annotated[list[Annotated[list[int], FIRST_ONLY]], FIRST_ONLY]
+    ) = ""
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: int | None = None
+
+
+class TextFormat(BaseModel):
+    """The form of an answer in /v1/responses, where the schema stands beside its type."""
+
+    model_config = STRICT
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str = ""
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    description: str | None = None
+
+    def as_response_format(self) -> ResponseFormat:
+        """Return what chat completions call it."""
+        schema = None if self.schema_ is None else {"name": self.name, "schema": self.schema_}
+        return ResponseFormat.model_validate({"type": self.type, "json_schema": schema})
+
+
+class TextOptions(BaseModel):
+    """The field `text`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: TextFormat = TextFormat()
+
+
+class InputMessage(Message):
+    """A message of the input; clients send back answers with their id and status."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["message"] = "message"
+
+
+class ResponsesRequest(Generation):
+    """Body of /v1/responses."""
+
+    input: str | Annotated[list[InputMessage], FIRST_ONLY]
+    instructions: str | None = None
+    max_output_tokens: Tokens | None = None
+    text: TextOptions = TextOptions()
+
+    def as_chat(self) -> ChatRequest:
+        """Return the same as a chat completion.
+
+        Raises:
+            Fault: it refers to what a server would have stored.
+        """
+        for name in ("previous_response_id", "conversation", "background", "prompt"):
+            if (self.model_extra or {}).get(name):
+                raise Fault(
+                    f"{name} is not supported: nothing is stored here", param=name, code="unsupported_parameter"
+                )
+        self.refuse_unknown()
+        said = [Message(role="system", content=self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            said.append(Message(role="user", content=self.input))
+        else:
+            said += [Message(role=each.role, content=each.content) for each in self.input]
+        settings = self.model_dump(exclude_unset=True, exclude={"input", "instructions", "max_output_tokens", "text"})
+        return ChatRequest(
+            **settings, messages=said, max_completion_tokens=self.max_output_tokens,
+            response_format=self.text.format.as_response_format(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a request gets that does not say: nanochat's values."""
+    """Settings of requests that name none: nanochat's values."""
 
     temperature: float = 0.8
     top_k: int | None = 50
@@ -75,7 +279,7 @@ def chat_prompt(
         chosen = {index for turn in kept for index in turn}
         left = [each for index, each in enumerate(said) if each.role == "system" or index in chosen]
         _check_sizes(left, limits, truncate=truncate)
-        ids = render_for_completion(model.tokenizer, {"messages": _joined(left)})
+        ids = model.render(_joined(left))
         if room is None or len(ids) <= room or len(kept) == 1:
             break
         kept = kept[1:]  # joined messages may have a few more tokens than each alone
@@ -89,17 +293,44 @@ def chat_prompt(
     return ChatPrompt(ids, len(turns) - len(kept))
 
 
+def text_prompts(model: Model, body: TextRequest, limits: Limits) -> list[tuple[list[int], Echo]]:
+    """Return (ids, echo) of every prompt; text begins a document, ids are taken as they are.
+
+    Raises:
+        Fault: there is none, there are too many, or one is too long or has impossible ids.
+    """
+    tokenizer = model.tokenizer
+    given: list[Any] = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
+    if given and all(isinstance(each, int) for each in given):
+        given = [given]
+    if not given:
+        raise Fault("prompt is an empty list", param="prompt")
+    check_choices(len(given) * body.n, limits)  # before any of them is encoded
+    found: list[tuple[list[int], Echo]] = []
+    for prompt in given:
+        if len(prompt) > limits.max_conversation_chars:
+            raise Fault(f"a prompt has {len(prompt)} characters, at most {limits.max_conversation_chars} may be",
+                        param="prompt")  # fmt: skip
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+            found.append(([tokenizer.bos, *ids], (tokenizer.decode(ids), ids)))  # as UTF-8 has it
+            continue
+        if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
+            raise Fault(f"a prompt of ids needs at least one, from 0 to {tokenizer.vocab_size - 1}", param="prompt")
+        found.append((prompt, (tokenizer.decode(prompt), prompt)))
+    return found
+
+
 def requests_for(
     model: Model, body: Generation, prompts: Sequence[list[int]], limits: Limits, defaults: Defaults, *,
     max_tokens: int | None, logprobs: int | None = None, prompt_logprobs: bool = False,
     constraint: Constraint | None = None,
 ) -> list[Request]:  # fmt: skip
-    """Return what the engine is asked: `n` choices for each prompt, each with a seed of its own.
+    """Return the engine's requests: `n` choices for each prompt, each with a seed of its own.
 
     Raises:
-        Fault: a prompt leaves no room in the context, or the body asks for what there is not.
+        Fault: a prompt leaves no room in the context, or a field has an impossible value.
     """
-    _refuse_unsupported(body)
     check_choices(len(prompts) * body.n, limits)
     if max_tokens is not None and max_tokens > limits.max_tokens:
         raise Fault(f"max_tokens is {max_tokens}, at most {limits.max_tokens} may be asked for", param="max_tokens")
@@ -110,7 +341,7 @@ def requests_for(
     first = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
     top_k = defaults.top_k if body.top_k is None else body.top_k or None
     temperature = defaults.temperature if body.temperature is None else body.temperature
-    # What can be asked for again gets the same bits again, whatever was asked before.
+    # Repeatable requests get the same bits whatever the server computed before.
     repeatable = body.seed is not None or temperature == 0 or body.n > 1
     found = []
     for prompt in prompts:
@@ -179,14 +410,6 @@ def _logit_bias(model: Model, body: Generation) -> tuple[tuple[int, float], ...]
         if type(more) not in (int, float) or not -100 <= more <= 100:
             raise Fault(f"logit_bias of token {token} must be a number from -100 to 100", param="logit_bias")
     return tuple((int(token), float(more)) for token, more in given.items())
-
-
-def _refuse_unsupported(body: Generation) -> None:
-    for name, fine in _UNSUPPORTED.items():
-        value = getattr(body, name, None)
-        if value not in (None, *fine):
-            verb = "are" if name.endswith("s") else "is"
-            raise Fault(f"{name} {verb} not supported", param=name, code="unsupported_parameter")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,465 @@
+"""The app: OpenAI's interface, /health, /metrics, the page and the guard before them.
+
+A route reads its request in a thread, hands it to the worker, and writes the events as a stream or as one answer. When
+the client leaves, what is computed for it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client.exposition import choose_encoder
+from sse_starlette.sse import AppStatus, EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
+
+from mlxchat import __version__
+from mlxchat.engine.scheduler import Event
+from mlxchat.engine.scheduler import Request as Asked
+from mlxchat.serve.choices import Choice, choices_of, usage_of
+from mlxchat.serve.models import Model, Models
+from mlxchat.serve.requests import (
+    ChatPrompt,
+    ChatRequest,
+    Defaults,
+    Echo,
+    Generation,
+    ResponsesRequest,
+    TextRequest,
+    chat_prompt,
+    json_constraint,
+    requests_for,
+    text_prompts,
+)
+from mlxchat.serve.security import Fault, Guard, Limits, add_fault_handlers
+from mlxchat.serve.worker import Answer, Worker
+
+PAGE = Path(__file__).with_name("page")
+_LEAST_BODY_BYTES = 1_000_000
+_PIECE_ITEMS = 64
+Json = dict[str, Any]
+Result = TypeVar("Result")
+_write_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+# Streams end by themselves when the server is asked to stop, and are cut off when its patience ends.
+AppStatus.enable_automatic_graceful_drain = False
+
+
+@dataclass(frozen=True)
+class Service:
+    """Models, the worker that computes with them, and the settings of requests that name none."""
+
+    models: Models
+    worker: Worker
+    defaults: Defaults
+
+    @property
+    def limits(self) -> Limits:
+        """The worker's."""
+        return self.worker.limits
+
+
+def make_app(
+    service: Service, *, api_key: str | None = None, loopback_only: bool = True, cors: Sequence[str] = ()
+) -> FastAPI:
+    """Return the app.
+
+    Args:
+        service: what it serves.
+        api_key: the key that clients must send; None: they need none.
+        loopback_only: refuse requests whose Host is another name than this machine's.
+        cors: origins of other sites whose pages may send requests.
+    """
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        service.worker.start(await run_in_threadpool(service.models.find, None))
+        yield
+        await service.worker.stop()
+
+    # FastAPI's own pages about the interface load scripts from elsewhere.
+    app = FastAPI(title="mlxchat", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    add_fault_handlers(app)
+    app.include_router(openai_routes(service))
+    app.include_router(responses_routes(service))
+    metrics = service.worker.metrics
+
+    @app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
+    async def health(response: Response) -> Json:
+        alive, ready = service.worker.alive, service.worker.alive and service.worker.has_loaded
+        response.status_code = 200 if ready else 503  # what probes look at
+        return {"status": "ok" if ready else "loading" if alive else "stopping", "ready": ready}
+
+    @app.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
+    def prometheus(request: Request) -> Response:
+        encode, kind = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), headers={"Content-Type": kind})
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/logo.svg", include_in_schema=False)
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def logo() -> FileResponse:
+        return FileResponse(PAGE / "logo.svg", media_type="image/svg+xml")
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    if cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )  # fmt: skip
+    app.add_middleware(
+        Guard, count=metrics.count_request, api_key=api_key, loopback_only=loopback_only, cors=cors,
+        max_body_bytes=max(_LEAST_BODY_BYTES, 16 * service.limits.max_conversation_chars),
+    )  # fmt: skip
+    return app
+
+
+def openai_routes(service: Service) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(prefix="/v1")
+
+    # Functions that are not async run in a thread: the event loop does not wait for files.
+    @routes.get("/models", response_model=None)
+    def list_models() -> Response:
+        return LargeAnswer({"object": "list", "data": service.models.entries()})
+
+    @routes.get("/models/{name:path}")
+    def show_model(name: str) -> Json:
+        return service.models.entry(name)
+
+    @routes.post("/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        model, prompt, asked = await run_in_threadpool(prepare_chat, service, body)
+        answer = service.worker.ask(model, asked)
+        head = _head("chatcmpl", "chat.completion", service, model)
+        own = {"mlxchat": {"truncated_turns": prompt.truncated_turns}} if body.truncation == "auto" else {}
+        if body.stream:
+            return EventStream(answer, _chat_chunks(answer, head, body, own))
+        choices = await while_connected(request, answer, collect(answer))
+
+        def respond() -> LargeAnswer:
+            told = [
+                {
+                    "index": index, "message": choice.message(), "logprobs": choice.chat_logprobs(choice.events),
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ]  # fmt: skip
+            return LargeAnswer({**head, "choices": told, "usage": usage_of(answer, choices, body.n), **own})
+
+        return await run_in_threadpool(respond)
+
+    @routes.post("/completions", response_model=None)
+    async def complete(body: TextRequest, request: Request) -> Response:
+        model, echoes, asked = await run_in_threadpool(_prepare_text, service, body)
+        answer = service.worker.ask(model, asked)
+        head = _head("cmpl", "text_completion", service, model)
+        if body.stream:
+            return EventStream(answer, _text_chunks(answer, head, body, echoes))
+        choices = await while_connected(request, answer, collect(answer, echoes))
+
+        def respond() -> LargeAnswer:
+            told = [
+                {
+                    "index": index, "text": echoes[index][0] + choice.all_text,
+                    "logprobs": choice.text_logprobs(choice.events),
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ]  # fmt: skip
+            return LargeAnswer({**head, "choices": told, "usage": usage_of(answer, choices, body.n)})
+
+        return await run_in_threadpool(respond)
+
+    return routes
+
+
+def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[Asked]]:
+    """Return model, prompt and choices of a chat request; it reads files and encodes text, so call it in a thread."""
+    body.refuse_unknown()
+    model = service.models.find(body.model)
+    if body.top_logprobs and not body.logprobs:
+        raise Fault("top_logprobs needs logprobs=true", param="top_logprobs")
+    most = body.max_completion_tokens or body.max_tokens
+    prompt = chat_prompt(model, body.messages, service.limits, answer_tokens=most, truncate=body.truncation == "auto")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    asked = requests_for(
+        model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs,
+        constraint=json_constraint(model, body.response_format, service.limits),
+    )  # fmt: skip
+    return model, prompt, asked
+
+
+def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Echo], list[Asked]]:
+    """Return model, echoes and choices of a text completion; call it in a thread, too."""
+    body.refuse_unknown()
+    model = service.models.find(body.model)
+    if body.best_of not in (None, body.n):
+        raise Fault("best_of is not supported", param="best_of", code="unsupported_parameter")
+    prompts = text_prompts(model, body, service.limits)
+    most = body.max_tokens if body.max_tokens is not None else min(128, service.limits.max_tokens)
+    asked = requests_for(
+        model, body, [ids for ids, _ in prompts], service.limits, service.defaults,
+        max_tokens=most, logprobs=body.logprobs, prompt_logprobs=body.echo and body.logprobs is not None,
+    )  # fmt: skip
+    return model, [echo if body.echo else ("", []) for _, echo in prompts for _ in range(body.n)], asked
+
+
+async def collect(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
+    """Return the choices of an answer when all have ended."""
+    choices = choices_of(answer, echoes)
+    async for index, event in answer:
+        if event.prompt_logprobs:
+            await run_in_threadpool(choices[index].add, event)
+        else:
+            choices[index].add(event)
+    return choices
+
+
+async def _chat_chunks(answer: Answer, head: Json, body: ChatRequest, own: Json) -> AsyncIterator[Json | str]:
+    """Yield the chunks of a stream; the first one has the fields `own`."""
+    head = {**head, "object": "chat.completion.chunk"}
+    choices = choices_of(answer)
+    usage = _usage_field(body)
+
+    def chunk(index: int, delta: Json, reason: str | None = None, logprobs: Json | None = None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**head, "choices": [choice], **usage}
+
+    for index in range(len(choices)):
+        yield {**chunk(index, {"role": "assistant", "content": ""}), **(own if index == 0 else {})}
+    async for index, event in answer:
+        choice = choices[index]
+        shown = choice.add(event)
+        logprobs = choice.chat_logprobs(choice.newest)
+        for kind, text in shown:
+            delta = {"content": text} if kind == "text" else {"part": {"type": kind, "text": text}}
+            yield chunk(index, delta, None, logprobs)
+            logprobs = None
+        if logprobs:
+            yield chunk(index, {"content": ""}, None, logprobs)
+        if choice.finish_reason:
+            yield chunk(index, {}, choice.finish_reason)
+    if usage:
+        yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
+    yield "[DONE]"
+
+
+async def _text_chunks(
+    answer: Answer, head: Json, body: TextRequest, echoes: list[Echo]
+) -> AsyncIterator[Json | str | bytes]:
+    choices = choices_of(answer, echoes)
+    usage = _usage_field(body)
+
+    def chunk(index: int, text: str, reason: str | None = None, logprobs: Json | None = None) -> Json:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {**head, "choices": [choice], **usage}
+
+    waiting = [text for text, _ in echoes]
+    if body.logprobs is None:  # else the prompt comes with its log-probabilities, together with the first token
+        for index, text in enumerate(waiting):
+            if text:
+                yield chunk(index, text)
+        waiting = [""] * len(echoes)
+
+    def take(index: int, event: Event) -> Json | None:
+        choice = choices[index]
+        text = waiting[index] + "".join(text for _, text in choice.add(event))
+        waiting[index] = ""
+        logprobs = choice.text_logprobs(choice.newest)
+        return chunk(index, text, choice.finish_reason, logprobs) if text or logprobs or choice.finish_reason else None
+
+    async for index, event in answer:
+        if event.prompt_logprobs:  # of thousands of tokens
+            yield await run_in_threadpool(lambda index, event: large_event(take(index, event)), index, event)
+        elif (item := take(index, event)) is not None:
+            yield item
+    if usage:
+        yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
+    yield "[DONE]"
+
+
+def _head(prefix: str, kind: str, service: Service, model: Model) -> Json:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model.name,
+        "system_fingerprint": service.models.fingerprint(model.digest),
+    }  # fmt: skip
+
+
+def _usage_field(body: Generation) -> Json:
+    """Return what every chunk says of usage: null where it comes at the end, else nothing."""
+    return {"usage": None} if body.stream_options and body.stream_options.include_usage else {}
+
+
+def responses_routes(service: Service) -> APIRouter:
+    """Return the route."""
+    routes = APIRouter(prefix="/v1")
+
+    @routes.post("/responses", response_model=None)
+    async def respond(body: ResponsesRequest, request: Request) -> Response:
+        if body.n != 1:
+            raise Fault("a response has one choice", param="n")
+        model, prompt, asked = await run_in_threadpool(lambda: prepare_chat(service, body.as_chat()))
+        answer = service.worker.ask(model, asked)
+        head: Json = {
+            "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()),
+            "model": model.name, "instructions": body.instructions, "temperature": asked[0].sampling.temperature,
+            "top_p": body.top_p, "max_output_tokens": body.max_output_tokens, "metadata": {}, "tools": [],
+            "tool_choice": "none", "parallel_tool_calls": False, "error": None, "incomplete_details": None,
+            "text": {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)},
+            "truncation": body.truncation, "mlxchat": {"truncated_turns": prompt.truncated_turns},
+        }  # fmt: skip
+        if body.stream:
+            return EventStream(answer, _events(answer, head))
+        (choice,) = await while_connected(request, answer, collect(answer))
+        return LargeAnswer(_whole(head, answer, choice))
+
+    return routes
+
+
+def _message(head: Json, choice: Choice | None, status: str) -> Json:
+    content = [] if choice is None else [_part(choice.parts.text)]
+    name = "msg_" + str(head["id"]).removeprefix("resp_")
+    return {"type": "message", "id": name, "role": "assistant", "status": status, "content": content}
+
+
+def _part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _whole(head: Json, answer: Answer, choice: Choice) -> Json:
+    """Return the response at its end."""
+    cut = choice.finish_reason == "length"
+    status = "incomplete" if cut else "completed"
+    used = usage_of(answer, [choice], 1)
+    return {
+        **head, "status": status, "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        "output": [_message(head, choice, status)],
+        "usage": {
+            "input_tokens": used["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": used["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": used["total_tokens"],
+        },
+    }  # fmt: skip
+
+
+async def _events(answer: Answer, head: Json) -> AsyncIterator[Json]:
+    """Yield the events of a stream, numbered."""
+    count = 0
+    (choice,) = choices_of(answer)
+    at: Json = {"item_id": _message(head, None, "")["id"], "output_index": 0, "content_index": 0}
+
+    def event(kind: str, **fields: Any) -> Json:
+        nonlocal count
+        count += 1
+        return {"type": f"response.{kind}", "sequence_number": count - 1, **fields}
+
+    begun = {**head, "status": "in_progress", "output": [], "usage": None}
+    yield event("created", response=begun)
+    yield event("in_progress", response=begun)
+    yield event("output_item.added", output_index=0, item=_message(head, None, "in_progress"))
+    yield event("content_part.added", **at, part=_part(""))
+    async for _, told in answer:
+        for kind, text in choice.add(told):
+            if kind == "text":
+                yield event("output_text.delta", **at, delta=text, logprobs=[])
+    whole = _whole(head, answer, choice)
+    (item,) = whole["output"]
+    yield event("output_text.done", **at, text=choice.parts.text, logprobs=[])
+    yield event("content_part.done", **at, part=item["content"][0])
+    yield event("output_item.done", output_index=0, item=item)
+    yield event(whole["status"], response=whole)
+
+
+class EventStream(EventSourceResponse):
+    """Server-sent events of an answer, which is cancelled when the stream ends however it ends."""
+
+    def __init__(self, answer: Answer, data: AsyncIterator[Any]) -> None:
+        """Take the answer and what is sent of it: objects, written as JSON, or whole events as bytes."""
+        super().__init__(_encoded(data), sep="\n", ping=15, headers={"X-Accel-Buffering": "no"})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send, and see to it that nothing is computed for nobody."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
+
+
+async def while_connected(request: Request, answer: Answer, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return the result of `work`, or cancel the answer if the client leaves before.
+
+    Raises:
+        Fault: nobody is there any more, or what `work` raises.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Fault("the client has left", status=499)
+    finally:
+        answer.cancel()
+        for each in (task, gone):
+            each.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Fault):
+                await each
+
+
+async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _encoded(data: AsyncIterator[Any]) -> AsyncIterator[bytes | dict[str, str]]:
+    try:
+        async for item in data:
+            if isinstance(item, bytes):
+                yield item
+            else:
+                yield {"data": item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)}
+    except Fault as fault:  # the status has been sent long ago
+        yield {"data": json.dumps(fault.body())}
+
+
+def large_event(item: Any) -> bytes:
+    """Return a server-sent event, encoded in pieces (`large_json`); it takes long, so call it in a thread."""
+    return f"data: {large_json(item)}\n\n".encode()
+
+
+class LargeAnswer(JSONResponse):
+    """A JSON answer, encoded in pieces (`large_json`); it takes long, so make it in a thread."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return large_json(content).encode()
+
+
+def large_json(value: Any) -> str:
+    """Return JSON. Long lists are written in pieces: during one call of the encoder no other thread can run."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_write_json(key)}:{large_json(item)}" for key, item in value.items()) + "}"
+    if not isinstance(value, list):
+        return _write_json(value)
+    if len(value) <= _PIECE_ITEMS:
+        return "[" + ",".join(large_json(item) for item in value) + "]"
+    starts = range(0, len(value), _PIECE_ITEMS)
+    return "[" + ",".join(_write_json(value[at : at + _PIECE_ITEMS])[1:-1] for at in starts) + "]"

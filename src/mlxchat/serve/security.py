@@ -1,0 +1,318 @@
+"""What protects a server: limits, refusals, the guard of every request, and connections with time limits.
+
+A refusal is a `Fault`, which leaves in the form that OpenAI's clients read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import math
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mlxchat.errors import ConfigError
+from mlxchat.ops.machine import KEPT_TOKENS
+
+# Connections whose request's head takes longer are closed.
+HEAD_SECONDS = 15.0
+# A client that reads fewer bytes of its answer in this time is cut off: the rest would fill memory.
+READ_SECONDS, _READ_BYTES = 60.0, 16 << 10
+# Files that are no connections: models, logs, the programs of answers.
+_OTHER_FILES = 64
+# Paths that need no key, and those below /page/.
+_OPEN = ("/", "/health", "/logo.svg", "/favicon.ico")
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_HEADERS = {
+    # The page loads nothing from elsewhere, and no script runs but its own.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of requests and of what is kept in memory; nanochat's where it has them."""
+
+    max_messages: int = 500
+    """Messages of a conversation."""
+    max_message_chars: int = 8000
+    """Characters of one message or prompt."""
+    max_conversation_chars: int = 32000
+    """Characters of all of them."""
+    max_tokens: int = 4096
+    """Tokens of an answer."""
+    max_choices: int = 16
+    """Answers to one request, `n` and prompts together."""
+    max_rows: int = 16
+    """Answers computed at a time, over all models."""
+    max_queue: int = 64
+    """Answers that wait for a row; further requests are refused with 429."""
+    max_models: int = 2
+    """Models in memory. A request for another one waits until one of them is idle; the least recently used one goes."""
+    kept_tokens: int = KEPT_TOKENS
+    """Tokens of earlier conversations whose keys and values are kept for their next turns, for each model; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("max_queue", "kept_tokens") else 1
+            if value < least:
+                raise ConfigError(f"--{field.name.replace('_', '-')} is {value}, expected at least {least}")
+
+
+class Fault(Exception):
+    """A request that is answered with an error body."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:  # fmt: skip
+        """Take the parts of the body; `retry_after` in seconds."""
+        super().__init__(message)
+        self.message, self.status, self.param, self.code = message, status, param, code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """Return {"error": {message, type, param, code}}."""
+        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the answer, with Retry-After where another try may succeed and WWW-Authenticate where a key lacks."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def add_fault_handlers(app: FastAPI) -> None:
+    """Answer every error of an app in OpenAI's form."""
+
+    async def fault(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, Fault)
+        return error.response()
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _first_problem(error).response()
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is nothing at {request.method} {request.url.path}"
+        return Fault(message, status=error.status_code).response()
+
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        return Fault(f"the server failed: {type(error).__name__}", status=500).response()
+
+    app.add_exception_handler(Fault, fault)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+def _first_problem(error: RequestValidationError) -> Fault:
+    problems = error.errors()
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return Fault(f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    # A union's alternatives are no part of the field's name.
+    kinds = {"body", "str", "list[dict[str,any]]", "list[str]", "list[int]", "list[list[int]]"}
+    place = ".".join(str(part) for part in first["loc"] if part not in kinds)
+    message = f"{place}: {first['msg']}" if place else str(first["msg"])
+    if len(problems) > 1:
+        message += f" (and {len(problems) - 1} more)"
+    return Fault(message, param=place or None)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address is reachable from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass
+class Guard:
+    """The outermost layer of the app: checks key, host name, origin, kind and size of each request."""
+
+    app: ASGIApp
+    count: Callable[[str, int], None]
+    """Called with the route and the status of every answer."""
+    api_key: str | None
+    loopback_only: bool
+    """Whether host names other than this machine's are refused (DNS rebinding)."""
+    max_body_bytes: int
+    cors: Sequence[str] = ()
+    """Origins of other sites whose pages may send requests."""
+    body_seconds: float = 30.0
+    """Time limit of a whole body."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check a request, pass it on and count it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = 500
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            fault = self._refusal(scope)
+            if fault is not None:
+                await fault.response()(scope, receive, sending)
+            else:
+                await self.app(scope, self._bounded(receive), sending)
+        finally:
+            self.count(getattr(scope.get("route"), "path", "other"), status)
+
+    def _refusal(self, scope: Scope) -> Fault | None:
+        headers = Headers(scope=scope)
+        if self.loopback_only and not is_loopback(_name_of(headers.get("host", ""))):
+            return Fault(f"this server answers to localhost only, not to {headers.get('host')!r}", status=403)
+        path, method = scope["path"], scope["method"]
+        if method == "OPTIONS":
+            return None
+        if self.api_key is not None and path not in _OPEN and not path.startswith("/page/"):
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
+                return Fault("no such API key: send Authorization: Bearer KEY", status=401, code="invalid_api_key")
+        # Browsers send the kind of site. Old ones do not; for them the checks below suffice.
+        elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if method == "POST" and elsewhere and not {"*", headers.get("origin")} & set(self.cors):
+            return Fault("pages of other sites may not ask (mlxchat serve --cors lets them)", status=403)
+        if method == "POST":
+            # A form of another site cannot send JSON, and a script of another site can only with --cors.
+            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                return Fault("the body must be JSON: send Content-Type: application/json", status=415)
+            length = headers.get("content-length", "0")
+            if length.isdigit() and int(length) > self.max_body_bytes:
+                return Fault(f"the body has {length} bytes, at most {self.max_body_bytes} may be", status=413)
+        return None
+
+    def _bounded(self, receive: Receive) -> Receive:
+        left, whole = self.max_body_bytes, False
+        ends = asyncio.get_running_loop().time() + self.body_seconds
+
+        async def receiving() -> Message:
+            nonlocal left, whole
+            try:
+                # After the body comes only the client's disconnect, which has no time limit.
+                async with asyncio.timeout_at(None if whole else ends):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {self.body_seconds:g} s") from None
+            whole = not message.get("more_body", False)
+            left -= len(message.get("body", b""))
+            if left < 0:
+                # FastAPI passes on no other exception from where a body is read.
+                raise HTTPException(413, f"the body is larger than {self.max_body_bytes} bytes")
+            return message
+
+        return receiving
+
+
+def _name_of(host: str) -> str:
+    """Return a Host header without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower().removesuffix(".")
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP that closes connections whose request head (slow loris) or whose client's reading takes too long."""
+
+    _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        """Start the time limit of the first request's head."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(
+            high=1 << 16, low=0
+        )  # writing is paused until the client has taken everything
+        self._watch()
+
+    def pause_writing(self) -> None:
+        """Start the time limit of the client's reading."""
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """End the time limit: the client has read."""
+        super().resume_writing()
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def _expect_reading(self) -> None:
+        most = max(0, self.transport.get_write_buffer_size() - _READ_BYTES)
+        self._reading = self.loop.call_later(READ_SECONDS, self._check_reading, most)
+
+    def _check_reading(self, most: int) -> None:
+        if self.transport.get_write_buffer_size() > most:
+            self.transport.abort()
+        else:
+            self._expect_reading()
+
+    def data_received(self, data: bytes) -> None:
+        """Take more of a request; start the time limit where it begins another one."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End all time limits."""
+        super().connection_lost(exc)
+        for timer in (self._timer, self._reading):
+            if timer is not None:
+                timer.cancel()
+
+    def _watch(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif not answering and self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+def most_connections() -> int:
+    """Return how many connections this process has files for; further ones are answered with 503."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 10_000 if files == resource.RLIM_INFINITY else max(16, min(10_000, files - _OTHER_FILES))
